@@ -1,0 +1,66 @@
+"""Region-based object detection with attention.
+
+The data path, and where each part lives::
+
+    datasets      annotated images          COCO, VOC, Demo  ->  images, targets
+      |
+    images        resize, normalize, pad    [3, H_i, W_i]    ->  [N, 3, H, W]
+      |
+    backbones     feature maps              SEResNet, Extractor      ->  {"c4": [N, C, H/16, W/16]}
+      |
+    proposals     boxes worth a look        DenseGrid, Precomputed   ->  N x [P_i, 4]
+      |
+    heads         pool, classify, refine    FastRCNNHead (roi_pooling: RoIAlign, RoIMaxPool)
+      |
+    evaluation    mean average precision    COCO, VOC 2007, VOC 2010
+
+:class:`detpipe.TwoStageDetector` (``detector.py``) is the pipeline; :mod:`detpipe.stages` says what a stage must do.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from detpipe.attention import SqueezeExcitation
+    from detpipe.backbones import Extractor, Level, SEResNet
+    from detpipe.checkpoint import load_detector
+    from detpipe.datasets import COCO, VOC, Augment, Demo, DetectionData, Loader
+    from detpipe.detector import TwoStageDetector
+    from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
+    from detpipe.optimization import LRSchedule, Optimizer
+    from detpipe.proposals import DenseGrid, PrecomputedProposals
+    from detpipe.roi_pooling import RoIAlign, RoIMaxPool
+    from detpipe.types import Detection, Features, PixelFormat, Target
+
+_HOMES = {
+    "detpipe.attention": ("SqueezeExcitation",),
+    "detpipe.backbones": ("Extractor", "Level", "SEResNet"),
+    "detpipe.checkpoint": ("load_detector",),
+    "detpipe.datasets": ("COCO", "VOC", "Augment", "Demo", "DetectionData", "Loader"),
+    "detpipe.detector": ("TwoStageDetector",),
+    "detpipe.heads": ("FastRCNNHead", "Postprocess", "RoISampler"),
+    "detpipe.optimization": ("LRSchedule", "Optimizer"),
+    "detpipe.proposals": ("DenseGrid", "PrecomputedProposals"),
+    "detpipe.roi_pooling": ("RoIAlign", "RoIMaxPool"),
+    "detpipe.types": ("Detection", "Features", "PixelFormat", "Target"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: RUF022 (the order of the data path)
+    "COCO", "VOC", "Demo", "DetectionData", "Loader", "Augment",
+    "SEResNet", "Extractor", "Level", "SqueezeExcitation", "PixelFormat",
+    "DenseGrid", "PrecomputedProposals",
+    "RoIAlign", "RoIMaxPool",
+    "FastRCNNHead", "RoISampler", "Postprocess",
+    "TwoStageDetector", "Optimizer", "LRSchedule", "load_detector",
+    "Detection", "Features", "Target",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that ``import detpipe`` is instant."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'detpipe' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,6 @@
+"""Backbones: normalized images to feature maps."""
+
+from detpipe.backbones.extractor import Extractor, Level
+from detpipe.backbones.se_resnet import SEResNet
+
+__all__ = ["Extractor", "Level", "SEResNet"]

@@ -1,0 +1,82 @@
+"""Pretrained weights from a local file or by torchvision's name; nothing is loaded by halves."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models
+
+from detpipe.errors import CheckpointError, UsageError
+from detpipe.suggest import did_you_mean
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str) -> None:
+    """Load weights into a network, of which a part is used.
+
+    Args:
+        full: the whole network.
+        body: the part that is used; shares its parameters with ``full``.
+        network: torchvision's name of it, for names of weights and messages.
+        weights: a local file, or the name of torchvision weights (these download).
+
+    Raises:
+        CheckpointError: the file is missing or unreadable, or a tensor of ``body`` is missing, or one does not fit.
+        UsageError: an unknown name of weights.
+    """
+    if Path(weights).suffix in SUFFIXES or "/" in weights:
+        state = read_state(Path(weights))
+    else:
+        known = models.get_model_weights(network).__members__
+        if weights not in known:
+            raise UsageError(
+                f"unknown weights {weights!r} of {network}: expected a local file ({', '.join(SUFFIXES)}) or one of "
+                f"{sorted(known)}{did_you_mean(weights, known)}"
+            )
+        state = known[weights].get_state_dict(progress=True, check_hash=True)
+    own = full.state_dict()
+    foreign = sorted(set(state) - set(own))
+    needed = set(body.state_dict())
+    missing = sorted(key for key in needed - set(state) if not key.endswith("num_batches_tracked"))
+    unequal = sorted(key for key in needed & set(state) if own[key].shape != state[key].shape)
+    for keys, problem in ((missing, "lacks"), (foreign, "has unknown"), (unequal, "has other shapes for")):
+        if keys:
+            raise CheckpointError(
+                f"{weights} does not fit {network}: it {problem} {len(keys)} tensors, {', '.join(keys[:5])}"
+                f"{', ...' if len(keys) > 5 else ''}; give weights of {network}"
+            )
+    full.load_state_dict({key: value for key, value in state.items() if key in needed}, strict=False)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a weights file without running code in it.
+
+    Args:
+        path: a ``.safetensors`` file, or a ``.pth`` or ``.pt`` file with a state dict.
+
+    Returns:
+        tensor name -> tensor.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something other than tensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"weights file {path} does not exist; give the path of a file with the backbone's weights")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"weights file {path} cannot be read as a state dict of tensors: {reason}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"weights file {path} must hold a state dict (name -> tensor), got {type(state).__name__}")
+    return state

@@ -1,0 +1,181 @@
+"""Box geometry: areas, overlaps, clipping, and the (dx, dy, dw, dh) parametrization of box regression.
+
+Girshick et al., "Rich feature hierarchies for accurate object detection", 2014, arXiv 1311.2524, appendix C;
+Girshick, "Fast R-CNN", 2015, arXiv 1504.08083.
+
+Deviations:
+1. Boxes are continuous, without the devkit's "+ 1": a box of the whole image is ``[0, 0, width, height]``.
+2. Deltas are multiplied by fixed weights (10, 10, 5, 5) instead of being divided by measured standard deviations
+   (.1, .1, .2, .2): the same numbers, known before the data.
+
+Convention: ``[..., 4]`` is ``x1, y1, x2, y2`` in pixels. Everything is differentiable, batched over the leading
+dimensions, and makes no copy to the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+MAX_LOG_SCALE = math.log(1000.0 / 16.0)  # a box grows by at most this factor in one step, so that exp() stays finite
+
+
+def constants(values: Sequence[float], like: Tensor) -> Tensor:
+    """Put a few numbers on a tensor's device without a copy that waits for the device.
+
+    Args:
+        values: V numbers.
+        like: gives dtype and device.
+
+    Returns:
+        ``[V]``.
+    """
+    return torch.stack([like.new_full((), value) for value in values])
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Compute the area of each box.
+
+    Args:
+        boxes: ``[..., 4]`` xyxy.
+
+    Returns:
+        ``[...]`` square pixels; 0 for a box that is turned inside out.
+
+    Example:
+        >>> area(torch.tensor([[0.0, 0.0, 4.0, 3.0]]))
+        tensor([12.])
+    """
+    return (boxes[..., 2] - boxes[..., 0]).clamp(min=0) * (boxes[..., 3] - boxes[..., 1]).clamp(min=0)
+
+
+def intersection(boxes: Tensor, others: Tensor) -> Tensor:
+    """Compute the area that each box shares with each other box.
+
+    Args:
+        boxes: ``[..., P, 4]`` xyxy.
+        others: ``[..., G, 4]`` xyxy, with the same leading dimensions.
+
+    Returns:
+        ``[..., P, G]`` square pixels.
+    """
+    top_left = torch.maximum(boxes[..., :, None, :2], others[..., None, :, :2])
+    bottom_right = torch.minimum(boxes[..., :, None, 2:], others[..., None, :, 2:])
+    size = (bottom_right - top_left).clamp(min=0)
+    return size[..., 0] * size[..., 1]
+
+
+def iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Compute the intersection over union of each box with each other box.
+
+    Args:
+        boxes: ``[..., P, 4]`` xyxy.
+        others: ``[..., G, 4]`` xyxy, with the same leading dimensions.
+
+    Returns:
+        ``[..., P, G]`` in 0..1; 0 where both areas are 0.
+
+    Example:
+        >>> iou(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.tensor([[1.0, 0.0, 3.0, 2.0]]))
+        tensor([[0.3333]])
+    """
+    shared = intersection(boxes, others)
+    union = area(boxes)[..., :, None] + area(others)[..., None, :] - shared
+    return shared / union.clamp(min=torch.finfo(shared.dtype).tiny)
+
+
+def coverage(boxes: Tensor, regions: Tensor) -> Tensor:
+    """Compute how much of each box lies inside each region: COCO's overlap with crowd regions.
+
+    Args:
+        boxes: ``[..., P, 4]`` xyxy.
+        regions: ``[..., G, 4]`` xyxy, with the same leading dimensions.
+
+    Returns:
+        ``[..., P, G]`` intersection over the box's own area, in 0..1.
+    """
+    shared = intersection(boxes, regions)
+    return shared / area(boxes)[..., :, None].clamp(min=torch.finfo(shared.dtype).tiny)
+
+
+def clip(boxes: Tensor, height: Tensor | float, width: Tensor | float) -> Tensor:
+    """Move the corners of boxes into the image.
+
+    Args:
+        boxes: ``[..., 4]`` xyxy.
+        height: of the image in pixels, a number or a tensor that broadcasts against ``[...]``.
+        width: likewise.
+
+    Returns:
+        ``[..., 4]``; a box wholly outside becomes one of area 0 on the border.
+    """
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    zero = boxes.new_zeros(())
+    height, width = (
+        size.to(boxes) if isinstance(size, Tensor) else boxes.new_full((), size) for size in (height, width)
+    )
+    x1, x2 = (torch.minimum(torch.maximum(x, zero), width) for x in (x1, x2))
+    y1, y2 = (torch.minimum(torch.maximum(y, zero), height) for y in (y1, y2))
+    return torch.stack((x1, y1, x2, y2), dim=-1)
+
+
+def valid(boxes: Tensor, min_size: float = 0.0) -> Tensor:
+    """Tell which boxes are finite and larger than a size.
+
+    Args:
+        boxes: ``[..., 4]`` xyxy.
+        min_size: width and height must exceed it, in pixels.
+
+    Returns:
+        ``[...]`` bool.
+    """
+    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    return torch.isfinite(boxes).all(-1) & (width > min_size) & (height > min_size)
+
+
+def encode(boxes: Tensor, references: Tensor, weights: tuple[float, float, float, float] = DELTA_WEIGHTS) -> Tensor:
+    """Write boxes as weighted deltas to reference boxes (R-CNN, equations 6 to 9).
+
+    Args:
+        boxes: ``[..., 4]`` xyxy, what to describe; must have a positive size.
+        references: ``[..., 4]`` xyxy, where the description starts; must have a positive size.
+        weights: factors of dx, dy, dw, dh.
+
+    Returns:
+        ``[..., 4]`` deltas, without unit.
+
+    Example:
+        >>> encode(torch.tensor([[1.0, 0.0, 3.0, 2.0]]), torch.tensor([[0.0, 0.0, 2.0, 2.0]]))
+        tensor([[5., 0., 0., 0.]])
+    """
+    box_size, box_center = _size_and_center(boxes)
+    size, center = _size_and_center(references)
+    deltas = torch.cat(((box_center - center) / size, torch.log(box_size / size)), dim=-1)
+    return deltas * constants(weights, deltas)
+
+
+def decode(deltas: Tensor, references: Tensor, weights: tuple[float, float, float, float] = DELTA_WEIGHTS) -> Tensor:
+    """Apply weighted deltas to reference boxes: the inverse of :func:`encode`.
+
+    Args:
+        deltas: ``[..., 4]``; dw and dh are capped so that a box grows at most 62.5 times.
+        references: ``[..., 4]`` xyxy.
+        weights: the factors that :func:`encode` used.
+
+    Returns:
+        ``[..., 4]`` xyxy in pixels, not clipped.
+    """
+    size, center = _size_and_center(references)
+    deltas = deltas / constants(weights, deltas)
+    center = center + deltas[..., :2] * size
+    half = torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SCALE)) * size / 2
+    return torch.cat((center - half, center + half), dim=-1)
+
+
+def _size_and_center(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    size = boxes[..., 2:] - boxes[..., :2]
+    return size, boxes[..., :2] + size / 2

@@ -1,0 +1,223 @@
+"""What happens around training: random state, mean average precision, speed, pictures, and the stop at a NaN."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from detpipe import evaluation, visualize
+from detpipe.checkpoint import KEY, Description
+from detpipe.errors import TrainingError
+from detpipe.files import atomic_write
+from detpipe.types import Detection, Target
+
+Batch = tuple[list[Tensor], list[Target]]
+
+
+class StepSeed(Callback):
+    """Make every random draw of a training step a function of the seed and the step alone.
+
+    A resumed run then draws what the undisturbed one would have drawn.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Seed the global generators for this step."""
+        torch.manual_seed((self.seed * 1_000_003 + trainer.global_step) % 2**63)
+
+
+class DescribeCheckpoint(Callback):
+    """Write the model's configuration and the names of the classes into every checkpoint.
+
+    Args:
+        description: what to write.
+    """
+
+    def __init__(self, description: Description) -> None:
+        self.description = description
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the entry."""
+        checkpoint[KEY] = self.description.to_dict()
+
+
+class MeanAveragePrecision(Callback):
+    """Evaluate the detections of each validation epoch and remember the best epoch.
+
+    Logs ``val/AP`` and ``val/AP50`` (COCO's definitions, in 0..1).
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, Any] = {}
+        self.best: dict[str, Any] = {}
+        self._detections: list[Detection] = []
+        self._image_ids: list[int] = []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last epoch."""
+        self._detections, self._image_ids = [], []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the detections of a batch."""
+        self._detections += [{key: value.cpu() for key, value in found.items()} for found in outputs]  # type: ignore[misc]
+        self._image_ids += [int(target["image_id"]) for target in batch[1]]  # type: ignore[typeddict-item]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate and log."""
+        annotations = trainer.datamodule.annotations("val")  # type: ignore[attr-defined]
+        if len(self._image_ids) < len(annotations):  # trainer.limit_val_batches
+            annotations = annotations.subset(np.flatnonzero(np.isin(annotations.image_ids, self._image_ids)))
+        self.metrics = evaluation.evaluate(annotations, evaluation.pack(self._detections, self._image_ids))
+        self.metrics["epoch"] = trainer.current_epoch
+        for name in ("AP", "AP50"):
+            pl_module.log(f"val/{name}", float(self.metrics[name]), prog_bar=True)
+        if not trainer.sanity_checking and self.metrics["AP"] > self.best.get("AP", -1.0):
+            self.best = self.metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to know."""
+        return {"best": json.dumps(self.best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the best epoch of the run that is resumed."""
+        self.best = json.loads(state_dict["best"])
+
+
+class Throughput(Callback):
+    """Show and log training images a second; evaluation and saving do not count."""
+
+    def __init__(self) -> None:
+        self.images, self.seconds = 0, 0.0
+        self._mark = 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        """Training images a second, waiting for data included."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._mark = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count a batch."""
+        now = time.perf_counter()
+        self.images, self.seconds = self.images + len(batch[0]), self.seconds + now - self._mark
+        self._mark = now
+        pl_module.log("images/s", self.images_per_second, prog_bar=True, on_step=True, batch_size=len(batch[0]))
+
+
+class StopOnNonFinite(Callback):
+    """Stop before a NaN or an infinity reaches the weights, and say which images caused it (row 36 of the fault matrix).
+
+    The batch is stored as ``nonfinite_batch.pt`` in the run folder: images, targets, step.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._batch: Batch | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Remember the batch."""
+        self._batch = batch
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Check the loss."""
+        if not torch.isfinite(loss):
+            self._stop(trainer, f"the loss is {loss.item()}")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Check the gradients; with a loss scaler (16-mixed) an infinite gradient is its business."""
+        if trainer.precision == "16-mixed":
+            return
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            names = [n for n, p in pl_module.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+            self._stop(trainer, f"the gradient of {', '.join(names[:3])} is not finite")
+
+    def _stop(self, trainer: Trainer, what: str) -> None:
+        images, targets = self._batch or ([], [])
+        names = [str(target.get("file_name", target.get("image_id"))) for target in targets]
+        path = self.folder / "nonfinite_batch.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            torch.save({"images": images, "targets": targets, "step": trainer.global_step}, temporary)
+        raise TrainingError(
+            f"step {trainer.global_step}: {what}; the weights were not changed. Images of the batch: {', '.join(names)} "
+            f"(saved in {path}). Check them, or lower optimizer.lr or set trainer.gradient_clip_val"
+        )
+
+
+class Pictures(Callback):
+    """Draw truth and detections of a few validation images, and the curves, after every validation epoch.
+
+    Args:
+        folder: the run folder; gets ``validation.png`` and ``curves.png``.
+        class_names: of labels 1..K.
+        curves: draw the curves too; needs matplotlib.
+        images: how many validation images are drawn.
+        score_threshold: detections below it are not drawn.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        class_names: tuple[str, ...],
+        curves: bool = True,
+        images: int = 12,
+        score_threshold: float = 0.5,
+    ) -> None:
+        self.folder, self.class_names, self.curves = folder, class_names, curves
+        self.images, self.score_threshold = images, score_threshold
+        self._shown: list[tuple[Tensor, Target, Detection]] = []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last epoch."""
+        self._shown = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the first images."""
+        room = self.images - len(self._shown)
+        self._shown += list(zip(batch[0], batch[1], outputs, strict=True))[:room]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw."""
+        if trainer.sanity_checking or not self._shown:
+            return
+        images, targets, detections = (list(column) for column in zip(*self._shown, strict=True))
+        grid = visualize.comparison_grid(images, targets, detections, self.class_names, self.score_threshold)
+        visualize.save_png(self.folder / "validation.png", grid)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_image"):
+                logger.experiment.add_image("validation", grid, trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the curves from what is logged so far."""
+        if trainer.logger is not None:
+            trainer.logger.save()
+        metrics = self.folder / "metrics.csv"
+        if self.curves and metrics.is_file():
+            visualize.plot_curves(metrics, self.folder / "curves.png")
+

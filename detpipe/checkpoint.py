@@ -1,0 +1,219 @@
+"""Checkpoints: complete once they are visible, self-describing, and read without running code in them.
+
+A checkpoint is Lightning's, with one entry more, ``detpipe``: the format's version, the model's configuration, and the
+names of the classes. ``load_detector`` rebuilds the model from it alone.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from detpipe.detector import TwoStageDetector
+from detpipe.errors import CheckpointError
+from detpipe.files import atomic_write
+
+FORMAT = 1
+KEY = "detpipe"
+ALLOWED = "detpipe."  # a checkpoint may name classes of this package only
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint says about itself."""
+
+    model: dict[str, Any]  # the configuration of TwoStageDetector
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers only, so that safe loading takes them."""
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "class_names": list(self.class_names),
+            "category_ids": list(self.category_ids),
+        }
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write each checkpoint beside its final name, and move it there when it is complete and on disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save a checkpoint, or leave what was there before.
+
+        Args:
+            checkpoint: what Lightning wants to store.
+            path: the final name.
+            storage_options: not supported.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], Description]:
+    """Read a checkpoint without running code in it.
+
+    Args:
+        path: a local file.
+
+    Returns:
+        Lightning's dict, and what it says about itself.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not a checkpoint of this package.
+    """
+    if "://" in str(path):
+        raise CheckpointError(f"checkpoint {path}: addresses are not loaded, download the file first and give its path")
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist; expected a file such as RUN/best.ckpt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"checkpoint {path} is damaged or holds more than tensors and plain data: {reason}") from error
+    entry = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(entry, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} is not a checkpoint of detpipe; give one that 'detpipe train' wrote")
+    if entry.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {path} has format {entry.get('format')}, this version reads format {FORMAT}")
+    return checkpoint, Description(entry["model"], tuple(entry["class_names"]), tuple(entry["category_ids"]))
+
+
+def load_detector(path: str | Path) -> tuple[TwoStageDetector, Description]:
+    """Rebuild a detector from its checkpoint alone.
+
+    Args:
+        path: a local file.
+
+    Returns:
+        The detector in evaluation mode, and what the checkpoint says about itself.
+
+    Raises:
+        CheckpointError: as in :func:`read`; or the checkpoint names classes of other packages.
+    """
+    checkpoint, description = read(path)
+    _check_classes(description.model, str(path))
+    parser = ArgumentParser(exit_on_error=False)
+    add_model(parser)
+    try:
+        config = parser.parse_object({"model": description.model, "num_classes": len(description.class_names)})
+        detector = parser.instantiate_classes(config).model
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CheckpointError(f"checkpoint {path}: its model cannot be built by this version: {reason}") from error
+    load_weights(detector, checkpoint, path)
+    return detector.eval(), description
+
+
+def load_weights(detector: TwoStageDetector, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Put a checkpoint's weights into a detector.
+
+    Args:
+        detector: the model, as configured.
+        checkpoint: Lightning's dict.
+        path: for messages.
+
+    Raises:
+        CheckpointError: the weights are those of another model; some of the differences are named.
+    """
+    own, given = detector.state_dict(), checkpoint["state_dict"]
+    differences = [f"{key} is missing" for key in own if key not in given]
+    differences += [f"{key} is unknown" for key in given if key not in own]
+    differences += [
+        f"{key} has shape {list(given[key].shape)}, expected {list(own[key].shape)}"
+        for key in own
+        if key in given and own[key].shape != given[key].shape
+    ]
+    if differences:
+        raise CheckpointError(
+            f"checkpoint {path} belongs to another model ({len(differences)} differences: {'; '.join(differences[:3])}); "
+            "use the configuration that it was trained with"
+        )
+    detector.load_state_dict(given)
+
+
+def check_class_names(description: Description, class_names: tuple[str, ...], path: str | Path) -> None:
+    """Refuse a checkpoint that was trained on other classes.
+
+    Args:
+        description: of the checkpoint.
+        class_names: of the data.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: the names differ in number, order or spelling.
+    """
+    own = description.class_names
+    if own == tuple(class_names):
+        return
+    differing = [f"{a!r} / {b!r}" for a, b in zip(own, class_names, strict=False) if a != b][:3]
+    raise CheckpointError(
+        f"checkpoint {path} knows {len(own)} classes, the data have {len(class_names)}"
+        f"{'; they differ in ' + ', '.join(differing) if differing else ''}; evaluate on data with the classes of training"
+    )
+
+
+def add_model(parser: ArgumentParser) -> None:
+    """Let a parser build a detector from ``model`` and ``num_classes``; the widths of its stages follow each other."""
+    import detpipe.backbones
+    import detpipe.heads
+    import detpipe.proposals  # noqa: F401  (short names work for classes that are imported)
+
+    parser.add_argument("--num_classes", type=int)
+    parser.add_class_arguments(TwoStageDetector, "model")
+    parser.link_arguments("num_classes", "model.head.init_args.num_classes")
+    link_stages(parser)
+
+
+def link_stages(parser: ArgumentParser) -> None:
+    """Give the head the width and the strides that the backbone declares."""
+    for source, target in (("out_channels", "in_channels"), ("strides", "strides")):
+        parser.link_arguments(f"model.backbone.{source}", f"model.head.init_args.{target}", apply_on="instantiate")
+
+
+def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:
+    """Turn the parsed configuration of a model into what its checkpoints store.
+
+    Args:
+        config: of ``TwoStageDetector``.
+
+    Returns:
+        Plain containers, without the path of pretrained weights, which a checkpoint replaces.
+    """
+    model = config.as_dict() if isinstance(config, Namespace) else dict(config)
+    backbone = model["backbone"].get("init_args", {})
+    if "weights" in backbone:
+        model["backbone"]["init_args"] = {**backbone, "weights": None}
+    return _plain(model)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _check_classes(value: Any, path: str) -> None:
+    if isinstance(value, dict):
+        name = value.get("class_path", ALLOWED)
+        if not isinstance(name, str) or not name.startswith(ALLOWED):
+            raise CheckpointError(f"checkpoint {path} names the class {name!r}; only classes of detpipe are built from files")
+        for item in value.values():
+            _check_classes(item, path)
+    elif isinstance(value, list):
+        for item in value:
+            _check_classes(item, path)

@@ -1,0 +1,122 @@
+"""The ``detpipe`` command: ``train``, ``evaluate`` and ``predict``, the same as the scripts in ``tools/``.
+
+Nothing heavy is imported before a command is known, so that help and mistakes answer at once. Exit status: 0 for success, 2
+for a wrong command line or configuration, 1 for anything else that went wrong, 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from detpipe.errors import DetpipeError, UsageError
+
+HELP = """usage: detpipe [--debug] COMMAND ...
+
+Region-based object detection with attention.
+
+commands:
+  train CONFIG.yaml [MORE.yaml ...] [--key.path value ...]
+                        train a detector, evaluate it, leave checkpoints, curves and numbers in a run folder
+  evaluate CONFIG.yaml [MORE.yaml ...] --ckpt_path CHECKPOINT
+  evaluate --detections FILE.json --annotations FILE.json --protocol coco|voc07|voc10
+                        mean average precision of a model, or of a file of detections
+  predict CHECKPOINT IMAGE_OR_FOLDER ... -o FOLDER
+                        draw detections and write them as JSON
+
+options:
+  --debug               show the whole traceback of an error
+  -h, --help            show this message; 'detpipe COMMAND --help' shows the options of a command
+  --version             show the version
+
+examples:
+  detpipe train configs/fast_rcnn_se.yaml
+  detpipe train configs/fast_rcnn_se.yaml configs/data/voc_custom.yaml --data.root MY_FOLDER
+  detpipe evaluate configs/fast_rcnn_se.yaml --ckpt_path runs/fast_rcnn_se/.../best.ckpt
+"""
+
+COMMANDS = {
+    "train": ("detpipe.training", "train"),
+    "evaluate": ("detpipe.evaluate", "evaluate"),
+    "predict": ("detpipe.predict", "predict"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the command and its arguments; those of the process by default.
+
+    Returns:
+        The exit status.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    if not given or given[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if given else 2
+    if given[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"detpipe {version('detpipe')}")
+        return 0
+    try:
+        return run(given)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was saved before stays", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"detpipe: error: {one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command and let its errors through.
+
+    Args:
+        arguments: the command and its arguments.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UsageError: there is no such command.
+    """
+    command, *rest = arguments
+    if command not in COMMANDS:
+        from detpipe.suggest import did_you_mean
+
+        raise UsageError(f"unknown command {command!r}: expected {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}")
+    module, function = COMMANDS[command]
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
+    return getattr(import_module(module), function)(rest) or 0
+
+
+def one_line(error: BaseException) -> str:
+    """Say what went wrong in one line.
+
+    Args:
+        error: any exception; one from a data worker carries a traceback in its text.
+
+    Returns:
+        The message of an error that users can mend; with its type and a hint for any other.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    message = lines[-1].strip() if lines else ""
+    if isinstance(error, DetpipeError):
+        if lines and lines[0].startswith("Caught "):  # raised in a data worker: the last line is "type: message"
+            return message.partition(": ")[2] or message
+        return " ".join(line.strip() for line in lines)
+    if isinstance(error, OSError):
+        return str(error)
+    return f"{type(error).__name__}: {message} (run again with --debug for the traceback)"

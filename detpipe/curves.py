@@ -1,0 +1,115 @@
+"""Losses and mAP of a run as one picture, from the numbers that Lightning's CSVLogger wrote."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from detpipe.errors import DataError, UsageError
+from detpipe.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Points = tuple[list[float], list[float]]  # x in epochs that have passed, y
+
+_TRAIN, _VAL, _OTHER = "#2f6fde", "#e4572e", "#2ca25f"
+
+
+def plot_curves(metrics_csv: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Plot losses and mAP over epochs, two panels in one PNG.
+
+    Args:
+        metrics_csv: what Lightning's CSVLogger writes: columns ``epoch``, ``step``, and any of ``train/loss``,
+            ``val/loss``, ``val/AP``, ``val/AP50``, ``val/mAP``; most cells of a row are empty.
+        out: the PNG, written so that it is complete when it is visible.
+
+    Raises:
+        DataError: the file is missing, has no rows yet, or a cell is not a number.
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("matplotlib, which draws curves, is not installed: pip install 'detpipe[train]'") from error
+    columns = _read_metrics(Path(metrics_csv))
+    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, scores = figure.subplots(1, 2)
+    _plot_losses(losses, columns)
+    for name, color in (("AP", _TRAIN), ("AP50", _OTHER), ("mAP", _TRAIN)):
+        if f"val/{name}" in columns:
+            x, y = columns[f"val/{name}"]
+            scores.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=4, label=f"{name}, best {max(y):.3f}")
+    scores.set_ylim(0, 1)
+    for axes, title in ((losses, "loss"), (scores, "mean average precision, validation split")):
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.set_xlim(left=0)
+            axes.legend(frameon=False)
+        else:
+            axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color="gray")
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _plot_losses(axes: Axes, columns: dict[str, Points]) -> None:
+    """Training and validation loss; the noise of single steps stays visible behind their running mean."""
+    names = [name for name in ("train/loss", "train/loss_step", "train/loss_epoch") if name in columns]
+    if names:
+        x, y = columns[names[0]]
+        if len(x) > 60:
+            axes.plot(x, y, color=_TRAIN, alpha=0.25, linewidth=0.8)
+            axes.plot(x, _running_mean(y, len(y) // 30), color=_TRAIN, linewidth=1.8, label="train (running mean)")
+        else:
+            axes.plot(x, y, color=_TRAIN, linewidth=1.8, marker="o", markersize=4, label="train")
+    if "val/loss" in columns:
+        axes.plot(*columns["val/loss"], color=_VAL, linewidth=1.8, marker="o", markersize=4, label="val")
+    if axes.lines:
+        # a spike in the first steps must not flatten the rest
+        values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
+        axes.set_ylim(0, 1.15 * float(np.quantile(values, 0.98)) or 1.0)
+
+
+def _read_metrics(path: Path) -> dict[str, Points]:
+    """Each column that has values: where, in epochs that have passed, and what. NaN and infinities are left out."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist: a run writes it when it logs the first losses") from error
+    cells: list[tuple[str, float, float, float]] = []  # column, epoch, step, value
+    for line, row in enumerate(rows, start=2):
+        try:
+            numbers = {name: float(text) for name, text in row.items() if name and text}
+        except ValueError as error:
+            raise DataError(f"{path} line {line}: {error}; expected a number in each cell") from error
+        if "epoch" in numbers and "step" in numbers:
+            cells += [(name, numbers["epoch"], numbers["step"], value) for name, value in numbers.items()]
+    if not cells:
+        raise DataError(f"{path} has no rows with epoch and step: nothing has been logged yet")
+    # an epoch that has just begun has few steps, so the whole ones are those with the most
+    steps = max((step + 1) / (epoch + 1) for _, epoch, step, _ in cells)
+    columns: dict[str, Points] = {}
+    for name, _, step, value in cells:
+        if math.isfinite(value):
+            x, y = columns.setdefault(name, ([], []))
+            x.append((step + 1) / steps)
+            y.append(value)
+    return columns
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    sums = np.cumsum([0.0, *values])
+    starts = np.maximum(np.arange(1, len(values) + 1) - window, 0)
+    ends = np.arange(1, len(values) + 1)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()

@@ -1,0 +1,240 @@
+"""The one face that training and evaluation see of every data set: splits, class names, and loaders of batches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from detpipe.datasets.batches import EpochBatches
+from detpipe.datasets.dataset import DetectionDataset, Proposals, collate, start_worker
+from detpipe.datasets.faults import SHOWN, OnBad
+from detpipe.datasets.transforms import Augment
+from detpipe.errors import DataError
+from detpipe.types import Annotations
+
+Split = Literal["train", "val", "test"]
+_CLASSES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How images are loaded and batched.
+
+    Args:
+        batch_size: training images a batch.
+        eval_batch_size: images a batch in evaluation; null means ``batch_size``.
+        num_workers: processes that load images; 0 loads in the main process. The batches do not depend on it.
+        timeout: seconds to wait for a batch before a hanging worker is an error; 0 waits forever.
+        pin_memory: page-locked memory for faster copies to a GPU; null means where CUDA is available.
+    """
+
+    batch_size: int = 8
+    eval_batch_size: int | None = None
+    num_workers: int = 2
+    timeout: float = 0.0
+    pin_memory: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.eval_batch_size is not None and self.eval_batch_size < 1):
+            raise ValueError(
+                f"batch_size and eval_batch_size must be at least 1, got {self.batch_size} and {self.eval_batch_size}"
+            )
+        if self.num_workers < 0 or self.timeout < 0:
+            raise ValueError(f"num_workers and timeout must not be negative, got {self.num_workers} and {self.timeout}")
+
+
+DEFAULT_LOADER = Loader()
+
+
+class DetectionData(LightningDataModule, ABC):
+    """Base of all data sets: a subclass only says how to `load` a split.
+
+    Args:
+        loader: how images are loaded and batched.
+        augment: what is done to training images and their boxes; None for nothing.
+        seed: decides the order of the batches and every draw of the augmentation, with the epoch.
+        on_bad: ``"error"`` refuses data with any fault; ``"skip"`` leaves faulty records out and counts them.
+    """
+
+    def __init__(
+        self,
+        loader: Loader = DEFAULT_LOADER,
+        augment: Augment | None = None,
+        seed: int = 0,
+        on_bad: OnBad = "error",
+    ) -> None:
+        super().__init__()
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        if on_bad not in ("error", "skip"):
+            raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
+        self.loader = loader
+        self.augment = augment
+        self.seed = seed
+        self.on_bad: OnBad = on_bad
+        self._annotations: dict[Split, Annotations] = {}
+        self._proposals: dict[Split, Proposals] = {}
+
+    @abstractmethod
+    def load(self, split: Split) -> Annotations:
+        """Read the annotations of a split.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+
+        Returns:
+            The checked annotations.
+
+        Raises:
+            DataError: if the data are faulty, or there is no such split.
+        """
+
+    def annotations(self, split: Split) -> Annotations:
+        """The annotations of a split, read once.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+
+        Returns:
+            The annotations.
+
+        Raises:
+            DataError: if the data are faulty, there is no such split, or its classes are not those of the others.
+        """
+        if split not in self._annotations:
+            loaded = self.load(split)
+            for other, known in self._annotations.items():
+                _compare_classes(other, known, split, loaded)
+            self._annotations[split] = loaded
+        return self._annotations[split]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """[K], the name of label 1 first; every split agrees on them."""
+        return self._any_split().class_names
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """[K], the ids that the annotation files use, for writing results."""
+        return self._any_split().category_ids
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of foreground classes."""
+        return len(self.class_names)
+
+    def setup(self, stage: str) -> None:
+        """Read what a stage of Lightning needs, so that faults are found before the first step."""
+        splits: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in splits.get(stage, ()):
+            self.annotations(split)
+
+    def set_proposals(self, split: Split, proposals: Proposals) -> None:
+        """Let precomputed boxes ride in the targets of a split, where flips and crops move them too.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+            proposals: for each image id ``[P, 4]`` xyxy in pixels of the image file; ``P`` may be 0.
+
+        Raises:
+            DataError: if an image has none, or they are not finite ``[P, 4]`` numbers; the message names the images.
+        """
+        faults: list[str] = []
+        for image_id in self.annotations(split).image_ids.tolist():
+            boxes = np.asarray(proposals[image_id]) if image_id in proposals else None
+            if boxes is None:
+                faults.append(f"image id {image_id}: no proposals")
+            elif boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all():
+                faults.append(f"image id {image_id}: proposals must be finite [P, 4], got shape {list(boxes.shape)}")
+        if faults:
+            raise DataError(
+                f"{split}: proposals are missing or wrong for {len(faults)} images, such as {'; '.join(faults[:SHOWN])}"
+            )
+        self._proposals[split] = proposals
+
+    def dataset(self, split: Split) -> DetectionDataset:
+        """The images of a split, augmented only for training; for single images, batches come from the loaders."""
+        augment = self.augment if split == "train" else None
+        return DetectionDataset(self.annotations(split), augment, self.seed, self._proposals.get(split))
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches ``(list of [3, H, W] uint8, list of targets)``, shuffled and augmented by (seed, epoch)."""
+        return self._dataloader("train")
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of equal-sized images, every image once, in an order that never changes."""
+        return self._dataloader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """As for validation, from the test split.
+
+        Raises:
+            DataError: if no ``test`` split was given.
+        """
+        return self._dataloader("test")
+
+    def describe(self, split: Split) -> str:
+        """One line about a split: images, boxes by class, and everything that was clipped or skipped."""
+        a = self.annotations(split)
+        per_class = np.bincount(a.labels, minlength=a.num_classes + 1)[1:]
+        order = np.argsort(-per_class, kind="stable")
+        shown = [f"{a.class_names[k]} {per_class[k]}" for k in order[:_CLASSES_SHOWN]]
+        if a.num_classes > _CLASSES_SHOWN:
+            shown.append(f"{a.num_classes - _CLASSES_SHOWN} more classes {per_class[order[_CLASSES_SHOWN:]].sum()}")
+        empty = int((np.diff(a.offsets) == 0).sum())
+        flagged = [
+            (int(a.iscrowd.sum()), "crowd"),
+            (int(a.difficult.sum()), "difficult"),
+            (empty, "images without boxes"),
+        ]
+        remarks = [f"{n} {what}" for n, what in flagged if n]
+        remarks += [f"{key}: {n}" for key, n in a.counts.items() if n and ("clipped" in key or "skipped" in key)]
+        return "; ".join([f"{split}: {len(a)} images, {len(a.boxes)} boxes ({', '.join(shown)})", *remarks])
+
+    def _any_split(self) -> Annotations:
+        """A split that has been read, else the validation split, which is the quickest to read."""
+        return next(iter(self._annotations.values())) if self._annotations else self.annotations("val")
+
+    def _dataloader(self, split: Split) -> DataLoader:
+        training = split == "train"
+        options = self.loader
+        batch_size = options.batch_size if training else options.eval_batch_size or options.batch_size
+        annotations = self.annotations(split)
+        return DataLoader(
+            self.dataset(split),
+            batch_sampler=EpochBatches(annotations.sizes, batch_size, self.seed, training),
+            num_workers=options.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available() if options.pin_memory is None else options.pin_memory,
+            timeout=options.timeout if options.num_workers else 0,
+            worker_init_fn=start_worker,
+            generator=torch.Generator().manual_seed(self.seed),  # its own, or loading would move the global one
+            persistent_workers=options.num_workers > 0,
+        )
+
+
+def _compare_classes(name: str, known: Annotations, other_name: str, other: Annotations) -> None:
+    """Refuse two splits that number their classes differently."""
+    if (known.class_names, known.category_ids) == (other.class_names, other.category_ids):
+        return
+    first = dict(zip(known.class_names, known.category_ids, strict=True))
+    second = dict(zip(other.class_names, other.category_ids, strict=True))
+    differences = [f"only in {name}: {word!r} (id {first[word]})" for word in first if word not in second]
+    differences += [f"only in {other_name}: {word!r} (id {second[word]})" for word in second if word not in first]
+    differences += [
+        f"{word!r} has id {first[word]} in {name} and {second[word]} in {other_name}"
+        for word in first
+        if word in second and first[word] != second[word]
+    ]
+    if not differences:
+        differences = [f"the same classes in another order: {known.class_names} and {other.class_names}"]
+    raise DataError(
+        f"the classes of {name} ({known.root}) and {other_name} ({other.root}) differ: "
+        f"{'; '.join(differences[:SHOWN])} ({len(differences)} in total); make the class lists equal"
+    )

@@ -1,0 +1,237 @@
+"""Reads VOC annotations: lists of image names and one XML file an image.
+
+Coordinates. The official files count pixels from 1 and include both ends: ``one_based=True`` makes the continuous box
+``[xmin - 1, ymin - 1, xmax, ymax]`` of them. Labeling tools that count from 0 write corner coordinates:
+``one_based=False`` takes ``[xmin, ymin, xmax, ymax]`` as it is. Under both, xmax must be above xmin in the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+from xml.etree.ElementTree import Element, ParseError
+
+import numpy as np
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import parse
+
+from detpipe.datasets.decode import image_size
+from detpipe.datasets.faults import Faults, OnBad
+from detpipe.datasets.records import Records, build_annotations
+from detpipe.datasets.voc_lists import Listed, list_images
+from detpipe.errors import DataError
+from detpipe.strict_json import shorten
+from detpipe.suggest import did_you_mean
+from detpipe.types import Annotations
+
+ClassNames = Sequence[str] | Literal["auto"] | None
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def load_voc(
+    root: str | Path,
+    split: str | Sequence[str],
+    class_names: ClassNames = None,
+    one_based: bool = True,
+    keep_difficult: bool = True,
+    on_bad: OnBad = "error",
+) -> Annotations:
+    """Read one split of a data set in VOC layout and check it against its images.
+
+    Images are numbered 1, 2, ... in the order of the split, skipped ones included; that number is the ``image_id``. The
+    image of ``Annotations/NAME.xml`` is ``JPEGImages/NAME.jpg``, ``.jpeg`` or ``.png``, whatever the XML says.
+
+    Args:
+        root: a folder with ``JPEGImages``, ``Annotations`` and ``ImageSets/Main``, or one that holds such folders, as
+            VOCdevkit holds VOC2007.
+        split: a list in ``ImageSets/Main``, such as ``"train"``; ``"2007:trainval"`` is that of the folder VOC2007 in
+            the root; a path that ends in ``.txt`` (relative to the root) is a list elsewhere. Several are read in turn.
+        class_names: the classes of labels 1..K in order; None for the 20 of VOC; ``"auto"`` for those that occur.
+        one_based: whether pixels are counted from 1 (see the module).
+        keep_difficult: whether difficult objects are kept, flagged; dropped ones are counted.
+        on_bad: ``"error"`` refuses a split with any faulty record; ``"skip"`` leaves these records out and counts them.
+
+    Returns:
+        The annotations of the images of the split.
+
+    Raises:
+        DataError: for anything wrong, naming the file, the object, the field and its value.
+    """
+    root = Path(root)
+    faults = Faults(f"{root} ({split if isinstance(split, str) else ', '.join(split)})", on_bad)
+    listed, images_read = list_images(root, split, faults)
+    if class_names == "auto":
+        class_names = find_class_names(root, split)
+    names = VOC_CLASSES if class_names is None else tuple(class_names)
+    if not names or len(set(names)) != len(names):
+        raise DataError(f"class_names must be distinct and at least one, got {list(names)}")
+    reader = _Reader(names, one_based, keep_difficult, faults)
+    for item in listed:
+        reader.read(item)
+    return build_annotations(reader.records(root, listed, images_read), faults)
+
+
+def find_class_names(root: str | Path, split: str | Sequence[str]) -> tuple[str, ...]:
+    """Collect the class names that occur in a split.
+
+    Args:
+        root: as for `load_voc`.
+        split: as for `load_voc`.
+
+    Returns:
+        The names, sorted.
+
+    Raises:
+        DataError: if the split has no named object.
+    """
+    listed, _ = list_images(Path(root), split, Faults(root, "skip"))
+    names: set[str] = set()
+    for item in listed:
+        try:
+            names |= {(obj.findtext("name") or "").strip() for obj in _parse(item.xml).iterfind("object")}
+        except (OSError, ParseError, DefusedXmlException):
+            continue  # the same file is read again for its boxes, and its fault is reported there
+    if not names - {""}:
+        raise DataError(f"{root}: no object with a class name in {split}; class_names 'auto' has nothing to read")
+    return tuple(sorted(names - {""}))
+
+
+def _parse(xml: Path) -> Element:
+    root = parse(xml).getroot()
+    if root is None:
+        raise ParseError("no root element")
+    return root
+
+
+class _Reader:
+    """Collects the records of one XML file after the other."""
+
+    def __init__(self, names: tuple[str, ...], one_based: bool, keep_difficult: bool, faults: Faults) -> None:
+        self.names = names
+        self.label_of = {name: label for label, name in enumerate(names, start=1)}
+        self.one_based = one_based
+        self.keep_difficult = keep_difficult
+        self.faults = faults
+        self.images: list[tuple[str, int, int, int]] = []  # file name, id, height, width
+        self.boxes: list[tuple[float, ...]] = []  # x1, y1, x2, y2 as in the file
+        self.box_of: list[tuple[int, int, bool]] = []  # row of the image, label, difficult
+        self.where: list[str] = []  # what a message calls each box
+        self.boxes_read = 0
+
+    def read(self, item: Listed) -> None:
+        """Read the annotation of one image."""
+        try:
+            root = _parse(item.xml)
+        except FileNotFoundError:
+            return self.faults.image("annotation missing", f"{item.xml}: no such annotation file, but a list names it")
+        except DefusedXmlException as error:
+            return self.faults.fatal(f"{item.xml}: refused, it declares an XML entity ({type(error).__name__})")
+        except (ParseError, OSError, UnicodeError, ValueError) as error:
+            return self.faults.image("annotation unreadable", f"{item.xml}: cannot be read as XML ({error})")
+        objects = root.findall("object")
+        self.boxes_read += len(objects)
+        size = self._size(root, item)
+        if size is None:
+            self.faults.skipped["boxes skipped: image skipped"] += len(objects)
+            return None
+        for number, element in enumerate(objects, start=1):
+            self._object(element, f"{item.xml}: object {number}")
+        self.images.append((item.file_name, item.image_id, *size))
+        return None
+
+    def _size(self, root: Element, item: Listed) -> tuple[int, int] | None:
+        """Height and width; from the header of the image where the XML has none."""
+        texts = [(root.findtext(f"size/{key}") or "0").strip() for key in ("height", "width")]
+        if "0" in texts:
+            try:
+                return image_size(item.image)
+            except DataError as error:
+                reason = "unreadable" if item.image.exists() else "file missing"
+                self.faults.image(reason, f"{item.xml}: has no size, and its image: {error}")
+                return None
+        if not all(text.isascii() and text.isdigit() and len(text) < 10 for text in texts):
+            self.faults.image(
+                "bad size", f"{item.xml}: size: height and width must be whole pixels above 0, got {shorten(texts)}"
+            )
+            return None
+        return int(texts[0]), int(texts[1])
+
+    def _object(self, element: Element, where: str) -> None:
+        name = (element.findtext("name") or "").strip()
+        where = f"{where} ({name})"
+        if name not in self.label_of:
+            known = shorten(", ".join(self.names), 300).strip("'")
+            return self.faults.box(
+                "unknown class name",
+                f"{where}: name {name!r} is not among class_names ({known}){did_you_mean(name, self.names)}; "
+                "class_names lists the classes of this data, or is 'auto'",
+                alike=f"class {name}",
+            )
+        difficult = (element.findtext("difficult") or "0").strip()
+        if difficult not in ("0", "1"):
+            return self.faults.box("bad difficult", f"{where}: difficult must be 0 or 1, got {shorten(difficult)}")
+        if difficult == "1" and not self.keep_difficult:
+            self.faults.skipped["boxes skipped: difficult"] += 1
+            return None
+        corners = self._corners(element, where)
+        if corners is not None:
+            self.boxes.append(corners)
+            self.box_of.append((len(self.images), self.label_of[name], difficult == "1"))
+            self.where.append(f"{where}: bndbox {shorten(list(corners))}")
+        return None
+
+    def _corners(self, element: Element, where: str) -> tuple[float, ...] | None:
+        """The numbers of the bounding box as they are in the file."""
+        values: list[float] = []
+        for key in _CORNERS:
+            text = element.findtext(f"bndbox/{key}")
+            try:
+                values.append(float(text or ""))
+            except ValueError:
+                got = "is missing" if text is None else f"must be a number, got {shorten(text)}"
+                self.faults.box("bad bndbox", f"{where}: bndbox/{key} {got}")
+                return None
+        x1, y1, x2, y2 = values
+        if all(map(math.isfinite, values)) and (x2 <= x1 or y2 <= y1):
+            self.faults.box("zero or negative size", f"{where}: bndbox {values} has zero or negative size")
+            return None
+        if self.one_based and min(x1, y1) < 1:
+            key, value = ("xmin", x1) if x1 < 1 else ("ymin", y1)
+            self.faults.box(
+                "below 1 with one_based",
+                f"{where}: bndbox/{key} is {value:g}, but one_based is on, so pixels are counted from 1; "
+                "set one_based to false if this data counts from 0",
+            )
+            return None
+        return tuple(values)
+
+    def records(self, root: Path, listed: list[Listed], images_read: int) -> Records:
+        """Turn what was read into arrays, with the boxes in continuous coordinates."""
+        boxes = np.array(self.boxes, dtype=np.float64).reshape(-1, 4)
+        if self.one_based:
+            boxes[:, :2] -= 1
+        box_of = np.array(self.box_of, dtype=np.int64).reshape(-1, 3)
+        return Records(
+            root=root,
+            folders=sorted({item.image.parent for item in listed}),
+            file_names=[image[0] for image in self.images],
+            image_ids=np.array([image[1] for image in self.images], dtype=np.int64),
+            sizes=np.array([image[2:] for image in self.images], dtype=np.int64).reshape(-1, 2),
+            box_image=box_of[:, 0],
+            boxes=boxes,
+            labels=box_of[:, 1],
+            iscrowd=np.zeros(len(boxes), dtype=bool),
+            difficult=box_of[:, 2].astype(bool),
+            area=np.full(len(boxes), np.nan),
+            class_names=self.names,
+            category_ids=tuple(range(1, len(self.names) + 1)),
+            name_box=lambda b: self.where[b],
+            images_read=images_read,
+            boxes_read=self.boxes_read,
+        )

@@ -1,0 +1,177 @@
+"""The pipeline: ``images -> backbone -> proposals -> head -> detections``, as the one module that is trained.
+
+Girshick, "Fast R-CNN", 2015, arXiv 1504.08083. Read :meth:`TwoStageDetector._run`: it is the whole data path.
+
+Frames: what goes in and comes out is in pixels of the images as passed; the stages see the resized, padded batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from detpipe import images as frames
+from detpipe.optimization import LRSchedule, Optimizer
+from detpipe.stages import Backbone, Losses, ProposalSource, RoIHead
+from detpipe.types import Detection, Target
+
+
+class TwoStageDetector(LightningModule):
+    """Detect objects in two stages: propose boxes, then classify and refine them.
+
+    Torchvision's parts fit too: its ``RegionProposalNetwork`` as ``proposals``, its ``RoIHeads`` as ``head``.
+
+    Args:
+        backbone: images to feature maps.
+        proposals: features to boxes.
+        head: features and boxes to detections.
+        optimizer: how weights are updated.
+        lr_scheduler: how the learning rate changes.
+        min_size: images are resized so that the shorter side has this many pixels ...
+        max_size: ... unless the longer side would exceed this.
+
+    Raises:
+        ValueError: ``min_size`` or ``max_size`` not positive, or ``min_size`` above ``max_size``.
+
+    Example:
+        >>> from detpipe.backbones import SEResNet
+        >>> from detpipe.proposals import DenseGrid
+        >>> from detpipe.heads import FastRCNNHead
+        >>> backbone = SEResNet(18, levels=["c3"])
+        >>> head = FastRCNNHead(backbone.out_channels, num_classes=3, strides=backbone.strides, fc=[32])
+        >>> detector = TwoStageDetector(backbone, DenseGrid(scales=[32]), head, min_size=64, max_size=128).eval()
+        >>> sorted(detector([torch.rand(3, 48, 64)])[0])
+        ['boxes', 'labels', 'scores']
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        proposals: ProposalSource,
+        head: RoIHead,
+        optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
+        lr_scheduler: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
+        min_size: int = 600,
+        max_size: int = 1000,
+    ) -> None:
+        super().__init__()
+        if not 0 < min_size <= max_size:
+            raise ValueError(f"expected 0 < min_size <= max_size, got {min_size=}, {max_size=}")
+        self.backbone, self.proposals, self.head = backbone, proposals, head
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.min_size, self.max_size = min_size, max_size
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Detection]:
+        """Detect objects, in training mode too.
+
+        Args:
+            images: N tensors ``[3, H_i, W_i]`` RGB, uint8 in 0..255 or floating point in 0..1.
+            targets: only needed by a source that takes its ``proposals`` from them, in pixels of the images.
+
+        Returns:
+            N detections in pixels of the images.
+        """
+        return self._run(images, targets, ("detections",))[0]
+
+    def losses(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Losses:
+        """Compute the losses, in evaluation mode too.
+
+        Args:
+            images: N tensors ``[3, H_i, W_i]`` RGB, uint8 in 0..255 or floating point in 0..1.
+            targets: N targets with ``boxes`` and ``labels``, in pixels of the images.
+
+        Returns:
+            scalars; those named ``loss_*`` are to be summed.
+        """
+        return self._run(images, targets, ("losses",))[1]
+
+    def _run(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Target] | None,
+        wanted: Sequence[Literal["detections", "losses"]],
+    ) -> tuple[list[Detection], Losses]:
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        divisor = max(self.backbone.strides.values())
+        batch = frames.to_batch(images, self.backbone.pixel_format, self.min_size, self.max_size, divisor)
+        moved = None if targets is None else frames.targets_to_batch(targets, sizes, batch.image_sizes)
+        features = self.backbone(batch.tensors)
+        detections: list[Detection] = []
+        losses: Losses = {}
+        for want in wanted:
+            with _mode(want == "losses", self.proposals, self.head):
+                boxes, source_losses = self.proposals(batch, features, moved)
+                found, head_losses = self.head(features, boxes, batch.image_sizes, moved)
+            if want == "losses":
+                losses = {**source_losses, **head_losses}
+            else:
+                detections = frames.detections_to_images(found, batch.image_sizes, sizes)
+        return detections, losses
+
+    def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
+        """Compute the loss of a batch and log its parts."""
+        images, targets = batch
+        losses = self.losses(images, targets)
+        total = total_loss(losses)
+        self._log_losses("train", total, losses, len(images), on_step=True)
+        return total
+
+    def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> list[Detection]:
+        """Compute the loss of a batch and its detections from the same features."""
+        images, targets = batch
+        detections, losses = self._run(images, targets, ("losses", "detections"))
+        self._log_losses("val", total_loss(losses), losses, len(images), on_step=False)
+        return detections
+
+    def predict_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> list[Detection]:
+        """Detect objects in a batch."""
+        images, targets = batch
+        return self(images, targets)
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and the schedule, which is stepped after every batch."""
+        optimizer = self.optimizer.build(self.backbone, self.proposals, self.head)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scheduler.factor(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    def _log_losses(self, stage: str, total: Tensor, losses: Losses, size: int, on_step: bool) -> None:
+        values = {f"{stage}/{name}": value.detach() for name, value in losses.items()}
+        self.log(f"{stage}/loss", total.detach(), prog_bar=True, on_step=on_step, on_epoch=not on_step, batch_size=size)
+        self.log_dict(values, on_step=on_step, on_epoch=not on_step, batch_size=size)
+
+
+def total_loss(losses: Losses) -> Tensor:
+    """Sum the losses that are trained on.
+
+    Args:
+        losses: scalars by name.
+
+    Returns:
+        The sum of those named ``loss_*``, a scalar.
+
+    Raises:
+        ValueError: there is none.
+    """
+    parts = [value for name, value in losses.items() if name.startswith("loss_")]
+    if not parts:
+        raise ValueError(f"expected at least one loss named 'loss_*', got {sorted(losses)}")
+    return torch.stack(parts).sum()
+
+
+@contextmanager
+def _mode(training: bool, *stages: nn.Module) -> Iterator[None]:
+    """Tell stages whether to return losses or detections, but leave the layers inside (dropout, norms) as they are."""
+    before = [stage.training for stage in stages]
+    for stage in stages:
+        stage.training = training
+    try:
+        yield
+    finally:
+        for stage, mode in zip(stages, before, strict=True):
+            stage.training = mode

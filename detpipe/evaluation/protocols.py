@@ -1,0 +1,46 @@
+"""The protocols by name, and one function for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detpipe.evaluation.coco import Backend, evaluate_coco
+from detpipe.evaluation.voc import evaluate_voc
+from detpipe.types import Annotations, DetectionArrays
+
+PROTOCOLS = ("coco", "voc07", "voc10")
+
+
+def evaluate(
+    annotations: Annotations,
+    detections: DetectionArrays,
+    protocol: str = "coco",
+    *,
+    backend: Backend = "faster_coco_eval",
+    iou_threshold: float = 0.5,
+    strict: bool = False,
+) -> dict[str, Any]:
+    """Compute mean average precision by a named protocol.
+
+    Args:
+        annotations: the ground truth of I images.
+        detections: D detections in pixels of the original images, in any order.
+        protocol: ``"coco"`` (see :func:`~detpipe.evaluation.coco.evaluate_coco`), ``"voc07"`` (11 points) or
+            ``"voc10"`` (area under the curve; for both see :func:`~detpipe.evaluation.voc.evaluate_voc`).
+        backend: for ``"coco"``: the library that counts.
+        iou_threshold: for VOC: the overlap that makes a match.
+        strict: for VOC: the overlap must exceed the threshold instead of reaching it.
+
+    Returns:
+        For ``"coco"`` AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl and per_class; for VOC mAP and
+        per_class. A number is -1.0 where there is no ground truth to find.
+
+    Raises:
+        ValueError: no such protocol.
+        DataError: a fault in detections or ground truth.
+    """
+    if protocol == "coco":
+        return evaluate_coco(annotations, detections, backend)
+    if protocol == "voc07" or protocol == "voc10":
+        return evaluate_voc(annotations, detections, protocol, iou_threshold, strict)
+    raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")

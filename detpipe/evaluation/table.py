@@ -1,0 +1,70 @@
+"""Metrics as plain text for a terminal or a log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from detpipe.evaluation.protocols import PROTOCOLS
+
+_WIDTH = 100  # characters a line
+
+_COCO_ROWS = {
+    "AP": "average precision  IoU .50:.95  all areas      100 detections",
+    "AP50": "average precision  IoU .50      all areas      100 detections",
+    "AP75": "average precision  IoU .75      all areas      100 detections",
+    "APs": "average precision  IoU .50:.95  small, < 32^2  100 detections",
+    "APm": "average precision  IoU .50:.95  medium         100 detections",
+    "APl": "average precision  IoU .50:.95  large, > 96^2  100 detections",
+    "AR1": "average recall     IoU .50:.95  all areas        1 detection",
+    "AR10": "average recall     IoU .50:.95  all areas       10 detections",
+    "AR100": "average recall     IoU .50:.95  all areas      100 detections",
+    "ARs": "average recall     IoU .50:.95  small, < 32^2  100 detections",
+    "ARm": "average recall     IoU .50:.95  medium         100 detections",
+    "ARl": "average recall     IoU .50:.95  large, > 96^2  100 detections",
+}
+_VOC_ROWS = {
+    "voc07": {"mAP": "mean average precision  11 points (VOC 2007 to 2009)"},
+    "voc10": {"mAP": "mean average precision  area under the curve (VOC 2010 and later)"},
+}
+
+
+def format_table(metrics: Mapping[str, Any], protocol: str = "coco") -> str:
+    """Lay out what :func:`~detpipe.evaluation.protocols.evaluate` returned.
+
+    Args:
+        metrics: the numbers, with ``per_class``.
+        protocol: the protocol that they were computed by: ``"coco"``, ``"voc07"`` or ``"voc10"``.
+
+    Returns:
+        Lines of at most about 100 characters without a line break at the end: a line for each number, then the AP of
+        each class in columns. Where there was no ground truth, ``-`` stands instead of -1.
+
+    Raises:
+        ValueError: no such protocol.
+
+    Example:
+        >>> print(format_table({"mAP": 0.5, "per_class": {"cat": 0.5, "dog": -1.0}}, "voc07"))
+        mAP    0.500  mean average precision  11 points (VOC 2007 to 2009)
+        <BLANKLINE>
+        AP of each class
+        cat  0.500   dog      -
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
+    rows = _COCO_ROWS if protocol == "coco" else _VOC_ROWS[protocol]
+    lines = [f"{name:<5}  {_number(metrics[name])}  {meaning}" for name, meaning in rows.items()]
+    return "\n".join([*lines, "", "AP of each class", *_columns(metrics["per_class"])])
+
+
+def _number(value: float) -> str:
+    return "    -" if value < 0 else f"{value:.3f}"
+
+
+def _columns(per_class: Mapping[str, float]) -> list[str]:
+    """Fill columns from top to bottom, as many as fit into a line."""
+    longest = max((len(name) for name in per_class), default=0)
+    cells = [f"{name:<{longest}}  {_number(ap)}" for name, ap in per_class.items()]
+    columns = max(1, min(len(cells), (_WIDTH + 3) // (longest + 10)))
+    height = -(-len(cells) // columns)
+    return ["   ".join(cells[row::height]) for row in range(height)]

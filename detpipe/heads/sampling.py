@@ -1,0 +1,96 @@
+"""Which proposals a head is trained on, and what it shall say about each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detpipe import boxes as box_ops
+from detpipe import matching
+from detpipe.types import Target
+
+
+@dataclass(frozen=True)
+class RoITargets:
+    """The RoIs of a training step, a fixed number S for each of N images."""
+
+    rois: Tensor  # [N, S, 4] xyxy
+    labels: Tensor  # [N, S] int64, 0 for background
+    boxes: Tensor  # [N, S, 4] the matched object's box (its own box for background)
+    valid: Tensor  # [N, S] bool, False where an image has fewer than S
+    foreground: Tensor  # [N, S] bool
+
+
+@dataclass(frozen=True)
+class RoISampler:
+    """How RoIs are matched and sampled in training (Fast R-CNN, section 2.3).
+
+    Args:
+        rois_per_image: S, how many RoIs of each image are trained on.
+        positive_fraction: at most this part of them is foreground.
+        positive_iou: a proposal is foreground from this IoU with an object on.
+        negative_iou: a proposal is background if its best IoU lies in [low, high).
+        ignore_overlap: a proposal is ignored from this IoU with a difficult object, or part inside a crowd region, on.
+        add_ground_truth: train on the boxes of the objects too.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    rois_per_image: int = 128
+    positive_fraction: float = 0.25
+    positive_iou: float = 0.5
+    negative_iou: tuple[float, float] = (0.0, 0.5)
+    ignore_overlap: float = 0.5
+    add_ground_truth: bool = True
+
+    def __post_init__(self) -> None:
+        low, high = self.negative_iou
+        if self.rois_per_image < 1:
+            raise ValueError(f"rois_per_image must be positive, got {self.rois_per_image}")
+        if not 0 <= self.positive_fraction <= 1:
+            raise ValueError(f"positive_fraction must be in 0..1, got {self.positive_fraction}")
+        if not 0 <= low <= high <= self.positive_iou <= 1:
+            raise ValueError(
+                "expected 0 <= negative_iou[0] <= negative_iou[1] <= positive_iou <= 1, got "
+                f"negative_iou {self.negative_iou} and positive_iou {self.positive_iou}"
+            )
+
+    @torch.no_grad()
+    def __call__(self, proposals: list[Tensor], targets: list[Target]) -> RoITargets:
+        """Match and sample.
+
+        Args:
+            proposals: N tensors ``[P_i, 4]`` xyxy.
+            targets: N targets in the same frame.
+
+        Returns:
+            S RoIs of each image.
+        """
+        truth = matching.gather_targets(targets)
+        boxes, present = matching.pad(proposals)
+        boxes = boxes.to(truth.boxes.dtype)
+        if self.add_ground_truth:
+            boxes = torch.cat((boxes, truth.boxes), dim=1)
+            present = torch.cat((present, truth.valid), dim=1)
+        present = present & box_ops.valid(boxes)
+        found = matching.assign(boxes, present, truth, self.positive_iou, self.negative_iou, self.ignore_overlap)
+        index, valid = matching.sample(found.foreground, found.background, self.rois_per_image, self.positive_fraction)
+        if boxes.shape[1] == 0:
+            rois = boxes.new_zeros((*index.shape, 4))
+            return RoITargets(rois, torch.zeros_like(index), rois, valid, valid)
+        rois = _take(boxes, index)
+        foreground = found.foreground.gather(1, index) & valid
+        if truth.boxes.shape[1] == 0:
+            return RoITargets(rois, torch.zeros_like(index), rois, valid, foreground)
+        matched = found.matched.gather(1, index)
+        labels = truth.labels.gather(1, matched).where(foreground, torch.zeros_like(index))
+        wanted = torch.where(foreground[..., None], _take(truth.boxes, matched), rois)
+        return RoITargets(rois, labels, wanted, valid, foreground)
+
+
+def _take(boxes: Tensor, index: Tensor) -> Tensor:
+    """``[N, P, 4]`` and ``[N, S]`` -> ``[N, S, 4]``."""
+    return boxes.gather(1, index[..., None].expand(-1, -1, 4))

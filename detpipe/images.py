@@ -1,0 +1,157 @@
+"""The one place where coordinates change frame: images as passed <-> the resized, normalized, padded batch.
+
+Ren et al., "Faster R-CNN", 2015, arXiv 1506.01497, section 3.3: the shorter side becomes ``min_size`` unless the longer
+one would exceed ``max_size``.
+
+Convention: resizing maps the continuous frame, so a box is multiplied by (new width / width, new height / height).
+Padding is added at the right and the bottom, with the value that normalization gives to the mean color: zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection.image_list import ImageList
+
+from detpipe.boxes import constants
+from detpipe.types import Detection, PixelFormat, Target
+
+Size = tuple[int, int]  # height, width
+
+
+def resized_size(size: Size, min_size: int, max_size: int) -> Size:
+    """Compute the size of an image after resizing.
+
+    Args:
+        size: height and width in pixels.
+        min_size: wanted length of the shorter side.
+        max_size: the longer side never exceeds it.
+
+    Returns:
+        height and width, at least 1 each.
+
+    Example:
+        >>> resized_size((480, 640), 600, 1000)
+        (600, 800)
+    """
+    height, width = size
+    scale = min(min_size / min(height, width), max_size / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def scale_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
+    """Move boxes from an image of one size to the same image at another size.
+
+    Args:
+        boxes: ``[..., 4]`` xyxy in pixels of the old image.
+        old: its height and width.
+        new: height and width after resizing.
+
+    Returns:
+        ``[..., 4]`` xyxy in pixels of the new image.
+    """
+    if old == new:
+        return boxes
+    y, x = new[0] / old[0], new[1] / old[1]
+    return boxes * constants((x, y, x, y), boxes)
+
+
+def normalize(image: Tensor, pixel_format: PixelFormat) -> Tensor:
+    """Turn an RGB image into what a network expects.
+
+    Args:
+        image: ``[3, H, W]`` RGB, uint8 in 0..255 or floating point in 0..1.
+        pixel_format: of the backbone.
+
+    Returns:
+        ``[3, H, W]`` floating point in the backbone's channel order.
+
+    Raises:
+        TypeError: the image is neither uint8 nor floating point.
+    """
+    if image.dtype == torch.uint8:
+        image = image.to(torch.get_default_dtype()).mul_(pixel_format.value_range / 255.0)
+    elif image.is_floating_point():
+        image = image * pixel_format.value_range
+    else:
+        raise TypeError(f"images must be uint8 in 0..255 or floating point in 0..1, got {image.dtype}")
+    if pixel_format.channel_order == "bgr":
+        image = image.flip(0)
+    mean, std = constants(pixel_format.mean, image), constants(pixel_format.std, image)
+    return (image - mean[:, None, None]) / std[:, None, None]
+
+
+def to_batch(
+    images: Sequence[Tensor], pixel_format: PixelFormat, min_size: int, max_size: int, divisor: int
+) -> ImageList:
+    """Normalize, resize and pad images into one batch.
+
+    Args:
+        images: N tensors ``[3, H_i, W_i]`` RGB, uint8 in 0..255 or floating point in 0..1.
+        pixel_format: of the backbone.
+        min_size: see :func:`resized_size`.
+        max_size: see :func:`resized_size`.
+        divisor: height and width of the batch are multiples of it; the coarsest stride.
+
+    Returns:
+        ``tensors`` ``[N, 3, H, W]`` and ``image_sizes``, height and width of each image inside it.
+
+    Raises:
+        ValueError: no images, or one of a wrong shape.
+    """
+    if not len(images):
+        raise ValueError("expected at least one image, got an empty list")
+    resized = []
+    for index, image in enumerate(images):
+        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(f"images[{index}] must be [3, H, W] with H, W > 0, got {list(image.shape)}")
+        size = resized_size((image.shape[1], image.shape[2]), min_size, max_size)
+        image = normalize(image, pixel_format)
+        if size != tuple(image.shape[1:]):
+            shrinks = size[0] < image.shape[1]
+            image = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=shrinks)[0]
+        resized.append(image)
+    height, width = (-(-max(image.shape[axis] for image in resized) // divisor) * divisor for axis in (1, 2))
+    batch = resized[0].new_zeros((len(resized), 3, height, width))
+    for row, image in zip(batch, resized, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return ImageList(batch, [(image.shape[1], image.shape[2]) for image in resized])
+
+
+def targets_to_batch(targets: Sequence[Target], old: Sequence[Size], new: Sequence[Size]) -> list[Target]:
+    """Move the boxes and proposals of targets into the frame of the batch.
+
+    Args:
+        targets: N targets in pixels of the images as passed.
+        old: height and width of the images as passed.
+        new: their height and width in the batch.
+
+    Returns:
+        N new targets; the ones given are left as they are.
+    """
+    moved = []
+    for target, before, after in zip(targets, old, new, strict=True):
+        changed = {key: scale_boxes(target[key], before, after) for key in ("boxes", "proposals") if key in target}
+        moved.append(cast(Target, {**target, **changed}))
+    return moved
+
+
+def detections_to_images(detections: Sequence[Detection], batch: Sequence[Size], images: Sequence[Size]) -> list[Detection]:
+    """Move detections from the frame of the batch back to the images as passed.
+
+    Args:
+        detections: N detections in pixels of the batch.
+        batch: height and width of each image in the batch.
+        images: height and width of the images as passed.
+
+    Returns:
+        N new detections.
+    """
+    return [
+        Detection(boxes=scale_boxes(found["boxes"], old, new), scores=found["scores"], labels=found["labels"])
+        for found, old, new in zip(detections, batch, images, strict=True)
+    ]

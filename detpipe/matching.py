@@ -1,0 +1,174 @@
+"""Which proposal is which object: batched IoU assignment and fixed-size sampling, without a copy to the host.
+
+Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, section 2.3: a RoI is foreground if its IoU with an object is at least .5,
+background if its best IoU lies in [.1, .5); a quarter of those sampled are foreground.
+
+Deviations:
+1. The lower bound of background is an argument and 0 by default, as in Faster R-CNN, where proposals are not curated.
+2. Proposals mostly inside a crowd region (COCO) or overlapping a difficult object (VOC) are neither.
+3. Batches are padded to fixed sizes and masked, so that nothing waits for the device.
+
+N images, P proposals an image, G ground truths of the fullest image, S RoIs sampled an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detpipe import boxes as box_ops
+from detpipe.types import Target
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """The objects of a batch, padded to the fullest image."""
+
+    boxes: Tensor  # [N, G, 4]
+    labels: Tensor  # [N, G] in 1..K, 0 where padded
+    valid: Tensor  # [N, G] bool: an object to be found
+    crowd: Tensor  # [N, G] bool: a region of many objects
+    difficult: Tensor  # [N, G] bool: an object that does not count
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What each proposal is."""
+
+    foreground: Tensor  # [N, P] bool
+    background: Tensor  # [N, P] bool; what is neither is ignored
+    matched: Tensor  # [N, P] int64, index of the object with the highest IoU (0 where there is none)
+    overlap: Tensor  # [N, P] IoU with that object
+
+
+def pad(rows: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Stack tensors of unequal length.
+
+    Args:
+        rows: N tensors ``[P_i, ...]``.
+        length: P of the result; the longest row by default.
+
+    Returns:
+        ``[N, P, ...]`` filled with zeros, and ``[N, P]`` bool, True where a row has an entry.
+    """
+    length = max((len(row) for row in rows), default=0) if length is None else length
+    device = rows[0].device
+    if all(len(row) == length for row in rows):
+        stacked = torch.stack(tuple(rows))
+    else:
+        stacked = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        missing = length - stacked.shape[1]
+        if missing > 0:
+            stacked = torch.cat((stacked, stacked.new_zeros((len(rows), missing, *stacked.shape[2:]))), dim=1)
+    sizes = torch.tensor([len(row) for row in rows])
+    return stacked, (torch.arange(length) < sizes[:, None]).to(device, non_blocking=True)
+
+
+def gather_targets(targets: Sequence[Target]) -> GroundTruth:
+    """Pack the objects of a batch.
+
+    Args:
+        targets: N targets with ``boxes`` and ``labels``; ``iscrowd`` and ``difficult`` are False where absent.
+
+    Returns:
+        Padded tensors.
+
+    Raises:
+        ValueError: a target lacks ``boxes`` or ``labels``, or they differ in length.
+    """
+    for index, target in enumerate(targets):
+        if "boxes" not in target or "labels" not in target:
+            raise ValueError(f"targets[{index}] needs 'boxes' and 'labels' in training, got {sorted(target)}")
+        if target["boxes"].shape != (len(target["labels"]), 4):
+            raise ValueError(
+                f"targets[{index}]: boxes must be [G, 4] and labels [G], got {list(target['boxes'].shape)} "
+                f"and {list(target['labels'].shape)}"
+            )
+    boxes, present = pad([target["boxes"] for target in targets])
+    labels, _ = pad([target["labels"] for target in targets])
+
+    def flags(key: str) -> Tensor:
+        absent = [torch.zeros_like(target["labels"], dtype=torch.bool) for target in targets]
+        return pad([target.get(key, none) for target, none in zip(targets, absent, strict=True)])[0].bool()
+
+    crowd, difficult = flags("iscrowd"), flags("difficult")
+    return GroundTruth(boxes, labels, present & ~crowd & ~difficult, crowd & present, difficult & present & ~crowd)
+
+
+def assign(
+    proposals: Tensor,
+    present: Tensor,
+    truth: GroundTruth,
+    positive_iou: float = 0.5,
+    negative_iou: tuple[float, float] = (0.0, 0.5),
+    ignore_overlap: float = 0.5,
+) -> Assignment:
+    """Match proposals with objects.
+
+    Args:
+        proposals: ``[N, P, 4]`` xyxy.
+        present: ``[N, P]`` bool, False for padding.
+        truth: the objects, in the same frame.
+        positive_iou: a proposal is foreground from this IoU on.
+        negative_iou: a proposal is background if its best IoU lies in [low, high).
+        ignore_overlap: a proposal that is not foreground is ignored from this IoU with a difficult object on, or
+            with this part of its area inside a crowd region.
+
+    Returns:
+        Masks and the matched object of each proposal.
+    """
+    if truth.boxes.shape[1] == 0:
+        none = torch.zeros_like(present)
+        low = negative_iou[0] <= 0
+        overlap = proposals.new_zeros(present.shape)
+        return Assignment(none, present & low, torch.zeros_like(present, dtype=torch.int64), overlap)
+    overlaps = box_ops.iou(proposals, truth.boxes)  # [N, P, G]
+    overlap, matched = overlaps.masked_fill(~truth.valid[:, None], -1.0).max(dim=-1)
+    overlap = overlap.clamp(min=0)
+    in_crowd = box_ops.coverage(proposals, truth.boxes).masked_fill(~truth.crowd[:, None], 0.0).amax(-1)
+    on_difficult = overlaps.masked_fill(~truth.difficult[:, None], 0.0).amax(-1)
+    ignored = (in_crowd >= ignore_overlap) | (on_difficult >= ignore_overlap)
+    foreground = present & (overlap >= positive_iou) & truth.valid.any(-1, keepdim=True)
+    low, high = negative_iou
+    background = present & ~foreground & ~ignored & (overlap >= low) & (overlap < high)
+    return Assignment(foreground, background, matched, overlap)
+
+
+def sample(
+    foreground: Tensor,
+    background: Tensor,
+    size: int,
+    positive_fraction: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw a fixed number of proposals of each image at random, foreground first.
+
+    Args:
+        foreground: ``[N, P]`` bool.
+        background: ``[N, P]`` bool, disjoint from it.
+        size: S, how many to draw of each image.
+        positive_fraction: at most this part of S is foreground; background fills the rest.
+        generator: source of randomness on the masks' device; torch's own by default.
+
+    Returns:
+        ``[N, S]`` int64 indices into P, foreground before background, and ``[N, S]`` bool, False where an image has
+        fewer proposals than S (the index is then 0).
+    """
+    images, count = foreground.shape
+    if count == 0:
+        empty = torch.zeros((images, size), dtype=torch.int64, device=foreground.device)
+        return empty, torch.zeros_like(empty, dtype=torch.bool)
+    noise = torch.rand((images, count), generator=generator, device=foreground.device)
+    order = torch.argsort(noise.masked_fill(~foreground, 2.0), dim=1)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(count, device=order.device).expand_as(order))
+    drawn = foreground & (rank < int(size * positive_fraction))
+    keys = torch.where(drawn, noise + 1.0, torch.where(background, noise, -1.0))
+    best, indices = keys.topk(min(size, count), dim=1)
+    chosen = best >= 0
+    if count < size:
+        indices = torch.nn.functional.pad(indices, (0, size - count))
+        chosen = torch.nn.functional.pad(chosen, (0, size - count))
+    return indices.masked_fill(~chosen, 0), chosen

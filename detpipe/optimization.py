@@ -1,0 +1,117 @@
+"""Optimizers and learning-rate schedules, as plain settings.
+
+Warm-up: Goyal et al., "Accurate, Large Minibatch SGD", 2017, arXiv 1706.02677; cosine: Loshchilov and Hutter, "SGDR",
+2017, arXiv 1608.03983; AdamW: Loshchilov and Hutter, 2019, arXiv 1711.05101.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How weights are updated.
+
+    Args:
+        name: "sgd" (with momentum) or "adamw".
+        lr: the highest learning rate.
+        momentum: of SGD; the first beta of AdamW.
+        weight_decay: of weights with two dimensions or more; biases and norms are not decayed.
+        backbone_scale: the backbone's learning rate is ``lr`` times this.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.001
+    momentum: float = 0.9
+    weight_decay: float = 0.0005
+    backbone_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("sgd", "adamw"):
+            raise ValueError(f"optimizer.name must be 'sgd' or 'adamw', got {self.name!r}")
+        if not self.lr > 0 or not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.backbone_scale < 0:
+            raise ValueError(
+                f"optimizer: expected lr > 0, 0 <= momentum < 1, weight_decay >= 0, backbone_scale >= 0; got {self}"
+            )
+
+    def build(self, backbone: nn.Module, *others: nn.Module) -> torch.optim.Optimizer:
+        """Make the optimizer.
+
+        Args:
+            backbone: updated at ``lr * backbone_scale``.
+            others: updated at ``lr``.
+
+        Returns:
+            With up to four groups of parameters; those that need no gradient are in none.
+        """
+        groups = []
+        for lr, modules in ((self.lr * self.backbone_scale, (backbone,)), (self.lr, others)):
+            parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+            matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+            for members, decay in ((matrices, self.weight_decay), (vectors, 0.0)):
+                if members:
+                    groups.append({"params": members, "lr": lr, "weight_decay": decay})
+        if self.name == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.momentum, 0.999))
+
+
+@dataclass(frozen=True)
+class LRSchedule:
+    """How the learning rate changes from step to step.
+
+    Args:
+        name: "step" multiplies by ``gamma`` at each of ``milestones``; "cosine" falls to ``final`` at the last step.
+        warmup: the rate rises linearly over this part of training.
+        milestones: parts of training, rising, in 0..1.
+        gamma: factor at each milestone.
+        final: factor at the end of "cosine".
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    name: Literal["step", "cosine"] = "step"
+    warmup: float = 0.01
+    milestones: tuple[float, ...] = (0.75,)
+    gamma: float = 0.1
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("step", "cosine"):
+            raise ValueError(f"lr_scheduler.name must be 'step' or 'cosine', got {self.name!r}")
+        if not 0 <= self.warmup < 1 or list(self.milestones) != sorted(self.milestones):
+            raise ValueError(f"lr_scheduler: expected 0 <= warmup < 1 and rising milestones, got {self}")
+        if any(not 0 <= part <= 1 for part in self.milestones):
+            raise ValueError(f"lr_scheduler: milestones are parts of training in 0..1, got {self.milestones}")
+
+    def factor(self, total: int) -> Callable[[int], float]:
+        """Make the function of the step that multiplies the learning rate.
+
+        Args:
+            total: steps of the whole training.
+
+        Returns:
+            step (from 0) -> factor.
+        """
+        warmup = round(self.warmup * total)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            if self.name == "step":
+                return self.gamma ** sum(step >= part * total for part in self.milestones)
+            progress = (step - warmup) / max(1, total - warmup)
+            return self.final + (1 - self.final) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+        return factor

@@ -1,0 +1,113 @@
+"""Boxes of several scales and shapes on a regular grid over the whole image: proposals that need nothing learned.
+
+Sermanet et al., "OverFeat", 2013, arXiv 1312.6229 (dense windows); shapes as in Ren et al., "Faster R-CNN", 2015,
+arXiv 1506.01497.
+
+Deviation: large boxes stand on a coarser grid than small ones (``spacing``), because what a shift costs in overlap is
+relative to the size of a box.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from detpipe import boxes as box_ops
+from detpipe.stages import ImageList, Losses, ProposalSource
+from detpipe.types import Features, Target
+
+
+class DenseGrid(ProposalSource):
+    """Cover each image with boxes.
+
+    Args:
+        scales: square root of the area of the boxes, in pixels of the resized image.
+        ratios: height divided by width of the boxes.
+        stride: least distance between the centers of neighboring boxes, in pixels of the resized image.
+        spacing: least distance as a part of the box's side; 0 puts boxes of all scales on the same grid.
+        max_boxes: keep at most this many of an image, thinned out evenly.
+
+    Raises:
+        ValueError: an argument that is not positive.
+
+    Example:
+        >>> grid = DenseGrid(scales=[32], ratios=[1.0], stride=16, spacing=0)
+        >>> boxes, _ = grid(ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)]), {})
+        >>> list(boxes[0].shape), boxes[0][0].tolist()
+        ([16, 4], [0.0, 0.0, 24.0, 24.0])
+    """
+
+    def __init__(
+        self,
+        scales: Sequence[float] = (32, 64, 128, 256, 512),
+        ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        stride: float = 16,
+        spacing: float = 0.25,
+        max_boxes: int = 4000,
+    ) -> None:
+        super().__init__()
+        if not scales or not ratios or min(*scales, *ratios, stride, max_boxes) <= 0 or spacing < 0:
+            raise ValueError(
+                "scales, ratios, stride and max_boxes must be positive and spacing at least 0, got "
+                f"{scales=}, {ratios=}, {stride=}, {max_boxes=}, {spacing=}"
+            )
+        self.scales, self.ratios = tuple(scales), tuple(ratios)
+        self.stride, self.spacing, self.max_boxes = stride, spacing, max_boxes
+        self._cache: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def forward(
+        self, images: ImageList, features: Features, targets: list[Target] | None = None
+    ) -> tuple[list[Tensor], Losses]:
+        """Lay the grid over each image.
+
+        Args:
+            images: the padded batch; boxes are clipped to each image inside it.
+            features: not used.
+            targets: not used.
+
+        Returns:
+            N tensors ``[P_i, 4]`` xyxy, ordered by scale, shape, row and column, and no losses.
+        """
+        return [self.boxes(size, images.tensors.device) for size in images.image_sizes], {}
+
+    def boxes(self, size: tuple[int, int], device: torch.device | None = None) -> Tensor:
+        """Compute the boxes of an image of one size.
+
+        Args:
+            size: height and width in pixels.
+            device: where the boxes shall be.
+
+        Returns:
+            ``[P, 4]`` xyxy.
+        """
+        key = (*size, device or torch.device("cpu"))
+        if key not in self._cache:
+            if len(self._cache) >= 1000:
+                self._cache.clear()
+            self._cache[key] = self._lay(*size).to(key[2])
+        return self._cache[key]
+
+    def _lay(self, height: int, width: int) -> Tensor:
+        parts = []
+        for scale in self.scales:
+            for ratio in self.ratios:
+                box_height, box_width = scale * math.sqrt(ratio), scale / math.sqrt(ratio)
+                y = _centers(height, max(self.stride, self.spacing * box_height))
+                x = _centers(width, max(self.stride, self.spacing * box_width))
+                cy, cx = torch.meshgrid(y, x, indexing="ij")
+                center = torch.stack((cx, cy), dim=-1).reshape(-1, 2)
+                half = torch.tensor((box_width, box_height)) / 2
+                parts.append(torch.cat((center - half, center + half), dim=1))
+        boxes = box_ops.clip(torch.cat(parts), height, width)
+        if len(boxes) > self.max_boxes:
+            boxes = boxes[torch.linspace(0, len(boxes) - 1, self.max_boxes, dtype=torch.float64).long()]
+        return boxes
+
+
+def _centers(length: int, step: float) -> Tensor:
+    """Divide a side into equal parts of about ``step`` pixels and return their middles."""
+    count = max(1, round(length / step))
+    return (torch.arange(count) + 0.5) * (length / count)

@@ -1,0 +1,24 @@
+"""Near matches for misspelt names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Suggest what a misspelt name could have been.
+
+    Args:
+        name: what was written.
+        known: what could have been written.
+
+    Returns:
+        ``"; did you mean 'a' or 'b'?"``, or an empty string where nothing is near.
+
+    Example:
+        >>> did_you_mean("reducton", ["reduction", "depth"])
+        "; did you mean 'reduction'?"
+    """
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -1,0 +1,163 @@
+"""The ``train`` command: from a configuration to a run folder.
+
+A run folder holds ``config.yaml``, ``metrics.csv``, ``tensorboard/``, ``best.ckpt``, ``last.ckpt``, ``validation.png``,
+``curves.png`` and, when training has ended, ``summary.json``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from detpipe import callbacks, checkpoint
+from detpipe.configuration import CLI, positional_configs, quiet
+from detpipe.errors import DataError, TrainingError
+from detpipe.files import atomic_write, remove_orphans
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train, evaluate, and leave everything in a run folder; the last line printed is the result.
+
+    Args:
+        arguments: ``CONFIG.yaml [MORE.yaml ...] [--key.path value ...]``; ``--output FOLDER`` names the run folder,
+            ``--ckpt_path CHECKPOINT`` resumes.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        DetpipeError: what users can mend.
+    """
+    quiet()
+    cli = CLI(arguments, _add_arguments)
+    data, config = cli.datamodule, cli.config
+    for split in ("train", "val"):
+        print(data.describe(split))
+    if not len(data.annotations("train")):
+        raise DataError("the training split has no images")
+    description = checkpoint.Description(
+        checkpoint.describe_model(config.model), tuple(data.class_names), tuple(data.category_ids)
+    )
+    resume = config.ckpt_path
+    if resume is not None:
+        stored, known = checkpoint.read(resume)
+        checkpoint.check_class_names(known, description.class_names, resume)
+        checkpoint.load_weights(cli.model, stored, resume)
+    folder = run_folder(config.output, arguments)
+    remove_orphans(folder)
+    with atomic_write(folder / "config.yaml") as temporary:
+        temporary.write_text(cli.parser.dump(config, skip_link_targets=True), encoding="utf-8")
+    average, speed = callbacks.MeanAveragePrecision(), callbacks.Throughput()
+    trainer = cli.trainer_with(
+        default_root_dir=str(folder),
+        logger=_loggers(folder),
+        plugins=[checkpoint.AtomicCheckpointIO()],
+        callbacks=_callbacks(folder, data, description, int(config.seed_everything or 0), average, speed),
+    )
+    print(f"run folder {folder}")
+    start = time.perf_counter()
+    trainer.fit(cli.model, datamodule=data, ckpt_path=resume)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    summary = _summarize(trainer, average, speed, time.perf_counter() - start, config)
+    with atomic_write(folder / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(f"AP {summary['AP']:.3f} AP50 {summary['AP50']:.3f} checkpoint {summary['checkpoint']}")
+    return 0
+
+
+def run_folder(output: str | None, arguments: Sequence[str]) -> Path:
+    """Choose and make the folder of a run.
+
+    Args:
+        output: as asked for, or None for ``runs/NAME OF THE FIRST CONFIGURATION/DATE-TIME``.
+        arguments: of the command, for that name.
+
+    Returns:
+        An existing folder.
+
+    Raises:
+        DataError: the folder asked for holds a finished run.
+    """
+    if output is None:
+        configs = positional_configs(arguments)
+        name = Path(configs[1]).stem if configs[:1] == ["--config"] else "detector"
+        folder = Path("runs") / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    else:
+        folder = Path(output)
+        if (folder / "summary.json").exists():
+            raise DataError(f"{folder} holds a finished run (summary.json); give another --output or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _add_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_argument("--output", type=str | None, default=None, help="run folder; runs/CONFIG/DATE-TIME by default")
+    parser.add_argument("--ckpt_path", type=str | None, default=None, help="resume from this checkpoint (last.ckpt)")
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    loggers: list[Logger] = [CSVLogger(str(folder), name="", version="", flush_logs_every_n_steps=50)]
+    if importlib.util.find_spec("tensorboard"):
+        loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
+    else:
+        print("no TensorBoard log: install it with pip install 'detpipe[train]'", file=sys.stderr)
+    return loggers
+
+
+def _callbacks(
+    folder: Path,
+    data: Any,
+    description: checkpoint.Description,
+    seed: int,
+    average: callbacks.MeanAveragePrecision,
+    speed: callbacks.Throughput,
+) -> list[Callback]:
+    curves = importlib.util.find_spec("matplotlib") is not None
+    if not curves:
+        print("no curves.png: install matplotlib with pip install 'detpipe[train]'", file=sys.stderr)
+    return [
+        callbacks.StepSeed(seed),
+        callbacks.DescribeCheckpoint(description),
+        callbacks.StopOnNonFinite(folder),
+        average,
+        speed,
+        callbacks.Pictures(folder, data.class_names, curves),
+        ModelCheckpoint(
+            dirpath=str(folder),
+            filename="best",
+            monitor="val/AP",
+            mode="max",
+            save_last=True,
+            enable_version_counter=False,
+        ),
+        TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50),
+    ]
+
+
+def _summarize(
+    trainer: Trainer, average: callbacks.MeanAveragePrecision, speed: callbacks.Throughput, seconds: float, config: Any
+) -> dict[str, Any]:
+    saved = trainer.checkpoint_callback
+    best = saved.best_model_path if isinstance(saved, ModelCheckpoint) else ""
+    if not best or not average.best:
+        raise TrainingError("training ended before the first validation; nothing was saved (trainer.max_epochs too small?)")
+    return {
+        **average.best,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(speed.images_per_second, 2),
+        "checkpoint": best,
+        "seed": config.seed_everything,
+        "epochs": trainer.current_epoch,
+    }

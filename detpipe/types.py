@@ -1,0 +1,130 @@
+"""The data that flows through the pipeline, as plain tensors and packed arrays.
+
+Letters used everywhere: N images, C channels, P proposals an image, R RoIs of the batch, G ground truths, D detections,
+K foreground classes, I images of a data set, B boxes of a data set.
+
+Boxes are ``[x1, y1, x2, y2]`` in continuous pixel coordinates: the top left pixel covers [0, 1) x [0, 1), so a box of the
+whole image is ``[0, 0, width, height]`` and its area is ``(x2 - x1) * (y2 - y1)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Features = dict[str, Tensor]  # level name, such as "c4" -> [N, C, H_l, W_l], finest level first
+
+
+class Target(TypedDict, total=False):
+    """What is known about one image. Every box is in the frame of the image that travels with it."""
+
+    boxes: Tensor  # [G, 4] float32 xyxy, x2 > x1, y2 > y1
+    labels: Tensor  # [G] int64 in 1..K; 0 is background
+    image_id: int
+    iscrowd: Tensor  # [G] bool: a region of many objects (COCO), neither positive nor negative
+    difficult: Tensor  # [G] bool: an object that is hard to recognize (VOC), neither positive nor negative
+    area: Tensor  # [G] float32, square pixels
+    proposals: Tensor  # [P, 4] float32 xyxy
+    file_name: str  # for messages
+
+
+class Detection(TypedDict):
+    """What is found in one image, best score first; the layout that torchvision and torchmetrics use."""
+
+    boxes: Tensor  # [D, 4] float32 xyxy in pixels of the image that was passed
+    scores: Tensor  # [D] float32 in 0..1
+    labels: Tensor  # [D] int64 in 1..K
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """How a network expects its pixels; belongs to the backbone, because it comes with the weights.
+
+    Args:
+        mean: subtracted from each channel, in ``value_range`` units, in ``channel_order``.
+        std: divides each channel after the subtraction, in ``value_range`` units, in ``channel_order``.
+        channel_order: ``"rgb"`` or ``"bgr"``.
+        value_range: the value of a white pixel before normalization: 1.0 or 255.0.
+    """
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    channel_order: str = "rgb"
+    value_range: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.channel_order not in ("rgb", "bgr"):
+            raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {self.channel_order!r}")
+        if not self.value_range > 0:
+            raise ValueError(f"value_range must be positive (1.0 or 255.0), got {self.value_range}")
+        if len(self.mean) != 3 or len(self.std) != 3 or any(s <= 0 for s in self.std):
+            raise ValueError(f"mean and std need three values each, std positive; got mean {self.mean}, std {self.std}")
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The ground truth of one split in packed arrays, so that data workers share it instead of copying it.
+
+    Boxes of image ``i`` are the rows ``offsets[i]:offsets[i + 1]`` of the box arrays.
+    """
+
+    root: Path  # the folder that file_names are relative to
+    file_names: npt.NDArray[np.str_]  # [I]
+    image_ids: npt.NDArray[np.int64]  # [I] unique
+    sizes: npt.NDArray[np.int32]  # [I, 2] height, width
+    offsets: npt.NDArray[np.int64]  # [I + 1]
+    boxes: npt.NDArray[np.float64]  # [B, 4] xyxy
+    labels: npt.NDArray[np.int64]  # [B] in 1..K
+    iscrowd: npt.NDArray[np.bool_]  # [B]
+    difficult: npt.NDArray[np.bool_]  # [B]
+    area: npt.NDArray[np.float64]  # [B] square pixels
+    class_names: tuple[str, ...]  # [K], the name of label 1 first
+    category_ids: tuple[int, ...]  # [K], the ids of the annotation file; 1..K where it has none
+    counts: dict[str, int] = field(default_factory=dict)  # "images read", "boxes clipped", "boxes skipped: ..." and the like
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of foreground classes."""
+        return len(self.class_names)
+
+    def subset(self, rows: npt.NDArray[np.int64]) -> Annotations:
+        """Keep some of the images.
+
+        Args:
+            rows: ``[J]`` indices into the I images.
+
+        Returns:
+            Their annotations, in the order of ``rows``.
+        """
+        spans = [np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        boxes = np.concatenate([np.zeros(0, dtype=np.int64), *spans])
+        return replace(
+            self,
+            file_names=self.file_names[rows],
+            image_ids=self.image_ids[rows],
+            sizes=self.sizes[rows],
+            offsets=np.cumsum([0, *map(len, spans)]),
+            boxes=self.boxes[boxes],
+            labels=self.labels[boxes],
+            iscrowd=self.iscrowd[boxes],
+            difficult=self.difficult[boxes],
+            area=self.area[boxes],
+        )
+
+
+@dataclass(frozen=True)
+class DetectionArrays:
+    """Detections of a whole data set in packed arrays, boxes in pixels of the original images."""
+
+    image_ids: npt.NDArray[np.int64]  # [D]
+    boxes: npt.NDArray[np.float64]  # [D, 4] xyxy
+    scores: npt.NDArray[np.float64]  # [D]
+    labels: npt.NDArray[np.int64]  # [D] in 1..K

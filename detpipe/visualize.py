@@ -1,0 +1,314 @@
+"""Pictures of what a run does: boxes on images, truth beside detections, curves of losses and mAP.
+
+Boxes are drawn by supervision where it is installed (extra ``viz``) and by torchvision otherwise, in the same colors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional
+from torchvision.utils import draw_bounding_boxes
+
+from detpipe.curves import plot_curves
+from detpipe.errors import UsageError
+from detpipe.files import atomic_write
+from detpipe.types import Detection, Target
+
+__all__ = ["Color", "class_color", "comparison_grid", "draw", "plot_curves", "save_png"]
+
+Color = tuple[int, int, int]  # red, green, blue, 0..255
+Renderer = Literal["auto", "supervision", "torchvision"]
+
+PALETTE: tuple[Color, ...] = (
+    (255, 75, 60), (50, 205, 90), (65, 135, 255), (255, 205, 0), (215, 80, 225), (0, 215, 215), (255, 140, 20),
+    (150, 95, 255), (170, 220, 40), (255, 110, 170), (0, 160, 130), (190, 120, 60), (150, 190, 255), (255, 175, 150),
+    (120, 140, 0), (0, 95, 190), (190, 30, 90), (130, 230, 170), (225, 190, 255), (140, 70, 0),
+)  # fmt: skip
+IGNORED_COLOR: Color = (170, 170, 170)  # crowd regions and difficult objects
+
+_INK, _FAINT, _PAPER = (30, 34, 40), (110, 118, 128), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class _Tags:
+    """What is drawn beside each box, and how large."""
+
+    texts: list[str]
+    colors: list[Color]
+    line_width: int
+    text_size: int
+
+    @property
+    def text_colors(self) -> list[Color]:
+        """Black or white, whichever is easier to read on the color of the box."""
+        return [(0, 0, 0) if 0.3 * r + 0.59 * g + 0.11 * b > 125 else (255, 255, 255) for r, g, b in self.colors]
+
+
+def class_color(label: int) -> Color:
+    """The color of a class, the same in every picture. Labels count from 1."""
+    return PALETTE[(label - 1) % len(PALETTE)]
+
+
+def draw(
+    image: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str],
+    scores: Tensor | None = None,
+    *,
+    colors: Sequence[Color] | None = None,
+    min_side: int = 480,
+    renderer: Renderer = "auto",
+) -> Tensor:
+    """Draw boxes with tags that name class and score.
+
+    Args:
+        image: [3, H, W] uint8 RGB.
+        boxes: [D, 4] xyxy in pixels of ``image``. Those of higher scores are drawn over the others.
+        labels: [D] int64 in 1..K.
+        class_names: [K], the name of label 1 first.
+        scores: [D] in 0..1, written on the tags.
+        colors: one for each box, instead of the color of its class.
+        min_side: an image whose shorter side is well below this is enlarged by a whole factor, so that tags stay
+            readable; 0 keeps the size.
+        renderer: ``"auto"`` takes supervision where it is installed.
+
+    Returns:
+        [3, s H, s W] uint8, s = 1 unless the image was enlarged; ``image`` is left as it was.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or a label has no name.
+        UsageError: ``renderer="supervision"`` and it is not installed.
+
+    Example:
+        >>> image = torch.zeros(3, 160, 200, dtype=torch.uint8)
+        >>> draw(image, torch.tensor([[10.0, 40.0, 60.0, 90.0]]), torch.tensor([1]), ["cat"], torch.tensor([0.9])).shape
+        torch.Size([3, 480, 600])
+    """
+    _check(image, boxes, labels, class_names, scores, colors)
+    order = torch.arange(len(boxes)) if scores is None else torch.argsort(scores.cpu(), stable=True)
+    image, boxes, labels = image.cpu(), boxes.cpu()[order], labels.cpu()[order]
+    height, width = image.shape[1:]
+    factor = max(1, round(min_side / min(height, width)))
+    image = _resize(image, height * factor, width * factor)
+    texts = [str(class_names[label - 1]) for label in labels.tolist()]
+    if scores is not None:
+        texts = [f"{text}  {score:.2f}" for text, score in zip(texts, scores.cpu()[order].tolist(), strict=True)]
+    chosen = [class_color(label) for label in labels.tolist()]
+    if colors is not None:
+        chosen = [colors[k] for k in order.tolist()]
+    side = min(image.shape[1:])
+    tags = _Tags(texts, chosen, line_width=max(2, round(side / 240)), text_size=min(max(round(side / 32), 12), 22))
+    if not texts:
+        return image
+    if _uses_supervision(renderer):
+        return _draw_supervision(image, boxes * factor, tags)
+    return _draw_torchvision(image, boxes * factor, tags)
+
+
+def comparison_grid(
+    images: Sequence[Tensor],
+    targets: Sequence[Target],
+    detections: Sequence[Detection],
+    class_names: Sequence[str],
+    score_threshold: float = 0.5,
+    *,
+    pairs_per_row: int = 2,
+    panel_side: int = 360,
+    renderer: Renderer = "auto",
+) -> Tensor:
+    """Show each image twice: with its ground truth on the left, with what was detected on the right.
+
+    Args:
+        images: N images, [3, H, W] uint8 RGB, each of its own size.
+        targets: N targets in the frames of their images. Crowd regions and difficult objects are gray.
+        detections: N detections in the same frames.
+        class_names: [K], the name of label 1 first.
+        score_threshold: detections below it are not shown.
+        pairs_per_row: images side by side.
+        panel_side: the longer side of each panel, pixels.
+        renderer: as in :func:`draw`.
+
+    Returns:
+        [3, H, W] uint8.
+
+    Raises:
+        ValueError: there are no images, or not one target and one detection for each.
+    """
+    if not images or not len(images) == len(targets) == len(detections):
+        raise ValueError(
+            "expected one target and one detection for each of at least one image, "
+            f"got {len(images)} images, {len(targets)} targets, {len(detections)} detections"
+        )
+    pairs = [
+        _pair(image, target, detection, class_names, score_threshold, panel_side, renderer)
+        for image, target, detection in zip(images, targets, detections, strict=True)
+    ]
+    columns = min(pairs_per_row, len(pairs))
+    rows = [pairs[k : k + columns] for k in range(0, len(pairs), columns)]
+    gap, header = 16, 44
+    width = max(pair.width for pair in pairs)
+    heights = [max(pair.height for pair in row) for row in rows]
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, header + sum(heights) + gap * len(rows)), _PAPER)
+    pen = ImageDraw.Draw(canvas)
+    pen.text((gap, header / 2), _header(score_threshold), fill=_INK, font=_font(17), anchor="lm")
+    top = header
+    for row, height in zip(rows, heights, strict=True):
+        for column, pair in enumerate(row):
+            canvas.paste(pair, (gap + column * (width + gap), top))
+        top += height + gap
+    return _to_tensor(canvas)
+
+
+def save_png(path: str | os.PathLike[str], image: Tensor) -> None:
+    """Write an image, [3, H, W] uint8 RGB, so that the file is complete when it is visible.
+
+    Raises:
+        ValueError: the image has another shape or dtype.
+    """
+    _check_image(image)
+    with atomic_write(path) as temporary:
+        Image.fromarray(image.cpu().permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+
+
+def _check(
+    image: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str],
+    scores: Tensor | None,
+    colors: Sequence[Color] | None,
+) -> None:
+    _check_image(image)
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or not torch.isfinite(boxes).all():
+        raise ValueError(f"boxes must be finite, of shape [D, 4], got shape {list(boxes.shape)}: {boxes}")
+    for name, value in (("labels", labels), ("scores", scores), ("colors", colors)):
+        if value is not None and len(value) != len(boxes):
+            raise ValueError(f"expected one of {name} for each of {len(boxes)} boxes, got {len(value)}")
+    if len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) <= len(class_names):
+        raise ValueError(f"labels must be 1..{len(class_names)}, one for each class name, got {labels.tolist()}")
+
+
+def _check_image(image: Tensor) -> None:
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"image must be uint8 of shape [3, H, W], got {image.dtype} of shape {list(image.shape)}")
+
+
+def _uses_supervision(renderer: Renderer) -> bool:
+    if renderer not in ("auto", "supervision", "torchvision"):
+        raise ValueError(f"renderer must be 'auto', 'supervision' or 'torchvision', got {renderer!r}")
+    installed = importlib.util.find_spec("supervision") is not None
+    if renderer == "supervision" and not installed:
+        raise UsageError("supervision is not installed: pip install 'detpipe[viz]', or take renderer='torchvision'")
+    return installed and renderer != "torchvision"
+
+
+def _draw_supervision(image: Tensor, boxes: Tensor, tags: _Tags) -> Tensor:
+    import cv2
+    import supervision as sv
+
+    def palette(colors: list[Color]) -> sv.ColorPalette:
+        return sv.ColorPalette([sv.Color(*color) for color in colors])
+
+    by_index, text_scale, padding = sv.ColorLookup.INDEX, tags.text_size / 28, 3
+    corners = boxes.double().numpy()
+    scene = np.ascontiguousarray(image.permute(1, 2, 0).numpy()[..., ::-1])  # supervision's colors are meant for BGR
+    boxed = sv.BoxAnnotator(palette(tags.colors), tags.line_width, by_index)
+    scene = boxed.annotate(scene, sv.Detections(xyxy=corners))
+    # supervision cuts off tags that would lie outside of the image: move what they are tied to
+    extents = [cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, text_scale, 1)[0] for text in tags.texts]
+    wide, high = (np.array(side) + 2 * padding for side in zip(*extents, strict=True))
+    anchors = corners.clip(min=0)
+    anchors[:, 0] = np.minimum(anchors[:, 0], image.shape[2] - wide).clip(min=0)
+    anchors[:, 1] += np.where(anchors[:, 1] < high, high, 0)
+    tagged = sv.LabelAnnotator(
+        palette(tags.colors), by_index, palette(tags.text_colors), text_scale=text_scale, text_padding=padding
+    )
+    scene = tagged.annotate(scene, sv.Detections(xyxy=anchors), labels=tags.texts)
+    return torch.from_numpy(np.ascontiguousarray(scene[..., ::-1])).permute(2, 0, 1).contiguous()
+
+
+def _draw_torchvision(image: Tensor, boxes: Tensor, tags: _Tags) -> Tensor:
+    height, width = image.shape[1:]
+    limits = torch.tensor([width, height, width, height]) - 1
+    inside = torch.minimum(boxes.clamp(min=0), limits.to(boxes))
+    boxed = draw_bounding_boxes(image, inside, colors=list(tags.colors), width=tags.line_width + 1)
+    canvas = Image.fromarray(boxed.permute(1, 2, 0).numpy())
+    pen, font = ImageDraw.Draw(canvas), _font(tags.text_size)
+    for (x, y, _, _), text, color, text_color in zip(
+        inside.tolist(), tags.texts, tags.colors, tags.text_colors, strict=True
+    ):
+        wide, high = pen.textlength(text, font=font) + 6, tags.text_size + 4
+        left, top = min(x, width - wide), y - high if y >= high else y
+        pen.rectangle((left, top, left + wide, top + high), fill=color)
+        pen.text((left + 3, top + high / 2), text, fill=text_color, font=font, anchor="lm")
+    return _to_tensor(canvas)
+
+
+def _pair(
+    image: Tensor,
+    target: Target,
+    detection: Detection,
+    class_names: Sequence[str],
+    score_threshold: float,
+    panel_side: int,
+    renderer: Renderer,
+) -> Image.Image:
+    """One image with its truth and its detections, and a line above that says what is seen."""
+    height, width = image.shape[1:]
+    scale = panel_side / max(height, width)
+    panel = _resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
+    boxes, labels = target.get("boxes", torch.zeros(0, 4)).cpu(), target.get("labels", torch.zeros(0).long()).cpu()
+    ignored = torch.zeros(len(boxes), dtype=torch.bool)
+    for flag in (target.get("iscrowd"), target.get("difficult")):
+        if flag is not None:
+            ignored |= flag.cpu()
+    colors = [
+        IGNORED_COLOR if ignore else class_color(label)
+        for ignore, label in zip(ignored.tolist(), labels.tolist(), strict=True)
+    ]
+    keep = detection["scores"] >= score_threshold
+    found = [detection[key][keep].cpu() for key in ("boxes", "labels", "scores")]
+    halves = (
+        draw(panel, boxes * scale, labels, class_names, colors=colors, min_side=0, renderer=renderer),
+        draw(panel, found[0] * scale, found[1], class_names, found[2], min_side=0, renderer=renderer),
+    )
+    name = Path(target.get("file_name", "")).name
+    captions = (f"{name}  truth: {len(boxes)}".strip(), f"detected: {len(found[0])}")
+    caption, gap = 22, 4
+    canvas = Image.new("RGB", (2 * panel.shape[2] + gap, panel.shape[1] + caption), _PAPER)
+    pen = ImageDraw.Draw(canvas)
+    for k, (half, text) in enumerate(zip(halves, captions, strict=True)):
+        left = k * (panel.shape[2] + gap)
+        canvas.paste(Image.fromarray(half.permute(1, 2, 0).numpy()), (left, caption))
+        pen.text((left, caption / 2), text, fill=_FAINT, font=_font(13), anchor="lm")
+    return canvas
+
+
+def _header(score_threshold: float) -> str:
+    return f"left: ground truth      right: detections with a score of at least {score_threshold:g}"
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    if image.shape[1:] == (height, width):
+        return image.clone()
+    resized = functional.interpolate(image[None].float(), size=(height, width), mode="bicubic", antialias=True)
+    return resized[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def _to_tensor(canvas: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,74 @@
+"""Small data sets on disk, sound unless a test spoils them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SIZES = ((40, 60), (40, 60), (30, 50))  # height, width
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Smooth colors, so that JPEG keeps them."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    channels = [columns * 255 // max(width - 1, 1), rows * 255 // max(height - 1, 1), np.full_like(rows, seed * 37 % 256)]
+    return Image.fromarray(np.stack(channels, axis=2).astype(np.uint8))
+
+
+def coco_content(sizes: tuple[tuple[int, int], ...] = SIZES) -> dict[str, Any]:
+    """Three images, the last without boxes; four boxes; category ids with gaps and not in order."""
+    images = [
+        {"id": 10 + i, "file_name": f"{i}.jpg", "height": height, "width": width}
+        for i, (height, width) in enumerate(sizes)
+    ]
+    boxes = [(10, 7, [1, 2, 10, 20]), (11, 1, [5, 5, 20, 10]), (10, 90, [30.5, 10.25, 8, 9]), (11, 1, [0, 0, 60, 40])]
+    annotations = [
+        {"id": 100 + b, "image_id": image, "category_id": category, "bbox": box, "area": 50 + b, "iscrowd": 0}
+        for b, (image, category, box) in enumerate(boxes)
+    ]
+    categories = [{"id": 7, "name": "dog"}, {"id": 90, "name": "owl"}, {"id": 1, "name": "cat"}]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def write_coco(root: Path, content: dict[str, Any] | None = None, split: str = "train") -> tuple[Path, Path]:
+    """Write annotations and the images that `coco_content` names; returns the file and the image folder."""
+    content = coco_content() if content is None else content
+    folder, path = root / split, root / "annotations" / f"instances_{split}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(coco_content()["images"] if content is None else content["images"]):
+        name, height, width = image.get("file_name"), image.get("height"), image.get("width")
+        if isinstance(name, str) and name.endswith(".jpg") and "/" not in name and height and width:
+            picture(height, width, i).save(folder / name, quality=95)
+    path.write_text(json.dumps(content))
+    return path, folder
+
+
+def voc_object(name: str = "cat", box: tuple[Any, ...] = (1, 1, 20, 10), difficult: Any = 0) -> str:
+    corners = "".join(f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    flag = "" if difficult is None else f"<difficult>{difficult}</difficult>"
+    return f"<object><name>{name}</name>{flag}<bndbox>{corners}</bndbox></object>"
+
+
+def write_voc(
+    root: Path,
+    images: dict[str, list[str]] | None = None,
+    split: str = "train",
+    size: tuple[int, int] | None = (40, 60),
+) -> Path:
+    """Write a folder in VOC layout; ``images`` maps names to the XML of their objects."""
+    images = {"a": [voc_object()], "b": [voc_object("dog", (3, 5, 60, 40)), voc_object()]} if images is None else images
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for i, (stem, objects) in enumerate(images.items()):
+        height, width = size or (40, 60)
+        picture(height, width, i).save(root / "JPEGImages" / f"{stem}.jpg", quality=95)
+        tag = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>" if size else ""
+        xml = f"<annotation><filename>wrong-name</filename>{tag}{''.join(objects)}</annotation>"
+        (root / "Annotations" / f"{stem}.xml").write_text(xml)
+    (root / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in images))
+    return root

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detpipe.errors import DataError
+from detpipe.evaluation import (
+    canonical_order,
+    evaluate_coco,
+    read_coco_annotations,
+    read_detections,
+    write_detections,
+)
+from detpipe.types import DetectionArrays
+
+from .builders import found, shuffled, truth
+
+
+def sound() -> dict[str, Any]:
+    return {
+        "images": [
+            {"id": 12, "file_name": "b.jpg", "width": 64, "height": 48},
+            {"id": 3, "file_name": "a.jpg", "width": 32, "height": 16},
+        ],
+        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"id": 7, "name": "train"}],
+        "annotations": [
+            {"id": 5, "image_id": 3, "category_id": 90, "bbox": [1.5, 2, 10, 4], "area": 31.5, "iscrowd": 0},
+            {"id": 0, "image_id": 12, "category_id": 7, "bbox": [0, 0, 64, 48], "iscrowd": 1, "area": 900},
+            {"id": 9, "image_id": 3, "category_id": 1, "bbox": [-2, 0, 80, 4]},
+        ],
+    }
+
+
+def write(path: Path, data: Any) -> Path:
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_a_sound_file_is_read_as_it_is(tmp_path: Path) -> None:
+    annotations = read_coco_annotations(write(tmp_path / "gt.json", sound()))
+    assert annotations.class_names == ("person", "train", "toothbrush")
+    assert annotations.category_ids == (1, 7, 90)
+    assert annotations.file_names.tolist() == ["b.jpg", "a.jpg"]
+    assert annotations.image_ids.tolist() == [12, 3]
+    assert annotations.sizes.tolist() == [[48, 64], [16, 32]]
+    assert annotations.offsets.tolist() == [0, 1, 3]
+    assert annotations.boxes.tolist() == [[0, 0, 64, 48], [1.5, 2, 11.5, 6], [-2, 0, 78, 4]]  # not clipped
+    assert annotations.labels.tolist() == [2, 3, 1]
+    assert annotations.iscrowd.tolist() == [True, False, False]
+    assert annotations.area.tolist() == [900, 31.5, 320]
+    assert annotations.counts["areas taken from boxes"] == 1
+
+
+def test_images_without_objects_and_bare_images_are_read(tmp_path: Path) -> None:
+    data = sound() | {"annotations": [], "images": [{"id": 4}]}
+    annotations = read_coco_annotations(write(tmp_path / "gt.json", data))
+    assert annotations.offsets.tolist() == [0, 0]
+    assert annotations.boxes.shape == (0, 4)
+    assert annotations.file_names.tolist() == ["4"]
+
+
+def edit(section: str, row: int, **fields: Any) -> Callable[[dict], None]:
+    return lambda data: data[section][row].update(fields)
+
+
+def drop(section: str, row: int, field: str) -> Callable[[dict], None]:
+    return lambda data: data[section][row].pop(field)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda data: data.pop("images"), "the field 'images' is missing: expected a list"),
+        (lambda data: data.pop("annotations"), "the field 'annotations' is missing"),
+        (lambda data: data.pop("categories"), "the field 'categories' is missing"),
+        (drop("annotations", 0, "bbox"), "annotation id 5: the field 'bbox' is missing"),
+        (drop("annotations", 0, "image_id"), "annotation id 5: the field 'image_id' is missing"),
+        (drop("annotations", 1, "id"), "annotation 1 of the list: the field 'id' is missing"),
+        (drop("categories", 1, "name"), "category id 1: the field 'name' is missing"),
+        (
+            edit("annotations", 0, bbox=[1, 2, 3]),
+            r"annotation id 5: the field 'bbox' is \[1, 2, 3\]: expected 4 finite",
+        ),
+        (edit("annotations", 0, bbox=[1, 2, "3", 4]), "annotation id 5: the field 'bbox' is .*expected 4 finite"),
+        (edit("annotations", 0, bbox=[1, 2, -3, 4]), "annotation id 5: the field 'bbox' is .*expected width"),
+        (edit("annotations", 0, area=-1), "annotation id 5: the field 'area' is -1"),
+        (edit("images", 1, id=12), "image id 12 is used twice .file_name 'b.jpg' and 'a.jpg'."),
+        (edit("images", 1, id="3"), "image 1 of the list: the field 'id' is '3': expected a whole number"),
+        (edit("images", 1, id=2**70), "image 1 of the list: the field 'id' is 1180591620717411303424"),
+        (edit("annotations", 2, id=5), "annotation id 5 is used twice .image_id 3 and 3."),
+        (edit("categories", 2, id=1), "category id 1 is used twice .name 'person' and 'train'."),
+        (edit("categories", 2, name="person"), "the category name 'person' occurs more than once"),
+        (edit("annotations", 0, category_id=999), "annotation id 5: category_id 999 is not among"),
+        (edit("annotations", 0, image_id=999), "annotation id 5: image_id 999 is not among"),
+        (edit("annotations", 0, iscrowd=2), "annotation id 5: the field 'iscrowd' is 2: expected 0 or 1"),
+        (edit("images", 0, width="64"), "image id 12: the field 'width' is '64'"),
+    ],
+)
+def test_a_fault_names_file_record_and_field(tmp_path: Path, fault: Callable[[dict], None], message: str) -> None:
+    data = sound()
+    fault(data)
+    with pytest.raises(DataError, match=rf"gt\.json: {message}") as error:
+        read_coco_annotations(write(tmp_path / "gt.json", data))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [True, 1])
+def test_iscrowd_may_be_true(tmp_path: Path, value: Any) -> None:
+    data = sound()
+    data["annotations"][2].update(iscrowd=value, difficult=value)
+    annotations = read_coco_annotations(write(tmp_path / "gt.json", data))
+    assert annotations.iscrowd.tolist() == [True, False, True]
+    assert annotations.difficult.tolist() == [False, False, True]
+
+
+def row(**fields: Any) -> dict[str, Any]:
+    return {"image_id": 3, "category_id": 90, "bbox": [1, 2, 3, 4], "score": 0.5} | fields
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (row(image_id=999), "image_id 999 is not an image of the ground truth"),
+        (row(category_id=2), "category_id 2 is not a category of the ground truth"),
+        (row(score="high"), "the field 'score' is 'high': expected a finite number"),
+        (row(score=None), "the field 'score' is None"),
+        (row(score=True), "the field 'score' is True"),
+        (row(bbox=[1, 2, 3, -4]), r"the field 'bbox' is \[1, 2, 3, -4\]"),
+        ({k: v for k, v in row().items() if k != "score"}, "the field 'score' is missing"),
+        ({k: v for k, v in row().items() if k != "bbox"}, "the field 'bbox' is missing"),
+        ([1, 2], r"expected an object with the field 'image_id', got \[1, 2\]"),
+    ],
+)
+def test_a_bad_detection_names_record_and_field(tmp_path: Path, bad: Any, message: str) -> None:
+    annotations = read_coco_annotations(write(tmp_path / "gt.json", sound()))
+    with pytest.raises(DataError, match=rf"dets\.json: record 1: {message}"):
+        read_detections(write(tmp_path / "dets.json", [row(), bad, bad]), annotations)
+
+
+def test_a_score_beyond_floats_and_a_nan_are_refused(tmp_path: Path) -> None:
+    annotations = read_coco_annotations(write(tmp_path / "gt.json", sound()))
+    file = write(tmp_path / "dets.json", [row(score=float("nan"))])
+    with pytest.raises(DataError, match=r"dets\.json: line 1 column \d+: NaN is not a number"):
+        read_detections(file, annotations)
+    file.write_text(json.dumps([row()]).replace("0.5", "1e999"))
+    with pytest.raises(DataError, match="record 0: the field 'score' is inf"):
+        read_detections(file, annotations)
+    with pytest.raises(DataError, match="expected a list of detections"):
+        read_detections(write(file, {"annotations": []}), annotations)
+
+
+def test_files_keep_ids_and_every_bit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    annotations = truth([], [12, 3], ["person", "train", "toothbrush"], category_ids=[1, 7, 2**24 + 1])
+    corners = rng.uniform(0, 300, (500, 2, 2)).astype(np.float32)
+    boxes = np.concatenate((corners.min(axis=1), corners.max(axis=1)), axis=1).astype(np.float64)
+    scores = rng.random(500).astype(np.float32).astype(np.float64)
+    detections = DetectionArrays(rng.choice([3, 12], 500), boxes, scores, rng.integers(1, 4, 500))
+    write_detections(tmp_path / "a.json", detections, annotations)
+    write_detections(tmp_path / "b.json", shuffled(detections, 0), annotations)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert {one["category_id"] for one in json.loads((tmp_path / "a.json").read_text())} == {1, 7, 2**24 + 1}
+    again, wanted = read_detections(tmp_path / "a.json", annotations), canonical_order(detections)
+    for field in ("image_ids", "boxes", "scores", "labels"):
+        np.testing.assert_array_equal(getattr(again, field), getattr(wanted, field))
+
+
+def test_no_detections_make_an_empty_list(tmp_path: Path) -> None:
+    annotations = truth([(3, 1, (0, 0, 4, 4))], [3])
+    write_detections(tmp_path / "dets.json", found([]), annotations)
+    assert json.loads((tmp_path / "dets.json").read_text()) == []
+    assert evaluate_coco(annotations, read_detections(tmp_path / "dets.json", annotations))["AP"] == 0.0
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    annotations = truth([], [3])
+    file = tmp_path / "dets.json"
+    write_detections(file, found([(3, 1, 0.5, (0, 0, 4, 4))]), annotations)
+    before = file.read_bytes()
+    with pytest.raises(DataError, match="the score is nan"):
+        write_detections(file, found([(3, 1, float("nan"), (0, 0, 4, 4))]), annotations)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(DataError, match=r"dets\.json: cannot be written .No space left on device."):
+        write_detections(file, found([(3, 1, 0.25, (0, 0, 4, 4))]), annotations)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
