@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
-from detpipe.boxes import constants
+from detpipe import boxes as box_ops
 from detpipe.types import Detection, PixelFormat, Target
 
 Size = tuple[int, int]  # height, width
@@ -57,7 +57,7 @@ def scale_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
     if old == new:
         return boxes
     y, x = new[0] / old[0], new[1] / old[1]
-    return boxes * constants((x, y, x, y), boxes)
+    return boxes * box_ops.constants((x, y, x, y), boxes)
 
 
 def normalize(image: Tensor, pixel_format: PixelFormat) -> Tensor:
@@ -81,7 +81,7 @@ def normalize(image: Tensor, pixel_format: PixelFormat) -> Tensor:
         raise TypeError(f"images must be uint8 in 0..255 or floating point in 0..1, got {image.dtype}")
     if pixel_format.channel_order == "bgr":
         image = image.flip(0)
-    mean, std = constants(pixel_format.mean, image), constants(pixel_format.std, image)
+    mean, std = (box_ops.constants(values, image) for values in (pixel_format.mean, pixel_format.std))
     return (image - mean[:, None, None]) / std[:, None, None]
 
 
@@ -123,7 +123,7 @@ def to_batch(
 
 
 def targets_to_batch(targets: Sequence[Target], old: Sequence[Size], new: Sequence[Size]) -> list[Target]:
-    """Move the boxes and proposals of targets into the frame of the batch.
+    """Move the boxes, areas and proposals of targets into the frame of the batch.
 
     Args:
         targets: N targets in pixels of the images as passed.
@@ -136,6 +136,8 @@ def targets_to_batch(targets: Sequence[Target], old: Sequence[Size], new: Sequen
     moved = []
     for target, before, after in zip(targets, old, new, strict=True):
         changed = {key: scale_boxes(target[key], before, after) for key in ("boxes", "proposals") if key in target}
+        if "area" in target:
+            changed["area"] = target["area"] * (after[0] * after[1] / (before[0] * before[1]))
         moved.append(cast(Target, {**target, **changed}))
     return moved
 
@@ -149,9 +151,10 @@ def detections_to_images(detections: Sequence[Detection], batch: Sequence[Size],
         images: height and width of the images as passed.
 
     Returns:
-        N new detections.
+        N new detections, inside the images: rounding of the scale is clipped off.
     """
-    return [
-        Detection(boxes=scale_boxes(found["boxes"], old, new), scores=found["scores"], labels=found["labels"])
-        for found, old, new in zip(detections, batch, images, strict=True)
-    ]
+    moved = []
+    for found, old, new in zip(detections, batch, images, strict=True):
+        boxes = box_ops.clip(scale_boxes(found["boxes"], old, new), *new)
+        moved.append(Detection(boxes=boxes, scores=found["scores"], labels=found["labels"]))
+    return moved

@@ -44,27 +44,18 @@ class Assignment:
     overlap: Tensor  # [N, P] IoU with that object
 
 
-def pad(rows: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
+def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Stack tensors of unequal length.
 
     Args:
-        rows: N tensors ``[P_i, ...]``.
-        length: P of the result; the longest row by default.
+        rows: N tensors ``[P_i, ...]``, one at least.
 
     Returns:
-        ``[N, P, ...]`` filled with zeros, and ``[N, P]`` bool, True where a row has an entry.
+        ``[N, P, ...]`` with the longest P_i, filled with zeros, and ``[N, P]`` bool, True where a row has an entry.
     """
-    length = max((len(row) for row in rows), default=0) if length is None else length
-    device = rows[0].device
-    if all(len(row) == length for row in rows):
-        stacked = torch.stack(tuple(rows))
-    else:
-        stacked = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        missing = length - stacked.shape[1]
-        if missing > 0:
-            stacked = torch.cat((stacked, stacked.new_zeros((len(rows), missing, *stacked.shape[2:]))), dim=1)
     sizes = torch.tensor([len(row) for row in rows])
-    return stacked, (torch.arange(length) < sizes[:, None]).to(device, non_blocking=True)
+    present = torch.arange(max(len(row) for row in rows)) < sizes[:, None]
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), present.to(rows[0].device, non_blocking=True)
 
 
 def gather_targets(targets: Sequence[Target]) -> GroundTruth:
@@ -92,7 +83,7 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
 
     def flags(key: str) -> Tensor:
         absent = [torch.zeros_like(target["labels"], dtype=torch.bool) for target in targets]
-        return pad([target.get(key, none) for target, none in zip(targets, absent, strict=True)])[0].bool()
+        return pad([target.get(key, none).bool() for target, none in zip(targets, absent, strict=True)])[0]
 
     crowd, difficult = flags("iscrowd"), flags("difficult")
     return GroundTruth(boxes, labels, present & ~crowd & ~difficult, crowd & present, difficult & present & ~crowd)

@@ -91,7 +91,8 @@ def require(record: Any, field: str, kind: type[T], where: str) -> T:
     value = record[field]
     if kind is float and type(value) in (int, float) and _is_finite(value):
         return float(value)  # type: ignore[return-value]
-    if kind is float or type(value) is not kind or (kind is int and not -(2**63) <= value < 2**63):
+    too_long = type(value) is int and not -(2**63) <= value < 2**63
+    if kind is float or type(value) is not kind or too_long:
         _refuse(field, value, _KIND_NAMES.get(kind, kind.__name__), where)
     return value
 

@@ -23,7 +23,7 @@ from detpipe.stages import Backbone
 from detpipe.suggest import did_you_mean
 from detpipe.types import Features, PixelFormat
 
-PROBE = 256  # side of the image that checks the declared strides
+PROBES = (128, 256)  # sides of the images that check the declared strides
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,20 @@ class Extractor(Backbone):
     def _probe(self) -> dict[str, int]:
         """Measure the width of each level, and hold the declared strides against what the network does."""
         training = self.body.training
-        maps = self.body.eval()(torch.zeros(1, 3, PROBE, PROBE))
+        small, large = (self.body.eval()(torch.zeros(1, 3, side, side)) for side in PROBES)
         self.body.train(training)
         for level, stride in self.strides.items():
-            cells = maps[level].shape[-1]
-            if maps[level].ndim != 4 or abs(cells - PROBE / stride) > 2:
+            shape = list(large[level].shape)
+            more = shape[-1] - small[level].shape[-1]  # cells; the difference is free of what is lost at the borders
+            if len(shape) != 4 or more < 1:
                 raise ValueError(
-                    f"level {level!r}: stride {stride} is declared, but an image of {PROBE} pixels gives "
-                    f"{list(maps[level].shape)}; declare stride {round(PROBE / max(cells, 1))} or cut elsewhere"
+                    f"level {level!r}: expected a map [1, C, H, W] that grows with the image, but an image of "
+                    f"{PROBES[1]} pixels gives {shape}; cut elsewhere"
                 )
-        return {level: maps[level].shape[1] for level in self.strides}
+            real = round((PROBES[1] - PROBES[0]) / more)
+            if stride != real:
+                raise ValueError(f"level {level!r}: stride {stride} is declared, but it is {real}; declare {real}")
+        return {level: large[level].shape[1] for level in self.strides}
 
     def _freeze(self, prefixes: tuple[str, ...]) -> None:
         for prefix in prefixes:
@@ -131,7 +135,7 @@ def _cut(network: str, nodes: dict[str, str], weights: str | None) -> nn.Module:
     for node in nodes:
         if node not in graph_nodes and not any(name.startswith(f"{node}.") for name in graph_nodes):
             raise UsageError(f"{network} has no node {node!r}{did_you_mean(node, sorted(graph_nodes))}")
-    body = create_feature_extractor(full, return_nodes=nodes)
+    body = create_feature_extractor(full, return_nodes=nodes, suppress_diff_warning=True)
     if weights is not None:
         load_weights(full, body, network, weights)  # the cut shares its parameters with the full network
     return body
@@ -140,7 +144,7 @@ def _cut(network: str, nodes: dict[str, str], weights: str | None) -> nn.Module:
 def _node_names(network: nn.Module) -> set[str]:
     from torchvision.models.feature_extraction import get_graph_node_names
 
-    train_nodes, eval_nodes = get_graph_node_names(network)
+    train_nodes, eval_nodes = get_graph_node_names(network, suppress_diff_warning=True)
     return set(train_nodes) & set(eval_nodes)
 
 

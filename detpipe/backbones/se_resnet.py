@@ -95,6 +95,7 @@ class SEResNet(Backbone):
         _initialize(self)
         for stage in self._frozen():
             stage.requires_grad_(False)
+        self.train()  # a new module is in training mode, the batch norm of frozen stages must not be
 
     def forward(self, images: Tensor) -> Features:
         """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C, ceil(H / stride), ceil(W / stride)]``."""

@@ -17,8 +17,8 @@ class EpochBatches(Sampler[list[Key]]):
     """Yields batches of ``(epoch, index)`` keys; images of like shape share a batch, so that little is padded.
 
     For training, the images are shuffled, cut into pools of 32 batches, sorted by aspect ratio within each pool, cut
-    into batches, and the batches are shuffled; the incomplete last batch is kept. For evaluation, only images of the very
-    same size share a batch, so that padding never changes a result, and every image comes once.
+    into batches, and the batches are shuffled; the incomplete last batch is kept. For evaluation, only images of
+    exactly the same size share a batch, so that padding never changes a result, and every image comes once.
 
     Args:
         sizes: [I, 2] height and width of each image.

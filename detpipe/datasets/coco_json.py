@@ -119,15 +119,15 @@ def _images(
         name = f"images[{i}]" if field == "id" else f"image id {record.get('id')} ({record.get('file_name')})"
         bad.setdefault(i, (f"bad {field}", f"{name}: field {field} {text}"))
 
-    ids, good = _column(records, "id", _is_int64, "a whole number", note)
+    ids, has_id = _column(records, "id", _is_int64, "a whole number", note)
     names, named = _column(records, "file_name", _is_text, "text", note)
     columns = [_column(records, f, _is_length, "a whole number of pixels above 0", note) for f in ("height", "width")]
-    good &= named & columns[0][1] & columns[1][1]
+    good = has_id & named & columns[0][1] & columns[1][1]
     for i in sorted(bad):
         faults.image(*bad[i])
     sizes = np.array([columns[0][0], columns[1][0]], dtype=np.int64).T.reshape(-1, 2)
     image_ids = np.array(ids, dtype=np.int64)
-    for first, again in _repeats(image_ids, good):
+    for first, again in _repeats(image_ids, has_id):
         faults.fatal(f"image id {ids[again]} is there twice: file_name {names[first]!r} and {names[again]!r}")
     rows = np.flatnonzero(good).tolist()
     dropped = {record["id"] for i, record in enumerate(records) if not good[i] and type(record.get("id")) is int}
@@ -158,15 +158,10 @@ def _annotations(
         _column(records, "area", _is_area, "a number of at least 0", note, default=math.nan)[0], dtype=float
     )
 
-    box_image, known = _look_up(image_of, image_ids)
-    orphaned = {b for b in np.flatnonzero(~known).tolist() if image_of[b] in dropped and b not in bad}
+    orphaned = {b for b, image in enumerate(image_of.tolist()) if image in dropped and b not in bad}
     faults.skipped["boxes skipped: image skipped"] += len(orphaned)  # the fault is that of the image
-    for b in np.flatnonzero(~known).tolist():
-        if b not in orphaned:
-            note(b, "image_id", f"is {image_of[b]}, which no image has")
-    labels, known = _look_up(category_of, np.array(category_ids, dtype=np.int64))
-    for b in np.flatnonzero(~known).tolist():
-        note(b, "category_id", f"is {category_of[b]}, which no category has (known: {shorten(list(category_ids))})")
+    box_image = _look_up(image_of, image_ids, "image_id", note)
+    labels = _look_up(category_of, np.array(category_ids, dtype=np.int64), "category_id", note)
     good = np.ones(len(records), dtype=bool)
     good[[*bad, *orphaned]] = False
     for first, again in _repeats(ids, good):
@@ -247,14 +242,19 @@ _is_area = ({int, float}, lambda v: 0 <= v < _INT64)
 
 
 def _look_up(
-    wanted: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """The row of each wanted id, and whether there is one."""
-    if len(ids) == 0:
-        return np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=bool)
+    wanted: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], field: str, note: Callable[[int, str, str], None]
+) -> npt.NDArray[np.int64]:
+    """The row of each wanted id; those that are not there are noted and get row 0."""
     order = np.argsort(ids, kind="stable")
-    rows = order[np.searchsorted(ids[order], wanted).clip(max=len(ids) - 1)]
-    return rows, ids[rows] == wanted
+    places = np.searchsorted(ids[order], wanted)
+    known = places < len(ids)
+    known[known] = ids[order[places[known]]] == wanted[known]
+    for b in np.flatnonzero(~known).tolist():
+        owner = field.removesuffix("_id")
+        note(b, field, f"is {wanted[b]}, which no {owner} has (there are {shorten(np.sort(ids).tolist())})")
+    rows = np.zeros(len(wanted), dtype=np.int64)
+    rows[known] = order[places[known]]
+    return rows
 
 
 def _repeats(ids: npt.NDArray[np.int64], good: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ from detpipe.datasets.transforms import Augment
 
 _GROUND = (124, 116, 104)  # RGB, the mean color of ImageNet: what a network calls zero
 _CROP = 0.2  # largest part that a crop cuts from each side
+_LEAST = 0.01  # pixels; or a box that has left the image stays, without a size, and raises
 _HUE = 0.1  # of the strength of the other color changes
 
 cv2.setNumThreads(0)  # data workers are what runs in parallel; threads of OpenCV do not survive a fork
@@ -34,9 +35,7 @@ def build_pipeline(augment: Augment) -> albumentations.Compose:
         A pipeline over ``image``, ``bboxes`` and ``rows``. Boxes are clipped and judged by their visible part at
         the very end, so that the steps before do not hide how much of a box was lost.
     """
-    steps: list[Any] = []
-    if augment.flip:
-        steps.append(albumentations.HorizontalFlip(p=augment.flip))
+    steps: list[Any] = [albumentations.HorizontalFlip(p=augment.flip)]
     if augment.scale_jitter is not None:
         steps.append(Zoom(augment.scale_jitter))
     if augment.crop:
@@ -49,6 +48,8 @@ def build_pipeline(augment: Augment) -> albumentations.Compose:
         format="pascal_voc",
         label_fields=["rows"],
         min_visibility=augment.min_visibility,
+        min_width=_LEAST,
+        min_height=_LEAST,
         check_each_transform=False,
     )
     return albumentations.Compose(steps, bbox_params=params)

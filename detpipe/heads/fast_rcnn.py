@@ -5,8 +5,6 @@ Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, sections 2.1 to 2.3.
 Deviations:
 1. Both losses are sums over the sampled RoIs divided by max(1, their number), so that a batch without any is finite.
 2. Smooth L1 acts on weighted deltas, see :mod:`detpipe.boxes`.
-3. ``refinements`` pools again at the refined boxes of the detections (Gidaris and Komodakis, "Object detection via a
-   multi-region and semantic segmentation-aware CNN model", 2015, arXiv 1505.01749, section 5); 0 is the paper's head.
 
 N images, P proposals an image, S sampled RoIs an image, K foreground classes, B = K boxes a RoI (1 if class-agnostic).
 """

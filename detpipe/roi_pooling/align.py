@@ -7,6 +7,7 @@ Deviation: coordinates are shifted by half a pixel (``aligned=True``), so that a
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -35,5 +36,8 @@ class RoIAlign(RoIPooler):
 
     def pool(self, features: Tensor, rois: Tensor, stride: int) -> Tensor:
         """Pool one level: ``[N, C, H, W]`` and ``[R, 5]`` in image pixels -> ``[R, C, h, w]``."""
-        rois = rois.to(features.dtype)
-        return roi_align(features, rois, self.output_size, 1.0 / stride, self.sampling_ratio, aligned=True)
+        exact = torch.promote_types(features.dtype, torch.float32)  # half precision has no room for coordinates
+        pooled = roi_align(
+            features.to(exact), rois.to(exact), self.output_size, 1.0 / stride, self.sampling_ratio, aligned=True
+        )
+        return pooled.to(features.dtype)

@@ -5,6 +5,7 @@ Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, section 2.1.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torchvision.ops import roi_pool
 
@@ -29,4 +30,5 @@ class RoIMaxPool(RoIPooler):
 
     def pool(self, features: Tensor, rois: Tensor, stride: int) -> Tensor:
         """Pool one level: ``[N, C, H, W]`` and ``[R, 5]`` in image pixels -> ``[R, C, h, w]``."""
-        return roi_pool(features, rois.to(features.dtype), self.output_size, 1.0 / stride)
+        exact = torch.promote_types(features.dtype, torch.float32)  # half precision has no room for coordinates
+        return roi_pool(features.to(exact), rois.to(exact), self.output_size, 1.0 / stride).to(features.dtype)

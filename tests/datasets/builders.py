@@ -15,7 +15,11 @@ SIZES = ((40, 60), (40, 60), (30, 50))  # height, width
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     """Smooth colors, so that JPEG keeps them."""
     rows, columns = np.mgrid[0:height, 0:width]
-    channels = [columns * 255 // max(width - 1, 1), rows * 255 // max(height - 1, 1), np.full_like(rows, seed * 37 % 256)]
+    channels = [
+        columns * 255 // max(width - 1, 1),
+        rows * 255 // max(height - 1, 1),
+        np.full_like(rows, seed * 37 % 256),
+    ]
     return Image.fromarray(np.stack(channels, axis=2).astype(np.uint8))
 
 
@@ -49,7 +53,9 @@ def write_coco(root: Path, content: dict[str, Any] | None = None, split: str = "
 
 
 def voc_object(name: str = "cat", box: tuple[Any, ...] = (1, 1, 20, 10), difficult: Any = 0) -> str:
-    corners = "".join(f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    corners = "".join(
+        f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
     flag = "" if difficult is None else f"<difficult>{difficult}</difficult>"
     return f"<object><name>{name}</name>{flag}<bndbox>{corners}</bndbox></object>"
 

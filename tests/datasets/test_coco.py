@@ -18,10 +18,7 @@ Content = dict[str, Any]
 
 
 def edit(part: str, row: int, **changes: Any) -> Callable[[Content], None]:
-    def spoil(content: Content) -> None:
-        content[part][row].update(changes)
-
-    return spoil
+    return lambda content: content[part][row].update(changes)
 
 
 def drop(part: str, row: int, field: str) -> Callable[[Content], None]:
@@ -79,48 +76,50 @@ FILE_FAULTS = {
 @pytest.mark.parametrize("on_bad", ["error", "skip"])
 @pytest.mark.parametrize("fault", FILE_FAULTS)
 def test_faults_of_the_file_are_errors_under_both_policies(tmp_path: Path, fault: str, on_bad: Any) -> None:
-    spoil, fragments = FILE_FAULTS[fault]
-    path, folder = spoiled(tmp_path, spoil)
+    change, fragments = FILE_FAULTS[fault]
+    path, folder = spoiled(tmp_path, change)
     with pytest.raises(DataError) as caught:
         load_coco(path, folder, on_bad)
     for fragment in ["instances_train.json", *fragments]:
         assert fragment in str(caught.value)
 
 
+def spoil(**changes: Any) -> Callable[[Content], None]:
+    return edit("annotations", 1, **changes)
+
+
+def lose(field: str) -> Callable[[Content], None]:
+    return drop("annotations", 1, field)
+
+
 BOX_FAULTS = {
-    "row 3, bbox": (drop("annotations", 1, "bbox"), "bad bbox", ["annotation id 101", "field bbox is missing"]),
-    "row 3, image_id": (drop("annotations", 1, "image_id"), "bad image_id", ["annotation id 101", "image_id is missing"]),
-    "row 3, category_id": (
-        drop("annotations", 1, "category_id"), "bad category_id", ["annotation id 101", "category_id is missing"]
-    ),
-    "row 3, id": (drop("annotations", 1, "id"), "bad id", ["annotations[1]", "field id is missing"]),
-    "row 3, null": (edit("annotations", 1, bbox=None), "bad bbox", ["annotation id 101", "bbox must be 4 numbers", "None"]),
-    "three numbers": (edit("annotations", 1, bbox=[1, 2, 3]), "bad bbox", ["annotation id 101", "[1, 2, 3]"]),
-    "text number": (edit("annotations", 1, bbox=[1, 2, "3", 4]), "bad bbox", ["annotation id 101", "'3'"]),
-    "row 4, huge": (edit("annotations", 1, bbox=[1, 2, 10**400, 4]), "bad bbox", ["annotation id 101", "4 numbers"]),
-    "id of text": (edit("annotations", 1, id="x"), "bad id", ["annotations[1]", "whole number", "'x'"]),
-    "id beyond 64 bits": (edit("annotations", 1, image_id=2**70), "bad image_id", ["annotation id 101", str(2**70)]),
-    "row 7": (edit("annotations", 1, id=100), "duplicate id", ["annotation id 100 is there twice"]),
-    "row 10, category": (edit("annotations", 1, category_id=999), "bad category_id", ["annotation id 101", "999", "90"]),
-    "row 10, image": (edit("annotations", 1, image_id=999), "bad image_id", ["annotation id 101", "is 999"]),
-    "row 13, zero": (edit("annotations", 1, bbox=[5, 5, 0, 9]), "zero or negative size", ["annotation id 101", "0.0, 9.0]"]),
-    "row 13, negative": (edit("annotations", 1, bbox=[5, 5, 7, -3]), "zero or negative size", ["annotation id 101", "-3"]),
-    "row 13, float32": (
-        edit("annotations", 1, bbox=[55, 5, 1e-8, 9]), "zero or negative size", ["annotation id 101", "next to no size"]
-    ),
-    "row 15": (
-        edit("annotations", 1, bbox=[120, 5, 7, 9]), "wholly outside the image", ["annotation id 101", "60 x 40 pixels"]
-    ),
-    "row 15, touching": (edit("annotations", 1, bbox=[-7, 5, 7, 9]), "wholly outside the image", ["annotation id 101"]),
-    "row 16": (edit("annotations", 1, iscrowd=2), "bad iscrowd", ["annotation id 101", "iscrowd must be 0 or 1", "2"]),
-    "area": (edit("annotations", 1, area=-1), "bad area", ["annotation id 101", "area must be", "-1"]),
-}  # fmt: skip
+    "row 3, bbox": (lose("bbox"), "bad bbox", ["id 101", "field bbox is missing"]),
+    "row 3, image_id": (lose("image_id"), "bad image_id", ["id 101", "image_id is missing"]),
+    "row 3, category_id": (lose("category_id"), "bad category_id", ["id 101", "category_id is missing"]),
+    "row 3, id": (lose("id"), "bad id", ["annotations[1]", "field id is missing"]),
+    "row 3, null": (spoil(bbox=None), "bad bbox", ["id 101", "bbox must be 4 numbers", "None"]),
+    "three numbers": (spoil(bbox=[1, 2, 3]), "bad bbox", ["id 101", "[1, 2, 3]"]),
+    "text number": (spoil(bbox=[1, 2, "3", 4]), "bad bbox", ["id 101", "'3'"]),
+    "row 4, huge": (spoil(bbox=[1, 2, 10**400, 4]), "bad bbox", ["id 101", "4 numbers"]),
+    "id of text": (spoil(id="x"), "bad id", ["annotations[1]", "whole number", "'x'"]),
+    "id beyond 64 bits": (spoil(image_id=2**70), "bad image_id", ["id 101", str(2**70)]),
+    "row 7": (spoil(id=100), "duplicate id", ["annotation id 100 is there twice"]),
+    "row 10, category": (spoil(category_id=999), "bad category_id", ["id 101", "999", "90"]),
+    "row 10, image": (spoil(image_id=999), "bad image_id", ["id 101", "is 999"]),
+    "row 13, zero": (spoil(bbox=[5, 5, 0, 9]), "zero or negative size", ["id 101", "0.0, 9.0]"]),
+    "row 13, negative": (spoil(bbox=[5, 5, 7, -3]), "zero or negative size", ["id 101", "-3"]),
+    "row 13, float32": (spoil(bbox=[55, 5, 1e-8, 9]), "zero or negative size", ["id 101", "next to no size"]),
+    "row 15": (spoil(bbox=[120, 5, 7, 9]), "wholly outside the image", ["id 101", "60 x 40 pixels"]),
+    "row 15, touching": (spoil(bbox=[-7, 5, 7, 9]), "wholly outside the image", ["id 101"]),
+    "row 16": (spoil(iscrowd=2), "bad iscrowd", ["id 101", "iscrowd must be 0 or 1", "2"]),
+    "area": (spoil(area=-1), "bad area", ["id 101", "area must be", "-1"]),
+}
 
 
 @pytest.mark.parametrize("fault", BOX_FAULTS)
 def test_faults_of_a_box_are_errors_or_counted_skips(tmp_path: Path, fault: str) -> None:
-    spoil, reason, fragments = BOX_FAULTS[fault]
-    path, folder = spoiled(tmp_path, spoil)
+    change, reason, fragments = BOX_FAULTS[fault]
+    path, folder = spoiled(tmp_path, change)
     with pytest.raises(DataError) as caught:
         load_coco(path, folder)
     for fragment in ["instances_train.json", *fragments, "on_bad"]:
@@ -144,8 +143,8 @@ IMAGE_FAULTS = {
 
 @pytest.mark.parametrize("fault", IMAGE_FAULTS)
 def test_faults_of_an_image_are_errors_or_counted_skips(tmp_path: Path, fault: str) -> None:
-    spoil, reason, fragments = IMAGE_FAULTS[fault]
-    path, folder = spoiled(tmp_path, spoil)
+    change, reason, fragments = IMAGE_FAULTS[fault]
+    path, folder = spoiled(tmp_path, change)
     with pytest.raises(DataError) as caught:
         load_coco(path, folder)
     for fragment in ["instances_train.json", *fragments]:
@@ -197,8 +196,8 @@ def test_row_14_boxes_partly_outside_are_clipped_and_counted(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), (True, True), (False, False), (1, True)])
 def test_row_16_iscrowd_may_be_missing_or_a_bool(tmp_path: Path, value: Any, expected: bool) -> None:
-    spoil = drop("annotations", 0, "iscrowd") if value is None else edit("annotations", 0, iscrowd=value)
-    assert load_coco(*spoiled(tmp_path, spoil)).iscrowd.tolist() == [expected, False, False, False]
+    change = drop("annotations", 0, "iscrowd") if value is None else edit("annotations", 0, iscrowd=value)
+    assert load_coco(*spoiled(tmp_path, change)).iscrowd.tolist() == [expected, False, False, False]
 
 
 def test_a_missing_area_is_that_of_the_box(tmp_path: Path) -> None:

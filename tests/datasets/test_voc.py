@@ -154,7 +154,9 @@ def test_years_text_files_and_several_lists(tmp_path: Path) -> None:
     write_voc(tmp_path / "VOC2012", {"c": [voc_object("dog")]}, "trainval")
     (tmp_path / "few.txt").write_text("b\n")
     both = load_voc(tmp_path, ["2007:trainval", "2012:trainval"], "auto")
-    assert both.file_names.tolist() == [f"VOC{y}/JPEGImages/{s}.jpg" for y, s in ((2007, "a"), (2007, "b"), (2012, "c"))]
+    assert both.file_names.tolist() == [
+        f"VOC{y}/JPEGImages/{s}.jpg" for y, s in ((2007, "a"), (2007, "b"), (2012, "c"))
+    ]
     assert both.class_names == ("cat", "dog")
     assert load_voc(tmp_path, "2007:few.txt", ["cat"]).file_names.tolist() == ["VOC2007/JPEGImages/b.jpg"]
     with pytest.raises(DataError, match=r"JPEGImages: no such folder.*name one: '2007:trainval'"):

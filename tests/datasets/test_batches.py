@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detpipe.datasets.batches import EpochBatches
+
+SIZES = st.lists(st.sampled_from([(40, 60), (60, 40), (48, 64), (50, 50)]), min_size=1, max_size=60).map(
+    lambda sizes: np.array(sizes, dtype=np.int32)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=SIZES, batch_size=st.integers(1, 9), epoch=st.integers(0, 5), training=st.booleans())
+def test_every_image_comes_once(sizes: np.ndarray, batch_size: int, epoch: int, training: bool) -> None:
+    batches = EpochBatches(sizes, batch_size, seed=3, training=training)
+    batches.set_epoch(epoch)
+    keys = list(batches)
+    assert len(keys) == len(batches)
+    assert {key[0] for batch in keys for key in batch} == {epoch}
+    assert sorted(key[1] for batch in keys for key in batch) == list(range(len(sizes)))
+    assert all(1 <= len(batch) <= batch_size for batch in keys)
+    if training:
+        assert sum(len(batch) < batch_size for batch in keys) <= 1
+    else:
+        assert all(len({tuple(sizes[index]) for _, index in batch}) == 1 for batch in keys)
+
+
+def test_training_batches_are_a_function_of_seed_and_epoch() -> None:
+    sizes = np.full((40, 2), 50, dtype=np.int32)
+    first, again, other = EpochBatches(sizes, 4, 1), EpochBatches(sizes, 4, 1), EpochBatches(sizes, 4, 2)
+    list(first)  # iterating leaves no state behind
+    for epoch in range(3):
+        assert first.batches(epoch) == again.batches(epoch)
+        assert first.batches(epoch) != other.batches(epoch)
+    assert first.batches(0) != first.batches(1)
+
+
+def test_evaluation_is_the_same_in_every_epoch() -> None:
+    batches = EpochBatches(np.full((10, 2), 50, dtype=np.int32), 4, training=False)
+    assert batches.batches(0) == batches.batches(7) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_images_of_like_shape_share_a_training_batch() -> None:
+    sizes = np.array([(480, 640), (640, 480)] * 64, dtype=np.int32)
+    batches = EpochBatches(sizes, 8)
+    mixed = [len({tuple(sizes[index]) for index in batch}) > 1 for batch in batches.batches(0)]
+    assert sum(mixed) <= 1
+    starts = [sizes[batch[0], 0] for batch in batches.batches(0)]
+    assert starts != sorted(starts)  # but batches of one shape do not follow each other in order
+
+
+def test_a_batch_size_of_0_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        EpochBatches(np.ones((1, 2), dtype=np.int32), 0)

@@ -1,0 +1,273 @@
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule, Trainer
+
+from detpipe.datasets import COCO, VOC, Augment, DetectionData, Loader
+from detpipe.datasets.records import build_annotations
+from detpipe.errors import DataError
+from detpipe.types import Annotations
+
+from .builders import coco_content, write_coco
+
+SIZES = ((40, 60), (60, 40), (40, 60), (30, 50), (40, 60), (60, 40), (40, 60))
+AUGMENT = Augment(0.5, (0.5, 2.0), 0.5, 0.5)
+
+
+def data_in(root: Path, workers: int = 0, **changes: Any) -> COCO:
+    if not (root / "train").exists():
+        write_coco(root, coco_content(SIZES), "train")
+        write_coco(root, coco_content(SIZES), "val")
+    arguments = {"train": "train", "val": "val", "augment": AUGMENT} | changes
+    return COCO(str(root), loader=Loader(batch_size=3, num_workers=workers), **arguments)
+
+
+def digest(batch: tuple[list, list]) -> str:
+    total = hashlib.sha256()
+    for image, target in zip(*batch, strict=True):
+        total.update(image.numpy().tobytes())
+        for name in sorted(target):
+            value = target[name]
+            total.update(name.encode() + (value.numpy().tobytes() if torch.is_tensor(value) else str(value).encode()))
+    return total.hexdigest()
+
+
+def hashes(data: DetectionData, epochs: int = 2) -> list[list[str]]:
+    loader = data.train_dataloader()
+    result = []
+    for epoch in range(epochs):
+        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        result.append([digest(batch) for batch in loader])
+    return result
+
+
+def test_batches_are_lists_of_images_and_targets(tmp_path: Path) -> None:
+    images, targets = next(iter(data_in(tmp_path).val_dataloader()))
+    assert [image.dtype for image in images] == [torch.uint8]
+    assert images[0].shape == (3, 30, 50)  # the smallest size first, alone
+    (target,) = targets
+    assert target["image_id"] == 13
+    assert target["file_name"] == "3.jpg"
+    assert {name: target[name].dtype for name in ("boxes", "labels", "iscrowd", "difficult", "area")} == {
+        "boxes": torch.float32,
+        "labels": torch.int64,
+        "iscrowd": torch.bool,
+        "difficult": torch.bool,
+        "area": torch.float32,
+    }
+    assert target["boxes"].shape == (0, 4)
+
+
+def test_p2_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    expected = hashes(data_in(tmp_path))
+    for workers in (1, 2):
+        assert hashes(data_in(tmp_path, workers)) == expected
+
+
+def test_row_35_every_epoch_draws_anew(tmp_path: Path) -> None:
+    dataset = data_in(tmp_path).dataset("train")
+    drawn = {dataset[epoch, 0][0].numpy().tobytes() for epoch in range(6)}
+    assert len(drawn) == 6
+    assert torch.equal(dataset[3, 0][0], dataset[3, 0][0])
+    other_seed = data_in(tmp_path, seed=1).dataset("train")
+    assert other_seed[0, 0][0].numpy().tobytes() not in drawn
+
+
+def test_validation_is_not_augmented(tmp_path: Path) -> None:
+    dataset = data_in(tmp_path).dataset("val")
+    assert torch.equal(dataset[0, 0][0], dataset[5, 0][0])
+
+
+def test_loading_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    list(data_in(tmp_path).train_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_dataset_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    dataset = data_in(tmp_path).dataset("train")
+    image = dataset[0, 1][0]
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[0, 1][0], image)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_row_33_an_error_in_a_worker_names_the_file(tmp_path: Path, workers: int) -> None:
+    data = data_in(tmp_path, workers)
+    data.setup("fit")
+    (tmp_path / "train" / "4.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(DataError, match=r"4\.jpg: cannot be decoded"):
+        list(data.train_dataloader())
+
+
+def test_row_25_a_size_that_differs_is_an_error_with_a_hint(tmp_path: Path) -> None:
+    data = data_in(tmp_path)
+    data.setup("fit")
+    (tmp_path / "train" / "0.jpg").write_bytes((tmp_path / "train" / "1.jpg").read_bytes())
+    with pytest.raises(DataError, match=r"0\.jpg: the image is 40 x 60 .* width 60, height 40 \(swapped.*EXIF"):
+        data.dataset("train")[0, 0]
+    (tmp_path / "train" / "0.jpg").write_bytes((tmp_path / "train" / "3.jpg").read_bytes())
+    with pytest.raises(DataError, match=r"0\.jpg: the image is 50 x 30 .* width 60, height 40;"):
+        data.dataset("train")[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("categories", "differences"),
+    [
+        (
+            [(7, "dog"), (90, "fox"), (1, "cat")],
+            ["only in train: 'owl' (id 90)", "only in val: 'fox' (id 90)", "(2 in"],
+        ),
+        ([(7, "cat"), (90, "owl"), (1, "dog")], ["'cat' has id 1 in train and 7 in val", "'dog' has id 7"]),
+        ([(7, "dog"), (90, "owl"), (1, "cat"), (2, "ant")], ["only in val: 'ant' (id 2)", "(1 in total)"]),
+    ],
+)
+def test_row_12_splits_with_other_classes(tmp_path: Path, categories: list, differences: list[str]) -> None:
+    content = coco_content()
+    content["categories"] = [{"id": key, "name": name} for key, name in categories]
+    write_coco(tmp_path)
+    write_coco(tmp_path, content, "val")
+    with pytest.raises(DataError) as caught:
+        COCO(str(tmp_path), "train", "val").setup("fit")
+    for difference in differences:
+        assert difference in str(caught.value)
+
+
+def test_row_39_a_label_beyond_the_classes_is_an_error_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, folder = write_coco(tmp_path)
+    from detpipe.datasets import coco_json
+
+    def with_fewer_classes(records: Any, faults: Any) -> Annotations:
+        records.class_names = records.class_names[:2]
+        return build_annotations(records, faults)
+
+    monkeypatch.setattr(coco_json, "build_annotations", with_fewer_classes)
+    for on_bad in ("error", "skip"):
+        with pytest.raises(DataError, match=r"instances_train\.json: annotation id 102 .*label 3 is outside 1\.\.2"):
+            coco_json.load_coco(path, folder, on_bad)
+
+
+def test_classes_are_known_right_after_construction_without_reading_the_training_split(tmp_path: Path) -> None:
+    data = data_in(tmp_path)
+    (tmp_path / "annotations" / "instances_train.json").unlink()
+    assert (data.num_classes, data.class_names, data.category_ids) == (3, ("cat", "dog", "owl"), (1, 7, 90))
+
+
+def test_describe_counts_everything(tmp_path: Path) -> None:
+    content = coco_content()
+    content["annotations"][0]["bbox"] = [50, 5, 20, 20]
+    content["annotations"][1].update(bbox=[5, 5, 0, 0])
+    content["annotations"][2]["iscrowd"] = 1
+    write_coco(tmp_path, content)
+    line = COCO(str(tmp_path), "train", on_bad="skip").describe("train")
+    assert line == (
+        "train: 3 images, 3 boxes (cat 1, dog 1, owl 1); 1 crowd; 1 images without boxes; boxes clipped: 1; "
+        "boxes skipped: zero or negative size: 1"
+    )
+
+
+def test_proposals_ride_in_the_target_and_move_with_the_image(tmp_path: Path) -> None:
+    data = data_in(tmp_path, augment=Augment(flip=1.0))
+    data.set_proposals("train", {10 + i: np.array([[1, 2, 11, 22]]) for i in range(7)})
+    _, target = data.dataset("train")[0, 0]
+    torch.testing.assert_close(target["proposals"], torch.tensor([[49.0, 2, 59, 22]]))
+    assert "proposals" not in data.dataset("val")[0, 0][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({12: None}, r"train: .* 1 images, such as image id 12: no proposals"),
+        ({12: np.zeros((3, 5))}, r"image id 12: proposals must be finite \[P, 4\], got shape \[3, 5\]"),
+        ({12: np.full((1, 4), np.nan)}, r"image id 12: proposals must be finite"),
+    ],
+)
+def test_wrong_proposals_are_refused_at_once(tmp_path: Path, change: dict, message: str) -> None:
+    proposals = {10 + i: np.zeros((0, 4)) for i in range(7)} | change
+    with pytest.raises(DataError, match=message):
+        data_in(tmp_path).set_proposals("train", {k: v for k, v in proposals.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch_size": 0}, "batch_size and eval_batch_size must be at least 1"),
+        ({"eval_batch_size": 0}, "batch_size and eval_batch_size must be at least 1"),
+        ({"num_workers": -1}, "num_workers and timeout must not be negative"),
+    ],
+)
+def test_loader_arguments_out_of_range_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Loader(**wrong)
+
+
+def test_seed_and_policy_out_of_range_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        COCO(str(tmp_path), seed=-1)
+    with pytest.raises(ValueError, match="on_bad must be 'error' or 'skip', got 'ignore'"):
+        COCO(str(tmp_path), on_bad="ignore")  # type: ignore[arg-type]
+
+
+class Recorder(LightningModule):
+    """Notes which images each epoch saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: dict[int, list[list[int]]] = {}
+        self.validated: list[int] = []
+
+    def training_step(self, batch: tuple[list, list]) -> torch.Tensor:
+        self.seen.setdefault(self.current_epoch, []).append([target["image_id"] for target in batch[1]])
+        return self.weight.sum()
+
+    def validation_step(self, batch: tuple[list, list]) -> None:
+        self.validated += [target["image_id"] for target in batch[1]]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_lightning_sets_the_epoch_of_the_batches(tmp_path: Path, workers: int) -> None:
+    data, model = data_in(tmp_path, workers), Recorder()
+    Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path,
+    ).fit(model, datamodule=data)  # fmt: skip
+    batches = data.train_dataloader().batch_sampler
+    for epoch in range(3):
+        expected = [[10 + index for index in batch] for batch in batches.batches(epoch)]  # type: ignore[union-attr]
+        assert model.seen[epoch] == expected
+    assert sorted(model.validated) == sorted(list(range(10, 17)) * 3)
+
+
+def test_a_config_builds_every_data_set(tmp_path: Path) -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(DetectionData, "data")
+    coco = {
+        "class_path": "detpipe.datasets.COCO",
+        "init_args": {
+            "root": str(tmp_path),
+            "train": {"annotations": "a.json", "images": "pictures"},
+            "loader": {"batch_size": 4},
+            "augment": {"scale_jitter": [0.5, 2.0]},
+        },
+    }
+    voc = {
+        "class_path": "detpipe.datasets.VOC",
+        "init_args": {"root": "x", "train": ["2007:trainval", "2012:trainval"], "format": {"class_names": "auto"}},
+    }
+    built = [parser.instantiate(parser.parse_object({"data": config})).data for config in (coco, voc)]
+    assert isinstance(built[0], COCO)
+    assert built[0].augment == Augment(scale_jitter=(0.5, 2.0))
+    assert (built[0].loader.batch_size, built[0].splits["train"].images) == (4, "pictures")
+    assert isinstance(built[1], VOC)
+    assert built[1].format.class_names == "auto"
+    assert built[1].splits["train"] == ["2007:trainval", "2012:trainval"]
