@@ -6,15 +6,15 @@ elsewhere. Files are merged from left to right, options on the command line win.
 
 from __future__ import annotations
 
-import inspect
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import detpipe.backbones
 import detpipe.datasets
@@ -22,6 +22,7 @@ import detpipe.heads
 import detpipe.proposals
 import detpipe.roi_pooling
 from detpipe.checkpoint import link_stages
+from detpipe.config_errors import explain
 from detpipe.datasets import DetectionData
 from detpipe.detector import TwoStageDetector
 from detpipe.errors import DetpipeError, UsageError
@@ -37,12 +38,23 @@ TRAINER_DEFAULTS = {
 }
 
 
+LINKED = {  # what is not given, but follows something else
+    "model.head.num_classes": "the classes of the data",
+    "model.head.in_channels": "model.backbone.out_channels",
+    "model.head.strides": "the strides of the backbone",
+    "data.seed": "seed_everything",
+}
+
+
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line, with a suggestion where a key is misspelt."""
+    """A parser whose errors are one line, with a suggestion where a name is misspelt."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # or --trainer.max_epoch would pass for max_epochs
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Turn a parser's error into a `UsageError`."""
-        raise UsageError(shorten(message, set(known_keys(self)))) from ex
+        raise UsageError(explain(message, self)) from ex
 
 
 class CLI(LightningCLI):
@@ -75,6 +87,13 @@ class CLI(LightningCLI):
         link_stages(parser)
         self._command_arguments(parser)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse what would be lost without a word."""
+        super().parse_arguments(parser, args)
+        for key in ("model", "model.optimizer", "model.lr_scheduler", "trainer"):
+            if not isinstance(self.config.get(key), jsonargparse.Namespace):
+                raise UsageError(f"{key}: expected keys with values, got {self.config.get(key)}")
+
     def instantiate_classes(self) -> None:
         """Build model and data; what their constructors refuse is an error in the configuration."""
         try:
@@ -82,7 +101,7 @@ class CLI(LightningCLI):
         except DetpipeError:
             raise
         except (ValueError, TypeError) as error:
-            raise UsageError(str(error).strip()) from error
+            raise UsageError(explain(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Leave the trainer to :meth:`trainer_with`, when there is something to run."""
@@ -97,13 +116,14 @@ class CLI(LightningCLI):
         Returns:
             The trainer.
         """
-        callbacks = kwargs.pop("callbacks", [])
-        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
-        return trainer
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UsageError(f"trainer: {explain(str(error))}") from error
 
 
 def positional_configs(arguments: Sequence[str]) -> list[str]:
-    """Write leading file names as ``--config`` options, and check that they are there.
+    """Write leading file names as ``--config`` options, and check every configuration file.
 
     Args:
         arguments: as on the command line, ``CONFIG.yaml [MORE.yaml ...] [--key.path value ...]``.
@@ -112,7 +132,7 @@ def positional_configs(arguments: Sequence[str]) -> list[str]:
         Options only.
 
     Raises:
-        UsageError: no configuration, a file that does not exist, or a duplicate key in one.
+        UsageError: a file that does not exist, is no YAML, or gives a key twice.
 
     Example:
         >>> positional_configs(["--print_config"])
@@ -121,76 +141,64 @@ def positional_configs(arguments: Sequence[str]) -> list[str]:
     rest = list(arguments)
     options: list[str] = []
     while rest and not rest[0].startswith("-"):
-        path = Path(rest.pop(0))
-        if not path.is_file():
-            near = did_you_mean(str(path), [str(other) for other in path.parent.glob("*.yaml")])
-            raise UsageError(f"configuration {path} does not exist{near}")
-        check_duplicate_keys(path)
-        options += ["--config", str(path)]
-    return options + rest
+        options += ["--config", rest.pop(0)]
+    options += rest
+    for option, value in zip(options, [*options[1:], ""], strict=False):
+        name, equals, joined = option.partition("=")
+        if name == "--config":
+            check_file(Path(joined if equals else value))
+        elif name.startswith("--"):
+            _refuse_linked(name.removeprefix("--"), "command line")
+    return options
 
 
-def check_duplicate_keys(path: Path) -> None:
-    """Refuse a YAML file that gives one key twice, of which YAML keeps the last without a word.
+def check_file(path: Path) -> None:
+    """Refuse a configuration file with what YAML takes without a word: a key given twice, of which it keeps the last.
 
     Args:
         path: of the file.
 
     Raises:
-        UsageError: a key is given twice, or the file is no YAML; the line is named.
+        UsageError: the file is missing, is no YAML, is empty, gives a key twice, has a tag, or gives what is linked; the
+            line is named.
     """
-    import yaml
-
-    def visit(node: yaml.Node) -> None:
-        if isinstance(node, yaml.MappingNode):
-            seen: set[str] = set()
-            for key, value in node.value:
-                if key.value in seen:
-                    raise UsageError(f"{path}, line {key.start_mark.line + 1}: key {key.value!r} is given twice")
-                seen.add(key.value)
-                visit(value)
-        elif isinstance(node, yaml.SequenceNode):
-            for value in node.value:
-                visit(value)
-
+    if not path.is_file():
+        near = did_you_mean(str(path), [str(other) for other in path.parent.glob("*.yaml")])
+        problem = "is a folder; expected a YAML file" if path.is_dir() else "does not exist"
+        raise UsageError(f"configuration {path} {problem}{near}")
     try:
         with path.open(encoding="utf-8") as stream:
             root = yaml.compose(stream, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if root is not None:
-        visit(root)
+    if root is None:
+        raise UsageError(f"configuration {path} is empty; expected keys such as model and data")
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"configuration {path}: expected keys such as model and data, got a {root.id}")
+    _check_node(root, path, "")
 
 
-def known_keys(parser: jsonargparse.ArgumentParser) -> list[str]:
-    """List the names that a configuration may use, those of the stages' arguments included."""
-    names = {part for action in parser._actions for part in str(action.dest).split(".")}
-    for package in (detpipe.backbones, detpipe.proposals, detpipe.heads, detpipe.datasets, detpipe.roi_pooling):
-        for public in package.__all__:
-            names.add(public)
-            if inspect.isclass(getattr(package, public)):
-                names |= set(inspect.signature(getattr(package, public)).parameters)
-    return sorted(names - {"help"})
+def _check_node(node: yaml.Node, path: Path, parent: str) -> None:
+    if node.tag not in yaml.SafeLoader.yaml_constructors:
+        raise UsageError(f"{path}, line {node.start_mark.line + 1}: tags are not allowed, got {node.tag}")
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            where = f"{path}, line {key.start_mark.line + 1}"
+            if key.value in seen:
+                raise UsageError(f"{where}: key {key.value!r} is given twice; remove one")
+            seen.add(str(key.value))
+            _refuse_linked(f"{parent}{key.value}", where)
+            _check_node(value, path, f"{parent}{key.value}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_node(value, path, parent)
 
 
-def shorten(message: str, known: set[str]) -> str:
-    """Say what a parser's error means in one line.
-
-    Args:
-        message: of jsonargparse, often many lines.
-        known: names that a configuration may use.
-
-    Returns:
-        One line.
-    """
-    text = " ".join(message.split())
-    unknown = re.search(r"[Kk]ey '?\"?([\w.]+)'?\"? is not expected|Unrecognized arguments?: (?:--)?([\w.]+)", text)
-    unknown = unknown or re.search(r"does not accept (?:nested )?(?:key|option) '?\"?([\w.]+)", text)
-    if unknown:
-        key = next(group for group in unknown.groups() if group)
-        return f"unknown key {key!r}{did_you_mean(key.rpartition('.')[2], known)}"
-    text = re.sub(r"^Validation failed: |^Parser key ", "", text)
-    return text if len(text) <= 600 else f"{text[:600]} ..."
+def _refuse_linked(key: str, where: str) -> None:
+    key = key.replace(".init_args.", ".")
+    if key in LINKED:
+        raise UsageError(f"{where}: {key} follows {LINKED[key]}; remove it, a value would be lost")
 
 
 def quiet() -> None:

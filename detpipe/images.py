@@ -142,7 +142,9 @@ def targets_to_batch(targets: Sequence[Target], old: Sequence[Size], new: Sequen
     return moved
 
 
-def detections_to_images(detections: Sequence[Detection], batch: Sequence[Size], images: Sequence[Size]) -> list[Detection]:
+def detections_to_images(
+    detections: Sequence[Detection], batch: Sequence[Size], images: Sequence[Size]
+) -> list[Detection]:
     """Move detections from the frame of the batch back to the images as passed.
 
     Args:

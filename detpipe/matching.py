@@ -1,7 +1,7 @@
 """Which proposal is which object: batched IoU assignment and fixed-size sampling, without a copy to the host.
 
-Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, section 2.3: a RoI is foreground if its IoU with an object is at least .5,
-background if its best IoU lies in [.1, .5); a quarter of those sampled are foreground.
+Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, section 2.3: a RoI is foreground if its IoU with an object is at least
+.5, background if its best IoU lies in [.1, .5); a quarter of those sampled are foreground.
 
 Deviations:
 1. The lower bound of background is an argument and 0 by default, as in Faster R-CNN, where proposals are not curated.

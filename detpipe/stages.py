@@ -1,6 +1,6 @@
 """The stages of the pipeline as abstract modules: what a part must do to take the place of ours.
 
-The signatures are torchvision's, so that a part of ours works in torchvision's ``FasterRCNN`` (backbone, rpn, roi_heads)
+The signatures are torchvision's, so that a part of ours works in its ``FasterRCNN`` (backbone, rpn, roi_heads)
 and torchvision's parts work here. As in torchvision, ``module.training`` decides between losses and detections.
 
 ``RoIPooler`` is a plain ``torch.nn.Module`` and lives in :mod:`detpipe.roi_pooling`, which can be imported without

@@ -57,7 +57,9 @@ def train(arguments: Sequence[str]) -> int:
     folder = run_folder(config.output, arguments)
     remove_orphans(folder)
     with atomic_write(folder / "config.yaml") as temporary:
-        temporary.write_text(cli.parser.dump(config, skip_link_targets=True), encoding="utf-8")
+        again = config.clone()
+        again.output = again.ckpt_path = None  # the file trains the same model again, in a folder of its own
+        temporary.write_text(cli.parser.dump(again, skip_link_targets=True), encoding="utf-8")
     average, speed = callbacks.MeanAveragePrecision(), callbacks.Throughput()
     trainer = cli.trainer_with(
         default_root_dir=str(folder),

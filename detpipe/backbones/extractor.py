@@ -2,7 +2,8 @@
 
 Deviation from a plain cut: ``padding`` adds zeros (the mean color) around the image before the network sees it, for
 networks whose own convolutions are not padded. SqueezeNet's first cell at stride 16 is centered on pixel 15.5; with
-``padding: 8`` it is centered on 7.5, half a pixel from where RoI pooling takes it to be, and no cell is lost at the border.
+``padding: 8`` it is centered on 7.5, half a pixel from where RoI pooling takes it to be, and no cell is lost at the
+border.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _cut(network: str, nodes: dict[str, str], weights: str | None) -> nn.Module:
     full = models.get_model(network, weights=None, **options)
     graph_nodes = _node_names(full)
     for node in nodes:
-        if node not in graph_nodes and not any(name.startswith(f"{node}.") for name in graph_nodes):
+        if node not in graph_nodes:
             raise UsageError(f"{network} has no node {node!r}{did_you_mean(node, sorted(graph_nodes))}")
     body = create_feature_extractor(full, return_nodes=nodes, suppress_diff_warning=True)
     if weights is not None:
@@ -145,7 +146,9 @@ def _node_names(network: nn.Module) -> set[str]:
     from torchvision.models.feature_extraction import get_graph_node_names
 
     train_nodes, eval_nodes = get_graph_node_names(network, suppress_diff_warning=True)
-    return set(train_nodes) & set(eval_nodes)
+    leaves = set(train_nodes) & set(eval_nodes)
+    modules = {name.rsplit(".", depth)[0] for name in leaves for depth in range(1, name.count(".") + 1)}
+    return leaves | modules
 
 
 def _freeze_batch_norm(network: nn.Module) -> None:

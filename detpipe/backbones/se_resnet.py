@@ -5,7 +5,8 @@ Hu et al., "Squeeze-and-Excitation Networks", 2018, arXiv 1709.01507, figure 3: 
 
 Deviations:
 1. Bottlenecks have their stride in the 3 x 3 convolution, as torchvision's.
-2. ``output_stride`` replaces the strides of late stages by dilation (Chen et al. 2017, arXiv 1706.05587), for small images.
+2. ``output_stride`` replaces the strides of late stages by dilation (Chen et al. 2017, arXiv 1706.05587), for small
+   images.
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing, damaged, or holds something other than tensors.
     """
     if not path.is_file():
-        raise CheckpointError(f"weights file {path} does not exist; give the path of a file with the backbone's weights")
+        raise CheckpointError(
+            f"weights file {path} does not exist; give the path of a file with the backbone's weights"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -76,7 +78,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
-        raise CheckpointError(f"weights file {path} must hold a state dict (name -> tensor), got {type(state).__name__}")
+        raise CheckpointError(
+            f"weights file {path} must hold a state dict (name -> tensor), got {type(state).__name__}"
+        )
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(

@@ -34,6 +34,7 @@ class Augment:
         color: strength of the change of brightness, contrast and saturation, 0 (none) to 1; 0.4 means a factor of 0.6
             to 1.4. The hue turns by up to a tenth of it.
         min_visibility: boxes of which less than this fraction is left in the picture are removed, 0 to 1.
+        vertical_flip: probability of a top-bottom flip, 0 to 1; for images without an upright, such as microscopy.
     """
 
     flip: float = 0.5
@@ -41,9 +42,10 @@ class Augment:
     crop: float = 0.0
     color: float = 0.0
     min_visibility: float = 0.25
+    vertical_flip: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("flip", "crop", "color", "min_visibility"):
+        for name in ("flip", "vertical_flip", "crop", "color", "min_visibility"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
         if self.scale_jitter is not None:

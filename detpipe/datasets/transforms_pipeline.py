@@ -36,6 +36,8 @@ def build_pipeline(augment: Augment) -> albumentations.Compose:
         the very end, so that the steps before do not hide how much of a box was lost.
     """
     steps: list[Any] = [albumentations.HorizontalFlip(p=augment.flip)]
+    if augment.vertical_flip:
+        steps.append(albumentations.VerticalFlip(p=augment.vertical_flip))
     if augment.scale_jitter is not None:
         steps.append(Zoom(augment.scale_jitter))
     if augment.crop:

@@ -12,6 +12,7 @@ N images, P proposals an image, S sampled RoIs an image, K foreground classes, B
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ class FastRCNNHead(RoIHead):
         height, width = self.pooler.output_size
         widths = [in_channels * height * width, *fc]
         layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
         self.shared = nn.Sequential(*layers)
         self.classifier = nn.Linear(widths[-1], num_classes + 1)

@@ -81,7 +81,8 @@ class RoISampler:
         if boxes.shape[1] == 0:
             rois = boxes.new_zeros((*index.shape, 4))
             return RoITargets(rois, torch.zeros_like(index), rois, valid, valid)
-        rois = _take(boxes, index).where(valid[..., None], boxes.new_zeros(()))  # index 0 may be a box that is not valid
+        # where an image has too few, index 0 stands in, which may be a box that is not valid
+        rois = _take(boxes, index).where(valid[..., None], boxes.new_zeros(()))
         foreground = found.foreground.gather(1, index) & valid
         if truth.boxes.shape[1] == 0:
             return RoITargets(rois, torch.zeros_like(index), rois, valid, foreground)

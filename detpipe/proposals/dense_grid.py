@@ -88,7 +88,7 @@ class DenseGrid(ProposalSource):
             if len(self._cache) >= 1000:
                 self._cache.clear()
             self._cache[key] = self._lay(*size).to(key[2])
-        return self._cache[key]
+        return self._cache[key].clone()  # the caller's own, and fit for training if it was laid in inference mode
 
     def _lay(self, height: int, width: int) -> Tensor:
         parts = []

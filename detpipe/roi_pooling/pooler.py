@@ -73,7 +73,7 @@ class RoIPooler(nn.Module, ABC):
         """
         missing = [level for level in strides if level not in features]
         if missing:
-            raise ValueError(f"features lack the levels {missing}: strides has {list(strides)}, features {list(features)}")
+            raise ValueError(f"features lack the levels {missing}: strides has {list(strides)}, got {list(features)}")
         rois = to_rois(boxes)
         if len(strides) == 1:
             [(level, stride)] = strides.items()

@@ -10,7 +10,7 @@ from torch import Tensor
 from detpipe.datasets import Augment
 from detpipe.types import Target
 
-ALL = Augment(flip=0.5, scale_jitter=(0.5, 2.0), crop=0.5, min_visibility=0.0)
+ALL = Augment(flip=0.5, scale_jitter=(0.5, 2.0), crop=0.5, min_visibility=0.0, vertical_flip=0.5)
 
 
 def target_of(boxes: list[list[float]], proposals: list[list[float]] | None = None) -> Target:
@@ -83,6 +83,19 @@ def test_boxes_with_little_left_are_removed(scene: tuple[int, int, list[list[int
         visible = int((image[k] > 160).sum()) / ((x2 - x1) * (y2 - y1))
         if abs(visible - least) > 1e-6:
             assert (k in kept) == (visible > least)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_what_is_left_is_measured_over_all_steps_together(seed: int) -> None:
+    boxes = [[10, 10, 60, 70], [40, 30, 110, 80], [70, 5, 118, 98]]
+    augment = Augment(0.5, (2.0, 2.0), crop=1.0, min_visibility=0.5)
+    image, out = augment(paint(100, 120, boxes), target_of(boxes), seed)
+    kept = (out["labels"] - 2**24 - 1).tolist()
+    for k, (x1, y1, x2, y2) in enumerate(boxes):
+        visible = int((image[k] > 127).sum()) / (4 * (x2 - x1) * (y2 - y1))
+        if abs(visible - 0.5) > 0.03:
+            assert (k in kept) == (visible > 0.5)
 
 
 def test_row_11_labels_flags_and_the_rest_stay_exact() -> None:

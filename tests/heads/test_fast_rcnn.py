@@ -1,0 +1,204 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from detpipe.boxes import encode
+from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
+from detpipe.heads import fast_rcnn as module
+from detpipe.roi_pooling import RoIAlign, RoIMaxPool
+from samples import pyramid, random_boxes, random_target
+
+STRIDES = {"c3": 8, "c4": 16}
+SIZES = [(60, 80), (64, 96), (40, 50)]
+
+
+def make(class_agnostic: bool = False, **arguments) -> FastRCNNHead:
+    """A small head whose outputs are not close to zero, as those of a new one are."""
+    settings = {"pooler": RoIAlign(2), "fc": [16], "sampler": RoISampler(rois_per_image=12), **arguments}
+    head = FastRCNNHead(4, 3, STRIDES, class_agnostic=class_agnostic, **settings)
+    for layer in (head.classifier, head.regressor):
+        nn.init.normal_(layer.weight)
+    return head
+
+
+def inputs(counts: tuple[int, ...] = (20, 9, 0), objects: tuple[int, ...] = (3, 0, 2)):
+    features = pyramid(len(counts), STRIDES)
+    targets = [random_target(count, height=40, width=50) for count in objects]
+    proposals = [torch.cat((random_boxes(n, 40, 50), t["boxes"][: n // 2])) for n, t in zip(counts, targets, strict=True)]
+    return features, proposals, targets
+
+
+def smooth_l1(x: float) -> float:
+    return 0.5 * x * x if abs(x) < 1 else abs(x) - 0.5
+
+
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_losses_equal_a_slow_loop(class_agnostic):
+    head = make(class_agnostic)
+    features, proposals, targets = inputs()
+    torch.manual_seed(7)
+    detections, losses = head(features, proposals, SIZES, targets)
+    assert detections == []
+    assert sorted(losses) == ["loss_box_reg", "loss_classifier"]
+    torch.manual_seed(7)
+    rois = head.sampler(proposals, targets)
+    logits, deltas = head.predict(features, rois.rois)
+    entropy, distance, count, positives = 0.0, 0.0, 0, 0
+    for image in range(3):
+        for i in range(12):
+            if not rois.valid[image, i]:
+                continue
+            label = int(rois.labels[image, i])
+            scores = [math.exp(value) for value in logits[image, i].tolist()]
+            entropy -= math.log(scores[label] / sum(scores))
+            count += 1
+            if label:
+                got = deltas[image, i, 0 if class_agnostic else label - 1]
+                want = encode(rois.boxes[image, i], rois.rois[image, i])
+                distance += sum(smooth_l1(difference) for difference in (got - want).tolist())
+                positives += 1
+    assert 0 < positives < count < 36
+    assert losses["loss_classifier"].item() == pytest.approx(entropy / count, rel=1e-5)
+    assert losses["loss_box_reg"].item() == pytest.approx(distance / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_shapes(class_agnostic):
+    head, rois = make(class_agnostic), torch.stack([random_boxes(7)] * 2)
+    logits, deltas = head.predict(pyramid(2, STRIDES), rois)
+    assert logits.shape == (2, 7, 4)
+    assert deltas.shape == (2, 7, 1 if class_agnostic else 3, 4)
+    logits, deltas = head.predict(pyramid(2, STRIDES), rois[:, :0])
+    assert logits.shape == (2, 0, 4)
+    assert deltas.shape == (2, 0, 1 if class_agnostic else 3, 4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("pooler", [RoIAlign(3), RoIMaxPool(3)])
+def test_a_batch_equals_a_loop_over_its_images(dtype, tolerance, pooler):
+    head = make(pooler=pooler).to(dtype)
+    nn.init.normal_(head.classifier.weight, std=0.1)
+    features = {name: level.to(dtype) for name, level in pyramid(3, STRIDES).items()}
+    rois = torch.stack([random_boxes(10) for _ in range(3)]).to(dtype)
+    batched = head.predict(features, rois)
+    order = [2, 0, 1]
+    permuted = head.predict({name: level[order] for name, level in features.items()}, rois[order])
+    shuffle = torch.randperm(10)
+    shuffled = head.predict(features, rois[:, shuffle])
+    for image in range(3):
+        alone = head.predict({name: level[image : image + 1] for name, level in features.items()}, rois[image : image + 1])
+        for got, want in zip(batched, alone, strict=True):
+            torch.testing.assert_close(got[image : image + 1], want, rtol=tolerance, atol=tolerance)
+    for got, moved, mixed in zip(batched, permuted, shuffled, strict=True):
+        torch.testing.assert_close(moved, got[order], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(mixed, got[:, shuffle], rtol=tolerance, atol=tolerance)
+
+
+def test_detections_of_an_image_do_not_depend_on_the_batch():
+    head = make(postprocess=Postprocess(0.05)).eval()
+    features, proposals, _ = inputs()
+    together, losses = head(features, proposals, SIZES)
+    assert losses == {}
+    assert [len(found["boxes"]) > 0 for found in together] == [True, True, False]
+    for image in range(3):
+        part = {name: level[image : image + 1] for name, level in features.items()}
+        [alone], _ = head(part, [proposals[image]], [SIZES[image]])
+        assert torch.equal(alone["labels"], together[image]["labels"])
+        torch.testing.assert_close(alone["boxes"], together[image]["boxes"], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(alone["scores"], together[image]["scores"], rtol=1e-5, atol=1e-6)
+        height, width = SIZES[image]
+        assert (together[image]["boxes"][:, 2:] <= torch.tensor([width, height])).all()
+
+
+def test_passes_of_bounded_size_change_nothing(monkeypatch):
+    head = make().eval()
+    features, proposals, _ = inputs()
+    whole, _ = head(features, proposals, SIZES)
+    sizes = []
+    predict = FastRCNNHead.predict
+    monkeypatch.setattr(module, "ROIS_PER_PASS", 12)
+    monkeypatch.setattr(FastRCNNHead, "predict", lambda s, f, rois: (sizes.append(rois[..., 0].numel()), predict(s, f, rois))[1])
+    parts, _ = head(features, proposals, SIZES)
+    assert len(sizes) > 1
+    assert max(sizes) <= 12
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one["boxes"], other["boxes"])
+
+
+@pytest.mark.parametrize("class_agnostic", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "objects"),
+    [((20, 9), (0, 0)), ((0, 0), (2, 3)), ((0, 0), (0, 0)), ((0, 9), (2, 0)), ((9, 0), (2, 0))],
+)
+def test_emptiness_gives_finite_losses_with_gradients(counts, objects, class_agnostic):
+    head = make(class_agnostic)
+    features, proposals, targets = inputs(counts, objects)
+    for level in features.values():
+        level.requires_grad_()
+    _, losses = head(features, proposals, SIZES[:2], targets)
+    assert all(torch.isfinite(loss) and loss.ndim == 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    assert all(level.grad is not None for level in features.values())
+    head.eval()
+    found, _ = head(features, proposals, SIZES[:2])
+    assert [len(one["boxes"]) > 0 for one in found] == [count > 0 for count in counts]
+
+
+def test_crowd_and_difficult_objects_are_not_learned():
+    head = make()
+    features, proposals, targets = inputs((0,), (3,))
+    for key in ("iscrowd", "difficult"):
+        marked = {**targets[0], key: torch.ones(3, dtype=torch.bool)}
+        _, losses = head(features, [targets[0]["boxes"]], SIZES[:1], [marked])
+        assert [loss.item() for loss in losses.values()] == [0, 0]  # neither positive nor negative
+        _, losses = head(features, [targets[0]["boxes"]], SIZES[:1], targets)
+        assert losses["loss_box_reg"] > 0
+
+
+def test_nan_features_are_not_hidden():
+    head = make()
+    features, proposals, targets = inputs()
+    features = {name: level * math.nan for name, level in features.items()}
+    _, losses = head(features, proposals, SIZES, targets)
+    assert all(torch.isnan(loss) for loss in losses.values())
+
+
+def test_losses_are_float32_under_mixed_precision():
+    head = make()
+    features, proposals, targets = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, losses = head(features, proposals, SIZES, targets)
+        assert head.predict(features, torch.stack([random_boxes(3)] * 3))[0].dtype == torch.bfloat16
+    assert all(loss.dtype == torch.float32 and torch.isfinite(loss) for loss in losses.values())
+
+
+def test_training_without_targets():
+    features, proposals, _ = inputs()
+    with pytest.raises(ValueError, match="training mode and needs targets"):
+        make()(features, proposals, SIZES)
+
+
+@pytest.mark.parametrize("arguments", [{"num_classes": 0}, {"fc": []}, {"fc": [0]}, {"strides": {}}])
+def test_bad_arguments(arguments):
+    with pytest.raises(ValueError, match="expected num_classes >= 1"):
+        FastRCNNHead(**{"in_channels": 4, "num_classes": 2, "strides": STRIDES, **arguments})
+
+
+def test_one_image_can_be_overfitted():
+    head = FastRCNNHead(4, 3, STRIDES, pooler=RoIAlign(5), fc=[64], sampler=RoISampler(rois_per_image=32))
+    features, _, targets = inputs((0,), (3,))
+    proposals = [torch.cat((random_boxes(60, 40, 50), targets[0]["boxes"] + torch.rand(3, 4) * 2))]
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
+    first = last = 0.0
+    for step in range(200):
+        loss = sum(head(features, proposals, SIZES[:1], targets)[1].values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first, last = (loss.item() if step == 0 else first), loss.item()
+    assert last < 0.1 * first

@@ -1,0 +1,130 @@
+import pytest
+import torch
+from torchvision.ops import roi_align, roi_pool
+
+from detpipe.roi_pooling import RoIAlign, RoIMaxPool
+from detpipe.roi_pooling.levels import assign_levels
+from detpipe.roi_pooling.pooler import to_rois
+from samples import pyramid, random_boxes
+
+ONE, FOUR = {"c4": 16}, {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
+POOLERS = [RoIAlign(3), RoIAlign((2, 4), sampling_ratio=0), RoIMaxPool((3, 2))]
+STRIDES = [ONE, FOUR]
+
+
+def operator(pooler, features, rois, stride):
+    """The operator of torchvision, called by hand for one level."""
+    if isinstance(pooler, RoIMaxPool):
+        return roi_pool(features, rois, pooler.output_size, 1 / stride)
+    return roi_align(features, rois, pooler.output_size, 1 / stride, pooler.sampling_ratio, aligned=True)
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+@pytest.mark.parametrize("strides", STRIDES)
+def test_three_layouts_of_boxes_agree(pooler, strides):
+    features, boxes = pyramid(2, strides, height=320, width=480), torch.stack([random_boxes(9, 320, 480) for _ in range(2)])
+    rois = torch.cat((torch.tensor([0.0] * 9 + [1.0] * 9)[:, None], boxes.reshape(18, 4)), dim=1)
+    flat = pooler(features, rois, strides)
+    assert flat.shape == (18, 4, *pooler.output_size)
+    assert torch.equal(pooler(features, list(boxes), strides), flat)
+    assert torch.equal(pooler(features, boxes, strides), flat.reshape(2, 9, 4, *pooler.output_size))
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_each_box_is_pooled_from_its_level(pooler):
+    features = pyramid(2, FOUR, height=640, width=960)
+    sizes = torch.rand(40, 2).square() * torch.tensor([900.0, 600.0]) + 4
+    boxes = torch.cat((torch.rand(40, 2), torch.rand(40, 2) + sizes), dim=1)
+    rois = torch.cat((torch.randint(0, 2, (40, 1)).float(), boxes), dim=1)
+    levels = assign_levels(boxes, list(FOUR.values()))
+    assert len(levels.unique()) == 4
+    pooled = pooler(features, rois, FOUR)
+    for row, level in enumerate(levels.tolist()):
+        name, stride = list(FOUR.items())[level]
+        expected = operator(pooler, features[name], rois[row : row + 1], stride)
+        torch.testing.assert_close(pooled[row : row + 1], expected)
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_lists_of_unequal_length(strides):
+    features = pyramid(3, strides)
+    boxes = [random_boxes(4), torch.zeros(0, 4), random_boxes(2)]
+    pooled = RoIAlign(3)(features, boxes, strides)
+    assert pooled.shape == (6, 4, 3, 3)
+    alone = RoIAlign(3)({name: level[2:] for name, level in features.items()}, [boxes[2]], strides)
+    torch.testing.assert_close(pooled[4:], alone)
+
+
+def test_a_worked_number():
+    # cells of 2 pixels hold 0..11 in rows of 4; the box covers the cells 1, 2, 5, 6 exactly
+    features = {"f": torch.arange(12.0).reshape(1, 1, 3, 4)}
+    boxes = [torch.tensor([[2.0, 0.0, 6.0, 4.0]])]
+    assert RoIAlign(2, sampling_ratio=1)(features, boxes, {"f": 2}).flatten().tolist() == [1, 2, 5, 6]
+    assert RoIAlign(1, sampling_ratio=2)(features, boxes, {"f": 2}).flatten().tolist() == [3.5]
+    # max pooling rounds the last edge outwards: cells 1 to 3 and 0 to 2
+    assert RoIMaxPool(1)(features, boxes, {"f": 2}).flatten().tolist() == [11]
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("boxes", [torch.zeros(0, 5), [torch.zeros(0, 4)] * 2, torch.zeros(2, 0, 4)])
+def test_no_boxes_keep_the_graph(pooler, strides, boxes):
+    features = {name: level.requires_grad_() for name, level in pyramid(2, strides).items()}
+    pooled = pooler(features, boxes, strides)
+    lead = (2, 0) if isinstance(boxes, torch.Tensor) and boxes.ndim == 3 else (0,)
+    assert pooled.shape == (*lead, 4, *pooler.output_size)
+    pooled.sum().backward()
+    assert all(level.grad is not None and not level.grad.any() for level in features.values())
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_gradients_are_right(strides):
+    features = [level.double().requires_grad_() for level in pyramid(2, strides, channels=1, height=32, width=48).values()]
+    boxes = torch.stack([random_boxes(2, 32, 48).double() for _ in range(2)])
+    boxes[0, 0] = torch.tensor([-300.0, -300.0, 300.0, 300.0])
+
+    def pool(*levels):
+        return RoIAlign(2)(dict(zip(strides, levels, strict=True)), boxes, strides)
+
+    assert torch.autograd.gradcheck(pool, features)
+
+
+@pytest.mark.parametrize("pooler", [RoIAlign(2), RoIMaxPool(2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_keep_exact_coordinates(pooler, dtype):
+    # bfloat16 would round 1003.3 to 1004 and 1021.9 to 1024
+    ramp = torch.arange(1200.0)[None, None, None] / 1200
+    features, boxes = ramp.expand(1, 1, 4, 1200).contiguous(), torch.tensor([[[1003.3, 0.0, 1021.9, 4.0]]])
+    halved = features.to(dtype)
+    pooled = pooler({"f": halved}, boxes, {"f": 1})
+    assert pooled.dtype == dtype
+    torch.testing.assert_close(pooled, pooler({"f": halved.float()}, boxes, {"f": 1}).to(dtype), rtol=0, atol=0)
+
+
+def test_float64_stays_float64():
+    features = {name: level.double() for name, level in pyramid(1, FOUR).items()}
+    assert RoIAlign(2)(features, [random_boxes(3)], FOUR).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "boxes", [torch.zeros(3, 4), torch.zeros(2, 3, 5), torch.zeros(4), [torch.zeros(3, 5)], [torch.zeros(4)], []]
+)
+def test_other_layouts_are_refused(boxes):
+    with pytest.raises(ValueError, match="boxes must"):
+        to_rois(boxes)
+
+
+def test_missing_levels_are_named():
+    with pytest.raises(ValueError, match=r"features lack the levels \['p5'\]"):
+        RoIAlign(2)(pyramid(1, {"p2": 4}), [random_boxes(1)], {"p2": 4, "p5": 32})
+
+
+@pytest.mark.parametrize("size", [0, (3, 0), (1, 2, 3)])
+def test_bad_output_size(size):
+    with pytest.raises(ValueError, match="output_size must be one or two positive numbers"):
+        RoIMaxPool(size)
+
+
+def test_bad_sampling_ratio():
+    with pytest.raises(ValueError, match="sampling_ratio must be 0"):
+        RoIAlign(7, sampling_ratio=-1)

@@ -1,0 +1,232 @@
+import math
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
+
+from detpipe.backbones import SEResNet
+from detpipe.boxes import iou, valid
+from detpipe.detector import TwoStageDetector, total_loss
+from detpipe.evaluation import evaluate_coco, pack
+from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
+from detpipe.optimization import LRSchedule, Optimizer
+from detpipe.proposals import DenseGrid, PrecomputedProposals
+from detpipe.roi_pooling import RoIAlign
+from detpipe.types import Target
+from evaluation.builders import truth
+
+IMAGES = [torch.rand(3, 50, 70), torch.rand(3, 64, 48)]
+
+
+def make(proposals=None, min_size: int = 64, max_size: int = 96, **postprocess) -> TwoStageDetector:
+    backbone = SEResNet(18, levels=["c3"], out_channels=32)
+    head = FastRCNNHead(
+        32,
+        num_classes=2,
+        strides=backbone.strides,
+        pooler=RoIAlign(4, sampling_ratio=1),
+        fc=[64],
+        sampler=RoISampler(rois_per_image=32),
+        postprocess=Postprocess(**{"score_threshold": 0.05, **postprocess}),
+    )
+    source = DenseGrid(scales=[16, 24, 32], ratios=[0.5, 1, 2], stride=8, spacing=0) if proposals is None else proposals
+    return TwoStageDetector(
+        backbone, source, head, Optimizer("adamw", lr=2e-3), LRSchedule("cosine", warmup=0.1), min_size, max_size
+    )
+
+
+def some_targets() -> list[Target]:
+    return [
+        Target(boxes=torch.tensor([[5.0, 6.0, 30.0, 28.0], [40.0, 20.0, 60.0, 45.0]]), labels=torch.tensor([1, 2])),
+        Target(boxes=torch.tensor([[10.0, 10.0, 40.0, 50.0]]), labels=torch.tensor([2])),
+    ]
+
+
+def no_objects() -> Target:
+    return Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
+
+
+def modes(detector: TwoStageDetector) -> dict[str, bool]:
+    return {name: module.training for name, module in detector.named_modules()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_detects_and_losses_returns_losses_in_either_mode(training):
+    detector = make().train(training)
+    detector.backbone.stages["c2"].eval()  # a mixture of modes is kept as well
+    before = modes(detector)
+    detections = detector(IMAGES)
+    assert [sorted(found) for found in detections] == [["boxes", "labels", "scores"]] * 2
+    losses = detector.losses(IMAGES, some_targets())
+    assert sorted(losses) == ["loss_box_reg", "loss_classifier"]
+    assert total_loss(losses).requires_grad
+    assert modes(detector) == before
+
+
+def test_modes_are_restored_after_an_error():
+    detector = make(PrecomputedProposals()).eval()
+    before = modes(detector)
+    with pytest.raises(ValueError, match="no proposals"):
+        detector.losses(IMAGES, some_targets())
+    assert modes(detector) == before
+
+
+def test_detections_are_in_pixels_of_the_images_passed():
+    """A head that returns its RoIs shows the proposals themselves, after both changes of frame."""
+    detector = make(PrecomputedProposals(), score_threshold=0.0).eval()
+    torch.nn.init.zeros_(detector.head.regressor.weight)
+    boxes = [torch.tensor([[5.0, 6.0, 30.0, 28.0]]), torch.tensor([[0.0, 0.0, 48.0, 64.0], [1.0, 2.0, 12.0, 40.0]])]
+    for size in (64, 33, 150):
+        detector.min_size, detector.max_size = size, 2 * size
+        detections = detector(IMAGES, [{"proposals": b} for b in boxes])
+        for found, wanted, image in zip(detections, boxes, IMAGES, strict=True):
+            overlap = iou(wanted, found["boxes"]).amax(dim=1)
+            torch.testing.assert_close(overlap, torch.ones(len(wanted)), rtol=1e-4, atol=0)
+            assert valid(found["boxes"]).all()
+            assert (found["boxes"] >= 0).all()
+            assert (found["boxes"][:, 2:] <= torch.tensor([image.shape[2], image.shape[1]])).all()
+
+
+def test_losses_see_targets_in_the_frame_of_the_batch():
+    """Larger images with larger boxes, shrunk to the same batch, give the same losses."""
+    detector = make().eval()
+    targets = some_targets()
+    torch.manual_seed(3)
+    small = detector.losses(IMAGES, targets)
+    doubled = [Target(boxes=t["boxes"] * 2, labels=t["labels"]) for t in targets]
+    images = [image.repeat_interleave(2, 1).repeat_interleave(2, 2) for image in IMAGES]
+    detector.min_size, detector.max_size = 64, 96
+    torch.manual_seed(3)
+    large = detector.losses(images, doubled)
+    for name, value in small.items():
+        assert large[name].item() == pytest.approx(value.item(), rel=0.1)
+
+
+def test_an_image_is_detected_alike_alone_and_in_a_batch():
+    detector = make(score_threshold=0.2).eval()
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
+    together, alone = detector(images)[1], detector(images[1:])[0]
+    assert len(alone["boxes"]) > 0
+    for key in ("boxes", "scores", "labels"):
+        torch.testing.assert_close(together[key], alone[key], rtol=1e-4, atol=1e-4)
+
+
+def colored_scene() -> tuple[torch.Tensor, Target]:
+    image = 0.3 + 0.05 * torch.rand(3, 64, 96)
+    boxes = torch.tensor([[8.0, 10.0, 34.0, 40.0], [50.0, 22.0, 86.0, 46.0]])
+    for channel, (x1, y1, x2, y2) in zip((0, 2), boxes.int().tolist(), strict=True):
+        image[channel, y1:y2, x1:x2] = 0.9
+    return image, Target(boxes=boxes, labels=torch.tensor([1, 2]))
+
+
+def train(detector: TwoStageDetector, images, targets, steps: int) -> list[float]:
+    optimizer = detector.optimizer.build(detector.backbone, detector.proposals, detector.head)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, detector.lr_scheduler.factor(steps))
+    history = []
+    for _ in range(steps):
+        loss = total_loss(detector.losses(images, targets))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        history.append(loss.item())
+    return history
+
+
+def test_one_image_is_overfitted_to_ap_1():
+    detector = make()
+    image, target = colored_scene()
+    train(detector, [image], [target], 200)
+    with torch.no_grad():
+        found = detector.eval()([image])
+    objects = [(1, int(label), tuple(box)) for box, label in zip(target["boxes"].tolist(), target["labels"], strict=True)]
+    scores = evaluate_coco(truth(objects, [1], ("red", "blue")), pack(found, [1]))
+    assert scores["AP"] == 1.0
+
+
+def test_training_twice_gives_the_same_weights_to_the_last_bit():
+    states = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        detector = make()
+        train(detector, IMAGES, some_targets(), 3)
+        states.append(detector.state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    torch.manual_seed(11)
+    fresh = make().state_dict()
+    assert not all(torch.equal(value, states[0][key]) for key, value in fresh.items())
+
+
+@pytest.mark.parametrize("targets", [[no_objects(), no_objects()], [some_targets()[0], no_objects()]])
+def test_images_without_objects_are_trained_on(targets):
+    detector = make()
+    loss = total_loss(detector.losses(IMAGES, targets))
+    loss.backward()
+    assert 0 < loss.item() < math.inf
+    for name, parameter in detector.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_no_proposals_at_all():
+    detector = make(PrecomputedProposals())
+    targets = [{**target, "proposals": torch.zeros(0, 4)} for target in (no_objects(), no_objects())]
+    assert [len(found["boxes"]) for found in detector(IMAGES, targets)] == [0, 0]
+    loss = total_loss(detector.losses(IMAGES, targets))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(parameter.grad is not None for parameter in detector.parameters())
+
+
+def test_nan_in_an_image_is_not_hidden_from_the_losses():
+    images = [IMAGES[0], IMAGES[1].clone()]
+    images[1][0, 3, 4] = math.nan
+    losses = make().eval().losses(images, some_targets())
+    assert all(torch.isnan(loss) for loss in losses.values())
+
+
+def collate(rows):
+    images, targets = zip(*rows, strict=True)
+    return list(images), list(targets)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec:FutureWarning")
+def test_lightning_trains_validates_and_predicts(tmp_path):
+    detector = make()
+    rows = list(zip(IMAGES, some_targets(), strict=True))
+    loader = DataLoader(rows, batch_size=2, collate_fn=collate)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        log_every_n_steps=1,
+    )
+    before = {name: value.clone() for name, value in detector.named_parameters()}
+    trainer.fit(detector, loader, loader)  # begins with a validation in inference mode
+    logged = trainer.callback_metrics
+    for stage in ("train", "val"):
+        assert {f"{stage}/loss", f"{stage}/loss_classifier", f"{stage}/loss_box_reg"} <= set(logged)
+        parts = logged[f"{stage}/loss_classifier"] + logged[f"{stage}/loss_box_reg"]
+        torch.testing.assert_close(logged[f"{stage}/loss"], parts)
+    assert all(not torch.equal(value, before[name]) for name, value in detector.named_parameters())
+    assert detector.training
+    [found] = trainer.predict(detector, loader)
+    assert len(found) == 2
+
+
+def test_only_named_losses_are_summed():
+    parts = {"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(2.5), "accuracy": torch.tensor(0.9)}
+    assert total_loss(parts) == 3.5
+    with pytest.raises(ValueError, match=r"at least one loss named 'loss_\*', got \['accuracy'\]"):
+        total_loss({"accuracy": torch.tensor(0.9)})
+
+
+@pytest.mark.parametrize("sizes", [(0, 10), (20, 10)])
+def test_bad_sizes(sizes):
+    with pytest.raises(ValueError, match="expected 0 < min_size <= max_size"):
+        make(None, *sizes)

@@ -1,0 +1,147 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detpipe.boxes import valid
+from detpipe.images import (
+    detections_to_images,
+    normalize,
+    resized_size,
+    scale_boxes,
+    targets_to_batch,
+    to_batch,
+)
+from detpipe.types import PixelFormat
+from samples import random_boxes
+
+CAFFE = PixelFormat(mean=(103.939, 116.779, 123.68), std=(1, 1, 1), channel_order="bgr", value_range=255.0)
+PLAIN = PixelFormat(mean=(0, 0, 0), std=(1, 1, 1))
+SIDE = st.integers(1, 2000)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((480, 640), (600, 800)), ((640, 480), (800, 600)), ((300, 900), (333, 1000)), ((600, 600), (600, 600))],
+)
+def test_resized_size_by_hand(size, expected):
+    assert resized_size(size, 600, 1000) == expected
+
+
+@settings(deadline=None)
+@given(SIDE, SIDE, st.integers(1, 800), st.integers(0, 800))
+def test_resized_size_keeps_its_bounds(height, width, min_size, more):
+    new = resized_size((height, width), min_size, min_size + more)
+    assert 1 <= min(new) <= min_size
+    assert max(new) <= min_size + more
+    assert min(new) == min_size or max(new) == min_size + more  # one of the two is reached
+
+
+def test_normalize_by_hand():
+    image = torch.tensor([255, 128, 0], dtype=torch.uint8)[:, None, None]  # red, green, blue
+    rgb = normalize(image, PixelFormat(mean=(0.5, 0.25, 0.125), std=(0.5, 0.25, 2.0)))
+    assert rgb.flatten().tolist() == pytest.approx([(1 - 0.5) / 0.5, (128 / 255 - 0.25) / 0.25, -0.125 / 2])
+    bgr = normalize(image, CAFFE)
+    assert bgr.flatten().tolist() == pytest.approx([0 - 103.939, 128 - 116.779, 255 - 123.68], rel=1e-5)
+
+
+@pytest.mark.parametrize("pixel_format", [PixelFormat(), CAFFE])
+def test_bytes_and_floats_give_the_same_batch(pixel_format):
+    image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+    as_bytes = to_batch([image], pixel_format, 24, 40, 8).tensors
+    as_floats = to_batch([image / 255], pixel_format, 24, 40, 8).tensors
+    torch.testing.assert_close(as_bytes, as_floats, rtol=1e-5, atol=1e-4)
+
+
+def test_normalize_leaves_its_input_as_it_is():
+    for image in (torch.full((3, 2, 2), 7, dtype=torch.uint8), torch.full((3, 2, 2), 0.5)):
+        before = image.clone()
+        normalize(image, CAFFE)
+        assert torch.equal(image, before)
+
+
+def test_batch_is_padded_at_the_right_and_the_bottom_with_zeros():
+    images = [torch.rand(3, 20, 30), torch.rand(3, 24, 20)]
+    batch = to_batch(images, PLAIN, 20, 40, 16)
+    assert batch.image_sizes == [(20, 30), (24, 20)]  # neither needs resizing
+    assert batch.tensors.shape == (2, 3, 32, 32)
+    for row, image in zip(batch.tensors, images, strict=True):
+        height, width = image.shape[1:]
+        assert torch.equal(row[:, :height, :width], image)
+        assert not row[:, height:].any()
+        assert not row[:, :, width:].any()
+
+
+@pytest.mark.parametrize(("min_size", "antialias"), [(10, True), (40, False)])
+def test_images_are_resized_bilinearly(min_size, antialias):
+    image = torch.rand(3, 20, 30)
+    batch = to_batch([image], PLAIN, min_size, 100, 1)
+    size = (min_size, min_size * 3 // 2)
+    assert batch.image_sizes == [size]
+    expected = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=antialias)
+    torch.testing.assert_close(batch.tensors, expected)
+
+
+def test_an_image_in_a_batch_is_what_it_is_alone():
+    images = [torch.rand(3, 20, 30), torch.rand(3, 50, 20)]
+    batch = to_batch(images, PixelFormat(), 24, 40, 8)
+    for row, image, (height, width) in zip(batch.tensors, images, batch.image_sizes, strict=True):
+        alone = to_batch([image], PixelFormat(), 24, 40, 8).tensors[0]
+        assert torch.equal(row[:, :height, :width], alone[:, :height, :width])
+
+
+def test_a_colored_rectangle_stays_inside_its_box():
+    image = torch.zeros(3, 40, 60)
+    image[:, 10:20, 30:50] = 1
+    batch = to_batch([image], PLAIN, 80, 200, 1)
+    x1, y1, x2, y2 = scale_boxes(torch.tensor([30.0, 10.0, 50.0, 20.0]), (40, 60), batch.image_sizes[0]).int().tolist()
+    assert batch.tensors[0, :, y1 + 1 : y2 - 1, x1 + 1 : x2 - 1].min() == 1
+    outside = batch.tensors[0].clone()
+    outside[:, y1 - 1 : y2 + 1, x1 - 1 : x2 + 1] = 0
+    assert outside.max() == 0
+
+
+@settings(deadline=None)
+@given(SIDE, SIDE, SIDE, SIDE)
+def test_boxes_go_there_and_come_back(height, width, new_height, new_width):
+    old, new = (height, width), (new_height, new_width)
+    boxes = torch.tensor([[0.0, 0.0, width, height], [0.25 * width, 0.5 * height, width, 0.75 * height]])
+    target = {"boxes": boxes, "proposals": boxes[:1], "area": boxes[:, 2] * boxes[:, 3], "labels": torch.tensor([1, 2])}
+    [moved] = targets_to_batch([target], [old], [new])
+    torch.testing.assert_close(moved["boxes"][0], torch.tensor([0.0, 0.0, new_width, new_height]))
+    torch.testing.assert_close(moved["proposals"], moved["boxes"][:1])
+    torch.testing.assert_close(moved["area"], moved["boxes"][:, 2] * moved["boxes"][:, 3])
+    assert moved["labels"] is target["labels"]
+    found = {"boxes": moved["boxes"], "scores": torch.ones(2), "labels": torch.tensor([1, 2])}
+    [back] = detections_to_images([found], [new], [old])
+    torch.testing.assert_close(back["boxes"], boxes)
+    assert (back["boxes"] <= torch.tensor([width, height, width, height])).all()  # to the last bit
+
+
+def test_targets_are_not_changed_in_place():
+    boxes = random_boxes(3)
+    target = {"boxes": boxes.clone(), "image_id": 7}
+    [moved] = targets_to_batch([target], [(60, 80)], [(30, 40)])
+    assert torch.equal(target["boxes"], boxes)
+    assert moved["image_id"] == 7
+    assert valid(moved["boxes"]).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "at least one image"),
+        ([torch.zeros(3, 4, 4), torch.zeros(1, 4, 4)], r"images\[1\] must be \[3, H, W\].*\[1, 4, 4\]"),
+        ([torch.zeros(4, 4)], r"images\[0\] must be"),
+        ([torch.zeros(3, 0, 4)], "H, W > 0"),
+    ],
+)
+def test_bad_images_are_named(images, message):
+    with pytest.raises(ValueError, match=message):
+        to_batch(images, PLAIN, 4, 4, 1)
+
+
+def test_integer_images_other_than_bytes_are_refused():
+    with pytest.raises(TypeError, match="uint8.*int64"):
+        to_batch([torch.zeros(3, 4, 4, dtype=torch.int64)], PLAIN, 4, 4, 1)

@@ -1,0 +1,42 @@
+"""What the README shows is run as it is written there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_head_in_torchvision_detector_trains_and_infers() -> None:
+    [code] = [block for block in blocks("python") if "FasterRCNN" in block]
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    losses, detections = names["losses"], names["detections"]
+    assert {"loss_classifier", "loss_box_reg", "loss_objectness"} <= set(losses)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert set(detections[0]) == {"boxes", "scores", "labels"}
+    statements = [line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    assert len(statements) <= 10
+
+
+@pytest.mark.parametrize("marker", ["the main job", "the tests"])
+def test_continuous_integration_finds_its_commands(marker: str) -> None:
+    found = re.findall(rf"^<!-- {marker} -->\n```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    assert len(found) == 1
+    assert "pip install" in found[0]
+
+
+def test_files_that_are_named_exist() -> None:
+    named = set(re.findall(r"(?:configs|tools|docs|benchmarks|detpipe)/[\w./-]*\.\w+", README))
+    missing = sorted(name for name in named if not (ROOT / name).exists())
+    assert not missing
