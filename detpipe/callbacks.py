@@ -19,6 +19,7 @@ from detpipe.errors import TrainingError
 from detpipe.files import atomic_write
 from detpipe.types import Detection, Target
 
+NONFINITE_BATCH = "nonfinite_batch.pt"
 Batch = tuple[list[Tensor], list[Target]]
 
 
@@ -39,6 +40,17 @@ class StepSeed(Callback):
         torch.manual_seed((self.seed * 1_000_003 + trainer.global_step) % 2**63)
 
 
+class ValidateLastStep(Callback):
+    """Validate and save after the last step where ``trainer.max_steps`` ends training in the middle of an epoch."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Ask for the stop that validates first; Lightning's own at the last step does not."""
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True
+
+
 class DescribeCheckpoint(Callback):
     """Write the model's configuration and the names of the classes into every checkpoint.
 
@@ -55,14 +67,13 @@ class DescribeCheckpoint(Callback):
 
 
 class MeanAveragePrecision(Callback):
-    """Evaluate the detections of each validation epoch and remember the best epoch.
+    """Evaluate the detections of each validation epoch.
 
-    Logs ``val/AP`` and ``val/AP50`` (COCO's definitions, in 0..1).
+    Logs ``val/AP`` and ``val/AP50`` (COCO's definitions, in 0..1). Each checkpoint carries all the numbers of its weights.
     """
 
     def __init__(self) -> None:
         self.metrics: dict[str, Any] = {}
-        self.best: dict[str, Any] = {}
         self._detections: list[Detection] = []
         self._image_ids: list[int] = []
 
@@ -86,16 +97,22 @@ class MeanAveragePrecision(Callback):
         self.metrics["epoch"] = trainer.current_epoch
         for name in ("AP", "AP50"):
             pl_module.log(f"val/{name}", float(self.metrics[name]), prog_bar=True)
-        if not trainer.sanity_checking and self.metrics["AP"] > self.best.get("AP", -1.0):
-            self.best = self.metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to know."""
-        return {"best": json.dumps(self.best)}
+        """The numbers, for the checkpoint."""
+        return {"metrics": json.dumps(self.metrics)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the best epoch of the run that is resumed."""
-        self.best = json.loads(state_dict["best"])
+    @classmethod
+    def stored(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Read the numbers of a checkpoint.
+
+        Args:
+            checkpoint: Lightning's dict.
+
+        Returns:
+            As from :func:`detpipe.evaluation.evaluate`, and ``epoch``.
+        """
+        return json.loads(checkpoint["callbacks"][cls.__qualname__]["metrics"])
 
 
 class Throughput(Callback):
@@ -127,7 +144,7 @@ class Throughput(Callback):
 class StopOnNonFinite(Callback):
     """Stop before a NaN or an infinity reaches the weights, and say which images caused it (row 36 of the fault matrix).
 
-    The batch is stored as ``nonfinite_batch.pt`` in the run folder: images, targets, step.
+    The batch is stored as ``NONFINITE_BATCH`` in the run folder: images, targets, step.
 
     Args:
         folder: the run folder.
@@ -158,8 +175,7 @@ class StopOnNonFinite(Callback):
     def _stop(self, trainer: Trainer, what: str) -> None:
         images, targets = self._batch or ([], [])
         names = [str(target.get("file_name", target.get("image_id"))) for target in targets]
-        path = self.folder / "nonfinite_batch.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self.folder / NONFINITE_BATCH
         with atomic_write(path) as temporary:
             torch.save({"images": images, "targets": targets, "step": trainer.global_step}, temporary)
         raise TrainingError(

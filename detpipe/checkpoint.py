@@ -6,7 +6,7 @@ names of the classes. ``load_detector`` rebuilds the model from it alone.
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; expected a file such as RUN/best.ckpt")
     try:
+        _check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # what a damaged file makes the reader raise is any of a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"checkpoint {path} is damaged or holds more than tensors and plain data: {reason}") from error
     entry = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
@@ -86,6 +87,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
         raise CheckpointError(f"{path} is not a checkpoint of detpipe; give one that 'detpipe train' wrote")
     if entry.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {entry.get('format')}, this version reads format {FORMAT}")
+    missing = [key for key in ("model", "class_names", "category_ids") if key not in entry]
+    if missing:
+        raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)} in its description; train again")
     return checkpoint, Description(entry["model"], tuple(entry["class_names"]), tuple(entry["category_ids"]))
 
 
@@ -107,7 +111,7 @@ def load_detector(path: str | Path) -> tuple[TwoStageDetector, Description]:
     add_model(parser)
     try:
         config = parser.parse_object({"model": description.model, "num_classes": len(description.class_names)})
-        detector = parser.instantiate_classes(config).model
+        detector = parser.instantiate(config).model
     except Exception as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"checkpoint {path}: its model cannot be built by this version: {reason}") from error
@@ -190,11 +194,11 @@ def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:
     Returns:
         Plain containers, without the path of pretrained weights, which a checkpoint replaces.
     """
-    model = config.as_dict() if isinstance(config, Namespace) else dict(config)
+    model = _plain(config.as_dict() if isinstance(config, Namespace) else config)
     backbone = model["backbone"].get("init_args", {})
     if "weights" in backbone:
-        model["backbone"]["init_args"] = {**backbone, "weights": None}
-    return _plain(model)
+        backbone["weights"] = None
+    return model
 
 
 def _plain(value: Any) -> Any:
@@ -205,6 +209,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def _check_sums(path: Path) -> None:
+    """Compare each part of the file with its check sum, which ``torch.load`` does not do for tensors."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        if bad is not None:
+            raise ValueError(f"{bad} does not match its check sum")
 
 
 def _check_classes(value: Any, path: str) -> None:

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
+from detpipe.allocator import keep_freed_memory
 from detpipe.errors import DetpipeError, UsageError
 
 HELP = """usage: detpipe [--debug] COMMAND ...
@@ -68,8 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(given)
     except KeyboardInterrupt:
-        print("\ninterrupted; what was saved before stays", file=sys.stderr)
-        return 130
+        return interrupted()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # how Lightning leaves when interrupted
+            return interrupted()
+        return stop.code if isinstance(stop.code, int) else 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -78,6 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"detpipe: error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def interrupted() -> int:
+    """Say that the command was stopped by its user, and return the exit status for that."""
+    print("\ninterrupted; what was saved before stays", file=sys.stderr)
+    return 130
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -99,6 +109,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(f"unknown command {command!r}: expected {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}")
     module, function = COMMANDS[command]
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
+    keep_freed_memory()
     return getattr(import_module(module), function)(rest) or 0
 
 
@@ -113,9 +124,10 @@ def one_line(error: BaseException) -> str:
     """
     lines = [line for line in str(error).splitlines() if line.strip()]
     message = lines[-1].strip() if lines else ""
+    if lines and lines[0].startswith("Caught "):  # raised in a data worker: the last line is "type: message"
+        message = message.partition(": ")[2] or message
+        lines = [message]
     if isinstance(error, DetpipeError):
-        if lines and lines[0].startswith("Caught "):  # raised in a data worker: the last line is "type: message"
-            return message.partition(": ")[2] or message
         return " ".join(line.strip() for line in lines)
     if isinstance(error, OSError):
         return str(error)

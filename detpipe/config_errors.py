@@ -39,7 +39,8 @@ _NO_PATH = re.compile(r"- Expected a path but .*? either not accessible or inval
 _UNKNOWN = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<key>[^']+)'(?: is not accepted)?")
 _MISSING = re.compile(r"the following arguments are required: (?P<keys>.*)")
 _CLASS = re.compile(
-    r"Expected a dot import path string: (?P<short>.*)|Problem with given class_path '(?P<full>[^']*)':\s*(?P<why>.*)"
+    r"(?:Problem with given class_path '\S+':\s*)?Importing '(?P<denied>\S+)' is not allowed, denied by .*"
+    r"|Expected a dot import path string: (?P<short>.*)|Problem with given class_path '(?P<full>[^']*)':\s*(?P<why>.*)"
     r"|Import path (?P<other>\S+) does not correspond to a subclass of (?P<base>\w+)",
     re.DOTALL,
 )
@@ -135,10 +136,12 @@ def _unknown(key: str, parser: ArgumentParser | None) -> _Told:
 
 
 def _wrong_class(match: re.Match[str], parser: ArgumentParser | None, at: str) -> str:
-    name = (match["short"] or match["full"] or match["other"]).strip()
+    name = (match["short"] or match["full"] or match["other"] or match["denied"]).strip()
     known = sorted(_subclass_names(parser, at))
     near = did_you_mean(name.rpartition(".")[2], known)
-    if match["other"]:
+    if match["denied"]:
+        what = f"class {name!r} is not allowed, since a configuration must not run code"
+    elif match["other"]:
         what = f"{name!r} is not a {match['base']}"
     elif match["full"]:
         what = f"class {name!r} cannot be used ({match['why'].strip()})"

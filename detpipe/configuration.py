@@ -28,6 +28,9 @@ from detpipe.detector import TwoStageDetector
 from detpipe.errors import DetpipeError, UsageError
 from detpipe.suggest import did_you_mean
 
+# refuse class paths that run code (os, subprocess, pickle and the like) before they are imported, instead of warning
+jsonargparse.set_parsing_settings(import_path_denylist=[])
+
 TRAINER_DEFAULTS = {
     "max_epochs": 10,
     "logger": False,
@@ -89,7 +92,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse what would be lost without a word."""
-        super().parse_arguments(parser, args)
+        self.config = parser.parse_args(args)
         for key in ("model", "model.optimizer", "model.lr_scheduler", "trainer"):
             if not isinstance(self.config.get(key), jsonargparse.Namespace):
                 raise UsageError(f"{key}: expected keys with values, got {self.config.get(key)}")

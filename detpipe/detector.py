@@ -7,6 +7,7 @@ Frames: what goes in and comes out is in pixels of the images as passed; the sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from detpipe import images as frames
+from detpipe.errors import UsageError
 from detpipe.optimization import LRSchedule, Optimizer
 from detpipe.stages import Backbone, Losses, ProposalSource, RoIHead
 from detpipe.types import Detection, Target
@@ -62,6 +64,7 @@ class TwoStageDetector(LightningModule):
         super().__init__()
         if not 0 < min_size <= max_size:
             raise ValueError(f"expected 0 < min_size <= max_size, got {min_size=}, {max_size=}")
+        backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
         self.backbone, self.proposals, self.head = backbone, proposals, head
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.min_size, self.max_size = min_size, max_size
@@ -136,8 +139,10 @@ class TwoStageDetector(LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule, which is stepped after every batch."""
         optimizer = self.optimizer.build(self.backbone, self.proposals, self.head)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scheduler.factor(total))
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise UsageError("training never ends: set trainer.max_epochs or trainer.max_steps, the schedule needs the end")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scheduler.factor(int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def _log_losses(self, stage: str, total: Tensor, losses: Losses, size: int, on_step: bool) -> None:

@@ -135,7 +135,11 @@ def targets_to_batch(targets: Sequence[Target], old: Sequence[Size], new: Sequen
     """
     moved = []
     for target, before, after in zip(targets, old, new, strict=True):
-        changed = {key: scale_boxes(target[key], before, after) for key in ("boxes", "proposals") if key in target}
+        changed = Target()
+        if "boxes" in target:
+            changed["boxes"] = scale_boxes(target["boxes"], before, after)
+        if "proposals" in target:
+            changed["proposals"] = scale_boxes(target["proposals"], before, after)
         if "area" in target:
             changed["area"] = target["area"] * (after[0] * after[1] / (before[0] * before[1]))
         moved.append(cast(Target, {**target, **changed}))

@@ -70,22 +70,22 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
     Raises:
         ValueError: a target lacks ``boxes`` or ``labels``, or they differ in length.
     """
+    boxes_of, labels_of, crowd_of, difficult_of = [], [], [], []
     for index, target in enumerate(targets):
         if "boxes" not in target or "labels" not in target:
             raise ValueError(f"targets[{index}] needs 'boxes' and 'labels' in training, got {sorted(target)}")
-        if target["boxes"].shape != (len(target["labels"]), 4):
+        boxes, labels = target["boxes"], target["labels"]
+        if boxes.shape != (len(labels), 4):
             raise ValueError(
-                f"targets[{index}]: boxes must be [G, 4] and labels [G], got {list(target['boxes'].shape)} "
-                f"and {list(target['labels'].shape)}"
+                f"targets[{index}]: boxes must be [G, 4] and labels [G], "
+                f"got {list(boxes.shape)} and {list(labels.shape)}"
             )
-    boxes, present = pad([target["boxes"] for target in targets])
-    labels, _ = pad([target["labels"] for target in targets])
-
-    def flags(key: str) -> Tensor:
-        absent = [torch.zeros_like(target["labels"], dtype=torch.bool) for target in targets]
-        return pad([target.get(key, none).bool() for target, none in zip(targets, absent, strict=True)])[0]
-
-    crowd, difficult = flags("iscrowd"), flags("difficult")
+        none = torch.zeros_like(labels, dtype=torch.bool)
+        boxes_of.append(boxes)
+        labels_of.append(labels)
+        crowd_of.append(target.get("iscrowd", none).bool())
+        difficult_of.append(target.get("difficult", none).bool())
+    (boxes, present), (labels, _), (crowd, _), (difficult, _) = map(pad, (boxes_of, labels_of, crowd_of, difficult_of))
     return GroundTruth(boxes, labels, present & ~crowd & ~difficult, crowd & present, difficult & present & ~crowd)
 
 

@@ -64,25 +64,21 @@ def predict(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     images = find_images(options.images)
     detector, description = load_detector(options.checkpoint)
-    boxes = None if options.proposals is None else read_proposals(Path(options.proposals))
-    if boxes is not None:
-        detector.proposals = PrecomputedProposals(max_boxes=None)
-    elif isinstance(detector.proposals, PrecomputedProposals):
-        raise UsageError(
-            f"{options.checkpoint} was trained on precomputed proposals: give boxes for the images with --proposals FILE.json"
-        )
+    boxes = _choose_proposals(detector, options)
     detector.to(_device(options.device))
     out = Path(options.output)
+    names = _drawing_names(images, out)
+    given = [_proposals_of(path, boxes) for path in images]
     report = Report(str(options.checkpoint), list(description.class_names))
-    names = _drawing_names(images)
-    for path, name in tqdm(list(zip(images, names, strict=True)), unit="image", disable=not sys.stderr.isatty()):
+    rows = list(zip(images, names, given, strict=True))
+    for path, name, proposals in tqdm(rows, unit="image", disable=not sys.stderr.isatty()):
         try:
             image = read_image(path)
         except (DataError, OSError) as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             report.failed.append({"file": str(path), "reason": str(error)})
             continue
-        found = detect(detector, image, _proposals_of(path, boxes), options.score_threshold)
+        found = detect(detector, image, proposals, options.score_threshold)
         drawing = visualize.draw(image, found["boxes"], found["labels"], description.class_names, found["scores"])
         visualize.save_png(out / name, drawing)
         report.images.append(_record(path, name, image, found, description.class_names))
@@ -171,6 +167,18 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _choose_proposals(detector: TwoStageDetector, options: argparse.Namespace) -> dict[str, Tensor] | None:
+    """Read the proposals file, which takes the place of the detector's own source."""
+    if options.proposals is not None:
+        detector.proposals = PrecomputedProposals(max_boxes=None)
+        return read_proposals(Path(options.proposals))
+    if isinstance(detector.proposals, PrecomputedProposals):
+        raise UsageError(
+            f"{options.checkpoint} was trained on precomputed proposals: give boxes for the images with --proposals FILE.json"
+        )
+    return None
+
+
 def _proposals_of(path: Path, proposals: dict[str, Tensor] | None) -> Tensor | None:
     if proposals is None:
         return None
@@ -180,9 +188,9 @@ def _proposals_of(path: Path, proposals: dict[str, Tensor] | None) -> Tensor | N
     raise DataError(f"the proposals file has no boxes for {path}: add the key {path.name!r}")
 
 
-def _drawing_names(images: Sequence[Path]) -> list[str]:
-    """Name the drawings after the images, with a number where two would be the same."""
-    names, used = [], set()
+def _drawing_names(images: Sequence[Path], out: Path) -> list[str]:
+    """Name the drawings after the images, with a number where two would be the same or an image would be lost."""
+    names, used = [], {path.name for path in images if path.parent.resolve() == out.resolve()}
     for path in images:
         name, number = f"{path.stem}.png", 2
         while name in used:

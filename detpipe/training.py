@@ -6,15 +6,19 @@ A run folder holds ``config.yaml``, ``metrics.csv``, ``tensorboard/``, ``best.ck
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
@@ -54,25 +58,20 @@ def train(arguments: Sequence[str]) -> int:
         stored, known = checkpoint.read(resume)
         checkpoint.check_class_names(known, description.class_names, resume)
         checkpoint.load_weights(cli.model, stored, resume)
-    folder = run_folder(config.output, arguments)
-    remove_orphans(folder)
-    with atomic_write(folder / "config.yaml") as temporary:
-        again = config.clone()
-        again.output = again.ckpt_path = None  # the file trains the same model again, in a folder of its own
-        temporary.write_text(cli.parser.dump(again, skip_link_targets=True), encoding="utf-8")
-    average, speed = callbacks.MeanAveragePrecision(), callbacks.Throughput()
-    trainer = cli.trainer_with(
-        default_root_dir=str(folder),
-        logger=_loggers(folder),
-        plugins=[checkpoint.AtomicCheckpointIO()],
-        callbacks=_callbacks(folder, data, description, int(config.seed_everything or 0), average, speed),
-    )
-    print(f"run folder {folder}")
+    folder, speed = run_folder(config.output, arguments), callbacks.Throughput()
     start = time.perf_counter()
-    trainer.fit(cli.model, datamodule=data, ckpt_path=resume)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    summary = _summarize(trainer, average, speed, time.perf_counter() - start, config)
+    with _made(folder, speed):
+        trainer = cli.trainer_with(
+            default_root_dir=str(folder),
+            logger=_loggers(folder, 0 if resume is None else stored["global_step"]),
+            plugins=[checkpoint.AtomicCheckpointIO()],
+            callbacks=_callbacks(folder, data, description, int(config.seed_everything or 0), speed),
+        )
+        with atomic_write(folder / "config.yaml") as temporary:
+            temporary.write_text(_reusable(cli.parser.dump(config, skip_link_targets=True, skip_unset=False)), encoding="utf-8")
+        print(f"run folder {folder}")
+        trainer.fit(cli.model, datamodule=data, ckpt_path=resume)
+    summary = _summarize(trainer, speed, time.perf_counter() - start, config)
     with atomic_write(folder / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(f"AP {summary['AP']:.3f} AP50 {summary['AP50']:.3f} checkpoint {summary['checkpoint']}")
@@ -80,14 +79,14 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def run_folder(output: str | None, arguments: Sequence[str]) -> Path:
-    """Choose and make the folder of a run.
+    """Choose the folder of a run.
 
     Args:
         output: as asked for, or None for ``runs/NAME OF THE FIRST CONFIGURATION/DATE-TIME``.
         arguments: of the command, for that name.
 
     Returns:
-        An existing folder.
+        The folder, which need not exist.
 
     Raises:
         DataError: the folder asked for holds a finished run.
@@ -100,8 +99,27 @@ def run_folder(output: str | None, arguments: Sequence[str]) -> Path:
         folder = Path(output)
         if (folder / "summary.json").exists():
             raise DataError(f"{folder} holds a finished run (summary.json); give another --output or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def _made(folder: Path, speed: callbacks.Throughput) -> Iterator[None]:
+    """Make the folder, and remove it again if the run failed before its first step, with nothing to look at."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_orphans(folder)
+    try:
+        yield
+    except BaseException:
+        if new and not speed.images and not (folder / callbacks.NONFINITE_BATCH).exists():
+            shutil.rmtree(folder)
+        raise
+
+
+def _reusable(text: str) -> str:
+    """Leave out of a configuration what belongs to one run: the file then trains again, and evaluates."""
+    settings = yaml.safe_load(text)
+    return yaml.safe_dump({k: v for k, v in settings.items() if k not in ("output", "ckpt_path")}, sort_keys=False)
 
 
 def _add_arguments(parser: LightningArgumentParser) -> None:
@@ -109,13 +127,24 @@ def _add_arguments(parser: LightningArgumentParser) -> None:
     parser.add_argument("--ckpt_path", type=str | None, default=None, help="resume from this checkpoint (last.ckpt)")
 
 
-def _loggers(folder: Path) -> list[Logger]:
-    loggers: list[Logger] = [CSVLogger(str(folder), name="", version="", flush_logs_every_n_steps=50)]
-    if importlib.util.find_spec("tensorboard"):
-        loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
-    else:
+def _loggers(folder: Path, first_step: int) -> list[Logger]:
+    """Make the loggers; where a run goes on in its own folder, its metrics up to the step of the checkpoint stay."""
+    path = folder / "metrics.csv"
+    rows = []
+    if first_step and path.is_file():
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    table = CSVLogger(str(folder), name="", version="", flush_logs_every_n_steps=50)
+    if rows:
+        table.experiment.metrics_keys = list(rows[0])  # makes the logger, which deletes the file
+        with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["step"]) < first_step)
+    if not importlib.util.find_spec("tensorboard"):
         print("no TensorBoard log: install it with pip install 'detpipe[train]'", file=sys.stderr)
-    return loggers
+        return [table]
+    return [table, TensorBoardLogger(str(folder), name="tensorboard", version="")]
 
 
 def _callbacks(
@@ -123,7 +152,6 @@ def _callbacks(
     data: Any,
     description: checkpoint.Description,
     seed: int,
-    average: callbacks.MeanAveragePrecision,
     speed: callbacks.Throughput,
 ) -> list[Callback]:
     curves = importlib.util.find_spec("matplotlib") is not None
@@ -131,32 +159,26 @@ def _callbacks(
         print("no curves.png: install matplotlib with pip install 'detpipe[train]'", file=sys.stderr)
     return [
         callbacks.StepSeed(seed),
+        callbacks.ValidateLastStep(),
         callbacks.DescribeCheckpoint(description),
         callbacks.StopOnNonFinite(folder),
-        average,
+        callbacks.MeanAveragePrecision(),
         speed,
         callbacks.Pictures(folder, data.class_names, curves),
-        ModelCheckpoint(
-            dirpath=str(folder),
-            filename="best",
-            monitor="val/AP",
-            mode="max",
-            save_last=True,
-            enable_version_counter=False,
-        ),
+        ModelCheckpoint(folder, "best", monitor="val/AP", mode="max", enable_version_counter=False),
+        # a second one, because save_last of the first is only written when the best one is
+        ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False),
         TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50),
     ]
 
 
-def _summarize(
-    trainer: Trainer, average: callbacks.MeanAveragePrecision, speed: callbacks.Throughput, seconds: float, config: Any
-) -> dict[str, Any]:
+def _summarize(trainer: Trainer, speed: callbacks.Throughput, seconds: float, config: Any) -> dict[str, Any]:
     saved = trainer.checkpoint_callback
     best = saved.best_model_path if isinstance(saved, ModelCheckpoint) else ""
-    if not best or not average.best:
+    if not best:
         raise TrainingError("training ended before the first validation; nothing was saved (trainer.max_epochs too small?)")
     return {
-        **average.best,
+        **callbacks.MeanAveragePrecision.stored(checkpoint.read(best)[0]),
         "seconds": round(seconds, 1),
         "images_per_second": round(speed.images_per_second, 2),
         "checkpoint": best,

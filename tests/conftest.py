@@ -23,3 +23,22 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared/data is not here: real data sets and golden answers are read in place, never shipped")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny demo set lies, or will lie when a command has used it."""
+    return tmp_path_factory.mktemp("data") / "demo"
+
+
+@pytest.fixture(scope="session")
+def trained(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a tiny training; read it, do not write to it."""
+    import runs
+
+    from detpipe.cli import main
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    assert main(["train", runs.CONFIG, "--output", str(folder), *runs.options(demo_root)]) == 0
+    return folder

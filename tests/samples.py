@@ -20,11 +20,16 @@ def random_boxes(count: int, height: float = 60, width: float = 80, whole: bool 
 
 def random_target(objects: int, classes: int = 3, height: float = 60, width: float = 80) -> Target:
     """Objects of random classes, none of them crowd or difficult."""
-    return Target(boxes=random_boxes(objects, height, width, smallest=8), labels=torch.randint(1, classes + 1, (objects,)))
+    return Target(
+        boxes=random_boxes(objects, height, width, smallest=8), labels=torch.randint(1, classes + 1, (objects,))
+    )
 
 
-def pyramid(images: int, strides: dict[str, int], channels: int = 4, height: int = 64, width: int = 96) -> dict[str, Tensor]:
+def pyramid(
+    images: int, strides: dict[str, int], channels: int = 4, height: int = 64, width: int = 96
+) -> dict[str, Tensor]:
     """Random feature maps of a batch of images ``[height, width]``."""
     return {
-        level: torch.rand(images, channels, -(-height // stride), -(-width // stride)) for level, stride in strides.items()
+        level: torch.rand(images, channels, -(-height // stride), -(-width // stride))
+        for level, stride in strides.items()
     }

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import random_boxes
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from detpipe import boxes as box_ops
-from samples import random_boxes
 
 CORNERS = st.tuples(*[st.integers(-3, 6)] * 4)  # touching, equal, empty and inverted boxes are all likely
 LISTS = st.lists(CORNERS, max_size=6)

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import random_boxes
 
 from detpipe.boxes import valid
 from detpipe.images import (
@@ -14,7 +15,6 @@ from detpipe.images import (
     to_batch,
 )
 from detpipe.types import PixelFormat
-from samples import random_boxes
 
 CAFFE = PixelFormat(mean=(103.939, 116.779, 123.68), std=(1, 1, 1), channel_order="bgr", value_range=255.0)
 PLAIN = PixelFormat(mean=(0, 0, 0), std=(1, 1, 1))
@@ -143,5 +143,5 @@ def test_bad_images_are_named(images, message):
 
 
 def test_integer_images_other_than_bytes_are_refused():
-    with pytest.raises(TypeError, match="uint8.*int64"):
+    with pytest.raises(TypeError, match=r"uint8.*int64"):
         to_batch([torch.zeros(3, 4, 4, dtype=torch.int64)], PLAIN, 4, 4, 1)

@@ -2,11 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import random_boxes
 
 from detpipe import boxes as box_ops
 from detpipe import matching
 from detpipe.types import Target
-from samples import random_boxes
 
 
 def overlap(a, b, over_first=False):
@@ -24,7 +24,9 @@ def slow_assign(proposals, target, positive_iou, negative_iou, ignore_overlap):
         best = max(to_find, default=0.0)
         foreground = bool(to_find) and best >= positive_iou
         ignored = any(
-            overlap(box, other, over_first=crowd) >= ignore_overlap for other, crowd, difficult in objects if crowd or difficult
+            overlap(box, other, over_first=crowd) >= ignore_overlap
+            for other, crowd, difficult in objects
+            if crowd or difficult
         )
         background = not foreground and not ignored and negative_iou[0] <= best < negative_iou[1]
         result.append((foreground, background, best))
@@ -60,7 +62,9 @@ def test_assignment_equals_a_slow_loop(seed, thresholds, ignore_overlap):
     for image, target in enumerate(targets):
         count = len(proposals[image])
         expected = slow_assign(proposals[image], target, *thresholds, ignore_overlap)
-        rows = zip(got.foreground[image, :count], got.background[image, :count], got.overlap[image, :count], strict=True)
+        rows = zip(
+            got.foreground[image, :count], got.background[image, :count], got.overlap[image, :count], strict=True
+        )
         assert [tuple(value.item() for value in row) for row in rows] == expected
         assert not got.foreground[image, count:].any()  # padding is nothing
         assert not got.background[image, count:].any()
@@ -140,7 +144,10 @@ def test_flags_may_be_missing_or_whole_numbers():
     ("target", "message"),
     [
         ({"boxes": torch.zeros(1, 4)}, r"targets\[1\] needs 'boxes' and 'labels'.*\['boxes'\]"),
-        ({"boxes": torch.zeros(1, 4), "labels": torch.ones(2)}, r"targets\[1\]: boxes must be \[G, 4\].*\[1, 4\] and \[2\]"),
+        (
+            {"boxes": torch.zeros(1, 4), "labels": torch.ones(2)},
+            r"targets\[1\]: boxes must be \[G, 4\].*\[1, 4\] and \[2\]",
+        ),
         ({"boxes": torch.zeros(1, 5), "labels": torch.ones(1)}, r"targets\[1\]: boxes must be"),
     ],
 )

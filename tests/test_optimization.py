@@ -47,7 +47,9 @@ def test_the_optimizer_follows_the_schedule():
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_groups(name):
     backbone, head, source = net(), nn.Linear(4, 2), nn.Module()
-    optimizer = Optimizer(name, lr=0.1, momentum=0.8, weight_decay=0.01, backbone_scale=0.5).build(backbone, source, head)
+    optimizer = Optimizer(name, lr=0.1, momentum=0.8, weight_decay=0.01, backbone_scale=0.5).build(
+        backbone, source, head
+    )
     got = [(group["params"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     assert got == [
         ([backbone[0].weight], 0.05, 0.01),

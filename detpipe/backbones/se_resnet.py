@@ -184,8 +184,9 @@ def _initialize(network: nn.Module) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for module in network.modules():
-        if isinstance(module, BasicBlock | Bottleneck) and isinstance(module.residual[-1], nn.BatchNorm2d):
-            nn.init.zeros_(module.residual[-1].weight)
+        last = module.residual[-1] if isinstance(module, BasicBlock | Bottleneck) else None
+        if isinstance(last, nn.BatchNorm2d):
+            nn.init.zeros_(last.weight)
 
 
 def _check(depth: int, levels: Sequence[str], output_stride: int, frozen_stages: int, batch_norm: str) -> None:

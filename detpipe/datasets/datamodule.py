@@ -205,10 +205,12 @@ class DetectionData(LightningDataModule, ABC):
         training = split == "train"
         options = self.loader
         batch_size = options.batch_size if training else options.eval_batch_size or options.batch_size
-        annotations = self.annotations(split)
+        batches = EpochBatches(self.annotations(split).sizes, batch_size, self.seed, training)
+        if self.trainer is not None:  # Lightning iterates once before it sets the epoch: a resumed run would repeat epoch 0
+            batches.set_epoch(self.trainer.current_epoch)
         return DataLoader(
             self.dataset(split),
-            batch_sampler=EpochBatches(annotations.sizes, batch_size, self.seed, training),
+            batch_sampler=batches,
             num_workers=options.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available() if options.pin_memory is None else options.pin_memory,

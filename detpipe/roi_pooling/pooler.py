@@ -80,8 +80,7 @@ class RoIPooler(nn.Module, ABC):
             pooled = self.pool(features[level], rois, stride)
         else:
             pooled = self._pool_levels(features, rois, strides)
-        batched = isinstance(boxes, Tensor) and boxes.ndim == 3
-        return pooled.unflatten(0, boxes.shape[:2]) if batched else pooled
+        return pooled.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) and boxes.ndim == 3 else pooled
 
     def _pool_levels(self, features: Features, rois: Tensor, strides: dict[str, int]) -> Tensor:
         first = features[next(iter(strides))]

@@ -2,13 +2,13 @@ import math
 
 import pytest
 import torch
+from samples import pyramid, random_boxes, random_target
 from torch import nn
 
 from detpipe.boxes import encode
 from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
 from detpipe.heads import fast_rcnn as module
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool
-from samples import pyramid, random_boxes, random_target
 
 STRIDES = {"c3": 8, "c4": 16}
 SIZES = [(60, 80), (64, 96), (40, 50)]
@@ -26,7 +26,9 @@ def make(class_agnostic: bool = False, **arguments) -> FastRCNNHead:
 def inputs(counts: tuple[int, ...] = (20, 9, 0), objects: tuple[int, ...] = (3, 0, 2)):
     features = pyramid(len(counts), STRIDES)
     targets = [random_target(count, height=40, width=50) for count in objects]
-    proposals = [torch.cat((random_boxes(n, 40, 50), t["boxes"][: n // 2])) for n, t in zip(counts, targets, strict=True)]
+    proposals = [
+        torch.cat((random_boxes(n, 40, 50), t["boxes"][: n // 2])) for n, t in zip(counts, targets, strict=True)
+    ]
     return features, proposals, targets
 
 
@@ -88,7 +90,9 @@ def test_a_batch_equals_a_loop_over_its_images(dtype, tolerance, pooler):
     shuffle = torch.randperm(10)
     shuffled = head.predict(features, rois[:, shuffle])
     for image in range(3):
-        alone = head.predict({name: level[image : image + 1] for name, level in features.items()}, rois[image : image + 1])
+        alone = head.predict(
+            {name: level[image : image + 1] for name, level in features.items()}, rois[image : image + 1]
+        )
         for got, want in zip(batched, alone, strict=True):
             torch.testing.assert_close(got[image : image + 1], want, rtol=tolerance, atol=tolerance)
     for got, moved, mixed in zip(batched, permuted, shuffled, strict=True):
@@ -119,7 +123,9 @@ def test_passes_of_bounded_size_change_nothing(monkeypatch):
     sizes = []
     predict = FastRCNNHead.predict
     monkeypatch.setattr(module, "ROIS_PER_PASS", 12)
-    monkeypatch.setattr(FastRCNNHead, "predict", lambda s, f, rois: (sizes.append(rois[..., 0].numel()), predict(s, f, rois))[1])
+    monkeypatch.setattr(
+        FastRCNNHead, "predict", lambda s, f, rois: (sizes.append(rois[..., 0].numel()), predict(s, f, rois))[1]
+    )
     parts, _ = head(features, proposals, SIZES)
     assert len(sizes) > 1
     assert max(sizes) <= 12
@@ -151,7 +157,7 @@ def test_emptiness_gives_finite_losses_with_gradients(counts, objects, class_agn
 
 def test_crowd_and_difficult_objects_are_not_learned():
     head = make()
-    features, proposals, targets = inputs((0,), (3,))
+    features, _, targets = inputs((0,), (3,))
     for key in ("iscrowd", "difficult"):
         marked = {**targets[0], key: torch.ones(3, dtype=torch.bool)}
         _, losses = head(features, [targets[0]["boxes"]], SIZES[:1], [marked])

@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import random_boxes
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from detpipe.heads import Postprocess
-from samples import random_boxes
 
 SIZES = [(60, 80), (45, 64), (100, 100)]
 
@@ -60,8 +60,22 @@ def test_an_image_does_not_depend_on_its_neighbors(seed):
             assert torch.equal(found[key], together[image][key])
 
 
+def test_far_away_neighbors_do_not_blur_the_overlap():
+    near = torch.tensor(
+        [[0.0, 0, 10, 10], [0, 0, 10, 5.001], [0, 0, 10, 4.999]]
+    )  # IoU with the first: just above, below .5
+    far = near + 99_000
+    scores, valid = torch.tensor([0.9, 0.8, 0.7]).expand(2, 3)[..., None], torch.ones(2, 3) > 0
+    for order in ([0, 1], [1, 0]):
+        boxes = torch.stack([near, far])[order][:, :, None]
+        found = Postprocess()(scores, boxes, valid, [(100_000, 100_000)] * 2)[order.index(0)]
+        assert found["scores"].tolist() == pytest.approx([0.9, 0.7])
+
+
 def by_hand(process: Postprocess, boxes: list[list[float]], scores: list[float], size=(100, 100)):
-    found = process(torch.tensor(scores)[None, :, None], torch.tensor(boxes)[None, :, None], torch.ones(1, len(boxes)) > 0, [size])
+    found = process(
+        torch.tensor(scores)[None, :, None], torch.tensor(boxes)[None, :, None], torch.ones(1, len(boxes)) > 0, [size]
+    )
     return found[0]
 
 
@@ -88,11 +102,20 @@ def test_only_the_best_are_kept():
     boxes = [[10.0 * i, 0, 10 * i + 5, 5] for i in range(6)]
     scores = [0.1, 0.6, 0.3, 0.5, 0.2, 0.4]
     assert by_hand(Postprocess(detections_per_image=2), boxes, scores)["scores"].tolist() == pytest.approx([0.6, 0.5])
-    assert by_hand(Postprocess(candidates_per_image=3), boxes, scores)["scores"].tolist() == pytest.approx([0.6, 0.5, 0.4])
+    assert by_hand(Postprocess(candidates_per_image=3), boxes, scores)["scores"].tolist() == pytest.approx(
+        [0.6, 0.5, 0.4]
+    )
 
 
 def test_boxes_are_clipped_and_degenerate_ones_dropped():
-    boxes = [[-5.0, -5, 5, 5], [30, 30, 30, 40], [9, 9, 3, 3], [200, 0, 220, 9], [float("nan"), 0, 3, 3], [2, 0, 9, 1e9]]
+    boxes = [
+        [-5.0, -5, 5, 5],
+        [30, 30, 30, 40],
+        [9, 9, 3, 3],
+        [200, 0, 220, 9],
+        [float("nan"), 0, 3, 3],
+        [2, 0, 9, 1e9],
+    ]
     found = by_hand(Postprocess(), boxes, [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], size=(20, 50))
     assert found["boxes"].tolist() == [[0, 0, 5, 5], [2, 0, 9, 20]]
 

@@ -2,11 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import random_boxes, random_target
 
 from detpipe.boxes import iou
 from detpipe.heads import RoISampler
 from detpipe.types import Target
-from samples import random_boxes, random_target
 
 
 def scene(seed: int) -> tuple[list[torch.Tensor], list[Target]]:
@@ -18,7 +18,8 @@ def scene(seed: int) -> tuple[list[torch.Tensor], list[Target]]:
         target["iscrowd"], target["difficult"] = kind == 0, kind == 1
     near = [target["boxes"].repeat(5, 1) for target in targets]
     proposals = [
-        torch.cat((random_boxes(20), boxes + torch.rand_like(boxes) * torch.tensor([0.0, 0.0, 6.0, 6.0]))) for boxes in near
+        torch.cat((random_boxes(20), boxes + torch.rand_like(boxes) * torch.tensor([0.0, 0.0, 6.0, 6.0])))
+        for boxes in near
     ]
     return proposals, targets
 
@@ -57,6 +58,13 @@ def test_ground_truth_is_trained_on_where_no_proposal_hits():
     assert with_truth.labels.tolist() == [[3] + [0] * 7]
     assert with_truth.valid.tolist() == [[True, True] + [False] * 6]
     assert not RoISampler(rois_per_image=8, add_ground_truth=False)(far, [target]).foreground.any()
+
+
+def test_regions_of_many_objects_are_not_added_as_proposals():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8]])  # the region would be foreground of the object
+    target = Target(boxes=boxes, labels=torch.tensor([1, 2]), iscrowd=torch.tensor([False, True]))
+    rois = RoISampler(rois_per_image=8, positive_fraction=1.0)([torch.zeros(0, 4)], [target])
+    assert rois.rois[rois.valid].tolist() == [[0, 0, 10, 10]]
 
 
 def test_boxes_without_area_or_value_are_never_trained_on():

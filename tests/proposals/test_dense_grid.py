@@ -1,10 +1,10 @@
 import pytest
 import torch
+from samples import random_boxes
 
 from detpipe.boxes import iou, valid
 from detpipe.proposals import DenseGrid
 from detpipe.stages import ImageList
-from samples import random_boxes
 
 
 def batch(*sizes: tuple[int, int]) -> ImageList:
@@ -95,7 +95,16 @@ def test_callers_may_write_to_the_boxes():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"scales": []}, {"ratios": []}, {"scales": [0]}, {"ratios": [-1]}, {"stride": 0}, {"max_boxes": 0}, {"spacing": -1}]
+    "arguments",
+    [
+        {"scales": []},
+        {"ratios": []},
+        {"scales": [0]},
+        {"ratios": [-1]},
+        {"stride": 0},
+        {"max_boxes": 0},
+        {"spacing": -1},
+    ],
 )
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match="scales, ratios, stride and max_boxes must be positive"):

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from samples import pyramid, random_boxes
 from torchvision.ops import roi_align, roi_pool
 
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool
 from detpipe.roi_pooling.levels import assign_levels
 from detpipe.roi_pooling.pooler import to_rois
-from samples import pyramid, random_boxes
 
 ONE, FOUR = {"c4": 16}, {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 POOLERS = [RoIAlign(3), RoIAlign((2, 4), sampling_ratio=0), RoIMaxPool((3, 2))]
@@ -22,7 +22,10 @@ def operator(pooler, features, rois, stride):
 @pytest.mark.parametrize("pooler", POOLERS)
 @pytest.mark.parametrize("strides", STRIDES)
 def test_three_layouts_of_boxes_agree(pooler, strides):
-    features, boxes = pyramid(2, strides, height=320, width=480), torch.stack([random_boxes(9, 320, 480) for _ in range(2)])
+    features, boxes = (
+        pyramid(2, strides, height=320, width=480),
+        torch.stack([random_boxes(9, 320, 480) for _ in range(2)]),
+    )
     rois = torch.cat((torch.tensor([0.0] * 9 + [1.0] * 9)[:, None], boxes.reshape(18, 4)), dim=1)
     flat = pooler(features, rois, strides)
     assert flat.shape == (18, 4, *pooler.output_size)
@@ -79,7 +82,9 @@ def test_no_boxes_keep_the_graph(pooler, strides, boxes):
 
 @pytest.mark.parametrize("strides", STRIDES)
 def test_gradients_are_right(strides):
-    features = [level.double().requires_grad_() for level in pyramid(2, strides, channels=1, height=32, width=48).values()]
+    features = [
+        level.double().requires_grad_() for level in pyramid(2, strides, channels=1, height=32, width=48).values()
+    ]
     boxes = torch.stack([random_boxes(2, 32, 48).double() for _ in range(2)])
     boxes[0, 0] = torch.tensor([-300.0, -300.0, 300.0, 300.0])
 

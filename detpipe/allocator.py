@@ -1,0 +1,29 @@
+"""Let a process on Linux keep the memory that it frees, instead of giving it back and asking for it again at every step.
+
+The C library returns each large tensor's pages to the system when the tensor is freed; the next step gets new ones, which the
+system zeroes first. Training on a CPU spends up to half its time there (``benchmarks/README.md``). Only the commands call
+this: a library has no business in its user's allocator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # parameters of glibc's mallopt(3)
+_KEEP, _PAD = 2**31 - 1, 256 * 2**20  # bytes
+
+
+def keep_freed_memory() -> bool:
+    """Keep up to 2 GiB of freed memory in the process, and take more in steps of 256 MiB.
+
+    Returns:
+        Whether the C library took the settings; False where it is not glibc, and nothing changes.
+    """
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _KEEP), (_TOP_PAD, _PAD))
+    return all([mallopt(parameter, value) == 1 for parameter, value in settings])

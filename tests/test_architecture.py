@@ -1,0 +1,198 @@
+"""The direction of imports, and the size of files and functions, read from the syntax trees."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "detpipe"
+FILE_LINES, FUNCTION_LINES = 350, 60
+
+PLAIN = ("allocator", "errors", "suggest", "files", "strict_json")
+GEOMETRY = ("types", "boxes", "images")
+# a part -> the parts that it may import; a part is a module or a folder of detpipe/, and may always import itself
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "allocator": (),
+    "errors": (),
+    "suggest": ("errors",),
+    "files": ("errors",),
+    "strict_json": ("errors",),
+    "types": ("errors",),
+    "boxes": ("errors", "types"),
+    "images": ("errors", "types", "boxes"),
+    "matching": (*PLAIN, *GEOMETRY),
+    "attention": (*PLAIN, *GEOMETRY),
+    "roi_pooling": (*PLAIN, *GEOMETRY),
+    "stages": (*PLAIN, *GEOMETRY, "roi_pooling"),
+    "backbones": (*PLAIN, *GEOMETRY, "stages", "attention"),
+    "proposals": (*PLAIN, *GEOMETRY, "stages"),
+    "heads": (*PLAIN, *GEOMETRY, "stages", "roi_pooling", "matching"),
+    "datasets": (*PLAIN, *GEOMETRY),
+    "evaluation": (*PLAIN, *GEOMETRY),
+    "optimization": (),
+    "detector": (*PLAIN, *GEOMETRY, "stages", "optimization"),
+}
+# the programs: they may import everything above and each other; nothing above imports them
+PROGRAMS = (
+    *("checkpoint", "callbacks", "config_errors", "configuration"),
+    *("training", "evaluate", "predict", "visualize", "curves", "cli"),
+)
+
+
+def part_of(module: str) -> str:
+    """``detpipe.heads.fast_rcnn`` -> ``heads``; the package itself is the empty part."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@cache
+def modules() -> dict[str, Path]:
+    return {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imported(node: ast.AST, level_of: str = "") -> list[str]:
+    """The detpipe modules that an import statement names."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        assert not node.level, f"{level_of}: relative imports hide the direction"
+        names = [node.module or ""]
+        if node.module == "detpipe":
+            names = [f"detpipe.{alias.name}" for alias in node.names]
+    else:
+        names = []
+    return [name for name in names if name.split(".")[0] == "detpipe"]
+
+
+def imports(path: Path) -> set[str]:
+    return {name for node in ast.walk(tree(path)) for name in imported(node, str(path))}
+
+
+def early_imports(path: Path) -> set[str]:
+    """Those that run when the module is imported: not inside functions, not for the type checker."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_type_checking(child):
+                continue
+            found.update(imported(child, str(path)))
+            visit(child)
+
+    visit(tree(path))
+    return found
+
+
+def test_every_part_has_its_place():
+    parts = {part_of(module) for module in modules()} - {""}
+    assert parts == set(ALLOWED) | set(PROGRAMS)
+
+
+@pytest.mark.parametrize("part", [*ALLOWED, *PROGRAMS])
+def test_imports_point_one_way(part):
+    allowed = {part, *ALLOWED.get(part, (*ALLOWED, *PROGRAMS))}
+    wrong = [
+        f"{module} imports {name}"
+        for module, path in modules().items()
+        if part_of(module) == part
+        for name in sorted(imports(path))
+        if part_of(name) not in allowed
+    ]
+    assert not wrong
+
+
+def test_the_walker_sees_every_kind_of_import(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\nimport detpipe.heads, os\nfrom detpipe import boxes as b\n"
+        "if TYPE_CHECKING:\n    from detpipe.cli import main\n"
+        "def f():\n    from detpipe.heads.fast_rcnn import FastRCNNHead\n"
+        "try:\n    import detpipe.files\nexcept ImportError:\n    pass\n"
+    )
+    early = {"detpipe.heads", "detpipe.boxes", "detpipe.files"}
+    assert early_imports(path) == early
+    assert imports(path) == early | {"detpipe.cli", "detpipe.heads.fast_rcnn"}
+
+
+def test_no_module_waits_for_itself():
+    graph = {module: early_imports(path) & set(modules()) for module, path in modules().items()}
+    done: set[str] = set()
+
+    def visit(module: str, waiting: tuple[str, ...]) -> None:
+        assert module not in waiting, f"circular import: {' -> '.join((*waiting, module))}"
+        if module not in done:
+            for name in graph[module]:
+                visit(name, (*waiting, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)
+def test_tools_are_a_few_lines_over_the_package(path):
+    assert len(path.read_text().splitlines()) <= 40
+    assert imports(path)
+
+
+@pytest.mark.parametrize("module", list(modules()))
+def test_files_and_functions_stay_small(module):
+    path = modules()[module]
+    assert len(path.read_text().splitlines()) <= FILE_LINES
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < FUNCTION_LINES, f"{module}.{node.name}"
+
+
+def loaded_after(code: str) -> set[str]:
+    """The top-level packages that a fresh process has imported after running some code."""
+    program = f"{code}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import detpipe",
+        "from detpipe.cli import main\nassert main(['--help']) == 0",
+        "from detpipe.cli import main\nassert main(['trian']) == 2",
+        "from detpipe.cli import main\nassert main(['--version']) == 0",
+    ],
+)
+def test_help_and_mistakes_import_nothing_heavy(code):
+    heavy = {"torch", "torchvision", "lightning", "numpy", "jsonargparse", "albumentations", "matplotlib"}
+    assert not loaded_after(code) & heavy
+
+
+def test_pooling_needs_no_lightning():
+    loaded = loaded_after("import detpipe.roi_pooling")
+    assert "torch" in loaded
+    assert not loaded & {"lightning", "pytorch_lightning", "jsonargparse", "albumentations", "pycocotools"}
+
+
+def test_public_names_exist():
+    import detpipe
+
+    for name in detpipe.__all__:
+        assert getattr(detpipe, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'FastRCNN'"):
+        _ = detpipe.FastRCNN

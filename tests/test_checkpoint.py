@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from detpipe import checkpoint
+from detpipe.checkpoint import AtomicCheckpointIO, Description, check_class_names, load_detector, load_weights, read
+from detpipe.datasets import read_image
+from detpipe.errors import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[1]
+KILLS = 20
+KILL_DURING_SAVES = """
+import os, random, signal, sys, time, torch
+from pathlib import Path
+from detpipe.checkpoint import AtomicCheckpointIO
+from detpipe.files import remove_orphans
+
+path, chance = Path(sys.argv[1]), random.Random(0)
+for _ in range(int(sys.argv[2])):
+    step = torch.load(path, weights_only=True)["step"]
+    writer = os.fork()
+    while writer == 0:  # the writer, until it is killed
+        step += 1
+        AtomicCheckpointIO().save_checkpoint({"step": step, "weights": torch.full((200_000,), step)}, path)
+    time.sleep(chance.uniform(0.005, 0.05))
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    left = torch.load(path, weights_only=True)
+    whole = torch.equal(left["weights"], torch.full((200_000,), left["step"])) and left["step"] >= step
+    print(whole, len(remove_orphans(path.parent)), [file.name for file in path.parent.iterdir()] == [path.name])
+"""
+
+
+def stored(trained: Path) -> dict[str, Any]:
+    return torch.load(trained / "best.ckpt", weights_only=True)
+
+
+def saved(content: Any, folder: Path) -> Path:
+    path = folder / "other.ckpt"
+    torch.save(content, path)
+    return path
+
+
+def refusal(path: Path | str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_detector(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_row_40_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 0, "weights": torch.full((200_000,), 0)}, path)
+    command = [sys.executable, "-c", KILL_DURING_SAVES, str(path), str(KILLS)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    reports = [line.split() for line in done.stdout.splitlines()]
+    assert [(whole, alone) for whole, _, alone in reports] == [("True", "True")] * KILLS
+    assert any(int(orphans) for _, orphans, _ in reports)  # else no kill hit a save, and nothing was tested
+    assert torch.load(path, weights_only=True)["step"] > 0
+
+
+def test_row_41_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    with pytest.raises(Exception, match="pickle"):
+        AtomicCheckpointIO().save_checkpoint({"step": 2, "odd": lambda: None}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [found.name for found in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_detector_is_rebuilt_from_its_checkpoint_alone(trained: Path, demo_root: Path) -> None:
+    import runs
+
+    from detpipe import training
+    from detpipe.configuration import CLI
+
+    cli = CLI([runs.CONFIG, *runs.options(demo_root)], training._add_arguments)
+    load_weights(cli.model, stored(trained), trained / "best.ckpt")
+    detector, description = load_detector(trained / "best.ckpt")
+    assert description.class_names == cli.datamodule.class_names == tuple("0123456789")
+    assert description.category_ids == cli.datamodule.category_ids
+    assert not detector.training
+    images = [read_image(path) for path in sorted((demo_root / "coco" / "val").iterdir())]
+    with torch.inference_mode():
+        expected, found = cli.model.eval()(images), detector(images)
+    assert sum(len(one["scores"]) for one in found) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("boxes", "scores", "labels"))
+
+
+def test_the_file_of_pretrained_weights_is_not_needed_to_load() -> None:
+    config = {"backbone": {"class_path": "detpipe.Extractor", "init_args": {"weights": "/gone.pth", "padding": 8}}, "a": (1, Path("x"))}
+    description = checkpoint.describe_model(config)
+    assert description["backbone"]["init_args"] == {"weights": None, "padding": 8}
+    assert description["a"] == [1, "x"]
+    assert config["backbone"]["init_args"]["weights"] == "/gone.pth"  # the configuration itself stays
+
+
+def test_a_checkpoint_holds_plain_data_only(trained: Path) -> None:
+    entry = stored(trained)[checkpoint.KEY]
+    assert set(entry) == {"format", "model", "class_names", "category_ids"}
+    assert (entry["format"], entry["class_names"]) == (checkpoint.FORMAT, list("0123456789"))
+
+
+@pytest.mark.parametrize("name", ["foreign_module_of_a_test.Net", "os.system", "detpipes.Net", 7])
+def test_a_foreign_class_is_refused_before_it_is_imported(
+    name: object, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "foreign_module_of_a_test.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for place in ("backbone", "pooler"):
+        content = stored(trained)
+        model = content[checkpoint.KEY]["model"]
+        (model["backbone"] if place == "backbone" else model["head"]["init_args"]["pooler"])["class_path"] = name
+        message = refusal(saved(content, tmp_path))
+        assert f"names the class {name!r}; only classes of detpipe are built from files" in message
+    assert not (tmp_path / "marker").exists()
+    assert "foreign_module_of_a_test" not in sys.modules
+
+
+def test_row_44_a_malicious_checkpoint_is_refused_without_a_side_effect(trained: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    for content in (Malicious(marker), {**stored(trained), "more": Malicious(marker)}):
+        message = refusal(saved(content, tmp_path))
+        assert "is damaged or holds more than tensors and plain data" in message
+    assert not marker.exists()
+    torch.load(tmp_path / "other.ckpt", weights_only=False)
+    assert marker.exists()  # it would have worked
+
+
+@pytest.mark.parametrize("address", ["http://localhost:1/best.ckpt", "https://x/best.ckpt", "s3://bucket/best.ckpt"])
+def test_an_address_is_refused(address: str) -> None:
+    assert "addresses are not loaded, download the file first" in refusal(address)
+
+
+def test_a_missing_checkpoint_and_a_folder(tmp_path: Path) -> None:
+    assert "does not exist; expected a file such as RUN/best.ckpt" in refusal(tmp_path / "best.ckpt")
+    assert "does not exist; expected a file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.99])
+def test_a_checkpoint_that_is_cut_off(part: float, trained: Path, tmp_path: Path) -> None:
+    content = (trained / "best.ckpt").read_bytes()
+    path = tmp_path / "cut.ckpt"
+    path.write_bytes(content[: int(len(content) * part)])
+    assert "is damaged or holds more than tensors and plain data" in refusal(path)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_a_flipped_byte_is_noticed(rank: int, trained: Path, tmp_path: Path) -> None:
+    content = bytearray((trained / "best.ckpt").read_bytes())
+    with zipfile.ZipFile(trained / "best.ckpt") as archive:
+        part = sorted(archive.infolist(), key=lambda info: -info.file_size)[rank]  # one of the largest tensors
+    content[part.header_offset + part.file_size // 2 + 200] ^= 0xFF
+    path = tmp_path / "flipped.ckpt"
+    path.write_bytes(content)
+    assert f"{part.filename} does not match its check sum" in refusal(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x80\x02", b"PK\x03\x04", bytes(range(256)) * 8])
+def test_a_file_that_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "no.ckpt"
+    path.write_bytes(content)
+    assert "is damaged or holds more than tensors and plain data" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "content", [{"state_dict": {}}, {"weight": torch.zeros(1)}, [1], {"detpipe": {"format": 1}}, {"detpipe": 3, "state_dict": {}}]
+)
+def test_a_checkpoint_of_another_program(content: Any, tmp_path: Path) -> None:
+    assert "is not a checkpoint of detpipe; give one that 'detpipe train' wrote" in refusal(saved(content, tmp_path))
+
+
+def test_a_checkpoint_of_another_format_or_without_a_description(trained: Path, tmp_path: Path) -> None:
+    content = stored(trained)
+    content[checkpoint.KEY]["format"] = 99
+    assert "has format 99, this version reads format 1" in refusal(saved(content, tmp_path))
+    content[checkpoint.KEY] = {"format": 1, "model": {}}
+    assert "lacks class_names, category_ids in its description" in refusal(saved(content, tmp_path))
+
+
+def test_a_model_that_this_version_cannot_build(trained: Path, tmp_path: Path) -> None:
+    content = stored(trained)
+    content[checkpoint.KEY]["model"]["backbone"]["init_args"]["wings"] = 2
+    message = refusal(saved(content, tmp_path))
+    assert "its model cannot be built by this version" in message
+    assert "wings" in message
+
+
+def test_weights_of_another_model_name_the_differences(trained: Path, tmp_path: Path) -> None:
+    content = stored(trained)
+    content[checkpoint.KEY]["model"]["head"]["init_args"]["fc"] = [16, 16]
+    message = refusal(saved(content, tmp_path))
+    assert "belongs to another model (2 differences: head.shared.3.weight is missing; head.shared.3.bias is missing)" in message
+    content = stored(trained)
+    content[checkpoint.KEY]["model"]["head"]["init_args"]["fc"] = [8]
+    assert "head.shared.1.weight has shape [16, 200], expected [8, 200]" in refusal(saved(content, tmp_path))
+    content = stored(trained)
+    content["state_dict"]["wings"] = torch.zeros(1)
+    assert "(1 differences: wings is unknown)" in refusal(saved(content, tmp_path))
+
+
+def test_reading_tells_the_classes(trained: Path) -> None:
+    content, description = read(trained / "best.ckpt")
+    assert {"state_dict", "optimizer_states", "global_step"} <= set(content)
+    assert isinstance(description, Description)
+    assert description.to_dict() == content[checkpoint.KEY]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("cat",), "knows 2 classes, the data have 1; evaluate on data with the classes of training"),
+        (("cat", "cow"), "knows 2 classes, the data have 2; they differ in 'dog' / 'cow'; evaluate"),
+        (("dog", "cat"), "they differ in 'cat' / 'dog', 'dog' / 'cat'; evaluate"),
+        ((), "knows 2 classes, the data have 0"),
+    ],
+)
+def test_class_names_that_differ_are_refused(names: tuple[str, ...], message: str) -> None:
+    description = Description({}, ("cat", "dog"), (1, 2))
+    with pytest.raises(CheckpointError) as caught:
+        check_class_names(description, names, "best.ckpt")
+    assert f"checkpoint best.ckpt {message}" in str(caught.value) or message in str(caught.value)
+    check_class_names(description, ("cat", "dog"), "best.ckpt")

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from detpipe import cli
+from detpipe.errors import CheckpointError, DataError, TrainingError, UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Broken(Dataset[int]):
+    """Fails in whatever process reads it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise self.error
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Let ``detpipe train`` raise an error."""
+
+    def fail_with(error: BaseException) -> None:
+        def fail(arguments: list[str]) -> int:
+            raise error
+
+        monkeypatch.setattr("detpipe.training.train", fail)
+
+    return fail_with
+
+
+def test_help_answers_at_once_and_without_torch() -> None:
+    code = (
+        "import sys; from detpipe.cli import main; assert main(['--help']) == 0;"
+        "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse'} & set(sys.modules); assert not heavy, heavy"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert {"train", "evaluate", "predict"} <= set(done.stdout.split())
+    assert min(seconds) < 1
+
+
+def test_a_tool_runs_from_anywhere(tmp_path: Path) -> None:
+    tool = [sys.executable, str(ROOT / "tools" / "train.py"), "nowhere.yaml"]
+    done = subprocess.run(tool, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "detpipe: error: configuration nowhere.yaml does not exist\n"
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_each_tool_is_its_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(cli, "main", lambda arguments: seen.append(arguments) or 7)
+    monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", "a", "--b"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+    assert (stop.value.code, seen) == (7, [[name, "a", "--b"]])
+
+
+def test_no_command_shows_the_help_as_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert capsys.readouterr().out == cli.HELP
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("detpipe 0.")
+
+
+def test_unknown_command_is_a_usage_error_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "detpipe: error: unknown command 'trian': expected train, evaluate, predict; did you mean 'train'?\n"
+    )
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("place", [["--debug", "train"], ["train", "--debug"], ["train", "x.yaml", "--debug"]])
+def test_debug_shows_the_traceback_wherever_it_stands(
+    place: list[str], command: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(DataError("boxes.json: line 3"))
+    assert cli.main(place) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown
+    assert shown.endswith("\ndetpipe: error: boxes.json: line 3\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UsageError("depth must be 18"), 2, "depth must be 18"),
+        (DataError("a.json: no such file"), 1, "a.json: no such file"),
+        (CheckpointError("damaged\n  in two lines"), 1, "damaged in two lines"),
+        (TrainingError("step 3: the loss is nan"), 1, "step 3: the loss is nan"),
+        (FileNotFoundError(2, "No such file or directory", "x"), 1, "[Errno 2] No such file or directory: 'x'"),
+        (KeyError("k"), 1, "KeyError: 'k' (run again with --debug for the traceback)"),
+        (RuntimeError("first\nlast"), 1, "RuntimeError: last (run again with --debug for the traceback)"),
+        (RuntimeError(), 1, "RuntimeError:  (run again with --debug for the traceback)"),
+    ],
+)
+def test_an_error_is_one_line_without_a_traceback(
+    error: Exception,
+    status: int,
+    line: str,
+    command: Callable[[BaseException], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command(error)
+    assert cli.main(["train"]) == status
+    assert capsys.readouterr().err == f"detpipe: error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (DataError("images/7.jpg: cannot be decoded: cut off"), "images/7.jpg: cannot be decoded: cut off"),
+        (ZeroDivisionError("by 0"), "ZeroDivisionError: by 0 (run again with --debug for the traceback)"),
+    ],
+)
+def test_an_error_in_a_data_worker_is_the_same_line(error: Exception, line: str) -> None:
+    with pytest.raises(type(error), match="Caught") as caught:
+        list(DataLoader(Broken(error), num_workers=1))
+    assert cli.one_line(caught.value) == line
+
+
+def test_interrupt_ends_with_status_130(
+    command: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(KeyboardInterrupt())
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted; what was saved before stays\n"
+
+
+def test_the_exit_by_which_lightning_answers_an_interrupt_counts_as_one(
+    command: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = SystemExit(1)
+    stop.__context__ = KeyboardInterrupt()
+    command(stop)
+    assert cli.main(["train"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command_line", [["train", "--help"], ["evaluate", "--help"], ["evaluate", "-h"], ["predict", "-h"]])
+def test_each_command_has_help(command_line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command_line) == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_one_line_of_an_error_made_by_torch() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.zeros(2) + torch.zeros(3)
+    assert "\n" not in cli.one_line(caught.value)

@@ -1,0 +1,139 @@
+"""Our stages inside torchvision's detector, and torchvision's inside ours: each trains and infers."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection import FasterRCNN, fasterrcnn_mobilenet_v3_large_320_fpn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+
+from detpipe import DenseGrid, Extractor, FastRCNNHead, Level, RoIAlign, RoISampler, SEResNet, TwoStageDetector
+from detpipe.detector import total_loss
+from detpipe.stages import Backbone
+
+CLASSES = 3
+IMAGES = [torch.rand(3, 64, 96), torch.rand(3, 80, 64)]
+TARGETS = [
+    {"boxes": torch.tensor([[5.0, 6.0, 40.0, 38.0], [50.0, 20.0, 90.0, 60.0]]), "labels": torch.tensor([1, 3])},
+    {"boxes": torch.tensor([[10.0, 10.0, 50.0, 70.0]]), "labels": torch.tensor([2])},
+]
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "SEResNet": lambda: SEResNet(18, levels=["c4"]),
+    "SEResNet of two levels": lambda: SEResNet(18, levels=["c3", "c4"], out_channels=32),
+    "Extractor": lambda: Extractor("mobilenet_v3_small", {"c4": Level("features.8", 16)}),
+}
+
+
+def our_head(backbone: Backbone) -> FastRCNNHead:
+    sampler = RoISampler(rois_per_image=16)
+    return FastRCNNHead(backbone.out_channels, CLASSES, backbone.strides, pooler=RoIAlign(3), fc=[32], sampler=sampler)
+
+
+def their_rpn(backbone: Backbone) -> RegionProposalNetwork:
+    levels = len(backbone.strides)
+    anchors = AnchorGenerator(((16, 32),) * levels, ((0.5, 1.0, 2.0),) * levels)
+    head = RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0])
+    top = {"training": 50, "testing": 50}
+    return RegionProposalNetwork(anchors, head, 0.7, 0.3, 64, 0.5, top, top, 0.7)
+
+
+def their_roi_heads(backbone: Backbone) -> RoIHeads:
+    pool = MultiScaleRoIAlign(list(backbone.strides), output_size=3, sampling_ratio=2)
+    box_head, predictor = TwoMLPHead(backbone.out_channels * 9, 32), FastRCNNPredictor(32, CLASSES + 1)
+    return RoIHeads(pool, box_head, predictor, 0.5, 0.5, 16, 0.25, None, 0.05, 0.5, 100)
+
+
+def their_detector(backbone: Backbone) -> FasterRCNN:
+    levels = len(backbone.strides)
+    return FasterRCNN(
+        backbone,
+        num_classes=CLASSES + 1,
+        min_size=64,
+        max_size=96,
+        rpn_anchor_generator=AnchorGenerator(((16, 32),) * levels, ((0.5, 1.0, 2.0),) * levels),
+        box_roi_pool=MultiScaleRoIAlign(list(backbone.strides), output_size=3, sampling_ratio=2),
+    )
+
+
+def check_training(model: nn.Module, losses: dict[str, torch.Tensor]) -> None:
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    total_loss(losses).backward()
+    missing = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    assert not missing
+    optimizer.step()
+    for part, module in model.named_children():
+        names = [f"{part}.{name}" for name, _ in module.named_parameters()]
+        assert not names or any(not torch.equal(model.get_parameter(name), before[name]) for name in names), part
+
+
+def check_detections(detections: list[dict[str, torch.Tensor]]) -> None:
+    assert len(detections) == len(IMAGES)
+    for found, image in zip(detections, IMAGES, strict=True):
+        count = len(found["boxes"])
+        assert count > 0
+        assert found["boxes"].shape == (count, 4)
+        assert found["scores"].shape == found["labels"].shape == (count,)
+        assert set(found["labels"].tolist()) <= set(range(1, CLASSES + 1))
+        assert (found["boxes"][:, 2:] <= torch.tensor([image.shape[2], image.shape[1]]) + 1e-3).all()
+
+
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+@pytest.mark.parametrize("parts", ["backbone", "source", "head", "all"])
+def test_our_stages_in_torchvisions_detector(backbone, parts):
+    model = their_detector(BACKBONES[backbone]())
+    if parts in ("source", "all"):
+        model.rpn = DenseGrid(scales=[16, 32], stride=16, max_boxes=200)
+    if parts in ("head", "all"):
+        model.roi_heads = our_head(model.backbone)
+    losses = model.train()(IMAGES, TARGETS)
+    assert {"loss_classifier", "loss_box_reg"} <= set(losses)
+    assert ("loss_objectness" in losses) == (parts in ("backbone", "head"))
+    check_training(model, losses)
+    with torch.no_grad():
+        check_detections(model.eval()(IMAGES))
+
+
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+@pytest.mark.parametrize("parts", ["source", "head", "both"])
+@pytest.mark.parametrize("training", [True, False])
+def test_torchvisions_stages_in_our_detector(backbone, parts, training):
+    ours = BACKBONES[backbone]()
+    source = their_rpn(ours) if parts != "head" else DenseGrid(scales=[16, 32], stride=16, max_boxes=200)
+    head = their_roi_heads(ours) if parts != "source" else our_head(ours)
+    model = TwoStageDetector(ours, source, head, min_size=64, max_size=96).train(training)
+    losses = model.losses(IMAGES, TARGETS)
+    assert {"loss_classifier", "loss_box_reg"} <= set(losses)
+    assert ("loss_objectness" in losses) == (parts != "head")
+    check_training(model, losses)
+    with torch.no_grad():
+        check_detections(model(IMAGES))
+
+
+def test_one_of_our_heads_in_torchvisions_faster_rcnn():
+    """The example of the README."""
+    model = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    model.roi_heads = FastRCNNHead(256, num_classes=3, strides={"0": 32, "1": 32, "pool": 64}, pooler=RoIAlign(7))
+    images = [torch.rand(3, 240, 320), torch.rand(3, 300, 200)]
+    targets = [
+        {"boxes": torch.tensor([[20.0, 30.0, 120.0, 200.0]]), "labels": torch.tensor([1])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},  # nothing in this image
+    ]
+    losses = model.train()(images, targets)  # loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg
+    sum(losses.values()).backward()
+    detections = model.eval()(images)  # [{"boxes": ..., "scores": ..., "labels": ...}, ...]
+
+    assert len(losses) == 4
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(parameter.grad is not None for parameter in model.roi_heads.parameters())
+    assert [sorted(found) for found in detections] == [["boxes", "labels", "scores"]] * 2
+    features = model.backbone(torch.zeros(1, 3, 320, 320))
+    assert {name: 320 // level.shape[-1] for name, level in features.items()} == model.roi_heads.strides

@@ -1,0 +1,246 @@
+"""Training, resuming and evaluating through the command, on a tiny demo set."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import torch
+from PIL import Image
+
+from detpipe import callbacks, cli
+from detpipe.evaluation import read_coco_annotations, read_detections
+
+RESULT = re.compile(r"AP (-?\d\.\d{3}) AP50 (-?\d\.\d{3}) checkpoint (\S+)")
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def truth(demo_root: Path) -> Path:
+    return demo_root / "coco" / "annotations" / "instances_val.json"
+
+
+def evaluate(folder: Path, name: str, *options: str) -> tuple[dict[str, Any], Path]:
+    """Evaluate the best checkpoint of a run by the configuration in its folder."""
+    numbers, detections = folder.parent / f"{name}.json", folder.parent / f"{name}_detections.json"
+    arguments = ["evaluate", str(folder / "config.yaml"), "--ckpt_path", str(folder / "best.ckpt"), "--json", str(numbers)]
+    assert cli.main([*arguments, "--detections_out", str(detections), *options]) == 0
+    return json.loads(numbers.read_text()), detections
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Lightning ignores interrupts once it has seen one."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        *("config.yaml", "metrics.csv", "tensorboard", "summary.json"),
+        *("best.ckpt", "last.ckpt", "validation.png", "curves.png"),
+    }
+    assert list((trained / "tensorboard").glob("events.out.tfevents.*"))
+    for name in ("validation.png", "curves.png"):
+        with Image.open(trained / name) as picture:
+            assert min(picture.size) > 100
+    result = summary(trained)
+    assert {"AP", "AP50", "AP75", "per_class", "seconds", "images_per_second", "checkpoint"} <= result.keys()
+    assert 0 <= result["AP"] <= result["AP50"] <= 1
+    assert result["seconds"] > 0
+    assert result["images_per_second"] > 0
+    assert result["checkpoint"] == str(trained / "best.ckpt")
+    assert result["epochs"] == 2
+
+
+def test_the_metrics_hold_training_and_validation(trained: Path) -> None:
+    table = rows(trained)
+    train, val = [[row for row in table if row[key]] for key in ("train/loss", "val/AP")]
+    assert len(train) == 6  # 12 images, 4 a step, 2 epochs
+    assert len(val) == 2
+    parts = ("loss_classifier", "loss_box_reg")
+    for row, stage in [*((row, "train") for row in train), *((row, "val") for row in val)]:
+        assert float(row[f"{stage}/loss"]) == pytest.approx(sum(float(row[f"{stage}/{part}"]) for part in parts), abs=1e-5)
+    assert [int(row["step"]) for row in train] == list(range(6))
+    assert all(float(row["val/AP50"]) >= float(row["val/AP"]) for row in val)
+
+
+def test_the_best_checkpoint_is_that_of_the_best_epoch(trained: Path) -> None:
+    scores = [float(row["val/AP"]) for row in rows(trained) if row["val/AP"]]
+    result = summary(trained)
+    assert result["AP"] == pytest.approx(max(scores), abs=1e-6)
+    assert result["epoch"] == int(np.argmax(scores))
+    stored = torch.load(trained / "best.ckpt", weights_only=True)
+    assert callbacks.MeanAveragePrecision.stored(stored)["AP"] == result["AP"]
+    assert torch.load(trained / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again"
+    assert cli.main(["train", str(trained / "config.yaml"), "--output", str(again)]) == 0
+    last = capsys.readouterr().out.rstrip("\n").splitlines()[-1]
+    match = RESULT.fullmatch(last)
+    assert match is not None, last
+    assert match[3] == str(again / "best.ckpt")
+    assert float(match[1]) == pytest.approx(summary(again)["AP"], abs=5e-4)
+    assert float(match[2]) == pytest.approx(summary(again)["AP50"], abs=5e-4)
+    for name in ("best.ckpt", "last.ckpt"):
+        runs.assert_equal_weights(trained / name, again / name)
+    assert summary(again)["AP"] == summary(trained)["AP"]
+    assert (again / "config.yaml").read_text() == (trained / "config.yaml").read_text()
+
+
+def test_another_seed_gives_other_weights_and_no_output_means_a_dated_folder(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(trained / "config.yaml"), "--seed_everything", "1", "--trainer.max_epochs", "1"]
+    assert cli.main(["train", *arguments]) == 0
+    [folder] = (tmp_path / "runs" / "config").iterdir()
+    assert re.fullmatch(r"\d{8}-\d{6}-\d{3}", folder.name)
+    first, second = runs.weights(trained / "last.ckpt"), runs.weights(folder / "last.ckpt")
+    assert not torch.equal(first["backbone.stem.0.weight"], second["backbone.stem.0.weight"])
+
+
+class StopAfter(callbacks.StepSeed):
+    """Interrupt training, as with the keyboard, before a step."""
+
+    step = 3
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("same_folder", [True, False])
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
+    same_folder: bool, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "first"
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks, "StepSeed", StopAfter)
+        assert cli.main(["train", str(trained / "config.yaml"), "--output", str(first)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not (first / "summary.json").exists()
+    assert torch.load(first / "last.ckpt", weights_only=True)["global_step"] == 3
+    second = first if same_folder else tmp_path / "second"
+    (first / "last.ckpt.partial-999999999-0123abcd").write_text("what a killed writer left")
+    resume = ["--output", str(second), "--ckpt_path", str(first / "last.ckpt")]
+    assert cli.main(["train", str(trained / "config.yaml"), *resume]) == 0
+    runs.assert_equal_weights(second / "last.ckpt", trained / "last.ckpt")
+    known = [row["val/AP"] for row in rows(trained) if row["val/AP"]]
+    assert [row["val/AP"] for row in rows(second) if row["val/AP"]] == (known if same_folder else known[1:])
+    assert len([row for row in rows(second) if row["train/loss"]]) == (6 if same_folder else 3)
+    best = torch.load(second / "best.ckpt", weights_only=True)
+    assert callbacks.MeanAveragePrecision.stored(best)["AP"] == summary(second)["AP"]
+    if same_folder:
+        assert summary(second)["AP"] == summary(trained)["AP"]
+        assert not list(first.glob("*.partial-*"))
+
+
+def test_a_folder_with_a_finished_run_is_not_used_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in trained.iterdir())
+    assert cli.main(["train", str(trained / "config.yaml"), "--output", str(trained)]) == 1
+    assert f"{trained} holds a finished run (summary.json); give another --output or remove it" in capsys.readouterr().err
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in trained.iterdir()) == before
+
+
+def test_the_last_step_is_validated_and_saved_in_the_middle_of_an_epoch(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    limit = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "5"]
+    assert cli.main(["train", str(trained / "config.yaml"), "--output", str(folder), *limit]) == 0
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 5
+    assert [int(row["step"]) for row in rows(folder) if row["val/AP"]] == [2, 4]
+
+
+def test_evaluation_repeats_the_numbers_of_training(
+    trained: Path, demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers, detections = evaluate(trained, "plain")
+    expected = {key: value for key, value in summary(trained).items() if key in numbers}
+    assert len(expected) == 13
+    assert numbers.pop("per_class") == pytest.approx(expected.pop("per_class"), abs=1e-9)
+    assert numbers == pytest.approx(expected, abs=1e-9)
+    shown = capsys.readouterr().out
+    assert "AP50" in shown
+    assert "AP of each class" in shown
+    again = tmp_path / "again.json"
+    files = ["--detections", str(detections), "--annotations", str(truth(demo_root))]
+    assert cli.main(["evaluate", *files, "--json", str(again)]) == 0
+    assert json.loads(again.read_text()) == json.loads((trained.parent / "plain.json").read_text())
+
+
+@pytest.mark.parametrize("protocol", ["voc07", "voc10"])
+def test_evaluation_by_another_protocol(protocol: str, trained: Path, demo_root: Path, tmp_path: Path) -> None:
+    numbers, detections = evaluate(trained, protocol, "--protocol", protocol)
+    assert numbers.keys() == {"mAP", "per_class"}
+    files = ["--detections", str(detections), "--annotations", str(truth(demo_root))]
+    assert cli.main(["evaluate", *files, "--protocol", protocol, "--json", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == numbers
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 2)])
+def test_evaluation_does_not_depend_on_batch_size_and_workers(
+    batch_size: int, workers: int, trained: Path, demo_root: Path
+) -> None:
+    expected, expected_file = evaluate(trained, "reference", "--data.loader.eval_batch_size", "2")
+    options = ["--data.loader.eval_batch_size", str(batch_size), "--data.loader.num_workers", str(workers)]
+    numbers, file = evaluate(trained, f"batch_{batch_size}_{workers}", *options)
+    assert numbers["AP"] == pytest.approx(expected["AP"], abs=1e-6)
+    annotations = read_coco_annotations(truth(demo_root))
+    one, other = read_detections(expected_file, annotations), read_detections(file, annotations)
+    assert len(one.scores) > 0
+    assert one.image_ids.tolist() == other.image_ids.tolist()
+    assert one.labels.tolist() == other.labels.tolist()
+    np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+    np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-3)
+
+
+def test_evaluation_of_the_training_split(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, detections = evaluate(trained, "train_split", "--split", "train")
+    assert "train: 12 images" in capsys.readouterr().out
+    assert {record["image_id"] for record in json.loads(detections.read_text())} <= set(range(1, 13))
+
+
+def test_both_layouts_of_the_demo_set_train_alike(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "voc"
+    assert cli.main(["train", str(trained / "config.yaml"), "--output", str(folder), "--data.layout", "voc"]) == 0
+    runs.assert_equal_weights(trained / "last.ckpt", folder / "last.ckpt")
+
+
+def test_coco_mini_trains_two_epochs_and_evaluates(shared_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = [
+        *(runs.CONFIG, "--data", "COCO", "--data.root", str(shared_data / "coco_mini"), "--output", str(folder)),
+        *(*runs.MODEL, "--data.loader.batch_size", "8", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"),
+        *("--trainer.limit_train_batches", "2", "--data.augment.flip", "0.5"),
+    ]
+    assert cli.main(["train", *arguments]) == 0
+    result = summary(folder)
+    assert len(result["per_class"]) == 80
+    numbers, detections = evaluate(folder, "coco_mini")
+    assert numbers["AP"] == pytest.approx(result["AP"], abs=1e-9)
+    annotations = read_coco_annotations(shared_data / "coco_mini" / "annotations" / "instances_val2017.json")
+    assert annotations.iscrowd.sum() == 7
+    assert set(read_detections(detections, annotations).image_ids) <= set(annotations.image_ids)
