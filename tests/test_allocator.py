@@ -11,10 +11,10 @@ import resource, sys, torch
 from detpipe.allocator import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 for _ in range(5):
-    torch.zeros(2**22).add_(1)
+    torch.zeros(2**24).add_(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(100):
-    torch.zeros(2**22).add_(1)
+for _ in range(10):
+    torch.zeros(2**24).add_(1)
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,6 +51,17 @@ class Loader:
 
 
 DEFAULT_LOADER = Loader()
+
+
+class LateLoader(DataLoader):
+    """Start an iteration when its first batch is asked for.
+
+    Lightning makes the first iterator of a run before it restores a checkpoint and sets the epoch: without this, a
+    resumed run would begin with the batches of epoch 0.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
 
 
 class DetectionData(LightningDataModule, ABC):
@@ -205,12 +217,10 @@ class DetectionData(LightningDataModule, ABC):
         training = split == "train"
         options = self.loader
         batch_size = options.batch_size if training else options.eval_batch_size or options.batch_size
-        batches = EpochBatches(self.annotations(split).sizes, batch_size, self.seed, training)
-        if self.trainer is not None:  # Lightning iterates once before it sets the epoch: a resumed run would repeat epoch 0
-            batches.set_epoch(self.trainer.current_epoch)
-        return DataLoader(
+        annotations = self.annotations(split)
+        return LateLoader(
             self.dataset(split),
-            batch_sampler=batches,
+            batch_sampler=EpochBatches(annotations.sizes, batch_size, self.seed, training),
             num_workers=options.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available() if options.pin_memory is None else options.pin_memory,
