@@ -1,8 +1,8 @@
-"""Let a process on Linux keep the memory that it frees, instead of giving it back and asking for it again at every step.
+"""Let a process on Linux keep the memory that it frees, instead of giving it back and asking anew at every step.
 
-The C library returns each large tensor's pages to the system when the tensor is freed; the next step gets new ones, which the
-system zeroes first. Training on a CPU spends up to half its time there (``benchmarks/README.md``). Only the commands call
-this: a library has no business in its user's allocator.
+The C library returns each large tensor's pages to the system when the tensor is freed; the next step gets new ones,
+which the system zeroes first. Training on a CPU spends up to half its time there (``benchmarks/README.md``). Only the
+commands call this: a library has no business in its user's allocator.
 """
 
 from __future__ import annotations
@@ -26,4 +26,5 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _KEEP), (_TOP_PAD, _PAD))
-    return all([mallopt(parameter, value) == 1 for parameter, value in settings])
+    taken = [mallopt(parameter, value) == 1 for parameter, value in settings]
+    return all(taken)

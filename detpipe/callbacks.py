@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from detpipe import evaluation, visualize
@@ -82,7 +83,13 @@ class MeanAveragePrecision(Callback):
         self._detections, self._image_ids = [], []
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep the detections of a batch."""
         self._detections += [{key: value.cpu() for key, value in found.items()} for found in outputs]  # type: ignore[misc]
@@ -169,7 +176,9 @@ class StopOnNonFinite(Callback):
             return
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            names = [n for n, p in pl_module.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+            names = [
+                n for n, p in pl_module.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()
+            ]
             self._stop(trainer, f"the gradient of {', '.join(names[:3])} is not finite")
 
     def _stop(self, trainer: Trainer, what: str) -> None:
@@ -212,7 +221,13 @@ class Pictures(Callback):
         self._shown = []
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep the first images."""
         room = self.images - len(self._shown)
@@ -226,7 +241,7 @@ class Pictures(Callback):
         grid = visualize.comparison_grid(images, targets, detections, self.class_names, self.score_threshold)
         visualize.save_png(self.folder / "validation.png", grid)
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("validation", grid, trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,4 +251,3 @@ class Pictures(Callback):
         metrics = self.folder / "metrics.csv"
         if self.curves and metrics.is_file():
             visualize.plot_curves(metrics, self.folder / "curves.png")
-

@@ -81,7 +81,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file makes the reader raise is any of a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {path} is damaged or holds more than tensors and plain data: {reason}") from error
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or holds more than tensors and plain data: {reason}"
+        ) from error
     entry = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(entry, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint of detpipe; give one that 'detpipe train' wrote")
@@ -224,7 +226,9 @@ def _check_classes(value: Any, path: str) -> None:
     if isinstance(value, dict):
         name = value.get("class_path", ALLOWED)
         if not isinstance(name, str) or not name.startswith(ALLOWED):
-            raise CheckpointError(f"checkpoint {path} names the class {name!r}; only classes of detpipe are built from files")
+            raise CheckpointError(
+                f"checkpoint {path} names the class {name!r}; only classes of detpipe are built from files"
+            )
         for item in value.values():
             _check_classes(item, path)
     elif isinstance(value, list):

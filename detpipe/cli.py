@@ -106,7 +106,9 @@ def run(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         from detpipe.suggest import did_you_mean
 
-        raise UsageError(f"unknown command {command!r}: expected {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}")
+        raise UsageError(
+            f"unknown command {command!r}: expected {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}"
+        )
     module, function = COMMANDS[command]
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
     keep_freed_memory()

@@ -36,7 +36,9 @@ _UNION = re.compile(
 _LEVEL = re.compile(r'Parser key "(?P<key>[\w.]+)"(?: element \d+)?:(?P<rest>.*)', re.DOTALL)
 _OWN = re.compile(r"(?P<key>[A-Za-z_][\w.]*): (?P<rest>.*)", re.DOTALL)
 _NO_PATH = re.compile(r"- Expected a path but .*? either not accessible or invalid\n- ", re.DOTALL)
-_UNKNOWN = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<key>[^']+)'(?: is not accepted)?")
+_UNKNOWN = re.compile(
+    r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<key>[^']+)'(?: is not accepted)?"
+)
 _MISSING = re.compile(r"the following arguments are required: (?P<keys>.*)")
 _CLASS = re.compile(
     r"(?:Problem with given class_path '\S+':\s*)?Importing '(?P<denied>\S+)' is not allowed, denied by .*"
@@ -44,7 +46,9 @@ _CLASS = re.compile(
     r"|Import path (?P<other>\S+) does not correspond to a subclass of (?P<base>\w+)",
     re.DOTALL,
 )
-_NO_CLASS = re.compile(r"Not a valid subclass of (?P<base>\w+)\.?(?: Got value: (?P<given>.*?))?\s*\nSubclass types.*", re.DOTALL)
+_NO_CLASS = re.compile(
+    r"Not a valid subclass of (?P<base>\w+)\.?(?: Got value: (?P<given>.*?))?\s*\nSubclass types.*", re.DOTALL
+)
 _KIND = re.compile(r"Expected a (?P<kind>.+?)(?:\. Got value: (?P<given>.*))?", re.DOTALL)
 
 
@@ -117,7 +121,9 @@ def _unrecognized(arguments: list[str], parser: ArgumentParser | None) -> _Told:
     if first.startswith("-"):
         return _unknown(first.lstrip("-").partition("=")[0], parser)
     if first.endswith((".yaml", ".yml")):
-        return _Told("", f"configuration {first} stands after an option; give the configurations first, then the options")
+        return _Told(
+            "", f"configuration {first} stands after an option; give the configurations first, then the options"
+        )
     return _Told("", f"unexpected argument {first!r}; options start with --")
 
 
@@ -185,10 +191,9 @@ def _got(given: str | None) -> str:
     """The value, unless it is a parser's own wrapping of all that was given."""
     if given is None:
         return ""
-    given = given.strip()
-    if match := re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", given):
-        given = match[2]
-    return f", got {given if len(given) <= 80 else given[:77] + '...'}"
+    match = re.fullmatch(r"NestedArg\(key='.*', val='(.*)'\)", given.strip())
+    value = match[1] if match else given.strip()
+    return f", got {value if len(value) <= 80 else value[:77] + '...'}"
 
 
 def _list(names: Iterable[str]) -> str:

@@ -13,20 +13,18 @@ from typing import Any, NoReturn
 
 import jsonargparse
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import detpipe.backbones
-import detpipe.datasets
-import detpipe.heads
-import detpipe.proposals
-import detpipe.roi_pooling
+from detpipe import backbones, heads, proposals
 from detpipe.checkpoint import link_stages
 from detpipe.config_errors import explain
 from detpipe.datasets import DetectionData
 from detpipe.detector import TwoStageDetector
 from detpipe.errors import DetpipeError, UsageError
 from detpipe.suggest import did_you_mean
+
+STAGES = (backbones, heads, proposals)  # short names work for classes that are imported
 
 # refuse class paths that run code (os, subprocess, pickle and the like) before they are imported, instead of warning
 jsonargparse.set_parsing_settings(import_path_denylist=[])

@@ -141,7 +141,9 @@ class TwoStageDetector(LightningModule):
         optimizer = self.optimizer.build(self.backbone, self.proposals, self.head)
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
-            raise UsageError("training never ends: set trainer.max_epochs or trainer.max_steps, the schedule needs the end")
+            raise UsageError(
+                "training never ends: set trainer.max_epochs or trainer.max_steps, the schedule needs the end"
+            )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scheduler.factor(int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 

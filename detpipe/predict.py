@@ -85,7 +85,9 @@ def predict(arguments: Sequence[str]) -> int:
     with atomic_write(out / "detections.json") as temporary:
         temporary.write_text(json.dumps(vars(report), indent=1) + "\n", encoding="utf-8")
     count = sum(len(record["detections"]) for record in report.images)
-    print(f"{len(report.images)} images, {count} detections, {len(report.failed)} unreadable; see {out / 'detections.json'}")
+    print(
+        f"{len(report.images)} images, {count} detections, {len(report.failed)} unreadable; see {out / 'detections.json'}"
+    )
     return 0 if report.images else 1
 
 
@@ -158,7 +160,9 @@ def read_proposals(path: Path) -> dict[str, Tensor]:
         for index, box in enumerate(boxes):
             numbers = isinstance(box, list) and len(box) == 4 and all(_is_number(value) for value in box)
             if not numbers or box[2] <= box[0] or box[3] <= box[1]:
-                raise DataError(f"{path}, image {name!r}, box {index}: expected [x1, y1, x2, y2] with x2 > x1, y2 > y1, got {box}")
+                raise DataError(
+                    f"{path}, image {name!r}, box {index}: expected [x1, y1, x2, y2] with x2 > x1, y2 > y1, got {box}"
+                )
         proposals[name] = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     return proposals
 

@@ -68,7 +68,9 @@ def train(arguments: Sequence[str]) -> int:
             callbacks=_callbacks(folder, data, description, int(config.seed_everything or 0), speed),
         )
         with atomic_write(folder / "config.yaml") as temporary:
-            temporary.write_text(_reusable(cli.parser.dump(config, skip_link_targets=True, skip_unset=False)), encoding="utf-8")
+            temporary.write_text(
+                _reusable(cli.parser.dump(config, skip_link_targets=True, skip_unset=False)), encoding="utf-8"
+            )
         print(f"run folder {folder}")
         trainer.fit(cli.model, datamodule=data, ckpt_path=resume)
     summary = _summarize(trainer, speed, time.perf_counter() - start, config)
@@ -176,7 +178,9 @@ def _summarize(trainer: Trainer, speed: callbacks.Throughput, seconds: float, co
     saved = trainer.checkpoint_callback
     best = saved.best_model_path if isinstance(saved, ModelCheckpoint) else ""
     if not best:
-        raise TrainingError("training ended before the first validation; nothing was saved (trainer.max_epochs too small?)")
+        raise TrainingError(
+            "training ended before the first validation; nothing was saved (trainer.max_epochs too small?)"
+        )
     return {
         **callbacks.MeanAveragePrecision.stored(checkpoint.read(best)[0]),
         "seconds": round(seconds, 1),

@@ -85,7 +85,9 @@ class Annotations:
     area: npt.NDArray[np.float64]  # [B] square pixels
     class_names: tuple[str, ...]  # [K], the name of label 1 first
     category_ids: tuple[int, ...]  # [K], the ids of the annotation file; 1..K where it has none
-    counts: dict[str, int] = field(default_factory=dict)  # "images read", "boxes clipped", "boxes skipped: ..." and the like
+    counts: dict[str, int] = field(
+        default_factory=dict
+    )  # "images read", "boxes clipped", "boxes skipped: ..." and the like
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -104,7 +106,8 @@ class Annotations:
         Returns:
             Their annotations, in the order of ``rows``.
         """
-        spans = [np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        offsets: list[int] = self.offsets.tolist()
+        spans = [np.arange(offsets[row], offsets[row + 1]) for row in rows.tolist()]
         boxes = np.concatenate([np.zeros(0, dtype=np.int64), *spans])
         return replace(
             self,

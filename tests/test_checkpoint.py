@@ -109,7 +109,10 @@ def test_a_detector_is_rebuilt_from_its_checkpoint_alone(trained: Path, demo_roo
 
 
 def test_the_file_of_pretrained_weights_is_not_needed_to_load() -> None:
-    config = {"backbone": {"class_path": "detpipe.Extractor", "init_args": {"weights": "/gone.pth", "padding": 8}}, "a": (1, Path("x"))}
+    config = {
+        "backbone": {"class_path": "detpipe.Extractor", "init_args": {"weights": "/gone.pth", "padding": 8}},
+        "a": (1, Path("x")),
+    }
     description = checkpoint.describe_model(config)
     assert description["backbone"]["init_args"] == {"weights": None, "padding": 8}
     assert description["a"] == [1, "x"]
@@ -185,7 +188,8 @@ def test_a_file_that_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [{"state_dict": {}}, {"weight": torch.zeros(1)}, [1], {"detpipe": {"format": 1}}, {"detpipe": 3, "state_dict": {}}]
+    "content",
+    [{"state_dict": {}}, {"weight": torch.zeros(1)}, [1], {"detpipe": {"format": 1}}, {"detpipe": 3, "state_dict": {}}],
 )
 def test_a_checkpoint_of_another_program(content: Any, tmp_path: Path) -> None:
     assert "is not a checkpoint of detpipe; give one that 'detpipe train' wrote" in refusal(saved(content, tmp_path))
@@ -211,7 +215,10 @@ def test_weights_of_another_model_name_the_differences(trained: Path, tmp_path: 
     content = stored(trained)
     content[checkpoint.KEY]["model"]["head"]["init_args"]["fc"] = [16, 16]
     message = refusal(saved(content, tmp_path))
-    assert "belongs to another model (2 differences: head.shared.3.weight is missing; head.shared.3.bias is missing)" in message
+    assert (
+        "belongs to another model (2 differences: head.shared.3.weight is missing; head.shared.3.bias is missing)"
+        in message
+    )
     content = stored(trained)
     content[checkpoint.KEY]["model"]["head"]["init_args"]["fc"] = [8]
     assert "head.shared.1.weight has shape [16, 200], expected [8, 200]" in refusal(saved(content, tmp_path))

@@ -162,7 +162,9 @@ def test_the_exit_by_which_lightning_answers_an_interrupt_counts_as_one(
     assert "interrupted" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command_line", [["train", "--help"], ["evaluate", "--help"], ["evaluate", "-h"], ["predict", "-h"]])
+@pytest.mark.parametrize(
+    "command_line", [["train", "--help"], ["evaluate", "--help"], ["evaluate", "-h"], ["predict", "-h"]]
+)
 def test_each_command_has_help(command_line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(command_line) == 0
     assert "usage:" in capsys.readouterr().out

@@ -84,7 +84,11 @@ def test_a_misspelt_key_in_a_file(key: str, value: object, named: str, meant: st
     [
         ("model.backbone", "SEResNett", "model.backbone: unknown class 'SEResNett'; did you mean 'SEResNet'?"),
         ("model.proposals", "DenseGrd", "model.proposals: unknown class 'DenseGrd'; did you mean 'DenseGrid'?"),
-        ("model.head.init_args.pooler", "RoiAlign", "model.head.pooler: unknown class 'RoiAlign'; did you mean 'RoIAlign'?"),
+        (
+            "model.head.init_args.pooler",
+            "RoiAlign",
+            "model.head.pooler: unknown class 'RoiAlign'; did you mean 'RoIAlign'?",
+        ),
         ("data", "COCOO", "data: unknown class 'COCOO'; did you mean 'COCO'?"),
         (
             "model.backbone",
@@ -259,7 +263,9 @@ def test_row_46_a_key_given_twice_names_the_line(tmp_path: Path) -> None:
 
 def test_a_configuration_that_does_not_exist_has_near_names() -> None:
     message = refusal([runs.CONFIG.replace("_se.", "_see.")])
-    assert message.startswith(f"configuration {runs.CONFIG.replace('_se.', '_see.')} does not exist; did you mean '{runs.CONFIG}'")
+    assert message.startswith(
+        f"configuration {runs.CONFIG.replace('_se.', '_see.')} does not exist; did you mean '{runs.CONFIG}'"
+    )
     assert refusal(["--config", "nowhere.yaml"]) == "configuration nowhere.yaml does not exist"
 
 
@@ -317,7 +323,15 @@ def test_short_names_and_full_paths_are_the_same_class() -> None:
 
 
 def test_linked_values_reach_the_head_and_the_data(demo_root: Path) -> None:
-    cli = build(demo_root, "--model.backbone.levels", "[c2, c3]", "--model.backbone.out_channels", "24", "--seed_everything", "5")
+    cli = build(
+        demo_root,
+        "--model.backbone.levels",
+        "[c2, c3]",
+        "--model.backbone.out_channels",
+        "24",
+        "--seed_everything",
+        "5",
+    )
     assert isinstance(cli.datamodule, Demo)
     assert (cli.model.head.num_classes, cli.datamodule.num_classes) == (10, 10)
     assert cli.model.head.strides == {"c2": 4, "c3": 8} == cli.model.backbone.strides

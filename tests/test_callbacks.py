@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from lightning import Trainer
+from PIL import Image
+from torch import nn
+
+from detpipe import cli, detector, training
+from detpipe.callbacks import (
+    NONFINITE_BATCH,
+    MeanAveragePrecision,
+    Pictures,
+    StepSeed,
+    StopOnNonFinite,
+    Throughput,
+    ValidateLastStep,
+)
+from detpipe.configuration import CLI, quiet
+from detpipe.errors import TrainingError
+
+
+def built(root: Path, *options: str) -> CLI:
+    quiet()
+    cli = CLI([runs.CONFIG, *runs.options(root), *options], training._add_arguments)
+    torch.manual_seed(0)
+    return cli
+
+
+def trainer_of(cli: CLI, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    return cli.trainer_with(
+        callbacks=list(callbacks),
+        default_root_dir=str(folder),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        **options,
+    )
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.named_parameters()}
+
+
+class PoisonAt(StepSeed):
+    """Spoil a step: the pixels of an image, or a gradient."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(0)
+        self.step, self.what = step, what
+        self.names: list[str] = []
+        self.before: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if trainer.global_step == self.step:
+            self.before = state(pl_module)
+            self.names = [target["file_name"] for target in batch[1]]
+            if self.what == "image":
+                batch[0][0] = batch[0][0].float() / 255
+                batch[0][0][0, 5, 5] = torch.nan
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step == self.step and self.what == "gradient":
+            pl_module.head.classifier.weight.grad[0, 0] = torch.inf
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [("image", "the loss is nan"), ("gradient", "the gradient of head.classifier.weight is not finite")],
+)
+def test_row_36_training_stops_before_a_nan_reaches_the_weights(
+    what: str, told: str, demo_root: Path, tmp_path: Path
+) -> None:
+    cli, poison = built(demo_root), PoisonAt(2, what)
+    trainer = trainer_of(cli, tmp_path, poison, StopOnNonFinite(tmp_path))
+    with pytest.raises(TrainingError) as caught:
+        trainer.fit(cli.model, datamodule=cli.datamodule)
+    message = str(caught.value)
+    assert message.startswith(
+        f"step 2: {told}; the weights were not changed. Images of the batch: {', '.join(poison.names)} "
+    )
+    assert f"(saved in {tmp_path / NONFINITE_BATCH})" in message
+    assert "\n" not in message
+    after = state(cli.model)
+    assert all(torch.equal(after[name], value) for name, value in poison.before.items())
+    batch = torch.load(tmp_path / NONFINITE_BATCH, weights_only=True)
+    assert batch["step"] == 2
+    assert [target["file_name"] for target in batch["targets"]] == poison.names
+    assert len(batch["images"]) == 4
+    assert bool(torch.isnan(batch["images"][0].float()).any()) == (what == "image")
+
+
+def test_row_36_through_the_command(
+    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 1, one line, and the batch stays in the run folder even when the first step fails."""
+    monkeypatch.setattr(detector, "total_loss", lambda losses: sum(losses.values()) * torch.nan)
+    folder = tmp_path / "run"
+    assert cli.main(["train", runs.CONFIG, "--output", str(folder), *runs.options(demo_root)]) == 1
+    shown = capsys.readouterr().err
+    assert "detpipe: error: step 0: the loss is nan; the weights were not changed. Images of the batch: 0000" in shown
+    assert "Traceback" not in shown
+    assert (folder / NONFINITE_BATCH).is_file()
+    assert not list(folder.glob("*.ckpt"))
+
+
+def test_a_finite_run_is_left_alone(demo_root: Path, tmp_path: Path) -> None:
+    cli = built(demo_root, "--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1")
+    before = state(cli.model)
+    trainer_of(cli, tmp_path, StopOnNonFinite(tmp_path)).fit(cli.model, datamodule=cli.datamodule)
+    assert not (tmp_path / NONFINITE_BATCH).exists()
+    assert not torch.equal(before["head.classifier.weight"], cli.model.head.classifier.weight)
+
+
+def test_limited_validation_is_evaluated_on_the_images_that_were_seen(demo_root: Path, tmp_path: Path) -> None:
+    cli = built(demo_root, "--data.loader.eval_batch_size", "2")
+    average = MeanAveragePrecision()
+    trainer = trainer_of(cli, tmp_path, average, limit_val_batches=1)
+    seen: list[int] = []
+    detections = {}
+
+    def perfect(batch: Any, batch_idx: int) -> list[Any]:
+        seen.extend(int(target["image_id"]) for target in batch[1])
+        found = [{**{k: t[k] for k in ("boxes", "labels")}, "scores": torch.ones(len(t["labels"]))} for t in batch[1]]
+        detections.update({int(t["image_id"]): d for t, d in zip(batch[1], found, strict=True)})
+        return found
+
+    cli.model.validation_step = perfect  # type: ignore[method-assign]
+    trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    assert len(seen) == 2
+    assert sum(len(found["labels"]) for found in detections.values()) > 0
+    assert average.metrics["AP"] == average.metrics["AP50"] == pytest.approx(1.0)
+    assert trainer.callback_metrics["val/AP"] == pytest.approx(1.0)
+    assert json.loads(average.state_dict()["metrics"]) == average.metrics
+
+
+def test_pictures_show_the_validation_images_and_no_more_than_asked(demo_root: Path, tmp_path: Path) -> None:
+    cli = built(demo_root, "--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1")
+    few, all_, one = (
+        Pictures(tmp_path / str(n), cli.datamodule.class_names, curves=False, images=n) for n in (2, 12, 1)
+    )
+    trainer_of(cli, tmp_path, few, all_, one).fit(cli.model, datamodule=cli.datamodule)
+    areas = []
+    for n in (1, 2, 12):
+        with Image.open(tmp_path / str(n) / "validation.png") as picture:
+            areas.append(picture.width * picture.height)
+    assert areas[0] < areas[1] < areas[2]
+    assert not list(tmp_path.rglob("curves.png"))
+
+
+def test_a_sanity_check_draws_nothing(demo_root: Path, tmp_path: Path) -> None:
+    cli = built(demo_root, "--trainer.limit_train_batches", "0", "--trainer.num_sanity_val_steps", "1")
+    trainer = trainer_of(cli, tmp_path, Pictures(tmp_path, cli.datamodule.class_names))
+    trainer.fit(cli.model, datamodule=cli.datamodule)
+    assert not (tmp_path / "validation.png").exists()
+
+
+class Draws(StepSeed):
+    """Note what a step would draw."""
+
+    def __init__(self, seed: int, disturbed: bool) -> None:
+        super().__init__(seed)
+        self.disturbed = disturbed
+        self.drawn: dict[int, float] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.disturbed:
+            torch.rand(7)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.drawn[trainer.global_step] = torch.rand(1).item()
+
+
+def test_the_draws_of_a_step_depend_on_seed_and_step_alone(demo_root: Path, tmp_path: Path) -> None:
+    draws = [Draws(0, False), Draws(0, True), Draws(1, False)]
+    for one in draws:
+        cli = built(demo_root, "--trainer.max_epochs", "1")
+        trainer_of(cli, tmp_path, one, limit_val_batches=0).fit(cli.model, datamodule=cli.datamodule)
+    assert draws[0].drawn == draws[1].drawn
+    assert len(set(draws[0].drawn.values()) | set(draws[2].drawn.values())) == 6
+
+
+def test_throughput_counts_training_images_only(demo_root: Path, tmp_path: Path) -> None:
+    cli, speed = built(demo_root), Throughput()
+    assert speed.images_per_second == 0
+    trainer_of(cli, tmp_path, speed).fit(cli.model, datamodule=cli.datamodule)
+    assert speed.images == 24
+    assert speed.images_per_second == 24 / speed.seconds
+
+
+def test_a_last_step_in_the_middle_of_an_epoch_is_validated(demo_root: Path, tmp_path: Path) -> None:
+    for last_step, validations in ((4, 2), (3, 1)):
+        cli, average = built(demo_root, "--trainer.max_epochs", "-1"), MeanAveragePrecision()
+        counted: list[int] = []
+        average.on_validation_epoch_start = lambda *_, counted=counted: counted.append(1)  # type: ignore[method-assign,misc]
+        average.on_validation_epoch_end = lambda *_: None  # type: ignore[method-assign,misc]
+        trainer = trainer_of(cli, tmp_path, ValidateLastStep(), average, max_steps=last_step)
+        trainer.fit(cli.model, datamodule=cli.datamodule)
+        assert (trainer.global_step, len(counted)) == (last_step, validations)

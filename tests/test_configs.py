@@ -1,0 +1,168 @@
+"""Every file in configs/ does what its header says: it parses, builds, and trains with the command that is shown there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+from datasets.builders import coco_content, voc_object, write_coco, write_voc
+
+from detpipe import cli, training
+from detpipe.configuration import CLI
+
+MODELS = sorted(runs.CONFIGS.glob("*.yaml"))
+OVERLAYS = sorted((runs.CONFIGS / "data").glob("*.yaml"))
+SHORT = [
+    *("--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.max_steps", "-1"),
+    *(
+        "--trainer.limit_train_batches",
+        "2",
+        "--trainer.limit_val_batches",
+        "1",
+        "--model.min_size",
+        "64",
+        "--model.max_size",
+        "96",
+    ),
+    *("--data.loader.batch_size", "2", "--data.loader.num_workers", "0"),
+]
+SCHEDULES = {"voc07": 40_000, "voc0712": 60_000, "coco": 240_000}  # steps of Fast R-CNN
+
+
+def name_of(path: Path) -> str:
+    return path.stem
+
+
+class Parsed(CLI):
+    """A configuration that is parsed, but not built: the data may be missing."""
+
+    def instantiate_classes(self) -> None:
+        """Leave it at the configuration."""
+
+
+def parse(*arguments: Path | str) -> Any:
+    return Parsed([str(argument) for argument in arguments], training._add_arguments).config
+
+
+def shown_bases(overlay: Path) -> list[Path]:
+    """The model configurations that the commands in an overlay's header put before it."""
+    found = re.findall(rf"configs/(\w+)\.yaml configs/data/{overlay.stem}\.yaml", overlay.read_text())
+    return [runs.CONFIGS / f"{name}.yaml" for name in dict.fromkeys(found)]
+
+
+def train(folder: Path, *arguments: Path | str) -> dict[str, Any]:
+    output = folder / "run"
+    assert cli.main(["train", *(str(argument) for argument in arguments), "--output", str(output), *SHORT]) == 0
+    assert {"best.ckpt", "last.ckpt", "metrics.csv", "validation.png"} <= {path.name for path in output.iterdir()}
+    return json.loads((output / "summary.json").read_text())
+
+
+def test_there_are_configurations() -> None:
+    assert {"fast_rcnn_se", "fast_rcnn_squeezenet"} <= set(map(name_of, MODELS))
+    assert {"voc07", "voc0712", "coco", "voc_custom", "coco_custom"} <= set(map(name_of, OVERLAYS))
+
+
+@pytest.mark.parametrize("path", [*MODELS, *OVERLAYS], ids=name_of)
+def test_the_header_shows_the_command(path: Path) -> None:
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert len(header.splitlines()) >= 3
+    assert re.search(rf"^#\s+python tools/train\.py .*configs/(data/)?{path.stem}\.yaml", header, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=name_of)
+def test_a_model_runs_two_steps_on_the_demo_set(path: Path, demo_root: Path, tmp_path: Path) -> None:
+    config = parse(path)
+    assert config.data.class_path == "detpipe.Demo"  # as it is, without anything to download
+    assert config.seed_everything == 0
+    result = train(tmp_path, path, *runs.demo(demo_root))
+    assert set(result["per_class"]) == set("0123456789")
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
+def test_an_overlay_follows_the_models_that_its_header_shows(path: Path) -> None:
+    bases = shown_bases(path)
+    if "any model" in path.read_text().lower():
+        bases = MODELS
+    assert bases
+    for base in bases:
+        alone, config = parse(base), parse(base, path, "--data.root", "ROOT")
+        assert config.data.init_args.root == "ROOT"
+        assert config.data.class_path in ("detpipe.VOC", "detpipe.COCO")
+        assert config.model.backbone.class_path == alone.model.backbone.class_path
+        assert config.model.proposals.init_args.scales != alone.model.proposals.init_args.scales
+        assert (config.model.min_size, config.model.max_size) != (160, 160)
+        assert config.data.init_args.augment.flip == 0.5
+
+
+@pytest.mark.parametrize("path", [path for path in OVERLAYS if path.stem in SCHEDULES], ids=name_of)
+def test_published_schedules(path: Path) -> None:
+    config = parse(shown_bases(path)[0], path)
+    assert (config.trainer.max_steps, config.trainer.max_epochs) == (SCHEDULES[path.stem], -1)
+    optimizer, schedule = config.model.optimizer, config.model.lr_scheduler
+    assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("sgd", 0.001, 0.9, 0.0005)
+    assert (schedule.name, list(schedule.milestones), schedule.gamma) == ("step", [0.75], 0.1)
+    assert (config.model.min_size, config.model.max_size) == (600, 1000)
+    sampler = config.model.head.init_args.sampler
+    assert config.data.init_args.loader.batch_size * sampler.rois_per_image == 128
+    assert (sampler.positive_fraction, sampler.positive_iou, list(sampler.negative_iou)) == (0.25, 0.5, [0.1, 0.5])
+
+
+def test_published_splits() -> None:
+    splits = {
+        "voc07": (["2007:trainval"], ["2007:test"]),
+        "voc0712": (["2007:trainval", "2012:trainval"], ["2007:test"]),
+        "coco": ("train2017", "val2017"),
+    }
+    for name, (train_split, val_split) in splits.items():
+        path = runs.CONFIGS / "data" / f"{name}.yaml"
+        data = parse(shown_bases(path)[0], path).data.init_args
+        assert (data.train, data.val) == (train_split, val_split)
+
+
+def test_voc_years_train_together(tmp_path: Path) -> None:
+    root = tmp_path / "VOCdevkit"
+    for year, split in (("2007", "trainval"), ("2007", "test"), ("2012", "trainval")):
+        names = [f"{year}_{split}_{number}" for number in range(2)]
+        write_voc(root / f"VOC{year}", {name: [voc_object("cat", (5, 5, 40, 35))] for name in names}, split)
+    path = runs.CONFIGS / "data" / "voc0712.yaml"
+    result = train(tmp_path, shown_bases(path)[0], path, "--data.root", root)
+    assert len(result["per_class"]) == 20
+
+
+def test_coco_trains(tmp_path: Path) -> None:
+    for split in ("train2017", "val2017"):
+        write_coco(tmp_path / "coco", coco_content(), split)
+    path = runs.CONFIGS / "data" / "coco.yaml"
+    result = train(tmp_path, shown_bases(path)[0], path, "--data.root", tmp_path / "coco")
+    assert set(result["per_class"]) == {"cat", "dog", "owl"}
+
+
+@pytest.mark.parametrize("base", MODELS, ids=name_of)
+def test_a_voc_folder_of_ones_own(base: Path, tmp_path: Path) -> None:
+    root = tmp_path / "own"
+    write_voc(root, split="train")
+    write_voc(root, {"c": [voc_object("dog", (3, 5, 60, 40))], "d": []}, split="val")
+    result = train(tmp_path, base, runs.CONFIGS / "data" / "voc_custom.yaml", "--data.root", root)
+    assert set(result["per_class"]) == {"cat", "dog"}
+
+
+def test_a_coco_folder_of_ones_own(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_coco(tmp_path / "own", coco_content(), split)
+    path = runs.CONFIGS / "data" / "coco_custom.yaml"
+    result = train(tmp_path, shown_bases(path)[0], path, "--data.root", tmp_path / "own")
+    assert set(result["per_class"]) == {"cat", "dog", "owl"}
+
+
+def test_the_blood_cells_train_as_shown(shared_data: Path, tmp_path: Path) -> None:
+    path = runs.CONFIGS / "data" / "bccd.yaml"
+    if not path.is_file():
+        pytest.skip("configs/data/bccd.yaml is not here")
+    weights = shared_data / "weights" / "squeezenet1_1_features.pth"
+    given = ["--data.root", shared_data / "bccd", "--model.backbone.weights", weights]
+    result = train(tmp_path, runs.CONFIGS / "fast_rcnn_squeezenet.yaml", path, *given)
+    assert set(result["per_class"]) == {"RBC", "WBC", "Platelets"}

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detpipe import checkpoint, cli
+from detpipe.checkpoint import load_detector
+from detpipe.datasets import read_image
+from detpipe.errors import DataError, UsageError
+from detpipe.predict import detect, find_images, read_proposals
+
+
+@pytest.fixture
+def pictures(demo_root: Path, trained: Path, tmp_path: Path) -> Path:
+    """A folder with two scenes in it and one, of the same name, in a folder below."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    scenes = sorted((demo_root / "coco" / "val").iterdir())
+    shutil.copy(scenes[0], folder / "a.jpg")
+    shutil.copy(scenes[1], folder / "b.jpg")
+    Image.open(scenes[2]).resize((96, 80)).save(folder / "more" / "a.png")
+    return folder
+
+
+@pytest.fixture
+def with_precomputed(trained: Path, tmp_path: Path) -> Path:
+    """A checkpoint of a detector that was trained on precomputed proposals."""
+    content = torch.load(trained / "best.ckpt", weights_only=True)
+    source = {"class_path": "detpipe.PrecomputedProposals", "init_args": {"max_boxes": 10}}
+    content[checkpoint.KEY]["model"]["proposals"] = source
+    torch.save(content, tmp_path / "precomputed.ckpt")
+    return tmp_path / "precomputed.ckpt"
+
+
+def predict(trained: Path, out: Path, *arguments: str) -> dict[str, Any]:
+    command = ["predict", str(trained / "best.ckpt"), "-o", str(out), "--device", "cpu", "--score_threshold", "0.01"]
+    assert cli.main([*command, *arguments]) == 0
+    return json.loads((out / "detections.json").read_text())
+
+
+def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = cli.main(["predict", *arguments])
+    shown = capsys.readouterr().err
+    assert shown.startswith("detpipe: error: ")
+    assert len(shown.splitlines()) == 1
+    return status, shown
+
+
+def test_a_folder_is_searched_and_nothing_overwrites_anything(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    report = predict(trained, out, str(pictures))
+    assert [Path(record["file"]).relative_to(pictures).as_posix() for record in report["images"]] == [
+        *("a.jpg", "b.jpg", "more/a.png"),
+    ]
+    assert [record["drawing"] for record in report["images"]] == ["a.png", "b.png", "a-2.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["a-2.png", "a.png", "b.png", "detections.json"]
+    assert report["failed"] == []
+    count = sum(len(record["detections"]) for record in report["images"])
+    assert capsys.readouterr().out == f"3 images, {count} detections, 0 unreadable; see {out / 'detections.json'}\n"
+    assert count > 0
+
+
+def test_boxes_are_in_pixels_of_the_image_and_names_are_those_of_the_checkpoint(
+    trained: Path, pictures: Path, tmp_path: Path
+) -> None:
+    report = predict(trained, tmp_path / "out", str(pictures / "more" / "a.png"))
+    [record] = report["images"]
+    assert (record["width"], record["height"]) == (96, 80)
+    detector, description = load_detector(trained / "best.ckpt")
+    found = detect(detector, read_image(pictures / "more" / "a.png"), None, 0.01)
+    assert len(record["detections"]) == len(found["scores"]) > 0
+    for one, box, score, label in zip(
+        record["detections"], *(found[k] for k in ("boxes", "scores", "labels")), strict=True
+    ):
+        assert one["box"] == box.tolist()
+        assert one["score"] == score.item() >= 0.01
+        assert one["label"] == description.class_names[label - 1]
+    boxes = np.array([one["box"] for one in record["detections"]])
+    assert boxes.min() >= 0
+    assert (boxes.max(0) <= [96, 80, 96, 80]).all()
+    assert boxes[:, 2].max() > 64  # wider than what the network saw
+    assert report["class_names"] == list("0123456789")
+    assert report["checkpoint"] == str(trained / "best.ckpt")
+    with Image.open(tmp_path / "out" / "a.png") as drawing:
+        assert drawing.width * 80 == drawing.height * 96  # small images are drawn enlarged
+
+
+def test_unreadable_images_are_counted_and_the_rest_goes_on(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "a.jpg").write_bytes((pictures / "a.jpg").read_bytes()[:300])
+    (pictures / "text.jpg").write_text("no picture")
+    report = predict(trained, tmp_path / "out", str(pictures))
+    assert [Path(record["file"]).name for record in report["failed"]] == ["a.jpg", "text.jpg"]
+    assert all(record["file"] in record["reason"] for record in report["failed"])
+    assert [Path(record["file"]).name for record in report["images"]] == ["b.jpg", "a.png"]
+    captured = capsys.readouterr()
+    assert "2 images" in captured.out
+    assert "2 unreadable" in captured.out
+    assert captured.err.count("skipped: ") == 2
+    assert "Traceback" not in captured.err
+
+
+def test_no_readable_image_at_all_is_a_failure(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_text("no picture")
+    command = ["predict", str(trained / "best.ckpt"), str(tmp_path / "x.jpg"), "-o", str(tmp_path / "out")]
+    assert cli.main(command) == 1
+    assert json.loads((tmp_path / "out" / "detections.json").read_text())["images"] == []
+
+
+def test_drawings_beside_the_images_do_not_overwrite_them(trained: Path, pictures: Path) -> None:
+    before = (pictures / "more" / "a.png").read_bytes()
+    report = predict(trained, pictures / "more", str(pictures))
+    assert (pictures / "more" / "a.png").read_bytes() == before
+    assert [record["drawing"] for record in report["images"]] == ["a-2.png", "b.png", "a-3.png"]
+
+
+def test_the_score_threshold(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    few = predict(trained, tmp_path / "few", str(pictures), "--score_threshold", "0.2")
+    many = predict(trained, tmp_path / "many", str(pictures), "--score_threshold", "0.01")
+    counts = [sum(len(record["detections"]) for record in report["images"]) for report in (few, many)]
+    assert counts[0] < counts[1]
+    assert all(one["score"] >= 0.2 for record in few["images"] for one in record["detections"])
+
+
+def test_proposals_of_a_file_are_where_the_detector_looks(
+    with_precomputed: Path, pictures: Path, tmp_path: Path
+) -> None:
+    boxes = {"b.jpg": [[4, 4, 30, 30], [20, 20, 60, 60]], str(pictures / "a.jpg"): [[1, 1, 20.5, 30]], "a": []}
+    file = tmp_path / "proposals.json"
+    file.write_text(json.dumps(boxes))
+    out = tmp_path / "out"
+    command = ["predict", str(with_precomputed), str(pictures), "-o", str(out), "--proposals", str(file)]
+    assert cli.main([*command, "--score_threshold", "0"]) == 0
+    images = {
+        Path(r["file"]).relative_to(pictures).as_posix(): r
+        for r in json.loads((out / "detections.json").read_text())["images"]
+    }
+    assert images["more/a.png"]["detections"] == []
+    detector, _ = load_detector(with_precomputed)
+    for name, given in (("b.jpg", boxes["b.jpg"]), ("a.jpg", boxes[str(pictures / "a.jpg")])):
+        proposals = torch.tensor(given, dtype=torch.float32)
+        expected = detect(detector, read_image(pictures / name), proposals, 0)
+        assert [one["box"] for one in images[name]["detections"]] == expected["boxes"].tolist()
+        assert len(expected["boxes"]) > 0
+
+
+def test_proposals_take_the_place_of_a_detectors_own(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "proposals.json"
+    file.write_text(json.dumps({"b": []}))
+    [record] = predict(trained, tmp_path / "out", str(pictures / "b.jpg"), "--proposals", str(file))["images"]
+    assert record["detections"] == []
+
+
+def test_a_detector_of_precomputed_proposals_asks_for_them(
+    with_precomputed: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, shown = failure([str(with_precomputed), str(pictures), "-o", str(tmp_path / "out")], capsys)
+    assert status == 2
+    assert "was trained on precomputed proposals: give boxes for the images with --proposals FILE.json" in shown
+
+
+def test_missing_proposals_are_found_before_anything_is_written(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "proposals.json"
+    file.write_text(json.dumps({"a": [[0, 0, 9, 9]]}))
+    arguments = [str(trained / "best.ckpt"), str(pictures), "-o", str(tmp_path / "out"), "--proposals", str(file)]
+    status, shown = failure(arguments, capsys)
+    assert status == 1
+    assert f"the proposals file has no boxes for {pictures / 'b.jpg'}: add the key 'b.jpg'" in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1], "must map image names to lists of"),
+        ({"a": 3}, "image 'a': expected a list of"),
+        ({"a": [[1, 2, 3]]}, "image 'a', box 0: expected"),
+        ({"a": [[0, 0, 9, 9], [1, 2, 1, 9]]}, "image 'a', box 1: expected .* x2 > x1"),
+        ({"a": [[0, 0, True, 9]]}, "image 'a', box 0"),
+        ({"a": [["0", 0, 9, 9]]}, "image 'a', box 0"),
+    ],
+)
+def test_a_wrong_proposals_file_names_image_and_box(content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "proposals.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"proposals\.json.*{message}"):
+        read_proposals(path)
+
+
+def test_a_proposals_file_that_is_no_json(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"a": [[0, 0, NaN, 9]]}')
+    with pytest.raises(DataError, match=r"p\.json: line 1"):
+        read_proposals(tmp_path / "p.json")
+    with pytest.raises(DataError, match=r"q\.json: no such file"):
+        read_proposals(tmp_path / "q.json")
+
+
+def test_images_are_found_once_each_in_order(pictures: Path, tmp_path: Path) -> None:
+    found = find_images([str(pictures / "b.jpg"), str(pictures), str(pictures / "more")])
+    assert [path.name for path in found] == ["b.jpg", "a.jpg", "a.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="empty holds no image"):
+        find_images([str(tmp_path / "empty")])
+    with pytest.raises(UsageError, match=r"nowhere\.jpg does not exist; expected an image or a folder of images"):
+        find_images([str(tmp_path / "nowhere.jpg")])
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "message"),
+    [
+        ({"images": "nowhere"}, 2, "nowhere does not exist; expected an image or a folder of images"),
+        ({"checkpoint": "nowhere.ckpt"}, 1, "checkpoint nowhere.ckpt does not exist"),
+        ({"threshold": "1.5"}, 2, "--score_threshold must be in 0..1, got 1.5"),
+        ({"threshold": "x"}, 2, "invalid float value: 'x'; see 'detpipe predict --help'"),
+        ({"device": "tpu9"}, 2, "device 'tpu9' cannot be used"),
+        ({"option": "--nothing"}, 2, "unrecognized arguments: --nothing"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    changed: dict[str, str], status: int, message: str, trained: Path, pictures: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = {
+        "checkpoint": str(trained / "best.ckpt"),
+        "images": str(pictures),
+        "threshold": "0.5",
+        "device": "cpu",
+    } | changed
+    arguments = [
+        given["checkpoint"],
+        given["images"],
+        "-o",
+        str(tmp_path / "out"),
+        "--score_threshold",
+        given["threshold"],
+    ]
+    arguments += ["--device", given["device"], *([given["option"]] if "option" in given else [])]
+    got, shown = failure(arguments, capsys)
+    assert got == status
+    assert message in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_folder_is_required(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, shown = failure([str(trained / "best.ckpt"), str(pictures)], capsys)
+    assert status == 2
+    assert "-o/--output" in shown
