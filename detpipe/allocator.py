@@ -1,8 +1,8 @@
 """Let a process on Linux keep the memory that it frees, instead of giving it back and asking anew at every step.
 
 The C library returns each large tensor's pages to the system when the tensor is freed; the next step gets new ones,
-which the system zeroes first. Training on a CPU spends up to half its time there (``benchmarks/README.md``). Only the
-commands call this: a library has no business in its user's allocator.
+which the system zeroes first: a sixth of the time of a training step on a CPU (``benchmarks/freed_memory.py``). Only
+the commands call this: a library has no business in its user's allocator.
 """
 
 from __future__ import annotations
