@@ -48,7 +48,8 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     annotations = evaluation.read_coco_annotations(options.annotations)
     detections = evaluation.read_detections(options.detections, annotations)
-    return _report(evaluation.evaluate(annotations, detections, options.protocol), options.protocol, options.json)
+    _report(evaluation.evaluate(annotations, detections, options.protocol), options.protocol, options.json)
+    return 0
 
 
 def _evaluate_model(arguments: Sequence[str]) -> int:
@@ -68,14 +69,18 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     checkpoint.check_class_names(description, annotations.class_names, config.ckpt_path)
     checkpoint.load_weights(cli.model, stored, config.ckpt_path)
     print(data.describe(split))
-    loader = data.test_dataloader() if split == "test" else data.val_dataloader()
+    loader = data.eval_dataloader(split)
     trainer = cli.trainer_with(callbacks=[TQDMProgressBar()], enable_checkpointing=False)
     order = [int(key[1]) for batch in loader.batch_sampler for key in batch]
     found = [one for batch in trainer.predict(cli.model, loader) for one in batch]
     detections = evaluation.pack(found, [int(annotations.image_ids[row]) for row in order])
-    if config.detections_out is not None:
-        evaluation.write_detections(config.detections_out, detections, annotations)
-    return _report(evaluation.evaluate(annotations, detections, config.protocol), config.protocol, config.json)
+    run = Path(config.ckpt_path).parent
+    results = Path(config.detections_out or run / f"{split}_detections.json")
+    numbers = Path(config.json or run / f"{split}_{config.protocol}.json")
+    evaluation.write_detections(results, detections, annotations)
+    _report(evaluation.evaluate(annotations, detections, config.protocol), config.protocol, numbers)
+    print(f"\nnumbers {numbers}\ndetections {results}")
+    return 0
 
 
 def _add_arguments(parser: Any) -> None:
@@ -89,15 +94,19 @@ def _add_arguments(parser: Any) -> None:
         help="part of the data; test where the configuration names one, else val",
     )
     parser.add_argument("--protocol", type=Literal["coco", "voc07", "voc10"], default="coco")
-    parser.add_argument("--json", type=str | None, default=None, help="write the numbers to this file")
     parser.add_argument(
-        "--detections_out", type=str | None, default=None, help="write the detections in COCO's result format"
+        "--json", type=str | None, default=None, help="for the numbers; beside the checkpoint by default"
+    )
+    parser.add_argument(
+        "--detections_out",
+        type=str | None,
+        default=None,
+        help="for the detections in COCO's result format; beside the checkpoint by default",
     )
 
 
-def _report(metrics: dict[str, Any], protocol: str, path: str | None) -> int:
+def _report(metrics: dict[str, Any], protocol: str, path: str | Path | None) -> None:
     print(evaluation.format_table(metrics, protocol))
     if path is not None:
-        with atomic_write(Path(path)) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    return 0

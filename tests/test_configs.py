@@ -160,8 +160,6 @@ def test_a_coco_folder_of_ones_own(tmp_path: Path) -> None:
 
 def test_the_blood_cells_train_as_shown(shared_data: Path, tmp_path: Path) -> None:
     path = runs.CONFIGS / "data" / "bccd.yaml"
-    if not path.is_file():
-        pytest.skip("configs/data/bccd.yaml is not here")
     weights = shared_data / "weights" / "squeezenet1_1_features.pth"
     given = ["--data.root", shared_data / "bccd", "--model.backbone.weights", weights]
     result = train(tmp_path, runs.CONFIGS / "fast_rcnn_squeezenet.yaml", path, *given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 from PIL import Image
 
 from detpipe import callbacks, cli
+from detpipe.checkpoint import load_detector
+from detpipe.datasets import read_image
 from detpipe.evaluation import read_coco_annotations, read_detections
 
 RESULT = re.compile(r"AP (-?\d\.\d{3}) AP50 (-?\d\.\d{3}) checkpoint (\S+)")
@@ -214,6 +217,19 @@ def test_evaluation_repeats_the_numbers_of_training(
     assert json.loads(again.read_text()) == json.loads((trained.parent / "plain.json").read_text())
 
 
+def test_evaluation_writes_beside_the_checkpoint(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "best.ckpt"
+    shutil.copy(trained / "best.ckpt", checkpoint)
+    assert cli.main(["evaluate", str(trained / "config.yaml"), "--ckpt_path", str(checkpoint)]) == 0
+    numbers = json.loads((tmp_path / "val_coco.json").read_text())
+    assert numbers["AP"] == pytest.approx(summary(trained)["AP"], abs=1e-9)
+    records = json.loads((tmp_path / "val_detections.json").read_text())
+    assert all(set(record) == {"image_id", "category_id", "bbox", "score"} for record in records)
+    assert str(tmp_path / "val_detections.json") in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("protocol", ["voc07", "voc10"])
 def test_evaluation_by_another_protocol(protocol: str, trained: Path, demo_root: Path, tmp_path: Path) -> None:
     numbers, detections = evaluate(trained, protocol, "--protocol", protocol)
@@ -240,10 +256,16 @@ def test_evaluation_does_not_depend_on_batch_size_and_workers(
     np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-3)
 
 
-def test_evaluation_of_the_training_split(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_of_the_training_split(trained: Path, demo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, detections = evaluate(trained, "train_split", "--split", "train")
     assert "train: 12 images" in capsys.readouterr().out
-    assert {record["image_id"] for record in json.loads(detections.read_text())} <= set(range(1, 13))
+    found = [record for record in json.loads(detections.read_text()) if record["image_id"] == 3]
+    detector, _ = load_detector(trained / "best.ckpt")
+    image = read_image(demo_root / "coco" / "train" / "000003.jpg")
+    with torch.no_grad():
+        [expected] = detector([image])
+    assert len(expected["scores"])
+    assert sorted(record["score"] for record in found) == pytest.approx(sorted(expected["scores"].tolist()), abs=1e-5)
 
 
 def test_both_layouts_of_the_demo_set_train_alike(trained: Path, tmp_path: Path) -> None:

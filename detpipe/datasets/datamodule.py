@@ -170,26 +170,38 @@ class DetectionData(LightningDataModule, ABC):
             )
         self._proposals[split] = proposals
 
-    def dataset(self, split: Split) -> DetectionDataset:
-        """The images of a split, augmented only for training; for single images, batches come from the loaders."""
-        augment = self.augment if split == "train" else None
+    def dataset(self, split: Split, augmented: bool = False) -> DetectionDataset:
+        """The images of a split; for single images, batches come from the loaders.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+            augmented: whether images and boxes are transformed as for training.
+
+        Returns:
+            A dataset with the keys ``(epoch, index)``.
+        """
+        augment = self.augment if augmented else None
         return DetectionDataset(self.annotations(split), augment, self.seed, self._proposals.get(split))
 
     def train_dataloader(self) -> DataLoader:
         """Batches ``(list of [3, H, W] uint8, list of targets)``, shuffled and augmented by (seed, epoch)."""
-        return self._dataloader("train")
+        return self._dataloader("train", training=True)
 
     def val_dataloader(self) -> DataLoader:
-        """Batches of equal-sized images, every image once, in an order that never changes."""
-        return self._dataloader("val")
+        """As :meth:`eval_dataloader`, from the validation split."""
+        return self.eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """As for validation, from the test split.
+        """As :meth:`eval_dataloader`, from the test split.
 
         Raises:
             DataError: if no ``test`` split was given.
         """
-        return self._dataloader("test")
+        return self.eval_dataloader("test")
+
+    def eval_dataloader(self, split: Split) -> DataLoader:
+        """Batches of equal-sized images, every image once, in an order that never changes, nothing augmented."""
+        return self._dataloader(split, training=False)
 
     def describe(self, split: Split) -> str:
         """One line about a split: images, boxes by class, and everything that was clipped or skipped."""
@@ -213,13 +225,12 @@ class DetectionData(LightningDataModule, ABC):
         """A split that has been read, else the validation split, which is the quickest to read."""
         return next(iter(self._annotations.values())) if self._annotations else self.annotations("val")
 
-    def _dataloader(self, split: Split) -> DataLoader:
-        training = split == "train"
+    def _dataloader(self, split: Split, training: bool) -> DataLoader:
         options = self.loader
         batch_size = options.batch_size if training else options.eval_batch_size or options.batch_size
         annotations = self.annotations(split)
         return LateLoader(
-            self.dataset(split),
+            self.dataset(split, augmented=training),
             batch_sampler=EpochBatches(annotations.sizes, batch_size, self.seed, training),
             num_workers=options.num_workers,
             collate_fn=collate,

@@ -71,11 +71,11 @@ def test_p2_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> No
 
 
 def test_row_35_every_epoch_draws_anew(tmp_path: Path) -> None:
-    dataset = data_in(tmp_path).dataset("train")
+    dataset = data_in(tmp_path).dataset("train", augmented=True)
     drawn = {dataset[epoch, 0][0].numpy().tobytes() for epoch in range(6)}
     assert len(drawn) == 6
     assert torch.equal(dataset[3, 0][0], dataset[3, 0][0])
-    other_seed = data_in(tmp_path, seed=1).dataset("train")
+    other_seed = data_in(tmp_path, seed=1).dataset("train", augmented=True)
     assert other_seed[0, 0][0].numpy().tobytes() not in drawn
 
 
@@ -91,7 +91,7 @@ def test_loading_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
 
 
 def test_a_dataset_can_be_sent_to_another_process(tmp_path: Path) -> None:
-    dataset = data_in(tmp_path).dataset("train")
+    dataset = data_in(tmp_path).dataset("train", augmented=True)
     image = dataset[0, 1][0]
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[0, 1][0], image)
 
@@ -174,7 +174,7 @@ def test_describe_counts_everything(tmp_path: Path) -> None:
 def test_proposals_ride_in_the_target_and_move_with_the_image(tmp_path: Path) -> None:
     data = data_in(tmp_path, augment=Augment(flip=1.0))
     data.set_proposals("train", {10 + i: np.array([[1, 2, 11, 22]]) for i in range(7)})
-    _, target = data.dataset("train")[0, 0]
+    _, target = data.dataset("train", augmented=True)[0, 0]
     torch.testing.assert_close(target["proposals"], torch.tensor([[49.0, 2, 59, 22]]))
     assert "proposals" not in data.dataset("val")[0, 0][1]
 
