@@ -106,7 +106,7 @@ def _add_arguments(parser: Any) -> None:
 
 
 def _report(metrics: dict[str, Any], protocol: str, path: str | Path | None) -> None:
-    print(evaluation.format_table(metrics, protocol))
-    if path is not None:
+    if path is not None:  # before the table, which a closed pipe may end
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    print(evaluation.format_table(metrics, protocol))
