@@ -68,15 +68,18 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     annotations = data.annotations(split)
     checkpoint.check_class_names(description, annotations.class_names, config.ckpt_path)
     checkpoint.load_weights(cli.model, stored, config.ckpt_path)
+    run = Path(config.ckpt_path).parent
+    results = Path(config.detections_out or run / f"{split}_detections.json")
+    numbers = Path(config.json or run / f"{split}_{config.protocol}.json")
+    for path in (results, numbers):
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; give the name of a file for --json and --detections_out")
     print(data.describe(split))
     loader = data.eval_dataloader(split)
     trainer = cli.trainer_with(callbacks=[TQDMProgressBar()], enable_checkpointing=False)
     order = [int(key[1]) for batch in loader.batch_sampler for key in batch]
     found = [one for batch in trainer.predict(cli.model, loader) for one in batch]
     detections = evaluation.pack(found, [int(annotations.image_ids[row]) for row in order])
-    run = Path(config.ckpt_path).parent
-    results = Path(config.detections_out or run / f"{split}_detections.json")
-    numbers = Path(config.json or run / f"{split}_{config.protocol}.json")
     evaluation.write_detections(results, detections, annotations)
     _report(evaluation.evaluate(annotations, detections, config.protocol), config.protocol, numbers)
     print(f"\nnumbers {numbers}\ndetections {results}")

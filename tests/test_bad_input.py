@@ -242,5 +242,7 @@ def test_a_failed_start_leaves_a_folder_of_the_users_own(demo_root: Path, tmp_pa
 
 def test_numbers_are_not_written_over_a_folder(trained: Path, demo_root: Path, tmp_path: Path) -> None:
     arguments = ["evaluate", str(trained / "config.yaml"), "--ckpt_path", str(trained / "best.ckpt")]
-    assert cli.main([*arguments, "--json", str(tmp_path)]) == 1
+    for option in ("--json", "--detections_out"):
+        assert cli.main([*arguments, option, str(tmp_path)]) == 2
     assert list(tmp_path.iterdir()) == []
+    assert not list(trained.glob("val_*"))

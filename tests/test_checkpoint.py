@@ -30,7 +30,9 @@ for _ in range(int(sys.argv[2])):
     while writer == 0:  # the writer, until it is killed
         step += 1
         AtomicCheckpointIO().save_checkpoint({"step": step, "weights": torch.full((200_000,), step)}, path)
-    time.sleep(chance.uniform(0.005, 0.05))
+    while len(list(path.parent.iterdir())) < 2:  # no save has begun
+        time.sleep(0.0005)
+    time.sleep(chance.uniform(0, 0.01))
     os.kill(writer, signal.SIGKILL)
     os.waitpid(writer, 0)
     left = torch.load(path, weights_only=True)
