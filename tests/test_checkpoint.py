@@ -23,6 +23,7 @@ from pathlib import Path
 from detpipe.checkpoint import AtomicCheckpointIO
 from detpipe.files import remove_orphans
 
+torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
 path, chance = Path(sys.argv[1]), random.Random(0)
 for _ in range(int(sys.argv[2])):
     step = torch.load(path, weights_only=True)["step"]
