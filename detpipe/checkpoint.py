@@ -115,7 +115,7 @@ def load_detector(path: str | Path) -> tuple[TwoStageDetector, Description]:
         config = parser.parse_object({"model": description.model, "num_classes": len(description.class_names)})
         detector = parser.instantiate(config).model
     except Exception as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise CheckpointError(f"checkpoint {path}: its model cannot be built by this version: {reason}") from error
     load_weights(detector, checkpoint, path)
     return detector.eval(), description
