@@ -1,0 +1,201 @@
+"""Which cells each bin reads along one axis, and with what weight: the one sampler behind every axis-aligned operator.
+
+RoIAlign and precise RoI pooling are separable: the weight of a cell in a bin is a weight along y times a weight along x.
+This file computes those weights, differentiable in the boxes; :mod:`detpipe.roi_pooling.separable` applies them.
+
+He et al., "Mask R-CNN", 2017, arXiv 1703.06870; Jiang et al., "Acquisition of Localization Confidence for Accurate Object
+Detection", 2018, arXiv 1807.11590, equations 4 and 5.
+
+Convention: coordinates are in cells, and the value of cell k sits at coordinate k (an aligned operator has subtracted the
+half cell before). R boxes, B bins along the axis, T cells a bin at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Axis = tuple[Tensor, Tensor, Tensor, int]  # start [R], bin size [R], cells of the map [R], number of bins
+TERMS = 7  # samples that may touch one cell: five, and two that rounding may put before them
+FEW = 1 << 15  # cells whose terms are computed at once
+
+
+class AxisTaps(NamedTuple):
+    """The cells that each bin reads along one axis."""
+
+    cell: Tensor  # [R, B, T] int32, -1 where there are fewer than T; those that exist come first
+    weight: Tensor  # [R, B, T], 0 where there is no cell
+
+
+def fixed_samples(start: Tensor, bin_size: Tensor, extent: Tensor, bins: int, samples: int) -> AxisTaps:
+    """Average a fixed number of linear samples a bin.
+
+    Args:
+        start: ``[R]`` where the first bin begins.
+        bin_size: ``[R]``.
+        extent: ``[R]`` int64, cells of the map.
+        bins: B.
+        samples: S, spread evenly; the i-th lies (i + .5) / S into the bin.
+
+    Returns:
+        T = 2 S.
+    """
+    return merge_samples(sample_points(start, bin_size, bins, _arange(samples, start), samples), extent)
+
+
+def merge_samples(point: Tensor, extent: Tensor) -> AxisTaps:
+    """Average the linear samples of each bin; cells that several of them share are merged.
+
+    Args:
+        point: ``[R, B, S]`` coordinates, ascending in S.
+        extent: ``[R]`` int64, cells of the map.
+
+    Returns:
+        T = 2 S.
+    """
+    point, inside = _onto_map(point, extent)
+    last = (extent - 1)[:, None, None]
+    low = point.detach().floor().minimum((last - 1).clamp(min=0).to(point.dtype))
+    share = inside.to(point.dtype) / point.shape[-1]
+    high_weight = (point - low) * share
+    low_weight = (low + 1 - point) * share
+    low = low.long()
+    # sample s writes slots f(s) and f(s) + 1; it shares both, one or none with the sample before it
+    slot = torch.nn.functional.pad(low.diff(dim=-1).clamp(0, 2).cumsum(-1), (1, 0))
+    slots = torch.cat((slot, slot + 1), dim=-1)
+    cells = torch.cat((low, low + 1), dim=-1)
+    cell = torch.full_like(cells, -1).scatter(-1, slots, cells)
+    cell = cell.where((cell <= last) & inside.any(-1, keepdim=True), -1)
+    weight = torch.zeros_like(cells, dtype=point.dtype)
+    weight = weight.scatter_add(-1, slots, torch.cat((low_weight, high_weight), dim=-1))
+    return AxisTaps(cell.int(), weight * (cell >= 0))
+
+
+def adaptive_samples(start: Tensor, bin_size: Tensor, extent: Tensor, bins: int, bound: int | None) -> AxisTaps:
+    """Average as many linear samples a bin as it has cells, rounded up.
+
+    Neighboring samples are at most a cell apart, and at least half a cell where there are several, so that no more than
+    five of them touch one cell: each cell's weight is a sum of a few terms, however large the box.
+
+    Args:
+        start: ``[R]`` where the first bin begins.
+        bin_size: ``[R]``.
+        extent: ``[R]`` int64, cells of the map.
+        bins: B.
+        bound: T; None finds the smallest that is enough, which waits for the device.
+
+    Returns:
+        Every cell between the first and the last that a bin touches.
+    """
+    samples = bin_size.detach().ceil().clamp(min=1)[:, None, None]
+    with torch.no_grad():
+        first_sample = sample_points(start, bin_size, bins, torch.zeros_like(samples), samples)[..., 0]  # [R, B]
+        last_sample = sample_points(start, bin_size, bins, samples - 1, samples)[..., 0]
+        size = extent[:, None].to(start.dtype)
+        touches = (first_sample <= size) & (last_sample >= -1)
+        first = first_sample.clamp(min=0).minimum(size - 1).floor()
+        last = (last_sample.clamp(min=0).floor() + 1).minimum(size - 1)
+        cell = _span(first.long(), last.where(touches, -1.0).long(), bound)
+        # the first sample that can touch the cell; rounding may find one that is too early, never one too late
+        spacing = (bin_size[:, None, None] / samples).clamp(min=torch.finfo(start.dtype).tiny)
+        begin = (start[:, None] + _arange(bins, start) * bin_size[:, None])[..., None]
+        earliest = ((cell - 1 - begin) / spacing - 0.5).floor().clamp(min=0)
+    weight = torch.zeros_like(earliest)
+    at = cell.to(start.dtype)[..., None]
+    steps = _arange(TERMS, start)
+    for part in steps.split(TERMS if earliest.numel() <= FEW else 1):  # one pass, or little memory
+        index = (earliest[..., None] + part).flatten(2)  # [R, B, T * terms]
+        point, inside = _onto_map(sample_points(start, bin_size, bins, index, samples), extent)
+        counts = (inside & (index < samples)).unflatten(2, (-1, len(part)))
+        near = (1 - (point.unflatten(2, (-1, len(part))) - at).abs()).clamp(min=0)
+        weight = weight + (near * counts).sum(-1)
+    return AxisTaps(cell.int(), weight / samples * (cell >= 0))
+
+
+def along_both(axes: Sequence[Axis], sample: Callable[[Tensor, Tensor, Tensor, int], AxisTaps]) -> list[AxisTaps]:
+    """Compute the taps of two axes, in one go where they have the same number of bins.
+
+    Args:
+        axes: of each axis where the first bin begins ``[R]``, the size of a bin ``[R]``, the cells of the map ``[R]`` and
+            the number of bins.
+        sample: computes the taps of one axis.
+
+    Returns:
+        Of each axis its taps.
+    """
+    first, second = axes
+    if first[3] != second[3]:
+        return [sample(*first), sample(*second)]
+    start, bin_size, extent = (torch.cat(pair) for pair in zip(first[:3], second[:3], strict=True))
+    cell, weight = sample(start, bin_size, extent, first[3])
+    return [AxisTaps(*pair) for pair in zip(cell.chunk(2), weight.chunk(2), strict=True)]
+
+
+def integral(start: Tensor, bin_size: Tensor, extent: Tensor, bins: int, bound: int | None) -> AxisTaps:
+    """Average the linear surface over each bin, in closed form; it falls to zero within a cell outside the map.
+
+    Args:
+        start: ``[R]`` where the first bin begins.
+        bin_size: ``[R]``.
+        extent: ``[R]`` int64, cells of the map.
+        bins: B.
+        bound: T; None finds the smallest that is enough, which waits for the device.
+
+    Returns:
+        Every cell within one of the bin.
+    """
+    low = start[:, None] + _arange(bins, start) * bin_size[:, None]  # [R, B]
+    high = low + bin_size[:, None]
+    with torch.no_grad():
+        last = (extent - 1)[:, None]
+        first, stop = low.floor().clamp(min=-1), high.ceil().minimum(last.to(low.dtype))
+        cell = _span(first.clamp(min=0).long(), stop.where(first <= last, -1.0).long(), bound)
+    at = cell.to(start.dtype)
+    low, high, size = low[..., None], high[..., None], bin_size[:, None, None]
+    weight = 0.0
+    for left in (at - 1, at):  # the hat of a cell rises over the cell before it and falls over the one behind it
+        begin, end = torch.maximum(low, left), torch.minimum(high, left + 1)
+        height = 1 - ((begin + end) / 2 - at).abs()
+        weight = weight + height * (end - begin).clamp(min=0)
+    return AxisTaps(cell.int(), weight / size * (cell >= 0))
+
+
+def _arange(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device, dtype=like.dtype)
+
+
+def sample_points(start: Tensor, bin_size: Tensor, bins: int, index: Tensor, samples: Tensor | int) -> Tensor:
+    """Place samples.
+
+    The order of the operations is that of the peers' kernels, so that rounding decides alike at the border.
+
+    Args:
+        start: ``[R]`` where the first bin begins.
+        bin_size: ``[R]``.
+        bins: B.
+        index: which samples of a bin, broadcast to ``[R, B, S]``.
+        samples: how many samples a bin has.
+
+    Returns:
+        ``[R, B, S]`` coordinates.
+    """
+    begin = start[:, None] + _arange(bins, start) * bin_size[:, None]  # [R, B]
+    return begin[..., None] + (index + 0.5) * bin_size[:, None, None] / samples
+
+
+def _onto_map(point: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+    """Move samples into the map, and say which lay within a cell of it and count."""
+    size = extent[:, None, None].to(point.dtype)
+    return point.clamp(min=0).minimum(size - 1), (point >= -1) & (point <= size)
+
+
+def _span(first: Tensor, last: Tensor, bound: int | None) -> Tensor:
+    """``[R, B]`` first and last cells -> ``[R, B, T]`` cells, -1 behind the last."""
+    if bound is None:
+        bound = int((last - first).max()) + 1 if first.numel() else 1
+        bound = max(bound, 1)
+    cell = first[..., None] + torch.arange(bound, device=first.device)
+    return cell.where(cell <= last[..., None], -1)

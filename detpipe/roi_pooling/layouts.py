@@ -1,0 +1,222 @@
+"""How boxes may be given to an RoI operator, and what is wrong with them if they cannot be pooled.
+
+Convention: boxes are xyxy with continuous edges, in pixels or relative to the image (0..1); a cell of the feature map
+covers ``1 / spatial_scale`` pixels, and its value sits at its center.
+
+N images, P boxes an image, R boxes of the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detpipe.roi_pooling.operators import operator
+
+Boxes = Tensor | Sequence[Tensor]
+SIDES = "x1, y1, x2, y2"
+
+
+class LayoutError(ValueError, AssertionError):
+    """Boxes in a layout that no operator reads: a ValueError, and for code written against torchvision an AssertionError."""
+
+
+class RoIs(NamedTuple):
+    """Boxes of a batch, one row each."""
+
+    image: Tensor  # [R] int64, which image of the batch
+    boxes: Tensor  # [R, 4], or [R, 5] if rotated; float32 or float64
+    lead: tuple[int, ...]  # (R,) or (N, P): the leading dimensions of the result
+
+
+def read_boxes(boxes: Boxes, features: Tensor, sides: str = SIDES) -> RoIs:
+    """Read boxes in any of the three layouts, and check them.
+
+    The values are checked on the CPU, where that costs nothing; on another device, where it would wait for it, only
+    inside ``torch.autograd.detect_anomaly()``.
+
+    Args:
+        boxes: ``[R, 1 + B]`` with the image's index first, a list of N tensors ``[P_i, B]``, or ``[N, P, B]``.
+        features: ``[N, C, H, W]``; the boxes must be on its device and are computed in its precision, float32 at least.
+        sides: names of the B numbers of a box.
+
+    Returns:
+        The boxes, differentiable.
+
+    Raises:
+        LayoutError: another shape (a ValueError and an AssertionError).
+        ValueError: not floating-point, on another device, a list of another length than N, an index of an image that
+            is not there, or a box that is not finite or has no area.
+    """
+    count = sides.count(",") + 1
+    images = features.shape[0]
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    if isinstance(boxes, Tensor):
+        if not (boxes.ndim == 2 and boxes.shape[1] == count + 1) and not (boxes.ndim == 3 and boxes.shape[2] == count):
+            raise LayoutError(
+                f"boxes must be [R, {count + 1}] (image, {sides}), a list of [P_i, {count}], or [N, P, {count}]; "
+                f"got {list(boxes.shape)}"
+            )
+        _check_tensor("boxes", boxes, features)
+        if boxes.ndim == 3:
+            if boxes.shape[0] != images:
+                raise ValueError(f"boxes {list(boxes.shape)} are of {boxes.shape[0]} images, features of {images}")
+            image = _image_index([boxes.shape[1]] * images, boxes.device)
+            lead, boxes = (boxes.shape[0], boxes.shape[1]), boxes.flatten(0, 1).to(dtype)
+        else:
+            exact = boxes.to(torch.promote_types(dtype, boxes.dtype))
+            image = torch.ops.detpipe.checked_images(exact[:, 0], images)
+            lead, boxes = (boxes.shape[0],), exact[:, 1:].to(dtype)
+    else:
+        boxes = list(boxes)
+        for index, box in enumerate(boxes):
+            if not isinstance(box, Tensor) or box.ndim != 2 or box.shape[1] != count:
+                shape = list(box.shape) if isinstance(box, Tensor) else type(box).__name__
+                raise LayoutError(f"boxes[{index}] must be [P, {count}] ({sides}), got {shape}")
+            _check_tensor(f"boxes[{index}]", box, features)
+        if len(boxes) != images:
+            raise ValueError(f"boxes must be a list of one tensor an image: {len(boxes)} for {images} images")
+        sizes = [box.shape[0] for box in boxes]
+        image = _image_index(sizes, features.device)
+        boxes = torch.cat([box.to(dtype) for box in boxes]) if boxes else features.new_zeros((0, count), dtype=dtype)
+        lead = (sum(sizes),)
+    return RoIs(image, torch.ops.detpipe.checked_boxes(boxes, sides), lead)
+
+
+def to_rois(boxes: Boxes) -> Tensor:
+    """Write boxes in the ``[R, 5]`` layout of RoI operators, without a look at their values.
+
+    Args:
+        boxes: ``[R, 5]`` (image index, x1, y1, x2, y2), a list of N tensors ``[P_i, 4]``, or ``[N, P, 4]``.
+
+    Returns:
+        ``[R, 5]``.
+
+    Raises:
+        LayoutError: none of the three layouts.
+    """
+    if isinstance(boxes, Tensor):
+        if boxes.ndim == 2 and boxes.shape[1] == 5:
+            return boxes
+        if boxes.ndim != 3 or boxes.shape[2] != 4:
+            raise LayoutError(f"boxes must be [R, 5], a list of [P_i, 4], or [N, P, 4]; got {list(boxes.shape)}")
+        boxes = list(boxes)
+    if not boxes or any(box.ndim != 2 or box.shape[1] != 4 for box in boxes):
+        raise LayoutError(f"a list of boxes must hold [P_i, 4] tensors; got {[list(box.shape) for box in boxes]}")
+    return torch.cat([torch.nn.functional.pad(box, (1, 0), value=float(i)) for i, box in enumerate(boxes)])
+
+
+def check_features(features: Tensor, name: str = "features") -> None:
+    """Refuse what is not a batch of feature maps.
+
+    Raises:
+        ValueError: not a floating-point ``[N, C, H, W]`` with at least one channel and one cell.
+    """
+    if features.ndim != 4 or 0 in features.shape[1:]:
+        raise ValueError(f"{name} must be [N, C, H, W] with at least one channel and cell, got {list(features.shape)}")
+    if not features.is_floating_point():
+        raise ValueError(f"{name} must be floating-point, got {features.dtype}: convert them with .float()")
+
+
+def read_output_size(output_size: int | Sequence[int]) -> tuple[int, int]:
+    """Read one number or (height, width).
+
+    Raises:
+        ValueError: not one or two positive whole numbers.
+    """
+    size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
+    if len(size) != 2 or not whole:
+        raise ValueError(f"output_size must be one or two positive whole numbers, got {output_size}")
+    return size[0], size[1]
+
+
+def read_scale(spatial_scale: float) -> float:
+    """Check the number of cells a pixel.
+
+    Raises:
+        ValueError: not positive and finite.
+    """
+    if not 0 < spatial_scale < math.inf:
+        raise ValueError(f"spatial_scale must be positive, the cells a pixel (1 / stride), got {spatial_scale}")
+    return float(spatial_scale)
+
+
+def _image_index(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """``[R]`` int64 from the number of boxes of each image, without a copy to the device."""
+    parts = [torch.full((size,), index, dtype=torch.int64, device=device) for index, size in enumerate(sizes)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
+
+
+def _check_tensor(name: str, boxes: Tensor, features: Tensor) -> None:
+    if not boxes.is_floating_point():
+        raise ValueError(f"{name} must be floating-point, got {boxes.dtype}: convert them with .float()")
+    if boxes.device != features.device:
+        raise ValueError(f"{name} are on {boxes.device} and the features on {features.device}: move one of them")
+
+
+def _looks_at_values(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" or torch.is_anomaly_enabled()
+
+
+@operator("checked_boxes")
+def _checked_boxes(boxes: Tensor, sides: str) -> Tensor:
+    if _looks_at_values(boxes):
+        rotated = sides.endswith("angle")
+        size = boxes[:, 2:4] if rotated else boxes[:, 2:] - boxes[:, :2]
+        good = (size > 0) & (size < math.inf)  # false for NaN; an infinite edge makes an infinite size or NaN
+        if rotated:
+            good = good & boxes[:, :2].isfinite() & boxes[:, 4:].isfinite()
+        if not good.all():
+            row = int((~good.all(dim=1)).nonzero()[0])
+            values = [round(value, 4) for value in boxes[row].tolist()]
+            finite = all(math.isfinite(value) for value in values)
+            wrong = "has no area: width and height must be positive" if finite else "is not finite"
+            raise ValueError(f"boxes: box {row}, ({sides}) = {values}, {wrong}")
+    return boxes.clone()
+
+
+@_checked_boxes.register_fake
+def _(boxes: Tensor, sides: str) -> Tensor:
+    return torch.empty_like(boxes)
+
+
+def _keep_gradient(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    return gradient, None
+
+
+_checked_boxes.register_autograd(_keep_gradient)
+
+
+@_checked_boxes.register_vmap
+def _(info, in_dims, boxes: Tensor, sides: str) -> tuple[Tensor, int]:
+    boxes = boxes.movedim(in_dims[0], 0)
+    return torch.ops.detpipe.checked_boxes(boxes.flatten(0, 1), sides).unflatten(0, boxes.shape[:2]), 0
+
+
+@operator("checked_images")
+def _checked_images(image: Tensor, images: int) -> Tensor:
+    whole = image.to(torch.int64)
+    if _looks_at_values(image):
+        good = (whole == image) & (whole >= 0) & (whole < images)
+        if not good.all():
+            row = int((~good).nonzero()[0])
+            raise ValueError(
+                f"boxes: box {row} has image index {image[row].item():g}, expected a whole number in 0..{images - 1}"
+            )
+    return whole
+
+
+@_checked_images.register_fake
+def _(image: Tensor, images: int) -> Tensor:
+    return torch.empty_like(image, dtype=torch.int64)
+
+
+@_checked_images.register_vmap
+def _(info, in_dims, image: Tensor, images: int) -> tuple[Tensor, int]:
+    image = image.movedim(in_dims[0], 0)
+    return torch.ops.detpipe.checked_images(image.flatten(), images).unflatten(0, image.shape), 0

@@ -1,0 +1,71 @@
+"""Feature maps as one table of cells, so that boxes of all images and pyramid levels are pooled in one call.
+
+N images, L levels, C channels, R boxes, T cells of all maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class CellTable(NamedTuple):
+    """The cells of N images at L levels, a row each: level by level, image by image, row by row.
+
+    Map ``m = level * N + image`` begins at ``offset(m)``, and its cell (y, x) is row ``offset(m) + y * W_level + x``.
+    """
+
+    rows: Tensor  # [T, C], T = sum over levels of N * H_l * W_l
+    images: int  # N
+    sizes: tuple[tuple[int, int], ...]  # (H_l, W_l) of each level
+
+
+def cell_table(levels: Sequence[Tensor]) -> CellTable:
+    """Lay out feature maps with the channels last, which costs one copy, or none for a single channels-last map.
+
+    Args:
+        levels: L tensors ``[N, C, H_l, W_l]`` of one dtype.
+
+    Returns:
+        The table, differentiable in the maps.
+    """
+    rows = [level.permute(0, 2, 3, 1).contiguous().flatten(0, 2) for level in levels]
+    sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
+    return CellTable(rows[0] if len(rows) == 1 else torch.cat(rows), levels[0].shape[0], sizes)
+
+
+def per_map(values: Sequence[float], images: int, like: Tensor) -> Tensor:
+    """Spread one number a level to one a map, without a copy from the host.
+
+    Args:
+        values: L numbers.
+        images: N.
+        like: gives dtype and device.
+
+    Returns:
+        ``[L * N]``.
+    """
+    return torch.cat([like.new_full((images,), value) for value in values])
+
+
+def geometry(images: int, sizes: Sequence[tuple[int, int]], chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Look up where each chosen map begins and how large it is.
+
+    Args:
+        images: N.
+        sizes: (H_l, W_l) of each of L levels.
+        chosen: ``[R]`` int64, a map each, in 0..L * N - 1.
+
+    Returns:
+        ``[R]`` int64 each: first row in the table, height, width.
+    """
+    if len(sizes) == 1:
+        [(height, width)] = sizes
+        return chosen * (height * width), torch.full_like(chosen, height), torch.full_like(chosen, width)
+    heights, widths = (per_map([size[axis] for size in sizes], images, chosen) for axis in (0, 1))
+    cells = heights * widths
+    first = cells.cumsum(0) - cells
+    return first[chosen], heights[chosen], widths[chosen]

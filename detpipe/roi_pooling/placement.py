@@ -1,0 +1,97 @@
+"""Boxes on the maps that they are pooled from, in units of cells.
+
+N images, L levels, R boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detpipe.roi_pooling.axis import Axis
+from detpipe.roi_pooling.layouts import RoIs
+from detpipe.roi_pooling.maps import CellTable, cell_table, geometry, per_map
+
+
+class Placement(NamedTuple):
+    """Boxes on the maps that they are pooled from."""
+
+    table: CellTable
+    chosen: Tensor  # [R] int64, the map of each box
+    first: Tensor  # [R] int64, where that map begins in the table
+    height: Tensor  # [R] int64, its cells
+    width: Tensor  # [R] int64
+    scale: Tensor  # [R, 2] cells a unit of the boxes along x and y
+    boxes: Tensor  # [R, 4] or [R, 5], as they were given
+
+
+def place(
+    levels: Sequence[Tensor],
+    scales: Sequence[float],
+    rois: RoIs,
+    level: Tensor | None = None,
+    normalized: bool = False,
+) -> Placement:
+    """Put boxes on maps.
+
+    Args:
+        levels: L feature maps ``[N, C, H_l, W_l]``.
+        scales: cells a pixel of each level.
+        rois: the boxes.
+        level: ``[R]`` int64, the level of each box; not needed for a single one.
+        normalized: the boxes are relative to the map, and the scales are not used.
+
+    Returns:
+        The boxes with their maps; ``boxes * scale`` is in cells.
+    """
+    table = cell_table(levels)
+    chosen = rois.image if level is None else level * table.images + rois.image
+    first, height, width = geometry(table.images, table.sizes, chosen)
+    if normalized:
+        scale = torch.stack((width, height), dim=1).to(rois.boxes.dtype)
+    elif level is None:
+        scale = rois.boxes.new_full((), scales[0]).expand(len(chosen), 2)
+    else:
+        scale = per_map(scales, 1, rois.boxes)[level, None].expand(-1, 2)
+    return Placement(table, chosen, first, height, width, scale, rois.boxes)
+
+
+def bin_edges(
+    placement: Placement, size: tuple[int, int], aligned: bool, at_least: float | None = None
+) -> tuple[Axis, Axis]:
+    """Divide boxes into bins, in cells.
+
+    Args:
+        placement: xyxy boxes on their maps.
+        size: h x w bins.
+        aligned: shift by half a cell.
+        at_least: makes shorter boxes this long.
+
+    Returns:
+        Along y, then along x.
+    """
+    cells = placement.boxes * placement.scale.repeat(1, 2)
+    if aligned:
+        cells = cells - 0.5
+    axes = []
+    for low, high, extent, bins in ((1, 3, placement.height, size[0]), (0, 2, placement.width, size[1])):
+        length = cells[:, high] - cells[:, low]
+        if at_least is not None:
+            length = length.clamp(min=at_least)
+        axes.append((cells[:, low], length / bins, extent, bins))
+    return axes[0], axes[1]
+
+
+def static_bound(placement: Placement) -> int | None:
+    """How many cells a bin reads at most, where looking at the boxes is not possible or would wait for the device."""
+    if placement.boxes.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(placement.boxes):
+        return None
+    return max(max(size) for size in placement.table.sizes)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Say whether a tensor stands for several inside ``torch.func.vmap``, where no value can be looked at."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
