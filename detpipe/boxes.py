@@ -123,6 +123,23 @@ def clip(boxes: Tensor, height: Tensor | float, width: Tensor | float) -> Tensor
     return torch.stack((x1, y1, x2, y2), dim=-1)
 
 
+def fill(boxes: Tensor, present: Tensor) -> Tensor:
+    """Put a box of one pixel where there is none, so that every row can be pooled and encoded.
+
+    Args:
+        boxes: ``[..., 4]`` xyxy.
+        present: ``[...]`` bool.
+
+    Returns:
+        ``[..., 4]``: ``[0, 0, 1, 1]`` where not present.
+
+    Example:
+        >>> fill(torch.zeros(1, 4), torch.tensor([False]))
+        tensor([[0., 0., 1., 1.]])
+    """
+    return torch.where(present[..., None], boxes, constants((0.0, 0.0, 1.0, 1.0), boxes))
+
+
 def valid(boxes: Tensor, min_size: float = 0.0) -> Tensor:
     """Tell which boxes are finite and larger than a size.
 

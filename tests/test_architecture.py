@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "images": ("errors", "types", "boxes"),
     "matching": (*PLAIN, *GEOMETRY),
     "attention": (*PLAIN, *GEOMETRY),
-    "roi_pooling": (*PLAIN, *GEOMETRY),
+    "roi_pooling": (),
     "stages": (*PLAIN, *GEOMETRY, "roi_pooling"),
     "backbones": (*PLAIN, *GEOMETRY, "stages", "attention"),
     "proposals": (*PLAIN, *GEOMETRY, "stages"),
@@ -183,7 +183,10 @@ def test_help_and_mistakes_import_nothing_heavy(code):
     assert not loaded_after(code) & heavy
 
 
-def test_pooling_needs_no_lightning():
+def test_pooling_needs_neither_lightning_nor_the_rest_of_the_package():
+    program = "import detpipe.roi_pooling, sys\nprint(*(name for name in sys.modules if name.startswith('detpipe')))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {part_of(name) for name in done.stdout.split()} == {"", "roi_pooling"}
     loaded = loaded_after("import detpipe.roi_pooling")
     assert "torch" in loaded
     assert not loaded & {"lightning", "pytorch_lightning", "jsonargparse", "albumentations", "pycocotools"}

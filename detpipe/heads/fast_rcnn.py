@@ -111,7 +111,9 @@ class FastRCNNHead(RoIHead):
                 raise ValueError("the head is in training mode and needs targets; call eval() to detect")
             rois = self.sampler(proposals, targets)
             return [], self._losses(rois, *self.predict(features, rois.rois))
-        boxes, valid = matching.pad(proposals)
+        boxes, present = matching.pad(proposals)
+        valid = present & box_ops.valid(boxes)
+        boxes = box_ops.fill(boxes, valid)
         scores, refined = self._detect(features, boxes)
         return self.postprocess(scores, refined, valid, image_sizes), {}
 
@@ -139,8 +141,7 @@ class FastRCNNHead(RoIHead):
         chosen = deltas.gather(2, column[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
         # what is not foreground is compared with itself: log() stays finite, and the mask takes it out
         counts = targets.foreground[..., None]
-        unit = box_ops.constants((0.0, 0.0, 1.0, 1.0), targets.rois)
-        rois, boxes = torch.where(counts, targets.rois, unit), torch.where(counts, targets.boxes, unit)
+        rois, boxes = box_ops.fill(targets.rois, counts[..., 0]), box_ops.fill(targets.boxes, counts[..., 0])
         wanted = box_ops.encode(boxes, rois)
         distance = F.smooth_l1_loss(chosen, wanted, reduction="none") * counts
         return {"loss_classifier": loss_classifier, "loss_box_reg": distance.sum() / count}

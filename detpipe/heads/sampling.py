@@ -16,7 +16,7 @@ from detpipe.types import Target
 class RoITargets:
     """The RoIs of a training step, a fixed number S for each of N images."""
 
-    rois: Tensor  # [N, S, 4] xyxy
+    rois: Tensor  # [N, S, 4] xyxy, a unit box where not valid
     labels: Tensor  # [N, S] int64, 0 for background
     boxes: Tensor  # [N, S, 4] the matched object's box (its own box for background)
     valid: Tensor  # [N, S] bool, False where an image has fewer than S
@@ -79,10 +79,10 @@ class RoISampler:
         found = matching.assign(boxes, present, truth, self.positive_iou, self.negative_iou, self.ignore_overlap)
         index, valid = matching.sample(found.foreground, found.background, self.rois_per_image, self.positive_fraction)
         if boxes.shape[1] == 0:
-            rois = boxes.new_zeros((*index.shape, 4))
+            rois = box_ops.fill(boxes.new_zeros((*index.shape, 4)), valid)
             return RoITargets(rois, torch.zeros_like(index), rois, valid, valid)
         # where an image has too few, index 0 stands in, which may be a box that is not valid
-        rois = _take(boxes, index).where(valid[..., None], boxes.new_zeros(()))
+        rois = box_ops.fill(_take(boxes, index), valid)
         foreground = found.foreground.gather(1, index) & valid
         if truth.boxes.shape[1] == 0:
             return RoITargets(rois, torch.zeros_like(index), rois, valid, foreground)

@@ -1,7 +1,22 @@
 """RoI pooling: feature maps and boxes to one small map a box. Needs PyTorch and torchvision, not Lightning."""
 
-from detpipe.roi_pooling.align import RoIAlign
-from detpipe.roi_pooling.max_pool import RoIMaxPool
-from detpipe.roi_pooling.pooler import RoIPooler
+from detpipe.roi_pooling.align import RoIAlign, roi_align
+from detpipe.roi_pooling.levels import FPNLevels
+from detpipe.roi_pooling.max_pool import RoIMaxPool, roi_max_pool
+from detpipe.roi_pooling.pooler import MultiLevel, RoIPooler
+from detpipe.roi_pooling.precise import PreciseRoIPool, precise_roi_pool
+from detpipe.roi_pooling.scripting import make_scriptable
 
-__all__ = ["RoIAlign", "RoIMaxPool", "RoIPooler"]
+__all__ = [
+    "FPNLevels",
+    "MultiLevel",
+    "PreciseRoIPool",
+    "RoIAlign",
+    "RoIMaxPool",
+    "RoIPooler",
+    "precise_roi_pool",
+    "roi_align",
+    "roi_max_pool",
+]
+
+make_scriptable()

@@ -1,43 +1,200 @@
-"""RoIAlign: bilinear samples averaged in each bin.
+"""RoIAlign: bilinear samples averaged in each bin, differentiable in the features and in the boxes.
 
 He et al., "Mask R-CNN", 2017, arXiv 1703.06870.
 
-Deviation: coordinates are shifted by half a pixel (``aligned=True``), so that a cell's value sits at its center.
+Deviations:
+1. Coordinates are shifted by half a cell (``aligned=True``), so that a cell's value sits at its center; ``aligned=False``
+   is the paper's own, unshifted form, in which boxes are at least one cell wide and high.
+2. A sample up to one cell outside the map is moved onto its border; one further out is 0 and still counts in the average.
+
+Convention: boxes are xyxy with continuous edges, x before y, in pixels (``spatial_scale`` cells each) or relative to the
+map (``normalized=True``). Differentiable in the features, and in the boxes except where a sample crosses a cell's center;
+the number of adaptive samples is a constant of the gradient.
+
+N images, C channels, R boxes of the batch, P boxes an image, h x w bins.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
+from torch.overrides import handle_torch_function, has_torch_function_unary
+from torchvision import ops as torchvision_ops
 
-from detpipe.roi_pooling.pooler import RoIPooler
+from detpipe.roi_pooling.axis import (
+    Axis,
+    AxisTaps,
+    adaptive_samples,
+    along_both,
+    fixed_samples,
+    merge_samples,
+    sample_points,
+)
+from detpipe.roi_pooling.layouts import Boxes, check_features, read_boxes, read_output_size, read_scale, to_rois
+from detpipe.roi_pooling.levels import FPNLevels
+from detpipe.roi_pooling.placement import Placement, bin_edges, place, static_bound
+from detpipe.roi_pooling.pooler import RoIPooler, read_levels
+from detpipe.roi_pooling.separable import pool_separable
+
+
+def roi_align(
+    features: Tensor,
+    boxes: Boxes,
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+    normalized: bool = False,
+    reduce: str = "mean",
+) -> Tensor:
+    """Average, or take the largest of, bilinear samples in each bin of each box.
+
+    Args:
+        features: ``[N, C, H, W]``.
+        boxes: ``[R, 5]`` (image, x1, y1, x2, y2), a list of N tensors ``[P_i, 4]``, or ``[N, P, 4]``.
+        output_size: h x w, one number or (height, width).
+        spatial_scale: cells a pixel, 1 / stride.
+        sampling_ratio: samples along each axis of a bin; 0 (or less) takes as many as the bin has cells, rounded up.
+        aligned: shift by half a cell, so that a cell's value sits at its center.
+        normalized: boxes are in 0..1, relative to the map, and ``spatial_scale`` is not used.
+        reduce: "mean" of the samples, or "max".
+
+    Returns:
+        ``[R, C, h, w]``, or ``[N, P, C, h, w]`` for boxes ``[N, P, 4]``; channels last in memory. 0 for a box outside
+        the map.
+
+    Raises:
+        ValueError: an argument of another shape, type or range, or a box that is not finite or has no area.
+
+    Example:
+        >>> ramp = torch.arange(16.0).reshape(1, 1, 4, 4)
+        >>> roi_align(ramp, [torch.tensor([[0.0, 0.0, 4.0, 4.0]])], 2)
+        tensor([[[[ 2.5000,  4.5000],
+                  [10.5000, 12.5000]]]])
+    """
+    if has_torch_function_unary(features):  # a tracer's proxy, or a subclass that wants to know
+        settings = (output_size, spatial_scale, sampling_ratio, aligned, normalized, reduce)
+        return handle_torch_function(roi_align, (features,), features, boxes, *settings)
+    check_features(features)
+    size, scale = read_output_size(output_size), read_scale(spatial_scale)
+    if reduce not in ("mean", "max"):
+        raise ValueError(f"reduce must be 'mean' or 'max', got {reduce!r}")
+    if not isinstance(sampling_ratio, int):
+        raise ValueError(f"sampling_ratio must be a whole number, 0 for adaptive, got {sampling_ratio!r}")
+    if torch.compiler.is_exporting() and reduce == "mean" and not normalized:
+        return _exported(features, boxes, size, scale, sampling_ratio, aligned)
+    rois = read_boxes(boxes, features)
+    placement = place([features], [scale], rois, normalized=normalized)
+    pooled = align(placement, size, sampling_ratio, aligned, reduce)
+    return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
+
+
+def align(placement: Placement, size: tuple[int, int], sampling_ratio: int, aligned: bool, reduce: str) -> Tensor:
+    """Pool placed boxes: ``[R, C, h, w]``."""
+    axes = bin_edges(placement, size, aligned, at_least=None if aligned else 1.0)
+    if reduce == "max":
+        return _largest(placement, axes, size, sampling_ratio)
+    if sampling_ratio > 0:
+        y, x = along_both(axes, lambda *axis: fixed_samples(*axis, sampling_ratio))
+    else:
+        bound = static_bound(placement)
+        y, x = along_both(axes, lambda *axis: adaptive_samples(*axis, bound))
+    return pool_separable(placement.table, placement.chosen, y, x)
+
+
+def _largest(placement: Placement, axes: tuple[Axis, Axis], size: tuple[int, int], sampling_ratio: int) -> Tensor:
+    """Take the largest sample of each bin; every sample is pooled as a bin of its own first."""
+    if sampling_ratio > 0 or len(placement.boxes) == 0:
+        samples = max(sampling_ratio, 1)
+        counts = [torch.full_like(axis[1], samples) for axis in axes]
+        return _largest_of(placement, axes, size, counts, (samples, samples))
+    counts = [axis[1].detach().ceil().clamp(min=1) for axis in axes]
+    # boxes with similar numbers of samples, up to the next power of two, are pooled together
+    doublings = [count.log2().ceil().long() for count in counts]
+    group = doublings[0] * 64 + doublings[1]
+    parts, order = [], []
+    for key in group.unique().tolist():
+        rows = (group == key).nonzero()[:, 0]
+        part = placement._replace(chosen=placement.chosen[rows])
+        part_axes = tuple((start[rows], step[rows], extent[rows], bins) for start, step, extent, bins in axes)
+        part_counts = [count[rows] for count in counts]
+        most = (int(part_counts[0].max()), int(part_counts[1].max()))
+        parts.append(_largest_of(part, part_axes, size, part_counts, most))
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def _largest_of(
+    placement: Placement, axes: Sequence[Axis], size: tuple[int, int], counts: Sequence[Tensor], most: tuple[int, int]
+) -> Tensor:
+    """Pool ``most`` samples along each axis of each bin; where a box has fewer, its last sample is repeated."""
+    taps: list[AxisTaps] = []
+    for (start, step, extent, bins), count, samples in zip(axes, counts, most, strict=True):
+        index = torch.arange(samples, device=start.device, dtype=start.dtype)
+        index = index.minimum(count[:, None] - 1)[:, None]
+        point = sample_points(start, step, bins, index, count[:, None, None])  # [R, B, S]
+        taps.append(merge_samples(point.flatten(1)[..., None], extent))
+    single = pool_separable(placement.table, placement.chosen, *taps)
+    return torch.nn.functional.max_pool2d(single, most)
+
+
+def _exported(
+    features: Tensor, boxes: Boxes, size: tuple[int, int], scale: float, sampling_ratio: int, aligned: bool
+) -> Tensor:
+    """Stand in for the operator in an exported graph, where only what ONNX and the runtimes know can be used."""
+    rois = to_rois(boxes).to(features.dtype)
+    pooled = torchvision_ops.roi_align(features, rois, size, scale, max(sampling_ratio, 0), aligned)
+    return pooled.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) and boxes.ndim == 3 else pooled
 
 
 class RoIAlign(RoIPooler):
-    """Average bilinear samples in each bin of each box. Differentiable in the features.
+    """Average bilinear samples in each bin of each box. Differentiable in the features and in the boxes.
 
     Args:
         output_size: cells of the result, one number or (height, width).
         sampling_ratio: samples along each axis of a bin; 0 takes as many as the bin has cells, rounded up.
+        aligned: shift by half a cell, so that a cell's value sits at its center.
+        reduce: "mean" of the samples, or "max".
+        levels: which pyramid level a box is pooled from; in Python any function (boxes ``[R, 4]``, strides) -> ``[R]``.
 
     Example:
-        >>> import torch
         >>> features = {"c4": torch.ones(1, 2, 8, 8)}
         >>> RoIAlign(3)(features, [torch.tensor([[0.0, 0.0, 64.0, 64.0]])], {"c4": 16}).shape
         torch.Size([1, 2, 3, 3])
     """
 
-    def __init__(self, output_size: int | tuple[int, int] = 7, sampling_ratio: int = 2) -> None:
-        super().__init__(output_size)
+    def __init__(
+        self,
+        output_size: int | tuple[int, int] = 7,
+        sampling_ratio: int = 2,
+        aligned: bool = True,
+        reduce: str = "mean",
+        levels: FPNLevels = FPNLevels(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__(output_size, levels)
         if sampling_ratio < 0:
             raise ValueError(f"sampling_ratio must be 0 (adaptive) or positive, got {sampling_ratio}")
-        self.sampling_ratio = sampling_ratio
+        if reduce not in ("mean", "max"):
+            raise ValueError(f"reduce must be 'mean' or 'max', got {reduce!r}")
+        self.sampling_ratio, self.aligned, self.reduce = sampling_ratio, aligned, reduce
 
-    def pool(self, features: Tensor, rois: Tensor, stride: int) -> Tensor:
-        """Pool one level: ``[N, C, H, W]`` and ``[R, 5]`` in image pixels -> ``[R, C, h, w]``."""
-        exact = torch.promote_types(features.dtype, torch.float32)  # half precision has no room for coordinates
-        pooled = roi_align(
-            features.to(exact), rois.to(exact), self.output_size, 1.0 / stride, self.sampling_ratio, aligned=True
-        )
-        return pooled.to(features.dtype)
+    def pool(self, placement: Placement) -> Tensor:
+        """Pool placed boxes: ``[R, C, h, w]``."""
+        return align(placement, self.output_size, self.sampling_ratio, self.aligned, self.reduce)
+
+    def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
+        """Pool each box from the level that suits its size; see :meth:`RoIPooler.forward`."""
+        if not torch.compiler.is_exporting() or self.reduce != "mean":
+            return super().forward(features, boxes, strides)
+        # what ONNX knows is pooling from one map: every box is pooled from every level, and the right one is taken
+        maps, rois = read_levels(features, strides), to_rois(boxes)
+        chosen = self.levels(rois[:, 1:], list(strides.values()))[:, None, None, None]
+        settings = (self.output_size, self.sampling_ratio, self.aligned)
+        pooled = None
+        for index, (level, stride) in enumerate(zip(maps, strides.values(), strict=True)):
+            here = _exported(level, rois, settings[0], 1.0 / stride, *settings[1:])
+            pooled = here if pooled is None else torch.where(chosen == index, here, pooled)
+        assert pooled is not None
+        return pooled.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) and boxes.ndim == 3 else pooled

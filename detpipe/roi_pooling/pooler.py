@@ -1,42 +1,14 @@
-"""What every RoI pooler shares: box layouts, and the choice of a pyramid level for each box."""
+"""What every RoI pooler shares: the choice of a pyramid level for each box, and one call for all levels."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from detpipe.roi_pooling.levels import assign_levels
-from detpipe.types import Features
-
-Boxes = Tensor | Sequence[Tensor]
-
-
-def to_rois(boxes: Boxes) -> Tensor:
-    """Write boxes in the ``[R, 5]`` layout of RoI operators.
-
-    Args:
-        boxes: ``[R, 5]`` (image index, x1, y1, x2, y2), a list of N tensors ``[P_i, 4]``, or ``[N, P, 4]``.
-
-    Returns:
-        ``[R, 5]``.
-
-    Raises:
-        ValueError: none of the three layouts.
-    """
-    if isinstance(boxes, Tensor):
-        if boxes.ndim == 2 and boxes.shape[1] == 5:
-            return boxes
-        if boxes.ndim != 3 or boxes.shape[2] != 4:
-            raise ValueError(f"boxes must be [R, 5], a list of [P_i, 4], or [N, P, 4]; got {list(boxes.shape)}")
-        images, count = boxes.shape[:2]
-        index = torch.arange(images, device=boxes.device, dtype=boxes.dtype).repeat_interleave(count)
-        return torch.cat((index[:, None], boxes.flatten(0, 1)), dim=1)
-    if not boxes or any(box.ndim != 2 or box.shape[1] != 4 for box in boxes):
-        raise ValueError(f"a list of boxes must hold [P_i, 4] tensors; got {[list(box.shape) for box in boxes]}")
-    return torch.cat([torch.nn.functional.pad(box, (1, 0), value=float(i)) for i, box in enumerate(boxes)])
+from detpipe.roi_pooling.layouts import SIDES, Boxes, RoIs, check_features, read_boxes, read_output_size
+from detpipe.roi_pooling.levels import FPNLevels
+from detpipe.roi_pooling.placement import Placement, place
 
 
 class RoIPooler(nn.Module, ABC):
@@ -44,20 +16,25 @@ class RoIPooler(nn.Module, ABC):
 
     Args:
         output_size: cells of the result, one number or (height, width).
+        levels: which pyramid level a box is pooled from; in Python any function (boxes ``[R, 4]``, strides) -> ``[R]``.
     """
 
-    def __init__(self, output_size: int | tuple[int, int]) -> None:
+    sides = SIDES  # the numbers that a box consists of
+
+    def __init__(
+        self,
+        output_size: int | tuple[int, int],
+        levels: FPNLevels = FPNLevels(),  # noqa: B008 (frozen)
+    ) -> None:
         super().__init__()
-        size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"output_size must be one or two positive numbers, got {output_size}")
-        self.output_size: tuple[int, int] = (size[0], size[1])
+        self.output_size: tuple[int, int] = read_output_size(output_size)
+        self.levels = levels
 
     @abstractmethod
-    def pool(self, features: Tensor, rois: Tensor, stride: int) -> Tensor:
-        """Pool one level: ``[N, C, H, W]`` and ``[R, 5]`` in image pixels -> ``[R, C, h, w]``."""
+    def pool(self, placement: Placement) -> Tensor:
+        """Pool placed boxes: ``[R, C, h, w]``."""
 
-    def forward(self, features: Features, boxes: Boxes, strides: dict[str, int]) -> Tensor:
+    def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
         """Pool each box from the level that suits its size.
 
         Args:
@@ -69,24 +46,79 @@ class RoIPooler(nn.Module, ABC):
             ``[R, C, h, w]``, or ``[N, P, C, h, w]`` for boxes ``[N, P, 4]``.
 
         Raises:
-            ValueError: ``features`` lacks a level of ``strides``, or the boxes have another layout.
+            ValueError: ``features`` lacks a level of ``strides``, or the boxes have another layout, are not finite or
+                have no area.
         """
-        missing = [level for level in strides if level not in features]
-        if missing:
-            raise ValueError(f"features lack the levels {missing}: strides has {list(strides)}, got {list(features)}")
-        rois = to_rois(boxes)
-        if len(strides) == 1:
-            [(level, stride)] = strides.items()
-            pooled = self.pool(features[level], rois, stride)
-        else:
-            pooled = self._pool_levels(features, rois, strides)
-        return pooled.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) and boxes.ndim == 3 else pooled
+        maps = read_levels(features, strides)
+        rois = read_boxes(boxes, maps[0], self.sides)
+        pooled = self.pool(self.place(maps, rois, list(strides.values())))
+        return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
 
-    def _pool_levels(self, features: Features, rois: Tensor, strides: dict[str, int]) -> Tensor:
-        first = features[next(iter(strides))]
-        pooled = first.new_zeros((len(rois), first.shape[1], *self.output_size))
-        chosen = assign_levels(rois[:, 1:], list(strides.values()))
-        for index, (level, stride) in enumerate(strides.items()):
-            rows = torch.where(chosen == index)[0]
-            pooled = pooled.index_put((rows,), self.pool(features[level], rois[rows], stride).to(pooled.dtype))
-        return pooled
+    def place(self, maps: list[Tensor], rois: RoIs, strides: list[int]) -> Placement:
+        """Choose a level for each box."""
+        level = None if len(strides) == 1 else self.levels(rois.boxes.detach(), strides)
+        return place(maps, [1.0 / stride for stride in strides], rois, level)
+
+
+def read_levels(features: dict[str, Tensor], strides: dict[str, int]) -> list[Tensor]:
+    """Take the maps of the declared levels.
+
+    Args:
+        features: level name -> ``[N, C, H_l, W_l]``.
+        strides: level name -> image pixels a cell.
+
+    Returns:
+        The maps, in the order of the strides.
+
+    Raises:
+        ValueError: no strides, a level that is missing, or maps that differ in images, channels or type.
+    """
+    missing = [level for level in strides if level not in features]
+    if missing or not strides:
+        raise ValueError(f"features lack the levels {missing}: strides has {list(strides)}, got {list(features)}")
+    maps = [features[level] for level in strides]
+    for level, values in zip(strides, maps, strict=True):
+        check_features(values, f"features[{level!r}]")
+        if values.shape[:2] != maps[0].shape[:2] or values.dtype != maps[0].dtype:
+            raise ValueError(
+                f"features[{level!r}] is {list(values.shape)} {values.dtype}, but the first level is "
+                f"{list(maps[0].shape)} {maps[0].dtype}: images, channels and type must agree"
+            )
+    return maps
+
+
+class MultiLevel(nn.Module):
+    """A pooler with the strides of its pyramid, for use outside a detector.
+
+    Args:
+        pooler: cuts the maps out, and chooses the level of each box.
+        strides: level name -> image pixels a cell, finest first; declared, never guessed from sizes.
+
+    Raises:
+        ValueError: no strides, or one that is not positive.
+
+    Example:
+        >>> from detpipe.roi_pooling import RoIAlign
+        >>> pyramid = {"p2": torch.ones(1, 2, 16, 16), "p3": torch.ones(1, 2, 8, 8)}
+        >>> pool = MultiLevel(RoIAlign(3), {"p2": 4, "p3": 8})
+        >>> pool(pyramid, [torch.tensor([[0.0, 0.0, 30.0, 20.0]])]).shape
+        torch.Size([1, 2, 3, 3])
+    """
+
+    def __init__(self, pooler: RoIPooler, strides: dict[str, int]) -> None:
+        super().__init__()
+        if not strides or min(strides.values()) <= 0:
+            raise ValueError(f"strides must name at least one level, each with a positive stride, got {strides}")
+        self.pooler, self.strides = pooler, dict(strides)
+
+    def forward(self, features: dict[str, Tensor], boxes: Boxes) -> Tensor:
+        """Pool each box from the level that suits its size.
+
+        Args:
+            features: level name -> ``[N, C, H_l, W_l]``.
+            boxes: ``[R, 5]``, a list of N tensors ``[P_i, 4]``, or ``[N, P, 4]``, xyxy in image pixels.
+
+        Returns:
+            ``[R, C, h, w]``, or ``[N, P, C, h, w]`` for boxes ``[N, P, 4]``.
+        """
+        return self.pooler(features, boxes, self.strides)

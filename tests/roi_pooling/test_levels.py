@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
-from detpipe.roi_pooling.levels import assign_levels
+from detpipe.roi_pooling.levels import FPNLevels
+
+assign_levels = FPNLevels()
 
 
 def square(side: float) -> list[float]:
@@ -16,6 +18,23 @@ def square(side: float) -> list[float]:
 )
 def test_by_hand(side, level):
     assert assign_levels(torch.tensor([square(side)]), [4, 8, 16, 32]).tolist() == [level]
+
+
+@pytest.mark.parametrize(("side", "level"), [(79, 0), (80, 1), (158, 1), (159, 2), (316, 2), (317, 3)])
+def test_nearest_rounds_in_the_middle_of_an_octave(side, level):
+    assert FPNLevels(rounding="nearest")(torch.tensor([square(side)]), [4, 8, 16, 32]).tolist() == [level]
+
+
+def test_other_canonical_boxes():
+    boxes = torch.tensor([square(side) for side in (55.9, 56, 112, 224, 448)])
+    assert FPNLevels(56, 4)(boxes, [4, 8, 16, 32]).tolist() == assign_levels(boxes, [4, 8, 16, 32]).tolist()
+    assert FPNLevels(448)(boxes, [4, 8, 16, 32]).tolist() == [0, 0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("change", [{"canonical_size": 0}, {"canonical_stride": -4}, {"rounding": "up"}])
+def test_bad_settings_are_named(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        FPNLevels(**change)
 
 
 def test_only_the_area_counts():

@@ -3,17 +3,17 @@ import torch
 from samples import pyramid, random_boxes
 from torchvision.ops import roi_align, roi_pool
 
-from detpipe.roi_pooling import RoIAlign, RoIMaxPool
-from detpipe.roi_pooling.levels import assign_levels
-from detpipe.roi_pooling.pooler import to_rois
+from detpipe.roi_pooling import FPNLevels, MultiLevel, PreciseRoIPool, RoIAlign, RoIMaxPool, precise_roi_pool
 
 ONE, FOUR = {"c4": 16}, {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
-POOLERS = [RoIAlign(3), RoIAlign((2, 4), sampling_ratio=0), RoIMaxPool((3, 2))]
+POOLERS = [RoIAlign(3), RoIAlign((2, 4), sampling_ratio=0), RoIMaxPool((3, 2)), PreciseRoIPool(3)]
 STRIDES = [ONE, FOUR]
 
 
 def operator(pooler, features, rois, stride):
-    """The operator of torchvision, called by hand for one level."""
+    """The operator, called by hand for one level; torchvision's where it has one."""
+    if isinstance(pooler, PreciseRoIPool):
+        return precise_roi_pool(features, rois, pooler.output_size, 1 / stride)
     if isinstance(pooler, RoIMaxPool):
         return roi_pool(features, rois, pooler.output_size, 1 / stride)
     return roi_align(features, rois, pooler.output_size, 1 / stride, pooler.sampling_ratio, aligned=True)
@@ -39,7 +39,7 @@ def test_each_box_is_pooled_from_its_level(pooler):
     sizes = torch.rand(40, 2).square() * torch.tensor([900.0, 600.0]) + 4
     boxes = torch.cat((torch.rand(40, 2), torch.rand(40, 2) + sizes), dim=1)
     rois = torch.cat((torch.randint(0, 2, (40, 1)).float(), boxes), dim=1)
-    levels = assign_levels(boxes, list(FOUR.values()))
+    levels = FPNLevels()(boxes, list(FOUR.values()))
     assert len(levels.unique()) == 4
     pooled = pooler(features, rois, FOUR)
     for row, level in enumerate(levels.tolist()):
@@ -111,12 +111,42 @@ def test_float64_stays_float64():
     assert RoIAlign(2)(features, [random_boxes(3)], FOUR).dtype == torch.float64
 
 
-@pytest.mark.parametrize(
-    "boxes", [torch.zeros(3, 4), torch.zeros(2, 3, 5), torch.zeros(4), [torch.zeros(3, 5)], [torch.zeros(4)], []]
-)
-def test_other_layouts_are_refused(boxes):
-    with pytest.raises(ValueError, match="boxes must"):
-        to_rois(boxes)
+def test_maps_that_do_not_agree_are_named():
+    features = {"p2": torch.zeros(1, 4, 8, 8), "p3": torch.zeros(1, 5, 4, 4)}
+    with pytest.raises(ValueError, match=r"features\['p3'\] is \[1, 5, 4, 4\].*must agree"):
+        RoIAlign(2)(features, [random_boxes(1)], {"p2": 4, "p3": 8})
+    with pytest.raises(ValueError, match=r"features\['p3'\] must be \[N, C, H, W\]"):
+        RoIAlign(2)({**features, "p3": torch.zeros(4, 4)}, [random_boxes(1)], {"p2": 4, "p3": 8})
+
+
+def test_levels_by_another_rule():
+    features = pyramid(1, FOUR, height=320, width=480)
+    boxes = [random_boxes(9, 320, 480)]
+    last = RoIAlign(3, levels=lambda boxes, strides: torch.full((len(boxes),), 3))(features, boxes, FOUR)
+    torch.testing.assert_close(last, RoIAlign(3)(features, boxes, {"p5": 32}))
+
+
+def test_multi_level_keeps_the_strides():
+    features, boxes = pyramid(2, FOUR, height=320, width=480), [random_boxes(5, 320, 480) for _ in range(2)]
+    pooler = RoIAlign(3)
+    assert torch.equal(MultiLevel(pooler, FOUR)(features, boxes), pooler(features, boxes, FOUR))
+    for strides in ({}, {"p2": 0}):
+        with pytest.raises(ValueError, match="strides must name at least one level"):
+            MultiLevel(pooler, strides)
+
+
+@pytest.mark.parametrize("size", [320, 640])
+def test_one_call_for_all_levels(size):
+    # the same number of operations, however many levels there are boxes on
+    features, boxes = pyramid(1, FOUR, height=size, width=size), [random_boxes(30, size, size)]
+    counts = []
+    for chosen in ([8, 8, 8], [4, 100, 500]):
+        sides = torch.tensor(chosen).repeat(10)[:, None].float()
+        given = [torch.cat((boxes[0][:, :2] * 0, boxes[0][:, :2] * 0 + sides), dim=1)]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+            RoIAlign(3)(features, given, FOUR)
+        counts.append(sum(event.count for event in record.key_averages() if event.key == "detpipe::separable"))
+    assert counts == [1, 1]
 
 
 def test_missing_levels_are_named():
@@ -126,7 +156,7 @@ def test_missing_levels_are_named():
 
 @pytest.mark.parametrize("size", [0, (3, 0), (1, 2, 3)])
 def test_bad_output_size(size):
-    with pytest.raises(ValueError, match="output_size must be one or two positive numbers"):
+    with pytest.raises(ValueError, match="output_size must be one or two positive whole numbers"):
         RoIMaxPool(size)
 
 
