@@ -9,7 +9,9 @@ N images, P boxes an image, R boxes of the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from detpipe.roi_pooling.operators import operator
 
 Boxes = Tensor | Sequence[Tensor]
 SIDES = "x1, y1, x2, y2"
+_UNCHECKED = ContextVar("unchecked", default=False)
 
 
 class LayoutError(ValueError, AssertionError):
@@ -159,8 +162,18 @@ def _check_tensor(name: str, boxes: Tensor, features: Tensor) -> None:
         raise ValueError(f"{name} are on {boxes.device} and the features on {features.device}: move one of them")
 
 
+@contextmanager
+def unchecked_values() -> Iterator[None]:
+    """Pool boxes as they come, as torchvision does: one without area is pooled as if it were a point, or a cell."""
+    token = _UNCHECKED.set(True)
+    try:
+        yield
+    finally:
+        _UNCHECKED.reset(token)
+
+
 def _looks_at_values(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" or torch.is_anomaly_enabled()
+    return (tensor.device.type == "cpu" or torch.is_anomaly_enabled()) and not _UNCHECKED.get()
 
 
 @operator("checked_boxes")

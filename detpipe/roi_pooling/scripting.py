@@ -1,7 +1,8 @@
 """Lets ``torch.jit.script`` take the operators that users of torchvision script.
 
 TorchScript compiles neither the operators' Python nor their keyword-rich signatures, so that a scripted function calls back
-into Python: it runs, and cannot be saved. PyTorch itself advises ``torch.compile`` and ``torch.export`` instead.
+into Python: it runs, and cannot be saved. PyTorch itself advises ``torch.compile`` and ``torch.export`` instead. What is
+scripted was written for torchvision, which takes boxes without area; so they are taken here, and only here.
 """
 
 # annotations are read by TorchScript, which knows neither the postponed kind nor int | Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch._jit_internal import BroadcastingList2
 
 from detpipe.roi_pooling.align import roi_align
+from detpipe.roi_pooling.layouts import unchecked_values
 from detpipe.roi_pooling.max_pool import roi_max_pool
 
 BoxesOrList = Union[Tensor, List[Tensor]]  # noqa: UP006, UP007
@@ -26,12 +28,14 @@ def _call_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    return roi_align(features, boxes, size, scale, sampling_ratio, aligned)
+    with unchecked_values():
+        return roi_align(features, boxes, size, scale, sampling_ratio, aligned)
 
 
 @torch.jit.ignore
 def _call_max_pool(features: Tensor, boxes: BoxesOrList, size: List[int], scale: float) -> Tensor:  # noqa: UP006
-    return roi_max_pool(features, boxes, size, scale)
+    with unchecked_values():
+        return roi_max_pool(features, boxes, size, scale)
 
 
 def _roi_align(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import ops as torchvision_ops
 
 from detpipe.roi_pooling import MultiLevel, RoIAlign, precise_roi_pool, roi_align, roi_max_pool
 
@@ -108,7 +109,14 @@ def test_runs_inside_torchscript(operator, module):
         assert torch.equal(scripted(features, [ROIS[:, 1:]], size), operator(features, [ROIS[:, 1:]], size))
     scripted(features, ROIS, 3).sum().backward()
     assert features.grad is not None
-    assert torch.equal(torch.jit.script(module)(features, [ROIS[:, 1:]]), module(features, [ROIS[:, 1:]]))
+    scripted = torch.jit.script(module)
+    assert torch.equal(scripted(features, [ROIS[:, 1:]]), module(features, [ROIS[:, 1:]]))
+    flat = torch.tensor([[3.0, 4.0, 3.0, 9.0], [6.0, 9.0, 2.0, 1.0]])  # torchvision takes them, and its tests have some
+    peer = torchvision_ops.roi_align if operator is roi_align else torchvision_ops.roi_pool
+    settings = (3, 1.0, 2, False) if operator is roi_align else (3, 1.0)
+    torch.testing.assert_close(scripted(features, [flat]), peer(features, [flat], *settings))
+    with pytest.raises(ValueError, match="has no area"):
+        module(features, [flat])
 
 
 def test_in_a_plain_module():
