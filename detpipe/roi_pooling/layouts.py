@@ -21,6 +21,7 @@ from detpipe.roi_pooling.operators import operator
 
 Boxes = Tensor | Sequence[Tensor]
 SIDES = "x1, y1, x2, y2"
+ROTATED_SIDES = "cx, cy, w, h, angle"
 _UNCHECKED = ContextVar("unchecked", default=False)
 
 

@@ -75,7 +75,7 @@ def range_max(
         elif flat_argmax is None:
             flat[block.bins] = _product(exact, block) if on_cpu else _gathered(exact, block)[0]
         elif packed:
-            flat[block.bins] = _unpack(_product(keys, block, "amin"), block, flat_argmax[block.bins])
+            _unpack(_product(keys, block, "amin"), block, flat[block.bins], flat_argmax[block.bins])
         else:
             flat[block.bins], tap = _product_with_winner(exact, block) if on_cpu else _gathered(exact, block)
             flat_argmax[block.bins] = torch.nn.functional.pad(block.cell, (0, 1), value=-1).take(tap)
@@ -231,14 +231,16 @@ def _pack(rows: Tensor, images: int, sizes: list[int]) -> Tensor:
     return torch.add(cell[:, None], bits, alpha=1 << CELL_BITS)
 
 
-def _unpack(keys: Tensor, block: _Block, cell: Tensor) -> Tensor:
-    """Read values, 0 where a bin is empty; put cells into ``cell``, -1 where it is."""
+def _unpack(keys: Tensor, block: _Block, value: Tensor, cell: Tensor) -> None:
+    """Put values and cells into ``value`` and ``cell``, 0 and -1 where a bin is empty."""
     high = (keys * 2.0**-CELL_BITS).floor_()
-    bits = high.to(torch.int32)
+    bits = value.view(torch.int32) if value.dtype == torch.float32 else cell.new_empty(cell.shape)
+    bits.copy_(high)
     bits ^= (bits >> 31).bitwise_or_(SIGN)
     cell.copy_(keys.sub_(high, alpha=1 << CELL_BITS))
+    if value.dtype != torch.float32:
+        value.copy_(bits.view(torch.float32))
     empty = (block.offsets.diff() == 0).nonzero()[:, 0]
     if len(empty):
-        bits.index_fill_(0, empty, 0)
+        value.index_fill_(0, empty, 0)
         cell.index_fill_(0, empty, -1)
-    return bits.view(torch.float32)
