@@ -5,6 +5,7 @@ from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.max_pool import RoIMaxPool, roi_max_pool
 from detpipe.roi_pooling.pooler import MultiLevel, RoIPooler
 from detpipe.roi_pooling.precise import PreciseRoIPool, precise_roi_pool
+from detpipe.roi_pooling.rotated import RotatedRoIAlign, rotated_roi_align
 from detpipe.roi_pooling.scripting import make_scriptable
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "RoIAlign",
     "RoIMaxPool",
     "RoIPooler",
+    "RotatedRoIAlign",
     "precise_roi_pool",
     "roi_align",
     "roi_max_pool",
+    "rotated_roi_align",
 ]
 
 make_scriptable()

@@ -58,15 +58,17 @@ def _expand(first: Tensor, width: Tensor, y: AxisTaps, x: AxisTaps, want_bin: bo
     ends = lengths.cumsum(0)
     total = int(ends[-1]) if len(ends) else 0
     run = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=total)
-    x_slot = (run_x - (ends - lengths)).index_select(0, run) + torch.arange(total, device=device)
+    x_slot = (run_x - (ends - lengths)).index_select(0, run)
+    x_slot += torch.arange(total, device=device)
     y_row = (first[:, None, None] + y.cell * width[:, None, None]).flatten().index_select(0, run_y)
-    row = y_row.index_select(0, run) + x.cell.flatten().index_select(0, x_slot)
+    row = y_row.index_select(0, run)
+    row += x.cell.flatten().index_select(0, x_slot)
     weight = y_slot = bin_of = None
     if want_slots:
         y_slot = run_y.index_select(0, run)
     else:
         weight = y.weight.flatten().index_select(0, run_y).index_select(0, run)
-        weight = weight * x.weight.flatten().index_select(0, x_slot)
+        weight *= x.weight.flatten().index_select(0, x_slot)
     if want_bin:
         bin_of = run_bin.index_select(0, run)
     offsets = torch.nn.functional.pad((y_count * x_count).flatten().cumsum(0), (1, 0))

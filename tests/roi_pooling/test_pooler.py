@@ -3,10 +3,18 @@ import torch
 from samples import pyramid, random_boxes
 from torchvision.ops import roi_align, roi_pool
 
-from detpipe.roi_pooling import FPNLevels, MultiLevel, PreciseRoIPool, RoIAlign, RoIMaxPool, precise_roi_pool
+from detpipe.roi_pooling import (
+    FPNLevels,
+    MultiLevel,
+    PreciseRoIPool,
+    RoIAlign,
+    RoIMaxPool,
+    RotatedRoIAlign,
+    precise_roi_pool,
+)
 
 ONE, FOUR = {"c4": 16}, {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
-POOLERS = [RoIAlign(3), RoIAlign((2, 4), sampling_ratio=0), RoIMaxPool((3, 2)), PreciseRoIPool(3)]
+POOLERS = [RoIAlign(3), RoIAlign((2, 4), sampling_ratio=0), RoIMaxPool((3, 2)), PreciseRoIPool(3), RotatedRoIAlign(3)]
 STRIDES = [ONE, FOUR]
 
 

@@ -1,0 +1,190 @@
+"""Rotated RoIAlign: bilinear samples averaged in each bin of a rotated box, differentiable in the features and in the boxes.
+
+Ma et al., "Arbitrary-Oriented Scene Text Detection via Rotation Proposals", 2017, arXiv 1703.01086, with the bilinear samples
+of He et al., "Mask R-CNN", 2017, arXiv 1703.06870; conventions as in detectron2 and mmcv.
+
+Deviations:
+1. Coordinates are always shifted by half a cell, so that a cell's value sits at its center.
+2. A sample up to one cell outside the map is moved onto its border; one further out is 0 and still counts in the average.
+3. The boxes have gradients; the peers' have none.
+
+Convention: boxes are (cx, cy, w, h, angle), x before y, in pixels (``spatial_scale`` cells each) or relative to the map
+(``normalized=True``); they are scaled first and then rotated about their center. The angle is in degrees, and positive is
+counter-clockwise as one sees the image (x to the right, y down). The result is turned back: its rows run along the box's
+height. Differentiable in the features, and in the boxes except where a sample crosses a cell's center; the number of adaptive
+samples is a constant of the gradient.
+
+N images, C channels, R boxes of the batch, P boxes an image, h x w bins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from detpipe.roi_pooling.layouts import (
+    ROTATED_SIDES,
+    SIDES,
+    Boxes,
+    RoIs,
+    check_features,
+    read_boxes,
+    read_output_size,
+    read_scale,
+)
+from detpipe.roi_pooling.levels import FPNLevels
+from detpipe.roi_pooling.placement import Placement, place
+from detpipe.roi_pooling.pooler import RoIPooler, read_levels
+from detpipe.roi_pooling.rotated_ops import pool_frames
+from detpipe.roi_pooling.rotated_taps import Frames
+
+MOST_SAMPLES = 1 << 30  # of a bin along one axis: what lies on the map is then a vanishing part of it
+
+
+def rotated_roi_align(
+    features: Tensor,
+    boxes: Boxes,
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    normalized: bool = False,
+) -> Tensor:
+    """Average bilinear samples in each bin of each rotated box.
+
+    Args:
+        features: ``[N, C, H, W]``.
+        boxes: ``[R, 6]`` (image, cx, cy, w, h, angle), a list of N tensors ``[P_i, 5]``, or ``[N, P, 5]``; the angle in
+            degrees, counter-clockwise.
+        output_size: h x w, one number or (height, width).
+        spatial_scale: cells a pixel, 1 / stride.
+        sampling_ratio: samples along each axis of a bin; 0 (or less) takes as many as the bin has cells, rounded up.
+        normalized: centers and sizes are in 0..1, relative to the map, and ``spatial_scale`` is not used.
+
+    Returns:
+        ``[R, C, h, w]``, or ``[N, P, C, h, w]`` for boxes ``[N, P, 5]``; channels last in memory. 0 for a box outside
+        the map.
+
+    Raises:
+        ValueError: an argument of another shape, type or range, or a box that is not finite or has no area.
+
+    Example:
+        >>> ramp = torch.arange(16.0).reshape(1, 1, 4, 4)
+        >>> rotated_roi_align(ramp, [torch.tensor([[2.0, 2.0, 4.0, 4.0, 90.0]])], 2)
+        tensor([[[[10.5000,  2.5000],
+                  [12.5000,  4.5000]]]])
+    """
+    if has_torch_function_unary(features):  # a tracer's proxy, or a subclass that wants to know
+        settings = (output_size, spatial_scale, sampling_ratio, normalized)
+        return handle_torch_function(rotated_roi_align, (features,), features, boxes, *settings)
+    check_features(features)
+    size, scale = read_output_size(output_size), read_scale(spatial_scale)
+    if not isinstance(sampling_ratio, int):
+        raise ValueError(f"sampling_ratio must be a whole number, 0 for adaptive, got {sampling_ratio!r}")
+    rois = read_boxes(boxes, features, ROTATED_SIDES)
+    pooled = rotated_align(place([features], [scale], rois, normalized=normalized), size, sampling_ratio)
+    return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
+
+
+def rotated_align(placement: Placement, size: tuple[int, int], sampling_ratio: int) -> Tensor:
+    """Pool placed rotated boxes: ``[R, C, h, w]``."""
+    boxes, scale = placement.boxes, placement.scale
+    cx, cy = (boxes[:, :2] * scale - 0.5).unbind(1)
+    width, height = (boxes[:, 2:4] * scale).unbind(1)
+    angle = boxes[:, 4].remainder(360) * (math.pi / 180)
+    cos, sin = angle.cos(), angle.sin()
+    frame = torch.stack((cy, height * cos, -width * sin, cx, height * sin, width * cos), dim=1).unflatten(1, (2, 3))
+    where = torch.stack((placement.first, placement.height, placement.width), dim=1)
+    if sampling_ratio > 0:
+        counts = torch.full_like(where[:, :2], sampling_ratio)
+    else:
+        bins = torch.stack((height / size[0], width / size[1]), dim=1).detach()
+        counts = bins.ceil().nan_to_num(1).clamp(1, MOST_SAMPLES).long()
+    return pool_frames(placement.table.rows, Frames(frame, where, counts), size, max(sampling_ratio, 0))
+
+
+class RotatedRoIAlign(RoIPooler):
+    """Average bilinear samples in each bin of each rotated box. Differentiable in the features and in the boxes.
+
+    Boxes without an angle, as a detector's proposals are, are pooled as they stand.
+
+    Args:
+        output_size: cells of the result, one number or (height, width).
+        sampling_ratio: samples along each axis of a bin; 0 takes as many as the bin has cells, rounded up.
+        levels: which pyramid level a box is pooled from; in Python any function (boxes ``[R, 4]``, strides) -> ``[R]``,
+            which is given the boxes before their rotation.
+
+    Raises:
+        ValueError: a size or number of samples that is not positive.
+
+    Example:
+        >>> features = {"c4": torch.ones(1, 2, 8, 8)}
+        >>> RotatedRoIAlign(3)(features, [torch.tensor([[64.0, 64.0, 50.0, 20.0, 30.0]])], {"c4": 16}).shape
+        torch.Size([1, 2, 3, 3])
+    """
+
+    sides = ROTATED_SIDES
+
+    def __init__(
+        self,
+        output_size: int | tuple[int, int] = 7,
+        sampling_ratio: int = 2,
+        levels: FPNLevels = FPNLevels(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__(output_size, levels)
+        if sampling_ratio < 0:
+            raise ValueError(f"sampling_ratio must be 0 (adaptive) or positive, got {sampling_ratio}")
+        self.sampling_ratio = sampling_ratio
+
+    def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
+        """Pool each box from the level that suits its size.
+
+        Args:
+            features: level name -> ``[N, C, H_l, W_l]``.
+            boxes: ``[R, 6]`` (image, cx, cy, w, h, angle), a list of N tensors ``[P_i, 5]``, or ``[N, P, 5]``, in image
+                pixels and degrees; or xyxy boxes ``[R, 5]``, a list of ``[P_i, 4]``, or ``[N, P, 4]``.
+            strides: image pixels a cell of each level; the same names as ``features``.
+
+        Returns:
+            ``[R, C, h, w]``, or ``[N, P, C, h, w]`` for boxes ``[N, P, 5]`` or ``[N, P, 4]``.
+
+        Raises:
+            ValueError: ``features`` lacks a level of ``strides``, or the boxes have another layout, are not finite or
+                have no area.
+        """
+        maps = read_levels(features, strides)
+        rois = read_boxes(boxes, maps[0], SIDES if _has_corners(boxes) else self.sides)
+        if rois.boxes.shape[1] == 4:
+            rois = rois._replace(boxes=_from_corners(rois.boxes))
+        pooled = self.pool(self.place(maps, rois, list(strides.values())))
+        return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
+
+    def place(self, maps: list[Tensor], rois: RoIs, strides: list[int]) -> Placement:
+        """Choose a level for each box, as if it was not rotated."""
+        level = None if len(strides) == 1 else self.levels(_to_corners(rois.boxes.detach()), strides)
+        return place(maps, [1.0 / stride for stride in strides], rois, level)
+
+    def pool(self, placement: Placement) -> Tensor:
+        """Pool placed boxes: ``[R, C, h, w]``."""
+        return rotated_align(placement, self.output_size, self.sampling_ratio)
+
+
+def _has_corners(boxes: Boxes) -> bool:
+    """Say whether boxes are xyxy; what is neither that nor rotated is left to be refused."""
+    if isinstance(boxes, Tensor):
+        return boxes.shape[-1:] == ((5,) if boxes.ndim == 2 else (4,))
+    return any(isinstance(box, Tensor) and box.shape[-1:] == (4,) for box in boxes)
+
+
+def _from_corners(boxes: Tensor) -> Tensor:
+    """``[R, 4]`` xyxy -> ``[R, 5]``."""
+    low, high = boxes[:, :2], boxes[:, 2:]
+    return torch.cat(((low + high) / 2, high - low, torch.zeros_like(boxes[:, :1])), dim=1)
+
+
+def _to_corners(boxes: Tensor) -> Tensor:
+    """``[R, 5]`` -> ``[R, 4]`` xyxy of the same center, width and height."""
+    return torch.cat((boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2), dim=1)
