@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_head_in_torchvision_detector_trains_and_infers() -> None:
@@ -27,6 +27,17 @@ def test_head_in_torchvision_detector_trains_and_infers() -> None:
     assert set(detections[0]) == {"boxes", "scores", "labels"}
     statements = [line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]
     assert len(statements) <= 10
+
+
+def test_operator_in_a_plain_module() -> None:
+    [code] = blocks("python", (ROOT / "docs/roi_pooling.md").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    exec(compile(code, "roi_pooling.md", "exec"), names)
+    assert names["logits"].shape == (2, 10)
+    names["logits"].sum().backward()
+    assert names["boxes"][0].grad is not None
+    module = code[code.index("class ") : code.index("boxes = ")]
+    assert len([line for line in module.splitlines() if line.strip()]) <= 10
 
 
 @pytest.mark.parametrize("marker", ["the main job", "the tests"])
