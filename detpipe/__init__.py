@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
     from detpipe.optimization import LRSchedule, Optimizer
     from detpipe.proposals import DenseGrid, PrecomputedProposals
-    from detpipe.roi_pooling import RoIAlign, RoIMaxPool
+    from detpipe.roi_pooling import PreciseRoIPool, RoIAlign, RoIMaxPool, RotatedRoIAlign, SuperpixelPool
     from detpipe.types import Detection, Features, PixelFormat, Target
 
 _HOMES = {
@@ -43,7 +43,7 @@ _HOMES = {
     "detpipe.heads": ("FastRCNNHead", "Postprocess", "RoISampler"),
     "detpipe.optimization": ("LRSchedule", "Optimizer"),
     "detpipe.proposals": ("DenseGrid", "PrecomputedProposals"),
-    "detpipe.roi_pooling": ("RoIAlign", "RoIMaxPool"),
+    "detpipe.roi_pooling": ("PreciseRoIPool", "RoIAlign", "RoIMaxPool", "RotatedRoIAlign", "SuperpixelPool"),
     "detpipe.types": ("Detection", "Features", "PixelFormat", "Target"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -52,7 +52,7 @@ __all__ = [  # noqa: RUF022 (the order of the data path)
     "COCO", "VOC", "Demo", "DetectionData", "Loader", "Augment",
     "SEResNet", "Extractor", "Level", "SqueezeExcitation", "PixelFormat",
     "DenseGrid", "PrecomputedProposals",
-    "RoIAlign", "RoIMaxPool",
+    "RoIAlign", "RoIMaxPool", "PreciseRoIPool", "RotatedRoIAlign", "SuperpixelPool",
     "FastRCNNHead", "RoISampler", "Postprocess",
     "TwoStageDetector", "Optimizer", "LRSchedule", "load_detector",
     "Detection", "Features", "Target",
