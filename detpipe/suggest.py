@@ -20,5 +20,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         >>> did_you_mean("reducton", ["reduction", "depth"])
         "; did you mean 'reduction'?"
     """
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    known = list(known)
+    same = [other for other in known if other.lower() == name.lower()]  # but for capitals
+    near = same or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -8,3 +8,7 @@ def test_near_names_best_first():
 def test_nothing_near():
     assert did_you_mean("abc", ["xyz"]) == ""
     assert did_you_mean("abc", iter(())) == ""
+
+
+def test_capitals_alone_leave_no_doubt():
+    assert did_you_mean("RoiAlign", ["RotatedRoIAlign", "RoIAlign"]) == "; did you mean 'RoIAlign'?"
