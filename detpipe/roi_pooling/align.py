@@ -97,10 +97,12 @@ def align(placement: Placement, size: tuple[int, int], sampling_ratio: int, alig
     if reduce == "max":
         return _largest(placement, axes, size, sampling_ratio)
     if sampling_ratio > 0:
-        y, x = along_both(axes, lambda *axis: fixed_samples(*axis, sampling_ratio))
+        y, x = along_both(
+            axes, lambda start, step, extent, bins: fixed_samples(start, step, extent, bins, sampling_ratio)
+        )
     else:
         bound = static_bound(placement)
-        y, x = along_both(axes, lambda *axis: adaptive_samples(*axis, bound))
+        y, x = along_both(axes, lambda start, step, extent, bins: adaptive_samples(start, step, extent, bins, bound))
     return pool_separable(placement.table, placement.chosen, y, x)
 
 

@@ -86,7 +86,7 @@ def max_pool(placement: Placement, size: tuple[int, int], bins: Bins) -> Tensor:
     return pool_range_max(placement.table, placement.chosen, y, x)
 
 
-def read_bins(bins: str) -> Bins:
+def read_bins(bins: Bins) -> Bins:
     """Check the name of a rounding.
 
     Raises:

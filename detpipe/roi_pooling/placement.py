@@ -94,4 +94,4 @@ def static_bound(placement: Placement) -> int | None:
 
 def is_batched(tensor: Tensor) -> bool:
     """Say whether a tensor stands for several inside ``torch.func.vmap``, where no value can be looked at."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]

@@ -72,7 +72,8 @@ def precise_roi_pool(
 def integrate(placement: Placement, size: tuple[int, int], aligned: bool) -> Tensor:
     """Pool placed boxes: ``[R, C, h, w]``."""
     bound = static_bound(placement)
-    y, x = along_both(bin_edges(placement, size, aligned), lambda *axis: integral(*axis, bound))
+    axes = bin_edges(placement, size, aligned)
+    y, x = along_both(axes, lambda start, step, extent, bins: integral(start, step, extent, bins, bound))
     return pool_separable(placement.table, placement.chosen, y, x)
 
 

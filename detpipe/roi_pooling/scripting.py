@@ -10,7 +10,7 @@ from typing import List, Union  # noqa: UP035
 
 import torch
 from torch import Tensor
-from torch._jit_internal import BroadcastingList2
+from torch._jit_internal import BroadcastingList2  # pyright: ignore
 
 from detpipe.roi_pooling.align import roi_align
 from detpipe.roi_pooling.layouts import unchecked_values
@@ -19,7 +19,7 @@ from detpipe.roi_pooling.max_pool import roi_max_pool
 BoxesOrList = Union[Tensor, List[Tensor]]  # noqa: UP006, UP007
 
 
-@torch.jit.ignore
+@torch.jit.ignore  # pyright: ignore
 def _call_align(
     features: Tensor,
     boxes: BoxesOrList,
@@ -32,7 +32,7 @@ def _call_align(
         return roi_align(features, boxes, size, scale, sampling_ratio, aligned)
 
 
-@torch.jit.ignore
+@torch.jit.ignore  # pyright: ignore
 def _call_max_pool(features: Tensor, boxes: BoxesOrList, size: List[int], scale: float) -> Tensor:  # noqa: UP006
     with unchecked_values():
         return roi_max_pool(features, boxes, size, scale)

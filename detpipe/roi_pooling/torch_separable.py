@@ -131,6 +131,7 @@ def pool(rows: Tensor, chosen: Tensor, images: int, sizes: list[int], y: AxisTap
     exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
     pooled = None
     for part, taps in _blocks(chosen, images, sizes, y, x):
+        assert taps.weight is not None
         result = sum_bags(exact, taps.row, taps.weight, taps.offsets).to(rows.dtype).view(-1, *shape[1:])
         if len(result) == len(chosen):
             return result
@@ -146,6 +147,8 @@ def pool_adjoint(grad: Tensor, chosen: Tensor, images: int, sizes: list[int], y:
     bins = grad.shape[1] * grad.shape[2]
     total = None
     for part, taps in _blocks(chosen, images, sizes, y, x, want_bin=True):
+        assert taps.weight is not None
+        assert taps.bin is not None
         piece = exact[part.start * bins : part.stop * bins]
         result = sum_bags_adjoint(piece, taps.row, taps.weight, taps.bin, cells)
         total = result if total is None else total.add_(result)
@@ -161,6 +164,9 @@ def weight_grad(
     bins = grad.shape[1] * grad.shape[2]
     result = torch.zeros_like(own.cell, dtype=other.weight.dtype)
     for part, taps in _blocks(chosen, images, sizes, y, x, want_bin=True, want_slots=True):
+        assert taps.bin is not None
+        assert taps.y_slot is not None
+        assert taps.x_slot is not None
         dots = dot_bags(exact[part.start * bins : part.stop * bins], rows, taps.row, taps.bin)
         slot, other_slot = (taps.y_slot, taps.x_slot) if axis == 0 else (taps.x_slot, taps.y_slot)
         weight = (other.weight[part] * (other.cell[part] >= 0)).flatten()
