@@ -1,4 +1,4 @@
-"""The ``detpipe`` command: ``train``, ``evaluate`` and ``predict``, the same as the scripts in ``tools/``.
+"""The ``detpipe`` command: ``train``, ``evaluate``, ``predict`` and ``proposals``, the same as the scripts in ``tools/``.
 
 Nothing heavy is imported before a command is known, so that help and mistakes answer at once. Exit status: 0 for success, 2
 for a wrong command line or configuration, 1 for anything else that went wrong, 130 when interrupted.
@@ -27,6 +27,8 @@ commands:
                         mean average precision of a model, or of a file of detections
   predict CHECKPOINT IMAGE_OR_FOLDER ... -o FOLDER
                         draw detections and write them as JSON
+  proposals convert|info ...
+                        boxes of one's own: turn other programs' files into a store, say what is in it
 
 options:
   --debug               show the whole traceback of an error
@@ -43,6 +45,7 @@ COMMANDS = {
     "train": ("detpipe.training", "train"),
     "evaluate": ("detpipe.evaluate", "evaluate"),
     "predict": ("detpipe.predict", "predict"),
+    "proposals": ("detpipe.proposal_commands", "main"),
 }
 
 

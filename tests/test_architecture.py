@@ -29,7 +29,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "roi_pooling": (),
     "stages": (*PLAIN, *GEOMETRY, "roi_pooling"),
     "backbones": (*PLAIN, *GEOMETRY, "stages", "attention"),
-    "proposals": (*PLAIN, *GEOMETRY, "stages"),
+    "proposals": (*PLAIN, *GEOMETRY, "stages", "matching"),
+    "proposal_files": (*PLAIN, *GEOMETRY),
     "heads": (*PLAIN, *GEOMETRY, "stages", "roi_pooling", "matching"),
     "datasets": (*PLAIN, *GEOMETRY),
     "evaluation": (*PLAIN, *GEOMETRY),
@@ -39,7 +40,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # the programs: they may import everything above and each other; nothing above imports them
 PROGRAMS = (
     *("checkpoint", "callbacks", "config_errors", "configuration"),
-    *("training", "evaluate", "predict", "visualize", "curves", "cli"),
+    *("training", "evaluate", "predict", "proposal_commands", "visualize", "curves", "cli"),
 )
 
 

@@ -90,7 +90,7 @@ def test_unknown_command_is_a_usage_error_with_a_suggestion(capsys: pytest.Captu
     assert cli.main(["trian"]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
-        "detpipe: error: unknown command 'trian': expected train, evaluate, predict; did you mean 'train'?\n"
+        "detpipe: error: unknown command 'trian': expected train, evaluate, predict, proposals; did you mean 'train'?\n"
     )
     assert captured.out == ""
 

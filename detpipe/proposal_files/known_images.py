@@ -1,0 +1,135 @@
+"""The images of a data set, to find the id and the size of what a proposal file names in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from detpipe.errors import DataError
+from detpipe.strict_json import load_json, require, shorten
+
+Naming = Literal["id", "file", "either"]
+_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"))
+
+
+class KnownImages:
+    """Ids, file names and sizes of images.
+
+    Args:
+        ids: in the order of the annotation file.
+        file_names: of the same images; None where unknown.
+        sizes: id -> (height, width) in pixels.
+    """
+
+    def __init__(self, ids: list[str], file_names: list[str | None], sizes: dict[str, tuple[int, int]]) -> None:
+        self.ids, self.sizes = ids, sizes
+        self._ids = frozenset(ids)
+        self._by_file: dict[str, str | None] = {}  # path, name and stem of a file -> id; None where several have it
+        for name, image_id in zip(file_names, ids, strict=True):
+            for form in _forms(name) if name is not None else (image_id,):
+                self._by_file[form] = image_id if self._by_file.get(form, image_id) == image_id else None
+
+    def find(self, name: str, naming: Naming) -> str | None:
+        """Find the id of an image.
+
+        Args:
+            name: what a proposal file calls it.
+            naming: what that is: ``"id"``; ``"file"``, a path, file name or stem, or else an id; ``"either"``, an id,
+                or else one of the others.
+
+        Returns:
+            The id, or None if there is no such image, or several files of that name.
+        """
+        if naming != "file" and name in self._ids:
+            return name
+        if naming == "id":
+            return None
+        found = (self._by_file.get(form) for form in _forms(name))
+        return next((image_id for image_id in found if image_id is not None), name if name in self._ids else None)
+
+
+def plain_id(name: str, naming: Naming) -> str:
+    """Turn a name into an id where no list of images is given.
+
+    Args:
+        name: what a proposal file calls the image.
+        naming: what the name is.
+
+    Returns:
+        The name itself, or, of a path or file name, the stem, as VOC has it.
+
+    Example:
+        >>> plain_id("VOC2007/JPEGImages/000005.jpg", "file")
+        '000005'
+    """
+    if naming == "id" or PurePosixPath(name).suffix.lower() not in _SUFFIXES:
+        return name
+    return PurePosixPath(name.replace("\\", "/")).stem
+
+
+def read_known_images(path: str | Path) -> KnownImages:
+    """Read the images of a data set.
+
+    Args:
+        path: an annotation file of COCO's kind (``*.json``), or a list with one id a line, such as VOC's
+            ``ImageSets/Main/*.txt``.
+
+    Returns:
+        The images, in the order of the file.
+
+    Raises:
+        DataError: the file is missing or something else, or has an id twice.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".json":
+        return _read_list(path)
+    records = require(load_json(path), "images", list, str(path))
+    ids, names, sizes = [], [], {}
+    for row, record in enumerate(records):
+        where = f"{path}: images[{row}]"
+        image_id = record.get("id") if isinstance(record, dict) else None
+        if type(image_id) not in (int, str):
+            raise DataError(f"{where}: id must be a whole number or text, got {shorten(image_id)}")
+        ids.append(str(image_id))
+        names.append(require(record, "file_name", str, where) if "file_name" in record else None)
+        if "height" in record and "width" in record:
+            sizes[ids[-1]] = _size(record, where)
+    _refuse_repeats(ids, path)
+    return KnownImages(ids, names, sizes)
+
+
+def _read_list(path: Path) -> KnownImages:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file: check the path") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: byte {error.start} is not UTF-8 text: expected a .json file or a list of ids"
+        ) from error
+    ids = [line.split()[0] for line in lines if line.strip()]
+    _refuse_repeats(ids, path)
+    return KnownImages(ids, [None] * len(ids), {})
+
+
+def _refuse_repeats(ids: Iterable[str], path: Path) -> None:
+    seen: set[str] = set()
+    for image_id in ids:
+        if image_id in seen:
+            raise DataError(f"{path}: image id {image_id} is there twice; each image must have an id of its own")
+        seen.add(image_id)
+
+
+def _size(record: dict[str, Any], where: str) -> tuple[int, int]:
+    height, width = require(record, "height", int, where), require(record, "width", int, where)
+    if not (0 < height < 2**31 and 0 < width < 2**31):
+        raise DataError(f"{where}: height and width must be above 0, got {height} and {width}")
+    return height, width
+
+
+def _forms(name: str) -> tuple[str, ...]:
+    """A path as it is, its file name, and its stem; the most exact first."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    stem = path.stem if path.suffix.lower() in _SUFFIXES else path.name
+    return tuple(dict.fromkeys((str(path), path.name, stem)))

@@ -1,0 +1,148 @@
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from slow_source import Build, items, read
+
+from detpipe.errors import DataError
+from detpipe.proposal_files.journal import Journal, Made
+from detpipe.proposal_files.offline import Item, make_store
+from detpipe.proposal_files.store import ProposalStore
+
+PROGRAM = Path(__file__).resolve().parents[1] / "slow_source.py"
+
+
+def start(output, count=40, workers=1):
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(output), str(count), str(workers)], stderr=subprocess.PIPE
+    )
+
+
+def test_any_number_of_workers_makes_the_same_file(tmp_path):
+    alone = make_store(Build(0), items(30), tmp_path / "one.safetensors", read)
+    pool = make_store(Build(0), items(30)[::-1], tmp_path / "two.safetensors", read, workers=2)
+    assert (alone.images, alone.made, pool.made) == (29, 29, 29)
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    store = ProposalStore(tmp_path / "one.safetensors")
+    boxes, scores = store["7"]
+    assert len(boxes) == (4 * 5 * 3 * 7) % 5 == len(scores)
+    assert store.size("7") == (4, 5)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_ten_kills_leave_no_trace(tmp_path):
+    make_store(Build(0), items(40), tmp_path / "whole.safetensors", read)
+    output, draws = tmp_path / "killed.safetensors", random.Random(0)
+    journal = output.with_name(output.name + ".partial")
+    sizes = []
+    for _ in range(10):
+        process = start(output)
+        begun = time.monotonic()
+        before = journal.stat().st_size if journal.exists() else 0
+        while process.poll() is None and (not journal.exists() or journal.stat().st_size <= before):
+            assert time.monotonic() - begun < 60
+            time.sleep(0.01)
+        time.sleep(draws.random() * 0.06)
+        process.kill()
+        process.communicate()
+        if output.exists():
+            break
+        sizes.append(journal.stat().st_size)
+    assert len(sizes) >= 5
+    assert sizes == sorted(sizes)
+    process = start(output)
+    assert process.communicate()[1] == b""
+    assert process.returncode == 0
+    assert output.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_a_record_that_was_cut_short_is_made_again(tmp_path, cut):
+    output = tmp_path / "store.safetensors"
+    with Journal(output, "slow", {"depth": 1}) as journal:
+        for number in range(3):
+            journal.add(Made(str(number), (4, 5), np.ones((2, 4), np.float32), np.ones(2, np.float32)))
+    data = journal.path.read_bytes()
+    journal.path.write_bytes(data[:-cut])
+    with Journal(output, "slow", {"depth": 1}) as journal:
+        assert journal.done == {"0", "1"}
+        assert [made.image_id for made in journal.read()] == ["0", "1"]
+        journal.add(Made("2", (4, 5), np.ones((2, 4), np.float32), np.ones(2, np.float32)))
+    assert journal.path.read_bytes() == data
+
+
+def test_a_damaged_record_ends_the_journal(tmp_path):
+    with Journal(tmp_path / "s.safetensors", "slow", {}) as journal:
+        for number in range(3):
+            journal.add(Made(str(number), (4, 5), np.ones((2, 4), np.float32), np.ones(2, np.float32)))
+    data = bytearray(journal.path.read_bytes())
+    data[-70] ^= 1  # in the second record
+    journal.path.write_bytes(data)
+    with Journal(tmp_path / "s.safetensors", "slow", {}) as journal:
+        assert journal.done == {"0"}
+
+
+def test_a_first_line_that_was_cut_short_is_written_again(tmp_path):
+    with Journal(tmp_path / "s.safetensors", "slow", {"a": 1}) as journal:
+        data = journal.path.read_bytes()
+    journal.path.write_bytes(data[:-5])
+    with Journal(tmp_path / "s.safetensors", "slow", {"a": 1}) as journal:
+        assert journal.path.read_bytes() == data
+
+
+def test_other_settings_do_not_go_on(tmp_path):
+    with Journal(tmp_path / "s.safetensors", "slow", {"depth": 2}) as journal:
+        journal.add(Made("0", (4, 5), np.ones((2, 4), np.float32), np.ones(2, np.float32)))
+    with pytest.raises(
+        DataError, match=r's\.safetensors\.partial: an interrupted run left it with .*"depth": 2.*"depth": 1'
+    ):
+        make_store(Build(0), items(3), tmp_path / "s.safetensors", read)
+    journal.path.write_bytes(b"something else\n")
+    with pytest.raises(DataError, match="this is no journal"):
+        make_store(Build(0), items(3), tmp_path / "s.safetensors", read)
+    assert journal.path.read_bytes() == b"something else\n"
+
+
+def test_other_images_do_not_go_on(tmp_path):
+    with Journal(tmp_path / "s.safetensors", "slow", {"depth": 1}) as journal:
+        journal.add(Made("99", (4, 5), np.ones((2, 4), np.float32), np.ones(2, np.float32)))
+    with pytest.raises(DataError, match="1 images that are not asked for, such as 99"):
+        make_store(Build(0), items(3), tmp_path / "s.safetensors", read)
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    with Journal(tmp_path / "s.safetensors", "slow", {}), pytest.raises(DataError, match="another process is writing"):
+        Journal(tmp_path / "s.safetensors", "slow", {})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_image_stops_the_run_or_is_counted(tmp_path, workers):
+    output, small = tmp_path / "s.safetensors", Item("13", Path("13.png"))
+    with pytest.raises(DataError, match=r"13\.png: the image has 2 rows, too few to segment; \d+ images are kept in"):
+        make_store(Build(0), [*items(5), small, *items(20)[5:]], output, read, workers)
+    assert not output.exists()
+    summary = make_store(Build(0), [*items(20), small], output, read, workers, on_bad="skip")
+    assert summary.skipped == {"13": "the image has 2 rows, too few to segment"}
+    store = ProposalStore(output)
+    assert len(store) == summary.images == 20
+    assert len(store["13"].boxes) == 0
+
+
+def test_two_images_of_one_id_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"images a/1\.png and b/1\.png have the same id '1'"):
+        make_store(Build(0), [Item("1", Path("a/1.png")), Item("1", Path("b/1.png"))], tmp_path / "s.safetensors", read)
+
+
+def test_progress_counts_what_was_there_before(tmp_path):
+    output, told = tmp_path / "s.safetensors", []
+    with Journal(output, "slow", {"depth": 1}) as journal:
+        journal.add(Made("0", (4, 5), np.zeros((0, 4), np.float32), np.zeros(0, np.float32)))
+    summary = make_store(Build(0), items(3), output, read, progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert summary.made == 2
+    assert len(ProposalStore(output)) == 3
