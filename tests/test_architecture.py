@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "proposals": (*PLAIN, *GEOMETRY, "stages", "matching"),
     "proposal_files": (*PLAIN, *GEOMETRY),
     "heads": (*PLAIN, *GEOMETRY, "stages", "roi_pooling", "matching"),
-    "datasets": (*PLAIN, *GEOMETRY),
+    "datasets": (*PLAIN, *GEOMETRY, "proposal_files"),
     "evaluation": (*PLAIN, *GEOMETRY),
     "optimization": (),
     "detector": (*PLAIN, *GEOMETRY, "stages", "optimization"),

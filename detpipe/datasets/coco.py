@@ -46,6 +46,8 @@ class COCO(DetectionData):
         seed: decides the order of the batches and every draw of the augmentation, with the epoch.
         on_bad: ``error`` refuses data with any fault; ``skip`` leaves faulty records out and counts them, and decodes
             every image once at the start to find damaged ones.
+        proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
+            :class:`detpipe.PrecomputedProposals`.
     """
 
     def __init__(
@@ -58,8 +60,9 @@ class COCO(DetectionData):
         augment: Augment | None = None,
         seed: int = 0,
         on_bad: OnBad = "error",
+        proposals: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad)
+        super().__init__(loader, augment, seed, on_bad, proposals)
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
 

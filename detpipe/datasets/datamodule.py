@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from detpipe.datasets.batches import EpochBatches
 from detpipe.datasets.dataset import DetectionDataset, Proposals, collate, start_worker
 from detpipe.datasets.faults import SHOWN, OnBad
+from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.datasets.transforms import Augment
 from detpipe.errors import DataError
 from detpipe.types import Annotations
@@ -72,7 +73,10 @@ class DetectionData(LightningDataModule, ABC):
         augment: what is done to training images and their boxes; None for nothing.
         seed: decides the order of the batches and every draw of the augmentation, with the epoch.
         on_bad: ``"error"`` refuses data with any fault; ``"skip"`` leaves faulty records out and counts them.
+        proposals: split -> proposal store, whose boxes then ride in the targets of that split.
     """
+
+    image_key: ImageKey = staticmethod(coco_key)  # what a proposal store calls an image
 
     def __init__(
         self,
@@ -80,6 +84,7 @@ class DetectionData(LightningDataModule, ABC):
         augment: Augment | None = None,
         seed: int = 0,
         on_bad: OnBad = "error",
+        proposals: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -91,6 +96,10 @@ class DetectionData(LightningDataModule, ABC):
         self.seed = seed
         self.on_bad: OnBad = on_bad
         self._annotations: dict[Split, Annotations] = {}
+        unknown = sorted(set(proposals or ()) - {"train", "val", "test"})
+        if unknown:
+            raise ValueError(f"proposals names the splits {unknown}: expected train, val or test, each with a store")
+        self.stores = dict(proposals or {})
         self._proposals: dict[Split, Proposals] = {}
 
     @abstractmethod
@@ -146,6 +155,23 @@ class DetectionData(LightningDataModule, ABC):
         splits: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for split in splits.get(stage, ()):
             self.annotations(split)
+            self.proposals(split)
+
+    def proposals(self, split: Split) -> Proposals | None:
+        """The precomputed boxes of a split, opened once; None if it has none.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+
+        Returns:
+            image id -> ``[P, 4]`` xyxy in pixels of the image file.
+
+        Raises:
+            DataError: the store cannot be read, lacks images of the split, or is of images of other sizes.
+        """
+        if split not in self._proposals and split in self.stores:
+            self._proposals[split] = StoredProposals(self.stores[split], self.annotations(split), self.image_key)
+        return self._proposals.get(split)
 
     def set_proposals(self, split: Split, proposals: Proposals) -> None:
         """Let precomputed boxes ride in the targets of a split, where flips and crops move them too.
@@ -181,7 +207,7 @@ class DetectionData(LightningDataModule, ABC):
             A dataset with the keys ``(epoch, index)``.
         """
         augment = self.augment if augmented else None
-        return DetectionDataset(self.annotations(split), augment, self.seed, self._proposals.get(split))
+        return DetectionDataset(self.annotations(split), augment, self.seed, self.proposals(split))
 
     def train_dataloader(self) -> DataLoader:
         """Batches ``(list of [3, H, W] uint8, list of targets)``, shuffled and augmented by (seed, epoch)."""

@@ -29,6 +29,8 @@ class Demo(DetectionData):
         augment: what is done to training images and their boxes; null for nothing.
         seed: decides the order of the batches and every draw of the augmentation, with the epoch.
         on_bad: ``error`` refuses data with any fault; ``skip`` leaves faulty records out and counts them.
+        proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
+            :class:`detpipe.PrecomputedProposals`.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class Demo(DetectionData):
         augment: Augment | None = None,
         seed: int = 0,
         on_bad: OnBad = "error",
+        proposals: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad)
+        super().__init__(loader, augment, seed, on_bad, proposals)
         if layout not in ("coco", "voc"):
             raise UsageError(f"layout must be 'coco' or 'voc', got {layout!r}")
         self.root = str(root)

@@ -15,6 +15,7 @@ from typing import Literal
 
 from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
 from detpipe.datasets.faults import OnBad
+from detpipe.datasets.stored_proposals import voc_key
 from detpipe.datasets.transforms import Augment
 from detpipe.datasets.voc_xml import VOC_CLASSES, find_class_names, load_voc
 from detpipe.errors import DataError
@@ -58,7 +59,11 @@ class VOC(DetectionData):
         seed: decides the order of the batches and every draw of the augmentation, with the epoch.
         on_bad: ``error`` refuses data with any fault; ``skip`` leaves faulty records out and counts them, and decodes
             every image once at the start to find damaged ones.
+        proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
+            :class:`detpipe.PrecomputedProposals`.
     """
+
+    image_key = staticmethod(voc_key)
 
     def __init__(
         self,
@@ -71,8 +76,9 @@ class VOC(DetectionData):
         augment: Augment | None = None,
         seed: int = 0,
         on_bad: OnBad = "error",
+        proposals: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad)
+        super().__init__(loader, augment, seed, on_bad, proposals)
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
         self.format = format

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from detpipe import boxes as box_ops
@@ -12,18 +13,24 @@ from detpipe.types import Features, Target
 class PrecomputedProposals(ProposalSource):
     """Take the proposals that come with each target.
 
+    Flips, crops and resizing have moved them by then; what they leave of a box may be small, or the same for two boxes.
+
     Args:
         max_boxes: use at most this many of each image, from the first on; None uses all.
+        min_size: leave out boxes that are not wider and higher than this, in pixels of the batch.
+        remove_duplicates: keep the first of several boxes that are equal to within a sixteenth of a pixel.
 
     Raises:
-        ValueError: ``max_boxes`` is not positive.
+        ValueError: ``max_boxes`` is not positive, or ``min_size`` is negative.
     """
 
-    def __init__(self, max_boxes: int | None = 2000) -> None:
+    def __init__(self, max_boxes: int | None = 2000, min_size: float = 1.0, remove_duplicates: bool = True) -> None:
         super().__init__()
         if max_boxes is not None and max_boxes < 1:
             raise ValueError(f"max_boxes must be positive or null, got {max_boxes}")
-        self.max_boxes = max_boxes
+        if not 0 <= min_size < float("inf"):
+            raise ValueError(f"min_size must be 0 or more pixels, got {min_size}")
+        self.max_boxes, self.min_size, self.remove_duplicates = max_boxes, min_size, remove_duplicates
 
     def forward(
         self, images: ImageList, features: Features, targets: list[Target] | None = None
@@ -36,10 +43,11 @@ class PrecomputedProposals(ProposalSource):
             targets: N targets with ``proposals`` ``[P_i, 4]`` xyxy in pixels of the batch, best first.
 
         Returns:
-            N tensors ``[min(P_i, max_boxes), 4]`` and no losses.
+            N tensors ``[at most max_boxes, 4]`` and no losses.
 
         Raises:
-            ValueError: there are no targets, or one has no proposals or proposals of a wrong shape; it is named.
+            ValueError: there are no targets, or one has no proposals or proposals of a wrong shape or that are not finite;
+                it is named.
         """
         if targets is None:
             raise ValueError("precomputed proposals ride in the targets: pass targets=[{'proposals': boxes}, ...]")
@@ -51,6 +59,18 @@ class PrecomputedProposals(ProposalSource):
             proposals = target["proposals"]
             if proposals.ndim != 2 or proposals.shape[1] != 4:
                 raise ValueError(f"image {name}: proposals must be [P, 4], got {list(proposals.shape)}")
-            proposals = proposals[: self.max_boxes].to(images.tensors)
-            boxes.append(box_ops.clip(proposals, height, width))
+            if not proposals.isfinite().all():
+                row = int((~proposals.isfinite().all(dim=1)).nonzero()[0])
+                raise ValueError(f"image {name}: proposal {row} is not finite: {proposals[row].tolist()}")
+            boxes.append(self._select(box_ops.clip(proposals.to(images.tensors), height, width)))
         return boxes, {}
+
+    def _select(self, boxes: Tensor) -> Tensor:
+        """``[P, 4]`` -> the first of those that are large enough and differ."""
+        boxes = boxes[box_ops.valid(boxes, self.min_size)]
+        if self.remove_duplicates and len(boxes):
+            _, group = (boxes.double() * 16).round().unique(dim=0, return_inverse=True)
+            order = torch.arange(len(boxes), device=boxes.device)
+            first = order.new_full((len(boxes),), len(boxes)).scatter_reduce_(0, group, order, "amin")
+            boxes = boxes[first[first < len(boxes)].sort().values]
+        return boxes[: self.max_boxes]

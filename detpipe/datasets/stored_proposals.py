@@ -1,0 +1,60 @@
+"""Boxes of a proposal store for the images of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from detpipe.errors import DataError
+from detpipe.proposal_files import ProposalStore
+from detpipe.types import Annotations
+
+ImageKey = Callable[[Annotations, int], str]  # annotations and row -> the image's id in a store
+
+
+def coco_key(annotations: Annotations, row: int) -> str:
+    """The id of an image in a store: COCO's number in decimal."""
+    return str(int(annotations.image_ids[row]))
+
+
+def voc_key(annotations: Annotations, row: int) -> str:
+    """The id of an image in a store: what VOC's lists call it, the name of its file without the suffix."""
+    return Path(str(annotations.file_names[row])).stem
+
+
+class StoredProposals(Mapping[int, npt.NDArray[np.float32]]):
+    """A store as the boxes of a split, by the image ids of its annotations; read when they are asked for.
+
+    Args:
+        path: the store.
+        annotations: the images; all of them must be in the store, which may hold others too.
+        key: what the store calls an image.
+
+    Raises:
+        DataError: the store cannot be read, lacks images, or is of images of other sizes.
+    """
+
+    def __init__(self, path: str | Path, annotations: Annotations, key: ImageKey) -> None:
+        self.store = ProposalStore(path)
+        self._annotations, self._key = annotations, key
+        self._order = np.argsort(annotations.image_ids)
+        faults = self.store.check([key(annotations, row) for row in range(len(annotations))], annotations.sizes)
+        if faults:
+            raise DataError(" ".join(faults))
+
+    def __getitem__(self, image_id: int) -> npt.NDArray[np.float32]:
+        """``[P, 4]`` xyxy in pixels of the image file, best first."""
+        ids = self._annotations.image_ids
+        place = int(np.searchsorted(ids, image_id, sorter=self._order))
+        if place == len(ids) or ids[self._order[place]] != image_id:
+            raise KeyError(image_id)
+        return self.store[self._key(self._annotations, int(self._order[place]))].boxes
+
+    def __len__(self) -> int:
+        return len(self._annotations)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._annotations.image_ids.tolist())
