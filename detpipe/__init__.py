@@ -8,7 +8,7 @@ The data path, and where each part lives::
       |
     backbones     feature maps              SEResNet, Extractor      ->  {"c4": [N, C, H/16, W/16]}
       |
-    proposals     boxes worth a look        DenseGrid, Precomputed   ->  N x [P_i, 4]
+    proposals     boxes worth a look        DenseGrid, RPN, Precomp. ->  N x [P_i, 4]
       |
     heads         pool, classify, refine    FastRCNNHead (roi_pooling: RoIAlign, RoIMaxPool)
       |
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from detpipe.detector import TwoStageDetector
     from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
     from detpipe.optimization import LRSchedule, Optimizer
-    from detpipe.proposals import DenseGrid, PrecomputedProposals
+    from detpipe.proposals import RPN, Anchors, DenseGrid, PrecomputedProposals, ProposalSelection, RPNObjective
     from detpipe.roi_pooling import PreciseRoIPool, RoIAlign, RoIMaxPool, RotatedRoIAlign, SuperpixelPool
     from detpipe.types import Detection, Features, PixelFormat, Target
 
@@ -42,7 +42,7 @@ _HOMES = {
     "detpipe.detector": ("TwoStageDetector",),
     "detpipe.heads": ("FastRCNNHead", "Postprocess", "RoISampler"),
     "detpipe.optimization": ("LRSchedule", "Optimizer"),
-    "detpipe.proposals": ("DenseGrid", "PrecomputedProposals"),
+    "detpipe.proposals": ("RPN", "Anchors", "DenseGrid", "PrecomputedProposals", "ProposalSelection", "RPNObjective"),
     "detpipe.roi_pooling": ("PreciseRoIPool", "RoIAlign", "RoIMaxPool", "RotatedRoIAlign", "SuperpixelPool"),
     "detpipe.types": ("Detection", "Features", "PixelFormat", "Target"),
 }
@@ -51,7 +51,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [  # noqa: RUF022 (the order of the data path)
     "COCO", "VOC", "Demo", "DetectionData", "Loader", "Augment",
     "SEResNet", "Extractor", "Level", "SqueezeExcitation", "PixelFormat",
-    "DenseGrid", "PrecomputedProposals",
+    "DenseGrid", "PrecomputedProposals", "RPN", "Anchors", "RPNObjective", "ProposalSelection",
     "RoIAlign", "RoIMaxPool", "PreciseRoIPool", "RotatedRoIAlign", "SuperpixelPool",
     "FastRCNNHead", "RoISampler", "Postprocess",
     "TwoStageDetector", "Optimizer", "LRSchedule", "load_detector",

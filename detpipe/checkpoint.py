@@ -182,9 +182,12 @@ def add_model(parser: ArgumentParser) -> None:
 
 
 def link_stages(parser: ArgumentParser) -> None:
-    """Give the head the width and the strides that the backbone declares."""
-    for source, target in (("out_channels", "in_channels"), ("strides", "strides")):
-        parser.link_arguments(f"model.backbone.{source}", f"model.head.init_args.{target}", apply_on="instantiate")
+    """Give the head, and a proposal source that asks for them, the width and the strides that the backbone declares."""
+    for stage in ("head", "proposals"):
+        for source, target in (("out_channels", "in_channels"), ("strides", "strides")):
+            parser.link_arguments(
+                f"model.backbone.{source}", f"model.{stage}.init_args.{target}", apply_on="instantiate"
+            )
 
 
 def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:

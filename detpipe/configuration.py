@@ -43,6 +43,8 @@ LINKED = {  # what is not given, but follows something else
     "model.head.num_classes": "the classes of the data",
     "model.head.in_channels": "model.backbone.out_channels",
     "model.head.strides": "the strides of the backbone",
+    "model.proposals.in_channels": "model.backbone.out_channels",
+    "model.proposals.strides": "the strides of the backbone",
     "data.seed": "seed_everything",
 }
 

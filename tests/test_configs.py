@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import runs
+import torch
 from datasets.builders import coco_content, voc_object, write_coco, write_voc
 
-from detpipe import cli, training
+from detpipe import cli, load_detector, training
 from detpipe.configuration import CLI
 
 MODELS = sorted(runs.CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted((runs.CONFIGS / "data").glob("*.yaml"))
+SOURCES = sorted((runs.CONFIGS / "proposals").glob("*.yaml"))
 SHORT = [
     *("--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.max_steps", "-1"),
     *(
@@ -66,11 +68,13 @@ def test_there_are_configurations() -> None:
     assert {"voc07", "voc0712", "coco", "voc_custom", "coco_custom"} <= set(map(name_of, OVERLAYS))
 
 
-@pytest.mark.parametrize("path", [*MODELS, *OVERLAYS], ids=name_of)
+@pytest.mark.parametrize("path", [*MODELS, *OVERLAYS, *SOURCES], ids=name_of)
 def test_the_header_shows_the_command(path: Path) -> None:
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert len(header.splitlines()) >= 3
-    assert re.search(rf"^#\s+python tools/train\.py .*configs/(data/)?{path.stem}\.yaml", header, re.MULTILINE)
+    assert re.search(
+        rf"^#\s+python tools/train\.py .*configs/((data|proposals)/)?{path.stem}\.yaml", header, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("path", MODELS, ids=name_of)
@@ -80,6 +84,18 @@ def test_a_model_runs_two_steps_on_the_demo_set(path: Path, demo_root: Path, tmp
     assert config.seed_everything == 0
     result = train(tmp_path, path, *runs.demo(demo_root))
     assert set(result["per_class"]) == set("0123456789")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_proposal_source_takes_the_place_of_the_grid(path: Path, demo_root: Path, tmp_path: Path) -> None:
+    base = runs.CONFIGS / "fast_rcnn_squeezenet.yaml"
+    config = parse(base, path)
+    assert config.model.proposals.class_path != parse(base).model.proposals.class_path
+    train(tmp_path, base, path, *runs.demo(demo_root))
+    detector, _ = load_detector(tmp_path / "run" / "best.ckpt")
+    assert type(detector.proposals).__name__ == config.model.proposals.class_path.rpartition(".")[2]
+    [found] = detector.eval()([torch.rand(3, 96, 128)])
+    assert found["boxes"].shape[1] == 4
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)

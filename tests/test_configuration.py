@@ -345,6 +345,8 @@ def test_linked_values_reach_the_head_and_the_data(demo_root: Path) -> None:
         ("model.head.init_args.num_classes", "the classes of the data"),
         ("model.head.in_channels", "model.backbone.out_channels"),
         ("model.head.init_args.strides", "the strides of the backbone"),
+        ("model.proposals.in_channels", "model.backbone.out_channels"),
+        ("model.proposals.init_args.strides", "the strides of the backbone"),
         ("data.seed", "seed_everything"),
     ],
 )

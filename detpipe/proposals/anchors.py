@@ -1,0 +1,137 @@
+"""Anchors: reference boxes of a few sizes and shapes around the center of every cell of a feature map.
+
+Ren et al., "Faster R-CNN", 2015, arXiv 1506.01497, section 3.1.1; one size a level of a pyramid: Lin et al., "Feature
+Pyramid Networks", 2017, arXiv 1612.03144, section 4.1.
+
+Convention: cell (i, j) at stride s is centered on ``((j + offset) * s, (i + offset) * s)``, x before y, in pixels of the
+padded batch. With an offset of .5, the default, that is the middle of the pixels that the cell stands for, as RoI pooling
+here has it. ``offset=0, rounded=True`` gives torchvision's anchors: centered on the cell's top left corner, with corners at
+whole pixels around it. A ratio is height divided by width; anchors of one size have one area.
+
+A shapes a cell, numbered ratio by ratio and within a ratio size by size; H x W cells. Anchors of a level are ordered by row,
+column and shape, levels follow each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AnchorGrid:
+    """The anchors of one level. Their edges are kept apart, because what holds for a row holds for all its columns."""
+
+    x: Tensor  # [A, W, 2] left and right edge
+    y: Tensor  # [A, H, 2] top and bottom edge
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """H, W."""
+        return self.y.shape[1], self.x.shape[1]
+
+    def __len__(self) -> int:
+        return self.x.shape[0] * self.x.shape[1] * self.y.shape[1]
+
+    def boxes(self) -> Tensor:
+        """Write the anchors out: ``[H * W * A, 4]`` xyxy."""
+        shapes, (height, width) = len(self.x), self.size
+        x = self.x.transpose(0, 1)[None].expand(height, width, shapes, 2)
+        y = self.y.transpose(0, 1)[:, None].expand(height, width, shapes, 2)
+        return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1).reshape(-1, 4)
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Which anchors there are.
+
+    Args:
+        sizes: for each level, finest first, the square roots of the anchors' areas, in pixels of the resized image; as many
+            for each level. None: 8 times the stride of each level of a pyramid, 8, 16 and 32 times that of a single level.
+        ratios: height divided by width.
+        offset: where in its cell an anchor is centered: .5 is the middle, 0 the top left corner.
+        rounded: round half sides to whole pixels, as torchvision does.
+
+    Raises:
+        ValueError: a size or ratio that is not positive, levels with unequal numbers of sizes, an offset outside 0..1.
+
+    Example:
+        >>> Anchors(sizes=[[32]], ratios=[1.0]).grids([(1, 2)], [16])[0].boxes().tolist()
+        [[-8.0, -8.0, 24.0, 24.0], [8.0, -8.0, 40.0, 24.0]]
+    """
+
+    sizes: Sequence[Sequence[float]] | None = None
+    ratios: Sequence[float] = (0.5, 1.0, 2.0)
+    offset: float = 0.5
+    rounded: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.ratios or not all(0 < ratio < math.inf for ratio in self.ratios):
+            raise ValueError(f"anchors need ratios above 0 (height divided by width), got {self.ratios}")
+        if not 0 <= self.offset <= 1:
+            raise ValueError(f"offset must be in 0..1 (.5 is the middle of a cell), got {self.offset}")
+        if self.sizes is None:
+            return
+        if not self.sizes or not all(0 < size < math.inf for sizes in self.sizes for size in sizes):
+            raise ValueError(f"anchors need sizes above 0 in pixels, a list for each level; got {self.sizes}")
+        if not self.sizes[0] or len({len(sizes) for sizes in self.sizes}) > 1:
+            raise ValueError(f"every level needs as many sizes (they share a network), at least one; got {self.sizes}")
+
+    def level_sizes(self, strides: Sequence[int]) -> list[list[float]]:
+        """List the sizes of each level.
+
+        Args:
+            strides: of the levels, finest first.
+
+        Returns:
+            For each level its sizes in pixels.
+
+        Raises:
+            ValueError: ``sizes`` are given for another number of levels.
+        """
+        if self.sizes is None:
+            factors = (8, 16, 32) if len(strides) == 1 else (8,)
+            return [[float(factor * stride) for factor in factors] for stride in strides]
+        if len(self.sizes) != len(strides):
+            raise ValueError(
+                f"anchor sizes are given for {len(self.sizes)} levels, but there are {len(strides)} (strides "
+                f"{list(strides)}); give one list for each, finest first, extra levels included: got {self.sizes}"
+            )
+        return [list(sizes) for sizes in self.sizes]
+
+    def per_cell(self, strides: Sequence[int]) -> int:
+        """Count A, the anchors of a cell, for levels of these strides."""
+        return len(self.ratios) * len(self.level_sizes(strides)[0])
+
+    def grids(
+        self, cells: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device | None = None
+    ) -> list[AnchorGrid]:
+        """Lay the anchors of every level.
+
+        Args:
+            cells: height and width of each level in cells.
+            strides: pixels a cell of each level.
+            device: where the anchors shall be.
+
+        Returns:
+            One grid a level, float32.
+        """
+        grids = []
+        for (height, width), stride, sizes in zip(cells, strides, self.level_sizes(strides), strict=True):
+            shapes = self._shapes(sizes, device)  # [A, 2] half width, half height
+            half_width, half_height = shapes[:, None, None].unbind(-1)  # [A, 1, 1] each
+            signs = torch.tensor([-1.0, 1.0], device=device)
+            x, y = (((torch.arange(count, device=device) + self.offset) * stride)[:, None] for count in (width, height))
+            grids.append(AnchorGrid(x + half_width * signs, y + half_height * signs))
+        return grids
+
+    def _shapes(self, sizes: Sequence[float], device: torch.device | None) -> Tensor:
+        height = torch.tensor(self.ratios, dtype=torch.float32, device=device).sqrt()
+        size = torch.tensor(sizes, dtype=torch.float32, device=device)
+        width, height = ((side[:, None] * size).flatten() for side in (1 / height, height))
+        half = torch.stack((width, height), dim=1) / 2
+        return half.round() if self.rounded else half

@@ -1,0 +1,230 @@
+"""What a region proposal network is trained on: which anchors are objects, and which of them enter the loss.
+
+Ren et al., "Faster R-CNN", 2015, arXiv 1506.01497, sections 3.1.2 and 3.1.3: an anchor is positive if its IoU with an object
+is at least .7, or the highest of all anchors with that object; negative if its best IoU is below .3; 256 of an image are drawn.
+
+Deviations:
+1. Anchors that cross the image's border, or lie in the padding of the batch, take part like all others, as in torchvision.
+2. An anchor that is not positive is ignored where it overlaps a difficult object (VOC) or lies inside a crowd region (COCO).
+3. An object that no anchor touches makes no anchor positive (in torchvision it makes every anchor without overlap so).
+
+An anchor's left and right edge are those of its column, top and bottom those of its row. So the shared area of all anchors
+with an object is an outer product of widths and heights, and IoU need not be computed: with s = shared / (area + area),
+IoU = s / (1 - s), which rises with s. Equal overlaps are equal up to rounding, a relative ``ROUNDING``.
+
+N images, G ground truths of the fullest image, P anchors of an image, S of them sampled; A shapes a cell, H x W cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detpipe import boxes as box_ops
+from detpipe import matching
+from detpipe.matching import GroundTruth
+from detpipe.proposals.anchors import AnchorGrid
+from detpipe.types import Target
+
+ROUNDING = 5e-7
+BLOCK = 2**20  # overlaps computed at a time; bounds memory when there are many objects
+WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas: those of a proposal network are not scaled
+
+
+@dataclass(frozen=True)
+class AnchorTargets:
+    """The anchors of a training step, a fixed number S of each image, positives first."""
+
+    index: Tensor  # [N, S] int64 into the P anchors of all levels
+    valid: Tensor  # [N, S] bool, False where an image has fewer (the index is then 0)
+    positive: Tensor  # [N, S] bool
+    deltas: Tensor  # [N, S, 4] from the anchor to its object, 0 where not positive
+
+
+@dataclass(frozen=True)
+class RPNObjective:
+    """How anchors are matched and sampled, and how their boxes are compared.
+
+    Args:
+        anchors_per_image: S, how many anchors of each image are trained on.
+        positive_fraction: at most this part of them is positive.
+        positive_iou: an anchor is positive from this IoU with an object on.
+        negative_iou: an anchor is negative if its best IoU is below this.
+        allow_low_quality: the anchors with the highest IoU with an object are positive, however low that is.
+        ignore_overlap: an anchor is ignored from this IoU with a difficult object, or part inside a crowd region, on.
+        beta: where smooth L1 of the deltas turns from quadratic to linear.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    anchors_per_image: int = 256
+    positive_fraction: float = 0.5
+    positive_iou: float = 0.7
+    negative_iou: float = 0.3
+    allow_low_quality: bool = True
+    ignore_overlap: float = 0.5
+    beta: float = 1 / 9
+
+    def __post_init__(self) -> None:
+        if self.anchors_per_image < 1:
+            raise ValueError(f"anchors_per_image must be positive, got {self.anchors_per_image}")
+        if not 0 <= self.positive_fraction <= 1:
+            raise ValueError(f"positive_fraction must be in 0..1, got {self.positive_fraction}")
+        if not 0 <= self.negative_iou <= self.positive_iou <= 1 or self.positive_iou == 0:
+            raise ValueError(
+                "expected 0 <= negative_iou <= positive_iou <= 1 and positive_iou above 0, got "
+                f"negative_iou {self.negative_iou} and positive_iou {self.positive_iou}"
+            )
+        if not 0 < self.ignore_overlap <= 1 or self.beta < 0:
+            raise ValueError(
+                f"expected ignore_overlap above 0, at most 1, and beta >= 0; got {self.ignore_overlap=}, {self.beta=}"
+            )
+
+    @torch.no_grad()
+    def __call__(self, grids: Sequence[AnchorGrid], anchors: Tensor, targets: Sequence[Target]) -> AnchorTargets:
+        """Match and sample.
+
+        Args:
+            grids: the anchors of each level.
+            anchors: the same anchors written out, ``[P, 4]``.
+            targets: N targets in the same frame.
+
+        Returns:
+            S anchors of each image.
+        """
+        truth = matching.gather_targets(targets)
+        positive, negative = self.assign(grids, truth)
+        index, valid = sample(positive, negative, self.anchors_per_image, self.positive_fraction)
+        chosen = positive.gather(1, index) & valid
+        if index.shape[1] == 0 or truth.boxes.shape[1] == 0:
+            return AnchorTargets(index, valid, chosen, anchors.new_zeros((*index.shape, 4)))
+        references = anchors[index]
+        boxes = truth.boxes.float()
+        overlaps = box_ops.iou(references, boxes).masked_fill(~truth.valid[:, None], -1.0)  # [N, S, G]
+        wanted = boxes.gather(1, overlaps.argmax(-1)[..., None].expand(-1, -1, 4))
+        # what is not positive is compared with itself: log() stays finite
+        wanted = torch.where(chosen[..., None], wanted, references)
+        return AnchorTargets(index, valid, chosen, box_ops.encode(wanted, references, WEIGHTS))
+
+    @torch.no_grad()
+    def assign(self, grids: Sequence[AnchorGrid], truth: GroundTruth) -> tuple[Tensor, Tensor]:
+        """Say which anchors are objects.
+
+        Args:
+            grids: the anchors of each level.
+            truth: the objects of the batch.
+
+        Returns:
+            positive and negative ``[N, P]`` bool, disjoint; what is neither is ignored.
+        """
+        counted = [_Overlaps(grid, truth) for grid in grids]
+        quality = None
+        if self.allow_low_quality and truth.boxes.shape[1]:
+            quality = torch.stack([level.peak.amax(-1) for level in counted]).amax(0)  # [N, G]
+        has_ignored = bool((truth.crowd | truth.difficult).any())
+        positives, negatives = [], []
+        for level in counted:
+            best = level.best()
+            positive = best >= _share(self.positive_iou) * (1 - ROUNDING)
+            negative = best < _share(self.negative_iou) * (1 - ROUNDING)
+            if quality is not None:
+                positive |= level.attains(quality)
+            if has_ignored:
+                negative &= ~level.ignored(self.ignore_overlap)
+            # [N, A, H, W] -> [N, H * W * A]
+            positives.append(positive.permute(0, 2, 3, 1).flatten(1))
+            negatives.append((negative & ~positive).permute(0, 2, 3, 1).flatten(1))
+        return torch.cat(positives, dim=1), torch.cat(negatives, dim=1)
+
+
+class _Overlaps:
+    """How the anchors of one level overlap the objects."""
+
+    def __init__(self, grid: AnchorGrid, truth: GroundTruth) -> None:
+        boxes = truth.boxes.float()
+        self.truth = truth
+        self.x = _shared(grid.x, boxes[..., 0::2])  # [N, G, A, W] pixels
+        self.y = _shared(grid.y, boxes[..., 1::2])  # [N, G, A, H]
+        width, height = (edges[:, 0, 1] - edges[:, 0, 0] for edges in (grid.x, grid.y))
+        self.area = width * height  # [A]
+        self.areas = box_ops.area(boxes)[..., None] + self.area  # [N, G, A]
+        self.share = self.x * _inverse(self.areas, truth.valid)  # [N, G, A, W] times y: shared / (area + area)
+        self.peak = self.share.amax(-1) * self.y.amax(-1)  # [N, G, A]
+
+    def best(self) -> Tensor:
+        """Find the highest shared / (area + area) of each anchor with an object that counts: ``[N, A, H, W]``."""
+        return _highest_product(self.y, self.share)
+
+    def attains(self, quality: Tensor) -> Tensor:
+        """Find the anchors whose overlap with some object is ``quality`` ``[N, G]``, if above 0: ``[N, A, H, W]`` bool."""
+        least = quality[..., None].clamp(min=torch.finfo(quality.dtype).tiny) * (1 - 2 * ROUNDING)
+        shape = (self.peak >= least)[..., None]  # [N, G, A, 1]
+        row = shape & (self.y >= self.y.amax(-1, keepdim=True) * (1 - ROUNDING))
+        column = self.share >= self.share.amax(-1, keepdim=True) * (1 - ROUNDING)
+        pairs = torch.matmul(row.permute(0, 2, 3, 1).float(), column.permute(0, 2, 1, 3).float())  # counts of objects
+        return pairs > 0
+
+    def ignored(self, overlap: float) -> Tensor:
+        """Find the anchors inside crowd regions or on difficult objects: ``[N, A, H, W]`` bool."""
+        inside = _inverse(self.area.expand_as(self.areas), self.truth.crowd) / overlap
+        upon = _inverse(self.areas, self.truth.difficult) / _share(overlap)
+        return _highest_product(self.y, self.x * (inside + upon)) >= 1 - ROUNDING
+
+
+def sample(positive: Tensor, negative: Tensor, size: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+    """Draw a fixed number of anchors of each image at random, without sorting all of them.
+
+    Args:
+        positive: ``[N, P]`` bool.
+        negative: ``[N, P]`` bool, disjoint from it.
+        size: how many to draw of each image; S = min(size, P).
+        positive_fraction: at most this part of ``size`` is positive; negatives fill the rest.
+
+    Returns:
+        ``[N, S]`` int64 indices into P, positives first, and ``[N, S]`` bool, False where an image has fewer.
+    """
+    images, anchors = positive.shape
+    count = min(size, anchors)
+    noise = torch.rand((images, anchors), device=positive.device)
+    values, index = noise.where(positive, noise.new_full((), -1.0)).topk(min(int(size * positive_fraction), anchors))
+    drawn = values >= 0
+    others, other_index = noise.where(negative, noise.new_full((), -1.0)).topk(count)
+    room = size - drawn.sum(1, keepdim=True)
+    fills = (others >= 0) & (torch.arange(count, device=room.device) < room)
+    drawn, index = torch.cat((drawn, fills), dim=1), torch.cat((index, other_index), dim=1)
+    front = drawn.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+    valid = drawn.gather(1, front)
+    return index.gather(1, front).masked_fill(~valid, 0), valid
+
+
+def _share(iou: float) -> float:
+    """IoU -> shared / (area + area)."""
+    return iou / (1 + iou)
+
+
+def _shared(edges: Tensor, others: Tensor) -> Tensor:
+    """``[A, W, 2]`` and ``[N, G, 2]`` -> ``[N, G, A, W]``, the shared length."""
+    others = others[:, :, None, None]
+    low, high = torch.maximum(edges[..., 0], others[..., 0]), torch.minimum(edges[..., 1], others[..., 1])
+    return (high - low).clamp_(min=0)
+
+
+def _inverse(areas: Tensor, wanted: Tensor) -> Tensor:
+    """``[N, G, A]`` and ``[N, G]`` bool -> ``[N, G, A, 1]``: 1 / area where wanted, else 0."""
+    return (wanted[..., None] / areas)[..., None]
+
+
+def _highest_product(y: Tensor, x: Tensor) -> Tensor:
+    """``[N, G, A, H]`` and ``[N, G, A, W]``, at least 0 -> ``[N, A, H, W]``, the highest of the G outer products."""
+    images, objects, shapes, height = y.shape
+    highest = y.new_zeros((images, shapes, height, x.shape[-1]))
+    step = max(1, BLOCK // max(1, highest.numel()))
+    for start in range(0, objects, step):
+        part = slice(start, start + step)
+        products = y[:, part, ..., None] * x[:, part, :, None]
+        torch.maximum(highest, products.amax(1) if step > 1 else products[:, 0], out=highest)
+    return highest

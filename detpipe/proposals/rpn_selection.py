@@ -1,0 +1,176 @@
+"""From scored anchors to proposals: the best of each level, refined, clipped, and thinned by non-maximum suppression.
+
+Ren et al., "Faster R-CNN", 2015, arXiv 1506.01497, section 3.3; suppression within each level of a pyramid, as in torchvision.
+
+The same anchors, logits and deltas give the same proposals in the same order: best first, ties by level and rank within it.
+
+N images, P anchors of an image, M candidates of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from detpipe import boxes as box_ops
+
+WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas
+BOXES_PER_CALL = 20_000  # of suppression on an accelerator; bounds its memory, which is quadratic
+
+
+@dataclass(frozen=True)
+class ProposalSelection:
+    """What becomes a proposal.
+
+    Args:
+        pre_nms_top_n: candidates of each level and image, the best: in training, and at inference.
+        post_nms_top_n: proposals of an image, likewise.
+        nms_iou: of two candidates of one level with a higher IoU the lower-scoring one is dropped.
+        min_size: width and height of a proposal, in pixels inside the image, exceed this.
+        frozen_as: which of the two numbers a frozen network uses while the rest of the detector trains.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    pre_nms_top_n: tuple[int, int] = (2000, 1000)
+    post_nms_top_n: tuple[int, int] = (2000, 1000)
+    nms_iou: float = 0.7
+    min_size: float = 0.001
+    frozen_as: Literal["training", "inference"] = "inference"
+
+    def __post_init__(self) -> None:
+        numbers = (*self.pre_nms_top_n, *self.post_nms_top_n)
+        if len(self.pre_nms_top_n) != 2 or len(self.post_nms_top_n) != 2 or min(numbers) < 1:
+            raise ValueError(
+                "pre_nms_top_n and post_nms_top_n are two positive numbers each, for training and for inference; got "
+                f"{self.pre_nms_top_n} and {self.post_nms_top_n}"
+            )
+        if not 0 < self.nms_iou <= 1 or self.min_size < 0:
+            raise ValueError(f"expected nms_iou in (0, 1] and min_size >= 0, got {self.nms_iou=}, {self.min_size=}")
+        if self.frozen_as not in ("training", "inference"):
+            raise ValueError(f"frozen_as must be 'training' or 'inference', got {self.frozen_as!r}")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        logits: Tensor,
+        deltas: Tensor,
+        anchors: Tensor,
+        level_sizes: Sequence[int],
+        image_sizes: Sequence[tuple[int, int]],
+        training: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Select proposals.
+
+        Args:
+            logits: ``[N, P]`` float32, one level after the other.
+            deltas: ``[N, P, 4]`` float32.
+            anchors: ``[P, 4]`` xyxy.
+            level_sizes: how many of the P anchors each level has.
+            image_sizes: height and width of each image inside the batch; boxes are clipped to it.
+            training: which of the two numbers count.
+
+        Returns:
+            N boxes ``[P_i, 4]``, best first, and their N logits ``[P_i]``.
+
+        Raises:
+            NotFiniteError: a logit or delta of a candidate is NaN or infinite.
+        """
+        phase = 0 if training else 1
+        starts = [0, *accumulate(level_sizes)]
+        best = [
+            level.topk(min(self.pre_nms_top_n[phase], level.shape[1]))
+            for level in logits.split(list(level_sizes), dim=1)
+        ]
+        index = torch.cat([found.indices + start for found, start in zip(best, starts, strict=False)], dim=1)
+        scores = torch.cat([found.values for found in best], dim=1)  # [N, M]
+        deltas = deltas.gather(1, index[..., None].expand(-1, -1, 4))
+        _refuse_non_finite(scores, deltas)
+        boxes = box_ops.decode(deltas, anchors[index], WEIGHTS)
+        heights, widths = _sides(image_sizes, boxes)
+        boxes = box_ops.clip(boxes, heights, widths)
+        keep = box_ops.valid(boxes, self.min_size)
+        keep &= self._survivors(boxes * keep[..., None], scores, [found.values.shape[1] for found in best], image_sizes)
+        return self._gather(boxes, scores, keep, self.post_nms_top_n[phase])
+
+    def _survivors(
+        self, boxes: Tensor, scores: Tensor, counts: list[int], image_sizes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Suppress within each image and level: ``[N, M]`` bool. Boxes of area 0 neither suppress nor matter."""
+        images, candidates = scores.shape
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        if scores.is_cpu:  # the time of a call is quadratic: one for each group
+            for image in range(images):
+                start = 0
+                for count in counts:
+                    group = slice(start, start + count)
+                    kept[image, start + nms(boxes[image, group], scores[image, group], self.nms_iou)] = True
+                    start += count
+            return kept
+        # one call for many groups, moved apart in float64, where the shift is exact
+        group = torch.repeat_interleave(
+            torch.arange(len(counts), device=boxes.device),
+            torch.tensor(counts, device=boxes.device),
+            output_size=candidates,
+        )
+        shift = (torch.arange(images, device=boxes.device)[:, None] * len(counts) + group) * (
+            1.0 + _longest(image_sizes)
+        )
+        apart = boxes.double() + shift[..., None]
+        step = max(1, BOXES_PER_CALL // max(1, candidates))
+        for start in range(0, images, step):
+            part = slice(start, start + step)
+            rows = nms(apart[part].flatten(0, 1), scores[part].flatten().double(), self.nms_iou)
+            kept.view(-1)[start * candidates + rows] = True
+        return kept
+
+    def _gather(self, boxes: Tensor, scores: Tensor, keep: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
+        order = scores.masked_fill(~keep, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
+        boxes, scores = boxes.gather(1, order[..., None].expand(-1, -1, 4)), scores.gather(1, order)
+        found = keep.sum(dim=1).clamp(max=count).tolist()
+        # copies, so that what is dropped is freed
+        return (
+            [row[:number].clone() for row, number in zip(boxes, found, strict=True)],
+            [row[:number].clone() for row, number in zip(scores, found, strict=True)],
+        )
+
+
+class NotFiniteError(ValueError):
+    """A score or a box is NaN or infinite.
+
+    Args:
+        image: which of the batch, from 0 on.
+        what: ``"score"`` or ``"box"``.
+        value: NaN or infinite.
+    """
+
+    def __init__(self, image: int, what: str, value: float) -> None:
+        super().__init__(f"image {image}: a {what} is {value}")
+        self.image, self.what, self.value = image, what, value
+
+
+def _refuse_non_finite(scores: Tensor, deltas: Tensor) -> None:
+    if torch.isfinite(scores).all() & torch.isfinite(deltas).all():
+        return
+    for what, values in (("score", scores), ("box", deltas)):
+        wrong = ~torch.isfinite(values.flatten(1))
+        if wrong.any():
+            image = int(wrong.any(dim=1).nonzero()[0])
+            raise NotFiniteError(image, what, values[image].flatten()[wrong[image]][0].item())
+
+
+def _longest(image_sizes: Sequence[tuple[int, int]]) -> float:
+    return float(max((max(size) for size in image_sizes), default=0))
+
+
+def _sides(image_sizes: Sequence[tuple[int, int]], like: Tensor) -> tuple[Tensor, Tensor]:
+    sizes = torch.tensor([tuple(size) for size in image_sizes], dtype=like.dtype).reshape(-1, 2, 1)
+    heights, widths = sizes.to(like.device, non_blocking=True).unbind(1)
+    return heights, widths

@@ -1,0 +1,152 @@
+import pytest
+import torch
+from samples import random_boxes
+
+from detpipe.boxes import area, encode, iou
+from detpipe.proposals import rpn_selection as module
+from detpipe.proposals.rpn_selection import NotFiniteError, ProposalSelection
+
+LEVELS, SIZES = [30, 12, 1], [(60, 80), (40, 50)]
+
+
+def inputs(images: int = 2):
+    anchors = random_boxes(sum(LEVELS), smallest=10)
+    logits = torch.randn(images, len(anchors))
+    deltas = encode(
+        random_boxes(images * len(anchors), 70, 90, smallest=8).view(images, -1, 4), anchors, module.WEIGHTS
+    )
+    return logits, deltas, anchors
+
+
+def slow(selection: ProposalSelection, logits, deltas, anchors, sizes, training):
+    """The definition, box by box: ``(score, box)`` of each image, best first."""
+    phase = 0 if training else 1
+    images = []
+    for image, (height, width) in enumerate(sizes):
+        found, start = [], 0
+        for count in LEVELS:
+            rows = sorted(range(start, start + count), key=lambda row: -logits[image, row].item())
+            kept = []
+            for row in rows[: selection.pre_nms_top_n[phase]]:
+                x1, y1, x2, y2 = anchors[row].tolist()
+                dx, dy, dw, dh = deltas[image, row].tolist()
+                x, y = (x1 + x2) / 2 + dx * (x2 - x1), (y1 + y2) / 2 + dy * (y2 - y1)
+                w, h = (x2 - x1) * 2.718281828459045**dw, (y2 - y1) * 2.718281828459045**dh
+                box = [
+                    min(max(edge, 0), side)
+                    for edge, side in zip(
+                        (x - w / 2, y - h / 2, x + w / 2, y + h / 2), (width, height, width, height), strict=True
+                    )
+                ]
+                if box[2] - box[0] <= selection.min_size or box[3] - box[1] <= selection.min_size:
+                    continue
+                if all(iou(torch.tensor([box]), torch.tensor([other])) <= selection.nms_iou for _, other in kept):
+                    kept.append((logits[image, row].item(), box))
+            found += kept
+            start += count
+        images.append(sorted(found, key=lambda pair: -pair[0])[: selection.post_nms_top_n[phase]])
+    return images
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("min_size", [0.001, 10.0])
+def test_selection_equals_a_slow_loop(training, min_size):
+    selection = ProposalSelection((20, 8), (14, 9), nms_iou=0.3, min_size=min_size)
+    logits, deltas, anchors = inputs()
+    boxes, scores = selection(logits, deltas, anchors, LEVELS, SIZES, training)
+    expected = slow(selection, logits, deltas, anchors, SIZES, training)
+    assert sum(map(len, expected)) > 1
+    for found, values, pairs in zip(boxes, scores, expected, strict=True):
+        torch.testing.assert_close(values, torch.tensor([score for score, _ in pairs]))
+        torch.testing.assert_close(found, torch.tensor([box for _, box in pairs]).view(-1, 4), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("per_call", [1, 50, 10**6])
+def test_moved_apart_in_one_call_equals_one_call_a_group(per_call, monkeypatch):
+    monkeypatch.setattr(module, "BOXES_PER_CALL", per_call)
+    logits, deltas, anchors = inputs(3)
+    sizes = [*SIZES, (70, 90)]
+    selection = ProposalSelection((20, 8), (100, 100), nms_iou=0.3)
+    kept = []
+    for groups in (True, False):
+        with monkeypatch.context() as patch:
+            if not groups:  # as on an accelerator
+                patch.setattr(torch.Tensor, "is_cpu", False)
+            kept.append(selection(logits, deltas, anchors, LEVELS, sizes, training=True))
+    for got, want in zip(kept[0][0], kept[1][0], strict=True):
+        assert len(got) > 5
+        assert torch.equal(got, want)
+
+
+def test_boxes_of_different_levels_do_not_suppress_each_other():
+    anchors = torch.tensor([[0.0, 0.0, 20.0, 20.0]] * 4)
+    boxes, scores = ProposalSelection()(
+        torch.tensor([[1.0, 2.0, 3.0, 0.5]]), torch.zeros(1, 4, 4), anchors, [2, 2], [(30, 30)], training=False
+    )
+    assert boxes[0].tolist() == [[0, 0, 20, 20]] * 2
+    assert scores[0].tolist() == [3, 2]
+
+
+def test_equal_scores_keep_the_order_of_the_levels():
+    anchors = torch.tensor([[0.0, 0.0, 8.0, 8.0], [20.0, 0.0, 28.0, 8.0], [40.0, 0.0, 48.0, 8.0]])
+    for _ in range(3):
+        boxes, _ = ProposalSelection()(
+            torch.zeros(1, 3), torch.zeros(1, 3, 4), anchors, [1, 1, 1], [(60, 60)], training=False
+        )
+        assert torch.equal(boxes[0], anchors)
+
+
+def test_an_image_does_not_depend_on_its_neighbors():
+    logits, deltas, anchors = inputs(2)
+    selection = ProposalSelection((20, 20), (10, 10), nms_iou=0.5)
+    together = selection(logits, deltas, anchors, LEVELS, SIZES, training=False)
+    for image in range(2):
+        one = slice(image, image + 1)
+        alone = selection(logits[one], deltas[one], anchors, LEVELS, SIZES[one], training=False)
+        assert torch.equal(alone[0][0], together[0][image])
+        assert torch.equal(alone[1][0], together[1][image])
+
+
+def test_nothing_left():
+    logits, deltas, anchors = inputs()
+    boxes, scores = ProposalSelection(min_size=500)(logits, deltas, anchors, LEVELS, SIZES, training=True)
+    assert [row.shape for row in boxes] == [(0, 4), (0, 4)]
+    assert [row.shape for row in scores] == [(0,), (0,)]
+    far = anchors + 1000  # outside the image: clipped to nothing
+    boxes, _ = ProposalSelection()(logits, torch.zeros_like(deltas), far, LEVELS, SIZES, training=True)
+    assert [row.shape for row in boxes] == [(0, 4), (0, 4)]
+
+
+def test_proposals_lie_inside_their_image_and_have_a_size():
+    logits, deltas, anchors = inputs()
+    boxes, _ = ProposalSelection()(logits, 3 * deltas, anchors, LEVELS, SIZES, training=True)
+    for found, (height, width) in zip(boxes, SIZES, strict=True):
+        assert len(found)
+        assert found.min() >= 0
+        assert (found[:, 2:] <= torch.tensor([width, height])).all()
+        assert (area(found) > 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("what", ["score", "box"])
+def test_not_finite(value, what):
+    logits, deltas, anchors = inputs()
+    (logits if what == "score" else deltas)[1, 3] = value
+    with pytest.raises(NotFiniteError, match=f"image 1: a {what} is {value}") as caught:
+        ProposalSelection()(logits, deltas, anchors, LEVELS, SIZES, training=True)
+    assert caught.value.image == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pre_nms_top_n": (0, 10)}, "two positive numbers"),
+        ({"post_nms_top_n": (10,)}, "two positive numbers"),
+        ({"nms_iou": 0.0}, "nms_iou in"),
+        ({"min_size": -1.0}, "min_size >= 0"),
+        ({"frozen_as": "test"}, "frozen_as must be"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ProposalSelection(**arguments)
