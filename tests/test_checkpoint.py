@@ -25,12 +25,14 @@ from detpipe.files import remove_orphans
 
 torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
 path, chance = Path(sys.argv[1]), random.Random(0)
-for _ in range(int(sys.argv[2])):
-    step = torch.load(path, weights_only=True)["step"]
+for kill in range(int(sys.argv[2])):
+    step, before = torch.load(path, weights_only=True)["step"], path.stat().st_ino
     writer = os.fork()
     while writer == 0:  # the writer, until it is killed
         step += 1
         AtomicCheckpointIO().save_checkpoint({"step": step, "weights": torch.full((200_000,), step)}, path)
+    while kill % 2 and path.stat().st_ino == before:  # every other time, however busy the machine is, one save is done
+        time.sleep(0.0005)
     while len(list(path.parent.iterdir())) < 2:  # no save has begun
         time.sleep(0.0005)
     time.sleep(chance.uniform(0, 0.01))

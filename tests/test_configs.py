@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -14,6 +15,9 @@ from datasets.builders import coco_content, voc_object, write_coco, write_voc
 
 from detpipe import cli, load_detector, training
 from detpipe.configuration import CLI
+from detpipe.datasets import Demo, DemoScenes
+from detpipe.proposal_files import write_store
+from detpipe.types import Target
 
 MODELS = sorted(runs.CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted((runs.CONFIGS / "data").glob("*.yaml"))
@@ -91,11 +95,25 @@ def test_a_proposal_source_takes_the_place_of_the_grid(path: Path, demo_root: Pa
     base = runs.CONFIGS / "fast_rcnn_squeezenet.yaml"
     config = parse(base, path)
     assert config.model.proposals.class_path != parse(base).model.proposals.class_path
-    train(tmp_path, base, path, *runs.demo(demo_root))
+    stores = make_stores(demo_root, tmp_path) if path.stem == "store" else []
+    train(tmp_path, base, path, *runs.demo(demo_root), *stores)
     detector, _ = load_detector(tmp_path / "run" / "best.ckpt")
     assert type(detector.proposals).__name__ == config.model.proposals.class_path.rpartition(".")[2]
-    [found] = detector.eval()([torch.rand(3, 96, 128)])
+    targets = [Target(proposals=torch.tensor([[5.0, 6.0, 50.0, 60.0]]))]
+    [found] = detector.eval()([torch.rand(3, 96, 128)], targets)
     assert found["boxes"].shape[1] == 4
+
+
+def make_stores(demo_root: Path, folder: Path) -> list[str]:
+    """Stores for both splits of the demo set, as the arguments that name them."""
+    data, stores = Demo(str(demo_root), scenes=DemoScenes(**runs.SCENES)), {}
+    for split in ("train", "val"):
+        annotations = data.annotations(split)  # type: ignore[arg-type]
+        stores[split] = str(folder / f"{split}.safetensors")
+        boxes = np.array([[10, 10, 50, 60], [30, 5, 60, 40]])
+        records = [(data.image_key(annotations, row), boxes, [0.9, 0.8]) for row in range(len(annotations))]
+        write_store(stores[split], records, "by hand", {})
+    return ["--data.proposals", json.dumps(stores)]
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
