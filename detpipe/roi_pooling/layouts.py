@@ -120,6 +120,8 @@ def check_features(features: Tensor, name: str = "features") -> None:
     Raises:
         ValueError: not a floating-point ``[N, C, H, W]`` with at least one channel and one cell.
     """
+    if not isinstance(features, Tensor):
+        raise ValueError(f"{name} must be a tensor [N, C, H, W], got {type(features).__name__}")
     if features.ndim != 4 or 0 in features.shape[1:]:
         raise ValueError(f"{name} must be [N, C, H, W] with at least one channel and cell, got {list(features.shape)}")
     if not features.is_floating_point():
@@ -132,7 +134,7 @@ def read_output_size(output_size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: not one or two positive whole numbers.
     """
-    size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    size = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
     whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
     if len(size) != 2 or not whole:
         raise ValueError(f"output_size must be one or two positive whole numbers, got {output_size}")

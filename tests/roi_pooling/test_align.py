@@ -245,6 +245,8 @@ def test_compiles_without_a_break(ratio):
         ({"reduce": "median"}, "reduce must be 'mean' or 'max', got 'median'"),
         ({"output_size": 0}, "output_size must be one or two positive whole numbers, got 0"),
         ({"output_size": (3, 2.0)}, "output_size must be"),
+        ({"output_size": 2.0}, "output_size must be one or two positive whole numbers, got 2.0"),
+        ({"features": [[[[1.0]]]]}, r"features must be a tensor \[N, C, H, W\], got list"),
         ({"spatial_scale": 0.0}, "spatial_scale must be positive"),
         ({"spatial_scale": math.nan}, "spatial_scale must be positive"),
         ({"features": torch.zeros(3, 4, 5)}, r"features must be \[N, C, H, W\]"),
