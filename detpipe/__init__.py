@@ -6,7 +6,7 @@ The data path, and where each part lives::
       |
     images        resize, normalize, pad    [3, H_i, W_i]    ->  [N, 3, H, W]
       |
-    backbones     feature maps              SEResNet, Extractor      ->  {"c4": [N, C, H/16, W/16]}
+    backbones     feature maps              SEResNet, Extractor, FPN ->  {"c4": [N, C, H/16, W/16]}
       |
     proposals     boxes worth a look        DenseGrid, RPN, Precomp. ->  N x [P_i, 4]
       |
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from detpipe.attention import SqueezeExcitation
-    from detpipe.backbones import Extractor, Level, SEResNet
+    from detpipe.backbones import FPN, Extractor, Level, SEResNet
     from detpipe.checkpoint import load_detector
     from detpipe.datasets import COCO, VOC, Augment, Demo, DetectionData, Loader
     from detpipe.detector import TwoStageDetector
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "detpipe.attention": ("SqueezeExcitation",),
-    "detpipe.backbones": ("Extractor", "Level", "SEResNet"),
+    "detpipe.backbones": ("FPN", "Extractor", "Level", "SEResNet"),
     "detpipe.checkpoint": ("load_detector",),
     "detpipe.datasets": ("COCO", "VOC", "Augment", "Demo", "DetectionData", "Loader"),
     "detpipe.detector": ("TwoStageDetector",),
@@ -50,7 +50,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (the order of the data path)
     "COCO", "VOC", "Demo", "DetectionData", "Loader", "Augment",
-    "SEResNet", "Extractor", "Level", "SqueezeExcitation", "PixelFormat",
+    "SEResNet", "Extractor", "FPN", "Level", "SqueezeExcitation", "PixelFormat",
     "DenseGrid", "PrecomputedProposals", "RPN", "Anchors", "RPNObjective", "ProposalSelection",
     "RoIAlign", "RoIMaxPool", "PreciseRoIPool", "RotatedRoIAlign", "SuperpixelPool",
     "FastRCNNHead", "RoISampler", "Postprocess",

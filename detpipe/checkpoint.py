@@ -183,8 +183,8 @@ def add_model(parser: ArgumentParser) -> None:
 
 def link_stages(parser: ArgumentParser) -> None:
     """Give the head, and a proposal source that asks for them, the width and the strides that the backbone declares."""
-    for stage in ("head", "proposals"):
-        for source, target in (("out_channels", "in_channels"), ("strides", "strides")):
+    for stage, strides in (("head", "roi_strides"), ("proposals", "strides")):
+        for source, target in (("out_channels", "in_channels"), (strides, "strides")):
             parser.link_arguments(
                 f"model.backbone.{source}", f"model.{stage}.init_args.{target}", apply_on="instantiate"
             )
@@ -200,9 +200,12 @@ def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:
         Plain containers, without the path of pretrained weights, which a checkpoint replaces.
     """
     model = _plain(config.as_dict() if isinstance(config, Namespace) else config)
-    backbone = model["backbone"].get("init_args", {})
-    if "weights" in backbone:
-        backbone["weights"] = None
+    stage = model["backbone"]
+    while isinstance(stage, dict):  # a backbone may be built on another one
+        settings = stage.get("init_args", {})
+        if "weights" in settings:
+            settings["weights"] = None
+        stage = settings.get("backbone")
     return model
 
 

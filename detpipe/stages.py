@@ -36,6 +36,16 @@ class Backbone(LightningModule, ABC):
     strides: dict[str, int]
     pixel_format: PixelFormat
 
+    @property
+    def level_channels(self) -> dict[str, int]:
+        """Channels of each level; they differ only where a pyramid is still to be built on the levels."""
+        return dict.fromkeys(self.strides, self.out_channels)
+
+    @property
+    def roi_strides(self) -> dict[str, int]:
+        """Image pixels a cell of the levels that RoIs are pooled from: all, unless some are there for proposals only."""
+        return self.strides
+
     @abstractmethod
     def forward(self, images: Tensor) -> Features:
         """Compute features.

@@ -16,10 +16,14 @@ from datasets.builders import coco_content, voc_object, write_coco, write_voc
 from detpipe import cli, load_detector, training
 from detpipe.configuration import CLI
 from detpipe.datasets import Demo, DemoScenes
+from detpipe.errors import UsageError
 from detpipe.proposal_files import write_store
 from detpipe.types import Target
 
 MODELS = sorted(runs.CONFIGS.glob("*.yaml"))
+GRIDS = [
+    path for path in MODELS if "class_path: DenseGrid" in path.read_text()
+]  # what the data overlays set the scales of
 OVERLAYS = sorted((runs.CONFIGS / "data").glob("*.yaml"))
 SOURCES = sorted((runs.CONFIGS / "proposals").glob("*.yaml"))
 SHORT = [
@@ -68,7 +72,8 @@ def train(folder: Path, *arguments: Path | str) -> dict[str, Any]:
 
 
 def test_there_are_configurations() -> None:
-    assert {"fast_rcnn_se", "fast_rcnn_squeezenet"} <= set(map(name_of, MODELS))
+    assert {"fast_rcnn_se", "fast_rcnn_squeezenet", "faster_rcnn_se_fpn"} <= set(map(name_of, MODELS))
+    assert set(map(name_of, MODELS)) - set(map(name_of, GRIDS)) == {"faster_rcnn_se_fpn"}
     assert {"voc07", "voc0712", "coco", "voc_custom", "coco_custom"} <= set(map(name_of, OVERLAYS))
 
 
@@ -120,7 +125,7 @@ def make_stores(demo_root: Path, folder: Path) -> list[str]:
 def test_an_overlay_follows_the_models_that_its_header_shows(path: Path) -> None:
     bases = shown_bases(path)
     if "any model" in path.read_text().lower():
-        bases = MODELS
+        bases = GRIDS
     assert bases
     for base in bases:
         alone, config = parse(base), parse(base, path, "--data.root", "ROOT")
@@ -175,7 +180,30 @@ def test_coco_trains(tmp_path: Path) -> None:
     assert set(result["per_class"]) == {"cat", "dog", "owl"}
 
 
-@pytest.mark.parametrize("base", MODELS, ids=name_of)
+@pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
+def test_an_overlay_for_grids_is_refused_where_proposals_are_learned(path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^model\.(proposals\.scales|backbone\.\w+): unknown key; expected \w+, "):
+        parse(runs.CONFIGS / "faster_rcnn_se_fpn.yaml", path)
+
+
+def test_the_pyramid_is_linked_to_proposals_and_head(demo_root: Path, tmp_path: Path) -> None:
+    path = runs.CONFIGS / "faster_rcnn_se_fpn.yaml"
+    extra = [
+        "--model.backbone.extra_levels",
+        "max_pool",
+        "--model.proposals.anchors.sizes",
+        "[[8],[16],[32],[64],[128]]",
+    ]
+    train(tmp_path, path, *runs.demo(demo_root), *extra)
+    detector, _ = load_detector(tmp_path / "run" / "best.ckpt")
+    assert detector.backbone.out_channels == 128
+    assert list(detector.proposals.strides) == ["p2", "p3", "p4", "p5", "p6"]
+    assert list(detector.head.strides) == ["p2", "p3", "p4", "p5"]
+    [found] = detector([torch.rand(3, 75, 101)])
+    assert found["boxes"].shape[1] == 4
+
+
+@pytest.mark.parametrize("base", GRIDS, ids=name_of)
 def test_a_voc_folder_of_ones_own(base: Path, tmp_path: Path) -> None:
     root = tmp_path / "own"
     write_voc(root, split="train")

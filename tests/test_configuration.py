@@ -118,7 +118,7 @@ def test_an_unknown_class(key: str, name: str, message: str, tmp_path: Path) -> 
 def test_a_class_of_another_kind_lists_the_right_ones(name: str, start: str, tmp_path: Path) -> None:
     message = refusal([runs.CONFIG, overlay(tmp_path, f"model: {{backbone: {{class_path: {name}}}}}")])
     assert message.startswith(start)
-    assert message.endswith("; expected Extractor, SEResNet, or the full path of a class")
+    assert message.endswith("; expected Extractor, FPN, SEResNet, or the full path of a class")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
-from detpipe.backbones.laterals import Laterals
+from detpipe.backbones.laterals import Laterals, Width
 from detpipe.backbones.weights import load_weights
 from detpipe.errors import UsageError
 from detpipe.stages import Backbone
@@ -49,7 +49,8 @@ class Extractor(Backbone):
         weights: a local file (``.pth``, ``.pt`` or ``.safetensors``; never downloads), the name of torchvision weights
             (``DEFAULT``, ``IMAGENET1K_V1``; downloads once), or None for random ones.
         pixel_format: what the weights expect; the default is torchvision's.
-        out_channels: project every level to this width; None keeps the width, for a single level.
+        out_channels: project every level to this width; None keeps the width, for a single level; "own" lets each level
+            keep its own, for an FPN.
         padding: zeros added on every side before the network, in pixels.
         frozen_batch_norm: keep the stored statistics; advised with pretrained weights and small batches.
         frozen_modules: modules whose weights stay, by name prefix, such as ``features.0``.
@@ -71,7 +72,7 @@ class Extractor(Backbone):
         levels: dict[str, Level],
         weights: str | None = None,
         pixel_format: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
-        out_channels: int | None = None,
+        out_channels: Width = None,
         padding: int = 0,
         frozen_batch_norm: bool = True,
         frozen_modules: tuple[str, ...] = (),
@@ -90,8 +91,17 @@ class Extractor(Backbone):
         if frozen_batch_norm:
             _freeze_batch_norm(self.body)
         self.laterals = Laterals(self._probe(), out_channels)
-        self.out_channels = self.laterals.out_channels
         self._freeze(frozen_modules)
+
+    @property
+    def out_channels(self) -> int:
+        """C, the same at every level; a ValueError where each level keeps its own width."""
+        return self.laterals.out_channels
+
+    @property
+    def level_channels(self) -> dict[str, int]:
+        """Channels of each level."""
+        return dict(self.laterals.level_channels)
 
     def forward(self, images: Tensor) -> Features:
         """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C, H_l, W_l]``."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from detpipe.attention.squeeze_excitation import SqueezeExcitation
-from detpipe.backbones.laterals import Laterals
+from detpipe.backbones.laterals import Laterals, Width
 from detpipe.stages import Backbone
 from detpipe.types import Features, PixelFormat
 
@@ -36,7 +36,8 @@ class SEResNet(Backbone):
         attention: False builds the plain ResNet of the same depth.
         levels: which of c2, c3, c4, c5 to return; stages after the last one are not built.
         output_stride: no level is coarser than this (4, 8, 16 or 32).
-        out_channels: project every level to this width; None keeps the width, for a single level.
+        out_channels: project every level to this width; None keeps the width, for a single level; "own" lets each level
+            keep its own, for an FPN.
         frozen_stages: how many of stem, c2, c3, c4, c5 keep their weights, from the input on.
         batch_norm: "live" normalizes by the batch, "frozen" by stored statistics.
 
@@ -57,7 +58,7 @@ class SEResNet(Backbone):
         attention: bool = True,
         levels: Sequence[str] = ("c4",),
         output_stride: int = 32,
-        out_channels: int | None = None,
+        out_channels: Width = None,
         frozen_stages: int = 0,
         batch_norm: BatchNorm = "live",
     ) -> None:
@@ -92,11 +93,20 @@ class SEResNet(Backbone):
             if level in self.levels:
                 self.strides[level], widths[level] = stride, channels
         self.laterals = Laterals(widths, out_channels)
-        self.out_channels = self.laterals.out_channels
         _initialize(self)
         for stage in self._frozen():
             stage.requires_grad_(False)
         self.train()  # a new module is in training mode, the batch norm of frozen stages must not be
+
+    @property
+    def out_channels(self) -> int:
+        """C, the same at every level; a ValueError where each level keeps its own width."""
+        return self.laterals.out_channels
+
+    @property
+    def level_channels(self) -> dict[str, int]:
+        """Channels of each level."""
+        return dict(self.laterals.level_channels)
 
     def forward(self, images: Tensor) -> Features:
         """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C, ceil(H / stride), ceil(W / stride)]``."""

@@ -1,0 +1,129 @@
+"""The feature pyramid network: levels of a backbone, each enriched from the coarser ones, all of one width.
+
+Lin et al., "Feature Pyramid Networks for Object Detection", 2017, arXiv 1612.03144, section 3: a 1 x 1 convolution brings each
+level to one width, each sum is upsampled to the next finer level and added there, a 3 x 3 convolution smooths each sum.
+Levels beyond the coarsest: section 4.1, footnote 1 (p6 as every second cell of p5), and Lin et al., "Focal Loss for Dense
+Object Detection", 2017, arXiv 1708.02002, section 4 (p6 and p7 by convolutions). The pyramid itself is torchvision's
+``FeaturePyramidNetwork``; its weights fit in ``FPN.pyramid``.
+
+Deviations:
+1. A map is upsampled to the very size of the finer one, so that sides need not be multiples of a stride.
+2. p6 is convolved from p5, not from c5, as in torchvision's ``retinanet_resnet50_fpn``.
+3. The pyramid's convolutions start uniform after He et al. 2015 with slope 1, as torchvision's.
+
+p_k is the level of stride 2^k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+
+from detpipe.stages import Backbone
+from detpipe.types import Features
+
+ExtraLevels = Literal["max_pool", "convolutions"]
+Norm = Literal["batch", "group"]
+GROUPS = 32  # of group normalization, as published
+
+
+class FPN(Backbone):
+    """A pyramid on the levels of another backbone: c2 to c5 become p2 to p5.
+
+    Frozen parameters and frozen statistics of the backbone stay so. RoI pooling uses the levels in ``roi_strides``, which are
+    those that the backbone has; a region proposal network looks at all levels, those in ``strides``.
+
+    Args:
+        backbone: yields two levels or more; give it ``out_channels="own"``, so that it does not project them itself.
+        out_channels: C of every level of the pyramid.
+        extra_levels: coarser levels for the region proposal network: "max_pool" adds one, every second cell of the coarsest;
+            "convolutions" adds two, by 3 x 3 convolutions of stride 2; None adds none. A detector pads its batches to a
+            multiple of the coarsest stride.
+        norm: after each convolution of the pyramid: "batch" normalization, "group" normalization (32 groups), or None.
+
+    Raises:
+        ValueError: a backbone of one level, strides that are not rising powers of two, ``out_channels`` below 1 (or not a
+            multiple of 32 for group normalization), or an unknown name.
+
+    Example:
+        >>> import torch
+        >>> from detpipe.backbones import SEResNet
+        >>> fpn = FPN(SEResNet(18, levels=["c3", "c4"], out_channels="own"), 64, extra_levels="max_pool")
+        >>> {level: list(map_.shape) for level, map_ in fpn(torch.zeros(1, 3, 64, 96)).items()}
+        {'p3': [1, 64, 8, 12], 'p4': [1, 64, 4, 6], 'p5': [1, 64, 2, 3]}
+        >>> fpn.strides, fpn.roi_strides
+        ({'p3': 8, 'p4': 16, 'p5': 32}, {'p3': 8, 'p4': 16})
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        out_channels: int = 256,
+        extra_levels: ExtraLevels | None = None,
+        norm: Norm | None = None,
+    ) -> None:
+        super().__init__()
+        _check(backbone.strides, out_channels, extra_levels, norm)
+        self.backbone, self.out_channels, self.pixel_format = backbone, out_channels, backbone.pixel_format
+        self._roi_strides = {_name(stride): stride for stride in backbone.strides.values()}
+        coarsest = max(backbone.strides.values())
+        extra = {None: (), "max_pool": (2,), "convolutions": (2, 4)}[extra_levels]
+        self.strides = {**self._roi_strides, **{_name(coarsest * step): coarsest * step for step in extra}}
+        widths = [backbone.level_channels[level] for level in backbone.strides]
+        self.pyramid = FeaturePyramidNetwork(
+            widths, out_channels, _extra_block(extra_levels, out_channels), _norm_layer(norm)
+        )
+
+    @property
+    def roi_strides(self) -> dict[str, int]:
+        """Image pixels a cell of the levels to pool from: those of the backbone, without extra ones."""
+        return dict(self._roi_strides)
+
+    def forward(self, images: Tensor) -> Features:
+        """Compute the pyramid: ``[N, 3, H, W]`` -> level name -> ``[N, C, ceil(H / stride), ceil(W / stride)]``."""
+        features = self.backbone(images)
+        levels = self.pyramid({level: features[level] for level in self.backbone.strides})
+        return dict(zip(self.strides, levels.values(), strict=True))
+
+
+def _name(stride: int) -> str:
+    return f"p{stride.bit_length() - 1}"
+
+
+def _extra_block(extra_levels: ExtraLevels | None, channels: int) -> ExtraFPNBlock | None:
+    if extra_levels is None:
+        return None
+    return LastLevelMaxPool() if extra_levels == "max_pool" else LastLevelP6P7(channels, channels)
+
+
+def _norm_layer(norm: Norm | None) -> Callable[..., nn.Module] | None:
+    if norm is None:
+        return None
+    return nn.BatchNorm2d if norm == "batch" else partial(nn.GroupNorm, GROUPS)
+
+
+def _check(strides: dict[str, int], out_channels: int, extra_levels: str | None, norm: str | None) -> None:
+    if len(strides) < 2:
+        raise ValueError(
+            f"an FPN needs two levels of its backbone or more, got {list(strides)}; for example levels: [c2, c3, c4, c5]"
+        )
+    before = 0
+    for level, stride in strides.items():
+        if stride <= before or stride & (stride - 1):
+            raise ValueError(
+                "an FPN needs levels whose strides are powers of two, each coarser than the one before, but the backbone's "
+                f"are {strides}; leave {level!r} out or change its stride"
+            )
+        before = stride
+    if out_channels < 1:
+        raise ValueError(f"out_channels of an FPN must be positive, got {out_channels}")
+    for name, value, choices in (("extra_levels", extra_levels, ExtraLevels), ("norm", norm, Norm)):
+        if value is not None and value not in get_args(choices):
+            raise ValueError(f"{name} must be {' or '.join(map(repr, get_args(choices)))} or None, got {value!r}")
+    if norm == "group" and out_channels % GROUPS:
+        raise ValueError(f"norm 'group' needs out_channels that are a multiple of {GROUPS}, got {out_channels}")
