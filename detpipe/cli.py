@@ -27,8 +27,8 @@ commands:
                         mean average precision of a model, or of a file of detections
   predict CHECKPOINT IMAGE_OR_FOLDER ... -o FOLDER
                         draw detections and write them as JSON
-  proposals convert|info ...
-                        boxes of one's own: turn other programs' files into a store, say what is in it
+  proposals make|convert|info|recall ...
+                        boxes of one's own: make them, or turn other programs' files into a store, and know their recall
 
 options:
   --debug               show the whole traceback of an error

@@ -85,6 +85,22 @@ def normalize(image: Tensor, pixel_format: PixelFormat) -> Tensor:
     return (image - mean[:, None, None]) / std[:, None, None]
 
 
+def to_pixels(image: Tensor, pixel_format: PixelFormat) -> Tensor:
+    """Turn what a network expects back into an RGB image: the inverse of :func:`normalize`.
+
+    Args:
+        image: ``[3, H, W]`` floating point, normalized.
+        pixel_format: of the backbone.
+
+    Returns:
+        ``[3, H, W]`` uint8 RGB, rounded to whole values and clipped to 0..255.
+    """
+    mean, std = (box_ops.constants(values, image) for values in (pixel_format.mean, pixel_format.std))
+    image = (image * std[:, None, None] + mean[:, None, None]) * (255.0 / pixel_format.value_range)
+    image = image.round().clamp(0, 255).to(torch.uint8)
+    return image.flip(0) if pixel_format.channel_order == "bgr" else image
+
+
 def to_batch(
     images: Sequence[Tensor], pixel_format: PixelFormat, min_size: int, max_size: int, divisor: int
 ) -> ImageList:

@@ -18,15 +18,19 @@ from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX
 from detpipe.suggest import did_you_mean
 
-HELP = """usage: detpipe proposals convert|info ...
+HELP = """usage: detpipe proposals make|convert|info|recall ...
 
 Region proposals in files: boxes that a detector with precomputed proposals looks at.
 
 commands:
+  make SOURCE --data DATA [--split SPLIT] -o STORE.safetensors
+                        make boxes for all images of a data set or folder
   convert FILE -o STORE.safetensors
                         turn Fast R-CNN's .mat, COCO results, detectron2's or mmdetection's pickle, CSV or .npz into a store
   info STORE.safetensors
                         how many boxes it holds, what made them, and its hash
+  recall STORE.safetensors ... --data DATA [--split SPLIT] [-o FOLDER]
+                        how many objects the boxes find, as table, JSON and picture
 
 'detpipe proposals COMMAND --help' shows the options of a command.
 """
@@ -177,4 +181,18 @@ def describe(store: ProposalStore) -> dict[str, Any]:
     }
 
 
-COMMANDS = {"convert": run_convert, "info": run_info}
+def run_make(arguments: Sequence[str]) -> int:
+    """Make a store; see :func:`detpipe.proposal_making.run_make`."""
+    from detpipe.proposal_making import run_make
+
+    return run_make(arguments)
+
+
+def run_recall(arguments: Sequence[str]) -> int:
+    """Measure recall; see :func:`detpipe.proposal_recall.run_recall`."""
+    from detpipe.proposal_recall import run_recall
+
+    return run_recall(arguments)
+
+
+COMMANDS = {"make": run_make, "convert": run_convert, "info": run_info, "recall": run_recall}

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from detpipe import boxes as box_ops
+from detpipe.proposals.image_source import Floats, Image
 from detpipe.stages import ImageList, Losses, ProposalSource
 from detpipe.types import Features, Target
 
@@ -39,6 +41,8 @@ class DenseGrid(ProposalSource):
         >>> list(boxes[0].shape), boxes[0][0].tolist()
         ([16, 4], [0.0, 0.0, 24.0, 24.0])
     """
+
+    name: ClassVar[str] = "dense_grid"
 
     def __init__(
         self,
@@ -72,6 +76,31 @@ class DenseGrid(ProposalSource):
             N tensors ``[P_i, 4]`` xyxy, ordered by scale, shape, row and column, and no losses.
         """
         return [self.boxes(size, images.tensors.device) for size in images.image_sizes], {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides about the boxes, as JSON can hold it."""
+        return {
+            "scales": list(self.scales),
+            "ratios": list(self.ratios),
+            "stride": self.stride,
+            "spacing": self.spacing,
+            "max_boxes": self.max_boxes,
+        }
+
+    def propose(self, image: Image) -> tuple[Floats, Floats]:
+        """Propose boxes for one image, for a store; the grid then lies over the image file, not over the resized image.
+
+        Args:
+            image: ``[H, W, 3]``; only its size matters.
+
+        Returns:
+            Boxes ``[P, 4]`` xyxy, each once, in an order that spreads the first of them over all scales, shapes and places; and
+            scores ``[P]`` that fall from 1.
+        """
+        boxes = self.boxes((image.shape[0], image.shape[1])).unique(dim=0)
+        boxes = boxes[torch.randperm(len(boxes), generator=torch.Generator().manual_seed(0))]
+        return boxes.numpy(), torch.linspace(1, 0, len(boxes) + 1)[:-1].numpy()
 
     def boxes(self, size: tuple[int, int], device: torch.device | None = None) -> Tensor:
         """Compute the boxes of an image of one size.

@@ -1,0 +1,179 @@
+"""The ``proposals make`` command: the boxes of a source for all images of a data set or folder, as one proposal store.
+
+What is made is kept at once: a run that was killed goes on where it stopped, and ends with the same file.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from tqdm import tqdm
+
+from detpipe.checkpoint_proposals import CheckpointProposals
+from detpipe.datasets import read_image
+from detpipe.datasets.layouts import EXPECTED, is_coco, is_voc, open_split
+from detpipe.errors import UsageError
+from detpipe.predict import find_images
+from detpipe.proposal_files.offline import Item, Proposer, Summary, make_store
+from detpipe.proposal_files.store import ProposalStore
+from detpipe.proposal_files.store_format import SUFFIX
+from detpipe.proposals.registry import SOURCES, find_class, make_source
+
+HELP = f"""usage: detpipe proposals make SOURCE --data DATA [--split SPLIT] -o STORE{SUFFIX} [options]
+
+Make boxes for all images of a data set, and write them to a store.
+
+SOURCE is one of
+  {", ".join(SOURCES)},
+several of them joined by +, or the checkpoint of a trained detector, whose own proposals are written.
+
+'detpipe proposals make SOURCE --help' shows the options of a source.
+"""
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(f"{message}; see '{self.prog} --help'")
+
+
+def run_make(arguments: Sequence[str]) -> int:
+    """Make a store, and print what was done.
+
+    Args:
+        arguments: ``SOURCE --data DATA [--split SPLIT] -o STORE.safetensors`` and options.
+
+    Returns:
+        0.
+
+    Raises:
+        DetpipeError: what users can mend; what is made until then is kept.
+    """
+    name, *rest = arguments or [""]
+    if name in ("", "-h", "--help"):
+        print(HELP, end="")
+        return 0 if name else 2
+    parser, build = _source_parser(name)
+    options = parser.parse_args(rest)
+    _check(options)
+    # results must not depend on how many processes there are: each computes with one thread
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    items = find_items(options.data, options.split, options.images, options.skip_bad)
+    start = time.perf_counter()
+    with tqdm(total=len(items), unit="image", smoothing=0.05, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+
+        def progress(done: int, total: int) -> None:
+            if not bar.n and done > 1:
+                bar.initial = done  # made by an earlier run: not counted for the time left
+            bar.update(done - bar.n)
+
+        summary = make_store(
+            build(options),
+            items,
+            Path(options.output),
+            read_pixels,
+            workers=options.workers,
+            on_bad="skip" if options.skip_bad else "error",
+            progress=progress,
+        )
+    print(report(summary, ProposalStore(options.output), time.perf_counter() - start))
+    return 0
+
+
+def find_items(data: str, split: str | None, images: str | None = None, skip_bad: bool = False) -> list[Item]:
+    """List images with the ids that a store calls them by.
+
+    Args:
+        data: a data set in VOC or COCO layout, a COCO annotation file, or a folder of images, whose ids are the names of
+            the files without suffix.
+        split: of a data set.
+        images: the folder of the images, for an annotation file.
+        skip_bad: leave faulty records of the annotations out.
+
+    Returns:
+        The images, in the order of the data set.
+
+    Raises:
+        DetpipeError: there are no such data, or they are faulty.
+    """
+    path = Path(data)
+    if path.is_dir() and not is_voc(path) and not is_coco(path):
+        if split is not None:
+            raise UsageError(f"--split {split}: --data {data} is a plain folder of images, it has no splits; {EXPECTED}")
+        return [Item(file.stem, file) for file in find_images([data])]
+    opened = open_split(data, split, images, "skip" if skip_bad else "error")
+    annotations = opened.annotations("val")
+    return [
+        Item(opened.image_key(annotations, row), annotations.root / str(annotations.file_names[row]))
+        for row in range(len(annotations))
+    ]
+
+
+def read_pixels(path: Path) -> npt.NDArray[np.uint8]:
+    """Read an image file as ``[H, W, 3]`` uint8 RGB."""
+    return np.ascontiguousarray(read_image(path).permute(1, 2, 0).numpy())
+
+
+def report(summary: Summary, store: ProposalStore, seconds: float) -> str:
+    """Say what was done.
+
+    Args:
+        summary: of the run.
+        store: what it wrote.
+        seconds: that the run took.
+
+    Returns:
+        A few lines.
+    """
+    kept = summary.images - summary.made
+    lines = [
+        f"{summary.images} images, {store.num_boxes} boxes ({store.num_boxes / max(1, summary.images):.0f} an image); "
+        f"{summary.seconds_an_image:.2f} s an image in one process, {seconds:.1f} s in all"
+        + (f"; {kept} images were there from an earlier run" if kept else "")
+    ]
+    if summary.skipped:
+        lines.append(f"{len(summary.skipped)} images skipped, they have no boxes:")
+        lines += [f"  {image}: {reason}" for image, reason in list(summary.skipped.items())[:5]]
+    lines.append(f"wrote {store.path}")
+    return "\n".join(lines)
+
+
+def _source_parser(name: str) -> tuple[ArgumentParser, Callable[[Namespace], Callable[[], Proposer]]]:
+    """The options of a source, and what makes a picklable builder of it from them."""
+    parser = _Parser(
+        prog=f"detpipe proposals make {name}",
+        description="Make boxes for all images of a data set.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--data", type=str, required=True, help=f"{EXPECTED.removeprefix('expected ')}, or images")
+    parser.add_argument("--split", type=str | None, default=None, help="of the data set, such as trainval or val2017")
+    parser.add_argument("--images", type=str | None, default=None, help="folder of the images, for an annotation file")
+    parser.add_argument("-o", "--output", type=str, required=True, help=f"the store to write, *{SUFFIX}")
+    parser.add_argument("--workers", type=int, default=1, help="processes; the boxes do not depend on it")
+    parser.add_argument("--skip_bad", action="store_true", help="leave out faulty records and images, and count them")
+    if Path(name).suffix == ".ckpt":
+        parser.add_argument("--device", type=str, default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+        return parser, lambda options: partial(CheckpointProposals, name, options.device)
+    if "+" in name:
+        make_source(name)  # unknown names and missing packages are said before images are looked for
+        return parser, lambda options: partial(make_source, name)
+    source = find_class(name)
+    added = parser.add_class_arguments(source, skip={"pixel_format"}, as_group=True)
+    return parser, lambda options: partial(source, **{key: options[key] for key in added})
+
+
+def _check(options: Any) -> None:
+    if Path(options.output).suffix != SUFFIX:
+        raise UsageError(f"--output {options.output}: the name of a store must end in {SUFFIX}")
+    if options.workers < 1:
+        raise UsageError(f"--workers must be 1 or more, got {options.workers}")

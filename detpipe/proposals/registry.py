@@ -1,0 +1,54 @@
+"""The sources that work ahead of training, by the names that commands and stores use."""
+
+from __future__ import annotations
+
+from detpipe.errors import UsageError
+from detpipe.proposals.dense_grid import DenseGrid
+from detpipe.proposals.edge_boxes import EdgeBoxes
+from detpipe.proposals.image_source import ImageProposals
+from detpipe.proposals.opencv_selective_search import OpenCVSelectiveSearch
+from detpipe.proposals.selective_search import SelectiveSearch
+from detpipe.proposals.superpixels import Superpixels
+from detpipe.proposals.union import Union
+from detpipe.suggest import did_you_mean
+
+OfflineSource = ImageProposals | DenseGrid | Union
+SOURCES: dict[str, type[ImageProposals] | type[DenseGrid]] = {
+    source.name: source for source in (SelectiveSearch, OpenCVSelectiveSearch, Superpixels, EdgeBoxes, DenseGrid)
+}
+
+
+def find_class(name: str) -> type[ImageProposals] | type[DenseGrid]:
+    """Find a source by its name.
+
+    Args:
+        name: such as "selective_search".
+
+    Returns:
+        The class.
+
+    Raises:
+        UsageError: there is no source of this name.
+    """
+    if name not in SOURCES:
+        raise UsageError(
+            f"unknown proposal source {name!r}{did_you_mean(name, SOURCES)}; expected one of {', '.join(SOURCES)}, or several "
+            "joined by +"
+        )
+    return SOURCES[name]
+
+
+def make_source(names: str) -> OfflineSource:
+    """Make a source with its default settings.
+
+    Args:
+        names: a name, or several joined by "+" for their union.
+
+    Returns:
+        The source.
+
+    Raises:
+        UsageError: there is no source of one of the names, or a package that it needs is missing.
+    """
+    sources = [find_class(name)() for name in names.split("+")]
+    return sources[0] if len(sources) == 1 else Union(sources)

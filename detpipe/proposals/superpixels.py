@@ -1,0 +1,125 @@
+"""Boxes of superpixels, of neighboring superpixels together, and of what grows from them.
+
+Superpixels: SLIC (Achanta et al., "SLIC Superpixels Compared to State-of-the-art Superpixel Methods", 2012, as implemented by
+scikit-image) or SEEDS (Van den Bergh et al., "SEEDS: Superpixels Extracted via Energy-Driven Sampling", 2012, as
+implemented by OpenCV). Growth: :mod:`detpipe.proposals.region_grouping`.
+
+Superpixels are of similar size and follow the borders of objects: several numbers of them find objects of several sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from detpipe.proposals.image_source import Candidates, Image, ImageProposals
+from detpipe.proposals.opencv_contrib import ximgproc
+from detpipe.proposals.region_grouping import group
+from detpipe.proposals.regions import Floats, Ints, Regions, describe, quantize_color, quantize_texture
+from detpipe.proposals.selective_search import DEFAULT_STRATEGIES, check_scikit_image, convert, in_random_order
+from detpipe.suggest import did_you_mean
+from detpipe.types import PixelFormat
+
+METHODS = ("slic", "seeds")
+
+
+class Superpixels(ImageProposals):
+    """Propose the boxes of superpixels, of pairs of neighbors, and of the regions that they merge to.
+
+    Args:
+        segments: how many superpixels an image is divided into, about; one division for each number.
+        method: "slic", or "seeds", which is faster and needs OpenCV's extra modules.
+        compactness: of SLIC's superpixels; larger values make them more like squares. Not used by "seeds".
+        pairs: also propose each pair of neighbors.
+        grow: also propose the regions that the superpixels merge to, step by step, by their likeness.
+        max_boxes: keep at most this many of an image, the best ones; None keeps all.
+        min_size: leave out boxes that are less wide or less high, in pixels.
+        seed: of the random part of the order.
+        pixel_format: how the images of a batch were normalized: that of the backbone.
+
+    Raises:
+        ValueError: an unknown method, or a number that is not positive.
+        UsageError: scikit-image, or for "seeds" OpenCV's extra modules, are not installed.
+    """
+
+    name: ClassVar[str] = "superpixels"
+    smallest_image: ClassVar[int] = 8
+
+    def __init__(
+        self,
+        segments: Sequence[int] = (50, 100, 200, 400, 800),
+        method: str = "slic",
+        compactness: float = 10.0,
+        pairs: bool = True,
+        grow: bool = True,
+        max_boxes: int | None = 2000,
+        min_size: float = 4.0,
+        seed: int = 0,
+        pixel_format: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__(max_boxes, min_size, pixel_format)
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}{did_you_mean(method, METHODS)}")
+        if not segments or min(segments) < 2 or compactness <= 0 or seed < 0:
+            raise ValueError(
+                "expected segments of at least 2, compactness above 0 and a seed of at least 0; got "
+                f"{segments=}, {compactness=}, {seed=}"
+            )
+        self.segments, self.method, self.compactness = tuple(segments), method, compactness
+        self.pairs, self.grow, self.seed = pairs, grow, seed
+        if method == "slic":
+            check_scikit_image(self.name)
+        else:
+            ximgproc(f"{self.name} by SEEDS")
+
+    def find(self, image: Image) -> Candidates:
+        """Divide the image, and order the boxes.
+
+        Args:
+            image: ``[H, W, 3]`` uint8 RGB.
+
+        Returns:
+            Boxes and scores.
+        """
+        color, texture = quantize_color(image), quantize_texture(image)
+        divide = _slic if self.method == "slic" else _seeds
+        parts = [describe(divide(image, number, self.compactness), color, texture) for number in self.segments]
+        found = []
+        if self.grow:
+            area = float(image.shape[0] * image.shape[1])
+            found.append(in_random_order(group(parts, DEFAULT_STRATEGIES, area), self.seed))
+        chance = np.random.default_rng([self.seed, 1])
+        for regions in parts:
+            boxes = [] if self.grow else [regions.boxes]
+            boxes += [_pairs(regions)] if self.pairs else []
+            for some in boxes:
+                # as good as the superpixels themselves, which take the last places of their hierarchy
+                found.append(Candidates(some, -len(regions.sizes) * chance.random(len(some), dtype=np.float32)))
+        return Candidates(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+
+def _slic(image: Image, segments: int, compactness: float) -> Ints:
+    from skimage.segmentation import slic
+
+    return _renumber(slic(image, n_segments=segments, compactness=compactness, start_label=0))
+
+
+def _seeds(image: Image, segments: int, compactness: float) -> Ints:
+    height, width, channels = image.shape
+    levels = max(1, min(4, int(np.log2(max(2, min(height, width) / np.sqrt(segments))))))  # blocks of 2^levels pixels
+    seeds = ximgproc("superpixels by SEEDS").createSuperpixelSEEDS(width, height, channels, segments, levels)
+    seeds.iterate(convert(image, "hsv"), 10)
+    return _renumber(seeds.getLabels())
+
+
+def _renumber(labels: Ints) -> Ints:
+    """Number regions from 0 without gaps."""
+    return np.unique(labels, return_inverse=True)[1].reshape(labels.shape).astype(np.int32)
+
+
+def _pairs(regions: Regions) -> Floats:
+    """Return the boxes ``[E, 4]`` around each two neighbors."""
+    first, second = regions.boxes[regions.first], regions.boxes[regions.second]
+    return np.concatenate((np.minimum(first[:, :2], second[:, :2]), np.maximum(first[:, 2:], second[:, 2:])), axis=1)
