@@ -31,6 +31,7 @@ class Description:
     model: dict[str, Any]  # the configuration of TwoStageDetector
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
+    proposals: dict[str, Any] | None = None  # source and settings of the store that the training boxes came from
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only, so that safe loading takes them."""
@@ -39,6 +40,7 @@ class Description:
             "model": self.model,
             "class_names": list(self.class_names),
             "category_ids": list(self.category_ids),
+            "proposals": self.proposals,
         }
 
 
@@ -92,7 +94,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
     missing = [key for key in ("model", "class_names", "category_ids") if key not in entry]
     if missing:
         raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)} in its description; train again")
-    return checkpoint, Description(entry["model"], tuple(entry["class_names"]), tuple(entry["category_ids"]))
+    return checkpoint, Description(
+        entry["model"], tuple(entry["class_names"]), tuple(entry["category_ids"]), entry.get("proposals")
+    )
 
 
 def load_detector(path: str | Path) -> tuple[TwoStageDetector, Description]:
@@ -182,12 +186,15 @@ def add_model(parser: ArgumentParser) -> None:
 
 
 def link_stages(parser: ArgumentParser) -> None:
-    """Give the head, and a proposal source that asks for them, the width and the strides that the backbone declares."""
+    """Give the head, and a proposal source that asks for them, what the backbone declares of its levels and its pixels."""
     for stage, strides in (("head", "roi_strides"), ("proposals", "strides")):
         for source, target in (("out_channels", "in_channels"), (strides, "strides")):
             parser.link_arguments(
                 f"model.backbone.{source}", f"model.{stage}.init_args.{target}", apply_on="instantiate"
             )
+    parser.link_arguments(
+        "model.backbone.pixel_format", "model.proposals.init_args.pixel_format", apply_on="instantiate"
+    )
 
 
 def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:

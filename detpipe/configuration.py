@@ -45,6 +45,7 @@ LINKED = {  # what is not given, but follows something else
     "model.head.strides": "the strides of the backbone",
     "model.proposals.in_channels": "model.backbone.out_channels",
     "model.proposals.strides": "the strides of the backbone",
+    "model.proposals.pixel_format": "model.backbone.pixel_format",
     "data.seed": "seed_everything",
 }
 

@@ -3,14 +3,13 @@
 The JSON holds ``checkpoint``, ``class_names``, ``images`` (``file``, ``drawing``, ``width``, ``height``, ``detections``
 with ``label``, ``score`` and ``box`` in pixels of the image) and ``failed`` (``file``, ``reason``).
 
-A proposals file is JSON too: image name or path -> list of ``[x1, y1, x2, y2]`` in pixels of the image, best first.
+Boxes for a detector that needs some: see :mod:`detpipe.given_proposals`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,13 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detpipe import visualize
-from detpipe.checkpoint import load_detector
+from detpipe.checkpoint import Description, load_detector
 from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
 from detpipe.errors import DataError, UsageError
 from detpipe.files import atomic_write
+from detpipe.given_proposals import Boxes, advice, open_boxes
 from detpipe.proposals import PrecomputedProposals
-from detpipe.strict_json import load_json
 from detpipe.types import Detection, Target
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
@@ -64,16 +63,16 @@ def predict(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     images = find_images(options.images)
     detector, description = load_detector(options.checkpoint)
-    boxes = _choose_proposals(detector, options)
+    boxes = _choose_proposals(detector, options, images, description)
     detector.to(_device(options.device))
     out = Path(options.output)
     names = _drawing_names(images, out)
-    given = [_proposals_of(path, boxes) for path in images]
     report = Report(str(options.checkpoint), list(description.class_names))
-    rows = list(zip(images, names, given, strict=True))
-    for path, name, proposals in tqdm(rows, unit="image", disable=not sys.stderr.isatty()):
+    rows = list(zip(images, names, strict=True))
+    for path, name in tqdm(rows, unit="image", disable=not sys.stderr.isatty()):
         try:
             image = read_image(path)
+            proposals = None if boxes is None else boxes(path, image)
         except (DataError, OSError) as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             report.failed.append({"file": str(path), "reason": str(error)})
@@ -138,58 +137,19 @@ def find_images(names: Sequence[str]) -> list[Path]:
     return list(paths)
 
 
-def read_proposals(path: Path) -> dict[str, Tensor]:
-    """Read a file of proposals.
-
-    Args:
-        path: JSON, image name or path -> list of ``[x1, y1, x2, y2]``.
-
-    Returns:
-        image name or path -> ``[P, 4]`` float32.
-
-    Raises:
-        DataError: the file is missing or holds something else; the image and the box are named.
-    """
-    content = load_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path} must map image names to lists of [x1, y1, x2, y2], got {type(content).__name__}")
-    proposals = {}
-    for name, boxes in content.items():
-        if not isinstance(boxes, list):
-            raise DataError(f"{path}, image {name!r}: expected a list of [x1, y1, x2, y2], got {type(boxes).__name__}")
-        for index, box in enumerate(boxes):
-            numbers = isinstance(box, list) and len(box) == 4 and all(_is_number(value) for value in box)
-            if not numbers or box[2] <= box[0] or box[3] <= box[1]:
-                raise DataError(
-                    f"{path}, image {name!r}, box {index}: expected [x1, y1, x2, y2] with x2 > x1, y2 > y1, got {box}"
-                )
-        proposals[name] = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    return proposals
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _choose_proposals(detector: TwoStageDetector, options: argparse.Namespace) -> dict[str, Tensor] | None:
-    """Read the proposals file, which takes the place of the detector's own source."""
-    if options.proposals is not None:
-        detector.proposals = PrecomputedProposals(max_boxes=None)
-        return read_proposals(Path(options.proposals))
-    if isinstance(detector.proposals, PrecomputedProposals):
-        raise UsageError(
-            f"{options.checkpoint} was trained on precomputed proposals: give boxes for the images with --proposals FILE.json"
-        )
-    return None
-
-
-def _proposals_of(path: Path, proposals: dict[str, Tensor] | None) -> Tensor | None:
-    if proposals is None:
+def _choose_proposals(
+    detector: TwoStageDetector, options: argparse.Namespace, images: Sequence[Path], description: Description
+) -> Boxes | None:
+    """Open the boxes that take the place of the detector's own source, if it needs some or some are given."""
+    precomputed = isinstance(detector.proposals, PrecomputedProposals)
+    if options.proposals is None:
+        if precomputed:
+            raise UsageError(advice(options.checkpoint, description.proposals))
         return None
-    for key in (str(path), path.as_posix(), path.name, path.stem):
-        if key in proposals:
-            return proposals[key]
-    raise DataError(f"the proposals file has no boxes for {path}: add the key {path.name!r}")
+    boxes = open_boxes(options.proposals, images, description.proposals)
+    if not precomputed:
+        detector.proposals = PrecomputedProposals(max_boxes=None)
+    return boxes
 
 
 def _drawing_names(images: Sequence[Path], out: Path) -> list[str]:
@@ -230,7 +190,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("images", nargs="+", help="images, or folders of images")
     parser.add_argument("-o", "--output", required=True, help="folder for the drawings and detections.json")
     parser.add_argument("--score_threshold", type=float, default=0.5, help="leave out detections below it (default .5)")
-    parser.add_argument("--proposals", help="JSON file: image name -> list of [x1, y1, x2, y2] in pixels, best first")
+    parser.add_argument(
+        "--proposals",
+        help="boxes to look at: a source (selective_search), a store, or JSON: image name -> [[x1, y1, x2, y2], ...]",
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     options = parser.parse_args(list(arguments))
     if not 0 <= options.score_threshold <= 1:

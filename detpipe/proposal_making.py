@@ -109,7 +109,9 @@ def find_items(data: str, split: str | None, images: str | None = None, skip_bad
     path = Path(data)
     if path.is_dir() and not is_voc(path) and not is_coco(path):
         if split is not None:
-            raise UsageError(f"--split {split}: --data {data} is a plain folder of images, it has no splits; {EXPECTED}")
+            raise UsageError(
+                f"--split {split}: --data {data} is a plain folder of images, it has no splits; {EXPECTED}"
+            )
         return [Item(file.stem, file) for file in find_images([data])]
     opened = open_split(data, split, images, "skip" if skip_bad else "error")
     annotations = opened.annotations("val")

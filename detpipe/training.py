@@ -26,7 +26,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from detpipe import callbacks, checkpoint
 from detpipe.configuration import CLI, positional_configs, quiet
+from detpipe.datasets.stored_proposals import StoredProposals
 from detpipe.errors import DataError, TrainingError
+from detpipe.evaluation.proposal_faults import recall_note
 from detpipe.files import atomic_write, remove_orphans
 
 
@@ -50,8 +52,12 @@ def train(arguments: Sequence[str]) -> int:
         print(data.describe(split))
     if not len(data.annotations("train")):
         raise DataError("the training split has no images")
+    _report_recall(data)
     description = checkpoint.Description(
-        checkpoint.describe_model(config.model), tuple(data.class_names), tuple(data.category_ids)
+        checkpoint.describe_model(config.model),
+        tuple(data.class_names),
+        tuple(data.category_ids),
+        _source_of(data.proposals("train")),
     )
     resume = config.ckpt_path
     if resume is not None:
@@ -78,6 +84,23 @@ def train(arguments: Sequence[str]) -> int:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(f"AP {summary['AP']:.3f} AP50 {summary['AP50']:.3f} checkpoint {summary['checkpoint']}")
     return 0
+
+
+def _report_recall(data: Any) -> None:
+    """Say what precomputed boxes can find at best, and warn where that is little."""
+    for split in ("train", "val"):
+        proposals = data.proposals(split)
+        if proposals is not None:
+            line, warnings = recall_note(data.annotations(split), proposals, split)
+            print(line)
+            for warning in warnings:
+                print(warning, file=sys.stderr)
+
+
+def _source_of(proposals: Any) -> dict[str, Any] | None:
+    if not isinstance(proposals, StoredProposals):
+        return None
+    return {"source": proposals.store.source, "settings": proposals.store.settings}
 
 
 def run_folder(output: str | None, arguments: Sequence[str]) -> Path:

@@ -40,7 +40,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # the programs: they may import everything above and each other; nothing above imports them
 PROGRAMS = (
     *("checkpoint", "callbacks", "config_errors", "configuration"),
-    *("training", "evaluate", "predict", "proposal_commands", "visualize", "curves", "cli"),
+    *(
+        "training",
+        "evaluate",
+        "predict",
+        "given_proposals",
+        "proposal_commands",
+        "proposal_making",
+        "proposal_recall",
+        "checkpoint_proposals",
+        "visualize",
+        "curves",
+        "cli",
+    ),
 )
 
 

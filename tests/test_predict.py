@@ -14,7 +14,8 @@ from detpipe import checkpoint, cli
 from detpipe.checkpoint import load_detector
 from detpipe.datasets import read_image
 from detpipe.errors import DataError, UsageError
-from detpipe.predict import detect, find_images, read_proposals
+from detpipe.given_proposals import read_proposals
+from detpipe.predict import detect, find_images
 
 
 @pytest.fixture
@@ -166,7 +167,10 @@ def test_a_detector_of_precomputed_proposals_asks_for_them(
 ) -> None:
     status, shown = failure([str(with_precomputed), str(pictures), "-o", str(tmp_path / "out")], capsys)
     assert status == 2
-    assert "was trained on precomputed proposals: give boxes for the images with --proposals FILE.json" in shown
+    assert (
+        "was trained on precomputed proposals and needs boxes for the images: add --proposals selective_search, another"
+        in shown
+    )
 
 
 def test_missing_proposals_are_found_before_anything_is_written(

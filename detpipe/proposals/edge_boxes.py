@@ -52,7 +52,9 @@ class EdgeBoxes(ImageProposals):
         pixel_format: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(max_boxes, min_size, pixel_format)
-        if not (max(alpha, beta, min_strength) < 1 and min(alpha, beta, min_strength, sigma) > 0 and max_aspect_ratio >= 1):
+        if not (
+            max(alpha, beta, min_strength) < 1 and min(alpha, beta, min_strength, sigma) > 0 and max_aspect_ratio >= 1
+        ):
             raise ValueError(
                 "expected alpha, beta and min_strength between 0 and 1, sigma above 0 and max_aspect_ratio of at least 1; got "
                 f"{alpha=}, {beta=}, {min_strength=}, {sigma=}, {max_aspect_ratio=}"
@@ -113,6 +115,8 @@ def _thin(strength: Floats, orientation: Floats) -> Floats:
     x, y = np.cos(orientation), np.sin(orientation)
     keep = np.ones(strength.shape, bool)
     for side in (-1, 1):
-        beyond = cv2.remap(strength, columns + side * x, rows + side * y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        beyond = cv2.remap(
+            strength, columns + side * x, rows + side * y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
         keep &= strength >= beyond
     return np.where(keep, strength, 0).astype(np.float32)

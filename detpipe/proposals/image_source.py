@@ -57,6 +57,10 @@ class ImageProposals(ProposalSource):
             raise ValueError(f"min_size must be 0 or more pixels, got {min_size}")
         self.max_boxes, self.min_size, self.pixel_format = max_boxes, min_size, pixel_format
 
+    def set_pixel_format(self, pixel_format: PixelFormat) -> None:
+        """Tell how the images of a batch are normalized."""
+        self.pixel_format = pixel_format
+
     @abstractmethod
     def find(self, image: Image) -> Candidates:
         """Find boxes.

@@ -24,7 +24,7 @@ def ximgproc(source: str) -> ModuleType:
     module = getattr(cv2, "ximgproc", None)
     if module is None:
         raise UsageError(
-            f"{source} needs OpenCV's extra modules (cv2.ximgproc), which the installed OpenCV {cv2.__version__} lacks: pip install "
-            "--force-reinstall --no-deps opencv-contrib-python-headless (it takes the place of opencv-python-headless)"
+            f"{source} needs OpenCV's extra modules (cv2.ximgproc), which the installed OpenCV {cv2.__version__} lacks: "
+            "pip install --force-reinstall --no-deps opencv-contrib-python-headless (in the place of opencv-python-headless)"
         )
     return module

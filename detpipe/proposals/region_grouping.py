@@ -111,9 +111,7 @@ def _first_regions(segmentations: Sequence[Regions], copies: int, colors: int) -
     return state, starts
 
 
-def _similarity(
-    state: _State, first: Ints, second: Ints, weights: Floats, area: float, colors: int
-) -> Floats:
+def _similarity(state: _State, first: Ints, second: Ints, weights: Floats, area: float, colors: int) -> Floats:
     """Add up the similarities of pairs (section 3.2): ``[E]``."""
     parts = np.empty((len(first), 4), np.float32)
     for start in range(0, len(first), _CHUNK):

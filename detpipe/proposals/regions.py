@@ -144,6 +144,8 @@ def _histograms(labels: Ints, count: int, bins: Image, number: int) -> Floats:
     start = labels.ravel().astype(np.int64) * width
     counts = np.zeros(count * width, np.int64)
     for channel in range(channels):
-        counts += np.bincount(start + (bins[:, :, channel].ravel().astype(np.int64) + channel * number), minlength=count * width)
+        counts += np.bincount(
+            start + (bins[:, :, channel].ravel().astype(np.int64) + channel * number), minlength=count * width
+        )
     histograms = counts.reshape(count, width).astype(np.float32)
     return histograms / histograms.sum(axis=1, keepdims=True)

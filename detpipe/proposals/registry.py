@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from detpipe.errors import UsageError
 from detpipe.proposals.dense_grid import DenseGrid
 from detpipe.proposals.edge_boxes import EdgeBoxes
@@ -52,3 +54,25 @@ def make_source(names: str) -> OfflineSource:
     """
     sources = [find_class(name)() for name in names.split("+")]
     return sources[0] if len(sources) == 1 else Union(sources)
+
+
+def remake_source(name: str, settings: dict[str, Any]) -> OfflineSource:
+    """Make a source again from what a store remembers of it.
+
+    Args:
+        name: of the source.
+        settings: as its `settings` gave them.
+
+    Returns:
+        The source.
+
+    Raises:
+        UsageError: there is no source of this name, it has no such settings, or a package that it needs is missing.
+    """
+    try:
+        if name == Union.name:
+            parts = [remake_source(part["source"], part["settings"]) for part in settings["sources"]]
+            return Union(parts, **{key: value for key, value in settings.items() if key != "sources"})
+        return find_class(name)(**settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{name} cannot be made with the settings {settings}: {error}") from error

@@ -161,5 +161,3 @@ def _check_names(argument: str, names: Sequence[str], known: Sequence[str]) -> N
     for name in names:
         if name not in known:
             raise ValueError(f"{argument}: unknown {name!r}{did_you_mean(name, known)}; expected {', '.join(known)}")
-
-

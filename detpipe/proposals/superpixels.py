@@ -61,7 +61,9 @@ class Superpixels(ImageProposals):
     ) -> None:
         super().__init__(max_boxes, min_size, pixel_format)
         if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}{did_you_mean(method, METHODS)}")
+            raise ValueError(
+                f"method must be one of {', '.join(METHODS)}, got {method!r}{did_you_mean(method, METHODS)}"
+            )
         if not segments or min(segments) < 2 or compactness <= 0 or seed < 0:
             raise ValueError(
                 "expected segments of at least 2, compactness above 0 and a seed of at least 0; got "

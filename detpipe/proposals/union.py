@@ -12,7 +12,7 @@ from torchvision.ops import nms
 
 from detpipe.proposals.image_source import Floats, Image, ImageProposals
 from detpipe.stages import ImageList, Losses, ProposalSource
-from detpipe.types import Features, Target
+from detpipe.types import Features, PixelFormat, Target
 
 
 class Union(ProposalSource):
@@ -25,6 +25,8 @@ class Union(ProposalSource):
         sources: the sources; networks such as an RPN among them are trained along, and their losses returned.
         max_boxes: keep at most this many of an image; None keeps all.
         duplicate_iou: leave out a box whose overlap (IoU) with an earlier one is above this; 1 leaves out none.
+        pixel_format: how the images of a batch were normalized, given on to the sources that look at pixels; None leaves
+            them theirs.
 
     Raises:
         ValueError: no sources, ``max_boxes`` is not positive, or ``duplicate_iou`` not in 0..1.
@@ -40,7 +42,11 @@ class Union(ProposalSource):
     name: ClassVar[str] = "union"
 
     def __init__(
-        self, sources: Sequence[ProposalSource], max_boxes: int | None = 2000, duplicate_iou: float = 0.9
+        self,
+        sources: Sequence[ProposalSource],
+        max_boxes: int | None = 2000,
+        duplicate_iou: float = 0.9,
+        pixel_format: PixelFormat | None = None,
     ) -> None:
         super().__init__()
         if not sources:
@@ -50,7 +56,15 @@ class Union(ProposalSource):
                 f"expected max_boxes above 0 or null and duplicate_iou in 0..1, got {max_boxes=}, {duplicate_iou=}"
             )
         self.sources = nn.ModuleList(sources)
+        if pixel_format is not None:
+            self.set_pixel_format(pixel_format)
         self.max_boxes, self.duplicate_iou = max_boxes, duplicate_iou
+
+    def set_pixel_format(self, pixel_format: PixelFormat) -> None:
+        """Tell the sources that look at pixels how the images of a batch are normalized."""
+        for source in self.sources:
+            if isinstance(source, ImageProposals | Union):
+                source.set_pixel_format(pixel_format)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""The ``proposals recall`` command: how many objects of a data set the boxes of stores find."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from tqdm import tqdm
+
+from detpipe.datasets import DetectionData
+from detpipe.datasets.layouts import EXPECTED, open_split
+from detpipe.datasets.stored_proposals import StoredProposals
+from detpipe.errors import DataError, UsageError
+from detpipe.evaluation.proposal_faults import ENOUGH, likely_faults
+from detpipe.evaluation.proposal_recall import MAX_BOXES, ProposalRecall, evaluate_recall
+from detpipe.evaluation.recall_report import class_table, plot_recall, recall_table
+from detpipe.files import atomic_write
+from detpipe.proposal_files.store import ProposalStore
+from detpipe.types import Annotations
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see '{self.prog} --help'")
+
+
+def run_recall(arguments: Sequence[str]) -> int:
+    """Measure recall; print tables, and on request write ``recall.json`` and ``recall.png``.
+
+    Args:
+        arguments: ``STORE ... --data DATA [--split SPLIT] [-o FOLDER]`` and options.
+
+    Returns:
+        0.
+
+    Raises:
+        DetpipeError: what users can mend.
+    """
+    options = _parse(arguments)
+    data = open_split(options.data, options.split, options.images, "skip" if options.skip_bad else "error")
+    annotations = data.annotations("val")
+    stores = [ProposalStore(path) for path in options.stores]
+    names = name_stores(stores)
+    if options.skip_missing:
+        annotations = _keep_stored(annotations, data, stores)
+    print(f"{len(annotations)} images, {len(annotations.boxes)} objects, crowd and difficult ones not counted")
+    reports: dict[str, ProposalRecall] = {}
+    proposals = {}
+    for name, path in zip(names, options.stores, strict=True):
+        proposals[name] = StoredProposals(path, annotations, data.image_key)
+        with tqdm(total=len(annotations), desc=name, unit="image", leave=False, disable=not sys.stderr.isatty()) as bar:
+            reports[name] = evaluate_recall(
+                annotations, proposals[name], MAX_BOXES, lambda done, _, bar=bar: bar.update(done - bar.n)
+            )
+    print(f"\n{recall_table(reports, options.markdown)}")
+    for name, report in reports.items():
+        print(f"\n{name}, with {MAX_BOXES[-1]} boxes, least found classes first\n{class_table(report)}")
+    for name, report in reports.items():
+        recall = report.at(0.5, MAX_BOXES[-1])
+        if recall < ENOUGH:
+            print(
+                f"\nwarning: {name} finds {recall:.1%} of the objects at IoU .5, less than {ENOUGH:.0%}",
+                file=sys.stderr,
+            )
+            for cause in likely_faults(annotations, proposals[name]):
+                print(f"  likely cause: {cause}", file=sys.stderr)
+    if options.output is not None:
+        folder = Path(options.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / "recall.json") as temporary:
+            content = {name: report.to_dict() for name, report in reports.items()}
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        plot_recall(reports, folder / "recall.png", f"{Path(options.data).name} {options.split or ''}".strip())
+        print(f"\nsee {folder / 'recall.json'} and {folder / 'recall.png'}")
+    return 0
+
+
+def name_stores(stores: Sequence[ProposalStore]) -> list[str]:
+    """Call each store by its source, or by its file where several have one source.
+
+    Args:
+        stores: the stores.
+
+    Returns:
+        Names that differ.
+
+    Raises:
+        UsageError: a store is given twice.
+    """
+    sources = [store.source for store in stores]
+    names = [
+        store.source if sources.count(store.source) == 1 else f"{store.source} ({store.path.stem})" for store in stores
+    ]
+    if len(set(names)) < len(names):
+        names = [str(store.path) for store in stores]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"store {name} is given twice; give each once")
+    return names
+
+
+def _keep_stored(annotations: Annotations, data: DetectionData, stores: Sequence[ProposalStore]) -> Annotations:
+    """Leave out images that one of the stores lacks, and say how many."""
+    keys = [data.image_key(annotations, row) for row in range(len(annotations))]
+    kept = np.array([all(key in store for store in stores) for key in keys], bool)
+    if not kept.any():
+        raise DataError(
+            f"no image of --data {annotations.root} is in every store; it calls its images {', '.join(keys[:5])}, and "
+            f"{stores[0].path} has {', '.join(list(stores[0])[:5])}"
+        )
+    if not kept.all():
+        print(f"{int((~kept).sum())} of {len(annotations)} images are not in every store, they are left out")
+    return annotations.subset(np.flatnonzero(kept))
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="detpipe proposals recall", description="Measure how many objects the boxes of stores find.")
+    parser.add_argument("stores", nargs="+", metavar="STORE", help="one store or several, to be compared")
+    parser.add_argument("--data", required=True, help=EXPECTED.removeprefix("expected "))
+    parser.add_argument("--split", help="of the data set, such as test or val2017")
+    parser.add_argument("--images", help="folder of the images, for an annotation file")
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="write recall.json and recall.png there")
+    parser.add_argument("--skip_missing", action="store_true", help="leave out images that a store lacks")
+    parser.add_argument("--skip_bad", action="store_true", help="leave out faulty records of the annotations")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    return parser.parse_args(list(arguments))
