@@ -18,7 +18,9 @@ def test_help_and_mistakes(capsys):
     assert main(["--help"]) == 0
     assert "convert FILE -o STORE.safetensors" in capsys.readouterr().out
     assert main([]) == 2
-    with pytest.raises(UsageError, match="unknown command 'covnert': expected convert, info; did you mean 'convert'"):
+    with pytest.raises(
+        UsageError, match="unknown command 'covnert': expected make, convert, info, recall; did you mean 'convert'"
+    ):
         main(["covnert"])
     with pytest.raises(UsageError, match="required: FILE, -o/--output; see 'detpipe proposals convert --help'"):
         main(["convert"])

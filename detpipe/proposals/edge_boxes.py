@@ -30,7 +30,7 @@ class EdgeBoxes(ImageProposals):
         max_aspect_ratio: longest side divided by the shorter one.
         max_boxes: keep at most this many of an image, the best ones; None keeps 10,000.
         min_size: leave out boxes that are less wide or less high, in pixels.
-        pixel_format: how the images of a batch were normalized: that of the backbone.
+        pixel_format: how the images of a batch were normalized: that of the backbone; None for the default one.
 
     Raises:
         ValueError: a number out of its range.
@@ -49,7 +49,7 @@ class EdgeBoxes(ImageProposals):
         max_aspect_ratio: float = 3.0,
         max_boxes: int | None = 2000,
         min_size: float = 4.0,
-        pixel_format: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
+        pixel_format: PixelFormat | None = None,
     ) -> None:
         super().__init__(max_boxes, min_size, pixel_format)
         if not (

@@ -40,7 +40,7 @@ class ImageProposals(ProposalSource):
     Args:
         max_boxes: keep at most this many of an image, the best ones; None keeps all.
         min_size: leave out boxes that are less wide or less high, in pixels of the image.
-        pixel_format: how the images of a batch were normalized: that of the backbone.
+        pixel_format: how the images of a batch were normalized: that of the backbone; None for the default one.
 
     Raises:
         ValueError: ``max_boxes`` is not positive, or ``min_size`` is negative.
@@ -49,13 +49,13 @@ class ImageProposals(ProposalSource):
     name: ClassVar[str]  # what stores and commands call the source
     smallest_image: ClassVar[int] = 1  # a side below this cannot be worked on, in pixels
 
-    def __init__(self, max_boxes: int | None, min_size: float, pixel_format: PixelFormat) -> None:
+    def __init__(self, max_boxes: int | None, min_size: float, pixel_format: PixelFormat | None = None) -> None:
         super().__init__()
         if max_boxes is not None and max_boxes < 1:
             raise ValueError(f"max_boxes must be positive or null, got {max_boxes}")
         if not 0 <= min_size < float("inf"):
             raise ValueError(f"min_size must be 0 or more pixels, got {min_size}")
-        self.max_boxes, self.min_size, self.pixel_format = max_boxes, min_size, pixel_format
+        self.max_boxes, self.min_size, self.pixel_format = max_boxes, min_size, pixel_format or PixelFormat()
 
     def set_pixel_format(self, pixel_format: PixelFormat) -> None:
         """Tell how the images of a batch are normalized."""

@@ -41,7 +41,7 @@ class SelectiveSearch(ImageProposals):
         max_boxes: keep at most this many of an image, the best ones; None keeps all.
         min_size: leave out boxes that are less wide or less high, in pixels.
         seed: of the random part of the order.
-        pixel_format: how the images of a batch were normalized: that of the backbone.
+        pixel_format: how the images of a batch were normalized: that of the backbone; None for the default one.
 
     Raises:
         ValueError: an unknown name, an empty list, or a number that is not positive.
@@ -68,7 +68,7 @@ class SelectiveSearch(ImageProposals):
         max_boxes: int | None = 2000,
         min_size: float = 4.0,
         seed: int = 0,
-        pixel_format: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
+        pixel_format: PixelFormat | None = None,
     ) -> None:
         super().__init__(max_boxes, min_size, pixel_format)
         _check_names("color_spaces", color_spaces, COLOR_SPACES)

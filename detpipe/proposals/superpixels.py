@@ -37,7 +37,7 @@ class Superpixels(ImageProposals):
         max_boxes: keep at most this many of an image, the best ones; None keeps all.
         min_size: leave out boxes that are less wide or less high, in pixels.
         seed: of the random part of the order.
-        pixel_format: how the images of a batch were normalized: that of the backbone.
+        pixel_format: how the images of a batch were normalized: that of the backbone; None for the default one.
 
     Raises:
         ValueError: an unknown method, or a number that is not positive.
@@ -57,7 +57,7 @@ class Superpixels(ImageProposals):
         max_boxes: int | None = 2000,
         min_size: float = 4.0,
         seed: int = 0,
-        pixel_format: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
+        pixel_format: PixelFormat | None = None,
     ) -> None:
         super().__init__(max_boxes, min_size, pixel_format)
         if method not in METHODS:
