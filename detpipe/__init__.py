@@ -2,13 +2,13 @@
 
 The data path, and where each part lives::
 
-    datasets      annotated images          COCO, VOC, Demo  ->  images, targets
+    datasets      annotated images          COCO, VOC, Demo           ->  images, targets
       |
-    images        resize, normalize, pad    [3, H_i, W_i]    ->  [N, 3, H, W]
+    images        resize, normalize, pad    [3, H_i, W_i]             ->  [N, 3, H, W]
       |
-    backbones     feature maps              SEResNet, Extractor, FPN ->  {"c4": [N, C, H/16, W/16]}
+    backbones     feature maps              SEResNet, Extractor, FPN  ->  {"c4": [N, C, H/16, W/16]}
       |
-    proposals     boxes worth a look        DenseGrid, RPN, Precomp. ->  N x [P_i, 4]
+    proposals     boxes worth a look        SelectiveSearch, RPN, ... ->  N x [P_i, 4]
       |
     heads         pool, classify, refine    FastRCNNHead (roi_pooling: RoIAlign, RoIMaxPool)
       |
@@ -30,7 +30,20 @@ if TYPE_CHECKING:
     from detpipe.detector import TwoStageDetector
     from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
     from detpipe.optimization import LRSchedule, Optimizer
-    from detpipe.proposals import RPN, Anchors, DenseGrid, PrecomputedProposals, ProposalSelection, RPNObjective
+    from detpipe.proposal_files import ProposalStore
+    from detpipe.proposals import (
+        RPN,
+        Anchors,
+        DenseGrid,
+        EdgeBoxes,
+        OpenCVSelectiveSearch,
+        PrecomputedProposals,
+        ProposalSelection,
+        RPNObjective,
+        SelectiveSearch,
+        Superpixels,
+        Union,
+    )
     from detpipe.roi_pooling import PreciseRoIPool, RoIAlign, RoIMaxPool, RotatedRoIAlign, SuperpixelPool
     from detpipe.types import Detection, Features, PixelFormat, Target
 
@@ -42,7 +55,11 @@ _HOMES = {
     "detpipe.detector": ("TwoStageDetector",),
     "detpipe.heads": ("FastRCNNHead", "Postprocess", "RoISampler"),
     "detpipe.optimization": ("LRSchedule", "Optimizer"),
-    "detpipe.proposals": ("RPN", "Anchors", "DenseGrid", "PrecomputedProposals", "ProposalSelection", "RPNObjective"),
+    "detpipe.proposal_files": ("ProposalStore",),
+    "detpipe.proposals": (
+        *("DenseGrid", "SelectiveSearch", "OpenCVSelectiveSearch", "Superpixels", "EdgeBoxes", "Union"),
+        *("PrecomputedProposals", "RPN", "Anchors", "ProposalSelection", "RPNObjective"),
+    ),
     "detpipe.roi_pooling": ("PreciseRoIPool", "RoIAlign", "RoIMaxPool", "RotatedRoIAlign", "SuperpixelPool"),
     "detpipe.types": ("Detection", "Features", "PixelFormat", "Target"),
 }
@@ -51,7 +68,8 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [  # noqa: RUF022 (the order of the data path)
     "COCO", "VOC", "Demo", "DetectionData", "Loader", "Augment",
     "SEResNet", "Extractor", "FPN", "Level", "SqueezeExcitation", "PixelFormat",
-    "DenseGrid", "PrecomputedProposals", "RPN", "Anchors", "RPNObjective", "ProposalSelection",
+    "DenseGrid", "SelectiveSearch", "OpenCVSelectiveSearch", "Superpixels", "EdgeBoxes", "Union",
+    "PrecomputedProposals", "ProposalStore", "RPN", "Anchors", "RPNObjective", "ProposalSelection",
     "RoIAlign", "RoIMaxPool", "PreciseRoIPool", "RotatedRoIAlign", "SuperpixelPool",
     "FastRCNNHead", "RoISampler", "Postprocess",
     "TwoStageDetector", "Optimizer", "LRSchedule", "load_detector",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import cv2
 import numpy as np
@@ -170,7 +170,7 @@ def _source_parser(name: str) -> tuple[ArgumentParser, Callable[[Namespace], Cal
         make_source(name)  # unknown names and missing packages are said before images are looked for
         return parser, lambda options: partial(make_source, name)
     source = find_class(name)
-    added = parser.add_class_arguments(source, skip={"pixel_format"}, as_group=True)
+    added = parser.add_class_arguments(cast(type, source), skip={"pixel_format"}, as_group=True)
     return parser, lambda options: partial(source, **{key: options[key] for key in added})
 
 

@@ -54,9 +54,11 @@ def run_recall(arguments: Sequence[str]) -> int:
     for name, path in zip(names, options.stores, strict=True):
         proposals[name] = StoredProposals(path, annotations, data.image_key)
         with tqdm(total=len(annotations), desc=name, unit="image", leave=False, disable=not sys.stderr.isatty()) as bar:
-            reports[name] = evaluate_recall(
-                annotations, proposals[name], MAX_BOXES, lambda done, _, bar=bar: bar.update(done - bar.n)
-            )
+
+            def progress(done: int, total: int, bar: tqdm = bar) -> None:
+                bar.update(done - bar.n)
+
+            reports[name] = evaluate_recall(annotations, proposals[name], MAX_BOXES, progress)
     print(f"\n{recall_table(reports, options.markdown)}")
     for name, report in reports.items():
         print(f"\n{name}, with {MAX_BOXES[-1]} boxes, least found classes first\n{class_table(report)}")

@@ -109,6 +109,14 @@ def test_a_proposal_source_takes_the_place_of_the_grid(path: Path, demo_root: Pa
     assert found["boxes"].shape[1] == 4
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_source_follows_every_data_overlay(path: Path) -> None:
+    source = parse(runs.CONFIGS / "fast_rcnn_squeezenet.yaml", path).model.proposals
+    for overlay in OVERLAYS:
+        for base in shown_bases(overlay) or GRIDS:
+            assert parse(base, overlay, path, "--data.root", "ROOT").model.proposals == source
+
+
 def make_stores(demo_root: Path, folder: Path) -> list[str]:
     """Stores for both splits of the demo set, as the arguments that name them."""
     data, stores = Demo(str(demo_root), scenes=DemoScenes(**runs.SCENES)), {}

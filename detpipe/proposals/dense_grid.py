@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class DenseGrid(ProposalSource):
         ([16, 4], [0.0, 0.0, 24.0, 24.0])
     """
 
-    name: ClassVar[str] = "dense_grid"
+    name: str = "dense_grid"
 
     def __init__(
         self,

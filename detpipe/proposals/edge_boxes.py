@@ -37,7 +37,7 @@ class EdgeBoxes(ImageProposals):
         UsageError: OpenCV's extra modules are not installed.
     """
 
-    name: ClassVar[str] = "edge_boxes"
+    name: str = "edge_boxes"
     smallest_image: ClassVar[int] = 16
 
     def __init__(

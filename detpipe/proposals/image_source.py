@@ -46,7 +46,7 @@ class ImageProposals(ProposalSource):
         ValueError: ``max_boxes`` is not positive, or ``min_size`` is negative.
     """
 
-    name: ClassVar[str]  # what stores and commands call the source
+    name: str  # what stores and commands call the source
     smallest_image: ClassVar[int] = 1  # a side below this cannot be worked on, in pixels
 
     def __init__(self, max_boxes: int | None, min_size: float, pixel_format: PixelFormat | None = None) -> None:

@@ -39,7 +39,7 @@ class OpenCVSelectiveSearch(ImageProposals):
         UsageError: OpenCV's extra modules are not installed.
     """
 
-    name: ClassVar[str] = "opencv_selective_search"
+    name: str = "opencv_selective_search"
     smallest_image: ClassVar[int] = 8
 
     def __init__(

@@ -50,7 +50,7 @@ class _Pairs(NamedTuple):
     second: Ints  # [E]
     similarity: Floats  # [E]
 
-    def select(self, rows: npt.NDArray[np.generic]) -> _Pairs:
+    def select(self, rows: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> _Pairs:
         return _Pairs(self.first[rows], self.second[rows], self.similarity[rows])
 
 
@@ -160,7 +160,11 @@ def _renew(state: _State, pairs: _Pairs, count: int, weights: Floats, area: floa
     both = np.unique(np.minimum(first, second) * room + np.maximum(first, second))
     first, second = (both // room).astype(np.int32), (both % room).astype(np.int32)
     similarity = _similarity(state, first, second, weights, area, colors)
-    return _Pairs(*(np.concatenate(rows) for rows in zip(kept, (first, second, similarity), strict=True)))
+    return _Pairs(
+        np.concatenate((kept.first, first)),
+        np.concatenate((kept.second, second)),
+        np.concatenate((kept.similarity, similarity)),
+    )
 
 
 def _ranks(state: _State, count: int, hierarchies: int) -> Ints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from detpipe.errors import UsageError
@@ -15,12 +16,12 @@ from detpipe.proposals.union import Union
 from detpipe.suggest import did_you_mean
 
 OfflineSource = ImageProposals | DenseGrid | Union
-SOURCES: dict[str, type[ImageProposals] | type[DenseGrid]] = {
+SOURCES: dict[str, Callable[..., ImageProposals | DenseGrid]] = {
     source.name: source for source in (SelectiveSearch, OpenCVSelectiveSearch, Superpixels, EdgeBoxes, DenseGrid)
 }
 
 
-def find_class(name: str) -> type[ImageProposals] | type[DenseGrid]:
+def find_class(name: str) -> Callable[..., ImageProposals | DenseGrid]:
     """Find a source by its name.
 
     Args:

@@ -55,7 +55,7 @@ class SelectiveSearch(ImageProposals):
         True
     """
 
-    name: ClassVar[str] = "selective_search"
+    name: str = "selective_search"
     smallest_image: ClassVar[int] = 8
 
     def __init__(
@@ -142,7 +142,7 @@ def convert(image: Image, space: str) -> Image:
         total = values.sum(axis=2, keepdims=True)
         return np.concatenate((255 * values[:, :, :2] / (total + 1), total / 3), axis=2).astype(np.uint8)
     code = {"hsv": cv2.COLOR_RGB2HSV_FULL, "lab": cv2.COLOR_RGB2LAB, "gray": cv2.COLOR_RGB2GRAY}[space]
-    return cv2.cvtColor(image, code).reshape(*image.shape[:2], -1)
+    return np.asarray(cv2.cvtColor(image, code), np.uint8).reshape(*image.shape[:2], -1)
 
 
 def check_scikit_image(source: str) -> None:

@@ -9,6 +9,7 @@ Superpixels are of similar size and follow the borders of objects: several numbe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -29,7 +30,8 @@ class Superpixels(ImageProposals):
     """Propose the boxes of superpixels, of pairs of neighbors, and of the regions that they merge to.
 
     Args:
-        segments: how many superpixels an image is divided into, about; one division for each number.
+        segments: how many superpixels an image is divided into, about; one division for each number. "seeds" makes 10 or
+            more, and never more than one for 2 x 2 pixels.
         method: "slic", or "seeds", which is faster and needs OpenCV's extra modules.
         compactness: of SLIC's superpixels; larger values make them more like squares. Not used by "seeds".
         pairs: also propose each pair of neighbors.
@@ -44,7 +46,7 @@ class Superpixels(ImageProposals):
         UsageError: scikit-image, or for "seeds" OpenCV's extra modules, are not installed.
     """
 
-    name: ClassVar[str] = "superpixels"
+    name: str = "superpixels"
     smallest_image: ClassVar[int] = 8
 
     def __init__(
@@ -110,10 +112,21 @@ def _slic(image: Image, segments: int, compactness: float) -> Ints:
 
 def _seeds(image: Image, segments: int, compactness: float) -> Ints:
     height, width, channels = image.shape
+    segments = _possible(max(10, segments), height, width)
     levels = max(1, min(4, int(np.log2(max(2, min(height, width) / np.sqrt(segments))))))  # blocks of 2^levels pixels
     seeds = ximgproc("superpixels by SEEDS").createSuperpixelSEEDS(width, height, channels, segments, levels)
     seeds.iterate(convert(image, "hsv"), 10)
     return _renumber(seeds.getLabels())
+
+
+def _possible(segments: int, height: int, width: int) -> int:
+    """Return the number of superpixels nearest to ``segments`` that OpenCV's SEEDS can start with, and not crash.
+
+    It lays them on a grid, which must have at least 2 rows and columns, of cells of at least 2 x 2 pixels.
+    """
+    rows = int(np.sqrt(segments * height / width))  # as OpenCV computes them
+    possible = int(np.clip(rows, max(2, math.ceil(2 * height / width)), height // 2))
+    return segments if rows == possible else math.ceil(possible**2 * width / height)
 
 
 def _renumber(labels: Ints) -> Ints:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class Union(ProposalSource):
         True
     """
 
-    name: ClassVar[str] = "union"
+    name: str = "union"
 
     def __init__(
         self,
