@@ -68,6 +68,10 @@ def run_make(arguments: Sequence[str]) -> int:
     # results must not depend on how many processes there are: each computes with one thread
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    try:
+        build(options)()  # mistakes in its settings are said before images are looked for
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}; see 'detpipe proposals make {name} --help'") from error
     items = find_items(options.data, options.split, options.images, options.skip_bad)
     start = time.perf_counter()
     with tqdm(total=len(items), unit="image", smoothing=0.05, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
@@ -167,7 +171,7 @@ def _source_parser(name: str) -> tuple[ArgumentParser, Callable[[Namespace], Cal
         parser.add_argument("--device", type=str, default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
         return parser, lambda options: partial(CheckpointProposals, name, options.device)
     if "+" in name:
-        make_source(name)  # unknown names and missing packages are said before images are looked for
+        make_source(name)
         return parser, lambda options: partial(make_source, name)
     source = find_class(name)
     added = parser.add_class_arguments(cast(type, source), skip={"pixel_format"}, as_group=True)

@@ -135,7 +135,7 @@ def test_a_union_of_training_is_made_again() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("dense_gird", "unknown proposal source 'dense_gird'; did you mean 'dense_grid'"),
+        ("dense_gird", "unknown proposal source 'dense_gird': expected one of .*; did you mean 'dense_grid'"),
         (
             "boxes.txt",
             r"--proposals boxes\.txt is neither a JSON file, nor a store \(\*\.safetensors\), nor a source: sel",

@@ -19,7 +19,7 @@ Proposals = Mapping[int, npt.NDArray[np.floating]]
 ENOUGH = 0.8  # recall at IoU .5 below which training warns
 LOOKED_AT = 200  # images
 MOST_BOXES = 2000
-GAIN = 0.1  # of recall, that undoing a mistake must bring
+GAIN, GREAT_GAIN = 0.1, 0.3  # of recall, that undoing a mistake must bring; and where nothing else speaks for it
 SHORTER_SIDES = (224, 256, 300, 320, 400, 416, 480, 500, 512, 600, 640, 800, 1024)  # that images are often resized to
 
 
@@ -88,10 +88,11 @@ def likely_faults(annotations: Annotations, proposals: Proposals, images: int = 
         return []
     before = _recall(sample, sample.boxes)
     found = []
-    for mistake, undo in _mistakes(sample):
+    objects = sum(map(len, sample.objects))
+    for mistake, undo, gain in _mistakes(sample):
         undone = [undo(boxes, size) for boxes, size in zip(sample.boxes, sample.sizes, strict=True)]
         after = _recall(sample, undone)
-        if after - before > GAIN and _inside(sample, undone):
+        if after - before > max(gain, 1.5 / np.sqrt(objects)) and _inside(sample, undone):
             found.append((after, f"{mistake}: recall at IoU .5 is {before:.3f}, and would be {after:.3f} without it"))
     found.sort(key=lambda pair: -pair[0])
     return (
@@ -104,24 +105,27 @@ def likely_faults(annotations: Annotations, proposals: Proposals, images: int = 
 Undo = Callable[[Floats, tuple[float, float]], Floats]  # [P, 4], (width, height) -> [P, 4]
 
 
-def _mistakes(sample: _Sample) -> Iterator[tuple[str, Undo]]:
-    """List the mistakes that the boxes could hold, and what undoes each."""
-    yield "x and y are swapped", lambda boxes, size: boxes[:, [1, 0, 3, 2]]
+def _mistakes(sample: _Sample) -> Iterator[tuple[str, Undo, float]]:
+    """List the mistakes that the boxes could hold, what undoes each, and the recall that undoing it must bring."""
+    yield "x and y are swapped", lambda boxes, size: boxes[:, [1, 0, 3, 2]], GAIN
     yield (
         "x, y, width, height were taken for x1, y1, x2, y2",
         lambda boxes, size: np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1),
+        GAIN,
     )
     yield (
         "x1, y1, x2, y2 were taken for x, y, width, height",
         lambda boxes, size: np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1),
+        GAIN,
     )
     yield (
         "center x, center y, width, height were taken for x1, y1, x2, y2",
         lambda boxes, size: np.concatenate((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2), axis=1),
+        GAIN,
     )
-    yield "the boxes are mirrored left to right", _mirror
+    yield "the boxes are mirrored left to right", _mirror, GAIN
     if max(float(boxes.max(initial=0)) for boxes in sample.boxes) <= 1.5:
-        yield "the boxes are normalized to 0..1", lambda boxes, size: boxes * np.array([*size, *size])
+        yield "the boxes are normalized to 0..1", lambda boxes, size: boxes * np.array([*size, *size]), GAIN
     if _covers(sample, lambda boxes, size: boxes):
         return  # they reach the borders of the images: no other frame
     for side in SHORTER_SIDES:
@@ -130,11 +134,10 @@ def _mistakes(sample: _Sample) -> Iterator[tuple[str, Undo]]:
             f"the boxes are of images resized to {side} x {side} pixels": _undo_square(side),
         }
         for mistake, undo in frames.items():
-            if _covers(sample, undo):
-                yield mistake, undo
+            yield mistake, undo, GAIN if _covers(sample, undo) else GREAT_GAIN
     reach = _reach(sample)
     if reach < 0.9 or reach > 1.1:
-        yield f"the boxes are of images {reach:.2f} times as large", lambda boxes, size: boxes / reach
+        yield f"the boxes are of images {reach:.2f} times as large", lambda boxes, size: boxes / reach, GAIN
 
 
 def _mirror(boxes: Floats, size: tuple[float, float]) -> Floats:
@@ -219,7 +222,7 @@ def _other_images(sample: _Sample, before: float, explained: bool) -> list[str]:
         for boxes, size, other in zip(shifted, sample.sizes, sample.sizes[1:] + sample.sizes[:1], strict=True)
     ]
     after = _recall(sample, scaled)
-    if grid or after < before:
+    if grid or after < before or not before:
         return []
     return [
         f"the boxes of the next image would find as many objects ({after:.3f}, their own {before:.3f}): boxes of other images, "

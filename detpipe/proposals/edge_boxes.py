@@ -8,6 +8,7 @@ edge is the gradient of the smoothed image, the steepest of three channels, and 
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import cv2
@@ -16,6 +17,8 @@ import numpy as np
 from detpipe.proposals.image_source import Candidates, Floats, Image, ImageProposals
 from detpipe.proposals.opencv_contrib import ximgproc
 from detpipe.types import PixelFormat
+
+FLAT = 0.01  # smaller slopes are rounding errors on an even ground; a step of one gray level has 1.6 at sigma 2
 
 
 class EdgeBoxes(ImageProposals):
@@ -52,9 +55,8 @@ class EdgeBoxes(ImageProposals):
         pixel_format: PixelFormat | None = None,
     ) -> None:
         super().__init__(max_boxes, min_size, pixel_format)
-        if not (
-            max(alpha, beta, min_strength) < 1 and min(alpha, beta, min_strength, sigma) > 0 and max_aspect_ratio >= 1
-        ):
+        parts = all(0 < value < 1 for value in (alpha, beta, min_strength))
+        if not (parts and 0 < sigma < math.inf and 1 <= max_aspect_ratio < math.inf):
             raise ValueError(
                 "expected alpha, beta and min_strength between 0 and 1, sigma above 0 and max_aspect_ratio of at least 1; got "
                 f"{alpha=}, {beta=}, {min_strength=}, {sigma=}, {max_aspect_ratio=}"
@@ -78,13 +80,15 @@ class EdgeBoxes(ImageProposals):
             edgeMinMag=self.min_strength,
             maxBoxes=self.max_boxes or 10_000,
             maxAspectRatio=self.max_aspect_ratio,
-            minBoxArea=max(1.0, self.min_size**2),
+            minBoxArea=max(4.0, self.min_size**2),
         )
         edges, orientation = find_edges(image, self.sigma)
         boxes, scores = search.getBoundingBoxes(edges, orientation)
         boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]  # from x, y, width, height
-        return Candidates(boxes, np.asarray(scores, np.float32).reshape(-1))
+        scores = np.asarray(scores, np.float32).reshape(-1)[: len(boxes)]  # without boxes it is None
+        sound = np.isfinite(scores)  # OpenCV divides by 0 for a box of one pixel
+        return Candidates(boxes[sound], scores[sound])
 
 
 def find_edges(image: Image, sigma: float) -> tuple[Floats, Floats]:
@@ -95,8 +99,8 @@ def find_edges(image: Image, sigma: float) -> tuple[Floats, Floats]:
         sigma: standard deviation of the smoothing, in pixels.
 
     Returns:
-        The strength ``[H, W]`` of the edge at each pixel, 1 for all beyond the strongest hundredth, 0 away from edges; and
-        the direction across the edge ``[H, W]`` in radians, 0..pi, 0 along x.
+        The strength ``[H, W]`` of the edge at each pixel, 1 for all beyond the strongest hundredth (where fewer pixels have a
+        slope, for the strongest one), 0 away from edges; and the direction across the edge ``[H, W]`` in radians, 0..pi, 0 along x.
     """
     smooth = cv2.GaussianBlur(image.astype(np.float32), (0, 0), sigma)
     x, y = cv2.Sobel(smooth, -1, 1, 0, ksize=3), cv2.Sobel(smooth, -1, 0, 1, ksize=3)
@@ -104,7 +108,9 @@ def find_edges(image: Image, sigma: float) -> tuple[Floats, Floats]:
     x, y = (np.take_along_axis(slope, steepest, axis=2)[..., 0] for slope in (x, y))
     strength = np.sqrt(x * x + y * y)
     top = float(np.quantile(strength, 0.99))
-    strength = np.minimum(strength / top, 1).astype(np.float32) if top > 0 else np.zeros_like(strength)
+    if top < FLAT:
+        top = float(strength.max())
+    strength = np.minimum(strength / top, 1).astype(np.float32) if top >= FLAT else np.zeros_like(strength)
     orientation = np.mod(np.arctan2(y, x), np.pi).astype(np.float32)
     return _thin(strength, orientation), orientation
 

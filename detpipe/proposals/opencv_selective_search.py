@@ -56,7 +56,7 @@ class OpenCVSelectiveSearch(ImageProposals):
         super().__init__(max_boxes, min_size, pixel_format)
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}{did_you_mean(mode, MODES)}")
-        if min(scale, increment) < 1 or sigma <= 0 or seed < 0:
+        if min(scale, increment) < 1 or not 0 < sigma < float("inf") or seed < 0:
             raise ValueError(
                 "expected scale and increment of at least 1, sigma above 0 and a seed of at least 0; got "
                 f"{scale=}, {increment=}, {sigma=}, {seed=}"

@@ -35,8 +35,8 @@ def find_class(name: str) -> Callable[..., ImageProposals | DenseGrid]:
     """
     if name not in SOURCES:
         raise UsageError(
-            f"unknown proposal source {name!r}{did_you_mean(name, SOURCES)}; expected one of {', '.join(SOURCES)}, or several "
-            "joined by +"
+            f"unknown proposal source {name!r}: expected one of {', '.join(SOURCES)}, or several joined by +"
+            f"{did_you_mean(name, SOURCES)}"
         )
     return SOURCES[name]
 

@@ -67,6 +67,13 @@ def test_a_mistake_is_named_with_the_recall_that_it_costs(name: str, change: Cha
     assert not others
 
 
+def test_another_frame_is_named_though_no_box_reaches_the_border() -> None:
+    annotations, proposals, sizes = scenes()
+    wrong = {image: boxes[:24] * (800 / min(sizes[image])) for image, boxes in proposals.items()}
+    [fault] = likely_faults(annotations, wrong)
+    assert fault.startswith("the boxes are of images resized to a shorter side of 800 pixels")
+
+
 def test_boxes_of_other_images_are_suspected() -> None:
     annotations, proposals, _ = scenes()
     ids = list(proposals)
