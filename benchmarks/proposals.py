@@ -47,7 +47,7 @@ SOURCES = (
     "dense_grid",
     "selective_search+superpixels",
 )
-MORE = 24  # images of the runs with two processes, at most; and a third of them
+MORE = 12  # images of the runs with two processes, at most; and a third of them
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from detpipe.checkpoint_proposals import CheckpointProposals
 from detpipe.datasets import read_image
 from detpipe.datasets.layouts import EXPECTED, is_coco, is_voc, open_split
-from detpipe.errors import UsageError
+from detpipe.errors import DetpipeError, UsageError
 from detpipe.predict import find_images
 from detpipe.proposal_files.offline import Item, Proposer, Summary, make_store
 from detpipe.proposal_files.store import ProposalStore
@@ -70,6 +70,8 @@ def run_make(arguments: Sequence[str]) -> int:
     cv2.setNumThreads(1)
     try:
         build(options)()  # mistakes in its settings are said before images are looked for
+    except DetpipeError:
+        raise
     except ValueError as error:
         raise UsageError(f"{name}: {error}; see 'detpipe proposals make {name} --help'") from error
     items = find_items(options.data, options.split, options.images, options.skip_bad)

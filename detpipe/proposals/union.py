@@ -107,8 +107,12 @@ class Union(ProposalSource):
         """
         found, losses = [], {}
         for number, source in enumerate(self.sources):
+            before = source.training
             source.training = self.training  # decides between losses and boxes; the layers inside stay as they are
-            boxes, own = source(images, features, targets)
+            try:
+                boxes, own = source(images, features, targets)
+            finally:
+                source.training = before
             found.append(boxes)
             losses |= {f"{name}_{number}" if name in losses else name: value for name, value in own.items()}
         return [self._merge(list(boxes))[0] for boxes in zip(*found, strict=True)], losses

@@ -1,0 +1,53 @@
+"""What of the optional packages a test needs, and the images that the tests of sources share."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+Image = npt.NDArray[np.uint8]
+
+scikit_image = pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="needs scikit-image")
+contrib = pytest.mark.skipif(not hasattr(cv2, "ximgproc"), reason="needs OpenCV's extra modules (cv2.ximgproc)")
+
+PLACES = ((12, 20, 60, 90), (40, 8, 110, 40), (70, 50, 125, 90))  # xyxy in images of 100 x 140 pixels
+SIZE = (100, 140)
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image:
+    """A gray ground that is not quite even."""
+    return np.random.default_rng(seed).integers(70, 90, (height, width, 3)).astype(np.uint8)
+
+
+def planted(
+    box: tuple[int, int, int, int], shape: str = "rectangle", seed: int = 0, size: tuple[int, int] = SIZE
+) -> Image:
+    """A bright rectangle, or the ellipse that fills it, on noise."""
+    image = noise(*size, seed)
+    x1, y1, x2, y2 = box
+    rows, columns = np.mgrid[0 : size[0], 0 : size[1]] + 0.5
+    if shape == "rectangle":
+        inside = (rows > y1) & (rows < y2) & (columns > x1) & (columns < x2)
+    else:
+        inside = ((rows - (y1 + y2) / 2) / (y2 - y1) * 2) ** 2 + ((columns - (x1 + x2) / 2) / (x2 - x1) * 2) ** 2 < 1
+    bright = np.random.default_rng(seed + 100).integers(190, 210, (*size, 3))
+    return np.where(inside[..., None], bright + [30, 0, -30], image).clip(0, 255).astype(np.uint8)
+
+
+def odd_images() -> dict[str, Image]:
+    """Images that are unlike photographs."""
+    gray = np.repeat(planted(PLACES[0])[:, :, :1], 3, axis=2)
+    ramp = np.repeat(np.tile(np.arange(200, dtype=np.uint8), (8, 1))[..., None], 3, axis=2)
+    return {
+        "gray": gray,
+        "black": np.zeros((40, 60, 3), np.uint8),
+        "white": np.full((40, 60, 3), 255, np.uint8),
+        "flat and wide": ramp,
+        "narrow and high": np.ascontiguousarray(noise(200, 8)),
+        "smallest": noise(8, 8),
+        "strided": planted(PLACES[0])[::2, ::-2],
+    }
