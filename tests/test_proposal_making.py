@@ -23,8 +23,8 @@ from detpipe.boxes import iou
 from detpipe.checkpoint import load_detector
 from detpipe.datasets import read_image
 from detpipe.errors import CheckpointError, DataError, UsageError
-from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.offline import Summary
+from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_making import find_items, report, run_make
 from detpipe.proposals import RPN, Anchors, DenseGrid, SelectiveSearch, make_source
 
@@ -139,7 +139,9 @@ def test_a_broken_image_stops_the_run_or_is_skipped(
     (pictures / "03.png").write_bytes((pictures / "03.png").read_bytes()[:200])
     out = tmp_path / "s.safetensors"
     command = ["dense_grid", "--data", str(pictures), "-o", str(out)]
-    with pytest.raises(DataError, match=r"03\.png.*; 3 images are kept in .*s\.safetensors\.partial, and the same command"):
+    with pytest.raises(
+        DataError, match=r"03\.png.*; 3 images are kept in .*s\.safetensors\.partial, and the same command"
+    ):
         run_make(command)
     assert not out.exists()
     capsys.readouterr()
@@ -187,7 +189,10 @@ MISTAKES = [
     (["dense_grid+edge_boxs"], "unknown proposal source 'edge_boxs'.*did you mean 'edge_boxes'"),
     (["dense_grid"], "data.*see 'detpipe proposals make dense_grid --help'"),
     (["dense_grid", "--data", "D"], "output"),
-    (["dense_grid", "--data", "D", "-o", "boxes.npz"], r"--output boxes\.npz: the name of a store must end in \.safetensors"),
+    (
+        ["dense_grid", "--data", "D", "-o", "boxes.npz"],
+        r"--output boxes\.npz: the name of a store must end in \.safetensors",
+    ),
     (["dense_grid", "--data", "D", "-o", "O", "--workers", "0"], "--workers must be 1 or more, got 0"),
     (["dense_grid", "--data", "D", "-o", "O", "--scale", "3"], "scale"),
     (["dense_grid", "--data", "D", "-o", "O", "--scales", "big"], "scales"),
@@ -226,7 +231,7 @@ def test_what_is_missing_is_said_before_images_are_looked_for(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "skimage", None)
     out = str(tmp_path / "s.safetensors")
     for name in ("selective_search", "dense_grid+selective_search"):
-        with pytest.raises(UsageError, match="^selective_search needs scikit-image"):
+        with pytest.raises(UsageError, match=r"^selective_search needs scikit-image"):
             run_make([name, "--data", str(tmp_path / "missing"), "-o", out])
 
 
@@ -239,7 +244,16 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         run_make(["selective_search", "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for option in ("--data", "--split", "--images", "--output", "--workers", "--skip_bad", "--color_spaces", "--min_region"):
+    for option in (
+        "--data",
+        "--split",
+        "--images",
+        "--output",
+        "--workers",
+        "--skip_bad",
+        "--color_spaces",
+        "--min_region",
+    ):
         assert option in shown
     assert "pixel_format" not in shown
 
@@ -297,7 +311,9 @@ def test_a_checkpoint_gives_its_own_boxes(with_rpn: Path, pictures: Path, tmp_pa
 
 def test_a_checkpoint_without_an_rpn_or_none_at_all(trained: Path, pictures: Path, tmp_path: Path) -> None:
     rest = ["--data", str(pictures), "-o", str(tmp_path / "s.safetensors"), "--device", "cpu"]
-    with pytest.raises(UsageError, match=r"best\.ckpt has no region proposal network but DenseGrid; name that source instead$"):
+    with pytest.raises(
+        UsageError, match=r"best\.ckpt has no region proposal network but DenseGrid; name that source instead$"
+    ):
         run_make([str(trained / "best.ckpt"), *rest])
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     for name in ("text.ckpt", "missing.ckpt"):
@@ -349,7 +365,15 @@ def kill_at_random(runs: subprocess.Popen[str], journal: Path, seconds: float) -
 @scikit_image
 def test_kills_leave_no_trace(pictures: Path, tmp_path: Path) -> None:
     """Runs are killed at five random moments; the last one ends with the file of an undisturbed run."""
-    options = ["selective_search", "--data", str(pictures), "--color_spaces", "[rgb, hsv, lab]", "--scales", "[20, 40, 80]"]
+    options = [
+        "selective_search",
+        "--data",
+        str(pictures),
+        "--color_spaces",
+        "[rgb, hsv, lab]",
+        "--scales",
+        "[20, 40, 80]",
+    ]
     assert run_make([*options, "-o", str(tmp_path / "whole.safetensors")]) == 0
     output, draws, sizes = tmp_path / "killed.safetensors", random.Random(1), []
     journal, rest = output.with_name(output.name + ".partial"), [*options, "-o", str(output)]

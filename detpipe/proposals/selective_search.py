@@ -74,7 +74,13 @@ class SelectiveSearch(ImageProposals):
         _check_names("color_spaces", color_spaces, COLOR_SPACES)
         for strategy in strategies or [[]]:
             _check_names("strategies", strategy, SIMILARITIES)
-        if not scales or min(scales) <= 0 or not 0 < sigma < float("inf") or (min_region is not None and min_region < 1) or seed < 0:
+        if (
+            not scales
+            or min(scales) <= 0
+            or not 0 < sigma < float("inf")
+            or (min_region is not None and min_region < 1)
+            or seed < 0
+        ):
             raise ValueError(
                 "expected scales and sigma above 0, min_region of at least 1 and a seed of at least 0; got "
                 f"{scales=}, {sigma=}, {min_region=}, {seed=}"

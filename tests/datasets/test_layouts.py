@@ -38,7 +38,7 @@ def test_a_voc_folder_with_years(tmp_path):
     write_voc(tmp_path / "VOC2012", {"c": [voc_object()]}, split="trainval")
     assert len(keys(open_split(str(tmp_path), "2007:trainval"))) == 2
     assert len(keys(open_split(str(tmp_path), "2012:trainval"))) == 1
-    with pytest.raises(UsageError, match="name one with --split; there are 2007:trainval, 2012:trainval$"):
+    with pytest.raises(UsageError, match=r"name one with --split; there are 2007:trainval, 2012:trainval$"):
         open_split(str(tmp_path), None)
 
 
@@ -67,7 +67,9 @@ def test_an_annotation_file(tmp_path, monkeypatch):
 
 def test_an_annotation_file_needs_its_images(tmp_path):
     path, _ = write_coco(tmp_path)
-    with pytest.raises(UsageError, match=rf"^{re.escape(str(path))} is an annotation file: say with --images where") as caught:
+    with pytest.raises(
+        UsageError, match=rf"^{re.escape(str(path))} is an annotation file: say with --images where"
+    ) as caught:
         open_split(str(path), None)
     assert one_line(caught)
 
@@ -83,7 +85,9 @@ def test_what_has_no_layout(tmp_path):
     picture(20, 30).save(tmp_path / "a.jpg")
     (tmp_path / "notes.txt").write_text("no data")
     for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "a.jpg"):
-        with pytest.raises(UsageError, match=r"has no known layout; expected .*annotations/instances_SPLIT\.json") as caught:
+        with pytest.raises(
+            UsageError, match=r"has no known layout; expected .*annotations/instances_SPLIT\.json"
+        ) as caught:
             open_split(str(path), "val")
         assert one_line(caught)
         assert not is_voc(path)

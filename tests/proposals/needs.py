@@ -35,7 +35,7 @@ def planted(
     else:
         inside = ((rows - (y1 + y2) / 2) / (y2 - y1) * 2) ** 2 + ((columns - (x1 + x2) / 2) / (x2 - x1) * 2) ** 2 < 1
     bright = np.random.default_rng(seed + 100).integers(190, 210, (*size, 3))
-    return np.where(inside[..., None], bright + [30, 0, -30], image).clip(0, 255).astype(np.uint8)
+    return np.where(inside[..., None], bright + np.array([30, 0, -30]), image).clip(0, 255).astype(np.uint8)
 
 
 def odd_images() -> dict[str, Image]:

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -59,7 +61,7 @@ def slow_group(regions, strategy, area):
     while pairs:
         alike = {pair: likeness(*(found[i] for i in pair), strategy, area) for pair in pairs}
         ordered = sorted(alike.values())
-        close = min([close, *(b - a for a, b in zip(ordered, ordered[1:], strict=False))])
+        close = min([close, *(b - a for a, b in itertools.pairwise(ordered))])
         best = {}
         for pair in sorted(pairs, key=alike.get):
             best |= dict.fromkeys(pair, pair)
@@ -74,7 +76,7 @@ def slow_group(regions, strategy, area):
     order = sorted(range(len(found)), key=lambda i: (reached[i], -i))
     rank = [order.index(i) + 1 for i in range(len(found))]
     levels = sorted({value for value in reached if value != float("inf")})
-    close = min([close, *(b - a for a, b in zip(levels, levels[1:], strict=False))])
+    close = min([close, *(b - a for a, b in itertools.pairwise(levels))])
     return [region[1] for region in found], rank, close
 
 

@@ -66,7 +66,12 @@ def test_numbers_that_opencv_would_crash_at_are_moved(height, width, segments):
     assert min(rows, columns) >= 2
     assert min(height / rows, width / columns) >= 2
     wanted = int(np.sqrt(segments * height / width))
-    if wanted >= 2 and wanted * width // height >= 2 and height / wanted >= 2 and width / (wanted * width // height) >= 2:
+    if (
+        wanted >= 2
+        and wanted * width // height >= 2
+        and height / wanted >= 2
+        and width / (wanted * width // height) >= 2
+    ):
         assert possible == segments
 
 

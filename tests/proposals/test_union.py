@@ -231,9 +231,7 @@ def test_in_a_detector_an_rpn_beside_a_grid_learns():
     rpn = RPN(backbone.out_channels, backbone.strides, anchors=Anchors([[16, 32]]), objective=objective)
     detector = detector_with(Union([DenseGrid([32], [1.0]), rpn], 100), backbone)
     images = [torch.from_numpy(planted(box)).permute(2, 0, 1) for box in PLACES[:2]]
-    targets = [
-        {"boxes": torch.tensor([box], dtype=torch.float32), "labels": torch.tensor([1])} for box in PLACES[:2]
-    ]
+    targets = [{"boxes": torch.tensor([box], dtype=torch.float32), "labels": torch.tensor([1])} for box in PLACES[:2]]
     for mode in (True, False):  # losses are returned in evaluation mode too
         losses = detector.train(mode).losses(images, targets)
         assert {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"} <= set(losses)
