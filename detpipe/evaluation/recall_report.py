@@ -74,7 +74,7 @@ def plot_recall(reports: Mapping[str, ProposalRecall], out: str | os.PathLike[st
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError("matplotlib, which draws curves, is not installed: pip install 'detpipe[train]'") from error
-    figure = Figure(figsize=(13, 4.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(14.5, 4.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
@@ -103,7 +103,7 @@ def plot_recall(reports: Mapping[str, ProposalRecall], out: str | os.PathLike[st
         axes.set_ylim(0, 1)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    by_iou.legend(frameon=False, fontsize="small", loc="lower left")
+    figure.legend(*by_iou.get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside right center")
     with atomic_write(out) as temporary:
         figure.savefig(temporary, format="png")
 
