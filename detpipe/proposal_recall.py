@@ -48,7 +48,11 @@ def run_recall(arguments: Sequence[str]) -> int:
     names = name_stores(stores)
     if options.skip_missing:
         annotations = _keep_stored(annotations, data, stores)
-    print(f"{len(annotations)} images, {len(annotations.boxes)} objects, crowd and difficult ones not counted")
+    left_out = int((annotations.iscrowd | annotations.difficult).sum())
+    print(
+        f"{len(annotations)} images, {len(annotations.boxes) - left_out} objects"
+        + (f"; {left_out} crowds and difficult ones are not counted" if left_out else "")
+    )
     reports: dict[str, ProposalRecall] = {}
     proposals = {}
     for name, path in zip(names, options.stores, strict=True):
