@@ -173,7 +173,8 @@ def _source_parser(name: str) -> tuple[ArgumentParser, Callable[[Namespace], Cal
         parser.add_argument("--device", type=str, default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
         return parser, lambda options: partial(CheckpointProposals, name, options.device)
     if "+" in name:
-        make_source(name)
+        for part in name.split("+"):
+            find_class(part)
         return parser, lambda options: partial(make_source, name)
     source = find_class(name)
     added = parser.add_class_arguments(cast(type, source), skip={"pixel_format"}, as_group=True)

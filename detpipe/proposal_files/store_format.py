@@ -1,8 +1,8 @@
 """The file format of proposal stores, version 1: a safetensors file with an index inside.
 
 Why safetensors: the package depends on it already, reading it runs no code, and its JSON header says where each array
-lies, so that a file of gigabytes is mapped into memory and read from any language. Arrow IPC offers the same for a
-dependency of 100 MB; HDF5 is neither mapped nor safe to read in forked data workers.
+lies, so that a file of gigabytes is mapped into memory and read from any language. Arrow IPC offers the same for one
+dependency more; HDF5 is neither mapped nor safe to read in forked data workers.
 
 Layout (I images, T boxes, B bytes of ids; little-endian, as safetensors demands)::
 

@@ -32,7 +32,8 @@ class Superpixels(ImageProposals):
     Args:
         segments: how many superpixels an image is divided into, about; one division for each number. "seeds" makes 10 or
             more, and never more than one for 2 x 2 pixels.
-        method: "slic", or "seeds", which is faster and needs OpenCV's extra modules.
+        method: "slic", or "seeds", which is faster, needs OpenCV's extra modules, and divides an image into 10 or more:
+            numbers that it cannot start with are moved to the nearest one that it can.
         compactness: of SLIC's superpixels; larger values make them more like squares. Not used by "seeds".
         pairs: also propose each pair of neighbors.
         grow: also propose the regions that the superpixels merge to, step by step, by their likeness.
