@@ -16,7 +16,7 @@ from torch import Tensor
 
 from detpipe import evaluation, visualize
 from detpipe.checkpoint import KEY, Description
-from detpipe.errors import TrainingError
+from detpipe.errors import NonFiniteStepError, TrainingError
 from detpipe.files import atomic_write
 from detpipe.types import Detection, Target
 
@@ -181,13 +181,22 @@ class StopOnNonFinite(Callback):
             ]
             self._stop(trainer, f"the gradient of {', '.join(names[:3])} is not finite")
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep the batch of a step that has no loss, since its proposals are not finite, and say so in the error."""
+        if isinstance(exception, NonFiniteStepError) and trainer.training:
+            exception.args = (self._kept(trainer, exception.what),)
+
     def _stop(self, trainer: Trainer, what: str) -> None:
+        raise TrainingError(self._kept(trainer, what))
+
+    def _kept(self, trainer: Trainer, what: str) -> str:
+        """Store the batch, and word the error."""
         images, targets = self._batch or ([], [])
         names = [str(target.get("file_name", target.get("image_id"))) for target in targets]
         path = self.folder / NONFINITE_BATCH
         with atomic_write(path) as temporary:
             torch.save({"images": images, "targets": targets, "step": trainer.global_step}, temporary)
-        raise TrainingError(
+        return (
             f"step {trainer.global_step}: {what}; the weights were not changed. Images of the batch: {', '.join(names)} "
             f"(saved in {path}). Check them, or lower optimizer.lr or set trainer.gradient_clip_val"
         )

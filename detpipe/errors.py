@@ -3,6 +3,8 @@
 Each takes a single string, so that it survives the trip from a data worker to the main process.
 """
 
+from __future__ import annotations
+
 
 class DetpipeError(Exception):
     """Base of the errors that end a command with exit status 1 and one line instead of a traceback."""
@@ -18,6 +20,19 @@ class CheckpointError(DetpipeError, ValueError):
 
 class TrainingError(DetpipeError, RuntimeError):
     """Training cannot go on: names the step and the images of the batch."""
+
+
+class NonFiniteStepError(TrainingError):
+    """A step of training met a NaN or an infinity before it had a loss.
+
+    Args:
+        message: what is wrong and what to do.
+        what: what is not finite, for who adds the step and the batch; None: the message.
+    """
+
+    def __init__(self, message: str, what: str | None = None) -> None:
+        super().__init__(message)
+        self.what = what or message
 
 
 class UsageError(DetpipeError, ValueError):

@@ -70,19 +70,23 @@ class PoisonAt(StepSeed):
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
-    [("image", "the loss is nan"), ("gradient", "the gradient of head.classifier.weight is not finite")],
+    ("what", "told", "options"),
+    [
+        ("image", "proposals of the RPN: image {}: a score is nan", []),
+        ("image", "the loss is nan", ["--model.proposals", "DenseGrid"]),
+        ("gradient", "the gradient of head.classifier.weight is not finite", []),
+    ],
 )
 def test_row_36_training_stops_before_a_nan_reaches_the_weights(
-    what: str, told: str, demo_root: Path, tmp_path: Path
+    what: str, told: str, options: list[str], demo_root: Path, tmp_path: Path
 ) -> None:
-    cli, poison = built(demo_root), PoisonAt(2, what)
+    cli, poison = built(demo_root, *options), PoisonAt(2, what)
     trainer = trainer_of(cli, tmp_path, poison, StopOnNonFinite(tmp_path))
     with pytest.raises(TrainingError) as caught:
         trainer.fit(cli.model, datamodule=cli.datamodule)
     message = str(caught.value)
     assert message.startswith(
-        f"step 2: {told}; the weights were not changed. Images of the batch: {', '.join(poison.names)} "
+        f"step 2: {told.format(poison.names[0])}; the weights were not changed. Images of the batch: {', '.join(poison.names)} "
     )
     assert f"(saved in {tmp_path / NONFINITE_BATCH})" in message
     assert "\n" not in message

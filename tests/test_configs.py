@@ -16,14 +16,11 @@ from datasets.builders import coco_content, voc_object, write_coco, write_voc
 from detpipe import cli, load_detector, training
 from detpipe.configuration import CLI
 from detpipe.datasets import Demo, DemoScenes
-from detpipe.errors import UsageError
 from detpipe.proposal_files import write_store
+from detpipe.proposals import Anchors
 from detpipe.types import Target
 
 MODELS = sorted(runs.CONFIGS.glob("*.yaml"))
-GRIDS = [
-    path for path in MODELS if "class_path: DenseGrid" in path.read_text()
-]  # what the data overlays set the scales of
 OVERLAYS = sorted((runs.CONFIGS / "data").glob("*.yaml"))
 SOURCES = sorted((runs.CONFIGS / "proposals").glob("*.yaml"))
 SHORT = [
@@ -73,7 +70,6 @@ def train(folder: Path, *arguments: Path | str) -> dict[str, Any]:
 
 def test_there_are_configurations() -> None:
     assert {"fast_rcnn_se", "fast_rcnn_squeezenet", "faster_rcnn_se_fpn"} <= set(map(name_of, MODELS))
-    assert set(map(name_of, MODELS)) - set(map(name_of, GRIDS)) == {"faster_rcnn_se_fpn"}
     assert {"voc07", "voc0712", "coco", "voc_custom", "coco_custom"} <= set(map(name_of, OVERLAYS))
 
 
@@ -96,7 +92,7 @@ def test_a_model_runs_two_steps_on_the_demo_set(path: Path, demo_root: Path, tmp
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_a_proposal_source_takes_the_place_of_the_grid(path: Path, demo_root: Path, tmp_path: Path) -> None:
+def test_a_proposal_source_takes_the_place_of_the_rpn(path: Path, demo_root: Path, tmp_path: Path) -> None:
     base = runs.CONFIGS / "fast_rcnn_squeezenet.yaml"
     config = parse(base, path)
     assert config.model.proposals.class_path != parse(base).model.proposals.class_path
@@ -113,7 +109,7 @@ def test_a_proposal_source_takes_the_place_of_the_grid(path: Path, demo_root: Pa
 def test_a_source_follows_every_data_overlay(path: Path) -> None:
     source = parse(runs.CONFIGS / "fast_rcnn_squeezenet.yaml", path).model.proposals
     for overlay in OVERLAYS:
-        for base in shown_bases(overlay) or GRIDS:
+        for base in shown_bases(overlay) or MODELS:
             assert parse(base, overlay, path, "--data.root", "ROOT").model.proposals == source
 
 
@@ -133,14 +129,17 @@ def make_stores(demo_root: Path, folder: Path) -> list[str]:
 def test_an_overlay_follows_the_models_that_its_header_shows(path: Path) -> None:
     bases = shown_bases(path)
     if "any model" in path.read_text().lower():
-        bases = GRIDS
+        bases = MODELS
     assert bases
     for base in bases:
         alone, config = parse(base), parse(base, path, "--data.root", "ROOT")
         assert config.data.init_args.root == "ROOT"
         assert config.data.class_path in ("detpipe.VOC", "detpipe.COCO")
         assert config.model.backbone.class_path == alone.model.backbone.class_path
-        assert config.model.proposals.init_args.scales != alone.model.proposals.init_args.scales
+        sizes = config.model.proposals.init_args.anchors.sizes
+        assert sizes != alone.model.proposals.init_args.anchors.sizes
+        levels = 4 if "fpn" in base.stem else 1
+        assert len(Anchors(sizes).level_sizes([4, 8, 16, 32][:levels])) == levels
         assert (config.model.min_size, config.model.max_size) != (160, 160)
         assert config.data.init_args.augment.flip == 0.5
 
@@ -155,7 +154,7 @@ def test_published_schedules(path: Path) -> None:
     assert (config.model.min_size, config.model.max_size) == (600, 1000)
     sampler = config.model.head.init_args.sampler
     assert config.data.init_args.loader.batch_size * sampler.rois_per_image == 128
-    assert (sampler.positive_fraction, sampler.positive_iou, list(sampler.negative_iou)) == (0.25, 0.5, [0.1, 0.5])
+    assert (sampler.positive_fraction, sampler.positive_iou, list(sampler.negative_iou)) == (0.25, 0.5, [0.0, 0.5])
 
 
 def test_published_splits() -> None:
@@ -188,12 +187,6 @@ def test_coco_trains(tmp_path: Path) -> None:
     assert set(result["per_class"]) == {"cat", "dog", "owl"}
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
-def test_an_overlay_for_grids_is_refused_where_proposals_are_learned(path: Path) -> None:
-    with pytest.raises(UsageError, match=r"^model\.(proposals\.scales|backbone\.\w+): unknown key; expected \w+, "):
-        parse(runs.CONFIGS / "faster_rcnn_se_fpn.yaml", path)
-
-
 def test_the_pyramid_is_linked_to_proposals_and_head(demo_root: Path, tmp_path: Path) -> None:
     path = runs.CONFIGS / "faster_rcnn_se_fpn.yaml"
     extra = [
@@ -211,7 +204,7 @@ def test_the_pyramid_is_linked_to_proposals_and_head(demo_root: Path, tmp_path: 
     assert found["boxes"].shape[1] == 4
 
 
-@pytest.mark.parametrize("base", GRIDS, ids=name_of)
+@pytest.mark.parametrize("base", MODELS, ids=name_of)
 def test_a_voc_folder_of_ones_own(base: Path, tmp_path: Path) -> None:
     root = tmp_path / "own"
     write_voc(root, split="train")

@@ -329,6 +329,8 @@ def test_linked_values_reach_the_head_and_the_data(demo_root: Path) -> None:
         "[c2, c3]",
         "--model.backbone.out_channels",
         "24",
+        "--model.proposals.anchors.sizes",
+        "[20, 28]",
         "--seed_everything",
         "5",
     )
@@ -336,6 +338,8 @@ def test_linked_values_reach_the_head_and_the_data(demo_root: Path) -> None:
     assert (cli.model.head.num_classes, cli.datamodule.num_classes) == (10, 10)
     assert cli.model.head.strides == {"c2": 4, "c3": 8} == cli.model.backbone.strides
     assert cli.model.head.shared[1].in_features == 24 * 5 * 5
+    assert cli.model.proposals.strides == cli.model.backbone.strides
+    assert cli.model.proposals.head.convs[0].in_channels == 24
     assert cli.datamodule.seed == 5
 
 

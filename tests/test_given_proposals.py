@@ -37,9 +37,8 @@ def trained_on_store(
     """A checkpoint of a detector that was trained on a store, the stores, and what training printed."""
     stores = make(demo_root, tmp_path, *GRID)
     options = runs.options(demo_root, epochs=1)
-    for key in ("--model.proposals.scales", "--model.proposals.stride"):
-        at = options.index(key)
-        del options[at : at + 2]
+    at = options.index("--model.proposals.anchors.sizes")
+    del options[at : at + 2]
     configs = [runs.CONFIG, str(runs.CONFIGS / "proposals" / "store.yaml")]
     command = ["train", *configs, *options, "--data.proposals", json.dumps(stores), "--output", str(tmp_path / "run")]
     assert cli.main(command) == 0

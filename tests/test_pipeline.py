@@ -85,7 +85,7 @@ def test_the_metrics_hold_training_and_validation(trained: Path) -> None:
     train, val = [[row for row in table if row[key]] for key in ("train/loss", "val/AP")]
     assert len(train) == 6  # 12 images, 4 a step, 2 epochs
     assert len(val) == 2
-    parts = ("loss_classifier", "loss_box_reg")
+    parts = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
     for row, stage in [*((row, "train") for row in train), *((row, "val") for row in val)]:
         assert float(row[f"{stage}/loss"]) == pytest.approx(
             sum(float(row[f"{stage}/{part}"]) for part in parts), abs=1e-5

@@ -36,6 +36,7 @@ def with_precomputed(trained: Path, tmp_path: Path) -> Path:
     content = torch.load(trained / "best.ckpt", weights_only=True)
     source = {"class_path": "detpipe.PrecomputedProposals", "init_args": {"max_boxes": 10}}
     content[checkpoint.KEY]["model"]["proposals"] = source
+    content["state_dict"] = {k: v for k, v in content["state_dict"].items() if not k.startswith("proposals.")}
     torch.save(content, tmp_path / "precomputed.ckpt")
     return tmp_path / "precomputed.ckpt"
 

@@ -50,8 +50,9 @@ class Anchors:
     """Which anchors there are.
 
     Args:
-        sizes: for each level, finest first, the square roots of the anchors' areas, in pixels of the resized image; as many
-            for each level. None: 8 times the stride of each level of a pyramid, 8, 16 and 32 times that of a single level.
+        sizes: square roots of the anchors' areas, in pixels of the resized image: for each level, finest first, a list, all
+            equally long; or one flat list for all levels, which is dealt to them in equal parts in its order. None: 8 times
+            the stride of each level of a pyramid, 8, 16 and 32 times that of a single level.
         ratios: height divided by width.
         offset: where in its cell an anchor is centered: .5 is the middle, 0 the top left corner.
         rounded: round half sides to whole pixels, as torchvision does.
@@ -62,9 +63,11 @@ class Anchors:
     Example:
         >>> Anchors(sizes=[[32]], ratios=[1.0]).grids([(1, 2)], [16])[0].boxes().tolist()
         [[-8.0, -8.0, 24.0, 24.0], [8.0, -8.0, 40.0, 24.0]]
+        >>> Anchors(sizes=[32, 64, 128, 256]).level_sizes([8, 16])
+        [[32, 64], [128, 256]]
     """
 
-    sizes: Sequence[Sequence[float]] | None = None
+    sizes: Sequence[float] | Sequence[Sequence[float]] | None = None
     ratios: Sequence[float] = (0.5, 1.0, 2.0)
     offset: float = 0.5
     rounded: bool = False
@@ -76,9 +79,13 @@ class Anchors:
             raise ValueError(f"offset must be in 0..1 (.5 is the middle of a cell), got {self.offset}")
         if self.sizes is None:
             return
-        if not self.sizes or not all(0 < size < math.inf for sizes in self.sizes for size in sizes):
-            raise ValueError(f"anchors need sizes above 0 in pixels, a list for each level; got {self.sizes}")
-        if not self.sizes[0] or len({len(sizes) for sizes in self.sizes}) > 1:
+        flat = [size for size in self.sizes if not isinstance(size, Sequence)]
+        lists = [sizes for sizes in self.sizes if isinstance(sizes, Sequence)]
+        if flat and lists:
+            raise ValueError(f"anchor sizes are either numbers or a list for each level, not both; got {self.sizes}")
+        if not self.sizes or not all(0 < size < math.inf for sizes in [*lists, flat] for size in sizes):
+            raise ValueError(f"anchors need sizes above 0 in pixels, flat or a list for each level; got {self.sizes}")
+        if lists and (not lists[0] or len({len(sizes) for sizes in lists}) > 1):
             raise ValueError(f"every level needs as many sizes (they share a network), at least one; got {self.sizes}")
 
     def level_sizes(self, strides: Sequence[int]) -> list[list[float]]:
@@ -91,17 +98,27 @@ class Anchors:
             For each level its sizes in pixels.
 
         Raises:
-            ValueError: ``sizes`` are given for another number of levels.
+            ValueError: ``sizes`` are given for another number of levels, or cannot be dealt to them in equal parts.
         """
         if self.sizes is None:
             factors = (8, 16, 32) if len(strides) == 1 else (8,)
             return [[float(factor * stride) for factor in factors] for stride in strides]
-        if len(self.sizes) != len(strides):
+        lists = [list(sizes) for sizes in self.sizes if isinstance(sizes, Sequence)]
+        if lists and len(lists) != len(strides):
             raise ValueError(
-                f"anchor sizes are given for {len(self.sizes)} levels, but there are {len(strides)} (strides "
+                f"anchor sizes are given for {len(lists)} levels, but there are {len(strides)} (strides "
                 f"{list(strides)}); give one list for each, finest first, extra levels included: got {self.sizes}"
             )
-        return [list(sizes) for sizes in self.sizes]
+        if lists:
+            return lists
+        flat: list[float] = [size for size in self.sizes if not isinstance(size, Sequence)]
+        share, rest = divmod(len(flat), len(strides))
+        if rest:
+            raise ValueError(
+                f"{len(flat)} anchor sizes cannot be dealt to {len(strides)} levels (strides {list(strides)}) in equal "
+                f"parts; give a multiple of {len(strides)}, extra levels included: got {self.sizes}"
+            )
+        return [flat[level * share : (level + 1) * share] for level in range(len(strides))]
 
     def per_cell(self, strides: Sequence[int]) -> int:
         """Count A, the anchors of a cell, for levels of these strides."""

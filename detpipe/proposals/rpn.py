@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detpipe.errors import DataError, TrainingError
+from detpipe.errors import DataError, NonFiniteStepError
 from detpipe.proposals.anchors import AnchorGrid, Anchors
 from detpipe.proposals.rpn_head import RPNHead
 from detpipe.proposals.rpn_objective import AnchorTargets, RPNObjective
@@ -103,7 +103,7 @@ class RPN(ProposalSource):
 
         Raises:
             ValueError: training without targets, a level that is missing or does not have its stride.
-            TrainingError: in training, a score or box is NaN or infinite; the image is named.
+            NonFiniteStepError: in training, a score or box is NaN or infinite; the image is named.
             DataError: the same at inference.
         """
         if not self.training or self.frozen:
@@ -189,11 +189,12 @@ class RPN(ProposalSource):
         except NotFiniteError as error:
             target = Target() if targets is None else targets[error.image]
             name = target.get("file_name", target.get("image_id", f"{error.image} of the batch"))
-            message = f"proposals of the RPN: image {name}: a {error.what} is {error.value}; expected finite numbers. "
+            what = f"proposals of the RPN: image {name}: a {error.what} is {error.value}"
+            message = f"{what}; expected finite numbers. Check the image, "
             if targets is None:
-                raise DataError(f"{message}Check the image, and the weights for NaN") from error
-            raise TrainingError(
-                f"{message}Check the image, or lower optimizer.lr or set trainer.gradient_clip_val"
+                raise DataError(f"{message}and the weights for NaN") from error
+            raise NonFiniteStepError(
+                f"{message}or lower optimizer.lr or set trainer.gradient_clip_val", what
             ) from error
 
     def _losses(self, logits: Tensor, deltas: Tensor, sampled: AnchorTargets) -> Losses:

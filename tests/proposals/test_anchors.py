@@ -78,6 +78,8 @@ def test_sizes_follow_the_strides_by_default():
         ({"sizes": [[-1]]}, "sizes above 0"),
         ({"sizes": [[math.inf]]}, "sizes above 0"),
         ({"sizes": [[]]}, "as many sizes"),
+        ({"sizes": [8, 0]}, "sizes above 0"),
+        ({"sizes": [8, [16]]}, "not both"),
         ({"sizes": [[8], [8, 16]]}, "as many sizes"),
         ({"offset": 2}, "offset must be in 0..1"),
     ],
@@ -85,6 +87,14 @@ def test_sizes_follow_the_strides_by_default():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Anchors(**arguments)
+
+
+def test_flat_sizes_are_dealt_in_their_order():
+    assert Anchors(sizes=[8, 9, 40, 70]).level_sizes([16]) == [[8, 9, 40, 70]]
+    assert Anchors(sizes=[8, 9, 40, 70]).level_sizes([4, 8]) == [[8, 9], [40, 70]]
+    assert Anchors(sizes=[8, 9, 40, 70]).per_cell([4, 8]) == 6
+    with pytest.raises(ValueError, match=r"4 anchor sizes cannot be dealt to 3 levels.* multiple of 3"):
+        Anchors(sizes=[8, 9, 40, 70]).per_cell([4, 8, 16])
 
 
 def test_sizes_for_other_levels():
