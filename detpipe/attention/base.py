@@ -1,0 +1,84 @@
+"""What every attention module can do: weight a map, and show its weights.
+
+N images, C channels, H x W cells, M branches.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+Gates = dict[str, Tensor]
+
+
+class Attention(nn.Module, ABC):
+    """Feature maps weighted by gates, which can be looked at."""
+
+    @abstractmethod
+    def gates(self, features: Tensor) -> Gates:
+        """Compute the gates.
+
+        Args:
+            features: ``[N, C, H, W]``.
+
+        Returns:
+            by what the gates tell apart: "channel" ``[N, C, 1, 1]`` and "spatial" ``[N, 1, H, W]``, in 0..1; "branch"
+            ``[N, M, C, 1, 1]``, which sum to one over the branches.
+        """
+
+
+class Gating(Attention):
+    """Attention that leaves the shape as it is: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+
+    @abstractmethod
+    def weights(self, features: Tensor) -> Tensor:
+        """Compute what the features are multiplied by, in a shape that broadcasts to ``[N, C, H, W]``."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Apply the gates: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        return features * self.weights(features)
+
+    def add_to(self, shortcut: Tensor, features: Tensor) -> Tensor:
+        """Compute ``shortcut + self(features)`` with one pass over memory less.
+
+        Args:
+            shortcut: ``[N, C, H, W]``.
+            features: ``[N, C, H, W]``.
+
+        Returns:
+            ``[N, C, H, W]``.
+        """
+        return torch.addcmul(shortcut, features, self.weights(features))
+
+
+def squeeze(features: Tensor) -> Tensor:
+    """Average each channel, in float32 where the features have half precision: ``[N, C, H, W]`` -> ``[N, C, 1, 1]``."""
+    half = features.dtype in (torch.float16, torch.bfloat16)
+    return features.mean((2, 3), keepdim=True, dtype=torch.float32 if half else None).to(features.dtype)
+
+
+def squeezed_width(channels: int, reduction: int, divisor: int = 8) -> int:
+    """Divide channels by a reduction, rounded to a multiple of ``divisor``, halves up, and at least one of it.
+
+    Args:
+        channels: C.
+        reduction: by how much fewer.
+        divisor: what the result is a multiple of; 1 rounds down, as the papers' figures.
+
+    Returns:
+        The width of the hidden layer.
+
+    Raises:
+        ValueError: ``reduction`` or ``divisor`` below 1, or ``reduction`` above ``channels``.
+    """
+    if not 1 <= reduction <= channels:
+        raise ValueError(f"reduction must be in 1..channels ({channels}), got {reduction}")
+    if divisor < 1:
+        raise ValueError(f"divisor must be at least 1, got {divisor}")
+    return (
+        max(divisor, int(channels / reduction + divisor / 2) // divisor * divisor)
+        if divisor > 1
+        else channels // reduction
+    )
