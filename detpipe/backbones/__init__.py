@@ -2,6 +2,10 @@
 
 from detpipe.backbones.extractor import Extractor, Level
 from detpipe.backbones.fpn import FPN
-from detpipe.backbones.se_resnet import SEResNet
+from detpipe.backbones.pretrained import Pretrained
+from detpipe.backbones.regime import Regime
+from detpipe.backbones.residual_blocks import Variant
+from detpipe.backbones.se_resnet import SEResNet, SEResNeXt
+from detpipe.backbones.sknet import SKNet
 
-__all__ = ["FPN", "Extractor", "Level", "SEResNet"]
+__all__ = ["FPN", "Extractor", "Level", "Pretrained", "Regime", "SEResNeXt", "SEResNet", "SKNet", "Variant"]

@@ -1,68 +1,35 @@
+import math
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
-from detpipe.attention import SqueezeExcitation
-from detpipe.backbones import SEResNet
+from backbones.residual_cases import random_norms
+from detpipe.attention import CBAM, ECA, Attention, SelectiveKernel, SqueezeExcitation
+from detpipe.backbones import Regime, SEResNet, SEResNeXt, SKNet, Variant
 
 LEVELS = ("c2", "c3", "c4", "c5")
 
 
-def random_norms(network: nn.Module) -> None:
-    """Give batch norms something to do; a fresh one is nearly the identity, or zero."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.1)
-
-
-def translated(state: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
-    """A state dict of torchvision's ResNet with the names of ours."""
-    convolutions = 2 if depth < 50 else 3
-    names = {"conv1": "stem.0", "bn1": "stem.1"}
-    for level, layer in zip(LEVELS, ("layer1", "layer2", "layer3", "layer4"), strict=True):
-        for block in range(40):
-            ours, theirs = f"stages.{level}.{block}", f"{layer}.{block}"
-            for index in range(convolutions):
-                names[f"{theirs}.conv{index + 1}"] = f"{ours}.residual.{3 * index}"
-                names[f"{theirs}.bn{index + 1}"] = f"{ours}.residual.{3 * index + 1}"
-            for index in range(2):
-                names[f"{theirs}.downsample.{index}"] = f"{ours}.shortcut.{index}"
-    renamed = {}
-    for key, value in state.items():
-        module, _, tensor = key.rpartition(".")
-        if module != "fc":
-            renamed[f"{names[module]}.{tensor}"] = value
-    return renamed
-
-
-@pytest.mark.parametrize("depth", [18, 50])
-def test_without_attention_it_is_torchvisions_resnet(depth):
-    theirs = models.get_model(f"resnet{depth}", weights=None)
-    random_norms(theirs)
-    ours = SEResNet(depth, attention=False, levels=["c5"])
-    ours.load_state_dict(translated(theirs.state_dict(), depth))  # strict: every tensor has a place
-    images = torch.randn(2, 3, 70, 90)
-    for training in (True, False):  # the first pass also moves the running statistics of both
-        ours.train(training), theirs.train(training)
-        expected = theirs.relu(theirs.bn1(theirs.conv1(images)))
-        for layer in (theirs.maxpool, theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
-            expected = layer(expected)
-        got = ours(images)["c5"]
-        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+def billions(backbone: nn.Module) -> float:
+    """Multiplications and additions at 224 x 224 pixels in pairs, with a classifier of 1000 classes."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone.eval()(torch.zeros(1, 3, 224, 224))
+    return (counter.get_total_flops() / 2 + backbone.out_channels * 1000) / 1e9
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 def test_every_depth_has_the_layers_in_its_name(depth):
     with torch.device("meta"):
-        plain, gated = (SEResNet(depth, attention=a, levels=["c5"]) for a in (False, True))
+        plain, gated = (SEResNet(depth, attention=a, levels=["c5"]) for a in (None, "se"))
         reference = models.get_model(f"resnet{depth}", weights=None)
     wanted = sum(p.numel() for name, p in reference.named_parameters() if not name.startswith("fc."))
     assert sum(p.numel() for p in plain.parameters()) == wanted
     blocks = [block for stage in gated.stages.values() for block in stage]
     assert 2 + sum(sum(isinstance(m, nn.Conv2d) for m in block.residual) for block in blocks) == depth
-    assert all(isinstance(block.gate, SqueezeExcitation) for block in blocks)
+    assert all(isinstance(block.attention, SqueezeExcitation) for block in blocks)
     assert gated.out_channels == (512 if depth < 50 else 2048)
 
 
@@ -104,9 +71,9 @@ def test_levels_come_finest_first_and_no_stage_is_built_in_vain():
     assert list(backbone.stages) == ["c2", "c3", "c4"]
 
 
-@pytest.mark.parametrize("count", range(6))
-def test_frozen_stages_keep_weights_and_statistics(count):
-    backbone = SEResNet(18, levels=["c5"], frozen_stages=count)
+@pytest.mark.parametrize("frozen", [(), ("stem",), ("c3", "c2"), ("stem", "c2", "c3", "c4", "c5")])
+def test_frozen_stages_keep_weights_and_statistics(frozen):
+    backbone = SEResNet(18, levels=["c5"], regime=Regime(frozen=frozen))
     stages = {"stem": backbone.stem, **backbone.stages}
     for fresh in (True, False):
         if not fresh:
@@ -114,22 +81,107 @@ def test_frozen_stages_keep_weights_and_statistics(count):
         before = {name: {k: v.clone() for k, v in stage.state_dict().items()} for name, stage in stages.items()}
         optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1)
         output = backbone(torch.rand(2, 3, 64, 64))["c5"]
-        if count < 5:
+        if len(frozen) < 5:
             optimizer.zero_grad()
             output.square().sum().backward()
             optimizer.step()
-        for index, (name, stage) in enumerate(stages.items()):
+        for name, stage in stages.items():
             same = [torch.equal(value, before[name][key]) for key, value in stage.state_dict().items()]
-            assert all(same) == (index < count), (name, fresh)
+            assert all(same) == (name in frozen), (name, fresh)
 
 
 def test_frozen_batch_norm_keeps_its_statistics_and_live_does_not():
-    for kind in ("frozen", "live"):
-        backbone = SEResNet(18, levels=["c2"], batch_norm=kind).train()
-        before = backbone.stem[1].running_mean.clone()
+    for kind in ("frozen", "batch"):
+        backbone = SEResNet(18, levels=["c2"], regime=Regime(norm=kind)).train()
+        before = backbone.stem.norm1.running_mean.clone()
         backbone(torch.rand(2, 3, 32, 32))
-        assert torch.equal(backbone.stem[1].running_mean, before) == (kind == "frozen")
-        assert any(name.endswith("stem.1.weight") for name, _ in backbone.named_parameters()) == (kind == "live")
+        assert torch.equal(backbone.stem.norm1.running_mean, before) == (kind == "frozen")
+        assert any(name == "stem.norm1.weight" for name, _ in backbone.named_parameters()) == (kind == "batch")
+
+
+def test_a_frozen_norm_does_not_leave_branches_at_zero():
+    frozen, live = (SEResNet(18, levels=["c2"], regime=Regime(norm=norm)) for norm in ("frozen", "batch"))
+    assert frozen.stages["c2"][0].residual.norm2.weight.eq(1).all()
+    assert live.stages["c2"][0].residual.norm2.weight.eq(0).all()
+
+
+def test_group_norm_has_no_statistics():
+    backbone = SEResNet(18, levels=["c2"], attention={"c2": "sk"}, regime=Regime(norm="group"))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+    one = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(backbone.train()(one)["c2"], backbone.eval()(one)["c2"])
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    torch.manual_seed(0)
+    plain = random_norms(SEResNet(18, levels=["c3", "c5"], out_channels=8))
+    saving = SEResNet(18, levels=["c3", "c5"], out_channels=8, regime=Regime(checkpointing=True))
+    saving.load_state_dict(plain.state_dict())
+    images, stored = torch.rand(2, 3, 64, 64), []
+    for backbone in (plain, saving):
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, n=numbers: n.append(t.numel()) or t, lambda t: t):
+            loss = sum(level.square().mean() for level in backbone(images).values())
+        loss.backward()
+        stored.append(sum(numbers))
+    assert stored[1] < stored[0] / 2
+    for (name, one), other in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, msg=name)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(value, saving.state_dict()[name], msg=name)
+
+
+def test_drop_path_leaves_out_branches_in_training_only():
+    backbone = random_norms(SEResNet(18, levels=["c5"], regime=Regime(drop_path=0.9)))
+    rates = [block.drop.p for stage in backbone.stages.values() for block in stage]
+    assert rates == pytest.approx([0.9 * (index + 1) / 8 for index in range(8)])
+    images = torch.rand(2, 3, 64, 64)
+    assert not torch.equal(backbone.train()(images)["c5"], backbone(images)["c5"])
+    assert torch.equal(backbone.eval()(images)["c5"], backbone(images)["c5"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"), [("se", SqueezeExcitation), ("eca", ECA), ("cbam", CBAM), ("sk", SelectiveKernel)]
+)
+@pytest.mark.parametrize("depth", [18, 26])
+def test_attention_by_stage(depth, kind, module):
+    backbone = SEResNet(depth, attention={"c3": kind, "c4": None}, levels=["c5"])
+    found = {name.split(".")[1] for name, part in backbone.named_modules() if isinstance(part, Attention)}
+    assert found == {"c3"}
+    assert sum(isinstance(part, module) for part in backbone.modules()) == 2
+    assert backbone(torch.rand(2, 3, 64, 64))["c5"].shape[2:] == (2, 2)
+
+
+@pytest.mark.parametrize("kind", ["se", "sse", "scse", "eca", "cbam", "sk"])
+def test_every_kind_of_attention_learns(kind):
+    backbone = random_norms(SEResNet(18, kind, levels=["c3"])).double()
+    backbone(torch.rand(2, 3, 40, 56).double())["c3"].square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("size", [(64, 64), (333, 65), (75, 101)])
+def test_cells_are_centered_on_their_pixels(size):
+    """A mark in the middle of a map's cell is seen by that cell most."""
+    backbone = SEResNet(18, None, levels=["c3"], regime=Regime(norm="frozen"))
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+    images = torch.ones(1, 3, *size, requires_grad=True)
+    row, column = (length // 16 for length in size)
+    backbone(images)["c3"][0, :, row, column].sum().backward()
+    seen = images.grad.sum(dim=(0, 1))
+    y = (seen.sum(1) * (torch.arange(size[0]) + 0.5)).sum() / seen.sum()
+    x = (seen.sum(0) * (torch.arange(size[1]) + 0.5)).sum() / seen.sum()
+    assert math.hypot(y - (row + 0.5) * 8, x - (column + 0.5) * 8) < 8  # within a cell: padded convolutions of stride 2
+
+
+def test_costs_of_the_papers():
+    plain, gated = (SEResNet(50, a, Variant(stride_in_1x1=True), levels=["c5"]) for a in (None, "se"))
+    assert billions(plain) == pytest.approx(3.86, rel=0.01)
+    assert billions(gated) == pytest.approx(3.87, rel=0.01)
+    kernels = SKNet(50, levels=["c5"])
+    assert billions(kernels) == pytest.approx(4.47, rel=0.01)
+    assert sum(p.numel() for p in kernels.parameters()) + 2_049_000 == pytest.approx(27.5e6, rel=0.01)
 
 
 def test_output_channels():
@@ -144,17 +196,30 @@ def test_output_channels():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"depth": 20}, r"depth must be one of \[18, 34, 50, 101, 152\], got 20"),
+        ({"depth": 20}, r"depth must be one of \[18, 26, 34, 50, 101, 152\], got 20"),
         ({"levels": []}, "levels must be distinct names"),
         ({"levels": "c4"}, "levels must be distinct names"),
         ({"levels": ["c4", "c4"]}, "levels must be distinct names"),
         ({"levels": ["c6"]}, "levels must be distinct names.*c6"),
         ({"output_stride": 12}, "output_stride must be 4, 8, 16 or 32, got 12"),
-        ({"frozen_stages": 6}, "frozen_stages must be in 0..5"),
-        ({"batch_norm": "sync"}, "batch_norm must be 'live' or 'frozen', got 'sync'"),
-        ({"reduction": 0}, "reduction must be in"),
+        ({"regime": Regime(frozen=("c1",))}, "regime.frozen: unknown stage 'c1', expected some of "),
+        ({"attention": "SE"}, "attention: unknown kind 'SE', expected null or one of .*'cbam', 'sk'"),
+        ({"attention": {"c6": "se"}}, "attention: unknown stage 'c6'"),
+        ({"attention": True}, "attention: unknown kind True"),
+        ({"variant": Variant(reduction=0)}, "reduction must be in"),
+        ({"variant": Variant(reduction=65)}, r"reduction must be in 1..channels \(64\), got 65"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         SEResNet(**{"depth": 18, **arguments})
+
+
+def test_bad_sizes_and_variants():
+    for size in ("50", "18_32x4d", "50_0x4d", "50_32x4"):
+        with pytest.raises(ValueError, match=rf"size must be DEPTH_GROUPSxWIDTHd .*got '{size}'"):
+            SEResNeXt(size)
+    with pytest.raises(ValueError, match=r"depth must be one of \[26, 50, 101\], got 18"):
+        SKNet(18)
+    with pytest.raises(ValueError, match=r"stem must be one of .* got 'wide'"):
+        Variant(stem="wide")

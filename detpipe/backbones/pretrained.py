@@ -1,0 +1,137 @@
+"""Weights of whole networks for ours: from a file or a name, by our tensor names or those of others; nothing by halves.
+
+What a network has but the weights lack, and what the weights have but the network does not, is an error that names the tensors.
+Left out without a word are only: the classifier, stages that the backbone does not build, counters of batches, and stored
+statistics where the network normalizes by groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from torchvision import models
+
+from detpipe.attention.base import Attention
+from detpipe.backbones.weights import SUFFIXES, read_state
+from detpipe.errors import CheckpointError, UsageError
+from detpipe.suggest import did_you_mean
+
+TIMM = "timm/"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where weights come from.
+
+    Args:
+        source: a local file (``.pth``, ``.pt`` or ``.safetensors``; never downloads), the name of torchvision weights
+            (``DEFAULT``, ``IMAGENET1K_V1``) or of a timm network (``timm/seresnet50.ra2_in1k``); names download once.
+        new_gates: accept weights of the same network without attention; its gates then start as they are initialized.
+    """
+
+    source: str
+    new_gates: bool = False
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Another library's tensors by our names, and the names of those that a backbone does not need."""
+
+    tensors: dict[str, Tensor]
+    unused: Sequence[str]
+
+
+def load_pretrained(
+    network: nn.Module,
+    weights: str | Pretrained,
+    torchvision_name: str | None,
+    translate: Callable[[Mapping[str, Tensor]], Foreign | None],
+) -> None:
+    """Load weights into a backbone.
+
+    Args:
+        network: gets the weights; its ``laterals`` keep their own.
+        weights: where they come from.
+        torchvision_name: torchvision's network of this architecture, for names of weights; None where it has none.
+        translate: another library's state dict by our names, or None if it is ours.
+
+    Raises:
+        UsageError: an unknown name.
+        CheckpointError: the file is missing or unreadable, or tensors are missing, unknown, or of other shapes.
+    """
+    wanted = Pretrained(weights) if isinstance(weights, str) else weights
+    state = _fetch(wanted.source, torchvision_name)
+    foreign = translate(state)
+    tensors = state if foreign is None else foreign.tensors
+    own = {name: value for name, value in network.state_dict().items() if not name.startswith("laterals.")}
+    optional = _gate_names(network) if wanted.new_gates else set()
+    if optional & set(tensors):
+        raise CheckpointError(
+            f"{wanted.source} has weights of gates; leave new_gates out, which is for networks without"
+        )
+    counters = {name for name in {*own, *tensors} if name.endswith("num_batches_tracked")}
+    missing = sorted(set(own) - set(tensors) - counters - optional)
+    unknown = sorted(name for name in set(tensors) - set(own) - counters if not _left_out(name, network, own))
+    shapes = sorted(name for name in set(own) & set(tensors) - counters if own[name].shape != tensors[name].shape)
+    for names, problem in ((missing, "lacks"), (unknown, "has unknown"), (shapes, "has other shapes for")):
+        if names:
+            raise CheckpointError(
+                f"{wanted.source} does not fit {type(network).__name__}: it {problem} {len(names)} tensors, "
+                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; {_advice(names, network, problem)}"
+            )
+    network.load_state_dict({name: tensors[name] for name in set(own) & set(tensors)}, strict=False)
+
+
+def _fetch(source: str, torchvision_name: str | None) -> dict[str, Tensor]:
+    if source.startswith(TIMM) and Path(source).suffix not in SUFFIXES:
+        return _from_timm(source.removeprefix(TIMM))
+    if Path(source).suffix in SUFFIXES or "/" in source:
+        return read_state(Path(source))
+    known = {} if torchvision_name is None else models.get_model_weights(torchvision_name).__members__
+    if source not in known:
+        names = (
+            f"{torchvision_name}'s {sorted(known)}" if known else "no name of torchvision's, which has no such network"
+        )
+        raise UsageError(
+            f"unknown weights {source!r}: expected a local file ({', '.join(SUFFIXES)}), {TIMM}NAME, or {names}"
+            f"{did_you_mean(source, known)}"
+        )
+    return known[source].get_state_dict(progress=True, check_hash=True)
+
+
+def _from_timm(name: str) -> dict[str, Tensor]:
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError(f"weights {TIMM}{name} need timm: pip install 'detpipe[timm]'") from error
+    if not timm.is_model(name):
+        raise UsageError(f"timm has no network {name!r}{did_you_mean(name.partition('.')[0], timm.list_models())}")
+    return timm.create_model(name, pretrained=True).state_dict()
+
+
+def _gate_names(network: nn.Module) -> set[str]:
+    """Names of all tensors inside attention modules."""
+    gates = [name for name, module in network.named_modules() if isinstance(module, Attention)]
+    return {tensor for tensor in network.state_dict() for gate in gates if tensor.startswith(f"{gate}.")}
+
+
+def _left_out(name: str, network: nn.Module, own: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor belongs to what the backbone does not build, or to statistics that it does not keep."""
+    module, _, tensor = name.rpartition(".")
+    if tensor in ("running_mean", "running_var") and f"{module}.weight" in own:
+        return True
+    if name.startswith("laterals."):
+        return True
+    built = getattr(network, "stages", None)
+    return isinstance(built, nn.ModuleDict) and any(
+        name.startswith(f"stages.{stage}.") for stage in ("c2", "c3", "c4", "c5") if stage not in built
+    )
+
+
+def _advice(names: Sequence[str], network: nn.Module, problem: str) -> str:
+    if problem == "lacks" and set(names) <= _gate_names(network):
+        return "they are of a network without attention: give attention null, or new_gates true to start the gates anew"
+    return "give weights of the same architecture (depth, attention and variant decide)"

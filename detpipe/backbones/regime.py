@@ -1,0 +1,266 @@
+"""How a backbone is trained: its kind of normalization, what stays frozen, checkpointed activations, dropped paths.
+
+Frozen batch normalization: He et al., "Deep Residual Learning for Image Recognition", 2015, arXiv 1512.03385, appendix A.
+Synchronized: Peng et al., "MegDet", 2017, arXiv 1711.07240. Group normalization: Wu and He, 2018, arXiv 1803.08494.
+Checkpointing: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, arXiv 1604.06174.
+Dropped paths: Huang et al., "Deep Networks with Stochastic Depth", 2016, arXiv 1603.09382.
+
+Deviations:
+1. Channels that are no multiple of 32 are normalized in fewer groups: the largest divisor of them up to 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import FrozenBatchNorm2d
+
+from detpipe.attention.selective_kernel import SqueezedBatchNorm
+from detpipe.errors import UsageError
+from detpipe.suggest import did_you_mean
+
+Norm = Literal["batch", "frozen", "sync", "group"]
+GROUPS = 32  # of group normalization, as published
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How a backbone is trained.
+
+    Args:
+        norm: "batch" normalizes by the batch at hand; "frozen" by the stored statistics, with weights that stay (advised with
+            pretrained weights and small batches); "sync" by the batches of all processes (on GPUs; in a single process the
+            same as "batch"; PyTorch refuses it on CPUs in several processes); "group" each image by itself, which needs
+            weights of its own.
+        frozen: parts whose weights and statistics stay, by name.
+        checkpointing: compute activations a second time in the backward pass instead of storing them.
+        drop_path: probability that training leaves out the residual branch of the last block, for each image; it rises
+            linearly from the first block on.
+
+    Raises:
+        ValueError: an argument outside these choices.
+    """
+
+    norm: Norm = "batch"
+    frozen: tuple[str, ...] = ()
+    checkpointing: bool = False
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm must be one of {list(get_args(Norm))}, got {self.norm!r}")
+        if isinstance(self.frozen, str) or not all(isinstance(name, str) for name in self.frozen):
+            raise ValueError(f"frozen must be a list of names, got {self.frozen!r}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in 0..1, below 1, got {self.drop_path}")
+        object.__setattr__(self, "frozen", tuple(self.frozen))
+
+
+def drop_path_rates(rate: float, blocks: int) -> list[float]:
+    """Share out a drop-path rate over the blocks of a network.
+
+    Args:
+        rate: of the last block.
+        blocks: L, how many there are.
+
+    Returns:
+        The rate of block l in 1..L: ``rate * l / L``.
+
+    Example:
+        >>> drop_path_rates(0.2, 4)
+        [0.05, 0.1, 0.15, 0.2]
+    """
+    return [round(rate * (index + 1) / blocks, 12) for index in range(blocks)]
+
+
+def convert_norm(network: nn.Module, norm: Norm) -> nn.Module:
+    """Replace every 2-d batch normalization, in place; weights and bias stay the same parameters.
+
+    Args:
+        network: frozen normalization in it stays as it is.
+        norm: what to have instead; "batch" changes nothing.
+
+    Returns:
+        The network; a new module only where it is itself a batch normalization.
+
+    Raises:
+        ValueError: a kind of batch normalization that cannot be replaced without loss.
+    """
+    if norm == "batch":
+        return network
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            converted = _converted(module, norm, name).train(module.training)
+            if not name:
+                return converted
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, converted)
+    return network
+
+
+def _converted(module: nn.BatchNorm2d, norm: Norm, name: str) -> nn.Module:
+    activated = hasattr(module, "act") and hasattr(module, "drop")  # timm's batch norm with an activation in it
+    if type(module) not in (nn.BatchNorm2d, SqueezedBatchNorm) and not activated:
+        raise ValueError(f"{name}: a {type(module).__name__} cannot become norm {norm!r}; only nn.BatchNorm2d can")
+    make = {"frozen": _frozen_norm, "sync": _sync_norm, "group": _group_norm}[norm]
+    converted = make(module, activated, name)
+    if activated:
+        converted.act, converted.drop = module.act, module.drop
+    return converted
+
+
+def _frozen_norm(module: nn.BatchNorm2d, activated: bool, name: str) -> nn.Module:
+    if module.running_mean is None or module.running_var is None:
+        raise ValueError(f"{name}: a batch norm without statistics cannot be frozen; leave norm 'batch'")
+    kind: type[nn.Module] = FrozenBatchNorm2d
+    if activated:
+        from timm.layers import FrozenBatchNormAct2d
+
+        kind = FrozenBatchNormAct2d
+    frozen = kind(module.num_features, eps=module.eps).to(module.running_mean)
+    for key in ("weight", "bias", "running_mean", "running_var"):
+        stored = getattr(module, key)
+        if stored is not None:
+            getattr(frozen, key).copy_(stored.detach())
+    return frozen
+
+
+def _sync_norm(module: nn.BatchNorm2d, activated: bool, name: str) -> nn.Module:
+    kind: type[nn.SyncBatchNorm] = nn.SyncBatchNorm
+    if activated:
+        from timm.layers import SyncBatchNormAct
+
+        kind = SyncBatchNormAct
+    elif isinstance(module, SqueezedBatchNorm):
+        kind = SqueezedSyncBatchNorm
+    sync = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+    sync.weight, sync.bias = module.weight, module.bias
+    for key in STATISTICS:
+        setattr(sync, key, getattr(module, key))
+    return sync
+
+
+def _group_norm(module: nn.BatchNorm2d, activated: bool, name: str) -> nn.Module:
+    channels = module.num_features
+    groups = max(groups for groups in range(1, min(GROUPS, channels) + 1) if channels % groups == 0)
+    if isinstance(module, SqueezedBatchNorm):  # of one cell: in many groups little would be left to normalize
+        groups = 1
+    if activated:
+        from timm.layers import GroupNormAct
+
+        group: nn.GroupNorm = GroupNormAct(channels, groups, eps=module.eps, affine=module.affine)
+    else:
+        group = nn.GroupNorm(groups, channels, module.eps, module.affine)
+    group.weight, group.bias = module.weight, module.bias
+    return group
+
+
+class SqueezedSyncBatchNorm(nn.SyncBatchNorm):
+    """Synchronized normalization of maps of one cell; a single image in a single process uses the stored statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[N, C, 1, 1]`` -> ``[N, C, 1, 1]``."""
+        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+        if self.training and alone and input.numel() == self.num_features:
+            return nn.functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(input)
+
+
+def find_modules(network: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """Look modules up by name.
+
+    Args:
+        network: what they are parts of.
+        names: such as ``features.0``.
+
+    Returns:
+        The modules.
+
+    Raises:
+        UsageError: no such module, or one without anything to freeze; near names are listed.
+    """
+    known = {name: module for name, module in network.named_modules() if name and any(True for _ in _tensors(module))}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"frozen: no parameters under {name!r}{did_you_mean(name, known)}")
+    return [known[name] for name in names]
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def freeze(modules: Iterable[nn.Module]) -> None:
+    """Keep weights, statistics and outputs of modules: no gradients, and evaluation mode; call it after every ``train()``."""
+    for module in modules:
+        module.requires_grad_(False)
+        module.eval()
+
+
+def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """Compute ``module(*inputs)``, and compute it again in the backward pass instead of storing activations.
+
+    Random numbers are the same both times, and statistics of batch normalization move once. In evaluation and without
+    gradients it is a plain call.
+
+    Args:
+        module: any module.
+        inputs: its inputs.
+
+    Returns:
+        Its output.
+    """
+    if not (module.training and torch.is_grad_enabled()):
+        return module(*inputs)
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _Statistics(module)))
+
+
+class _Statistics(AbstractContextManager[None]):
+    """Statistics of batch normalization as they are now, for a second computation; what it does to them is discarded."""
+
+    def __init__(self, module: nn.Module) -> None:
+        live = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        self.snapshots = [
+            (norm, {key: norm._buffers[key].clone() for key in STATISTICS})  # pyright: ignore[reportOptionalMemberAccess]
+            for norm in live
+            if norm.track_running_stats
+        ]
+        self.outer: list[dict[str, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self.outer = [{key: norm._buffers[key] for key in STATISTICS} for norm, _ in self.snapshots]
+        for norm, snapshot in self.snapshots:
+            norm._buffers.update({key: value.clone() for key, value in snapshot.items()})
+
+    def __exit__(self, *exception: object) -> None:
+        for (norm, _), buffers in zip(self.snapshots, self.outer, strict=True):
+            norm._buffers.update(buffers)
+
+
+def names_within(frozen: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Check names of stages to freeze.
+
+    Args:
+        frozen: what was asked for.
+        known: the stages that there are.
+
+    Returns:
+        ``frozen``, in the order of ``known``.
+
+    Raises:
+        UsageError: an unknown stage; near names are listed.
+    """
+    for name in frozen:
+        if name not in known:
+            raise UsageError(f"frozen: no stage {name!r}{did_you_mean(name, known)}; expected some of {list(known)}")
+    return tuple(name for name in known if name in frozen)

@@ -1,0 +1,227 @@
+"""Residual networks with attention in any of their stages: the ground of SEResNet, SEResNeXt and SKNet.
+
+He et al., "Deep Residual Learning for Image Recognition", 2015, arXiv 1512.03385; Xie et al., "Aggregated Residual
+Transformations for Deep Neural Networks", 2016, arXiv 1611.05431 (groups); gates before the sum: Hu et al. 2018, arXiv
+1709.01507, figure 3; selective kernels in the place of the 3 x 3 convolution: Li et al. 2019, arXiv 1903.06586, section 3.2;
+deep stem and averaging shortcut: He et al. 2018, arXiv 1812.01187, section 4.
+
+Deviations:
+1. Bottlenecks have their stride in the 3 x 3 convolution, as torchvision's, unless ``stride_in_1x1`` is set, as in the papers.
+2. ``output_stride`` replaces the strides of late stages by dilation (Chen et al. 2017, arXiv 1706.05587), for small images.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from detpipe.attention.choice import GATINGS
+from detpipe.backbones.laterals import Laterals, Width
+from detpipe.backbones.pretrained import Pretrained, load_pretrained
+from detpipe.backbones.regime import Regime, checkpointed, convert_norm, drop_path_rates
+from detpipe.backbones.residual_blocks import BasicBlock, Bottleneck, Layout, Variant, make_stem
+from detpipe.backbones.residual_names import to_own_names
+from detpipe.stages import Backbone
+from detpipe.suggest import did_you_mean
+from detpipe.types import Features, PixelFormat
+
+BLOCKS = {
+    18: (2, 2, 2, 2),
+    26: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+LEVELS = ("c2", "c3", "c4", "c5")
+STAGES = ("stem", *LEVELS)
+Kind = Literal["se", "sse", "scse", "eca", "cbam", "sk"]
+Choice = Kind | None | dict[str, Kind | None]
+
+
+class ResidualNetwork(Backbone, ABC):
+    """A stem and four stages of residual blocks; stages after the last level that is asked for are not built.
+
+    Args:
+        depth: 18 or 34 (basic blocks), 26, 50, 101 or 152 (bottlenecks).
+        groups: of the 3 x 3 convolutions.
+        group_width: channels of a group in the first stage, of a bottleneck.
+        attention: one kind for all stages, or stage -> kind.
+        variant: what networks of one depth differ in.
+        levels: which of c2, c3, c4, c5 to return.
+        output_stride: no level is coarser than this (4, 8, 16 or 32).
+        out_channels: as in :class:`~detpipe.backbones.laterals.Laterals`.
+        weights: a file, or a name of weights.
+        regime: normalization, frozen stages, checkpointing, drop path.
+
+    Raises:
+        ValueError: an argument outside its choices.
+        UsageError: an unknown name of weights.
+        CheckpointError: weights that are missing or belong to another network.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        groups: int,
+        group_width: int,
+        attention: Choice,
+        variant: Variant,
+        levels: Sequence[str],
+        output_stride: int,
+        out_channels: Width,
+        weights: str | Pretrained | None,
+        regime: Regime,
+    ) -> None:
+        super().__init__()
+        _check(depth, levels, output_stride, regime)
+        self.depth, self.groups, self.group_width = depth, groups, group_width
+        self.attention = by_stage(attention)
+        self.levels = tuple(level for level in LEVELS if level in levels)
+        self.regime, self.pixel_format = regime, PixelFormat()
+        self.stem = make_stem(variant.stem)
+        self.stages = nn.ModuleDict()
+        self.strides: dict[str, int] = {}
+        widths = self._build(variant, output_stride)
+        self.laterals = Laterals(widths, out_channels)
+        _initialize(self, zero_branches=regime.norm != "frozen")
+        convert_norm(self, regime.norm)
+        if weights is not None:
+            load_pretrained(self, weights, self.torchvision_name, to_own_names)
+        for stage in self._frozen():
+            stage.requires_grad_(False)
+        self.train()  # a new module is in training mode, the batch norm of frozen stages must not be
+
+    @property
+    @abstractmethod
+    def torchvision_name(self) -> str | None:
+        """Name of torchvision's network of this architecture without attention, None where it has none."""
+
+    @property
+    def out_channels(self) -> int:
+        """C, the same at every level; a ValueError where each level keeps its own width."""
+        return self.laterals.out_channels
+
+    @property
+    def level_channels(self) -> dict[str, int]:
+        """Channels of each level."""
+        return dict(self.laterals.level_channels)
+
+    def forward(self, images: Tensor) -> Features:
+        """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C, ceil(H / stride), ceil(W / stride)]``."""
+        features = {}
+        x = self.stem(images)
+        for level, stage in self.stages.items():
+            for block in stage:  # pyright: ignore[reportGeneralTypeIssues]
+                x = checkpointed(block, x) if self.regime.checkpointing else block(x)
+            if level in self.levels:
+                features[level] = x
+        return self.laterals(features)
+
+    def train(self, mode: bool = True) -> ResidualNetwork:
+        """Switch to training, except for the batch norm of frozen stages, which keeps its statistics."""
+        super().train(mode)
+        for stage in self._frozen():
+            stage.eval()
+        return self
+
+    def _build(self, variant: Variant, output_stride: int) -> dict[str, int]:
+        """Build the stages and declare the strides; returns the width of each level."""
+        count = LEVELS.index(self.levels[-1]) + 1
+        drops = drop_path_rates(self.regime.drop_path, sum(BLOCKS[self.depth]))
+        widths, channels, stride, dilation = {}, 64, 4, 1
+        for index, level in enumerate(LEVELS[:count]):
+            step, before = 1 if index == 0 else 2, dilation
+            if stride * step > output_stride:
+                step, dilation = 1, dilation * 2
+            stride *= step
+            stage = []
+            for number in range(BLOCKS[self.depth][index]):
+                # the first block looks at a map of the stride before, and so spaces its kernel by the dilation before
+                layout = Layout(
+                    width=64 * 2**index,
+                    stride=step if number == 0 else 1,
+                    dilation=(before if number == 0 else dilation, dilation),
+                    groups=self.groups,
+                    group_width=self.group_width,
+                )
+                block = (Bottleneck if is_deep(self.depth) else BasicBlock)(
+                    channels, layout, self.attention[level], variant, _drop(drops.pop(0))
+                )
+                stage.append(block)
+                channels = block.out_channels
+            self.stages[level] = nn.Sequential(*stage)
+            if level in self.levels:
+                self.strides[level], widths[level] = stride, channels
+        return widths
+
+    def _frozen(self) -> list[nn.Module]:
+        built = {"stem": self.stem, **dict(self.stages.items())}
+        return [stage for name, stage in built.items() if name in self.regime.frozen]
+
+
+def is_deep(depth: int) -> bool:
+    """Whether a depth is built of bottlenecks."""
+    return depth not in (18, 34)
+
+
+def by_stage(attention: Choice) -> dict[str, Kind | None]:
+    """Spell out the attention of each stage.
+
+    Args:
+        attention: one kind for all stages, or stage -> kind; stages that are not named have none.
+
+    Returns:
+        Kind or None of c2, c3, c4, c5.
+
+    Raises:
+        ValueError: an unknown stage or kind.
+    """
+    chosen: dict[str, Kind | None] = (
+        dict(attention) if isinstance(attention, Mapping) else dict.fromkeys(LEVELS, attention)
+    )
+    for stage, kind in chosen.items():
+        if stage not in LEVELS:
+            raise ValueError(
+                f"attention: unknown stage {stage!r}, expected one of {list(LEVELS)}{did_you_mean(stage, LEVELS)}"
+            )
+        if kind is not None and kind not in (*GATINGS, "sk"):
+            kinds = [*GATINGS, "sk"]
+            raise ValueError(
+                f"attention: unknown kind {kind!r}, expected null or one of {kinds}{did_you_mean(str(kind), kinds)}"
+            )
+    return {level: chosen.get(level) for level in LEVELS}
+
+
+def _drop(rate: float) -> nn.Module:
+    return StochasticDepth(rate, "row") if rate > 0 else nn.Identity()
+
+
+def _initialize(network: nn.Module, zero_branches: bool) -> None:
+    """He initialization for a network of ReLUs; each residual branch starts at zero where its last norm can learn."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if zero_branches and isinstance(module, BasicBlock | Bottleneck):
+            nn.init.zeros_(module.last_norm.weight)
+
+
+def _check(depth: int, levels: Sequence[str], output_stride: int, regime: Regime) -> None:
+    if depth not in BLOCKS:
+        raise ValueError(f"depth must be one of {list(BLOCKS)}, got {depth}")
+    if isinstance(levels, str) or not levels or not set(levels) <= set(LEVELS) or len(set(levels)) < len(levels):
+        raise ValueError(f"levels must be distinct names out of {list(LEVELS)}, got {levels!r}")
+    if output_stride not in (4, 8, 16, 32):
+        raise ValueError(f"output_stride must be 4, 8, 16 or 32, got {output_stride}")
+    unknown = sorted(set(regime.frozen) - set(STAGES))
+    if unknown:
+        raise ValueError(
+            f"regime.frozen: unknown stage {unknown[0]!r}, expected some of {list(STAGES)}{did_you_mean(unknown[0], STAGES)}"
+        )
