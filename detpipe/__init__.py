@@ -23,10 +23,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detpipe.attention import SqueezeExcitation
-    from detpipe.backbones import FPN, Extractor, Level, SEResNet
-    from detpipe.checkpoint import load_detector
-    from detpipe.datasets import COCO, VOC, Augment, Demo, DetectionData, Loader
+    from detpipe.attention import (
+        CBAM,
+        ECA,
+        ConcurrentSqueezeExcitation,
+        SelectiveKernel,
+        SpatialSqueezeExcitation,
+        SqueezeExcitation,
+        add_attention,
+    )
+    from detpipe.backbones import (
+        FPN,
+        Extractor,
+        Level,
+        Pretrained,
+        Regime,
+        SEInceptionV3,
+        SEResNet,
+        SEResNeXt,
+        SKNet,
+        Variant,
+        ViTPyramid,
+    )
+    from detpipe.checkpoint import load_classifier, load_detector
+    from detpipe.classifier import ImageClassifier
+    from detpipe.datasets import (
+        COCO,
+        VOC,
+        Augment,
+        ClassificationData,
+        Demo,
+        DemoDigits,
+        DetectionData,
+        ImageFolder,
+        Loader,
+        Views,
+    )
     from detpipe.detector import TwoStageDetector
     from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
     from detpipe.optimization import LRSchedule, Optimizer
@@ -48,10 +80,20 @@ if TYPE_CHECKING:
     from detpipe.types import Detection, Features, PixelFormat, Target
 
 _HOMES = {
-    "detpipe.attention": ("SqueezeExcitation",),
-    "detpipe.backbones": ("FPN", "Extractor", "Level", "SEResNet"),
-    "detpipe.checkpoint": ("load_detector",),
-    "detpipe.datasets": ("COCO", "VOC", "Augment", "Demo", "DetectionData", "Loader"),
+    "detpipe.attention": (
+        *("SqueezeExcitation", "SpatialSqueezeExcitation", "ConcurrentSqueezeExcitation"),
+        *("SelectiveKernel", "ECA", "CBAM", "add_attention"),
+    ),
+    "detpipe.backbones": (
+        *("SEResNet", "SEResNeXt", "SKNet", "SEInceptionV3", "Extractor", "Level", "FPN", "ViTPyramid"),
+        *("Pretrained", "Regime", "Variant"),
+    ),
+    "detpipe.checkpoint": ("load_classifier", "load_detector"),
+    "detpipe.classifier": ("ImageClassifier",),
+    "detpipe.datasets": (
+        *("COCO", "VOC", "Augment", "Demo", "DetectionData", "Loader"),
+        *("ClassificationData", "DemoDigits", "ImageFolder", "Views"),
+    ),
     "detpipe.detector": ("TwoStageDetector",),
     "detpipe.heads": ("FastRCNNHead", "Postprocess", "RoISampler"),
     "detpipe.optimization": ("LRSchedule", "Optimizer"),
@@ -67,12 +109,16 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (the order of the data path)
     "COCO", "VOC", "Demo", "DetectionData", "Loader", "Augment",
-    "SEResNet", "Extractor", "FPN", "Level", "SqueezeExcitation", "PixelFormat",
+    "SEResNet", "SEResNeXt", "SKNet", "SEInceptionV3", "Extractor", "Level", "FPN", "ViTPyramid",
+    "Pretrained", "Regime", "Variant", "PixelFormat",
+    "SqueezeExcitation", "SpatialSqueezeExcitation", "ConcurrentSqueezeExcitation", "SelectiveKernel", "ECA", "CBAM",
+    "add_attention",
     "DenseGrid", "SelectiveSearch", "OpenCVSelectiveSearch", "Superpixels", "EdgeBoxes", "Union",
     "PrecomputedProposals", "ProposalStore", "RPN", "Anchors", "RPNObjective", "ProposalSelection",
     "RoIAlign", "RoIMaxPool", "PreciseRoIPool", "RotatedRoIAlign", "SuperpixelPool",
     "FastRCNNHead", "RoISampler", "Postprocess",
     "TwoStageDetector", "Optimizer", "LRSchedule", "load_detector",
+    "ImageClassifier", "ClassificationData", "ImageFolder", "DemoDigits", "Views", "load_classifier",
     "Detection", "Features", "Target",
 ]  # fmt: skip
 

@@ -1,9 +1,10 @@
-"""What happens around training: random state, mean average precision, speed, pictures, and the stop at a NaN."""
+"""What happens around training: random state, scores, speed, pictures, and the stop at a NaN."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ from detpipe.types import Detection, Target
 
 NONFINITE_BATCH = "nonfinite_batch.pt"
 Batch = tuple[list[Tensor], list[Target]]
+
+
+def names_of_targets(batch: Batch) -> list[str]:
+    """The file names that a batch of a detector carries in its targets, the image ids where it has none."""
+    return [str(target.get("file_name", target.get("image_id"))) for target in batch[1]]
 
 
 class StepSeed(Callback):
@@ -155,11 +161,12 @@ class StopOnNonFinite(Callback):
 
     Args:
         folder: the run folder.
+        file_names: of a batch, for the message.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._batch: Batch | None = None
+    def __init__(self, folder: Path, file_names: Callable[[Any], list[str]] = names_of_targets) -> None:
+        self.folder, self.file_names = folder, file_names
+        self._batch: Any = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Remember the batch."""
@@ -191,11 +198,11 @@ class StopOnNonFinite(Callback):
 
     def _kept(self, trainer: Trainer, what: str) -> str:
         """Store the batch, and word the error."""
-        images, targets = self._batch or ([], [])
-        names = [str(target.get("file_name", target.get("image_id"))) for target in targets]
+        batch = self._batch or ([], [])
+        names = self.file_names(batch)
         path = self.folder / NONFINITE_BATCH
         with atomic_write(path) as temporary:
-            torch.save({"images": images, "targets": targets, "step": trainer.global_step}, temporary)
+            torch.save({"images": batch[0], "targets": batch[1], "step": trainer.global_step}, temporary)
         return (
             f"step {trainer.global_step}: {what}; the weights were not changed. Images of the batch: {', '.join(names)} "
             f"(saved in {path}). Check them, or lower optimizer.lr or set trainer.gradient_clip_val"
@@ -255,8 +262,61 @@ class Pictures(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curves from what is logged so far."""
-        if trainer.logger is not None:
-            trainer.logger.save()
-        metrics = self.folder / "metrics.csv"
-        if self.curves and metrics.is_file():
-            visualize.plot_curves(metrics, self.folder / "curves.png")
+        if self.curves:
+            draw_curves(trainer, self.folder)
+
+
+class Accuracy(Callback):
+    """Keep top-1, top-5 and loss of each validation of a classifier, and draw the curves after every epoch.
+
+    Each checkpoint carries the numbers of its weights.
+
+    Args:
+        folder: the run folder; gets ``curves.png``.
+        curves: draw the curves; needs matplotlib.
+    """
+
+    def __init__(self, folder: Path, curves: bool = True) -> None:
+        self.folder, self.curves = folder, curves
+        self.metrics: dict[str, Any] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over what the classifier has logged."""
+        logged = {name: trainer.callback_metrics.get(f"val/{name}") for name in ("top1", "top5", "loss")}
+        self.metrics = {name: float(value) for name, value in logged.items() if value is not None}
+        self.metrics["epoch"] = trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the curves from what is logged so far."""
+        if self.curves:
+            draw_curves(trainer, self.folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers, for the checkpoint."""
+        return {"metrics": json.dumps(self.metrics)}
+
+    @classmethod
+    def stored(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Read the numbers of a checkpoint.
+
+        Args:
+            checkpoint: Lightning's dict.
+
+        Returns:
+            ``top1``, ``top5`` (0..1), ``loss`` and ``epoch``.
+        """
+        return json.loads(checkpoint["callbacks"][cls.__qualname__]["metrics"])
+
+
+def draw_curves(trainer: Trainer, folder: Path) -> None:
+    """Draw ``curves.png`` from the ``metrics.csv`` of a run folder, if anything has been logged.
+
+    Args:
+        trainer: whose logger is flushed first.
+        folder: the run folder.
+    """
+    if trainer.logger is not None:
+        trainer.logger.save()
+    metrics = folder / "metrics.csv"
+    if metrics.is_file():
+        visualize.plot_curves(metrics, folder / "curves.png")

@@ -1,12 +1,13 @@
 """Checkpoints: complete once they are visible, self-describing, and read without running code in them.
 
 A checkpoint is Lightning's, with one entry more, ``detpipe``: the format's version, the model's configuration, and the
-names of the classes. ``load_detector`` rebuilds the model from it alone.
+names of the classes. ``load_detector`` and ``load_classifier`` rebuild the model from it alone.
 """
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
 
+from detpipe.classifier import ImageClassifier
 from detpipe.detector import TwoStageDetector
 from detpipe.errors import CheckpointError
 from detpipe.files import atomic_write
@@ -28,7 +31,7 @@ ALLOWED = "detpipe."  # a checkpoint may name classes of this package only
 class Description:
     """What a checkpoint says about itself."""
 
-    model: dict[str, Any]  # the configuration of TwoStageDetector
+    model: dict[str, Any]  # the configuration of TwoStageDetector or ImageClassifier
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     proposals: dict[str, Any] | None = None  # source and settings of the store that the training boxes came from
@@ -109,34 +112,63 @@ def load_detector(path: str | Path) -> tuple[TwoStageDetector, Description]:
         The detector in evaluation mode, and what the checkpoint says about itself.
 
     Raises:
-        CheckpointError: as in :func:`read`; or the checkpoint names classes of other packages.
+        CheckpointError: as in :func:`read`; or the checkpoint names classes of other packages, or is of a classifier.
     """
     checkpoint, description = read(path)
+    if "label_smoothing" in description.model:
+        raise CheckpointError(
+            f"checkpoint {path} is of a classifier; a detector takes the backbone.safetensors beside it as weights of its "
+            "backbone"
+        )
+    return _rebuild(path, checkpoint, description, add_model), description
+
+
+def load_classifier(path: str | Path) -> tuple[ImageClassifier, Description]:
+    """Rebuild a classifier from its checkpoint alone.
+
+    Args:
+        path: a local file.
+
+    Returns:
+        The classifier in evaluation mode, and what the checkpoint says about itself.
+
+    Raises:
+        CheckpointError: as in :func:`read`; or the checkpoint names classes of other packages, or is of a detector.
+    """
+    checkpoint, description = read(path)
+    if "head" in description.model:
+        raise CheckpointError(f"checkpoint {path} is of a detector; expected one that 'detpipe pretrain' wrote")
+    return _rebuild(path, checkpoint, description, add_classifier), description
+
+
+def _rebuild(
+    path: str | Path, checkpoint: dict[str, Any], description: Description, add: Callable[[ArgumentParser], None]
+) -> Any:
     _check_classes(description.model, str(path))
     parser = ArgumentParser(exit_on_error=False)
-    add_model(parser)
+    add(parser)
     try:
         config = parser.parse_object({"model": description.model, "num_classes": len(description.class_names)})
-        detector = parser.instantiate(config).model
+        model = parser.instantiate(config).model
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise CheckpointError(f"checkpoint {path}: its model cannot be built by this version: {reason}") from error
-    load_weights(detector, checkpoint, path)
-    return detector.eval(), description
+    load_weights(model, checkpoint, path)
+    return model.eval()
 
 
-def load_weights(detector: TwoStageDetector, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Put a checkpoint's weights into a detector.
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Put a checkpoint's weights into a model.
 
     Args:
-        detector: the model, as configured.
+        model: as configured.
         checkpoint: Lightning's dict.
         path: for messages.
 
     Raises:
         CheckpointError: the weights are those of another model; some of the differences are named.
     """
-    own, given = detector.state_dict(), checkpoint["state_dict"]
+    own, given = model.state_dict(), checkpoint["state_dict"]
     differences = [f"{key} is missing" for key in own if key not in given]
     differences += [f"{key} is unknown" for key in given if key not in own]
     differences += [
@@ -149,7 +181,7 @@ def load_weights(detector: TwoStageDetector, checkpoint: dict[str, Any], path: s
             f"checkpoint {path} belongs to another model ({len(differences)} differences: {'; '.join(differences[:3])}); "
             "use the configuration that it was trained with"
         )
-    detector.load_state_dict(given)
+    model.load_state_dict(given)
 
 
 def check_class_names(description: Description, class_names: tuple[str, ...], path: str | Path) -> None:
@@ -185,6 +217,15 @@ def add_model(parser: ArgumentParser) -> None:
     link_stages(parser)
 
 
+def add_classifier(parser: ArgumentParser) -> None:
+    """Let a parser build a classifier from ``model`` and ``num_classes``."""
+    import detpipe.backbones  # noqa: F401  (short names work for classes that are imported)
+
+    parser.add_argument("--num_classes", type=int)
+    parser.add_class_arguments(ImageClassifier, "model")
+    parser.link_arguments("num_classes", "model.num_classes")
+
+
 def link_stages(parser: ArgumentParser) -> None:
     """Give the head, and a proposal source that asks for them, what the backbone declares of its levels and its pixels."""
     for stage, strides in (("head", "roi_strides"), ("proposals", "strides")):
@@ -201,7 +242,7 @@ def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:
     """Turn the parsed configuration of a model into what its checkpoints store.
 
     Args:
-        config: of ``TwoStageDetector``.
+        config: of ``TwoStageDetector`` or ``ImageClassifier``.
 
     Returns:
         Plain containers, without the path of pretrained weights, which a checkpoint replaces.

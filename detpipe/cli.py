@@ -1,4 +1,4 @@
-"""The ``detpipe`` command: ``train``, ``evaluate``, ``predict`` and ``proposals``, the same as the scripts in ``tools/``.
+"""The ``detpipe`` command: ``train``, ``evaluate``, ``predict`` and others, the same as the scripts in ``tools/``.
 
 Nothing heavy is imported before a command is known, so that help and mistakes answer at once. Exit status: 0 for success, 2
 for a wrong command line or configuration, 1 for anything else that went wrong, 130 when interrupted.
@@ -27,6 +27,12 @@ commands:
                         mean average precision of a model, or of a file of detections
   predict CHECKPOINT IMAGE_OR_FOLDER ... -o FOLDER
                         draw detections and write them as JSON
+  pretrain CONFIG.yaml [MORE.yaml ...] [--key.path value ...]
+                        train a backbone as a classifier on an image folder, export its weights for detectors
+  inspect CHECKPOINT IMAGE_OR_FOLDER ... -o FOLDER
+                        draw what the attention of a backbone does: gates by class, branches by scale, spatial maps
+  ablate STUDY.yaml -o FOLDER
+                        train variants of one configuration with the same seeds, and tabulate what each is worth
   proposals make|convert|info|recall ...
                         boxes of one's own: make them, or turn other programs' files into a store, and know their recall
 
@@ -39,12 +45,16 @@ examples:
   detpipe train configs/fast_rcnn_se.yaml
   detpipe train configs/fast_rcnn_se.yaml configs/data/voc_custom.yaml --data.root MY_FOLDER
   detpipe evaluate configs/fast_rcnn_se.yaml --ckpt_path runs/fast_rcnn_se/.../best.ckpt
+  detpipe pretrain configs/pretrain/se_resnet18.yaml
 """
 
 COMMANDS = {
     "train": ("detpipe.training", "train"),
     "evaluate": ("detpipe.evaluate", "evaluate"),
     "predict": ("detpipe.predict", "predict"),
+    "pretrain": ("detpipe.pretraining", "pretrain"),
+    "ablate": ("detpipe.ablation", "run_ablate"),
+    "inspect": ("detpipe.inspect_attention", "run_inspect"),
     "proposals": ("detpipe.proposal_commands", "main"),
 }
 

@@ -7,9 +7,10 @@ elsewhere. Files are merged from left to right, options on the command line win.
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jsonargparse
 import yaml
@@ -46,6 +47,7 @@ LINKED = {  # what is not given, but follows something else
     "model.proposals.in_channels": "model.backbone.out_channels",
     "model.proposals.strides": "the strides of the backbone",
     "model.proposals.pixel_format": "model.backbone.pixel_format",
+    "model.num_classes": "the classes of the data",
     "data.seed": "seed_everything",
 }
 
@@ -61,7 +63,7 @@ class Parser(LightningArgumentParser):
         raise UsageError(explain(message, self)) from ex
 
 
-class CLI(LightningCLI):
+class CommandCLI(LightningCLI, ABC):
     """Build the model and the data of a configuration, and a trainer that training completes.
 
     Args:
@@ -69,11 +71,14 @@ class CLI(LightningCLI):
         add_arguments: adds the options of one command to the parser.
     """
 
+    model_type: ClassVar[type]  # of the model, which is built with the keys under ``model``
+    data_type: ClassVar[type]  # of which ``data`` names a subclass
+
     def __init__(self, arguments: Sequence[str], add_arguments: Callable[[LightningArgumentParser], None]) -> None:
         self._command_arguments = add_arguments
         super().__init__(
-            TwoStageDetector,
-            DetectionData,
+            self.model_type,
+            self.data_type,
             run=False,
             args=positional_configs(arguments),
             subclass_mode_data=True,
@@ -84,11 +89,14 @@ class CLI(LightningCLI):
             parser_class=Parser,
         )
 
+    @abstractmethod
+    def link(self, parser: LightningArgumentParser) -> None:
+        """Let the parts of the model follow each other and the data."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the parts that must agree follow each other."""
-        parser.link_arguments("data.num_classes", "model.head.init_args.num_classes", apply_on="instantiate")
+        self.link(parser)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_as_seed)
-        link_stages(parser)
         self._command_arguments(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -124,6 +132,18 @@ class CLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise UsageError(f"trainer: {explain(str(error))}") from error
+
+
+class CLI(CommandCLI):
+    """A detector and its data."""
+
+    model_type = TwoStageDetector
+    data_type = DetectionData
+
+    def link(self, parser: LightningArgumentParser) -> None:
+        """The head follows the classes of the data, and head and proposals what the backbone declares."""
+        parser.link_arguments("data.num_classes", "model.head.init_args.num_classes", apply_on="instantiate")
+        link_stages(parser)
 
 
 def positional_configs(arguments: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Losses and mAP of a run as one picture, from the numbers that Lightning's CSVLogger wrote."""
+"""Losses and scores of a run as one picture, from the numbers that Lightning's CSVLogger wrote."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 Points = tuple[list[float], list[float]]  # x in epochs that have passed, y
 
 _TRAIN, _VAL, _OTHER = "#2f6fde", "#e4572e", "#2ca25f"
+_SCORES = {  # title of the panel -> column, name in the legend, color
+    "mean average precision": (("AP", "AP", _TRAIN), ("AP50", "AP50", _OTHER), ("mAP", "mAP", _TRAIN)),
+    "accuracy": (("top1", "top-1", _TRAIN), ("top5", "top-5", _OTHER)),
+}
 
 
 def plot_curves(metrics_csv: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Plot losses and mAP over epochs, two panels in one PNG.
+    """Plot losses and scores over epochs, two panels in one PNG.
 
     Args:
         metrics_csv: what Lightning's CSVLogger writes: columns ``epoch``, ``step``, and any of ``train/loss``,
-            ``val/loss``, ``val/AP``, ``val/AP50``, ``val/mAP``; most cells of a row are empty.
+            ``val/loss``, ``val/AP``, ``val/AP50``, ``val/mAP``, ``val/top1``, ``val/top5``; most cells of a row are empty.
         out: the PNG, written so that it is complete when it is visible.
 
     Raises:
@@ -43,12 +47,13 @@ def plot_curves(metrics_csv: str | os.PathLike[str], out: str | os.PathLike[str]
     FigureCanvasAgg(figure)
     losses, scores = figure.subplots(1, 2)
     _plot_losses(losses, columns)
-    for name, color in (("AP", _TRAIN), ("AP50", _OTHER), ("mAP", _TRAIN)):
+    kind = "accuracy" if "val/top1" in columns else "mean average precision"
+    for name, shown, color in _SCORES[kind]:
         if f"val/{name}" in columns:
             x, y = columns[f"val/{name}"]
-            scores.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=4, label=f"{name}, best {max(y):.3f}")
+            scores.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=4, label=f"{shown}, best {max(y):.3f}")
     scores.set_ylim(0, 1)
-    for axes, title in ((losses, "loss"), (scores, "mean average precision, validation split")):
+    for axes, title in ((losses, "loss"), (scores, f"{kind}, validation split")):
         axes.set_title(title, loc="left")
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)

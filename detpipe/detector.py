@@ -7,7 +7,6 @@ Frames: what goes in and comes out is in pixels of the images as passed; the sta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -17,8 +16,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from detpipe import images as frames
-from detpipe.errors import UsageError
-from detpipe.optimization import LRSchedule, Optimizer
+from detpipe.optimization import LRSchedule, Optimizer, configure
 from detpipe.stages import Backbone, Losses, ProposalSource, RoIHead
 from detpipe.types import Detection, Target
 
@@ -138,14 +136,8 @@ class TwoStageDetector(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule, which is stepped after every batch."""
-        optimizer = self.optimizer.build(self.backbone, self.proposals, self.head)
-        total = self.trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise UsageError(
-                "training never ends: set trainer.max_epochs or trainer.max_steps, the schedule needs the end"
-            )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scheduler.factor(int(total)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+        steps = self.trainer.estimated_stepping_batches
+        return configure(self.optimizer, self.lr_scheduler, steps, self.backbone, self.proposals, self.head)
 
     def _log_losses(self, stage: str, total: Tensor, losses: Losses, size: int, on_step: bool) -> None:
         values = {f"{stage}/{name}": value.detach() for name, value in losses.items()}

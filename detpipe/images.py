@@ -61,14 +61,14 @@ def scale_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
 
 
 def normalize(image: Tensor, pixel_format: PixelFormat) -> Tensor:
-    """Turn an RGB image into what a network expects.
+    """Turn an RGB image, or a batch of equal size, into what a network expects.
 
     Args:
-        image: ``[3, H, W]`` RGB, uint8 in 0..255 or floating point in 0..1.
+        image: ``[..., 3, H, W]`` RGB, uint8 in 0..255 or floating point in 0..1.
         pixel_format: of the backbone.
 
     Returns:
-        ``[3, H, W]`` floating point in the backbone's channel order.
+        ``[..., 3, H, W]`` floating point in the backbone's channel order.
 
     Raises:
         TypeError: the image is neither uint8 nor floating point.
@@ -80,7 +80,7 @@ def normalize(image: Tensor, pixel_format: PixelFormat) -> Tensor:
     else:
         raise TypeError(f"images must be uint8 in 0..255 or floating point in 0..1, got {image.dtype}")
     if pixel_format.channel_order == "bgr":
-        image = image.flip(0)
+        image = image.flip(-3)
     mean, std = (box_ops.constants(values, image) for values in (pixel_format.mean, pixel_format.std))
     return (image - mean[:, None, None]) / std[:, None, None]
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from detpipe.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -115,3 +117,28 @@ class LRSchedule:
             return self.final + (1 - self.final) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
         return factor
+
+
+def configure(
+    optimizer: Optimizer, schedule: LRSchedule, steps: float, backbone: nn.Module, *others: nn.Module
+) -> dict[str, Any]:
+    """Build optimizer and schedule as Lightning takes them; the schedule is stepped after every batch.
+
+    Args:
+        optimizer: how weights are updated.
+        schedule: how the learning rate changes.
+        steps: of the whole training, ``trainer.estimated_stepping_batches``.
+        backbone: updated at ``lr * backbone_scale``.
+        others: updated at ``lr``.
+
+    Returns:
+        What ``configure_optimizers`` returns.
+
+    Raises:
+        UsageError: the number of steps is not finite.
+    """
+    if not math.isfinite(steps):
+        raise UsageError("training never ends: set trainer.max_epochs or trainer.max_steps, the schedule needs the end")
+    built = optimizer.build(backbone, *others)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(built, schedule.factor(int(steps)))
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}

@@ -23,14 +23,13 @@ from tqdm import tqdm
 from detpipe import visualize
 from detpipe.checkpoint import Description, load_detector
 from detpipe.datasets import read_image
+from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.detector import TwoStageDetector
 from detpipe.errors import DataError, UsageError
 from detpipe.files import atomic_write
 from detpipe.given_proposals import Boxes, advice, open_boxes
 from detpipe.proposals import PrecomputedProposals
 from detpipe.types import Detection, Target
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,9 +125,9 @@ def find_images(names: Sequence[str]) -> list[Path]:
     paths: dict[Path, None] = {}
     for name in map(Path, names):
         if name.is_dir():
-            inside = sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside = sorted(p for p in name.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not inside:
-                raise UsageError(f"folder {name} holds no image ({', '.join(SUFFIXES)})")
+                raise UsageError(f"folder {name} holds no image ({', '.join(IMAGE_SUFFIXES)})")
             paths.update(dict.fromkeys(inside))
         elif name.is_file():
             paths[name] = None

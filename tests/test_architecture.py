@@ -34,14 +34,22 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "heads": (*PLAIN, *GEOMETRY, "stages", "roi_pooling", "matching"),
     "datasets": (*PLAIN, *GEOMETRY, "proposal_files"),
     "evaluation": (*PLAIN, *GEOMETRY),
-    "optimization": (),
+    "optimization": ("errors",),
     "detector": (*PLAIN, *GEOMETRY, "stages", "optimization"),
+    "classifier": (*PLAIN, *GEOMETRY, "stages", "optimization"),
 }
 # the programs: they may import everything above and each other; nothing above imports them
 PROGRAMS = (
     *("checkpoint", "callbacks", "config_errors", "configuration"),
     *(
+        "run_folder",
         "training",
+        "pretraining",
+        "ablation",
+        "ablation_report",
+        "inspect_attention",
+        "inspection",
+        "inspection_plots",
         "evaluate",
         "predict",
         "given_proposals",

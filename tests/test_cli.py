@@ -65,7 +65,7 @@ def test_a_tool_runs_from_anywhere(tmp_path: Path) -> None:
     assert done.stderr == "detpipe: error: configuration nowhere.yaml does not exist\n"
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "pretrain"])
 def test_each_tool_is_its_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     monkeypatch.setattr(cli, "main", lambda arguments: seen.append(arguments) or 7)
@@ -90,7 +90,7 @@ def test_unknown_command_is_a_usage_error_with_a_suggestion(capsys: pytest.Captu
     assert cli.main(["trian"]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
-        "detpipe: error: unknown command 'trian': expected train, evaluate, predict, proposals; did you mean 'train'?\n"
+        f"detpipe: error: unknown command 'trian': expected {', '.join(cli.COMMANDS)}; did you mean 'train' or 'pretrain'?\n"
     )
     assert captured.out == ""
 
@@ -163,7 +163,8 @@ def test_the_exit_by_which_lightning_answers_an_interrupt_counts_as_one(
 
 
 @pytest.mark.parametrize(
-    "command_line", [["train", "--help"], ["evaluate", "--help"], ["evaluate", "-h"], ["predict", "-h"]]
+    "command_line",
+    [["train", "--help"], ["evaluate", "--help"], ["evaluate", "-h"], ["predict", "-h"], ["pretrain", "-h"]],
 )
 def test_each_command_has_help(command_line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(command_line) == 0

@@ -22,6 +22,7 @@ from detpipe.types import Target
 
 MODELS = sorted(runs.CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted((runs.CONFIGS / "data").glob("*.yaml"))
+BACKBONES = sorted((runs.CONFIGS / "backbones").glob("*.yaml"))
 SOURCES = sorted((runs.CONFIGS / "proposals").glob("*.yaml"))
 SHORT = [
     *("--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.max_steps", "-1"),
@@ -73,12 +74,12 @@ def test_there_are_configurations() -> None:
     assert {"voc07", "voc0712", "coco", "voc_custom", "coco_custom"} <= set(map(name_of, OVERLAYS))
 
 
-@pytest.mark.parametrize("path", [*MODELS, *OVERLAYS, *SOURCES], ids=name_of)
+@pytest.mark.parametrize("path", [*MODELS, *OVERLAYS, *SOURCES, *BACKBONES], ids=name_of)
 def test_the_header_shows_the_command(path: Path) -> None:
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert len(header.splitlines()) >= 3
     assert re.search(
-        rf"^#\s+python tools/train\.py .*configs/((data|proposals)/)?{path.stem}\.yaml", header, re.MULTILINE
+        rf"^#\s+python tools/train\.py .*configs/((data|proposals|backbones)/)?{path.stem}\.yaml", header, re.MULTILINE
     )
 
 
@@ -89,6 +90,26 @@ def test_a_model_runs_two_steps_on_the_demo_set(path: Path, demo_root: Path, tmp
     assert config.seed_everything == 0
     result = train(tmp_path, path, *runs.demo(demo_root))
     assert set(result["per_class"]) == set("0123456789")
+
+
+@pytest.mark.parametrize("path", BACKBONES, ids=name_of)
+def test_a_backbone_takes_the_place_of_se_resnet(path: Path, demo_root: Path, tmp_path: Path) -> None:
+    if "timm/" in path.read_text():
+        pytest.importorskip("timm")
+    base = runs.CONFIGS / "fast_rcnn_se.yaml"
+    config = parse(base, path)
+    assert config.model.backbone != parse(base).model.backbone
+    train(tmp_path, base, path, *runs.demo(demo_root))
+    detector, _ = load_detector(tmp_path / "run" / "best.ckpt")
+    assert type(detector.backbone).__name__ == config.model.backbone.class_path.rpartition(".")[2]
+    [found] = detector.eval()([torch.rand(3, 96, 128)])
+    assert found["boxes"].shape[1] == 4
+
+
+def test_there_are_backbones() -> None:
+    assert {"se_inception", "sknet50", "se_resnet50_fpn", "convnext_tiny", "mobilenet_v3"} <= set(
+        map(name_of, BACKBONES)
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -46,8 +46,8 @@ def overlay(folder: Path, text: str) -> str:
 
 
 MISSPELT = [
-    ("model.backbone.init_args.reducton", 4, "model.backbone.reducton", "reduction"),
-    ("model.backbone.reducton", 4, "model.backbone.reducton", "reduction"),
+    ("model.backbone.init_args.variant.reducton", 4, "model.backbone.variant.reducton", "reduction"),
+    ("model.backbone.variant.reducton", 4, "model.backbone.variant.reducton", "reduction"),
     ("model.backbonne.init_args.depth", 18, "model.backbonne", "backbone"),
     ("model.optimizer.lrr", 0.1, "model.optimizer.lrr", "lr"),
     ("model.optimiser.lr", 0.1, "model.optimiser", "optimizer"),
@@ -82,7 +82,11 @@ def test_a_misspelt_key_in_a_file(key: str, value: object, named: str, meant: st
 @pytest.mark.parametrize(
     ("key", "name", "message"),
     [
-        ("model.backbone", "SEResNett", "model.backbone: unknown class 'SEResNett'; did you mean 'SEResNet'?"),
+        (
+            "model.backbone",
+            "SEResNett",
+            "model.backbone: unknown class 'SEResNett'; did you mean 'SEResNet' or 'SEResNeXt'?",
+        ),
         ("model.proposals", "DenseGrd", "model.proposals: unknown class 'DenseGrd'; did you mean 'DenseGrid'?"),
         (
             "model.head.init_args.pooler",
@@ -94,7 +98,7 @@ def test_a_misspelt_key_in_a_file(key: str, value: object, named: str, meant: st
             "model.backbone",
             "detpipe.backbones.SEResNett",
             "model.backbone: class 'detpipe.backbones.SEResNett' cannot be used (module 'detpipe.backbones' has no attribute "
-            "'SEResNett'); did you mean 'SEResNet'?",
+            "'SEResNett'); did you mean 'SEResNet' or 'SEResNeXt'?",
         ),
     ],
 )
@@ -112,13 +116,17 @@ def test_an_unknown_class(key: str, name: str, message: str, tmp_path: Path) -> 
         ("DenseGrid", "model.backbone: unknown class 'DenseGrid'; expected "),
         ("collections.OrderedDict", "model.backbone: 'collections.OrderedDict' is not a Backbone; expected "),
         ("os.system", "model.backbone: class 'os.system' is not allowed, since a configuration must not run code"),
-        ("nowhere.Net", "model.backbone: class 'nowhere.Net' cannot be used (No module named 'nowhere'); expected "),
+        (
+            "nowhere.Thing",
+            "model.backbone: class 'nowhere.Thing' cannot be used (No module named 'nowhere'); expected ",
+        ),
     ],
 )
 def test_a_class_of_another_kind_lists_the_right_ones(name: str, start: str, tmp_path: Path) -> None:
     message = refusal([runs.CONFIG, overlay(tmp_path, f"model: {{backbone: {{class_path: {name}}}}}")])
     assert message.startswith(start)
-    assert message.endswith("; expected Extractor, FPN, SEResNet, or the full path of a class")
+    backbones = "Extractor, FPN, SEInceptionV3, SEResNeXt, SEResNet, SKNet, ViTPyramid"
+    assert message.endswith(f"; expected {backbones}, or the full path of a class")
 
 
 @pytest.mark.parametrize(
@@ -133,9 +141,9 @@ def test_a_class_of_another_kind_lists_the_right_ones(name: str, start: str, tmp
             "model.optimizer.name: expected 'sgd' or 'adamw', got adam; did you mean 'adamw'?",
         ),
         (
-            "model.backbone.batch_norm",
-            "Live",
-            "model.backbone.batch_norm: expected 'live' or 'frozen', got Live; did you mean 'live'?",
+            "model.backbone.regime.norm",
+            "Frozen",
+            "model.backbone.regime.norm: expected 'batch' or 'frozen' or 'sync' or 'group', got Frozen; did you mean 'frozen'?",
         ),
         ("trainer.max_epochs", "many", "trainer.max_epochs: expected a whole number or null, got many"),
         ("data.loader.batch_size", "x", "data.loader.batch_size: expected a whole number, got x"),
@@ -166,7 +174,7 @@ def test_a_wrong_type_in_a_file(text: str, message: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.backbone.depth", "19"], "depth must be one of [18, 34, 50, 101, 152], got 19"),
+        (["--model.backbone.depth", "19"], "depth must be one of [18, 26, 34, 50, 101, 152], got 19"),
         (["--model.min_size", "-1"], "expected 0 < min_size <= max_size, got min_size=-1, max_size=160"),
         (["--model.head.sampler.rois_per_image", "0"], "rois_per_image must be positive, got 0"),
         (["--data.loader.batch_size", "0"], "batch_size and eval_batch_size must be at least 1, got 0 and None"),

@@ -86,6 +86,16 @@ def test_a_run_without_some_columns(tmp_path, kept):
     assert (colored_pixels(image, right, curves._OTHER) > 100) == ("val/AP50" in kept)
 
 
+def test_accuracy_of_a_classifier_is_drawn(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,step,train/loss,val/top1,val/top5\n0,9,2.0,,\n0,9,,0.2,0.6\n1,19,1.5,,\n1,19,,0.3,0.9\n")
+    plot_curves(path, tmp_path / "curves.png")
+    image, left, right = panels(tmp_path / "curves.png")
+    assert colored_pixels(image, left, curves._TRAIN) > 100
+    assert colored_pixels(image, right, curves._TRAIN) > 100
+    assert colored_pixels(image, right, curves._OTHER) > 100
+
+
 def test_running_mean_of_the_last_values():
     assert curves._running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
 

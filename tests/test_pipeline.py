@@ -130,7 +130,7 @@ def test_another_seed_gives_other_weights_and_no_output_means_a_dated_folder(
     [folder] = (tmp_path / "runs" / "config").iterdir()
     assert re.fullmatch(r"\d{8}-\d{6}-\d{3}", folder.name)
     first, second = runs.weights(trained / "last.ckpt"), runs.weights(folder / "last.ckpt")
-    assert not torch.equal(first["backbone.stem.0.weight"], second["backbone.stem.0.weight"])
+    assert not torch.equal(first["backbone.stem.conv1.weight"], second["backbone.stem.conv1.weight"])
 
 
 class StopAfter(callbacks.StepSeed):

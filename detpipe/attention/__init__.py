@@ -3,6 +3,7 @@
 from detpipe.attention.base import Attention, Gating
 from detpipe.attention.cbam import CBAM
 from detpipe.attention.efficient_channel import ECA
+from detpipe.attention.insertion import add_attention
 from detpipe.attention.selective_kernel import SelectiveKernel
 from detpipe.attention.squeeze_excitation import (
     ConcurrentSqueezeExcitation,
@@ -19,4 +20,5 @@ __all__ = [
     "SelectiveKernel",
     "SpatialSqueezeExcitation",
     "SqueezeExcitation",
+    "add_attention",
 ]

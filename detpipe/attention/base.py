@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 Gates = dict[str, Tensor]
@@ -36,25 +37,31 @@ class Gating(Attention):
     def weights(self, features: Tensor) -> Tensor:
         """Compute what the features are multiplied by, in a shape that broadcasts to ``[N, C, H, W]``."""
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Apply the gates: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        return features * self.weights(features)
-
-    def add_to(self, shortcut: Tensor, features: Tensor) -> Tensor:
-        """Compute ``shortcut + self(features)`` with one pass over memory less.
+    def forward(self, features: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Apply the gates, and add a shortcut in the same pass over memory.
 
         Args:
-            shortcut: ``[N, C, H, W]``.
             features: ``[N, C, H, W]``.
+            shortcut: ``[N, C, H, W]`` or None.
 
         Returns:
-            ``[N, C, H, W]``.
+            ``[N, C, H, W]``: the gated features, plus the shortcut if there is one.
         """
-        return torch.addcmul(shortcut, features, self.weights(features))
+        return gated(features, self.weights(features), shortcut)
+
+
+def gated(features: Tensor, weights: Tensor, shortcut: Tensor | None) -> Tensor:
+    """Compute ``features * weights``, plus ``shortcut`` if there is one."""
+    return features * weights if shortcut is None else torch.addcmul(shortcut, features, weights)
 
 
 def squeeze(features: Tensor) -> Tensor:
     """Average each channel, in float32 where the features have half precision: ``[N, C, H, W]`` -> ``[N, C, 1, 1]``."""
+    return _mean(features)
+
+
+@torch.fx.wrap  # one node of a traced graph: its choice by data type cannot be traced
+def _mean(features: Tensor) -> Tensor:
     half = features.dtype in (torch.float16, torch.bfloat16)
     return features.mean((2, 3), keepdim=True, dtype=torch.float32 if half else None).to(features.dtype)
 
@@ -71,8 +78,10 @@ def squeezed_width(channels: int, reduction: int, divisor: int = 8) -> int:
         The width of the hidden layer.
 
     Raises:
-        ValueError: ``reduction`` or ``divisor`` below 1, or ``reduction`` above ``channels``.
+        ValueError: ``channels``, ``reduction`` or ``divisor`` below 1, or ``reduction`` above ``channels``.
     """
+    if channels < 1:
+        raise ValueError(f"channels must be at least 1, got {channels}")
     if not 1 <= reduction <= channels:
         raise ValueError(f"reduction must be in 1..channels ({channels}), got {reduction}")
     if divisor < 1:

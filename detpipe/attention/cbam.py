@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from detpipe.attention.base import Gates, Gating, squeeze, squeezed_width
+from detpipe.attention.base import Gates, Gating, gated, squeeze, squeezed_width
 
 
 class CBAM(Gating):
@@ -57,15 +57,18 @@ class CBAM(Gating):
         channel = self._channel(features)
         return channel * self._spatial(features * channel)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Apply the gates: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        features = features * self._channel(features)
-        return features * self._spatial(features)
+    def forward(self, features: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Apply the gates, and add a shortcut in the same pass over memory.
 
-    def add_to(self, shortcut: Tensor, features: Tensor) -> Tensor:
-        """Compute ``shortcut + self(features)``, all ``[N, C, H, W]``."""
+        Args:
+            features: ``[N, C, H, W]``.
+            shortcut: ``[N, C, H, W]`` or None.
+
+        Returns:
+            ``[N, C, H, W]``: the gated features, plus the shortcut if there is one.
+        """
         features = features * self._channel(features)
-        return torch.addcmul(shortcut, features, self._spatial(features))
+        return gated(features, self._spatial(features), shortcut)
 
     def gates(self, features: Tensor) -> Gates:
         """Compute the gates: ``[N, C, H, W]`` -> "channel" ``[N, C, 1, 1]`` and "spatial" ``[N, 1, H, W]`` in 0..1."""

@@ -100,7 +100,7 @@ class SelectiveKernel(Attention):
 
     def _weights(self, fused: Tensor) -> Tensor:
         logits = self.select(torch.relu(self.norm(self.squeeze(squeeze(fused)))))  # [N, M C', 1, 1]
-        return logits.reshape(len(fused), len(self.branches), -1, 1, 1).softmax(dim=1)
+        return logits.unflatten(1, (len(self.branches), fused.shape[1])).softmax(dim=1)
 
 
 class SqueezedBatchNorm(nn.BatchNorm2d):

@@ -56,6 +56,9 @@ class SpatialSqueezeExcitation(Gating):
     Args:
         channels: C of the input.
 
+    Raises:
+        ValueError: ``channels`` below 1.
+
     Example:
         >>> SpatialSqueezeExcitation(32)(torch.ones(2, 32, 5, 7)).shape
         torch.Size([2, 32, 5, 7])
@@ -63,6 +66,8 @@ class SpatialSqueezeExcitation(Gating):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
         self.squeeze = nn.Conv2d(channels, 1, 1)
 
     def weights(self, features: Tensor) -> Tensor:

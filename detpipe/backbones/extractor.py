@@ -1,64 +1,56 @@
-"""Any torchvision classification network as a backbone, cut at named nodes.
+"""Any classification network of torchvision or timm as a backbone, at one level or several.
 
-Deviation from a plain cut: ``padding`` adds zeros (the mean color) around the image before the network sees it, for
-networks whose own convolutions are not padded. SqueezeNet's first cell at stride 16 is centered on pixel 15.5; with
-``padding: 8`` it is centered on 7.5, half a pixel from where RoI pooling takes it to be, and no cell is lost at the
-border.
+Deviations from a plain cut:
+1. ``padding`` adds zeros (the mean color) around the image before the network sees it, for networks whose own convolutions
+   are not padded. SqueezeNet's first cell at stride 16 is centered on pixel 15.5; with ``padding: 8`` it is centered on 7.5,
+   half a pixel from where RoI pooling takes it to be, and no cell is lost at the border.
+2. timm's networks of patches or windows see images padded at the right and the bottom to a multiple of the coarsest stride.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision import models
-from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.ops import FrozenBatchNorm2d
+from torch import Tensor
 
-from detpipe.backbones.laterals import Laterals, Width
-from detpipe.backbones.weights import load_weights
-from detpipe.errors import UsageError
-from detpipe.stages import Backbone
-from detpipe.suggest import did_you_mean
+from detpipe.backbones.bodies import Body, Level, TorchvisionBody
+from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
+from detpipe.backbones.regime import Regime, convert_norm, find_modules, freeze
+from detpipe.backbones.timm_body import TimmBody
 from detpipe.types import Features, PixelFormat
 
+__all__ = ["Extractor", "Level"]
+
+TIMM = "timm/"
 PROBES = (128, 256)  # sides of the images that check the declared strides
+# what PyTorch says of images that leave nothing of a map
+TOO_SMALL = ("is too small", "greater than actual input size")
 
 
-@dataclass(frozen=True)
-class Level:
-    """Where a network is cut.
-
-    Args:
-        node: name of the module or operation whose output is returned, such as ``features.12``.
-        stride: image pixels a cell of it.
-    """
-
-    node: str
-    stride: int
-
-
-class Extractor(Backbone):
-    """Feature maps of a torchvision network.
+class Extractor(ProjectedBackbone):
+    """Feature maps of a torchvision or timm network.
 
     Args:
-        network: name of a torchvision classification network, such as ``resnet50``.
-        levels: level name -> where it is cut, finest first.
-        weights: a local file (``.pth``, ``.pt`` or ``.safetensors``; never downloads), the name of torchvision weights
-            (``DEFAULT``, ``IMAGENET1K_V1``; downloads once), or None for random ones.
-        pixel_format: what the weights expect; the default is torchvision's.
+        network: name of a torchvision classification network, such as ``resnet50``; or ``timm/`` and a name of timm's, such as
+            ``timm/convnext_tiny``, also with the tag of its weights, such as ``timm/convnext_tiny.fb_in22k``.
+        levels: level name -> where it is cut, finest first. For timm also a list of names such as ``[c3, c4, c5]``: c_k is
+            timm's last map of stride 2^k.
+        weights: None for random ones; a local file (``.pth``, ``.pt`` or ``.safetensors``; never downloads); or a name, which
+            downloads once: torchvision's (``DEFAULT``, ``IMAGENET1K_V1``), or for timm ``DEFAULT`` or a tag
+            (``fb_in22k``). A file holds the whole network or, for timm, its features; the classifier and what lies beyond the
+            last level may be missing or of other shapes, and everything else must fit.
+        pixel_format: what the weights expect; None takes torchvision's, or what timm says of the network.
         out_channels: project every level to this width; None keeps the width, for a single level; "own" lets each level
             keep its own, for an FPN.
         padding: zeros added on every side before the network, in pixels.
-        frozen_batch_norm: keep the stored statistics; advised with pretrained weights and small batches.
-        frozen_modules: modules whose weights stay, by name prefix, such as ``features.0``.
+        regime: how it is trained. Frozen normalization, the default, is advised with pretrained weights and small batches.
+            ``frozen`` names modules of ``body``, such as ``features.0``; ``drop_path`` is that of the network's last block.
 
     Raises:
-        UsageError: an unknown network or node (near names are listed).
+        UsageError: an unknown network, level, node or module (near names are listed), or timm is not installed.
         CheckpointError: the weights are missing or belong to another network.
-        ValueError: a declared stride that the network does not have, or unequal widths without ``out_channels``.
+        ValueError: a declared stride that the network does not have, unequal widths without ``out_channels``, a network that
+            takes images of one size only, or a regime that it cannot follow.
 
     Example:
         >>> backbone = Extractor("squeezenet1_1", {"c4": Level("features.12", 16)}, padding=8)
@@ -69,53 +61,79 @@ class Extractor(Backbone):
     def __init__(
         self,
         network: str,
-        levels: dict[str, Level],
+        levels: dict[str, Level] | list[str],
         weights: str | None = None,
-        pixel_format: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
+        pixel_format: PixelFormat | None = None,
         out_channels: Width = None,
         padding: int = 0,
-        frozen_batch_norm: bool = True,
-        frozen_modules: tuple[str, ...] = (),
+        regime: Regime = Regime(norm="frozen"),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         if not levels:
             raise ValueError("levels must name at least one place to cut the network, for example c4: {node, stride}")
-        if network not in models.list_models(module=models):
-            raise UsageError(
-                f"unknown network {network!r}: expected a torchvision classification network"
-                f"{did_you_mean(network, models.list_models(module=models))}"
-            )
-        self.pixel_format, self.padding = pixel_format, padding
-        self.strides = {name: level.stride for name, level in levels.items()}
-        self.body = _cut(network, {level.node: name for name, level in levels.items()}, weights)
-        if frozen_batch_norm:
-            _freeze_batch_norm(self.body)
+        if padding < 0:
+            raise ValueError(f"padding must not be negative, got {padding}")
+        kind = TimmBody if network.startswith(TIMM) else TorchvisionBody
+        body: Body = kind(network.removeprefix(TIMM), levels, weights, regime.drop_path)
+        self.name, self.padding, self.strides = network, padding, body.strides
+        self.pixel_format = pixel_format or body.pixel_format
+        self.body = convert_norm(body.network, regime.norm)
+        self._body = body
+        self._frozen = find_modules(self.body, regime.frozen)
         self.laterals = Laterals(self._probe(), out_channels)
-        self._freeze(frozen_modules)
-
-    @property
-    def out_channels(self) -> int:
-        """C, the same at every level; a ValueError where each level keeps its own width."""
-        return self.laterals.out_channels
-
-    @property
-    def level_channels(self) -> dict[str, int]:
-        """Channels of each level."""
-        return dict(self.laterals.level_channels)
+        if regime.checkpointing:
+            body.checkpoint()
+        self.train()  # a new module is in training mode, its frozen parts must not be
 
     def forward(self, images: Tensor) -> Features:
-        """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C, H_l, W_l]``."""
-        if self.padding:
-            images = F.pad(images, [self.padding] * 4)
-        features = self.body(images)
-        return self.laterals({level: features[level] for level in self.strides})
+        """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C, H_l, W_l]``.
+
+        Raises:
+            ValueError: the images are smaller than the coarsest stride, or so small that nothing is left of a level.
+        """
+        self.check_size(images)
+        return self.laterals(self._maps(images))
+
+    def train(self, mode: bool = True) -> Extractor:
+        """Switch to training, except for what is frozen."""
+        super().train(mode)
+        freeze(self._frozen)
+        return self
+
+    def _maps(self, images: Tensor) -> dict[str, Tensor]:
+        height, width = images.shape[-2:]
+        below, right = (-side % self._body.multiple for side in (height + 2 * self.padding, width + 2 * self.padding))
+        pad = self.padding
+        if pad or below or right:
+            images = F.pad(images, [pad, pad + right, pad, pad + below])
+        try:
+            maps = self._body.maps(images)
+        except RuntimeError as error:
+            if not any(text in str(error) for text in TOO_SMALL):
+                raise
+            raise self._too_small(height, width, max(self.strides, key=lambda level: self.strides[level])) from error
+        for level in self.strides:
+            if 0 in maps[level].shape[2:]:
+                raise self._too_small(height, width, level)
+        return {level: maps[level] for level in self.strides}
+
+    def _too_small(self, height: int, width: int, level: str) -> ValueError:
+        return ValueError(
+            f"an image of {height} x {width} pixels is too small for level {level!r} of {self.name}, whose stride is "
+            f"{self.strides[level]}; give larger images or a finer level"
+        )
 
     @torch.no_grad()
     def _probe(self) -> dict[str, int]:
         """Measure the width of each level, and hold the declared strides against what the network does."""
-        training = self.body.training
-        small, large = (self.body.eval()(torch.zeros(1, 3, side, side)) for side in PROBES)
-        self.body.train(training)
+        self.eval()
+        try:
+            small, large = (self._maps(torch.zeros(1, 3, side, side)) for side in PROBES)
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"{self.name} does not take images of any size: {reason}; give a network that does"
+            ) from error
         for level, stride in self.strides.items():
             shape = list(large[level].shape)
             more = shape[-1] - small[level].shape[-1]  # cells; the difference is free of what is lost at the borders
@@ -128,44 +146,3 @@ class Extractor(Backbone):
             if stride != real:
                 raise ValueError(f"level {level!r}: stride {stride} is declared, but it is {real}; declare {real}")
         return {level: large[level].shape[1] for level in self.strides}
-
-    def _freeze(self, prefixes: tuple[str, ...]) -> None:
-        for prefix in prefixes:
-            named = [p for name, p in self.body.named_parameters() if name == prefix or name.startswith(f"{prefix}.")]
-            if not named:
-                names = sorted({name.rpartition(".")[0] for name, _ in self.body.named_parameters()})
-                raise UsageError(f"frozen_modules: no parameters under {prefix!r}{did_you_mean(prefix, names)}")
-            for parameter in named:
-                parameter.requires_grad_(False)
-
-
-def _cut(network: str, nodes: dict[str, str], weights: str | None) -> nn.Module:
-    options = {"aux_logits": True, "init_weights": True} if network in ("inception_v3", "googlenet") else {}
-    full = models.get_model(network, weights=None, **options)
-    graph_nodes = _node_names(full)
-    for node in nodes:
-        if node not in graph_nodes:
-            raise UsageError(f"{network} has no node {node!r}{did_you_mean(node, sorted(graph_nodes))}")
-    body = create_feature_extractor(full, return_nodes=nodes, suppress_diff_warning=True)
-    if weights is not None:
-        load_weights(full, body, network, weights)  # the cut shares its parameters with the full network
-    return body
-
-
-def _node_names(network: nn.Module) -> set[str]:
-    from torchvision.models.feature_extraction import get_graph_node_names
-
-    train_nodes, eval_nodes = get_graph_node_names(network, suppress_diff_warning=True)
-    leaves = set(train_nodes) & set(eval_nodes)
-    modules = {name.rsplit(".", depth)[0] for name in leaves for depth in range(1, name.count(".") + 1)}
-    return leaves | modules
-
-
-def _freeze_batch_norm(network: nn.Module) -> None:
-    for name, module in list(network.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(module.num_features, module.eps)
-            for key in ("weight", "bias", "running_mean", "running_var"):
-                getattr(frozen, key).copy_(getattr(module, key).detach())
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, frozen)

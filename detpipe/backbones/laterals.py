@@ -1,11 +1,13 @@
-"""The same number of channels at every level, by one 1 x 1 convolution each."""
+"""The same number of channels at every level, by one 1 x 1 convolution each; and the backbones that end so."""
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import Literal
 
 from torch import Tensor, nn
 
+from detpipe.stages import Backbone
 from detpipe.types import Features
 
 Width = int | Literal["own"] | None
@@ -56,3 +58,39 @@ class Laterals(nn.Module):
         if not self.projections:
             return features
         return {level: projection(features[level]) for level, projection in self.projections.items()}
+
+
+class ProjectedBackbone(Backbone, ABC):
+    """A backbone whose levels pass through :class:`Laterals`.
+
+    Attributes:
+        laterals: what the levels pass through at the end.
+    """
+
+    laterals: Laterals
+
+    @property
+    def out_channels(self) -> int:
+        """C, the same at every level; a ValueError where each level keeps its own width."""
+        return self.laterals.out_channels
+
+    @property
+    def level_channels(self) -> dict[str, int]:
+        """Channels of each level."""
+        return dict(self.laterals.level_channels)
+
+    def check_size(self, images: Tensor) -> None:
+        """Refuse images without a whole cell of the coarsest level.
+
+        Args:
+            images: ``[N, 3, H, W]``.
+
+        Raises:
+            ValueError: H or W is smaller than the coarsest stride.
+        """
+        level, stride = max(self.strides.items(), key=lambda item: item[1])
+        if min(images.shape[-2:]) < stride:
+            raise ValueError(
+                f"images of {images.shape[-2]} x {images.shape[-1]} pixels are smaller than the stride {stride} of level {level}: "
+                f"expected at least {stride} x {stride}; enlarge them, or leave level {level} out"
+            )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from detpipe.attention.base import Attention
+from detpipe.attention.choice import open_gates
 from detpipe.backbones.weights import SUFFIXES, read_state
 from detpipe.errors import CheckpointError, UsageError
 from detpipe.suggest import did_you_mean
@@ -29,7 +30,8 @@ class Pretrained:
     Args:
         source: a local file (``.pth``, ``.pt`` or ``.safetensors``; never downloads), the name of torchvision weights
             (``DEFAULT``, ``IMAGENET1K_V1``) or of a timm network (``timm/seresnet50.ra2_in1k``); names download once.
-        new_gates: accept weights of the same network without attention; its gates then start as they are initialized.
+        new_gates: accept weights of the same network without attention; its gates then start anew, almost open where they have
+            a bias.
     """
 
     source: str
@@ -82,6 +84,8 @@ def load_pretrained(
                 f"{wanted.source} does not fit {type(network).__name__}: it {problem} {len(names)} tensors, "
                 f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; {_advice(names, network, problem)}"
             )
+    if wanted.new_gates:
+        open_gates(network)
     network.load_state_dict({name: tensors[name] for name in set(own) & set(tensors)}, strict=False)
 
 

@@ -11,10 +11,10 @@ Deviations:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from detpipe.suggest import did_you_mean
 
 Norm = Literal["batch", "frozen", "sync", "group"]
 GROUPS = 32  # of group normalization, as published
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -121,7 +122,7 @@ def _frozen_norm(module: nn.BatchNorm2d, activated: bool, name: str) -> nn.Modul
         raise ValueError(f"{name}: a batch norm without statistics cannot be frozen; leave norm 'batch'")
     kind: type[nn.Module] = FrozenBatchNorm2d
     if activated:
-        from timm.layers import FrozenBatchNormAct2d
+        from timm.layers.norm_act import FrozenBatchNormAct2d
 
         kind = FrozenBatchNormAct2d
     frozen = kind(module.num_features, eps=module.eps).to(module.running_mean)
@@ -133,9 +134,9 @@ def _frozen_norm(module: nn.BatchNorm2d, activated: bool, name: str) -> nn.Modul
 
 
 def _sync_norm(module: nn.BatchNorm2d, activated: bool, name: str) -> nn.Module:
-    kind: type[nn.SyncBatchNorm] = nn.SyncBatchNorm
+    kind: type[nn.Module] = nn.SyncBatchNorm
     if activated:
-        from timm.layers import SyncBatchNormAct
+        from timm.layers.norm_act import SyncBatchNormAct
 
         kind = SyncBatchNormAct
     elif isinstance(module, SqueezedBatchNorm):
@@ -153,7 +154,7 @@ def _group_norm(module: nn.BatchNorm2d, activated: bool, name: str) -> nn.Module
     if isinstance(module, SqueezedBatchNorm):  # of one cell: in many groups little would be left to normalize
         groups = 1
     if activated:
-        from timm.layers import GroupNormAct
+        from timm.layers.norm_act import GroupNormAct
 
         group: nn.GroupNorm = GroupNormAct(channels, groups, eps=module.eps, affine=module.affine)
     else:
@@ -219,21 +220,58 @@ def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
 
     Returns:
         Its output.
+
+    Raises:
+        ValueError: the module writes into its input.
     """
     if not (module.training and torch.is_grad_enabled()):
         return module(*inputs)
-    return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _Statistics(module)))
+    return recomputed(module, [module], *inputs)
+
+
+def recomputed(function: Callable[..., Any], modules: Iterable[nn.Module], *inputs: Any, **options: Any) -> Any:
+    """Compute ``function(*inputs, **options)`` now and in the backward pass; lists among the inputs are not changed.
+
+    Args:
+        function: what to compute.
+        modules: those that it calls, whose statistics move once.
+        inputs: of the function.
+        options: of the function.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        ValueError: the function writes into its inputs, which the second computation needs as they were.
+    """
+    tensors = [value for value in _flat(inputs) if isinstance(value, Tensor)]
+    versions = [tensor._version for tensor in tensors]
+    statistics = _Statistics(modules)
+
+    def compute(*given: Any) -> Any:
+        return function(*(list(value) if isinstance(value, list) else value for value in given), **options)
+
+    output = checkpoint(compute, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics))
+    if versions != [tensor._version for tensor in tensors]:
+        name = getattr(function, "__qualname__", type(function).__name__)
+        raise ValueError(f"{name} writes into its input and cannot be computed twice; set checkpointing to false")
+    return output
+
+
+def _flat(inputs: Iterable[Any]) -> Iterator[Any]:
+    for value in inputs:
+        yield from value if isinstance(value, list | tuple) else (value,)
 
 
 class _Statistics(AbstractContextManager[None]):
     """Statistics of batch normalization as they are now, for a second computation; what it does to them is discarded."""
 
-    def __init__(self, module: nn.Module) -> None:
-        live = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        norms = {norm for module in modules for norm in module.modules() if isinstance(norm, BATCH_NORM)}
         self.snapshots = [
             (norm, {key: norm._buffers[key].clone() for key in STATISTICS})  # pyright: ignore[reportOptionalMemberAccess]
-            for norm in live
-            if norm.track_running_stats
+            for norm in norms
+            if norm.training and norm.track_running_stats
         ]
         self.outer: list[dict[str, Tensor | None]] = []
 

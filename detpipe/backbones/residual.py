@@ -13,19 +13,18 @@ Deviations:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from detpipe.attention.choice import GATINGS
-from detpipe.backbones.laterals import Laterals, Width
+from detpipe.attention.choice import GATINGS, by_stage
+from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
 from detpipe.backbones.pretrained import Pretrained, load_pretrained
 from detpipe.backbones.regime import Regime, checkpointed, convert_norm, drop_path_rates
 from detpipe.backbones.residual_blocks import BasicBlock, Bottleneck, Layout, Variant, make_stem
 from detpipe.backbones.residual_names import to_own_names
-from detpipe.stages import Backbone
 from detpipe.suggest import did_you_mean
 from detpipe.types import Features, PixelFormat
 
@@ -43,7 +42,7 @@ Kind = Literal["se", "sse", "scse", "eca", "cbam", "sk"]
 Choice = Kind | None | dict[str, Kind | None]
 
 
-class ResidualNetwork(Backbone, ABC):
+class ResidualNetwork(ProjectedBackbone, ABC):
     """A stem and four stages of residual blocks; stages after the last level that is asked for are not built.
 
     Args:
@@ -80,7 +79,7 @@ class ResidualNetwork(Backbone, ABC):
         super().__init__()
         _check(depth, levels, output_stride, regime)
         self.depth, self.groups, self.group_width = depth, groups, group_width
-        self.attention = by_stage(attention)
+        self.attention = by_stage(attention, LEVELS, (*GATINGS, "sk"))
         self.levels = tuple(level for level in LEVELS if level in levels)
         self.regime, self.pixel_format = regime, PixelFormat()
         self.stem = make_stem(variant.stem)
@@ -101,18 +100,13 @@ class ResidualNetwork(Backbone, ABC):
     def torchvision_name(self) -> str | None:
         """Name of torchvision's network of this architecture without attention, None where it has none."""
 
-    @property
-    def out_channels(self) -> int:
-        """C, the same at every level; a ValueError where each level keeps its own width."""
-        return self.laterals.out_channels
-
-    @property
-    def level_channels(self) -> dict[str, int]:
-        """Channels of each level."""
-        return dict(self.laterals.level_channels)
-
     def forward(self, images: Tensor) -> Features:
-        """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C, ceil(H / stride), ceil(W / stride)]``."""
+        """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C, ceil(H / stride), ceil(W / stride)]``.
+
+        Raises:
+            ValueError: images smaller than the coarsest stride.
+        """
+        self.check_size(images)
         features = {}
         x = self.stem(images)
         for level, stage in self.stages.items():
@@ -167,34 +161,6 @@ class ResidualNetwork(Backbone, ABC):
 def is_deep(depth: int) -> bool:
     """Whether a depth is built of bottlenecks."""
     return depth not in (18, 34)
-
-
-def by_stage(attention: Choice) -> dict[str, Kind | None]:
-    """Spell out the attention of each stage.
-
-    Args:
-        attention: one kind for all stages, or stage -> kind; stages that are not named have none.
-
-    Returns:
-        Kind or None of c2, c3, c4, c5.
-
-    Raises:
-        ValueError: an unknown stage or kind.
-    """
-    chosen: dict[str, Kind | None] = (
-        dict(attention) if isinstance(attention, Mapping) else dict.fromkeys(LEVELS, attention)
-    )
-    for stage, kind in chosen.items():
-        if stage not in LEVELS:
-            raise ValueError(
-                f"attention: unknown stage {stage!r}, expected one of {list(LEVELS)}{did_you_mean(stage, LEVELS)}"
-            )
-        if kind is not None and kind not in (*GATINGS, "sk"):
-            kinds = [*GATINGS, "sk"]
-            raise ValueError(
-                f"attention: unknown kind {kind!r}, expected null or one of {kinds}{did_you_mean(str(kind), kinds)}"
-            )
-    return {level: chosen.get(level) for level in LEVELS}
 
 
 def _drop(rate: float) -> nn.Module:

@@ -186,5 +186,5 @@ def _add(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     """Add the residual branch, gated, to the shortcut; a gate and the sum are one pass over memory."""
     residual, shortcut = block.residual(x), block.shortcut(x)
     if isinstance(block.attention, Gating) and isinstance(block.drop, nn.Identity):
-        return block.attention.add_to(shortcut, residual).relu_()
+        return block.attention(residual, shortcut).relu_()
     return (block.drop(block.attention(residual)) + shortcut).relu_()

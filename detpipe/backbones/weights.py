@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -43,13 +44,31 @@ def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str) -
     needed = set(body.state_dict())
     missing = sorted(key for key in needed - set(state) if not key.endswith("num_batches_tracked"))
     unequal = sorted(key for key in needed & set(state) if own[key].shape != state[key].shape)
+    refuse_differences(weights, network, missing, foreign, unequal)
+    full.load_state_dict({key: value for key, value in state.items() if key in needed}, strict=False)
+
+
+def refuse_differences(
+    weights: str, network: str, missing: Sequence[str], foreign: Sequence[str], unequal: Sequence[str]
+) -> None:
+    """Refuse weights that differ from a network.
+
+    Args:
+        weights: where they come from.
+        network: its name.
+        missing: tensors that the network needs and the weights lack.
+        foreign: tensors that the network does not have.
+        unequal: tensors of other shapes.
+
+    Raises:
+        CheckpointError: there are any; names some.
+    """
     for keys, problem in ((missing, "lacks"), (foreign, "has unknown"), (unequal, "has other shapes for")):
         if keys:
             raise CheckpointError(
                 f"{weights} does not fit {network}: it {problem} {len(keys)} tensors, {', '.join(keys[:5])}"
                 f"{', ...' if len(keys) > 5 else ''}; give weights of {network}"
             )
-    full.load_state_dict({key: value for key, value in state.items() if key in needed}, strict=False)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

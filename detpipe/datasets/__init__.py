@@ -2,15 +2,21 @@
 
 ``COCO | VOC | Demo``  --load-->  packed `Annotations`  --`DetectionDataset`-->  image and target  --loaders-->  batches
 
+``ImageFolder | DemoDigits``  --load-->  packed `LabeledImages`  --`LabeledImageDataset`-->  view and label  --loaders-->  batches
+
 Every fault of the data is an error that names file, record and field before the first training step, or a counted skip.
 """
 
+from detpipe.datasets.classification import ClassificationData
 from detpipe.datasets.coco import COCO, COCOFiles, load_coco
 from detpipe.datasets.datamodule import DetectionData, Loader
 from detpipe.datasets.dataset import DetectionDataset
 from detpipe.datasets.decode import image_size, read_image
 from detpipe.datasets.demo import Demo, DemoScenes, write_demo
+from detpipe.datasets.demo_digits import DemoDigits, write_digits
+from detpipe.datasets.image_folder import ImageFolder
 from detpipe.datasets.transforms import Augment
+from detpipe.datasets.views import Views
 from detpipe.datasets.voc import VOC, VOCFormat, load_voc
 
 __all__ = [
@@ -18,15 +24,20 @@ __all__ = [
     "VOC",
     "Augment",
     "COCOFiles",
+    "ClassificationData",
     "Demo",
+    "DemoDigits",
     "DemoScenes",
     "DetectionData",
     "DetectionDataset",
+    "ImageFolder",
     "Loader",
     "VOCFormat",
+    "Views",
     "image_size",
     "load_coco",
     "load_voc",
     "read_image",
     "write_demo",
+    "write_digits",
 ]

@@ -25,11 +25,20 @@ class EpochBatches(Sampler[list[Key]]):
         batch_size: images a batch, at least 1.
         seed: decides the order, with the epoch.
         training: whether to shuffle; False for evaluation.
+        smallest: an incomplete last batch of fewer images is left out of training.
     """
 
-    def __init__(self, sizes: npt.NDArray[np.int32], batch_size: int, seed: int = 0, training: bool = True) -> None:
+    def __init__(
+        self,
+        sizes: npt.NDArray[np.int32],
+        batch_size: int,
+        seed: int = 0,
+        training: bool = True,
+        smallest: int = 1,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.smallest = smallest
         self.sizes = sizes
         self.batch_size = batch_size
         self.seed = seed
@@ -55,7 +64,10 @@ class EpochBatches(Sampler[list[Key]]):
         return iter([[(epoch, index) for index in batch] for batch in self.batches(epoch)])
 
     def __len__(self) -> int:
-        return -(-len(self.sizes) // self.batch_size) if self.training else len(self._evaluation)
+        if not self.training:
+            return len(self._evaluation)
+        whole, rest = divmod(len(self.sizes), self.batch_size)
+        return whole + (rest >= max(self.smallest, 1))
 
     def _shuffled_batches(self, epoch: int) -> list[list[int]]:
         random = np.random.default_rng((self.seed, epoch))
@@ -67,6 +79,8 @@ class EpochBatches(Sampler[list[Key]]):
             pool = order[start : start + _POOL * self.batch_size]
             pool = pool[np.lexsort((area[pool], aspect[pool]))]  # stable: images of one shape stay shuffled
             batches += [pool[i : i + self.batch_size].tolist() for i in range(0, len(pool), self.batch_size)]
+        if batches and len(batches[-1]) < min(self.smallest, self.batch_size):
+            batches.pop()
         return [batches[i] for i in random.permutation(len(batches))]
 
     def _same_size_batches(self) -> list[list[int]]:

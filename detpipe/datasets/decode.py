@@ -32,6 +32,17 @@ from torch import Tensor
 from detpipe.errors import DataError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".bmp",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".ppm",
+)  # of files found by looking
 _ORIENTATION = 0x0112  # EXIF tag
 _ADVICE = "replace the file, or set on_bad to 'skip' to leave it out and count it"
 

@@ -70,7 +70,7 @@ class Augment:
         )  # takes seconds to import, and only training needs it
 
         pipeline = build_pipeline(self)
-        _reseed(pipeline, seed)
+        reseed(pipeline, seed)
         boxes, rows = _stack(target, image.shape[2], image.shape[1])
         out = pipeline(image=np.ascontiguousarray(image.permute(1, 2, 0).numpy()), bboxes=boxes, rows=rows)
         moved = torch.from_numpy(np.ascontiguousarray(out["image"])).permute(2, 0, 1).contiguous()
@@ -79,8 +79,13 @@ class Augment:
         )
 
 
-def _reseed(pipeline: albumentations.Compose, seed: int | Sequence[int]) -> None:
-    """Draw an own seed for every transform; costs tens of microseconds."""
+def reseed(pipeline: albumentations.Compose, seed: int | Sequence[int]) -> None:
+    """Draw an own seed for every transform; costs tens of microseconds.
+
+    Args:
+        pipeline: whose transforms get other seeds.
+        seed: non-negative numbers that decide them.
+    """
     seeds = np.random.SeedSequence(seed).generate_state(len(pipeline.transforms))
     for transform, own in zip(pipeline.transforms, seeds.tolist(), strict=True):
         transform.set_random_seed(own)

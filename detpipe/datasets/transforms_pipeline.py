@@ -43,9 +43,7 @@ def build_pipeline(augment: Augment) -> albumentations.Compose:
     if augment.crop:
         steps.append(albumentations.RandomCropFromBorders(_CROP, _CROP, _CROP, _CROP, p=augment.crop))
     if augment.color:
-        change = (1 - augment.color, 1 + augment.color)
-        hue = (-_HUE * augment.color, _HUE * augment.color)
-        steps.append(albumentations.ColorJitter(change, change, change, hue, p=1.0))
+        steps.append(color_jitter(augment.color))
     params = albumentations.BboxParams(
         format="pascal_voc",
         label_fields=["rows"],
@@ -55,6 +53,19 @@ def build_pipeline(augment: Augment) -> albumentations.Compose:
         check_each_transform=False,
     )
     return albumentations.Compose(steps, bbox_params=params)
+
+
+def color_jitter(strength: float) -> albumentations.ColorJitter:
+    """Change brightness, contrast, saturation and, by less, the hue.
+
+    Args:
+        strength: 0 to 1; 0.4 means a factor of 0.6 to 1.4.
+
+    Returns:
+        A transform that is always applied.
+    """
+    change, hue = (1 - strength, 1 + strength), (-_HUE * strength, _HUE * strength)
+    return albumentations.ColorJitter(change, change, change, hue, p=1.0)
 
 
 class Zoom(albumentations.DualTransform):

@@ -1,22 +1,66 @@
-import copy
-
 import pytest
 import torch
 
-from detpipe.attention import SqueezeExcitation
+from detpipe.attention import ConcurrentSqueezeExcitation, SpatialSqueezeExcitation, SqueezeExcitation
 
 
-def test_equals_the_written_out_formula():
-    attention, features = SqueezeExcitation(32, reduction=4).double(), torch.randn(2, 32, 5, 7).double()
+def channel_gates(attention, features):
+    """Equations 2 and 3 of Hu et al., one image and one channel at a time."""
     w1, b1 = attention.squeeze.weight[:, :, 0, 0], attention.squeeze.bias
     w2, b2 = attention.excite.weight[:, :, 0, 0], attention.excite.bias
-    assert w1.shape == (8, 32)
+    gates = []
+    for image in features:
+        z = torch.stack([channel.sum() / channel.numel() for channel in image])
+        hidden = w1 @ z if b1 is None else w1 @ z + b1
+        logits = w2 @ torch.clamp(hidden, min=0)
+        gates.append(1 / (1 + torch.exp(-(logits if b2 is None else logits + b2))))
+    return torch.stack(gates)
+
+
+def spatial_gates(attention, features):
+    """Section 2.2 of Roy et al., one place at a time."""
+    weight, bias = attention.squeeze.weight[0, :, 0, 0], attention.squeeze.bias
+    gates = torch.empty(len(features), *features.shape[2:], dtype=features.dtype)
+    for image in range(len(features)):
+        for y in range(features.shape[2]):
+            for x in range(features.shape[3]):
+                gates[image, y, x] = 1 / (1 + torch.exp(-(weight @ features[image, :, y, x] + bias[0])))
+    return gates
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_written_out_formula(bias):
+    attention, features = SqueezeExcitation(32, 4, bias).double(), torch.randn(2, 32, 5, 7).double()
+    assert attention.squeeze.weight.shape == (8, 32, 1, 1)
+    expected, gates = torch.empty_like(features), channel_gates(attention, features)
+    for image in range(2):
+        for channel in range(32):
+            expected[image, channel] = gates[image, channel] * features[image, channel]  # equation 4
+    torch.testing.assert_close(attention(features), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attention.gates(features)["channel"][:, :, 0, 0], gates, rtol=1e-12, atol=1e-12)
+
+
+def test_spatial_form_equals_the_written_out_formula():
+    attention, features = SpatialSqueezeExcitation(6).double(), torch.randn(2, 6, 3, 4).double()
+    gates = spatial_gates(attention, features)
     expected = torch.empty_like(features)
     for image in range(2):
-        z = torch.stack([features[image, channel].sum() / 35 for channel in range(32)])  # equation 2
-        s = 1 / (1 + torch.exp(-(w2 @ torch.clamp(w1 @ z + b1, min=0) + b2)))  # equation 3
-        for channel in range(32):
-            expected[image, channel] = s[channel] * features[image, channel]  # equation 4
+        for channel in range(6):
+            expected[image, channel] = gates[image] * features[image, channel]
+    torch.testing.assert_close(attention(features), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attention.gates(features)["spatial"][:, 0], gates, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("combine", ["sum", "max"])
+def test_concurrent_form_equals_the_written_out_formula(combine):
+    attention = ConcurrentSqueezeExcitation(8, combine=combine).double()
+    features = torch.randn(2, 8, 3, 4).double()  # of both signs: the larger product is not that of the larger gate
+    channel, spatial = channel_gates(attention.channel, features), spatial_gates(attention.spatial, features)
+    expected = torch.empty_like(features)
+    for image in range(2):
+        for c in range(8):
+            by_channel, by_place = channel[image, c] * features[image, c], spatial[image] * features[image, c]
+            expected[image, c] = by_channel + by_place if combine == "sum" else torch.maximum(by_channel, by_place)
     torch.testing.assert_close(attention(features), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -28,34 +72,45 @@ def test_gates_decide_the_output(bias, factor):
     torch.testing.assert_close(attention(features), factor * features)
 
 
+@pytest.mark.parametrize(("bias", "factor"), [(-1e4, 0.0), (0.0, 0.5), (1e4, 1.0)])
+def test_spatial_gates_decide_the_output(bias, factor):
+    attention, features = SpatialSqueezeExcitation(16), torch.randn(2, 16, 3, 4)
+    torch.nn.init.zeros_(attention.squeeze.weight)
+    torch.nn.init.constant_(attention.squeeze.bias, bias)
+    torch.testing.assert_close(attention(features), factor * features)
+
+
 def test_width_is_never_below_eight():
     assert SqueezeExcitation(64, 16).squeeze.out_channels == 8
     assert SqueezeExcitation(512, 16).squeeze.out_channels == 32
+    assert SqueezeExcitation(64, 16, divisor=1).squeeze.out_channels == 4
 
 
-def test_gradients_are_right():
-    attention = SqueezeExcitation(4, reduction=2).double()
-    assert torch.autograd.gradcheck(attention, torch.randn(2, 4, 3, 2).double().requires_grad_())
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("channels", "reduction"), [(64, 16), (96, 4), (24, 2)])
+def test_equals_timm(channels, reduction, bias):
+    layers = pytest.importorskip("timm.layers")
+    peer = layers.SEModule(channels, rd_ratio=1 / reduction, bias=bias).eval()
+    ours = SqueezeExcitation(channels, reduction, bias)
+    renamed = {k.replace("fc1", "squeeze").replace("fc2", "excite"): v for k, v in peer.state_dict().items()}
+    ours.load_state_dict(renamed)
+    features = 5 * torch.randn(2, channels, 5, 7)
+    torch.testing.assert_close(ours(features), peer(features), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype):
-    attention, features = SqueezeExcitation(16), torch.rand(2, 16, 40, 50) * 100  # the sums exceed float16
-    half = copy.deepcopy(attention).to(dtype)(features.to(dtype))
-    assert half.dtype == dtype
-    torch.testing.assert_close(half.float(), attention(features), rtol=0.05, atol=0.5)
-
-
-def test_images_do_not_mix():
-    attention, features = SqueezeExcitation(16), torch.randn(3, 16, 3, 4)
-    torch.testing.assert_close(attention(features)[1:2], attention(features[1:2]))
-
-
-def test_no_images():
-    assert SqueezeExcitation(16)(torch.zeros(0, 16, 3, 4)).shape == (0, 16, 3, 4)
-
-
+@pytest.mark.parametrize("make", [SqueezeExcitation, ConcurrentSqueezeExcitation])
 @pytest.mark.parametrize("reduction", [0, 17])
-def test_bad_reduction(reduction):
+def test_bad_reduction(make, reduction):
     with pytest.raises(ValueError, match=rf"reduction must be in 1..channels \(16\), got {reduction}"):
-        SqueezeExcitation(16, reduction)
+        make(16, reduction)
+
+
+@pytest.mark.parametrize("make", [SqueezeExcitation, SpatialSqueezeExcitation, ConcurrentSqueezeExcitation])
+def test_no_channels(make):
+    with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
+        make(0)
+
+
+def test_unknown_combination():
+    with pytest.raises(ValueError, match="combine must be 'sum' or 'max', got 'mean'"):
+        ConcurrentSqueezeExcitation(16, combine="mean")

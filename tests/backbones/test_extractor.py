@@ -1,3 +1,4 @@
+import copy
 import os
 import pickle
 import socket
@@ -8,8 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 from torchvision.models import _api
+from torchvision.ops import StochasticDepth
 
 from detpipe.backbones import Extractor, Level
+from detpipe.backbones.regime import Regime
 from detpipe.backbones.weights import read_state
 from detpipe.errors import CheckpointError, UsageError
 from detpipe.images import normalize, to_batch
@@ -73,7 +76,7 @@ def test_padding_is_added_before_the_network():
 
 def test_frozen_batch_norm_computes_what_the_stored_statistics_say():
     torch.manual_seed(1)
-    live = Extractor("resnet18", {"c4": Level("layer3", 16)}, frozen_batch_norm=False)
+    live = Extractor("resnet18", {"c4": Level("layer3", 16)}, regime=Regime(norm="batch"))
     torch.manual_seed(1)
     frozen = Extractor("resnet18", {"c4": Level("layer3", 16)}).train()
     images = torch.randn(2, 3, 64, 64)
@@ -85,19 +88,124 @@ def test_frozen_batch_norm_computes_what_the_stored_statistics_say():
 
 
 def test_checking_the_strides_leaves_no_trace_in_the_statistics():
-    backbone = Extractor("resnet18", {"c4": Level("layer3", 16)}, frozen_batch_norm=False)
+    backbone = Extractor("resnet18", {"c4": Level("layer3", 16)}, regime=Regime(norm="batch"))
     assert backbone.training
     assert not any(value.any() for key, value in backbone.state_dict().items() if key.endswith("running_mean"))
 
 
 def test_frozen_modules_keep_their_weights_and_no_others():
-    backbone = Extractor("squeezenet1_1", SQUEEZE, frozen_modules=("features.0", "features.3"))
+    backbone = Extractor("squeezenet1_1", SQUEEZE, regime=Regime(frozen=("features.0", "features.3")))
     fixed = {name.split(".")[1] for name, p in backbone.body.named_parameters() if not p.requires_grad}
     free = {name.split(".")[1] for name, p in backbone.body.named_parameters() if p.requires_grad}
     assert fixed == {"0", "3"}
     assert {"4", "10", "12"} <= free
-    with pytest.raises(UsageError, match=r"no parameters under 'features\.O'; did you mean 'features\.0'"):
-        Extractor("squeezenet1_1", SQUEEZE, frozen_modules=("features.O",))
+    with pytest.raises(UsageError, match=r"no parameters under 'features\.O'; did you mean 'features\.\d'"):
+        Extractor("squeezenet1_1", SQUEEZE, regime=Regime(frozen=("features.O",)))
+
+
+def test_frozen_modules_keep_their_statistics():
+    regime = Regime(norm="batch", frozen=("conv1", "bn1", "layer1"))
+    backbone = Extractor("resnet18", {"c4": Level("layer3", 16)}, regime=regime)
+    for fresh in (True, False):
+        if not fresh:
+            backbone.eval().train()
+        before = copy.deepcopy(backbone.body.state_dict())
+        backbone(torch.randn(2, 3, 64, 64))
+        moved = {key for key, value in backbone.body.state_dict().items() if not torch.equal(value, before[key])}
+        assert any(key.startswith("layer2") and "running_mean" in key for key in moved)
+        assert not any(key.startswith(("bn1", "layer1")) for key in moved)
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("group", nn.GroupNorm), ("sync", nn.SyncBatchNorm)])
+def test_other_norms(norm, kind):
+    backbone = Extractor("resnet18", {"c4": Level("layer3", 16)}, regime=Regime(norm=norm))
+    norms = [module for module in backbone.modules() if "Norm" in type(module).__name__]
+    assert len(norms) == 15
+    assert all(isinstance(module, kind) for module in norms)
+    backbone(torch.randn(2, 3, 64, 64))["c4"].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
+NETWORKS = {
+    "resnet18": ("layer3", 16, 0.0),
+    "mobilenet_v3_small": ("features.8", 16, 0.0),
+    "squeezenet1_1": ("features.12", 16, 0.0),
+    "efficientnet_b0": ("features.5", 16, 0.3),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_checkpointing_changes_nothing_but_memory(network):
+    node, stride, drop_path = NETWORKS[network]
+    plain, other = (
+        Extractor(network, {"c": Level(node, stride)}, regime=Regime(drop_path=drop_path, checkpointing=checkpointing))
+        for checkpointing in (False, True)
+    )
+    other.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 96, 64)
+
+    def step(backbone):
+        sizes = {}
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+        ):
+            maps = backbone(images)
+        maps["c"].square().mean().backward()
+        gradients = {name: parameter.grad for name, parameter in backbone.named_parameters()}
+        return (maps, gradients, backbone.state_dict()), sum(sizes.values())
+
+    (expected, stored), (got, stored_less) = step(plain), step(copy.deepcopy(other))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert stored_less < 0.5 * stored
+    other.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(other.eval()(images), plain.eval()(images))
+
+
+def test_drop_path_is_what_is_given():
+    for rate in (0.0, 0.4):  # torchvision's own default for this network is 0.2
+        backbone = Extractor("efficientnet_b0", {"c3": Level("features.3", 8)}, regime=Regime("frozen", drop_path=rate))
+        rates = [module.p for module in backbone.body.modules() if isinstance(module, StochasticDepth)]
+        assert len(rates) == 2  # of the first five blocks of 16; the others have no shortcut
+        torch.testing.assert_close(rates, [rate * 3 / 16, rate * 5 / 16])
+        images = torch.randn(4, 3, 64, 64)
+        same = torch.equal(backbone.train()(images)["c3"], backbone(images)["c3"])
+        assert same == (rate == 0)
+    with pytest.raises(ValueError, match="drop_path: torchvision's resnet18 has no paths to drop"):
+        Extractor("resnet18", {"c4": Level("layer3", 16)}, regime=Regime(drop_path=0.1))
+
+
+@pytest.mark.parametrize(("network", "node"), [("resnet18", "layer2"), ("convnext_tiny", "features.3")])
+@torch.no_grad()
+def test_images_of_any_size(network, node):
+    backbone = Extractor(network, {"c3": Level(node, 8)}).eval()
+    for size in ((64, 64), (65, 333), (101, 67), (1333, 70)):
+        shape = backbone(torch.zeros(1, 3, *size))["c3"].shape[2:]
+        for cells, side in zip(shape, size, strict=True):
+            assert side // 8 <= cells <= -(-side // 8)
+
+
+def test_images_that_are_too_small():
+    backbone = Extractor("resnet18", {"c4": Level("layer3", 16)})
+    with pytest.raises(ValueError, match="15 x 64 pixels are smaller than the stride 16"):
+        backbone(torch.zeros(1, 3, 15, 64))
+    backbone = Extractor("squeezenet1_1", SQUEEZE)  # its convolutions are not padded
+    with pytest.raises(
+        ValueError, match=r"16 x 90 pixels is too small for level 'c4' of squeezenet1_1, whose stride is 16"
+    ):
+        backbone(torch.zeros(2, 3, 16, 90))
+    with pytest.raises(RuntimeError, match="expected input"):  # another mistake is not taken for this one
+        backbone(torch.zeros(1, 1, 64, 64))
+
+
+def test_a_network_of_one_image_size_is_refused():
+    with pytest.raises(ValueError, match="vit_b_32 does not take images of any size: Wrong image height"):
+        Extractor("vit_b_32", {"c5": Level("encoder.ln", 32)})
+
+
+def test_a_negative_padding_is_refused():
+    with pytest.raises(ValueError, match="padding must not be negative, got -1"):
+        Extractor("squeezenet1_1", SQUEEZE, padding=-1)
 
 
 def test_only_what_is_used_is_trained():
@@ -115,7 +223,7 @@ def test_weights_files_of_every_kind(tmp_path, suffix, nested):
         save_file(state, path)
     else:
         torch.save({"state_dict": state} if nested else state, path)
-    backbone = Extractor("mobilenet_v3_small", {"c5": Level("features.12", 32)}, str(path), frozen_batch_norm=False)
+    backbone = Extractor("mobilenet_v3_small", {"c5": Level("features.12", 32)}, str(path), regime=Regime(norm="batch"))
     own = backbone.body.state_dict()
     assert len(own) > 100
     assert all(torch.equal(value, state[key]) for key, value in own.items())

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from detpipe.backbones import FPN, Extractor, Level, SEResNet
+from detpipe.backbones import FPN, Extractor, Level, Regime, SEResNet
 from detpipe.checkpoint import describe_model
 from detpipe.configuration import CLI
 from detpipe.heads import FastRCNNHead
@@ -200,7 +200,7 @@ def test_gradients_reach_all_laterals_and_the_network_from_the_finest_level(extr
 
 
 def test_what_is_frozen_stays_frozen():
-    fpn = FPN(resnet(frozen_stages=3), 16, "convolutions").train()
+    fpn = FPN(resnet(regime=Regime(frozen=("stem", "c2", "c3"))), 16, "convolutions").train()
     fixed = {name for name, parameter in fpn.named_parameters() if not parameter.requires_grad}
     assert fixed
     assert all(name.startswith(("backbone.stem", "backbone.stages.c2", "backbone.stages.c3")) for name in fixed)
@@ -272,7 +272,7 @@ model:
   backbone:
     class_path: FPN
     init_args:
-      backbone: {class_path: SEResNet, init_args: {depth: 18, levels: [c3, c4], out_channels: own, frozen_stages: 2}}
+      backbone: {class_path: SEResNet, init_args: {depth: 18, levels: [c3, c4], out_channels: own, regime: {frozen: [stem, c2]}}}
       out_channels: 16
       extra_levels: max_pool
   proposals: {class_path: RPN, init_args: {anchors: {sizes: [[16], [32], [64]]}}}

@@ -184,6 +184,15 @@ def test_costs_of_the_papers():
     assert sum(p.numel() for p in kernels.parameters()) + 2_049_000 == pytest.approx(27.5e6, rel=0.01)
 
 
+def test_images_without_a_whole_cell():
+    backbone = SEResNet(18, levels=["c3", "c4"], out_channels=8)
+    assert backbone(torch.zeros(1, 3, 16, 17))["c4"].shape[2:] == (1, 2)
+    with pytest.raises(
+        ValueError, match="images of 15 x 64 pixels are smaller than the stride 16 of level c4: expected at least"
+    ):
+        backbone(torch.zeros(1, 3, 15, 64))
+
+
 def test_output_channels():
     assert SEResNet(18, levels=["c4"]).out_channels == 256
     backbone = SEResNet(50, levels=["c2", "c3"], out_channels=24)

@@ -1,0 +1,253 @@
+"""The ``ablate`` command: train variants of one configuration with the same seeds, and tabulate what each is worth.
+
+A study is a YAML file::
+
+    base: [../fast_rcnn_se.yaml]     # configurations, relative to the study; later ones win
+    split: val                       # val, or test: the best epoch by val is then evaluated on test
+    seeds: [0, 1, 2]
+    variants:                        # name -> what changes; the first is what the others are compared with
+      none: {model: {backbone: {init_args: {attention: null}}}}
+      se: {model: {backbone: {init_args: {attention: se}}}}
+
+Every run is a process of its own with its own log. A study that is started again goes on with the runs that are not finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from tqdm import tqdm
+
+from detpipe.ablation_report import Result, plot_results, results_table
+from detpipe.errors import TrainingError, UsageError
+from detpipe.files import atomic_write
+from detpipe.suggest import did_you_mean
+
+KEYS = ("base", "split", "seeds", "variants")
+SPLITS = ("val", "test")
+RUN = "import sys; from detpipe.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Args:
+        base: configurations, in order.
+        variants: name -> what changes of them; the first is what the others are compared with.
+        seeds: of each variant.
+        split: where AP is measured.
+    """
+
+    base: tuple[Path, ...]
+    variants: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+    split: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: the variant, the seed, its folder, and what stands for it on the command line."""
+
+    variant: str
+    seed: int
+    folder: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def asked(self) -> str:
+        """What was asked for, to be compared with what a finished run was asked for."""
+        parts = [
+            yaml.safe_load(Path(part).read_text("utf-8")) if part.endswith(".yaml") else part for part in self.arguments
+        ]
+        return json.dumps(parts)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see '{self.prog} --help'")
+
+
+def run_ablate(arguments: Sequence[str]) -> int:
+    """Train what is not trained yet, then write ``table.md``, ``results.json`` and ``results.png``.
+
+    Args:
+        arguments: ``STUDY.yaml -o FOLDER [--workers N] [--seeds N ...] [--key.path value ...]``; what the parser does not know
+            goes to every training.
+
+    Returns:
+        0.
+
+    Raises:
+        UsageError: a study or an argument that is wrong.
+        TrainingError: a run failed; its log is named.
+    """
+    options, rest = _parse(arguments)
+    study = read_study(Path(options.study))
+    seeds = study.seeds if options.seeds is None else tuple(options.seeds)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = [run for seed in seeds for run in _runs(study, seed, folder, rest)]
+    waiting = [run for run in runs if not _finished(run)]
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done; logs in {folder}/VARIANT_SEED.log", flush=True)
+    _train(waiting, study.split, options.workers)
+    results = {name: [_result(run) for run in runs if run.variant == name] for name in study.variants}
+    table = results_table(results, seeds, study.split)
+    with atomic_write(folder / "table.md") as temporary:
+        temporary.write_text(table + "\n", encoding="utf-8")
+    with atomic_write(folder / "results.json") as temporary:
+        content = {name: [vars(result) for result in found] for name, found in results.items()}
+        temporary.write_text(json.dumps({"split": study.split, "seeds": seeds, "results": content}, indent=2) + "\n")
+    plot_results(results, study.split, folder / "results.png")
+    print(f"{table}\n\ntable {folder / 'table.md'}\npicture {folder / 'results.png'}")
+    return 0
+
+
+def read_study(path: Path) -> Study:
+    """Read a study.
+
+    Args:
+        path: a YAML file as described above.
+
+    Returns:
+        The study; its configurations exist.
+
+    Raises:
+        UsageError: the file is missing or says something else.
+    """
+    if not path.is_file():
+        raise UsageError(f"study {path} does not exist; give a YAML file such as configs/ablation/attention_demo.yaml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected the keys {', '.join(KEYS)}, got {content!r}")
+    for key in content:
+        if key not in KEYS:
+            raise UsageError(f"{path}: unknown key {key!r}, expected {', '.join(KEYS)}{did_you_mean(str(key), KEYS)}")
+    base, variants, seeds = content.get("base"), content.get("variants"), content.get("seeds")
+    if not isinstance(base, list) or not base or not all(isinstance(name, str) for name in base):
+        raise UsageError(f"{path}: base: expected a list of configurations, relative to this file, got {base!r}")
+    if not isinstance(variants, dict) or not variants or not all(_is_variant(*item) for item in variants.items()):
+        raise UsageError(
+            f"{path}: variants: expected name: {{what changes}}, names of letters, digits, _ and -; got {variants!r}"
+        )
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UsageError(f"{path}: seeds: expected a list of whole numbers, got {seeds!r}")
+    if content.get("split", "val") not in SPLITS:
+        raise UsageError(f"{path}: split: expected one of {', '.join(SPLITS)}, got {content['split']!r}")
+    files = tuple((path.parent / name).resolve() for name in base)
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"{path}: base: {file} does not exist")
+    return Study(
+        files, {name: change or {} for name, change in variants.items()}, tuple(seeds), content.get("split", "val")
+    )
+
+
+def _is_variant(name: Any, change: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and name.replace("_", "a").replace("-", "a").isalnum()
+        and (change is None or isinstance(change, dict))
+    )
+
+
+def _runs(study: Study, seed: int, folder: Path, rest: Sequence[str]) -> list[Run]:
+    runs = []
+    for name, change in study.variants.items():
+        overlay = folder / f"{name}.yaml"
+        text = yaml.safe_dump(change)
+        if not overlay.is_file() or overlay.read_text("utf-8") != text:
+            with atomic_write(overlay) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        arguments = (*map(str, study.base), str(overlay), "--seed_everything", str(seed), *rest)
+        runs.append(Run(name, seed, folder / f"{name}_{seed}", arguments))
+    return runs
+
+
+def _finished(run: Run) -> bool:
+    asked = run.folder / "asked.json"
+    return (run.folder / "result.json").is_file() and asked.is_file() and asked.read_text("utf-8") == run.asked
+
+
+def _train(runs: Sequence[Run], split: str, workers: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // workers)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        futures = [pool.submit(_train_one, run, split, threads) for run in runs]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="run", disable=not sys.stderr.isatty()):
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _train_one(run: Run, split: str, threads: int) -> None:
+    if run.folder.exists():
+        shutil.rmtree(run.folder)  # what an interrupted start of this very run has left
+    log = run.folder.with_name(f"{run.folder.name}.log")
+    with log.open("w", encoding="utf-8") as output:
+        _call(["train", *run.arguments, "--output", str(run.folder)], threads, output, log)
+        numbers = run.folder / "summary.json"
+        if split == "test":
+            checkpoint = str(run.folder / "best.ckpt")
+            numbers = run.folder / "test.json"
+            configs = [part for part in run.arguments if part.endswith(".yaml")]
+            _call(["evaluate", *configs, "--ckpt_path", checkpoint, "--json", str(numbers)], threads, output, log)
+    found = json.loads(numbers.read_text(encoding="utf-8"))
+    result = {key: found[key] for key in ("AP", "AP50")} | {"parameters": _parameters(run.folder / "best.ckpt")}
+    with atomic_write(run.folder / "asked.json") as temporary:
+        temporary.write_text(run.asked, encoding="utf-8")
+    with atomic_write(run.folder / "result.json") as temporary:
+        temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def _call(arguments: Sequence[str], threads: int, output: Any, log: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-c", RUN, *arguments]
+    if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode:
+        last = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()][-1:]
+        raise TrainingError(f"a run failed: {' '.join(last)[-500:]}; its log is {log}")
+
+
+def _parameters(checkpoint: Path) -> int:
+    from detpipe.checkpoint import load_detector
+
+    detector, _ = load_detector(checkpoint)
+    return sum(parameter.numel() for parameter in detector.parameters())
+
+
+def _result(run: Run) -> Result:
+    return Result(seed=run.seed, **json.loads((run.folder / "result.json").read_text(encoding="utf-8")))
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(
+        "detpipe ablate",
+        description="Train variants of one configuration with the same seeds, and tabulate what each is worth.",
+        epilog="Other options (--trainer.max_epochs 3) go to every training.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("study", help="YAML file with base, variants, seeds and split; see configs/ablation")
+    parser.add_argument("-o", "--output", required=True, help="folder of the runs, the table and the picture")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="runs at a time; the processor's cores are shared among them"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of those of the study")
+    options, rest = parser.parse_known_args(list(arguments))
+    if options.workers < 1:
+        raise UsageError(f"--workers must be at least 1, got {options.workers}")
+    return options, rest

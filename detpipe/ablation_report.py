@@ -1,0 +1,109 @@
+"""What the variants of a study are worth: a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from detpipe.errors import UsageError
+from detpipe.files import atomic_write
+
+COLORS = ("#2f6fde", "#e4572e", "#2ca25f", "#9656a1", "#c98a00", "#4d4d4d", "#00828c")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run.
+
+    Args:
+        seed: of the run.
+        AP: mean average precision over IoU .50 to .95.
+        AP50: at IoU .50.
+        parameters: of the whole detector.
+    """
+
+    seed: int
+    AP: float
+    AP50: float
+    parameters: int
+
+
+def results_table(results: Mapping[str, Sequence[Result]], seeds: Sequence[int], split: str) -> str:
+    """Write a table in Markdown.
+
+    Args:
+        results: variant -> a result for each seed, in the order of ``seeds``; the first variant is what others are compared with.
+        seeds: of the runs.
+        split: where AP was measured.
+
+    Returns:
+        Mean and range of AP and AP50, and the mean difference in AP between runs of the same seed. A difference is called one only
+        where it is larger than the range of either variant over the seeds.
+    """
+    first = next(iter(results))
+    lines = [
+        f"| variant | parameters | AP, {split} | range | AP50 | range | AP against {first} |",
+        "| --- | ---: | ---: | --- | ---: | --- | --- |",
+    ]
+    for name, found in results.items():
+        aps, ap50s = (np.array([getattr(result, key) for result in found]) for key in ("AP", "AP50"))
+        base = np.array([result.AP for result in results[first]])
+        verdict = "" if name == first else _verdict(aps - base, max(np.ptp(aps), np.ptp(base)), len(seeds))
+        lines.append(
+            f"| {name} | {found[0].parameters / 1e6:.2f} M | {_short(aps.mean())} | {_range(aps)} | {_short(ap50s.mean())} | "
+            f"{_range(ap50s)} | {verdict} |"
+        )
+    lines += ["", f"Seeds {', '.join(map(str, seeds))}; mean, and lowest to highest."]
+    return "\n".join(lines)
+
+
+def plot_results(results: Mapping[str, Sequence[Result]], split: str, out: Path) -> None:
+    """Draw each run as a dot and each variant's mean as a line, AP beside AP50.
+
+    Args:
+        results: variant -> its runs.
+        split: where AP was measured.
+        out: the PNG.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("matplotlib, which draws results, is not installed: pip install 'detpipe[train]'") from error
+    figure = Figure(figsize=(2.2 + 1.5 * len(results), 3.8), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, key in zip(figure.subplots(1, 2), ("AP", "AP50"), strict=True):
+        for index, found in enumerate(results.values()):
+            values, color = np.array([getattr(result, key) for result in found]), COLORS[index % len(COLORS)]
+            offsets = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
+            axes.plot(index + offsets, values, "o", color=color, markersize=6, alpha=0.8)
+            axes.plot([index - 0.28, index + 0.28], [values.mean()] * 2, color=color, linewidth=2)
+        axes.set_xticks(range(len(results)), list(results))
+        axes.set_title(f"{key}, {split} split", loc="left")
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _verdict(differences: np.ndarray, spread: float, seeds: int) -> str:
+    mean = float(differences.mean())
+    if seeds < 2:
+        return f"{mean:+.3f}, one seed: says nothing"
+    if abs(mean) <= spread:
+        return f"{mean:+.3f}, inside the spread"
+    return f"{mean:+.3f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _range(values: np.ndarray) -> str:
+    return f"{values.min():.3f} to {values.max():.3f}"

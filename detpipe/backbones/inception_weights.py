@@ -1,0 +1,62 @@
+"""Weights for Inception-v3 with gates: our own, or torchvision's, which have none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from detpipe.backbones.inception_blocks import STAGES
+from detpipe.backbones.pretrained import Foreign, Pretrained, load_pretrained
+
+
+def load_inception(network: nn.Module, weights: str | Pretrained) -> None:
+    """Load weights into an :class:`~detpipe.backbones.se_inception.SEInceptionV3`.
+
+    The auxiliary classifier starts anew, as a whole, unless torchvision's has as many classes.
+
+    Args:
+        network: gets the weights; its ``laterals`` keep their own.
+        weights: a local file, a name of torchvision's, or one of these with permission to start gates anew.
+
+    Raises:
+        UsageError: an unknown name.
+        CheckpointError: the file is missing or unreadable, or tensors are missing, unknown, or of other shapes.
+    """
+    load_pretrained(network, weights, "inception_v3", partial(to_own_names, network=network))
+
+
+def to_own_names(state: Mapping[str, Tensor], network: nn.Module) -> Foreign:
+    """Rename tensors of torchvision's Inception-v3, and complete them by what it does not have.
+
+    Args:
+        state: a state dict of torchvision's or ours.
+        network: whose auxiliary classifier, where it has other classes, completes torchvision's.
+
+    Returns:
+        The tensors by our names, and the names of those that the network does not need.
+    """
+    own = network.state_dict()
+    auxiliary = "auxiliary.fc.bias" in own
+    if any(name.startswith("stem.") for name in state):
+        unused = [name for name in state if name.startswith("auxiliary.") and not auxiliary]
+        return Foreign({name: tensor for name, tensor in state.items() if name not in unused}, unused)
+    places = {part: "stem" if stage == "stem" else f"stages.{stage}" for stage in STAGES for part in STAGES[stage]}
+    same_classes = auxiliary and _shape(state, "AuxLogits.fc.bias") == own["auxiliary.fc.bias"].shape
+    tensors, unused = {}, []
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        if part == "fc" or (part == "AuxLogits" and not same_classes):
+            unused.append(name)
+        elif part == "AuxLogits":
+            tensors[f"auxiliary.{rest}"] = tensor
+        else:
+            tensors[f"{places[part]}.{part}.block.{rest}" if part in places else name] = tensor
+    anew = {} if same_classes else {name: own[name] for name in own if name.startswith("auxiliary.")}
+    return Foreign(anew | tensors, unused)
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return state[name].shape if name in state else None

@@ -1,0 +1,263 @@
+"""Any network of timm (Wightman, "PyTorch Image Models", 2019) that yields feature maps, cut where timm cuts it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from detpipe.backbones.bodies import Body, Level, Levels
+from detpipe.backbones.regime import recomputed
+from detpipe.backbones.weights import SUFFIXES, read_state, refuse_differences
+from detpipe.errors import UsageError
+from detpipe.suggest import did_you_mean
+from detpipe.types import PixelFormat
+
+# what lets networks with positions or windows take images of any size
+ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
+ODD = (101, 67)  # an image whose sides are odd at several strides
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class TimmBody(Body):
+    """A network of timm, and the places where timm returns maps of it.
+
+    Args:
+        name: of a network, such as ``convnext_tiny``; or of one with its weights, such as ``convnext_tiny.fb_in22k``, which
+            decides what ``DEFAULT`` means and which pixels are expected.
+        levels: names c1 to c6, of strides 2 to 64, or level name -> where it is cut; nodes are modules that timm lists.
+        weights: a local file, ``DEFAULT``, the tag of pretrained weights, or None.
+        drop_path: of the last block of the network.
+
+    Raises:
+        UsageError: timm is not installed; an unknown network, level, node or name of weights.
+        CheckpointError: the weights are missing or belong to another network.
+        ValueError: a network that yields no maps, takes images of one size only, or has no paths to drop; weights that expect
+            other images.
+    """
+
+    def __init__(self, name: str, levels: Levels, weights: str | None, drop_path: float) -> None:
+        timm, self.name = _timm(name), name
+        _check_name(timm, name)
+        source = _source(timm, name, weights)
+        full = timm.create_model(source or name, pretrained=source is not None)
+        places = _places(full, name)
+        cuts = _cuts(levels, places, name)
+        self.strides = {level: cut.stride for level, cut in cuts.items()}
+        self.pixel_format = _pixel_format(timm, name)
+        indices = [_last_index(places, cut.node) for cut in cuts.values()]
+        self._indices = dict(zip(cuts, indices, strict=True))
+        self._used = sorted(set(indices))
+        options = {key: value for key, value in ANY_SIZE.items() if key in inspect.signature(type(full)).parameters}
+        self.network = _features(timm, name, self._used, drop_path, options)
+        coarsest = (max(self.strides.values()), max(place.stride for place in places))
+        self.multiple = _multiple(self.network, name, coarsest)
+        _leave_out_the_rest(self.network, places[self._used[-1]].node, self.multiple)
+        self._channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
+        if source is not None:
+            _load(self.network, full, full.state_dict(), f"timm's {source}", name)
+        elif weights is not None:
+            _load(self.network, full, read_state(Path(weights)), weights, name)
+
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C_l, H_l, W_l]``."""
+        found = dict(zip(self._used, self.network(images), strict=True))
+        if self._channels_last:
+            found = {index: features.permute(0, 3, 1, 2) for index, features in found.items()}
+        return {level: found[index] for level, index in self._indices.items()}
+
+    def checkpoint(self) -> None:
+        """Store activations only between the outermost blocks of the network.
+
+        Raises:
+            ValueError: there are none.
+        """
+        children = list(self.network.children())
+        whole = children[0] if len(children) == 1 else self.network  # timm may wrap the network as it was
+        blocks = [block for block in _blocks(whole) if not _hooked_within(block)]
+        if not blocks:
+            raise ValueError(f"checkpointing: timm/{self.name} has no blocks to compute again; leave it false")
+        for block in blocks:
+            block.forward = partial(_forward, block)
+
+
+def _forward(block: nn.Module, *inputs: Any, **options: Any) -> Any:
+    """What replaces ``forward`` of one block; the state dict stays as it is."""
+    function = partial(type(block).forward, block)
+    if not (block.training and torch.is_grad_enabled()):
+        return function(*inputs, **options)
+    return recomputed(function, [block], *inputs, **options)
+
+
+def _blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules with parts, without those that only hold others."""
+    for child in network.children():
+        if type(child) in CONTAINERS:
+            yield from _blocks(child)
+        elif any(True for _ in child.children()):
+            yield child
+
+
+def _hooked_within(block: nn.Module) -> bool:
+    """Whether something listens inside, which would hear a second computation."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block)
+
+
+def _timm(name: str) -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError(f"network timm/{name} needs timm: pip install 'detpipe[timm]'") from error
+    return timm
+
+
+def _check_name(timm: ModuleType, name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UsageError(f"timm has no network {architecture!r}{did_you_mean(architecture, timm.list_models())}")
+    if tag and tag not in _tags(timm, architecture):
+        raise _unknown_weights(timm, architecture, tag)
+
+
+def _tags(timm: ModuleType, architecture: str) -> list[str]:
+    return [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+
+
+def _unknown_weights(timm: ModuleType, architecture: str, weights: str) -> UsageError:
+    known = _tags(timm, architecture)
+    choice = f"DEFAULT, or one of {known}" if known else "nothing else, since timm has none of it"
+    return UsageError(
+        f"unknown weights {weights!r} of timm's {architecture}: expected a local file ({', '.join(SUFFIXES)}), {choice}"
+        f"{did_you_mean(weights, ['DEFAULT', *known])}"
+    )
+
+
+def _source(timm: ModuleType, name: str, weights: str | None) -> str | None:
+    """Find the name of the weights to download; None for a local file or none at all."""
+    if weights is None or Path(weights).suffix in SUFFIXES or "/" in weights:
+        return None
+    architecture = name.partition(".")[0]
+    config = timm.get_pretrained_cfg(name)
+    if weights == "DEFAULT" and config is not None and config.has_weights:
+        return name
+    if weights not in _tags(timm, architecture):
+        raise _unknown_weights(timm, architecture, weights)
+    source = f"{architecture}.{weights}"
+    network, given = (timm.get_pretrained_cfg(known) for known in (name, source))
+    for key in ("mean", "std", "input_size"):
+        if getattr(network, key) != getattr(given, key):
+            raise ValueError(
+                f"weights {weights!r} of timm's {architecture} expect images of {key} {getattr(given, key)}, but timm/{name} "
+                f"of {getattr(network, key)}; give network timm/{source} and weights DEFAULT"
+            )
+    return source
+
+
+def _pixel_format(timm: ModuleType, name: str) -> PixelFormat:
+    config = timm.get_pretrained_cfg(name)
+    return PixelFormat() if config is None else PixelFormat(tuple(config.mean), tuple(config.std))
+
+
+def _places(full: nn.Module, name: str) -> list[Level]:
+    """Where timm can cut a network, from the input on."""
+    info = getattr(full, "feature_info", None)
+    if not info:
+        raise ValueError(f"timm/{name} yields no feature maps; give another network")
+    entries = cast(Sequence[Mapping[str, Any]], getattr(info, "info", info))
+    return [Level(entry["module"], entry["reduction"]) for entry in entries]
+
+
+def _cuts(levels: Levels, places: Sequence[Level], name: str) -> dict[str, Level]:
+    if isinstance(levels, Mapping):
+        for cut in levels.values():
+            _last_index(places, cut.node, name)
+        return dict(levels)
+    by_name = {f"c{place.stride.bit_length() - 1}": place for place in places if place.stride.bit_count() == 1}
+    if isinstance(levels, str) or not levels or len(set(levels)) < len(levels):
+        raise ValueError(f"levels must be distinct names such as [c3, c4, c5], got {levels!r}")
+    for level in levels:
+        if level not in by_name:
+            raise UsageError(f"timm/{name} has no level {level!r}; expected some of {list(by_name)}")
+    return {level: by_name[level] for level in levels}
+
+
+def _last_index(places: Sequence[Level], node: str, name: str = "") -> int:
+    nodes = [place.node for place in places]
+    if node not in nodes:
+        raise UsageError(f"timm/{name} has no node {node!r}{did_you_mean(node, nodes)}; expected some of {nodes}")
+    return len(nodes) - 1 - nodes[::-1].index(node)
+
+
+def _features(
+    timm: ModuleType, name: str, indices: Iterable[int], drop_path: float, options: Mapping[str, Any]
+) -> nn.Module:
+    dropping = {"drop_path_rate": drop_path} if drop_path else {}
+    try:
+        network = timm.create_model(name, features_only=True, out_indices=tuple(indices), **options, **dropping)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise ValueError(f"drop_path: timm/{name} has no paths to drop; leave it 0") from error
+    if drop_path and not any(getattr(module, "drop_prob", 0) for module in network.modules()):
+        raise ValueError(f"drop_path: timm/{name} has no paths to drop; leave it 0")
+    return network
+
+
+def _multiple(network: nn.Module, name: str, strides: Iterable[int]) -> int:
+    """Find what the sides of images must be multiples of: networks of patches, and some pyramids, take whole cells only."""
+    refusal = _refusal(network, *ODD)
+    if refusal is None:
+        return 1
+    for stride in strides:
+        refusal = _refusal(network, 3 * stride, 5 * stride)
+        if refusal is None:
+            return stride
+    raise ValueError(f"timm/{name} does not take images of any size: {refusal}; give a network that does")
+
+
+@torch.no_grad()
+def _refusal(network: nn.Module, height: int, width: int) -> str | None:
+    """Why a network does not take an image of a size; None if it does."""
+    try:
+        network.eval()(torch.zeros(1, 3, height, width))
+    except (AssertionError, RuntimeError) as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+    return None
+
+
+def _leave_out_the_rest(network: nn.Module, last: str, multiple: int) -> None:
+    """Drop blocks beyond the last level, which timm leaves in some networks, and train nothing else that has no effect."""
+    sequence, _, index = last.rpartition(".")
+    if isinstance(blocks := getattr(network, sequence, None), nn.Sequential):
+        setattr(network, sequence, blocks[: int(index) + 1])
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    side = -(-max(ODD) // multiple) * multiple
+    with torch.enable_grad():
+        sums = [features.sum() for features in network.eval()(torch.zeros(1, 3, side, side))]
+        gradients = torch.autograd.grad(sums, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
+def _load(network: nn.Module, full: nn.Module, state: Mapping[str, Tensor], weights: str, name: str) -> None:
+    """Load the tensors of a whole network or of its features, by names that are equal but for the punctuation."""
+    own, known = network.state_dict(), {_plain(key): key for key in full.state_dict()}
+    given = {_plain(key): key for key in state}
+    needed = {_plain(key): key for key in own}
+    missing = sorted(known[key] for key in needed.keys() - given.keys() if not key.endswith("num_batches_tracked"))
+    foreign = sorted(given[key] for key in given.keys() - known.keys())
+    both = needed.keys() & given.keys()
+    unequal = sorted(given[key] for key in both if own[needed[key]].shape != state[given[key]].shape)
+    refuse_differences(weights, f"timm/{name}", missing, foreign, unequal)
+    network.load_state_dict({needed[key]: state[given[key]] for key in both}, strict=False)
+
+
+def _plain(key: str) -> str:
+    """A name without what timm's cutting does to it: ``stages_0.blocks.1`` and ``model.stages.0.blocks.1`` are one tensor."""
+    return key.removeprefix("model.").removeprefix("body.").replace(".", "_")

@@ -1,0 +1,173 @@
+"""The ``inspect`` command: pictures of what the attention of a trained backbone does on images.
+
+Writes, for what the backbone has: ``channel_gates.png`` (mean gate of each channel by class, the last block of each stage),
+``branch_weights.png`` (weight of the widest kernel against the size of the object), ``IMAGE_maps.png`` (spatial gates over each
+image), and ``attention.json`` with the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from detpipe.checkpoint import load_detector
+from detpipe.datasets import read_image
+from detpipe.detector import TwoStageDetector
+from detpipe.errors import UsageError
+from detpipe.files import atomic_write
+from detpipe.inspection import Objects, attention_modules, branches_by_scale, gates_by_class, spatial_maps
+from detpipe.inspection_plots import plot_branches, plot_class_gates, plot_maps
+from detpipe.predict import detect, find_images
+
+SHARES = (0.25, 0.5, 1.0)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see '{self.prog} --help'")
+
+
+def run_inspect(arguments: Sequence[str]) -> int:
+    """Draw the attention of a detector's backbone.
+
+    Args:
+        arguments: ``CHECKPOINT IMAGE_OR_FOLDER ... -o FOLDER`` and options.
+
+    Returns:
+        0.
+
+    Raises:
+        DetpipeError: what users can mend.
+    """
+    options = _parse(arguments)
+    paths = find_images(options.images)
+    detector, description = load_detector(options.checkpoint)
+    modules = attention_modules(detector.backbone)
+    if not modules:
+        raise UsageError(
+            f"the backbone of {options.checkpoint}, {type(detector.backbone).__name__}, has no attention modules"
+        )
+    images = [read_image(path) for path in paths]
+    out = Path(options.output)
+    out.mkdir(parents=True, exist_ok=True)
+    shown = last_of_each_stage(list(modules))
+    numbers: dict[str, object] = {"checkpoint": str(options.checkpoint), "modules": list(modules)}
+    written = _draw_maps(detector, paths, images, shown, out)
+    objects = _find_objects(detector, images, options.score_threshold, options.max_objects)
+    if len(objects.boxes):
+        numbers["objects"] = len(objects.boxes)
+        written += _draw_gates(detector, objects, shown, description.class_names, out, numbers)
+    elif not written:
+        raise UsageError(
+            f"no object was found with a score of {options.score_threshold} or more; lower --score_threshold, or give other images"
+        )
+    with atomic_write(out / "attention.json") as temporary:
+        temporary.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(str(path) for path in [*written, out / "attention.json"]))
+    return 0
+
+
+def last_of_each_stage(names: Sequence[str]) -> list[str]:
+    """Choose a module of each stage: the last of those whose names differ only in the number of the block.
+
+    Args:
+        names: of modules, in the order of the network.
+
+    Returns:
+        Some of them, in their order.
+
+    Example:
+        >>> last_of_each_stage(["c2.0.attention", "c2.1.attention", "c3.0.attention"])
+        ['c2.1.attention', 'c3.0.attention']
+    """
+    chosen: dict[str, str] = {}
+    for name in names:
+        parts = name.split(".")
+        numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+        chosen[".".join(parts[: numbers[-1]]) if numbers else name] = name
+    return list(chosen.values())
+
+
+def _find_objects(detector: TwoStageDetector, images: Sequence[Tensor], threshold: float, most: int) -> Objects:
+    """Take what the detector finds, the surest objects of each class first, at most so many of a class."""
+    rows = []
+    for index, image in enumerate(tqdm(images, desc="objects", unit="image", disable=not sys.stderr.isatty())):
+        found = detect(detector, image, None, threshold)
+        scores, labels = found["scores"].tolist(), found["labels"].tolist()
+        rows += [(score, label, index, box) for score, label, box in zip(scores, labels, found["boxes"], strict=True)]
+    kept, seen = [], dict[int, int]()
+    for row in sorted(rows, key=lambda row: -row[0]):
+        seen[row[1]] = seen.get(row[1], 0) + 1
+        if seen[row[1]] <= most:
+            kept.append(row)
+    boxes = torch.stack([row[3] for row in kept]) if kept else torch.zeros(0, 4)
+    return Objects([images[row[2]] for row in kept], boxes, torch.tensor([row[1] for row in kept], dtype=torch.int64))
+
+
+def _draw_maps(
+    detector: TwoStageDetector, paths: Sequence[Path], images: Sequence[Tensor], shown: Sequence[str], out: Path
+) -> list[Path]:
+    written: list[Path] = []
+    for path, image in zip(paths, images, strict=True):
+        maps = spatial_maps(detector.backbone, image, detector.min_size, detector.max_size)
+        if maps:
+            name = f"{path.stem}_maps.png"
+            number = 2
+            while out / name in written:
+                name, number = f"{path.stem}_maps_{number}.png", number + 1
+            plot_maps(image, {module: maps[module] for module in shown if module in maps}, out / name)
+            written.append(out / name)
+    return written
+
+
+def _draw_gates(
+    detector: TwoStageDetector,
+    objects: Objects,
+    shown: Sequence[str],
+    class_names: Sequence[str],
+    out: Path,
+    numbers: dict[str, object],
+) -> list[Path]:
+    backbone, side, written = detector.backbone, detector.min_size, []
+    channel = gates_by_class(backbone, objects, side, "channel")
+    if channel:
+        counts = torch.bincount(objects.labels - 1, minlength=len(class_names)).tolist()
+        plot_class_gates({name: channel[name] for name in shown}, class_names, counts, out / "channel_gates.png")
+        written.append(out / "channel_gates.png")
+        numbers["channel_gates"] = {
+            name: {
+                class_names[index]: [round(value, 5) for value in row.tolist()]
+                for index, row in enumerate(values)
+                if counts[index]
+            }
+            for name, values in channel.items()
+        }
+    branches = branches_by_scale(backbone, objects, side, SHARES)
+    if branches:
+        plot_branches(branches, SHARES, len(objects.boxes), out / "branch_weights.png")
+        written.append(out / "branch_weights.png")
+        numbers["branch_weights"] = {"shares": SHARES, **{name: values.tolist() for name, values in branches.items()}}
+    return written
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser("detpipe inspect", description=__doc__)
+    parser.add_argument("checkpoint", help="checkpoint of a detector whose backbone has attention")
+    parser.add_argument("images", nargs="+", help="images, or folders of them")
+    parser.add_argument("-o", "--output", required=True, help="folder for the pictures")
+    parser.add_argument(
+        "--score_threshold", type=float, default=0.5, help="least score of the objects that are looked at"
+    )
+    parser.add_argument("--max_objects", type=int, default=50, help="most objects of a class, the surest first")
+    options = parser.parse_args(list(arguments))
+    if not 0 <= options.score_threshold <= 1 or options.max_objects < 1:
+        raise UsageError("expected --score_threshold in 0..1 and --max_objects of at least 1")
+    return options

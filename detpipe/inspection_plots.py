@@ -1,0 +1,127 @@
+"""Pictures of attention: gates by channel and class, branch weights by scale, maps over an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from detpipe.errors import UsageError
+from detpipe.files import atomic_write
+from detpipe.visualize import class_color
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], counts: Sequence[int], out: Path) -> None:
+    """Draw the mean gate of each channel, a line a class and a panel a module, as in Hu et al. 2018, figure 5.
+
+    Args:
+        gates: module -> ``[K, C]``, NaN for classes without objects.
+        class_names: [K].
+        counts: objects of each class.
+        out: the PNG.
+    """
+    figure = new_figure(8.5, 1.9 * len(gates) + 0.9)
+    panels = np.atleast_1d(figure.subplots(len(gates), 1))
+    for axes, (name, values) in zip(panels, gates.items(), strict=True):
+        for index, row in enumerate(values.numpy()):
+            if not np.isnan(row).any():
+                color = [part / 255 for part in class_color(index + 1)]
+                axes.plot(row, color=color, linewidth=0.9, label=f"{class_names[index]} ({counts[index]})")
+        axes.set_xlim(0, values.shape[1] - 1)
+        axes.set_title(name, loc="left", fontsize=9)
+        axes.set_ylabel("gate")
+        _plain(axes)
+    panels[-1].set_xlabel("channel")
+    figure.suptitle("mean gate of each channel by class (objects)", x=0.02, ha="left", fontsize=11)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    _save(figure, out)
+
+
+def plot_branches(branches: Mapping[str, Tensor], shares: Sequence[float], objects: int, out: Path) -> None:
+    """Draw the mean weight of the widest kernel in each module, a line a scale, as in Li et al. 2019, figure 3.
+
+    Args:
+        branches: module -> ``[S, M]``.
+        shares: S parts of the picture that the object takes up.
+        objects: how many were averaged.
+        out: the PNG.
+    """
+    figure = new_figure(max(6.0, 0.5 * len(branches) + 3), 4.2)
+    axes = figure.subplots()
+    for index, share in enumerate(shares):
+        values = [float(weights[index, -1]) for weights in branches.values()]
+        color = [part / 255 for part in class_color(index + 1)]
+        axes.plot(values, "o-", color=color, markersize=4, label=f"object is {share:.0%} of the side")
+    axes.axhline(1 / next(iter(branches.values())).shape[1], color="#888888", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(branches)), list(branches), rotation=60, ha="right", fontsize=7)
+    axes.set_ylabel("weight")
+    axes.set_title(f"mean weight of the widest kernel, {objects} objects", loc="left", fontsize=11)
+    axes.legend(fontsize=8, frameon=False)
+    _plain(axes)
+    _save(figure, out)
+
+
+def plot_maps(image: Tensor, maps: Mapping[str, Tensor], out: Path) -> None:
+    """Draw spatial gates over an image, a panel a module, each on its own scale.
+
+    Args:
+        image: ``[3, H, W]`` uint8 RGB.
+        maps: module -> ``[H, W]``.
+        out: the PNG.
+    """
+    columns = min(4, len(maps) + 1)
+    rows = -(-(len(maps) + 1) // columns)
+    height, width = image.shape[1:]
+    figure = new_figure(3.2 * columns, 3.2 * rows * height / width + 0.4 * rows)
+    panels = np.atleast_1d(figure.subplots(rows, columns)).flatten()
+    gray = image.float().mean(0).numpy()
+    panels[0].imshow(image.permute(1, 2, 0).numpy())
+    panels[0].set_title("image", loc="left", fontsize=9)
+    for axes, (name, values) in zip(panels[1:], maps.items(), strict=False):
+        axes.imshow(gray, cmap="gray")
+        drawn = axes.imshow(values.numpy(), cmap="inferno", alpha=0.6)
+        axes.set_title(f"{name}  {float(values.min()):.2f} to {float(values.max()):.2f}", loc="left", fontsize=8)
+        figure.colorbar(drawn, ax=axes, shrink=0.7)
+    for axes in panels:
+        axes.set_axis_off()
+    _save(figure, out)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Make a figure that needs no display.
+
+    Args:
+        width: in inches.
+        height: in inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("matplotlib, which draws attention, is not installed: pip install 'detpipe[train]'") from error
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, out: Path) -> None:
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,127 @@
+"""The ``pretrain`` command: train a backbone as a classifier, and export its weights for detectors.
+
+Beside what every run leaves in its folder (:mod:`detpipe.run_folder`) there is ``backbone.safetensors``: the weights of the
+backbone in the best checkpoint, by its own names, without the projections of its levels (``laterals``), which belong to a
+detector. Its metadata have one entry, ``detpipe``, in JSON: ``class_path``, ``init_args``, ``num_classes``, ``top1``, ``top5``
+and ``version``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser
+from safetensors.torch import save_file
+from torch import Tensor
+
+from detpipe import callbacks, checkpoint, run_folder
+from detpipe.backbones import Extractor
+from detpipe.classifier import ImageClassifier
+from detpipe.configuration import CommandCLI, quiet
+from detpipe.datasets import ClassificationData
+from detpipe.errors import DataError
+from detpipe.files import atomic_write
+from detpipe.stages import Backbone
+
+WEIGHTS = "backbone.safetensors"
+
+
+class PretrainingCLI(CommandCLI):
+    """A classifier and its data."""
+
+    model_type = ImageClassifier
+    data_type = ClassificationData
+
+    def link(self, parser: LightningArgumentParser) -> None:
+        """The classifier follows the classes of the data."""
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+
+def pretrain(arguments: Sequence[str]) -> int:
+    """Train a classifier, validate it, and leave everything in a run folder; the last line printed is the result.
+
+    Args:
+        arguments: ``CONFIG.yaml [MORE.yaml ...] [--key.path value ...]``; ``--output FOLDER`` names the run folder,
+            ``--ckpt_path CHECKPOINT`` resumes.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        DetpipeError: what users can mend.
+    """
+    quiet()
+    cli = PretrainingCLI(arguments, run_folder.add_arguments)
+    data = cli.datamodule
+    for split in ("train", "val"):
+        print(data.describe(split))
+    if not len(data.train_dataloader()):
+        raise DataError(f"the training split has {len(data.images('train'))} images; expected at least 2")
+    model, class_names = checkpoint.describe_model(cli.config.model), tuple(data.class_names)
+    description = checkpoint.Description(model, class_names, tuple(range(len(class_names))))
+    curves = run_folder.can_draw_curves()
+
+    def own(folder: Path) -> list[Callback]:
+        return [callbacks.Accuracy(folder, curves)]
+
+    watched = run_folder.Watched("val/top1", own, file_names=lambda batch: list(batch[2]) if len(batch) > 2 else [])
+    run = run_folder.fit(cli, arguments, description, watched)
+    stored, _ = checkpoint.read(run.best)
+    numbers = callbacks.Accuracy.stored(stored)
+    checkpoint.load_weights(cli.model, stored, run.best)
+    facts = {"num_classes": len(class_names), **{name: round(numbers[name], 6) for name in ("top1", "top5")}}
+    weights = export_backbone(cli.model.backbone, run.folder / WEIGHTS, model["backbone"], facts)
+    run.write_summary({**numbers, "weights": str(weights)})
+    print(f"top-1 {numbers['top1']:.3f} top-5 {numbers['top5']:.3f} weights {weights}")
+    return 0
+
+
+def export_backbone(
+    backbone: Backbone, path: str | Path, config: dict[str, Any], facts: dict[str, Any] | None = None
+) -> Path:
+    """Write the weights of a backbone to a file that ``weights`` of the same backbone takes.
+
+    Args:
+        backbone: with its trained weights.
+        path: of the file, complete when it is visible.
+        config: ``class_path`` and ``init_args`` of the backbone.
+        facts: what else to say of it, such as its accuracy.
+
+    Returns:
+        The path.
+    """
+    known = {"class_path": config["class_path"], "init_args": config.get("init_args", {}), "version": _version()}
+    metadata = {
+        checkpoint.KEY: json.dumps({**known, **(facts or {})})
+    }  # one entry: several would be written in any order
+    path = Path(path)
+    with atomic_write(path) as temporary:
+        save_file(backbone_weights(backbone), temporary, metadata)
+    return path
+
+
+def backbone_weights(backbone: Backbone) -> dict[str, Tensor]:
+    """Collect the weights that make sense in another detector.
+
+    Args:
+        backbone: any; an `Extractor` gives those of the network that it cuts, by that network's names.
+
+    Returns:
+        name -> tensor on the CPU, without ``laterals``.
+    """
+    state = {name: value for name, value in backbone.state_dict().items() if not name.startswith("laterals.")}
+    if isinstance(backbone, Extractor):
+        state = {name.removeprefix("body."): value for name, value in state.items()}
+    return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+
+
+def _version() -> str:
+    try:
+        return version("detpipe")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

@@ -1,0 +1,194 @@
+"""What holds for every attention module, and the parts that they share."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from detpipe.attention import (
+    CBAM,
+    ECA,
+    ConcurrentSqueezeExcitation,
+    Gating,
+    SelectiveKernel,
+    SpatialSqueezeExcitation,
+    SqueezeExcitation,
+)
+from detpipe.attention.base import squeeze, squeezed_width
+
+GATING = {
+    "se": lambda channels: SqueezeExcitation(channels, reduction=2),
+    "sse": SpatialSqueezeExcitation,
+    "scse_sum": ConcurrentSqueezeExcitation,
+    "scse_max": lambda channels: ConcurrentSqueezeExcitation(channels, combine="max"),
+    "eca": ECA,
+    "cbam": lambda channels: CBAM(channels, reduction=2),
+    "cbam_norm": lambda channels: CBAM(channels, reduction=2, batch_norm=True),
+}
+ALL = {
+    **GATING,
+    "sk": lambda channels: SelectiveKernel(channels, channels, reduction=2, groups=2),
+    "sk_split": lambda channels: SelectiveKernel(channels, channels, reduction=2, groups=2, split_input=True),
+}
+gating = pytest.mark.parametrize("make", GATING.values(), ids=GATING)
+every = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+
+
+@every
+def test_gradients_are_right(make):
+    attention, features = make(4).double(), torch.randn(2, 4, 3, 2).double().requires_grad_()
+    inputs = (features, *attention.parameters())
+    names = [name for name, _ in attention.named_parameters()]
+
+    def run(features, *parameters):
+        return torch.func.functional_call(attention.eval(), dict(zip(names, parameters, strict=True)), features)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@gating
+def test_adding_to_a_shortcut_is_the_same_as_the_sum(make):
+    attention, shortcut, features = make(8).double().eval(), *torch.randn(2, 3, 8, 4, 5).double()
+    torch.testing.assert_close(attention(features, shortcut), shortcut + attention(features))
+    inputs = shortcut[:1, :, :2, :2].clone().requires_grad_(), features[:1, :, :2, :2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda shortcut, features: attention(features, shortcut), inputs)
+
+
+@gating
+def test_weights_are_what_the_features_are_multiplied_by(make):
+    attention, features = make(8).eval(), torch.randn(2, 8, 4, 5)
+    torch.testing.assert_close(attention(features), features * attention.weights(features).expand_as(features))
+
+
+@every
+def test_gates_are_shares(make):
+    attention, features = make(8).eval(), 10 * torch.randn(3, 8, 4, 5)
+    gates = attention.gates(features)
+    shapes = {"channel": (3, 8, 1, 1), "spatial": (3, 1, 4, 5), "branch": (3, 2, 8, 1, 1)}
+    assert gates
+    for name, gate in gates.items():
+        assert gate.shape == shapes[name]
+        assert 0 <= gate.min() < gate.max() <= 1
+
+
+@every
+def test_what_it_has_learned_decides_the_output(make):
+    attention, features = make(8).eval(), torch.randn(2, 8, 4, 5)
+    before = attention(features)
+    with torch.no_grad():
+        gate = [p for name, p in attention.named_parameters() if p.ndim > 1 and "branches" not in name][-1]
+        gate.mul_(-3)
+    assert not torch.allclose(attention(features), before, atol=1e-3)
+
+
+@every
+def test_images_do_not_mix(make):
+    attention, features = make(8).eval(), torch.randn(3, 8, 4, 5)
+    together = attention(features)
+    for image in range(3):
+        torch.testing.assert_close(together[image : image + 1], attention(features[image : image + 1]))
+
+
+@every
+@pytest.mark.parametrize("training", [True, False])
+def test_no_images(make, training):
+    attention, features = make(8).train(training), torch.zeros(0, 8, 4, 5, requires_grad=True)
+    output = attention(features)
+    assert output.shape == (0, 8, 4, 5)
+    output.sum().backward()
+    assert features.grad.shape == (0, 8, 4, 5)
+    assert all(len(gate) == 0 for gate in attention.gates(features).values())
+    assert all(buffer.isfinite().all() for buffer in attention.buffers())
+
+
+@every
+def test_maps_of_one_cell(make):
+    attention, features = make(8).eval(), torch.randn(2, 8, 1, 1)
+    # one cell is its own mean and maximum, so that a larger map of the same cell everywhere has the same channel gates
+    everywhere = attention.gates(features.expand(-1, -1, 3, 3))
+    for name, gate in attention.gates(features).items():
+        if name == "channel":
+            torch.testing.assert_close(gate, everywhere[name])
+    assert attention(features).shape == (2, 8, 1, 1)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(make, dtype):
+    attention, features = make(8).eval(), 100 * torch.rand(2, 8, 40, 50)  # the sum of a channel exceeds float16
+    assert features.sum((2, 3)).min() > torch.finfo(torch.float16).max
+    features, attention = features.to(dtype), attention.to(dtype)
+    half, exact = attention(features), copy.deepcopy(attention).float()(features.float())
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.float(), exact, rtol=0.15, atol=1.0)  # a logit near 20 is rounded by up to 0.1
+
+
+@every
+def test_mixed_precision(make):
+    attention, features = make(8).eval(), torch.randn(2, 8, 6, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = attention(features)
+        if isinstance(attention, Gating):
+            for left in (features, features.bfloat16()):
+                total = attention(features.bfloat16(), left)
+                torch.testing.assert_close(total.float(), features + mixed, rtol=0.05, atol=0.1)
+    torch.testing.assert_close(mixed.float(), attention(features), rtol=0.05, atol=0.05)
+
+
+@every
+def test_channels_last_gives_the_same(make):
+    attention, features = make(8).eval(), torch.randn(2, 8, 6, 5)
+    output = attention(features.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(output, attention(features))
+    if isinstance(attention, Gating):
+        assert output.is_contiguous(memory_format=torch.channels_last)
+
+
+@gating
+def test_can_be_traced(make):
+    attention, features = make(8).eval(), torch.randn(2, 8, 6, 5)
+    traced = torch.fx.symbolic_trace(nn.Sequential(attention))
+    torch.testing.assert_close(traced(features), attention(features), rtol=0, atol=0)
+    half = features.half()  # traced in one precision, used in another
+    torch.testing.assert_close(traced.half()(half), attention.half()(half), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_squeeze_keeps_the_type_and_does_not_overflow(dtype):
+    squeezed = squeeze(torch.full((2, 3, 40, 50), 256.0, dtype=dtype))  # sums of 512,000
+    assert squeezed.dtype == dtype
+    assert squeezed.tolist() == [[[[256.0]]] * 3] * 2
+
+
+def test_squeeze_adds_in_float32():
+    features = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16)  # counting in bfloat16 stops at 256
+    assert squeeze(features).item() == 1.0
+
+
+@given(st.integers(1, 4096), st.data())
+def test_squeezed_width_is_the_nearest_multiple(channels, data):
+    reduction, divisor = data.draw(st.integers(1, channels)), data.draw(st.integers(1, 32))
+    width, exact = squeezed_width(channels, reduction, divisor), channels / reduction
+    assert width % divisor == 0
+    assert width >= divisor
+    if divisor == 1:
+        assert width <= exact < width + 1
+    else:
+        assert abs(width - exact) <= divisor / 2 or width == divisor
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 1), "channels must be at least 1, got 0"),
+        ((16, 0), r"reduction must be in 1..channels \(16\), got 0"),
+        ((16, 17), r"reduction must be in 1..channels \(16\), got 17"),
+        ((16, 4, 0), "divisor must be at least 1, got 0"),
+    ],
+)
+def test_bad_widths(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        squeezed_width(*arguments)

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detpipe.datasets import ImageFolder, Loader, Views
+from detpipe.datasets.labeled_images import PackedNames
+from detpipe.errors import DataError
+
+from .builders import picture
+
+TINY = Views(size=16)
+
+
+def write(root: Path, *names: str) -> Path:
+    for seed, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(20 + seed, 30, seed).save(path)
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three classes; in validation only two of them."""
+    train = [f"train/{name}/{number}.jpg" for name in ("owl", "cat", "Dog") for number in range(3)]
+    return write(tmp_path / "set", *train, "val/cat/7.png", "val/owl/8.jpg")
+
+
+def folder(root: Path, workers: int = 0, **changes: Any) -> ImageFolder:
+    return ImageFolder(str(root), loader=Loader(batch_size=4, num_workers=workers), **{"views": TINY, **changes})
+
+
+def digests(data: ImageFolder, epochs: int = 2) -> list[list[str]]:
+    loader, result = data.train_dataloader(), []
+    for epoch in range(epochs):
+        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        result.append(
+            [hashlib.sha256(images.numpy().tobytes() + repr((labels.tolist(), names)).encode()).hexdigest()
+             for images, labels, names in loader]
+        )  # fmt: skip
+    return result
+
+
+def test_labels_follow_the_sorted_class_folders_of_training(root: Path) -> None:
+    data = folder(root)
+    assert data.class_names == ("Dog", "cat", "owl")
+    assert data.num_classes == 3
+    train, val = data.images("train"), data.images("val")
+    assert [train.names[i] for i in range(4)] == [
+        "train/Dog/0.jpg",
+        "train/Dog/1.jpg",
+        "train/Dog/2.jpg",
+        "train/cat/0.jpg",
+    ]
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [(val.names[i], int(val.labels[i])) for i in range(2)] == [("val/cat/7.png", 1), ("val/owl/8.jpg", 2)]
+    assert data.describe("train") == "train: 9 images of 3 classes, 3 to 3 of each"
+    assert data.describe("val") == "val: 2 images of 2 classes, 0 to 1 of each"
+
+
+def test_folders_below_a_class_and_every_format_are_read(tmp_path: Path) -> None:
+    names = ["a/1.JPEG", "a/deep/er/2.png", "a/3.webp", "a/deep/4.bmp", "b/5.gif", "b/6.tiff"]
+    root = write(tmp_path, *(f"{split}/{name}" for split in ("train", "val") for name in names))
+    (root / "train/a/notes.txt").write_text("no image")
+    (root / "train/a/.hidden.jpg").write_text("no image")
+    (root / "train/.cache").mkdir()
+    data = folder(root)
+    assert data.describe("train") == "train: 6 images of 2 classes, 2 to 4 of each; files that are no images: 1"
+    images = data.images("train")
+    expected = ["a/1.JPEG", "a/3.webp", "a/deep/4.bmp", "a/deep/er/2.png"]
+    assert [images.names[i] for i in range(4)] == [f"train/{name}" for name in expected]
+    for index in range(len(images)):
+        assert data.dataset("train")[0, index][0].shape == (3, 16, 16)
+
+
+def test_linked_folders_are_followed_but_never_in_circles(root: Path, tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", "1.jpg", "more/2.jpg")
+    (tmp_path / "elsewhere/more/back").symlink_to(tmp_path / "elsewhere")
+    (root / "train/yak").symlink_to(tmp_path / "elsewhere")
+    images = folder(root).images("train")
+    assert [images.names[i] for i in (-2 % len(images), -1 % len(images))] == [
+        "train/yak/1.jpg",
+        "train/yak/more/2.jpg",
+    ]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
+    upright = np.zeros((32, 32, 3), dtype=np.uint8)
+    upright[:16] = 255  # white above
+    turned = np.rot90(upright, {1: 0, 3: 2, 6: 1, 8: 3}[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(np.ascontiguousarray(turned)).save(tmp_path / split / "a/1.jpg", exif=exif)
+    view = folder(tmp_path, views=Views(size=32, center=1.0)).dataset("val")[0, 0][0].float()
+    assert view[:, :14].mean() > 240
+    assert view[:, 18:].mean() < 15
+
+
+def test_batches(root: Path) -> None:
+    images, labels, names = next(iter(folder(root).val_dataloader()))
+    assert (images.shape, images.dtype) == ((2, 3, 16, 16), torch.uint8)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert (labels.tolist(), labels.dtype) == ([1, 2], torch.int64)
+    assert names == ["val/cat/7.png", "val/owl/8.jpg"]
+
+
+def test_p2_batches_do_not_depend_on_the_number_of_workers(root: Path) -> None:
+    expected = digests(folder(root, views=Views(size=16, color=0.4)))
+    assert expected[0] != expected[1]
+    assert digests(folder(root, 2, views=Views(size=16, color=0.4))) == expected
+    assert digests(folder(root, seed=1, views=Views(size=16, color=0.4))) != expected
+
+
+def test_every_training_image_comes_once_an_epoch_but_for_one_that_is_left_alone(root: Path) -> None:
+    loader = folder(root).train_dataloader()  # 9 images, 4 a batch
+    assert [len(labels) for _, labels, _ in loader] == [4, 4]
+    assert len(loader) == 2
+    seen: set[str] = set()
+    for epoch in range(12):
+        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        names = [name for _, _, batch in loader for name in batch]
+        assert len(set(names)) == 8
+        seen.update(names)
+    assert len(seen) == 9
+    assert len([labels for _, labels, _ in folder(root).val_dataloader()]) == 1
+
+
+def test_loading_leaves_the_global_random_state_alone(root: Path) -> None:
+    before = torch.get_rng_state()
+    list(folder(root).train_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def broken_missing(root: Path) -> None:
+    for path in sorted((root / "val").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (root / "val").rmdir()
+
+
+def broken_flat(root: Path) -> None:
+    picture(20, 20).save(root / "val/ILSVRC2012_val_00000001.JPEG")
+
+
+def broken_unknown(root: Path) -> None:
+    write(root, "val/Cat/1.jpg", "val/zebra/1.jpg")
+
+
+def broken_empty(root: Path) -> None:
+    (root / "train/emu").mkdir()
+    (root / "train/emu/notes.txt").write_text("soon")
+
+
+def broken_empty_val(root: Path) -> None:
+    (root / "val/Dog").mkdir()
+
+
+def broken_no_classes(root: Path) -> None:
+    for path in sorted((root / "train").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "split", "message"),
+    [
+        (broken_missing, "val", r"set/val: no such folder; expected ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE"),
+        (
+            broken_flat,
+            "val",
+            r"set/val holds 1 images outside class folders, such as ILSVRC2012_val_00000001.JPEG; move each",
+        ),
+        (broken_unknown, "val", r"set/val has 2 class folders that train lacks: 'Cat', 'zebra'; did you mean 'cat'\?"),
+        (
+            broken_empty,
+            "train",
+            r"set/train: 1 class folders hold no image: 'emu' \(looked for .jpg .*\); fill or remove them",
+        ),
+        (broken_empty_val, "val", r"set/val: 1 class folders hold no image: 'Dog'"),
+        (broken_no_classes, "train", r"set/train holds no class folders; expected ROOT"),
+    ],
+)
+def test_faults_of_the_layout_are_one_line(spoil: Any, split: Any, message: str, root: Path) -> None:
+    spoil(root)
+    with pytest.raises(DataError, match=message) as caught:
+        folder(root).images(split)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_root_and_bad_arguments(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: no such folder; expected ROOT/train/CLASS/IMAGE"):
+        folder(tmp_path / "nowhere").num_classes  # noqa: B018
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        folder(root, seed=-1)
+    with pytest.raises(ValueError, match="on_bad must be 'error' or 'skip', got 'ignore'"):
+        folder(root, on_bad="ignore")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(workers: int, root: Path) -> None:
+    (root / "train/owl/1.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(DataError, match=r"train/owl/1\.jpg: cannot be decoded as an image"):
+        list(folder(root, workers).train_dataloader())
+
+
+def test_unreadable_images_are_skipped_and_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "train/owl/1.jpg").write_bytes(b"")
+    (root / "train/cat/2.jpg").write_text("text")
+    with caplog.at_level(logging.INFO):
+        data = folder(root, on_bad="skip")
+        assert data.describe("train") == "train: 7 images of 3 classes, 2 to 3 of each; images skipped: unreadable: 2"
+    assert "train/owl/1.jpg" in caplog.text
+    assert "train/cat/2.jpg" in caplog.text
+    images = data.images("train")
+    assert images.labels.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert len([name for _, _, names in data.train_dataloader() for name in names]) == 7
+
+
+def test_a_class_without_a_readable_image_is_an_error_even_when_faults_are_skipped(root: Path) -> None:
+    (root / "val/owl/8.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"set/val: 1 classes have no readable image: 'owl'; the first fault: .*8\.jpg"):
+        folder(root, on_bad="skip").images("val")
+
+
+def test_packed_names_are_the_names_whatever_bytes_they_have() -> None:
+    names = ["a/b.jpg", "", "ü/日本.png", os.fsdecode(b"\xff\xfe.jpg"), "x" * 300]
+    packed = PackedNames.pack(names)
+    assert [packed[i] for i in range(len(packed))] == names
+    for index in (-1, 5):
+        with pytest.raises(IndexError):
+            packed[index]
+    assert len(PackedNames.pack([])) == 0
+
+
+def test_a_split_is_a_handful_of_arrays_that_workers_share(root: Path) -> None:
+    """Python objects for each image would be copied into every worker as their counts of references change."""
+    dataset = folder(root).dataset("train", training=True)
+    names = [f"train/n01440764/n01440764_{number}.JPEG" for number in range(20_000)]
+    large = PackedNames.pack(names)
+    object.__setattr__(dataset.images, "names", large)
+    assert len(pickle.dumps(dataset)) < sum(map(len, names)) + 8 * len(names) + 10_000
+    assert pickle.loads(pickle.dumps(dataset)).images.names[19_999] == names[-1]

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+from PIL import Image
+
+from detpipe import ablation, cli
+from detpipe.ablation import read_study
+from detpipe.ablation_report import Result, plot_results, results_table
+from detpipe.errors import TrainingError, UsageError
+
+STUDY = f"""
+base: [{runs.CONFIG}]
+split: val
+seeds: [0, 1]
+variants:
+  none: {{model: {{backbone: {{init_args: {{attention: null}}}}}}}}
+  se:
+"""
+
+
+def write(folder: Path, text: str = STUDY) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+def results(first: list[float], second: list[float]) -> dict[str, list[Result]]:
+    return {
+        name: [Result(seed, value, value + 0.2, 11_000_000) for seed, value in enumerate(values)]
+        for name, values in (("none", first), ("se", second))
+    }
+
+
+def test_a_study_is_trained_once(
+    demo_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, out = write(tmp_path), tmp_path / "out"
+    command = ["ablate", str(study), "-o", str(out), *runs.options(demo_root, epochs=1), "--workers", "2"]
+    assert cli.main(command) == 0
+    shown = capfd.readouterr().out
+    assert "4 runs, 0 of them done" in shown
+    for name in ("none", "se"):
+        found = json.loads((out / f"{name}_1" / "result.json").read_text())
+        assert found.keys() == {"AP", "AP50", "parameters"}
+        assert f"| {name} |" in (out / "table.md").read_text()
+    stored = json.loads((out / "results.json").read_text())
+    assert (stored["split"], stored["seeds"]) == ("val", [0, 1])
+    assert stored["results"]["se"][0]["parameters"] > stored["results"]["none"][0]["parameters"]
+    assert "attention: null" in (out / "none_0" / "config.yaml").read_text()
+    assert "attention: se" in (out / "se_0" / "config.yaml").read_text()
+    assert (out / "results.png").is_file()
+
+    called: list[str] = []
+    monkeypatch.setattr(ablation, "_train_one", lambda run, split, threads: called.append(f"{run.variant}_{run.seed}"))
+    assert cli.main(command) == 0
+    assert called == []
+    assert "4 runs, 4 of them done" in capfd.readouterr().out
+    (out / "se_1" / "result.json").unlink()  # as if it had been stopped there
+    with pytest.raises(FileNotFoundError):
+        ablation.run_ablate(command[1:])
+    assert called == ["se_1"]
+    with pytest.raises(FileNotFoundError):
+        ablation.run_ablate([*command[1:], "--model.head.fc", "[8]"])  # another question: all runs anew
+    assert sorted(called[1:]) == ["none_0", "none_1", "se_0", "se_1"]
+
+
+def test_a_run_that_fails_is_named(demo_root: Path, tmp_path: Path) -> None:
+    study = write(tmp_path, STUDY.replace("attention: null", "attention: nul"))
+    with pytest.raises(TrainingError, match=r"a run failed: detpipe: error: .*attention.*; its log is .*none_0\.log$"):
+        ablation.run_ablate([str(study), "-o", str(tmp_path / "out"), "--seeds", "0", *runs.options(demo_root, 1)])
+
+
+def test_the_test_split_is_evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[list[str]] = []
+
+    def call(arguments: list[str], threads: int, output: Any, log: Path) -> None:
+        calls.append(list(arguments))
+        if arguments[0] == "evaluate":
+            Path(arguments[arguments.index("--json") + 1]).write_text('{"AP": 0.5, "AP50": 0.75, "APs": 0.1}')
+        else:
+            Path(arguments[arguments.index("--output") + 1]).mkdir()
+
+    monkeypatch.setattr(ablation, "_call", call)
+    monkeypatch.setattr(ablation, "_parameters", lambda checkpoint: 7)
+    study = write(tmp_path, STUDY.replace("split: val", "split: test"))
+    assert ablation.run_ablate([str(study), "-o", str(tmp_path / "out"), "--seeds", "3"]) == 0
+    assert [call[0] for call in calls] == ["train", "evaluate"] * 2
+    assert calls[1][1:4] == [runs.CONFIG, str(tmp_path / "out" / "none.yaml"), "--ckpt_path"]
+    assert calls[1][4] == str(tmp_path / "out" / "none_3" / "best.ckpt")
+    assert "0.500" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_difference_inside_the_spread_is_called_so() -> None:
+    table = results_table(results([0.50, 0.54], [0.51, 0.56]), [0, 1], "val")
+    assert "| se | 11.00 M | 0.535 | 0.510 to 0.560 | 0.735 | 0.710 to 0.760 | +0.015, inside the spread |" in table
+    assert results_table(results([0.50, 0.52], [0.60, 0.61]), [0, 1], "val").splitlines()[3].endswith("| +0.095 |")
+    assert results_table(results([0.60, 0.61], [0.50, 0.52]), [0, 1], "val").splitlines()[3].endswith("| -0.095 |")
+    assert "one seed: says nothing" in results_table(results([0.1], [0.9]), [0], "val")
+    assert table.splitlines()[2].endswith("|  |")
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    plot_results(results([0.50, 0.54], [0.51, 0.56]), "val", tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as picture:
+        assert min(picture.size) > 200
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: [x", "is no YAML: "),
+        ("3", "expected the keys base, split, seeds, variants, got 3"),
+        (STUDY + "sedes: [1]", "unknown key 'sedes'.*did you mean 'seeds'"),
+        (STUDY.replace(runs.CONFIG, "nowhere.yaml"), "base: .*nowhere.yaml does not exist"),
+        (STUDY.replace(f"[{runs.CONFIG}]", "3"), "base: expected a list of configurations"),
+        (STUDY.replace("[0, 1]", "[a]"), r"seeds: expected a list of whole numbers, got \['a'\]"),
+        (STUDY.replace("split: val", "split: train"), "split: expected one of val, test, got 'train'"),
+        (STUDY.replace("  se:", "  a/b:"), "variants: expected name"),
+        (STUDY.partition("variants")[0], "variants: expected name"),
+    ],
+)
+def test_bad_studies(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"study\.yaml.*{message}"):
+        read_study(write(tmp_path, text))
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"study nowhere\.yaml does not exist"):
+        ablation.run_ablate(["nowhere.yaml", "-o", str(tmp_path)])
+    with pytest.raises(UsageError, match="--workers must be at least 1, got 0"):
+        ablation.run_ablate([str(write(tmp_path)), "-o", str(tmp_path), "--workers", "0"])
+    with pytest.raises(UsageError, match=r"required: -o.*see 'detpipe ablate --help'"):
+        ablation.run_ablate(["study.yaml"])
+
+
+def test_the_studies_that_come_along_can_be_read() -> None:
+    studies = sorted((runs.CONFIGS / "ablation").glob("*.yaml"))
+    assert studies
+    for path in studies:
+        study = read_study(path)
+        assert list(study.variants) == ["none", "se", "sk", "eca", "cbam"]
+        assert len(study.seeds) == 3
+        assert f"python tools/ablate.py configs/ablation/{path.name}" in path.read_text()

@@ -1,0 +1,328 @@
+"""Pretraining through the command, on tiny crops of digits, and what a detector makes of the weights."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from datasets.builders import picture
+from PIL import Image
+from safetensors import safe_open
+
+from detpipe import callbacks, checkpoint, cli, run_folder
+from detpipe.backbones import Extractor, Level, SEResNet
+from detpipe.checkpoint import load_classifier, load_detector
+from detpipe.classifier import ImageClassifier
+from detpipe.configuration import CLI
+from detpipe.errors import CheckpointError
+from detpipe.pretraining import WEIGHTS, PretrainingCLI, backbone_weights, export_backbone
+
+FOLDER = runs.CONFIGS / "pretrain"
+CONFIG = str(FOLDER / "se_resnet18.yaml")
+MODELS = sorted(FOLDER.glob("se_*.yaml"))
+RESULT = re.compile(r"top-1 (\d\.\d{3}) top-5 (\d\.\d{3}) weights (\S+)")
+
+
+class Parsed(PretrainingCLI):
+    """A configuration that is parsed, but not built."""
+
+    def instantiate_classes(self) -> None:
+        """Leave it at the configuration."""
+
+
+def digits(root: Path) -> list[str]:
+    scenes = str({"train": 12, "val": 6, "size": 64})
+    return ["--data.root", str(root / "digits"), "--data.demo", str(root / "demo"), "--data.scenes", scenes]
+
+
+def options(root: Path, *more: str) -> list[str]:
+    trainer = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1"]
+    tiny = ["--data.views.size", "32", "--data.loader.batch_size", "16", "--model.backbone.levels", "[c3]"]
+    return [*digits(root), *trainer, *tiny, *more]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pretraining")
+
+
+@pytest.fixture(scope="module")
+def pretrained(base: Path) -> Path:
+    """The run folder of a tiny pretraining; read it, do not write to it."""
+    torch.set_num_threads(1)
+    folder = base / "run"
+    assert cli.main(["pretrain", CONFIG, "--output", str(folder), *options(base, "--model.dropout", "0.1")]) == 0
+    return folder
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Lightning ignores interrupts once it has seen one."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_leaves_everything_in_its_folder(pretrained: Path) -> None:
+    assert {path.name for path in pretrained.iterdir()} == {
+        *("config.yaml", "metrics.csv", "tensorboard", "summary.json"),
+        *("best.ckpt", "last.ckpt", "curves.png", WEIGHTS),
+    }
+    with Image.open(pretrained / "curves.png") as image:
+        assert min(image.size) > 100
+    result = summary(pretrained)
+    assert {"loss", "seconds", "images_per_second", "checkpoint", "weights", "seed", "epoch"} <= result.keys()
+    assert 0 <= result["top1"] <= result["top5"] <= 1
+    assert (result["epochs"], result["weights"]) == (2, str(pretrained / WEIGHTS))
+
+
+def test_the_metrics_hold_training_and_validation(pretrained: Path) -> None:
+    table = rows(pretrained)
+    train, val = [[row for row in table if row[key]] for key in ("train/loss", "val/top1")]
+    assert [int(row["step"]) for row in train] == list(range(len(train)))
+    assert len(val) == 2
+    assert all(float(row["train/top5"]) >= float(row["train/top1"]) for row in train)
+    scores = [float(row["val/top1"]) for row in val]
+    assert summary(pretrained)["top1"] == pytest.approx(max(scores), abs=1e-6)
+    assert summary(pretrained)["epoch"] == scores.index(max(scores))
+    assert float(val[0]["val/loss"]) > 0
+
+
+def test_validation_counts_every_image_once(pretrained: Path, base: Path) -> None:
+    classifier, description = load_classifier(pretrained / "best.ckpt")
+    assert description.class_names == tuple("0123456789")
+    data = PretrainingCLI([CONFIG, *options(base)], run_folder.add_arguments).datamodule
+    hits = total = 0
+    with torch.inference_mode():
+        for index in range(len(data.images("val"))):
+            image, label, _ = data.dataset("val")[0, index]
+            hits, total = hits + int(classifier(image[None]).argmax() == label), total + 1
+    assert summary(pretrained)["top1"] == pytest.approx(hits / total, abs=1e-6)
+
+
+def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again"
+    assert cli.main(["pretrain", str(pretrained / "config.yaml"), "--output", str(again)]) == 0
+    out = capsys.readouterr().out.rstrip("\n").splitlines()
+    match = RESULT.fullmatch(out[-1])
+    assert match is not None, out[-1]
+    assert match[3] == str(again / WEIGHTS)
+    assert (float(match[1]), float(match[2])) == pytest.approx(
+        (summary(again)["top1"], summary(again)["top5"]), abs=6e-4
+    )
+    assert re.match(r"train: \d+ images of \d+ classes", out[0])
+    runs.assert_equal_weights(pretrained / "last.ckpt", again / "last.ckpt")
+    assert (again / WEIGHTS).read_bytes() == (pretrained / WEIGHTS).read_bytes()
+
+
+class StopAfter(callbacks.StepSeed):
+    """Interrupt training, as with the keyboard, in the second epoch."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == 1 and batch_idx == 1:
+            raise KeyboardInterrupt
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks, "StepSeed", StopAfter)
+        assert cli.main(["pretrain", str(pretrained / "config.yaml"), "--output", str(folder)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not (folder / WEIGHTS).exists()
+    resume = ["--output", str(folder), "--ckpt_path", str(folder / "last.ckpt"), "--data.loader.num_workers", "2"]
+    assert cli.main(["pretrain", str(pretrained / "config.yaml"), *resume]) == 0
+    runs.assert_equal_weights(folder / "last.ckpt", pretrained / "last.ckpt")
+    keys = ("step", "train/loss", "val/top1", "val/loss")
+    assert [[row[k] for k in keys] for row in rows(folder)] == [[row[k] for k in keys] for row in rows(pretrained)]
+    assert (folder / WEIGHTS).read_bytes() == (pretrained / WEIGHTS).read_bytes()
+
+
+def test_the_exported_weights_say_what_they_are(pretrained: Path) -> None:
+    with safe_open(pretrained / WEIGHTS, "pt") as file:
+        metadata, names = json.loads(file.metadata()[checkpoint.KEY]), list(file.keys())
+    assert metadata["class_path"] == "detpipe.SEResNet"
+    assert metadata["init_args"]["depth"] == 18
+    assert metadata["num_classes"] == 10
+    assert metadata["top1"] == pytest.approx(summary(pretrained)["top1"], abs=1e-6)
+    assert metadata["version"]
+    stored = runs.weights(pretrained / "best.ckpt")
+    assert set(names) == {name.removeprefix("backbone.") for name in stored if name.startswith("backbone.")}
+
+
+def test_a_backbone_with_the_exported_weights_gives_equal_features(pretrained: Path) -> None:
+    classifier, _ = load_classifier(pretrained / "best.ckpt")
+    backbone = SEResNet(18, levels=["c3"], weights=str(pretrained / WEIGHTS)).eval()
+    backbone.to(memory_format=torch.channels_last)  # as classifiers and detectors have it
+    images = torch.randn(2, 3, 64, 96).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        assert torch.equal(backbone(images)["c3"], classifier.backbone(images)["c3"])
+
+
+def test_a_detector_takes_the_weights_of_the_stages_that_it_builds(pretrained: Path, demo_root: Path) -> None:
+    arguments = [runs.CONFIG, *runs.options(demo_root), "--model.backbone.weights", str(pretrained / WEIGHTS)]
+    detector = CLI(arguments, run_folder.add_arguments).model  # up to c2, projected to another width
+    given = runs.weights(pretrained / "best.ckpt")
+    own = {name: value for name, value in detector.backbone.state_dict().items() if not name.startswith("laterals.")}
+    assert len(own) > 10
+    assert all(torch.equal(value, given[f"backbone.{name}"]) for name, value in own.items())
+
+
+def test_weights_of_another_depth_are_refused(pretrained: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} does not fit SEResNet: it lacks \d+ tensors"):
+        SEResNet(34, levels=["c3"], weights=str(pretrained / WEIGHTS))
+
+
+def test_an_extractor_exports_the_names_of_its_network(tmp_path: Path) -> None:
+    def network(weights: str | None = None) -> Extractor:
+        levels = {"c4": Level("features.12", 16)}
+        return Extractor("squeezenet1_1", levels, weights=weights, out_channels=8, padding=8).eval()
+
+    one = network()
+    assert not [name for name in backbone_weights(one) if name.startswith(("laterals.", "body."))]
+    path = export_backbone(one, tmp_path / "own.safetensors", {"class_path": "detpipe.Extractor"})
+    other = network(str(path))
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(one.body(image)["c4"], other.body(image)["c4"])
+
+
+def test_a_checkpoint_is_rebuilt_alone_and_kinds_are_told_apart(pretrained: Path, tmp_path: Path) -> None:
+    classifier, _ = load_classifier(pretrained / "best.ckpt")
+    assert isinstance(classifier, ImageClassifier)
+    assert not classifier.training
+    with pytest.raises(
+        CheckpointError, match=r"is of a classifier; a detector takes the backbone.safetensors beside it"
+    ):
+        load_detector(pretrained / "best.ckpt")
+    content = torch.load(pretrained / "best.ckpt", weights_only=True)
+    content[checkpoint.KEY]["model"]["head"] = {}
+    torch.save(content, tmp_path / "detector.ckpt")
+    with pytest.raises(CheckpointError, match=r"is of a detector; expected one that 'detpipe pretrain' wrote"):
+        load_classifier(tmp_path / "detector.ckpt")
+
+
+def test_a_nan_stops_the_run_and_names_the_images(
+    base: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda logits, *_, **__: logits.sum() * torch.nan)
+    folder = base / "nan"
+    assert cli.main(["pretrain", CONFIG, "--output", str(folder), *options(base)]) == 1
+    shown = capsys.readouterr().err
+    assert re.search(
+        r"detpipe: error: step 0: the loss is nan; .* Images of the batch: train/\d/\d{6}_\d\.jpg, ", shown
+    )
+    batch = torch.load(folder / callbacks.NONFINITE_BATCH, weights_only=True)
+    assert batch["images"].shape == (16, 3, 32, 32)
+    assert batch["targets"].shape == (16,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--data.viewss.size", "9"], 2, "data.viewss: unknown key; did you mean 'views'?"),
+        (["--model.backbone", "SEResNett"], 2, "model.backbone: unknown class 'SEResNett'; did you mean 'SEResNet'"),
+        (["--data", "Demo"], 2, "data: unknown class 'Demo'; expected DemoDigits, ImageFolder, or the full path"),
+        (["--model.num_classes", "3"], 2, "model.num_classes follows the classes of the data; remove it"),
+        (["--model.head.fc", "3"], 2, "model.head: unknown key; expected backbone,"),
+        (["--model.dropout", "2"], 2, "expected dropout and label_smoothing in 0..1, 1 excluded, got dropout=2.0"),
+        (["--data.views.flip", "2"], 2, "views: expected flip and color in 0..1"),
+        (
+            ["--data", "ImageFolder", "--data.root", "nowhere"],
+            1,
+            "nowhere: no such folder; expected ROOT/train/CLASS/IMAGE",
+        ),
+        (["--ckpt_path", "nowhere.ckpt"], 1, "checkpoint nowhere.ckpt does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], status: int, message: str, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["pretrain", CONFIG, *options(base, *arguments)]) == status
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("detpipe: error:")]
+    assert message in line
+
+
+def test_a_checkpoint_of_other_classes_is_refused(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            picture(20, 20).save(tmp_path / split / name / "1.png")
+    data = ["--data", "ImageFolder", "--data.root", str(tmp_path), "--ckpt_path", str(pretrained / "last.ckpt")]
+    assert cli.main(["pretrain", str(pretrained / "config.yaml"), "--output", str(tmp_path / "run"), *data]) == 1
+    assert "last.ckpt knows 10 classes, the data have 2" in capsys.readouterr().err
+
+
+def test_a_single_image_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "ant").mkdir(parents=True)
+        picture(20, 20).save(tmp_path / split / "ant" / "1.png")
+    assert cli.main(["pretrain", CONFIG, "--data", "ImageFolder", "--data.root", str(tmp_path)]) == 1
+    assert "the training split has 1 images; expected at least 2" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_written_over(pretrained: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pretrain", CONFIG, "--output", str(pretrained), *options(base)]) == 1
+    assert f"{pretrained} holds a finished run (summary.json)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", [*MODELS, FOLDER / "imagenet.yaml"], ids=lambda path: path.stem)
+def test_a_configuration_says_and_does_what_its_header_shows(path: Path, base: Path) -> None:
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    commands = re.findall(r"^#   python tools/pretrain\.py (.*)$", header, re.MULTILINE)
+    assert any(str(path.relative_to(runs.CONFIGS.parent)) in command for command in commands)
+    for command in commands:
+        arguments = [str(runs.CONFIGS.parent / a) if a.endswith(".yaml") else a for a in command.split()]
+        parsed = Parsed(arguments, run_folder.add_arguments)
+        assert parsed.config.model.backbone.class_path == "detpipe.SEResNet"
+        if "imagenet" in command:
+            data = parsed.config.data.init_args
+            assert (parsed.config.data.class_path, data.root, data.views.size) == (
+                "detpipe.ImageFolder",
+                "IMAGENET",
+                224,
+            )
+            rate = parsed.config.model.optimizer.lr
+            assert rate == pytest.approx(0.1 * data.loader.batch_size / 256)
+    for command in re.findall(r"^#   python tools/train\.py (.*)$", header, re.MULTILINE):
+        arguments = command.replace("configs/", f"{runs.CONFIGS}/").split()
+
+        class ParsedDetector(CLI):
+            def instantiate_classes(self) -> None:
+                """Leave it at the configuration."""
+
+        weights = ParsedDetector(arguments, run_folder.add_arguments).config.model.backbone.init_args.weights
+        assert weights == f"RUN/{WEIGHTS}"
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_a_model_runs_two_steps_as_it_is(path: Path, base: Path, tmp_path: Path) -> None:
+    limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"]
+    arguments = [str(path), *digits(base), *limits, "--data.views.size", "32", "--data.loader.batch_size", "2"]
+    output = ["--output", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
+    assert cli.main(["pretrain", *arguments, *output]) == 0
+    assert (tmp_path / "run" / WEIGHTS).is_file()
