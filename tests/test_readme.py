@@ -40,6 +40,15 @@ def test_operator_in_a_plain_module() -> None:
     assert len([line for line in module.splitlines() if line.strip()]) <= 10
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/attention.md"])
+def test_attention_in_a_network_of_others(page: str) -> None:
+    [code] = [block for block in blocks("python", (ROOT / page).read_text(encoding="utf-8")) if "add_attention" in block]
+    names: dict[str, Any] = {}
+    exec(compile(code, page, "exec"), names)
+    added = [name for name, _ in names["network"].named_modules() if name.endswith(".attention")]
+    assert added == [f"layer{stage}.{block}.attention" for stage, count in ((3, 6), (4, 3)) for block in range(count)]
+
+
 @pytest.mark.parametrize("marker", ["the main job", "the tests"])
 def test_continuous_integration_finds_its_commands(marker: str) -> None:
     found = re.findall(rf"^<!-- {marker} -->\n```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)

@@ -48,12 +48,11 @@ class TimmBody(Body):
         source = _source(timm, name, weights)
         full = timm.create_model(source or name, pretrained=source is not None)
         places = _places(full, name)
-        cuts = _cuts(levels, places, name)
-        self.strides = {level: cut.stride for level, cut in cuts.items()}
+        self._indices = _places_of(levels, places, name)
+        declared = levels if isinstance(levels, Mapping) else {level: places[i] for level, i in self._indices.items()}
+        self.strides = {level: cut.stride for level, cut in declared.items()}
         self.pixel_format = _pixel_format(timm, name)
-        indices = [_last_index(places, cut.node) for cut in cuts.values()]
-        self._indices = dict(zip(cuts, indices, strict=True))
-        self._used = sorted(set(indices))
+        self._used = sorted(set(self._indices.values()))
         options = {key: value for key, value in ANY_SIZE.items() if key in inspect.signature(type(full)).parameters}
         self.network = _features(timm, name, self._used, drop_path, options)
         coarsest = (max(self.strides.values()), max(place.stride for place in places))
@@ -173,25 +172,23 @@ def _places(full: nn.Module, name: str) -> list[Level]:
     return [Level(entry["module"], entry["reduction"]) for entry in entries]
 
 
-def _cuts(levels: Levels, places: Sequence[Level], name: str) -> dict[str, Level]:
+def _places_of(levels: Levels, places: Sequence[Level], name: str) -> dict[str, int]:
+    """Level name -> which of the places."""
     if isinstance(levels, Mapping):
+        nodes = [place.node for place in places]
         for cut in levels.values():
-            _last_index(places, cut.node, name)
-        return dict(levels)
-    by_name = {f"c{place.stride.bit_length() - 1}": place for place in places if place.stride.bit_count() == 1}
+            if cut.node not in nodes:
+                near = did_you_mean(cut.node, nodes)
+                raise UsageError(f"timm/{name} has no node {cut.node!r}{near}; expected some of {nodes}")
+        return {level: nodes.index(cut.node) for level, cut in levels.items()}
     if isinstance(levels, str) or not levels or len(set(levels)) < len(levels):
         raise ValueError(f"levels must be distinct names such as [c3, c4, c5], got {levels!r}")
+    strides = {index: place.stride for index, place in enumerate(places) if place.stride.bit_count() == 1}
+    by_name = {f"c{stride.bit_length() - 1}": index for index, stride in strides.items()}  # the last of equal strides
     for level in levels:
         if level not in by_name:
             raise UsageError(f"timm/{name} has no level {level!r}; expected some of {list(by_name)}")
     return {level: by_name[level] for level in levels}
-
-
-def _last_index(places: Sequence[Level], node: str, name: str = "") -> int:
-    nodes = [place.node for place in places]
-    if node not in nodes:
-        raise UsageError(f"timm/{name} has no node {node!r}{did_you_mean(node, nodes)}; expected some of {nodes}")
-    return len(nodes) - 1 - nodes[::-1].index(node)
 
 
 def _features(
