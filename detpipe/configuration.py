@@ -10,7 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, get_args
 
 import jsonargparse
 import yaml
@@ -98,6 +98,7 @@ class CommandCLI(LightningCLI, ABC):
         self.link(parser)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_as_seed)
         self._command_arguments(parser)
+        _keep_whole_numbers(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse what would be lost without a word."""
@@ -234,6 +235,14 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse)\b")
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _keep_whole_numbers(parser: LightningArgumentParser) -> None:
+    """Where a whole number and a fraction mean different things (1 batch, all batches), read 1 as the former, 1.0 as the latter."""
+    for action in parser._actions:
+        kinds = set(get_args(getattr(action, "_typehint", None)))
+        if action.dest.startswith("trainer.") and {int, float} <= kinds <= {int, float, type(None)}:
+            action._typehint = int | float | None if type(None) in kinds else int | float
 
 
 def _as_seed(seed: int | bool | None) -> int:

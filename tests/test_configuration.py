@@ -401,3 +401,11 @@ def test_an_explanation_is_short_whatever_comes() -> None:
 
 def test_the_seed_of_the_data() -> None:
     assert [configuration._as_seed(seed) for seed in (None, False, True, 3)] == [0, 0, 0, 3]
+
+
+@pytest.mark.parametrize(("given", "meant"), [("1", 1), ("1.0", 1.0), ("0.5", 0.5), ("3", 3)])
+@pytest.mark.parametrize("key", ["limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval"])
+def test_one_batch_is_not_all_of_them(key: str, given: str, meant: float, tmp_path: Path) -> None:
+    for arguments in ([f"--trainer.{key}", given], [overlay(tmp_path, f"trainer: {{{key}: {given}}}")]):
+        value = parse(*arguments).trainer[key]
+        assert (value, type(value)) == (meant, type(meant))
