@@ -205,8 +205,7 @@ def _train_one(run: Run, split: str, threads: int) -> None:
         if split == "test":
             checkpoint = str(run.folder / "best.ckpt")
             numbers = run.folder / "test.json"
-            configs = [part for part in run.arguments if part.endswith(".yaml")]
-            _call(["evaluate", *configs, "--ckpt_path", checkpoint, "--json", str(numbers)], threads, output, log)
+            _call(["evaluate", *run.arguments, "--ckpt_path", checkpoint, "--json", str(numbers)], threads, output, log)
     found = json.loads(numbers.read_text(encoding="utf-8"))
     result = {key: found[key] for key in ("AP", "AP50")} | {"parameters": _parameters(run.folder / "best.ckpt")}
     with atomic_write(run.folder / "asked.json") as temporary:

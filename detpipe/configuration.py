@@ -242,7 +242,7 @@ def _keep_whole_numbers(parser: LightningArgumentParser) -> None:
     for action in parser._actions:
         kinds = set(get_args(getattr(action, "_typehint", None)))
         if action.dest.startswith("trainer.") and {int, float} <= kinds <= {int, float, type(None)}:
-            action._typehint = int | float | None if type(None) in kinds else int | float
+            action._typehint = int | float | None if type(None) in kinds else int | float  # pyright: ignore
 
 
 def _as_seed(seed: int | bool | None) -> int:

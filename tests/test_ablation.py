@@ -88,10 +88,11 @@ def test_the_test_split_is_evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(ablation, "_call", call)
     monkeypatch.setattr(ablation, "_parameters", lambda checkpoint: 7)
     study = write(tmp_path, STUDY.replace("split: val", "split: test"))
-    assert ablation.run_ablate([str(study), "-o", str(tmp_path / "out"), "--seeds", "3"]) == 0
+    assert ablation.run_ablate([str(study), "-o", str(tmp_path / "out"), "--seeds", "3", "--data.root", "ROOT"]) == 0
     assert [call[0] for call in calls] == ["train", "evaluate"] * 2
-    assert calls[1][1:4] == [runs.CONFIG, str(tmp_path / "out" / "none.yaml"), "--ckpt_path"]
-    assert calls[1][4] == str(tmp_path / "out" / "none_3" / "best.ckpt")
+    given = [runs.CONFIG, str(tmp_path / "out" / "none.yaml"), "--seed_everything", "3", "--data.root", "ROOT"]
+    assert calls[0][1:7] == given == calls[1][1:7]
+    assert calls[1][7:9] == ["--ckpt_path", str(tmp_path / "out" / "none_3" / "best.ckpt")]
     assert "0.500" in (tmp_path / "out" / "table.md").read_text()
 
 

@@ -42,7 +42,9 @@ def test_operator_in_a_plain_module() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/attention.md"])
 def test_attention_in_a_network_of_others(page: str) -> None:
-    [code] = [block for block in blocks("python", (ROOT / page).read_text(encoding="utf-8")) if "add_attention" in block]
+    [code] = [
+        block for block in blocks("python", (ROOT / page).read_text(encoding="utf-8")) if "add_attention" in block
+    ]
     names: dict[str, Any] = {}
     exec(compile(code, page, "exec"), names)
     added = [name for name, _ in names["network"].named_modules() if name.endswith(".attention")]
