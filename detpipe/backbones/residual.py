@@ -22,10 +22,9 @@ from torchvision.ops import StochasticDepth
 from detpipe.attention.choice import GATINGS, by_stage
 from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
 from detpipe.backbones.pretrained import Pretrained, load_pretrained
-from detpipe.backbones.regime import Regime, checkpointed, convert_norm, drop_path_rates
+from detpipe.backbones.regime import Regime, checkpointed, convert_norm, drop_path_rates, freeze, names_within
 from detpipe.backbones.residual_blocks import BasicBlock, Bottleneck, Layout, Variant, make_stem
 from detpipe.backbones.residual_names import to_own_names
-from detpipe.suggest import did_you_mean
 from detpipe.types import Features, PixelFormat
 
 BLOCKS = {
@@ -37,7 +36,6 @@ BLOCKS = {
     152: (3, 8, 36, 3),
 }
 LEVELS = ("c2", "c3", "c4", "c5")
-STAGES = ("stem", *LEVELS)
 Kind = Literal["se", "sse", "scse", "eca", "cbam", "sk"]
 Choice = Kind | None | dict[str, Kind | None]
 
@@ -59,7 +57,7 @@ class ResidualNetwork(ProjectedBackbone, ABC):
 
     Raises:
         ValueError: an argument outside its choices.
-        UsageError: an unknown name of weights.
+        UsageError: an unknown name of weights, or a stage to freeze that is not built.
         CheckpointError: weights that are missing or belong to another network.
     """
 
@@ -77,7 +75,7 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         regime: Regime,
     ) -> None:
         super().__init__()
-        _check(depth, levels, output_stride, regime)
+        _check(depth, levels, output_stride)
         self.depth, self.groups, self.group_width = depth, groups, group_width
         self.attention = by_stage(attention, LEVELS, (*GATINGS, "sk"))
         self.levels = tuple(level for level in LEVELS if level in levels)
@@ -91,8 +89,7 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         convert_norm(self, regime.norm)
         if weights is not None:
             load_pretrained(self, weights, self.torchvision_name, to_own_names)
-        for stage in self._frozen():
-            stage.requires_grad_(False)
+        self.frozen = names_within(regime.frozen, ("stem", *self.stages))
         self.train()  # a new module is in training mode, the batch norm of frozen stages must not be
 
     @property
@@ -119,8 +116,7 @@ class ResidualNetwork(ProjectedBackbone, ABC):
     def train(self, mode: bool = True) -> ResidualNetwork:
         """Switch to training, except for the batch norm of frozen stages, which keeps its statistics."""
         super().train(mode)
-        for stage in self._frozen():
-            stage.eval()
+        freeze(self.stem if name == "stem" else self.stages[name] for name in self.frozen)
         return self
 
     def _build(self, variant: Variant, output_stride: int) -> dict[str, int]:
@@ -153,10 +149,6 @@ class ResidualNetwork(ProjectedBackbone, ABC):
                 self.strides[level], widths[level] = stride, channels
         return widths
 
-    def _frozen(self) -> list[nn.Module]:
-        built = {"stem": self.stem, **dict(self.stages.items())}
-        return [stage for name, stage in built.items() if name in self.regime.frozen]
-
 
 def is_deep(depth: int) -> bool:
     """Whether a depth is built of bottlenecks."""
@@ -179,15 +171,10 @@ def _initialize(network: nn.Module, zero_branches: bool) -> None:
             nn.init.zeros_(module.last_norm.weight)
 
 
-def _check(depth: int, levels: Sequence[str], output_stride: int, regime: Regime) -> None:
+def _check(depth: int, levels: Sequence[str], output_stride: int) -> None:
     if depth not in BLOCKS:
         raise ValueError(f"depth must be one of {list(BLOCKS)}, got {depth}")
     if isinstance(levels, str) or not levels or not set(levels) <= set(LEVELS) or len(set(levels)) < len(levels):
         raise ValueError(f"levels must be distinct names out of {list(LEVELS)}, got {levels!r}")
     if output_stride not in (4, 8, 16, 32):
         raise ValueError(f"output_stride must be 4, 8, 16 or 32, got {output_stride}")
-    unknown = sorted(set(regime.frozen) - set(STAGES))
-    if unknown:
-        raise ValueError(
-            f"regime.frozen: unknown stage {unknown[0]!r}, expected some of {list(STAGES)}{did_you_mean(unknown[0], STAGES)}"
-        )

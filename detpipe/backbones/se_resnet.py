@@ -37,7 +37,7 @@ class SEResNet(ResidualNetwork):
 
     Raises:
         ValueError: an argument outside these choices, or a reduction that is larger than the channels.
-        UsageError: an unknown name of weights.
+        UsageError: an unknown name of weights, or a stage to freeze that is not built.
         CheckpointError: weights that are missing or belong to another network.
 
     Example:
@@ -82,7 +82,7 @@ class SEResNeXt(ResidualNetwork):
 
     Raises:
         ValueError: an argument outside these choices, or a reduction that is larger than the channels.
-        UsageError: an unknown name of weights.
+        UsageError: an unknown name of weights, or a stage to freeze that is not built.
         CheckpointError: weights that are missing or belong to another network.
 
     Example:

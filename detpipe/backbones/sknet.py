@@ -32,7 +32,7 @@ class SKNet(ResidualNetwork):
 
     Raises:
         ValueError: an argument outside these choices.
-        UsageError: an unknown name of weights.
+        UsageError: an unknown name of weights, or a stage to freeze that is not built.
         CheckpointError: weights that are missing or belong to another network.
 
     Example:
