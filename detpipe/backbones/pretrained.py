@@ -16,7 +16,7 @@ from torchvision import models
 
 from detpipe.attention.base import Attention
 from detpipe.attention.choice import open_gates
-from detpipe.backbones.weights import SUFFIXES, read_state
+from detpipe.backbones.weights import SUFFIXES, download, read_state
 from detpipe.errors import CheckpointError, UsageError
 from detpipe.suggest import did_you_mean
 
@@ -103,7 +103,7 @@ def _fetch(source: str, torchvision_name: str | None) -> dict[str, Tensor]:
             f"unknown weights {source!r}: expected a local file ({', '.join(SUFFIXES)}), {TIMM}NAME, or {names}"
             f"{did_you_mean(source, known)}"
         )
-    return known[source].get_state_dict(progress=True, check_hash=True)
+    return download(source, lambda: known[source].get_state_dict(progress=True, check_hash=True))
 
 
 def _from_timm(name: str) -> dict[str, Tensor]:
@@ -111,9 +111,13 @@ def _from_timm(name: str) -> dict[str, Tensor]:
         import timm
     except ImportError as error:
         raise UsageError(f"weights {TIMM}{name} need timm: pip install 'detpipe[timm]'") from error
-    if not timm.is_model(name):
-        raise UsageError(f"timm has no network {name!r}{did_you_mean(name.partition('.')[0], timm.list_models())}")
-    return timm.create_model(name, pretrained=True).state_dict()
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UsageError(f"timm has no network {architecture!r}{did_you_mean(architecture, timm.list_models())}")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if not tags or (tag and tag not in tags):
+        raise UsageError(f"timm has no weights {name!r}, of {architecture} it has {tags}{did_you_mean(tag, tags)}")
+    return download(f"{TIMM}{name}", lambda: timm.create_model(name, pretrained=True).state_dict())
 
 
 def _gate_names(network: nn.Module) -> set[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from detpipe.backbones.bodies import Body, Level, Levels
 from detpipe.backbones.regime import recomputed
-from detpipe.backbones.weights import SUFFIXES, read_state, refuse_differences
+from detpipe.backbones.weights import SUFFIXES, download, read_state, refuse_differences
 from detpipe.errors import UsageError
 from detpipe.suggest import did_you_mean
 from detpipe.types import PixelFormat
@@ -46,7 +46,7 @@ class TimmBody(Body):
         timm, self.name = _timm(name), name
         _check_name(timm, name)
         source = _source(timm, name, weights)
-        full = timm.create_model(source or name, pretrained=source is not None)
+        full = timm.create_model(name)
         places = _places(full, name)
         self._indices = _places_of(levels, places, name)
         declared = levels if isinstance(levels, Mapping) else {level: places[i] for level, i in self._indices.items()}
@@ -60,7 +60,8 @@ class TimmBody(Body):
         _leave_out_the_rest(self.network, places[self._used[-1]].node, self.multiple)
         self._channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
         if source is not None:
-            _load(self.network, full, full.state_dict(), f"timm's {source}", name)
+            state = download(f"timm/{source}", lambda: timm.create_model(source, pretrained=True).state_dict())
+            _load(self.network, full, state, f"timm's {source}", name)
         elif weights is not None:
             _load(self.network, full, read_state(Path(weights)), weights, name)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str) -
                 f"unknown weights {weights!r} of {network}: expected a local file ({', '.join(SUFFIXES)}) or one of "
                 f"{sorted(known)}{did_you_mean(weights, known)}"
             )
-        state = known[weights].get_state_dict(progress=True, check_hash=True)
+        state = download(weights, lambda: known[weights].get_state_dict(progress=True, check_hash=True))
     own = full.state_dict()
     foreign = sorted(set(state) - set(own))
     needed = set(body.state_dict())
@@ -69,6 +69,28 @@ def refuse_differences(
                 f"{weights} does not fit {network}: it {problem} {len(keys)} tensors, {', '.join(keys[:5])}"
                 f"{', ...' if len(keys) > 5 else ''}; give weights of {network}"
             )
+
+
+def download(name: str, fetch: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Fetch weights over the network, or from where a library has put them before.
+
+    Args:
+        name: of the weights, for the message.
+        fetch: downloads and reads them.
+
+    Returns:
+        tensor name -> tensor.
+
+    Raises:
+        CheckpointError: they cannot be had.
+    """
+    try:
+        return fetch()
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"weights {name} cannot be downloaded ({reason}); check the connection, or give a local file"
+        ) from error
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -168,13 +168,30 @@ def test_names_of_timm_networks(monkeypatch):
 
     def create(name: str, pretrained: bool) -> nn.Module:
         asked.append((name, pretrained))
-        return random_norms(timm.models.seresnet18())
+        return random_norms(timm.models.seresnet50())
 
     monkeypatch.setattr(timm, "create_model", create)
-    SEResNet(18, weights="timm/seresnet18")
-    assert asked == [("seresnet18", True)]
+    SEResNet(50, levels=["c2"], weights="timm/seresnet50.ra2_in1k")
+    assert asked == [("seresnet50.ra2_in1k", True)]
+    with pytest.raises(
+        UsageError, match=r"timm has no weights 'seresnet50\.ra_in1k', of seresnet50 it has .*mean 'ra2_in1k'"
+    ):
+        SEResNet(50, weights="timm/seresnet50.ra_in1k")
+    with pytest.raises(UsageError, match=r"timm has no weights 'seresnet18', of seresnet18 it has \[\]"):
+        SEResNet(18, weights="timm/seresnet18")
     with pytest.raises(UsageError, match=r"timm has no network 'seresnet51'; did you mean 'seresnet50'"):
         SEResNet(18, weights="timm/seresnet51")
+
+
+def test_without_a_network(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("Name or service not known\nand more")
+
+    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", fail)
+    with pytest.raises(
+        CheckpointError, match=r"^weights DEFAULT cannot be downloaded \(Name or service not known\); .*local file$"
+    ):
+        SEResNet(18, None, weights="DEFAULT")
 
 
 def test_a_file_that_is_missing():
