@@ -22,6 +22,7 @@ from detpipe.files import atomic_write
 from detpipe.types import Detection, Target
 
 NONFINITE_BATCH = "nonfinite_batch.pt"
+NAMES_SHOWN = 20  # images that the message names
 Batch = tuple[list[Tensor], list[Target]]
 
 
@@ -157,7 +158,7 @@ class Throughput(Callback):
 class StopOnNonFinite(Callback):
     """Stop before a NaN or an infinity reaches the weights, and say which images caused it (row 36 of the fault matrix).
 
-    The batch is stored as ``NONFINITE_BATCH`` in the run folder: images, targets, step.
+    The batch is stored as ``NONFINITE_BATCH`` in the run folder: images, targets (or labels), file names, step.
 
     Args:
         folder: the run folder.
@@ -198,14 +199,17 @@ class StopOnNonFinite(Callback):
 
     def _kept(self, trainer: Trainer, what: str) -> str:
         """Store the batch, and word the error."""
-        batch = self._batch or ([], [])
+        batch = self._batch
         names = self.file_names(batch)
         path = self.folder / NONFINITE_BATCH
+        kept = {"images": batch[0], "targets": batch[1], "file_names": names, "step": trainer.global_step}
         with atomic_write(path) as temporary:
-            torch.save({"images": batch[0], "targets": batch[1], "step": trainer.global_step}, temporary)
+            torch.save(kept, temporary)
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
         return (
-            f"step {trainer.global_step}: {what}; the weights were not changed. Images of the batch: {', '.join(names)} "
-            f"(saved in {path}). Check them, or lower optimizer.lr or set trainer.gradient_clip_val"
+            f"step {trainer.global_step}: {what}; the weights were not changed. Images of the batch: "
+            f"{', '.join(names[:NAMES_SHOWN])}{more} (saved in {path}). Check them, or lower optimizer.lr or set "
+            "trainer.gradient_clip_val"
         )
 
 
@@ -269,7 +273,7 @@ class Pictures(Callback):
 class Accuracy(Callback):
     """Keep top-1, top-5 and loss of each validation of a classifier, and draw the curves after every epoch.
 
-    Each checkpoint carries the numbers of its weights.
+    Each checkpoint carries the numbers of the last validation, and the epoch that it followed.
 
     Args:
         folder: the run folder; gets ``curves.png``.
@@ -282,8 +286,7 @@ class Accuracy(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over what the classifier has logged."""
-        logged = {name: trainer.callback_metrics.get(f"val/{name}") for name in ("top1", "top5", "loss")}
-        self.metrics = {name: float(value) for name, value in logged.items() if value is not None}
+        self.metrics = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("top1", "top5", "loss")}
         self.metrics["epoch"] = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

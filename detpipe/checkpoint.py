@@ -91,12 +91,18 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
         ) from error
     entry = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(entry, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} is not a checkpoint of detpipe; give one that 'detpipe train' wrote")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of detpipe; give one that 'detpipe train' or 'detpipe pretrain' wrote"
+        )
     if entry.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {entry.get('format')}, this version reads format {FORMAT}")
     missing = [key for key in ("model", "class_names", "category_ids") if key not in entry]
     if missing:
         raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)} in its description; train again")
+    if not isinstance(entry["model"], dict):
+        raise CheckpointError(
+            f"checkpoint {path} describes its model by {entry['model']!r}, expected keys; train again"
+        )
     return checkpoint, Description(
         entry["model"], tuple(entry["class_names"]), tuple(entry["category_ids"]), entry.get("proposals")
     )
@@ -201,7 +207,7 @@ def check_class_names(description: Description, class_names: tuple[str, ...], pa
     differing = [f"{a!r} / {b!r}" for a, b in zip(own, class_names, strict=False) if a != b][:3]
     raise CheckpointError(
         f"checkpoint {path} knows {len(own)} classes, the data have {len(class_names)}"
-        f"{'; they differ in ' + ', '.join(differing) if differing else ''}; evaluate on data with the classes of training"
+        f"{'; they differ in ' + ', '.join(differing) if differing else ''}; give data with the classes of training"
     )
 
 

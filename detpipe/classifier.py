@@ -17,6 +17,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from detpipe import images as frames
+from detpipe.errors import UsageError
 from detpipe.optimization import LRSchedule, Optimizer, configure
 from detpipe.stages import Backbone
 from detpipe.types import Features
@@ -74,11 +75,12 @@ class ImageClassifier(LightningModule):
         backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
         self.backbone = backbone
         self.has_auxiliary = bool(auxiliary)
-        self.level = list(backbone.strides)[-1]  # the coarsest
+        self.level = max(backbone.strides, key=lambda level: backbone.strides[level])  # the coarsest
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(backbone.level_channels[self.level], num_classes)
         self.label_smoothing = label_smoothing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self._validated: list[Tensor] = []  # of each batch: images, sum of their losses, hits for each of TOP
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images.
@@ -103,7 +105,22 @@ class ImageClassifier(LightningModule):
 
         Returns:
             Scalars to be summed, and the logits ``[N, K]``.
+
+        Raises:
+            ValueError: images of another shape.
+            UsageError: a single image so small that batch norm, in training, has one value of a channel.
         """
+        try:
+            return self._losses(images, labels)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                f"batch norm cannot train on a single image of {images.shape[-2]} x {images.shape[-1]} pixels, of which one cell "
+                "is left; give data.loader.batch_size 2 or more, or larger data.views.size"
+            ) from error
+
+    def _losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         normalized = self._normalized(images)
         if not self.has_auxiliary:
             logits = self._logits(self.backbone(normalized))
@@ -128,11 +145,23 @@ class ImageClassifier(LightningModule):
         return total
 
     def validation_step(self, batch: ClassificationBatch, batch_idx: int) -> None:
-        """Log the cross-entropy of a batch, without label smoothing, and the accuracy."""
+        """Count the hits of a batch, and sum its cross-entropy, without label smoothing."""
         images, labels, _ = batch
-        logits = self(images)
-        values = {"loss": F.cross_entropy(logits.float(), labels), **top_accuracy(logits, labels)}
-        self.log_dict({f"val/{name}": v for name, v in values.items()}, prog_bar=True, batch_size=len(labels))
+        logits = self(images).float()
+        loss, hits = F.cross_entropy(logits, labels, reduction="sum"), top_hits(logits, labels)
+        self._validated.append(
+            torch.stack([loss.new_tensor(len(labels)), loss, *(hit.sum().float() for hit in hits.values())])
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._validated = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and accuracy over all images: the hits are counted, so no batch size changes the quotient."""
+        images, *sums = torch.stack(self._validated).cpu().double().sum(0).tolist()
+        names = ["loss", *(f"top{k}" for k in TOP)]
+        self.log_dict({f"val/{name}": value / images for name, value in zip(names, sums, strict=True)}, prog_bar=True)
 
     def predict_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:
         """Classify a batch: logits ``[N, K]``."""
@@ -164,11 +193,25 @@ def top_accuracy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         labels: ``[N]`` int64 in 0..K-1.
 
     Returns:
-        ``top1`` and ``top5``, scalars in 0..1; with fewer than five classes ``top5`` is 1.
+        ``top1`` and ``top5``, scalars in 0..1; with up to five classes ``top5`` is 1.
 
     Example:
         >>> top_accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
         {'top1': tensor(0.5000), 'top5': tensor(1.)}
     """
+    return {name: hits.float().mean() for name, hits in top_hits(logits, labels).items()}
+
+
+@torch.no_grad()
+def top_hits(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Tell for each image whether its class is the likeliest, and among the five likeliest.
+
+    Args:
+        logits: ``[N, K]``.
+        labels: ``[N]`` int64 in 0..K-1.
+
+    Returns:
+        ``top1`` and ``top5``, ``[N]`` bool.
+    """
     ranked = logits.topk(min(max(TOP), logits.shape[1])).indices == labels[:, None]  # [N, up to 5]
-    return {f"top{k}": ranked[:, :k].any(1).float().mean() for k in TOP}
+    return {f"top{k}": ranked[:, :k].any(1) for k in TOP}

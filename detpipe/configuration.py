@@ -128,11 +128,20 @@ class CommandCLI(LightningCLI, ABC):
 
         Returns:
             The trainer.
+
+        Raises:
+            UsageError: what the trainer refuses, or several processes, each of which would work on all the images.
         """
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise UsageError(f"trainer: {explain(str(error))}") from error
+        if trainer.world_size > 1:
+            raise UsageError(
+                f"trainer: {trainer.num_nodes} nodes with {trainer.num_devices} devices each; the images are not shared out "
+                "between processes, set trainer.devices 1 and trainer.num_nodes 1"
+            )
+        return trainer
 
 
 class CLI(CommandCLI):

@@ -34,7 +34,9 @@ def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], co
                 color = [part / 255 for part in class_color(index + 1)]
                 axes.plot(row, color=color, linewidth=0.9, label=f"{class_names[index]} ({counts[index]})")
         axes.set_xlim(0, values.shape[1] - 1)
-        axes.set_title(name, loc="left", fontsize=9)
+        seen = values[~values.isnan().any(dim=1)]
+        apart = float((seen.amax(0) - seen.amin(0)).max())
+        axes.set_title(f"{name}: classes at most {apart:.3f} apart", loc="left", fontsize=9)
         axes.set_ylabel("gate")
         _plain(axes)
     panels[-1].set_xlabel("channel")

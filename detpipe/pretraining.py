@@ -2,8 +2,8 @@
 
 Beside what every run leaves in its folder (:mod:`detpipe.run_folder`) there is ``backbone.safetensors``: the weights of the
 backbone in the best checkpoint, by its own names, without the projections of its levels (``laterals``), which belong to a
-detector. Its metadata have one entry, ``detpipe``, in JSON: ``class_path``, ``init_args``, ``num_classes``, ``top1``, ``top5``
-and ``version``.
+detector; of a pyramid, those of the network below it. Its metadata have one entry, ``detpipe``, in JSON: ``class_path``,
+``init_args``, ``num_classes``, ``top1``, ``top5`` and ``version``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from detpipe import callbacks, checkpoint, run_folder
 from detpipe.backbones import Extractor
-from detpipe.classifier import ImageClassifier
+from detpipe.classifier import ClassificationBatch, ImageClassifier
 from detpipe.configuration import CommandCLI, quiet
 from detpipe.datasets import ClassificationData
 from detpipe.errors import DataError
@@ -62,6 +62,10 @@ def pretrain(arguments: Sequence[str]) -> int:
         print(data.describe(split))
     if not len(data.train_dataloader()):
         raise DataError(f"the training split has {len(data.images('train'))} images; expected at least 2")
+    if data.num_classes < 2:
+        raise DataError(
+            f"the data have one class, {data.class_names[0]!r}, and nothing to tell it from; expected at least 2"
+        )
     model, class_names = checkpoint.describe_model(cli.config.model), tuple(data.class_names)
     description = checkpoint.Description(model, class_names, tuple(range(len(class_names))))
     curves = run_folder.can_draw_curves()
@@ -69,8 +73,7 @@ def pretrain(arguments: Sequence[str]) -> int:
     def own(folder: Path) -> list[Callback]:
         return [callbacks.Accuracy(folder, curves)]
 
-    watched = run_folder.Watched("val/top1", own, file_names=lambda batch: list(batch[2]) if len(batch) > 2 else [])
-    run = run_folder.fit(cli, arguments, description, watched)
+    run = run_folder.fit(cli, arguments, description, run_folder.Watched("val/top1", own, _names_of_images))
     stored, _ = checkpoint.read(run.best)
     numbers = callbacks.Accuracy.stored(stored)
     checkpoint.load_weights(cli.model, stored, run.best)
@@ -87,18 +90,19 @@ def export_backbone(
     """Write the weights of a backbone to a file that ``weights`` of the same backbone takes.
 
     Args:
-        backbone: with its trained weights.
+        backbone: with its trained weights; of a pyramid, the network below it is written.
         path: of the file, complete when it is visible.
-        config: ``class_path`` and ``init_args`` of the backbone.
+        config: ``class_path`` and ``init_args`` of ``backbone``.
         facts: what else to say of it, such as its accuracy.
 
     Returns:
         The path.
     """
+    while isinstance(inner := getattr(backbone, "backbone", None), Backbone):
+        backbone, config = inner, config["init_args"]["backbone"]
     known = {"class_path": config["class_path"], "init_args": config.get("init_args", {}), "version": _version()}
-    metadata = {
-        checkpoint.KEY: json.dumps({**known, **(facts or {})})
-    }  # one entry: several would be written in any order
+    # one entry: several would be written in any order
+    metadata = {checkpoint.KEY: json.dumps({**known, **(facts or {})})}
     path = Path(path)
     with atomic_write(path) as temporary:
         save_file(backbone_weights(backbone), temporary, metadata)
@@ -118,6 +122,10 @@ def backbone_weights(backbone: Backbone) -> dict[str, Tensor]:
     if isinstance(backbone, Extractor):
         state = {name.removeprefix("body."): value for name, value in state.items()}
     return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+
+
+def _names_of_images(batch: ClassificationBatch) -> list[str]:
+    return list(batch[2])
 
 
 def _version() -> str:

@@ -94,7 +94,7 @@ def test_row_36_training_stops_before_a_nan_reaches_the_weights(
     assert all(torch.equal(after[name], value) for name, value in poison.before.items())
     batch = torch.load(tmp_path / NONFINITE_BATCH, weights_only=True)
     assert batch["step"] == 2
-    assert [target["file_name"] for target in batch["targets"]] == poison.names
+    assert [target["file_name"] for target in batch["targets"]] == batch["file_names"] == poison.names
     assert len(batch["images"]) == 4
     assert bool(torch.isnan(batch["images"][0].float()).any()) == (what == "image")
 

@@ -197,7 +197,9 @@ def test_a_file_that_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
     [{"state_dict": {}}, {"weight": torch.zeros(1)}, [1], {"detpipe": {"format": 1}}, {"detpipe": 3, "state_dict": {}}],
 )
 def test_a_checkpoint_of_another_program(content: Any, tmp_path: Path) -> None:
-    assert "is not a checkpoint of detpipe; give one that 'detpipe train' wrote" in refusal(saved(content, tmp_path))
+    assert "is not a checkpoint of detpipe; give one that 'detpipe train' or 'detpipe pretrain' wrote" in refusal(
+        saved(content, tmp_path)
+    )
 
 
 def test_a_checkpoint_of_another_format_or_without_a_description(trained: Path, tmp_path: Path) -> None:
@@ -206,6 +208,8 @@ def test_a_checkpoint_of_another_format_or_without_a_description(trained: Path, 
     assert "has format 99, this version reads format 1" in refusal(saved(content, tmp_path))
     content[checkpoint.KEY] = {"format": 1, "model": {}}
     assert "lacks class_names, category_ids in its description" in refusal(saved(content, tmp_path))
+    content[checkpoint.KEY] = {"format": 1, "model": None, "class_names": [], "category_ids": []}
+    assert "describes its model by None, expected keys" in refusal(saved(content, tmp_path))
 
 
 def test_a_model_that_this_version_cannot_build(trained: Path, tmp_path: Path) -> None:
@@ -242,9 +246,9 @@ def test_reading_tells_the_classes(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("cat",), "knows 2 classes, the data have 1; evaluate on data with the classes of training"),
-        (("cat", "cow"), "knows 2 classes, the data have 2; they differ in 'dog' / 'cow'; evaluate"),
-        (("dog", "cat"), "they differ in 'cat' / 'dog', 'dog' / 'cat'; evaluate"),
+        (("cat",), "knows 2 classes, the data have 1; give data with the classes of training"),
+        (("cat", "cow"), "knows 2 classes, the data have 2; they differ in 'dog' / 'cow'; give"),
+        (("dog", "cat"), "they differ in 'cat' / 'dog', 'dog' / 'cat'; give"),
         ((), "knows 2 classes, the data have 0"),
     ],
 )

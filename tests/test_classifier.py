@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from detpipe.backbones import SEResNet
 from detpipe.classifier import AUXILIARY_WEIGHT, ImageClassifier, top_accuracy
-from detpipe.optimization import LRSchedule, Optimizer
+from detpipe.errors import UsageError
+from detpipe.optimization import LRSchedule, Optimizer, configure
 from detpipe.stages import Backbone
 from detpipe.types import Features, PixelFormat
 
@@ -143,6 +144,46 @@ def test_top_accuracy_is_what_a_loop_counts() -> None:
     assert 0 < first < fifth < 200
 
 
+@pytest.mark.parametrize("classes", [2, 3, 5, 6])
+def test_with_up_to_five_classes_the_five_likeliest_are_all(classes: int) -> None:
+    found = top_accuracy(torch.randn(50, classes), torch.randint(0, classes, (50,)))
+    assert (found["top5"] == 1) == (classes <= 5)
+
+
+def test_validation_is_a_quotient_of_counts_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, logged = ImageClassifier(Net(), 9).eval(), []
+    monkeypatch.setattr(classifier, "log_dict", lambda values, **_: logged.append(values))
+    images, labels = pictures(1001, 8, 8), torch.randint(0, 9, (1001,))
+    for size in (1, 7, 1001):
+        classifier.on_validation_epoch_start()
+        with torch.no_grad():
+            for part, truth in zip(images.split(size), labels.split(size), strict=True):
+                classifier.validation_step((part, truth, []), 0)
+        classifier.on_validation_epoch_end()
+    with torch.no_grad():
+        logits = classifier(images)
+    expected = int((logits.argmax(1) == labels).sum())
+    assert 0 < expected < 1001
+    assert [values["val/top1"] for values in logged] == [expected / 1001] * 3
+    assert logged[0]["val/top5"] == logged[2]["val/top5"] > logged[0]["val/top1"]
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    assert [values["val/loss"] for values in logged] == pytest.approx([loss] * 3, rel=1e-5)
+
+
+def test_a_single_image_of_a_single_cell_is_refused_in_training() -> None:
+    classifier, image, label = ImageClassifier(SEResNet(18, levels=["c5"]), 4), pictures(1, 32, 32), torch.tensor([1])
+    with pytest.raises(UsageError, match=r"single image of 32 x 32 pixels, .*; give data.loader.batch_size 2 or more"):
+        classifier.losses(image, label)
+    classifier.losses(pictures(1, 64, 64), label)
+    assert classifier.eval()(image).shape == (1, 4)
+
+
+def test_the_coarsest_level_counts_whatever_the_order() -> None:
+    net = Net()
+    net.strides = {"c3": 8, "c2": 4}
+    assert ImageClassifier(net, 2).level == "c3"
+
+
 def test_it_learns_a_batch_by_heart() -> None:
     images, labels = pictures(8, 32, 32), torch.arange(8) % 4
     classifier = ImageClassifier(SEResNet(18, levels=["c3"]), 4, optimizer=Optimizer("adamw", 0.003))
@@ -157,8 +198,5 @@ def test_it_learns_a_batch_by_heart() -> None:
 
 
 def test_a_training_without_an_end_is_refused() -> None:
-    from detpipe.errors import UsageError
-    from detpipe.optimization import configure
-
     with pytest.raises(UsageError, match=r"training never ends: set trainer.max_epochs or trainer.max_steps"):
         configure(Optimizer(), LRSchedule(), math.inf, Net())

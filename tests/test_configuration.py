@@ -7,6 +7,7 @@ import pytest
 import runs
 import yaml
 
+import detpipe
 from detpipe import config_errors, configuration, training
 from detpipe.configuration import CLI, positional_configs
 from detpipe.datasets import DetectionData
@@ -125,8 +126,12 @@ def test_an_unknown_class(key: str, name: str, message: str, tmp_path: Path) -> 
 def test_a_class_of_another_kind_lists_the_right_ones(name: str, start: str, tmp_path: Path) -> None:
     message = refusal([runs.CONFIG, overlay(tmp_path, f"model: {{backbone: {{class_path: {name}}}}}")])
     assert message.startswith(start)
-    backbones = "Extractor, FPN, SEInceptionV3, SEResNeXt, SEResNet, SKNet, ViTPyramid"
-    assert message.endswith(f"; expected {backbones}, or the full path of a class")
+    backbones = {"Extractor", "FPN", "SEInceptionV3", "SEResNeXt", "SEResNet", "SKNet", "ViTPyramid"}
+    end = ", or the full path of a class"
+    assert message.endswith(end)
+    listed = message.rpartition("; expected ")[2].removesuffix(end).split(", ")
+    assert listed == sorted(listed)
+    assert backbones == set(listed) & set(detpipe.__all__)  # backbones of other tests may be listed too
 
 
 @pytest.mark.parametrize(
@@ -195,6 +200,10 @@ def test_what_a_constructor_refuses_is_an_error_of_the_configuration(
         (["--trainer.accelerator", "gpuu"], "trainer: "),
         (["--trainer.gradient_clip_algorithm", "x"], "trainer: "),
         (["--trainer.max_epochs", "-5"], "trainer: "),
+        (
+            ["--trainer.accelerator", "cpu", "--trainer.devices", "2"],
+            "trainer: 1 nodes with 2 devices each; the images",
+        ),
     ],
 )
 def test_what_the_trainer_refuses_is_an_error_of_the_configuration(

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from detpipe import callbacks, checkpoint, cli, run_folder
-from detpipe.backbones import Extractor, Level, SEResNet
+from detpipe.backbones import FPN, Extractor, Level, SEInceptionV3, SEResNet, SEResNeXt, SKNet
 from detpipe.checkpoint import load_classifier, load_detector
 from detpipe.classifier import ImageClassifier
 from detpipe.configuration import CLI
@@ -196,6 +196,40 @@ def test_weights_of_another_depth_are_refused(pretrained: Path) -> None:
         SEResNet(34, levels=["c3"], weights=str(pretrained / WEIGHTS))
 
 
+def test_a_pyramid_exports_the_network_below_it(tmp_path: Path) -> None:
+    body = SEResNet(18, levels=["c2", "c3"], out_channels="own")
+    config = {"class_path": "detpipe.SEResNet", "init_args": {"depth": 18}}
+    pyramid = {"class_path": "detpipe.FPN", "init_args": {"backbone": config, "out_channels": 16}}
+    path = export_backbone(FPN(body, out_channels=16), tmp_path / "own.safetensors", pyramid)
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()[checkpoint.KEY])["class_path"] == "detpipe.SEResNet"
+    other = SEResNet(18, levels=["c2", "c3"], out_channels="own", weights=str(path))
+    assert all(torch.equal(value, body.state_dict()[name]) for name, value in other.state_dict().items())
+
+
+OTHER_NETWORKS = {
+    "SEResNeXt": lambda weights: SEResNeXt("50_32x4d", levels=["c2"], weights=weights),
+    "SKNet": lambda weights: SKNet(50, levels=["c2"], weights=weights),
+    "SEInceptionV3": lambda weights: SEInceptionV3(levels=["c2"], weights=weights),
+    "torchvision": lambda weights: Extractor("resnet18", {"c2": Level("layer1", 4)}, weights=weights),
+    "timm": lambda weights: Extractor("timm/resnet18", ["c2"], weights=weights),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_NETWORKS)
+def test_every_kind_of_backbone_takes_what_it_exports(kind: str, tmp_path: Path) -> None:
+    if kind == "timm":
+        pytest.importorskip("timm")
+    one = OTHER_NETWORKS[kind](None).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for tensor in (*one.parameters(), *(buffer for buffer in one.buffers() if buffer.is_floating_point())):
+            tensor.add_(torch.rand_like(tensor))
+    path = export_backbone(one, tmp_path / "own.safetensors", {"class_path": kind})
+    other = OTHER_NETWORKS[kind](str(path))
+    assert len(one.state_dict()) > 10
+    assert all(torch.equal(value, one.state_dict()[name]) for name, value in other.state_dict().items())
+
+
 def test_an_extractor_exports_the_names_of_its_network(tmp_path: Path) -> None:
     def network(weights: str | None = None) -> Extractor:
         levels = {"c4": Level("features.12", 16)}
@@ -237,6 +271,10 @@ def test_a_nan_stops_the_run_and_names_the_images(
     batch = torch.load(folder / callbacks.NONFINITE_BATCH, weights_only=True)
     assert batch["images"].shape == (16, 3, 32, 32)
     assert batch["targets"].shape == (16,)
+    assert len(batch["file_names"]) == 16
+    options_of_many = options(base, "--data.loader.batch_size", "27")
+    assert cli.main(["pretrain", CONFIG, "--output", str(base / "nan_of_many"), *options_of_many]) == 1
+    assert re.search(r"\.jpg and 7 more \(saved in ", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +321,14 @@ def test_a_single_image_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture
         picture(20, 20).save(tmp_path / split / "ant" / "1.png")
     assert cli.main(["pretrain", CONFIG, "--data", "ImageFolder", "--data.root", str(tmp_path)]) == 1
     assert "the training split has 1 images; expected at least 2" in capsys.readouterr().err
+
+
+def test_a_single_class_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train/ant/1.png", "train/ant/2.png", "val/ant/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(20, 20).save(tmp_path / name)
+    assert cli.main(["pretrain", CONFIG, "--data", "ImageFolder", "--data.root", str(tmp_path)]) == 1
+    assert "the data have one class, 'ant', and nothing to tell it from" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_written_over(pretrained: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,9 @@ class EpochBatches(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = self.epoch
-        return iter([[(epoch, index) for index in batch] for batch in self.batches(epoch)])
+        return (
+            [(epoch, index) for index in batch] for batch in self.batches(epoch)
+        )  # a batch at a time: there may be millions
 
     def __len__(self) -> int:
         if not self.training:

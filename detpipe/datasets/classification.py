@@ -111,7 +111,10 @@ class ClassificationData(LightningDataModule, ABC):
         return LabeledImageDataset(self.images(split), self.views, self.seed, training)
 
     def train_dataloader(self) -> DataLoader:
-        """Batches ``([N, 3, size, size] uint8, labels [N], file names)``, shuffled and drawn by (seed, epoch)."""
+        """Batches ``([N, 3, size, size] uint8, labels [N], file names)``, shuffled and drawn by (seed, epoch).
+
+        Where a single image would be left for the last batch of an epoch, another one each time, it is left out.
+        """
         return self._dataloader("train", training=True)
 
     def val_dataloader(self) -> DataLoader:

@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from detpipe.datasets.classification import DEFAULT_VIEWS, ClassificationData, LabeledSplit
+from detpipe.datasets.classification import ClassificationData, LabeledSplit
 from detpipe.datasets.coco_json import load_coco
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.decode import read_image
@@ -36,6 +36,7 @@ from detpipe.files import atomic_folder, remove_orphans
 
 MARKER = "digits.json"
 CONTEXT = 0.25  # of the longer side of a digit's box, on every side
+UPRIGHT_VIEWS = Views(size=64, scale=(0.6, 1.0), flip=0.0, center=1.0)  # a digit is another one in the mirror
 
 
 class DemoDigits(ClassificationData):
@@ -46,7 +47,7 @@ class DemoDigits(ClassificationData):
         demo: the folder of the demo set that they are cut out of.
         scenes: what the demo set is made of.
         loader: how images are loaded and batched.
-        views: how crops of any size become squares; do not flip digits.
+        views: how crops of any size become squares; digits are not flipped unless it is asked for.
         seed: decides the order of the batches and every draw of the views, with the epoch.
         on_bad: ``error`` stops at an image that cannot be read; ``skip`` decodes every image once at the start, and leaves
             unreadable ones out and counts them.
@@ -58,7 +59,7 @@ class DemoDigits(ClassificationData):
         demo: str = "data/demo",
         scenes: DemoScenes = DEFAULT_SCENES,
         loader: Loader = DEFAULT_LOADER,
-        views: Views = DEFAULT_VIEWS,
+        views: Views = UPRIGHT_VIEWS,
         seed: int = 0,
         on_bad: OnBad = "error",
     ) -> None:

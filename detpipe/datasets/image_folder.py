@@ -6,15 +6,17 @@
       train/n01440764/n01440764_10026.JPEG     folders below that of the class are searched too
       val/n01440764/ILSVRC2012_val_00000293.JPEG
 
-Labels are 0..K-1 in the alphabetical order of the class folders in ``train``.
+Labels are 0..K-1 in the order of the names of the class folders in ``train``, by code points: capitals come first.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from detpipe.errors import DataError
 from detpipe.suggest import did_you_mean
 
 _LAYOUT = "expected ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE"
+_AT_ONCE = 4096  # images that wait for a thread: each takes a kilobyte, and there may be millions
 
 
 class ImageFolder(ClassificationData):
@@ -44,6 +47,9 @@ class ImageFolder(ClassificationData):
         seed: decides the order of the batches and every draw of the views, with the epoch.
         on_bad: ``error`` stops at an image that cannot be read; ``skip`` decodes every image once at the start, and leaves
             unreadable ones out and counts them.
+
+    Raises:
+        ValueError: a split without a name, a negative seed, or another policy.
     """
 
     def __init__(
@@ -57,6 +63,8 @@ class ImageFolder(ClassificationData):
         on_bad: OnBad = "error",
     ) -> None:
         super().__init__(loader, views, seed, on_bad)
+        if not train or not val:
+            raise ValueError(f"train and val must name folders below the root, got {train!r} and {val!r}")
         self.root = str(root)
         self.folders: dict[LabeledSplit, str] = {"train": train, "val": val}
 
@@ -69,7 +77,8 @@ class ImageFolder(ClassificationData):
         folder = root / self.folders[split]
         if split == "val":
             found = find_classes(folder)
-            unknown = [name for name in found if name not in class_names]
+            known = set(class_names)
+            unknown = [name for name in found if name not in known]
             if unknown:
                 raise DataError(
                     f"{folder} has {len(unknown)} class folders that {self.folders['train']} lacks: "
@@ -86,21 +95,23 @@ def find_classes(folder: Path) -> tuple[str, ...]:
         folder: of the split.
 
     Returns:
-        Their names, sorted.
+        Their names, sorted by code points.
 
     Raises:
-        DataError: the folder is missing, holds images beside the class folders, or holds no class folder.
+        DataError: the folder is missing, holds images beside the class folders, a link that leads nowhere, or no class folder.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {_LAYOUT}")
-    with os.scandir(folder) as entries:
-        visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    visible = _visible(folder)
     stray = [entry.name for entry in visible if _is_image(entry)]
     if stray:
         raise DataError(
             f"{folder} holds {len(stray)} images outside class folders, such as {stray[0]}; move each into a folder named "
             "after its class"
         )
+    broken = [entry.path for entry in visible if entry.is_symlink() and not os.path.exists(entry.path)]
+    if broken:
+        raise DataError(f"{broken[0]} is a link that leads nowhere; mend or remove it")
     classes = tuple(entry.name for entry in visible if entry.is_dir())
     if not classes:
         raise DataError(f"{folder} holds no class folders; {_LAYOUT}")
@@ -123,73 +134,77 @@ def read_image_folder(
         The images, class by class, sorted by name within each.
 
     Raises:
-        DataError: a class without images.
+        DataError: a class without images, or names of images that are no files.
     """
-    names: list[str] = []
-    labels: list[int] = []
-    others: Counter[str] = Counter()
-    empty = []
-    for label, name in enumerate(class_names):
-        if present is not None and name not in present:
-            continue
-        found = sorted(_images_below(root, f"{split}/{name}", others, set()))
-        if not found:
-            empty.append(name)
-        names += found
-        labels += [label] * len(found)
+    labels = {name: label for label, name in enumerate(class_names)}
+    found = _Found(Faults(root / split, on_bad))
+    images = []  # of each class
+    bar = tqdm(class_names if present is None else present, f"listing {split}", unit="class", disable=None, leave=False)
+    for name in bar:
+        before = len(found.names)
+        _list_below(root, f"{split}/{name}", found, set())
+        found.names[before:] = sorted(found.names[before:])
+        images.append((name, len(found.names) - before))
+    found.faults.check()
+    empty = [name for name, count in images if not count]
     if empty:
         raise DataError(
             f"{root / split}: {len(empty)} class folders hold no image: {', '.join(map(repr, empty[:SHOWN]))} (looked for "
             f"{' '.join(IMAGE_SUFFIXES)}); fill or remove them"
         )
-    images = LabeledImages(
-        root,
-        PackedNames.pack(names),
-        np.array(labels, dtype=np.int32),
-        class_names,
-        {"files that are no images": others.total()},
+    rows = np.repeat(np.array([labels[name] for name, _ in images], dtype=np.int32), [count for _, count in images])
+    listed = LabeledImages(
+        root, PackedNames.pack(found.names), rows, class_names, {**found.others(), **found.faults.skipped}
     )
-    return _readable(images, split) if on_bad == "skip" else images
+    return _readable(listed, found.faults) if on_bad == "skip" else listed
 
 
-def _images_below(root: Path, folder: str, others: Counter[str], seen: set[tuple[int, int]]) -> list[str]:
-    """Names of all images in a folder and those below it, links followed but no folder entered twice."""
+@dataclass
+class _Found:
+    """What a split's folders hold."""
+
+    faults: Faults
+    names: list[str] = field(default_factory=list)
+    suffixes: Counter[str] = field(default_factory=Counter)  # of files that are no images
+
+    def others(self) -> dict[str, int]:
+        """How many files are no images, and of which kinds they are."""
+        kinds = ", ".join(suffix or "no suffix" for suffix in sorted(self.suffixes)[:SHOWN])
+        return {f"files that are no images ({kinds})": self.suffixes.total()}
+
+
+def _list_below(root: Path, folder: str, found: _Found, seen: set[tuple[int, int]]) -> None:
+    """Add all images in a folder and those below it, links followed but no folder entered twice."""
     status = (root / folder).stat()
     if (status.st_dev, status.st_ino) in seen:
-        return []
+        return
     seen.add((status.st_dev, status.st_ino))
-    names: list[str] = []
-    with os.scandir(root / folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                names += _images_below(root, f"{folder}/{entry.name}", others, seen)
-            elif _is_image(entry):
-                names.append(f"{folder}/{entry.name}")
-            else:
-                others[os.path.splitext(entry.name)[1]] += 1
-    return names
+    for entry in _visible(root / folder):
+        if entry.is_dir():
+            _list_below(root, f"{folder}/{entry.name}", found, seen)
+        elif not _is_image(entry):
+            found.suffixes[os.path.splitext(entry.name)[1].lower()] += 1
+        elif entry.is_file():
+            found.names.append(f"{folder}/{entry.name}")
+        else:
+            found.faults.image(
+                "no file", f"{entry.path} is a link that leads nowhere, or no file but a pipe or the like"
+            )
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    """What is not hidden, by name: of two ways to a folder it is always the same one that is taken."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
     return entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir()
 
 
-def _readable(images: LabeledImages, split: str) -> LabeledImages:
-    """Decode every image, and leave out those of which that fails; decoders let threads run side by side."""
-    faults = Faults(images.root / split, "skip")
-
-    def fault(index: int) -> str | None:
-        try:
-            read_image(images.path(index))
-        except DataError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        found = pool.map(fault, range(len(images)), chunksize=64)
-        reasons = list(tqdm(found, "checking images", len(images), unit="image", disable=None, leave=False))
+def _readable(images: LabeledImages, faults: Faults) -> LabeledImages:
+    """Decode every image, and leave out those of which that fails."""
+    reasons = _reasons(images)
     for reason in reasons:
         if reason is not None:
             faults.image("unreadable", reason)
@@ -200,8 +215,32 @@ def _readable(images: LabeledImages, split: str) -> LabeledImages:
         classes = ", ".join(repr(images.class_names[label]) for label in bare[:SHOWN])
         first = next(reason for reason in reasons if reason is not None)
         raise DataError(
-            f"{images.root / split}: {len(bare)} classes have no readable image: {classes}; the first fault: {first}"
+            f"{faults.source}: {len(bare)} classes have no readable image: {classes}; the first fault: {first}"
         )
     names = PackedNames.pack(images.names[index] for index in keep)
     counts = {**images.counts, **faults.skipped}
     return LabeledImages(images.root, names, images.labels[keep], images.class_names, counts)
+
+
+def _reasons(images: LabeledImages) -> list[str | None]:
+    """Why each image cannot be read, None for those that can; decoders let threads run side by side."""
+
+    def reason(index: int) -> str | None:
+        try:
+            read_image(images.path(index))
+        except DataError as error:
+            return str(error)
+        return None
+
+    reasons: list[str | None] = []
+    with (
+        warnings.catch_warnings(),  # the decoder's own, which it sets and takes back in each thread, would stay or be lost
+        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+        tqdm(desc="checking images", total=len(images), unit="image", disable=None, leave=False) as bar,
+    ):
+        warnings.simplefilter("ignore")
+        for start in range(0, len(images), _AT_ONCE):
+            for found in pool.map(reason, range(start, min(start + _AT_ONCE, len(images)))):
+                reasons.append(found)
+                bar.update()
+    return reasons

@@ -36,6 +36,15 @@ def test_training_batches_are_a_function_of_seed_and_epoch() -> None:
     assert first.batches(0) != first.batches(1)
 
 
+def test_keys_are_made_a_batch_at_a_time_and_the_epoch_is_that_of_the_start() -> None:
+    batches = EpochBatches(np.ones((8, 2), dtype=np.int32), 4)
+    keys = iter(batches)
+    assert not isinstance(keys, list)
+    batches.set_epoch(3)
+    assert {epoch for batch in keys for epoch, _ in batch} == {0}
+    assert {epoch for batch in batches for epoch, _ in batch} == {3}
+
+
 def test_evaluation_is_the_same_in_every_epoch() -> None:
     batches = EpochBatches(np.full((10, 2), 50, dtype=np.int32), 4, training=False)
     assert batches.batches(0) == batches.batches(7) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

@@ -70,6 +70,11 @@ def test_the_data_module_makes_what_is_missing(tmp_path: Path) -> None:
     assert np.bincount(data.images("val").labels, minlength=10).sum() == content["images"]["val"]
 
 
+def test_digits_are_not_flipped_by_default(base: Path) -> None:
+    data = DemoDigits(str(base / "digits"), str(base / "demo"), SCENES)
+    assert (data.views.flip, data.views.size) == (0.0, 64)
+
+
 def test_a_folder_of_something_else_or_of_other_scenes_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"digits holds digits of other scenes, .*'train': 12.*'train': 13.*: name another"

@@ -4,6 +4,10 @@ import hashlib
 import logging
 import os
 import pickle
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +79,7 @@ def test_folders_below_a_class_and_every_format_are_read(tmp_path: Path) -> None
     (root / "train/a/.hidden.jpg").write_text("no image")
     (root / "train/.cache").mkdir()
     data = folder(root)
-    assert data.describe("train") == "train: 6 images of 2 classes, 2 to 4 of each; files that are no images: 1"
+    assert data.describe("train") == "train: 6 images of 2 classes, 2 to 4 of each; files that are no images (.txt): 1"
     images = data.images("train")
     expected = ["a/1.JPEG", "a/3.webp", "a/deep/4.bmp", "a/deep/er/2.png"]
     assert [images.names[i] for i in range(4)] == [f"train/{name}" for name in expected]
@@ -92,6 +96,34 @@ def test_linked_folders_are_followed_but_never_in_circles(root: Path, tmp_path: 
         "train/yak/1.jpg",
         "train/yak/more/2.jpg",
     ]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_of_two_ways_to_a_folder_the_first_by_name_is_taken(
+    backwards: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write(tmp_path, "train/a/real/1.jpg", "val/a/1.jpg")
+    (root / "train/a/link").symlink_to(root / "train/a/real")
+    scandir = os.scandir
+
+    @contextmanager
+    def scan(folder: Path) -> Iterator[list[os.DirEntry[str]]]:
+        """List a folder as this or that file system does."""
+        with scandir(folder) as entries:
+            yield sorted(entries, key=lambda entry: entry.name, reverse=backwards)
+
+    monkeypatch.setattr("detpipe.datasets.image_folder.os.scandir", scan)
+    images = folder(root).images("train")
+    assert [images.names[i] for i in range(len(images))] == ["train/a/link/1.jpg"]
+
+
+def test_class_names_with_spaces_and_unicode(tmp_path: Path) -> None:
+    classes = ["a b", "Ünï", "日本", "x.y"]
+    root = write(tmp_path, *(f"{split}/{name}/bild {name}.png" for split in ("train", "val") for name in classes))
+    data = folder(root)
+    assert data.class_names == tuple(sorted(classes))
+    [(_, labels, names)] = data.val_dataloader()
+    assert [data.class_names[label] for label in labels.tolist()] == [name.split("/")[1] for name in names]
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -167,6 +199,18 @@ def broken_empty_val(root: Path) -> None:
     (root / "val/Dog").mkdir()
 
 
+def broken_link(root: Path) -> None:
+    (root / "train/owl/gone.jpg").symlink_to(root / "nowhere.jpg")
+
+
+def broken_pipe(root: Path) -> None:
+    os.mkfifo(root / "val/owl/pipe.png")  # reading it would wait forever
+
+
+def broken_class_link(root: Path) -> None:
+    (root / "train/yak").symlink_to(root / "nowhere")
+
+
 def broken_no_classes(root: Path) -> None:
     for path in sorted((root / "train").rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
@@ -189,6 +233,9 @@ def broken_no_classes(root: Path) -> None:
         ),
         (broken_empty_val, "val", r"set/val: 1 class folders hold no image: 'Dog'"),
         (broken_no_classes, "train", r"set/train holds no class folders; expected ROOT"),
+        (broken_link, "train", r"set/train: .*train/owl/gone.jpg is a link that leads nowhere, or no file .*on_bad"),
+        (broken_pipe, "val", r"set/val: .*val/owl/pipe.png is a link that leads nowhere, or no file"),
+        (broken_class_link, "train", r"set/train/yak is a link that leads nowhere; mend or remove it"),
     ],
 )
 def test_faults_of_the_layout_are_one_line(spoil: Any, split: Any, message: str, root: Path) -> None:
@@ -203,6 +250,8 @@ def test_a_missing_root_and_bad_arguments(root: Path, tmp_path: Path) -> None:
         folder(tmp_path / "nowhere").num_classes  # noqa: B018
     with pytest.raises(ValueError, match="seed must not be negative, got -1"):
         folder(root, seed=-1)
+    with pytest.raises(ValueError, match="train and val must name folders below the root, got '' and 'val'"):
+        folder(root, train="")
     with pytest.raises(ValueError, match="on_bad must be 'error' or 'skip', got 'ignore'"):
         folder(root, on_bad="ignore")
 
@@ -225,6 +274,41 @@ def test_unreadable_images_are_skipped_and_counted(root: Path, caplog: pytest.Lo
     images = data.images("train")
     assert images.labels.tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert len([name for _, _, names in data.train_dataloader() for name in names]) == 7
+
+
+def test_links_that_lead_nowhere_are_skipped_and_counted(root: Path) -> None:
+    broken_link(root)
+    assert folder(root, on_bad="skip").describe("train").endswith("3 to 3 of each; images skipped: no file: 1")
+
+
+def test_checking_images_in_threads_leaves_the_filters_of_warnings_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, turn = threading.Barrier(2), threading.Lock()
+    first: list[int] = []
+
+    def read(path: Path) -> None:
+        """Two at a time: the first to come leaves while the second is still inside."""
+        with turn:
+            first.append(len(first))
+            early = len(first) % 2 == 1
+            context = warnings.catch_warnings()
+            context.__enter__()
+            warnings.simplefilter("ignore")
+        both.wait(10)
+        if early:
+            context.__exit__(None, None, None)
+        both.wait(10)
+        if not early:
+            context.__exit__(None, None, None)
+
+    monkeypatch.setattr("detpipe.datasets.image_folder.read_image", read)
+    monkeypatch.setattr("detpipe.datasets.image_folder.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("detpipe.datasets.image_folder._AT_ONCE", 2)
+    (root / "train/owl/9.jpg").write_bytes(b"")  # an even number
+    before = list(warnings.filters)
+    assert len(folder(root, on_bad="skip").images("train")) == 10
+    assert list(warnings.filters) == before
 
 
 def test_a_class_without_a_readable_image_is_an_error_even_when_faults_are_skipped(root: Path) -> None:
