@@ -14,7 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from torchvision.ops import StochasticDepth
 
 from detpipe.backbones.checkpointed_graph import CheckpointedGraph
-from detpipe.backbones.regime import drop_path_rates
+from detpipe.backbones.regime import Regime, drop_path_rates
 from detpipe.backbones.weights import load_weights
 from detpipe.errors import UsageError
 from detpipe.suggest import did_you_mean
@@ -68,7 +68,7 @@ class TorchvisionBody(Body):
         name: of a classification network.
         levels: level name -> where it is cut.
         weights: a local file, the name of torchvision weights, or None.
-        drop_path: of the last block of the network.
+        regime: its paths are dropped, and statistics that its normalization does not keep may be missing from the weights.
 
     Raises:
         UsageError: an unknown network, node or name of weights.
@@ -76,7 +76,7 @@ class TorchvisionBody(Body):
         ValueError: levels without nodes, or a network without paths to drop.
     """
 
-    def __init__(self, name: str, levels: Levels, weights: str | None, drop_path: float) -> None:
+    def __init__(self, name: str, levels: Levels, weights: str | None, regime: Regime) -> None:
         known = models.list_models(module=models)
         if name not in known:
             raise UsageError(
@@ -92,10 +92,12 @@ class TorchvisionBody(Body):
         self.pixel_format = PixelFormat()
         options = {"aux_logits": True, "init_weights": True} if name in ("inception_v3", "googlenet") else {}
         full = models.get_model(name, weights=None, **options)
-        _drop_paths(full, name, drop_path)
+        _drop_paths(full, name, regime.drop_path)
         self.network = self._traced = _cut(full, name, {cut.node: level for level, cut in levels.items()})
         if weights is not None:
-            load_weights(full, self.network, name, weights)  # the cut shares its parameters with the full network
+            load_weights(
+                full, self.network, name, weights, regime.norm != "group"
+            )  # the cut shares its parameters with the full network
         self._checkpointed: CheckpointedGraph | None = None
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:

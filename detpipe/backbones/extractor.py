@@ -74,7 +74,7 @@ class Extractor(ProjectedBackbone):
         if padding < 0:
             raise ValueError(f"padding must not be negative, got {padding}")
         kind = TimmBody if network.startswith(TIMM) else TorchvisionBody
-        body: Body = kind(network.removeprefix(TIMM), levels, weights, regime.drop_path)
+        body: Body = kind(network.removeprefix(TIMM), levels, weights, regime)
         self.name, self.padding, self.strides = network, padding, body.strides
         self.pixel_format = pixel_format or body.pixel_format
         self.body = convert_norm(body.network, regime.norm)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from detpipe.backbones.inception_blocks import STAGES
@@ -15,7 +14,7 @@ from detpipe.backbones.pretrained import Foreign, Pretrained, load_pretrained
 def load_inception(network: nn.Module, weights: str | Pretrained) -> None:
     """Load weights into an :class:`~detpipe.backbones.se_inception.SEInceptionV3`.
 
-    The auxiliary classifier starts anew, as a whole, unless torchvision's has as many classes.
+    The auxiliary classifier starts anew, as a whole, unless the weights have one of as many classes.
 
     Args:
         network: gets the weights; its ``laterals`` keep their own.
@@ -33,30 +32,26 @@ def to_own_names(state: Mapping[str, Tensor], network: nn.Module) -> Foreign:
 
     Args:
         state: a state dict of torchvision's or ours.
-        network: whose auxiliary classifier, where it has other classes, completes torchvision's.
+        network: whose auxiliary classifier takes the place of one with other classes, or none.
 
     Returns:
         The tensors by our names, and the names of those that the network does not need.
     """
     own = network.state_dict()
-    auxiliary = "auxiliary.fc.bias" in own
-    if any(name.startswith("stem.") for name in state):
-        unused = [name for name in state if name.startswith("auxiliary.") and not auxiliary]
-        return Foreign({name: tensor for name, tensor in state.items() if name not in unused}, unused)
+    ours = any(name.startswith("stem.") for name in state)
     places = {part: "stem" if stage == "stem" else f"stages.{stage}" for stage in STAGES for part in STAGES[stage]}
-    same_classes = auxiliary and _shape(state, "AuxLogits.fc.bias") == own["auxiliary.fc.bias"].shape
     tensors, unused = {}, []
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
-        if part == "fc" or (part == "AuxLogits" and not same_classes):
+        if part == "fc":
             unused.append(name)
         elif part == "AuxLogits":
             tensors[f"auxiliary.{rest}"] = tensor
         else:
-            tensors[f"{places[part]}.{part}.block.{rest}" if part in places else name] = tensor
-    anew = {} if same_classes else {name: own[name] for name in own if name.startswith("auxiliary.")}
-    return Foreign(anew | tensors, unused)
-
-
-def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return state[name].shape if name in state else None
+            tensors[f"{places[part]}.{part}.block.{rest}" if part in places and not ours else name] = tensor
+    last = "auxiliary.fc.bias"
+    if last not in own or last not in tensors or own[last].shape != tensors[last].shape:
+        unused += [name for name in tensors if name.startswith("auxiliary.")]
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("auxiliary.")}
+        tensors |= {name: tensor for name, tensor in own.items() if name.startswith("auxiliary.")}
+    return Foreign(tensors, unused)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from detpipe.backbones.bodies import Body, Level, Levels
-from detpipe.backbones.regime import recomputed
-from detpipe.backbones.weights import SUFFIXES, download, read_state, refuse_differences
+from detpipe.backbones.regime import Regime, recomputed
+from detpipe.backbones.weights import SUFFIXES, can_be_missing, download, read_state, refuse_differences
 from detpipe.errors import UsageError
 from detpipe.suggest import did_you_mean
 from detpipe.types import PixelFormat
@@ -33,7 +33,7 @@ class TimmBody(Body):
             decides what ``DEFAULT`` means and which pixels are expected.
         levels: names c1 to c6, of strides 2 to 64, or level name -> where it is cut; nodes are modules that timm lists.
         weights: a local file, ``DEFAULT``, the tag of pretrained weights, or None.
-        drop_path: of the last block of the network.
+        regime: its paths are dropped, and statistics that its normalization does not keep may be missing from the weights.
 
     Raises:
         UsageError: timm is not installed; an unknown network, level, node or name of weights.
@@ -42,7 +42,7 @@ class TimmBody(Body):
             other images.
     """
 
-    def __init__(self, name: str, levels: Levels, weights: str | None, drop_path: float) -> None:
+    def __init__(self, name: str, levels: Levels, weights: str | None, regime: Regime) -> None:
         timm, self.name = _timm(name), name
         _check_name(timm, name)
         source = _source(timm, name, weights)
@@ -54,16 +54,16 @@ class TimmBody(Body):
         self.pixel_format = _pixel_format(timm, name)
         self._used = sorted(set(self._indices.values()))
         options = {key: value for key, value in ANY_SIZE.items() if key in inspect.signature(type(full)).parameters}
-        self.network = _features(timm, name, self._used, drop_path, options)
+        self.network = _features(timm, name, self._used, regime.drop_path, options)
         coarsest = (max(self.strides.values()), max(place.stride for place in places))
         self.multiple = _multiple(self.network, name, coarsest)
         _leave_out_the_rest(self.network, places[self._used[-1]].node, self.multiple)
         self._channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
         if source is not None:
             state = download(f"timm/{source}", lambda: timm.create_model(source, pretrained=True).state_dict())
-            _load(self.network, full, state, f"timm's {source}", name)
+            _load(self.network, full, state, f"timm's {source}", name, regime)
         elif weights is not None:
-            _load(self.network, full, read_state(Path(weights)), weights, name)
+            _load(self.network, full, read_state(Path(weights)), weights, name, regime)
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C_l, H_l, W_l]``."""
@@ -243,12 +243,16 @@ def _leave_out_the_rest(network: nn.Module, last: str, multiple: int) -> None:
         parameter.requires_grad_(gradient is not None)
 
 
-def _load(network: nn.Module, full: nn.Module, state: Mapping[str, Tensor], weights: str, name: str) -> None:
+def _load(
+    network: nn.Module, full: nn.Module, state: Mapping[str, Tensor], weights: str, name: str, regime: Regime
+) -> None:
     """Load the tensors of a whole network or of its features, by names that are equal but for the punctuation."""
     own, known = network.state_dict(), {_plain(key): key for key in full.state_dict()}
     given = {_plain(key): key for key in state}
     needed = {_plain(key): key for key in own}
-    missing = sorted(known[key] for key in needed.keys() - given.keys() if not key.endswith("num_batches_tracked"))
+    missing = sorted(
+        known[key] for key in needed.keys() - given.keys() if not can_be_missing(known[key], regime.norm != "group")
+    )
     foreign = sorted(given[key] for key in given.keys() - known.keys())
     both = needed.keys() & given.keys()
     unequal = sorted(given[key] for key in both if own[needed[key]].shape != state[given[key]].shape)

@@ -16,7 +16,7 @@ from detpipe.suggest import did_you_mean
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
-def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str) -> None:
+def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str, statistics: bool = True) -> None:
     """Load weights into a network, of which a part is used.
 
     Args:
@@ -24,6 +24,7 @@ def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str) -
         body: the part that is used; shares its parameters with ``full``.
         network: torchvision's name of it, for names of weights and messages.
         weights: a local file, or the name of torchvision weights (these download).
+        statistics: those of batch normalization are needed.
 
     Raises:
         CheckpointError: the file is missing or unreadable, or a tensor of ``body`` is missing, or one does not fit.
@@ -42,10 +43,16 @@ def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str) -
     own = full.state_dict()
     foreign = sorted(set(state) - set(own))
     needed = set(body.state_dict())
-    missing = sorted(key for key in needed - set(state) if not key.endswith("num_batches_tracked"))
+    missing = sorted(key for key in needed - set(state) if not can_be_missing(key, statistics))
     unequal = sorted(key for key in needed & set(state) if own[key].shape != state[key].shape)
     refuse_differences(weights, network, missing, foreign, unequal)
     full.load_state_dict({key: value for key, value in state.items() if key in needed}, strict=False)
+
+
+def can_be_missing(key: str, statistics: bool) -> bool:
+    """Whether weights may lack a tensor: counters, and statistics of batch normalization where they are not needed."""
+    tensor = key.rpartition(".")[2]
+    return tensor == "num_batches_tracked" or (not statistics and tensor in ("running_mean", "running_var"))
 
 
 def refuse_differences(

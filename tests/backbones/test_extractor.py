@@ -375,3 +375,18 @@ def test_gradients_reach_the_network():
     image = normalize(torch.rand(3, 64, 64), backbone.pixel_format)
     backbone(image[None])["c4"].square().sum().backward()
     assert all(p.grad is not None for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("network", ["resnet18", "timm/resnet10t"])
+def test_weights_of_a_network_of_groups_have_no_statistics(network, tmp_path):
+    if network.startswith("timm/"):
+        pytest.importorskip("timm")
+    levels = ["c4"] if network.startswith("timm/") else {"c4": Level("layer3", 16)}
+    first = Extractor(network, levels, regime=Regime(norm="group"))
+    path = tmp_path / "weights.pth"
+    torch.save(first.body.state_dict(), path)
+    again = Extractor(network, levels, str(path), regime=Regime(norm="group"))
+    for name, value in again.body.state_dict().items():
+        assert torch.equal(value, first.body.state_dict()[name]), name
+    with pytest.raises(CheckpointError, match=r"lacks \d+ tensors, .*running_mean"):
+        Extractor(network, levels, str(path), regime=Regime(norm="frozen"))

@@ -359,6 +359,15 @@ def test_the_auxiliary_classifier_is_taken_as_a_whole_or_not(theirs, file, class
     assert ours.auxiliary.fc.out_features == classes
 
 
+@pytest.mark.parametrize(("classes", "same"), [(3, True), (5, False), (None, False)])
+def test_our_auxiliary_classifier_is_taken_as_a_whole_or_not(tmp_path, classes, same):
+    full = SEInceptionV3(levels=["c4"], auxiliary_classes=classes)
+    again = SEInceptionV3(levels=["c4"], auxiliary_classes=3, weights=saved(full, tmp_path))
+    assert torch.equal(again.stem.Conv2d_1a_3x3.block.conv.weight, full.stem.Conv2d_1a_3x3.block.conv.weight)
+    if classes is not None:
+        assert torch.equal(again.auxiliary.conv1.conv.weight, full.auxiliary.conv1.conv.weight) == same
+
+
 def test_our_weights_are_loaded_whole_or_not_at_all(tmp_path):
     full = SEInceptionV3(levels=["c3"], out_channels=8)
     path = saved(full, tmp_path)

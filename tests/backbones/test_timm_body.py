@@ -340,7 +340,7 @@ def test_checkpointing_changes_nothing_but_memory(network):
 
 
 def test_a_network_without_blocks_cannot_be_checkpointed():
-    body = TimmBody("resnet10t", ["c4"], None, 0.0)
+    body = TimmBody("resnet10t", ["c4"], None, Regime())
     body.network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with pytest.raises(ValueError, match="checkpointing: timm/resnet10t has no blocks to compute again"):
         body.checkpoint()
