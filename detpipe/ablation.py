@@ -73,6 +73,16 @@ class Run:
         ]
         return json.dumps(parts)
 
+    @property
+    def marker(self) -> Path:
+        """Holds what was asked for, from before the training starts."""
+        return self.folder.with_name(f"{self.folder.name}.asked.json")
+
+    @property
+    def done(self) -> bool:
+        """Whether a result is there."""
+        return (self.folder / "result.json").is_file()
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -90,7 +100,7 @@ def run_ablate(arguments: Sequence[str]) -> int:
         0.
 
     Raises:
-        UsageError: a study or an argument that is wrong.
+        UsageError: a study or an argument that is wrong, or a folder whose content would be lost.
         TrainingError: a run failed; its log is named.
     """
     options, rest = _parse(arguments)
@@ -99,7 +109,8 @@ def run_ablate(arguments: Sequence[str]) -> int:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     runs = [run for seed in seeds for run in _runs(study, seed, folder, rest)]
-    waiting = [run for run in runs if not _finished(run)]
+    _check_folders(runs)
+    waiting = [run for run in runs if not run.done]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done; logs in {folder}/VARIANT_SEED.log", flush=True)
     _train(waiting, study.split, options.workers)
     results = {name: [_result(run) for run in runs if run.variant == name] for name in study.variants}
@@ -178,9 +189,17 @@ def _runs(study: Study, seed: int, folder: Path, rest: Sequence[str]) -> list[Ru
     return runs
 
 
-def _finished(run: Run) -> bool:
-    asked = run.folder / "asked.json"
-    return (run.folder / "result.json").is_file() and asked.is_file() and asked.read_text("utf-8") == run.asked
+def _check_folders(runs: Sequence[Run]) -> None:
+    """Refuse folders whose content would be lost: finished runs of other settings, and what no study has made."""
+    for run in runs:
+        if not run.folder.exists():
+            continue
+        if not run.marker.is_file():
+            raise UsageError(f"{run.folder} was not made by this study; give another folder with -o")
+        if run.done and run.marker.read_text("utf-8") != run.asked:
+            raise UsageError(
+                f"{run.folder} holds a finished run of other settings; give another folder with -o, or remove it"
+            )
 
 
 def _train(runs: Sequence[Run], split: str, workers: int) -> None:
@@ -197,7 +216,9 @@ def _train(runs: Sequence[Run], split: str, workers: int) -> None:
 
 def _train_one(run: Run, split: str, threads: int) -> None:
     if run.folder.exists():
-        shutil.rmtree(run.folder)  # what an interrupted start of this very run has left
+        shutil.rmtree(run.folder)  # what an interrupted start has left
+    with atomic_write(run.marker) as temporary:
+        temporary.write_text(run.asked, encoding="utf-8")
     log = run.folder.with_name(f"{run.folder.name}.log")
     with log.open("w", encoding="utf-8") as output:
         _call(["train", *run.arguments, "--output", str(run.folder)], threads, output, log)
@@ -208,8 +229,6 @@ def _train_one(run: Run, split: str, threads: int) -> None:
             _call(["evaluate", *run.arguments, "--ckpt_path", checkpoint, "--json", str(numbers)], threads, output, log)
     found = json.loads(numbers.read_text(encoding="utf-8"))
     result = {key: found[key] for key in ("AP", "AP50")} | {"parameters": _parameters(run.folder / "best.ckpt")}
-    with atomic_write(run.folder / "asked.json") as temporary:
-        temporary.write_text(run.asked, encoding="utf-8")
     with atomic_write(run.folder / "result.json") as temporary:
         temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
 

@@ -64,9 +64,13 @@ def test_a_study_is_trained_once(
     with pytest.raises(FileNotFoundError):
         ablation.run_ablate(command[1:])
     assert called == ["se_1"]
-    with pytest.raises(FileNotFoundError):
-        ablation.run_ablate([*command[1:], "--model.head.fc", "[8]"])  # another question: all runs anew
-    assert sorted(called[1:]) == ["none_0", "none_1", "se_0", "se_1"]
+    with pytest.raises(UsageError, match=r"none_0 holds a finished run of other settings; give another folder with -o"):
+        ablation.run_ablate([*command[1:], "--model.head.fc", "[8]"])
+    (out / "none_0.asked.json").unlink()
+    with pytest.raises(UsageError, match=r"none_0 was not made by this study; give another folder with -o"):
+        ablation.run_ablate(command[1:])
+    assert called == ["se_1"]
+    assert (out / "none_0" / "result.json").is_file()
 
 
 def test_a_run_that_fails_is_named(demo_root: Path, tmp_path: Path) -> None:
