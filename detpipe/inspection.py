@@ -192,12 +192,11 @@ def spatial_maps(backbone: Backbone, image: Tensor, min_size: int, max_size: int
     """
     height, width = image.shape[1:]
     inner = frames.resized_size((height, width), min_size, max_size)
+    step = max(backbone.strides.values())
+    padded = [-(-side // step) * step for side in inner]
     maps = {}
     for name, gates in gates_of(backbone, [image], min_size, max_size).items():
         if "spatial" in gates:
-            padded = [
-                -(-side // step) * step for side, step in zip(inner, [max(backbone.strides.values())] * 2, strict=True)
-            ]
             whole = F.interpolate(gates["spatial"].float(), size=padded, mode="bilinear", align_corners=False)
             part = whole[:, :, : inner[0], : inner[1]]
             maps[name] = F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)[0, 0]

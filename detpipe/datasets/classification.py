@@ -6,13 +6,10 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from detpipe.datasets.batches import EpochBatches
-from detpipe.datasets.datamodule import DEFAULT_LOADER, LateLoader, Loader
-from detpipe.datasets.dataset import start_worker
+from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.labeled_images import LabeledImageDataset, LabeledImages, collate_labeled
 from detpipe.datasets.views import Views
@@ -126,17 +123,5 @@ class ClassificationData(LightningDataModule, ABC):
         return f"{split}: {self.images(split).describe()}"
 
     def _dataloader(self, split: LabeledSplit, training: bool) -> DataLoader:
-        options = self.loader
-        batch_size = options.batch_size if training else options.eval_batch_size or options.batch_size
         sizes = np.broadcast_to(np.int32(self.views.size), (len(self.images(split)), 2))
-        return LateLoader(
-            self.dataset(split, training),
-            batch_sampler=EpochBatches(sizes, batch_size, self.seed, training, _SMALLEST),
-            num_workers=options.num_workers,
-            collate_fn=collate_labeled,
-            pin_memory=torch.cuda.is_available() if options.pin_memory is None else options.pin_memory,
-            timeout=options.timeout if options.num_workers else 0,
-            worker_init_fn=start_worker,
-            generator=torch.Generator().manual_seed(self.seed),  # its own, or loading would move the global one
-            persistent_workers=options.num_workers > 0,
-        )
+        return self.loader.load(self.dataset(split, training), sizes, self.seed, training, collate_labeled, _SMALLEST)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets.batches import EpochBatches
 from detpipe.datasets.dataset import DetectionDataset, Proposals, collate, start_worker
@@ -49,6 +49,41 @@ class Loader:
             )
         if self.num_workers < 0 or self.timeout < 0:
             raise ValueError(f"num_workers and timeout must not be negative, got {self.num_workers} and {self.timeout}")
+
+    def load(
+        self,
+        dataset: Dataset[Any],
+        sizes: np.ndarray,
+        seed: int,
+        training: bool,
+        collate_fn: Callable[[list[Any]], Any],
+        smallest: int = 1,
+    ) -> LateLoader:
+        """Batch a split.
+
+        Args:
+            dataset: what is loaded.
+            sizes: ``[I, 2]`` height and width of its images, which decide who shares a batch.
+            seed: of the order and of every draw.
+            training: the order changes from epoch to epoch; else every image comes once, in an order that never changes.
+            collate_fn: makes a batch of samples.
+            smallest: a training batch of fewer images is left out.
+
+        Returns:
+            The batches.
+        """
+        batch_size = self.batch_size if training else self.eval_batch_size or self.batch_size
+        return LateLoader(
+            dataset,
+            batch_sampler=EpochBatches(sizes, batch_size, seed, training, smallest),
+            num_workers=self.num_workers,
+            collate_fn=collate_fn,
+            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
+            timeout=self.timeout if self.num_workers else 0,
+            worker_init_fn=start_worker,
+            generator=torch.Generator().manual_seed(seed),  # its own, or loading would move the global one
+            persistent_workers=self.num_workers > 0,
+        )
 
 
 DEFAULT_LOADER = Loader()
@@ -252,20 +287,8 @@ class DetectionData(LightningDataModule, ABC):
         return next(iter(self._annotations.values())) if self._annotations else self.annotations("val")
 
     def _dataloader(self, split: Split, training: bool) -> DataLoader:
-        options = self.loader
-        batch_size = options.batch_size if training else options.eval_batch_size or options.batch_size
-        annotations = self.annotations(split)
-        return LateLoader(
-            self.dataset(split, augmented=training),
-            batch_sampler=EpochBatches(annotations.sizes, batch_size, self.seed, training),
-            num_workers=options.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available() if options.pin_memory is None else options.pin_memory,
-            timeout=options.timeout if options.num_workers else 0,
-            worker_init_fn=start_worker,
-            generator=torch.Generator().manual_seed(self.seed),  # its own, or loading would move the global one
-            persistent_workers=options.num_workers > 0,
-        )
+        dataset = self.dataset(split, augmented=training)
+        return self.loader.load(dataset, self.annotations(split).sizes, self.seed, training, collate)
 
 
 def _compare_classes(name: str, known: Annotations, other_name: str, other: Annotations) -> None:
