@@ -27,6 +27,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "matching": (*PLAIN, *GEOMETRY),
     "attention": (*PLAIN, *GEOMETRY),
     "roi_pooling": (),
+    "spatial_transformer": (),
     "stages": (*PLAIN, *GEOMETRY, "roi_pooling"),
     "backbones": (*PLAIN, *GEOMETRY, "stages", "attention"),
     "proposals": (*PLAIN, *GEOMETRY, "stages", "matching"),
