@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from detpipe.spatial_transformer.base import LARGEST
 
-NEAR = 1e-4  # octaves: as near to a level of the pyramid as rounding of coordinates may bring a point that is on it
+NEAR = 1e-3  # octaves: as near to a level of the pyramid as rounding may bring a point that is on it, on a map of 10 000 cells
 
 
 def cell_steps(grid: Tensor) -> Tensor:

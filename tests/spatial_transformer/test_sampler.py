@@ -198,6 +198,12 @@ def test_zooming_out_never_less_than_plain_sampling_and_equal_to_it_where_nothin
     assert torch.equal(Sampler(mode, padding, antialias=True)(features, grid), Sampler(mode, padding)(features, grid))
 
 
+@pytest.mark.parametrize("size", [*((n, 47 - n) for n in range(2, 24)), (3, 331), (10_000, 3)])
+def test_the_identity_is_never_smoothed_whatever_the_rounding_of_its_steps(size):
+    features = torch.randn(1, 1, *size)
+    assert torch.equal(Sampler(antialias=True)(features, cell_centers(size)[None]), features)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("factor", [2, 4, 8])
 @pytest.mark.parametrize("size", [(16, 24), (40, 56)])
