@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         ViTPyramid,
     )
     from detpipe.checkpoint import load_classifier, load_detector
+    from detpipe.checkpoint_regions import load_region_classifier
     from detpipe.classifier import ImageClassifier
     from detpipe.datasets import (
         COCO,
@@ -60,7 +61,19 @@ if TYPE_CHECKING:
         Views,
     )
     from detpipe.detector import TwoStageDetector
-    from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
+    from detpipe.heads import (
+        AttentionalHead,
+        CascadeHead,
+        FastRCNNHead,
+        Glimpse,
+        GlimpseSequence,
+        GlimpseSettings,
+        LaterStages,
+        Pathwise,
+        Postprocess,
+        Reinforce,
+        RoISampler,
+    )
     from detpipe.optimization import LRSchedule, Optimizer
     from detpipe.proposal_files import ProposalStore
     from detpipe.proposals import (
@@ -76,7 +89,10 @@ if TYPE_CHECKING:
         Superpixels,
         Union,
     )
+    from detpipe.region_classifier import Classification, RegionClassifier
+    from detpipe.region_context import Context
     from detpipe.roi_pooling import PreciseRoIPool, RoIAlign, RoIMaxPool, RotatedRoIAlign, SuperpixelPool
+    from detpipe.spatial_transformer import Sampler, SpatialTransformer
     from detpipe.types import Detection, Features, PixelFormat, Target
 
 _HOMES = {
@@ -89,13 +105,17 @@ _HOMES = {
         *("Pretrained", "Regime", "Variant"),
     ),
     "detpipe.checkpoint": ("load_classifier", "load_detector"),
+    "detpipe.checkpoint_regions": ("load_region_classifier",),
     "detpipe.classifier": ("ImageClassifier",),
     "detpipe.datasets": (
         *("COCO", "VOC", "Augment", "Demo", "DetectionData", "Loader"),
         *("ClassificationData", "DemoDigits", "ImageFolder", "Views"),
     ),
     "detpipe.detector": ("TwoStageDetector",),
-    "detpipe.heads": ("FastRCNNHead", "Postprocess", "RoISampler"),
+    "detpipe.heads": (
+        *("FastRCNNHead", "AttentionalHead", "CascadeHead", "Postprocess", "RoISampler"),
+        *("Glimpse", "GlimpseSettings", "GlimpseSequence", "Reinforce", "Pathwise", "LaterStages"),
+    ),
     "detpipe.optimization": ("LRSchedule", "Optimizer"),
     "detpipe.proposal_files": ("ProposalStore",),
     "detpipe.proposals": (
@@ -103,6 +123,9 @@ _HOMES = {
         *("PrecomputedProposals", "RPN", "Anchors", "ProposalSelection", "RPNObjective"),
     ),
     "detpipe.roi_pooling": ("PreciseRoIPool", "RoIAlign", "RoIMaxPool", "RotatedRoIAlign", "SuperpixelPool"),
+    "detpipe.region_classifier": ("Classification", "RegionClassifier"),
+    "detpipe.region_context": ("Context",),
+    "detpipe.spatial_transformer": ("Sampler", "SpatialTransformer"),
     "detpipe.types": ("Detection", "Features", "PixelFormat", "Target"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -116,9 +139,12 @@ __all__ = [  # noqa: RUF022 (the order of the data path)
     "DenseGrid", "SelectiveSearch", "OpenCVSelectiveSearch", "Superpixels", "EdgeBoxes", "Union",
     "PrecomputedProposals", "ProposalStore", "RPN", "Anchors", "RPNObjective", "ProposalSelection",
     "RoIAlign", "RoIMaxPool", "PreciseRoIPool", "RotatedRoIAlign", "SuperpixelPool",
-    "FastRCNNHead", "RoISampler", "Postprocess",
+    "FastRCNNHead", "AttentionalHead", "CascadeHead", "RoISampler", "Postprocess",
+    "Glimpse", "GlimpseSettings", "GlimpseSequence", "Reinforce", "Pathwise", "LaterStages",
     "TwoStageDetector", "Optimizer", "LRSchedule", "load_detector",
     "ImageClassifier", "ClassificationData", "ImageFolder", "DemoDigits", "Views", "load_classifier",
+    "RegionClassifier", "Context", "Classification", "load_region_classifier",
+    "SpatialTransformer", "Sampler",
     "Detection", "Features", "Target",
 ]  # fmt: skip
 

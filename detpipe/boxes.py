@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+DeltaWeights = tuple[float, float, float, float]  # factors of dx, dy, dw, dh
+DELTA_WEIGHTS: DeltaWeights = (10.0, 10.0, 5.0, 5.0)
 MAX_LOG_SCALE = math.log(1000.0 / 16.0)  # a box grows by at most this factor in one step, so that exp() stays finite
 
 
@@ -154,7 +155,7 @@ def valid(boxes: Tensor, min_size: float = 0.0) -> Tensor:
     return torch.isfinite(boxes).all(-1) & (width > min_size) & (height > min_size)
 
 
-def encode(boxes: Tensor, references: Tensor, weights: tuple[float, float, float, float] = DELTA_WEIGHTS) -> Tensor:
+def encode(boxes: Tensor, references: Tensor, weights: DeltaWeights = DELTA_WEIGHTS) -> Tensor:
     """Write boxes as weighted deltas to reference boxes (R-CNN, equations 6 to 9).
 
     Args:
@@ -175,7 +176,7 @@ def encode(boxes: Tensor, references: Tensor, weights: tuple[float, float, float
     return deltas * constants(weights, deltas)
 
 
-def decode(deltas: Tensor, references: Tensor, weights: tuple[float, float, float, float] = DELTA_WEIGHTS) -> Tensor:
+def decode(deltas: Tensor, references: Tensor, weights: DeltaWeights = DELTA_WEIGHTS) -> Tensor:
     """Apply weighted deltas to reference boxes: the inverse of :func:`encode`.
 
     Args:

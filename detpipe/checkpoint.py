@@ -1,7 +1,8 @@
 """Checkpoints: complete once they are visible, self-describing, and read without running code in them.
 
 A checkpoint is Lightning's, with one entry more, ``detpipe``: the format's version, the model's configuration, and the
-names of the classes. ``load_detector`` and ``load_classifier`` rebuild the model from it alone.
+names of the classes. ``load_detector`` and ``load_classifier`` rebuild the model from it alone;
+:mod:`detpipe.checkpoint_regions` rebuilds others.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ ALLOWED = "detpipe."  # a checkpoint may name classes of this package only
 class Description:
     """What a checkpoint says about itself."""
 
-    model: dict[str, Any]  # the configuration of TwoStageDetector or ImageClassifier
+    model: dict[
+        str, Any
+    ]  # the configuration of TwoStageDetector or ImageClassifier; of others class_path and init_args
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     proposals: dict[str, Any] | None = None  # source and settings of the store that the training boxes came from
@@ -121,12 +124,13 @@ def load_detector(path: str | Path) -> tuple[TwoStageDetector, Description]:
         CheckpointError: as in :func:`read`; or the checkpoint names classes of other packages, or is of a classifier.
     """
     checkpoint, description = read(path)
+    _refuse_named(description, path, "a detector that 'detpipe train' wrote")
     if "label_smoothing" in description.model:
         raise CheckpointError(
             f"checkpoint {path} is of a classifier; a detector takes the backbone.safetensors beside it as weights of its "
             "backbone"
         )
-    return _rebuild(path, checkpoint, description, add_model), description
+    return rebuild(path, checkpoint, description, add_model), description
 
 
 def load_classifier(path: str | Path) -> tuple[ImageClassifier, Description]:
@@ -142,14 +146,35 @@ def load_classifier(path: str | Path) -> tuple[ImageClassifier, Description]:
         CheckpointError: as in :func:`read`; or the checkpoint names classes of other packages, or is of a detector.
     """
     checkpoint, description = read(path)
+    _refuse_named(description, path, "one that 'detpipe pretrain' wrote")
     if "head" in description.model:
         raise CheckpointError(f"checkpoint {path} is of a detector; expected one that 'detpipe pretrain' wrote")
-    return _rebuild(path, checkpoint, description, add_classifier), description
+    return rebuild(path, checkpoint, description, add_classifier), description
 
 
-def _rebuild(
+def _refuse_named(description: Description, path: str | Path, expected: str) -> None:
+    if "class_path" in description.model:
+        kind = str(description.model["class_path"]).rpartition(".")[2]
+        raise CheckpointError(f"checkpoint {path} is of a {kind}; expected {expected}")
+
+
+def rebuild(
     path: str | Path, checkpoint: dict[str, Any], description: Description, add: Callable[[ArgumentParser], None]
 ) -> Any:
+    """Build a model from a checkpoint that has been read.
+
+    Args:
+        path: of the checkpoint, for messages.
+        checkpoint: Lightning's dict.
+        description: what it says about itself.
+        add: lets a parser build the model from ``model`` and ``num_classes``.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: it names classes of other packages, or its model cannot be built, or the weights do not fit.
+    """
     _check_classes(description.model, str(path))
     parser = ArgumentParser(exit_on_error=False)
     add(parser)
@@ -248,13 +273,13 @@ def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:
     """Turn the parsed configuration of a model into what its checkpoints store.
 
     Args:
-        config: of ``TwoStageDetector`` or ``ImageClassifier``.
+        config: of ``TwoStageDetector`` or ``ImageClassifier``; or ``class_path`` and ``init_args`` of another model.
 
     Returns:
         Plain containers, without the path of pretrained weights, which a checkpoint replaces.
     """
     model = _plain(config.as_dict() if isinstance(config, Namespace) else config)
-    stage = model["backbone"]
+    stage = model.get("init_args", model).get("backbone")
     while isinstance(stage, dict):  # a backbone may be built on another one
         settings = stage.get("init_args", {})
         if "weights" in settings:

@@ -29,6 +29,12 @@ commands:
                         draw detections and write them as JSON
   pretrain CONFIG.yaml [MORE.yaml ...] [--key.path value ...]
                         train a backbone as a classifier on an image folder, export its weights for detectors
+  train_regions CONFIG.yaml [MORE.yaml ...] [--key.path value ...]
+                        train what else looks at regions, such as a classifier of given boxes
+  classify CHECKPOINT IMAGE_OR_FOLDER ... --boxes FILE.json -o FOLDER
+                        name what is in given boxes, draw it and write it as JSON
+  train_classifier CONFIG.yaml [MORE.yaml ...] [-o FOLDER] [--key value ...]
+                        classify distorted digits with and without spatial transformers: a table of errors, and pictures
   inspect CHECKPOINT IMAGE_OR_FOLDER ... -o FOLDER
                         draw what the attention of a backbone does: gates by class, branches by scale, spatial maps
   ablate STUDY.yaml -o FOLDER
@@ -53,6 +59,9 @@ COMMANDS = {
     "evaluate": ("detpipe.evaluate", "evaluate"),
     "predict": ("detpipe.predict", "predict"),
     "pretrain": ("detpipe.pretraining", "pretrain"),
+    "train_regions": ("detpipe.region_training", "train_regions"),
+    "classify": ("detpipe.classify", "classify"),
+    "train_classifier": ("detpipe.digit_study", "train_classifier"),
     "ablate": ("detpipe.ablation", "run_ablate"),
     "inspect": ("detpipe.inspect_attention", "run_inspect"),
     "proposals": ("detpipe.proposal_commands", "main"),

@@ -72,6 +72,7 @@ class CommandCLI(LightningCLI, ABC):
     """
 
     model_type: ClassVar[type]  # of the model, which is built with the keys under ``model``
+    model_is_named: ClassVar[bool] = False  # or ``model`` names a subclass, by ``class_path`` and ``init_args``
     data_type: ClassVar[type]  # of which ``data`` names a subclass
 
     def __init__(self, arguments: Sequence[str], add_arguments: Callable[[LightningArgumentParser], None]) -> None:
@@ -81,6 +82,7 @@ class CommandCLI(LightningCLI, ABC):
             self.data_type,
             run=False,
             args=positional_configs(arguments),
+            subclass_mode_model=self.model_is_named,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_callback=None,
@@ -103,7 +105,8 @@ class CommandCLI(LightningCLI, ABC):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse what would be lost without a word."""
         self.config = parser.parse_args(args)
-        for key in ("model", "model.optimizer", "model.lr_scheduler", "trainer"):
+        settings = () if self.model_is_named else ("model.optimizer", "model.lr_scheduler")
+        for key in ("model", *settings, "trainer"):
             if not isinstance(self.config.get(key), jsonargparse.Namespace):
                 raise UsageError(f"{key}: expected keys with values, got {self.config.get(key)}")
 

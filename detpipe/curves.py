@@ -23,6 +23,7 @@ _SCORES = {  # title of the panel -> column, name in the legend, color
     "mean average precision": (("AP", "AP", _TRAIN), ("AP50", "AP50", _OTHER), ("mAP", "mAP", _TRAIN)),
     "accuracy": (("top1", "top-1", _TRAIN), ("top5", "top-5", _OTHER)),
 }
+_COLORS = (_TRAIN, _OTHER, _VAL)  # of scores that are not listed above
 
 
 def plot_curves(metrics_csv: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
@@ -30,7 +31,8 @@ def plot_curves(metrics_csv: str | os.PathLike[str], out: str | os.PathLike[str]
 
     Args:
         metrics_csv: what Lightning's CSVLogger writes: columns ``epoch``, ``step``, and any of ``train/loss``,
-            ``val/loss``, ``val/AP``, ``val/AP50``, ``val/mAP``, ``val/top1``, ``val/top5``; most cells of a row are empty.
+            ``val/loss``, ``val/AP``, ``val/AP50``, ``val/mAP``, ``val/top1``, ``val/top5``, or else up to three other scores
+            in 0..1 named ``val/...``; most cells of a row are empty.
         out: the PNG, written so that it is complete when it is visible.
 
     Raises:
@@ -47,8 +49,8 @@ def plot_curves(metrics_csv: str | os.PathLike[str], out: str | os.PathLike[str]
     FigureCanvasAgg(figure)
     losses, scores = figure.subplots(1, 2)
     _plot_losses(losses, columns)
-    kind = "accuracy" if "val/top1" in columns else "mean average precision"
-    for name, shown, color in _SCORES[kind]:
+    kind, named = _scores(columns)
+    for name, shown, color in named:
         if f"val/{name}" in columns:
             x, y = columns[f"val/{name}"]
             scores.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=4, label=f"{shown}, best {max(y):.3f}")
@@ -65,6 +67,18 @@ def plot_curves(metrics_csv: str | os.PathLike[str], out: str | os.PathLike[str]
             axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color="gray")
     with atomic_write(out) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _scores(columns: dict[str, Points]) -> tuple[str, tuple[tuple[str, str, str], ...]]:
+    """The title of the panel of scores, and what is in it: column, name in the legend, color."""
+    for kind in ("accuracy", "mean average precision"):
+        if any(f"val/{name}" in columns for name, _, _ in _SCORES[kind]):
+            return kind, _SCORES[kind]
+    others = [name.removeprefix("val/") for name in columns if name.startswith("val/") and name != "val/loss"]
+    if not others:
+        return "mean average precision", ()
+    named = tuple((name, name.replace("_", " "), color) for name, color in zip(others, _COLORS, strict=False))
+    return "scores", named
 
 
 def _plot_losses(axes: Axes, columns: dict[str, Points]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
 from detpipe import boxes as box_ops
-from detpipe.types import Detection, PixelFormat, Target
+from detpipe.types import Detection, GlimpsedDetection, PixelFormat, Target
 
 Size = tuple[int, int]  # height, width
 
@@ -173,10 +173,17 @@ def detections_to_images(
         images: height and width of the images as passed.
 
     Returns:
-        N new detections, inside the images: rounding of the scale is clipped off.
+        N new detections, inside the images: rounding of the scale is clipped off. Their ``proposals`` and ``glimpses``, if
+        any, are moved too, and may reach beyond the images.
     """
     moved = []
     for found, old, new in zip(detections, batch, images, strict=True):
         boxes = box_ops.clip(scale_boxes(found["boxes"], old, new), *new)
-        moved.append(Detection(boxes=boxes, scores=found["scores"], labels=found["labels"]))
+        one = Detection(boxes=boxes, scores=found["scores"], labels=found["labels"])
+        if "glimpses" in found:
+            seen = cast(GlimpsedDetection, found)
+            factors = box_ops.constants((new[1] / old[1], new[0] / old[0]), seen["glimpses"])
+            proposals = scale_boxes(seen["proposals"], old, new)
+            one = GlimpsedDetection(**one, proposals=proposals, glimpses=seen["glimpses"] * factors)
+        moved.append(one)
     return moved

@@ -1,7 +1,8 @@
 """The ``predict`` command: detect objects in images of the user's own, draw them, and write them as one JSON file.
 
 The JSON holds ``checkpoint``, ``class_names``, ``images`` (``file``, ``drawing``, ``width``, ``height``, ``detections``
-with ``label``, ``score`` and ``box`` in pixels of the image) and ``failed`` (``file``, ``reason``).
+with ``label``, ``score`` and ``box`` in pixels of the image) and ``failed`` (``file``, ``reason``). With ``--show-glimpses``
+detections also have ``proposal`` and ``glimpses`` (outlines in order), and there is a page of pictures.
 
 Boxes for a detector that needs some: see :mod:`detpipe.given_proposals`.
 """
@@ -14,13 +15,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from detpipe import visualize
+from detpipe import glimpse_pictures, visualize
 from detpipe.checkpoint import Description, load_detector
 from detpipe.datasets import read_image
 from detpipe.datasets.decode import IMAGE_SUFFIXES
@@ -28,8 +29,9 @@ from detpipe.detector import TwoStageDetector
 from detpipe.errors import DataError, UsageError
 from detpipe.files import atomic_write
 from detpipe.given_proposals import Boxes, advice, open_boxes
+from detpipe.heads import ProposalHead
 from detpipe.proposals import PrecomputedProposals
-from detpipe.types import Detection, Target
+from detpipe.types import Detection, GlimpsedDetection, Target
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,9 +65,11 @@ def predict(arguments: Sequence[str]) -> int:
     images = find_images(options.images)
     detector, description = load_detector(options.checkpoint)
     boxes = _choose_proposals(detector, options, images, description)
-    detector.to(_device(options.device))
+    if options.show_glimpses:
+        _ask_for_glimpses(detector, options.checkpoint)
+    detector.to(choose_device(options.device))
     out = Path(options.output)
-    names = _drawing_names(images, out)
+    names = drawing_names(images, out)
     report = Report(str(options.checkpoint), list(description.class_names))
     rows = list(zip(images, names, strict=True))
     for path, name in tqdm(rows, unit="image", disable=not sys.stderr.isatty()):
@@ -77,11 +81,12 @@ def predict(arguments: Sequence[str]) -> int:
             report.failed.append({"file": str(path), "reason": str(error)})
             continue
         found = detect(detector, image, proposals, options.score_threshold)
-        drawing = visualize.draw(image, found["boxes"], found["labels"], description.class_names, found["scores"])
-        visualize.save_png(out / name, drawing)
+        visualize.save_png(out / name, _draw(image, found, description.class_names))
         report.images.append(_record(path, name, image, found, description.class_names))
     with atomic_write(out / "detections.json") as temporary:
         temporary.write_text(json.dumps(vars(report), indent=1) + "\n", encoding="utf-8")
+    if options.show_glimpses:
+        print(f"glimpses: {glimpse_pictures.write_page(out, report.images)}")
     count = sum(len(record["detections"]) for record in report.images)
     print(
         f"{len(report.images)} images, {count} detections, {len(report.failed)} unreadable; see {out / 'detections.json'}"
@@ -100,14 +105,12 @@ def detect(detector: TwoStageDetector, image: Tensor, proposals: Tensor | None, 
         score_threshold: detections below it are left out.
 
     Returns:
-        The detections, on the CPU.
+        The detections, on the CPU; with proposals and glimpses where the head returns them.
     """
     targets: list[Target] | None = None if proposals is None else [{"proposals": proposals.to(detector.device)}]
     [found] = detector([image.to(detector.device)], targets)
     keep = found["scores"] >= score_threshold
-    return Detection(
-        boxes=found["boxes"][keep].cpu(), scores=found["scores"][keep].cpu(), labels=found["labels"][keep].cpu()
-    )
+    return cast(Detection, {name: values[keep].cpu() for name, values in cast(dict[str, Tensor], found).items()})
 
 
 def find_images(names: Sequence[str]) -> list[Path]:
@@ -151,8 +154,31 @@ def _choose_proposals(
     return boxes
 
 
-def _drawing_names(images: Sequence[Path], out: Path) -> list[str]:
-    """Name the drawings after the images, with a number where two would be the same or an image would be lost."""
+def _ask_for_glimpses(detector: TwoStageDetector, checkpoint: str) -> None:
+    head = detector.head
+    if not isinstance(head, ProposalHead):
+        raise UsageError(
+            f"--show-glimpses: the head {type(head).__name__} of {checkpoint} does not tell where it looks"
+        )
+    head.return_glimpses = True
+
+
+def _draw(image: Tensor, found: Detection, class_names: Sequence[str]) -> Tensor:
+    if "glimpses" in found:
+        return glimpse_pictures.draw_glimpses(image, cast(GlimpsedDetection, found), class_names)
+    return visualize.draw(image, found["boxes"], found["labels"], class_names, found["scores"])
+
+
+def drawing_names(images: Sequence[Path], out: Path) -> list[str]:
+    """Name the drawings after the images, with a number where two would be the same or an image would be lost.
+
+    Args:
+        images: what is drawn on.
+        out: the folder of the drawings.
+
+    Returns:
+        One file name an image.
+    """
     names, used = [], {path.name for path in images if path.parent.resolve() == out.resolve()}
     for path in images:
         name, number = f"{path.stem}.png", 2
@@ -165,16 +191,26 @@ def _drawing_names(images: Sequence[Path], out: Path) -> list[str]:
 
 def _record(path: Path, drawing: str, image: Tensor, found: Detection, class_names: Sequence[str]) -> dict[str, Any]:
     columns = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
+    rows: list[dict[str, Any]] = [
+        {"label": class_names[label - 1], "score": score, "box": box} for label, score, box in columns
+    ]
+    if "glimpses" in found:
+        rows = [row | glimpse_pictures.describe(cast(GlimpsedDetection, found), k) for k, row in enumerate(rows)]
     return {
         "file": str(path),
         "drawing": drawing,
         "width": image.shape[2],
         "height": image.shape[1],
-        "detections": [{"label": class_names[label - 1], "score": score, "box": box} for label, score, box in columns],
+        "detections": rows,
     }
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """Find a device: CUDA if there is one for ``auto``, else by its name.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -192,6 +228,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--proposals",
         help="boxes to look at: a source (selective_search), a store, or JSON: image name -> [[x1, y1, x2, y2], ...]",
+    )
+    parser.add_argument(
+        "--show-glimpses",
+        action="store_true",
+        help="draw the proposal of each detection and where the head looked beside it; glimpses.html shows all images",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     options = parser.parse_args(list(arguments))

@@ -41,6 +41,13 @@ class Detection(TypedDict):
     labels: Tensor  # [D] int64 in 1..K
 
 
+class GlimpsedDetection(Detection):
+    """A detection with the proposal that each box came from, and where a head looked beside it, in order."""
+
+    proposals: Tensor  # [D, 4] xyxy in pixels of the image that was passed
+    glimpses: Tensor  # [D, T, M, 2] (x, y): outlines of T glimpses, which may reach beyond the image
+
+
 @dataclass(frozen=True)
 class PixelFormat:
     """How a network expects its pixels; belongs to the backbone, because it comes with the weights.

@@ -24,7 +24,7 @@ from detpipe.errors import UsageError
 from detpipe.files import atomic_write
 from detpipe.types import Detection, Target
 
-__all__ = ["Color", "class_color", "comparison_grid", "draw", "plot_curves", "save_png"]
+__all__ = ["Color", "class_color", "comparison_grid", "draw", "font", "plot_curves", "save_png"]
 
 Color = tuple[int, int, int]  # red, green, blue, 0..255
 Renderer = Literal["auto", "supervision", "torchvision"]
@@ -161,7 +161,7 @@ def comparison_grid(
     heights = [max(pair.height for pair in row) for row in rows]
     canvas = Image.new("RGB", (columns * (width + gap) + gap, header + sum(heights) + gap * len(rows)), _PAPER)
     pen = ImageDraw.Draw(canvas)
-    pen.text((gap, header / 2), _header(score_threshold), fill=_INK, font=_font(17), anchor="lm")
+    pen.text((gap, header / 2), _header(score_threshold), fill=_INK, font=font(17), anchor="lm")
     top = header
     for row, height in zip(rows, heights, strict=True):
         for column, pair in enumerate(row):
@@ -244,14 +244,14 @@ def _draw_torchvision(image: Tensor, boxes: Tensor, tags: _Tags) -> Tensor:
     inside = torch.minimum(boxes.clamp(min=0), limits.to(boxes))
     boxed = draw_bounding_boxes(image, inside, colors=list(tags.colors), width=tags.line_width + 1)
     canvas = Image.fromarray(boxed.permute(1, 2, 0).numpy())
-    pen, font = ImageDraw.Draw(canvas), _font(tags.text_size)
+    pen, face = ImageDraw.Draw(canvas), font(tags.text_size)
     for (x, y, _, _), text, color, text_color in zip(
         inside.tolist(), tags.texts, tags.colors, tags.text_colors, strict=True
     ):
-        wide, high = pen.textlength(text, font=font) + 6, tags.text_size + 4
+        wide, high = pen.textlength(text, font=face) + 6, tags.text_size + 4
         left, top = min(x, width - wide), y - high if y >= high else y
         pen.rectangle((left, top, left + wide, top + high), fill=color)
-        pen.text((left + 3, top + high / 2), text, fill=text_color, font=font, anchor="lm")
+        pen.text((left + 3, top + high / 2), text, fill=text_color, font=face, anchor="lm")
     return _to_tensor(canvas)
 
 
@@ -291,7 +291,7 @@ def _pair(
     for k, (half, text) in enumerate(zip(halves, captions, strict=True)):
         left = k * (panel.shape[2] + gap)
         canvas.paste(Image.fromarray(half.permute(1, 2, 0).numpy()), (left, caption))
-        pen.text((left, caption / 2), text, fill=_FAINT, font=_font(13), anchor="lm")
+        pen.text((left, caption / 2), text, fill=_FAINT, font=font(13), anchor="lm")
     return canvas
 
 
@@ -299,7 +299,8 @@ def _header(score_threshold: float) -> str:
     return f"left: ground truth      right: detections with a score of at least {score_threshold:g}"
 
 
-def _font(size: int) -> Any:
+def font(size: int) -> Any:
+    """The typeface of all pictures, at a size in pixels."""
     return ImageFont.load_default(size)
 
 

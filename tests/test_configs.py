@@ -20,7 +20,8 @@ from detpipe.proposal_files import write_store
 from detpipe.proposals import Anchors
 from detpipe.types import Target
 
-MODELS = sorted(runs.CONFIGS.glob("*.yaml"))
+OTHERS = ("region_classifier", "superpixel_weak", "stn_digits")  # no detectors: their commands have tests of their own
+MODELS = sorted(path for path in runs.CONFIGS.glob("*.yaml") if path.stem not in OTHERS)
 OVERLAYS = sorted((runs.CONFIGS / "data").glob("*.yaml"))
 BACKBONES = sorted((runs.CONFIGS / "backbones").glob("*.yaml"))
 SOURCES = sorted((runs.CONFIGS / "proposals").glob("*.yaml"))
@@ -71,6 +72,8 @@ def train(folder: Path, *arguments: Path | str) -> dict[str, Any]:
 
 def test_there_are_configurations() -> None:
     assert {"fast_rcnn_se", "fast_rcnn_squeezenet", "faster_rcnn_se_fpn"} <= set(map(name_of, MODELS))
+    assert {"fast_rcnn_se_stn", "aod", "cascade"} <= set(map(name_of, MODELS))
+    assert all((runs.CONFIGS / f"{name}.yaml").is_file() for name in OTHERS)
     assert {"voc07", "voc0712", "coco", "voc_custom", "coco_custom"} <= set(map(name_of, OVERLAYS))
 
 
@@ -90,6 +93,29 @@ def test_a_model_runs_two_steps_on_the_demo_set(path: Path, demo_root: Path, tmp
     assert config.seed_everything == 0
     result = train(tmp_path, path, *runs.demo(demo_root))
     assert set(result["per_class"]) == set("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "want"),
+    [
+        ("fast_rcnn_se_stn", ["--model.head.glimpse.kind", "tps"], ("glimpse", "settings", "kind", "tps")),
+        ("fast_rcnn_se", ["--model.head.glimpse", "projective"], ("glimpse", "settings", "kind", "projective")),
+        ("aod", ["--model.head.glimpses.length", "3"], ("glimpses", "length", 3)),
+        (
+            "aod",
+            ["--model.head.estimator", "Pathwise", "--model.head.pooler", "RoIAlign"],
+            ("pooler", "sampling_ratio", 2),
+        ),
+        ("aod", ["--model.head.estimator.episodes", "4"], ("estimator", "episodes", 4)),
+        ("cascade", ["--model.head.later.ious", "[0.6, 0.65]"], ("later", "ious", [0.6, 0.65])),
+    ],
+)
+def test_heads_are_changed_as_their_headers_show(name: str, changes: list[str], want: tuple[Any, ...]) -> None:
+    value = CLI([str(runs.CONFIGS / f"{name}.yaml"), *changes], training._add_arguments).model.head
+    *path, expected = want
+    for part in path:
+        value = getattr(value, part)
+    assert value == expected
 
 
 @pytest.mark.parametrize("path", BACKBONES, ids=name_of)

@@ -12,8 +12,23 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from detpipe import DenseGrid, Extractor, FastRCNNHead, Level, RoIAlign, RoISampler, SEResNet, TwoStageDetector
+from detpipe import (
+    AttentionalHead,
+    CascadeHead,
+    DenseGrid,
+    Extractor,
+    FastRCNNHead,
+    GlimpseSequence,
+    Level,
+    Pathwise,
+    Reinforce,
+    RoIAlign,
+    RoISampler,
+    SEResNet,
+    TwoStageDetector,
+)
 from detpipe.detector import total_loss
+from detpipe.heads import ProposalHead
 from detpipe.stages import Backbone
 
 CLASSES = 3
@@ -32,6 +47,18 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
 def our_head(backbone: Backbone) -> FastRCNNHead:
     sampler = RoISampler(rois_per_image=16)
     return FastRCNNHead(backbone.out_channels, CLASSES, backbone.strides, pooler=RoIAlign(3), fc=[32], sampler=sampler)
+
+
+def heads_that_look_again(backbone: Backbone) -> dict[str, ProposalHead]:
+    """The heads that look more than once, each in the place of ours above."""
+    common = {"fc": [32], "sampler": RoISampler(rois_per_image=16), "pooler": RoIAlign(3)}
+    shape = (backbone.out_channels, CLASSES, backbone.strides)
+    return {
+        "glimpse": FastRCNNHead(*shape, **common, glimpse="affine"),
+        "reinforce": AttentionalHead(*shape, **common, estimator=Reinforce(3)),
+        "pathwise": AttentionalHead(*shape, **common, estimator=Pathwise(), glimpses=GlimpseSequence(3)),
+        "cascade": CascadeHead(*shape, **common),
+    }
 
 
 def their_rpn(backbone: Backbone) -> RegionProposalNetwork:
@@ -100,6 +127,21 @@ def test_our_stages_in_torchvisions_detector(backbone, parts):
     check_training(model, losses)
     with torch.no_grad():
         check_detections(model.eval()(IMAGES))
+
+
+@pytest.mark.parametrize("backbone", ["SEResNet", "SEResNet of two levels"])
+@pytest.mark.parametrize("name", ["glimpse", "reinforce", "pathwise", "cascade"])
+def test_heads_that_look_again_in_torchvisions_detector(backbone, name):
+    model = their_detector(BACKBONES[backbone]())
+    model.roi_heads = heads_that_look_again(model.backbone)[name]
+    losses = model.train()(IMAGES, TARGETS)
+    others = {key for key, value in losses.items() if not key.startswith("loss_")}
+    assert all(key.startswith("glimpse_") and not losses[key].requires_grad for key in others)
+    check_training(model, losses)
+    model.eval().roi_heads.return_glimpses = True
+    with torch.no_grad():
+        found = model(IMAGES)
+    check_detections(found)
 
 
 @pytest.mark.parametrize("backbone", list(BACKBONES))

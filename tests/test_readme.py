@@ -51,6 +51,19 @@ def test_attention_in_a_network_of_others(page: str) -> None:
     assert added == [f"layer{stage}.{block}.attention" for stage, count in ((3, 6), (4, 3)) for block in range(count)]
 
 
+def test_a_spatial_transformer_in_a_plain_network() -> None:
+    [code] = blocks("python", (ROOT / "docs/spatial_transformer.md").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    exec(compile(code, "spatial_transformer.md", "exec"), names)
+    assert names["logits"].shape == (4, 10)
+    assert names["seen"].output.shape == (4, 3, 32, 32)
+    corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+    assert torch.equal(names["outline"], corners.expand(4, 4, 2))  # the identity
+    names["logits"].sum().backward()
+    assert names["transformer"].localization.choose.theta.bias.grad.abs().sum() > 0
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+
+
 @pytest.mark.parametrize("marker", ["the main job", "the tests"])
 def test_continuous_integration_finds_its_commands(marker: str) -> None:
     found = re.findall(rf"^<!-- {marker} -->\n```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)

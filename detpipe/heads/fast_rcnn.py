@@ -1,10 +1,7 @@
-"""The Fast R-CNN head: pool each proposal, classify it, and refine its box.
+"""The Fast R-CNN head: pool each proposal, classify it, and refine its box; on request with a second look.
 
-Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, sections 2.1 to 2.3.
-
-Deviations:
-1. Both losses are sums over the sampled RoIs divided by max(1, their number), so that a batch without any is finite.
-2. Smooth L1 acts on weighted deltas, see :mod:`detpipe.boxes`.
+Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, sections 2.1 to 2.3; its losses: :mod:`detpipe.heads.objective`; the second
+look: :mod:`detpipe.heads.glimpse`.
 
 N images, P proposals an image, S sampled RoIs an image, K foreground classes, B = K boxes a RoI (1 if class-agnostic).
 """
@@ -12,24 +9,24 @@ N images, P proposals an image, S sampled RoIs an image, K foreground classes, B
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detpipe import boxes as box_ops
-from detpipe import matching
+from detpipe.heads.base import Found, ProposalHead
+from detpipe.heads.glimpse import Glimpse, GlimpseSettings, Kind
+from detpipe.heads.layers import hidden_layers, output_layers
+from detpipe.heads.objective import box_losses
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.roi_pooling import RoIAlign, RoIPooler
-from detpipe.stages import Losses, RoIHead
-from detpipe.types import Detection, Features, Target
-
-ROIS_PER_PASS = 4096  # at inference; bounds the memory of pooled features
+from detpipe.stages import Losses
+from detpipe.types import Features, Target
 
 
-class FastRCNNHead(RoIHead):
+class FastRCNNHead(ProposalHead):
     """Classify and refine proposals.
 
     Args:
@@ -41,9 +38,10 @@ class FastRCNNHead(RoIHead):
         class_agnostic: one refined box for all classes instead of one for each.
         sampler: which RoIs are trained on.
         postprocess: what becomes a detection.
+        glimpse: a second look at the map: a kind of transform, or :class:`GlimpseSettings`; None for none.
 
     Raises:
-        ValueError: ``num_classes`` below 1, no layer in ``fc``, or no level in ``strides``.
+        ValueError: ``num_classes`` below 1, no layer in ``fc``, no level in ``strides``, or an unknown kind of glimpse.
 
     Example:
         >>> head = FastRCNNHead(8, num_classes=2, strides={"c4": 16}, fc=[16]).eval()
@@ -63,59 +61,20 @@ class FastRCNNHead(RoIHead):
         class_agnostic: bool = False,
         sampler: RoISampler = RoISampler(),  # noqa: B008 (frozen)
         postprocess: Postprocess = Postprocess(),  # noqa: B008 (frozen)
+        glimpse: GlimpseSettings | Kind | None = None,
     ) -> None:
-        super().__init__()
-        if num_classes < 1 or not fc or min(fc) < 1 or not strides:
-            raise ValueError(
-                f"expected num_classes >= 1, at least one layer in fc and one level in strides; got {num_classes=}, "
-                f"{fc=}, {strides=}"
-            )
-        self.num_classes, self.strides, self.class_agnostic = num_classes, dict(strides), class_agnostic
+        super().__init__(num_classes, strides, fc, sampler, postprocess)
+        self.class_agnostic = class_agnostic
         self.pooler = RoIAlign(7) if pooler is None else pooler
-        self.sampler, self.postprocess = sampler, postprocess
         height, width = self.pooler.output_size
-        widths = [in_channels * height * width, *fc]
-        layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
-        self.shared = nn.Sequential(*layers)
-        self.classifier = nn.Linear(widths[-1], num_classes + 1)
-        self.regressor = nn.Linear(widths[-1], 4 * (1 if class_agnostic else num_classes))
-        for layer, std in ((self.classifier, 0.01), (self.regressor, 0.001)):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
-
-    def forward(
-        self,
-        features: Features,
-        proposals: list[Tensor],
-        image_sizes: list[tuple[int, int]],
-        targets: list[Target] | None = None,
-    ) -> tuple[list[Detection], Losses]:
-        """Train on sampled proposals, or detect among all.
-
-        Args:
-            features: level name -> ``[N, C, H_l, W_l]``.
-            proposals: N tensors ``[P_i, 4]`` xyxy in pixels of the batch.
-            image_sizes: height and width of each image inside the padded batch.
-            targets: N targets with ``boxes`` and ``labels``; needed in training.
-
-        Returns:
-            In training ``[]`` and ``loss_classifier``, ``loss_box_reg``; else N detections and ``{}``.
-
-        Raises:
-            ValueError: training without targets.
-        """
-        if self.training:
-            if targets is None:
-                raise ValueError("the head is in training mode and needs targets; call eval() to detect")
-            rois = self.sampler(proposals, targets)
-            return [], self._losses(rois, *self.predict(features, rois.rois))
-        boxes, present = matching.pad(proposals)
-        valid = present & box_ops.valid(boxes)
-        boxes = box_ops.fill(boxes, valid)
-        scores, refined = self._detect(features, boxes)
-        return self.postprocess(scores, refined, valid, image_sizes), {}
+        self.shared = hidden_layers(in_channels * height * width, fc)
+        self.classifier, self.regressor = output_layers(fc[-1], num_classes, class_agnostic)
+        self.glimpse = None
+        if glimpse is not None:
+            settings = glimpse if isinstance(glimpse, GlimpseSettings) else GlimpseSettings(glimpse)
+            samples = settings.samples_beside(self.pooler)
+            self.glimpse = Glimpse(in_channels, (height, width), settings, samples, self.pooler.levels)
+            _widen(self.shared, self.glimpse.out_channels // in_channels)
 
     def predict(self, features: Features, rois: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the outputs of the network for boxes.
@@ -127,28 +86,41 @@ class FastRCNNHead(RoIHead):
         Returns:
             logits ``[N, P, K + 1]`` and deltas ``[N, P, B, 4]``.
         """
-        pooled = self.pooler(features, rois, self.strides)  # [N, P, C, h, w]
+        return self._predict(features, rois)[:2]
+
+    def losses(
+        self, features: Features, rois: RoITargets, image_sizes: list[tuple[int, int]], targets: list[Target]
+    ) -> Losses:
+        """Compute ``loss_classifier`` and ``loss_box_reg``; with a glimpse also where it looks, to log it."""
+        logits, deltas, theta = self._predict(features, rois.rois)
+        losses = box_losses(rois, logits, deltas)
+        if self.glimpse is not None and theta is not None:
+            losses |= self.glimpse.statistics(theta, rois.valid)
+        return losses
+
+    def detect(self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]]) -> Found:
+        """Classify and refine boxes ``[N, P, 4]``; the outline of the transform is the only glimpse."""
+        logits, deltas, theta = self._predict(features, boxes)
+        refined = box_ops.decode(deltas.float(), boxes[:, :, None].float())
+        outline = boxes.new_zeros((*boxes.shape[:2], 0, 4, 2))
+        if self.glimpse is not None and theta is not None and self.return_glimpses:
+            outline = self.glimpse.outline(theta, boxes)[:, :, None]
+        return Found(F.softmax(logits.float(), dim=-1)[..., 1:], refined, outline)
+
+    def _predict(self, features: Features, rois: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        pooled, theta = self.pooler(features, rois, self.strides), None  # [N, P, C, h, w]
+        if self.glimpse is not None:
+            pooled, theta = self.glimpse(features, rois, pooled, self.strides)
         hidden = self.shared(pooled.flatten(0, 1))
         logits, deltas = self.classifier(hidden), self.regressor(hidden)
-        return logits.unflatten(0, rois.shape[:2]), deltas.unflatten(0, rois.shape[:2]).unflatten(-1, (-1, 4))
+        return logits.unflatten(0, rois.shape[:2]), deltas.unflatten(0, rois.shape[:2]).unflatten(-1, (-1, 4)), theta
 
-    def _losses(self, targets: RoITargets, logits: Tensor, deltas: Tensor) -> Losses:
-        logits, deltas = logits.float(), deltas.float()
-        count = targets.valid.sum().clamp(min=1)
-        entropy = F.cross_entropy(logits.flatten(0, 1), targets.labels.flatten(), reduction="none")
-        loss_classifier = (entropy * targets.valid.flatten()).sum() / count
-        column = torch.zeros_like(targets.labels) if self.class_agnostic else (targets.labels - 1).clamp(min=0)
-        chosen = deltas.gather(2, column[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
-        # what is not foreground is compared with itself: log() stays finite, and the mask takes it out
-        counts = targets.foreground[..., None]
-        rois, boxes = box_ops.fill(targets.rois, counts[..., 0]), box_ops.fill(targets.boxes, counts[..., 0])
-        wanted = box_ops.encode(boxes, rois)
-        distance = F.smooth_l1_loss(chosen, wanted, reduction="none") * counts
-        return {"loss_classifier": loss_classifier, "loss_box_reg": distance.sum() / count}
 
-    def _detect(self, features: Features, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute scores ``[N, P, K]`` and refined boxes ``[N, P, B, 4]``, a bounded number of RoIs at a time."""
-        size = max(1, ROIS_PER_PASS // len(boxes))
-        parts = [self.predict(features, part) for part in boxes.split(size, dim=1)]
-        logits, deltas = (torch.cat(part, dim=1).float() for part in zip(*parts, strict=True))
-        return F.softmax(logits, dim=-1)[..., 1:], box_ops.decode(deltas, boxes[:, :, None].float())
+def _widen(shared: nn.Sequential, times: int) -> None:
+    """Let the first linear layer read maps of more channels, with weights of zero for what is new."""
+    if times > 1:
+        linear = shared[1]
+        assert isinstance(linear, nn.Linear)
+        new = torch.zeros(linear.out_features, linear.in_features * (times - 1))
+        linear.weight = nn.Parameter(torch.cat((linear.weight.detach(), new), dim=1))
+        linear.in_features *= times

@@ -54,6 +54,22 @@ class Postprocess:
         Returns:
             N detections, best first.
         """
+        return self.select(scores, boxes, valid, image_sizes)[0]
+
+    def select(
+        self, scores: Tensor, boxes: Tensor, valid: Tensor, image_sizes: list[tuple[int, int]]
+    ) -> tuple[list[Detection], list[Tensor]]:
+        """Select detections, and tell which proposals they came from.
+
+        Args:
+            scores: as of a call.
+            boxes: as of a call.
+            valid: as of a call.
+            image_sizes: as of a call.
+
+        Returns:
+            N detections, best first, and N tensors ``[D]`` int64 in 0..P-1.
+        """
         images, proposals, classes = scores.shape
         count = min(self.candidates_per_image, proposals * classes)
         scores = scores.float().masked_fill(~valid[..., None], -1.0).flatten(1)
@@ -66,18 +82,21 @@ class Postprocess:
         heights, widths = scores.new_tensor(image_sizes).reshape(images, 2, 1).unbind(1)
         chosen = box_ops.clip(chosen, heights, widths)
         keep = (scores > self.score_threshold) & box_ops.valid(chosen)
-        return self._suppress(scores, chosen, label + 1, keep)
+        return self._suppress(scores, chosen, label + 1, row, keep)
 
-    def _suppress(self, scores: Tensor, boxes: Tensor, labels: Tensor, keep: Tensor) -> list[Detection]:
+    def _suppress(
+        self, scores: Tensor, boxes: Tensor, labels: Tensor, rows: Tensor, keep: Tensor
+    ) -> tuple[list[Detection], list[Tensor]]:
         image, column = keep.nonzero(as_tuple=True)
-        scores, boxes, labels = scores[image, column], boxes[image, column], labels[image, column]
+        scores, boxes, labels, rows = (values[image, column] for values in (scores, boxes, labels, rows))
         if len(boxes):
             group = image * (labels.max() + 1) + labels
             apart = boxes.double() + (group * (boxes.max().double() + 1))[:, None]
             kept = nms(apart, scores.double(), self.nms_iou)  # best first
-            image, scores, boxes, labels = image[kept], scores[kept], boxes[kept], labels[kept]
-        found = []
+            image, scores, boxes, labels, rows = (values[kept] for values in (image, scores, boxes, labels, rows))
+        found, sources = [], []
         for index in range(len(keep)):
-            rows = (image == index).nonzero()[: self.detections_per_image, 0]
-            found.append(Detection(boxes=boxes[rows], scores=scores[rows], labels=labels[rows]))
-        return found
+            best = (image == index).nonzero()[: self.detections_per_image, 0]
+            found.append(Detection(boxes=boxes[best], scores=scores[best], labels=labels[best]))
+            sources.append(rows[best])
+        return found, sources

@@ -22,6 +22,12 @@ class RoITargets:
     valid: Tensor  # [N, S] bool, False where an image has fewer than S
     foreground: Tensor  # [N, S] bool
 
+    def repeated(self, times: int) -> RoITargets:
+        """Put the RoIs of each image behind one another, several times: ``[N, times S]``."""
+        rois, boxes = (values.repeat(1, times, 1) for values in (self.rois, self.boxes))
+        labels, valid, foreground = (values.repeat(1, times) for values in (self.labels, self.valid, self.foreground))
+        return RoITargets(rois, labels, boxes, valid, foreground)
+
 
 @dataclass(frozen=True)
 class RoISampler:
@@ -90,6 +96,30 @@ class RoISampler:
         labels = truth.labels.gather(1, matched).where(foreground, torch.zeros_like(index))
         wanted = torch.where(foreground[..., None], _take(truth.boxes, matched), rois)
         return RoITargets(rois, labels, wanted, valid, foreground)
+
+    @torch.no_grad()
+    def rematch(self, rois: Tensor, valid: Tensor, targets: list[Target], positive_iou: float) -> RoITargets:
+        """Match moved RoIs anew, all of them, without sampling: the later stages of a cascade.
+
+        Args:
+            rois: ``[N, S, 4]`` xyxy, finite; those without an area take no part.
+            valid: ``[N, S]`` bool.
+            targets: N targets in the same frame.
+            positive_iou: a RoI is foreground from this IoU with an object on, and else background unless it is ignored.
+
+        Returns:
+            The same RoIs.
+        """
+        truth = matching.gather_targets(targets)
+        valid = valid & box_ops.valid(rois)
+        rois = box_ops.fill(rois.to(truth.boxes.dtype), valid)
+        found = matching.assign(rois, valid, truth, positive_iou, (0.0, positive_iou), self.ignore_overlap)
+        valid = found.foreground | found.background
+        if truth.boxes.shape[1] == 0:
+            return RoITargets(rois, torch.zeros_like(found.matched), rois, valid, found.foreground)
+        labels = truth.labels.gather(1, found.matched).where(found.foreground, torch.zeros_like(found.matched))
+        wanted = torch.where(found.foreground[..., None], _take(truth.boxes, found.matched), rois)
+        return RoITargets(rois, labels, wanted, valid, found.foreground)
 
 
 def _take(boxes: Tensor, index: Tensor) -> Tensor:

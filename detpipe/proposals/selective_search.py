@@ -15,11 +15,11 @@ from typing import ClassVar
 import cv2
 import numpy as np
 
-from detpipe.errors import UsageError
 from detpipe.proposals.image_source import Candidates, Image, ImageProposals
 from detpipe.proposals.region_grouping import SIMILARITIES, Grouping, group
 from detpipe.proposals.regions import Regions, describe, quantize_color, quantize_texture
 from detpipe.suggest import did_you_mean
+from detpipe.superpixels import check_scikit_image
 from detpipe.types import PixelFormat
 
 COLOR_SPACES = ("rgb", "hsv", "lab", "rgi", "gray")
@@ -149,16 +149,6 @@ def convert(image: Image, space: str) -> Image:
         return np.concatenate((255 * values[:, :, :2] / (total + 1), total / 3), axis=2).astype(np.uint8)
     code = {"hsv": cv2.COLOR_RGB2HSV_FULL, "lab": cv2.COLOR_RGB2LAB, "gray": cv2.COLOR_RGB2GRAY}[space]
     return np.asarray(cv2.cvtColor(image, code), np.uint8).reshape(*image.shape[:2], -1)
-
-
-def check_scikit_image(source: str) -> None:
-    """Raise UsageError if scikit-image is missing, and say what for and how to install it."""
-    try:
-        import skimage.segmentation  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"{source} needs scikit-image, which is not installed: pip install 'detpipe[proposals]'"
-        ) from error
 
 
 def _check_names(argument: str, names: Sequence[str], known: Sequence[str]) -> None:

@@ -19,8 +19,11 @@ from detpipe.proposals.image_source import Candidates, Image, ImageProposals
 from detpipe.proposals.opencv_contrib import ximgproc
 from detpipe.proposals.region_grouping import group
 from detpipe.proposals.regions import Floats, Ints, Regions, describe, quantize_color, quantize_texture
-from detpipe.proposals.selective_search import DEFAULT_STRATEGIES, check_scikit_image, convert, in_random_order
+from detpipe.proposals.selective_search import DEFAULT_STRATEGIES, convert, in_random_order
 from detpipe.suggest import did_you_mean
+from detpipe.superpixels import check_scikit_image
+from detpipe.superpixels import renumber as _renumber
+from detpipe.superpixels import slic as _slic
 from detpipe.types import PixelFormat
 
 METHODS = ("slic", "seeds")
@@ -105,12 +108,6 @@ class Superpixels(ImageProposals):
         return Candidates(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
-def _slic(image: Image, segments: int, compactness: float) -> Ints:
-    from skimage.segmentation import slic
-
-    return _renumber(slic(image, n_segments=segments, compactness=compactness, start_label=0))
-
-
 def _seeds(image: Image, segments: int, compactness: float) -> Ints:
     height, width, channels = image.shape
     segments = _possible(max(10, segments), height, width)
@@ -128,11 +125,6 @@ def _possible(segments: int, height: int, width: int) -> int:
     rows = int(np.sqrt(segments * height / width))  # as OpenCV computes them
     possible = int(np.clip(rows, max(2, math.ceil(2 * height / width)), height // 2))
     return segments if rows == possible else math.ceil(possible**2 * width / height)
-
-
-def _renumber(labels: Ints) -> Ints:
-    """Number regions from 0 without gaps."""
-    return np.unique(labels, return_inverse=True)[1].reshape(labels.shape).astype(np.int32)
 
 
 def _pairs(regions: Regions) -> Floats:

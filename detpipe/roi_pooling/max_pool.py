@@ -135,6 +135,8 @@ class RoIMaxPool(RoIPooler):
         torch.Size([1, 2, 3, 3])
     """
 
+    has_box_gradient = False
+
     def __init__(
         self,
         output_size: int | tuple[int, int] = 7,

@@ -20,6 +20,7 @@ class RoIPooler(nn.Module, ABC):
     """
 
     sides = SIDES  # the numbers that a box consists of
+    has_box_gradient = True  # False where boxes are rounded
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from torch import nn
 
 from detpipe.boxes import encode
 from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
-from detpipe.heads import fast_rcnn as module
+from detpipe.heads import base as module
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool
 
 STRIDES = {"c3": 8, "c4": 16}
@@ -121,10 +121,10 @@ def test_passes_of_bounded_size_change_nothing(monkeypatch):
     features, proposals, _ = inputs()
     whole, _ = head(features, proposals, SIZES)
     sizes = []
-    predict = FastRCNNHead.predict
+    predict = FastRCNNHead._predict
     monkeypatch.setattr(module, "ROIS_PER_PASS", 12)
     monkeypatch.setattr(
-        FastRCNNHead, "predict", lambda s, f, rois: (sizes.append(rois[..., 0].numel()), predict(s, f, rois))[1]
+        FastRCNNHead, "_predict", lambda s, f, rois: (sizes.append(rois[..., 0].numel()), predict(s, f, rois))[1]
     )
     parts, _ = head(features, proposals, SIZES)
     assert len(sizes) > 1

@@ -1,0 +1,256 @@
+"""What each pixel of an image truly shows: VOC's segmentation masks, COCO's segmentations, or what can be made of boxes.
+
+Masks are ``[H, W]`` int32 in the frame of the image file: 0 is background, 1..K the classes, -1 is ignored.
+
+::
+
+    root/JPEGImages/2007_000032.jpg             VOC: palette PNGs in which 255 is ignored; only the images of the lists in
+    root/SegmentationClass/2007_000032.png      ImageSets/Segmentation have them
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
+
+from detpipe.datasets.coco import COCO
+from detpipe.datasets.coco_segmentations import IGNORED, Mask, coco_mask
+from detpipe.datasets.datamodule import DetectionData, Split
+from detpipe.datasets.decode import MAX_PIXELS
+from detpipe.datasets.voc import VOC
+from detpipe.errors import DataError
+from detpipe.strict_json import load_json
+from detpipe.superpixels import Segmentation, Segmenter
+from detpipe.types import Annotations, Target
+
+Kind = Literal["auto", "superpixels", "boxes"]
+
+VOC_IGNORED = 255
+TRUTH_SEGMENTS = 400  # superpixels an image of masks that are made of boxes, whatever a model uses
+
+
+class Masks(ABC):
+    """The true masks of a split.
+
+    Attributes:
+        source: what they are and where they come from, for a log.
+    """
+
+    source: str
+
+    @abstractmethod
+    def read(self, image: Tensor, target: Target) -> Mask:
+        """Read or make the mask of one image.
+
+        Args:
+            image: ``[3, H, W]`` uint8 RGB as in its file, nothing augmented.
+            target: what the data set says of it.
+
+        Returns:
+            ``[H, W]``.
+
+        Raises:
+            DataError: there is none, or it does not fit the image; the file is named.
+        """
+
+
+def open_masks(data: DetectionData, split: Split, kind: Kind = "auto") -> Masks:
+    """Find the true masks of a split.
+
+    Args:
+        data: the data set.
+        split: ``"train"``, ``"val"`` or ``"test"``.
+        kind: "auto" takes the masks of the data set, and where it has none "superpixels"; "superpixels" gives each superpixel the
+            class of the box that covers most of it; "boxes" gives each pixel that of its box.
+
+    Returns:
+        The masks; ``source`` says which.
+
+    Raises:
+        ValueError: an unknown kind.
+        DataError: the data set has masks for some images only, or they cannot be read.
+    """
+    if kind not in ("auto", "superpixels", "boxes"):
+        raise ValueError(f"kind must be 'auto', 'superpixels' or 'boxes', got {kind!r}")
+    annotations, why = data.annotations(split), "as asked for"
+    if kind == "auto":
+        if isinstance(data, VOC):
+            if any((annotations.root / path).parent.is_dir() for path in map(_png, annotations.file_names)):
+                return VOCMasks(annotations)
+            why = f"{data.root} has no folder SegmentationClass"
+        elif isinstance(data, COCO):
+            path = data._files(split)[0]
+            records = load_json(path)["annotations"]
+            if any(record.get("segmentation") for record in records):
+                return COCOMasks(annotations, path, records)
+            why = f"{path} has no segmentations"
+        else:
+            why = f"{type(data).__name__} has boxes only"
+    return BoxMasks(kind == "boxes", why)
+
+
+class VOCMasks(Masks):
+    """Palette PNGs in ``SegmentationClass``.
+
+    Args:
+        annotations: of the split.
+
+    Raises:
+        DataError: an image has no mask.
+    """
+
+    def __init__(self, annotations: Annotations) -> None:
+        self.root, self.classes = annotations.root, annotations.num_classes
+        missing = [path for path in map(_png, annotations.file_names) if not (self.root / path).is_file()]
+        if missing:
+            raise DataError(
+                f"{self.root / missing[0]}: no such mask, and {len(missing) - 1} more of {len(annotations)} are missing; name a "
+                "list of images that have masks as the split, such as ImageSets/Segmentation/val.txt"
+            )
+        self.source = f"segmentation masks of {self.root} (SegmentationClass)"
+
+    def read(self, image: Tensor, target: Target) -> Mask:
+        """Read one PNG."""
+        path = self.root / _png(target["file_name"])  # type: ignore[typeddict-item]
+        return voc_mask(path, (image.shape[1], image.shape[2]), self.classes)
+
+
+class COCOMasks(Masks):
+    """Polygons and run lengths of an annotation file.
+
+    Args:
+        annotations: of the split.
+        path: the annotation file.
+        records: its annotations.
+
+    Raises:
+        DataError: an annotation has no segmentation.
+    """
+
+    def __init__(self, annotations: Annotations, path: Path, records: list[dict[str, Any]]) -> None:
+        self.path, self.labels = path, {key: row + 1 for row, key in enumerate(annotations.category_ids)}
+        self.source = f"segmentations of {path}"
+        self._records: dict[int, list[dict[str, Any]]] = {}
+        known = set(annotations.image_ids.tolist())
+        for record in records:
+            if record.get("image_id") not in known:
+                continue
+            if not record.get("segmentation"):
+                raise DataError(
+                    f"{path}: annotation id {record.get('id')} has no segmentation, but others have; add it, or remove all"
+                )
+            self._records.setdefault(record["image_id"], []).append(record)
+
+    def read(self, image: Tensor, target: Target) -> Mask:
+        """Draw the objects of one image."""
+        records = self._records.get(int(target["image_id"]), [])  # type: ignore[typeddict-item]
+        try:
+            return coco_mask(records, (image.shape[1], image.shape[2]), self.labels)
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from error
+
+
+class BoxMasks(Masks):
+    """Masks made of boxes.
+
+    Args:
+        whole: each pixel of a box, not each superpixel that it covers most of.
+        why: there are no better ones.
+    """
+
+    def __init__(self, whole: bool, why: str) -> None:
+        self.whole = whole
+        self._segmenter = Segmenter(Segmentation(TRUTH_SEGMENTS))
+        kind = "boxes" if whole else f"superpixel-majority masks of boxes ({TRUTH_SEGMENTS} SLIC superpixels an image)"
+        self.source = f"{kind}: {why}"
+
+    def read(self, image: Tensor, target: Target) -> Mask:
+        """Make the mask of one image."""
+        height, width = image.shape[1:]
+        regions = np.arange(height * width).reshape(height, width) if self.whole else self._segmenter(image)
+        labels = target["labels"].cpu().numpy()  # type: ignore[typeddict-item]
+        crowd = target.get("iscrowd")
+        if crowd is not None:
+            labels = np.where(crowd.cpu().numpy(), IGNORED, labels)
+        return majority_mask(regions, target["boxes"].cpu().numpy(), labels)  # type: ignore[typeddict-item]
+
+
+def voc_mask(path: str | Path, size: tuple[int, int], classes: int) -> Mask:
+    """Read a segmentation mask of VOC.
+
+    Args:
+        path: a palette (or gray) PNG whose values are classes; 255 is ignored.
+        size: height and width of the image.
+        classes: K.
+
+    Returns:
+        ``[H, W]``.
+
+    Raises:
+        DataError: the file is missing, is not such a PNG, is of another size, or has a class that is not known.
+    """
+    try:
+        with Image.open(path) as png:
+            if png.width * png.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path}: {png.width} x {png.height} pixels are more than {MAX_PIXELS}; use smaller masks"
+                )
+            if png.mode not in ("P", "L"):
+                raise DataError(
+                    f"{path}: expected a palette or gray PNG, whose values are classes, got mode {png.mode!r}"
+                )
+            mask = np.array(png, dtype=np.int32)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such mask") from error
+    except Exception as error:  # decoders raise anything on damaged files
+        raise DataError(
+            f"{path}: cannot be decoded as a mask ({str(error).splitlines()[0]}); replace the file"
+        ) from error
+    if mask.shape != size:
+        raise DataError(
+            f"{path}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels, but its image {size[1]} x {size[0]}"
+        )
+    mask[mask == VOC_IGNORED] = IGNORED
+    if mask.max() > classes:
+        raise DataError(f"{path}: has the class {mask.max()}, expected 0 (background) to {classes}, or 255 (ignored)")
+    return mask
+
+
+def majority_mask(regions: npt.NDArray[np.integer], boxes: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Mask:
+    """Give each region the class of the box that covers most of it, if that is more than half; background otherwise.
+
+    Args:
+        regions: ``[H, W]`` the region of each pixel, from 0.
+        boxes: ``[G, 4]`` xyxy in pixels; a pixel is covered where its center is.
+        labels: ``[G]`` what to write.
+
+    Returns:
+        ``[H, W]``. Of boxes that cover as much, the smaller one counts.
+
+    Example:
+        >>> majority_mask(np.array([[0, 0, 0, 1]]), np.array([[1.0, 0.0, 3.0, 1.0]]), np.array([7])).tolist()
+        [[7, 7, 7, 0]]
+    """
+    pixels = np.bincount(regions.ravel())
+    best, label = pixels / 2, np.zeros(len(pixels), np.int32)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    for g in np.argsort(areas, kind="stable").tolist():
+        x1, y1, x2, y2 = np.ceil(boxes[g] - 0.5).clip(min=0).astype(int).tolist()  # pixels whose centers are inside
+        covered = np.bincount(regions[y1:y2, x1:x2].ravel(), minlength=len(pixels))
+        better = covered > best
+        best[better], label[better] = covered[better], labels[g]
+    return label[regions]
+
+
+def _png(file_name: str) -> str:
+    """``VOC2012/JPEGImages/a.jpg`` -> ``VOC2012/SegmentationClass/a.png``."""
+    path = PurePosixPath(file_name)
+    return str(path.parent.parent / "SegmentationClass" / f"{path.stem}.png")

@@ -1,0 +1,187 @@
+"""Where a head looked: for each detection its proposal, the glimpses in order, and the box found, as pictures and one page.
+
+A picture shows the image with all its detections, and below it a panel for each of the best ones: the proposal as a dashed line,
+glimpse 1, 2, ... from yellow to violet with a dot at the upper left corner of its frame, which tells how it is turned, and the
+box as a thick line in the color of its class. ``glimpses.html`` beside the pictures shows those of all images.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from detpipe import visualize
+from detpipe.files import atomic_write
+from detpipe.types import GlimpsedDetection
+
+PAGE = "glimpses.html"
+PANEL, CAPTION, GAP, COLUMNS = 232, 20, 8, 4
+SHOWN = 8  # detections of an image that have a panel
+AROUND = 0.25  # of what a panel shows, on each side
+FIRST, LAST = (255, 214, 0), (190, 40, 255)  # colors of the first and the last glimpse
+_PAPER, _INK, _OUTSIDE = (255, 255, 255), (30, 34, 40), (110, 110, 110)
+
+
+def draw_glimpses(image: Tensor, found: GlimpsedDetection, class_names: Sequence[str], shown: int = SHOWN) -> Tensor:
+    """Draw what a head looked at for its best detections.
+
+    Args:
+        image: ``[3, H, W]`` uint8 RGB.
+        found: detections in pixels of ``image``, best first.
+        class_names: [K], the name of label 1 first.
+        shown: at most this many detections have a panel.
+
+    Returns:
+        ``[3, H', W']`` uint8: the image with all detections, and the panels below.
+    """
+    whole = visualize.draw(image, found["boxes"], found["labels"], class_names, found["scores"])
+    count = min(shown, len(found["scores"]))
+    if not count:
+        return whole
+    panels = [_panel(image, found, index, class_names) for index in range(count)]
+    columns = min(COLUMNS, count)
+    rows = -(-count // columns)
+    width = max(whole.shape[2], columns * (PANEL + GAP) + GAP)
+    top = whole.shape[1] + GAP + CAPTION
+    canvas = Image.new("RGB", (width, top + rows * (PANEL + CAPTION + GAP)), _PAPER)
+    canvas.paste(_to_image(whole), ((width - whole.shape[2]) // 2, 0))
+    pen, font = ImageDraw.Draw(canvas), visualize.font(13)
+    pen.text((GAP, whole.shape[1] + GAP / 2 + CAPTION / 2), _legend(found), fill=_INK, font=font, anchor="lm")
+    for index, panel in enumerate(panels):
+        row, column = divmod(index, columns)
+        left, upper = GAP + column * (PANEL + GAP), top + row * (PANEL + CAPTION + GAP)
+        name, score = class_names[int(found["labels"][index]) - 1], float(found["scores"][index])
+        pen.text((left, upper + CAPTION / 2), f"{name}  {score:.2f}", fill=_INK, font=font, anchor="lm")
+        canvas.paste(panel, (left, upper + CAPTION))
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
+
+
+def write_page(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
+    """Write the page that shows all pictures of a folder.
+
+    Args:
+        folder: of the pictures.
+        records: of images, with ``file``, ``drawing``, and ``detections``, each with ``label``, ``score`` and ``glimpses``.
+
+    Returns:
+        Its path.
+    """
+    parts = []
+    for record in records:
+        rows = "".join(
+            f"<tr><td>{html.escape(one['label'])}</td><td>{one['score']:.2f}</td><td>{_places(one)}</td></tr>"
+            for one in record["detections"]
+        )
+        parts.append(
+            f"<section><h2>{html.escape(record['file'])}</h2><img src='{html.escape(record['drawing'], quote=True)}' alt=''>"
+            f"<table><tr><th>class</th><th>score</th><th>glimpses: shift in sides of the proposal, size over it</th></tr>{rows}"
+            "</table></section>"
+        )
+    style = (
+        "body{font:15px system-ui,sans-serif;margin:2em;color:#1e2228}img{max-width:100%;border:1px solid #ccc}"
+        "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}"
+    )
+    page = (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Glimpses</title><style>{style}</style><h1>Glimpses</h1>"
+        "<p>Dashed: the proposal. Yellow to violet: the glimpses in order, with a dot at the upper left corner of the frame. "
+        f"Thick: the box found, in the color of its class.</p>{''.join(parts)}</html>\n"
+    )
+    with atomic_write(folder / PAGE) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return folder / PAGE
+
+
+def describe(found: GlimpsedDetection, index: int) -> dict[str, Any]:
+    """Write the proposal and the glimpses of a detection as plain numbers.
+
+    Args:
+        found: detections.
+        index: of one of them.
+
+    Returns:
+        ``proposal``, xyxy, and ``glimpses``, a list of outlines, each a list of (x, y), in pixels of the image.
+    """
+    return {"proposal": found["proposals"][index].tolist(), "glimpses": found["glimpses"][index].tolist()}
+
+
+def _places(one: dict[str, Any]) -> str:
+    x1, y1, x2, y2 = one["proposal"]
+    texts = []
+    for outline in one["glimpses"]:
+        points = torch.tensor(outline)
+        center = (points.mean(0) - torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2])) / torch.tensor([x2 - x1, y2 - y1])
+        x, y = points.unbind(1)
+        area = 0.5 * (x * y.roll(-1) - x.roll(-1) * y).sum().abs()  # of the outline, a polygon
+        size = (area / ((x2 - x1) * (y2 - y1))).sqrt()
+        texts.append(f"({center[0]:+.2f}, {center[1]:+.2f}) &times; {size:.2f}")
+    return ", ".join(texts) or "none"
+
+
+def _panel(image: Tensor, found: GlimpsedDetection, index: int, class_names: Sequence[str]) -> Image.Image:
+    """What is around a detection, enlarged, with the outlines."""
+    box, proposal, glimpses = (found[key][index] for key in ("boxes", "proposals", "glimpses"))
+    outlines = [_corners(proposal), *glimpses.unbind(0), _corners(box)]
+    everything = torch.cat(outlines)
+    low, high = everything.amin(0), everything.amax(0)
+    side = float((high - low).max()) * (1 + 2 * AROUND)
+    corner = (low + high) / 2 - side / 2
+    scale = PANEL / max(side, 1e-6)
+    left, upper = corner.tolist()
+    area = (left, upper, left + side, upper + side)
+    crop = _to_image(image).transform(
+        (PANEL, PANEL), Image.Transform.EXTENT, area, Image.Resampling.BICUBIC, fillcolor=_OUTSIDE
+    )
+    pen = ImageDraw.Draw(crop)
+    moved = [[tuple(point) for point in ((outline - corner) * scale).tolist()] for outline in outlines]
+    color = visualize.class_color(int(found["labels"][index]))
+    pen.line([*moved[-1], moved[-1][0]], fill=color, width=4, joint="curve")
+    _dashed(pen, moved[0], (255, 255, 255))
+    count = len(moved) - 2
+    for step, outline in enumerate(moved[1:-1]):
+        shade = _between(step / max(count - 1, 1))
+        pen.line([*outline, outline[0]], fill=shade, width=2, joint="curve")
+        x, y = outline[0]
+        pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=shade, outline=(0, 0, 0))
+        x, y = outline[step % 4 * len(outline) // 4]  # each number at another corner
+        pen.text(
+            (x + 5, y + 5), str(step + 1), fill=shade, font=visualize.font(13), stroke_width=2, stroke_fill=(0, 0, 0)
+        )
+    return crop
+
+
+def _legend(found: GlimpsedDetection) -> str:
+    count = found["glimpses"].shape[1]
+    seen = "no glimpses" if not count else "yellow: glimpse 1" + (f", to violet: {count}" if count > 1 else "")
+    return f"dashed: proposal    {seen} (dot: upper left of its frame)    thick: box found"
+
+
+def _corners(box: Tensor) -> Tensor:
+    x1, y1, x2, y2 = box.unbind()
+    return torch.stack((x1, y1, x2, y1, x2, y2, x1, y2)).view(4, 2)
+
+
+def _between(part: float) -> tuple[int, int, int]:
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(FIRST, LAST, strict=True))
+    return red, green, blue
+
+
+def _dashed(pen: ImageDraw.ImageDraw, outline: Sequence[tuple[float, ...]], color: tuple[int, int, int]) -> None:
+    """Dashes of six pixels with a dark rim, which show on any ground."""
+    for (x1, y1), (x2, y2) in zip(outline, [*outline[1:], outline[0]], strict=True):
+        length = max(((x2 - x1) ** 2 + (y2 - y1) ** 2) ** 0.5, 1e-6)
+        for start in range(0, int(length) + 1, 12):
+            ends = [min(start + more, length) / length for more in (0, 6)]
+            dash = [(x1 + (x2 - x1) * end, y1 + (y2 - y1) * end) for end in ends]
+            pen.line(dash, fill=(0, 0, 0), width=4)
+            pen.line(dash, fill=color, width=2)
+
+
+def _to_image(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())

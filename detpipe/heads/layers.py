@@ -1,0 +1,48 @@
+"""The layers that box heads share: fully connected ones over a pooled map, a classifier, and a box regressor.
+
+Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, sections 2.1 and 2.3: the regressor starts ten times closer to zero.
+
+R RoIs, C channels, h x w bins, K foreground classes, B = K boxes a RoI (1 if class-agnostic).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+
+def hidden_layers(width: int, widths: Sequence[int]) -> nn.Sequential:
+    """Make the layers that turn a pooled map into features of its RoI.
+
+    Args:
+        width: numbers of a pooled map, C h w.
+        widths: of the layers, each followed by a rectifier.
+
+    Returns:
+        ``[R, C, h, w]`` -> ``[R, widths[-1]]``.
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise([width, *widths]):
+        layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+def output_layers(width: int, num_classes: int, class_agnostic: bool) -> tuple[nn.Linear, nn.Linear]:
+    """Make the classifier and the box regressor.
+
+    Args:
+        width: features of a RoI.
+        num_classes: K.
+        class_agnostic: one box for all classes.
+
+    Returns:
+        ``[R, width]`` -> logits ``[R, K + 1]``, and -> deltas ``[R, 4 B]``.
+    """
+    classifier = nn.Linear(width, num_classes + 1)
+    regressor = nn.Linear(width, 4 * (1 if class_agnostic else num_classes))
+    for layer, std in ((classifier, 0.01), (regressor, 0.001)):
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+    return classifier, regressor

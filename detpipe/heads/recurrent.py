@@ -1,0 +1,304 @@
+"""The attentional head: a sequence of glimpses, each at a place that what was seen before suggests.
+
+Hara, Liu, Tuzel and Farahmand, "Attentional Network for Visual Object Detection", 2017, arXiv 1702.01478::
+
+    G_1 = proposal
+    h_t = recurrent layers(pooled features of G_t, h_{t-1})
+    G_{t+1} ~ Gaussian(policy(h_t), sigma), relative to the proposal: (dx / w, dy / h, log w, log h)
+    class and box from the element-wise maximum of h_1 .. h_T
+
+Deviations, or what the paper leaves open:
+1. The recurrence is added to the fully connected layers of Fast R-CNN, h_t = relu(W x_t + b + U h_{t-1}), and U and the
+   policy start at zero: the untrained head computes what Fast R-CNN does, and with T = 1 it is Fast R-CNN, weights and all.
+2. Actions are bounded by a hyperbolic tangent before they become a box; the policy stays linear and Gaussian.
+3. All RoIs are trained on one drawn sequence of glimpses, background too; a RoI with a reward has n - 1 sequences more, without a
+   gradient, for REINFORCE (:mod:`detpipe.heads.estimators` has the estimators and what the paper does not state).
+4. Boxes are regressed from the proposal, not from the last glimpse.
+
+N images, P proposals an image, S sampled RoIs an image, K foreground classes, B = K boxes a RoI (1 if class-agnostic), T
+glimpses, A = T - 1 actions, n episodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detpipe import boxes as box_ops
+from detpipe.heads.base import Found, ProposalHead, outlines
+from detpipe.heads.estimators import GlimpseEstimator, Reinforce
+from detpipe.heads.layers import hidden_layers, output_layers
+from detpipe.heads.objective import box_losses, of_label
+from detpipe.heads.postprocess import Postprocess
+from detpipe.heads.sampling import RoISampler, RoITargets
+from detpipe.roi_pooling import RoIAlign, RoIMaxPool, RoIPooler
+from detpipe.stages import Losses
+from detpipe.types import Features, Target
+
+PLAIN = (1.0, 1.0, 1.0, 1.0)  # actions are deltas without weights
+
+
+@dataclass(frozen=True)
+class GlimpseSequence:
+    """How many glimpses, and how far they may be from the proposal.
+
+    Args:
+        length: T, with the proposal itself.
+        max_shift: largest shift of the center along each axis, in widths and heights of the proposal.
+        max_log_scale: largest absolute logarithm of the size relative to the proposal's.
+
+    Raises:
+        ValueError: ``length`` below 1, or a limit that is not positive and finite.
+    """
+
+    length: int = 2
+    max_shift: float = 1.0
+    max_log_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"glimpses.length must be at least 1, the proposal itself, got {self.length}")
+        if not (0 < self.max_shift < math.inf and 0 < self.max_log_scale < math.inf):
+            raise ValueError(f"glimpses.max_shift and max_log_scale must be positive and finite, got {self}")
+
+    def bounded(self, actions: Tensor) -> Tensor:
+        """Keep actions ``[..., 4]`` within the limits; differentiable, and the same near zero."""
+        limits = box_ops.constants((self.max_shift, self.max_shift, self.max_log_scale, self.max_log_scale), actions)
+        return limits * torch.tanh(actions / limits)
+
+    def boxes(self, actions: Tensor, rois: Tensor) -> Tensor:
+        """Take actions ``[..., 4]`` to boxes ``[..., 4]``, relative to RoIs ``[..., 4]``; differentiable."""
+        return box_ops.decode(self.bounded(actions), rois.to(actions.dtype), PLAIN)
+
+
+class Walk(NamedTuple):
+    """A sequence of glimpses of P RoIs of N images."""
+
+    boxes: list[Tensor]  # T of [N, P, 4]
+    means: list[Tensor]  # A of [N, P, 4]: what the policy said, float32
+    actions: list[Tensor]  # A of [N, P, 4]: what was done
+    states: list[list[Tensor]]  # after each glimpse, of each layer [N P, width]
+
+    @property
+    def evidence(self) -> Tensor:
+        """The element-wise maximum of what the last layer said: ``[N P, width]``."""
+        best = self.states[0][-1]
+        for state in self.states[1:]:
+            best = torch.maximum(best, state[-1])
+        return best
+
+
+class AttentionalHead(ProposalHead):
+    """Classify and refine proposals after several glimpses.
+
+    Args:
+        in_channels: C of the features.
+        num_classes: K, foreground classes; there is one output more for the background.
+        strides: image pixels a cell of each level that the pooler shall use.
+        pooler: cuts a small map out of the features for each glimpse; None is RoIMaxPool(7) as in the paper, or RoIAlign(7)
+            where the estimator needs gradients to boxes.
+        fc: widths of the recurrent layers; the paper has two.
+        class_agnostic: one refined box for all classes instead of one for each.
+        sampler: which RoIs are trained on.
+        postprocess: what becomes a detection.
+        glimpses: how many, and how far from the proposal.
+        estimator: how the policy learns; None is :class:`Reinforce` with its defaults.
+
+    Raises:
+        ValueError: ``num_classes`` below 1, no layer in ``fc``, no level in ``strides``, or an estimator that needs
+            gradients to boxes and a pooler without.
+
+    Example:
+        >>> head = AttentionalHead(8, num_classes=2, strides={"c4": 16}, fc=[16, 16]).eval()
+        >>> head.return_glimpses = True
+        >>> boxes = torch.tensor([[0.0, 0.0, 32.0, 32.0]])
+        >>> [found], _ = head({"c4": torch.zeros(1, 8, 4, 4)}, [boxes], [(64, 64)])
+        >>> sorted(found)
+        ['boxes', 'glimpses', 'labels', 'proposals', 'scores']
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        strides: dict[str, int],
+        pooler: RoIPooler | None = None,
+        fc: Sequence[int] = (1024, 1024),
+        class_agnostic: bool = False,
+        sampler: RoISampler = RoISampler(),  # noqa: B008 (frozen)
+        postprocess: Postprocess = Postprocess(),  # noqa: B008 (frozen)
+        glimpses: GlimpseSequence = GlimpseSequence(),
+        estimator: GlimpseEstimator | None = None,
+    ) -> None:
+        super().__init__(num_classes, strides, fc, sampler, postprocess)
+        self.class_agnostic, self.glimpses = class_agnostic, glimpses
+        self.estimator = Reinforce() if estimator is None else estimator
+        if pooler is None:
+            pooler = RoIAlign(7) if self.estimator.needs_box_gradient else RoIMaxPool(7)
+        if self.estimator.needs_box_gradient and not pooler.has_box_gradient and glimpses.length > 1:
+            raise ValueError(
+                f"{type(self.estimator).__name__} needs gradients to boxes, which {type(pooler).__name__} rounds; take the "
+                "pooler RoIAlign or PreciseRoIPool, or the estimator Reinforce"
+            )
+        self.pooler = pooler
+        height, width = pooler.output_size
+        self.shared = hidden_layers(in_channels * height * width, fc)
+        self.classifier, self.regressor = output_layers(fc[-1], num_classes, class_agnostic)
+        if glimpses.length > 1:
+            self.recurrent = nn.ModuleList(nn.Linear(width, width, bias=False) for width in fc)
+            self.policy = nn.Linear(fc[-1], 4)
+            for parameter in (*self.recurrent.parameters(), *self.policy.parameters()):
+                nn.init.zeros_(parameter)
+
+    def predict(self, features: Features, rois: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the outputs of the network for boxes, glimpses at the means of the policy.
+
+        Args:
+            features: level name -> ``[N, C, H_l, W_l]``.
+            rois: ``[N, P, 4]`` xyxy in pixels of the batch.
+
+        Returns:
+            logits ``[N, P, K + 1]`` and deltas ``[N, P, B, 4]``.
+        """
+        return self._outputs(self._walk(features, rois, _stay).evidence, rois.shape[:2])
+
+    def losses(
+        self, features: Features, rois: RoITargets, image_sizes: list[tuple[int, int]], targets: list[Target]
+    ) -> Losses:
+        """Compute ``loss_classifier`` and ``loss_box_reg``, with REINFORCE ``loss_policy``; and where it looks, to log it."""
+        walk = self._walk(features, rois.rois, self.estimator.act)
+        logits, deltas = self._outputs(walk.evidence, rois.labels.shape)
+        losses = box_losses(rois, logits, deltas)
+        if self.glimpses.length == 1:
+            return losses
+        if isinstance(self.estimator, Reinforce):
+            losses |= self._reinforce(self.estimator, features, rois, walk, reward(rois, logits, deltas))
+        return losses | self._statistics(walk, rois.valid)
+
+    def detect(self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]]) -> Found:
+        """Classify and refine boxes ``[N, P, 4]``; the glimpses are those after the proposal."""
+        walk = self._walk(features, boxes, _stay)
+        logits, deltas = self._outputs(walk.evidence, boxes.shape[:2])
+        refined = box_ops.decode(deltas.float(), boxes[:, :, None].float())
+        seen = torch.stack(walk.boxes, dim=2)[:, :, 1:]
+        return Found(F.softmax(logits.float(), dim=-1)[..., 1:], refined, outlines(seen))
+
+    def _walk(self, features: Features, rois: Tensor, act: Callable[[Tensor], Tensor]) -> Walk:
+        """Look T times."""
+        walk = Walk([rois], [], [], [self._look(features, rois, None)])
+        for _ in range(1, self.glimpses.length):
+            mean = self._mean(walk.states[-1][-1], rois.shape[:2])
+            action = act(mean)
+            box = self.glimpses.boxes(action, rois)
+            walk.boxes.append(box)
+            walk.means.append(mean)
+            walk.actions.append(action)
+            walk.states.append(self._look(features, box, walk.states[-1]))
+        return walk
+
+    def _look(self, features: Features, boxes: Tensor, before: Sequence[Tensor] | None) -> list[Tensor]:
+        """Pool boxes ``[N, P, 4]`` and run the layers, on top of their state before if there is one."""
+        value, state = self.pooler(features, boxes, self.strides).flatten(0, 1), []
+        for layer in self.shared:
+            value = layer(value)
+            if before is not None and isinstance(layer, nn.Linear):
+                value = value + self.recurrent[len(state)](before[len(state)])
+            if isinstance(layer, nn.ReLU):
+                state.append(value)
+        return state
+
+    def _mean(self, hidden: Tensor, shape: Sequence[int]) -> Tensor:
+        """What the policy says, in float32: ``[..., 4]``."""
+        hidden = hidden if self.estimator.through_time else hidden.detach()
+        return self.policy(hidden).float().reshape(*shape, 4)
+
+    def _outputs(self, evidence: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        logits, deltas = self.classifier(evidence), self.regressor(evidence)
+        return logits.unflatten(0, shape), deltas.unflatten(0, shape).unflatten(-1, (-1, 4))
+
+    def _reinforce(
+        self, estimator: Reinforce, features: Features, rois: RoITargets, walk: Walk, earned: Tensor
+    ) -> Losses:
+        """Run the other n - 1 episodes of the RoIs that can earn a reward, and make the loss of the policy of all n."""
+        counts = rois.valid if estimator.background_reward == "probability" else rois.foreground
+        # foreground comes first in a sample, so that the rest need not be looked at, whatever was drawn
+        size, images = counts.shape[1], len(counts)
+        if estimator.background_reward == "none":
+            size = min(size, max(1, int(self.sampler.rois_per_image * self.sampler.positive_fraction)))
+        some = RoITargets(
+            rois.rois[:, :size], rois.labels[:, :size], rois.boxes[:, :size], rois.valid[:, :size], counts[:, :size]
+        )
+        means, actions = (
+            [torch.stack(values, dim=2)[:, :size]] for values in (walk.means, walk.actions)
+        )  # [N, F, A, 4]
+        returns, others = [earned[:, :size]], estimator.episodes - 1
+        if others:
+            again = some.repeated(others)
+            first = [
+                state.unflatten(0, (images, -1))[:, :size].repeat(1, others, 1).flatten(0, 1)
+                for state in walk.states[0]
+            ]
+            more = self._episodes(estimator, features, again.rois, first)
+            with torch.no_grad():
+                logits, deltas = self._outputs(more.evidence, again.labels.shape)
+                returns += reward(again, logits, deltas).unflatten(1, (others, size)).unbind(1)
+            for kept, new in ((means, more.means), (actions, more.actions)):
+                kept += torch.stack(new, dim=2).unflatten(1, (others, size)).unbind(1)
+        policy = estimator.policy_loss(torch.stack(means), torch.stack(actions), torch.stack(returns), some.foreground)
+        return {
+            "loss_policy": policy.loss,
+            "glimpse_return": policy.mean_return,
+            "glimpse_gradient_variance": policy.gradient_variance,
+        }
+
+    def _episodes(self, estimator: Reinforce, features: Features, rois: Tensor, first: list[Tensor]) -> Walk:
+        """Look again from the state after the first glimpse; what follows the last action needs no gradient."""
+        walk = Walk([rois], [], [], [first])
+        for step in range(1, self.glimpses.length):
+            mean = self._mean(walk.states[-1][-1], rois.shape[:2])
+            action = estimator.act(mean)
+            box = self.glimpses.boxes(action, rois)
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled() and estimator.through_time and step + 1 < self.glimpses.length
+            ):
+                walk.states.append(self._look(features, box, walk.states[-1]))
+            walk.means.append(mean)
+            walk.actions.append(action)
+        return walk
+
+    @torch.no_grad()
+    def _statistics(self, walk: Walk, counts: Tensor) -> Losses:
+        """Where the policy looks on average; units as in :meth:`detpipe.heads.glimpse.Glimpse.statistics`."""
+        means = self.glimpses.bounded(torch.stack(walk.means, dim=2))  # [N, S, A, 4]
+        counted = counts[..., None].float()
+        total = (counted.sum() * means.shape[2]).clamp(min=1)
+        shift = (2 * means[..., :2].norm(dim=-1) * counted).sum() / total
+        return {"glimpse_shift": shift, "glimpse_scale": (means[..., 2:].mean(-1) * counted).sum().div(total).exp()}
+
+
+@torch.no_grad()
+def reward(rois: RoITargets, logits: Tensor, deltas: Tensor) -> Tensor:
+    """Compute what an episode earns at its end: P(true class) x IoU of the predicted box with the object; P alone for background.
+
+    Args:
+        rois: S RoIs of each image.
+        logits: ``[N, S, K + 1]``.
+        deltas: ``[N, S, B, 4]``.
+
+    Returns:
+        ``[N, S]`` in 0..1.
+    """
+    probability = logits.float().softmax(-1).gather(-1, rois.labels[..., None])[..., 0]
+    predicted = box_ops.decode(of_label(deltas.float(), rois.labels), rois.rois)
+    overlap = box_ops.iou(predicted[..., None, :], rois.boxes[..., None, :])[..., 0, 0]
+    return probability * torch.where(rois.labels > 0, overlap, torch.ones_like(overlap))
+
+
+def _stay(mean: Tensor) -> Tensor:
+    return mean

@@ -1,0 +1,106 @@
+"""Read feature maps at free points, a few for each bin: what a glimpse of any form is made of.
+
+The rule at the border is RoIAlign's, so that points on a box's regular grid give what RoIAlign gives: He et al., "Mask
+R-CNN", 2017, arXiv 1703.06870; the points of a spatial transformer: Jaderberg et al. 2015, arXiv 1506.02025, equation 5.
+
+Convention: points are (x, y) in image pixels; a cell covers ``stride`` pixels, and its value sits at its center. A point up to
+one cell outside the map is moved onto its border; one further out, or one that is not a number, is 0 and still counts in the
+average. Differentiable in the features and, except where a point crosses a cell's center, in the points, any number of times.
+
+N images, C channels, P regions an image, R regions of the batch, h x w bins, S points a bin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from detpipe.roi_pooling.layouts import read_boxes
+from detpipe.roi_pooling.levels import FPNLevels
+from detpipe.roi_pooling.placement import Placement, place
+from detpipe.roi_pooling.pooler import read_levels
+
+
+def pool_points(
+    features: dict[str, Tensor],
+    points: Tensor,
+    boxes: Tensor,
+    strides: dict[str, int],
+    levels: Callable[[Tensor, Sequence[int]], Tensor] = FPNLevels(),  # noqa: B008 (frozen)
+) -> Tensor:
+    """Average bilinear samples at the points of each bin, for all regions of all images and levels in one call.
+
+    No map is copied for a region: the cells around each point are gathered and summed.
+
+    Args:
+        features: level name -> ``[N, C, H_l, W_l]``.
+        points: ``[N, P, h, w, S, 2]`` (x, y) in image pixels.
+        boxes: ``[N, P, 4]`` xyxy, what the points of a region are about: chooses its level, and nothing else.
+        strides: image pixels a cell of each level; the same names as ``features``.
+        levels: which pyramid level a box is read from.
+
+    Returns:
+        ``[N, P, C, h, w]``, channels last in memory.
+
+    Raises:
+        ValueError: points of another shape, ``features`` without a level of ``strides``, or boxes that are not finite or
+            have no area.
+
+    Example:
+        >>> ramp = {"c0": torch.arange(16.0).reshape(1, 1, 4, 4)}
+        >>> points = torch.tensor([[1.0, 1.0], [2.0, 1.0]]).reshape(1, 1, 1, 1, 2, 2)  # halfway between cells 0 and 1, 1 and 2
+        >>> pool_points(ramp, points, torch.tensor([[[0.0, 0.0, 4.0, 4.0]]]), {"c0": 1}).item()
+        3.0
+    """
+    maps = read_levels(features, strides)
+    if points.ndim != 6 or points.shape[-1] != 2 or points.shape[:2] != boxes.shape[:2] or points.shape[4] < 1:
+        raise ValueError(
+            f"points must be [N, P, h, w, S, 2] for boxes [N, P, 4], got {list(points.shape)} and {list(boxes.shape)}"
+        )
+    rois = read_boxes(boxes.detach(), maps[0])
+    sides = list(strides.values())
+    level = None if len(sides) == 1 else levels(rois.boxes, sides)
+    placement = place(maps, [1.0 / stride for stride in sides], rois, level)
+    h, w = points.shape[2:4]
+    # in float32 at least: a coordinate in half precision is wrong by whole cells
+    exact = points.flatten(0, 1).flatten(1, 2).to(torch.promote_types(rois.boxes.dtype, points.dtype))
+    cells = exact * placement.scale[:, None, None] - 0.5  # [R, h w, S, 2]
+    return read_points(placement, cells).unflatten(2, (h, w)).unflatten(0, rois.lead)
+
+
+def read_points(placement: Placement, cells: Tensor) -> Tensor:
+    """Average bilinear samples.
+
+    Args:
+        placement: the map of each region.
+        cells: ``[R, B, S, 2]`` (x, y); the value of cell k sits at coordinate k.
+
+    Returns:
+        ``[R, C, B]``, channels last in memory.
+    """
+    regions, bins, samples = cells.shape[:3]
+    height, width = (extent[:, None, None] for extent in (placement.height, placement.width))
+    x, y = cells.unbind(-1)
+    inside = (x >= -1) & (x <= width) & (y >= -1) & (y <= height)
+    left, right, along_x = _neighbors(x.where(inside, x.new_zeros(())), width)
+    upper, lower, along_y = _neighbors(y.where(inside, y.new_zeros(())), height)
+    share = inside.to(cells.dtype) / samples
+    above, below = share - share * along_y, share * along_y
+    rows = [placement.first[:, None, None] + row * width for row in (upper, lower)]
+    index = torch.stack((rows[0] + left, rows[0] + right, rows[1] + left, rows[1] + right), dim=-1)
+    weight = torch.stack(
+        (above - above * along_x, above * along_x, below - below * along_x, below * along_x), dim=-1
+    )  # [R, B, S, 4]
+    offsets = torch.arange(regions * bins + 1, device=cells.device) * (samples * 4)
+    pooled = torch.ops.detpipe.bag_sum(placement.table.rows, index.flatten(), weight.flatten(), offsets)
+    return pooled.view(regions, bins, pooled.shape[1]).permute(0, 2, 1)
+
+
+def _neighbors(point: Tensor, extent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The two cells along an axis that a point lies between, and how far it is from the first; beyond the border nothing moves."""
+    point = point.clamp(min=0).minimum((extent - 1).to(point.dtype))
+    first = point.detach().floor()
+    cell = first.long()
+    return cell, (cell + 1).minimum(extent - 1), point - first

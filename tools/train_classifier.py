@@ -1,0 +1,11 @@
+"""Run ``detpipe train_classifier``; ``python tools/train_classifier.py --help`` shows its options."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from detpipe.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train_classifier", *sys.argv[1:]]))
