@@ -30,6 +30,7 @@ import yaml
 from tqdm import tqdm
 
 from detpipe.ablation_report import Result, plot_results, results_table
+from detpipe.ablation_speed import milliseconds_an_image
 from detpipe.errors import TrainingError, UsageError
 from detpipe.files import atomic_write
 from detpipe.suggest import did_you_mean
@@ -114,7 +115,8 @@ def run_ablate(arguments: Sequence[str]) -> int:
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done; logs in {folder}/VARIANT_SEED.log", flush=True)
     _train(waiting, study.split, options.workers)
     results = {name: [_result(run) for run in runs if run.variant == name] for name in study.variants}
-    table = results_table(results, seeds, study.split)
+    first = {name: folder / f"{name}_{seeds[0]}" for name in study.variants}
+    table = results_table(results, seeds, study.split, milliseconds_an_image(first))
     with atomic_write(folder / "table.md") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
     with atomic_write(folder / "results.json") as temporary:
@@ -229,6 +231,7 @@ def _train_one(run: Run, split: str, threads: int) -> None:
             _call(["evaluate", *run.arguments, "--ckpt_path", checkpoint, "--json", str(numbers)], threads, output, log)
     found = json.loads(numbers.read_text(encoding="utf-8"))
     result = {key: found[key] for key in ("AP", "AP50")} | {"parameters": _parameters(run.folder / "best.ckpt")}
+    result["peak_memory_mib"] = json.loads((run.folder / "summary.json").read_text("utf-8")).get("peak_memory_mib")
     with atomic_write(run.folder / "result.json") as temporary:
         temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
 

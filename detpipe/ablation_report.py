@@ -23,21 +23,26 @@ class Result:
         AP: mean average precision over IoU .50 to .95.
         AP50: at IoU .50.
         parameters: of the whole detector.
+        peak_memory_mib: the most memory that the training process held; None where the system does not say.
     """
 
     seed: int
     AP: float
     AP50: float
     parameters: int
+    peak_memory_mib: float | None = None
 
 
-def results_table(results: Mapping[str, Sequence[Result]], seeds: Sequence[int], split: str) -> str:
+def results_table(
+    results: Mapping[str, Sequence[Result]], seeds: Sequence[int], split: str, milliseconds: Mapping[str, float]
+) -> str:
     """Write a table in Markdown.
 
     Args:
         results: variant -> a result for each seed, in the order of ``seeds``; the first variant is what others are compared with.
         seeds: of the runs.
         split: where AP was measured.
+        milliseconds: variant -> of an image's detection.
 
     Returns:
         Mean and range of AP and AP50, and the mean difference in AP between runs of the same seed. A difference is called one only
@@ -45,18 +50,18 @@ def results_table(results: Mapping[str, Sequence[Result]], seeds: Sequence[int],
     """
     first = next(iter(results))
     lines = [
-        f"| variant | parameters | AP, {split} | range | AP50 | range | AP against {first} |",
-        "| --- | ---: | ---: | --- | ---: | --- | --- |",
+        f"| variant | parameters | ms an image | peak memory, MiB | AP, {split} | range | AP50 | range | AP against {first} |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: | --- | --- |",
     ]
     for name, found in results.items():
         aps, ap50s = (np.array([getattr(result, key) for result in found]) for key in ("AP", "AP50"))
         base = np.array([result.AP for result in results[first]])
         verdict = "" if name == first else _verdict(aps - base, max(np.ptp(aps), np.ptp(base)), len(seeds))
-        lines.append(
-            f"| {name} | {found[0].parameters / 1e6:.2f} M | {_short(aps.mean())} | {_range(aps)} | {_short(ap50s.mean())} | "
-            f"{_range(ap50s)} | {verdict} |"
-        )
-    lines += ["", f"Seeds {', '.join(map(str, seeds))}; mean, and lowest to highest."]
+        cells = [name, f"{found[0].parameters / 1e6:.2f} M", f"{milliseconds[name]:.0f}", _memory(found)]
+        cells += [_short(aps.mean()), _range(aps), _short(ap50s.mean()), _range(ap50s), verdict]
+        lines.append(f"| {' | '.join(cells)} |")
+    seen = "mean, and lowest to highest. Detection of single images, in turns; memory of training."
+    lines += ["", f"Seeds {', '.join(map(str, seeds))}; {seen}"]
     return "\n".join(lines)
 
 
@@ -99,6 +104,11 @@ def _verdict(differences: np.ndarray, spread: float, seeds: int) -> str:
     if abs(mean) <= spread:
         return f"{mean:+.3f}, inside the spread"
     return f"{mean:+.3f}"
+
+
+def _memory(found: Sequence[Result]) -> str:
+    known = [result.peak_memory_mib for result in found if result.peak_memory_mib is not None]
+    return f"{sum(known) / len(known):.0f}" if known else ""
 
 
 def _short(value: float) -> str:

@@ -14,6 +14,16 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # parameters of glibc's mallo
 _KEEP, _PAD = 2**31 - 1, 256 * 2**20  # bytes
 
 
+def peak_memory() -> float | None:
+    """The most memory that this process has held so far, in MiB; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
 def keep_freed_memory() -> bool:
     """Keep up to 2 GiB of freed memory in the process, and take more in steps of 256 MiB.
 

@@ -3,10 +3,9 @@
 Jaderberg et al., "Spatial Transformer Networks", 2015, arXiv 1506.02025, section 4.1.
 
 Deviations:
-1. The networks have a few ten thousand parameters instead of some 400,000: they are trained on 1,438 digits, in seconds.
+1. The networks are small, a few ten thousand parameters: they are trained on 1,438 digits, in seconds.
 2. Parameters are made equal by the width of the hidden layer: what a plain network saves on localization, it has there.
-3. Three strided or pooled convolutions with batch norm, trained by AdamW, instead of two with plain SGD: what it takes
-   to learn in a few thousand steps.
+3. Three strided convolutions with batch norm, trained by AdamW: what it takes to learn in some thousand steps.
 
 N images, S pixels a side.
 """
@@ -57,6 +56,7 @@ class DigitClassifier(LightningModule):
         ValueError: an unknown model, a glimpse below 8, or too few parameters.
 
     Example:
+        >>> import torch
         >>> classifier = DigitClassifier("affine").eval()
         >>> classifier(torch.zeros(2, 1, 42, 42)).shape, classifier.transform(torch.zeros(2, 1, 42, 42)).output.shape
         (torch.Size([2, 10]), torch.Size([2, 1, 28, 28]))

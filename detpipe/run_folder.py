@@ -26,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from detpipe import callbacks, checkpoint
+from detpipe.allocator import peak_memory
 from detpipe.configuration import CommandCLI, positional_configs
 from detpipe.errors import DataError, TrainingError
 from detpipe.files import atomic_write, remove_orphans
@@ -119,6 +120,8 @@ def fit(cli: CommandCLI, arguments: Sequence[str], description: checkpoint.Descr
         "seed": config.seed_everything,
         "epochs": trainer.current_epoch,
     }
+    if (peak := peak_memory()) is not None:
+        general["peak_memory_mib"] = round(peak)
     return Run(folder, best, general)
 
 

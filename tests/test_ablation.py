@@ -46,7 +46,8 @@ def test_a_study_is_trained_once(
     assert "4 runs, 0 of them done" in shown
     for name in ("none", "se"):
         found = json.loads((out / f"{name}_1" / "result.json").read_text())
-        assert found.keys() == {"AP", "AP50", "parameters"}
+        assert found.keys() == {"AP", "AP50", "parameters", "peak_memory_mib"}
+        assert found["peak_memory_mib"] > 100
         assert f"| {name} |" in (out / "table.md").read_text()
     stored = json.loads((out / "results.json").read_text())
     assert (stored["split"], stored["seeds"]) == ("val", [0, 1])
@@ -87,25 +88,36 @@ def test_the_test_split_is_evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         if arguments[0] == "evaluate":
             Path(arguments[arguments.index("--json") + 1]).write_text('{"AP": 0.5, "AP50": 0.75, "APs": 0.1}')
         else:
-            Path(arguments[arguments.index("--output") + 1]).mkdir()
+            folder = Path(arguments[arguments.index("--output") + 1])
+            folder.mkdir()
+            (folder / "summary.json").write_text('{"peak_memory_mib": 321}')
 
     monkeypatch.setattr(ablation, "_call", call)
     monkeypatch.setattr(ablation, "_parameters", lambda checkpoint: 7)
+    monkeypatch.setattr(ablation, "milliseconds_an_image", lambda folders: dict.fromkeys(folders, 12.3))
     study = write(tmp_path, STUDY.replace("split: val", "split: test"))
     assert ablation.run_ablate([str(study), "-o", str(tmp_path / "out"), "--seeds", "3", "--data.root", "ROOT"]) == 0
     assert [call[0] for call in calls] == ["train", "evaluate"] * 2
     given = [runs.CONFIG, str(tmp_path / "out" / "none.yaml"), "--seed_everything", "3", "--data.root", "ROOT"]
     assert calls[0][1:7] == given == calls[1][1:7]
     assert calls[1][7:9] == ["--ckpt_path", str(tmp_path / "out" / "none_3" / "best.ckpt")]
-    assert "0.500" in (tmp_path / "out" / "table.md").read_text()
+    assert "| 12 | 321 | 0.500 |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_difference_inside_the_spread_is_called_so() -> None:
-    table = results_table(results([0.50, 0.54], [0.51, 0.56]), [0, 1], "val")
-    assert "| se | 11.00 M | 0.535 | 0.510 to 0.560 | 0.735 | 0.710 to 0.760 | +0.015, inside the spread |" in table
-    assert results_table(results([0.50, 0.52], [0.60, 0.61]), [0, 1], "val").splitlines()[3].endswith("| +0.095 |")
-    assert results_table(results([0.60, 0.61], [0.50, 0.52]), [0, 1], "val").splitlines()[3].endswith("| -0.095 |")
-    assert "one seed: says nothing" in results_table(results([0.1], [0.9]), [0], "val")
+    times = {"none": 20.2, "se": 25.6}
+    table = results_table(results([0.50, 0.54], [0.51, 0.56]), [0, 1], "val", times)
+    assert (
+        "| se | 11.00 M | 26 |  | 0.535 | 0.510 to 0.560 | 0.735 | 0.710 to 0.760 | +0.015, inside the spread |"
+        in table
+    )
+    assert (
+        results_table(results([0.50, 0.52], [0.60, 0.61]), [0, 1], "val", times).splitlines()[3].endswith("| +0.095 |")
+    )
+    assert (
+        results_table(results([0.60, 0.61], [0.50, 0.52]), [0, 1], "val", times).splitlines()[3].endswith("| -0.095 |")
+    )
+    assert "one seed: says nothing" in results_table(results([0.1], [0.9]), [0], "val", times)
     assert table.splitlines()[2].endswith("|  |")
 
 

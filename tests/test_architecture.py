@@ -62,6 +62,7 @@ PROGRAMS = (
         "digit_pictures",
         "ablation",
         "ablation_report",
+        "ablation_speed",
         "inspect_attention",
         "inspection",
         "inspection_plots",

@@ -8,11 +8,11 @@ is a digit at a random place among pieces of others. A digit is some 21 pixels h
 Deviations:
 1. The digits are the 1,797 that come with scikit-learn, 8 x 8 cells that are smoothed, instead of MNIST's 70,000: four
    fifths to train on, distorted anew in each epoch, and the rest to test on, each distorted ``test_views`` times.
-2. P: a corner moves by at most 7 pixels along each axis, where the normal distribution (5 pixels) would turn some digits
-   inside out; a digit is shrunk to .75 to 1 before.
-3. E: a thin-plate spline moves 4 x 4 points by up to 3.5 pixels along each axis; how strong the paper's is was not found.
-4. clutter: 48 x 48 pixels with 10 pieces of 6 x 6, as dense as 16 in the paper's 60 x 60; where ink meets ink, the stronger
-   counts.
+2. How strong the paper's P and E are was not found. Here P shrinks a digit to .75 to 1 and moves each corner by a normal
+   distribution of 5 pixels along each axis, at most 7, so that hardly a digit is turned inside out; in E a thin-plate spline moves
+   4 x 4 points by up to 3.5 pixels along each axis.
+3. clutter: 48 x 48 pixels instead of 60 x 60, since a plain network's time grows with the area, and 10 pieces of 6 x 6; where
+   ink meets ink, the stronger counts.
 
 N digits, S pixels a side of the image. The grids are those of :mod:`detpipe.spatial_transformer`.
 """
