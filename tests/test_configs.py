@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import runs
 import torch
+import yaml
 from datasets.builders import coco_content, voc_object, write_coco, write_voc
 
-from detpipe import cli, load_detector, training
+from detpipe import ablation, cli, load_detector, training
 from detpipe.configuration import CLI
 from detpipe.datasets import Demo, DemoScenes
 from detpipe.proposal_files import write_store
@@ -24,6 +25,7 @@ OTHERS = ("region_classifier", "superpixel_weak", "stn_digits")  # no detectors:
 MODELS = sorted(path for path in runs.CONFIGS.glob("*.yaml") if path.stem not in OTHERS)
 OVERLAYS = sorted((runs.CONFIGS / "data").glob("*.yaml"))
 BACKBONES = sorted((runs.CONFIGS / "backbones").glob("*.yaml"))
+STUDIES = sorted((runs.CONFIGS / "ablation").glob("*.yaml"))
 SOURCES = sorted((runs.CONFIGS / "proposals").glob("*.yaml"))
 SHORT = [
     *("--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.max_steps", "-1"),
@@ -130,6 +132,23 @@ def test_a_backbone_takes_the_place_of_se_resnet(path: Path, demo_root: Path, tm
     assert type(detector.backbone).__name__ == config.model.backbone.class_path.rpartition(".")[2]
     [found] = detector.eval()([torch.rand(3, 96, 128)])
     assert found["boxes"].shape[1] == 4
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=name_of)
+def test_variants_of_a_study_differ_in_one_stage_only(path: Path, tmp_path: Path) -> None:
+    study = ablation.read_study(path)
+    stage = path.stem.partition("_")[0].replace("attention", "backbone").replace("heads", "head")
+    models = []
+    for name, change in study.variants.items():
+        overlay = tmp_path / f"{name}.yaml"
+        overlay.write_text(yaml.safe_dump(change))
+        models.append(parse(*study.base, overlay).model.as_dict())
+    chosen = [model.pop(stage) for model in models]
+    assert all(model == models[0] for model in models)
+    assert all(one != other for k, one in enumerate(chosen) for other in chosen[:k])
+    if stage == "head":
+        for key in ("pooler", "fc", "sampler", "postprocess"):
+            assert all(head["init_args"][key] == chosen[0]["init_args"][key] for head in chosen), key
 
 
 def test_there_are_backbones() -> None:
