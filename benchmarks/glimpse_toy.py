@@ -4,7 +4,7 @@ Each object is a box of 6 x 6 cells whose four channels say "right", "below", "l
 side lies a cue of 4 x 4 cells, positive or negative at random; the class is the sign of the cue on the side that the box
 names. A head that sees the box alone is right half of the time. Glimpses may move but hardly zoom.
 
-    python benchmarks/glimpse_toy.py [--seeds 5] [--steps 800]
+    python benchmarks/glimpse_toy.py [--seeds 5] [--steps 400]
 
 Prints accuracy on fresh objects, time of training, and the spread of the gradient that reaches the policy, as Markdown.
 """
@@ -62,7 +62,7 @@ def make(arm: str) -> ProposalHead:
         return FastRCNNHead(CHANNELS, 2, STRIDES, **common)
     if arm.startswith("STN"):
         return FastRCNNHead(CHANNELS, 2, STRIDES, **common, glimpse=GlimpseSettings(arm.split()[1], max_shift=3.0))
-    estimator = Pathwise(0.3) if "pathwise" in arm else Reinforce(sigma=0.3)
+    estimator = Pathwise(0.5) if "pathwise" in arm else Reinforce(sigma=0.3)
     return AttentionalHead(CHANNELS, 2, STRIDES, **common, glimpses=GlimpseSequence(2, **SEQUENCE), estimator=estimator)
 
 
@@ -121,7 +121,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     options = parser.parse_args()
     print("| head | accuracy by seed | ms a step | gradient variance / squared mean |\n| --- | --- | --- | --- |")

@@ -27,7 +27,7 @@ def localization_picture(
     truth: npt.NDArray[np.integer],
     maps: Tensor,
     class_names: Sequence[str],
-    out: Path,
+    out: str | Path,
     threshold: float = 0.3,
 ) -> None:
     """Draw an image with its superpixels, its truth, what was found, and the map of each class that it truly has.
@@ -62,7 +62,7 @@ def localization_picture(
     ]
     columns = min(4, 3 + len(classes))
     rows = -(-(3 + len(classes)) // columns)
-    figure = new_figure(2.6 * columns, (2.6 * size[0] / size[1] + 0.35) * rows)
+    figure = new_figure(2.6 * columns, (2.1 * size[0] / size[1] + 0.3) * rows)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for place, (title, picture) in zip(axes, panels, strict=False):
         place.imshow(picture, interpolation="nearest")

@@ -3,9 +3,10 @@
 Kwak, Hong and Han, "Weakly Supervised Semantic Segmentation Using Superpixel Pooling Network", AAAI 2017; the network and its
 deviations are in :mod:`detpipe.heads.superpixel_pooling`.
 
-Training reads the set of classes in a target's ``labels`` and nothing else of it. Validation compares with masks, of which the choice
-of the best checkpoint is all that depends: those of the data set, or masks made of its boxes (:mod:`detpipe.datasets.masks`); the log
-says which. Superpixels are computed on the CPU when a batch comes, 19 ms for 160 x 160 pixels, 320 ms for 480 x 640, and remembered.
+Training reads the set of classes in a target's ``labels`` and nothing else. Validation compares with masks: those of the data set,
+or masks made of its boxes (:mod:`detpipe.datasets.masks`); the log says. No weight depends on them, but the best checkpoint is
+chosen by them. Superpixels are computed on the CPU when a batch comes (19 ms for 160 x 160 pixels, 320 ms for 480 x 640) and
+remembered by their pixels.
 
 Frames: images and maps are in pixels of the images as passed; superpixels are those of the resized image, in the padded batch.
 

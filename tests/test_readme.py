@@ -64,6 +64,15 @@ def test_a_spatial_transformer_in_a_plain_network() -> None:
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
 
 
+def test_a_head_that_looks_again() -> None:
+    [code] = blocks("python", (ROOT / "docs/glimpses.md").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    exec(compile(code, "glimpses.md", "exec"), names)
+    assert {"loss_classifier", "loss_box_reg", "loss_policy", "glimpse_return"} <= set(names["losses"])
+    assert all(one["glimpses"].shape == (len(one["scores"]), 1, 4, 2) for one in names["found"])
+    assert names["other"].glimpses.length == 3
+
+
 @pytest.mark.parametrize("marker", ["the main job", "the tests"])
 def test_continuous_integration_finds_its_commands(marker: str) -> None:
     found = re.findall(rf"^<!-- {marker} -->\n```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)

@@ -23,9 +23,7 @@ Deviations:
    makes maps of training images, whose classes are known.
 5. ``pooling="none"`` takes each cell of the upsampled map in the place of a superpixel: the same network and training without
    superpixels, to see what they bring.
-6. Features are read where they were computed: ``first_cell`` says where the first cell of the backbone is centered. Nothing in the
-   training would notice maps that lie half a stride beside their objects.
-7. Padding takes part in no mean. One scale; DecoupledNet, which the paper trains on these maps, is not part of this.
+6. Padding takes part in no mean. One scale; DecoupledNet, which the paper trains on these maps, is not part of this.
 
 N images, C channels in, D channels inside, K classes, S superpixels (or cells) an image, H' x W' pixels of the superpixel maps.
 """
@@ -56,8 +54,6 @@ class Localization:
         pooling: "superpixel", or "none" for the same network without superpixels.
         sharpness: of the smooth maximum over superpixels that makes the score of the image; 0 is the mean.
         threshold: where no class has a score of at least this, a pixel is background; 0 to 1.
-        first_cell: pixels from the edges of the image to the center of the backbone's first cell: 0.5 where layers with a stride are
-            padded by half of their kernels, as in ResNets; None for half a stride, as where patches are cut.
 
     Raises:
         ValueError: a number outside its range, or an unknown pooling.
@@ -68,19 +64,14 @@ class Localization:
     pooling: Literal["superpixel", "none"] = "superpixel"
     sharpness: float = 0.0
     threshold: float = 0.3
-    first_cell: float | None = 0.5
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             near = did_you_mean(str(self.pooling), POOLINGS)
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}{near}")
         counts = self.channels >= 1 and self.doublings >= 0
-        first = 0.0 if self.first_cell is None else self.first_cell
-        if not (counts and 0 <= self.sharpness < math.inf and 0 <= self.threshold <= 1 and 0 <= first < math.inf):
-            raise ValueError(
-                "expected channels > 0, doublings >= 0, sharpness >= 0, threshold in 0..1 and first_cell >= 0 or None, got "
-                f"{self}"
-            )
+        if not (counts and 0 <= self.sharpness < math.inf and 0 <= self.threshold <= 1):
+            raise ValueError(f"expected channels > 0, doublings >= 0, sharpness >= 0 and threshold in 0..1, got {self}")
 
 
 class Localized(NamedTuple):
@@ -158,7 +149,7 @@ class SuperpixelPoolingHead(nn.Module):
         _check(features, superpixels)
         encoded = self.encode(features)
         mean = _mean(encoded.flatten(2).transpose(1, 2), _inside(superpixels, encoded).flatten(1))
-        upsampled = self._aligned(self.upsample(encoded), features, superpixels)
+        upsampled = self.upsample(encoded)
         if self.settings.pooling == "superpixel":
             pooled, weights = superpixel_pool(upsampled, superpixels, num_superpixels)
             weights = (weights > 0).to(weights.dtype)  # each superpixel counts the same, whatever its size
@@ -173,16 +164,6 @@ class SuperpixelPoolingHead(nn.Module):
             weights,
             (upsampled.shape[2], upsampled.shape[3]),
         )
-
-    def _aligned(self, upsampled: Tensor, features: Tensor, superpixels: Tensor) -> Tensor:
-        """Move the map so that it covers the image edge to edge, as superpixels do; borders are repeated."""
-        center = self.settings.first_cell
-        if center is None:
-            return upsampled
-        for axis in (2, 3):
-            cells = 0.5 - center * features.shape[axis] / superpixels.shape[axis - 1]  # to move, towards 0
-            upsampled = _move(upsampled, cells * upsampled.shape[axis] / features.shape[axis], axis)
-        return upsampled
 
     def losses(self, found: Localized, present: Tensor) -> dict[str, Tensor]:
         """Compute the loss of each branch: binary cross-entropy, the mean over images and classes.
@@ -268,15 +249,6 @@ def _norm(width: int) -> tuple[nn.Module, ...]:
 def _double(width: int) -> nn.Sequential:
     """Enlarge to twice the size; a kernel of 4 covers each pixel equally often, which leaves no checkerboard."""
     return nn.Sequential(nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, bias=False), *_norm(width))
-
-
-def _move(values: Tensor, cells: float, axis: int) -> Tensor:
-    """Read each cell that much further on along an axis, linearly between two cells."""
-    last = values.shape[axis] - 1
-    place = (torch.arange(last + 1, device=values.device, dtype=torch.float32) + cells).clamp(0, last)
-    low = place.long()
-    part = (place - low).to(values.dtype).view([-1 if a == axis else 1 for a in range(values.ndim)])
-    return torch.lerp(values.index_select(axis, low), values.index_select(axis, (low + 1).clamp(max=last)), part)
 
 
 def _exact(values: Tensor) -> Tensor:

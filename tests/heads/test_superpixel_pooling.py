@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detpipe.backbones import SEResNet
 from detpipe.heads.superpixel_pooling import Localization, Localized, SuperpixelPoolingHead, segment
 
 POOLINGS = pytest.mark.parametrize("pooling", ["superpixel", "none"])
@@ -25,8 +24,7 @@ def superpixels(images: int = 2, height: int = 16, width: int = 24, count: int =
 
 
 def head(classes: int = 3, channels: int = 5, **settings: object) -> SuperpixelPoolingHead:
-    localization = Localization(**{"channels": 4, "first_cell": None, **settings})  # type: ignore[arg-type]
-    built = SuperpixelPoolingHead(channels, classes, localization)
+    built = SuperpixelPoolingHead(channels, classes, Localization(channels=4, **settings))  # type: ignore[arg-type]
     for module in built.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.2)
@@ -148,40 +146,6 @@ def test_gradients(pooling: str, sharpness: float) -> None:
     assert torch.autograd.gradcheck(total, (features,))
 
 
-@pytest.mark.parametrize("doublings", [0, 1, 2])
-def test_features_are_read_where_they_were_computed(doublings: int) -> None:
-    """A ramp that is 10 x + y at the center of each cell, which lies at 0.5, 8.5, .., is 10 x + y at each superpixel's center."""
-    built = SuperpixelPoolingHead(1, 1, Localization(1, doublings, first_cell=0.5)).eval()
-    built.encode, built.upsample = nn.Identity(), nn.Identity()
-    if doublings:
-        built.upsample = nn.Upsample(scale_factor=2**doublings, mode="bilinear", align_corners=False)
-    nn.init.ones_(built.region_classifier.weight)
-    rows, columns = torch.meshgrid(torch.arange(6) * 8 + 0.5, torch.arange(9) * 8 + 0.5, indexing="ij")
-    features = (10 * columns + rows)[None, None]
-    labels = torch.arange(12 * 18).view(12, 18).repeat_interleave(4, 0).repeat_interleave(4, 1)[None]  # 48 x 72 pixels
-    found = built(features, labels).activations.view(12, 18)
-    expected = 10 * (torch.arange(18) * 4 + 2.0) + (torch.arange(12)[:, None] * 4 + 2.0)
-    inner = (slice(2, 9), slice(2, 14))  # borders are repeated
-    assert torch.allclose(found[inner], expected[inner], atol=0.02)
-    built.settings = Localization(1, doublings, first_cell=4.0)  # half a stride: nothing moves
-    same = built(features, labels).activations
-    built.settings = Localization(1, doublings, first_cell=None)
-    assert torch.allclose(built(features, labels).activations, same, atol=1e-4)
-
-
-def test_the_first_cell_of_a_resnet_is_centered_on_the_first_pixel() -> None:
-    """The default is what our networks do: the gradient of a cell is centered there."""
-    network = SEResNet(18, levels=["c4"], attention=None).eval()
-    image = torch.rand(1, 3, 256, 256, requires_grad=True)
-    for row, column in ((7, 8), (8, 6)):
-        [gradient] = torch.autograd.grad(network(image)["c4"][0, :, row, column].sum(), image)
-        weight = gradient[0].square().sum(0)
-        places = torch.arange(256) + 0.5
-        center = [float((weight.sum(1 - axis) * places).sum() / weight.sum()) for axis in (0, 1)]
-        assert center == pytest.approx([16 * row + 0.5, 16 * column + 0.5], abs=2.0)
-    assert Localization().first_cell == 0.5
-
-
 @POOLINGS
 def test_all_weights_learn(pooling: str) -> None:
     built = head(pooling=pooling).train()
@@ -265,7 +229,6 @@ def test_segments_by_hand() -> None:
         ({"doublings": -1}, "doublings >= 0"),
         ({"sharpness": math.nan}, "sharpness >= 0"),
         ({"threshold": 1.5}, r"threshold in 0\.\.1"),
-        ({"first_cell": -1.0}, "first_cell >= 0 or None"),
     ],
 )
 def test_bad_settings(arguments: dict[str, object], message: str) -> None:
