@@ -37,10 +37,10 @@ STRIDES = {"c3": STRIDE}
 SEQUENCE = {"max_shift": 1.5, "max_log_scale": 0.2}
 
 
-def batch(images: int, generator: torch.Generator) -> tuple[Features, list[Target]]:
-    """Draw feature maps with one object each."""
+def batch(images: int, generator: torch.Generator) -> tuple[Features, list[Tensor], list[Target]]:
+    """Draw feature maps with one object each, whose box is the only proposal."""
     maps = 0.1 * torch.randn(images, CHANNELS, MAP, MAP, generator=generator)
-    targets = []
+    boxes, targets = [], []
     low, high = BOX + 2, MAP - 2 * BOX - 2
     for image in maps:
         x, y = (int(torch.randint(low, high + 1, (1,), generator=generator)) for _ in range(2))
@@ -51,29 +51,36 @@ def batch(images: int, generator: torch.Generator) -> tuple[Features, list[Targe
             cx, cy = x + BOX // 2 + dx * BOX, y + BOX // 2 + dy * BOX
             image[4, cy - 2 : cy + 2, cx - 2 : cx + 2] += 2 * signs[k]
         box = torch.tensor([[x, y, x + BOX, y + BOX]]).float() * STRIDE
+        boxes.append(box)
         targets.append(Target(boxes=box, labels=torch.tensor([1 if signs[side] > 0 else 2])))
-    return {"c3": maps}, targets
+    return {"c3": maps}, boxes, targets
 
 
-def make(arm: str) -> ProposalHead:
+def make(arm: str) -> FastRCNNHead | AttentionalHead:
     """Build one of the contestants."""
     common = {"pooler": RoIAlign(5, sampling_ratio=2), "fc": [64, 64], "sampler": RoISampler(1, 1.0)}
     if arm.startswith("T=1"):
         return FastRCNNHead(CHANNELS, 2, STRIDES, **common)
     if arm.startswith("STN"):
-        return FastRCNNHead(CHANNELS, 2, STRIDES, **common, glimpse=GlimpseSettings(arm.split()[1], max_shift=3.0))
+        return FastRCNNHead(
+            CHANNELS,
+            2,
+            STRIDES,
+            **common,
+            glimpse=GlimpseSettings("affine" if "affine" in arm else "attention", max_shift=3.0),
+        )
     estimator = Pathwise(0.5) if "pathwise" in arm else Reinforce(sigma=0.3)
     return AttentionalHead(CHANNELS, 2, STRIDES, **common, glimpses=GlimpseSequence(2, **SEQUENCE), estimator=estimator)
 
 
-def accuracy(head: ProposalHead, generator: torch.Generator) -> float:
+def accuracy(head: FastRCNNHead | AttentionalHead, generator: torch.Generator) -> float:
     """Classify fresh objects, by the proposal and the means of the policy."""
-    features, targets = batch(512, generator)
+    features, boxes, targets = batch(512, generator)
     head.eval()
     with torch.no_grad():
-        logits, _ = head.predict(features, torch.stack([target["boxes"] for target in targets]))
+        logits, _ = head.predict(features, torch.stack(boxes))
     head.train()
-    labels = torch.cat([target["labels"] for target in targets])
+    labels = torch.cat([target.get("labels", torch.empty(0)) for target in targets])
     return (logits[:, 0, 1:].argmax(-1) + 1 == labels).float().mean().item()
 
 
@@ -81,8 +88,8 @@ def gradient_spread(head: ProposalHead, generator: torch.Generator, draws: int =
     """Variance, over draws of the noise on one batch, of the gradient to the policy's weights, over its squared mean."""
     if not isinstance(head, AttentionalHead):
         return float("nan")
-    features, targets = batch(64, generator)
-    boxes, parameter = [target["boxes"] for target in targets], head.policy.weight
+    features, boxes, targets = batch(64, generator)
+    parameter = head.policy.weight
     rows = []
     for _ in range(draws):
         _, losses = head(features, boxes, [(MAP * STRIDE,) * 2] * 64, targets)
@@ -101,9 +108,9 @@ def train(arm: str, seed: int, steps: int) -> tuple[float, float, float]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     seconds, spread = 0.0, float("nan")
     for step in range(steps):
-        features, targets = batch(64, generator)
+        features, boxes, targets = batch(64, generator)
         start = time.perf_counter()
-        _, losses = head(features, [target["boxes"] for target in targets], [(MAP * STRIDE,) * 2] * 64, targets)
+        _, losses = head(features, boxes, [(MAP * STRIDE,) * 2] * 64, targets)
         optimizer.zero_grad()
         total_loss(losses).backward()
         optimizer.step()
@@ -119,7 +126,7 @@ ARMS = ("T=1", "T=2 reinforce", "T=2 pathwise", "STN attention", "STN affine")
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)

@@ -29,14 +29,14 @@ import cv2
 import numpy as np
 import torch
 
-from detpipe.checkpoint_proposals import CheckpointProposals
+from detpipe.commands.checkpoint_proposals import CheckpointProposals
+from detpipe.commands.proposal_making import find_items, read_pixels
 from detpipe.datasets import DetectionData
 from detpipe.datasets.layouts import open_split
 from detpipe.datasets.stored_proposals import StoredProposals
 from detpipe.evaluation.proposal_recall import ProposalRecall, evaluate_recall
 from detpipe.evaluation.recall_report import plot_recall, recall_table
 from detpipe.proposal_files.offline import Item, make_store
-from detpipe.proposal_making import find_items, read_pixels
 from detpipe.proposals import OpenCVSelectiveSearch, SelectiveSearch, make_source
 
 SOURCES = (

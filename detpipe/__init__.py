@@ -69,10 +69,12 @@ if TYPE_CHECKING:
         GlimpseSequence,
         GlimpseSettings,
         LaterStages,
+        Localization,
         Pathwise,
         Postprocess,
         Reinforce,
         RoISampler,
+        SuperpixelPoolingHead,
     )
     from detpipe.optimization import LRSchedule, Optimizer
     from detpipe.proposal_files import ProposalStore
@@ -93,6 +95,8 @@ if TYPE_CHECKING:
     from detpipe.region_context import Context
     from detpipe.roi_pooling import PreciseRoIPool, RoIAlign, RoIMaxPool, RotatedRoIAlign, SuperpixelPool
     from detpipe.spatial_transformer import Sampler, SpatialTransformer
+    from detpipe.superpixel_localizer import SuperpixelLocalizer
+    from detpipe.superpixels import Segmentation
     from detpipe.types import Detection, Features, PixelFormat, Target
 
 _HOMES = {
@@ -115,6 +119,7 @@ _HOMES = {
     "detpipe.heads": (
         *("FastRCNNHead", "AttentionalHead", "CascadeHead", "Postprocess", "RoISampler"),
         *("Glimpse", "GlimpseSettings", "GlimpseSequence", "Reinforce", "Pathwise", "LaterStages"),
+        *("SuperpixelPoolingHead", "Localization"),
     ),
     "detpipe.optimization": ("LRSchedule", "Optimizer"),
     "detpipe.proposal_files": ("ProposalStore",),
@@ -126,6 +131,8 @@ _HOMES = {
     "detpipe.region_classifier": ("Classification", "RegionClassifier"),
     "detpipe.region_context": ("Context",),
     "detpipe.spatial_transformer": ("Sampler", "SpatialTransformer"),
+    "detpipe.superpixel_localizer": ("SuperpixelLocalizer",),
+    "detpipe.superpixels": ("Segmentation",),
     "detpipe.types": ("Detection", "Features", "PixelFormat", "Target"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -144,6 +151,7 @@ __all__ = [  # noqa: RUF022 (the order of the data path)
     "TwoStageDetector", "Optimizer", "LRSchedule", "load_detector",
     "ImageClassifier", "ClassificationData", "ImageFolder", "DemoDigits", "Views", "load_classifier",
     "RegionClassifier", "Context", "Classification", "load_region_classifier",
+    "SuperpixelLocalizer", "SuperpixelPoolingHead", "Localization", "Segmentation",
     "SpatialTransformer", "Sampler",
     "Detection", "Features", "Target",
 ]  # fmt: skip

@@ -15,10 +15,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from detpipe import evaluation, visualize
+from detpipe import evaluation
 from detpipe.checkpoint import KEY, Description
 from detpipe.errors import NonFiniteStepError, TrainingError
 from detpipe.files import atomic_write
+from detpipe.pictures import visualize
 from detpipe.types import Detection, Target
 
 NONFINITE_BATCH = "nonfinite_batch.pt"

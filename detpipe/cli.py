@@ -55,16 +55,16 @@ examples:
 """
 
 COMMANDS = {
-    "train": ("detpipe.training", "train"),
-    "evaluate": ("detpipe.evaluate", "evaluate"),
-    "predict": ("detpipe.predict", "predict"),
-    "pretrain": ("detpipe.pretraining", "pretrain"),
-    "train_regions": ("detpipe.region_training", "train_regions"),
-    "classify": ("detpipe.classify", "classify"),
-    "train_classifier": ("detpipe.digit_study", "train_classifier"),
-    "ablate": ("detpipe.ablation", "run_ablate"),
-    "inspect": ("detpipe.inspect_attention", "run_inspect"),
-    "proposals": ("detpipe.proposal_commands", "main"),
+    "train": ("detpipe.commands.training", "train"),
+    "evaluate": ("detpipe.commands.evaluate", "evaluate"),
+    "predict": ("detpipe.commands.predict", "predict"),
+    "pretrain": ("detpipe.commands.pretraining", "pretrain"),
+    "train_regions": ("detpipe.commands.region_training", "train_regions"),
+    "classify": ("detpipe.commands.classify", "classify"),
+    "train_classifier": ("detpipe.commands.digit_study", "train_classifier"),
+    "ablate": ("detpipe.commands.ablation", "run_ablate"),
+    "inspect": ("detpipe.commands.inspect_attention", "run_inspect"),
+    "proposals": ("detpipe.commands.proposal_commands", "main"),
 }
 
 

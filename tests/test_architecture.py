@@ -49,36 +49,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 # the programs: they may import everything above and each other; nothing above imports them
 PROGRAMS = (
-    *("checkpoint", "callbacks", "config_errors", "configuration"),
-    *(
-        "run_folder",
-        "training",
-        "pretraining",
-        "region_training",
-        "checkpoint_regions",
-        "classify",
-        "digit_study",
-        "digit_run",
-        "digit_pictures",
-        "ablation",
-        "ablation_report",
-        "ablation_speed",
-        "inspect_attention",
-        "inspection",
-        "inspection_plots",
-        "localization_plots",
-        "evaluate",
-        "predict",
-        "given_proposals",
-        "proposal_commands",
-        "proposal_making",
-        "proposal_recall",
-        "checkpoint_proposals",
-        "visualize",
-        "glimpse_pictures",
-        "curves",
-        "cli",
-    ),
+    *("checkpoint", "checkpoint_regions", "callbacks", "config_errors", "configuration", "run_folder"),
+    *("commands", "pictures", "cli"),
 )
 
 

@@ -11,7 +11,7 @@ from lightning import Trainer
 from PIL import Image
 from torch import nn
 
-from detpipe import cli, detector, training
+from detpipe import cli, detector
 from detpipe.callbacks import (
     NONFINITE_BATCH,
     MeanAveragePrecision,
@@ -21,6 +21,7 @@ from detpipe.callbacks import (
     Throughput,
     ValidateLastStep,
 )
+from detpipe.commands import training
 from detpipe.configuration import CLI, quiet
 from detpipe.errors import TrainingError
 

@@ -96,7 +96,7 @@ def test_row_41_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path: Path)
 def test_a_detector_is_rebuilt_from_its_checkpoint_alone(trained: Path, demo_root: Path) -> None:
     import runs
 
-    from detpipe import training
+    from detpipe.commands import training
     from detpipe.configuration import CLI
 
     cli = CLI([runs.CONFIG, *runs.options(demo_root)], training._add_arguments)

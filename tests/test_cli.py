@@ -38,7 +38,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
         def fail(arguments: list[str]) -> int:
             raise error
 
-        monkeypatch.setattr("detpipe.training.train", fail)
+        monkeypatch.setattr("detpipe.commands.training.train", fail)
 
     return fail_with
 

@@ -14,7 +14,8 @@ import torch
 import yaml
 from datasets.builders import coco_content, voc_object, write_coco, write_voc
 
-from detpipe import ablation, cli, load_detector, training
+from detpipe import cli, load_detector
+from detpipe.commands import ablation, training
 from detpipe.configuration import CLI
 from detpipe.datasets import Demo, DemoScenes
 from detpipe.proposal_files import write_store

@@ -8,7 +8,8 @@ import runs
 import yaml
 
 import detpipe
-from detpipe import config_errors, configuration, training
+from detpipe import config_errors, configuration
+from detpipe.commands import training
 from detpipe.configuration import CLI, positional_configs
 from detpipe.datasets import DetectionData
 from detpipe.datasets.demo import Demo

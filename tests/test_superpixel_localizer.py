@@ -21,8 +21,8 @@ from detpipe.datasets.masks import open_masks
 from detpipe.errors import DataError
 from detpipe.evaluation.segmentation import all_background, confusion_matrix, segmentation_scores
 from detpipe.heads.superpixel_pooling import Localization, segment
-from detpipe.localization_plots import localization_picture
 from detpipe.optimization import Optimizer
+from detpipe.pictures.localization_plots import localization_picture
 from detpipe.stages import Backbone
 from detpipe.superpixel_localizer import SuperpixelLocalizer, image_classes
 from detpipe.superpixels import Segmentation

@@ -13,8 +13,8 @@ import torch
 
 from detpipe import cli
 from detpipe.checkpoint import read
+from detpipe.commands.given_proposals import advice, open_boxes
 from detpipe.errors import DataError, UsageError
-from detpipe.given_proposals import advice, open_boxes
 from detpipe.proposal_files import write_store
 from detpipe.proposals import DenseGrid
 

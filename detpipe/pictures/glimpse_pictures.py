@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from detpipe import visualize
 from detpipe.files import atomic_write
+from detpipe.pictures import visualize
 from detpipe.types import GlimpsedDetection
 
 PAGE = "glimpses.html"

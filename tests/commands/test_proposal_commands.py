@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
+from detpipe.commands.proposal_commands import main
 from detpipe.errors import DataError, UsageError
-from detpipe.proposal_commands import main
 from detpipe.proposal_files.store import ProposalStore, write_store
 
 

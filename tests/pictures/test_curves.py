@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detpipe import curves
-from detpipe.curves import plot_curves
 from detpipe.errors import DataError, UsageError
+from detpipe.pictures import curves
+from detpipe.pictures.curves import plot_curves
 
 COLUMNS = ("epoch", "lr", "step", "train/loss", "val/AP", "val/AP50", "val/loss")
 

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from detpipe import run_folder
+from detpipe.commands.digit_run import Recipe, Result, Run, prepare_worker, train
 from detpipe.config_errors import explain
 from detpipe.configuration import Parser, positional_configs, quiet
 from detpipe.datasets.distorted_digits import Distortion
 from detpipe.digit_classifier import Model
-from detpipe.digit_pictures import draw_looks, look, save_png
-from detpipe.digit_run import Recipe, Result, Run, prepare_worker, train
 from detpipe.errors import TrainingError, UsageError
 from detpipe.files import atomic_write, remove_orphans
+from detpipe.pictures.digit_pictures import draw_looks, look, save_png
 
 DESCRIPTION = "Classify distorted digits with and without spatial transformers, and tabulate the errors."
 Results = dict[tuple[Distortion, Model, int], Result]  # of each model, distortion and seed

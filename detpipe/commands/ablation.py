@@ -29,8 +29,8 @@ from typing import Any, NoReturn
 import yaml
 from tqdm import tqdm
 
-from detpipe.ablation_report import Result, plot_results, results_table
-from detpipe.ablation_speed import milliseconds_an_image
+from detpipe.commands.ablation_report import Result, plot_results, results_table
+from detpipe.commands.ablation_speed import milliseconds_an_image
 from detpipe.errors import TrainingError, UsageError
 from detpipe.files import atomic_write
 from detpipe.suggest import did_you_mean

@@ -21,11 +21,11 @@ from detpipe import checkpoint, cli
 from detpipe import images as frames
 from detpipe.boxes import iou
 from detpipe.checkpoint import load_detector
+from detpipe.commands.proposal_making import find_items, report, run_make
 from detpipe.datasets import read_image
 from detpipe.errors import CheckpointError, DataError, UsageError
 from detpipe.proposal_files.offline import Summary
 from detpipe.proposal_files.store import ProposalStore
-from detpipe.proposal_making import find_items, report, run_make
 from detpipe.proposals import RPN, Anchors, DenseGrid, SelectiveSearch, make_source
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_proposals.py"
@@ -329,7 +329,7 @@ def test_a_checkpoint_without_an_rpn_or_none_at_all(trained: Path, pictures: Pat
 RUNS = """
 import os
 import sys
-from detpipe.proposal_making import run_make
+from detpipe.commands.proposal_making import run_make
 for _ in sys.stdin:
     child = os.fork()
     if child == 0:

@@ -19,13 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detpipe.checkpoint import load_detector
+from detpipe.commands.inspection import Objects, attention_modules, branches_by_scale, gates_by_class, spatial_maps
+from detpipe.commands.predict import detect, find_images
 from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
 from detpipe.errors import UsageError
 from detpipe.files import atomic_write
-from detpipe.inspection import Objects, attention_modules, branches_by_scale, gates_by_class, spatial_maps
-from detpipe.inspection_plots import plot_branches, plot_class_gates, plot_maps
-from detpipe.predict import detect, find_images
+from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
 
 SHARES = (0.25, 0.5, 1.0)
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from detpipe import checkpoint, cli
 from detpipe.checkpoint import load_detector
+from detpipe.commands.given_proposals import read_proposals
+from detpipe.commands.predict import detect, find_images
 from detpipe.datasets import read_image
 from detpipe.errors import DataError, UsageError
-from detpipe.given_proposals import read_proposals
-from detpipe.predict import detect, find_images
 
 
 @pytest.fixture

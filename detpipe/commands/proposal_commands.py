@@ -182,15 +182,15 @@ def describe(store: ProposalStore) -> dict[str, Any]:
 
 
 def run_make(arguments: Sequence[str]) -> int:
-    """Make a store; see :func:`detpipe.proposal_making.run_make`."""
-    from detpipe.proposal_making import run_make
+    """Make a store; see :func:`detpipe.commands.proposal_making.run_make`."""
+    from detpipe.commands.proposal_making import run_make
 
     return run_make(arguments)
 
 
 def run_recall(arguments: Sequence[str]) -> int:
-    """Measure recall; see :func:`detpipe.proposal_recall.run_recall`."""
-    from detpipe.proposal_recall import run_recall
+    """Measure recall; see :func:`detpipe.commands.proposal_recall.run_recall`."""
+    from detpipe.commands.proposal_recall import run_recall
 
     return run_recall(arguments)
 

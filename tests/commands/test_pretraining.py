@@ -21,9 +21,9 @@ from detpipe import callbacks, checkpoint, cli, run_folder
 from detpipe.backbones import FPN, Extractor, Level, SEInceptionV3, SEResNet, SEResNeXt, SKNet
 from detpipe.checkpoint import load_classifier, load_detector
 from detpipe.classifier import ImageClassifier
+from detpipe.commands.pretraining import WEIGHTS, PretrainingCLI, backbone_weights, export_backbone
 from detpipe.configuration import CLI
 from detpipe.errors import CheckpointError
-from detpipe.pretraining import WEIGHTS, PretrainingCLI, backbone_weights, export_backbone
 
 FOLDER = runs.CONFIGS / "pretrain"
 CONFIG = str(FOLDER / "se_resnet18.yaml")

@@ -8,9 +8,10 @@ import pytest
 import runs
 from PIL import Image
 
-from detpipe import ablation, cli
-from detpipe.ablation import read_study
-from detpipe.ablation_report import Result, plot_results, results_table
+from detpipe import cli
+from detpipe.commands import ablation
+from detpipe.commands.ablation import read_study
+from detpipe.commands.ablation_report import Result, plot_results, results_table
 from detpipe.errors import TrainingError, UsageError
 
 STUDY = f"""

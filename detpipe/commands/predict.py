@@ -4,7 +4,7 @@ The JSON holds ``checkpoint``, ``class_names``, ``images`` (``file``, ``drawing`
 with ``label``, ``score`` and ``box`` in pixels of the image) and ``failed`` (``file``, ``reason``). With ``--show-glimpses``
 detections also have ``proposal`` and ``glimpses`` (outlines in order), and there is a page of pictures.
 
-Boxes for a detector that needs some: see :mod:`detpipe.given_proposals`.
+Boxes for a detector that needs some: see :mod:`detpipe.commands.given_proposals`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from detpipe import glimpse_pictures, visualize
 from detpipe.checkpoint import Description, load_detector
+from detpipe.commands.given_proposals import Boxes, advice, open_boxes
 from detpipe.datasets import read_image
 from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.detector import TwoStageDetector
 from detpipe.errors import DataError, UsageError
 from detpipe.files import atomic_write
-from detpipe.given_proposals import Boxes, advice, open_boxes
 from detpipe.heads import ProposalHead
+from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.proposals import PrecomputedProposals
 from detpipe.types import Detection, GlimpsedDetection, Target
 

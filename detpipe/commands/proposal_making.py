@@ -19,11 +19,11 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from detpipe.checkpoint_proposals import CheckpointProposals
+from detpipe.commands.checkpoint_proposals import CheckpointProposals
+from detpipe.commands.predict import find_images
 from detpipe.datasets import read_image
 from detpipe.datasets.layouts import EXPECTED, is_coco, is_voc, open_split
 from detpipe.errors import DetpipeError, UsageError
-from detpipe.predict import find_images
 from detpipe.proposal_files.offline import Item, Proposer, Summary, make_store
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX

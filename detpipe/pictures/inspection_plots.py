@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detpipe.errors import UsageError
 from detpipe.files import atomic_write
-from detpipe.visualize import class_color
+from detpipe.pictures.visualize import class_color
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from detpipe import visualize
 from detpipe.errors import UsageError
+from detpipe.pictures import visualize
+from detpipe.pictures.visualize import IGNORED_COLOR, PALETTE, class_color, comparison_grid, draw, save_png
 from detpipe.types import Detection, Target
-from detpipe.visualize import IGNORED_COLOR, PALETTE, class_color, comparison_grid, draw, save_png
 
 NAMES = ("cat", "dog", "bird")
 HAS_SUPERVISION = importlib.util.find_spec("supervision") is not None

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from detpipe import checkpoint, cli, glimpse_pictures
+from detpipe import checkpoint, cli
 from detpipe.heads.base import outlines
+from detpipe.pictures import glimpse_pictures
 from detpipe.types import GlimpsedDetection
 
 
@@ -112,7 +113,7 @@ def test_the_command_writes_pictures_a_page_and_the_outlines(trained: Path, demo
 
 
 def test_a_head_that_does_not_tell_is_refused(trained: Path, tmp_path: Path, capsys, monkeypatch):
-    monkeypatch.setattr("detpipe.predict.ProposalHead", int)
+    monkeypatch.setattr("detpipe.commands.predict.ProposalHead", int)
     image = tmp_path / "a.png"
     Image.new("RGB", (64, 64)).save(image)
     command = ["predict", str(trained / "best.ckpt"), str(image), "-o", str(tmp_path / "out"), "--show-glimpses"]

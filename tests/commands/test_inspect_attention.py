@@ -12,8 +12,8 @@ from detpipe import cli
 from detpipe import images as frames
 from detpipe.attention import ConcurrentSqueezeExcitation, SelectiveKernel
 from detpipe.backbones import SEResNet
-from detpipe.inspect_attention import last_of_each_stage
-from detpipe.inspection import (
+from detpipe.commands.inspect_attention import last_of_each_stage
+from detpipe.commands.inspection import (
     Objects,
     attention_modules,
     branches_by_scale,
@@ -135,13 +135,13 @@ def test_what_the_command_refuses(
     assert "no object was found with a score of 1.0 or more; lower --score_threshold" in capsys.readouterr().err
     assert cli.main([*command, "--max_objects", "0"]) == 2
     assert "--max_objects of at least 1" in capsys.readouterr().err
-    monkeypatch.setattr("detpipe.inspect_attention.attention_modules", lambda network: {})
+    monkeypatch.setattr("detpipe.commands.inspect_attention.attention_modules", lambda network: {})
     assert cli.main(command) == 2
     assert "SEResNet, has no attention modules" in capsys.readouterr().err
 
 
 def test_pictures_of_every_kind(backbone: SEResNet, tmp_path: Path) -> None:
-    from detpipe.inspection_plots import plot_branches, plot_class_gates, plot_maps
+    from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
 
     [image, other] = some_images()
     objects = Objects([image, other], torch.tensor([[10.0, 10, 40, 50], [30, 5, 80, 60]]), torch.tensor([1, 3]))

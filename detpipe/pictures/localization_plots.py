@@ -12,8 +12,8 @@ from torch import Tensor
 
 from detpipe.files import atomic_write
 from detpipe.heads.superpixel_pooling import segment
-from detpipe.inspection_plots import new_figure
-from detpipe.visualize import class_color
+from detpipe.pictures.inspection_plots import new_figure
+from detpipe.pictures.visualize import class_color
 
 Pixels = npt.NDArray[np.float64]  # [H, W, 3] in 0..1
 PANELS = 8  # in one picture

@@ -1,0 +1,1 @@
+"""What ``detpipe COMMAND`` and the scripts in ``tools/`` run; :mod:`detpipe.cli` finds them."""
