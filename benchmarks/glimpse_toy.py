@@ -16,6 +16,7 @@ import statistics
 import time
 
 import torch
+from torch import Tensor
 
 from detpipe import (
     AttentionalHead,
