@@ -6,7 +6,8 @@ zoom, rotate and look beyond the proposal, and what it sees joins the pooled fea
 
 Deviations:
 1. The transform acts on the frame of a box instead of the whole image, and all boxes of a batch share one map.
-2. Its parameters are bounded, by a hyperbolic tangent.
+2. Its parameters are bounded, by a hyperbolic tangent; what the last layer says is multiplied by ``step``, in the place of the
+   lower learning rate that localization networks are given.
 3. The untrained glimpse changes nothing: with "sum" it is weighed by a gain for each channel that starts at zero, with "concat"
    a head starts the weights of its part at zero, and with "max" it sees what the pooler sees, if that is RoIAlign with
    fixed samples. Localization learns as soon as gain or weights have left zero.
@@ -59,6 +60,8 @@ class GlimpseSettings:
         max_shift: how far the glimpse, of "tps" each control point, may move, in halves of the box: 1 brings the center to
             the box's edge.
         hidden: width of the localization network's hidden layer.
+        step: what the last layer says counts this much, which under Adam, whose steps do not know the size of a gradient, divides
+            its learning rate.
         samples: bilinear samples along each axis of a bin of the glimpse, 1 as in the paper; None is 1, but with "max" as many
             as the pooler takes.
 
@@ -71,14 +74,15 @@ class GlimpseSettings:
     max_change: float = 0.5
     max_shift: float = 1.0
     hidden: int = 64
+    step: float = 0.1
     samples: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (("kind", self.kind, Kind), ("fuse", self.fuse, Fusion)):
             if value not in get_args(known):
                 raise ValueError(f"glimpse {name} must be one of {list(get_args(known))}, got {value!r}")
-        if not (0 < self.max_change < math.inf and 0 < self.max_shift < math.inf and self.hidden > 0):
-            raise ValueError(f"glimpse max_change, max_shift and hidden must be positive and finite, got {self}")
+        if not all(0 < value < math.inf for value in (self.max_change, self.max_shift, self.hidden, self.step)):
+            raise ValueError(f"glimpse max_change, max_shift, hidden and step must be positive and finite, got {self}")
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"glimpse samples must be at least 1, got {self.samples}")
 
@@ -139,7 +143,8 @@ class Glimpse(nn.Module):
             raise ValueError(f"samples must be at least 1, got {samples}")
         self.output_size, self.settings, self.samples, self.levels = output_size, settings, samples, levels
         self.grid = settings.grid()
-        self.localization = Localization(in_channels * output_size[0] * output_size[1], self.grid, settings.hidden)
+        width = in_channels * output_size[0] * output_size[1]
+        self.localization = Localization(width, self.grid, settings.hidden, settings.step)
         self.gain = nn.Parameter(torch.zeros(in_channels)) if settings.fuse == "sum" else None
         self.out_channels = in_channels * (2 if settings.fuse == "concat" else 1)
 
@@ -233,16 +238,22 @@ class Localization(nn.Module):
         width: numbers of a pooled map, C h w.
         grid: what the parameters are for.
         hidden: width of the layer between.
+        step: factor of what the last layer says.
     """
 
-    def __init__(self, width: int, grid: Grid, hidden: int) -> None:
+    identity: Tensor
+
+    def __init__(self, width: int, grid: Grid, hidden: int, step: float) -> None:
         super().__init__()
         self.hidden = nn.Linear(width, hidden)
         self.theta = ThetaLayer(hidden, grid)
+        self.step = step
+        self.register_buffer("identity", grid.identity(), persistent=False)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """``[R, C, h, w]`` -> theta ``[R, parameters]``, float32 at least; read with the channels last, as poolers lay them out."""
-        return self.theta(torch.relu(self.hidden(pooled.permute(0, 2, 3, 1).flatten(1))))
+        theta = self.theta(torch.relu(self.hidden(pooled.permute(0, 2, 3, 1).flatten(1))))
+        return torch.lerp(self.identity.to(theta).expand_as(theta), theta, self.step)
 
 
 def from_frames(points: Tensor, boxes: Tensor) -> Tensor:

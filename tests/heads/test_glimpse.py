@@ -70,7 +70,9 @@ def test_a_glimpse_twice_as_wide_and_shifted_sees_that_box():
     """Attention with scale s and shift (tx, ty), in halves of the box, is RoIAlign of another box, also beyond the first."""
     features = {"c3": torch.rand(1, 4, 12, 16)}
     boxes = torch.tensor([[[40.0, 30.0, 64.0, 50.0]]])  # 24 x 20 around (52, 40)
-    glimpse = Glimpse(4, (3, 3), GlimpseSettings("attention", "concat", max_change=5.0, max_shift=5.0), samples=2)
+    glimpse = Glimpse(
+        4, (3, 3), GlimpseSettings("attention", "concat", max_change=5.0, max_shift=5.0, step=1.0), samples=2
+    )
     wanted = torch.tensor([math.log(1.5), 0.5, -1.0])  # 36 x 30 around (58, 30)
     with torch.no_grad():  # the bound is a hyperbolic tangent
         glimpse.localization.theta.bias.copy_(5 * torch.atanh(wanted / 5))
@@ -88,7 +90,7 @@ def test_a_glimpse_twice_as_wide_and_shifted_sees_that_box():
 def test_a_quarter_turn_turns_what_is_seen():
     features = {"c3": torch.rand(1, 1, 8, 8)}
     boxes = torch.tensor([[[16.0, 16.0, 48.0, 48.0]]])
-    glimpse = Glimpse(1, (4, 4), GlimpseSettings("affine", "concat", max_change=50.0), samples=1)
+    glimpse = Glimpse(1, (4, 4), GlimpseSettings("affine", "concat", max_change=50.0, step=1.0), samples=1)
     quarter = torch.tensor([0.0, -1, 0, 1, 0, 0])  # x turns to y: content turns counter-clockwise
     limit = torch.tensor([50.0, 50, 1, 50, 50, 1])
     start = glimpse.grid.identity()
@@ -141,7 +143,7 @@ def test_wild_parameters_stay_bounded_and_finite(kind):
 
 
 def test_glimpses_wholly_outside_the_map_are_zero():
-    glimpse = Glimpse(4, (3, 3), GlimpseSettings("attention", "concat", max_shift=50.0), samples=2)
+    glimpse = Glimpse(4, (3, 3), GlimpseSettings("attention", "concat", max_shift=50.0, step=1.0), samples=2)
     with torch.no_grad():
         glimpse.localization.theta.bias.copy_(torch.tensor([0.0, 40.0, 0.0]))
     seen = glimpse(
