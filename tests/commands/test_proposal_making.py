@@ -28,7 +28,7 @@ from detpipe.proposal_files.offline import Summary
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposals import RPN, Anchors, DenseGrid, SelectiveSearch, make_source
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_proposals.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_proposals.py"
 
 
 @pytest.fixture
