@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kept_memory import kept_memory
 
 from detpipe.allocator import keep_freed_memory
 from detpipe.backbones import SEInceptionV3, SEResNet, SEResNeXt, SKNet, Variant
@@ -90,24 +93,6 @@ def operations(network: nn.Module, side: int) -> float:
     return (counter.get_total_flops() / 2 + head) / 1e9
 
 
-def kept_memory(network: nn.Module, images: Tensor) -> float:
-    """MiB that autograd keeps for the backward pass, parameters left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = output(network.train(), images).square().mean()
-    loss.backward()
-    network.zero_grad(set_to_none=True)
-    return sum(kept.values()) / 2**20
-
-
 def infer(network: nn.Module, images: Tensor) -> float:
     """Seconds of a forward pass."""
     network.eval()
@@ -170,7 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cells.append(" (".join(f"{parameters(network):.2f}" for network in pair) + ")")
         cells.append(" (".join(f"{operations(network, side):.2f}" for network in pair) + ")")
         cells += [in_turns(measure, pair, images, options.turns) for measure in (infer, step)]
-        cells.append(" (".join(f"{kept_memory(network, images) / len(images):.0f}" for network in pair) + ")")
+        cells.append(
+            " (".join(f"{kept_memory(network, partial(step, network, images)) / len(images):.0f}" for network in pair)
+            + ")"
+        )
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0
 

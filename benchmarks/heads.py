@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kept_memory import kept_memory
 
 from detpipe.allocator import keep_freed_memory
 from detpipe.detector import total_loss
@@ -109,22 +112,6 @@ def detect(head: ProposalHead, data: tuple[Features, list[Tensor], list[Target]]
         return time.perf_counter() - start
 
 
-def kept_memory(head: ProposalHead, data: tuple[Features, list[Tensor], list[Target]]) -> float:
-    """MiB that autograd keeps for the backward pass, parameters left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in head.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step(head, data)
-    return sum(kept.values()) / 2**20
-
-
 def in_turns(measure: Callable[..., float], pair: Sequence[ProposalHead], data: Any, turns: int) -> str:
     """Milliseconds of the first head, and by how much longer it takes than the second."""
     seconds = [[measure(head, data) for head in pair] for _ in range(turns + 1)][1:]
@@ -160,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = (sum(parameter.numel() for parameter in one.parameters()) / 1e6 for one in pair)
         cells = [name, " (".join(f"{size:.2f}" for size in sizes) + ")"]
         cells += [in_turns(measure, pair, data, options.turns) for measure in (step, detect)]
-        cells.append(" (".join(f"{kept_memory(one, data):.0f}" for one in pair) + ")")
+        cells.append(" (".join(f"{kept_memory(one, partial(step, one, data)):.0f}" for one in pair) + ")")
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0
 

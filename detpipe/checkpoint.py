@@ -32,9 +32,8 @@ ALLOWED = "detpipe."  # a checkpoint may name classes of this package only
 class Description:
     """What a checkpoint says about itself."""
 
-    model: dict[
-        str, Any
-    ]  # the configuration of TwoStageDetector or ImageClassifier; of others class_path and init_args
+    # the configuration of TwoStageDetector or ImageClassifier; of others class_path and init_args
+    model: dict[str, Any]
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     proposals: dict[str, Any] | None = None  # source and settings of the store that the training boxes came from
