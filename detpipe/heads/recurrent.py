@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from detpipe import boxes as box_ops
 from detpipe.heads.base import Found, ProposalHead, outlines
-from detpipe.heads.estimators import GlimpseEstimator, Reinforce
+from detpipe.heads.estimators import GlimpseEstimator, Pathwise, Reinforce
 from detpipe.heads.layers import hidden_layers, output_layers
 from detpipe.heads.objective import box_losses, of_label
 from detpipe.heads.postprocess import Postprocess
@@ -44,6 +44,7 @@ from detpipe.stages import Losses
 from detpipe.types import Features, Target
 
 PLAIN = (1.0, 1.0, 1.0, 1.0)  # actions are deltas without weights
+PROBE_ROIS, PROBE_DRAWS = 4, 4  # of an image: what the variance of the pathwise gradient is estimated from
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ class AttentionalHead(ProposalHead):
             return losses
         if isinstance(self.estimator, Reinforce):
             losses |= self._reinforce(self.estimator, features, rois, walk, reward(rois, logits, deltas))
+        if isinstance(self.estimator, Pathwise):
+            losses |= self._pathwise(self.estimator, features, rois, walk)
         return losses | self._statistics(walk, rois.valid)
 
     def detect(self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]]) -> Found:
@@ -194,17 +197,25 @@ class AttentionalHead(ProposalHead):
         seen = torch.stack(walk.boxes, dim=2)[:, :, 1:]
         return Found(F.softmax(logits.float(), dim=-1)[..., 1:], refined, outlines(seen))
 
-    def _walk(self, features: Features, rois: Tensor, act: Callable[[Tensor], Tensor]) -> Walk:
-        """Look T times."""
-        walk = Walk([rois], [], [], [self._look(features, rois, None)])
-        for _ in range(1, self.glimpses.length):
+    def _walk(
+        self,
+        features: Features,
+        rois: Tensor,
+        act: Callable[[Tensor], Tensor],
+        first: list[Tensor] | None = None,
+        with_graph: int | None = None,
+    ) -> Walk:
+        """Look T times; from a known state after the first glimpse on, and with a graph for that many glimpses, if given."""
+        walk = Walk([rois], [], [], [self._look(features, rois, None) if first is None else first])
+        for step in range(1, self.glimpses.length):
             mean = self._mean(walk.states[-1][-1], rois.shape[:2])
             action = act(mean)
             box = self.glimpses.boxes(action, rois)
             walk.boxes.append(box)
             walk.means.append(mean)
             walk.actions.append(action)
-            walk.states.append(self._look(features, box, walk.states[-1]))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (with_graph is None or step < with_graph)):
+                walk.states.append(self._look(features, box, walk.states[-1]))
         return walk
 
     def _look(self, features: Features, boxes: Tensor, before: Sequence[Tensor] | None) -> list[Tensor]:
@@ -233,23 +244,20 @@ class AttentionalHead(ProposalHead):
         """Run the other n - 1 episodes of the RoIs that can earn a reward, and make the loss of the policy of all n."""
         counts = rois.valid if estimator.background_reward == "probability" else rois.foreground
         # foreground comes first in a sample, so that the rest need not be looked at, whatever was drawn
-        size, images = counts.shape[1], len(counts)
+        size = counts.shape[1]
         if estimator.background_reward == "none":
             size = min(size, max(1, int(self.sampler.rois_per_image * self.sampler.positive_fraction)))
-        some = RoITargets(
-            rois.rois[:, :size], rois.labels[:, :size], rois.boxes[:, :size], rois.valid[:, :size], counts[:, :size]
-        )
+        some = replace(rois, foreground=counts).first(size)
         means, actions = (
             [torch.stack(values, dim=2)[:, :size]] for values in (walk.means, walk.actions)
         )  # [N, F, A, 4]
         returns, others = [earned[:, :size]], estimator.episodes - 1
         if others:
             again = some.repeated(others)
-            first = [
-                state.unflatten(0, (images, -1))[:, :size].repeat(1, others, 1).flatten(0, 1)
-                for state in walk.states[0]
-            ]
-            more = self._episodes(estimator, features, again.rois, first)
+            first = _repeated(walk.states[0], len(counts), size, others)
+            # what follows the last action needs no gradient
+            looks = self.glimpses.length - 1 if estimator.through_time else 0
+            more = self._walk(features, again.rois, estimator.act, first, looks)
             with torch.no_grad():
                 logits, deltas = self._outputs(more.evidence, again.labels.shape)
                 returns += reward(again, logits, deltas).unflatten(1, (others, size)).unbind(1)
@@ -262,20 +270,26 @@ class AttentionalHead(ProposalHead):
             "glimpse_gradient_variance": policy.gradient_variance,
         }
 
-    def _episodes(self, estimator: Reinforce, features: Features, rois: Tensor, first: list[Tensor]) -> Walk:
-        """Look again from the state after the first glimpse; what follows the last action needs no gradient."""
-        walk = Walk([rois], [], [], [first])
-        for step in range(1, self.glimpses.length):
-            mean = self._mean(walk.states[-1][-1], rois.shape[:2])
-            action = estimator.act(mean)
-            box = self.glimpses.boxes(action, rois)
-            with torch.set_grad_enabled(
-                torch.is_grad_enabled() and estimator.through_time and step + 1 < self.glimpses.length
-            ):
-                walk.states.append(self._look(features, box, walk.states[-1]))
-            walk.means.append(mean)
-            walk.actions.append(action)
-        return walk
+    def _pathwise(self, estimator: Pathwise, features: Features, rois: RoITargets, walk: Walk) -> Losses:
+        """The variance between draws of the noise of a RoI's gradient to the mean of its first action, on a few RoIs.
+
+        It needs several draws of the same step, so a few RoIs walk again, for the log alone: nothing learns from them.
+        """
+        if not torch.is_grad_enabled() or not self.policy.weight.requires_grad or estimator.sigma == 0:
+            return {}
+        few = rois.first(PROBE_ROIS)
+        again = few.repeated(PROBE_DRAWS)
+        first = _repeated(walk.states[0], len(few.labels), few.labels.shape[1], PROBE_DRAWS)
+        maps = {level: value.detach() for level, value in features.items()}
+        device = again.rois.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is logged changes no later draw
+            probe = self._walk(maps, again.rois, estimator.act, [state.detach() for state in first])
+        losses = box_losses(again, *self._outputs(probe.evidence, again.labels.shape))
+        total = torch.stack(list(losses.values())).sum() * again.valid.sum()  # of RoIs: each has its own gradient
+        [gradient] = torch.autograd.grad(total, probe.means[0])
+        spread = gradient.unflatten(1, (PROBE_DRAWS, -1)).var(1).mean(-1)  # [N, PROBE_ROIS]
+        counted = few.foreground.float()
+        return {"glimpse_gradient_variance": (spread * counted).sum() / counted.sum().clamp(min=1)}
 
     @torch.no_grad()
     def _statistics(self, walk: Walk, counts: Tensor) -> Losses:
@@ -303,6 +317,11 @@ def reward(rois: RoITargets, logits: Tensor, deltas: Tensor) -> Tensor:
     predicted = box_ops.decode(of_label(deltas.float(), rois.labels), rois.rois)
     overlap = box_ops.iou(predicted[..., None, :], rois.boxes[..., None, :])[..., 0, 0]
     return probability * torch.where(rois.labels > 0, overlap, torch.ones_like(overlap))
+
+
+def _repeated(states: list[Tensor], images: int, size: int, times: int) -> list[Tensor]:
+    """The states of the first RoIs of each image, several times, as `RoITargets.repeated` puts them."""
+    return [state.unflatten(0, (images, -1))[:, :size].repeat(1, times, 1).flatten(0, 1) for state in states]
 
 
 def _stay(mean: Tensor) -> Tensor:

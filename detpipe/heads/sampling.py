@@ -22,6 +22,11 @@ class RoITargets:
     valid: Tensor  # [N, S] bool, False where an image has fewer than S
     foreground: Tensor  # [N, S] bool
 
+    def first(self, size: int) -> RoITargets:
+        """Keep the first RoIs of each image, where the foreground is: ``[N, min(size, S)]``."""
+        values = (self.rois, self.labels, self.boxes, self.valid, self.foreground)
+        return RoITargets(*(value[:, :size] for value in values))
+
     def repeated(self, times: int) -> RoITargets:
         """Put the RoIs of each image behind one another, several times: ``[N, times S]``."""
         rois, boxes = (values.repeat(1, times, 1) for values in (self.rois, self.boxes))

@@ -8,7 +8,8 @@ from samples import pyramid, random_boxes, random_target
 from torch import nn
 
 from detpipe import boxes as box_ops
-from detpipe.heads import AttentionalHead, FastRCNNHead, GlimpseSequence, Pathwise, Reinforce, RoISampler
+from detpipe.heads import AttentionalHead, FastRCNNHead, GlimpseSequence, Pathwise, Reinforce, RoISampler, recurrent
+from detpipe.heads.objective import box_losses
 from detpipe.heads.recurrent import reward
 from detpipe.heads.sampling import RoITargets
 from detpipe.roi_pooling import PreciseRoIPool, RoIAlign, RoIMaxPool
@@ -132,10 +133,12 @@ def test_everything_learns(name, length):
     features = {key: level.requires_grad_() for key, level in features.items()}
     _, losses = head(features, proposals, SIZES, targets)
     expected = ["glimpse_scale", "glimpse_shift", "loss_box_reg", "loss_classifier"]
-    if name == "reinforce":
-        expected += ["glimpse_gradient_variance", "glimpse_return", "loss_policy"]
-        assert 0 < losses["glimpse_return"] < 1
+    if name != "pathwise without noise":
+        expected.append("glimpse_gradient_variance")
         assert losses["glimpse_gradient_variance"] > 0
+    if name == "reinforce":
+        expected += ["glimpse_return", "loss_policy"]
+        assert 0 < losses["glimpse_return"] < 1
     assert sorted(losses) == sorted(expected)
     assert all(losses[key].requires_grad == key.startswith("loss_") for key in losses)
     sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
@@ -223,6 +226,61 @@ def test_the_pathwise_gradient_is_that_of_the_loss():
                 values.append(run().item())
                 head.policy.bias[k] -= step
         assert head.policy.bias.grad[k].item() == pytest.approx((values[0] - values[1]) / 2e-2, rel=2e-2, abs=1e-5)
+
+
+def test_the_variance_of_the_pathwise_gradient_is_that_between_draws(monkeypatch):
+    """Each RoI and draw on its own, as a slow loop, with the noise that the head drew."""
+    torch.manual_seed(5)
+    head = make(3, Pathwise(0.2))
+    features, proposals, targets = inputs((1, 2))
+    rois = RoISampler(8, 0.25)(proposals, targets)
+    assert rois.foreground[:, : recurrent.PROBE_ROIS].any()
+    assert not rois.foreground[:, : recurrent.PROBE_ROIS].all()
+    walk = head._walk(features, rois.rois, head.estimator.act)
+    drawn = []
+    act = head.estimator.act
+
+    def recording(mean):
+        drawn.append(act(mean) - mean)
+        return mean + drawn[-1]
+
+    monkeypatch.setattr(head.estimator, "act", recording)
+    got = head._pathwise(head.estimator, features, rois, walk)["glimpse_gradient_variance"]
+    noise = [step.detach().unflatten(1, (recurrent.PROBE_DRAWS, recurrent.PROBE_ROIS)) for step in drawn]
+    variances = []
+    for n, r in rois.foreground[:, : recurrent.PROBE_ROIS].nonzero().tolist():
+        one = RoITargets(*(getattr(rois, name)[n : n + 1, r : r + 1] for name in rois.__dataclass_fields__))
+        maps = {level: value[n : n + 1] for level, value in features.items()}
+        gradients = []
+        for draw in range(recurrent.PROBE_DRAWS):
+            steps = iter([step[n, draw, r] for step in noise])
+            alone = head._walk(maps, one.rois, lambda mean, steps=steps: mean + next(steps))
+            losses = box_losses(one, *head._outputs(alone.evidence, (1, 1)))
+            gradients.append(torch.autograd.grad(sum(losses.values()), alone.means[0])[0].flatten())
+        variances.append(torch.stack(gradients).var(0).mean())
+    torch.testing.assert_close(got, torch.stack(variances).mean(), rtol=1e-4, atol=1e-7)
+
+
+def test_the_probe_of_the_pathwise_gradient_teaches_nothing(monkeypatch):
+    head = make(2, Pathwise(0.2))
+    features, proposals, targets = inputs()
+    gradients = []
+    for probe in (recurrent.AttentionalHead._pathwise, lambda *_: {}):
+        monkeypatch.setattr(recurrent.AttentionalHead, "_pathwise", probe)
+        torch.manual_seed(1)
+        head.zero_grad()
+        maps = {level: value.clone().requires_grad_() for level, value in features.items()}
+        _, losses = head(maps, proposals, SIZES, targets)
+        assert ("glimpse_gradient_variance" in losses) == (len(gradients) == 0)
+        sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
+        gradients.append(
+            [*(p.grad.clone() for p in head.parameters()), *(m.grad for m in maps.values()), torch.rand(3)]
+        )
+    assert all(map(torch.equal, *gradients))
+    monkeypatch.undo()
+    with torch.inference_mode():
+        _, losses = head(features, proposals, SIZES, targets)
+    assert "glimpse_gradient_variance" not in losses
 
 
 @pytest.mark.parametrize("background", ["none", "probability"])
