@@ -2,7 +2,7 @@
 
 The data path, and where each part lives::
 
-    datasets      annotated images          COCO, VOC, Demo           ->  images, targets
+    datasets      annotated images          COCO, VOC, YOLO, ...      ->  images, targets
       |
     images        resize, normalize, pad    [3, H_i, W_i]             ->  [N, 3, H, W]
       |
@@ -51,8 +51,10 @@ if TYPE_CHECKING:
     from detpipe.datasets import (
         COCO,
         VOC,
+        YOLO,
         Augment,
         ClassificationData,
+        CSVBoxes,
         Demo,
         DemoDigits,
         DetectionData,
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
         Views,
     )
     from detpipe.detector import TwoStageDetector
+    from detpipe.evaluation.metrics import CocoEvaluator, LvisEvaluator, VocEvaluator
     from detpipe.heads import (
         AttentionalHead,
         CascadeHead,
@@ -112,10 +115,11 @@ _HOMES = {
     "detpipe.checkpoint_regions": ("load_region_classifier",),
     "detpipe.classifier": ("ImageClassifier",),
     "detpipe.datasets": (
-        *("COCO", "VOC", "Augment", "Demo", "DetectionData", "Loader"),
+        *("COCO", "VOC", "YOLO", "CSVBoxes", "Augment", "Demo", "DetectionData", "Loader"),
         *("ClassificationData", "DemoDigits", "ImageFolder", "Views"),
     ),
     "detpipe.detector": ("TwoStageDetector",),
+    "detpipe.evaluation.metrics": ("CocoEvaluator", "LvisEvaluator", "VocEvaluator"),
     "detpipe.heads": (
         *("FastRCNNHead", "AttentionalHead", "CascadeHead", "Postprocess", "RoISampler"),
         *("Glimpse", "GlimpseSettings", "GlimpseSequence", "Reinforce", "Pathwise", "LaterStages"),
@@ -138,7 +142,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (the order of the data path)
-    "COCO", "VOC", "Demo", "DetectionData", "Loader", "Augment",
+    "COCO", "VOC", "YOLO", "CSVBoxes", "Demo", "DetectionData", "Loader", "Augment",
     "SEResNet", "SEResNeXt", "SKNet", "SEInceptionV3", "Extractor", "Level", "FPN", "ViTPyramid",
     "Pretrained", "Regime", "Variant", "PixelFormat",
     "SqueezeExcitation", "SpatialSqueezeExcitation", "ConcurrentSqueezeExcitation", "SelectiveKernel", "ECA", "CBAM",
@@ -153,6 +157,7 @@ __all__ = [  # noqa: RUF022 (the order of the data path)
     "RegionClassifier", "Context", "Classification", "load_region_classifier",
     "SuperpixelLocalizer", "SuperpixelPoolingHead", "Localization", "Segmentation",
     "SpatialTransformer", "Sampler",
+    "CocoEvaluator", "VocEvaluator", "LvisEvaluator",
     "Detection", "Features", "Target",
 ]  # fmt: skip
 

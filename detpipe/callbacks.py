@@ -8,16 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from detpipe import evaluation
 from detpipe.checkpoint import KEY, Description
 from detpipe.errors import NonFiniteStepError, TrainingError
+from detpipe.evaluation.metrics import CocoEvaluator
 from detpipe.files import atomic_write
 from detpipe.pictures import visualize
 from detpipe.types import Detection, Target
@@ -83,12 +82,12 @@ class MeanAveragePrecision(Callback):
 
     def __init__(self) -> None:
         self.metrics: dict[str, Any] = {}
-        self._detections: list[Detection] = []
-        self._image_ids: list[int] = []
+        self._evaluator: CocoEvaluator | None = None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last epoch."""
-        self._detections, self._image_ids = [], []
+        annotations = trainer.datamodule.annotations("val")  # type: ignore[attr-defined]
+        self._evaluator = CocoEvaluator(annotations).to(pl_module.device)
 
     def on_validation_batch_end(
         self,
@@ -100,15 +99,13 @@ class MeanAveragePrecision(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the detections of a batch."""
-        self._detections += [{key: value.cpu() for key, value in found.items()} for found in outputs]  # type: ignore[misc]
-        self._image_ids += [int(target["image_id"]) for target in batch[1]]  # type: ignore[typeddict-item]
+        assert self._evaluator is not None
+        self._evaluator.update(outputs, [int(target["image_id"]) for target in batch[1]])  # type: ignore[typeddict-item]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate and log."""
-        annotations = trainer.datamodule.annotations("val")  # type: ignore[attr-defined]
-        if len(self._image_ids) < len(annotations):  # trainer.limit_val_batches
-            annotations = annotations.subset(np.flatnonzero(np.isin(annotations.image_ids, self._image_ids)))
-        self.metrics = evaluation.evaluate(annotations, evaluation.pack(self._detections, self._image_ids))
+        assert self._evaluator is not None
+        self.metrics = self._evaluator.compute()
         self.metrics["epoch"] = trainer.current_epoch
         for name in ("AP", "AP50"):
             pl_module.log(f"val/{name}", float(self.metrics[name]), prog_bar=True)

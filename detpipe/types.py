@@ -74,6 +74,18 @@ class PixelFormat:
 
 
 @dataclass(frozen=True)
+class Federation:
+    """For which classes the images of a set were searched, where that is not all of them (LVIS).
+
+    A class that has a box in an image was searched for there.
+    """
+
+    negative: npt.NDArray[np.int64]  # [M, 2] image id, label: known not to be there
+    not_exhaustive: npt.NDArray[np.int64]  # [M', 2] image id, label: there may be more than the boxes say
+    frequencies: tuple[str, ...]  # [K], "r", "c" or "f": in few, some, many images of the training split
+
+
+@dataclass(frozen=True)
 class Annotations:
     """The ground truth of one split in packed arrays, so that data workers share it instead of copying it.
 
@@ -92,6 +104,7 @@ class Annotations:
     area: npt.NDArray[np.float64]  # [B] square pixels
     class_names: tuple[str, ...]  # [K], the name of label 1 first
     category_ids: tuple[int, ...]  # [K], the ids of the annotation file; 1..K where it has none
+    federation: Federation | None = None  # None: every image was searched for every class
     counts: dict[str, int] = field(
         default_factory=dict
     )  # "images read", "boxes clipped", "boxes skipped: ..." and the like
@@ -138,3 +151,14 @@ class DetectionArrays:
     boxes: npt.NDArray[np.float64]  # [D, 4] xyxy
     scores: npt.NDArray[np.float64]  # [D]
     labels: npt.NDArray[np.int64]  # [D] in 1..K
+
+    def take(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> DetectionArrays:
+        """Keep some of the detections.
+
+        Args:
+            rows: indices, whose order is kept, or ``[D]`` bool.
+
+        Returns:
+            These detections.
+        """
+        return DetectionArrays(self.image_ids[rows], self.boxes[rows], self.scores[rows], self.labels[rows])

@@ -8,6 +8,7 @@ import pytest
 import runs
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from PIL import Image
 from torch import nn
 
@@ -199,10 +200,9 @@ def test_throughput_counts_training_images_only(demo_root: Path, tmp_path: Path)
 
 def test_a_last_step_in_the_middle_of_an_epoch_is_validated(demo_root: Path, tmp_path: Path) -> None:
     for last_step, validations in ((4, 2), (3, 1)):
-        cli, average = built(demo_root, "--trainer.max_epochs", "-1"), MeanAveragePrecision()
+        cli = built(demo_root, "--trainer.max_epochs", "-1")
         counted: list[int] = []
-        average.on_validation_epoch_start = lambda *_, counted=counted: counted.append(1)  # type: ignore[method-assign,misc]
-        average.on_validation_epoch_end = lambda *_: None  # type: ignore[method-assign,misc]
-        trainer = trainer_of(cli, tmp_path, ValidateLastStep(), average, max_steps=last_step)
+        counting = LambdaCallback(on_validation_epoch_start=lambda *_, counted=counted: counted.append(1))
+        trainer = trainer_of(cli, tmp_path, ValidateLastStep(), counting, max_steps=last_step)
         trainer.fit(cli.model, datamodule=cli.datamodule)
         assert (trainer.global_step, len(counted)) == (last_step, validations)

@@ -9,6 +9,7 @@ order of arrival nor batch size, worker count or number of processes moves it.
 
 from detpipe.evaluation.coco import evaluate_coco
 from detpipe.evaluation.files import read_coco_annotations, read_detections, write_detections
+from detpipe.evaluation.lvis import evaluate_lvis
 from detpipe.evaluation.pack import concatenate, pack
 from detpipe.evaluation.protocols import PROTOCOLS, evaluate
 from detpipe.evaluation.records import canonical_order
@@ -22,6 +23,7 @@ __all__ = [
     "concatenate",
     "evaluate",
     "evaluate_coco",
+    "evaluate_lvis",
     "evaluate_voc",
     "format_table",
     "pack",

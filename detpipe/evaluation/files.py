@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from detpipe.errors import DataError
+from detpipe.evaluation.lvis_files import is_federated, read_federation
 from detpipe.evaluation.records import box_sizes, canonical_order, check_detections
 from detpipe.files import atomic_write
 from detpipe.strict_json import load_json, optional_flag, require, require_numbers, shorten
@@ -27,7 +29,8 @@ def read_coco_annotations(path: str | os.PathLike[str]) -> Annotations:
 
     Classes are numbered by rising category id, gaps closed. ``iscrowd`` and ``difficult`` are 0 where absent. Where
     ``area`` is absent it is width times height, counted under "areas taken from boxes". ``file_name``, ``width`` and
-    ``height`` of an image may be absent: evaluation does not use them (the name is then the id, the size 0).
+    ``height`` of an image may be absent: evaluation does not use them (the name is then the id, the size 0). An LVIS file
+    (``neg_category_ids`` in the images) also gives the ``federation``.
 
     Args:
         path: the JSON file.
@@ -46,7 +49,11 @@ def read_coco_annotations(path: str | os.PathLike[str]) -> Annotations:
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{path}: the category name {twice!r} occurs more than once: give each category its own name")
-    return _packed(Path(path), images, dict(zip(sorted(categories), names, strict=True)), data)
+    annotations = _packed(Path(path), images, dict(zip(sorted(categories), names, strict=True)), data)
+    if not is_federated(images):
+        return annotations
+    label_of = {category: k for k, category in enumerate(annotations.category_ids, start=1)}
+    return replace(annotations, federation=read_federation(images, categories, label_of, f"{path}"))
 
 
 def read_detections(path: str | os.PathLike[str], annotations: Annotations) -> DetectionArrays:

@@ -74,6 +74,6 @@ def _without_repeats(parts: Sequence[DetectionArrays]) -> list[DetectionArrays]:
     seen = np.zeros(0, np.int64)
     for part in parts:
         new = ~np.isin(part.image_ids, seen)
-        kept.append(DetectionArrays(part.image_ids[new], part.boxes[new], part.scores[new], part.labels[new]))
+        kept.append(part.take(new))
         seen = np.union1d(seen, part.image_ids)
     return kept

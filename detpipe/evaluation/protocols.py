@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from detpipe.evaluation.coco import Backend, evaluate_coco
+from detpipe.evaluation.coco import evaluate_coco
+from detpipe.evaluation.counting import Backend
+from detpipe.evaluation.lvis import evaluate_lvis
 from detpipe.evaluation.voc import evaluate_voc
 from detpipe.types import Annotations, DetectionArrays
 
-PROTOCOLS = ("coco", "voc07", "voc10")
+PROTOCOLS = ("coco", "voc07", "voc10", "lvis")
 
 
 def evaluate(
@@ -26,14 +28,16 @@ def evaluate(
         annotations: the ground truth of I images.
         detections: D detections in pixels of the original images, in any order.
         protocol: ``"coco"`` (see :func:`~detpipe.evaluation.coco.evaluate_coco`), ``"voc07"`` (11 points) or
-            ``"voc10"`` (area under the curve; for both see :func:`~detpipe.evaluation.voc.evaluate_voc`).
+            ``"voc10"`` (area under the curve; for both see :func:`~detpipe.evaluation.voc.evaluate_voc`), or ``"lvis"`` (for
+            images that were searched for some classes only; :func:`~detpipe.evaluation.lvis.evaluate_lvis`).
         backend: for ``"coco"``: the library that counts.
         iou_threshold: for VOC: the overlap that makes a match.
         strict: for VOC: the overlap must exceed the threshold instead of reaching it.
 
     Returns:
         For ``"coco"`` AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl and per_class; for VOC mAP and
-        per_class. A number is -1.0 where there is no ground truth to find.
+        per_class; for ``"lvis"`` the six precisions, APr, APc, APf, AR, ARs, ARm, ARl and per_class. A number
+        is -1.0 where there is no ground truth to find.
 
     Raises:
         ValueError: no such protocol.
@@ -43,4 +47,6 @@ def evaluate(
         return evaluate_coco(annotations, detections, backend)
     if protocol == "voc07" or protocol == "voc10":
         return evaluate_voc(annotations, detections, protocol, iou_threshold, strict)
+    if protocol == "lvis":
+        return evaluate_lvis(annotations, detections)
     raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")

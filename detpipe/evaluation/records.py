@@ -28,15 +28,31 @@ def canonical_order(detections: DetectionArrays) -> DetectionArrays:
     Returns:
         The same detections, sorted.
     """
+    return detections.take(canonical_rows(detections))
+
+
+def canonical_rows(detections: DetectionArrays) -> npt.NDArray[np.int64]:
+    """Return ``[D]``, the rows in the order of :func:`canonical_order`."""
     boxes = detections.boxes
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    order = np.lexsort((*boxes.T[::-1], -area, -detections.scores, detections.labels, detections.image_ids))
-    return DetectionArrays(
-        image_ids=detections.image_ids[order],
-        boxes=detections.boxes[order],
-        scores=detections.scores[order],
-        labels=detections.labels[order],
-    )
+    return np.lexsort((*boxes.T[::-1], -area, -detections.scores, detections.labels, detections.image_ids))
+
+
+def rank_in_run(*keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Count from 0 within each run of equal keys.
+
+    Args:
+        keys: one or more ``[D]``; a run ends where one of them changes.
+
+    Returns:
+        ``[D]``.
+    """
+    size = len(keys[0])
+    starts = np.ones(size, np.bool_)
+    if size:
+        starts[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
+    first = np.flatnonzero(starts)
+    return np.arange(size) - np.repeat(first, np.diff(np.append(first, size)))
 
 
 def image_ranks(annotations: Annotations, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -23,7 +23,19 @@ _COCO_ROWS = {
     "ARm": "average recall     IoU .50:.95  medium         100 detections",
     "ARl": "average recall     IoU .50:.95  large, > 96^2  100 detections",
 }
-_VOC_ROWS = {
+_LVIS_ROWS = {
+    **{name: row.replace("100 detections", "300 detections an image") for name, row in list(_COCO_ROWS.items())[:6]},
+    "APr": "average precision  IoU .50:.95  rare classes",
+    "APc": "average precision  IoU .50:.95  common classes",
+    "APf": "average precision  IoU .50:.95  frequent classes",
+    "AR": "average recall     IoU .50:.95  all areas      300 detections an image",
+    "ARs": "average recall     IoU .50:.95  small, < 32^2  300 detections an image",
+    "ARm": "average recall     IoU .50:.95  medium         300 detections an image",
+    "ARl": "average recall     IoU .50:.95  large, > 96^2  300 detections an image",
+}
+_ROWS = {
+    "coco": _COCO_ROWS,
+    "lvis": _LVIS_ROWS,
     "voc07": {"mAP": "mean average precision  11 points (VOC 2007 to 2009)"},
     "voc10": {"mAP": "mean average precision  area under the curve (VOC 2010 and later)"},
 }
@@ -34,7 +46,7 @@ def format_table(metrics: Mapping[str, Any], protocol: str = "coco") -> str:
 
     Args:
         metrics: the numbers, with ``per_class``.
-        protocol: the protocol that they were computed by: ``"coco"``, ``"voc07"`` or ``"voc10"``.
+        protocol: the protocol that they were computed by: one of ``PROTOCOLS``.
 
     Returns:
         Lines of at most about 100 characters without a line break at the end: a line for each number, then the AP of
@@ -52,8 +64,7 @@ def format_table(metrics: Mapping[str, Any], protocol: str = "coco") -> str:
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
-    rows = _COCO_ROWS if protocol == "coco" else _VOC_ROWS[protocol]
-    lines = [f"{name:<5}  {_number(metrics[name])}  {meaning}" for name, meaning in rows.items()]
+    lines = [f"{name:<5}  {_number(metrics[name])}  {meaning}" for name, meaning in _ROWS[protocol].items()]
     return "\n".join([*lines, "", "AP of each class", *_columns(metrics["per_class"])])
 
 
