@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from detpipe import processes
 from detpipe.checkpoint import KEY, Description
 from detpipe.errors import NonFiniteStepError, TrainingError
 from detpipe.evaluation.metrics import CocoEvaluator
@@ -32,7 +33,7 @@ def names_of_targets(batch: Batch) -> list[str]:
 
 
 class StepSeed(Callback):
-    """Make every random draw of a training step a function of the seed and the step alone.
+    """Make every random draw of a training step a function of the seed and the step alone, another one in each process.
 
     A resumed run then draws what the undisturbed one would have drawn.
 
@@ -45,7 +46,8 @@ class StepSeed(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Seed the global generators for this step."""
-        torch.manual_seed((self.seed * 1_000_003 + trainer.global_step) % 2**63)
+        step = trainer.global_step * trainer.world_size + trainer.global_rank
+        torch.manual_seed((self.seed * 1_000_003 + step) % 2**63)
 
 
 class ValidateLastStep(Callback):
@@ -128,7 +130,7 @@ class MeanAveragePrecision(Callback):
 
 
 class Throughput(Callback):
-    """Show and log training images a second; evaluation and saving do not count."""
+    """Show and log training images a second, of all processes; evaluation and saving do not count."""
 
     def __init__(self) -> None:
         self.images, self.seconds = 0, 0.0
@@ -148,7 +150,7 @@ class Throughput(Callback):
     ) -> None:
         """Count a batch."""
         now = time.perf_counter()
-        self.images, self.seconds = self.images + len(batch[0]), self.seconds + now - self._mark
+        self.images, self.seconds = self.images + len(batch[0]) * trainer.world_size, self.seconds + now - self._mark
         self._mark = now
         pl_module.log("images/s", self.images_per_second, prog_bar=True, on_step=True, batch_size=len(batch[0]))
 
@@ -172,8 +174,13 @@ class StopOnNonFinite(Callback):
         self._batch = batch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Check the loss."""
-        if not torch.isfinite(loss):
+        """Check the loss; all processes stop at the same step."""
+        bad = not torch.isfinite(loss)
+        if processes.anywhere(bad, loss.device):
+            if not bad:
+                raise TrainingError(
+                    f"step {trainer.global_step}: stopped, since the loss is not finite in another process"
+                )
             self._stop(trainer, f"the loss is {loss.item()}")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -253,7 +260,7 @@ class Pictures(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw."""
-        if trainer.sanity_checking or not self._shown:
+        if trainer.sanity_checking or not self._shown or not trainer.is_global_zero:
             return
         images, targets, detections = (list(column) for column in zip(*self._shown, strict=True))
         grid = visualize.comparison_grid(images, targets, detections, self.class_names, self.score_threshold)
@@ -310,12 +317,14 @@ class Accuracy(Callback):
 
 
 def draw_curves(trainer: Trainer, folder: Path) -> None:
-    """Draw ``curves.png`` from the ``metrics.csv`` of a run folder, if anything has been logged.
+    """Draw ``curves.png`` from the ``metrics.csv`` of a run folder, if anything has been logged; the first process does.
 
     Args:
         trainer: whose logger is flushed first.
         folder: the run folder.
     """
+    if not trainer.is_global_zero:
+        return
     if trainer.logger is not None:
         trainer.logger.save()
     metrics = folder / "metrics.csv"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from detpipe import images as frames
 from detpipe.errors import UsageError
 from detpipe.optimization import LRSchedule, Optimizer, configure
+from detpipe.processes import from_all
 from detpipe.stages import Backbone
 from detpipe.types import Features
 
@@ -159,8 +160,9 @@ class ImageClassifier(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and accuracy over all images: the hits are counted, so no batch size changes the quotient."""
-        images, *sums = torch.stack(self._validated).cpu().double().sum(0).tolist()
         names = ["loss", *(f"top{k}" for k in TOP)]
+        counted = torch.stack([torch.zeros(1 + len(names)), *(part.cpu() for part in self._validated)]).double().sum(0)
+        images, *sums = torch.stack(from_all(counted)).sum(0).tolist()
         self.log_dict({f"val/{name}": value / images for name, value in zip(names, sums, strict=True)}, prog_bar=True)
 
     def predict_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:

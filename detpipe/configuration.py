@@ -6,6 +6,7 @@ elsewhere. Files are merged from left to right, options on the command line win.
 
 from __future__ import annotations
 
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ import jsonargparse
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from detpipe import backbones, heads, proposals
 from detpipe.checkpoint import link_stages
@@ -23,6 +26,7 @@ from detpipe.config_errors import explain
 from detpipe.datasets import DetectionData
 from detpipe.detector import TwoStageDetector
 from detpipe.errors import DetpipeError, UsageError
+from detpipe.processes import is_first
 from detpipe.suggest import did_you_mean
 
 STAGES = (backbones, heads, proposals)  # short names work for classes that are imported
@@ -133,16 +137,19 @@ class CommandCLI(LightningCLI, ABC):
             The trainer.
 
         Raises:
-            UsageError: what the trainer refuses, or several processes, each of which would work on all the images.
+            UsageError: what the trainer refuses, or a strategy other than DistributedDataParallel for several processes.
         """
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise UsageError(f"trainer: {explain(str(error))}") from error
-        if trainer.world_size > 1:
+        launcher = trainer.strategy.launcher
+        if trainer.world_size > 1 and (
+            not isinstance(trainer.strategy, DDPStrategy) or isinstance(launcher, _MultiProcessingLauncher)
+        ):
             raise UsageError(
-                f"trainer: {trainer.num_nodes} nodes with {trainer.num_devices} devices each; the images are not shared out "
-                "between processes, set trainer.devices 1 and trainer.num_nodes 1"
+                f"trainer.strategy: {trainer.world_size} processes under {type(trainer.strategy).__name__}; give 'ddp', which "
+                "starts the command once for each of them"
             )
         return trainer
 
@@ -239,14 +246,20 @@ def _refuse_linked(key: str, where: str) -> None:
 
 
 def quiet() -> None:
-    """Keep Lightning's advice and banners from the terminal; warnings of this package stay."""
+    """Keep Lightning's advice and banners from the terminal; warnings of this package stay.
+
+    Of several processes only the first prints what it does; errors of the others are still seen.
+    """
     import logging
     import warnings
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse)\b")
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if is_first():
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    else:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
 
 
 def _keep_whole_numbers(parser: LightningArgumentParser) -> None:

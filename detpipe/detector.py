@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from detpipe import images as frames
 from detpipe.optimization import LRSchedule, Optimizer, configure
+from detpipe.processes import MeanValues, sharing_counts
 from detpipe.stages import Backbone, Losses, ProposalSource, RoIHead
 from detpipe.types import Detection, Target
 
@@ -117,17 +118,28 @@ class TwoStageDetector(LightningModule):
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
         """Compute the loss of a batch and log its parts."""
         images, targets = batch
-        losses = self.losses(images, targets)
+        with sharing_counts():
+            losses = self.losses(images, targets)
         total = total_loss(losses)
-        self._log_losses("train", total, losses, len(images), on_step=True)
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(images))
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(images))
         return total
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._validated = MeanValues()
 
     def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> list[Detection]:
         """Compute the loss of a batch and its detections from the same features."""
         images, targets = batch
         detections, losses = self._run(images, targets, ("losses", "detections"))
-        self._log_losses("val", total_loss(losses), losses, len(images), on_step=False)
+        self._validated.add({"loss": total_loss(losses), **losses}, len(images))
         return detections
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean losses over the images of all processes."""
+        for name, value in self._validated.means().items():
+            self.log(f"val/{name}", value, prog_bar=name == "loss")
 
     def predict_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> list[Detection]:
         """Detect objects in a batch."""
@@ -138,11 +150,6 @@ class TwoStageDetector(LightningModule):
         """Build the optimizer and the schedule, which is stepped after every batch."""
         steps = self.trainer.estimated_stepping_batches
         return configure(self.optimizer, self.lr_scheduler, steps, self.backbone, self.proposals, self.head)
-
-    def _log_losses(self, stage: str, total: Tensor, losses: Losses, size: int, on_step: bool) -> None:
-        values = {f"{stage}/{name}": value.detach() for name, value in losses.items()}
-        self.log(f"{stage}/loss", total.detach(), prog_bar=True, on_step=on_step, on_epoch=not on_step, batch_size=size)
-        self.log_dict(values, on_step=on_step, on_epoch=not on_step, batch_size=size)
 
 
 def total_loss(losses: Losses) -> Tensor:

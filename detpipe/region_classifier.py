@@ -31,6 +31,7 @@ from detpipe import images as frames
 from detpipe import matching
 from detpipe.errors import DataError
 from detpipe.optimization import LRSchedule, Optimizer, configure
+from detpipe.processes import common_weight, from_all, sharing_counts
 from detpipe.region_context import Context, check_regions, enlarge
 from detpipe.roi_pooling import RoIAlign, RoIPooler
 from detpipe.roi_pooling.layouts import to_rois
@@ -193,7 +194,7 @@ class RegionClassifier(LightningModule):
             label_smoothing=self.label_smoothing,
         )
         # the entropies are weighted already: their sum is divided by that of the weights, as in torch's own mean
-        total = weights.sum()
+        total = common_weight(weights.sum())
         return {"loss_classifier": (entropy * truth.valid.flatten()).sum() / total.where(total > 0, 1.0)}
 
     @torch.no_grad()
@@ -220,7 +221,8 @@ class RegionClassifier(LightningModule):
     def training_step(self, batch: RegionBatch, batch_idx: int) -> Tensor:
         """Compute and log the loss of a batch."""
         images, targets = batch
-        loss = self.losses(images, targets)["loss_classifier"]
+        with sharing_counts():
+            loss = self.losses(images, targets)["loss_classifier"]
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
         return loss
 
@@ -245,7 +247,10 @@ class RegionClassifier(LightningModule):
         Raises:
             DataError: there is no region that counts.
         """
-        regions, hits, losses = torch.stack(self._validated).cpu().double().sum(0)
+        parts = from_all(
+            torch.stack([torch.zeros(3, self.num_classes), *(part.cpu() for part in self._validated)]).double().sum(0)
+        )
+        regions, hits, losses = torch.stack(parts).sum(0)
         if not regions.sum():
             raise DataError(
                 "the validation images have no region that counts; expected objects, not difficult or crowd"

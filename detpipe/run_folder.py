@@ -9,11 +9,12 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,11 +26,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from detpipe import callbacks, checkpoint
+from detpipe import callbacks, checkpoint, processes
 from detpipe.allocator import peak_memory
 from detpipe.configuration import CommandCLI, positional_configs
-from detpipe.errors import DataError, TrainingError
+from detpipe.errors import DataError, TrainingError, UsageError
 from detpipe.files import atomic_write, remove_orphans
+
+_FOLDER = "DETPIPE_RUN_FOLDER"  # in the environment of the processes that the first one starts
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def fit(cli: CommandCLI, arguments: Sequence[str], description: checkpoint.Descr
         The run, whose summary is still to be written.
 
     Raises:
+        SystemExit: after training, in all processes but the first.
         DetpipeError: what users can mend.
     """
     config, step = cli.config, 0
@@ -97,21 +101,26 @@ def fit(cli: CommandCLI, arguments: Sequence[str], description: checkpoint.Descr
         checkpoint.check_class_names(known, description.class_names, config.ckpt_path)
         checkpoint.load_weights(cli.model, stored, config.ckpt_path)
         step = stored["global_step"]
-    folder, speed = choose_folder(config.output, arguments), callbacks.Throughput()
+    first, speed = processes.is_first(), callbacks.Throughput()
+    folder = choose_folder(config.output, arguments) if first else _folder_of_the_first(config.output)
     start = time.perf_counter()
-    with _made(folder, speed):
+    with _made(folder, speed) if first else nullcontext():
         trainer = cli.trainer_with(
             default_root_dir=str(folder),
-            logger=_loggers(folder, step),
+            logger=_loggers(folder, step) if first else False,
             plugins=[checkpoint.AtomicCheckpointIO()],
             callbacks=_callbacks(folder, description, int(config.seed_everything or 0), speed, watched),
         )
-        with atomic_write(folder / "config.yaml") as temporary:
-            temporary.write_text(
-                _reusable(cli.parser.dump(config, skip_link_targets=True, skip_unset=False)), encoding="utf-8"
-            )
-        print(f"run folder {folder}")
-        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=config.ckpt_path)
+        if first:
+            with atomic_write(folder / "config.yaml") as temporary:
+                temporary.write_text(
+                    _reusable(cli.parser.dump(config, skip_link_targets=True, skip_unset=False)), encoding="utf-8"
+                )
+            print(f"run folder {folder}")
+        with _told(folder):
+            trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=config.ckpt_path)
+    if not trainer.is_global_zero:
+        raise SystemExit(0)  # what follows is the first process' to do
     best = _best(trainer)
     general = {
         "seconds": round(time.perf_counter() - start, 1),
@@ -155,6 +164,28 @@ def can_draw_curves() -> bool:
     if not found:
         print("no curves.png: install matplotlib with pip install 'detpipe[train]'", file=sys.stderr)
     return found
+
+
+def _folder_of_the_first(output: str | None) -> Path:
+    """Where the first process, which starts the others or is started with them, keeps the run."""
+    folder = os.environ.get(_FOLDER, output)
+    if folder is None:
+        raise UsageError("--output is missing: processes that are not started by detpipe must be told the run folder")
+    return Path(folder)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Tell the processes that Lightning starts where the run is: the name of the folder holds the time."""
+    before = os.environ.get(_FOLDER)
+    os.environ[_FOLDER] = str(folder.resolve())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FOLDER]
+        else:
+            os.environ[_FOLDER] = before
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from detpipe.errors import DataError
 from detpipe.evaluation.segmentation import all_background, confusion_matrix, segmentation_scores
 from detpipe.heads.superpixel_pooling import Localization, Localized, SuperpixelPoolingHead, segment
 from detpipe.optimization import LRSchedule, Optimizer, configure
+from detpipe.processes import MeanValues, from_all
 from detpipe.stages import Backbone, Losses
 from detpipe.superpixels import Segmentation, Segmenter
 from detpipe.types import Target
@@ -162,7 +163,7 @@ class SuperpixelLocalizer(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last epoch, and find the true masks of the validation split."""
-        self.confusion = {}
+        self.confusion, self._validated = {}, MeanValues()
         if self.truth is None:
             self.truth = open_masks(self.trainer.datamodule, "val")  # type: ignore[attr-defined]
             print(f"mIoU is measured on {self.truth.source}")
@@ -174,13 +175,19 @@ class SuperpixelLocalizer(LightningModule):
             raise DataError("no true masks to compare with: validate with a trainer, or call evaluate()")
         found, present = self._count(images, targets, self.truth)
         loss = torch.stack(list(self.head.losses(found, present).values())).sum()
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(images))
+        self._validated.add({"loss": loss}, len(images))
 
     def on_validation_epoch_end(self) -> None:
         """Log mean IoU over all pixels: with the classes found, with the true ones given, and of background alone."""
         names = [str(label) for label in range(1, self.num_classes + 1)]
-        scores = self._scores(names)
-        self.log_dict({f"val/{name}": values["mIoU"] for name, values in scores.items()}, prog_bar=True)
+        parts = from_all(self.confusion)
+        self.confusion = {
+            name: sum(part[name] for part in parts if name in part) for name in ("mIoU", "mIoU_classes_given")
+        }
+        scores = {name: values["mIoU"] for name, values in self._scores(names).items()}
+        self.log_dict(
+            {f"val/{name}": value for name, value in {**self._validated.means(), **scores}.items()}, prog_bar=True
+        )
 
     @torch.no_grad()
     def evaluate(self, data: DetectionData, split: Split = "val", kind: Kind = "auto") -> dict[str, dict[str, Any]]:

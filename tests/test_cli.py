@@ -65,7 +65,7 @@ def test_a_tool_runs_from_anywhere(tmp_path: Path) -> None:
     assert done.stderr == "detpipe: error: configuration nowhere.yaml does not exist\n"
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "pretrain", "train_regions", "classify"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "pretrain", "train_regions", "classify", "data"])
 def test_each_tool_is_its_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     monkeypatch.setattr(cli, "main", lambda arguments: seen.append(arguments) or 7)

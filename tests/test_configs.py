@@ -12,7 +12,7 @@ import pytest
 import runs
 import torch
 import yaml
-from datasets.builders import coco_content, voc_object, write_coco, write_voc
+from datasets.builders import coco_content, voc_object, write_coco, write_csv, write_voc, write_yolo
 
 from detpipe import cli, load_detector
 from detpipe.commands import ablation, training
@@ -77,7 +77,9 @@ def test_there_are_configurations() -> None:
     assert {"fast_rcnn_se", "fast_rcnn_squeezenet", "faster_rcnn_se_fpn"} <= set(map(name_of, MODELS))
     assert {"fast_rcnn_se_stn", "aod", "cascade"} <= set(map(name_of, MODELS))
     assert all((runs.CONFIGS / f"{name}.yaml").is_file() for name in OTHERS)
-    assert {"voc07", "voc0712", "coco", "voc_custom", "coco_custom"} <= set(map(name_of, OVERLAYS))
+    assert {"voc07", "voc0712", "coco", "voc_custom", "coco_custom", "yolo_custom", "csv_custom"} <= set(
+        map(name_of, OVERLAYS)
+    )
 
 
 @pytest.mark.parametrize("path", [*MODELS, *OVERLAYS, *SOURCES, *BACKBONES], ids=name_of)
@@ -201,7 +203,7 @@ def test_an_overlay_follows_the_models_that_its_header_shows(path: Path) -> None
     for base in bases:
         alone, config = parse(base), parse(base, path, "--data.root", "ROOT")
         assert config.data.init_args.root == "ROOT"
-        assert config.data.class_path in ("detpipe.VOC", "detpipe.COCO")
+        assert config.data.class_path in ("detpipe.VOC", "detpipe.COCO", "detpipe.YOLO", "detpipe.CSVBoxes")
         assert config.model.backbone.class_path == alone.model.backbone.class_path
         sizes = config.model.proposals.init_args.anchors.sizes
         assert sizes != alone.model.proposals.init_args.anchors.sizes
@@ -286,6 +288,22 @@ def test_a_coco_folder_of_ones_own(tmp_path: Path) -> None:
     path = runs.CONFIGS / "data" / "coco_custom.yaml"
     result = train(tmp_path, shown_bases(path)[0], path, "--data.root", tmp_path / "own")
     assert set(result["per_class"]) == {"cat", "dog", "owl"}
+
+
+def test_a_yolo_folder_of_ones_own(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_yolo(tmp_path / "own", split=split)
+    path = runs.CONFIGS / "data" / "yolo_custom.yaml"
+    result = train(tmp_path, shown_bases(path)[0], path, "--data.root", tmp_path / "own")
+    assert set(result["per_class"]) == {"cat", "dog"}
+
+
+def test_a_table_of_ones_own(tmp_path: Path) -> None:
+    rows = ["train,a.jpg,1,2,31,32,dog", "train,a.jpg,30,10,58,39,cat", "val,b.jpg,5,5,50,35,dog"]
+    write_csv(tmp_path / "own", rows, "split,file_name,x1,y1,x2,y2,label")
+    path = runs.CONFIGS / "data" / "csv_custom.yaml"
+    result = train(tmp_path, shown_bases(path)[0], path, "--data.root", tmp_path / "own")
+    assert set(result["per_class"]) == {"cat", "dog"}
 
 
 def test_the_blood_cells_train_as_shown(shared_data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The ``evaluate`` command: mean average precision of a model on a data set, or of a file of detections."""
+"""The ``evaluate`` command: mean average precision of a model on a data set, or of a file of detections; and a report."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from detpipe import evaluation
+from detpipe.commands.evaluation_report import ReportOptions, check_options, read_runs, write_report
 from detpipe.errors import UsageError
+from detpipe.evaluation.analysis import AnalysisSettings
 from detpipe.files import atomic_write
+
+_REPORT: dict[str, tuple[type, Any, str]] = {  # of both modes: type, default, help
+    "report": (str, None, "folder for a report: report.html, report.json and figures"),
+    "compare": (str, None, "other runs for the report, each NAME=DETECTIONS.json"),
+    "run_name": (str, None, "what the report calls this run"),
+    "score_threshold": (float, None, "of confusions and drawings in the report; where F1 is best by default"),
+    "worst": (int, 12, "so many of the worst images in the report"),
+    "resamples": (int, 1000, "draws of images for the intervals of a comparison"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,10 +56,19 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
     parser.add_argument("--annotations", required=True, help="JSON in COCO's annotation format")
     parser.add_argument("--protocol", choices=evaluation.PROTOCOLS, default="coco")
     parser.add_argument("--json", help="write the numbers to this file")
+    for name, (kind, default, text) in _REPORT.items():
+        count = "+" if name == "compare" else None
+        parser.add_argument(f"--{name}", type=kind, nargs=count, default=default, help=text)
+    parser.add_argument("--images", help="folder of the images, for the drawings of a report")
     options = parser.parse_args(list(arguments))
+    report = _report_options(options, options.images, name := Path(options.detections).stem)
     annotations = evaluation.read_coco_annotations(options.annotations)
     detections = evaluation.read_detections(options.detections, annotations)
-    _report(evaluation.evaluate(annotations, detections, options.protocol), options.protocol, options.json)
+    others = read_runs(report, annotations)
+    _print(evaluation.evaluate(annotations, detections, options.protocol), options.protocol, options.json)
+    if report.out is not None:
+        runs = {report.run_name or name: detections, **others}
+        print(f"\nreport {write_report(report, annotations, runs, report.images)}")
     return 0
 
 
@@ -63,12 +83,14 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     config, data = cli.config, cli.datamodule
     if config.ckpt_path is None:
         raise UsageError("--ckpt_path is missing: give the checkpoint to evaluate, such as RUN/best.ckpt")
+    run = Path(config.ckpt_path).parent
+    report = _report_options(config, None, run.resolve().name)
     stored, description = checkpoint.read(config.ckpt_path)
     split = config.split or ("test" if getattr(data, "splits", {}).get("test") else "val")
     annotations = data.annotations(split)
     checkpoint.check_class_names(description, annotations.class_names, config.ckpt_path)
     checkpoint.load_weights(cli.model, stored, config.ckpt_path)
-    run = Path(config.ckpt_path).parent
+    others = read_runs(report, annotations)
     results = Path(config.detections_out or run / f"{split}_detections.json")
     numbers = Path(config.json or run / f"{split}_{config.protocol}.json")
     for path in (results, numbers):
@@ -81,8 +103,11 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     found = [one for batch in trainer.predict(cli.model, loader) for one in batch]
     detections = evaluation.pack(found, [int(annotations.image_ids[row]) for row in order])
     evaluation.write_detections(results, detections, annotations)
-    _report(evaluation.evaluate(annotations, detections, config.protocol), config.protocol, numbers)
+    _print(evaluation.evaluate(annotations, detections, config.protocol), config.protocol, numbers)
     print(f"\nnumbers {numbers}\ndetections {results}")
+    if report.out is not None:
+        runs = {report.run_name or run.resolve().name: detections, **others}
+        print(f"report {write_report(report, annotations, runs, str(annotations.root))}")
     return 0
 
 
@@ -106,9 +131,22 @@ def _add_arguments(parser: Any) -> None:
         default=None,
         help="for the detections in COCO's result format; beside the checkpoint by default",
     )
+    for name, (kind, default, text) in _REPORT.items():
+        if name == "compare":
+            parser.add_argument("--compare", type=kind, nargs="+", default=default, help=text)
+        else:
+            parser.add_argument(f"--{name}", type=kind | None if default is None else kind, default=default, help=text)
 
 
-def _report(metrics: dict[str, Any], protocol: str, path: str | Path | None) -> None:
+def _report_options(given: Any, images: str | None, default_name: str) -> ReportOptions:
+    """Take the options of the report from either parser, and check them."""
+    settings = AnalysisSettings(given.protocol, given.score_threshold, given.worst, given.resamples)
+    options = ReportOptions(given.report, tuple(given.compare or ()), images, given.run_name, settings)
+    check_options(options, default_name)
+    return options
+
+
+def _print(metrics: dict[str, Any], protocol: str, path: str | Path | None) -> None:
     if path is not None:  # before the table, which a closed pipe may end
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

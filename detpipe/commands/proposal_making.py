@@ -22,7 +22,7 @@ from tqdm import tqdm
 from detpipe.commands.checkpoint_proposals import CheckpointProposals
 from detpipe.commands.predict import find_images
 from detpipe.datasets import read_image
-from detpipe.datasets.layouts import EXPECTED, is_coco, is_voc, open_split
+from detpipe.datasets.layouts import EXPECTED, layout_of, open_split
 from detpipe.errors import DetpipeError, UsageError
 from detpipe.proposal_files.offline import Item, Proposer, Summary, make_store
 from detpipe.proposal_files.store import ProposalStore
@@ -100,7 +100,7 @@ def find_items(data: str, split: str | None, images: str | None = None, skip_bad
     """List images with the ids that a store calls them by.
 
     Args:
-        data: a data set in VOC or COCO layout, a COCO annotation file, or a folder of images, whose ids are the names of
+        data: a data set in a layout that is known, or a folder of images, whose ids are the names of
             the files without suffix.
         split: of a data set.
         images: the folder of the images, for an annotation file.
@@ -113,7 +113,7 @@ def find_items(data: str, split: str | None, images: str | None = None, skip_bad
         DetpipeError: there are no such data, or they are faulty.
     """
     path = Path(data)
-    if path.is_dir() and not is_voc(path) and not is_coco(path):
+    if path.is_dir() and layout_of(path) is None:
         if split is not None:
             raise UsageError(
                 f"--split {split}: --data {data} is a plain folder of images, it has no splits; {EXPECTED}"

@@ -1,6 +1,6 @@
 """Annotated images from files to batches.
 
-``COCO | VOC | Demo``  --load-->  packed `Annotations`  --`DetectionDataset`-->  image and target  --loaders-->  batches
+``COCO | VOC | YOLO | CSVBoxes | Demo``  --load-->  packed `Annotations`  --`DetectionDataset`-->  image and target  -->  batches
 
 ``ImageFolder | DemoDigits``  --load-->  packed `LabeledImages`  --`LabeledImageDataset`-->  view and label  --loaders-->  batches
 
@@ -9,6 +9,7 @@ Every fault of the data is an error that names file, record and field before the
 
 from detpipe.datasets.classification import ClassificationData
 from detpipe.datasets.coco import COCO, COCOFiles, load_coco
+from detpipe.datasets.csv_boxes import CSVBoxes, CSVFormat, load_csv
 from detpipe.datasets.datamodule import DetectionData, Loader
 from detpipe.datasets.dataset import DetectionDataset
 from detpipe.datasets.decode import image_size, read_image
@@ -18,12 +19,16 @@ from detpipe.datasets.image_folder import ImageFolder
 from detpipe.datasets.transforms import Augment
 from detpipe.datasets.views import Views
 from detpipe.datasets.voc import VOC, VOCFormat, load_voc
+from detpipe.datasets.yolo import YOLO, load_yolo
 
 __all__ = [
     "COCO",
     "VOC",
+    "YOLO",
     "Augment",
     "COCOFiles",
+    "CSVBoxes",
+    "CSVFormat",
     "ClassificationData",
     "Demo",
     "DemoDigits",
@@ -36,7 +41,9 @@ __all__ = [
     "Views",
     "image_size",
     "load_coco",
+    "load_csv",
     "load_voc",
+    "load_yolo",
     "read_image",
     "write_demo",
     "write_digits",

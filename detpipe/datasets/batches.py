@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
+from detpipe.processes import share
+
 Key = tuple[int, int]  # epoch, index: what a dataset needs to draw the same augmentation in any worker
 
 _POOL = 32  # batches that are shuffled together before they are sorted by shape
@@ -20,12 +22,17 @@ class EpochBatches(Sampler[list[Key]]):
     into batches, and the batches are shuffled; the incomplete last batch is kept. For evaluation, only images of
     exactly the same size share a batch, so that padding never changes a result, and every image comes once.
 
+    Several processes share the images. For training, batches are made as for one process with as many times the images, and each
+    takes its part of every batch: all make the same number of steps, and the images of a step depend on their total number
+    alone. Where a last batch has fewer images than there are processes, the others repeat them. For evaluation, whole batches
+    are dealt out in turns, so that every image comes once, and some processes may have a batch less.
+
     Args:
         sizes: [I, 2] height and width of each image.
-        batch_size: images a batch, at least 1.
+        batch_size: images a batch of one process, at least 1.
         seed: decides the order, with the epoch.
         training: whether to shuffle; False for evaluation.
-        smallest: an incomplete last batch of fewer images is left out of training.
+        smallest: an incomplete last batch with fewer images for each process is left out of training.
     """
 
     def __init__(
@@ -56,8 +63,11 @@ class EpochBatches(Sampler[list[Key]]):
         self.epoch = epoch
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """The indices of every batch of an epoch."""
-        return self._shuffled_batches(epoch) if self.training else self._evaluation
+        """The indices of every batch of an epoch that is this process' to load."""
+        rank, size = share()
+        if not self.training:
+            return self._evaluation[rank::size]
+        return [batch[rank::size] or [batch[rank % len(batch)]] for batch in self._shuffled_batches(epoch, size)]
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = self.epoch
@@ -66,22 +76,28 @@ class EpochBatches(Sampler[list[Key]]):
         )  # a batch at a time: there may be millions
 
     def __len__(self) -> int:
+        rank, size = share()
         if not self.training:
-            return len(self._evaluation)
-        whole, rest = divmod(len(self.sizes), self.batch_size)
-        return whole + (rest >= max(self.smallest, 1))
+            return len(self._evaluation[rank::size])
+        whole, rest = divmod(len(self.sizes), self.batch_size * size)
+        return whole + (rest >= self._least(size))
 
-    def _shuffled_batches(self, epoch: int) -> list[list[int]]:
+    def _least(self, processes: int) -> int:
+        """The fewest images of a last batch of all processes."""
+        return 1 if self.smallest <= 1 else min(self.smallest, self.batch_size) * processes
+
+    def _shuffled_batches(self, epoch: int, processes: int) -> list[list[int]]:
+        batch_size = self.batch_size * processes
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.sizes))
         aspect = self.sizes[:, 0] / self.sizes[:, 1]
         area = self.sizes.astype(np.int64).prod(1)
         batches: list[list[int]] = []
-        for start in range(0, len(order), _POOL * self.batch_size):
-            pool = order[start : start + _POOL * self.batch_size]
+        for start in range(0, len(order), _POOL * batch_size):
+            pool = order[start : start + _POOL * batch_size]
             pool = pool[np.lexsort((area[pool], aspect[pool]))]  # stable: images of one shape stay shuffled
-            batches += [pool[i : i + self.batch_size].tolist() for i in range(0, len(pool), self.batch_size)]
-        if batches and len(batches[-1]) < min(self.smallest, self.batch_size):
+            batches += [pool[i : i + batch_size].tolist() for i in range(0, len(pool), batch_size)]
+        if batches and len(batches[-1]) < self._least(processes):
             batches.pop()
         return [batches[i] for i in random.permutation(len(batches))]
 

@@ -68,10 +68,15 @@ class COCO(DetectionData):
 
     def load(self, split: Split) -> Annotations:
         """Read the annotation file of a split."""
-        annotations, images = self._files(split)
+        annotations, images = self.files(split)
         return load_coco(annotations, images, self.on_bad)
 
-    def _files(self, split: Split) -> tuple[Path, Path]:
+    def files(self, split: Split) -> tuple[Path, Path]:
+        """The annotation file and the image folder of a split.
+
+        Raises:
+            DataError: there is no such split.
+        """
         root, files = Path(self.root), self.splits[split]
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; the argument root must name the folder of the COCO data")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.datasets.faults import Faults, OnBad
+from detpipe.datasets.faults import Faults, Policy
 from detpipe.datasets.records import Records, build_annotations
 from detpipe.errors import DataError
 from detpipe.strict_json import load_json, shorten
@@ -26,11 +26,11 @@ _INT64 = 2**63
 _Column = tuple[list[Any], npt.NDArray[np.bool_]]  # values with a stand-in where they are bad, and which are good
 
 
-def load_coco(json_path: str | Path, image_root: str | Path, on_bad: OnBad = "error") -> Annotations:
+def load_coco(json_path: str | Path, image_root: str | Path, on_bad: Policy = "error") -> Annotations:
     """Read one COCO annotation file and check it against its images.
 
     Category ids become the labels 1..K in ascending order of the ids; images without annotations stay in. A missing
-    ``iscrowd`` is 0, a missing ``area`` is the area of the box.
+    ``iscrowd`` is 0, a missing ``area`` is the area of the box. VOC's ``difficult``, where a file has it, is kept.
 
     Args:
         json_path: the annotation file.
@@ -95,15 +95,15 @@ def _categories(records: list[dict[str, Any]], faults: Faults) -> tuple[tuple[st
     for i, record in enumerate(records):
         key, name = record.get("id"), record.get("name")
         if type(key) is not int or not -_INT64 <= key < _INT64:
-            faults.fatal(f"categories[{i}]: id must be a whole number, got {shorten(key)}")
+            faults.fatal("bad category", f"categories[{i}]: id must be a whole number, got {shorten(key)}")
         elif type(name) is not str or not name:
-            faults.fatal(f"category id {key}: name must be text, got {shorten(name)}")
+            faults.fatal("bad category", f"category id {key}: name must be text, got {shorten(name)}")
         elif key in named or name in named.values():
-            faults.fatal(f"category id {key}, name {name!r}: the id or the name is there twice")
+            faults.fatal("duplicate category", f"category id {key}, name {name!r}: the id or the name is there twice")
         else:
             named[key] = name
     if not records:
-        faults.fatal("categories is empty; at least one class is needed")
+        faults.fatal("bad category", "categories is empty; at least one class is needed")
     faults.check()
     return tuple(named[key] for key in sorted(named)), tuple(sorted(named))
 
@@ -128,7 +128,10 @@ def _images(
     sizes = np.array([columns[0][0], columns[1][0]], dtype=np.int64).T.reshape(-1, 2)
     image_ids = np.array(ids, dtype=np.int64)
     for first, again in _repeats(image_ids, has_id):
-        faults.fatal(f"image id {ids[again]} is there twice: file_name {names[first]!r} and {names[again]!r}")
+        faults.fatal(
+            "duplicate image id",
+            f"image id {ids[again]} is there twice: file_name {names[first]!r} and {names[again]!r}",
+        )
     rows = np.flatnonzero(good).tolist()
     dropped = {record["id"] for i, record in enumerate(records) if not good[i] and type(record.get("id")) is int}
     return [names[i] for i in rows], image_ids[rows], sizes[rows], dropped
@@ -154,6 +157,7 @@ def _annotations(
     category_of = np.array(_column(records, "category_id", _is_int64, "a whole number", note)[0], dtype=np.int64)
     xywh = _boxes(records, note)
     iscrowd = np.array(_column(records, "iscrowd", _is_flag, "0 or 1", note, default=0)[0], dtype=bool)
+    difficult = np.array(_column(records, "difficult", _is_flag, "0 or 1", note, default=0)[0], dtype=bool)
     area = np.array(
         _column(records, "area", _is_area, "a number of at least 0", note, default=math.nan)[0], dtype=float
     )
@@ -176,7 +180,7 @@ def _annotations(
         "boxes": np.concatenate([xywh[rows, :2], xywh[rows, :2] + xywh[rows, 2:]], axis=1),
         "labels": labels[rows] + 1,
         "iscrowd": iscrowd[rows],
-        "difficult": np.zeros(len(rows), dtype=bool),
+        "difficult": difficult[rows],
         "area": area[rows],
         "name_box": lambda b: (
             f"annotation id {ids[rows[b]]} (image {file_names[box_image[rows[b]]]}): bbox {xywh[rows[b]].tolist()}"

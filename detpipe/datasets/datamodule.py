@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets.batches import EpochBatches
 from detpipe.datasets.dataset import DetectionDataset, Proposals, collate, start_worker
-from detpipe.datasets.faults import SHOWN, OnBad
+from detpipe.datasets.faults import SHOWN, OnBad, Policy
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.datasets.transforms import Augment
 from detpipe.errors import DataError
@@ -129,7 +129,7 @@ class DetectionData(LightningDataModule, ABC):
         self.loader = loader
         self.augment = augment
         self.seed = seed
-        self.on_bad: OnBad = on_bad
+        self.on_bad: Policy = on_bad  # a `Collected` in its place makes `load` collect faults
         self._annotations: dict[Split, Annotations] = {}
         unknown = sorted(set(proposals or ()) - {"train", "val", "test"})
         if unknown:

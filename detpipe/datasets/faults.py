@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,17 +15,48 @@ SHOWN = 20  # faults that a message lists before it only gives the total
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with a data set.
+
+    Args:
+        kind: what faults are counted by, such as "boxes: zero or negative size".
+        message: names the record, the field and the value.
+        serious: whether the data cannot be used like this; else it is only worth a look.
+    """
+
+    kind: str
+    message: str
+    serious: bool = True
+
+
+@dataclass
+class Collected:
+    """The policy that raises nothing: every fault is written down, and reading goes on with what is left.
+
+    Args:
+        decode: whether every image is decoded, to find damaged ones and those of another size than annotated.
+        faults: what was found.
+    """
+
+    decode: bool = True
+    faults: list[Fault] = field(default_factory=list)
+
+
+Policy = OnBad | Collected
+
+
 class Faults:
     """The faults of one annotation source.
 
     Args:
         source: the annotation file or folder that messages name.
         on_bad: ``"error"`` raises at `check` if there was any fault; ``"skip"`` counts a faulty record by its reason,
-            and raises only for what must never be skipped (`fatal`).
+            and raises only for what must never be skipped (`fatal`); a `Collected` takes all faults, and nothing raises.
     """
 
-    def __init__(self, source: str | Path, on_bad: OnBad) -> None:
-        if on_bad not in ("error", "skip"):
+    def __init__(self, source: str | Path, on_bad: Policy) -> None:
+        if not isinstance(on_bad, Collected) and on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
         self.source = source
         self.on_bad = on_bad
@@ -34,17 +66,35 @@ class Faults:
         self._alike: set[str] = set()
         self._total = 0
 
+    @property
+    def collects(self) -> bool:
+        """Whether every fault is written down, and none is raised."""
+        return isinstance(self.on_bad, Collected)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every image is to be decoded while the data set is read."""
+        return self.on_bad.decode if isinstance(self.on_bad, Collected) else self.on_bad == "skip"
+
     def box(self, reason: str, message: str, alike: str = "") -> None:
         """Note a box that cannot be used; of several with the same ``alike`` only the first is written out."""
-        self._note("boxes skipped: " + reason, message, alike)
+        self._note("boxes", reason, message, alike)
 
     def image(self, reason: str, message: str) -> None:
         """Note an image that cannot be used."""
-        self._note("images skipped: " + reason, message, "")
+        self._note("images", reason, message, "")
 
-    def fatal(self, message: str) -> None:
+    def fatal(self, reason: str, message: str) -> None:
         """Note a fault that ends loading under either policy."""
-        self._fatal.append(message)
+        if isinstance(self.on_bad, Collected):
+            self.on_bad.faults.append(Fault(f"data set: {reason}", message))
+        else:
+            self._fatal.append(message)
+
+    def remark(self, kind: str, message: str) -> None:
+        """Note what is no fault, but worth a look; it is only written down where faults are collected."""
+        if isinstance(self.on_bad, Collected):
+            self.on_bad.faults.append(Fault(kind, message, serious=False))
 
     def check(self) -> None:
         """Raise what was noted, unless it may be skipped.
@@ -61,8 +111,11 @@ class Faults:
             _log.info(summary(str(self.source), self._messages, self._total, "skipped and counted"))
             self._messages, self._total = [], 0
 
-    def _note(self, key: str, message: str, alike: str) -> None:
-        self.skipped[key] += 1
+    def _note(self, what: str, reason: str, message: str, alike: str) -> None:
+        self.skipped[f"{what} skipped: {reason}"] += 1
+        if isinstance(self.on_bad, Collected):
+            self.on_bad.faults.append(Fault(f"{what}: {reason}", message))
+            return
         self._total += 1
         if len(self._messages) < SHOWN and alike not in self._alike:
             self._messages.append(message)

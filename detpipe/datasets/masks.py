@@ -85,7 +85,7 @@ def open_masks(data: DetectionData, split: Split, kind: Kind = "auto") -> Masks:
                 return VOCMasks(annotations)
             why = f"{data.root} has no folder SegmentationClass"
         elif isinstance(data, COCO):
-            path = data._files(split)[0]
+            path = data.files(split)[0]
             records = load_json(path)["annotations"]
             if any(record.get("segmentation") for record in records):
                 return COCOMasks(annotations, path, records)

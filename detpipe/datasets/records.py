@@ -21,6 +21,7 @@ from detpipe.errors import DataError
 from detpipe.types import Annotations
 
 _CLIP_TOLERANCE = 1e-6  # pixels: less than this over the border is rounding of x + w, not a fault to count
+_Numbers = npt.NDArray[np.float64]
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Records:
         name_box: what a message calls box ``b``: its record and the field with its value.
         boxes_read: the boxes that the source holds, those that the parser had to drop included.
         images_read: the images that the source lists, those that the parser had to drop included.
+        clip_tolerance: pixels, for all or [B, 1]: what is less over the border is rounding, and not counted as clipped.
     """
 
     root: Path
@@ -62,6 +64,7 @@ class Records:
     name_box: Callable[[int], str]
     images_read: int
     boxes_read: int
+    clip_tolerance: float | _Numbers = _CLIP_TOLERANCE
     counts: dict[str, int] = field(default_factory=dict)  # the parser's own, copied into the result
 
 
@@ -70,6 +73,7 @@ def build_annotations(records: Records, faults: Faults) -> Annotations:
 
     Boxes that stick out of their image are clipped and counted; boxes without size or wholly outside are faults. With
     ``on_bad="skip"`` every image is decoded once, so that a damaged one is a counted skip now and not an error later.
+    Where faults are collected, nothing is raised for them.
 
     Args:
         records: what the parser read.
@@ -86,7 +90,7 @@ def build_annotations(records: Records, faults: Faults) -> Annotations:
     keep_image = _check_files(records, faults)
     boxes, keep_box, clipped = _check_boxes(records, faults)
     faults.check()
-    if faults.on_bad == "skip":
+    if faults.decodes:
         keep_image &= _check_pixels(records, faults, keep_image)
         faults.check()
     orphans = keep_box & ~keep_image[records.box_image]
@@ -101,7 +105,10 @@ def build_annotations(records: Records, faults: Faults) -> Annotations:
 def _check_labels(records: Records, faults: Faults) -> None:
     K = len(records.class_names)
     for b in np.flatnonzero((records.labels < 1) | (records.labels > K)).tolist():
-        faults.fatal(f"{records.name_box(b)}: label {records.labels[b]} is outside 1..{K}, the classes that are known")
+        faults.fatal(
+            "label out of range",
+            f"{records.name_box(b)}: label {records.labels[b]} is outside 1..{K}, the classes that are known",
+        )
     faults.check()
 
 
@@ -112,14 +119,22 @@ def _check_files(records: Records, faults: Faults) -> npt.NDArray[np.bool_]:
     listings: dict[str, tuple[set[str], set[str]]] = {}
     for i, name in enumerate(records.file_names):
         if _leaves_root(name):
-            faults.fatal(f"image id {records.image_ids[i]}: file_name {name!r} leads out of the image folder")
+            keep[i] = False
+            faults.fatal(
+                "leads out of the folder",
+                f"image id {records.image_ids[i]}: file_name {name!r} leads out of the image folder",
+            )
             continue
         folder, _, base = name.rpartition("/")
         if folder not in listings:
             listings[folder] = _list_folder(records.root / folder, allowed)
         files, strangers = listings[folder]
         if base in strangers:
-            faults.fatal(f"image id {records.image_ids[i]}: file_name {name!r} is a link that leads out of the folder")
+            keep[i] = False
+            faults.fatal(
+                "leads out of the folder",
+                f"image id {records.image_ids[i]}: file_name {name!r} is a link that leads out of the folder",
+            )
         elif base not in files:
             keep[i] = False
             path = records.root / name
@@ -161,7 +176,7 @@ def _check_boxes(
     sized = (high > low).all(1)
     inside = ((low < size) & (high > 0)).all(1)
     boxes = np.concatenate([low.clip(0, size), high.clip(0, size)], axis=1)
-    clipped = np.any(np.abs(boxes - records.boxes) > _CLIP_TOLERANCE, axis=1)
+    clipped = np.any(np.abs(boxes - records.boxes) > records.clip_tolerance, axis=1)
     in_float32 = boxes.astype(np.float32)  # what the detector sees must have a size as well
     visible = (in_float32[:, 2:] > in_float32[:, :2]).all(1)
     reasons = (
@@ -176,6 +191,12 @@ def _check_boxes(
             height, width = records.sizes[records.box_image[b]]
             faults.box(reason, f"{records.name_box(b)} {text} of {width} x {height} pixels")
         keep &= ~bad
+    if faults.collects:
+        for b in np.flatnonzero(clipped & keep).tolist():
+            height, width = records.sizes[records.box_image[b]]
+            faults.remark(
+                "boxes: clipped", f"{records.name_box(b)} sticks out of {width} x {height} pixels and is clipped"
+            )
     return boxes, keep, clipped
 
 

@@ -25,6 +25,11 @@ def voc_key(annotations: Annotations, row: int) -> str:
     return Path(str(annotations.file_names[row])).stem
 
 
+def file_key(annotations: Annotations, row: int) -> str:
+    """The id of an image in a store: its file, relative to the root of the data set, with forward slashes."""
+    return str(annotations.file_names[row])
+
+
 class StoredProposals(Mapping[int, npt.NDArray[np.float32]]):
     """A store as the boxes of a split, by the image ids of its annotations; read when they are asked for.
 

@@ -28,7 +28,7 @@ class VOCFormat:
 
     Args:
         class_names: the classes, in the order of their labels; null for the 20 of VOC; ``auto`` for those that occur in
-            the training split, sorted.
+            the training split, sorted, or those of ``detpipe.json`` in the root.
         one_based: true where pixels are counted from 1 and both ends are included, as in the official files: the box is
             ``[xmin - 1, ymin - 1, xmax, ymax]``; false where the file holds corner coordinates from 0, as many labeling
             tools write them: the box is ``[xmin, ymin, xmax, ymax]``.

@@ -59,7 +59,10 @@ def list_images(root: Path, split: str | Sequence[str], faults: Faults) -> tuple
             number += 1
             where = f"{list_file}: line {line_number}: {stem!r}"
             if "/" in stem or "\\" in stem or "\0" in stem:
-                faults.fatal(f"{where} leads out of the folder; lists hold plain names without folder and suffix")
+                faults.fatal(
+                    "leads out of the folder",
+                    f"{where} leads out of the folder; lists hold plain names without folder and suffix",
+                )
                 continue
             base = images.get(stem, stem + ".jpg")
             file_name = f"{prefix}/JPEGImages/{base}".lstrip("/")

@@ -3,6 +3,9 @@
 Coordinates. The official files count pixels from 1 and include both ends: ``one_based=True`` makes the continuous box
 ``[xmin - 1, ymin - 1, xmax, ymax]`` of them. Labeling tools that count from 0 write corner coordinates:
 ``one_based=False`` takes ``[xmin, ymin, xmax, ymax]`` as it is. Under both, xmax must be above xmin in the file.
+
+What VOC has no place for stands in ``<detpipe>``: ``<image_id>`` below the annotation, ``<iscrowd>`` and ``<area>`` below an
+object. Other readers pass over it.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import numpy as np
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import parse
 
+from detpipe.datasets.class_list import ids_of, read_class_list
 from detpipe.datasets.decode import image_size
-from detpipe.datasets.faults import Faults, OnBad
+from detpipe.datasets.faults import Faults, Policy
 from detpipe.datasets.records import Records, build_annotations
 from detpipe.datasets.voc_lists import Listed, list_images
 from detpipe.errors import DataError
@@ -40,7 +44,7 @@ def load_voc(
     class_names: ClassNames = None,
     one_based: bool = True,
     keep_difficult: bool = True,
-    on_bad: OnBad = "error",
+    on_bad: Policy = "error",
 ) -> Annotations:
     """Read one split of a data set in VOC layout and check it against its images.
 
@@ -52,7 +56,8 @@ def load_voc(
             VOCdevkit holds VOC2007.
         split: a list in ``ImageSets/Main``, such as ``"train"``; ``"2007:trainval"`` is that of the folder VOC2007 in
             the root; a path that ends in ``.txt`` (relative to the root) is a list elsewhere. Several are read in turn.
-        class_names: the classes of labels 1..K in order; None for the 20 of VOC; ``"auto"`` for those that occur.
+        class_names: the classes of labels 1..K in order; None for the 20 of VOC; ``"auto"`` for those that ``detpipe.json``
+            in the root lists, or else occur.
         one_based: whether pixels are counted from 1 (see the module).
         keep_difficult: whether difficult objects are kept, flagged; dropped ones are counted.
         on_bad: ``"error"`` refuses a split with any faulty record; ``"skip"`` leaves these records out and counts them.
@@ -71,25 +76,31 @@ def load_voc(
     names = VOC_CLASSES if class_names is None else tuple(class_names)
     if not names or len(set(names)) != len(names):
         raise DataError(f"class_names must be distinct and at least one, got {list(names)}")
+    known = read_class_list(root)
+    if known and known.one_based != one_based:
+        raise DataError(f"{root}: its detpipe.json says that one_based is {str(known.one_based).lower()}: set it so")
     reader = _Reader(names, one_based, keep_difficult, faults)
     for item in listed:
         reader.read(item)
-    return build_annotations(reader.records(root, listed, images_read), faults)
+    return build_annotations(reader.records(root, listed, images_read, ids_of(names, known)), faults)
 
 
 def find_class_names(root: str | Path, split: str | Sequence[str]) -> tuple[str, ...]:
-    """Collect the class names that occur in a split.
+    """Collect the class names that occur in a split, unless the root has a list of them.
 
     Args:
         root: as for `load_voc`.
         split: as for `load_voc`.
 
     Returns:
-        The names, sorted.
+        The names, sorted; those of ``detpipe.json`` in its order.
 
     Raises:
         DataError: if the split has no named object.
     """
+    known = read_class_list(Path(root))
+    if known:
+        return known.class_names
     listed, _ = list_images(Path(root), split, Faults(root, "skip"))
     names: set[str] = set()
     for item in listed:
@@ -120,7 +131,9 @@ class _Reader:
         self.faults = faults
         self.images: list[tuple[str, int, int, int]] = []  # file name, id, height, width
         self.boxes: list[tuple[float, ...]] = []  # x1, y1, x2, y2 as in the file
-        self.box_of: list[tuple[int, int, bool]] = []  # row of the image, label, difficult
+        self.box_of: list[tuple[int, int, bool, bool]] = []  # row of the image, label, difficult, crowd
+        self.areas: list[float] = []
+        self.ids: dict[int, str] = {}  # image id -> XML file
         self.where: list[str] = []  # what a message calls each box
         self.boxes_read = 0
 
@@ -131,7 +144,9 @@ class _Reader:
         except FileNotFoundError:
             return self.faults.image("annotation missing", f"{item.xml}: no such annotation file, but a list names it")
         except DefusedXmlException as error:
-            return self.faults.fatal(f"{item.xml}: refused, it declares an XML entity ({type(error).__name__})")
+            return self.faults.fatal(
+                "XML entity", f"{item.xml}: refused, it declares an XML entity ({type(error).__name__})"
+            )
         except (ParseError, OSError, UnicodeError, ValueError) as error:
             return self.faults.image("annotation unreadable", f"{item.xml}: cannot be read as XML ({error})")
         objects = root.findall("object")
@@ -140,10 +155,30 @@ class _Reader:
         if size is None:
             self.faults.skipped["boxes skipped: image skipped"] += len(objects)
             return None
+        image_id = self._image_id(root, item)
+        if image_id is None:
+            self.faults.skipped["boxes skipped: image skipped"] += len(objects)
+            return None
         for number, element in enumerate(objects, start=1):
             self._object(element, f"{item.xml}: object {number}")
-        self.images.append((item.file_name, item.image_id, *size))
+        self.images.append((item.file_name, image_id, *size))
         return None
+
+    def _image_id(self, root: Element, item: Listed) -> int | None:
+        """The number of the image in the lists, unless its file gives one."""
+        text = root.findtext("detpipe/image_id")
+        image_id = item.image_id if text is None else _whole(text)
+        if image_id is None:
+            self.faults.image(
+                "bad image_id", f"{item.xml}: detpipe/image_id must be a whole number, got {shorten(text)}"
+            )
+        elif image_id in self.ids:
+            self.faults.fatal(
+                "duplicate image id", f"{item.xml}: image id {image_id} is there twice, in {self.ids[image_id]} too"
+            )
+        else:
+            self.ids[image_id] = str(item.xml)
+        return image_id
 
     def _size(self, root: Element, item: Listed) -> tuple[int, int] | None:
         """Height and width; from the header of the image where the XML has none."""
@@ -179,10 +214,18 @@ class _Reader:
         if difficult == "1" and not self.keep_difficult:
             self.faults.skipped["boxes skipped: difficult"] += 1
             return None
+        crowd = (element.findtext("detpipe/iscrowd") or "0").strip()
+        if crowd not in ("0", "1"):
+            return self.faults.box("bad iscrowd", f"{where}: detpipe/iscrowd must be 0 or 1, got {shorten(crowd)}")
+        area = _number(element.findtext("detpipe/area") or "nan")
+        if area is None or area < 0 or math.isinf(area):
+            got = shorten(element.findtext("detpipe/area"))
+            return self.faults.box("bad area", f"{where}: detpipe/area must be a number of at least 0, got {got}")
         corners = self._corners(element, where)
         if corners is not None:
             self.boxes.append(corners)
-            self.box_of.append((len(self.images), self.label_of[name], difficult == "1"))
+            self.box_of.append((len(self.images), self.label_of[name], difficult == "1", crowd == "1"))
+            self.areas.append(area)
             self.where.append(f"{where}: bndbox {shorten(list(corners))}")
         return None
 
@@ -191,12 +234,12 @@ class _Reader:
         values: list[float] = []
         for key in _CORNERS:
             text = element.findtext(f"bndbox/{key}")
-            try:
-                values.append(float(text or ""))
-            except ValueError:
+            value = _number(text or "")
+            if value is None:
                 got = "is missing" if text is None else f"must be a number, got {shorten(text)}"
                 self.faults.box("bad bndbox", f"{where}: bndbox/{key} {got}")
                 return None
+            values.append(value)
         x1, y1, x2, y2 = values
         if all(map(math.isfinite, values)) and (x2 <= x1 or y2 <= y1):
             self.faults.box("zero or negative size", f"{where}: bndbox {values} has zero or negative size")
@@ -211,12 +254,12 @@ class _Reader:
             return None
         return tuple(values)
 
-    def records(self, root: Path, listed: list[Listed], images_read: int) -> Records:
+    def records(self, root: Path, listed: list[Listed], images_read: int, category_ids: tuple[int, ...]) -> Records:
         """Turn what was read into arrays, with the boxes in continuous coordinates."""
         boxes = np.array(self.boxes, dtype=np.float64).reshape(-1, 4)
         if self.one_based:
             boxes[:, :2] -= 1
-        box_of = np.array(self.box_of, dtype=np.int64).reshape(-1, 3)
+        box_of = np.array(self.box_of, dtype=np.int64).reshape(-1, 4)
         return Records(
             root=root,
             folders=sorted({item.image.parent for item in listed}),
@@ -226,12 +269,25 @@ class _Reader:
             box_image=box_of[:, 0],
             boxes=boxes,
             labels=box_of[:, 1],
-            iscrowd=np.zeros(len(boxes), dtype=bool),
+            iscrowd=box_of[:, 3].astype(bool),
             difficult=box_of[:, 2].astype(bool),
-            area=np.full(len(boxes), np.nan),
+            area=np.array(self.areas, dtype=np.float64),
             class_names=self.names,
-            category_ids=tuple(range(1, len(self.names) + 1)),
+            category_ids=category_ids,
             name_box=lambda b: self.where[b],
             images_read=images_read,
             boxes_read=self.boxes_read,
         )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _whole(text: str) -> int | None:
+    text = text.strip()
+    digits = text.removeprefix("-")
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) <= 18 else None

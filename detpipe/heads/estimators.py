@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from detpipe.processes import common_count, common_mean
+
 Baseline = Literal["roi", "batch", "none"]
 BackgroundReward = Literal["none", "probability"]
 LEAST_SPREAD = 1e-4  # returns, which lie in 0..1, that differ by less are not blown up to unit spread
@@ -147,8 +149,8 @@ class Reinforce(GlimpseEstimator):
         """
         means, actions, counted = means.float(), actions.detach().float(), counts.float()
         returns = returns.detach().float() * counted
-        rois = counted.sum().clamp(min=1)
-        advantages = self._advantages(returns, counted, rois)
+        rois = common_count(counted.sum())
+        advantages = self._advantages(returns, counted)
         score = (actions - means) / self.sigma**2
         log_probability = -(actions - means).square().sum((-1, -2)) / (2 * self.sigma**2)
         loss = -self.weight * (advantages * log_probability * counted).mean(0).sum() / rois
@@ -158,11 +160,12 @@ class Reinforce(GlimpseEstimator):
             variance = (spread * counted).sum() / rois
         return PolicyLoss(loss, returns.mean(0).sum() / rois, variance)
 
-    def _advantages(self, returns: Tensor, counted: Tensor, rois: Tensor) -> Tensor:
+    def _advantages(self, returns: Tensor, counted: Tensor) -> Tensor:
         if self.baseline == "roi":  # the mean of the others: r_i - (sum - r_i) / (n - 1)
             returns = (returns - returns.mean(0)) * (self.episodes / (self.episodes - 1))
         elif self.baseline == "batch":
-            returns = (returns - returns.mean(0).sum() / rois) * counted
+            returns = (returns - common_mean(returns.mean(0).sum(), counted.sum())) * counted
         if self.standardize:
-            returns = returns / (returns.square().mean(0).sum() / rois).sqrt().clamp(min=LEAST_SPREAD)
+            mean_square = common_mean(returns.square().mean(0).sum(), counted.sum())
+            returns = returns / mean_square.sqrt().clamp(min=LEAST_SPREAD)
         return returns

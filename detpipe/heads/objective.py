@@ -3,7 +3,8 @@
 Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, equations 1 to 3.
 
 Deviations:
-1. Both losses are sums over the sampled RoIs divided by max(1, their number), so that a batch without any is finite.
+1. Both losses are sums over the sampled RoIs divided by max(1, their number), so that a batch without any is finite; with
+   several processes by the mean number (:mod:`detpipe.processes`).
 2. Smooth L1 acts on weighted deltas, see :mod:`detpipe.boxes`.
 
 N images, S sampled RoIs an image, K foreground classes, B = K boxes a RoI (1 if class-agnostic).
@@ -18,6 +19,7 @@ from torch import Tensor
 from detpipe import boxes as box_ops
 from detpipe.boxes import DELTA_WEIGHTS, DeltaWeights
 from detpipe.heads.sampling import RoITargets
+from detpipe.processes import common_count
 from detpipe.stages import Losses
 
 
@@ -39,7 +41,7 @@ def box_losses(
         ``loss_classifier`` and ``loss_box_reg``, float32 scalars.
     """
     logits, deltas = logits.float(), deltas.float()
-    count = targets.valid.sum().clamp(min=1)
+    count = common_count(targets.valid.sum())
     entropy = F.cross_entropy(logits.flatten(0, 1), targets.labels.flatten(), reduction="none")
     loss_classifier = (entropy * targets.valid.flatten()).sum() / count
     chosen = of_label(deltas, targets.labels)

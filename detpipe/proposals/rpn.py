@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detpipe.errors import DataError, NonFiniteStepError
+from detpipe.processes import common_count
 from detpipe.proposals.anchors import AnchorGrid, Anchors
 from detpipe.proposals.rpn_head import RPNHead
 from detpipe.proposals.rpn_objective import AnchorTargets, RPNObjective
@@ -199,7 +200,7 @@ class RPN(ProposalSource):
 
     def _losses(self, logits: Tensor, deltas: Tensor, sampled: AnchorTargets) -> Losses:
         """Compare ``[N, S]`` logits and ``[N, S, 4]`` deltas with what they should be."""
-        count = sampled.valid.sum().clamp(min=1)
+        count = common_count(sampled.valid.sum())
         entropy = F.binary_cross_entropy_with_logits(logits, sampled.positive.to(logits), reduction="none")
         distance = F.smooth_l1_loss(deltas, sampled.deltas, reduction="none", beta=self.objective.beta)
         return {

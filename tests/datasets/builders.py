@@ -78,3 +78,34 @@ def write_voc(
         (root / "Annotations" / f"{stem}.xml").write_text(xml)
     (root / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in images))
     return root
+
+
+def write_yolo(root: Path, labels: dict[str, str | None] | None = None, split: str = "train", **changes: Any) -> Path:
+    """Write a folder in YOLO layout; ``labels`` maps names to the text of their label files, None for no file."""
+    labels = (
+        {"a": "0 0.5 0.5 0.5 0.25\n", "b": "1 0.25 0.5 0.5 1\n0 0.5 0.5 1 1\n", "c": ""} if labels is None else labels
+    )
+    for folder in ("images", "labels"):
+        (root / folder / split).mkdir(parents=True, exist_ok=True)
+    for i, (stem, text) in enumerate(labels.items()):
+        picture(40, 60, i).save(root / "images" / split / f"{stem}.jpg", quality=95)
+        if text is not None:
+            (root / "labels" / split / f"{stem}.txt").write_text(text)
+    path = root / "data.yaml"
+    known = json.loads(path.read_text()) if path.is_file() else {"names": ["cat", "dog"]}  # JSON is YAML
+    path.write_text(json.dumps({**known, split: f"images/{split}", **changes}))
+    return root
+
+
+HEADER = "file_name,x1,y1,x2,y2,label"
+
+
+def write_csv(root: Path, rows: list[str] | None = None, header: str = HEADER, name: str = "annotations.csv") -> Path:
+    """Write a table of boxes, and two images that its rows may name."""
+    rows = ["a.jpg,1,2,11,22,dog", "a.jpg,30.5,10.25,38.5,19.25,cat", "b.jpg,,,,,"] if rows is None else rows
+    root.mkdir(parents=True, exist_ok=True)
+    for i, stem in enumerate("ab"):
+        picture(40, 60, i).save(root / f"{stem}.jpg", quality=95)
+    path = root / name
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path

@@ -71,3 +71,42 @@ def test_a_last_batch_that_is_too_small_is_left_out_of_training(images, sizes):
     assert len(batches) == len(sizes)
     alone = EpochBatches(np.full((images, 2), 16, dtype=np.int32), 1, smallest=2)
     assert len(list(alone)) == len(alone) == images
+
+
+def dealt(monkeypatch: pytest.MonkeyPatch, batches: EpochBatches, size: int, epoch: int = 0) -> list[list[list[int]]]:
+    """The batches of each of several processes."""
+    parts = []
+    for rank in range(size):
+        monkeypatch.setattr("detpipe.datasets.batches.share", lambda rank=rank: (rank, size))
+        parts.append(batches.batches(epoch))
+        assert len(batches) == len(parts[-1])
+    monkeypatch.undo()
+    return parts
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=SIZES, batch_size=st.integers(1, 5), size=st.integers(2, 4), smallest=st.integers(1, 2))
+def test_several_processes_share_each_step_of_one(sizes: np.ndarray, batch_size: int, size: int, smallest: int) -> None:
+    one = EpochBatches(sizes, batch_size * size, seed=3, smallest=smallest * size if smallest > 1 else 1)
+    several = EpochBatches(sizes, batch_size, seed=3, smallest=smallest)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        parts = dealt(monkeypatch, several, size, epoch=2)
+    steps = one.batches(2)
+    assert {len(part) for part in parts} == {len(steps)}  # nobody waits for another at the end
+    for step, whole in enumerate(steps):
+        mine = [part[step] for part in parts]
+        assert sorted({index for batch in mine for index in batch}) == sorted(whole)
+        assert all(1 <= len(batch) <= batch_size for batch in mine)
+        if len(whole) >= size:
+            assert sum(map(len, mine)) == len(whole)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=SIZES, batch_size=st.integers(1, 5), size=st.integers(2, 4))
+def test_in_evaluation_each_image_is_one_process_only(sizes: np.ndarray, batch_size: int, size: int) -> None:
+    batches = EpochBatches(sizes, batch_size, training=False)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        parts = dealt(monkeypatch, batches, size)
+    assert sorted(index for part in parts for batch in part for index in batch) == list(range(len(sizes)))
+    assert sorted(batch for part in parts for batch in part) == sorted(batches.batches(0))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -4,11 +4,12 @@ import re
 import numpy as np
 import pytest
 
-from detpipe.datasets import COCO, VOC
-from detpipe.datasets.layouts import is_coco, is_voc, open_split
+from detpipe.datasets import COCO, VOC, YOLO, CSVBoxes
+from detpipe.datasets.class_list import ClassList, write_class_list
+from detpipe.datasets.layouts import is_coco, is_voc, layout_of, open_split, split_names
 from detpipe.errors import DataError, UsageError
 
-from .builders import coco_content, picture, voc_object, write_coco, write_voc
+from .builders import HEADER, coco_content, picture, voc_object, write_coco, write_csv, write_voc, write_yolo
 
 
 def keys(data):
@@ -138,3 +139,77 @@ def test_layouts_are_recognized(tmp_path):
     folders = ("voc", "years", "coco", "keypoints")
     assert [is_voc(tmp_path / name) for name in folders] == [True, True, False, False]
     assert [is_coco(tmp_path / name) for name in folders] == [False, False, True, False]
+
+
+def test_a_yolo_folder_or_file(tmp_path):
+    write_yolo(tmp_path)
+    write_yolo(tmp_path, {"v": "0 .5 .5 .5 .5"}, "val")
+    for data in (tmp_path, tmp_path / "data.yaml"):
+        assert split_names(str(data)) == ("train", "val")
+        opened = open_split(str(data), "val")
+        assert isinstance(opened, YOLO)
+        assert keys(opened) == ["images/val/v.jpg"]
+    with pytest.raises(UsageError, match=r"has several splits: name one with --split; there are train, val$"):
+        open_split(str(tmp_path), None)
+    (tmp_path / "data.yaml").write_text("names: [cat]\n")
+    with pytest.raises(UsageError, match="has no splits"):
+        open_split(str(tmp_path), None)
+
+
+def test_a_table(tmp_path, monkeypatch):
+    path = write_csv(tmp_path)
+    for data in (tmp_path, path):
+        assert split_names(str(data)) == ()
+        opened = open_split(str(data), None)
+        assert isinstance(opened, CSVBoxes)
+        assert keys(opened) == ["a.jpg", "b.jpg"]
+    write_csv(tmp_path, ["a.jpg,1,2,3,4,dog,one", "b.jpg,1,2,3,4,cat,two"], f"{HEADER},split")
+    assert split_names(str(tmp_path)) == ("one", "two")
+    assert keys(open_split(str(path), "two")) == ["b.jpg"]
+    assert open_split(str(path), "two").class_names == ("cat", "dog")
+    with pytest.raises(UsageError, match=r"name one with --split; there are one, two$"):
+        open_split(str(path), None)
+    (tmp_path / "tables").mkdir()
+    path.rename(tmp_path / "tables" / "boxes.csv")
+    monkeypatch.chdir(tmp_path / "tables")
+    assert keys(open_split("boxes.csv", "one", "..")) == ["a.jpg"]
+
+
+def test_classes_of_voc_are_numbered_for_all_splits_together(tmp_path):
+    write_voc(tmp_path, {"a": [voc_object("dog")]}, "train")
+    write_voc(tmp_path, {"b": [voc_object("cat")]}, "val")
+    assert open_split(str(tmp_path), "train").class_names == ("dog",)
+    assert open_split(str(tmp_path), "train", together=("train", "val")).class_names == ("cat", "dog")
+
+
+def test_voc_counts_from_what_it_says_of_itself_or_what_is_asked_for(tmp_path):
+    write_voc(tmp_path, {"a": [voc_object(box=(1, 1, 20, 10))]})
+    assert open_split(str(tmp_path), "train").annotations("val").boxes.tolist() == [[0, 0, 20, 10]]
+    zero = open_split(str(tmp_path), "train", one_based=False)
+    assert zero.annotations("val").boxes.tolist() == [[1, 1, 20, 10]]
+    write_class_list(tmp_path, ClassList(("owl", "cat"), (9, 4), one_based=False))
+    data = open_split(str(tmp_path), "train")
+    assert data.annotations("val").boxes.tolist() == [[1, 1, 20, 10]]
+    assert (data.class_names, data.category_ids) == (("owl", "cat"), (9, 4))
+
+
+def test_splits_that_are_there(tmp_path):
+    write_voc(tmp_path / "voc", split="train")
+    for name in ("val", "cat_train", "part_a"):
+        (tmp_path / "voc" / "ImageSets" / "Main" / f"{name}.txt").write_text("a\n")
+    assert split_names(str(tmp_path / "voc")) == ("part_a", "train", "val")
+    path, _ = write_coco(tmp_path / "coco", split="val2017")
+    assert split_names(str(tmp_path / "coco")) == ("val2017",)
+    assert split_names(str(path)) == ()
+    with pytest.raises(UsageError, match=r"^.*nowhere does not exist; expected"):
+        split_names(str(tmp_path / "nowhere"), option="")
+
+
+def test_every_layout_has_its_sign(tmp_path):
+    write_voc(tmp_path / "voc")
+    write_coco(tmp_path / "coco")
+    write_yolo(tmp_path / "yolo")
+    write_csv(tmp_path / "csv")
+    assert [layout_of(tmp_path / name) for name in ("voc", "coco", "yolo", "csv")] == ["voc", "coco", "yolo", "csv"]
+    assert layout_of(tmp_path / "voc" / "Annotations") is None
+    assert layout_of(tmp_path / "csv" / "a.jpg") is None

@@ -1,0 +1,76 @@
+"""The ``data check`` command: every fault of a data set, by kind, with what to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from detpipe.commands.data_source import open_splits, source_parser
+from detpipe.datasets.checking import Report, check_data
+from detpipe.errors import UsageError
+from detpipe.files import atomic_write
+
+
+def run_check(arguments: Sequence[str]) -> int:
+    """Print the faults of a data set.
+
+    Args:
+        arguments: ``PATH`` and options.
+
+    Returns:
+        1 if there are faults, 0 if there is nothing but remarks.
+
+    Raises:
+        DetpipeError: there is no such data set.
+    """
+    parser = source_parser("check", "Name every fault of a data set; exit status 1 if there is one.", skip_bad=False)
+    parser.add_argument("--no-decode", action="store_true", help="do not decode the images, only look for their files")
+    parser.add_argument("--show", type=int, default=5, metavar="N", help="faults of a kind that are printed (5)")
+    parser.add_argument("--json", metavar="FILE", help="write all of them here")
+    options = parser.parse_args(list(arguments))
+    if options.show < 0:
+        raise UsageError(f"--show must be 0 or more, got {options.show}")
+    report = check_data(open_splits(options), decode=not options.no_decode)
+    if options.json:
+        with atomic_write(Path(options.json)) as temporary:
+            temporary.write_text(json.dumps({"data": options.data, **report.as_json()}, indent=1), encoding="utf-8")
+    print(describe(report, options.show, decoded=not options.no_decode))
+    return 1 if report.total(serious=True) else 0
+
+
+def describe(report: Report, shown: int, decoded: bool) -> str:
+    """Put a report into lines.
+
+    Args:
+        report: what was found.
+        shown: faults of a kind that are written out.
+        decoded: whether the images were decoded.
+
+    Returns:
+        The lines.
+    """
+    lines = []
+    for split, counts in report.counts.items():
+        boxes = f"{counts['boxes used']} of {counts['boxes read']} boxes"
+        skipped = "".join(f"; {key}: {n}" for key, n in counts.items() if n and ("skipped" in key or "clipped" in key))
+        lines.append(
+            f"{split}: {counts['images used']} of {counts['images read']} images and {boxes} can be used{skipped}"
+        )
+    for serious, title in ((True, "errors"), (False, "warnings")):
+        groups = report.grouped(serious)
+        if groups:
+            lines += ["", f"{report.total(serious)} {title}"]
+        for kind, messages in groups.items():
+            lines.append(f"  {kind} ({len(messages)})")
+            lines += [f"    {' '.join(message.split())}" for message in messages[:shown]]
+            if shown and len(messages) > shown:
+                lines.append(f"    and {len(messages) - shown} more")
+    errors, warnings = report.total(True), report.total(False)
+    images = "all images decoded" if decoded else "images not decoded"
+    lines += ["", f"{errors} errors, {warnings} warnings; {images}"]
+    if errors:
+        skip = "with on_bad 'skip' it leaves out faulty boxes and images and counts them"
+        whole = [kind for kind in report.grouped(True) if kind.startswith("data set")]
+        lines.append(f"training refuses these data; {'even with on_bad skip' if whole else skip}")
+    return "\n".join(lines)

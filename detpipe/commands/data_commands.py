@@ -1,0 +1,60 @@
+"""The ``data`` command: look at a data set, find its faults, convert and divide it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+from detpipe.errors import UsageError
+from detpipe.suggest import did_you_mean
+
+HELP = """usage: detpipe data check|info|show|convert|split PATH ...
+
+A data set of images with boxes. PATH is a folder in VOC, COCO or YOLO layout, a COCO annotation file (*.json, with --images),
+or a table with a row a box (*.csv).
+
+commands:
+  check PATH            name every fault in it, and pictures that several splits share
+  info PATH [-o FOLDER]
+                        count and measure images and boxes, draw it, suggest sizes of anchors
+  show PATH -o OUT.png  draw images with their boxes
+  convert PATH --to coco|voc|yolo|csv -o FOLDER
+                        write it in another layout, without loss where that can be
+  split PATH -o FOLDER --parts train=.8,val=.1,test=.1
+                        divide it into parts with equal shares of the objects of every class
+
+'detpipe data COMMAND --help' shows the options of a command.
+"""
+
+COMMANDS = {
+    "check": ("detpipe.commands.data_check", "run_check"),
+    "info": ("detpipe.commands.data_info", "run_info"),
+    "show": ("detpipe.commands.data_show", "run_show"),
+    "convert": ("detpipe.commands.data_convert", "run_convert"),
+    "split": ("detpipe.commands.data_split", "run_split"),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command on a data set.
+
+    Args:
+        arguments: the command and its arguments.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        DetpipeError: what users can mend.
+    """
+    command, *rest = arguments or [""]
+    if command in ("", "-h", "--help"):
+        print(HELP, end="")
+        return 0 if command else 2
+    if command not in COMMANDS:
+        raise UsageError(
+            f"unknown command {command!r}: expected {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}; "
+            "see 'detpipe data --help'"
+        )
+    module, function = COMMANDS[command]
+    return getattr(import_module(module), function)(rest)

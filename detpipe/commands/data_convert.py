@@ -1,0 +1,121 @@
+"""The ``data convert`` command: a data set in another layout."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from detpipe.commands.data_source import Parser, new_output, open_splits, source_parser
+from detpipe.datasets.coco import COCO
+from detpipe.datasets.datamodule import DetectionData
+from detpipe.datasets.writers import Flags, Images, Written, write_coco, write_csv, write_voc, write_yolo
+from detpipe.strict_json import load_json
+from detpipe.types import Annotations
+
+LAYOUTS = ("coco", "voc", "yolo", "csv")
+_ELSEWHERE = ("segmentation", "keypoints", "caption", "attributes")  # of COCO's annotations
+
+
+def run_convert(arguments: Sequence[str]) -> int:
+    """Write a data set in another layout.
+
+    Args:
+        arguments: ``PATH --to LAYOUT -o FOLDER`` and options.
+
+    Returns:
+        0.
+
+    Raises:
+        DetpipeError: what users can mend; nothing is written then.
+    """
+    parser = source_parser("convert", "Write a data set in another layout.")
+    parser.add_argument("--to", required=True, choices=LAYOUTS, help="the layout to write")
+    add_writing(parser)
+    options = parser.parse_args(list(arguments))
+    folder = new_output(options.output)
+    opened = open_splits(options)
+    splits = {name: data.annotations("val") for name, data in opened.items()}
+    written = write_layout(options.to, splits, folder, options)
+    print(describe(written, splits, fields_left_out(opened)))
+    return 0
+
+
+def add_writing(parser: Parser) -> None:
+    """Add the options of what is written."""
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument(
+        "--image-files",
+        choices=("copy", "link", "none"),
+        default="copy",
+        help="copy the images (default), give the same files a second name (link), or write annotations only",
+    )
+    flags = parser.add_mutually_exclusive_group()
+    flags.add_argument(
+        "--drop-flags", action="store_true", help="YOLO: crowd regions and difficult objects become ordinary objects"
+    )
+    flags.add_argument(
+        "--drop-flagged", action="store_true", help="YOLO: crowd regions and difficult objects are left out"
+    )
+
+
+def write_layout(
+    layout: Literal["coco", "voc", "yolo", "csv"],
+    splits: Mapping[str, Annotations],
+    folder: Path,
+    options: argparse.Namespace,
+) -> Written:
+    """Write splits in a layout.
+
+    Args:
+        layout: to write.
+        splits: name -> annotations.
+        folder: a new one.
+        options: what was added by `add_writing`.
+
+    Returns:
+        What was written.
+    """
+    images: Images = options.image_files
+    if layout == "coco":
+        return write_coco(splits, folder, images)
+    if layout == "voc":
+        return write_voc(splits, folder, images)
+    if layout == "csv":
+        return write_csv(splits, folder, images)
+    flags: Flags = "drop" if options.drop_flags else "leave out" if options.drop_flagged else "refuse"
+    return write_yolo(splits, folder, images, flags)
+
+
+def fields_left_out(opened: Mapping[str, DetectionData]) -> list[str]:
+    """What COCO's annotation files hold beyond boxes, none of which is read."""
+    lines = []
+    for name, data in opened.items():
+        if not isinstance(data, COCO):
+            continue
+        records = load_json(data.files("val")[0])["annotations"]
+        found = [(field, sum(bool(record.get(field)) for record in records)) for field in _ELSEWHERE]
+        lines += [f"{name}: field {field} of {count} annotations is not kept" for field, count in found if count]
+    return lines
+
+
+def describe(written: Written, splits: Mapping[str, Annotations], more: Sequence[str] = ()) -> str:
+    """Say what was written and what was not.
+
+    Args:
+        written: what a writer did.
+        splits: that were read.
+        more: further remarks.
+
+    Returns:
+        A few lines.
+    """
+    lines = [
+        f"wrote {written.images} images with {written.boxes} boxes to {written.folder} ({', '.join(written.splits)})"
+    ]
+    for name, a in splits.items():
+        lines += [
+            f"  {name}: {key}: {n}" for key, n in a.counts.items() if n and ("clipped" in key or "skipped" in key)
+        ]
+    return "\n".join([*lines, *(f"  {remark}" for remark in (*written.remarks, *more))])

@@ -1,0 +1,138 @@
+"""The ``data info`` command: count and measure a data set, draw it, suggest sizes of anchors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detpipe.commands.data_source import read_splits, source_parser
+from detpipe.datasets.statistics import Resize, SuggestedAnchors, box_sizes, fit, statistics, suggest_anchors
+from detpipe.errors import UsageError
+from detpipe.files import atomic_write
+from detpipe.types import Annotations
+
+_QUANTILES = (
+    "boxes per image", "image width", "image height", "box width", "box height", "box height / width",
+    "box area / image area",
+)  # fmt: skip
+_SHOWN_CLASSES = 20
+
+
+def run_info(arguments: Sequence[str]) -> int:
+    """Print what is in a data set, and draw it.
+
+    Args:
+        arguments: ``PATH`` and options.
+
+    Returns:
+        0.
+
+    Raises:
+        DetpipeError: there is no such data set, or it has faults.
+    """
+    parser = source_parser("info", "Count and measure the images and boxes of a data set.")
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="write info.json and pictures there")
+    parser.add_argument("--min-size", type=int, default=480, help="shorter side of the images in the detector (480)")
+    parser.add_argument("--max-size", type=int, default=800, help="which the longer side never exceeds (800)")
+    parser.add_argument("--sizes", type=int, default=4, help="how many sizes of anchors to suggest (4)")
+    parser.add_argument("--ratios", type=int, default=3, help="how many ratios of anchors to suggest (3)")
+    options = parser.parse_args(list(arguments))
+    for name in ("min_size", "max_size", "sizes", "ratios"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}")
+    resize = Resize(options.min_size, options.max_size)
+    splits = read_splits(options)
+    facts = {name: statistics(a) for name, a in splits.items()}
+    anchors = {
+        name: suggest_anchors(box_sizes(a, resize), options.sizes, options.ratios)
+        for name, a in splits.items()
+        if len(a.boxes)
+    }
+    advised = next((name for name in anchors if name.startswith("train")), next(iter(anchors), ""))
+    for name, values in facts.items():
+        print(describe(name, values))
+        if name == advised:
+            print(advise(anchors[name], splits[name], resize))
+        print()
+    if options.output:
+        write(Path(options.output), splits, facts, anchors, resize)
+        print(f"wrote info.json and pictures to {options.output}")
+    return 0
+
+
+def describe(name: str, facts: Mapping[str, Any]) -> str:
+    """Put the statistics of a split into lines."""
+    small, medium, large = facts["small, medium, large"]
+    lines = [
+        f"{name}: {facts['images']} images, {facts['boxes']} boxes, {len(facts['classes'])} classes",
+        f"  {facts['images without boxes']} images without boxes, {facts['crowd']} crowd regions, "
+        f"{facts['difficult']} difficult objects",
+        f"  {small} small, {medium} medium, {large} large boxes (areas up to 32 x 32, up to 96 x 96, and above)",
+    ]
+    lines += [f"  {key}: {n}" for key, n in facts["counts"].items() if n and ("skipped" in key or "clipped" in key)]
+    classes = sorted(facts["classes"].items(), key=lambda item: -item[1]["boxes"])
+    width = max(len("class"), *(len(word) for word, _ in classes[:_SHOWN_CLASSES]))
+    lines += ["", f"  {'class':<{width}}  boxes  images"]
+    lines += [f"  {word:<{width}}  {n['boxes']:>5}  {n['images']:>6}" for word, n in classes[:_SHOWN_CLASSES]]
+    if len(classes) > _SHOWN_CLASSES:
+        rest = sum(n["boxes"] for _, n in classes[_SHOWN_CLASSES:])
+        lines.append(f"  {len(classes) - _SHOWN_CLASSES} more classes with {rest} boxes")
+    lines += ["", f"  {'':<22}" + "".join(f"{key:>11}" for key in facts["image width"])]
+    lines += [
+        f"  {key:<22}" + "".join(f"{value:>11.4g}" for value in facts[key].values()) for key in _QUANTILES if facts[key]
+    ]
+    return "\n".join(lines)
+
+
+def advise(anchors: SuggestedAnchors, annotations: Annotations, resize: Resize) -> str:
+    """Say which anchors fit a split, and how they are set."""
+    usual = fit(box_sizes(annotations, resize), (32, 64, 128, 256), (0.5, 1.0, 2.0))
+    sizes, ratios = list(anchors.sizes), list(anchors.ratios)
+    return "\n".join(
+        [
+            "",
+            f"  anchors for images resized to {resize.min_size} (at most {resize.max_size}): sizes {sizes}, ratios {ratios}",
+            f"    best IoU {anchors.iou:.3f} in the mean, at least 0.7 for {anchors.recall:.1%} of the boxes "
+            f"(32, 64, 128, 256 with 0.5, 1, 2: {usual.mean():.3f}, {(usual >= 0.7).mean():.1%})",
+            f"    --model.min_size {resize.min_size} --model.max_size {resize.max_size} "
+            f"--model.proposals.anchors.sizes '{sizes}' --model.proposals.anchors.ratios '{ratios}'",
+        ]
+    )
+
+
+def write(
+    folder: Path,
+    splits: Mapping[str, Annotations],
+    facts: Mapping[str, Any],
+    anchors: Mapping[str, SuggestedAnchors],
+    resize: Resize,
+) -> None:
+    """Write the statistics as JSON and pictures.
+
+    Args:
+        folder: is made if missing; files of the same names are replaced.
+        splits: name -> annotations.
+        facts: name -> statistics.
+        anchors: name -> what is suggested.
+        resize: that the anchors are for.
+    """
+    from detpipe.pictures.data_plots import plot_boxes, plot_classes, plot_images
+
+    folder.mkdir(parents=True, exist_ok=True)
+    suggested = {
+        name: {"sizes": a.sizes, "ratios": a.ratios, "mean best IoU": a.iou, "part of at least 0.7": a.recall}
+        for name, a in anchors.items()
+    }
+    content = {
+        "splits": facts,
+        "anchors": {"min_size": resize.min_size, "max_size": resize.max_size, "splits": suggested},
+    }
+    with atomic_write(folder / "info.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    plot_classes(splits, folder / "classes.png")
+    plot_images(splits, folder / "images.png")
+    for name, a in splits.items():
+        if len(a.boxes):
+            plot_boxes(a, name, anchors[name].sizes, resize, folder / f"boxes_{name.replace(':', '_')}.png")

@@ -1,0 +1,136 @@
+"""The ``data show`` command: images with their boxes, on a contact sheet or one a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from detpipe.commands.data_source import read_splits, source_parser
+from detpipe.datasets.dataset import DetectionDataset
+from detpipe.errors import UsageError
+from detpipe.pictures.contact_sheet import contact_sheet, draw_target
+from detpipe.pictures.visualize import save_png
+from detpipe.suggest import did_you_mean
+from detpipe.types import Annotations, Target
+
+Chosen = list[tuple[str, int]]  # split and row
+
+
+def run_show(arguments: Sequence[str]) -> int:
+    """Draw some images of a data set.
+
+    Args:
+        arguments: ``PATH -o OUT.png`` and options.
+
+    Returns:
+        0.
+
+    Raises:
+        DetpipeError: there is no such data set, it has faults, or no image has what was asked for.
+    """
+    parser = source_parser("show", "Draw images with their boxes; crowd regions and difficult objects are gray.")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT.png|FOLDER", help="one sheet, or a picture an image"
+    )
+    parser.add_argument("-n", type=int, default=16, metavar="N", help="how many images (16)")
+    parser.add_argument("--seed", type=int, default=0, help="decides which images are drawn (0)")
+    parser.add_argument(
+        "--classes", nargs="+", default=[], metavar="NAME", help="only images and boxes of these classes"
+    )
+    options = parser.parse_args(list(arguments))
+    if options.n < 1 or options.seed < 0:
+        raise UsageError(f"-n must be 1 or more and --seed 0 or more, got {options.n} and {options.seed}")
+    splits = read_splits(options)
+    wanted = {name: _labels(a, options.classes) for name, a in splits.items()}
+    if options.classes and not any(map(len, wanted.values())):
+        known = list(dict.fromkeys(word for a in splits.values() for word in a.class_names))
+        raise UsageError(
+            f"--classes {' '.join(options.classes)}: there are no such classes{did_you_mean(options.classes[0], known)}; "
+            f"there are {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
+        )
+    chosen = choose(splits, wanted if options.classes else None, options.n, options.seed)
+    if not chosen:
+        raise UsageError(f"--classes {' '.join(options.classes)}: no image has an object of these classes")
+    out = Path(options.output)
+    count = _write(out, splits, chosen, wanted if options.classes else None, options.data)
+    print(f"wrote {count} images to {out}")
+    return 0
+
+
+def choose(
+    splits: Mapping[str, Annotations], wanted: Mapping[str, npt.NDArray[np.int64]] | None, n: int, seed: int
+) -> Chosen:
+    """Draw images at random.
+
+    Args:
+        splits: name -> annotations.
+        wanted: name -> labels that an image must have one of; None for any image.
+        n: how many, at most.
+        seed: decides which.
+
+    Returns:
+        The images, in the order of the splits.
+    """
+    images: Chosen = []
+    for name, a in splits.items():
+        rows = np.arange(len(a))
+        if wanted is not None:
+            image = np.repeat(rows, np.diff(a.offsets))
+            rows = np.unique(image[np.isin(a.labels, wanted[name])])
+        images += [(name, row) for row in rows.tolist()]
+    places = np.random.default_rng(seed).permutation(len(images))[:n]
+    return [images[place] for place in sorted(places.tolist())]
+
+
+def _labels(a: Annotations, classes: Sequence[str]) -> npt.NDArray[np.int64]:
+    return np.array([a.class_names.index(word) + 1 for word in classes if word in a.class_names], dtype=np.int64)
+
+
+def _write(
+    out: Path,
+    splits: Mapping[str, Annotations],
+    chosen: Chosen,
+    wanted: Mapping[str, npt.NDArray[np.int64]] | None,
+    data: str,
+) -> int:
+    samples = _samples(splits, chosen, wanted)
+    if out.suffix.lower() == ".png":
+        names = {name: splits[name].class_names for name, _ in chosen}
+        if len(set(names.values())) > 1:
+            raise UsageError("the splits have other classes: show one at a time with --split, or write to a folder")
+        images, targets = zip(*((image, target) for _, image, target in samples), strict=True)
+        title = f"{data}: {len(chosen)} of {sum(map(len, splits.values()))} images ({', '.join(names)})"
+        save_png(out, contact_sheet(images, targets, next(iter(names.values())), title))
+        return len(chosen)
+    if out.suffix:
+        raise UsageError(f"--output {out}: expected a name that ends in .png, or a folder")
+    for name, image, target in samples:
+        file = Path(target.get("file_name", ""))
+        drawn = draw_target(image, target, splits[name].class_names)
+        save_png(out / f"{name.replace(':', '_')}_{'_'.join(file.with_suffix('').parts)}.png", drawn)
+    return len(chosen)
+
+
+def _samples(
+    splits: Mapping[str, Annotations], chosen: Chosen, wanted: Mapping[str, npt.NDArray[np.int64]] | None
+) -> Iterator[tuple[str, Tensor, Target]]:
+    """Split, image and target of each."""
+    for name, row in tqdm(chosen, desc="drawing", unit="image", disable=None, leave=False):
+        image, target = DetectionDataset(splits[name])[0, row]
+        if wanted is not None:
+            target = _keep(target, wanted[name])
+        yield name, image, target
+
+
+def _keep(target: Target, labels: npt.NDArray[np.int64]) -> Target:
+    """Only the boxes of some classes."""
+    boxes: dict[str, Tensor] = {key: value for key, value in target.items() if isinstance(value, Tensor)}
+    keep = torch.isin(boxes["labels"], torch.from_numpy(labels))
+    return cast(Target, {**target, **{key: value[keep] for key, value in boxes.items()}})

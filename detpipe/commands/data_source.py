@@ -1,0 +1,119 @@
+"""What the ``data`` commands share: how a data set is named on the command line, and how its splits are opened."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from detpipe.datasets.datamodule import DetectionData
+from detpipe.datasets.faults import OnBad
+from detpipe.datasets.layouts import EXPECTED, known_layout, open_split, split_names
+from detpipe.errors import UsageError
+from detpipe.suggest import did_you_mean
+from detpipe.types import Annotations
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Turn a parser's error into a `UsageError`."""
+        raise UsageError(f"{message}; see '{self.prog} --help'")
+
+
+def source_parser(command: str, description: str, skip_bad: bool = True) -> Parser:
+    """Make a parser that knows how a data set is named.
+
+    Args:
+        command: of ``detpipe data``.
+        description: of the command.
+        skip_bad: whether faulty records may be left out.
+
+    Returns:
+        The parser, for options of the command.
+    """
+    parser = Parser(prog=f"detpipe data {command}", description=description)
+    parser.add_argument("data", metavar="PATH", help=EXPECTED.removeprefix("expected "))
+    parser.add_argument(
+        "--split",
+        action="append",
+        metavar="NAME",
+        help="such as train, 2007:trainval or val2017; may be repeated; default: all",
+    )
+    parser.add_argument("--images", metavar="FOLDER", help="where the images of an annotation file or a table are")
+    parser.add_argument(
+        "--zero-based",
+        action="store_true",
+        help="VOC layout: boxes are corners counted from 0, not pixels counted from 1",
+    )
+    if skip_bad:
+        parser.add_argument(
+            "--skip-bad", action="store_true", help="leave out boxes and images with faults and count them"
+        )
+    return parser
+
+
+def open_splits(options: argparse.Namespace) -> dict[str, DetectionData]:
+    """Open the splits that were asked for, all of them if none was named.
+
+    Args:
+        options: what a `source_parser` read.
+
+    Returns:
+        name -> data, whose validation split it is.
+
+    Raises:
+        DetpipeError: there is no such data set or split.
+    """
+    known = split_names(options.data, option="")
+    for name in options.split or ():
+        if not known:
+            raise UsageError(f"--split {name}: {options.data} has no splits")
+        if name not in known and known_layout(options.data) != "voc":  # VOC: lists may lie elsewhere
+            raise UsageError(
+                f"--split {name}: {options.data} has no such split; there are {', '.join(known)}{did_you_mean(name, known)}"
+            )
+    chosen: list[str | None] = list(dict.fromkeys(options.split or known)) or [None]
+    on_bad: OnBad = "skip" if getattr(options, "skip_bad", False) else "error"
+    one_based = False if options.zero_based else None
+    together = [name for name in chosen if name is not None]
+    return {
+        name or unsplit_name(options.data): open_split(
+            options.data, name, options.images, on_bad, one_based, together, option=""
+        )
+        for name in chosen
+    }
+
+
+def read_splits(options: argparse.Namespace) -> dict[str, Annotations]:
+    """Read the splits that were asked for.
+
+    Args:
+        options: what a `source_parser` read.
+
+    Returns:
+        name -> annotations.
+
+    Raises:
+        DetpipeError: there is no such data set or split, or it has faults.
+    """
+    return {name: data.annotations("val") for name, data in open_splits(options).items()}
+
+
+def unsplit_name(data: str) -> str:
+    """What the only split of a file is called: by the file, ``train`` if that says nothing."""
+    name = Path(data).stem.removeprefix("instances_")
+    return name if name and Path(data).is_file() and name != "annotations" else "train"
+
+
+def new_output(path: str) -> Path:
+    """A folder to be made.
+
+    Raises:
+        UsageError: there is something under that name.
+    """
+    folder = Path(path)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"--output {path} is there already: name a new folder, or remove it first")
+    return folder

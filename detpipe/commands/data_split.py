@@ -1,0 +1,176 @@
+"""The ``data split`` command: parts of a data set with equal shares of the objects of every class."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, write_layout
+from detpipe.commands.data_source import new_output, open_splits, source_parser
+from detpipe.datasets.checking import equal_files
+from detpipe.datasets.joining import join
+from detpipe.datasets.layouts import known_layout
+from detpipe.datasets.statistics import class_shares
+from detpipe.datasets.stratify import stratified_parts
+from detpipe.errors import UsageError
+from detpipe.types import Annotations
+
+_SHOWN_CLASSES = 40
+
+
+def run_split(arguments: Sequence[str]) -> int:
+    """Divide a data set and write the parts.
+
+    Args:
+        arguments: ``PATH -o FOLDER --parts NAME=SHARE,...`` and options.
+
+    Returns:
+        0.
+
+    Raises:
+        DetpipeError: what users can mend; nothing is written then.
+    """
+    parser = source_parser("split", "Divide a data set into parts with equal shares of the objects of every class.")
+    parser.add_argument(
+        "--parts", default="train=.8,val=.1,test=.1", metavar="NAME=SHARE,...", help="(train=.8,val=.1,test=.1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides between what is equally good (0)")
+    parser.add_argument(
+        "--group-by",
+        metavar="PATTERN",
+        help="a regular expression: images whose names agree in what it finds (in its first group, if it has one) stay together",
+    )
+    parser.add_argument("--to", choices=LAYOUTS, help="the layout to write; that of PATH by default")
+    add_writing(parser)
+    options = parser.parse_args(list(arguments))
+    parts = read_parts(options.parts)
+    if options.seed < 0:
+        raise UsageError(f"--seed must be 0 or more, got {options.seed}")
+    folder = new_output(options.output)
+    opened = open_splits(options)
+    if len(opened) > 1 and not options.split:
+        raise UsageError(
+            f"{options.data} has several splits: name those that are to be divided anew with --split, again for each; there are "
+            f"{', '.join(opened)}"
+        )
+    pool, repeated = join([data.annotations("val") for data in opened.values()])
+    if len(pool) < len(parts):
+        raise UsageError(f"{options.data} has {len(pool)} images: too few for {len(parts)} parts")
+    rows = stratified_parts(pool, list(parts.values()), options.seed, groups_of(pool, options.group_by))
+    divided = {name: pool.subset(part) for name, part in zip(parts, rows, strict=True)}
+    empty = [name for name, part in divided.items() if not len(part)]
+    if empty:
+        raise UsageError(
+            f"the part {empty[0]} gets no image: there are too few, or too few groups; give it a larger share"
+        )
+    written = write_layout(_layout(options), divided, folder, options)
+    more = [f"{repeated} images that several splits name are taken once"] if repeated else []
+    counts = {name: data.annotations("val") for name, data in opened.items()}
+    print(describe(written, counts, [*more, *fields_left_out(opened)]))
+    print(table(divided))
+    return 0
+
+
+def read_parts(text: str) -> dict[str, float]:
+    """Read ``train=.8,val=.2``.
+
+    Args:
+        text: names with shares that are positive; they are divided by their sum if that is not 1, as in ``train=4,val=1``.
+
+    Returns:
+        name -> share, which add up to 1.
+
+    Raises:
+        UsageError: it is anything else.
+    """
+    parts: dict[str, float] = {}
+    for item in text.split(","):
+        name, equals, share = (piece.strip() for piece in item.partition("="))
+        try:
+            value = float(share)
+        except ValueError:
+            value = 0.0
+        if not equals or not re.fullmatch(r"[\w.-]+", name) or not 0 < value < float("inf"):
+            raise UsageError(
+                f"--parts {text}: expected NAME=SHARE with shares above 0, such as train=.8,val=.2, got {item!r}"
+            )
+        if name in parts:
+            raise UsageError(f"--parts {text}: the part {name!r} is there twice")
+        parts[name] = value
+    total = sum(parts.values())
+    return {name: share / total for name, share in parts.items()}
+
+
+def groups_of(pool: Annotations, pattern: str | None) -> npt.NDArray[np.int64]:
+    """Number the groups of images that must stay together: equal files, and names that agree.
+
+    Args:
+        pool: the images.
+        pattern: a regular expression over file names; None groups equal files only.
+
+    Returns:
+        ``[I]`` the group of each image.
+
+    Raises:
+        UsageError: it is no regular expression, or finds nothing in a name.
+    """
+    group = np.arange(len(pool))
+    paths = {pool.root / str(name): row for row, name in enumerate(pool.file_names)}
+    together = [[paths[path] for path in same] for same in equal_files(list(paths))]
+    if pattern is not None:
+        together += _named_alike(pool, pattern)
+    for rows in together:
+        group[np.isin(group, group[rows])] = group[rows].min()
+    return group
+
+
+def _named_alike(pool: Annotations, pattern: str) -> list[list[int]]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"--group-by {pattern!r} is no regular expression: {error}") from error
+    found: dict[str, list[int]] = {}
+    for row, name in enumerate(pool.file_names.tolist()):
+        match = expression.search(name)
+        if match is None or match[expression.groups and 1] is None:
+            raise UsageError(f"--group-by {pattern!r} finds nothing in the name {name!r}")
+        found.setdefault(match[expression.groups and 1], []).append(row)
+    return list(found.values())
+
+
+def _layout(options: argparse.Namespace) -> Literal["coco", "voc", "yolo", "csv"]:
+    own = known_layout(options.data)
+    return options.to or ("coco" if own == "coco file" else own)
+
+
+def table(parts: Mapping[str, Annotations]) -> str:
+    """Which share of the images and of the objects of each class went where.
+
+    Args:
+        parts: name -> annotations.
+
+    Returns:
+        A line for the images, and a line a class, those with fewest objects last.
+    """
+    shares = class_shares(parts)
+    first = next(iter(parts.values()))
+    boxes = {
+        word: sum(int((a.labels == k).sum()) for a in parts.values()) for k, word in enumerate(first.class_names, 1)
+    }
+    images = sum(map(len, parts.values()))
+    words = sorted(boxes, key=lambda word: -boxes[word])
+    width = max(len("images"), *map(len, words[:_SHOWN_CLASSES]))
+    lines = [f"{'':<{width}}  {'total':>7}" + "".join(f"  {name:>14}" for name in parts)]
+    own = "".join(f"  {len(a):>6} {len(a) / images:>6.1%}".rjust(16) for a in parts.values())
+    lines.append(f"{'images':<{width}}  {images:>7}{own}")
+    for word in words[:_SHOWN_CLASSES]:
+        cells = "".join(f"  {round(share * boxes[word]):>6} {share:>6.1%}".rjust(16) for share in shares[word].values())
+        lines.append(f"{word:<{width}}  {boxes[word]:>7}{cells}")
+    if len(words) > _SHOWN_CLASSES:
+        lines.append(f"and {len(words) - _SHOWN_CLASSES} more classes")
+    return "\n".join(lines)

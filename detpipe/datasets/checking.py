@@ -1,0 +1,202 @@
+"""Looks for every fault of a data set, in all its splits, without stopping at the first."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from detpipe.datasets.datamodule import DetectionData
+from detpipe.datasets.faults import Collected, Fault
+from detpipe.errors import DataError
+from detpipe.types import Annotations
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Args:
+        counts: split -> images and boxes that were read, used, clipped and skipped.
+        faults: split -> its faults; those of several splits have their names joined.
+    """
+
+    counts: dict[str, dict[str, int]]
+    faults: dict[str, list[Fault]]
+
+    def grouped(self, serious: bool) -> dict[str, list[str]]:
+        """Messages by kind, the kind with most faults first.
+
+        Args:
+            serious: those that make data unusable, or those that are only worth a look.
+        """
+        groups: dict[str, list[str]] = defaultdict(list)
+        for split, faults in self.faults.items():
+            for fault in faults:
+                if fault.serious == serious:
+                    groups[fault.kind].append(f"{split}: {fault.message}")
+        return dict(sorted(groups.items(), key=lambda group: (-len(group[1]), group[0])))
+
+    def total(self, serious: bool) -> int:
+        """How many faults there are."""
+        return sum(map(len, self.grouped(serious).values()))
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for a file."""
+        return {"splits": self.counts, "errors": self.grouped(True), "warnings": self.grouped(False)}
+
+
+def check_data(splits: Mapping[str, DetectionData], decode: bool = True) -> Report:
+    """Read all splits of a data set and write down all that is wrong with them.
+
+    Args:
+        splits: name -> data, whose validation split is looked at.
+        decode: whether every image is decoded, which finds damaged ones and those of another size than annotated.
+
+    Returns:
+        The report.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    faults: dict[str, list[Fault]] = {}
+    read: dict[str, Annotations] = {}
+    for name, data in splits.items():
+        collected = Collected(decode)
+        data.on_bad = collected
+        try:
+            read[name] = data.load("val")
+            counts[name] = read[name].counts
+        except DataError as error:
+            collected.faults.append(Fault("data set: cannot be read", str(error)))
+        faults[name] = collected.faults
+        if name in read:
+            faults[name] += _repeated_boxes(read[name])
+    _compare_class_lists(read, faults)
+    _compare_images(read, faults)
+    return Report(counts, faults)
+
+
+def _repeated_boxes(a: Annotations) -> list[Fault]:
+    """Boxes that an image has twice with the same class."""
+    image = np.repeat(np.arange(len(a)), np.diff(a.offsets))
+    rows = np.column_stack([image, a.labels, a.iscrowd, a.boxes])
+    _, first, count = np.unique(rows, axis=0, return_index=True, return_counts=True)
+    return [
+        Fault(
+            "boxes: repeated",
+            f"{a.file_names[image[b]]}: box {a.boxes[b].tolist()} of class {a.class_names[a.labels[b] - 1]!r} is there "
+            f"{n} times",
+            serious=False,
+        )
+        for b, n in zip(first.tolist(), count.tolist(), strict=True)
+        if n > 1 and 0 < a.labels[b] <= a.num_classes
+    ]
+
+
+def _compare_class_lists(read: Mapping[str, Annotations], faults: dict[str, list[Fault]]) -> None:
+    """Warn of splits that have other classes than the first of them, and of classes that only the first lacks objects of."""
+    if not read:
+        return
+    first, *others = read
+    known = dict(zip(read[first].class_names, read[first].category_ids, strict=True))
+    for name in others:
+        listed = dict(zip(read[name].class_names, read[name].category_ids, strict=True))
+        if listed == known and read[name].class_names == read[first].class_names:
+            continue
+        parts = [f"only in {first}: {word!r} (id {known[word]})" for word in known if word not in listed]
+        parts += [f"only in {name}: {word!r} (id {listed[word]})" for word in listed if word not in known]
+        parts += [
+            f"{word!r} has id {known[word]} in {first} and {listed[word]} in {name}"
+            for word in known
+            if word in listed and known[word] != listed[word]
+        ]
+        message = "; ".join(parts) or "the same classes in another order"
+        faults.setdefault(f"{first} and {name}", []).append(Fault("classes: lists differ", message, serious=False))
+    for name in read:
+        empty = [
+            word
+            for label, word in enumerate(read[name].class_names, start=1)
+            if word in known and not (read[name].labels == label).any()
+        ]
+        if empty:
+            shown = ", ".join(map(repr, empty[:10])) + (", ..." if len(empty) > 10 else "")
+            faults[name].append(Fault("classes: without objects", f"{len(empty)} classes: {shown}", serious=False))
+
+
+def _compare_images(read: Mapping[str, Annotations], faults: dict[str, list[Fault]]) -> None:
+    """Warn of equal image files, within a split and between splits."""
+    paths = {name: [a.root / str(file) for file in a.file_names] for name, a in read.items()}
+    named = {name: set(listed) for name, listed in paths.items()}
+    for group in equal_files(sorted(set().union(*named.values()))):
+        members = {name: [path for path in group if path in found] for name, found in named.items()}
+        inside = [name for name, found in members.items() if found]
+        for name in inside:
+            if len(members[name]) > 1:
+                _warn(faults, name, "images: repeated in a split", members[name])
+        _leaks(faults, inside, members, named)
+    _shared(faults, named)
+
+
+def _leaks(
+    faults: dict[str, list[Fault]], inside: list[str], members: dict[str, list[Path]], named: dict[str, set[Path]]
+) -> None:
+    for k, name in enumerate(inside):
+        for other in inside[k + 1 :]:
+            if named[name] & named[other]:
+                continue  # the same files in two lists: said once, for all of them
+            _warn(
+                faults,
+                f"{name} and {other}",
+                "images: the same in several splits",
+                [members[name][0], members[other][0]],
+            )
+
+
+def _shared(faults: dict[str, list[Fault]], named: dict[str, set[Path]]) -> None:
+    """Files that two splits name: one may be a part of the other, as VOC's train is of trainval."""
+    names = list(named)
+    for k, name in enumerate(names):
+        for other in names[k + 1 :]:
+            both = named[name] & named[other]
+            smaller, larger = sorted((name, other), key=lambda split: len(named[split]))
+            if both and both == named[smaller]:
+                message = f"all {len(both)} images of {smaller} are in {larger} too"
+                faults.setdefault(f"{name} and {other}", []).append(
+                    Fault("splits: one holds the other", message, False)
+                )
+            elif both:
+                message = f"{len(both)} images are in both, such as {min(both)}"
+                faults.setdefault(f"{name} and {other}", []).append(
+                    Fault("images: the same in several splits", message, False)
+                )
+
+
+def _warn(faults: dict[str, list[Fault]], where: str, kind: str, paths: Sequence[Path]) -> None:
+    message = f"{' and '.join(map(str, paths))} are the same picture"
+    faults.setdefault(where, []).append(Fault(kind, message, serious=False))
+
+
+def equal_files(paths: Sequence[Path]) -> list[list[Path]]:
+    """Find files with the same content.
+
+    Args:
+        paths: of files that exist; only those of equal length are read.
+
+    Returns:
+        Groups of two and more, in the order of their first.
+    """
+    by_size: dict[int, list[Path]] = defaultdict(list)
+    for path in paths:
+        by_size[path.stat().st_size].append(path)
+    alike = [path for group in by_size.values() if len(group) > 1 for path in group]
+    by_content: dict[bytes, list[Path]] = defaultdict(list)
+    for path in tqdm(alike, desc="comparing images", unit="image", disable=None, leave=False):
+        by_content[hashlib.sha256(path.read_bytes()).digest()].append(path)
+    groups = [group for group in by_content.values() if len(group) > 1]
+    order = {path: place for place, path in enumerate(paths)}
+    return sorted(groups, key=lambda group: order[group[0]])

@@ -1,0 +1,60 @@
+"""Put several splits of a data set together into one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from detpipe.errors import DataError
+from detpipe.types import Annotations
+
+
+def join(splits: Sequence[Annotations]) -> tuple[Annotations, int]:
+    """Pool splits; an image file that several of them name is taken once, from the first.
+
+    Args:
+        splits: at least one, with the same classes.
+
+    Returns:
+        All images in their order, numbered anew from 1 if ids repeat; and how many repeated images were left out.
+
+    Raises:
+        DataError: the splits have other classes.
+    """
+    first = splits[0]
+    for other in splits[1:]:
+        if (other.class_names, other.category_ids) != (first.class_names, first.category_ids):
+            raise DataError(
+                f"the splits to be pooled have other classes: {', '.join(first.class_names)} with ids {list(first.category_ids)}, "
+                f"and {', '.join(other.class_names)} with ids {list(other.category_ids)}"
+            )
+    seen: set[Path] = set()
+    kept: list[Annotations] = []
+    for split in splits:
+        paths = [Path(os.path.abspath(split.root / str(name))) for name in split.file_names]
+        kept.append(split.subset(np.array([i for i, path in enumerate(paths) if path not in seen], dtype=np.int64)))
+        seen.update(paths)
+    root = Path(os.path.commonpath([os.path.abspath(a.root) for a in kept])) if len(kept) > 1 else first.root
+    names = [
+        os.path.relpath(a.root / str(name), root) if len(kept) > 1 else str(name) for a in kept for name in a.file_names
+    ]
+    ids = np.concatenate([a.image_ids for a in kept])
+    starts = np.cumsum([0, *(len(a.boxes) for a in kept)])
+    joined = Annotations(
+        root=root,
+        file_names=np.array([name.replace(os.sep, "/") for name in names], dtype=np.str_),
+        image_ids=ids if len(np.unique(ids)) == len(ids) else np.arange(1, len(ids) + 1),
+        sizes=np.concatenate([a.sizes for a in kept]),
+        offsets=np.concatenate([[0], *(a.offsets[1:] + start for a, start in zip(kept, starts[:-1], strict=True))]),
+        boxes=np.concatenate([a.boxes for a in kept]),
+        labels=np.concatenate([a.labels for a in kept]),
+        iscrowd=np.concatenate([a.iscrowd for a in kept]),
+        difficult=np.concatenate([a.difficult for a in kept]),
+        area=np.concatenate([a.area for a in kept]),
+        class_names=first.class_names,
+        category_ids=first.category_ids,
+    )
+    return joined, sum(map(len, splits)) - len(joined)

@@ -1,0 +1,203 @@
+"""What is worth knowing about the images and boxes of a split, and the sizes of anchors that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from detpipe.images import resized_size
+from detpipe.types import Annotations
+
+_AREAS = (32.0**2, 96.0**2)  # COCO's borders between small, medium and large
+_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_NAMES = ("min", "5%", "25%", "median", "75%", "95%", "max")
+_STEPS = 100  # of k-means, which has long settled by then
+
+
+@dataclass(frozen=True)
+class Resize:
+    """What a detector makes of an image.
+
+    Args:
+        min_size: the length of the shorter side.
+        max_size: the longer side never exceeds it.
+    """
+
+    min_size: int = 480
+    max_size: int = 800
+
+
+def box_sizes(annotations: Annotations, resize: Resize | None = None) -> npt.NDArray[np.float64]:
+    """Width and height of the boxes.
+
+    Args:
+        annotations: of a split.
+        resize: of the images; None leaves them as they are.
+
+    Returns:
+        ``[B, 2]`` in pixels.
+    """
+    sides = annotations.boxes[:, 2:] - annotations.boxes[:, :2]
+    if resize is None:
+        return sides
+    image = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
+    scales = [
+        (new[1] / width, new[0] / height)
+        for height, width in annotations.sizes.tolist()
+        for new in [resized_size((height, width), resize.min_size, resize.max_size)]
+    ]
+    return sides * np.array(scales, dtype=np.float64).reshape(-1, 2)[image]
+
+
+def statistics(annotations: Annotations) -> dict[str, Any]:
+    """Count and measure a split.
+
+    Args:
+        annotations: of the split.
+
+    Returns:
+        What ``detpipe data info`` prints, fit for JSON; lengths in pixels of the image files.
+    """
+    a = annotations
+    sides, per_image = box_sizes(a), np.diff(a.offsets)
+    image = np.repeat(np.arange(len(a)), per_image)
+    area = sides.prod(axis=1)
+    small, medium = int((a.area < _AREAS[0]).sum()), int(((a.area >= _AREAS[0]) & (a.area < _AREAS[1])).sum())
+    return {
+        "images": len(a),
+        "boxes": len(a.boxes),
+        "images without boxes": int((per_image == 0).sum()),
+        "crowd": int(a.iscrowd.sum()),
+        "difficult": int(a.difficult.sum()),
+        "small, medium, large": [small, medium, len(a.boxes) - small - medium],
+        "classes": {
+            name: {
+                "boxes": int((a.labels == label).sum()),
+                "images": len(np.unique(image[a.labels == label])),
+            }
+            for label, name in enumerate(a.class_names, start=1)
+        },
+        "boxes per image": quantiles(per_image),
+        "image width": quantiles(a.sizes[:, 1]),
+        "image height": quantiles(a.sizes[:, 0]),
+        "box width": quantiles(sides[:, 0]),
+        "box height": quantiles(sides[:, 1]),
+        "box height / width": quantiles(sides[:, 1] / sides[:, 0]),
+        "box area / image area": quantiles(area / a.sizes[image].prod(axis=1, dtype=np.float64)),
+        "counts": a.counts,
+    }
+
+
+def quantiles(values: npt.NDArray[Any]) -> dict[str, float]:
+    """Least, greatest and some in between; nothing of nothing."""
+    if not len(values):
+        return {}
+    return dict(zip(_NAMES, np.quantile(values.astype(np.float64), _QUANTILES).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class SuggestedAnchors:
+    """Shapes of anchors.
+
+    Args:
+        sizes: square roots of areas, in pixels of the resized image.
+        ratios: height divided by width.
+        iou: mean, over all boxes, of the IoU with the anchor that fits best if it is centered on the box.
+        recall: the part of the boxes whose IoU of that kind is at least 0.7, from where on region proposal networks
+            take an anchor for positive.
+    """
+
+    sizes: tuple[int, ...]
+    ratios: tuple[float, ...]
+    iou: float
+    recall: float
+
+
+def suggest_anchors(sides: npt.NDArray[np.float64], sizes: int = 4, ratios: int = 3) -> SuggestedAnchors:
+    """Find shapes of anchors that fit boxes: the means of clusters of the logarithms of their sizes and ratios.
+
+    Args:
+        sides: ``[B, 2]`` width and height of at least one box, in pixels of the resized image.
+        sizes: how many sizes.
+        ratios: how many ratios.
+
+    Returns:
+        The anchors, sizes and ratios ascending, and how well they fit.
+    """
+    size = np.sqrt(sides.prod(axis=1))
+    found_sizes = sorted({max(1, round(float(np.exp(mean)))) for mean in cluster(np.log(size), sizes)})
+    aspect = np.log(sides[:, 1] / sides[:, 0])
+    found_ratios = sorted({float(f"{np.exp(mean):.2g}") for mean in cluster(aspect, ratios)})
+    best = fit(sides, found_sizes, found_ratios)
+    return SuggestedAnchors(tuple(found_sizes), tuple(found_ratios), float(best.mean()), float((best >= 0.7).mean()))
+
+
+def fit(sides: npt.NDArray[np.float64], sizes: Sequence[float], ratios: Sequence[float]) -> npt.NDArray[np.float64]:
+    """How well anchors fit boxes that they are centered on.
+
+    Args:
+        sides: ``[B, 2]`` width and height.
+        sizes: square roots of the anchors' areas.
+        ratios: height divided by width.
+
+    Returns:
+        ``[B]`` the IoU with the best of all sizes and ratios.
+
+    Example:
+        >>> fit(np.array([[10.0, 10.0], [20.0, 10.0]]), [10], [1.0]).tolist()
+        [1.0, 0.5]
+    """
+    best = np.zeros(len(sides))
+    for size in sizes:
+        for ratio in ratios:
+            anchor = np.array([size / ratio**0.5, size * ratio**0.5])
+            inter = np.minimum(sides, anchor).prod(axis=1)
+            best = np.maximum(best, inter / (sides.prod(axis=1) + anchor.prod() - inter))
+    return best
+
+
+def cluster(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
+    """The means of ``count`` clusters of numbers by k-means, started at their quantiles: the same for the same numbers.
+
+    Args:
+        values: ``[B]``, at least one.
+        count: how many clusters; fewer where fewer numbers differ.
+
+    Returns:
+        ``[<= count]`` ascending.
+    """
+    count = min(count, len(np.unique(values)))
+    means = np.quantile(values, (np.arange(count) + 0.5) / count)
+    for _ in range(_STEPS):
+        distance = np.abs(values[:, None] - means)
+        nearest = distance.argmin(axis=1)
+        moved = means.copy()
+        for k in range(count):
+            # a cluster that nothing is near to begins anew at the number that is farthest from all
+            moved[k] = values[nearest == k].mean() if (nearest == k).any() else values[distance.min(axis=1).argmax()]
+        if np.allclose(moved, means):
+            break
+        means = moved
+    return np.sort(means)
+
+
+def class_shares(parts: Mapping[str, Annotations]) -> dict[str, dict[str, float]]:
+    """Where the objects of each class went.
+
+    Args:
+        parts: of a data set, with the same classes.
+
+    Returns:
+        class -> part -> its part of the objects of the class; 0 for all where the class has none.
+    """
+    first = next(iter(parts.values()))
+    counts = {name: np.bincount(a.labels, minlength=a.num_classes + 1)[1:] for name, a in parts.items()}
+    total = np.sum(list(counts.values()), axis=0).clip(min=1)
+    return {
+        word: {name: float(count[k] / total[k]) for name, count in counts.items()}
+        for k, word in enumerate(first.class_names)
+    }

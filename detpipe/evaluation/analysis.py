@@ -1,0 +1,242 @@
+r"""Everything that helps to understand a result, as numbers that JSON can hold.
+
+    Annotations, DetectionArrays --match--> Matches --> curves, sizes, classes, calibration, error types, worst images
+                                 \--evaluate--> the numbers of the protocol;  several runs --compare--> intervals
+
+K classes, T IoU thresholds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from detpipe.evaluation.calibration import BINS, Calibration, OperatingPoint, calibration_by_class, operating_point
+from detpipe.evaluation.comparison import COMPARED, compare
+from detpipe.evaluation.confusion import detection_confusion
+from detpipe.evaluation.error_types import ERROR_TYPES, error_gains, find_errors
+from detpipe.evaluation.image_outcomes import ImageOutcome, worst_images
+from detpipe.evaluation.matches import AREAS, Matches, describe_area, match
+from detpipe.evaluation.pairs import Floats
+from detpipe.evaluation.precision_recall import mean_known, precision_by_recall, recall
+from detpipe.evaluation.protocols import evaluate
+from detpipe.types import Annotations, DetectionArrays
+
+
+@dataclass(frozen=True)
+class AnalysisSettings:
+    """What may be chosen.
+
+    Args:
+        protocol: of the headline numbers and of the comparison; everything else follows COCO's rules.
+        score_threshold: of the confusion matrix, precision and recall by class, and the images; None: where F1 is best.
+        worst: so many images at most.
+        resamples: of the comparison.
+        seed: of the comparison.
+    """
+
+    protocol: str = "coco"
+    score_threshold: float | None = None
+    worst: int = 12
+    resamples: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found out.
+
+    Args:
+        numbers: everything, as JSON can hold it; None for what cannot be computed.
+        worst: the images that cost most, to be drawn.
+    """
+
+    numbers: dict[str, Any]
+    worst: list[ImageOutcome]
+
+
+def analyze(
+    annotations: Annotations, runs: Mapping[str, DetectionArrays], settings: AnalysisSettings | None = None
+) -> Analysis:
+    """Analyze the first of some runs, and compare the others with it.
+
+    Args:
+        annotations: the ground truth.
+        runs: name -> detections, one or more; the first is the one to be understood.
+        settings: what may be chosen.
+
+    Returns:
+        The analysis.
+
+    Raises:
+        ValueError: no runs, or a protocol whose rules are not known here.
+        DataError: a fault in a record, which it names.
+    """
+    chosen = settings or AnalysisSettings()
+    if not runs:
+        raise ValueError("there must be at least one run to analyze")
+    if chosen.protocol not in COMPARED:
+        raise ValueError(f"an analysis follows one of {', '.join(COMPARED)}; got {chosen.protocol!r}")
+    name, detections = next(iter(runs.items()))
+    metrics = evaluate(annotations, detections, chosen.protocol)
+    matches = match(annotations, detections)
+    curves = {
+        other: _curves(matches if other == name else match(annotations, runs[other], areas=["all"])) for other in runs
+    }
+    point = operating_point(matches, chosen.score_threshold)
+    worst, numbers = _at_half(annotations, detections, point.score, chosen.worst)
+    calibration = calibration_by_class(matches)
+    comparison = None
+    if len(runs) > 1:
+        comparison = compare(annotations, runs, chosen.protocol, chosen.resamples, chosen.seed)
+    return Analysis(
+        plain(
+            {
+                "run": name,
+                "protocol": chosen.protocol,
+                "metrics": metrics,
+                "data": _describe(annotations, detections),
+                "class_names": list(annotations.class_names),
+                "iou_thresholds": matches.thresholds.round(2).tolist(),
+                "curves": curves,
+                "sizes": _sizes(matches),
+                "operating_point": {**vars(point), "given": chosen.score_threshold is not None},
+                "per_class": _per_class(annotations, matches, curves[name], point, calibration),
+                "confusion": detection_confusion(annotations, detections, point.score).tolist(),
+                "calibration": _calibration(annotations, calibration),
+                "errors": numbers,
+                "worst_images": [_listed(outcome, annotations) for outcome in worst],
+                "comparison": comparison,
+            }
+        ),
+        worst,
+    )
+
+
+def plain(value: Any) -> Any:
+    """Turn what numpy holds into what JSON can hold; NaN and infinities become None."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _describe(annotations: Annotations, detections: DetectionArrays) -> dict[str, Any]:
+    ignored = annotations.iscrowd | annotations.difficult
+    return {
+        "images": len(annotations),
+        "images_without_objects": int(np.count_nonzero(np.diff(annotations.offsets) == 0)),
+        "objects": int(np.count_nonzero(~ignored)),
+        "ignored_objects": int(np.count_nonzero(ignored)),
+        "classes": annotations.num_classes,
+        "detections": len(detections.scores),
+    }
+
+
+def _curves(matches: Matches) -> dict[str, Any]:
+    """``precision`` [1 + K, T, R] and ``AP`` [1 + K, T], the mean over classes first."""
+    curves = precision_by_recall(matches)
+    everything = np.concatenate((mean_known(curves, axis=1)[:, None], curves), axis=1).swapaxes(0, 1)
+    return {"precision": everything.round(6), "AP": everything.mean(axis=2)}
+
+
+def _sizes(matches: Matches) -> list[dict[str, Any]]:
+    rows = []
+    for area, name in enumerate(AREAS):
+        by_threshold = mean_known(precision_by_recall(matches, area), axis=(1, 2))
+        rows.append(
+            {
+                "name": name,
+                "meaning": describe_area(name),
+                "objects": int(matches.object_counts(area).sum()),
+                "AP": float(by_threshold.mean()),
+                "AP50": float(by_threshold[0]),
+                "AP75": float(by_threshold[5]),
+                "recall": float(mean_known(recall(matches, area))),
+            }
+        )
+    return rows
+
+
+def _per_class(
+    annotations: Annotations,
+    matches: Matches,
+    curves: dict[str, Floats],
+    point: OperatingPoint,
+    calibration: list[Calibration] | None,
+) -> list[dict[str, Any]]:
+    kept = (matches.detections.scores >= point.score) & ~matches.ignored[0, 0]
+    right = kept & matches.true()
+    count = annotations.num_classes + 1
+    detected, hits = (np.bincount(matches.detections.labels[rows], minlength=count) for rows in (kept, right))
+    objects = matches.object_counts()
+    rows = []
+    for label, name in enumerate(annotations.class_names, start=1):
+        average = curves["AP"][label]
+        rows.append(
+            {
+                "name": name,
+                "objects": int(objects[label - 1]),
+                "detections": int(detected[label]),
+                "AP": float(average.mean()),
+                "AP50": float(average[0]),
+                "AP75": float(average[5]),
+                "precision": hits[label] / detected[label] if detected[label] else None,
+                "recall": hits[label] / objects[label - 1] if objects[label - 1] else None,
+                "calibration_error": calibration[label].error if calibration else None,
+            }
+        )
+    return rows
+
+
+def _calibration(annotations: Annotations, diagrams: list[Calibration] | None) -> dict[str, Any] | None:
+    if diagrams is None:
+        return None
+    names = ["", *annotations.class_names]
+    return {
+        "bins": BINS,
+        "diagrams": [{"name": name, **vars(diagram)} for name, diagram in zip(names, diagrams, strict=True)],
+    }
+
+
+def _at_half(
+    annotations: Annotations, detections: DetectionArrays, score: float, count: int
+) -> tuple[list[ImageOutcome], dict[str, Any]]:
+    """What is judged at an IoU of 0.5: error types with their gains, and the worst images."""
+    matches = match(annotations, detections, [0.5], ["all"])
+    errors = find_errors(annotations, matches)
+    gains, counts = error_gains(matches, errors), errors.counts()
+    numbers = {
+        "AP50": gains["AP50"],
+        "types": [{"name": name, "count": counts[name], "gain": gains[name]} for name in ERROR_TYPES],
+        "false_positives": {"count": int(matches.false().sum()), "gain": gains["false_positives"]},
+        "false_negatives": {"count": int(matches.missed().sum()), "gain": gains["false_negatives"]},
+    }
+    return worst_images(annotations, matches, errors, score, count), numbers
+
+
+def _listed(outcome: ImageOutcome, annotations: Annotations) -> dict[str, Any]:
+    return {
+        "file_name": outcome.file_name,
+        "image_id": outcome.image_id,
+        "cost": outcome.cost,
+        "objects": dict(Counter(outcome.states)),
+        "detections": dict(Counter(outcome.found_states)),
+        "missed_classes": dict(
+            Counter(
+                annotations.class_names[label - 1]
+                for label, state in zip(outcome.labels.tolist(), outcome.states, strict=True)
+                if state == "missed"
+            )
+        ),
+    }

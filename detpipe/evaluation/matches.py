@@ -1,0 +1,230 @@
+"""Which detection found which object, by COCO's rules, for every IoU threshold and object size at once.
+
+Best score first, each detection of an image and class takes the free object that it overlaps most; of equal overlaps the
+later object. It takes an ignored object (a crowd region, a difficult object, one outside of the range of sizes) only where
+no other is left, and is then ignored itself, as is what finds nothing and lies outside of the range of sizes. A crowd region
+is never used up. Equal to what pycocotools computes image by image; here all images and classes take one step together.
+
+A ranges of sizes, T IoU thresholds, D detections, B objects, K classes, I images (numbered by rising id: "rank").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from detpipe.evaluation.pairs import Flags, Floats, Integers, Pairs, overlapping_pairs
+from detpipe.evaluation.records import (
+    box_image_ids,
+    box_sizes,
+    canonical_order,
+    check_annotations,
+    check_detections,
+    image_ranks,
+    rank_in_run,
+)
+from detpipe.types import Annotations, DetectionArrays
+
+IOU_THRESHOLDS: Floats = np.linspace(0.5, 0.95, 10)
+AREAS: dict[str, tuple[float, float]] = {  # square pixels, both ends included
+    "all": (0.0, 1e10),
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, 1e10),
+}
+_ALMOST_ONE = 1 - 1e-10  # COCO's: two equal boxes match at a threshold of 1 in spite of rounding
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What was found, for each range of sizes and IoU threshold.
+
+    Args:
+        detections: the D detections that count, class by class, best score first.
+        images: ``[D]`` rank of the image of each.
+        labels: ``[B]`` in 1..K, of the objects, in the order of the annotations.
+        object_images: ``[B]`` rank of the image of each object.
+        object_ignored: ``[A, B]`` objects that need not be found.
+        objects: ``[A, T, D]`` row of the object that the detection took, or -1.
+        ignored: ``[A, T, D]`` detections that are neither right nor wrong.
+        areas: A names of ranges of sizes.
+        thresholds: ``[T]`` IoU.
+        image_count: I.
+        num_classes: K.
+    """
+
+    detections: DetectionArrays
+    images: Integers
+    labels: Integers
+    object_images: Integers
+    object_ignored: Flags
+    objects: npt.NDArray[np.int32]
+    ignored: Flags
+    areas: tuple[str, ...]
+    thresholds: Floats
+    image_count: int
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def class_slice(self, label: int) -> slice:
+        """Where the detections of a class lie; labels count from 1."""
+        low, high = np.searchsorted(self.detections.labels, [label, label + 1]).tolist()
+        return slice(low, high)
+
+    def true(self, area: int = 0, threshold: int = 0) -> Flags:
+        """``[D]``: the detection found an object that counts."""
+        return (self.objects[area, threshold] >= 0) & ~self.ignored[area, threshold]
+
+    def false(self, area: int = 0, threshold: int = 0) -> Flags:
+        """``[D]``: the detection is a false positive."""
+        return (self.objects[area, threshold] < 0) & ~self.ignored[area, threshold]
+
+    def missed(self, area: int = 0, threshold: int = 0) -> Flags:
+        """``[B]``: the object counts, and nothing found it."""
+        taken = self.objects[area, threshold]
+        missed = ~self.object_ignored[area]
+        missed[taken[taken >= 0]] = False
+        return missed
+
+    def object_counts(self, area: int = 0) -> Integers:
+        """``[K]`` objects of each class that count."""
+        return np.bincount(self.labels[~self.object_ignored[area]] - 1, minlength=self.num_classes)
+
+
+def match(
+    annotations: Annotations,
+    detections: DetectionArrays,
+    thresholds: Sequence[float] | Floats = IOU_THRESHOLDS,
+    areas: Sequence[str] = tuple(AREAS),
+    max_detections: int = 100,
+) -> Matches:
+    """Match detections with objects of their class.
+
+    Args:
+        annotations: the ground truth of I images.
+        detections: in pixels of the original images, in any order.
+        thresholds: T IoU thresholds, above 0, at most 1.
+        areas: ranges of sizes by their name in ``AREAS``.
+        max_detections: of each class, so many of the best of an image count.
+
+    Returns:
+        The matches.
+
+    Raises:
+        ValueError: a threshold out of range, or detection arrays of different lengths.
+        DataError: no images, or a fault in a record, which it names.
+    """
+    levels = np.asarray(thresholds, np.float64)
+    if not len(levels) or not ((levels > 0) & (levels <= 1)).all():
+        raise ValueError(f"IoU thresholds must be above 0 and at most 1, got {levels.tolist()}")
+    check_annotations(annotations)
+    check_detections(annotations, detections)
+    found = canonical_order(detections)
+    group = image_ranks(annotations, found.image_ids) * (annotations.num_classes + 1) + found.labels
+    ranks = rank_in_run(group)
+    order = np.argsort(-found.scores, kind="stable")
+    order = order[np.argsort(found.labels[order], kind="stable")]
+    order = order[ranks[order] < max_detections]
+    kept = found.take(order)
+    object_images = image_ranks(annotations, box_image_ids(annotations))
+    object_group = object_images * (annotations.num_classes + 1) + annotations.labels
+    least = min(float(levels.min()), _ALMOST_ONE)
+    pairs = overlapping_pairs(
+        kept.boxes, group[order], annotations.boxes, object_group, annotations.iscrowd, minimum=least
+    )
+    ignored = ignored_objects(annotations, areas)
+    objects = take_best(pairs, ranks[order], levels, annotations.iscrowd, ignored)
+    return Matches(
+        detections=kept,
+        images=image_ranks(annotations, kept.image_ids),
+        labels=annotations.labels,
+        object_images=object_images,
+        object_ignored=ignored,
+        objects=objects,
+        ignored=_ignored_detections(objects, ignored, box_sizes(kept.boxes).prod(axis=1), areas),
+        areas=tuple(areas),
+        thresholds=levels,
+        image_count=len(annotations),
+        num_classes=annotations.num_classes,
+    )
+
+
+def ignored_objects(annotations: Annotations, areas: Sequence[str] = ("all",)) -> Flags:
+    """Tell which objects need not be found.
+
+    Args:
+        annotations: B objects.
+        areas: A names in ``AREAS``.
+
+    Returns:
+        ``[A, B]``: crowd regions, difficult objects, and those outside of the range of sizes.
+    """
+    unasked = annotations.iscrowd | annotations.difficult
+    limits = np.array([AREAS[name] for name in areas])
+    return unasked | (annotations.area < limits[:, :1]) | (annotations.area > limits[:, 1:])
+
+
+def take_best(pairs: Pairs, ranks: Integers, thresholds: Floats, crowd: Flags, ignored: Flags) -> npt.NDArray[np.int32]:
+    """Let each detection, best first in its group, take the free object that it overlaps most.
+
+    Args:
+        pairs: detections and objects of the same group that overlap at least by the lowest threshold.
+        ranks: ``[D]`` place of each detection in its group, 0 for the best.
+        thresholds: ``[T]`` IoU.
+        crowd: ``[B]`` regions that any number of detections may take.
+        ignored: ``[A, B]`` objects that are taken only where no other is left.
+
+    Returns:
+        ``[A, T, D]`` rows of objects, -1 for none.
+    """
+    shape = (len(ignored), len(thresholds))
+    limits = np.minimum(thresholds, _ALMOST_ONE)
+    chosen = np.full((len(ranks), *shape), -1, np.int32)
+    taken = np.zeros((len(crowd), *shape), np.bool_)
+    rank = ranks[pairs.found]
+    order = np.argsort(rank, kind="stable")
+    for step in np.split(order, np.flatnonzero(np.diff(rank[order])) + 1):
+        if not len(step):
+            continue
+        objects, iou = pairs.objects[step], pairs.iou[step][:, None, None]
+        free = (~taken[objects] | crowd[objects][:, None, None]) & (iou >= limits)
+        rows, starts = np.unique(pairs.found[step], return_index=True)
+        runs = np.repeat(np.arange(len(rows)), np.diff(np.append(starts, len(step))))
+        wanted = free & ~ignored.T[objects][:, :, None]
+        usable = np.where(np.logical_or.reduceat(wanted, starts)[runs], wanted, free)
+        highest = np.maximum.reduceat(np.where(usable, iou, -1.0), starts)
+        winners = usable & (iou == highest[runs])
+        place = np.maximum.reduceat(np.where(winners, np.arange(len(step))[:, None, None], -1), starts)
+        picked = np.where(place >= 0, objects[place], -1)
+        chosen[rows] = picked
+        row, area, level = np.nonzero(picked >= 0)
+        taken[picked[row, area, level], area, level] = True
+    return np.ascontiguousarray(np.moveaxis(chosen, 0, -1))
+
+
+def _ignored_detections(objects: npt.NDArray[np.int32], ignored: Flags, sizes: Floats, areas: Sequence[str]) -> Flags:
+    """``[A, T, D]``: took an ignored object, or nothing while itself outside of the range of sizes."""
+    result = np.zeros(objects.shape, np.bool_)
+    for index, name in enumerate(areas):
+        low, high = AREAS[name]
+        outside = (sizes < low) | (sizes > high)
+        lost = objects[index] < 0
+        padded = np.append(ignored[index], False)  # a row for -1, which is no object
+        result[index] = np.where(lost, outside, padded[objects[index]])
+    return result
+
+
+def describe_area(name: str) -> str:
+    """Say in words which objects a range of sizes holds, such as ``32 x 32 to 96 x 96 pixels``."""
+    low, high = (math.sqrt(limit) for limit in AREAS[name])
+    if name == "all":
+        return "all sizes"
+    if low == 0:
+        return f"up to {high:g} x {high:g} pixels"
+    return f"from {low:g} x {low:g} pixels" if high > 1e4 else f"{low:g} x {low:g} to {high:g} x {high:g} pixels"

@@ -1,0 +1,169 @@
+"""Several processes that train one model: who works on what, and numbers that belong to all of them.
+
+PyTorch averages the gradients of the processes. A loss that each divides by its own count of samples then differs from the loss of
+one process with all the images, wherever counts differ: an image with few proposals, a last batch that is smaller. So a training
+step divides by `common_count`, the mean count of all processes: the averaged gradients are those of the whole batch.
+
+Nothing here communicates unless a process group is there, and counts only inside `sharing_counts`, which the training step of a
+detector enters: a stage in somebody else's training never waits for another process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as group
+from torch import Tensor
+
+T = TypeVar("T")
+_sharing = False
+
+
+def is_first() -> bool:
+    """Tell, before processes have met, whether this one was not started by, or with, another that has precedence.
+
+    Launchers (Lightning's, torchrun, SLURM) number processes in the environment.
+    """
+    return all(
+        int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
+    )
+
+
+def share() -> tuple[int, int]:
+    """Tell which part of the work is this process'.
+
+    Returns:
+        Its number from 0 on, and the number of processes; 0 and 1 where it is alone.
+    """
+    return (group.get_rank(), group.get_world_size()) if _joined() else (0, 1)
+
+
+@contextmanager
+def sharing_counts() -> Iterator[None]:
+    """Within it `common_count` and `common_mean` speak of all processes; all of them must enter it, and make the same calls."""
+    global _sharing
+    before, _sharing = _sharing, True
+    try:
+        yield
+    finally:
+        _sharing = before
+
+
+def common_count(count: Tensor) -> Tensor:
+    """Say by what each process shall divide its sum, so that the mean over processes is a mean over all samples.
+
+    Args:
+        count: scalar, samples of this process.
+
+    Returns:
+        float32 scalar: samples of all processes (at least 1) divided by the number of processes.
+    """
+    return _total(count[None])[0].clamp(min=1) / _size()
+
+
+def common_weight(weight: Tensor) -> Tensor:
+    """As `common_count`, of samples that count differently: the mean weight of all processes, which may be 0.
+
+    Args:
+        weight: scalar, the sum over the samples of this process.
+
+    Returns:
+        float32 scalar.
+    """
+    return _total(weight[None])[0] / _size()
+
+
+def common_mean(total: Tensor, count: Tensor) -> Tensor:
+    """Average over the samples of all processes.
+
+    Args:
+        total: scalar, the sum over the samples of this process; without a gradient.
+        count: scalar, samples of this process.
+
+    Returns:
+        float32 scalar, the same everywhere; 0 where there are none.
+    """
+    sums = _total(torch.stack((total.float(), count.float())))
+    return sums[0] / sums[1].clamp(min=1)
+
+
+def anywhere(condition: bool, device: torch.device) -> bool:
+    """Tell whether a condition holds in any process; all of them must ask.
+
+    Args:
+        condition: in this process.
+        device: that the process group can speak to.
+    """
+    if not _joined():
+        return condition
+    answer = torch.tensor(float(condition), device=device)
+    group.all_reduce(answer, group.ReduceOp.MAX)
+    return bool(answer)
+
+
+def from_all(value: T) -> list[T]:
+    """Collect a small object of each process; all of them must call.
+
+    Args:
+        value: anything that can be pickled.
+
+    Returns:
+        The values by process, the same list everywhere.
+    """
+    if not _joined():
+        return [value]
+    values: list[T] = [value] * group.get_world_size()
+    group.all_gather_object(values, value)
+    return values
+
+
+class MeanValues:
+    """Means of named numbers over the images of all processes, of which some may have none."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._images: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor], images: int) -> None:
+        """Note the mean numbers of a batch.
+
+        Args:
+            values: scalars by name.
+            images: how many they are the mean of.
+        """
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + images * value.detach().float()
+            self._images[name] = self._images.get(name, 0) + images
+
+    def means(self) -> dict[str, float]:
+        """Average over everything that was noted, weighed by images; all processes must call.
+
+        Returns:
+            The means by name, the same everywhere.
+        """
+        parts = from_all({name: (total.item(), self._images[name]) for name, total in self._sums.items()})
+        names = dict.fromkeys(name for part in parts for name in part)
+        totals = {
+            name: [sum(column) for column in zip(*(p[name] for p in parts if name in p), strict=True)] for name in names
+        }
+        return {name: total / images for name, (total, images) in totals.items()}
+
+
+def _total(values: Tensor) -> Tensor:
+    values = values.detach().float()
+    if _sharing and _joined():
+        values = values.clone()
+        group.all_reduce(values)
+    return values
+
+
+def _size() -> int:
+    return group.get_world_size() if _sharing and _joined() else 1
+
+
+def _joined() -> bool:
+    return group.is_available() and group.is_initialized()

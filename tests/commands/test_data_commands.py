@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets.builders import HEADER, coco_content, picture, voc_object, write_coco, write_csv, write_voc, write_yolo
+from PIL import Image
+
+from detpipe import cli
+from detpipe.commands.data_commands import COMMANDS, main
+from detpipe.commands.data_split import read_parts
+from detpipe.datasets.layouts import open_split, split_names
+from detpipe.errors import DataError, UsageError
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    """Twelve images in a list: eight with a cat and a dog, four with two cats."""
+    both, cats = [voc_object(), voc_object("dog", (3, 5, 60, 40))], [voc_object(), voc_object(box=(2, 2, 30, 30))]
+    root = write_voc(tmp_path / "voc", {f"im{i}": both if i < 8 else cats for i in range(12)}, "all")
+    for i in range(12):  # builders paint alike what is far apart
+        picture(40, 60, 3 * i + 1).save(root / "JPEGImages" / f"im{i}.jpg", quality=95)
+    return root
+
+
+def test_help_and_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--help"]) == 0
+    assert "check PATH" in capsys.readouterr().out
+    assert main([]) == 2
+    with pytest.raises(
+        UsageError, match="unknown command 'chek': expected check, info, show, .*; did you mean 'check'"
+    ):
+        main(["chek"])
+    with pytest.raises(UsageError, match="required: PATH; see 'detpipe data check --help'"):
+        main(["check"])
+    with pytest.raises(UsageError, match=r"^\S*nowhere does not exist; expected a folder in VOC layout"):
+        main(["info", str(tmp_path / "nowhere")])
+    with pytest.raises(UsageError, match=r"has no known layout; expected"):
+        main(["info", str(tmp_path)])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: detpipe data {command}" in capsys.readouterr().out
+
+
+def test_the_command_line_knows_it(capsys: pytest.CaptureFixture[str], voc: Path) -> None:
+    assert cli.main(["data", "check", str(voc), "--no-decode"]) == 0
+    assert "0 errors, 0 warnings; images not decoded" in capsys.readouterr().out
+    assert cli.main(["data", "check", str(voc), "--split", "test"]) == 1
+    assert cli.main(["data", "check"]) == 2
+
+
+def test_check_lists_every_kind_with_the_first_of_each(
+    voc: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_voc(voc, {"bad": [voc_object(box=(5, 5, 5, 9))] * 3 + [voc_object(difficult="x")]}, "more")
+    (voc / "JPEGImages" / "im1.jpg").write_bytes(b"x")
+    (voc / "JPEGImages" / "im2.jpg").unlink()
+    out = tmp_path / "report.json"
+    assert main(["check", str(voc), "--show", "2", "--json", str(out)]) == 1
+    shown = capsys.readouterr().out
+    assert (
+        "all: 10 of 12 images and 20 of 24 boxes can be used; boxes skipped: image skipped: 4; images skipped" in shown
+    )
+    assert "6 errors\n  boxes: zero or negative size (3)\n    more: " in shown
+    assert "    and 1 more\n" in shown
+    assert "images: unreadable (1)" in shown
+    assert "images: file missing (1)" in shown
+    assert "with on_bad 'skip' it leaves out faulty boxes and images" in shown
+    report = json.loads(out.read_text())
+    assert len(report["errors"]["boxes: zero or negative size"]) == 3
+    assert report["data"] == str(voc)
+    assert set(report) == {"data", "splits", "errors", "warnings"}
+    assert main(["check", str(voc), "--show", "0", "--split", "more"]) == 1
+    shown = capsys.readouterr().out
+    assert "bad.xml" not in shown
+    assert "boxes: zero or negative size (3)" in shown
+    with pytest.raises(UsageError, match="--show must be 0 or more, got -1"):
+        main(["check", str(voc), "--show", "-1"])
+
+
+def test_check_says_what_skipping_would_not_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = coco_content()
+    content["images"].append(dict(content["images"][0]))
+    path, _ = write_coco(tmp_path)
+    path.write_text(json.dumps(content))
+    assert main(["check", str(tmp_path)]) == 1
+    assert "training refuses these data; even with on_bad skip" in capsys.readouterr().out
+
+
+def test_a_file_needs_its_images_and_has_no_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder = write_coco(tmp_path, split="val2017")
+    with pytest.raises(UsageError, match="is an annotation file: say with --images where"):
+        main(["check", str(path)])
+    assert main(["check", str(path), "--images", str(folder)]) == 0
+    assert "val2017: 3 of 3 images" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"--split x: .*\.json has no splits"):
+        main(["check", str(path), "--images", str(folder), "--split", "x"])
+    with pytest.raises(UsageError, match="has no such split; there are val2017; did you mean 'val2017'"):
+        main(["check", str(tmp_path), "--split", "val2016"])
+
+
+def test_info_counts_measures_and_draws(voc: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "info"
+    assert main(["info", str(voc), "-o", str(out), "--min-size", "80", "--max-size", "200", "--sizes", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "all: 12 images, 24 boxes, 2 classes" in shown
+    assert "  cat       16      12\n  dog        8       8\n" in shown
+    assert "--model.min_size 80 --model.max_size 200 --model.proposals.anchors.sizes '[" in shown
+    assert sorted(path.name for path in out.iterdir()) == ["boxes_all.png", "classes.png", "images.png", "info.json"]
+    facts = json.loads((out / "info.json").read_text())
+    assert facts["splits"]["all"]["classes"]["dog"] == {"boxes": 8, "images": 8}
+    assert len(facts["anchors"]["splits"]["all"]["sizes"]) == 2
+    with pytest.raises(UsageError, match="--min-size must be 1 or more, got 0"):
+        main(["info", str(voc), "--min-size", "0"])
+
+
+def test_info_refuses_faults_or_counts_them(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_voc(voc, {"im0": [voc_object(), voc_object(box=(5, 5, 5, 9))]}, "one")
+    with pytest.raises(DataError, match="zero or negative size"):
+        main(["info", str(voc), "--split", "one"])
+    assert main(["info", str(voc), "--split", "one", "--skip-bad"]) == 0
+    assert "  boxes skipped: zero or negative size: 1\n" in capsys.readouterr().out
+
+
+def test_info_of_many_classes_and_of_no_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_yolo(tmp_path, {"a": "0 .5 .5 .5 .5"}, names=[f"class {k}" for k in range(30)])
+    write_yolo(root, {"b": ""}, "val")
+    assert main(["info", str(root), "-o", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "10 more classes with 0 boxes" in shown
+    assert "val: 1 images, 0 boxes, 30 classes" in shown
+    assert not (tmp_path / "out" / "boxes_val.png").exists()
+
+
+def test_show_draws_a_sheet_that_follows_the_seed(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert main(["show", str(voc), "-o", str(tmp_path / f"{name}.png"), "-n", "4", "--seed", seed]) == 0
+        pixels.append(np.asarray(Image.open(tmp_path / f"{name}.png")))
+    assert "wrote 4 images to" in capsys.readouterr().out
+    assert np.array_equal(pixels[0], pixels[1])
+    assert not np.array_equal(pixels[0], pixels[2])
+    assert pixels[0].shape[1] == 2 * 370 + 10
+
+
+def test_show_writes_a_picture_an_image_of_some_classes(voc: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pictures"
+    assert main(["show", str(voc), "-o", str(out), "--classes", "dog", "-n", "99"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [f"all_JPEGImages_im{i}.png" for i in range(8)]
+    with pytest.raises(
+        UsageError, match="--classes dgo: there are no such classes; did you mean 'dog'.*; there are cat, dog"
+    ):
+        main(["show", str(voc), "-o", str(out), "--classes", "dgo"])
+    with pytest.raises(UsageError, match=r"expected a name that ends in \.png, or a folder"):
+        main(["show", str(voc), "-o", "sheet.jpg"])
+    with pytest.raises(UsageError, match="-n must be 1 or more"):
+        main(["show", str(voc), "-o", str(out), "-n", "0"])
+    (voc / "ImageSets" / "Main" / "cats.txt").write_text("im9\n")
+    (voc / "detpipe.json").write_text('{"class_names": ["cat", "dog"], "category_ids": [1, 2]}')
+    with pytest.raises(UsageError, match="no image has an object of these classes"):
+        main(["show", str(voc), "--split", "cats", "-o", str(out), "--classes", "dog"])
+
+
+def test_show_of_splits_with_other_classes(tmp_path: Path) -> None:
+    write_coco(tmp_path, split="train")
+    content = coco_content()
+    content["categories"].append({"id": 91, "name": "fox"})
+    write_coco(tmp_path, content, "val")
+    with pytest.raises(UsageError, match="the splits have other classes: show one at a time"):
+        main(["show", str(tmp_path), "-o", str(tmp_path / "a.png")])
+    assert main(["show", str(tmp_path), "-o", str(tmp_path / "a.png"), "--split", "val"]) == 0
+
+
+@pytest.mark.parametrize("layout", ["coco", "voc", "yolo", "csv"])
+def test_convert_writes_each_layout(voc: Path, tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["convert", str(voc), "--to", layout, "-o", str(out), "--image-files", "link"]) == 0
+    assert f"wrote 12 images with 24 boxes to {out} (all)" in capsys.readouterr().out
+    first, second = (open_split(str(root), "all").annotations("val") for root in (voc, out))
+    np.testing.assert_allclose(sorted(first.boxes.tolist()), sorted(second.boxes.tolist()), atol=1e-9)
+    with pytest.raises(UsageError, match=r"--output .*out is there already"):
+        main(["convert", str(voc), "--to", layout, "-o", str(out)])
+
+
+def test_convert_says_what_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = coco_content()
+    content["annotations"][0].update(iscrowd=1, segmentation=[[1, 2, 3, 4, 5, 6]])
+    content["annotations"][1]["bbox"] = [50, 5, 20, 20]
+    content["annotations"][2]["bbox"] = [5, 5, 0, 0]
+    write_coco(tmp_path, content)
+    arguments = ["convert", str(tmp_path), "--to", "yolo", "-o", str(tmp_path / "yolo"), "--skip-bad"]
+    with pytest.raises(DataError, match="1 crowd regions and 0 difficult objects are flagged"):
+        main(arguments)
+    assert main([*arguments, "--drop-flagged"]) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "wrote 3 images with 2 boxes",
+        "train: boxes clipped: 1",
+        "train: boxes skipped: zero or negative size: 1",
+        "1 crowd regions and 0 difficult objects are left out",
+        "image ids are not kept",
+        "train: field segmentation of 1 annotations is not kept",
+    ):
+        assert line in shown
+    with pytest.raises(UsageError, match="not allowed with argument --drop-flags"):
+        main([*arguments, "--drop-flags", "--drop-flagged"])
+
+
+def test_convert_of_voc_counted_from_0(tmp_path: Path) -> None:
+    root = write_voc(tmp_path / "voc", {"a": [voc_object(box=(0, 3, 20, 10))]})
+    with pytest.raises(DataError, match="one_based is on"):
+        main(["convert", str(root), "--to", "csv", "-o", str(tmp_path / "csv")])
+    assert main(["convert", str(root), "--zero-based", "--to", "csv", "-o", str(tmp_path / "csv")]) == 0
+    assert open_split(str(tmp_path / "csv"), "train").annotations("val").boxes.tolist() == [[0, 3, 20, 10]]
+
+
+def test_split_shares_out_the_classes(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "parts"
+    assert main(["split", str(voc), "-o", str(out), "--parts", "train=.5,val=.25,test=.25"]) == 0
+    shown = capsys.readouterr().out
+    assert "images       12       6  50.0%       3  25.0%       3  25.0%\n" in shown
+    assert "dog           8       4  50.0%       2  25.0%       2  25.0%\n" in shown
+    assert split_names(str(out)) == ("test", "train", "val")  # in the layout that it had
+    names = [
+        str(n) for split in split_names(str(out)) for n in open_split(str(out), split).annotations("val").file_names
+    ]
+    assert sorted(names) == sorted(f"JPEGImages/im{i}.jpg" for i in range(12))
+    assert (
+        main(["split", str(voc), "-o", str(tmp_path / "again"), "--parts", "train=2,val=1,test=1", "--to", "csv"]) == 0
+    )
+    for split in ("train", "val", "test"):
+        first = open_split(str(out), split).annotations("val").file_names
+        second = open_split(str(tmp_path / "again"), split).annotations("val").file_names
+        assert [Path(str(n)).name for n in first] == [Path(str(n)).name for n in second]  # by the seed alone
+
+
+def test_split_keeps_groups_and_equal_pictures_together(voc: Path, tmp_path: Path) -> None:
+    (voc / "JPEGImages" / "im3.jpg").write_bytes((voc / "JPEGImages" / "im9.jpg").read_bytes())
+    for seed in range(5):
+        out = tmp_path / str(seed)
+        arguments = ["--parts", "a=.5,b=.5", "--seed", str(seed), "--group-by", r"im(\d)\d?\.", "--image-files", "none"]
+        assert main(["split", str(voc), "-o", str(out), *arguments]) == 0
+        parts = {
+            line: name for name in "ab" for line in (out / "ImageSets" / "Main" / f"{name}.txt").read_text().split()
+        }
+        assert parts["im1"] == parts["im10"] == parts["im11"]
+        assert parts["im3"] == parts["im9"]
+    with pytest.raises(UsageError, match=r"--group-by 'x\+' finds nothing in the name 'JPEGImages/im0\.jpg'"):
+        main(["split", str(voc), "-o", str(tmp_path / "x"), "--group-by", "x+"])
+    with pytest.raises(UsageError, match=r"--group-by '\(' is no regular expression"):
+        main(["split", str(voc), "-o", str(tmp_path / "x"), "--group-by", "("])
+
+
+def test_split_of_a_table_and_of_several_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ["a.jpg,1,2,31,32,dog,one", "b.jpg,3,4,30,30,cat,two"]
+    path = write_csv(tmp_path / "csv", rows, f"{HEADER},split")
+    with pytest.raises(UsageError, match="has several splits: name those that are to be divided anew with --split"):
+        main(["split", str(path), "-o", str(tmp_path / "out"), "--parts", "x=1,y=1"])
+    arguments = [
+        "split",
+        str(path),
+        "-o",
+        str(tmp_path / "out"),
+        "--split",
+        "one",
+        "--split",
+        "two",
+        "--parts",
+        "x=1,y=1",
+    ]
+    assert main(arguments) == 0
+    assert "wrote 2 images with 2 boxes" in capsys.readouterr().out
+    assert split_names(str(tmp_path / "out")) == ("x", "y")
+    with pytest.raises(UsageError, match="has 1 images: too few for 3 parts"):
+        main(["split", str(path), "-o", str(tmp_path / "few"), "--split", "one"])
+    with pytest.raises(UsageError, match="the part y gets no image"):
+        main(
+            ["split", str(path), "-o", str(tmp_path / "few"), "--split", "one", "--split", "two", "--parts", "x=99,y=1"]
+        )
+    with pytest.raises(UsageError, match="--seed must be 0 or more"):
+        main([*arguments, "--seed", "-1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train", "expected NAME=SHARE"),
+        ("train=x", "expected NAME=SHARE"),
+        ("train=0,val=1", "got 'train=0'"),
+        ("train=nan", "expected NAME=SHARE"),
+        ("train=.5,train=.5", "the part 'train' is there twice"),
+        ("a/b=1", "got 'a/b=1'"),
+        ("=1", "expected NAME=SHARE"),
+    ],
+)
+def test_wrong_parts_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=rf"--parts {text}: .*{message}"):
+        read_parts(text)
+    assert read_parts("train=3, val=1") == {"train": 0.75, "val": 0.25}
+
+
+def test_real_blood_cells(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(shared_data / "bccd")
+    assert main(["check", root, "--split", "train", "--split", "val", "--no-decode"]) == 1
+    shown = capsys.readouterr().out
+    assert "boxes: zero or negative size (2)" in shown
+    assert "2 errors, 0 warnings" in shown
+    out = tmp_path / "parts"
+    arguments = [
+        "--split",
+        "trainval",
+        "--split",
+        "test",
+        "--parts",
+        "train=.7,val=.3",
+        "--skip-bad",
+        "--image-files",
+        "link",
+    ]
+    assert main(["split", root, "-o", str(out), *arguments]) == 0
+    shares = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("RBC", "WBC", "Plat"))]
+    assert len(shares) == 3
+    assert all(abs(float(line[3].rstrip("%")) - 70) < 1 for line in shares)
+    assert main(["check", str(out), "--no-decode"]) == 0

@@ -1,0 +1,303 @@
+"""Training with several processes: the same gradients as with one, no hanging, and every configuration runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from together import start, succeed
+from torch import Tensor
+
+from detpipe import processes
+from detpipe.datasets import Demo, DemoScenes
+
+MODELS = ["fast_rcnn", "pyramid", "cascade", "glimpse", "pathwise", "reinforce", "standardized by the batch"]
+
+GRADIENTS = """
+import json, sys
+import runs
+import torch
+from test_processes import gradients
+torch.distributed.init_process_group("gloo")
+rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+for name in json.loads(sys.argv[1]):
+    found = gradients(name, rank, size)
+    if rank == 0:
+        torch.save(found, f"{sys.argv[2]}/{name}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def detector(name: str) -> torch.nn.Module:
+    """A small detector that draws nothing at random: samplers take all they find."""
+    from detpipe import (
+        FPN,
+        RPN,
+        Anchors,
+        AttentionalHead,
+        CascadeHead,
+        FastRCNNHead,
+        Pathwise,
+        ProposalSelection,
+        Regime,
+        Reinforce,
+        RoIAlign,
+        RoISampler,
+        RPNObjective,
+        SEResNet,
+        TwoStageDetector,
+    )
+
+    torch.manual_seed(0)
+    levels = ["c2", "c3", "c4"] if name == "pyramid" else ["c2"]  # objects are so small that the last has no RoI
+    backbone = SEResNet(18, levels=levels, out_channels=8, regime=Regime(norm="group"))
+    if name == "pyramid":
+        backbone = FPN(backbone, out_channels=8)
+    rpn = RPN(
+        backbone.out_channels,
+        backbone.strides,
+        anchors=Anchors(sizes=[8, 16, 24]),
+        objective=RPNObjective(anchors_per_image=100_000, positive_fraction=1.0),
+        selection=ProposalSelection(pre_nms_top_n=(60, 60), post_nms_top_n=(30, 30)),
+    )
+    common = {
+        "pooler": RoIAlign(3, sampling_ratio=2),
+        "fc": [12],
+        "sampler": RoISampler(200, 1.0, negative_iou=(0.0, 0.5)),
+    }
+    places = (backbone.out_channels, 3, backbone.strides)
+    heads = {
+        "cascade": lambda: CascadeHead(*places, **common),
+        "glimpse": lambda: FastRCNNHead(*places, **common, glimpse="affine"),
+        "pathwise": lambda: AttentionalHead(*places, **common, estimator=Pathwise(0)),
+        "reinforce": lambda: AttentionalHead(*places, **common, estimator=Reinforce(2)),
+        "standardized by the batch": lambda: AttentionalHead(
+            *places, **common, estimator=Reinforce(2, baseline="batch", background_reward="probability")
+        ),
+    }
+    head = heads.get(name, lambda: FastRCNNHead(*places, **common))()
+    if name == "pathwise":
+        torch.nn.init.normal_(head.policy.weight)
+    elif isinstance(head, AttentionalHead):
+        head.estimator.act = FixedSteps()
+        torch.nn.init.normal_(head.policy.weight)
+    return TwoStageDetector(backbone, rpn, head, min_size=64, max_size=64).train()
+
+
+class FixedSteps:
+    """Actions in place of drawn ones: those of the sequence and of the other episode in turns, the same for every RoI."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, mean: Tensor) -> Tensor:
+        self.calls += 1
+        return mean.detach() + (0.1 if self.calls % 2 else -0.2)
+
+
+def batch() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Three images; that of the second process has no object."""
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, 64, 64, generator=generator) for _ in range(3)]
+    boxes = [
+        torch.tensor([[5.0, 8.0, 25.0, 24.0], [30.0, 30.0, 52.0, 50.0]]),
+        torch.zeros(0, 4),
+        torch.tensor([[2.0, 2.0, 18.0, 20.0]]),
+    ]
+    labels = [torch.tensor([1, 3]), torch.zeros(0, dtype=torch.int64), torch.tensor([2])]
+    return images, [{"boxes": b, "labels": k} for b, k in zip(boxes, labels, strict=True)]
+
+
+class Losses(torch.nn.Module):
+    """The training step of a detector, as what DistributedDataParallel wraps."""
+
+    def __init__(self, detector: torch.nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+        from detpipe.detector import total_loss
+
+        with processes.sharing_counts():
+            return total_loss(self.detector.losses(images, targets))
+
+
+def gradients(name: str, rank: int = 0, size: int = 1) -> dict[str, Tensor]:
+    """Gradients of one step on the three images, or on a process' part of them."""
+    images, targets = batch()
+    module = Losses(detector(name))
+    step = torch.nn.parallel.DistributedDataParallel(module) if size > 1 else module
+    for _ in range(
+        2
+    ):  # the second step of DistributedDataParallel fails where a parameter of the first had no gradient
+        module.zero_grad()
+        step(images[rank::size], targets[rank::size]).backward()
+    return {key: p.grad.clone() for key, p in module.detector.named_parameters() if p.grad is not None}
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    """Two images here, one without objects there: what is averaged over processes is the mean over all samples."""
+    succeed(GRADIENTS, [json.dumps(MODELS), str(tmp_path)], 2)
+    for name in MODELS:
+        want, got = gradients(name), torch.load(tmp_path / f"{name}.pt")
+        assert got.keys() == want.keys()
+        assert any(key.startswith("head") for key in want)
+        largest = max(value.abs().max() for value in want.values())
+        for key in want:
+            torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-5 * float(largest), msg=f"{name}: {key}")
+
+
+COMMANDS = """
+import json, os, sys
+from detpipe import cli
+for name, arguments in json.loads(sys.argv[1]).items():
+    status = cli.main(arguments)
+    print(name, status, file=sys.__stdout__, flush=True)
+    if status:
+        os._exit(1)  # the other process is waiting
+"""
+TWO = ["--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+
+
+def short(demo_root: Path, output: Path) -> list[str]:
+    """Options of a training of two steps on tiny scenes."""
+    return [
+        *("--data.root", str(demo_root), "--data.scenes", str(runs.SCENES), "--output", str(output)),
+        *("--trainer.max_epochs", "1", "--trainer.max_steps", "-1", "--trainer.limit_train_batches", "2"),
+        *("--data.loader.num_workers", "0", "--data.loader.batch_size", "1", *TWO),
+    ]
+
+
+def configurations(demo_root: Path, folder: Path) -> dict[str, list[str]]:
+    """Every configuration that the demo set can serve, and each backbone and source in place of its own."""
+    base = str(runs.CONFIGS / "fast_rcnn_squeezenet.yaml")
+    small = ["--model.min_size", "64", "--model.max_size", "96"]
+    found = {}
+    for path in sorted(runs.CONFIGS.glob("*.yaml")):
+        if path.stem == "stn_digits":  # a study of small classifiers, each trained by one process
+            continue
+        command = "train_regions" if path.stem in ("region_classifier", "superpixel_weak") else "train"
+        sizes = (
+            small if command == "train" else ["--model.init_args.min_size", "64", "--model.init_args.max_size", "96"]
+        )
+        found[path.stem] = [command, str(path), *short(demo_root, folder / path.stem), *sizes]
+    for path in sorted((runs.CONFIGS / "backbones").glob("*.yaml")):
+        first = str(runs.CONFIGS / "fast_rcnn_se.yaml")
+        found[f"backbone {path.stem}"] = [
+            "train",
+            first,
+            str(path),
+            *short(demo_root, folder / f"b_{path.stem}"),
+            *small,
+        ]
+    for path in sorted((runs.CONFIGS / "proposals").glob("*.yaml")):
+        if path.stem != "store":
+            found[f"source {path.stem}"] = [
+                "train",
+                base,
+                str(path),
+                *short(demo_root, folder / f"s_{path.stem}"),
+                *small,
+            ]
+    return found
+
+
+def test_every_configuration_trains_and_validates_with_two_processes(demo_root: Path, tmp_path: Path) -> None:
+    wanted = configurations(demo_root, tmp_path)
+    assert len(wanted) >= 17
+    Demo(str(demo_root), scenes=DemoScenes(**runs.SCENES)).annotations("train")
+    first, second = succeed(COMMANDS, [json.dumps(wanted)], 2, 600)
+    for name in wanted:
+        assert f"{name} 0" in first.splitlines()
+        assert f"{name} 0" in second.splitlines()
+    for arguments in wanted.values():
+        folder = Path(arguments[arguments.index("--output") + 1])
+        assert {"best.ckpt", "last.ckpt", "summary.json", "config.yaml"} <= {path.name for path in folder.iterdir()}
+
+
+def test_the_command_starts_the_other_process_itself(demo_root: Path, tmp_path: Path) -> None:
+    """As a user calls it: seven images for two processes, in batches of two; said once, evaluated on every image once."""
+    scenes = ["--data.root", str(tmp_path / "data"), "--data.scenes", "{train: 7, val: 5, size: 64}"]
+    tool = [sys.executable, str(runs.CONFIGS.parent / "tools" / "train.py"), runs.CONFIG, *runs.options(demo_root)]
+    options = [*scenes, "--data.loader.batch_size", "2", *TWO, "--output", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*tool, *options], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("train: 7 images") == done.stdout.count("run folder") == 1
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as stream:
+        steps = [int(row["step"]) for row in csv.DictReader(stream) if row["train/loss"]]
+    assert max(steps) + 1 == 2 * 2  # epochs, and steps of four and three images
+    assert summary["epochs"] == 2
+
+
+FAULT = """
+import os, sys
+import torch
+from detpipe import cli
+from detpipe.detector import TwoStageDetector
+rank, kind = int(os.environ["RANK"]), sys.argv[1]
+real = TwoStageDetector.losses
+def losses(self, images, targets):
+    found = real(self, images, targets)
+    if rank == 1 and self.trainer.global_step == 1:
+        if kind == "killed":
+            os.kill(os.getpid(), 9)
+        if kind == "raised":
+            raise RuntimeError("broken here")
+        found["loss_classifier"] = found["loss_classifier"] * float("nan")
+    return found
+TwoStageDetector.losses = losses
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["nan", "raised", "killed"])
+def test_what_stops_one_process_stops_all(kind: str, demo_root: Path, tmp_path: Path) -> None:
+    Demo(str(demo_root), scenes=DemoScenes(**runs.SCENES)).annotations("train")
+    arguments = ["train", runs.CONFIG, *runs.options(demo_root), "--data.loader.batch_size", "2", *TWO]
+    output = tmp_path / "run"
+    answers = start(FAULT, [kind, *arguments, "--output", str(output)], 2, 120)
+    assert all(status != 0 for status, _, _ in answers)
+    assert not (output / "summary.json").exists()
+    if kind == "nan":
+        assert "step 1: stopped, since the loss is not finite in another process" in answers[0][2]
+        assert "step 1: the loss is nan; the weights were not changed" in answers[1][2]
+        assert (output / "nonfinite_batch.pt").exists()
+    if kind == "raised":
+        assert "broken here" in answers[1][2]
+
+
+def test_who_works_on_what_alone() -> None:
+    assert processes.share() == (0, 1)
+    assert processes.from_all("here") == ["here"]
+    assert processes.anywhere(True, torch.device("cpu"))
+    assert not processes.anywhere(False, torch.device("cpu"))
+    with processes.sharing_counts():
+        assert processes.common_count(torch.tensor(3)) == 3
+        assert processes.common_count(torch.tensor(0)) == 1
+        assert processes.common_weight(torch.tensor(0.0)) == 0
+        assert processes.common_mean(torch.tensor(6.0), torch.tensor(4)) == 1.5
+        assert processes.common_mean(torch.tensor(0.0), torch.tensor(0)) == 0
+    values = processes.MeanValues()
+    assert values.means() == {}
+    values.add({"loss": torch.tensor(1.0)}, 1)
+    values.add({"loss": torch.tensor(4.0), "other": torch.tensor(2.0)}, 2)
+    assert values.means() == {"loss": 3.0, "other": 2.0}
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"])
+def test_the_first_process_is_known_before_they_meet(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert processes.is_first()
+    monkeypatch.setenv(name, "0")
+    assert processes.is_first()
+    monkeypatch.setenv(name, "1")
+    assert not processes.is_first()
