@@ -15,7 +15,7 @@ import torch
 from together import start, succeed
 from torch import Tensor
 
-from detpipe import processes
+from detpipe import cli, processes
 from detpipe.datasets import Demo, DemoScenes
 
 MODELS = ["fast_rcnn", "pyramid", "cascade", "glimpse", "pathwise", "reinforce", "standardized by the batch"]
@@ -237,6 +237,35 @@ def test_the_command_starts_the_other_process_itself(demo_root: Path, tmp_path: 
         steps = [int(row["step"]) for row in csv.DictReader(stream) if row["train/loss"]]
     assert max(steps) + 1 == 2 * 2  # epochs, and steps of four and three images
     assert summary["epochs"] == 2
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_evaluation_is_the_same_with_any_number_of_processes(
+    size: int, trained: Path, demo_root: Path, tmp_path: Path
+) -> None:
+    """Two batches of images, which four processes halve: then single numbers may differ in their last digit."""
+
+    def files(name: str) -> list[str]:
+        return ["--json", str(tmp_path / f"{name}.json"), "--detections_out", str(tmp_path / f"{name}_detections.json")]
+
+    command = ["evaluate", runs.CONFIG, *runs.options(demo_root), "--ckpt_path", str(trained / "best.ckpt")]
+    assert cli.main([*command, *files("alone")]) == 0
+    several = ["--trainer.devices", str(size), "--trainer.accelerator", "cpu"]
+    first, *others = succeed(COMMANDS, [json.dumps({"evaluate": [*command, *files("several"), *several]})], size)
+    assert "AP50" in first
+    assert all("AP50" not in other for other in others)
+    for kind in ("", "_detections"):
+        one, other = ((tmp_path / f"{name}{kind}.json").read_bytes() for name in ("alone", "several"))
+        assert size > 2 or one == other
+        found, wanted = json.loads(other), json.loads(one)
+        if kind:
+            assert [(row["image_id"], row["category_id"]) for row in found] == [
+                (row["image_id"], row["category_id"]) for row in wanted
+            ]
+            found, wanted = ([[*row["bbox"], row["score"]] for row in rows] for rows in (found, wanted))
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=1e-4)
+        else:
+            assert found["AP"] == pytest.approx(wanted["AP"], abs=1e-6)
 
 
 FAULT = """

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from detpipe import evaluation
+import numpy as np
+
+from detpipe import evaluation, processes
 from detpipe.commands.evaluation_report import ReportOptions, check_options, read_runs, write_report
 from detpipe.errors import UsageError
 from detpipe.evaluation.analysis import AnalysisSettings
 from detpipe.files import atomic_write
+from detpipe.types import Annotations, Detection, DetectionArrays
 
 _REPORT: dict[str, tuple[type, Any, str]] = {  # of both modes: type, default, help
     "report": (str, None, "folder for a report: report.html, report.json and figures"),
@@ -99,9 +102,10 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     print(data.describe(split))
     loader = data.eval_dataloader(split)
     trainer = cli.trainer_with(callbacks=[TQDMProgressBar()], enable_checkpointing=False)
-    order = [int(key[1]) for batch in loader.batch_sampler for key in batch]
-    found = [one for batch in trainer.predict(cli.model, loader) for one in batch]
-    detections = evaluation.pack(found, [int(annotations.image_ids[row]) for row in order])
+    found = trainer.predict(cli.model, loader) or []  # of this process' batches, of which it may have none
+    detections = _of_all_processes(found, loader.batch_sampler, annotations)
+    if not trainer.is_global_zero:
+        return 0
     evaluation.write_detections(results, detections, annotations)
     _print(evaluation.evaluate(annotations, detections, config.protocol), config.protocol, numbers)
     print(f"\nnumbers {numbers}\ndetections {results}")
@@ -109,6 +113,17 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
         runs = {report.run_name or run.resolve().name: detections, **others}
         print(f"report {write_report(report, annotations, runs, str(annotations.root))}")
     return 0
+
+
+def _of_all_processes(
+    batches: Sequence[Sequence[Detection]], keys: Iterable[Sequence[tuple[int, int]]], annotations: Annotations
+) -> DetectionArrays:
+    """Join what each process has found, in the order of the annotations: the same for any number of processes."""
+    ids = [int(annotations.image_ids[row]) for batch in keys for _, row in batch]
+    own = evaluation.pack([one for batch in batches for one in batch], ids)
+    found = evaluation.concatenate(processes.from_all(own))
+    row_of = {image_id: row for row, image_id in enumerate(annotations.image_ids.tolist())}
+    return found.take(np.argsort([row_of[image_id] for image_id in found.image_ids.tolist()], kind="stable"))
 
 
 def _add_arguments(parser: Any) -> None:

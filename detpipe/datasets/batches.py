@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
+from detpipe.errors import DataError
 from detpipe.processes import share
 
 Key = tuple[int, int]  # epoch, index: what a dataset needs to draw the same augmentation in any worker
@@ -25,7 +26,8 @@ class EpochBatches(Sampler[list[Key]]):
     Several processes share the images. For training, batches are made as for one process with as many times the images, and each
     takes its part of every batch: all make the same number of steps, and the images of a step depend on their total number
     alone. Where a last batch has fewer images than there are processes, the others repeat them. For evaluation, whole batches
-    are dealt out in turns, so that every image comes once, and some processes may have a batch less.
+    are dealt out in turns, so that every image comes once, and some processes may have a batch less; batches are halved until each
+    process has one, since what follows an evaluation is done together.
 
     Args:
         sizes: [I, 2] height and width of each image.
@@ -66,7 +68,7 @@ class EpochBatches(Sampler[list[Key]]):
         """The indices of every batch of an epoch that is this process' to load."""
         rank, size = share()
         if not self.training:
-            return self._evaluation[rank::size]
+            return self._evaluation_batches(rank, size)
         return [batch[rank::size] or [batch[rank % len(batch)]] for batch in self._shuffled_batches(epoch, size)]
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -78,9 +80,18 @@ class EpochBatches(Sampler[list[Key]]):
     def __len__(self) -> int:
         rank, size = share()
         if not self.training:
-            return len(self._evaluation[rank::size])
+            return len(self._evaluation_batches(rank, size))
         whole, rest = divmod(len(self.sizes), self.batch_size * size)
         return whole + (rest >= self._least(size))
+
+    def _evaluation_batches(self, rank: int, processes: int) -> list[list[int]]:
+        batches = self._evaluation
+        if 0 < len(self.sizes) < processes:
+            raise DataError(f"{len(self.sizes)} images cannot be shared among {processes} processes: use fewer devices")
+        while 0 < len(batches) < processes:
+            halves = ((batch[: (len(batch) + 1) // 2], batch[(len(batch) + 1) // 2 :]) for batch in batches)
+            batches = [half for pair in halves for half in pair if half]
+        return batches[rank::processes]
 
     def _least(self, processes: int) -> int:
         """The fewest images of a last batch of all processes."""

@@ -29,7 +29,7 @@ from detpipe.types import Annotations, DetectionArrays
 Backend = Literal["faster_coco_eval", "pycocotools"]
 AREAS = ("all", "small", "medium", "large")  # divided at 32 x 32 and 96 x 96 pixels
 
-_GROUP_BOXES, _GROUP_PAIRS = 60_000, 60_000  # of a group of classes: some 60 MiB
+_GROUP_BOXES, _GROUP_PAIRS = 30_000, 60_000  # of a group of classes: some 60 MiB
 
 
 @dataclass(frozen=True)

@@ -125,15 +125,15 @@ class DetectionMetric(Metric, ABC):
             DataError: no image was seen, or an image came twice with other detections.
         """
         rows = dim_zero_cat(self.rows).cpu().numpy()
-        rows = rows[self._first_sight(rows)]
-        images = rows[:, 0].astype(np.int64)
-        seen, found = images < 0, rows[images >= 0]
+        first = self._first_sight(rows)
+        seen = first & (rows[:, 0] < 0)
+        images, found = rows[:, 0].astype(np.int64), rows[first & ~seen]
         if not seen.any():
             raise DataError(f"{self.annotations.root}: nothing to evaluate: no image was given to update()")
         annotations = self.annotations
         if seen.sum() < len(annotations):
             annotations = annotations.subset(np.sort(-1 - images[seen]))
-        ids = self.annotations.image_ids[images[~seen]]
+        ids = self.annotations.image_ids[images[first & ~seen]]
         return annotations, DetectionArrays(ids, found[:, 3:], found[:, 2], found[:, 1].astype(np.int64))
 
     def reset(self) -> None:

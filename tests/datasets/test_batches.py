@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets.batches import EpochBatches
+from detpipe.errors import DataError
 
 SIZES = st.lists(st.sampled_from([(40, 60), (60, 40), (48, 64), (50, 50)]), min_size=1, max_size=60).map(
     lambda sizes: np.array(sizes, dtype=np.int32)
@@ -106,7 +107,15 @@ def test_several_processes_share_each_step_of_one(sizes: np.ndarray, batch_size:
 def test_in_evaluation_each_image_is_one_process_only(sizes: np.ndarray, batch_size: int, size: int) -> None:
     batches = EpochBatches(sizes, batch_size, training=False)
     with pytest.MonkeyPatch.context() as monkeypatch:
+        if len(sizes) < size:
+            with pytest.raises(DataError, match=f"{len(sizes)} images cannot be shared among {size} processes"):
+                dealt(monkeypatch, batches, size)
+            return
         parts = dealt(monkeypatch, batches, size)
     assert sorted(index for part in parts for batch in part for index in batch) == list(range(len(sizes)))
-    assert sorted(batch for part in parts for batch in part) == sorted(batches.batches(0))
+    whole = batches.batches(0)
+    if len(whole) >= size:
+        assert sorted(batch for part in parts for batch in part) == sorted(whole)
+    assert all(set(batch) <= set(next(w for w in whole if batch[0] in w)) for p in parts for batch in p)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert min(map(len, parts)) >= 1  # or a process would not come to what all do together
