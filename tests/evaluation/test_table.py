@@ -5,11 +5,12 @@ import pytest
 from detpipe.evaluation import PROTOCOLS, evaluate, format_table
 
 from .builders import perfect, truth
+from .test_lvis import federated
 
 
 def test_every_number_and_class_stands_in_the_table() -> None:
     classes = [f"class number {k}" for k in range(23)]
-    annotations = truth([(1, k, (0, 0, 10 * k, 10)) for k in range(1, 23)], [1], classes)
+    annotations = federated(truth([(1, k, (0, 0, 10 * k, 10)) for k in range(1, 23)], [1], classes), [], [], "f" * 23)
     for protocol in PROTOCOLS:
         metrics = evaluate(annotations, perfect(annotations), protocol)
         text = format_table(metrics, protocol)
