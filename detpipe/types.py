@@ -86,6 +86,33 @@ class Federation:
 
 
 @dataclass(frozen=True)
+class Segmentations:
+    """The outlines of the B boxes of a data set, packed: a box has polygons or run lengths, never both."""
+
+    points: npt.NDArray[np.float32]  # [V, 2] x, y of all corners of all polygons
+    corners: npt.NDArray[np.int64]  # [S + 1] polygon s has the points corners[s]:corners[s + 1]
+    polygons: npt.NDArray[np.int64]  # [B + 1] box b has the polygons polygons[b]:polygons[b + 1]
+    counts: npt.NDArray[np.int32]  # [W] pixels of background, object, background, ..., column by column
+    runs: npt.NDArray[np.int64]  # [B + 1] box b has the counts runs[b]:runs[b + 1]
+
+    def take(self, boxes: npt.NDArray[np.int64]) -> Segmentations:
+        """Keep those of some of the boxes, in the order of the indices ``boxes``."""
+        kept, polygons = _gathered(self.polygons, boxes)
+        points, corners = _gathered(self.corners, kept)
+        counts, runs = _gathered(self.runs, boxes)
+        return Segmentations(self.points[points], corners, polygons, self.counts[counts], runs)
+
+
+def _gathered(
+    offsets: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The items ``offsets[row]:offsets[row + 1]`` of each row, one after another, and the offsets among them."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+    return np.arange(ends[-1]) + np.repeat(offsets[rows] - ends[:-1], lengths), ends
+
+
+@dataclass(frozen=True)
 class Annotations:
     """The ground truth of one split in packed arrays, so that data workers share it instead of copying it.
 
@@ -108,6 +135,7 @@ class Annotations:
     counts: dict[str, int] = field(
         default_factory=dict
     )  # "images read", "boxes clipped", "boxes skipped: ..." and the like
+    segmentations: Segmentations | None = None  # only read where something asks for masks
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -140,6 +168,7 @@ class Annotations:
             iscrowd=self.iscrowd[boxes],
             difficult=self.difficult[boxes],
             area=self.area[boxes],
+            segmentations=None if self.segmentations is None else self.segmentations.take(boxes),
         )
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from detpipe.datasets.coco_json import load_coco
 from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
 from detpipe.datasets.faults import OnBad
+from detpipe.datasets.segmentations import read_segmentations
 from detpipe.datasets.transforms import Augment
 from detpipe.errors import DataError
-from detpipe.types import Annotations
+from detpipe.types import Annotations, Segmentations
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class COCO(DetectionData):
         """Read the annotation file of a split."""
         annotations, images = self.files(split)
         return load_coco(annotations, images, self.on_bad)
+
+    def segmentations(self, split: Split) -> Segmentations:
+        """Read the annotation file again, for polygons and run lengths."""
+        return read_segmentations(self.files(split)[0], self.annotations(split))
 
     def files(self, split: Split) -> tuple[Path, Path]:
         """The annotation file and the image folder of a split.

@@ -43,11 +43,11 @@ def coco_mask(records: Sequence[dict[str, Any]], size: tuple[int, int], labels: 
         if record.get("category_id") not in labels:
             raise DataError(f"annotation id {record.get('id')}: category_id {record.get('category_id')} is not known")
         crowd = bool(record.get("iscrowd", 0))
-        cover = _decode(record, size)
-        drawn.append((not crowd, -int(cover.sum()), cover, IGNORED if crowd else labels[record["category_id"]]))
+        pixels = _decode(record, size)
+        drawn.append((not crowd, -int(pixels.sum()), pixels, IGNORED if crowd else labels[record["category_id"]]))
     mask = np.zeros(size, np.int32)
-    for _, _, cover, label in sorted(drawn, key=lambda one: one[:2]):
-        mask[cover] = label
+    for _, _, pixels, label in sorted(drawn, key=lambda one: one[:2]):
+        mask[pixels] = label
     return mask
 
 
@@ -91,32 +91,92 @@ def _decode(record: dict[str, Any], size: tuple[int, int]) -> npt.NDArray[np.boo
     segmentation: Any = record.get("segmentation")
     try:
         if isinstance(segmentation, dict):
-            return _from_runs(segmentation, size)
+            return from_runs(segmentation, size)
         if isinstance(segmentation, list) and segmentation:
-            return _from_polygons(segmentation, size)
+            return from_polygons(segmentation, size)
         raise ValueError("expected polygons, or counts and size")
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         name = f"annotation id {record.get('id')}"
         raise DataError(f"{name}: segmentation {shorten(segmentation)} cannot be read ({error})") from error
 
 
-def _from_runs(segmentation: dict[str, Any], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    counts = segmentation["counts"]
+def from_runs(segmentation: dict[str, Any], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Decode a run-length encoding.
+
+    Args:
+        segmentation: ``counts``, text or whole numbers, and ``size``.
+        size: height and width of the image.
+
+    Returns:
+        ``[H, W]``.
+
+    Raises:
+        ValueError: it is not of this size, or damaged.
+    """
     if list(segmentation["size"]) != list(size):
         raise ValueError(f"its size [height, width] is {shorten(segmentation['size'])}, that of the image {list(size)}")
+    return cover(whole_runs(segmentation["counts"], size), size)
+
+
+def whole_runs(counts: str | list[int], size: tuple[int, int]) -> npt.NDArray[np.int32]:
+    """The counts ``[W]`` of a run-length encoding.
+
+    Args:
+        counts: as in the file.
+        size: height and width of the image.
+
+    Returns:
+        Pixels of background, of the object, of background, and so on, column by column.
+
+    Raises:
+        ValueError: they are no whole numbers of at least 0 that sum up to the pixels of the image.
+    """
     runs = np.array(run_lengths(counts) if isinstance(counts, str) else counts)
     if runs.ndim != 1 or runs.dtype.kind != "i" or (runs < 0).any() or runs.sum() != size[0] * size[1]:
         raise ValueError(f"counts must be whole numbers that sum up to the {size[0] * size[1]} pixels of the image")
+    return runs.astype(np.int32)
+
+
+def cover(runs: npt.NDArray[np.integer], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Draw checked run lengths ``[W]`` as a mask ``[H, W]``."""
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
 
 
-def _from_polygons(polygons: list[Any], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    from faster_coco_eval.core import mask as drawing
+def whole_polygons(polygons: list[Any]) -> list[npt.NDArray[np.float64]]:
+    """Check polygons.
 
+    Args:
+        polygons: lists of numbers x, y, x, y, ...
+
+    Returns:
+        They as arrays.
+
+    Raises:
+        ValueError: one has fewer than 3 points, or a coordinate that is none.
+    """
     points = [np.array(polygon, dtype=np.float64) for polygon in polygons]
     for one in points:
         if one.ndim != 1 or len(one) < 6 or len(one) % 2 or not (np.abs(one) <= _FARTHEST).all():
             raise ValueError(f"a polygon is at least 3 points x, y, each within {_FARTHEST} pixels")
+    return points
+
+
+def from_polygons(polygons: list[Any], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Draw polygons as pycocotools does.
+
+    Args:
+        polygons: as for :func:`whole_polygons`; what any of them encloses is covered.
+        size: height and width of the image.
+
+    Returns:
+        ``[H, W]``.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    from faster_coco_eval.core import mask as drawing
+
+    points = whole_polygons(polygons)
     drawn: Any = drawing.frPyObjects([one.tolist() for one in points], *size)
     drawn = drawing.merge(drawn)
     return np.asarray(drawing.decode(drawn)).astype(bool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from detpipe.datasets.faults import SHOWN, OnBad, Policy
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.datasets.transforms import Augment
 from detpipe.errors import DataError
-from detpipe.types import Annotations
+from detpipe.types import Annotations, Segmentations
 
 Split = Literal["train", "val", "test"]
 _CLASSES_SHOWN = 10
@@ -191,6 +191,8 @@ class DetectionData(LightningDataModule, ABC):
         for split in splits.get(stage, ()):
             self.annotations(split)
             self.proposals(split)
+        if stage == "fit":
+            self.dataset("train", augmented=True)  # refuses what the augmentation needs and the data lack
 
     def proposals(self, split: Split) -> Proposals | None:
         """The precomputed boxes of a split, opened once; None if it has none.
@@ -242,7 +244,25 @@ class DetectionData(LightningDataModule, ABC):
             A dataset with the keys ``(epoch, index)``.
         """
         augment = self.augment if augmented else None
+        if augment is not None and augment.combine.masks:
+            self._read_masks(split)
         return DetectionDataset(self.annotations(split), augment, self.seed, self.proposals(split))
+
+    def segmentations(self, split: Split) -> Segmentations:
+        """Read the outlines of the objects of a split; only asked for by an augmentation that needs masks.
+
+        Raises:
+            DataError: there are none, or some cannot be read.
+        """
+        raise DataError(
+            f"augment.combine.copy_paste needs instance masks, and {type(self).__name__} has boxes only; use data in COCO layout "
+            "with segmentations, or set copy_paste to null"
+        )
+
+    def _read_masks(self, split: Split) -> None:
+        annotations = self.annotations(split)
+        if annotations.segmentations is None:
+            self._annotations[split] = replace(annotations, segmentations=self.segmentations(split))
 
     def train_dataloader(self) -> DataLoader:
         """Batches ``(list of [3, H, W] uint8, list of targets)``, shuffled and augmented by (seed, epoch)."""

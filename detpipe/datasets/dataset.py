@@ -13,7 +13,9 @@ from torch.utils.data import Dataset
 from detpipe.datasets.batches import Key
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.records import check_size
-from detpipe.datasets.transforms import Augment
+from detpipe.datasets.segmentations import draw_masks
+from detpipe.datasets.transforms import Augment, Neighbors
+from detpipe.errors import DataError
 from detpipe.types import Annotations, Target
 
 Proposals = Mapping[int, npt.NDArray[np.floating]]  # image id -> [P, 4] xyxy in pixels of the image file
@@ -30,6 +32,10 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         augment: what is done to image, boxes and proposals; None for nothing.
         seed: decides every draw, with the key.
         proposals: precomputed boxes by image id, which then ride in the target as ``proposals``.
+
+    Raises:
+        DataError: the augmentation needs more images, or instance masks that the annotations do not have.
+        ValueError: a transform of the augmentation has arguments that it does not take.
     """
 
     def __init__(
@@ -39,6 +45,8 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         seed: int = 0,
         proposals: Proposals | None = None,
     ) -> None:
+        if augment is not None:
+            _check(augment, annotations)
         self.annotations = annotations
         self.augment = augment
         self.seed = seed
@@ -57,17 +65,30 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             The image, ``[3, H, W]`` uint8 RGB, and its target.
 
         Raises:
-            DataError: if the image cannot be read, or is not of the annotated size.
+            DataError: if the image, or one that is combined with it, cannot be read, or is not of the annotated size.
         """
         epoch, index = key
+        image, target = self.read(index)
+        if self.augment is None:
+            return image, target
+        masks = None if self.annotations.segmentations is None else self.masks
+        return self.augment(image, target, (self.seed, epoch, index), Neighbors(len(self), index, self.read, masks))
+
+    def read(self, index: int) -> tuple[Tensor, Target]:
+        """Read one image as it is in its file, with its target.
+
+        Raises:
+            DataError: if the image cannot be read, or is not of the annotated size.
+        """
         path = self.annotations.root / str(self.annotations.file_names[index])
         image = read_image(path)
         height, width = self.annotations.sizes[index].tolist()
         check_size(path, (image.shape[1], image.shape[2]), (height, width))
-        target = self.target(index)
-        if self.augment is not None:
-            image, target = self.augment(image, target, (self.seed, epoch, index))
-        return image, target
+        return image, self.target(index)
+
+    def masks(self, index: int) -> npt.NDArray[np.bool_]:
+        """The instance masks of one image, ``[G, H, W]``, in pixels of its file."""
+        return draw_masks(self.annotations, index)
 
     def target(self, index: int) -> Target:
         """The ground truth of one image, in pixels of its file; nothing is read."""
@@ -86,6 +107,19 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         if self.proposals is not None:
             target["proposals"] = torch.tensor(np.asarray(self.proposals[image_id]), dtype=torch.float32)
         return target
+
+
+def _check(augment: Augment, annotations: Annotations) -> None:
+    """Find before the first image what an augmentation lacks."""
+    combine = augment.combine
+    if len(annotations) < combine.images:
+        raise DataError(f"{annotations.root}: {combine.too_few(len(annotations))}")
+    if combine.masks and annotations.segmentations is None:
+        raise DataError(
+            f"{annotations.root}: augment.combine.copy_paste needs instance masks, and the annotations have none; set it to null"
+        )
+    if augment.transforms:
+        augment.check()
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

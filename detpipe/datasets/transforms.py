@@ -1,30 +1,49 @@
-"""Augmentation of an image together with its boxes and proposals: the one adapter over albumentations.
+"""Augmentation of training images together with their boxes and proposals, in a fixed order.
 
-Three things are kept from albumentations. It returns labels as floats, so that 16777217 becomes 16777216: only row
-numbers pass through it. It raises for boxes that stick out of the image: they are clipped before. It gives each
-transform of a pipeline the same seed, which would tie a crop to a flip: each gets its own.
+copy-paste, mosaic, mix-up (several images) -> flips -> zoom -> crops -> transforms of one's own -> colors -> degradation
+
+Every draw is decided by the seed that is given, such as (seed, epoch, index).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from detpipe.datasets.augment_settings import Combine, Degrade, Photometric, SafeCrop, Transform
 from detpipe.types import Target
 
 if TYPE_CHECKING:
     import albumentations
 
+_NOTHING = Combine()
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The set that an image belongs to, for what takes several images.
+
+    Args:
+        count: of the images of the set.
+        index: of this image, which is never its own neighbor.
+        read: an index -> image ``[3, H, W]`` uint8 and its target, as in the files; errors are passed on.
+        masks: an index -> ``[G, H, W]`` bool, a mask for each box of the target; None where there are none.
+    """
+
+    count: int
+    index: int
+    read: Callable[[int], tuple[Tensor, Target]]
+    masks: Callable[[int], npt.NDArray[np.bool_]] | None = None
+
 
 @dataclass(frozen=True)
 class Augment:
-    """What may happen to a training image, its boxes and its proposals.
+    """What may happen to a training image, its boxes and its proposals; docs/augmentation.md shows it.
 
     Args:
         flip: probability of a left-right flip, 0 to 1.
@@ -35,6 +54,11 @@ class Augment:
             to 1.4. The hue turns by up to a tenth of it.
         min_visibility: boxes of which less than this fraction is left in the picture are removed, 0 to 1.
         vertical_flip: probability of a top-bottom flip, 0 to 1; for images without an upright, such as microscopy.
+        safe_crop: a random window that keeps objects; null for none.
+        photometric: changes of the colors, each with a probability; null for none.
+        degrade: blur, noise and compression; null for none.
+        combine: mosaic, mix-up and copy-paste, which take several images.
+        transforms: transforms of albumentations by name, in their order.
     """
 
     flip: float = 0.5
@@ -43,6 +67,11 @@ class Augment:
     color: float = 0.0
     min_visibility: float = 0.25
     vertical_flip: float = 0.0
+    safe_crop: SafeCrop | None = None
+    photometric: Photometric | None = None
+    degrade: Degrade | None = None
+    combine: Combine = _NOTHING
+    transforms: tuple[Transform, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("flip", "vertical_flip", "crop", "color", "min_visibility"):
@@ -52,73 +81,61 @@ class Augment:
             object.__setattr__(self, "scale_jitter", tuple(self.scale_jitter))  # a list could not be hashed
             if len(self.scale_jitter) != 2 or not 0.1 <= self.scale_jitter[0] <= self.scale_jitter[1] <= 10:
                 raise ValueError(f"scale_jitter must be [smallest, largest] within 0.1..10, got {self.scale_jitter}")
+        object.__setattr__(self, "transforms", tuple(self.transforms))
 
-    def __call__(self, image: Tensor, target: Target, seed: int | Sequence[int]) -> tuple[Tensor, Target]:
+    def check(self) -> None:
+        """Build what is imported late, so that its faults are found before the first image.
+
+        Raises:
+            ValueError: a transform of the configuration has arguments that it does not take.
+        """
+        from detpipe.datasets.transforms_pipeline import build_steps
+
+        build_steps(self)
+
+    def __call__(
+        self, image: Tensor, target: Target, seed: int | Sequence[int], neighbors: Neighbors | None = None
+    ) -> tuple[Tensor, Target]:
         """Transform one image with everything that belongs to it.
 
         Args:
             image: ``[3, H, W]`` uint8.
             target: boxes in pixels of the image, and what else is known of them; not changed.
             seed: non-negative numbers that decide every draw, such as (seed, epoch, index).
+            neighbors: where other images come from; only needed for ``combine``.
 
         Returns:
             The new image ``[3, H', W']`` uint8 and its target. Boxes, and all that is said of them, and proposals are
-            those that are still visible; the area shrinks and grows with the box.
+            those that are still visible, of all images that were combined, those of this image first; ``image_id`` and
+            ``file_name`` stay. The area shrinks and grows with the box.
+
+        Raises:
+            ValueError: images are to be combined, but there are no neighbors, too few, or none with masks.
         """
-        from detpipe.datasets.transforms_pipeline import (
-            build_pipeline,
-        )  # takes seconds to import, and only training needs it
+        # take seconds to import, and only training needs them
+        from detpipe.datasets import transforms_pipeline  # isort: skip (it keeps albumentations from the network)
+        from detpipe.datasets.combining import combined
+        from detpipe.datasets.scene import finish, scene_of
 
-        pipeline = build_pipeline(self)
-        reseed(pipeline, seed)
-        boxes, rows = _stack(target, image.shape[2], image.shape[1])
-        out = pipeline(image=np.ascontiguousarray(image.permute(1, 2, 0).numpy()), bboxes=boxes, rows=rows)
-        moved = torch.from_numpy(np.ascontiguousarray(out["image"])).permute(2, 0, 1).contiguous()
-        return moved, _unstack(
-            target, np.asarray(out["bboxes"]), np.asarray(out["rows"]), moved.shape[2], moved.shape[1]
-        )
+        now = scene_of(image, target)
+        if self.combine.images > 1:
+            if neighbors is None:
+                raise ValueError("combine needs the other images of the set: give neighbors")
+            draws = np.random.SeedSequence(seed, spawn_key=(1,))
+            now = combined(self.combine, now, neighbors, draws, self.min_visibility)
+        now = transforms_pipeline.run(transforms_pipeline.build_steps(self), now, seed)
+        return finish(now, self.min_visibility)
 
 
-def reseed(pipeline: albumentations.Compose, seed: int | Sequence[int]) -> None:
+def reseed(
+    steps: Sequence[albumentations.BasicTransform | albumentations.BaseCompose], seed: int | Sequence[int]
+) -> None:
     """Draw an own seed for every transform; costs tens of microseconds.
 
     Args:
-        pipeline: whose transforms get other seeds.
+        steps: which get other seeds.
         seed: non-negative numbers that decide them.
     """
-    seeds = np.random.SeedSequence(seed).generate_state(len(pipeline.transforms))
-    for transform, own in zip(pipeline.transforms, seeds.tolist(), strict=True):
-        transform.set_random_seed(own)
-
-
-def _stack(target: Target, width: int, height: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Boxes, then proposals, clipped to the image [M, 4], and their row numbers [M]; those outside are left out."""
-    empty = torch.empty(0, 4)
-    both = torch.cat([target.get("boxes", empty), target.get("proposals", empty)]).double().numpy()
-    clipped = both.clip(0, [width, height, width, height])
-    rows = np.flatnonzero((clipped[:, 2:] > clipped[:, :2]).all(1))
-    return clipped[rows], rows
-
-
-def _unstack(target: Target, boxes: npt.NDArray[Any], rows: npt.NDArray[Any], width: int, height: int) -> Target:
-    """Distribute what is left of the stack [M', 4] to boxes and proposals again."""
-    box = torch.from_numpy(boxes.reshape(-1, 4).clip(0, [width, height, width, height])).float()
-    row = torch.from_numpy(rows.reshape(-1).astype(np.int64))
-    sized = (box[:, 2:] > box[:, :2]).all(1)
-    box, row = box[sized], row[sized]
-    before = target.get("boxes", torch.empty(0, 4))
-    kept, moved = row[row < len(before)], box[row < len(before)]
-    result = target.copy()
-    result["boxes"] = moved
-    for name in ("labels", "iscrowd", "difficult"):
-        if (values := target.get(name)) is not None:
-            result[name] = values[kept]
-    if (area := target.get("area")) is not None:
-        result["area"] = area[kept] * _area(moved) / _area(before[kept])
-    if "proposals" in target:
-        result["proposals"] = box[row >= len(before)]
-    return result
-
-
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    seeds = np.random.SeedSequence(seed).generate_state(len(steps))
+    for step, own in zip(steps, seeds.tolist(), strict=True):
+        step.set_random_seed(own)

@@ -26,7 +26,7 @@ def training(views: Views, seed: int | Sequence[int]) -> albumentations.Compose:
         A pipeline over ``image``, valid until the next call.
     """
     pipeline = _training(views)
-    reseed(pipeline, seed)
+    reseed(pipeline.transforms, seed)
     return pipeline
 
 

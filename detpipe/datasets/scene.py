@@ -1,0 +1,153 @@
+"""An image on its way through the augmentation, with everything that must stay in step with it.
+
+What is said of an object (label, flags) never goes through a transform: boxes carry the row where it stands. So labels keep all
+their digits, and boxes that several images brought together keep what is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from detpipe.types import Target
+
+_LEAST = 0.01  # pixels: a box with a smaller side has left the image
+_ROUNDING = 1e-6
+_TENSORS = ("boxes", "labels", "iscrowd", "difficult", "area", "proposals")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image, and the boxes that are in it now: objects and proposals in one stack of M, so that both move alike.
+
+    Args:
+        image: ``[H, W, 3]`` uint8 RGB.
+        target: what is known of the objects and proposals, with boxes as they were in their image file; not changed.
+        boxes: ``[M, 4]`` xyxy where they are now; they may reach beyond the image, so that what is lost can be measured.
+        rows: ``[M]`` which object of the target each box is, 0..G-1; G and more for proposals.
+        share: ``[M]`` the part of each box that earlier steps have left of it, 0 to 1.
+    """
+
+    image: npt.NDArray[np.uint8]
+    target: Target
+    boxes: npt.NDArray[np.float64]
+    rows: npt.NDArray[np.int64]
+    share: npt.NDArray[np.float64]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.image.shape[0], self.image.shape[1]
+
+    @property
+    def objects(self) -> int:
+        """G, the number of objects of the target."""
+        return len(boxes_of(self.target))
+
+    def take(self, places: npt.NDArray[Any]) -> Scene:
+        """Keep some of the boxes; ``places`` are indices or ``[M]`` bool."""
+        return replace(self, boxes=self.boxes[places], rows=self.rows[places], share=self.share[places])
+
+
+def boxes_of(target: Target) -> Tensor:
+    """The boxes of a target, ``[0, 4]`` where it has none."""
+    return target.get("boxes", torch.empty(0, 4))
+
+
+def scene_of(image: Tensor, target: Target) -> Scene:
+    """Begin with one image.
+
+    Args:
+        image: ``[3, H, W]`` uint8.
+        target: boxes in pixels of the image. They are clipped to it; those outside are left out.
+
+    Returns:
+        The scene; its image shares memory with nothing.
+    """
+    height, width = image.shape[1:]
+    both = torch.cat([boxes_of(target), target.get("proposals", torch.empty(0, 4))]).double().numpy()
+    boxes = both.clip(0, [width, height, width, height])
+    rows = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
+    pixels = np.array(image.permute(1, 2, 0).numpy(), order="C")
+    return Scene(pixels, target, boxes[rows], rows, np.ones(len(rows)))
+
+
+def pool(scenes: Sequence[Scene], image: npt.NDArray[np.uint8]) -> Scene:
+    """Bring the objects and proposals of several scenes together, in their order.
+
+    Args:
+        scenes: at least one, all boxes in the frame of the image.
+        image: ``[H, W, 3]`` what is seen of all of them.
+
+    Returns:
+        The scene. Its ``image_id`` and ``file_name`` are those of the first.
+
+    Raises:
+        ValueError: some targets say things that others do not, such as flags or proposals.
+    """
+    first = scenes[0].target
+    target = first.copy()
+    for name in _TENSORS:
+        values: list[Tensor] = [scene.target[name] for scene in scenes if name in scene.target]  # type: ignore[literal-required]
+        if values and len(values) != len(scenes):
+            have = [str(scene.target.get("file_name", "?")) for scene in scenes if name in scene.target]
+            raise ValueError(
+                f"images to be combined must say the same of their objects: only {', '.join(have)} have {name}"
+            )
+        if values:
+            target[name] = torch.cat(values)  # type: ignore[literal-required]
+    objects = [scene.objects for scene in scenes]
+    proposals = [len(scene.target.get("proposals", ())) for scene in scenes]
+    rows = []
+    for k, scene in enumerate(scenes):
+        of_object = sum(objects[:k])
+        of_proposal = sum(objects) + sum(proposals[:k]) - objects[k]
+        rows.append(scene.rows + np.where(scene.rows < objects[k], of_object, of_proposal))
+    return Scene(
+        image,
+        target,
+        np.concatenate([scene.boxes for scene in scenes]),
+        np.concatenate(rows),
+        np.concatenate([scene.share for scene in scenes]),
+    )
+
+
+def finish(scene: Scene, min_visibility: float) -> tuple[Tensor, Target]:
+    """Clip the boxes, remove those that are hardly seen, and look up what is said of the rest.
+
+    Args:
+        scene: after all steps.
+        min_visibility: boxes of which less than this part is left of what was annotated are removed, 0 to 1.
+
+    Returns:
+        The image ``[3, H, W]`` uint8, and its target; the area shrinks and grows with the box.
+    """
+    height, width = scene.size
+    inside = scene.boxes.clip(0, [width, height, width, height])
+    sides, before = inside[:, 2:] - inside[:, :2], scene.boxes[:, 2:] - scene.boxes[:, :2]
+    visible = scene.share * sides.prod(1) / before.prod(1).clip(min=1e-12)
+    keep = (sides > _LEAST).all(1) & (visible >= min_visibility - _ROUNDING)
+    boxes, rows = torch.from_numpy(inside[keep]).float(), torch.from_numpy(scene.rows[keep])
+    sized = (boxes[:, 2:] > boxes[:, :2]).all(1)  # in float32 as well
+    boxes, rows = boxes[sized], rows[sized]
+    is_object = rows < scene.objects
+    target, kept = scene.target.copy(), rows[is_object]
+    target["boxes"] = boxes[is_object]
+    for name in ("labels", "iscrowd", "difficult"):
+        if (values := scene.target.get(name)) is not None:
+            target[name] = values[kept]
+    if (area := scene.target.get("area")) is not None:
+        target["area"] = area[kept] * _area(target["boxes"]) / _area(boxes_of(scene.target)[kept])
+    if "proposals" in scene.target:
+        target["proposals"] = boxes[~is_object]
+    return torch.from_numpy(np.ascontiguousarray(scene.image.transpose(2, 0, 1))), target
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
