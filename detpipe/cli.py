@@ -43,6 +43,8 @@ commands:
                         boxes of one's own: make them, or turn other programs' files into a store, and know their recall
   data check|info|show|convert|split PATH ...
                         a data set: name its faults, measure and draw it, convert it between layouts, divide it
+  data download voc07|voc12|coco2017
+                        fetch and unpack a public data set
 
 options:
   --debug               show the whole traceback of an error
