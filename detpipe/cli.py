@@ -72,6 +72,13 @@ COMMANDS = {
     "data": ("detpipe.commands.data_commands", "main"),
 }
 
+_WORKERS = {  # how PyTorch's messages of data workers begin -> what to do
+    "DataLoader worker (pid": "a process that loads images was ended from outside, most often because memory ran out; checkpoints "
+    "are intact; start again with fewer, --data.loader.num_workers (0 loads in the main process)",
+    "DataLoader timed out": "a process that loads images hangs, or the storage is slow; checkpoints are intact; a longer wait is "
+    "--data.loader.timeout SECONDS",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -160,4 +167,7 @@ def one_line(error: BaseException) -> str:
         return " ".join(line.strip() for line in lines)
     if isinstance(error, OSError):
         return str(error)
+    advice = next((text for sign, text in _WORKERS.items() if message.startswith(sign)), None)
+    if advice:
+        return f"{message.rstrip('. ')}: {advice}"
     return f"{type(error).__name__}: {message} (run again with --debug for the traceback)"

@@ -99,7 +99,7 @@ def _repeated_boxes(a: Annotations) -> list[Fault]:
 
 
 def _compare_class_lists(read: Mapping[str, Annotations], faults: dict[str, list[Fault]]) -> None:
-    """Warn of splits that have other classes than the first of them, and of classes that only the first lacks objects of."""
+    """Name splits that have other classes than the first of them, which training refuses together, and classes without objects."""
     if not read:
         return
     first, *others = read
@@ -116,7 +116,7 @@ def _compare_class_lists(read: Mapping[str, Annotations], faults: dict[str, list
             if word in listed and known[word] != listed[word]
         ]
         message = "; ".join(parts) or "the same classes in another order"
-        faults.setdefault(f"{first} and {name}", []).append(Fault("classes: lists differ", message, serious=False))
+        faults.setdefault(f"{first} and {name}", []).append(Fault("data set: class lists differ", message))
     for name in read:
         empty = [
             word

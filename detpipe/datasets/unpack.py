@@ -13,12 +13,13 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from detpipe.datasets.faults import Fault
 from detpipe.datasets.fetch import check_space
 from detpipe.errors import DownloadError
 
@@ -60,6 +61,11 @@ class _Member:
     source: Any
 
 
+_Found = tuple[
+    str, int, str, Any
+]  # name (of a folder with a slash behind it), bytes, what is wrong, the archive's own record
+
+
 def unpack(archive: str | Path, folder: str | Path, inner: str = "", limits: Limits = _USUAL) -> int:
     """Write what is in a folder of an archive into another.
 
@@ -81,9 +87,9 @@ def unpack(archive: str | Path, folder: str | Path, inner: str = "", limits: Lim
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
-                return _write_zip(opened, _members(archive, _zip_members(archive, opened), inner, limits), folder)
+                return _write_zip(opened, _members(archive, _zip_members(opened), inner, limits), folder)
         with tarfile.open(archive, "r:") as opened:
-            return _write_tar(opened, _members(archive, _tar_members(archive, opened), inner, limits), folder)
+            return _write_tar(opened, _members(archive, _tar_members(opened), inner, limits), folder)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise DownloadError(
             f"{archive}: cannot be unpacked ({error}): expected a .zip or an uncompressed .tar; it is damaged, or something else"
@@ -94,58 +100,89 @@ def unpack(archive: str | Path, folder: str | Path, inner: str = "", limits: Lim
         raise DownloadError(f"{archive}: cannot be unpacked to {folder} ({error})") from error
 
 
-def _members(archive: Path, found: Iterator[tuple[str, int, bool, Any]], inner: str, limits: Limits) -> list[_Member]:
+def archive_faults(archive: str | Path, limits: Limits = _USUAL) -> list[Fault]:
+    """Look at an archive without unpacking it.
+
+    Args:
+        archive: a ``.zip``, or a ``.tar`` that is not compressed.
+        limits: what it may hold.
+
+    Returns:
+        All that `unpack` would refuse it for.
+    """
+    archive = Path(archive)
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                return list(_faults(archive, _zip_members(opened), limits, []))
+        with tarfile.open(archive, "r:") as opened:
+            return list(_faults(archive, _tar_members(opened), limits, []))
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+        return [Fault("archive: damaged", f"{archive}: cannot be read as a .zip or an uncompressed .tar ({error})")]
+
+
+def _members(archive: Path, found: Iterator[_Found], inner: str, limits: Limits) -> list[_Member]:
     """Look at every member; those that are files in the inner folder are to be written."""
     prefix = f"{inner.strip('/')}/" if inner else ""
-    allowed = limits.ratio * archive.stat().st_size
-    names: set[str] = set()
-    wanted: list[_Member] = []
-    total = 0
-    for count, (name, size, is_file, source) in enumerate(found, start=1):
-        plain = name.rstrip("/") if not is_file else name
-        _check_name(archive, plain, limits)
-        total += size
-        if count > limits.members:
-            raise DownloadError(f"{archive}: refused, it has more than {limits.members} members")
-        if size < 0 or total > allowed:
-            raise DownloadError(
-                f"{archive}: refused, its members up to {name!r} would take {total} bytes, more than {limits.ratio:g} times its own"
-            )
-        plain = plain.removeprefix("./")
-        if is_file:
-            if plain in names:
-                raise DownloadError(f"{archive}: refused, the member {name!r} is there twice")
-            names.add(plain)
-            if plain.startswith(prefix):
-                wanted.append(_Member(name, plain.removeprefix(prefix), size, source))
+    files: list[_Member] = []
+    for fault in _faults(archive, found, limits, files):
+        raise DownloadError(fault.message)
+    wanted = [member for member in files if member.target.startswith(prefix)]
     if not wanted:
         raise DownloadError(f"{archive}: has no file in {inner or 'it'}: it is another archive than was expected")
-    return wanted
+    return [replace(member, target=member.target.removeprefix(prefix)) for member in wanted]
 
 
-def _check_name(archive: Path, name: str, limits: Limits) -> None:
-    parts = name.split("/")
-    absolute = name.startswith("/") or name[1:2] == ":"
-    if not name or absolute or ".." in parts or "\\" in name or "\0" in name or len(name) > limits.length:
+def _faults(archive: Path, found: Iterator[_Found], limits: Limits, files: list[_Member]) -> Iterator[Fault]:
+    """What is wrong with each member; the files among them are added to ``files``. Ends at what grows beyond measure."""
+    allowed = limits.ratio * archive.stat().st_size
+    names: set[str] = set()
+    total = 0
+    for count, (name, size, problem, source) in enumerate(found, start=1):
+        is_file = not name.endswith("/")
+        plain = name.rstrip("/").removeprefix("./")
         shown = name if len(name) <= 100 else f"{name[:97]}..."
-        raise DownloadError(f"{archive}: refused, the member {shown!r} leads out of the folder or has no fit name")
+        total += size
+        if count > limits.members:
+            text = f"{archive}: refused, it has more than {limits.members} members"
+            return (yield Fault("archive: too many members", text))
+        if size < 0 or total > allowed:
+            grown = f"would take {total} bytes, more than {limits.ratio:g} times its own"
+            text = f"{archive}: refused, its members up to {shown!r} {grown}"
+            return (yield Fault("archive: grows beyond measure", text))
+        if not _is_fit(name.rstrip("/"), limits):
+            text = f"{archive}: refused, the member {shown!r} leads out of the folder or has no fit name"
+            yield Fault("archive: leads out of the folder", text)
+        elif problem:
+            yield Fault(f"archive: {problem}", f"{archive}: refused, the member {shown!r} is {problem}")
+        elif is_file and plain in names:
+            yield Fault("archive: there twice", f"{archive}: refused, the member {shown!r} is there twice")
+        elif is_file:
+            files.append(_Member(name, plain, size, source))
+        names.update([plain] if is_file else [])
+    return None
 
 
-def _zip_members(archive: Path, opened: zipfile.ZipFile) -> Iterator[tuple[str, int, bool, Any]]:
+def _is_fit(name: str, limits: Limits) -> bool:
+    absolute = name.startswith("/") or name[1:2] == ":"
+    unfit = ".." in name.split("/") or "\\" in name or "\0" in name or len(name) > limits.length
+    return bool(name) and not absolute and not unfit
+
+
+def _zip_members(opened: zipfile.ZipFile) -> Iterator[_Found]:
     for info in opened.infolist():
         kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the archive was made without one
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or info.flag_bits & 1:
-            what = "is encrypted" if info.flag_bits & 1 else "is a link or a device"
-            raise DownloadError(f"{archive}: refused, the member {info.filename!r} {what}")
-        name = info.orig_filename  # as in the archive: reading has cut it at a zero and turned backslashes
-        yield name, info.file_size, not name.endswith("/"), info
+        problem = "" if kind in (0, stat.S_IFREG, stat.S_IFDIR) else "a link or a device"
+        problem = "encrypted" if info.flag_bits & 1 else problem
+        # the name as in the archive: reading has cut it at a zero and turned backslashes
+        yield info.orig_filename, info.file_size, problem, info
 
 
-def _tar_members(archive: Path, opened: tarfile.TarFile) -> Iterator[tuple[str, int, bool, Any]]:
+def _tar_members(opened: tarfile.TarFile) -> Iterator[_Found]:
     for info in opened:
-        if not (info.isreg() or info.isdir()) or info.issparse():
-            raise DownloadError(f"{archive}: refused, the member {info.name!r} is a link, a device or sparse")
-        yield info.name, info.size, info.isreg(), info
+        fine = (info.isreg() or info.isdir()) and not info.issparse()
+        name = f"{info.name}/" if info.isdir() else info.name
+        yield name, info.size, "" if fine else "a link, a device or sparse", info
 
 
 def _write_zip(opened: zipfile.ZipFile, members: Sequence[_Member], folder: Path) -> int:

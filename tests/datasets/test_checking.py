@@ -197,8 +197,8 @@ def test_row_12_class_lists_that_differ(tmp_path: Path) -> None:
     write_coco(tmp_path, content, "val")
     (tmp_path / "val" / "0.jpg").unlink()
     picture(40, 60, 9).save(tmp_path / "val" / "0.jpg")
-    warnings = check(tmp_path, "train", "val").grouped(False)
-    assert warnings["classes: lists differ"] == [
+    errors = check(tmp_path, "train", "val").grouped(True)
+    assert errors["data set: class lists differ"] == [
         "train and val: only in train: 'owl' (id 90); only in val: 'fox' (id 91)"
     ]
     assert "val: 1 classes: 'fox'" not in messages(check(tmp_path, "train", "val"), False)  # said above already
