@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from detpipe.commands.data_source import Parser, new_output, open_splits, source_parser
+from detpipe.commands.data_source import Parser, new_output, open_splits, read_split, source_parser
 from detpipe.datasets.coco import COCO
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.writers import Flags, Images, Written, write_coco, write_csv, write_voc, write_yolo
@@ -36,7 +36,7 @@ def run_convert(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     folder = new_output(options.output)
     opened = open_splits(options)
-    splits = {name: data.annotations("val") for name, data in opened.items()}
+    splits = {name: read_split(data) for name, data in opened.items()}
     written = write_layout(options.to, splits, folder, options)
     print(describe(written, splits, fields_left_out(opened)))
     return 0

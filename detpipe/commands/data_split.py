@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, write_layout
-from detpipe.commands.data_source import new_output, open_splits, source_parser
+from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
 from detpipe.datasets.checking import equal_files
 from detpipe.datasets.joining import join
 from detpipe.datasets.layouts import known_layout
@@ -58,7 +58,7 @@ def run_split(arguments: Sequence[str]) -> int:
             f"{options.data} has several splits: name those that are to be divided anew with --split, again for each; there are "
             f"{', '.join(opened)}"
         )
-    pool, repeated = join([data.annotations("val") for data in opened.values()])
+    pool, repeated = join([read_split(data) for data in opened.values()])
     if len(pool) < len(parts):
         raise UsageError(f"{options.data} has {len(pool)} images: too few for {len(parts)} parts")
     rows = stratified_parts(pool, list(parts.values()), options.seed, groups_of(pool, options.group_by))
@@ -70,7 +70,7 @@ def run_split(arguments: Sequence[str]) -> int:
         )
     written = write_layout(_layout(options), divided, folder, options)
     more = [f"{repeated} images that several splits name are taken once"] if repeated else []
-    counts = {name: data.annotations("val") for name, data in opened.items()}
+    counts = {name: read_split(data) for name, data in opened.items()}
     print(describe(written, counts, [*more, *fields_left_out(opened)]))
     print(table(divided))
     return 0

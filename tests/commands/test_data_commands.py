@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets.builders import HEADER, coco_content, picture, voc_object, write_coco, write_csv, write_voc, write_yolo
+from datasets.test_unpack import tar_of, zip_of
 from PIL import Image
 
 from detpipe import cli
@@ -85,6 +86,34 @@ def test_check_lists_every_kind_with_the_first_of_each(
         main(["check", str(voc), "--show", "-1"])
 
 
+def test_check_says_once_what_several_splits_share(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_voc(voc, {"bad": [voc_object(), voc_object(box=(5, 5, 5, 9))]}, "more")
+    (voc / "ImageSets" / "Main" / "most.txt").write_text("bad\nim0\n")
+    assert main(["check", str(voc)]) == 1
+    shown = capsys.readouterr().out
+    assert "1 errors\n  boxes: zero or negative size (1)\n    more, most: " in shown
+
+
+@pytest.mark.parametrize(("name", "status"), [("a.jpg", 0), ("../../evil", 1)])
+def test_check_looks_at_archives_without_unpacking(
+    name: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for make in (tar_of, zip_of):
+        path = make(
+            tmp_path / f"set.{make.__name__[:3]}", {"fine": b"1", name: b"2", "/also": b"3"} if status else {name: b"2"}
+        )
+        assert main(["check", str(path)]) == status
+        shown = capsys.readouterr().out
+        assert f"{2 * status} errors; its images and annotations" in shown
+        assert shown.count("leads out of the folder") == 2 * status
+    assert {path.name for path in tmp_path.iterdir()} == {"set.tar", "set.zip"}
+    (tmp_path / "set.zip").write_bytes(b"x")
+    assert main(["check", str(tmp_path / "set.zip")]) == 1
+    assert "cannot be read as a .zip" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"gone\.zip does not exist"):
+        main(["check", str(tmp_path / "gone.zip")])
+
+
 def test_check_says_what_skipping_would_not_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = coco_content()
     content["images"].append(dict(content["images"][0]))
@@ -123,7 +152,7 @@ def test_info_counts_measures_and_draws(voc: Path, capsys: pytest.CaptureFixture
 
 def test_info_refuses_faults_or_counts_them(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_voc(voc, {"im0": [voc_object(), voc_object(box=(5, 5, 5, 9))]}, "one")
-    with pytest.raises(DataError, match="zero or negative size"):
+    with pytest.raises(DataError, match="zero or negative size; correct them, or add --skip-bad to leave"):
         main(["info", str(voc), "--split", "one"])
     assert main(["info", str(voc), "--split", "one", "--skip-bad"]) == 0
     assert "  boxes skipped: zero or negative size: 1\n" in capsys.readouterr().out
@@ -217,7 +246,7 @@ def test_convert_says_what_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_convert_of_voc_counted_from_0(tmp_path: Path) -> None:
     root = write_voc(tmp_path / "voc", {"a": [voc_object(box=(0, 3, 20, 10))]})
-    with pytest.raises(DataError, match="one_based is on"):
+    with pytest.raises(DataError, match=r"one_based is on.*; add --zero-based if this data counts from 0"):
         main(["convert", str(root), "--to", "csv", "-o", str(tmp_path / "csv")])
     assert main(["convert", str(root), "--zero-based", "--to", "csv", "-o", str(tmp_path / "csv")]) == 0
     assert open_split(str(tmp_path / "csv"), "train").annotations("val").boxes.tolist() == [[0, 3, 20, 10]]
