@@ -136,7 +136,10 @@ def test_it_starts_anew_after_a_reset_and_says_so_when_it_was_forgotten() -> Non
     metric.reset()
     assert fed(metric, by_image(annotations, other)).compute() == evaluate_coco(annotations, other)
     metric.reset()
-    with pytest.raises(DataError, match="nothing to evaluate"), pytest.warns(UserWarning, match="before the ``update``"):
+    with (
+        pytest.raises(DataError, match="nothing to evaluate"),
+        pytest.warns(UserWarning, match="before the ``update``"),
+    ):
         metric.compute()
 
 
