@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,18 @@ def test_training_refuses_or_skips_and_counts(case: Case, tmp_path: Path) -> Non
     for part in ("boxes", "images"):
         skipped = sum(n for key, n in a.counts.items() if key.startswith(f"{part} skipped"))
         assert a.counts[f"{part} read"] == a.counts[f"{part} used"] + skipped
+
+
+def test_the_page_has_every_row_and_names_tests_that_exist() -> None:
+    tests = Path(__file__).resolve().parents[1]
+    page = (tests.parent / "docs" / "data_faults.md").read_text()
+    rows = {int(number): text for number, text in re.findall(r"^\| (\d+) \|(.*)$", page, re.MULTILINE)}
+    assert set(rows) == {*range(1, 36), 39, 47, 48}
+    for number in {case.row for case in CASES}:
+        assert f"`row_{number:02}`" in rows[number], number
+    existing = set(re.findall(r"def (test_\w+)", "".join(path.read_text() for path in tests.rglob("test_*.py"))))
+    files = {path.name for path in tests.rglob("test_*.py")}
+    for name in re.findall(r"\b(test_\w+(?:\.py)?)", page):
+        assert name in existing | files or (name.endswith("_") and any(test.startswith(name) for test in existing)), (
+            name
+        )
