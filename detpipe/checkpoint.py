@@ -235,6 +235,29 @@ def check_class_names(description: Description, class_names: tuple[str, ...], pa
     )
 
 
+def differing_settings(description: Description, model: dict[str, Any]) -> list[str]:
+    """Name what a checkpoint was trained with, and is now to be run without.
+
+    Args:
+        description: of the checkpoint.
+        model: what `describe_model` says of the configuration that its weights are loaded into.
+
+    Returns:
+        A line a setting: weights may fit other anchors or strides, and then find nothing.
+    """
+    before, now = _settings(description.model, "model"), _settings(model, "model")
+    common = sorted(before.keys() & now.keys())
+    return [f"{key} was {before[key]!r}, is {now[key]!r}" for key in common if before[key] != now[key]]
+
+
+def _settings(value: Any, key: str) -> dict[str, Any]:
+    """Dotted key -> value."""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    parts = (_settings(item, f"{key}.{name}".replace(".init_args", "")) for name, item in value.items())
+    return {name: item for part in parts for name, item in part.items()}
+
+
 def add_model(parser: ArgumentParser) -> None:
     """Let a parser build a detector from ``model`` and ``num_classes``; the widths of its stages follow each other."""
     import detpipe.backbones

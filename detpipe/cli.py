@@ -43,6 +43,8 @@ commands:
                         boxes of one's own: make them, or turn other programs' files into a store, and know their recall
   data check|info|show|convert|split PATH ...
                         a data set: name its faults, measure and draw it, convert it between layouts, divide it
+  data download voc07|voc12|coco2017
+                        fetch and unpack a public data set
 
 options:
   --debug               show the whole traceback of an error
@@ -68,6 +70,13 @@ COMMANDS = {
     "inspect": ("detpipe.commands.inspect_attention", "run_inspect"),
     "proposals": ("detpipe.commands.proposal_commands", "main"),
     "data": ("detpipe.commands.data_commands", "main"),
+}
+
+_WORKERS = {  # how PyTorch's messages of data workers begin -> what to do
+    "DataLoader worker (pid": "a process that loads images was ended from outside, most often because memory ran out; checkpoints "
+    "are intact; start again with fewer, --data.loader.num_workers (0 loads in the main process)",
+    "DataLoader timed out": "a process that loads images hangs, or the storage is slow; checkpoints are intact; a longer wait is "
+    "--data.loader.timeout SECONDS",
 }
 
 
@@ -158,4 +167,7 @@ def one_line(error: BaseException) -> str:
         return " ".join(line.strip() for line in lines)
     if isinstance(error, OSError):
         return str(error)
+    advice = next((text for sign, text in _WORKERS.items() if message.startswith(sign)), None)
+    if advice:
+        return f"{message.rstrip('. ')}: {advice}"
     return f"{type(error).__name__}: {message} (run again with --debug for the traceback)"

@@ -14,6 +14,10 @@ class DataError(DetpipeError, ValueError):
     """A fault in images or annotations: names the file, the record, the field and the value."""
 
 
+class DownloadError(DetpipeError, RuntimeError):
+    """A file that cannot be fetched or unpacked: names its address or path and what was expected of it."""
+
+
 class CheckpointError(DetpipeError, ValueError):
     """A checkpoint or weights file that is missing, damaged, or belongs to another model or data set."""
 

@@ -239,6 +239,21 @@ def test_evaluation_by_another_protocol(protocol: str, trained: Path, demo_root:
     assert json.loads((tmp_path / "out.json").read_text()) == numbers
 
 
+def test_settings_that_are_not_those_of_training_are_named(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--json", str(tmp_path / "a.json"), "--detections_out", str(tmp_path / "b.json")]
+    arguments = ["evaluate", str(trained / "config.yaml"), "--ckpt_path", str(trained / "best.ckpt"), *out]
+    assert cli.main(arguments) == 0
+    assert "not as in training" not in capsys.readouterr().out
+    assert cli.main([*arguments, "--model.proposals.anchors.sizes", "[10, 14]"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "note: not as in training: model.proposals.anchors.sizes was [20.0, 28.0], is [10.0, 14.0]; RUN/config" in shown
+    )
+    assert shown.count("not as in training") == 1
+
+
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 2)])
 def test_evaluation_does_not_depend_on_batch_size_and_workers(
     batch_size: int, workers: int, trained: Path, demo_root: Path

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from detpipe.commands.data_source import open_splits, source_parser
 from detpipe.datasets.checking import Report, check_data
+from detpipe.datasets.unpack import archive_faults
 from detpipe.errors import UsageError
 from detpipe.files import atomic_write
 
@@ -31,12 +32,25 @@ def run_check(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     if options.show < 0:
         raise UsageError(f"--show must be 0 or more, got {options.show}")
+    if Path(options.data).suffix.lower() in (".zip", ".tar"):
+        return _check_archive(Path(options.data))
     report = check_data(open_splits(options), decode=not options.no_decode)
     if options.json:
         with atomic_write(Path(options.json)) as temporary:
             temporary.write_text(json.dumps({"data": options.data, **report.as_json()}, indent=1), encoding="utf-8")
     print(describe(report, options.show, decoded=not options.no_decode))
     return 1 if report.total(serious=True) else 0
+
+
+def _check_archive(path: Path) -> int:
+    """Print why an archive must not be unpacked."""
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; expected a data set, or an archive of one")
+    faults = archive_faults(path)
+    for fault in faults:
+        print(fault.message)
+    print(f"{len(faults)} errors; its images and annotations are checked when it is unpacked")
+    return 1 if faults else 0
 
 
 def describe(report: Report, shown: int, decoded: bool) -> str:

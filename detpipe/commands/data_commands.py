@@ -1,4 +1,4 @@
-"""The ``data`` command: look at a data set, find its faults, convert and divide it."""
+"""The ``data`` command: look at a data set, find its faults, convert and divide it; or fetch a public one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from detpipe.errors import UsageError
 from detpipe.suggest import did_you_mean
 
 HELP = """usage: detpipe data check|info|show|convert|split PATH ...
+       detpipe data download voc07|voc12|coco2017
 
 A data set of images with boxes. PATH is a folder in VOC, COCO or YOLO layout, a COCO annotation file (*.json, with --images),
 or a table with a row a box (*.csv).
@@ -22,6 +23,8 @@ commands:
                         write it in another layout, without loss where that can be
   split PATH -o FOLDER --parts train=.8,val=.1,test=.1
                         divide it into parts with equal shares of the objects of every class
+  download voc07|voc12|coco2017 [-o FOLDER]
+                        fetch and unpack a public data set, or go on where that was cut off
 
 'detpipe data COMMAND --help' shows the options of a command.
 """
@@ -32,6 +35,7 @@ COMMANDS = {
     "show": ("detpipe.commands.data_show", "run_show"),
     "convert": ("detpipe.commands.data_convert", "run_convert"),
     "split": ("detpipe.commands.data_split", "run_split"),
+    "download": ("detpipe.commands.data_download", "run_download"),
 }
 
 

@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from detpipe.commands.data_source import Parser, new_output, open_splits, source_parser
+from detpipe.commands.data_source import Parser, new_output, open_splits, read_split, source_parser
 from detpipe.datasets.coco import COCO
 from detpipe.datasets.datamodule import DetectionData
+from detpipe.datasets.outlines import Outlines, by_image, coco_outlines, merge, stored_outlines, yolo_outlines
 from detpipe.datasets.writers import Flags, Images, Written, write_coco, write_csv, write_voc, write_yolo
+from detpipe.datasets.writers.placement import file_name_of
+from detpipe.datasets.yolo import YOLO
 from detpipe.strict_json import load_json
 from detpipe.types import Annotations
 
 LAYOUTS = ("coco", "voc", "yolo", "csv")
-_ELSEWHERE = ("segmentation", "keypoints", "caption", "attributes")  # of COCO's annotations
+_ELSEWHERE = ("keypoints", "caption", "attributes")  # of COCO's annotations: read by nobody
 
 
 def run_convert(arguments: Sequence[str]) -> int:
@@ -36,8 +39,8 @@ def run_convert(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     folder = new_output(options.output)
     opened = open_splits(options)
-    splits = {name: data.annotations("val") for name, data in opened.items()}
-    written = write_layout(options.to, splits, folder, options)
+    splits = {name: read_split(data) for name, data in opened.items()}
+    written = write_layout(options.to, splits, folder, options, read_outlines(opened, splits))
     print(describe(written, splits, fields_left_out(opened)))
     return 0
 
@@ -65,6 +68,7 @@ def write_layout(
     splits: Mapping[str, Annotations],
     folder: Path,
     options: argparse.Namespace,
+    outlines: Outlines,
 ) -> Written:
     """Write splits in a layout.
 
@@ -73,19 +77,47 @@ def write_layout(
         splits: name -> annotations.
         folder: a new one.
         options: what was added by `add_writing`.
+        outlines: segmentations of the boxes.
 
     Returns:
         What was written.
     """
     images: Images = options.image_files
     if layout == "coco":
-        return write_coco(splits, folder, images)
+        return write_coco(splits, folder, images, outlines)
     if layout == "voc":
-        return write_voc(splits, folder, images)
+        return write_voc(splits, folder, images, None, outlines)
     if layout == "csv":
-        return write_csv(splits, folder, images)
+        return write_csv(splits, folder, images, outlines)
     flags: Flags = "drop" if options.drop_flags else "leave out" if options.drop_flagged else "refuse"
-    return write_yolo(splits, folder, images, flags)
+    return write_yolo(splits, folder, images, flags, outlines)
+
+
+def read_outlines(opened: Mapping[str, DetectionData], splits: Mapping[str, Annotations]) -> Outlines:
+    """Read the segmentations of a data set, wherever its layout has them.
+
+    Args:
+        opened: name -> data.
+        splits: name -> annotations.
+
+    Returns:
+        Those of each image.
+
+    Raises:
+        DataError: they do not fit the boxes.
+    """
+    parts = []
+    for name, data in opened.items():
+        a = splits[name]
+        if isinstance(data, COCO):
+            outlines = coco_outlines(data.files("val")[0], a)
+        elif isinstance(data, YOLO) and a.counts.get("boxes from polygons"):
+            outlines = yolo_outlines(a)
+        else:
+            root = Path(getattr(data, "root", "."))
+            outlines = stored_outlines(root if root.is_dir() else root.parent, file_name_of(name), a)
+        parts.append(by_image(outlines, a))
+    return merge(parts)
 
 
 def fields_left_out(opened: Mapping[str, DetectionData]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import NoReturn
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.layouts import EXPECTED, known_layout, open_split, split_names
-from detpipe.errors import UsageError
+from detpipe.errors import DataError, UsageError
 from detpipe.suggest import did_you_mean
 from detpipe.types import Annotations
 
@@ -34,7 +34,8 @@ def source_parser(command: str, description: str, skip_bad: bool = True) -> Pars
         The parser, for options of the command.
     """
     parser = Parser(prog=f"detpipe data {command}", description=description)
-    parser.add_argument("data", metavar="PATH", help=EXPECTED.removeprefix("expected "))
+    also = "" if skip_bad else "; or a .zip or .tar, of which is said whether it may be unpacked"
+    parser.add_argument("data", metavar="PATH", help=EXPECTED.removeprefix("expected ") + also)
     parser.add_argument(
         "--split",
         action="append",
@@ -98,7 +99,26 @@ def read_splits(options: argparse.Namespace) -> dict[str, Annotations]:
     Raises:
         DetpipeError: there is no such data set or split, or it has faults.
     """
-    return {name: data.annotations("val") for name, data in open_splits(options).items()}
+    return {name: read_split(data) for name, data in open_splits(options).items()}
+
+
+def read_split(data: DetectionData) -> Annotations:
+    """Read what `open_splits` opened.
+
+    Args:
+        data: one of them.
+
+    Returns:
+        Its annotations.
+
+    Raises:
+        DataError: it has faults; what to do is said in the words of these commands.
+    """
+    try:
+        return data.annotations("val")
+    except DataError as error:
+        message = str(error).replace("set on_bad to 'skip' to leave", "add --skip-bad to leave")
+        raise DataError(message.replace("set one_based to false if", "add --zero-based if")) from error
 
 
 def unsplit_name(data: str) -> str:

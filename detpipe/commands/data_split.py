@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, write_layout
-from detpipe.commands.data_source import new_output, open_splits, source_parser
+from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, read_outlines, write_layout
+from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
 from detpipe.datasets.checking import equal_files
 from detpipe.datasets.joining import join
 from detpipe.datasets.layouts import known_layout
@@ -58,7 +58,8 @@ def run_split(arguments: Sequence[str]) -> int:
             f"{options.data} has several splits: name those that are to be divided anew with --split, again for each; there are "
             f"{', '.join(opened)}"
         )
-    pool, repeated = join([data.annotations("val") for data in opened.values()])
+    splits = {name: read_split(data) for name, data in opened.items()}
+    pool, repeated = join(list(splits.values()))
     if len(pool) < len(parts):
         raise UsageError(f"{options.data} has {len(pool)} images: too few for {len(parts)} parts")
     rows = stratified_parts(pool, list(parts.values()), options.seed, groups_of(pool, options.group_by))
@@ -68,10 +69,9 @@ def run_split(arguments: Sequence[str]) -> int:
         raise UsageError(
             f"the part {empty[0]} gets no image: there are too few, or too few groups; give it a larger share"
         )
-    written = write_layout(_layout(options), divided, folder, options)
+    written = write_layout(_layout(options), divided, folder, options, read_outlines(opened, splits))
     more = [f"{repeated} images that several splits name are taken once"] if repeated else []
-    counts = {name: data.annotations("val") for name, data in opened.items()}
-    print(describe(written, counts, [*more, *fields_left_out(opened)]))
+    print(describe(written, splits, [*more, *fields_left_out(opened)]))
     print(table(divided))
     return 0
 

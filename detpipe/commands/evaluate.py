@@ -100,6 +100,8 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
         if path.is_dir():
             raise UsageError(f"{path} is a folder; give the name of a file for --json and --detections_out")
     print(data.describe(split))
+    for setting in checkpoint.differing_settings(description, checkpoint.describe_model(config.model)):
+        print(f"note: not as in training: {setting}; RUN/config.yaml has all settings of a run")
     loader = data.eval_dataloader(split)
     trainer = cli.trainer_with(callbacks=[TQDMProgressBar()], enable_checkpointing=False)
     found = trainer.predict(cli.model, loader) or []  # of this process' batches, of which it may have none

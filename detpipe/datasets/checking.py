@@ -31,17 +31,21 @@ class Report:
     faults: dict[str, list[Fault]]
 
     def grouped(self, serious: bool) -> dict[str, list[str]]:
-        """Messages by kind, the kind with most faults first.
+        """Messages by kind, the kind with most faults first; one that several splits share is said once.
 
         Args:
             serious: those that make data unusable, or those that are only worth a look.
         """
-        groups: dict[str, list[str]] = defaultdict(list)
+        groups: dict[str, dict[str, list[str]]] = defaultdict(dict)  # kind -> message -> splits
         for split, faults in self.faults.items():
             for fault in faults:
                 if fault.serious == serious:
-                    groups[fault.kind].append(f"{split}: {fault.message}")
-        return dict(sorted(groups.items(), key=lambda group: (-len(group[1]), group[0])))
+                    groups[fault.kind].setdefault(fault.message, []).append(split)
+        found = {
+            kind: [f"{', '.join(dict.fromkeys(splits))}: {message}" for message, splits in messages.items()]
+            for kind, messages in groups.items()
+        }
+        return dict(sorted(found.items(), key=lambda group: (-len(group[1]), group[0])))
 
     def total(self, serious: bool) -> int:
         """How many faults there are."""
@@ -99,7 +103,7 @@ def _repeated_boxes(a: Annotations) -> list[Fault]:
 
 
 def _compare_class_lists(read: Mapping[str, Annotations], faults: dict[str, list[Fault]]) -> None:
-    """Warn of splits that have other classes than the first of them, and of classes that only the first lacks objects of."""
+    """Name splits that have other classes than the first of them, which training refuses together, and classes without objects."""
     if not read:
         return
     first, *others = read
@@ -116,7 +120,7 @@ def _compare_class_lists(read: Mapping[str, Annotations], faults: dict[str, list
             if word in listed and known[word] != listed[word]
         ]
         message = "; ".join(parts) or "the same classes in another order"
-        faults.setdefault(f"{first} and {name}", []).append(Fault("classes: lists differ", message, serious=False))
+        faults.setdefault(f"{first} and {name}", []).append(Fault("data set: class lists differ", message))
     for name in read:
         empty = [
             word

@@ -16,6 +16,8 @@ _AREAS = (32.0**2, 96.0**2)  # COCO's borders between small, medium and large
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _NAMES = ("min", "5%", "25%", "median", "75%", "95%", "max")
 _STEPS = 100  # of k-means, which has long settled by then
+_ROUNDS = 10  # of moving anchors
+_ENOUGH = 4000  # boxes that decide about anchors, spread over all
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class SuggestedAnchors:
 
 
 def suggest_anchors(sides: npt.NDArray[np.float64], sizes: int = 4, ratios: int = 3) -> SuggestedAnchors:
-    """Find shapes of anchors that fit boxes: the means of clusters of the logarithms of their sizes and ratios.
+    """Find shapes of anchors that fit boxes: clusters of the logarithms of their sizes and ratios, then moved to fit together.
 
     Args:
         sides: ``[B, 2]`` width and height of at least one box, in pixels of the resized image.
@@ -128,12 +130,49 @@ def suggest_anchors(sides: npt.NDArray[np.float64], sizes: int = 4, ratios: int 
     Returns:
         The anchors, sizes and ratios ascending, and how well they fit.
     """
-    size = np.sqrt(sides.prod(axis=1))
-    found_sizes = sorted({max(1, round(float(np.exp(mean)))) for mean in cluster(np.log(size), sizes)})
-    aspect = np.log(sides[:, 1] / sides[:, 0])
-    found_ratios = sorted({float(f"{np.exp(mean):.2g}") for mean in cluster(aspect, ratios)})
+    few = sides[:: max(1, len(sides) // _ENOUGH)]
+    aspect = np.log(few[:, 1] / few[:, 0])
+    means = cluster(np.log(few.prod(axis=1)) / 2, sizes), cluster(aspect, ratios)
+    means = refine(few, *means)
+    found_sizes = sorted({max(1, round(float(np.exp(mean)))) for mean in means[0]})
+    found_ratios = sorted({float(f"{np.exp(mean):.2g}") for mean in means[1]})
     best = fit(sides, found_sizes, found_ratios)
     return SuggestedAnchors(tuple(found_sizes), tuple(found_ratios), float(best.mean()), float((best >= 0.7).mean()))
+
+
+def refine(
+    sides: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], ratios: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Move sizes and ratios, one at a time, while the mean of the best IoUs grows.
+
+    Every size has every ratio, so that the means of clusters of either alone are not yet the best of both.
+
+    Args:
+        sides: ``[B, 2]`` width and height.
+        sizes: logarithms.
+        ratios: logarithms.
+
+    Returns:
+        Sizes and ratios, as logarithms.
+    """
+    values, count = np.concatenate([sizes, ratios]), len(sizes)
+
+    def quality(tried: npt.NDArray[np.float64]) -> float:
+        return float(fit(sides, np.exp(tried[:count]).tolist(), np.exp(tried[count:]).tolist()).mean())
+
+    best = quality(values)
+    for step in (0.2, 0.1, 0.05):  # of the logarithms
+        for _ in range(_ROUNDS):
+            before = best
+            for k in range(len(values)):
+                for move in (-step, step):
+                    tried = values.copy()
+                    tried[k] += move
+                    if (found := quality(tried)) > best + 1e-6:
+                        values, best = tried, found
+            if best == before:
+                break
+    return values[:count], values[count:]
 
 
 def fit(sides: npt.NDArray[np.float64], sizes: Sequence[float], ratios: Sequence[float]) -> npt.NDArray[np.float64]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets.builders import HEADER, coco_content, picture, voc_object, write_coco, write_csv, write_voc, write_yolo
+from datasets.test_unpack import tar_of, zip_of
 from PIL import Image
 
 from detpipe import cli
@@ -85,6 +86,34 @@ def test_check_lists_every_kind_with_the_first_of_each(
         main(["check", str(voc), "--show", "-1"])
 
 
+def test_check_says_once_what_several_splits_share(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_voc(voc, {"bad": [voc_object(), voc_object(box=(5, 5, 5, 9))]}, "more")
+    (voc / "ImageSets" / "Main" / "most.txt").write_text("bad\nim0\n")
+    assert main(["check", str(voc)]) == 1
+    shown = capsys.readouterr().out
+    assert "1 errors\n  boxes: zero or negative size (1)\n    more, most: " in shown
+
+
+@pytest.mark.parametrize(("name", "status"), [("a.jpg", 0), ("../../evil", 1)])
+def test_check_looks_at_archives_without_unpacking(
+    name: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for make in (tar_of, zip_of):
+        path = make(
+            tmp_path / f"set.{make.__name__[:3]}", {"fine": b"1", name: b"2", "/also": b"3"} if status else {name: b"2"}
+        )
+        assert main(["check", str(path)]) == status
+        shown = capsys.readouterr().out
+        assert f"{2 * status} errors; its images and annotations" in shown
+        assert shown.count("leads out of the folder") == 2 * status
+    assert {path.name for path in tmp_path.iterdir()} == {"set.tar", "set.zip"}
+    (tmp_path / "set.zip").write_bytes(b"x")
+    assert main(["check", str(tmp_path / "set.zip")]) == 1
+    assert "cannot be read as a .zip" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"gone\.zip does not exist"):
+        main(["check", str(tmp_path / "gone.zip")])
+
+
 def test_check_says_what_skipping_would_not_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = coco_content()
     content["images"].append(dict(content["images"][0]))
@@ -123,7 +152,7 @@ def test_info_counts_measures_and_draws(voc: Path, capsys: pytest.CaptureFixture
 
 def test_info_refuses_faults_or_counts_them(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_voc(voc, {"im0": [voc_object(), voc_object(box=(5, 5, 5, 9))]}, "one")
-    with pytest.raises(DataError, match="zero or negative size"):
+    with pytest.raises(DataError, match="zero or negative size; correct them, or add --skip-bad to leave"):
         main(["info", str(voc), "--split", "one"])
     assert main(["info", str(voc), "--split", "one", "--skip-bad"]) == 0
     assert "  boxes skipped: zero or negative size: 1\n" in capsys.readouterr().out
@@ -194,7 +223,7 @@ def test_convert_writes_each_layout(voc: Path, tmp_path: Path, layout: str, caps
 def test_convert_says_what_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = coco_content()
     content["annotations"][0].update(iscrowd=1, segmentation=[[1, 2, 3, 4, 5, 6]])
-    content["annotations"][1]["bbox"] = [50, 5, 20, 20]
+    content["annotations"][1].update(bbox=[50, 5, 20, 20], keypoints=[1, 2, 2])
     content["annotations"][2]["bbox"] = [5, 5, 0, 0]
     write_coco(tmp_path, content)
     arguments = ["convert", str(tmp_path), "--to", "yolo", "-o", str(tmp_path / "yolo"), "--skip-bad"]
@@ -208,16 +237,86 @@ def test_convert_says_what_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFix
         "train: boxes skipped: zero or negative size: 1",
         "1 crowd regions and 0 difficult objects are left out",
         "image ids are not kept",
-        "train: field segmentation of 1 annotations is not kept",
+        "train: field keypoints of 1 annotations is not kept",
     ):
         assert line in shown
+    assert "segmentation" not in shown  # it went with its object
     with pytest.raises(UsageError, match="not allowed with argument --drop-flags"):
         main([*arguments, "--drop-flags", "--drop-flagged"])
 
 
+POLYGON, RUNS = [[1, 2, 11, 2.5, 11, 22]], {"size": [40, 60], "counts": [5, 10, 2385]}
+
+
+@pytest.mark.parametrize("path", [["coco"], ["voc"], ["csv"], ["yolo"], ["yolo", "voc", "csv", "yolo"]], ids="-".join)
+def test_segmentations_come_back_whatever_the_way(path: list[str], tmp_path: Path) -> None:
+    """As they were, to the digit; faulty boxes are left out with theirs, and splits may be divided anew on the way."""
+    content = coco_content()
+    content["annotations"][0]["segmentation"] = POLYGON
+    content["annotations"][1]["bbox"] = [5, 5, 0, 0]  # out of the file's order: the second of its image
+    content["annotations"][1]["segmentation"] = [[0, 0, 1, 0, 1, 1]]
+    content["annotations"][3]["segmentation"] = RUNS
+    write_coco(tmp_path / "0", content)
+    for step, layout in enumerate([*path, "coco"]):
+        out = str(tmp_path / str(step + 1))
+        assert main(["convert", str(tmp_path / str(step)), "--to", layout, "-o", out, "--skip-bad"]) == 0
+    found = json.loads((Path(out) / "annotations" / "instances_train.json").read_text())
+    assert [a.get("segmentation") for a in found["annotations"]] == [POLYGON, None, RUNS]
+    assert main(["split", out, "-o", str(tmp_path / "parts"), "--parts", "a=1,b=1,c=1", "--to", "voc"]) == 0
+    assert main(["convert", str(tmp_path / "parts"), "--to", "coco", "-o", str(tmp_path / "end")]) == 0
+    ends = [json.loads(file.read_text())["annotations"] for file in (tmp_path / "end" / "annotations").iterdir()]
+    kept = [a["segmentation"] for annotations in ends for a in annotations if "segmentation" in a]
+    assert sorted(kept, key=str) == sorted([POLYGON, RUNS], key=str)
+
+
+def test_segmentations_that_no_longer_fit_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = coco_content()
+    content["annotations"][0]["segmentation"] = POLYGON
+    write_coco(tmp_path / "coco", content)
+    assert main(["convert", str(tmp_path / "coco"), "--to", "yolo", "-o", str(tmp_path / "yolo")]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "train: 1 segmentations are in segmentations_train.json, for a conversion back; this layout has boxes" in shown
+    )
+    labels = tmp_path / "yolo" / "labels" / "train" / "0.txt"
+    labels.write_text(labels.read_text() + "0 .5 .5 .1 .1\n")
+    with pytest.raises(DataError, match=r"segmentations_train\.json: 'images/train/0\.jpg' has 3 boxes, but here"):
+        main(["convert", str(tmp_path / "yolo"), "--to", "coco", "-o", str(tmp_path / "back")])
+    assert not (tmp_path / "back").exists()
+
+
+def test_polygons_of_yolo_become_segmentations(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "yolo", {"a": "0 .1 .1 .5 .1 .5 .75\n1 .5 .5 .5 .5\n", "b": ""})
+    assert main(["convert", str(root), "--to", "coco", "-o", str(tmp_path / "coco")]) == 0
+    found = json.loads((tmp_path / "coco" / "annotations" / "instances_train.json").read_text())["annotations"]
+    assert found[0]["segmentation"] == [pytest.approx([6, 4, 30, 4, 30, 30])]
+    assert found[0]["bbox"] == pytest.approx([6, 4, 24, 26])
+    assert "segmentation" not in found[1]
+    write_yolo(root, {"a": "0 .1 .1 .5 .1 .5 .75\n1 .5 .5 0 .5\n"})
+    with pytest.raises(DataError, match=r"a\.txt: has 2 lines, of which some are faulty: mend them, or polygons"):
+        main(["convert", str(root), "--to", "coco", "-o", str(tmp_path / "other"), "--skip-bad"])
+
+
+def test_real_segmentations_come_back(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "coco_mini"
+    for step, (layout, given) in enumerate([("voc", source), ("csv", tmp_path / "0"), ("coco", tmp_path / "1")]):
+        assert (
+            main(["convert", str(given), "--to", layout, "-o", str(tmp_path / str(step)), "--image-files", "link"]) == 0
+        )
+    for split in ("train2017", "val2017"):
+        one, other = (
+            json.loads((root / "annotations" / f"instances_{split}.json").read_text())["annotations"]
+            for root in (source, tmp_path / "2")
+        )
+        key = lambda a: (a["image_id"], a["category_id"], [round(v, 6) for v in a["bbox"]], a["iscrowd"])  # noqa: E731
+        assert sorted(([*key(a), a["segmentation"]] for a in one), key=str) == sorted(
+            ([*key(a), a["segmentation"]] for a in other), key=str
+        )
+
+
 def test_convert_of_voc_counted_from_0(tmp_path: Path) -> None:
     root = write_voc(tmp_path / "voc", {"a": [voc_object(box=(0, 3, 20, 10))]})
-    with pytest.raises(DataError, match="one_based is on"):
+    with pytest.raises(DataError, match=r"one_based is on.*; add --zero-based if this data counts from 0"):
         main(["convert", str(root), "--to", "csv", "-o", str(tmp_path / "csv")])
     assert main(["convert", str(root), "--zero-based", "--to", "csv", "-o", str(tmp_path / "csv")]) == 0
     assert open_split(str(tmp_path / "csv"), "train").annotations("val").boxes.tolist() == [[0, 3, 20, 10]]

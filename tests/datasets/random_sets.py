@@ -70,7 +70,9 @@ def annotation_sets(draw: st.DrawFn, root: Path, flags: bool = True) -> Annotati
     boxes[0] = boxes[0] or [(0.0, 0.0, 1.0, 1.0)]
     K = draw(st.integers(1, 4))
     ids = tuple(sorted(draw(st.sets(st.integers(0, 2**31), min_size=K, max_size=K))))
-    class_names = tuple(draw(st.permutations(["zebra", "cat: 1", "dog, big", "no"]))[:K])
+    class_names = tuple(
+        draw(st.permutations(["zebra", "cat: 1", "dog, big", "no", "Käse <&> 猫", 'a "b"; c', "# 7", "1e3"]))[:K]
+    )
     made = make(root, names, sizes, boxes, class_names, ids)
     B = len(made.boxes)
     bools = st.lists(st.booleans(), min_size=B, max_size=B)

@@ -15,6 +15,7 @@ from detpipe.datasets.statistics import (
     cluster,
     fit,
     quantiles,
+    refine,
     statistics,
     suggest_anchors,
 )
@@ -65,6 +66,17 @@ def test_suggested_anchors_are_those_that_made_the_boxes() -> None:
     assert found.iou == pytest.approx(1)
     assert found.recall == 1
     assert fit(sides, (32,), (1.0,)).max() < 0.5
+
+
+def test_anchors_are_moved_until_they_fit_together() -> None:
+    rng = np.random.default_rng(1)
+    sides = np.exp(rng.normal([3.5, 3.8], [0.8, 0.9], (3000, 2)))
+    size, aspect = np.log(sides.prod(axis=1)) / 2, np.log(sides[:, 1] / sides[:, 0])
+    start = cluster(size, 4), cluster(aspect, 3)
+    ends = refine(sides, *start)
+    before, after = (fit(sides, np.exp(s), np.exp(r)).mean() for s, r in (start, ends))
+    assert after > before + 0.005
+    assert suggest_anchors(sides, 4, 3).iou == pytest.approx(after, abs=0.01)
 
 
 @settings(max_examples=50, deadline=None)

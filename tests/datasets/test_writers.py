@@ -85,6 +85,32 @@ def test_round_trips_through_yolo_keep_boxes_within_a_billionth_of_a_pixel(data:
         assert_same(first, read(Path(folder) / "back"), ids=False)
 
 
+@QUICK
+@given(
+    st.lists(
+        st.sampled_from(["a/x", "b/x", "a/b/x", "x", "a__x", "train__x", "猫/x"]), min_size=2, max_size=7, unique=True
+    ),
+    st.lists(st.sampled_from(["coco", "voc", "csv", "yolo"]), min_size=1, max_size=3),
+)
+def test_images_of_one_name_in_several_folders_stay_apart(stems: list[str], path: list[str]) -> None:
+    """Each image has a width of its own, by which it is known again whatever it is called."""
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = [(40, 20 + k) for k in range(len(stems))]
+        boxes = [[(0.0, 0.0, 0.5, (k + 1) / 10)] * (k % 3) for k in range(len(stems))]
+        names = [f"{stem}.{'png' if k % 2 else 'jpg'}" for k, stem in enumerate(stems)]
+        boxes[-1] = boxes[-1] or [(0.0, 0.0, 1.0, 1.0)]
+        first = now = make(Path(folder) / "source", names, sizes, boxes)
+        for step, layout in enumerate(path):
+            WRITERS[layout]({"train": now}, Path(folder) / str(step))
+            now = read(Path(folder) / str(step))
+        order = np.argsort(now.sizes[:, 1])
+        now = now.subset(order)
+        assert now.sizes.tolist() == first.sizes.tolist()
+        assert now.offsets.tolist() == first.offsets.tolist()
+        np.testing.assert_allclose(now.boxes, first.boxes, rtol=0, atol=1e-9)
+        assert content(now) == content(first)
+
+
 BOXES = [[(0.0, 0.0, 1.0, 1.0), (0.25, 0.5, 0.5, 0.5)], []]
 
 

@@ -12,6 +12,7 @@ category ids  yes    in ``detpipe.json``      in ``data.yaml``     detpipe.json
 crowd         yes    in ``<detpipe>``         refused or dropped   yes
 difficult     yes    yes                      refused or dropped   yes
 area          yes    in ``<detpipe>``         no, that of the box  yes
+segmentation  yes    in a file beside it      in a file beside it  beside it
 ============  =====  =======================  ===================  ===============
 """
 

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from detpipe.datasets.outlines import NO_OUTLINES, Outlines, outlines_of
 from detpipe.datasets.writers.placement import (
     Images,
     Names,
@@ -25,13 +26,16 @@ from detpipe.datasets.writers.placement import (
 from detpipe.types import Annotations
 
 
-def write_coco(splits: Splits, folder: str | Path, images: Images = "copy") -> Written:
+def write_coco(
+    splits: Splits, folder: str | Path, images: Images = "copy", outlines: Outlines = NO_OUTLINES
+) -> Written:
     """Write a data set in COCO layout.
 
     Args:
         splits: name -> annotations.
         folder: a new folder.
         images: ``"copy"``, ``"link"`` or ``"none"``: then the file names stay relative to the folder of the source.
+        outlines: segmentations of the boxes.
 
     Returns:
         What was written.
@@ -54,16 +58,17 @@ def write_coco(splits: Splits, folder: str | Path, images: Images = "copy") -> W
             if list(a.category_ids) != sorted(a.category_ids):
                 remarks.append(f"the classes of {name} are numbered by ascending category id, no longer in their order")
             path = out / "annotations" / f"instances_{name}.json"
-            path.write_text(json.dumps(coco_content(a, names)), encoding="utf-8")
+            path.write_text(json.dumps(coco_content(a, names, outlines)), encoding="utf-8")
     return Written(Path(folder), tuple(map(file_name_of, splits)), *totals(splits), tuple(remarks))
 
 
-def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
+def coco_content(annotations: Annotations, names: list[str], outlines: Outlines = NO_OUTLINES) -> dict[str, Any]:
     """What an annotation file holds.
 
     Args:
         annotations: of a split.
         names: [I] the file names to write.
+        outlines: segmentations of the boxes.
 
     Returns:
         Its images, annotations, numbered from 1, and categories.
@@ -75,7 +80,7 @@ def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
     ]
     boxes = []
     for i in range(len(a)):
-        for b in rows_of(a, i):
+        for b, outline in zip(rows_of(a, i), outlines_of(outlines, a, i), strict=True):
             x1, y1, x2, y2 = a.boxes[b].tolist()
             record = {
                 "id": b + 1,
@@ -85,6 +90,9 @@ def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
                 "area": number(a.area[b]),
                 "iscrowd": int(a.iscrowd[b]),
             }
-            boxes.append({**record, "difficult": 1} if a.difficult[b] else record)
+            more: dict[str, Any] = {"difficult": 1} if a.difficult[b] else {}
+            if outline is not None:
+                more["segmentation"] = outline
+            boxes.append(record | more)
     categories = [{"id": key, "name": name} for key, name in zip(a.category_ids, a.class_names, strict=True)]
     return {"images": images, "annotations": boxes, "categories": categories}

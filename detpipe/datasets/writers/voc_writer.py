@@ -13,6 +13,7 @@ from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 import numpy as np
 
 from detpipe.datasets.class_list import ClassList, write_class_list
+from detpipe.datasets.outlines import NO_OUTLINES, Outlines, write_outlines
 from detpipe.datasets.writers.placement import (
     Images,
     Names,
@@ -35,7 +36,13 @@ from detpipe.types import Annotations
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def write_voc(splits: Splits, folder: str | Path, images: Images = "copy", one_based: bool | None = None) -> Written:
+def write_voc(
+    splits: Splits,
+    folder: str | Path,
+    images: Images = "copy",
+    one_based: bool | None = None,
+    outlines: Outlines = NO_OUTLINES,
+) -> Written:
     """Write a data set in VOC layout.
 
     Args:
@@ -43,6 +50,7 @@ def write_voc(splits: Splits, folder: str | Path, images: Images = "copy", one_b
         folder: a new folder.
         images: ``"copy"``, ``"link"`` or ``"none"``.
         one_based: whether corners count from 1, both ends included; None for that if every box is larger than a pixel.
+        outlines: segmentations of the boxes, which go into a file in the folder.
 
     Returns:
         What was written.
@@ -70,6 +78,8 @@ def write_voc(splits: Splits, folder: str | Path, images: Images = "copy", one_b
             for i, name in enumerate(files):
                 tree = _annotation(a, i, name, from_one, keep_ids, areas)
                 tree.write(out / "Annotations" / f"{Path(name).stem}.xml", encoding="utf-8")
+            named = [f"JPEGImages/{name}" for name in files]
+            remarks += write_outlines(out, file_name_of(split), a, named, outlines)
             lines = "".join(f"{Path(name).stem}\n" for name in files)
             (out / "ImageSets" / "Main" / f"{file_name_of(split)}.txt").write_text(lines, encoding="utf-8")
     if naming.renamed:

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from detpipe.datasets.decode import IMAGE_SUFFIXES
+from detpipe.datasets.outlines import NO_OUTLINES, Outlines, keep_boxes, merge, write_outlines
 from detpipe.datasets.writers.placement import (
     Images,
     Names,
@@ -38,7 +39,13 @@ from detpipe.types import Annotations
 Flags = Literal["refuse", "drop", "leave out"]
 
 
-def write_yolo(splits: Splits, folder: str | Path, images: Images = "copy", flags: Flags = "refuse") -> Written:
+def write_yolo(
+    splits: Splits,
+    folder: str | Path,
+    images: Images = "copy",
+    flags: Flags = "refuse",
+    outlines: Outlines = NO_OUTLINES,
+) -> Written:
     """Write a data set in YOLO layout.
 
     Args:
@@ -48,6 +55,7 @@ def write_yolo(splits: Splits, folder: str | Path, images: Images = "copy", flag
         images: ``"copy"``, ``"link"`` or ``"none"``.
         flags: of crowd regions and difficult objects, which the layout cannot tell from others: ``"refuse"`` to write them,
             ``"drop"`` the flag, so that they become ordinary objects, or ``"leave out"`` these boxes.
+        outlines: segmentations of the boxes, which go into a file in the folder: a line has a box or a polygon, not both.
 
     Returns:
         What was written.
@@ -57,7 +65,7 @@ def write_yolo(splits: Splits, folder: str | Path, images: Images = "copy", flag
     """
     names, ids = one_class_list(splits)
     check_suffixes(splits, IMAGE_SUFFIXES, "YOLO")
-    splits, remarks = _without_flags(splits, flags)
+    splits, remarks, outlines = _without_flags(splits, flags, outlines)
     remarks += _losses(splits)
     keys = _keys(list(splits))
     renamed = 0
@@ -76,6 +84,8 @@ def write_yolo(splits: Splits, folder: str | Path, images: Images = "copy", flag
                 path = out / label_path(target.relative_to(out))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(_lines(a, i), encoding="utf-8")
+            named = [target.relative_to(out).as_posix() for target in targets]
+            remarks += write_outlines(out, keys[split], a, named, outlines)
             renamed += naming.renamed
     if renamed:
         remarks.append(f"{renamed} images are renamed: others have the same name but for the suffix")
@@ -89,13 +99,13 @@ def _keys(splits: list[str]) -> dict[str, str]:
     return {split: kind if kind and count[kind] == 1 else file_name_of(split) for split, kind in kinds.items()}
 
 
-def _without_flags(splits: Splits, flags: Flags) -> tuple[Splits, list[str]]:
+def _without_flags(splits: Splits, flags: Flags, outlines: Outlines) -> tuple[Splits, list[str], Outlines]:
     if flags not in ("refuse", "drop", "leave out"):
         raise ValueError(f"flags must be 'refuse', 'drop' or 'leave out', got {flags!r}")
     crowd = sum(int(a.iscrowd.sum()) for a in splits.values())
     difficult = sum(int(a.difficult.sum()) for a in splits.values())
     if not crowd + difficult:
-        return splits, []
+        return splits, [], outlines
     which = f"{crowd} crowd regions and {difficult} difficult objects"
     if flags == "refuse":
         raise DataError(
@@ -103,8 +113,9 @@ def _without_flags(splits: Splits, flags: Flags) -> tuple[Splits, list[str]]:
             "leaves them out"
         )
     if flags == "leave out":
-        return {name: _unflagged(a) for name, a in splits.items()}, [f"{which} are left out"]
-    return splits, [f"{which} are written as ordinary objects: their flags are dropped"]
+        kept = [keep_boxes(outlines, a, ~(a.iscrowd | a.difficult)) for a in splits.values()]
+        return {name: _unflagged(a) for name, a in splits.items()}, [f"{which} are left out"], merge(kept)
+    return splits, [f"{which} are written as ordinary objects: their flags are dropped"], outlines
 
 
 def _unflagged(a: Annotations) -> Annotations:

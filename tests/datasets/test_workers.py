@@ -1,0 +1,147 @@
+"""Data workers that are killed, hang, or would grow: rows 31, 32 and 34 of the fault matrix."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import runs
+import torch
+from torch.utils.data import Dataset
+
+from detpipe.datasets import Demo, DemoScenes, DetectionDataset, Loader
+from detpipe.types import Annotations
+
+from .builders import picture
+
+TRAINING = """
+import os, signal, sys, time
+from detpipe import cli
+from detpipe.datasets.dataset import DetectionDataset
+kind, main, real = sys.argv[1], os.getpid(), DetectionDataset.__getitem__
+def read(self, key):
+    if key[0] == 1 and os.getpid() != main:  # in the second epoch, in a worker
+        if kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+    return real(self, key)
+DetectionDataset.__getitem__ = read
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("killed", r"DataLoader worker \(pid.*ended from outside, .*--data\.loader\.num_workers"),
+        ("hangs", r"DataLoader timed out after 3(\.0)? seconds: .*--data\.loader\.timeout"),
+    ],
+    ids=["row_31", "row_32"],
+)
+def test_a_worker_that_is_killed_or_hangs_stops_the_run(
+    kind: str, message: str, demo_root: Path, tmp_path: Path
+) -> None:
+    Demo(str(demo_root), scenes=DemoScenes(**runs.SCENES)).annotations("train")
+    run = tmp_path / "run"
+    arguments = ["train", runs.CONFIG, *runs.options(demo_root, epochs=3), "--output", str(run)]
+    loader = ["--data.loader.num_workers", "1", "--data.loader.timeout", "3"]
+    root = str(Path(runs.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINING, kind, *arguments, *loader],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("detpipe: error:")]
+    assert re.search(message, line), line
+    assert "checkpoints are intact" in line
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 3  # the first epoch, whole
+    assert not (run / "summary.json").exists()
+
+
+IMAGES, BOXES, DRAWN = 60_000, 7, 6_000  # boxes an image; images an epoch, spread over all
+
+
+class Spread(Dataset[Any]):
+    """Some images from all over a data set."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        return self.dataset[epoch, (index * 7919 + epoch) % IMAGES]
+
+
+class Dictionaries(Dataset[Any]):
+    """The same data as a list of dictionaries, in which every look moves reference counts."""
+
+    def __init__(self, packed: DetectionDataset) -> None:
+        a = packed.annotations
+        self.packed = packed
+        self.records = [
+            [{"bbox": a.boxes[b].tolist(), "label": int(a.labels[b])} for b in range(BOXES * i, BOXES * i + BOXES)]
+            for i in range(IMAGES)
+        ]
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        image, target = self.packed[key]
+        boxes = [record["bbox"] for record in self.records[key[1]]]
+        assert target.get("boxes", image).tolist() == boxes
+        return image, target
+
+
+def many_boxes(root: Path) -> Annotations:
+    """420,000 boxes; all images are one small file."""
+    picture(8, 8).save(root / "a.png")
+    total = IMAGES * BOXES
+    low = np.random.default_rng(0).integers(0, 4, (total, 2)).astype(np.float64)
+    return Annotations(
+        root=root,
+        file_names=np.full(IMAGES, "a.png"),
+        image_ids=np.arange(IMAGES),
+        sizes=np.full((IMAGES, 2), 8, dtype=np.int32),
+        offsets=np.arange(IMAGES + 1) * BOXES,
+        boxes=np.concatenate([low, low + 3], axis=1),
+        labels=np.ones(total, dtype=np.int64),
+        iscrowd=np.zeros(total, dtype=bool),
+        difficult=np.zeros(total, dtype=bool),
+        area=np.full(total, 9.0),
+        class_names=("cat",),
+        category_ids=(1,),
+    )
+
+
+def private_memory(dataset: Dataset[Any]) -> list[float]:
+    """MiB that belong to the data worker alone after each of three epochs."""
+    gc.collect()
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    sizes = np.full((DRAWN, 2), 8)
+    loader = Loader(batch_size=100, num_workers=1).load(Spread(dataset), sizes, 0, True, len)
+    found = []
+    for epoch in range(3):
+        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        assert sum(loader) == DRAWN
+        [worker] = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+        found.append(worker.memory_full_info().uss / 2**20)
+    del loader
+    gc.collect()
+    return found
+
+
+def test_row_34_workers_do_not_grow(tmp_path: Path) -> None:
+    packed = DetectionDataset(many_boxes(tmp_path))
+    first, _, last = private_memory(packed)
+    assert last < 1.2 * first
+    as_dictionaries = private_memory(Dictionaries(packed))
+    assert as_dictionaries[2] > last + 30, "this measure would not see a data set that grows"
