@@ -8,7 +8,7 @@ from importlib import import_module
 from detpipe.errors import UsageError
 from detpipe.suggest import did_you_mean
 
-HELP = """usage: detpipe data check|info|show|convert|split PATH ...
+HELP = """usage: detpipe data check|info|show|convert|split|shards PATH ...
 
 A data set of images with boxes. PATH is a folder in VOC, COCO or YOLO layout, a COCO annotation file (*.json, with --images),
 or a table with a row a box (*.csv).
@@ -22,6 +22,8 @@ commands:
                         write it in another layout, without loss where that can be
   split PATH -o FOLDER --parts train=.8,val=.1,test=.1
                         divide it into parts with equal shares of the objects of every class
+  shards PATH -o FOLDER --workers 8
+                        write it as tar files with an index, to train from without unpacking; --verify compares them
 
 'detpipe data COMMAND --help' shows the options of a command.
 """
@@ -32,6 +34,7 @@ COMMANDS = {
     "show": ("detpipe.commands.data_show", "run_show"),
     "convert": ("detpipe.commands.data_convert", "run_convert"),
     "split": ("detpipe.commands.data_split", "run_split"),
+    "shards": ("detpipe.commands.data_shards", "run_shards"),
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,18 @@ from detpipe.types import Annotations, Target
 Proposals = Mapping[int, npt.NDArray[np.floating]]  # image id -> [P, 4] xyxy in pixels of the image file
 
 
+class Contents(Protocol):
+    """The bytes of the image files of a split, where they are not files of their own."""
+
+    def name(self, index: int) -> str:
+        """What a message calls the image."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """The bytes of its file."""
+        ...
+
+
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     """Images and targets of one split, keyed by ``(epoch, index)``.
 
@@ -30,6 +44,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         augment: what is done to image, boxes and proposals; None for nothing.
         seed: decides every draw, with the key.
         proposals: precomputed boxes by image id, which then ride in the target as ``proposals``.
+        contents: where the image files are, if not at their names.
     """
 
     def __init__(
@@ -38,11 +53,13 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         augment: Augment | None = None,
         seed: int = 0,
         proposals: Proposals | None = None,
+        contents: Contents | None = None,
     ) -> None:
         self.annotations = annotations
         self.augment = augment
         self.seed = seed
         self.proposals = proposals
+        self.contents = contents
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -60,14 +77,21 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             DataError: if the image cannot be read, or is not of the annotated size.
         """
         epoch, index = key
-        path = self.annotations.root / str(self.annotations.file_names[index])
-        image = read_image(path)
+        path, image = self._read(index)
         height, width = self.annotations.sizes[index].tolist()
         check_size(path, (image.shape[1], image.shape[2]), (height, width))
         target = self.target(index)
         if self.augment is not None:
             image, target = self.augment(image, target, (self.seed, epoch, index))
         return image, target
+
+    def _read(self, index: int) -> tuple[str | Path, Tensor]:
+        """What a message calls an image, and its pixels."""
+        if self.contents is None:
+            path = self.annotations.root / str(self.annotations.file_names[index])
+            return path, read_image(path)
+        name = self.contents.name(index)
+        return name, read_image(name, self.contents.read(index))
 
     def target(self, index: int) -> Target:
         """The ground truth of one image, in pixels of its file; nothing is read."""
