@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         DetectionData,
         ImageFolder,
         Loader,
+        Shards,
         Views,
     )
     from detpipe.detector import TwoStageDetector
@@ -115,7 +116,7 @@ _HOMES = {
     "detpipe.checkpoint_regions": ("load_region_classifier",),
     "detpipe.classifier": ("ImageClassifier",),
     "detpipe.datasets": (
-        *("COCO", "VOC", "YOLO", "CSVBoxes", "Augment", "Demo", "DetectionData", "Loader"),
+        *("COCO", "VOC", "YOLO", "CSVBoxes", "Shards", "Augment", "Demo", "DetectionData", "Loader"),
         *("ClassificationData", "DemoDigits", "ImageFolder", "Views"),
     ),
     "detpipe.detector": ("TwoStageDetector",),
@@ -142,7 +143,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (the order of the data path)
-    "COCO", "VOC", "YOLO", "CSVBoxes", "Demo", "DetectionData", "Loader", "Augment",
+    "COCO", "VOC", "YOLO", "CSVBoxes", "Shards", "Demo", "DetectionData", "Loader", "Augment",
     "SEResNet", "SEResNeXt", "SKNet", "SEInceptionV3", "Extractor", "Level", "FPN", "ViTPyramid",
     "Pretrained", "Regime", "Variant", "PixelFormat",
     "SqueezeExcitation", "SpatialSqueezeExcitation", "ConcurrentSqueezeExcitation", "SelectiveKernel", "ECA", "CBAM",

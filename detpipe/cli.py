@@ -41,8 +41,8 @@ commands:
                         train variants of one configuration with the same seeds, and tabulate what each is worth
   proposals make|convert|info|recall ...
                         boxes of one's own: make them, or turn other programs' files into a store, and know their recall
-  data check|info|show|convert|split PATH ...
-                        a data set: name its faults, measure and draw it, convert it between layouts, divide it
+  data check|info|show|convert|split|shards PATH ...
+                        a data set: name its faults, measure and draw it, convert it between layouts, divide it, pack it
   data download voc07|voc12|coco2017
                         fetch and unpack a public data set
 

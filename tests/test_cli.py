@@ -76,6 +76,16 @@ def test_each_tool_is_its_command(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert (stop.value.code, seen) == (7, [[name, "a", "--b"]])
 
 
+def test_the_tool_that_makes_shards_is_a_command_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(cli, "main", lambda arguments: seen.append(arguments) or 7)
+    monkeypatch.setattr(sys, "argv", ["tools/make_shards.py", "a", "--b"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / "make_shards.py"), run_name="__main__")
+    assert (stop.value.code, seen) == (7, [["data", "shards", "a", "--b"]])
+
+
 def test_no_command_shows_the_help_as_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert capsys.readouterr().out == cli.HELP

@@ -77,7 +77,7 @@ def test_there_are_configurations() -> None:
     assert {"fast_rcnn_se", "fast_rcnn_squeezenet", "faster_rcnn_se_fpn"} <= set(map(name_of, MODELS))
     assert {"fast_rcnn_se_stn", "aod", "cascade"} <= set(map(name_of, MODELS))
     assert all((runs.CONFIGS / f"{name}.yaml").is_file() for name in OTHERS)
-    assert {"voc07", "voc0712", "coco", "voc_custom", "coco_custom", "yolo_custom", "csv_custom"} <= set(
+    assert {"voc07", "voc0712", "coco", "voc_custom", "coco_custom", "yolo_custom", "csv_custom", "shards"} <= set(
         map(name_of, OVERLAYS)
     )
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from detpipe.errors import UsageError
 from detpipe.suggest import did_you_mean
 
-HELP = """usage: detpipe data check|info|show|convert|split PATH ...
+HELP = """usage: detpipe data check|info|show|convert|split|shards PATH ...
        detpipe data download voc07|voc12|coco2017
 
 A data set of images with boxes. PATH is a folder in VOC, COCO or YOLO layout, a COCO annotation file (*.json, with --images),
@@ -25,6 +25,8 @@ commands:
                         divide it into parts with equal shares of the objects of every class
   download voc07|voc12|coco2017 [-o FOLDER]
                         fetch and unpack a public data set, or go on where that was cut off
+  shards PATH -o FOLDER --workers 8
+                        write it as tar files with an index, to train from without unpacking; --verify compares them
 
 'detpipe data COMMAND --help' shows the options of a command.
 """
@@ -36,6 +38,7 @@ COMMANDS = {
     "convert": ("detpipe.commands.data_convert", "run_convert"),
     "split": ("detpipe.commands.data_split", "run_split"),
     "download": ("detpipe.commands.data_download", "run_download"),
+    "shards": ("detpipe.commands.data_shards", "run_shards"),
 }
 
 

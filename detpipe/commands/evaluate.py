@@ -113,7 +113,8 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     print(f"\nnumbers {numbers}\ndetections {results}")
     if report.out is not None:
         runs = {report.run_name or run.resolve().name: detections, **others}
-        print(f"report {write_report(report, annotations, runs, str(annotations.root))}")
+        dataset = data.dataset(split)  # which knows where images are: not all data are files of their own
+        print(f"report {write_report(report, annotations, runs, lambda row: dataset[0, row][0])}")
     return 0
 
 

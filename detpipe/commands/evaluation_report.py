@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -17,6 +17,8 @@ from detpipe.pictures.report_figures import require_matplotlib, write_figures
 from detpipe.types import Annotations, DetectionArrays
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from detpipe.pictures.report_images import Drawing
 
 PAGE, NUMBERS = "report.html", "report.json"
@@ -121,7 +123,10 @@ def read_runs(options: ReportOptions, annotations: Annotations) -> dict[str, Det
 
 
 def write_report(
-    options: ReportOptions, annotations: Annotations, runs: Mapping[str, DetectionArrays], images: str | None
+    options: ReportOptions,
+    annotations: Annotations,
+    runs: Mapping[str, DetectionArrays],
+    images: str | Callable[[int], Tensor] | None,
 ) -> Path:
     """Write figures, drawings, numbers, and last the page.
 
@@ -129,7 +134,8 @@ def write_report(
         options: with a folder to write to; files of an earlier report in it are replaced.
         annotations: the ground truth.
         runs: name -> detections; the first is explained.
-        images: the folder that file names are relative to; None: no drawings.
+        images: the folder that file names are relative to, or what reads an image by its row in the annotations; None: no
+            drawings.
 
     Returns:
         The page.
@@ -158,7 +164,9 @@ def write_report(
     return out / PAGE
 
 
-def _draw(analysis: Analysis, annotations: Annotations, images: str | None, own_folder: bool) -> list[Drawing]:
+def _draw(
+    analysis: Analysis, annotations: Annotations, images: str | Callable[[int], Tensor] | None, own_folder: bool
+) -> list[Drawing]:
     if images is None:
         return []
     from detpipe.datasets import read_image
@@ -166,6 +174,9 @@ def _draw(analysis: Analysis, annotations: Annotations, images: str | None, own_
 
     names, drawings = list(annotations.class_names), []
     for outcome in analysis.worst:
+        if not isinstance(images, str):
+            drawings.append(draw_outcome(images(outcome.row), outcome, names))
+            continue
         if own_folder:
             _check_inside(images, outcome.file_name)
         drawings.append(draw_outcome(read_image(Path(images, outcome.file_name)), outcome, names))

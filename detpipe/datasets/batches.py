@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,32 @@ from detpipe.processes import share
 Key = tuple[int, int]  # epoch, index: what a dataset needs to draw the same augmentation in any worker
 
 _POOL = 32  # batches that are shuffled together before they are sorted by shape
+
+
+@dataclass(frozen=True)
+class Locality:
+    """Which images lie together in one file, so that few files are read at a time.
+
+    Args:
+        shard: [I] the number of the file that holds each image, from 0.
+        window: files whose images are shuffled together.
+    """
+
+    shard: npt.NDArray[np.int32]
+    window: int
+
+    def windows(self, random: np.random.Generator | None = None) -> npt.NDArray[np.int64]:
+        """Choose which files are read together.
+
+        Args:
+            random: shuffles the files; None takes them in their order.
+
+        Returns:
+            [I] the number of the window of each image, in the order in which windows are read.
+        """
+        count = int(self.shard.max(initial=-1)) + 1
+        places = np.arange(count) if random is None else random.permutation(count)
+        return places[self.shard] // self.window
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -29,12 +56,16 @@ class EpochBatches(Sampler[list[Key]]):
     are dealt out in turns, so that every image comes once, and some processes may have a batch less; batches are halved until each
     process has one, since what follows an evaluation is done together.
 
+    With a `Locality`, the files of a few shards at a time are shuffled (training) or sorted by size (evaluation), those of the next
+    after them; batches are shuffled within their pool. Where all shards are in one window, batches are as without it.
+
     Args:
         sizes: [I, 2] height and width of each image.
         batch_size: images a batch of one process, at least 1.
         seed: decides the order, with the epoch.
         training: whether to shuffle; False for evaluation.
         smallest: an incomplete last batch with fewer images for each process is left out of training.
+        locality: which images lie together; None where it does not matter.
     """
 
     def __init__(
@@ -44,6 +75,7 @@ class EpochBatches(Sampler[list[Key]]):
         seed: int = 0,
         training: bool = True,
         smallest: int = 1,
+        locality: Locality | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -53,6 +85,8 @@ class EpochBatches(Sampler[list[Key]]):
         self.seed = seed
         self.training = training
         self.epoch = 0
+        everywhere = locality is None or int(locality.windows().max(initial=0)) == 0
+        self.locality = None if everywhere else locality
         self._evaluation = [] if training else self._same_size_batches()
 
     @property
@@ -101,19 +135,26 @@ class EpochBatches(Sampler[list[Key]]):
         batch_size = self.batch_size * processes
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.sizes))
+        if self.locality is not None:
+            windows = self.locality.windows(random)
+            order = order[np.argsort(windows[order], kind="stable")]
         aspect = self.sizes[:, 0] / self.sizes[:, 1]
         area = self.sizes.astype(np.int64).prod(1)
-        batches: list[list[int]] = []
+        pools: list[list[list[int]]] = []
         for start in range(0, len(order), _POOL * batch_size):
             pool = order[start : start + _POOL * batch_size]
             pool = pool[np.lexsort((area[pool], aspect[pool]))]  # stable: images of one shape stay shuffled
-            batches += [pool[i : i + batch_size].tolist() for i in range(0, len(pool), batch_size)]
-        if batches and len(batches[-1]) < self._least(processes):
-            batches.pop()
-        return [batches[i] for i in random.permutation(len(batches))]
+            pools.append([pool[i : i + batch_size].tolist() for i in range(0, len(pool), batch_size)])
+        if pools and len(pools[-1][-1]) < self._least(processes):
+            pools[-1].pop()
+        if self.locality is None:
+            pools = [[batch for pool in pools for batch in pool]]
+        return [pool[i] for pool in pools for i in random.permutation(len(pool))]
 
     def _same_size_batches(self) -> list[list[int]]:
-        order = np.lexsort((self.sizes[:, 1], self.sizes[:, 0]))
-        changes = np.flatnonzero((np.diff(self.sizes[order], axis=0) != 0).any(1)) + 1
+        window = np.zeros(len(self.sizes), dtype=np.int64) if self.locality is None else self.locality.windows()
+        keys = np.column_stack([window, self.sizes])
+        order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
+        changes = np.flatnonzero((np.diff(keys[order], axis=0) != 0).any(1)) + 1
         groups = np.split(order, changes)
         return [g[i : i + self.batch_size].tolist() for g in groups for i in range(0, len(g), self.batch_size)]

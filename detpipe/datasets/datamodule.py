@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from detpipe.datasets.batches import EpochBatches
-from detpipe.datasets.dataset import DetectionDataset, Proposals, collate, start_worker
+from detpipe.datasets.batches import EpochBatches, Locality
+from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, collate, start_worker
 from detpipe.datasets.faults import SHOWN, OnBad, Policy
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.datasets.transforms import Augment
@@ -58,6 +58,7 @@ class Loader:
         training: bool,
         collate_fn: Callable[[list[Any]], Any],
         smallest: int = 1,
+        locality: Locality | None = None,
     ) -> LateLoader:
         """Batch a split.
 
@@ -68,6 +69,7 @@ class Loader:
             training: the order changes from epoch to epoch; else every image comes once, in an order that never changes.
             collate_fn: makes a batch of samples.
             smallest: a training batch of fewer images is left out.
+            locality: which images lie together and are read together; None where it does not matter.
 
         Returns:
             The batches.
@@ -75,7 +77,7 @@ class Loader:
         batch_size = self.batch_size if training else self.eval_batch_size or self.batch_size
         return LateLoader(
             dataset,
-            batch_sampler=EpochBatches(sizes, batch_size, seed, training, smallest),
+            batch_sampler=EpochBatches(sizes, batch_size, seed, training, smallest, locality),
             num_workers=self.num_workers,
             collate_fn=collate_fn,
             pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
@@ -233,6 +235,14 @@ class DetectionData(LightningDataModule, ABC):
             )
         self._proposals[split] = proposals
 
+    def contents(self, split: Split) -> Contents | None:
+        """Where the image files of a split are; None: at their names."""
+        return None
+
+    def locality(self, split: Split) -> Locality | None:
+        """Which images of a split lie together, so that a batch is made of neighbors; None: it does not matter."""
+        return None
+
     def dataset(self, split: Split, augmented: bool = False) -> DetectionDataset:
         """The images of a split; for single images, batches come from the loaders.
 
@@ -246,7 +256,9 @@ class DetectionData(LightningDataModule, ABC):
         augment = self.augment if augmented else None
         if augment is not None and augment.combine.masks:
             self._read_masks(split)
-        return DetectionDataset(self.annotations(split), augment, self.seed, self.proposals(split))
+        return DetectionDataset(
+            self.annotations(split), augment, self.seed, self.proposals(split), self.contents(split)
+        )
 
     def segmentations(self, split: Split) -> Segmentations:
         """Read the outlines of the objects of a split; only asked for by an augmentation that needs masks.
@@ -308,7 +320,8 @@ class DetectionData(LightningDataModule, ABC):
 
     def _dataloader(self, split: Split, training: bool) -> DataLoader:
         dataset = self.dataset(split, augmented=training)
-        return self.loader.load(dataset, self.annotations(split).sizes, self.seed, training, collate)
+        sizes, locality = self.annotations(split).sizes, self.locality(split)
+        return self.loader.load(dataset, sizes, self.seed, training, collate, locality=locality)
 
 
 def _compare_classes(name: str, known: Annotations, other_name: str, other: Annotations) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,18 @@ from detpipe.types import Annotations, Target
 Proposals = Mapping[int, npt.NDArray[np.floating]]  # image id -> [P, 4] xyxy in pixels of the image file
 
 
+class Contents(Protocol):
+    """The bytes of the image files of a split, where they are not files of their own."""
+
+    def name(self, index: int) -> str:
+        """What a message calls the image."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """The bytes of its file."""
+        ...
+
+
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     """Images and targets of one split, keyed by ``(epoch, index)``.
 
@@ -32,6 +46,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         augment: what is done to image, boxes and proposals; None for nothing.
         seed: decides every draw, with the key.
         proposals: precomputed boxes by image id, which then ride in the target as ``proposals``.
+        contents: where the image files are, if not at their names.
 
     Raises:
         DataError: the augmentation needs more images, or instance masks that the annotations do not have.
@@ -44,6 +59,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         augment: Augment | None = None,
         seed: int = 0,
         proposals: Proposals | None = None,
+        contents: Contents | None = None,
     ) -> None:
         if augment is not None:
             _check(augment, annotations)
@@ -51,6 +67,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self.augment = augment
         self.seed = seed
         self.proposals = proposals
+        self.contents = contents
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -80,8 +97,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         Raises:
             DataError: if the image cannot be read, or is not of the annotated size.
         """
-        path = self.annotations.root / str(self.annotations.file_names[index])
-        image = read_image(path)
+        path, image = self._read(index)
         height, width = self.annotations.sizes[index].tolist()
         check_size(path, (image.shape[1], image.shape[2]), (height, width))
         return image, self.target(index)
@@ -89,6 +105,14 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     def masks(self, index: int) -> npt.NDArray[np.bool_]:
         """The instance masks of one image, ``[G, H, W]``, in pixels of its file."""
         return draw_masks(self.annotations, index)
+
+    def _read(self, index: int) -> tuple[str | Path, Tensor]:
+        """What a message calls an image, and its pixels."""
+        if self.contents is None:
+            path = self.annotations.root / str(self.annotations.file_names[index])
+            return path, read_image(path)
+        name = self.contents.name(index)
+        return name, read_image(name, self.contents.read(index))
 
     def target(self, index: int) -> Target:
         """The ground truth of one image, in pixels of its file; nothing is read."""

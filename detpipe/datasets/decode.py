@@ -47,11 +47,12 @@ _ORIENTATION = 0x0112  # EXIF tag
 _ADVICE = "replace the file, or set on_bad to 'skip' to leave it out and count it"
 
 
-def read_image(path: str | Path) -> Tensor:
+def read_image(path: str | Path, content: bytes | None = None) -> Tensor:
     """Decode an image file.
 
     Args:
         path: a JPEG, PNG, or any other format that Pillow reads.
+        content: the bytes of the file, where they lie elsewhere, such as in a shard; messages name the path all the same.
 
     Returns:
         ``[3, H, W]`` uint8 RGB, upright (EXIF orientation applied).
@@ -61,7 +62,7 @@ def read_image(path: str | Path) -> Tensor:
             range; the message names the path.
     """
     try:
-        data = Path(path).read_bytes()
+        data = Path(path).read_bytes() if content is None else content
         with _quiet(), Image.open(io.BytesIO(data)) as image:
             _check_pixels(image, path)
             orientation = image.getexif().get(_ORIENTATION, 1)
@@ -76,13 +77,14 @@ def read_image(path: str | Path) -> Tensor:
     return _upright(pixels, orientation).contiguous()
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(path: str | Path, content: bytes | None = None) -> tuple[int, int]:
     """Read height and width of the upright picture from the header.
 
     Only a PNG is read to its end, where its orientation may stand.
 
     Args:
         path: an image file.
+        content: its bytes, as for `read_image`.
 
     Returns:
         Height and width in pixels after the EXIF orientation, as `read_image` will give them.
@@ -91,7 +93,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
         DataError: if the file is missing, is not an image or is too large; the message names the path.
     """
     try:
-        with _quiet(), Image.open(path) as image:
+        with _quiet(), Image.open(path if content is None else io.BytesIO(content)) as image:
             _check_pixels(image, path)
             width, height = image.size
             return (width, height) if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8) else (height, width)
@@ -101,6 +103,16 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise DataError(f"{path}: no such image file; check the image folder and the file name") from error
     except Exception as error:  # as above
         raise DataError(f"{path}: cannot be read as an image ({_reason(error)}); {_ADVICE}") from error
+
+
+def image_format(content: bytes) -> str:
+    """The format of an image file, as Pillow calls it: ``"JPEG"``, ``"PNG"``.
+
+    Args:
+        content: of a file that `image_size` could read.
+    """
+    with _quiet(), Image.open(io.BytesIO(content)) as image:
+        return image.format or "img"
 
 
 @contextmanager

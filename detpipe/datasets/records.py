@@ -220,7 +220,7 @@ class SizeError(DataError):
     """An image whose size is not the annotated one."""
 
 
-def check_size(path: Path, found: tuple[int, int], annotated: tuple[int, ...]) -> None:
+def check_size(path: str | Path, found: tuple[int, int], annotated: tuple[int, ...]) -> None:
     """Compare the size of a decoded image with its annotation.
 
     Args:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detpipe.datasets.batches import EpochBatches
+from detpipe.datasets.batches import EpochBatches, Locality
 from detpipe.errors import DataError
 
 SIZES = st.lists(st.sampled_from([(40, 60), (60, 40), (48, 64), (50, 50)]), min_size=1, max_size=60).map(
@@ -119,3 +119,39 @@ def test_in_evaluation_each_image_is_one_process_only(sizes: np.ndarray, batch_s
     assert all(set(batch) <= set(next(w for w in whole if batch[0] in w)) for p in parts for batch in p)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert min(map(len, parts)) >= 1  # or a process would not come to what all do together
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=SIZES,
+    batch_size=st.integers(1, 5),
+    shards=st.integers(1, 9),
+    window=st.integers(1, 4),
+    seed=st.integers(0, 9),
+)
+def test_with_a_locality_every_image_still_comes_once(sizes, batch_size, shards, window, seed):
+    locality = Locality(np.random.default_rng(seed).integers(shards, size=len(sizes)).astype(np.int32), window)
+    for training in (True, False):
+        batches = EpochBatches(sizes, batch_size, seed, training, locality=locality)
+        assert sorted(index for batch in batches.batches(3) for index in batch) == list(range(len(sizes)))
+        assert len(batches.batches(3)) == len(batches) or not training
+        if not training:
+            assert all(len({tuple(sizes[index]) for index in batch}) == 1 for batch in batches.batches(3))
+            order = [int(locality.windows()[batch[0]]) for batch in batches.batches(3)]
+            assert order == sorted(order)
+
+
+def test_a_locality_of_one_window_changes_nothing():
+    sizes = np.array([(480, 640), (640, 480), (333, 500)] * 30, dtype=np.int32)
+    locality = Locality(np.arange(90, dtype=np.int32) % 4, 4)
+    for training in (True, False):
+        plain, local = (EpochBatches(sizes, 4, 1, training, locality=where) for where in (None, locality))
+        assert plain.batches(2) == local.batches(2)
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(9, [4, 4]), (8, [4, 4]), (10, [2, 4, 4]), (1, [])])
+def test_a_last_batch_that_is_too_small_is_left_out_with_a_locality_too(images, sizes):
+    locality = Locality(np.arange(images, dtype=np.int32), 1)
+    batches = EpochBatches(np.full((images, 2), 16, dtype=np.int32), 4, smallest=2, locality=locality)
+    assert sorted(map(len, batches)) == sizes
+    assert len(batches) == len(sizes)

@@ -190,7 +190,9 @@ def test_the_outlines_of_coco_itself(shared_data: Path) -> None:
         own = [one for one in records if one["image_id"] == a.image_ids[index]]
         drawn = coco_mask(own, tuple(a.sizes[index].tolist()), labels)
         different = (masks[~crowd].any(0) != (drawn == 1)).sum()
-        assert different <= 0.002 * (drawn == 1).sum() + 2  # corners are kept in float32: at edges a pixel may go either way
+        assert (
+            different <= 0.002 * (drawn == 1).sum() + 2
+        )  # corners are kept in float32: at edges a pixel may go either way
         for mask, box in zip(masks, a.boxes[a.offsets[index] : a.offsets[index + 1]], strict=True):
             if mask.any():
                 rows, columns = np.nonzero(mask)

@@ -1,0 +1,226 @@
+"""The ``data shards`` command: a data set as a few large tar files, for disks and networks that are slow with many small ones."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from detpipe.commands.data_source import open_splits, source_parser
+from detpipe.datasets.datamodule import DetectionData
+from detpipe.datasets.faults import Collected
+from detpipe.datasets.sharding.index import INDEX, KEYS
+from detpipe.datasets.sharding.journal import SUFFIX
+from detpipe.datasets.sharding.making import Made, Sharding, make_shards
+from detpipe.datasets.sharding.verifying import verify_shards
+from detpipe.datasets.writers.placement import file_name_of
+from detpipe.errors import DataError, UsageError
+from detpipe.types import Annotations
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SHOWN = 5
+
+
+def run_shards(arguments: Sequence[str]) -> int:
+    """Write the splits of a data set as shards, or compare shards with their index.
+
+    Args:
+        arguments: ``PATH -o FOLDER`` and options, or ``FOLDER --verify``.
+
+    Returns:
+        0.
+
+    Raises:
+        DetpipeError: what users can mend; shards that are written stay, and the same command goes on from there.
+    """
+    options = _parser().parse_args(list(arguments))
+    if options.verify:
+        return _verify(Path(options.data))
+    if options.output is None:
+        raise UsageError("-o FOLDER is missing: where shards are to be written; see 'detpipe data shards --help'")
+    sharding = _sharding(options)
+    folder = Path(options.output)
+    _refuse_strangers(folder)
+    opened = open_splits(argparse.Namespace(**{**vars(options), "skip_bad": False}))
+    stores = _stores(options.proposals or [], list(opened))
+    for name, data in opened.items():
+        annotations = read_annotations(data, sharding.skip)
+        start = time.perf_counter()
+        made = _make(annotations, data, folder / file_name_of(name), name, sharding, stores.get(name))
+        print(report(made, name, time.perf_counter() - start))
+    return 0
+
+
+def read_annotations(data: DetectionData, skip: bool) -> Annotations:
+    """Read the annotations of a split; its images are decoded later, by several processes.
+
+    Args:
+        data: whose validation split is read.
+        skip: whether faulty boxes and images are left out and counted.
+
+    Returns:
+        The annotations.
+
+    Raises:
+        DataError: there are faults, or, where they may be skipped, such as may not.
+    """
+    if not skip:
+        return data.annotations("val")
+    collected = Collected(decode=False)
+    data.on_bad = collected
+    annotations = data.annotations("val")
+    fatal = [fault for fault in collected.faults if fault.kind.startswith("data set:")]
+    if fatal:
+        more = f" (and {len(fatal) - 1} more such faults)" if len(fatal) > 1 else ""
+        raise DataError(f"{annotations.root}: {fatal[0].message}{more}; correct the annotations")
+    return annotations
+
+
+def report(made: Made, split: str, seconds: float) -> str:
+    """Say what was done.
+
+    Args:
+        made: of a split.
+        split: its name.
+        seconds: that it took.
+
+    Returns:
+        A few lines.
+    """
+    shards, a = made.shards, made.shards.annotations
+    skipped = {name: n for name, n in a.counts.items() if n and "skipped" in name}
+    left_out = sum(n for name, n in skipped.items() if name.startswith("images"))
+    total = sum(shard.bytes for shard in shards.shards)
+    kept = f"; {made.there} shards were there from an earlier run" if made.there else ""
+    lines = [
+        f"{split}: {len(a) + left_out} images read = {len(a)} written + {left_out} skipped; {len(a.boxes)} boxes; "
+        f"{len(shards.shards)} shards, {total / 1e6:.1f} MB in {shards.folder}; {seconds:.1f} s{kept}"
+    ]
+    lines += [f"  {name}: {n}" for name, n in a.counts.items() if n and ("clipped" in name or "skipped" in name)]
+    lines += [f"    {' '.join(message.split())}" for _, _, message in made.skipped[:_SHOWN]]
+    if len(made.skipped) > _SHOWN:
+        lines.append(f"    and {len(made.skipped) - _SHOWN} more")
+    return "\n".join(lines)
+
+
+def read_bytes(text: str) -> int:
+    """``256MB``, ``1.5GiB`` or ``1000000`` as bytes.
+
+    Raises:
+        UsageError: it is no such size.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmg]i?|)b?", text.strip().lower())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise UsageError(f"--shard-size {text}: expected a size such as 256MB, 1GB or 512MiB")
+    return size
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = source_parser(
+        "shards", "Write a data set as tar files that are read in one piece, with an index of all images."
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FOLDER", help="gets a folder for each split; what is begun there goes on"
+    )
+    parser.add_argument("--shard-size", default="256MB", metavar="SIZE", help="the most that a shard may have (256MB)")
+    parser.add_argument(
+        "--images-per-shard", type=int, metavar="N", help="images of every shard but the last, in place of a size"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes (1); the shards do not depend on it"
+    )
+    parser.add_argument(
+        "--proposals",
+        action="append",
+        metavar="[SPLIT=]STORE",
+        help="boxes of a proposal store that are to ride along; may be repeated, once a split",
+    )
+    parser.add_argument(
+        "--no-decode", action="store_true", help="read only the headers of images; damaged ones are not noticed"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides which images share a shard (0)")
+    parser.add_argument(
+        "--verify", action="store_true", help="PATH holds shards: read them all and compare them with their index"
+    )
+    return parser
+
+
+def _sharding(options: argparse.Namespace) -> Sharding:
+    for name in ("images_per_shard", "workers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+    if options.seed < 0:
+        raise UsageError(f"--seed must be 0 or more, got {options.seed}")
+    return Sharding(
+        shard_bytes=read_bytes(options.shard_size),
+        images_per_shard=options.images_per_shard,
+        decode=not options.no_decode,
+        skip=options.skip_bad,
+        seed=options.seed,
+        workers=options.workers,
+    )
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Write only beside shards of ours."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder}: is a file: name a folder")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not path.is_dir() or not ((path / INDEX).is_file() or path.name.endswith(SUFFIX)):
+            raise UsageError(f"--output {folder}: holds {path.name}, which is no folder of shards: name a new folder")
+
+
+def _stores(given: Sequence[str], splits: Sequence[str]) -> Mapping[str, str]:
+    """Splits and their proposal stores."""
+    stores: dict[str, str] = {}
+    for text in given:
+        split, _, path = text.rpartition("=")
+        if split not in splits:
+            split, path = (splits[0], text) if len(splits) == 1 else ("", text)
+        if not split or split in stores:
+            raise UsageError(
+                f"--proposals {text}: expected SPLIT=STORE once for a split; the splits are {', '.join(splits)}"
+            )
+        stores[split] = path
+    return stores
+
+
+def _make(
+    annotations: Annotations, data: DetectionData, folder: Path, split: str, sharding: Sharding, store: str | None
+) -> Made:
+    key = next(name for name, function in KEYS.items() if function is data.image_key)
+    with tqdm(
+        total=len(annotations), desc=split, unit="image", smoothing=0.05, mininterval=0.1 if sys.stderr.isatty() else 30
+    ) as bar:
+        return make_shards(annotations, folder, split, key, sharding, store, _moving(bar))
+
+
+def _moving(bar: tqdm) -> Callable[[int, int], None]:
+    """What moves a bar to the number done, of a total."""
+
+    def move(done: int, total: int) -> None:
+        bar.total = total
+        if not bar.n and done > 1:
+            bar.initial = done  # written by an earlier run: not counted for the time left
+        bar.update(done - bar.n)
+
+    return move
+
+
+def _verify(folder: Path) -> int:
+    """Compare the shards of a split, or of all splits of a folder, with their indices."""
+    found = [folder] if (folder / INDEX).is_file() else sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
+    if not found:
+        raise UsageError(f"{folder}: no shards here: expected a folder that 'detpipe data shards' wrote")
+    for path in found:
+        with tqdm(desc=path.name, unit="shard", disable=None, leave=False) as bar:
+            shards = verify_shards(path, _moving(bar))
+        print(f"{path}: {len(shards.shards)} shards with {len(shards.annotations)} images are as they were written")
+    return 0

@@ -1,0 +1,159 @@
+"""Read images and proposals out of shards: one seek and one read each, through files that stay open."""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from detpipe.datasets.sharding.index import Places, ShardSet
+from detpipe.errors import DataError
+
+Locate = Callable[[int], Path]  # the number of a shard -> where it can be opened
+_OPEN = 64  # files that a process keeps open
+
+
+class ShardFiles:
+    """The open shards of a split, in one process.
+
+    Reading neither moves nor needs a position in a file, so that a forked data worker may go on with the files of its parent; a
+    pickled copy opens its own.
+
+    Args:
+        shards: the split.
+        locate: where a shard can be opened; in the folder of the split by default. It may take its time to fetch it.
+    """
+
+    def __init__(self, shards: ShardSet, locate: Locate | None = None) -> None:
+        self.shards, self._locate = shards, locate
+        self._open: OrderedDict[int, tuple[int, Path]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shards": self.shards, "_locate": self._locate, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        while getattr(self, "_open", None):
+            os.close(self._open.popitem()[1][0])
+
+    def name(self, row: int) -> str:
+        """What a message calls an image: its shard and its own file name."""
+        shard = self.shards.shards[int(self.shards.shard[row])]
+        return f"{self.shards.folder / shard.name} ({self.shards.annotations.file_names[row]})"
+
+    def read(self, row: int, places: Places, what: str) -> bytes:
+        """Read a part of an image, and compare it with its checksum.
+
+        Args:
+            row: of the image.
+            places: where that part of every image is.
+            what: the part, for a message.
+
+        Returns:
+            The bytes.
+
+        Raises:
+            DataError: the shard is missing, ends early, or was changed; it is named with the image.
+        """
+        number = int(self.shards.shard[row])
+        offset, length = int(places.offset[row]), int(places.length[row])
+        file, path = self._file(number)
+        try:
+            content = os.pread(file, length, offset)
+            while 0 < len(content) < length and (more := os.pread(file, length - len(content), offset + len(content))):
+                content += more  # one call reads at most 2 GiB, and a network's file system may give less
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}), wanted for {self.name(row)}") from error
+        if len(content) != length or zlib.crc32(content) != int(places.crc32[row]):
+            fault = "cut off" if len(content) != length else "damaged or changed since its index was written"
+            raise DataError(
+                f"{self.name(row)}: the {what} of image id {self.shards.annotations.image_ids[row]} at byte {offset} is "
+                f"{fault}; copy {path.name} again, or write the shards again"
+            )
+        return content
+
+    def _file(self, number: int) -> tuple[int, Path]:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        shard = self.shards.shards[number]
+        path = self.shards.folder / shard.name if self._locate is None else self._locate(number)
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be opened ({error.strerror}); copy it again, or write the shards again"
+            ) from error
+        found = os.fstat(file).st_size
+        if found != shard.bytes:
+            os.close(file)
+            raise DataError(
+                f"{path}: has {found} bytes, but its index says {shard.bytes}: cut off or changed; copy it again, or write the "
+                "shards again"
+            )
+        self._open[number] = file, path
+        if len(self._open) > _OPEN:
+            os.close(self._open.popitem(last=False)[1][0])
+        return file, path
+
+
+class ShardImages:
+    """The image files of a split, as `detpipe.datasets.dataset.Contents`.
+
+    Args:
+        files: the shards.
+    """
+
+    def __init__(self, files: ShardFiles) -> None:
+        self.files = files
+
+    def name(self, index: int) -> str:
+        """What a message calls an image."""
+        return self.files.name(index)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image file."""
+        return self.files.read(index, self.files.shards.images, "file")
+
+
+class ShardProposals(Mapping[int, npt.NDArray[np.float32]]):
+    """The proposals that ride in shards, by image id; read when they are asked for.
+
+    Args:
+        files: the shards.
+        places: where the proposals are in them.
+    """
+
+    def __init__(self, files: ShardFiles, places: Places) -> None:
+        self.files, self._places = files, places
+        self._order = np.argsort(files.shards.annotations.image_ids)
+
+    def __getitem__(self, image_id: int) -> npt.NDArray[np.float32]:
+        """``[P, 4]`` xyxy in pixels of the image file, best first."""
+        ids = self.files.shards.annotations.image_ids
+        place = int(np.searchsorted(ids, image_id, sorter=self._order))
+        if place == len(ids) or ids[self._order[place]] != image_id:
+            raise KeyError(image_id)
+        row = int(self._order[place])
+        content = self.files.read(row, self._places, "list of proposals")
+        try:
+            boxes = np.load(io.BytesIO(content), allow_pickle=False)
+        except ValueError as error:
+            raise DataError(f"{self.files.name(row)}: its proposals are no .npy file ({error})") from error
+        if boxes.dtype != np.float32 or boxes.ndim != 2 or boxes.shape[1] != 5 or not np.isfinite(boxes).all():
+            raise DataError(
+                f"{self.files.name(row)}: its proposals are not finite float32 [P, 5]; write the shards again"
+            )
+        return boxes[:, :4]
+
+    def __len__(self) -> int:
+        return len(self.files.shards.annotations)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.files.shards.annotations.image_ids.tolist())

@@ -1,0 +1,111 @@
+"""Data in shards: the images of a split in a few large tar files, for sets that are slow to copy or too many files.
+
+::
+
+    root/
+      train/index.json            what 'detpipe data shards DATA -o root' writes, a folder a split
+      train/arrays.safetensors    the annotations of all images, and where each image lies
+      train/shard-000000.tar      image files as they were; any webdataset reader opens them too
+
+An image is read by one seek into its shard, so that batches, draws and the order of evaluation are functions of (seed, epoch) and
+the number of processes, whatever the number of workers, as for files; every image comes once an epoch. Where there are more
+shards than ``window``, an epoch goes through them a window at a time: only the images of a window are shuffled together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from detpipe.datasets.batches import Locality
+from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
+from detpipe.datasets.dataset import Contents, Proposals
+from detpipe.datasets.sharding.index import INDEX, KEYS, ShardSet, check_files, read_index
+from detpipe.datasets.sharding.reading import ShardFiles, ShardImages, ShardProposals
+from detpipe.datasets.transforms import Augment
+from detpipe.errors import DataError
+from detpipe.types import Annotations
+
+
+class Shards(DetectionData):
+    """Detection data in shards, as ``detpipe data shards`` writes them.
+
+    Args:
+        root: the folder that holds a folder for each split.
+        train: the training split, the name of its folder.
+        val: the validation split, in the same way.
+        test: the split for the final test, in the same way; none by default.
+        window: shards whose images are shuffled together, and read at the same time.
+        loader: how images are loaded and batched.
+        augment: what is done to training images and their boxes; null for nothing.
+        seed: decides the order of the batches and every draw of the augmentation, with the epoch.
+        proposals: split -> proposal store, whose boxes then ride in the targets of that split in place of those in the shards; see
+            :class:`detpipe.PrecomputedProposals`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train: str = "train",
+        val: str = "val",
+        test: str | None = None,
+        window: int = 8,
+        loader: Loader = DEFAULT_LOADER,
+        augment: Augment | None = None,
+        seed: int = 0,
+        proposals: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(loader, augment, seed, proposals=proposals)
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        self.root = str(root)
+        self.splits = {"train": train, "val": val, "test": test}
+        self.window = window
+        self._files: dict[Split, ShardFiles] = {}
+        self._key: str | None = None
+
+    def load(self, split: Split) -> Annotations:
+        """Read the index of a split, and look whether its shards are there."""
+        name, root = self.splits[split], Path(self.root)
+        if name is None:
+            raise DataError(f"no {split} split: set the argument {split} to the name of one, a folder in {root}")
+        if not (root / name / INDEX).is_file():
+            found = sorted(path.parent.name for path in root.glob(f"*/{INDEX}"))
+            raise DataError(
+                f"{root / name}: no shards here, wanted for {split}={name!r}; splits found in {root}: "
+                f"{', '.join(found) or 'none'}; 'detpipe data shards' writes them"
+            )
+        shards = read_index(root / name)
+        check_files(shards)
+        self._use_keys(shards)
+        self._files[split] = ShardFiles(shards)
+        return shards.annotations
+
+    def contents(self, split: Split) -> Contents:
+        """The image files of a split, in its shards."""
+        self.annotations(split)
+        return ShardImages(self._files[split])
+
+    def locality(self, split: Split) -> Locality:
+        """Which images of a split share a shard."""
+        self.annotations(split)
+        return Locality(self._files[split].shards.shard, self.window)
+
+    def proposals(self, split: Split) -> Proposals | None:
+        """The precomputed boxes of a split: of a store, if one is given, else those in the shards, if there are any."""
+        given = super().proposals(split)
+        if given is not None:
+            return given
+        self.annotations(split)
+        files = self._files[split]
+        places = files.shards.proposals
+        return None if places is None else ShardProposals(files, places)
+
+    def _use_keys(self, shards: ShardSet) -> None:
+        """Call images in proposal stores as the data set did that the shards were made of."""
+        if self._key not in (None, shards.key):
+            raise DataError(
+                f"{shards.folder / INDEX}: calls images as {shards.key!r}, another split as {self._key!r}: make the shards of "
+                "all splits of one data set"
+            )
+        self._key = shards.key
+        self.image_key = KEYS[shards.key]

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import gc
+import json
+import pickle
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
+
+from detpipe.datasets import VOC, Augment, DetectionData, Loader, Shards
+from detpipe.datasets.sharding.index import read_index
+from detpipe.datasets.sharding.making import Sharding, make_shards
+from detpipe.errors import DataError
+from detpipe.proposal_files import write_store
+from detpipe.types import Annotations
+
+from .builders import write_voc, write_yolo
+from .shard_cases import SIZES, files_in, pack, shards_in, tiny_annotations, tiny_shards
+from .test_datamodule import digest, hashes
+
+ARRAYS = ("file_names", "image_ids", "sizes", "offsets", "boxes", "labels", "iscrowd", "difficult", "area")
+
+
+def same_annotations(first: Annotations, second: Annotations) -> bool:
+    equal = all(np.array_equal(getattr(first, name), getattr(second, name)) for name in ARRAYS)
+    kinds = all(getattr(first, name).dtype == getattr(second, name).dtype for name in ARRAYS[1:])
+    names = (first.class_names, first.category_ids) == (second.class_names, second.category_ids)
+    return equal and kinds and names
+
+
+def test_annotations_are_those_of_the_files_to_the_last_bit(tmp_path: Path) -> None:
+    files = files_in(tmp_path / "files")
+    shards = shards_in(pack(files, tmp_path / "shards"))
+    for split in ("train", "val"):
+        assert same_annotations(files.annotations(split), shards.annotations(split))
+        assert files.annotations(split).counts == shards.annotations(split).counts
+        assert files.describe(split) == shards.describe(split)
+    assert shards.category_ids == (1, 7, 90)  # row 9: gaps stay
+
+
+def test_every_field_of_annotations_is_kept() -> None:
+    """A field that is added to annotations must be packed into shards, or refused there as ``federation`` is."""
+    assert {field.name for field in fields(Annotations)} == {
+        *ARRAYS,
+        *("root", "class_names", "category_ids", "federation", "counts"),
+    }
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_images_and_targets_are_those_of_the_files(tmp_path: Path, split: Any) -> None:
+    files = files_in(tmp_path / "files")
+    shards = shards_in(pack(files, tmp_path / "shards"))
+    ours, theirs = (data.dataset(split, augmented=split == "train") for data in (shards, files))
+    for epoch in (0, 3):
+        for index in range(len(SIZES)):
+            assert digest(([ours[epoch, index][0]], [ours[epoch, index][1]])) == digest(
+                ([theirs[epoch, index][0]], [theirs[epoch, index][1]])
+            )
+
+
+def test_in_one_window_every_batch_is_that_of_the_files(tmp_path: Path) -> None:
+    files = files_in(tmp_path / "files")
+    shards = shards_in(pack(files, tmp_path / "shards"), window=6)  # eleven images, two a shard
+    assert hashes(shards, 3) == hashes(files, 3)
+    assert [digest(batch) for batch in shards.val_dataloader()] == [digest(batch) for batch in files.val_dataloader()]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_p2_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    pack(files_in(tmp_path / "files"), tmp_path / "shards")
+    expected = hashes(shards_in(tmp_path / "shards", window=2))
+    assert expected != hashes(shards_in(tmp_path / "shards", window=6))
+    for workers in (1, 3):
+        assert hashes(shards_in(tmp_path / "shards", workers, window=2)) == expected
+
+
+def test_a_batch_is_made_of_the_images_of_few_shards(tmp_path: Path) -> None:
+    tiny_shards(tmp_path, 400, 4)  # 100 shards
+    data = shards_in(tmp_path / "shards", batch_size=2, augment=None, window=3)
+    shard = read_index(tmp_path / "shards" / "train").shard
+    batches = data.train_dataloader().batch_sampler.batches  # type: ignore[union-attr]
+    orders = []
+    for epoch in range(2):
+        rows = [row for batch in batches(epoch) for row in batch]
+        pools = [shard[rows[start : start + 64]] for start in range(0, len(rows), 64)]  # 32 batches
+        assert max(len(set(pool)) for pool in pools) <= 64 // 4 + 2 * 3  # whole windows, and two that are cut
+        places: dict[int, list[int]] = {}
+        for place, number in enumerate(shard[rows].tolist()):
+            places.setdefault(number, []).append(place)
+        assert max(found[-1] - found[0] for found in places.values()) < 2 * 64  # read in one go, then not again
+        orders.append(rows)
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(400))
+    assert orders[0] != orders[1]
+    together = [{frozenset(batch) for batch in batches(epoch)} for epoch in range(2)]
+    assert len(together[0] & together[1]) < 20  # other neighbors in another epoch
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    count=st.integers(1, 30),
+    per_shard=st.integers(1, 12),
+    ranks=st.integers(1, 4),
+    batch_size=st.integers(1, 5),
+    window=st.integers(1, 5),
+    epoch=st.integers(0, 3),
+)
+def test_every_image_comes_exactly_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    count: int,
+    per_shard: int,
+    ranks: int,
+    batch_size: int,
+    window: int,
+    epoch: int,
+) -> None:
+    """Uneven shards, more ranks than shards, short last batches: what all ranks read, through the files themselves."""
+    root = tmp_path_factory.mktemp("exact")
+    tiny_shards(root, count, per_shard)
+    data = shards_in(root / "shards", batch_size=batch_size, augment=None, window=window)
+    ids = sorted(data.annotations("train").image_ids.tolist())
+    seen: dict[str, list[list[list[int]]]] = {"train": [], "val": []}
+    for rank in range(ranks):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr("detpipe.datasets.batches.share", lambda rank=rank: (rank, ranks))
+            for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
+                loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+                read = [[int(target["image_id"]) for target in targets] for _, targets in loader]
+                assert len(read) == len(loader)
+                seen[split].append(read)
+    assert sorted(image for part in seen["val"] for batch in part for image in batch) == ids
+    assert len({len(part) for part in seen["train"]}) == 1  # all ranks make the same number of steps
+    steps = list(zip(*seen["train"], strict=True))
+    for step, parts in enumerate(steps):
+        whole = [image for part in parts for image in part]
+        # a last batch with fewer images than there are ranks is repeated by the others, so that nobody waits
+        repeated = len(set(whole)) < ranks
+        assert len(whole) == len(set(whole)) or repeated, step
+    distinct = [image for parts in steps for image in dict.fromkeys(image for part in parts for image in part)]
+    assert sorted(distinct) == ids
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_image_comes_exactly_once_through_more_workers_than_shards(tmp_path: Path, workers: int) -> None:
+    tiny_shards(tmp_path, 13, 7)  # two shards
+    data = shards_in(tmp_path / "shards", workers, batch_size=2, augment=None, window=1)
+    ids = sorted(data.annotations("val").image_ids.tolist())
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert sorted(int(target["image_id"]) for _, targets in loader for target in targets) == ids
+
+
+def test_row_35_every_epoch_draws_anew(tmp_path: Path) -> None:
+    data = shards_in(pack(files_in(tmp_path / "files"), tmp_path / "shards"))
+    dataset = data.dataset("train", augmented=True)
+    assert len({dataset[epoch, 0][0].numpy().tobytes() for epoch in range(6)}) == 6
+    assert torch.equal(dataset[3, 0][0], dataset[3, 0][0])
+
+
+def test_a_dataset_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    dataset = shards_in(pack(files_in(tmp_path / "files"), tmp_path / "shards")).dataset("train")
+    image = dataset[0, 1][0]
+    copy = pickle.loads(pickle.dumps(dataset))
+    del dataset  # closes its files
+    assert torch.equal(copy[0, 1][0], image)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_shards(tmp_path, 20, 1)
+    monkeypatch.setattr("detpipe.datasets.sharding.reading._OPEN", 2)
+    data = shards_in(tmp_path / "shards", augment=None, window=20)
+    for _ in range(2):
+        assert sum(len(images) for images, _ in data.train_dataloader()) == 20
+    files = data.contents("train").files  # type: ignore[attr-defined]
+    assert len(files._open) == 2
+
+
+@pytest.mark.parametrize("layout", ["coco", "voc", "yolo"])
+def test_stores_call_images_as_in_the_layout_that_was_packed(tmp_path: Path, layout: str) -> None:
+    if layout == "coco":
+        files: DetectionData = files_in(tmp_path / "data")
+    elif layout == "voc":
+        from detpipe.datasets.voc import VOCFormat
+
+        files = VOC(str(write_voc(tmp_path / "data")), "train", "train", format=VOCFormat("auto"))
+    else:
+        from detpipe.datasets import YOLO
+
+        files = YOLO(str(write_yolo(tmp_path / "data")), "train", "train")
+    a = files.annotations("val")
+    key = files.image_key
+    names = [key(a, row) for row in range(len(a))]
+    records = [
+        (name, [[0, 0, row + 1, 5], [1, 1, 9, 9]], [0.9, 0.5], tuple(a.sizes[row].tolist()))
+        for row, name in enumerate(names)
+    ]
+    store = write_store(tmp_path / "boxes.safetensors", records, source="by hand", settings={"depth": 1})
+    kind = {"coco": "coco", "voc": "voc", "yolo": "file"}[layout]
+    made = make_shards(a, tmp_path / "shards" / "val", "val", kind, Sharding(images_per_shard=2), store.path)
+    assert made.shards.source == {"source": "by hand", "settings": {"depth": 1}}
+    riding = Shards(str(tmp_path / "shards"), "val", "val", augment=Augment(flip=1.0))
+    for row in range(len(a)):
+        _, target = riding.dataset("val")[0, row]
+        torch.testing.assert_close(target["proposals"], torch.tensor([[0.0, 0, row + 1, 5], [1, 1, 9, 9]]))
+        width = int(a.sizes[row, 1])
+        flipped = riding.dataset("val", augmented=True)[0, row][1]["proposals"]
+        torch.testing.assert_close(flipped[1], torch.tensor([width - 9.0, 1, width - 1, 9]))
+    assert set(riding.proposals("val")) == set(a.image_ids.tolist())  # type: ignore[arg-type]
+    with pytest.raises(KeyError):
+        riding.proposals("val")[-1]  # type: ignore[index]
+    other = write_store(
+        tmp_path / "other.safetensors", [(name, [[2, 2, 4, 4]], [1.0], s) for name, _, _, s in records], "x"
+    )
+    given = Shards(str(tmp_path / "shards"), "val", "val", proposals={"val": str(other.path)})
+    assert given.dataset("val")[0, 0][1]["proposals"].tolist() == [[2, 2, 4, 4]]
+
+
+def test_proposals_that_lack_images_are_refused(tmp_path: Path) -> None:
+    a = tiny_annotations(tmp_path / "images", 4)
+    store = write_store(tmp_path / "b.safetensors", {"000.png": ([[0, 0, 1, 1]], [1.0])}, source="x")
+    with pytest.raises(DataError, match=r"b\.safetensors.*3 of 4"):
+        make_shards(a, tmp_path / "s", "train", "file", proposals=store.path)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset closes no files
+def test_plain_webdataset_reads_them(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    files = files_in(tmp_path / "files")
+    a = files.annotations("train")
+    store = write_store(
+        tmp_path / "b.safetensors", {str(i): ([[0, 0, 5, 5]], [0.5]) for i in a.image_ids.tolist()}, source="x"
+    )
+    pack(files, tmp_path / "shards", proposals=store.path)
+    urls = sorted(str(path) for path in (tmp_path / "shards" / "train").glob("*.tar"))
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    assert len(samples) == len(a)
+    by_id = {sample["json"]["image_id"]: sample for sample in samples}
+    for row, image_id in enumerate(a.image_ids.tolist()):
+        sample, target = by_id[image_id], files.dataset("train").target(row)
+        assert sample["json"]["boxes"] == a.boxes[a.offsets[row] : a.offsets[row + 1]].tolist()
+        assert sample["json"]["labels"] == target["labels"].tolist()
+        assert sample["json"]["category_ids"] == [a.category_ids[k - 1] for k in sample["json"]["labels"]]
+        assert (sample["json"]["height"], sample["json"]["width"]) == sample["jpg"].shape[:2]
+        np.testing.assert_allclose(sample["proposals.npy"], [[0, 0, 5, 5, 0.5]])
+    raw = {
+        json.loads(sample["json"])["file_name"]: sample["jpg"]
+        for sample in webdataset.WebDataset(urls, shardshuffle=False)
+    }
+    assert raw == {name: (a.root / name).read_bytes() for name in a.file_names.tolist()}  # as they were
+    gc.collect()
+
+
+def test_a_config_builds_it(tmp_path: Path) -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(DetectionData, "data")
+    config = {"class_path": "detpipe.datasets.Shards", "init_args": {"root": str(tmp_path), "window": 3}}
+    data = parser.instantiate(parser.parse_object({"data": config})).data
+    assert isinstance(data, Shards)
+    assert (data.window, data.loader) == (3, Loader())
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        Shards(str(tmp_path), window=0)

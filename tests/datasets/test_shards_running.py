@@ -1,0 +1,188 @@
+"""Shards in a run: workers that die or hang, memory, several processes, evaluation, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+from evaluation.builders import perfect
+from test_configs import SHORT, shown_bases, train
+from together import start, succeed
+
+from detpipe import cli
+from detpipe.datasets import Loader, Shards
+from detpipe.datasets.sharding.index import Places, Shard, read_index, write_index
+from detpipe.datasets.sharding.making import Sharding, make_shards
+from detpipe.datasets.sharding.reading import ShardFiles
+from detpipe.evaluation.coco import evaluate_coco
+
+from .shard_cases import files_in, pack, shards_in, tiny_annotations, tiny_shards
+from .test_datamodule import hashes
+
+DYING = """
+import os, signal, sys
+import torch
+from datasets.shard_cases import shards_in
+from detpipe.datasets.sharding.reading import ShardFiles
+data = shards_in(sys.argv[1], workers=1, augment=None)
+read = ShardFiles.read
+def dying(self, row, places, what):
+    if row == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, row, places, what)
+ShardFiles.read = dying
+for images, targets in data.train_dataloader():
+    pass
+print("all read")
+"""
+
+
+def test_row_31_a_killed_worker_ends_the_run_in_seconds(tmp_path: Path) -> None:
+    """In a process of its own: the error comes from a signal handler of PyTorch, wherever the process is just then."""
+    tiny_shards(tmp_path, 20, 4)
+    ((status, output, errors),) = start(DYING, [str(tmp_path / "shards")], 1, 60)
+    assert status == 1
+    assert "all read" not in output
+    assert re.search(
+        r"RuntimeError: DataLoader worker \(pid(\(s\))? \d+\) (is killed by signal: Killed|exited unexpectedly)", errors
+    )
+
+
+def test_row_32_a_hanging_worker_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_shards(tmp_path, 4, 2)
+    data = Shards(str(tmp_path / "shards"), loader=Loader(2, num_workers=1, timeout=3))
+    data.setup("fit")
+    monkeypatch.setattr(ShardFiles, "read", lambda *_: time.sleep(60))
+    with pytest.raises(RuntimeError, match="DataLoader timed out after 3"):
+        list(data.train_dataloader())
+
+
+def private_memory(process: int) -> int:
+    """Bytes that a process shares with no other."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+@pytest.mark.slow
+def test_row_34_the_memory_of_a_worker_does_not_grow(tmp_path: Path) -> None:
+    """60,000 records, all of the same image."""
+    count = 60_000
+    a = tiny_annotations(tmp_path / "images", 1)
+    made = make_shards(a, tmp_path / "shards" / "one", "train", sharding=Sharding()).shards
+    repeated = np.zeros(count, dtype=np.int64)
+    many = replace(a.subset(repeated), image_ids=np.arange(count), counts={})
+    places = Places(*(getattr(made.images, name)[repeated] for name in ("offset", "length", "crc32")))
+    (shard,) = made.shards
+    folder = made.folder.with_name("train")
+    os.rename(made.folder, folder)
+    write_index(
+        replace(
+            *(made,),
+            folder=folder,
+            annotations=many,
+            shards=(Shard(shard.name, count, shard.bytes, shard.sha256),),
+            shard=made.shard[repeated],
+            images=places,
+        )
+    )
+    data = Shards(str(tmp_path / "shards"), loader=Loader(batch_size=16, num_workers=1))
+    loader = data.train_dataloader()
+    seen = []
+    for epoch in range(4):
+        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        for step, _ in enumerate(loader):
+            if step == 150:
+                (worker,) = loader._iterator._workers  # type: ignore[union-attr]
+                seen.append(private_memory(worker.pid))
+                break
+    assert seen[3] < 1.2 * seen[0] + 2**20, seen
+
+
+def test_batches_of_an_epoch_need_no_epoch_before_it(tmp_path: Path) -> None:
+    """A resumed run begins anywhere: nothing but (seed, epoch) decides."""
+    pack(files_in(tmp_path / "files"), tmp_path / "shards")
+    undisturbed = hashes(shards_in(tmp_path / "shards", window=2), 4)
+    loader = shards_in(tmp_path / "shards", window=2).train_dataloader()
+    loader.batch_sampler.set_epoch(3)  # type: ignore[union-attr]
+    from .test_datamodule import digest
+
+    assert [digest(batch) for batch in loader] == undisturbed[3]
+    assert undisturbed[3] != undisturbed[2]
+
+
+SHARED = """
+import json, sys
+import torch
+from datasets.shard_cases import shards_in
+torch.distributed.init_process_group("gloo")
+found = []
+for epoch in range(2):
+    data = shards_in(sys.argv[1], batch_size=2, augment=None, window=1)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        loader.batch_sampler.set_epoch(epoch)
+        found.append([[int(target["image_id"]) for target in targets] for _, targets in loader])
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_rows_47_and_48_processes_share_thirteen_images(tmp_path: Path, size: int) -> None:
+    ids = sorted(tiny_shards(tmp_path, 13, 5).shards.annotations.image_ids.tolist())
+    parts = [json.loads(text.splitlines()[-1]) for text in succeed(SHARED, [str(tmp_path / "shards")], size, 120)]
+    for run in range(4):
+        seen = [image for part in parts for batch in part[run] for image in batch]
+        if run % 2:
+            assert sorted(seen) == ids  # evaluation: each exactly once
+        else:
+            assert sorted(set(seen)) == ids
+            assert len({len(part[run]) for part in parts}) == 1
+            assert len(seen) - 13 < size  # those that a short last step repeats
+
+
+def test_rows_8_and_9_evaluation_through_shards_is_that_of_the_files(tmp_path: Path) -> None:
+    a = tiny_annotations(tmp_path / "images", 12)
+    zero = replace(a, image_ids=np.arange(12), iscrowd=np.zeros_like(a.iscrowd), difficult=np.zeros_like(a.difficult))
+    make_shards(zero, tmp_path / "shards" / "val", "val", sharding=Sharding(images_per_shard=5))
+    read = shards_in(tmp_path / "shards").annotations("val")
+    assert read.image_ids[0] == 0
+    assert read.category_ids == (1, 7, 90)
+    result = evaluate_coco(read, perfect(read))
+    assert result["AP"] == 1.0
+    assert result == evaluate_coco(zero, perfect(zero))
+
+
+def test_row_17_an_image_without_objects_has_empty_boxes(tmp_path: Path) -> None:
+    data = shards_in(pack(files_in(tmp_path / "files"), tmp_path / "shards"))
+    _, target = data.dataset("train", augmented=True)[0, 3]
+    assert [tuple(target[name].shape) for name in ("boxes", "labels", "area")] == [(0, 4), (0,), (0,)]
+
+
+def test_the_overlay_trains_and_evaluates(tmp_path: Path) -> None:
+    files = files_in(tmp_path / "own")
+    pack(files, tmp_path / "shards")
+    path = runs.CONFIGS / "data" / "shards.yaml"
+    result = train(tmp_path, shown_bases(path)[0], path, "--data.root", tmp_path / "shards")
+    assert set(result["per_class"]) == {"cat", "dog", "owl"}
+    best = tmp_path / "run" / "best.ckpt"
+    assert torch.load(best, weights_only=True)["global_step"] == 2
+    given = [*map(str, (shown_bases(path)[0], path)), "--data.root", str(tmp_path / "shards"), *SHORT[:2]]
+    options = ["--ckpt_path", str(best), "--report", str(tmp_path / "report"), "--worst", "2", "--resamples", "2"]
+    sizes = ["--model.min_size", "64", "--model.max_size", "96", "--data.loader.num_workers", "0"]
+    assert cli.main(["evaluate", *given, *sizes, *options]) == 0
+    assert len(list((tmp_path / "report").glob("worst_*_truth.png"))) == 2  # drawn from shards
+
+
+def test_the_shards_of_a_set_say_where_they_lie(tmp_path: Path) -> None:
+    made = tiny_shards(tmp_path, 5, 2).shards
+    assert read_index(made.folder).annotations.root == made.folder
