@@ -16,6 +16,7 @@ from detpipe.datasets.decode import image_size, read_image
 from detpipe.datasets.demo import Demo, DemoScenes, write_demo
 from detpipe.datasets.demo_digits import DemoDigits, write_digits
 from detpipe.datasets.image_folder import ImageFolder
+from detpipe.datasets.resize import Resize
 from detpipe.datasets.transforms import Augment
 from detpipe.datasets.views import Views
 from detpipe.datasets.voc import VOC, VOCFormat, load_voc
@@ -37,6 +38,7 @@ __all__ = [
     "DetectionDataset",
     "ImageFolder",
     "Loader",
+    "Resize",
     "VOCFormat",
     "Views",
     "image_size",

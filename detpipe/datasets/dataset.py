@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from detpipe.datasets.batches import Key
-from detpipe.datasets.decode import read_image
+from detpipe.datasets.decode import read_reduced
 from detpipe.datasets.records import check_size
+from detpipe.datasets.resize import Resize, resample
 from detpipe.datasets.transforms import Augment
+from detpipe.images import Size, targets_to_batch
 from detpipe.types import Annotations, Target
 
 Proposals = Mapping[int, npt.NDArray[np.floating]]  # image id -> [P, 4] xyxy in pixels of the image file
@@ -30,6 +32,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         augment: what is done to image, boxes and proposals; None for nothing.
         seed: decides every draw, with the key.
         proposals: precomputed boxes by image id, which then ride in the target as ``proposals``.
+        resize: to which size images are brought, after the augmentation; None leaves them as they are.
     """
 
     def __init__(
@@ -38,11 +41,13 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         augment: Augment | None = None,
         seed: int = 0,
         proposals: Proposals | None = None,
+        resize: Resize | None = None,
     ) -> None:
         self.annotations = annotations
         self.augment = augment
         self.seed = seed
         self.proposals = proposals
+        self.resize = resize
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -54,20 +59,35 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             key: the epoch and the index of the image.
 
         Returns:
-            The image, ``[3, H, W]`` uint8 RGB, and its target.
+            The image, ``[3, H, W]`` uint8 RGB, channels last in memory, and its target.
 
         Raises:
             DataError: if the image cannot be read, or is not of the annotated size.
         """
         epoch, index = key
-        path = self.annotations.root / str(self.annotations.file_names[index])
-        image = read_image(path)
+        draws = (self.seed, epoch, index)
         height, width = self.annotations.sizes[index].tolist()
-        check_size(path, (image.shape[1], image.shape[2]), (height, width))
-        target = self.target(index)
+        side, near = 0, (height, width)
+        if self.resize is not None:
+            side = self.resize.draw(draws)
+            near = self.resize.size_to_read(near, side, self.augment.magnification if self.augment else 1.0)
+        image, target = self._read(index, near)
         if self.augment is not None:
-            image, target = self.augment(image, target, (self.seed, epoch, index))
+            image, target = self.augment(image, target, draws)
+        if self.resize is not None:
+            image, target = self.resize(image, target, side)
+            if self.augment is None:  # else there may be no way back
+                target["file_size"] = (height, width)
         return image, target
+
+    def _read(self, index: int, size: Size) -> tuple[Tensor, Target]:
+        """An image and its target at a size that is not above that of the file."""
+        path = self.annotations.root / str(self.annotations.file_names[index])
+        height, width = self.annotations.sizes[index].tolist()
+        decoded = read_reduced(path, size)
+        check_size(path, decoded.size, (height, width))
+        image = resample(decoded.pixels, size, (height / decoded.factor, width / decoded.factor))
+        return image, targets_to_batch([self.target(index)], [(height, width)], [size])[0]
 
     def target(self, index: int) -> Target:
         """The ground truth of one image, in pixels of its file; nothing is read."""
@@ -86,19 +106,6 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         if self.proposals is not None:
             target["proposals"] = torch.tensor(np.asarray(self.proposals[image_id]), dtype=torch.float32)
         return target
-
-
-def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """Keep the images of a batch apart: they are resized and padded together on the device.
-
-    Args:
-        samples: pairs of image and target.
-
-    Returns:
-        The images, and their targets in the same order.
-    """
-    images, targets = zip(*samples, strict=True)
-    return list(images), list(targets)
 
 
 def start_worker(_: int) -> None:

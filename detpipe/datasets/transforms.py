@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import albumentations
 
 
+LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
+
+
 @dataclass(frozen=True)
 class Augment:
     """What may happen to a training image, its boxes and its proposals.
@@ -53,6 +56,12 @@ class Augment:
             if len(self.scale_jitter) != 2 or not 0.1 <= self.scale_jitter[0] <= self.scale_jitter[1] <= 10:
                 raise ValueError(f"scale_jitter must be [smallest, largest] within 0.1..10, got {self.scale_jitter}")
 
+    @property
+    def magnification(self) -> float:
+        """By how much a part of the picture may be enlarged compared with the whole, if the result has the size of the whole."""
+        cut = 1 / (1 - 2 * LARGEST_CROP) if self.crop else 1.0
+        return cut * max(1.0, self.scale_jitter[1] if self.scale_jitter else 1.0)
+
     def __call__(self, image: Tensor, target: Target, seed: int | Sequence[int]) -> tuple[Tensor, Target]:
         """Transform one image with everything that belongs to it.
 
@@ -62,8 +71,8 @@ class Augment:
             seed: non-negative numbers that decide every draw, such as (seed, epoch, index).
 
         Returns:
-            The new image ``[3, H', W']`` uint8 and its target. Boxes, and all that is said of them, and proposals are
-            those that are still visible; the area shrinks and grows with the box.
+            The new image ``[3, H', W']`` uint8, channels last in memory, and its target. Boxes, and all that is said of them, and
+            proposals are those that are still visible; the area shrinks and grows with the box.
         """
         from detpipe.datasets.transforms_pipeline import (
             build_pipeline,
@@ -73,7 +82,7 @@ class Augment:
         reseed(pipeline, seed)
         boxes, rows = _stack(target, image.shape[2], image.shape[1])
         out = pipeline(image=np.ascontiguousarray(image.permute(1, 2, 0).numpy()), bboxes=boxes, rows=rows)
-        moved = torch.from_numpy(np.ascontiguousarray(out["image"])).permute(2, 0, 1).contiguous()
+        moved = torch.from_numpy(np.ascontiguousarray(out["image"])).permute(2, 0, 1)
         return moved, _unstack(
             target, np.asarray(out["bboxes"]), np.asarray(out["rows"]), moved.shape[2], moved.shape[1]
         )

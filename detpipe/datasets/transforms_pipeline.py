@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from albumentations.core.type_definitions import Targets
 
-from detpipe.datasets.transforms import Augment
+from detpipe.datasets.transforms import LARGEST_CROP, Augment
 
 _GROUND = (124, 116, 104)  # RGB, the mean color of ImageNet: what a network calls zero
-_CROP = 0.2  # largest part that a crop cuts from each side
 _LEAST = 0.01  # pixels; or a box that has left the image stays, without a size, and raises
 _HUE = 0.1  # of the strength of the other color changes
 
@@ -41,7 +40,7 @@ def build_pipeline(augment: Augment) -> albumentations.Compose:
     if augment.scale_jitter is not None:
         steps.append(Zoom(augment.scale_jitter))
     if augment.crop:
-        steps.append(albumentations.RandomCropFromBorders(_CROP, _CROP, _CROP, _CROP, p=augment.crop))
+        steps.append(albumentations.RandomCropFromBorders(*[LARGEST_CROP] * 4, p=augment.crop))
     if augment.color:
         steps.append(color_jitter(augment.color))
     params = albumentations.BboxParams(
