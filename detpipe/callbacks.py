@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from detpipe import images as frames
 from detpipe import processes
 from detpipe.checkpoint import KEY, Description
 from detpipe.errors import NonFiniteStepError, TrainingError
@@ -256,7 +257,8 @@ class Pictures(Callback):
     ) -> None:
         """Keep the first images."""
         room = self.images - len(self._shown)
-        self._shown += list(zip(batch[0], batch[1], outputs, strict=True))[:room]
+        drawn = frames.detections_to_files(outputs[:room], batch[1][:room], back=True)
+        self._shown += list(zip(batch[0][:room], batch[1][:room], drawn, strict=True))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw."""

@@ -115,13 +115,25 @@ class CommandCLI(LightningCLI, ABC):
                 raise UsageError(f"{key}: expected keys with values, got {self.config.get(key)}")
 
     def instantiate_classes(self) -> None:
-        """Build model and data; what their constructors refuse is an error in the configuration."""
+        """Build model and data; what their constructors refuse, or does not fit together, is an error in the configuration."""
         try:
             super().instantiate_classes()
+            self.check_sizes()
         except DetpipeError:
             raise
         except (ValueError, TypeError) as error:
             raise UsageError(explain(str(error))) from error
+
+    def check_sizes(self) -> None:
+        """Refuse data that resize images for a model that would resize them again.
+
+        Raises:
+            ValueError: the data resize images, which only detectors know of.
+        """
+        if getattr(self.datamodule, "resize", None) is not None:
+            raise ValueError(
+                f"data.init_args.resize: {type(self.model).__name__} resizes images itself; remove resize, or set it to null"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Leave the trainer to :meth:`trainer_with`, when there is something to run."""
@@ -164,6 +176,15 @@ class CLI(CommandCLI):
         """The head follows the classes of the data, and head and proposals what the backbone declares."""
         parser.link_arguments("data.num_classes", "model.head.init_args.num_classes", apply_on="instantiate")
         link_stages(parser)
+
+    def check_sizes(self) -> None:
+        """Refuse data that resize images for evaluation to another size than the detector those of elsewhere.
+
+        Raises:
+            ValueError: the sizes differ; both are named.
+        """
+        if self.datamodule.resize is not None:
+            self.datamodule.resize.check_detector(self.model.min_size, self.model.max_size)
 
 
 def positional_configs(arguments: Sequence[str]) -> list[str]:

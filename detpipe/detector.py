@@ -2,7 +2,9 @@
 
 Girshick, "Fast R-CNN", 2015, arXiv 1504.08083. Read :meth:`TwoStageDetector._run`: it is the whole data path.
 
-Frames: what goes in and comes out is in pixels of the images as passed; the stages see the resized, padded batch.
+Frames: what goes in and comes out is in pixels of the images as passed; the stages see the resized, padded batch. Where the data
+have resized an image, its target says so (``content_size``): it is taken as it is, and the steps of validation and prediction give
+detections in pixels of the image file.
 """
 
 from __future__ import annotations
@@ -98,9 +100,10 @@ class TwoStageDetector(LightningModule):
         targets: Sequence[Target] | None,
         wanted: Sequence[Literal["detections", "losses"]],
     ) -> tuple[list[Detection], Losses]:
-        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         divisor = max(self.backbone.strides.values())
-        batch = frames.to_batch(images, self.backbone.pixel_format, self.min_size, self.max_size, divisor)
+        contents = frames.contents_of(targets)
+        batch = frames.to_batch(images, self.backbone.pixel_format, self.min_size, self.max_size, divisor, contents)
+        sizes = frames.picture_sizes(images, contents)
         moved = None if targets is None else frames.targets_to_batch(targets, sizes, batch.image_sizes)
         features = self.backbone(batch.tensors)
         detections: list[Detection] = []
@@ -130,11 +133,11 @@ class TwoStageDetector(LightningModule):
         self._validated = MeanValues()
 
     def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> list[Detection]:
-        """Compute the loss of a batch and its detections from the same features."""
+        """Compute the loss of a batch and its detections, in pixels of the image files, from the same features."""
         images, targets = batch
         detections, losses = self._run(images, targets, ("losses", "detections"))
         self._validated.add({"loss": total_loss(losses), **losses}, len(images))
-        return detections
+        return frames.detections_to_files(detections, targets)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean losses over the images of all processes."""
@@ -142,9 +145,9 @@ class TwoStageDetector(LightningModule):
             self.log(f"val/{name}", value, prog_bar=name == "loss")
 
     def predict_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> list[Detection]:
-        """Detect objects in a batch."""
+        """Detect objects in a batch; boxes are in pixels of the image files."""
         images, targets = batch
-        return self(images, targets)
+        return frames.detections_to_files(self(images, targets), targets)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule, which is stepped after every batch."""

@@ -1,4 +1,4 @@
-"""The one place where coordinates change frame: images as passed <-> the resized, normalized, padded batch.
+"""The one place where coordinates change frame: image files <-> images as passed <-> the resized, normalized, padded batch.
 
 Ren et al., "Faster R-CNN", 2015, arXiv 1506.01497, section 3.3: the shorter side becomes ``min_size`` unless the longer
 one would exceed ``max_size``.
@@ -82,7 +82,17 @@ def normalize(image: Tensor, pixel_format: PixelFormat) -> Tensor:
     if pixel_format.channel_order == "bgr":
         image = image.flip(-3)
     mean, std = (box_ops.constants(values, image) for values in (pixel_format.mean, pixel_format.std))
-    return (image - mean[:, None, None]) / std[:, None, None]
+    rows = image.movedim(-3, -1).flatten(-2) if _channels_last(image) else None
+    if rows is None:
+        image.sub_(mean[:, None, None]).div_(std[:, None, None])
+    else:  # [..., H, W * 3]: a row at a time, since vector code wants more than three values
+        rows.sub_(mean.repeat(image.shape[-1])).div_(std.repeat(image.shape[-1]))
+    return image
+
+
+def _channels_last(image: Tensor) -> bool:
+    """Whether the three channels of a pixel lie side by side in memory, and pixels row by row, as decoders give them."""
+    return image.movedim(-3, -1).is_contiguous()
 
 
 def to_pixels(image: Tensor, pixel_format: PixelFormat) -> Tensor:
@@ -102,7 +112,12 @@ def to_pixels(image: Tensor, pixel_format: PixelFormat) -> Tensor:
 
 
 def to_batch(
-    images: Sequence[Tensor], pixel_format: PixelFormat, min_size: int, max_size: int, divisor: int
+    images: Sequence[Tensor],
+    pixel_format: PixelFormat,
+    min_size: int,
+    max_size: int,
+    divisor: int,
+    contents: Sequence[Size | None] | None = None,
 ) -> ImageList:
     """Normalize, resize and pad images into one batch.
 
@@ -112,30 +127,79 @@ def to_batch(
         min_size: see :func:`resized_size`.
         max_size: see :func:`resized_size`.
         divisor: height and width of the batch are multiples of it; the coarsest stride.
+        contents: for each image None, or height and width of the picture in it, if it has its final size already and the rest of
+            it is padding; see :func:`contents_of`.
 
     Returns:
-        ``tensors`` ``[N, 3, H, W]`` and ``image_sizes``, height and width of each image inside it.
+        ``tensors`` ``[N, 3, H, W]`` and ``image_sizes``, height and width of each picture inside it. In memory the channels of
+        ``tensors`` come last, if they do in every image.
 
     Raises:
         ValueError: no images, or one of a wrong shape.
     """
     if not len(images):
         raise ValueError("expected at least one image, got an empty list")
-    resized = []
+    resized, canvases = [], []
     for index, image in enumerate(images):
         if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ValueError(f"images[{index}] must be [3, H, W] with H, W > 0, got {list(image.shape)}")
-        size = resized_size((image.shape[1], image.shape[2]), min_size, max_size)
-        image = normalize(image, pixel_format)
-        if size != tuple(image.shape[1:]):
-            shrinks = size[0] < image.shape[1]
-            image = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=shrinks)[0]
+        canvas: Size = (image.shape[1], image.shape[2])
+        content = contents[index] if contents is not None else None
+        if content is None:
+            canvas = resized_size(canvas, min_size, max_size)
+            image = _resize(normalize(image, pixel_format), canvas)
+        elif not (0 < content[0] <= canvas[0] and 0 < content[1] <= canvas[1]):
+            raise ValueError(f"content_size of images[{index}] must lie within its {canvas}, got {tuple(content)}")
+        else:
+            image = normalize(image, pixel_format)[:, : content[0], : content[1]]
         resized.append(image)
-    height, width = (-(-max(image.shape[axis] for image in resized) // divisor) * divisor for axis in (1, 2))
-    batch = resized[0].new_zeros((len(resized), 3, height, width))
+        canvases.append(canvas)
+    height, width = (-(-max(canvas[axis] for canvas in canvases) // divisor) * divisor for axis in (0, 1))
+    layout = torch.channels_last if all(image.stride(0) == 1 for image in resized) else torch.contiguous_format
+    kind = {"dtype": resized[0].dtype, "device": resized[0].device}
+    batch = torch.empty((len(resized), 3, height, width), memory_format=layout, **kind).zero_()
     for row, image in zip(batch, resized, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
     return ImageList(batch, [(image.shape[1], image.shape[2]) for image in resized])
+
+
+def _resize(image: Tensor, size: Size) -> Tensor:
+    """Resize ``[3, H, W]`` floating point bilinearly, smoothed where it shrinks."""
+    if size == tuple(image.shape[1:]):
+        return image
+    shrinks = size[0] < image.shape[1]
+    return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=shrinks)[0]
+
+
+def picture_sizes(images: Sequence[Tensor], contents: Sequence[Size | None] | None = None) -> list[Size]:
+    """The height and width of the pictures in images as passed.
+
+    Args:
+        images: N tensors ``[3, H_i, W_i]``.
+        contents: see :func:`contents_of`.
+
+    Returns:
+        N sizes, without the padding that the data may have added.
+    """
+    return [
+        content or (image.shape[-2], image.shape[-1])
+        for image, content in zip(images, contents or [None] * len(images), strict=True)
+    ]
+
+
+def contents_of(targets: Sequence[Target] | None) -> list[Size | None] | None:
+    """Where the data have resized images: height and width of the pictures in them.
+
+    Args:
+        targets: N targets, or None where nothing is known of the images.
+
+    Returns:
+        N sizes, None for each image that is still to be resized; or None where all are.
+    """
+    if targets is None:
+        return None
+    contents = [target.get("content_size") for target in targets]
+    return contents if any(content is not None for content in contents) else None
 
 
 def targets_to_batch(targets: Sequence[Target], old: Sequence[Size], new: Sequence[Size]) -> list[Target]:
@@ -186,4 +250,28 @@ def detections_to_images(
             proposals = scale_boxes(seen["proposals"], old, new)
             one = GlimpsedDetection(**one, proposals=proposals, glimpses=seen["glimpses"] * factors)
         moved.append(one)
+    return moved
+
+
+def detections_to_files(
+    detections: Sequence[Detection], targets: Sequence[Target], back: bool = False
+) -> list[Detection]:
+    """Move detections from images that the data have resized to the image files, where ground truth is kept.
+
+    Args:
+        detections: N detections in pixels of the images as passed.
+        targets: of these images.
+        back: move them the other way, such as to draw them into the images as passed.
+
+    Returns:
+        N detections in pixels of the image files; those of images that the data have not resized, or of which they have cut parts,
+        as they are.
+    """
+    moved = []
+    for found, target in zip(detections, targets, strict=True):
+        content, file = target.get("content_size"), target.get("file_size")
+        if content is not None and file is not None:
+            old, new = (file, content) if back else (content, file)
+            [found] = detections_to_images([found], [old], [new])
+        moved.append(found)
     return moved

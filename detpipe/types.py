@@ -31,6 +31,10 @@ class Target(TypedDict, total=False):
     area: Tensor  # [G] float32, square pixels
     proposals: Tensor  # [P, 4] float32 xyxy
     file_name: str  # for messages
+    # height and width of the picture in an image that the data resized, which nothing resizes again; at its right and bottom
+    # there may be padding
+    content_size: tuple[int, int]
+    file_size: tuple[int, int]  # height and width of the image file, where the whole of it is the picture, resized
 
 
 class Detection(TypedDict):

@@ -16,6 +16,7 @@ from detpipe.datasets.decode import image_size, read_image
 from detpipe.datasets.demo import Demo, DemoScenes, write_demo
 from detpipe.datasets.demo_digits import DemoDigits, write_digits
 from detpipe.datasets.image_folder import ImageFolder
+from detpipe.datasets.resize import Resize
 from detpipe.datasets.shards import Shards
 from detpipe.datasets.transforms import Augment
 from detpipe.datasets.views import Views
@@ -38,6 +39,7 @@ __all__ = [
     "DetectionDataset",
     "ImageFolder",
     "Loader",
+    "Resize",
     "Shards",
     "VOCFormat",
     "Views",

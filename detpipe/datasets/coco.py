@@ -15,6 +15,7 @@ from pathlib import Path
 from detpipe.datasets.coco_json import load_coco
 from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
 from detpipe.datasets.faults import OnBad
+from detpipe.datasets.resize import Resize
 from detpipe.datasets.segmentations import read_segmentations
 from detpipe.datasets.transforms import Augment
 from detpipe.errors import DataError
@@ -49,6 +50,7 @@ class COCO(DetectionData):
             every image once at the start to find damaged ones.
         proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
             :class:`detpipe.PrecomputedProposals`.
+        resize: to which size images are brought by the data workers; null leaves it to the detector.
     """
 
     def __init__(
@@ -62,8 +64,9 @@ class COCO(DetectionData):
         seed: int = 0,
         on_bad: OnBad = "error",
         proposals: dict[str, str] | None = None,
+        resize: Resize | None = None,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad, proposals)
+        super().__init__(loader, augment, seed, on_bad, proposals, resize)
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
 

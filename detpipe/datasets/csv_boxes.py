@@ -20,6 +20,7 @@ from detpipe.datasets.csv_table import Table
 from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
 from detpipe.datasets.faults import Faults, OnBad, Policy
 from detpipe.datasets.records import build_annotations
+from detpipe.datasets.resize import Resize
 from detpipe.datasets.stored_proposals import file_key
 from detpipe.datasets.transforms import Augment
 from detpipe.errors import DataError
@@ -65,6 +66,7 @@ class CSVBoxes(DetectionData):
             every image once at the start to find damaged ones.
         proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
             :class:`detpipe.PrecomputedProposals`. An image is called by its file, relative to the images.
+        resize: to which size images are brought by the data workers; null leaves it to the detector.
     """
 
     image_key = staticmethod(file_key)
@@ -81,8 +83,9 @@ class CSVBoxes(DetectionData):
         seed: int = 0,
         on_bad: OnBad = "error",
         proposals: dict[str, str] | None = None,
+        resize: Resize | None = None,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad, proposals)
+        super().__init__(loader, augment, seed, on_bad, proposals, resize)
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
         self.format = format

@@ -13,8 +13,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets.batches import EpochBatches, Locality
-from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, collate, start_worker
+from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
 from detpipe.datasets.faults import SHOWN, OnBad, Policy
+from detpipe.datasets.handover import PackedBatch, collate
+from detpipe.datasets.resize import Resize
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.datasets.transforms import Augment
 from detpipe.errors import DataError
@@ -99,7 +101,8 @@ class LateLoader(DataLoader):
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
+        for batch in super().__iter__():
+            yield batch.unpack() if isinstance(batch, PackedBatch) else batch
 
 
 class DetectionData(LightningDataModule, ABC):
@@ -111,6 +114,7 @@ class DetectionData(LightningDataModule, ABC):
         seed: decides the order of the batches and every draw of the augmentation, with the epoch.
         on_bad: ``"error"`` refuses data with any fault; ``"skip"`` leaves faulty records out and counts them.
         proposals: split -> proposal store, whose boxes then ride in the targets of that split.
+        resize: to which size images are brought, in training and evaluation; None leaves it to the detector.
     """
 
     image_key: ImageKey = staticmethod(coco_key)  # what a proposal store calls an image
@@ -122,6 +126,7 @@ class DetectionData(LightningDataModule, ABC):
         seed: int = 0,
         on_bad: OnBad = "error",
         proposals: dict[str, str] | None = None,
+        resize: Resize | None = None,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -130,6 +135,7 @@ class DetectionData(LightningDataModule, ABC):
             raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
         self.loader = loader
         self.augment = augment
+        self.resize = resize
         self.seed = seed
         self.on_bad: Policy = on_bad  # a `Collected` in its place makes `load` collect faults
         self._annotations: dict[Split, Annotations] = {}
@@ -248,7 +254,7 @@ class DetectionData(LightningDataModule, ABC):
 
         Args:
             split: ``"train"``, ``"val"`` or ``"test"``.
-            augmented: whether images and boxes are transformed as for training.
+            augmented: whether images and boxes are transformed as for training, else resized as for evaluation.
 
         Returns:
             A dataset with the keys ``(epoch, index)``.
@@ -256,8 +262,9 @@ class DetectionData(LightningDataModule, ABC):
         augment = self.augment if augmented else None
         if augment is not None and augment.combine.masks:
             self._read_masks(split)
+        resize = self.resize if augmented or self.resize is None else self.resize.for_evaluation()
         return DetectionDataset(
-            self.annotations(split), augment, self.seed, self.proposals(split), self.contents(split)
+            self.annotations(split), augment, self.seed, self.proposals(split), self.contents(split), resize
         )
 
     def segmentations(self, split: Split) -> Segmentations:

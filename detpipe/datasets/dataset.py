@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,11 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from detpipe.datasets.batches import Key
-from detpipe.datasets.decode import read_image
+from detpipe.datasets.decode import read_reduced
 from detpipe.datasets.records import check_size
+from detpipe.datasets.resize import Resize, resample
 from detpipe.datasets.segmentations import draw_masks
 from detpipe.datasets.transforms import Augment, Neighbors
 from detpipe.errors import DataError
+from detpipe.images import Size, targets_to_batch
 from detpipe.types import Annotations, Target
 
 Proposals = Mapping[int, npt.NDArray[np.floating]]  # image id -> [P, 4] xyxy in pixels of the image file
@@ -47,6 +48,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         seed: decides every draw, with the key.
         proposals: precomputed boxes by image id, which then ride in the target as ``proposals``.
         contents: where the image files are, if not at their names.
+        resize: to which size images are brought, after the augmentation; None leaves them as they are.
 
     Raises:
         DataError: the augmentation needs more images, or instance masks that the annotations do not have.
@@ -60,6 +62,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         seed: int = 0,
         proposals: Proposals | None = None,
         contents: Contents | None = None,
+        resize: Resize | None = None,
     ) -> None:
         if augment is not None:
             _check(augment, annotations)
@@ -68,6 +71,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self.seed = seed
         self.proposals = proposals
         self.contents = contents
+        self.resize = resize
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -79,17 +83,27 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             key: the epoch and the index of the image.
 
         Returns:
-            The image, ``[3, H, W]`` uint8 RGB, and its target.
+            The image, ``[3, H, W]`` uint8 RGB, channels last in memory, and its target.
 
         Raises:
             DataError: if the image, or one that is combined with it, cannot be read, or is not of the annotated size.
         """
         epoch, index = key
-        image, target = self.read(index)
-        if self.augment is None:
-            return image, target
-        masks = None if self.annotations.segmentations is None else self.masks
-        return self.augment(image, target, (self.seed, epoch, index), Neighbors(len(self), index, self.read, masks))
+        draws = (self.seed, epoch, index)
+        height, width = self.annotations.sizes[index].tolist()
+        side, near = 0, (height, width)
+        if self.resize is not None:
+            side = self.resize.draw(draws)
+            near = self.resize.size_to_read(near, side, self.augment.magnification if self.augment else 1.0)
+        image, target = self._read(index, near)
+        if self.augment is not None:
+            masks = None if self.annotations.segmentations is None else self.masks
+            image, target = self.augment(image, target, draws, Neighbors(len(self), index, self.read, masks))
+        if self.resize is not None:
+            image, target = self.resize(image, target, side)
+            if self.augment is None:  # else there may be no way back
+                target["file_size"] = (height, width)
+        return image, target
 
     def read(self, index: int) -> tuple[Tensor, Target]:
         """Read one image as it is in its file, with its target.
@@ -97,22 +111,24 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         Raises:
             DataError: if the image cannot be read, or is not of the annotated size.
         """
-        path, image = self._read(index)
         height, width = self.annotations.sizes[index].tolist()
-        check_size(path, (image.shape[1], image.shape[2]), (height, width))
-        return image, self.target(index)
+        return self._read(index, (height, width))
 
     def masks(self, index: int) -> npt.NDArray[np.bool_]:
         """The instance masks of one image, ``[G, H, W]``, in pixels of its file."""
         return draw_masks(self.annotations, index)
 
-    def _read(self, index: int) -> tuple[str | Path, Tensor]:
-        """What a message calls an image, and its pixels."""
+    def _read(self, index: int, size: Size) -> tuple[Tensor, Target]:
+        """An image and its target at a size that is not above that of the file."""
+        height, width = self.annotations.sizes[index].tolist()
         if self.contents is None:
-            path = self.annotations.root / str(self.annotations.file_names[index])
-            return path, read_image(path)
-        name = self.contents.name(index)
-        return name, read_image(name, self.contents.read(index))
+            path, content = self.annotations.root / str(self.annotations.file_names[index]), None
+        else:
+            path, content = self.contents.name(index), self.contents.read(index)
+        decoded = read_reduced(path, size, content)
+        check_size(path, decoded.size, (height, width))
+        image = resample(decoded.pixels, size, (height / decoded.factor, width / decoded.factor))
+        return image, targets_to_batch([self.target(index)], [(height, width)], [size])[0]
 
     def target(self, index: int) -> Target:
         """The ground truth of one image, in pixels of its file; nothing is read."""
@@ -144,19 +160,6 @@ def _check(augment: Augment, annotations: Annotations) -> None:
         )
     if augment.transforms:
         augment.check()
-
-
-def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """Keep the images of a batch apart: they are resized and padded together on the device.
-
-    Args:
-        samples: pairs of image and target.
-
-    Returns:
-        The images, and their targets in the same order.
-    """
-    images, targets = zip(*samples, strict=True)
-    return list(images), list(targets)
 
 
 def start_worker(_: int) -> None:

@@ -10,6 +10,7 @@ from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, S
 from detpipe.datasets.demo_files import DEFAULT_SCENES, DemoScenes, write_demo
 from detpipe.datasets.demo_scenes import CLASS_NAMES
 from detpipe.datasets.faults import OnBad
+from detpipe.datasets.resize import Resize
 from detpipe.datasets.transforms import Augment
 from detpipe.datasets.voc_xml import load_voc
 from detpipe.errors import DataError, UsageError
@@ -31,6 +32,7 @@ class Demo(DetectionData):
         on_bad: ``error`` refuses data with any fault; ``skip`` leaves faulty records out and counts them.
         proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
             :class:`detpipe.PrecomputedProposals`.
+        resize: to which size images are brought by the data workers; null leaves it to the detector.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class Demo(DetectionData):
         seed: int = 0,
         on_bad: OnBad = "error",
         proposals: dict[str, str] | None = None,
+        resize: Resize | None = None,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad, proposals)
+        super().__init__(loader, augment, seed, on_bad, proposals, resize)
         if layout not in ("coco", "voc"):
             raise UsageError(f"layout must be 'coco' or 'voc', got {layout!r}")
         self.root = str(root)

@@ -146,7 +146,7 @@ def finish(scene: Scene, min_visibility: float) -> tuple[Tensor, Target]:
         target["area"] = area[kept] * _area(target["boxes"]) / _area(boxes_of(scene.target)[kept])
     if "proposals" in scene.target:
         target["proposals"] = boxes[~is_object]
-    return torch.from_numpy(np.ascontiguousarray(scene.image.transpose(2, 0, 1))), target
+    return torch.from_numpy(np.ascontiguousarray(scene.image)).permute(2, 0, 1), target
 
 
 def _area(boxes: Tensor) -> Tensor:

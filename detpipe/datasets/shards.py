@@ -19,6 +19,7 @@ from pathlib import Path
 from detpipe.datasets.batches import Locality
 from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
 from detpipe.datasets.dataset import Contents, Proposals
+from detpipe.datasets.resize import Resize
 from detpipe.datasets.sharding.index import INDEX, KEYS, ShardSet, check_files, read_index
 from detpipe.datasets.sharding.reading import ShardFiles, ShardImages, ShardProposals
 from detpipe.datasets.transforms import Augment
@@ -40,6 +41,7 @@ class Shards(DetectionData):
         seed: decides the order of the batches and every draw of the augmentation, with the epoch.
         proposals: split -> proposal store, whose boxes then ride in the targets of that split in place of those in the shards; see
             :class:`detpipe.PrecomputedProposals`.
+        resize: to which size images are brought by the data workers; null leaves it to the detector.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class Shards(DetectionData):
         augment: Augment | None = None,
         seed: int = 0,
         proposals: dict[str, str] | None = None,
+        resize: Resize | None = None,
     ) -> None:
-        super().__init__(loader, augment, seed, proposals=proposals)
+        super().__init__(loader, augment, seed, proposals=proposals, resize=resize)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         self.root = str(root)

@@ -7,6 +7,7 @@ Every draw is decided by the seed that is given, such as (seed, epoch, index).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -39,6 +40,9 @@ class Neighbors:
     index: int
     read: Callable[[int], tuple[Tensor, Target]]
     masks: Callable[[int], npt.NDArray[np.bool_]] | None = None
+
+
+LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,17 @@ class Augment:
                 raise ValueError(f"scale_jitter must be [smallest, largest] within 0.1..10, got {self.scale_jitter}")
         object.__setattr__(self, "transforms", tuple(self.transforms))
 
+    @property
+    def magnification(self) -> float:
+        """By how much a part of the picture may be enlarged compared with the whole, if the result has the size of the whole.
+
+        Infinite where other images, their masks or free windows take part: then the pixels of the files are needed.
+        """
+        if self.combine.images > 1 or self.safe_crop is not None or self.transforms:
+            return math.inf
+        cut = 1 / (1 - 2 * LARGEST_CROP) if self.crop else 1.0
+        return cut * max(1.0, self.scale_jitter[1] if self.scale_jitter else 1.0)
+
     def check(self) -> None:
         """Build what is imported late, so that its faults are found before the first image.
 
@@ -105,9 +120,9 @@ class Augment:
             neighbors: where other images come from; only needed for ``combine``.
 
         Returns:
-            The new image ``[3, H', W']`` uint8 and its target. Boxes, and all that is said of them, and proposals are
-            those that are still visible, of all images that were combined, those of this image first; ``image_id`` and
-            ``file_name`` stay. The area shrinks and grows with the box.
+            The new image ``[3, H', W']`` uint8, channels last in memory, and its target. Boxes, and all that is said of them, and
+            proposals are those that are still visible, of all images that were combined, those of this image first;
+            ``image_id`` and ``file_name`` stay. The area shrinks and grows with the box.
 
         Raises:
             ValueError: images are to be combined, but there are no neighbors, too few, or none with masks.

@@ -27,12 +27,11 @@ from albumentations.core.type_definitions import Targets
 from detpipe.datasets.augment_settings import Degrade, Photometric, Transform
 from detpipe.datasets.safe_crop import CROWD_OR_PROPOSAL, DIFFICULT, OBJECT, SafeCropStep
 from detpipe.datasets.scene import Scene
-from detpipe.datasets.transforms import Augment, reseed
+from detpipe.datasets.transforms import LARGEST_CROP, Augment, reseed
 from detpipe.suggest import did_you_mean
 
 Step = albumentations.BasicTransform
 
-_CROP = 0.2  # largest part that a crop cuts from each side
 _HUE = 0.1  # of the strength of the other color changes
 _BLUR, _NOISE, _JPEG = (0.4, 2.0), (0.02, 0.1), (30, 90)
 
@@ -56,7 +55,7 @@ def build_steps(augment: Augment) -> tuple[Step, ...]:
     if augment.scale_jitter is not None:
         steps.append(Zoom(augment.scale_jitter))
     if augment.crop:
-        steps.append(albumentations.RandomCropFromBorders(_CROP, _CROP, _CROP, _CROP, p=augment.crop))
+        steps.append(albumentations.RandomCropFromBorders(*[LARGEST_CROP] * 4, p=augment.crop))
     if augment.safe_crop is not None:
         steps.append(SafeCropStep(augment.safe_crop, augment.min_visibility))
     steps += [named_step(transform) for transform in augment.transforms]

@@ -15,6 +15,7 @@ from typing import Literal
 
 from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
 from detpipe.datasets.faults import OnBad
+from detpipe.datasets.resize import Resize
 from detpipe.datasets.stored_proposals import voc_key
 from detpipe.datasets.transforms import Augment
 from detpipe.datasets.voc_xml import VOC_CLASSES, find_class_names, load_voc
@@ -61,6 +62,7 @@ class VOC(DetectionData):
             every image once at the start to find damaged ones.
         proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
             :class:`detpipe.PrecomputedProposals`.
+        resize: to which size images are brought by the data workers; null leaves it to the detector.
     """
 
     image_key = staticmethod(voc_key)
@@ -77,8 +79,9 @@ class VOC(DetectionData):
         seed: int = 0,
         on_bad: OnBad = "error",
         proposals: dict[str, str] | None = None,
+        resize: Resize | None = None,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad, proposals)
+        super().__init__(loader, augment, seed, on_bad, proposals, resize)
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
         self.format = format

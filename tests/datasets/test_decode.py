@@ -15,6 +15,8 @@ from detpipe.errors import DataError
 
 from .builders import picture
 
+DECODERS = ("simplejpeg", "torchvision", "pillow")
+
 
 def by_pillow(path: Path) -> np.ndarray:
     with Image.open(path) as image:
@@ -31,15 +33,15 @@ def png_header(path: Path, width: int, height: int) -> Path:
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("torchvision_decodes", [True, False])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_exif_orientation_is_applied_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int, suffix: str, torchvision_decodes: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int, suffix: str, decoder: str
 ) -> None:
     path = tmp_path / f"x.{suffix}"
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture(24, 40).save(path, exif=exif)
-    monkeypatch.setattr(decode, "_has_torchvision_jpeg", lambda: torchvision_decodes)
+    monkeypatch.setattr(decode, "_jpeg_decoder", lambda: decoder)
     image = read_image(path)
     np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), by_pillow(path))
     assert image_size(path) == tuple(image.shape[1:])
@@ -86,13 +88,13 @@ def encoded(suffix: str) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("torchvision_decodes", [True, False])
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("suffix", ["jpeg", "png"])
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.9])
 def test_a_file_that_ends_early_is_an_error_never_grey_pixels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, part: float, torchvision_decodes: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, part: float, decoder: str
 ) -> None:
-    monkeypatch.setattr(decode, "_has_torchvision_jpeg", lambda: torchvision_decodes)
+    monkeypatch.setattr(decode, "_jpeg_decoder", lambda: decoder)
     data = encoded(suffix)
     path = tmp_path / f"cut.{suffix}"
     path.write_bytes(data[: int(len(data) * part)])

@@ -1,0 +1,375 @@
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from detpipe.boxes import iou
+from detpipe.datasets import COCO, Augment, DetectionDataset, Loader, Resize, read_image
+from detpipe.datasets.resize import PADDING, pad, resample
+from detpipe.images import contents_of, detections_to_files, to_batch
+from detpipe.types import Annotations, Detection, PixelFormat
+
+from .builders import coco_content, write_coco
+from .test_datamodule import hashes
+from .test_transforms import paint, scenes, target_of
+
+SIDE = st.integers(1, 3000)
+FILE = (180, 240)  # height, width
+SHORTEST = Resize("shortest_side", 60, 100)
+LETTERBOX = Resize("letterbox", 96)
+
+
+@pytest.mark.parametrize(
+    ("policy", "size", "expected"),
+    [
+        (Resize("shortest_side", 600, 1000), (480, 640), (600, 800)),
+        (Resize("shortest_side", 600, 1000), (300, 900), (333, 1000)),
+        (Resize("letterbox", 640), (480, 640), (480, 640)),
+        (Resize("letterbox", 640), (1280, 960), (640, 480)),
+        (Resize("letterbox", 640), (100, 200), (320, 640)),
+    ],
+)
+def test_sizes_by_hand(policy: Resize, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert policy.content_size(size, policy.evaluation_size) == expected
+
+
+@settings(deadline=None)
+@given(SIDE, SIDE, st.integers(1, 900), st.integers(0, 900))
+def test_what_was_resized_keeps_its_size(height: int, width: int, min_size: int, more: int) -> None:
+    for policy in (Resize("shortest_side", min_size, min_size + more), Resize("letterbox", min_size)):
+        once = policy.content_size((height, width), min_size)
+        assert policy.content_size(once, min_size) == once
+        assert max(once) <= (policy.max_size or min_size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(scenes(), st.integers(20, 300), st.booleans())
+def test_boxes_and_proposals_move_as_the_pixels_do(scene: Any, size: int, letterbox: bool) -> None:
+    """The oracle: each object is painted, and its extent in the resized image must be its box."""
+    height, width, boxes = scene
+    resize = Resize("letterbox", size) if letterbox else Resize("shortest_side", size, 2 * size)
+    floats = [[float(v) for v in box] for box in boxes]
+    before = target_of(floats, floats)
+    image, after = resize(paint(height, width, boxes), before, size)
+    h, w = after["content_size"]
+    assert image.dtype == torch.uint8
+    assert tuple(image.shape[1:]) == ((size, size) if letterbox else (h, w))
+    if letterbox:
+        assert max(h, w) == size
+        ground = torch.tensor(PADDING, dtype=torch.uint8)[:, None, None]
+        assert (image[:, h:] == ground).all()
+        assert (image[:, :, w:] == ground).all()
+    assert torch.equal(after["boxes"], after["proposals"])
+    scale = torch.tensor([w / width, h / height, w / width, h / height])
+    torch.testing.assert_close(after["boxes"], before["boxes"] * scale)
+    torch.testing.assert_close(after["area"], (after["boxes"][:, 2:] - after["boxes"][:, :2]).prod(1) / 2)
+    for name in ("labels", "iscrowd", "difficult", "image_id", "file_name"):
+        assert after[name] is before[name]  # type: ignore[literal-required]
+    for k, box in enumerate(after["boxes"].tolist()):
+        if min(box[2] - box[0], box[3] - box[1]) < 4:
+            continue  # smoothing leaves no pixel bright enough
+        seen = painted(image[:, :h, :w], k)
+        assert seen is not None
+        assert np.abs(np.subtract(box, seen)).max() <= 1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 90), st.integers(2, 90), st.integers(1, 120), st.integers(1, 120), st.booleans())
+def test_resampled_bytes_are_within_one_level_of_floating_point(h: int, w: int, new_h: int, new_w: int, last: bool):
+    image = torch.from_numpy(np.random.default_rng(h * 91 + w).integers(0, 256, (h, w, 3), dtype=np.uint8))
+    image = image.permute(2, 0, 1) if last else image.permute(2, 0, 1).contiguous()
+    out = resample(image, (new_h, new_w))
+    exact = F.interpolate(image[None].double(), (new_h, new_w), mode="bilinear", antialias=True)[0]
+    assert out.shape == (3, new_h, new_w)
+    assert (out - exact).abs().max() <= 1.01
+    assert not last or out.permute(1, 2, 0).is_contiguous()
+
+
+def test_an_image_of_the_right_size_is_not_touched() -> None:
+    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
+    assert resample(image, (20, 30)) is image
+
+
+@pytest.mark.parametrize("size", [(40, 60), (31, 47)])
+def test_a_part_of_the_last_pixel_is_left_out(size: tuple[int, int]) -> None:
+    """A ramp of 60.5 x 40.5 pixels: the map is that of its extent, not of the 61 x 41 pixels that hold it."""
+    ramp = (4 * torch.arange(61)).to(torch.uint8).expand(3, 41, 61)
+    out = resample(ramp, size, (40.5, 60.5))[0, 20].double()
+    wanted, whole = (4 * ((torch.arange(size[1]) + 0.5) * w / size[1] - 0.5) for w in (60.5, 61))
+    assert out.shape == wanted.shape
+    assert (out - wanted)[2:-2].abs().max() < 1.1
+    assert (out - whole)[-8:-2].mean() < -1.2
+
+
+def test_a_picture_is_padded_at_the_right_and_the_bottom() -> None:
+    out = pad(torch.full((3, 2, 3), 9, dtype=torch.uint8), 4)
+    assert out.shape == (3, 4, 4)
+    assert out[:, :2, :3].unique().tolist() == [9]
+    assert [channel.unique().tolist() for channel in (out[:, 2:])] == [[value] for value in PADDING]
+
+
+def test_sizes_are_drawn_from_seed_epoch_and_index() -> None:
+    resize = Resize("shortest_side", [480, 512, 600], 1000)
+    draws = [resize.draw((0, epoch, index)) for epoch in range(20) for index in range(30)]
+    assert draws == [resize.draw((0, epoch, index)) for epoch in range(20) for index in range(30)]
+    counts = [draws.count(size) for size in (480, 512, 600)]
+    assert sum(counts) == 600
+    assert min(counts) > 150
+    assert draws != [resize.draw((1, epoch, index)) for epoch in range(20) for index in range(30)]
+    between = Resize("letterbox", [320, 640], sampling="range")
+    drawn = {between.draw((0, 0, index)) for index in range(400)}
+    assert min(drawn) >= 320
+    assert max(drawn) <= 640
+    assert len(drawn) > 150
+
+
+def test_evaluation_takes_the_last_size_or_the_one_given() -> None:
+    assert Resize("shortest_side", [480, 600], 1000).for_evaluation().sizes == (600,)
+    assert Resize("shortest_side", [480, 600], 1000, eval_size=512).for_evaluation().sizes == (512,)
+    assert Resize("letterbox", [320, 480]).detector_sizes == (480, 480)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy": "stretch"}, "policy must be 'shortest_side' or 'letterbox', got 'stretch'"),
+        ({}, "max_size is missing: shortest_side needs it"),
+        ({"policy": "letterbox", "max_size": 9}, "max_size must be left out for letterbox"),
+        ({"min_size": 0, "max_size": 9}, "0 < min_size <= max_size, got min_size 0"),
+        ({"min_size": [8, 10], "max_size": 9}, r"got min_size \[8, 10\], eval_size None and max_size 9"),
+        ({"min_size": 8, "max_size": 9, "eval_size": 10}, "eval_size 10 and max_size 9"),
+        ({"min_size": [], "max_size": 9}, r"got min_size \[\]"),
+        ({"min_size": [9, 8], "max_size": 9, "sampling": "range"}, r"\[smallest, largest\] .* got \[9, 8\]"),
+        ({"min_size": 8, "max_size": 9, "sampling": "range"}, r"\[smallest, largest\] for sampling 'range', got 8"),
+        ({"min_size": 8, "max_size": 9, "sampling": "all"}, "sampling must be 'choice' or 'range', got 'all'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Resize(**arguments)
+
+
+def test_a_detector_of_other_sizes_is_refused() -> None:
+    resize = Resize("shortest_side", [480, 600], 1000)
+    resize.check_detector(600, 1000)
+    with pytest.raises(ValueError, match=r"min_size 600 and max_size 1000 .* model.min_size is 480 and .* is 1000"):
+        resize.check_detector(480, 1000)
+
+
+@pytest.mark.parametrize(
+    ("magnification", "expected"), [(1.0, (60, 80)), (2.0, (120, 160)), (2.999, (180, 240)), (9.0, (180, 240))]
+)
+def test_as_much_is_read_as_the_augmentation_may_show(magnification: float, expected: tuple[int, int]) -> None:
+    assert Resize("shortest_side", 60, 100).size_to_read(FILE, 60, magnification) == expected
+    assert Resize("shortest_side", 600, 1000).size_to_read(FILE, 600, magnification) == FILE  # never enlarged before
+
+
+def dataset_of(folder: Path, size: tuple[int, int] = FILE, suffix: str = "jpg", **arguments: Any) -> DetectionDataset:
+    """One image with three painted objects, each in a channel of its own."""
+    height, width = size
+    boxes = [[9, 11, width - 40, height - 50], [50, 30, 120, 101], [width // 2, height // 2, width, height]]
+    image = paint(height, width, boxes).permute(1, 2, 0).numpy()
+    Image.fromarray(image).save(folder / f"x.{suffix}", quality=100, subsampling=0)
+    B = len(boxes)
+    annotations = Annotations(
+        root=folder,
+        file_names=np.array([f"x.{suffix}"]),
+        image_ids=np.array([7]),
+        sizes=np.array([size], dtype=np.int32),
+        offsets=np.array([0, B]),
+        boxes=np.array(boxes, dtype=np.float64),
+        labels=np.arange(B) + 1,
+        iscrowd=np.zeros(B, dtype=bool),
+        difficult=np.zeros(B, dtype=bool),
+        area=np.array([(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes], dtype=np.float64),
+        class_names=("red", "green", "blue"),
+        category_ids=(1, 2, 3),
+    )
+    return DetectionDataset(annotations, proposals={7: np.array(boxes, dtype=np.float32)}, **arguments)
+
+
+def painted(image: Tensor, k: int) -> list[int] | None:
+    rows, columns = torch.nonzero(image[k] > 127, as_tuple=True)
+    return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1] if len(rows) else None
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("augment", [None, Augment(flip=1.0, vertical_flip=1.0), Augment(0.5, (0.7, 1.5), crop=1.0)])
+@pytest.mark.parametrize(
+    ("size", "resize"),
+    [
+        (FILE, SHORTEST),
+        (FILE, LETTERBOX),
+        (FILE, Resize("shortest_side", 300, 500)),
+        ((361, 483), SHORTEST),  # no factor divides its sides
+        ((361, 483), LETTERBOX),
+        ((481, 643), Resize("shortest_side", [50, 61, 97, 160], 400)),
+    ],
+)
+def test_files_arrive_resized_with_their_boxes(
+    tmp_path: Path, size: tuple[int, int], resize: Resize, augment: Augment | None, suffix: str
+) -> None:
+    dataset = dataset_of(tmp_path, size, suffix, resize=resize, augment=augment)
+    for epoch in range(4):
+        image, target = dataset[epoch, 0]
+        side = resize.draw((0, epoch, 0))
+        h, w = target["content_size"]
+        assert min(h, w) == side or max(h, w) == (resize.max_size or side)
+        assert ("file_size" in target) == (augment is None)
+        assert image.shape[1:] == ((side, side) if resize.policy == "letterbox" else (h, w))
+        for box, label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
+            seen = painted(image[:, :h, :w], label - 1)
+            assert seen is not None
+            assert np.abs(np.subtract(box, seen)).max() <= 1.5
+        assert torch.isin(target["boxes"], target["proposals"]).all()
+        torch.testing.assert_close(target["area"], (target["boxes"][:, 2:] - target["boxes"][:, :2]).prod(1))
+
+
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from detpipe.datasets import dataset as module
+
+    factors = []
+
+    def noted(*arguments: Any) -> Any:
+        found = module_read(*arguments)
+        factors.append(found.factor)
+        return found
+
+    module_read = module.read_reduced
+    monkeypatch.setattr(module, "read_reduced", noted)
+    for resize in (
+        None,
+        Resize("shortest_side", 180, 240),
+        Resize("shortest_side", 90, 240),
+        SHORTEST,
+        Resize("letterbox", 60),
+    ):
+        dataset_of(tmp_path, resize=resize)[0, 0]
+    dataset_of(tmp_path, resize=SHORTEST, augment=Augment(scale_jitter=(1.0, 2.0)))[0, 0]
+    dataset_of(tmp_path, resize=Resize("letterbox", 60), augment=Augment(scale_jitter=(1.0, 2.0)))[0, 0]
+    assert factors == [1, 1, 2, 2, 4, 1, 2]
+
+
+def test_without_resize_all_is_as_in_the_file(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path)
+    image, target = dataset[0, 0]
+    assert torch.equal(image, read_image(tmp_path / "x.jpg"))
+    assert "content_size" not in target
+    assert "file_size" not in target
+    assert target["boxes"].tolist() == dataset.annotations.boxes.tolist()
+
+
+def test_detections_go_back_to_the_pixels_of_the_file(tmp_path: Path) -> None:
+    for resize in (SHORTEST, LETTERBOX, Resize("shortest_side", 300, 500)):
+        dataset = dataset_of(tmp_path, resize=resize)
+        _, target = dataset[0, 0]
+        found = Detection(boxes=target["boxes"], scores=torch.ones(3), labels=target["labels"])
+        [moved] = detections_to_files([found], [target])
+        torch.testing.assert_close(moved["boxes"].double(), torch.from_numpy(dataset.annotations.boxes))
+        [again] = detections_to_files([moved], [target], back=True)
+        torch.testing.assert_close(again["boxes"], found["boxes"])
+
+
+def test_the_detector_takes_resized_images_as_they_are(tmp_path: Path) -> None:
+    plain = PixelFormat(mean=(0, 0, 0), std=(1, 1, 1), value_range=255.0)
+    for resize in (Resize("shortest_side", [40, 60, 77], 100), Resize("letterbox", [40, 96])):
+        dataset = dataset_of(tmp_path, resize=resize)
+        samples = [dataset[epoch, 0] for epoch in range(5)]
+        images, targets = [image for image, _ in samples], [target for _, target in samples]
+        batch = to_batch(images, plain, 33, 44, 16, contents_of(targets))
+        assert batch.image_sizes == [target["content_size"] for target in targets]
+        assert batch.tensors.shape[2] == -(-max(image.shape[1] for image in images) // 16) * 16
+        assert batch.tensors.is_contiguous(memory_format=torch.channels_last)
+        for row, image, (h, w) in zip(batch.tensors, images, batch.image_sizes, strict=True):
+            assert torch.equal(row[:, :h, :w], image[:, :h, :w].float())
+            assert not row[:, h:].any()
+            assert not row[:, :, w:].any()
+
+
+def test_a_file_of_another_size_than_annotated_is_still_refused(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, resize=SHORTEST)
+    for size, hint in (((240, 180), "swapped"), ((1440, 1920), "the image is 1920 x 1440")):
+        Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)).save(tmp_path / "x.jpg")
+        with pytest.raises(Exception, match=hint):
+            dataset[0, 0]
+
+
+def test_p2_resized_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    sizes = ((80, 120), (120, 80), (81, 121), (60, 100), (80, 120))
+    write_coco(tmp_path, coco_content(sizes), "train")
+    settings = {"train": "train", "val": "train", "augment": Augment(0.5, (0.5, 2.0), 0.5)}
+
+    def data(workers: int) -> COCO:
+        loader = Loader(batch_size=2, num_workers=workers)
+        return COCO(str(tmp_path), loader=loader, resize=Resize("shortest_side", [30, 40, 50], 90), **settings)
+
+    expected = hashes(data(0))
+    for workers in (1, 2):
+        assert hashes(data(workers)) == expected
+    assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize("letterbox", [True, False])
+def test_evaluation_batches_are_of_one_size(tmp_path: Path, letterbox: bool) -> None:
+    write_coco(tmp_path, coco_content(((80, 120), (120, 80), (80, 120), (60, 100))), "val")
+    resize = Resize("letterbox", [32, 48]) if letterbox else Resize("shortest_side", [32, 48], 90)
+    loader = Loader(batch_size=2, num_workers=0)
+    for images, targets in COCO(str(tmp_path), val="val", loader=loader, resize=resize).val_dataloader():
+        assert len({image.shape for image in images}) == 1
+        assert {target["content_size"] for target in targets} == {resize.content_size(targets[0]["file_size"], 48)}
+
+
+@pytest.mark.slow
+def test_what_is_lost_on_real_photographs(shared_data: Path, tmp_path: Path) -> None:
+    """Mean difference to the same resize of the whole picture, in gray levels."""
+    from detpipe.datasets.decode import read_reduced
+
+    differences = {}
+    for path in sorted((shared_data / "coco_mini" / "val2017").iterdir())[:12]:
+        full = read_image(path)
+        for part in (0.5, 0.4, 0.26):
+            size = (int(full.shape[1] * part), int(full.shape[2] * part))
+            reduced = read_reduced(path, size)
+            assert reduced.factor == 2
+            extent = (full.shape[1] / 2, full.shape[2] / 2)
+            difference = (resample(reduced.pixels, size, extent).float() - resample(full, size)).abs().mean()
+            differences.setdefault(part, []).append(float(difference))
+    means = {part: np.mean(values) for part, values in differences.items()}
+    assert means[0.5] < 3.0
+    assert means[0.4] < 2.0
+    assert means[0.26] < 1.5
+
+
+def test_pixels_line_up_with_the_whole_picture(tmp_path: Path) -> None:
+    """A smooth picture of odd sides, decoded at half its scale, is what the whole picture resized is."""
+    rows, columns = np.mgrid[0:361, 0:483]
+    waves = [127 + 120 * np.sin(columns / 17), 127 + 120 * np.sin(rows / 13), 127 + 120 * np.cos((rows + columns) / 19)]
+    buffer = io.BytesIO()
+    Image.fromarray(np.stack(waves, 2).astype(np.uint8)).save(buffer, "jpeg", quality=100, subsampling=0)
+    (tmp_path / "x.jpg").write_bytes(buffer.getvalue())
+    from detpipe.datasets.decode import read_reduced
+
+    for size in ((180, 241), (150, 200), (100, 134)):
+        reduced = read_reduced(tmp_path / "x.jpg", size)
+        assert reduced.factor == 2
+        extent = (361 / reduced.factor, 483 / reduced.factor)
+        out = resample(reduced.pixels, size, extent).float()
+        assert (out - resample(read_image(tmp_path / "x.jpg"), size)).abs()[:, 2:-2, 2:-2].max() < 4
+
+
+def test_iou_of_a_box_before_and_after_is_one() -> None:
+    """Whatever the sizes, moving there and back loses less than a thousandth."""
+    box = torch.tensor([[13.0, 7.0, 200.0, 150.0]])
+    found = Detection(
+        boxes=box * torch.tensor([97 / 241, 73 / 181, 97 / 241, 73 / 181]), scores=torch.ones(1), labels=torch.ones(1)
+    )
+    [moved] = detections_to_files([found], [{"content_size": (73, 97), "file_size": (181, 241)}])
+    assert float(iou(moved["boxes"], box)) > 0.999
