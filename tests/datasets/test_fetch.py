@@ -164,6 +164,7 @@ def test_a_note_that_is_gone_or_damaged_leaves_it_to_the_checksum(
 def test_a_part_that_is_too_long_begins_anew(server: Behavior, tmp_path: Path) -> None:
     partial(tmp_path, CONTENT + b"more")
     assert fetch(remote(server), tmp_path, QUICK).read_bytes() == CONTENT
+    assert server.requests == [("/x/data.bin", None)]  # nothing beyond the end is asked for
 
 
 def test_a_file_that_has_become_shorter(server: Behavior, tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_a_page_in_place_of_the_file_does_not_cost_what_is_there(server: Behavio
         assert part.read_bytes() == CONTENT[:300_000]
 
 
-def test_more_than_was_announced_is_refused(server: Behavior, tmp_path: Path) -> None:
+def test_more_than_is_known_is_refused(server: Behavior, tmp_path: Path) -> None:
     server.files["/x/data.bin"], server.length = CONTENT + b"more", 0
     with pytest.raises(DownloadError, match="sends more than the expected 1024000 bytes"):
         fetch(remote(server), tmp_path, QUICK)

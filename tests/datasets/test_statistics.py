@@ -74,7 +74,7 @@ def test_anchors_are_moved_until_they_fit_together() -> None:
     size, aspect = np.log(sides.prod(axis=1)) / 2, np.log(sides[:, 1] / sides[:, 0])
     start = cluster(size, 4), cluster(aspect, 3)
     ends = refine(sides, *start)
-    before, after = (fit(sides, np.exp(s), np.exp(r)).mean() for s, r in (start, ends))
+    before, after = (fit(sides, np.exp(s).tolist(), np.exp(r).tolist()).mean() for s, r in (start, ends))
     assert after > before + 0.005
     assert suggest_anchors(sides, 4, 3).iou == pytest.approx(after, abs=0.01)
 
