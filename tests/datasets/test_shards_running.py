@@ -27,16 +27,15 @@ from detpipe.evaluation.coco import evaluate_coco
 from .shard_cases import files_in, pack, shards_in, tiny_annotations, tiny_shards
 from .test_datamodule import hashes
 
-
 DYING = """
-import os, signal, sys
-import torch
+import os, signal, sys, time
 from datasets.shard_cases import shards_in
 from detpipe.datasets.sharding.reading import ShardFiles
 data = shards_in(sys.argv[1], workers=1, augment=None)
 read = ShardFiles.read
 def dying(self, row, places, what):
     if row == 7:
+        time.sleep(2)  # what was read before arrives; a batch that is just being sent would end in an EOFError
         os.kill(os.getpid(), signal.SIGKILL)
     return read(self, row, places, what)
 ShardFiles.read = dying
