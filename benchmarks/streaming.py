@@ -4,7 +4,8 @@ The same data module code loads the same synthetic JPEGs (smooth pictures with n
 as files in COCO layout and once from shards, in turns within one run: an epoch of training batches (decoded, flipped, collated,
 not resized), for 0, 1 and 2 workers. All shards are in one window, so both load the same batches. What is compared is the median
 over the rounds of the ratio of two epochs that follow each other, since the machine may be busy with other things as well;
-quartiles stand beside it. The target is a ratio of at least 0.9.
+quartiles stand beside it. The target is a ratio of at least 0.9. The CPU time of all processes for an image depends less on what
+else the machine does.
 
 Then the same for the bytes alone, without decoding; the private memory of a data worker at the end; and how long it takes to write
 the shards, beside copying the files.
@@ -84,8 +85,8 @@ class Epochs:
         self.loader, self.images = data.train_dataloader(), len(data.annotations("train"))
         self.epoch, self.memory = 0, 0.0
 
-    def run(self) -> float:
-        """One epoch; images a second. Workers are started before, by the first."""
+    def run(self) -> tuple[float, float]:
+        """One epoch; images a second, and milliseconds of CPU an image in all processes. The first starts the workers."""
         self.loader.batch_sampler.set_epoch(self.epoch)  # type: ignore[union-attr]
         self.epoch += 1
 
@@ -93,16 +94,25 @@ class Epochs:
             seen = sum(len(images) for images, _ in self.loader)
             assert seen == self.images
 
+        before = self._cpu_seconds()
         rate = self.images / seconds(work)
-        workers = getattr(self.loader._iterator, "_workers", [])
-        self.memory = max((private_memory(worker.pid) for worker in workers), default=0.0)
-        return rate
+        spent = self._cpu_seconds() - before
+        self.memory = max((private_memory(process) for process in self._workers()), default=0.0)
+        return rate, 1000 * spent / self.images
+
+    def _workers(self) -> list[int]:
+        return [worker.pid for worker in getattr(self.loader._iterator, "_workers", [])]
+
+    def _cpu_seconds(self) -> float:
+        fields = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split() for process in self._workers()]
+        ticks = sum(int(field[11]) + int(field[12]) for field in fields)  # utime, stime
+        return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def show(name: str, first: list[float], second: list[float], unit: str) -> None:
+def show(name: str, first: list[float], second: list[float], unit: str, digits: int = 0) -> None:
     """Print a line: medians and quartiles of both, and of the ratios of neighbors."""
     ratios = [b / a for a, b in zip(first, second, strict=True)]
-    cells = [f"{quartiles(values, 0)} {unit}" for values in (first, second)]
+    cells = [f"{quartiles(values, digits)} {unit}" for values in (first, second)]
     print(f"{name:24} {cells[0]:>28} {cells[1]:>28}   {quartiles(ratios, 3)}")
 
 
@@ -121,12 +131,14 @@ def compare_loading(root: Path, rounds: int, batch_size: int) -> None:
         shards = Epochs(Shards(str(root / "shards"), "train", "train", window=10_000, **common))
         for epochs in (files, shards):
             epochs.run()  # workers start, files come into the system's memory
-        rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
         for turn in range(rounds):
             order = list(zip(KINDS, (files, shards), strict=True))
             for kind, epochs in order if turn % 2 == 0 else order[::-1]:
-                rates[kind].append(epochs.run())
-        show(f"{workers} workers", rates["files"], rates["shards"], "img/s")
+                found[kind].append(epochs.run())
+        for place, (name, unit) in enumerate(((f"{workers} workers", "img/s"), ("  CPU an image", "ms"))):
+            first, second = ([one[place] for one in found[kind]] for kind in KINDS)
+            show(name, first, second, unit, digits=place)
         if workers == 1:
             print(f"{'  private memory':24} {files.memory:>24.0f} MiB {shards.memory:>24.0f} MiB")
 

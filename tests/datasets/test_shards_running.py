@@ -28,14 +28,14 @@ from .shard_cases import files_in, pack, shards_in, tiny_annotations, tiny_shard
 from .test_datamodule import hashes
 
 DYING = """
-import os, signal, sys
-import torch
+import os, signal, sys, time
 from datasets.shard_cases import shards_in
 from detpipe.datasets.sharding.reading import ShardFiles
 data = shards_in(sys.argv[1], workers=1, augment=None)
 read = ShardFiles.read
 def dying(self, row, places, what):
     if row == 7:
+        time.sleep(2)  # what was read before arrives; a batch that is just being sent would end in an EOFError
         os.kill(os.getpid(), signal.SIGKILL)
     return read(self, row, places, what)
 ShardFiles.read = dying
