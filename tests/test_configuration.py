@@ -10,6 +10,7 @@ import yaml
 import detpipe
 from detpipe import config_errors, configuration
 from detpipe.commands import training
+from detpipe.commands.region_training import RegionCLI
 from detpipe.configuration import CLI, positional_configs
 from detpipe.datasets import DetectionData
 from detpipe.datasets.demo import Demo
@@ -419,3 +420,38 @@ def test_one_batch_is_not_all_of_them(key: str, given: str, meant: float, tmp_pa
     for arguments in ([f"--trainer.{key}", given], [overlay(tmp_path, f"trainer: {{{key}: {given}}}")]):
         value = parse(*arguments).trainer[key]
         assert (value, type(value)) == (meant, type(meant))
+
+
+def test_data_that_resize_images_agree_with_the_detector(demo_root: Path, tmp_path: Path) -> None:
+    resize = "{policy: shortest_side, min_size: [64, 96], max_size: 160}"
+    path = overlay(tmp_path, f"data:\n  init_args:\n    resize: {resize}\n")
+    told = refusal([runs.CONFIG, path, *runs.demo(demo_root)], CLI)
+    assert told == (
+        "data.init_args.resize brings images to min_size 96 and max_size 160 in evaluation, but model.min_size is 160 and "
+        "model.max_size is 160; give both the same, or resize: null"
+    )
+    cli = CLI([runs.CONFIG, path, *runs.demo(demo_root), "--model.min_size", "96"], training._add_arguments)
+    assert cli.datamodule.resize.sizes == (64, 96)
+    assert build(demo_root).datamodule.resize is None
+    square = ["--data.resize.policy", "letterbox", "--data.resize.min_size", "160"]
+    assert build(demo_root, *square).datamodule.resize.detector_sizes == (160, 160)
+
+
+def test_only_detectors_take_images_that_the_data_resized(demo_root: Path) -> None:
+    arguments = [str(runs.CONFIGS / "region_classifier.yaml"), *runs.demo(demo_root)]
+    square = ["--data.resize", "{policy: letterbox, min_size: 160}"]
+    told = refusal([*arguments, *square], RegionCLI)
+    assert told == "data.init_args.resize: RegionClassifier resizes images itself; remove resize, or set it to null"
+    RegionCLI(arguments, training._add_arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{policy: letterbox, min_size: 64, max_size: 96}", "resize.max_size must be left out for letterbox"),
+        ("{min_size: 64}", "resize.max_size is missing"),
+        ("{policy: stretch, min_size: 64, max_size: 96}", "data.resize"),
+    ],
+)
+def test_wrong_settings_of_resize(options: str, message: str, demo_root: Path) -> None:
+    assert message in refusal([runs.CONFIG, *runs.demo(demo_root), "--data.resize", options], CLI)

@@ -234,3 +234,37 @@ def test_only_named_losses_are_summed():
 def test_bad_sizes(sizes):
     with pytest.raises(ValueError, match="expected 0 < min_size <= max_size"):
         make(None, *sizes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("min_size", [40, 96])
+def test_images_that_the_data_resized_are_not_resized_again(min_size):
+    """Whatever its own sizes, the detector finds the same in an image whose target gives the size of the picture in it."""
+    detector = make(PrecomputedProposals(), min_size, 2 * min_size, score_threshold=0.0).eval()
+    torch.nn.init.zeros_(detector.head.regressor.weight)
+    image = torch.zeros(3, 64, 80)
+    image[:, :48, :72] = torch.rand(3, 48, 72)
+    boxes = torch.tensor([[8.0, 6.0, 40.0, 30.0]])
+    target = Target(
+        boxes=boxes, labels=torch.tensor([1]), proposals=boxes, content_size=(48, 72), file_size=(96, 216), image_id=1
+    )
+    [found] = detector([image], [target])
+    own = make(PrecomputedProposals(), 48, 72, score_threshold=0.0).eval()
+    own.load_state_dict(detector.state_dict())
+    [wanted] = own([image[:, :48, :72]], [{"proposals": boxes}])
+    assert float(iou(found["boxes"], boxes).max()) > 0.999  # in pixels of the image that was passed
+    torch.testing.assert_close(found["boxes"], wanted["boxes"])
+    in_file = boxes * torch.tensor([3.0, 2.0, 3.0, 2.0])
+    for step in (detector.validation_step, detector.predict_step):
+        detector.on_validation_epoch_start()
+        [moved] = step(([image], [target]), 0)
+        assert float(iou(moved["boxes"], in_file).max()) > 0.999  # in pixels of the file
+        torch.testing.assert_close(moved["scores"], found["scores"])
+
+
+def test_nothing_is_found_in_the_padding_of_the_data():
+    detector = make(score_threshold=0.0).eval()
+    target = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), content_size=(40, 56))
+    [found] = detector([torch.rand(3, 96, 96)], [target])
+    assert len(found["boxes"])
+    assert (found["boxes"][:, 2:] <= torch.tensor([56.0, 40.0])).all()

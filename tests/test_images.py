@@ -7,8 +7,11 @@ from samples import random_boxes
 
 from detpipe.boxes import valid
 from detpipe.images import (
+    contents_of,
+    detections_to_files,
     detections_to_images,
     normalize,
+    picture_sizes,
     resized_size,
     scale_boxes,
     targets_to_batch,
@@ -145,3 +148,50 @@ def test_bad_images_are_named(images, message):
 def test_integer_images_other_than_bytes_are_refused():
     with pytest.raises(TypeError, match=r"uint8.*int64"):
         to_batch([torch.zeros(3, 4, 4, dtype=torch.int64)], PLAIN, 4, 4, 1)
+
+
+@pytest.mark.parametrize("pixel_format", [PixelFormat(), CAFFE])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_the_order_in_memory_does_not_change_a_value(pixel_format, dtype):
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8).to(dtype) for size in ((20, 30), (24, 20), (50, 41))]
+    last = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in images]
+    for image, other in zip(images, last, strict=True):
+        assert torch.equal(normalize(image, pixel_format), normalize(other, pixel_format))
+    contents = [(20, 30), (22, 11), (50, 41)]
+    one, two = (to_batch(given, pixel_format, 20, 40, 16, contents) for given in (images, last))
+    assert torch.equal(one.tensors, two.tensors)
+    assert one.tensors.is_contiguous()
+    assert two.tensors.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(
+        to_batch(images, pixel_format, 20, 40, 16).tensors, to_batch(last, pixel_format, 20, 40, 16).tensors
+    )
+
+
+def test_pictures_that_have_their_size_are_not_resized():
+    images = [torch.rand(3, 20, 30), torch.rand(3, 50, 20)]
+    contents = contents_of([{"content_size": (12, 30)}, {}])
+    batch = to_batch(images, PLAIN, 25, 40, 8, contents)
+    assert batch.image_sizes == [(12, 30), (40, 16)]
+    assert batch.tensors.shape == (2, 3, 40, 32)
+    assert torch.equal(batch.tensors[0, :, :12, :30], images[0][:, :12])
+    assert not batch.tensors[0, :, 12:].any()  # what the data put there is not looked at
+    assert picture_sizes(images, contents) == [(12, 30), (50, 20)]
+    assert picture_sizes(images) == [(20, 30), (50, 20)]
+    assert contents_of([{}, {}]) is contents_of(None) is None
+
+
+@pytest.mark.parametrize("content", [(21, 30), (20, 31), (0, 5)])
+def test_a_picture_larger_than_its_image_is_refused(content):
+    with pytest.raises(ValueError, match=r"content_size of images\[0\] must lie within its \(20, 30\), got"):
+        to_batch([torch.rand(3, 20, 30)], PLAIN, 20, 40, 8, [content])
+
+
+def test_detections_of_resized_images_go_to_the_file_and_back():
+    found = {"boxes": random_boxes(5) / 4, "scores": torch.ones(5), "labels": torch.ones(5, dtype=torch.int64)}
+    targets = [{"content_size": (30, 40), "file_size": (90, 80)}, {"content_size": (30, 40)}, {"file_size": (9, 9)}, {}]
+    moved = detections_to_files([found] * 4, targets)
+    [wanted] = detections_to_images([found], [(30, 40)], [(90, 80)])
+    assert torch.equal(moved[0]["boxes"], wanted["boxes"])
+    assert all(one is found for one in moved[1:])  # there is no way back from a part, and none is needed
+    clipped = detections_to_images([found], [(30, 40)], [(30, 40)])[0]["boxes"]
+    torch.testing.assert_close(detections_to_files(moved[:1], targets[:1], back=True)[0]["boxes"], clipped)

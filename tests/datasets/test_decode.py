@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from detpipe.datasets import decode
-from detpipe.datasets.decode import image_size, read_image
+from detpipe.datasets.decode import image_size, read_image, read_reduced
 from detpipe.errors import DataError
 
 from .builders import picture
@@ -141,3 +141,81 @@ def test_errors_survive_pickling(tmp_path: Path) -> None:
 def test_real_photographs_equal_pillow(shared_data: Path) -> None:
     for path in sorted((shared_data / "coco_mini" / "val2017").iterdir())[:5]:
         np.testing.assert_array_equal(read_image(path).permute(1, 2, 0).numpy(), by_pillow(path))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(64, 96), (61, 93), (200, 333)])
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_every_decoder_gives_the_same_part_of_the_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, size: tuple[int, int], factor: int
+) -> None:
+    path = tmp_path / "x.jpg"
+    picture(*size, seed=3).convert(mode).save(path, quality=90)
+    least = (size[0] // factor, size[1] // factor)
+    found = []
+    for decoder in DECODERS:
+        monkeypatch.setattr(decode, "_jpeg_decoder", lambda decoder=decoder: decoder)
+        found.append(read_reduced(path, least))
+        assert (found[-1].factor, found[-1].size) == (factor, size)
+        assert found[-1].pixels.shape == (3, -(-size[0] // factor), -(-size[1] // factor))
+        assert torch.equal(found[-1].pixels, found[0].pixels)
+        assert torch.equal(read_image(path), read_reduced(path, size).pixels)
+        assert read_reduced(path, (least[0] + 1, least[1])).factor == factor // 2
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(48, 80), (49, 80)])
+def test_a_turned_picture_is_reduced_where_its_sides_are_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], orientation: int, decoder: str
+) -> None:
+    monkeypatch.setattr(decode, "_jpeg_decoder", lambda: decoder)
+    path, exif = tmp_path / "x.jpg", Image.Exif()
+    exif[0x0112] = orientation
+    picture(*size).save(path, exif=exif, quality=95)
+    upright = size[::-1] if orientation >= 5 else size
+    reduced = read_reduced(path, (upright[0] // 2, upright[1] // 2))
+    assert reduced.size == upright == image_size(path)
+    assert reduced.factor == (1 if size[0] % 2 and orientation > 1 else 2)
+    if reduced.factor == 2 and not size[0] % 2:
+        mean = torch.nn.functional.avg_pool2d(read_image(path).float(), 2)
+        assert (reduced.pixels - mean).abs().mean() < 2
+
+
+@pytest.mark.parametrize("name", ["cmyk.jpg", "rgb.png", "palette.png", "grey16.png", "tiny.jpg"])
+def test_other_files_are_decoded_whole(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "grey16.png":
+        Image.fromarray(np.full((40, 60), 513, dtype=np.uint16)).save(path)
+    else:
+        size = (8, 12) if name == "tiny.jpg" else (40, 60)
+        mode = {"cmyk.jpg": "CMYK", "palette.png": "P"}.get(name, "RGB")
+        picture(*size).convert(mode).save(path)
+    reduced = read_reduced(path, (2, 3))
+    assert reduced.factor == 1
+    assert torch.equal(reduced.pixels, read_image(path))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_rows_23_24_and_28_hold_at_a_part_of_the_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
+) -> None:
+    monkeypatch.setattr(decode, "_jpeg_decoder", lambda: decoder)
+    (tmp_path / "cut.jpg").write_bytes(encoded("jpeg")[:-800])
+    (tmp_path / "text.jpg").write_text("this is no picture")
+    for name in ("cut.jpg", "text.jpg"):
+        with pytest.raises(DataError, match=rf"{name}: cannot be decoded"):
+            read_reduced(tmp_path / name, (20, 20))
+    data = encoded("jpeg")
+    frame = data.index(b"\xff\xc0") + 5
+    (tmp_path / "bomb.jpg").write_bytes(data[:frame] + struct.pack(">HH", 20_000, 20_000) + data[frame + 4 :])
+    with pytest.raises(DataError, match=r"bomb\.jpg: .*400000000 pixels.*limit"):
+        read_reduced(tmp_path / "bomb.jpg", (20, 20))
+
+
+def test_what_a_strict_decoder_refuses_pillow_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "_jpeg_decoder", lambda: "simplejpeg")
+    data = encoded("jpeg")
+    (tmp_path / "x.jpg").write_bytes(data)
+    (tmp_path / "y.jpg").write_bytes(data[:-2] + bytes(40) + data[-2:])  # bytes that belong to nothing
+    np.testing.assert_array_equal(read_image(tmp_path / "y.jpg").numpy(), read_image(tmp_path / "x.jpg").numpy())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detpipe.boxes import iou
 from detpipe.datasets import COCO, Augment, DetectionDataset, Loader, Resize, read_image
+from detpipe.datasets.decode import read_reduced
 from detpipe.datasets.resize import PADDING, pad, resample
 from detpipe.images import contents_of, detections_to_files, to_batch
 from detpipe.types import Annotations, Detection, PixelFormat
@@ -120,6 +121,7 @@ def test_sizes_are_drawn_from_seed_epoch_and_index() -> None:
     resize = Resize("shortest_side", [480, 512, 600], 1000)
     draws = [resize.draw((0, epoch, index)) for epoch in range(20) for index in range(30)]
     assert draws == [resize.draw((0, epoch, index)) for epoch in range(20) for index in range(30)]
+    assert draws[:30] != draws[30:60]  # another epoch
     counts = [draws.count(size) for size in (480, 512, 600)]
     assert sum(counts) == 600
     assert min(counts) > 150
@@ -330,8 +332,6 @@ def test_evaluation_batches_are_of_one_size(tmp_path: Path, letterbox: bool) -> 
 @pytest.mark.slow
 def test_what_is_lost_on_real_photographs(shared_data: Path, tmp_path: Path) -> None:
     """Mean difference to the same resize of the whole picture, in gray levels."""
-    from detpipe.datasets.decode import read_reduced
-
     differences = {}
     for path in sorted((shared_data / "coco_mini" / "val2017").iterdir())[:12]:
         full = read_image(path)
@@ -348,21 +348,19 @@ def test_what_is_lost_on_real_photographs(shared_data: Path, tmp_path: Path) -> 
     assert means[0.26] < 1.5
 
 
-def test_pixels_line_up_with_the_whole_picture(tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", [180, 150, 100])
+def test_pixels_line_up_with_the_whole_picture(tmp_path: Path, side: int) -> None:
     """A smooth picture of odd sides, decoded at half its scale, is what the whole picture resized is."""
+    dataset = dataset_of(tmp_path, (361, 483), resize=Resize("shortest_side", side, 1000))
     rows, columns = np.mgrid[0:361, 0:483]
     waves = [127 + 120 * np.sin(columns / 17), 127 + 120 * np.sin(rows / 13), 127 + 120 * np.cos((rows + columns) / 19)]
     buffer = io.BytesIO()
     Image.fromarray(np.stack(waves, 2).astype(np.uint8)).save(buffer, "jpeg", quality=100, subsampling=0)
     (tmp_path / "x.jpg").write_bytes(buffer.getvalue())
-    from detpipe.datasets.decode import read_reduced
-
-    for size in ((180, 241), (150, 200), (100, 134)):
-        reduced = read_reduced(tmp_path / "x.jpg", size)
-        assert reduced.factor == 2
-        extent = (361 / reduced.factor, 483 / reduced.factor)
-        out = resample(reduced.pixels, size, extent).float()
-        assert (out - resample(read_image(tmp_path / "x.jpg"), size)).abs()[:, 2:-2, 2:-2].max() < 4
+    image, target = dataset[0, 0]
+    whole = resample(read_image(tmp_path / "x.jpg"), target["content_size"])
+    assert read_reduced(tmp_path / "x.jpg", target["content_size"]).factor == 2
+    assert (image.float() - whole).abs()[:, 2:-2, 2:-2].max() < 4
 
 
 def test_iou_of_a_box_before_and_after_is_one() -> None:

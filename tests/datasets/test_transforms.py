@@ -187,3 +187,17 @@ def test_reseeding_is_cheap_and_the_pipeline_is_built_once() -> None:
 def test_arguments_out_of_range_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Augment(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("augment", "expected"),
+    [
+        (Augment(), 1.0),
+        (Augment(scale_jitter=(0.5, 0.8)), 1.0),
+        (Augment(scale_jitter=(0.5, 2.0)), 2.0),
+        (Augment(crop=0.1), 1 / 0.6),
+        (Augment(crop=0.1, scale_jitter=(1.0, 1.5)), 2.5),
+    ],
+)
+def test_how_much_a_part_is_enlarged(augment: Augment, expected: float) -> None:
+    assert augment.magnification == pytest.approx(expected)
