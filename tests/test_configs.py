@@ -24,7 +24,8 @@ from detpipe.types import Target
 
 OTHERS = ("region_classifier", "superpixel_weak", "stn_digits")  # no detectors: their commands have tests of their own
 MODELS = sorted(path for path in runs.CONFIGS.glob("*.yaml") if path.stem not in OTHERS)
-OVERLAYS = sorted((runs.CONFIGS / "data").glob("*.yaml"))
+AUGMENT = runs.CONFIGS / "data" / "augment_strong.yaml"
+OVERLAYS = sorted(path for path in (runs.CONFIGS / "data").glob("*.yaml") if path != AUGMENT)
 BACKBONES = sorted((runs.CONFIGS / "backbones").glob("*.yaml"))
 STUDIES = sorted((runs.CONFIGS / "ablation").glob("*.yaml"))
 SOURCES = sorted((runs.CONFIGS / "proposals").glob("*.yaml"))
@@ -82,7 +83,7 @@ def test_there_are_configurations() -> None:
     )
 
 
-@pytest.mark.parametrize("path", [*MODELS, *OVERLAYS, *SOURCES, *BACKBONES], ids=name_of)
+@pytest.mark.parametrize("path", [*MODELS, *OVERLAYS, AUGMENT, *SOURCES, *BACKBONES], ids=name_of)
 def test_the_header_shows_the_command(path: Path) -> None:
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert len(header.splitlines()) >= 3
@@ -304,6 +305,44 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
     path = runs.CONFIGS / "data" / "csv_custom.yaml"
     result = train(tmp_path, shown_bases(path)[0], path, "--data.root", tmp_path / "own")
     assert set(result["per_class"]) == {"cat", "dog"}
+
+
+def test_strong_augmentation_follows_every_data_set(demo_root: Path, tmp_path: Path) -> None:
+    base = runs.CONFIGS / "fast_rcnn_se.yaml"
+    for overlay in OVERLAYS:
+        model = (shown_bases(overlay) or [base])[0]
+        config = parse(model, overlay, AUGMENT, "--data.root", "ROOT")
+        augment = config.data.init_args.augment
+        assert (augment.combine.mosaic.p, augment.combine.mixup.p, augment.safe_crop.p) == (0.5, 0.15, 0.3)
+        assert config.data.class_path == parse(model, overlay, "--data.root", "ROOT").data.class_path
+    extra = ["--data.augment.transforms", "[{name: Rotate, arguments: {limit: [-5, 5], p: 0.5}}]"]
+    result = train(tmp_path, base, AUGMENT, *runs.demo(demo_root), *extra)
+    assert set(result["per_class"]) == set("0123456789")
+    detector, _ = load_detector(tmp_path / "run" / "best.ckpt")
+    assert detector.eval()([torch.rand(3, 96, 128)])
+
+
+@pytest.mark.parametrize(
+    ("transforms", "message"),
+    [
+        ("[{name: Lambda}]", "transforms: Lambda runs code of the configuration"),
+        ("[{name: Afine}]", "did you mean 'Affine'"),
+        ("[{name: Affine, arguments: {rotat: 3}}]", "Affine has no argument 'rotat'; did you mean 'rotate'"),
+        (
+            "[{name: Affine, arguments: {rotate: {class_path: os.system, init_args: {command: ls}}}}]",
+            "data.augment.transforms",
+        ),
+    ],
+)
+def test_transforms_that_may_not_be_named_stop_the_command(
+    transforms: str, message: str, demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data.augment.transforms", transforms, "--output", str(tmp_path / "run")]
+    code = cli.main(["train", str(runs.CONFIGS / "fast_rcnn_se.yaml"), *runs.demo(demo_root), *SHORT, *options])
+    told = capsys.readouterr().err.strip()
+    assert code == 2
+    assert message in told
+    assert len(told.splitlines()) == 1
 
 
 def test_the_blood_cells_train_as_shown(shared_data: Path, tmp_path: Path) -> None:

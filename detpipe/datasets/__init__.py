@@ -7,6 +7,16 @@
 Every fault of the data is an error that names file, record and field before the first training step, or a counted skip.
 """
 
+from detpipe.datasets.augment_settings import (
+    Combine,
+    CopyPaste,
+    Degrade,
+    MixUp,
+    Mosaic,
+    Photometric,
+    SafeCrop,
+    Transform,
+)
 from detpipe.datasets.classification import ClassificationData
 from detpipe.datasets.coco import COCO, COCOFiles, load_coco
 from detpipe.datasets.csv_boxes import CSVBoxes, CSVFormat, load_csv
@@ -32,6 +42,9 @@ __all__ = [
     "CSVBoxes",
     "CSVFormat",
     "ClassificationData",
+    "Combine",
+    "CopyPaste",
+    "Degrade",
     "Demo",
     "DemoDigits",
     "DemoScenes",
@@ -39,8 +52,13 @@ __all__ = [
     "DetectionDataset",
     "ImageFolder",
     "Loader",
+    "MixUp",
+    "Mosaic",
+    "Photometric",
     "Resize",
+    "SafeCrop",
     "Shards",
+    "Transform",
     "VOCFormat",
     "Views",
     "image_size",

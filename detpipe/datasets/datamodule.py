@@ -133,6 +133,8 @@ class DetectionData(LightningDataModule, ABC):
             raise ValueError(f"seed must not be negative, got {seed}")
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
+        if augment is not None and augment.transforms:
+            augment.check()
         self.loader = loader
         self.augment = augment
         self.resize = resize
