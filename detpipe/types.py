@@ -31,6 +31,7 @@ class Target(TypedDict, total=False):
     area: Tensor  # [G] float32, square pixels
     proposals: Tensor  # [P, 4] float32 xyxy
     file_name: str  # for messages
+    repeated: bool  # another process trains on this image: it must not count a second time
 
 
 class Detection(TypedDict):

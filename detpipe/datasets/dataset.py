@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detpipe.datasets.batches import Key
+from detpipe.datasets.batches import Key, Repeat
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.records import check_size
 from detpipe.datasets.transforms import Augment
@@ -51,7 +51,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         """Read one image.
 
         Args:
-            key: the epoch and the index of the image.
+            key: the epoch and the index of the image; a `Repeat` marks its target as ``repeated``.
 
         Returns:
             The image, ``[3, H, W]`` uint8 RGB, and its target.
@@ -67,6 +67,8 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         target = self.target(index)
         if self.augment is not None:
             image, target = self.augment(image, target, (self.seed, epoch, index))
+        if isinstance(key, Repeat):
+            target["repeated"] = True
         return image, target
 
     def target(self, index: int) -> Target:

@@ -110,6 +110,7 @@ def analyze(
                 "confusion": detection_confusion(annotations, detections, point.score).tolist(),
                 "calibration": _calibration(annotations, calibration),
                 "errors": numbers,
+                "worst_wanted": chosen.worst,
                 "worst_images": [_listed(outcome, annotations) for outcome in worst],
                 "comparison": comparison,
             }

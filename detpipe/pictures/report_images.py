@@ -88,7 +88,8 @@ def worst(numbers: dict[str, Any], drawings: list[Drawing]) -> str:
     records = numbers["worst_images"]
     title = "Worst images"
     if not records:
-        return section("images", title, "<p>No image costs anything: everything was detected right.</p>")
+        why = "No image was asked for." if not numbers["worst_wanted"] else "No image costs any AP50."
+        return section("images", title, f"<p>{why}</p>")
     score = number(numbers["operating_point"]["score"])
     intro = (
         "<p>The images that cost most: by how much AP50 would rise if everything in this one image were detected right. "

@@ -93,6 +93,7 @@ def test_a_report_with_images_and_other_runs(given: dict[str, str]) -> None:
     assert ((out / "report.json").read_bytes(), (out / "report.html").read_bytes()) == first
     assert cli.main(command(given, "--report", str(out), "--images", given["images"], "--worst", "1")) == 0
     assert {path.name for path in out.glob("worst_*")} == {"worst_01_truth.png", "worst_01_found.png"}
+    assert not (out / "comparison.png").exists()  # of the report before
 
 
 def test_options_reach_the_report(given: dict[str, str]) -> None:
@@ -114,6 +115,7 @@ def test_options_reach_the_report(given: dict[str, str]) -> None:
     assert (numbers["run"], numbers["protocol"], numbers["worst_images"]) == ("mine", "voc10", [])
     assert numbers["operating_point"]["score"] == 0.7
     assert set(numbers["metrics"]) == {"mAP", "per_class"}
+    assert "No image was asked for." in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,7 @@ def test_options_reach_the_report(given: dict[str, str]) -> None:
         (["--report", "{out}", "--images", "nowhere"], "--images nowhere is not a folder"),
         (["--report", "{out}", "--protocol", "lvis"], "--report follows the protocols coco, voc07, voc10, not lvis"),
         (["--report", "{out}", "--resamples", "0"], "--resamples must be 1 or more"),
+        (["--report", "{out}", "--score_threshold", "nan"], "--score_threshold must be a finite number, got nan"),
         (["--report", "{out}", "--worst", "-1"], "--worst 0 or more, got 1000 and -1"),
     ],
 )
