@@ -113,7 +113,7 @@ def worst(numbers: dict[str, Any], drawings: list[Drawing]) -> str:
 
 def _article(record: dict[str, Any], drawing: Drawing) -> str:
     name, wrong = text(record["file_name"]), _wrong(record)
-    missed = ", ".join(f"{count} {text(key)}" for key, count in record["missed_classes"].items())
+    missed = ", ".join(f"{text(key)} ({count})" for key, count in record["missed_classes"].items())
     detected = sum(record["detections"].values())
     said = f"Costs {number(record['cost'], 4)} AP50. {_found(record)}"
     said += f"; missed: {missed}. " if missed else ". "
