@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from detpipe import images as frames
 from detpipe.errors import UsageError
 from detpipe.optimization import LRSchedule, Optimizer, configure
-from detpipe.processes import from_all
+from detpipe.processes import from_all, mean_factor, sharing_counts
 from detpipe.stages import Backbone
 from detpipe.types import Features
 
@@ -138,7 +138,8 @@ class ImageClassifier(LightningModule):
         """Compute the loss of a batch, and log it with its parts and the accuracy."""
         images, labels, _ = batch
         losses, logits = self.losses(images, labels)
-        total = torch.stack(list(losses.values())).sum()
+        with sharing_counts():
+            total = torch.stack(list(losses.values())).sum() * mean_factor(len(labels), self.device)
         parts = losses if len(losses) > 1 else {}
         values = {**{name: value.detach() for name, value in parts.items()}, **top_accuracy(logits, labels)}
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(labels))

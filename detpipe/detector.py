@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from detpipe import images as frames
 from detpipe.optimization import LRSchedule, Optimizer, configure
-from detpipe.processes import MeanValues, sharing_counts
+from detpipe.processes import MeanValues, is_repeat, sharing_counts
 from detpipe.stages import Backbone, Losses, ProposalSource, RoIHead
 from detpipe.types import Detection, Target
 
@@ -121,9 +121,10 @@ class TwoStageDetector(LightningModule):
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
         """Compute the loss of a batch and log its parts."""
         images, targets = batch
-        with sharing_counts():
+        counted = not is_repeat(targets)
+        with sharing_counts(counted):
             losses = self.losses(images, targets)
-        total = total_loss(losses)
+        total = total_loss(losses) * counted
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(images))
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(images))
         return total

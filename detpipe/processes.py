@@ -2,7 +2,8 @@
 
 PyTorch averages the gradients of the processes. A loss that each divides by its own count of samples then differs from the loss of
 one process with all the images, wherever counts differ: an image with few proposals, a last batch that is smaller. So a training
-step divides by `common_count`, the mean count of all processes: the averaged gradients are those of the whole batch.
+step divides by `common_count`, the mean count of all processes: the averaged gradients are those of the whole batch. A process
+for which a last batch holds no image takes part with one that another has too, and nothing of it counts.
 
 Nothing here communicates unless a process group is there, and counts only inside `sharing_counts`, which the training step of a
 detector enters: a stage in somebody else's training never waits for another process.
@@ -11,16 +12,16 @@ detector enters: a stage in somebody else's training never waits for another pro
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as group
 from torch import Tensor
 
 T = TypeVar("T")
-_sharing = False
+_weight: float | None = None  # of what this process counts; None: it speaks for itself
 
 
 def is_first() -> bool:
@@ -42,15 +43,25 @@ def share() -> tuple[int, int]:
     return (group.get_rank(), group.get_world_size()) if _joined() else (0, 1)
 
 
+def is_repeat(targets: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether a batch only keeps this process busy: its image is another process' (``repeated`` in its target)."""
+    return any(target.get("repeated", False) for target in targets)
+
+
 @contextmanager
-def sharing_counts() -> Iterator[None]:
-    """Within it `common_count` and `common_mean` speak of all processes; all of them must enter it, and make the same calls."""
-    global _sharing
-    before, _sharing = _sharing, True
+def sharing_counts(counted: bool = True) -> Iterator[None]:
+    """Within it `common_count` and the others speak of all processes; all of them must enter it, and make the same calls.
+
+    Args:
+        counted: False where the batch of this process is a repeat: it then adds nothing to any count. Its loss must not count
+            either: multiply it by 0, which keeps the gradients that the other processes wait for.
+    """
+    global _weight
+    before, _weight = _weight, float(counted)
     try:
         yield
     finally:
-        _sharing = before
+        _weight = before
 
 
 def common_count(count: Tensor) -> Tensor:
@@ -89,6 +100,20 @@ def common_mean(total: Tensor, count: Tensor) -> Tensor:
     """
     sums = _total(torch.stack((total.float(), count.float())))
     return sums[0] / sums[1].clamp(min=1)
+
+
+def mean_factor(images: int, device: torch.device) -> Tensor:
+    """Say by what a mean over the images of this process is multiplied, so that the mean over processes is one over all images.
+
+    Args:
+        images: in the batch of this process.
+        device: that the process group can speak to.
+
+    Returns:
+        float32 scalar: 1 where all have equally many, 0 for a repeat.
+    """
+    count = torch.tensor(float(images), device=device)
+    return count * (1.0 if _weight is None else _weight) / common_count(count)
 
 
 def anywhere(condition: bool, device: torch.device) -> bool:
@@ -155,14 +180,14 @@ class MeanValues:
 
 def _total(values: Tensor) -> Tensor:
     values = values.detach().float()
-    if _sharing and _joined():
-        values = values.clone()
+    if _weight is not None and _joined():
+        values = values * _weight
         group.all_reduce(values)
     return values
 
 
 def _size() -> int:
-    return group.get_world_size() if _sharing and _joined() else 1
+    return group.get_world_size() if _weight is not None and _joined() else 1
 
 
 def _joined() -> bool:

@@ -31,7 +31,7 @@ from detpipe import images as frames
 from detpipe import matching
 from detpipe.errors import DataError
 from detpipe.optimization import LRSchedule, Optimizer, configure
-from detpipe.processes import common_weight, from_all, sharing_counts
+from detpipe.processes import common_weight, from_all, is_repeat, sharing_counts
 from detpipe.region_context import Context, check_regions, enlarge
 from detpipe.roi_pooling import RoIAlign, RoIPooler
 from detpipe.roi_pooling.layouts import to_rois
@@ -221,8 +221,9 @@ class RegionClassifier(LightningModule):
     def training_step(self, batch: RegionBatch, batch_idx: int) -> Tensor:
         """Compute and log the loss of a batch."""
         images, targets = batch
-        with sharing_counts():
-            loss = self.losses(images, targets)["loss_classifier"]
+        counted = not is_repeat(targets)
+        with sharing_counts(counted):
+            loss = self.losses(images, targets)["loss_classifier"] * counted
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
         return loss
 

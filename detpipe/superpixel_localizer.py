@@ -34,7 +34,7 @@ from detpipe.errors import DataError
 from detpipe.evaluation.segmentation import all_background, confusion_matrix, segmentation_scores
 from detpipe.heads.superpixel_pooling import Localization, Localized, SuperpixelPoolingHead, segment
 from detpipe.optimization import LRSchedule, Optimizer, configure
-from detpipe.processes import MeanValues, from_all
+from detpipe.processes import MeanValues, from_all, is_repeat, mean_factor, sharing_counts
 from detpipe.stages import Backbone, Losses
 from detpipe.superpixels import Segmentation, Segmenter
 from detpipe.types import Target
@@ -156,7 +156,8 @@ class SuperpixelLocalizer(LightningModule):
         """Compute the loss of a batch, and log it with its parts."""
         images, targets = batch
         losses = self.losses(images, targets)
-        total = torch.stack(list(losses.values())).sum()
+        with sharing_counts(not is_repeat(targets)):
+            total = torch.stack(list(losses.values())).sum() * mean_factor(len(images), self.device)
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(images))
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(images))
         return total

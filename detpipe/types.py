@@ -35,6 +35,7 @@ class Target(TypedDict, total=False):
     # there may be padding
     content_size: tuple[int, int]
     file_size: tuple[int, int]  # height and width of the image file, where the whole of it is the picture, resized
+    repeated: bool  # another process trains on this image: it must not count a second time
 
 
 class Detection(TypedDict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from detpipe import evaluation, processes
 from detpipe.commands.evaluation_report import ReportOptions, check_options, read_runs, write_report
 from detpipe.errors import UsageError
 from detpipe.evaluation.analysis import AnalysisSettings
+from detpipe.evaluation.coco import MAX_DETECTIONS
 from detpipe.files import atomic_write
 from detpipe.types import Annotations, Detection, DetectionArrays
 
@@ -25,6 +27,9 @@ _REPORT: dict[str, tuple[type, Any, str]] = {  # of both modes: type, default, h
     "worst": (int, 12, "so many of the worst images in the report"),
     "resamples": (int, 1000, "draws of images for the intervals of a comparison"),
 }
+
+
+_MAX_DETECTIONS = "of a class and image, so many detections count by COCO's rules; rising, 1 10 100 by default"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,6 +63,7 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
     parser.add_argument("--detections", required=True, help="JSON in COCO's result format")
     parser.add_argument("--annotations", required=True, help="JSON in COCO's annotation format")
     parser.add_argument("--protocol", choices=evaluation.PROTOCOLS, default="coco")
+    parser.add_argument("--max_detections", type=int, nargs="+", help=_MAX_DETECTIONS)
     parser.add_argument("--json", help="write the numbers to this file")
     for name, (kind, default, text) in _REPORT.items():
         count = "+" if name == "compare" else None
@@ -68,7 +74,8 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
     annotations = evaluation.read_coco_annotations(options.annotations)
     detections = evaluation.read_detections(options.detections, annotations)
     others = read_runs(report, annotations)
-    _print(evaluation.evaluate(annotations, detections, options.protocol), options.protocol, options.json)
+    metrics = evaluation.evaluate(annotations, detections, options.protocol, max_detections=options.max_detections)
+    _print(metrics, options.protocol, options.json)
     if report.out is not None:
         runs = {report.run_name or name: detections, **others}
         print(f"\nreport {write_report(report, annotations, runs, report.images)}")
@@ -109,7 +116,8 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     if not trainer.is_global_zero:
         return 0
     evaluation.write_detections(results, detections, annotations)
-    _print(evaluation.evaluate(annotations, detections, config.protocol), config.protocol, numbers)
+    metrics = evaluation.evaluate(annotations, detections, config.protocol, max_detections=config.max_detections)
+    _print(metrics, config.protocol, numbers)
     print(f"\nnumbers {numbers}\ndetections {results}")
     if report.out is not None:
         runs = {report.run_name or run.resolve().name: detections, **others}
@@ -140,6 +148,7 @@ def _add_arguments(parser: Any) -> None:
         help="part of the data; test where the configuration names one, else val",
     )
     parser.add_argument("--protocol", type=Literal["coco", "voc07", "voc10"], default="coco")
+    parser.add_argument("--max_detections", type=int, nargs="+", default=None, help=_MAX_DETECTIONS)
     parser.add_argument(
         "--json", type=str | None, default=None, help="for the numbers; beside the checkpoint by default"
     )
@@ -158,7 +167,18 @@ def _add_arguments(parser: Any) -> None:
 
 def _report_options(given: Any, images: str | None, default_name: str) -> ReportOptions:
     """Take the options of the report from either parser, and check them."""
-    settings = AnalysisSettings(given.protocol, given.score_threshold, given.worst, given.resamples)
+    limits = given.max_detections
+    if limits is not None and given.protocol != "coco":
+        raise UsageError(f"--max_detections belongs to the protocol coco, not {given.protocol}: leave it out")
+    if limits is not None and (limits[0] < 1 or any(b <= a for a, b in pairwise(limits))):
+        raise UsageError(f"--max_detections must be one or more rising numbers from 1 on, got {limits}")
+    settings = AnalysisSettings(
+        given.protocol,
+        given.score_threshold,
+        given.worst,
+        given.resamples,
+        max_detections=tuple(limits or MAX_DETECTIONS),
+    )
     options = ReportOptions(given.report, tuple(given.compare or ()), images, given.run_name, settings)
     check_options(options, default_name)
     return options

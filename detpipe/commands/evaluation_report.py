@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -13,7 +14,7 @@ from detpipe.errors import DataError, UsageError
 from detpipe.evaluation.analysis import Analysis, AnalysisSettings, analyze
 from detpipe.evaluation.comparison import COMPARED
 from detpipe.files import atomic_write
-from detpipe.pictures.report_figures import require_matplotlib, write_figures
+from detpipe.pictures.report_figures import OPTIONAL_FIGURES, require_matplotlib, write_figures
 from detpipe.types import Annotations, DetectionArrays
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def check_options(options: ReportOptions, default_name: str) -> None:
         raise UsageError(
             f"--resamples must be 1 or more and --worst 0 or more, got {settings.resamples} and {settings.worst}"
         )
+    if settings.score_threshold is not None and not math.isfinite(settings.score_threshold):
+        raise UsageError(f"--score_threshold must be a finite number, got {settings.score_threshold}")
     if options.images is not None and not Path(options.images).is_dir():
         raise UsageError(f"--images {options.images} is not a folder: give the one that file names are relative to")
     name, others = options.run_name or default_name, parse_runs(options.compare)
@@ -151,8 +154,10 @@ def write_report(
     analysis = analyze(annotations, runs, options.settings)
     drawings = _draw(analysis, annotations, images, own_folder=options.images is not None)
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("worst_[0-9][0-9]_*.png"):  # there may have been more
+    for old in [*out.glob("worst_*_truth.png"), *out.glob("worst_*_found.png")]:  # there may have been more
         old.unlink()
+    for name in OPTIONAL_FIGURES:  # which this report may not have
+        (out / f"{name}.png").unlink(missing_ok=True)
     for index, drawing in enumerate(drawings, start=1):
         save_png(out / f"worst_{index:02}_truth.png", drawing.truth)
         save_png(out / f"worst_{index:02}_found.png", drawing.found)

@@ -14,6 +14,11 @@ from detpipe.processes import share
 
 Key = tuple[int, int]  # epoch, index: what a dataset needs to draw the same augmentation in any worker
 
+
+class Repeat(tuple[int, int]):
+    """The key of an image that keeps a process busy while others have it: it must not count a second time."""
+
+
 _POOL = 32  # batches that are shuffled together before they are sorted by shape
 
 
@@ -52,7 +57,8 @@ class EpochBatches(Sampler[list[Key]]):
 
     Several processes share the images. For training, batches are made as for one process with as many times the images, and each
     takes its part of every batch: all make the same number of steps, and the images of a step depend on their total number
-    alone. Where a last batch has fewer images than there are processes, the others repeat them. For evaluation, whole batches
+    alone. Where a last batch has fewer images than there are processes, the others repeat them, under a `Repeat` as key; a
+    training step gives these no weight (:func:`detpipe.processes.sharing_counts`). For evaluation, whole batches
     are dealt out in turns, so that every image comes once, and some processes may have a batch less; batches are halved until each
     process has one, since what follows an evaluation is done together.
 
@@ -100,15 +106,13 @@ class EpochBatches(Sampler[list[Key]]):
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The indices of every batch of an epoch that is this process' to load."""
-        rank, size = share()
-        if not self.training:
-            return self._evaluation_batches(rank, size)
-        return [batch[rank::size] or [batch[rank % len(batch)]] for batch in self._shuffled_batches(epoch, size)]
+        return [batch for batch, _ in self._dealt(epoch)]
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = self.epoch
         return (
-            [(epoch, index) for index in batch] for batch in self.batches(epoch)
+            [Repeat((epoch, index)) if repeated else (epoch, index) for index in batch]
+            for batch, repeated in self._dealt(epoch)
         )  # a batch at a time: there may be millions
 
     def __len__(self) -> int:
@@ -117,6 +121,16 @@ class EpochBatches(Sampler[list[Key]]):
             return len(self._evaluation_batches(rank, size))
         whole, rest = divmod(len(self.sizes), self.batch_size * size)
         return whole + (rest >= self._least(size))
+
+    def _dealt(self, epoch: int) -> list[tuple[list[int], bool]]:
+        """The batches of this process, and whether each is a repeat."""
+        rank, size = share()
+        if not self.training:
+            return [(batch, False) for batch in self._evaluation_batches(rank, size)]
+        return [
+            (batch[rank::size], False) if rank < len(batch) else ([batch[rank % len(batch)]], True)
+            for batch in self._shuffled_batches(epoch, size)
+        ]
 
     def _evaluation_batches(self, rank: int, processes: int) -> list[list[int]]:
         batches = self._evaluation

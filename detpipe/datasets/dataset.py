@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detpipe.datasets.batches import Key
+from detpipe.datasets.batches import Key, Repeat
 from detpipe.datasets.decode import read_reduced
 from detpipe.datasets.records import check_size
 from detpipe.datasets.resize import Resize, resample
@@ -80,7 +80,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         """Read one image.
 
         Args:
-            key: the epoch and the index of the image.
+            key: the epoch and the index of the image; a `Repeat` marks its target as ``repeated``.
 
         Returns:
             The image, ``[3, H, W]`` uint8 RGB, channels last in memory, and its target.
@@ -103,6 +103,8 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             image, target = self.resize(image, target, side)
             if self.augment is None:  # else there may be no way back
                 target["file_size"] = (height, width)
+        if isinstance(key, Repeat):
+            target["repeated"] = True
         return image, target
 
     def read(self, index: int) -> tuple[Tensor, Target]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from detpipe.evaluation.calibration import BINS, Calibration, OperatingPoint, calibration_by_class, operating_point
+from detpipe.evaluation.coco import MAX_DETECTIONS
 from detpipe.evaluation.comparison import COMPARED, compare
 from detpipe.evaluation.confusion import detection_confusion
 from detpipe.evaluation.error_types import ERROR_TYPES, error_gains, find_errors
@@ -38,6 +39,7 @@ class AnalysisSettings:
         worst: so many images at most.
         resamples: of the comparison.
         seed: of the comparison.
+        max_detections: of COCO's rules: how many detections of a class in an image count; everything but the recalls uses the last.
     """
 
     protocol: str = "coco"
@@ -45,6 +47,7 @@ class AnalysisSettings:
     worst: int = 12
     resamples: int = 1000
     seed: int = 0
+    max_detections: tuple[int, ...] = MAX_DETECTIONS
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,23 @@ def analyze(
     if chosen.protocol not in COMPARED:
         raise ValueError(f"an analysis follows one of {', '.join(COMPARED)}; got {chosen.protocol!r}")
     name, detections = next(iter(runs.items()))
-    metrics = evaluate(annotations, detections, chosen.protocol)
-    matches = match(annotations, detections)
+    limits = chosen.max_detections
+    metrics = evaluate(
+        annotations, detections, chosen.protocol, max_detections=limits if chosen.protocol == "coco" else None
+    )
+    matches = match(annotations, detections, max_detections=limits[-1])
     curves = {
-        other: _curves(matches if other == name else match(annotations, runs[other], areas=["all"])) for other in runs
+        other: _curves(
+            matches if other == name else match(annotations, runs[other], areas=["all"], max_detections=limits[-1])
+        )
+        for other in runs
     }
     point = operating_point(matches, chosen.score_threshold)
-    worst, numbers = _at_half(annotations, detections, point.score, chosen.worst)
+    worst, numbers = _at_half(annotations, detections, point.score, chosen)
     calibration = calibration_by_class(matches)
     comparison = None
     if len(runs) > 1:
-        comparison = compare(annotations, runs, chosen.protocol, chosen.resamples, chosen.seed)
+        comparison = compare(annotations, runs, chosen.protocol, chosen.resamples, chosen.seed, most=limits[-1])
     return Analysis(
         plain(
             {
@@ -105,11 +114,13 @@ def analyze(
                 "iou_thresholds": matches.thresholds.round(2).tolist(),
                 "curves": curves,
                 "sizes": _sizes(matches),
+                "max_detections": limits[-1],
                 "operating_point": {**vars(point), "given": chosen.score_threshold is not None},
                 "per_class": _per_class(annotations, matches, curves[name], point, calibration),
                 "confusion": detection_confusion(annotations, detections, point.score).tolist(),
                 "calibration": _calibration(annotations, calibration),
                 "errors": numbers,
+                "worst_wanted": chosen.worst,
                 "worst_images": [_listed(outcome, annotations) for outcome in worst],
                 "comparison": comparison,
             }
@@ -210,10 +221,10 @@ def _calibration(annotations: Annotations, diagrams: list[Calibration] | None) -
 
 
 def _at_half(
-    annotations: Annotations, detections: DetectionArrays, score: float, count: int
+    annotations: Annotations, detections: DetectionArrays, score: float, chosen: AnalysisSettings
 ) -> tuple[list[ImageOutcome], dict[str, Any]]:
     """What is judged at an IoU of 0.5: error types with their gains, and the worst images."""
-    matches = match(annotations, detections, [0.5], ["all"])
+    matches = match(annotations, detections, [0.5], ["all"], chosen.max_detections[-1])
     errors = find_errors(annotations, matches)
     gains, counts = error_gains(matches, errors), errors.counts()
     numbers = {
@@ -222,7 +233,7 @@ def _at_half(
         "false_positives": {"count": int(matches.false().sum()), "gain": gains["false_positives"]},
         "false_negatives": {"count": int(matches.missed().sum()), "gain": gains["false_negatives"]},
     }
-    return worst_images(annotations, matches, errors, score, count), numbers
+    return worst_images(annotations, matches, errors, score, chosen.worst), numbers
 
 
 def _listed(outcome: ImageOutcome, annotations: Annotations) -> dict[str, Any]:

@@ -37,6 +37,7 @@ PRECISIONS = {
     "APm": (_ALL_IOU, _MEDIUM),
     "APl": (_ALL_IOU, _LARGE),
 }
+MAX_DETECTIONS = (1, 10, 100)
 _RECALLS = {"ARs": _SMALL, "ARm": _MEDIUM, "ARl": _LARGE}
 
 
@@ -44,7 +45,7 @@ def evaluate_coco(
     annotations: Annotations,
     detections: DetectionArrays,
     backend: Backend = "faster_coco_eval",
-    max_detections: Sequence[int] = (1, 10, 100),
+    max_detections: Sequence[int] = MAX_DETECTIONS,
 ) -> dict[str, Any]:
     """Compute COCO's box metrics.
 

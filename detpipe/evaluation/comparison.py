@@ -38,6 +38,7 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
+    most: int = 100,
 ) -> dict[str, Any]:
     """Compare runs with the first of them.
 
@@ -48,6 +49,7 @@ def compare(
         resamples: S draws of I images. More make the ends of the intervals steadier.
         seed: of the draws; equal seeds give equal intervals.
         confidence: the part of the draws inside an interval, above 0 and below 1.
+        most: for ``"coco"``: so many detections of a class in an image count.
 
     Returns:
         ``baseline``, the name of the first run; ``resamples``, ``seed`` and ``confidence``; and ``runs``, each with ``name``,
@@ -70,7 +72,11 @@ def compare(
     records: list[dict[str, Any]] = []
     for name, detections in runs.items():
         coco = protocol == "coco"
-        matches = match(annotations, detections, areas=["all"]) if coco else match_voc(annotations, detections)
+        matches = (
+            match(annotations, detections, areas=["all"], max_detections=most)
+            if coco
+            else match_voc(annotations, detections)
+        )
         values = weighted_precision(matches, draws, _LEVELS[protocol])
         if not records:
             base = values

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from detpipe.evaluation.coco import evaluate_coco
+from detpipe.evaluation.coco import MAX_DETECTIONS, evaluate_coco
 from detpipe.evaluation.counting import Backend
 from detpipe.evaluation.lvis import evaluate_lvis
 from detpipe.evaluation.voc import evaluate_voc
@@ -21,6 +22,7 @@ def evaluate(
     backend: Backend = "faster_coco_eval",
     iou_threshold: float = 0.5,
     strict: bool = False,
+    max_detections: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Compute mean average precision by a named protocol.
 
@@ -34,17 +36,23 @@ def evaluate(
         iou_threshold: for VOC: the overlap that makes a match.
         strict: for VOC: the overlap must exceed the threshold instead of reaching it.
 
+        max_detections: for ``"coco"``: how many detections of a class in an image count, rising; None: 1, 10 and 100.
+
     Returns:
         For ``"coco"`` AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl and per_class; for VOC mAP and
         per_class; for ``"lvis"`` the six precisions, APr, APc, APf, AR, ARs, ARm, ARl and per_class. A number
         is -1.0 where there is no ground truth to find.
 
     Raises:
-        ValueError: no such protocol.
+        ValueError: no such protocol, or ``max_detections`` that do not rise or that the protocol has no place for.
         DataError: a fault in detections or ground truth.
     """
     if protocol == "coco":
-        return evaluate_coco(annotations, detections, backend)
+        return evaluate_coco(
+            annotations, detections, backend, MAX_DETECTIONS if max_detections is None else max_detections
+        )
+    if max_detections is not None:
+        raise ValueError(f"max_detections belongs to the protocol 'coco', got {protocol!r}: leave it out")
     if protocol == "voc07" or protocol == "voc10":
         return evaluate_voc(annotations, detections, protocol, iou_threshold, strict)
     if protocol == "lvis":

@@ -9,7 +9,7 @@ from detpipe.evaluation.protocols import PROTOCOLS
 
 _WIDTH = 100  # characters a line
 
-_COCO_ROWS = {
+_COCO_ROWS = {  # with COCO's numbers of detections, in whose place others may stand
     "AP": "average precision  IoU .50:.95  all areas      100 detections",
     "AP50": "average precision  IoU .50      all areas      100 detections",
     "AP75": "average precision  IoU .75      all areas      100 detections",
@@ -64,8 +64,24 @@ def format_table(metrics: Mapping[str, Any], protocol: str = "coco") -> str:
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
-    lines = [f"{name:<5}  {_number(metrics[name])}  {meaning}" for name, meaning in _ROWS[protocol].items()]
+    rows = _coco_rows(metrics) if protocol == "coco" else _ROWS[protocol]
+    width = max(5, *map(len, rows))
+    lines = [f"{name:<{width}}  {_number(metrics[name])}  {meaning}" for name, meaning in rows.items()]
     return "\n".join([*lines, "", "AP of each class", *_columns(metrics["per_class"])])
+
+
+def _coco_rows(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The rows for the numbers of detections that were counted: names as in ``AR100``."""
+    limits = [int(name[2:]) for name in metrics if name.startswith("AR") and name[2:].isdigit()]
+    rows: dict[str, str] = {}
+    for name, meaning in _COCO_ROWS.items():
+        if name == "AR1":
+            for limit in limits:
+                noun = "detection" if limit == 1 else "detections"
+                rows[f"AR{limit}"] = meaning.replace("  1 detection", f"{limit:>3} {noun}")
+        elif name not in ("AR10", "AR100"):
+            rows[name] = meaning.replace("100 detections", f"{limits[-1]:>3} detections")
+    return rows
 
 
 def _number(value: float) -> str:

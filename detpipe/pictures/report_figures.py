@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+OPTIONAL_FIGURES = ("calibration", "comparison")  # the others are always drawn
 _BLUE, _LINES = "#2456b8", 10  # classes with a curve
 
 

@@ -88,7 +88,8 @@ def worst(numbers: dict[str, Any], drawings: list[Drawing]) -> str:
     records = numbers["worst_images"]
     title = "Worst images"
     if not records:
-        return section("images", title, "<p>No image costs anything: everything was detected right.</p>")
+        why = "No image was asked for." if not numbers["worst_wanted"] else "No image costs any AP50."
+        return section("images", title, f"<p>{why}</p>")
     score = number(numbers["operating_point"]["score"])
     intro = (
         "<p>The images that cost most: by how much AP50 would rise if everything in this one image were detected right. "
@@ -112,7 +113,7 @@ def worst(numbers: dict[str, Any], drawings: list[Drawing]) -> str:
 
 def _article(record: dict[str, Any], drawing: Drawing) -> str:
     name, wrong = text(record["file_name"]), _wrong(record)
-    missed = ", ".join(f"{count} {text(key)}" for key, count in record["missed_classes"].items())
+    missed = ", ".join(f"{text(key)} ({count})" for key, count in record["missed_classes"].items())
     detected = sum(record["detections"].values())
     said = f"Costs {number(record['cost'], 4)} AP50. {_found(record)}"
     said += f"; missed: {missed}. " if missed else ". "

@@ -29,9 +29,6 @@ _MEANINGS = {
     "APs": "small objects, up to 32 x 32 pixels",
     "APm": "medium objects, to 96 x 96 pixels",
     "APl": "large objects",
-    "AR1": "recall, 1 detection an image",
-    "AR10": "recall, 10 detections an image",
-    "AR100": "recall, 100 detections an image",
     "ARs": "recall of small objects",
     "ARm": "recall of medium objects",
     "ARl": "recall of large objects",
@@ -50,12 +47,18 @@ _CLASS_COLUMNS = {
 }
 
 
+def _meaning(name: str) -> str:
+    if name.startswith("AR") and name[2:].isdigit():
+        return f"recall, {plural(int(name[2:]), 'detection')} of a class and image"
+    return _MEANINGS.get(name, "")
+
+
 def headline(numbers: dict[str, Any]) -> str:
     """The numbers of the protocol, and what they are of."""
     metrics, data, point = numbers["metrics"], numbers["data"], numbers["operating_point"]
     cards = "".join(
         f"<div class='card{' main' if index < 3 else ''}'><dt>{name}</dt><dd>{number(value)}"
-        f"<small>{_MEANINGS.get(name, '')}</small></dd></div>"
+        f"<small>{_meaning(name)}</small></dd></div>"
         for index, (name, value) in enumerate(metrics.items())
         if name != "per_class"
     )
@@ -129,7 +132,7 @@ def sizes(numbers: dict[str, Any]) -> str:
         "sizes",
         "Average precision by size",
         "<p>Sizes are areas of the objects in square pixels of the original images. Recall is the mean over IoU 0.50 to 0.95, "
-        "of at most 100 detections of each class and image.</p>"
+        f"of at most {numbers['max_detections']:,} detections of each class and image.</p>"
         + table("Average precision by size of objects", heads, rows),
     )
 

@@ -93,6 +93,7 @@ def test_a_report_with_images_and_other_runs(given: dict[str, str]) -> None:
     assert ((out / "report.json").read_bytes(), (out / "report.html").read_bytes()) == first
     assert cli.main(command(given, "--report", str(out), "--images", given["images"], "--worst", "1")) == 0
     assert {path.name for path in out.glob("worst_*")} == {"worst_01_truth.png", "worst_01_found.png"}
+    assert not (out / "comparison.png").exists()  # of the report before
 
 
 def test_options_reach_the_report(given: dict[str, str]) -> None:
@@ -114,11 +115,31 @@ def test_options_reach_the_report(given: dict[str, str]) -> None:
     assert (numbers["run"], numbers["protocol"], numbers["worst_images"]) == ("mine", "voc10", [])
     assert numbers["operating_point"]["score"] == 0.7
     assert set(numbers["metrics"]) == {"mAP", "per_class"}
+    assert "No image was asked for." in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("limits", "names"), [(["1", "10", "1000"], ["AR1", "AR10", "AR1000"]), (["2"], ["AR2"])])
+def test_other_numbers_of_detections(
+    given: dict[str, str], limits: list[str], names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(given["out"])
+    others = ["--compare", f"same={given['first']}", "--resamples", "5"]
+    assert cli.main(command(given, "--report", str(out), "--max_detections", *limits, *others)) == 0
+    table, numbers = capsys.readouterr().out, json.loads((out / "report.json").read_text())
+    assert [row.split()[0] for row in table.splitlines() if row[:3] in ("AR1", "AR2")] == names
+    assert f"all areas      {limits[-1]:>3} detections" in table
+    assert numbers["metrics"]["AP50"] == pytest.approx(numbers["errors"]["AP50"], abs=1e-12)
+    assert numbers["metrics"]["AP"] == pytest.approx(numbers["sizes"][0]["AP"], abs=1e-12)
+    assert numbers["comparison"]["runs"][0]["metrics"]["AP"]["value"] == pytest.approx(numbers["metrics"]["AP"])
+    assert f"of at most {int(limits[-1]):,} detections" in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--max_detections", "10", "1"], "--max_detections must be one or more rising numbers from 1 on, got [10, 1]"),
+        (["--max_detections", "0"], "rising numbers from 1 on, got [0]"),
+        (["--max_detections", "10", "--protocol", "voc10"], "--max_detections belongs to the protocol coco, not voc10"),
         (["--compare", "b={second}"], "--compare belongs to a report: give its folder by --report FOLDER"),
         (["--images", "{images}"], "--images belongs to a report"),
         (["--score_threshold", "0.0"], "--score_threshold belongs to a report"),
@@ -132,6 +153,7 @@ def test_options_reach_the_report(given: dict[str, str]) -> None:
         (["--report", "{out}", "--images", "nowhere"], "--images nowhere is not a folder"),
         (["--report", "{out}", "--protocol", "lvis"], "--report follows the protocols coco, voc07, voc10, not lvis"),
         (["--report", "{out}", "--resamples", "0"], "--resamples must be 1 or more"),
+        (["--report", "{out}", "--score_threshold", "nan"], "--score_threshold must be a finite number, got nan"),
         (["--report", "{out}", "--worst", "-1"], "--worst 0 or more, got 1000 and -1"),
     ],
 )

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detpipe.datasets.batches import EpochBatches, Locality
+from detpipe.datasets.batches import EpochBatches, Locality, Repeat
 from detpipe.errors import DataError
 
 SIZES = st.lists(st.sampled_from([(40, 60), (60, 40), (48, 64), (50, 50)]), min_size=1, max_size=60).map(
@@ -155,3 +155,19 @@ def test_a_last_batch_that_is_too_small_is_left_out_with_a_locality_too(images, 
     batches = EpochBatches(np.full((images, 2), 16, dtype=np.int32), 4, smallest=2, locality=locality)
     assert sorted(map(len, batches)) == sizes
     assert len(batches) == len(sizes)
+
+
+@pytest.mark.parametrize(("images", "repeats"), [(1, [0, 1, 1]), (4, [0, 1, 1]), (5, [0, 0, 0]), (7, [0, 1, 1])])
+def test_an_image_that_only_keeps_a_process_busy_is_marked(
+    images: int, repeats: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = EpochBatches(np.full((images, 2), 16, dtype=np.int32), 1 if images == 4 else 2)
+    marked, counted = [], []
+    for rank in range(3):
+        monkeypatch.setattr("detpipe.datasets.batches.share", lambda rank=rank: (rank, 3))
+        keys = [key for batch in batches for key in batch]
+        marked.append(sum(isinstance(key, Repeat) for key in keys))
+        counted += [index for key in keys if not isinstance(key, Repeat) for index in key[1:]]
+        assert all(len(batch) == 1 for batch in batches if isinstance(batch[0], Repeat))
+    assert sorted(counted) == list(range(images))  # each image counts once
+    assert marked == repeats
