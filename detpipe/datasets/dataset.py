@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 
 import numpy as np
@@ -102,5 +103,9 @@ def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Ta
 
 
 def start_worker(_: int) -> None:
-    """Give a data worker one thread: the workers are what runs in parallel."""
+    """Give a data worker one thread: the workers are what runs in parallel.
+
+    What came with the fork is taken from the collector of cycles, which would write to all of it, and so copy it.
+    """
+    gc.freeze()
     torch.set_num_threads(1)
