@@ -1,7 +1,8 @@
 """Reads COCO instance annotations (``instances_*.json``) strictly, a whole field of all records at a time.
 
-Looking at one field of all records at once keeps the checks near the speed of C; only where something is wrong are the
-records looked at one by one, to name them.
+A file without a fault is read by ``coco_quick``, or comes from the cache of an earlier run. What is here reads all others, and
+names what is wrong with them. Looking at one field of all records at once keeps the checks near the speed of C; only where
+something is wrong are the records looked at one by one, to name them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from detpipe.datasets.coco_quick import sound_columns
 from detpipe.datasets.faults import Faults, Policy
 from detpipe.datasets.records import Records, build_annotations
 from detpipe.errors import DataError
@@ -26,7 +28,9 @@ _INT64 = 2**63
 _Column = tuple[list[Any], npt.NDArray[np.bool_]]  # values with a stand-in where they are bad, and which are good
 
 
-def load_coco(json_path: str | Path, image_root: str | Path, on_bad: Policy = "error") -> Annotations:
+def load_coco(
+    json_path: str | Path, image_root: str | Path, on_bad: Policy = "error", cache: str | Path | None = None
+) -> Annotations:
     """Read one COCO annotation file and check it against its images.
 
     Category ids become the labels 1..K in ascending order of the ids; images without annotations stay in. A missing
@@ -36,6 +40,9 @@ def load_coco(json_path: str | Path, image_root: str | Path, on_bad: Policy = "e
         json_path: the annotation file.
         image_root: the folder that each ``file_name`` is relative to.
         on_bad: ``"error"`` refuses a file with any faulty record; ``"skip"`` leaves these records out and counts them.
+        cache: the folder that keeps what was read of large files without faults for the next time, by their content;
+            ``"off"`` for none, None for what the environment says (``annotation_cache``). Boxes and image files are checked
+            each time.
 
     Returns:
         The annotations of all images, in the order of the file.
@@ -44,9 +51,12 @@ def load_coco(json_path: str | Path, image_root: str | Path, on_bad: Policy = "e
         DataError: for anything wrong, naming the file, the record, the field and its value.
     """
     json_path, image_root = Path(json_path), Path(image_root)
+    columns = sound_columns(json_path, cache)
+    if columns is not None:
+        _check_folder(image_root, json_path)
+        return build_annotations(columns.records(image_root), Faults(json_path, on_bad))
     images, annotations, categories = _top_level(json_path)
-    if not image_root.is_dir():
-        raise DataError(f"{image_root}: no such image folder; it should hold the images of {json_path}")
+    _check_folder(image_root, json_path)
     faults = Faults(json_path, on_bad)
     class_names, category_ids = _categories(categories, faults)
     file_names, image_ids, sizes, dropped = _images(images, faults)
@@ -66,6 +76,11 @@ def load_coco(json_path: str | Path, image_root: str | Path, on_bad: Policy = "e
         ),
         faults,
     )
+
+
+def _check_folder(image_root: Path, json_path: Path) -> None:
+    if not image_root.is_dir():
+        raise DataError(f"{image_root}: no such image folder; it should hold the images of {json_path}")
 
 
 def _top_level(path: Path) -> list[list[dict[str, Any]]]:

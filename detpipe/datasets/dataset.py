@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -165,5 +166,9 @@ def _check(augment: Augment, annotations: Annotations) -> None:
 
 
 def start_worker(_: int) -> None:
-    """Give a data worker one thread: the workers are what runs in parallel."""
+    """Give a data worker one thread: the workers are what runs in parallel.
+
+    What came with the fork is taken from the collector of cycles, which would write to all of it, and so copy it.
+    """
+    gc.freeze()
     torch.set_num_threads(1)
