@@ -183,7 +183,8 @@ class SuperpixelLocalizer(LightningModule):
         names = [str(label) for label in range(1, self.num_classes + 1)]
         parts = from_all(self.confusion)
         self.confusion = {
-            name: sum(part[name] for part in parts if name in part) for name in ("mIoU", "mIoU_classes_given")
+            name: np.sum([part[name] for part in parts if name in part], axis=0)
+            for name in ("mIoU", "mIoU_classes_given")
         }
         scores = {name: values["mIoU"] for name, values in self._scores(names).items()}
         self.log_dict(

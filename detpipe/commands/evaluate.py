@@ -122,7 +122,7 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     if report.out is not None:
         runs = {report.run_name or run.resolve().name: detections, **others}
         dataset = data.dataset(split)  # which knows where images are: not all data are files of their own
-        print(f"report {write_report(report, annotations, runs, lambda row: dataset[0, row][0])}")
+        print(f"report {write_report(report, annotations, runs, lambda row: dataset.read(row)[0])}")
     return 0
 
 

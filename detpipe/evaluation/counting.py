@@ -80,12 +80,13 @@ def count(
         header = {"images": images, "categories": [{"id": label} for label in labels]}
         sides = ({**header, "annotations": _records(columns, labels)} for columns in (truth, found))
         parts.append(_run(backend, *sides, limits))
-    return Counts(*(np.concatenate(arrays, axis=-3) for arrays in zip(*parts, strict=True)))
+    precision, recall = (np.concatenate(arrays, axis=-3) for arrays in zip(*parts, strict=True))
+    return Counts(precision, recall)
 
 
 def _groups(annotations: Annotations, *labels: npt.NDArray[np.int64]) -> Iterator[list[int]]:
     """Divide 1..K into runs of classes that are small enough to be counted together."""
-    boxes = sum(np.bincount(column, minlength=annotations.num_classes + 1) for column in labels)
+    boxes = np.sum([np.bincount(column, minlength=annotations.num_classes + 1) for column in labels], axis=0)
     most = max(1, _GROUP_PAIRS // max(1, len(annotations)))
     group: list[int] = []
     held = 0
