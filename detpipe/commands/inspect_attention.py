@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from detpipe.checkpoint import load_detector
 from detpipe.commands.inspection import Objects, attention_modules, branches_by_scale, gates_by_class, spatial_maps
-from detpipe.commands.predict import detect, find_images
+from detpipe.commands.predict import choose_proposals, detect, find_images
 from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
 from detpipe.errors import UsageError
@@ -50,21 +50,22 @@ def run_inspect(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     paths = find_images(options.images)
     detector, description = load_detector(options.checkpoint)
+    boxes = choose_proposals(detector, options, paths, description)
     modules = attention_modules(detector.backbone)
     if not modules:
         raise UsageError(
             f"the backbone of {options.checkpoint}, {type(detector.backbone).__name__}, has no attention modules"
         )
     images = [read_image(path) for path in paths]
+    proposals = [None if boxes is None else boxes(*row) for row in zip(paths, images, strict=True)]
     out = Path(options.output)
     out.mkdir(parents=True, exist_ok=True)
-    shown = last_of_each_stage(list(modules))
     numbers: dict[str, object] = {"checkpoint": str(options.checkpoint), "modules": list(modules)}
-    written = _draw_maps(detector, paths, images, shown, out)
-    objects = _find_objects(detector, images, options.score_threshold, options.max_objects)
+    written = _draw_maps(detector, paths, images, out)
+    objects = _find_objects(detector, images, proposals, options.score_threshold, options.max_objects)
     if len(objects.boxes):
         numbers["objects"] = len(objects.boxes)
-        written += _draw_gates(detector, objects, shown, description.class_names, out, numbers)
+        written += _draw_gates(detector, objects, description.class_names, out, numbers)
     elif not written:
         raise UsageError(
             f"no object was found with a score of {options.score_threshold} or more; lower --score_threshold, or give other images"
@@ -96,11 +97,17 @@ def last_of_each_stage(names: Sequence[str]) -> list[str]:
     return list(chosen.values())
 
 
-def _find_objects(detector: TwoStageDetector, images: Sequence[Tensor], threshold: float, most: int) -> Objects:
+def _find_objects(
+    detector: TwoStageDetector,
+    images: Sequence[Tensor],
+    proposals: Sequence[Tensor | None],
+    threshold: float,
+    most: int,
+) -> Objects:
     """Take what the detector finds, the surest objects of each class first, at most so many of a class."""
     rows = []
     for index, image in enumerate(tqdm(images, desc="objects", unit="image", disable=not sys.stderr.isatty())):
-        found = detect(detector, image, None, threshold)
+        found = detect(detector, image, proposals[index], threshold)
         scores, labels = found["scores"].tolist(), found["labels"].tolist()
         rows += [(score, label, index, box) for score, label, box in zip(scores, labels, found["boxes"], strict=True)]
     kept, seen = [], dict[int, int]()
@@ -112,9 +119,7 @@ def _find_objects(detector: TwoStageDetector, images: Sequence[Tensor], threshol
     return Objects([images[row[2]] for row in kept], boxes, torch.tensor([row[1] for row in kept], dtype=torch.int64))
 
 
-def _draw_maps(
-    detector: TwoStageDetector, paths: Sequence[Path], images: Sequence[Tensor], shown: Sequence[str], out: Path
-) -> list[Path]:
+def _draw_maps(detector: TwoStageDetector, paths: Sequence[Path], images: Sequence[Tensor], out: Path) -> list[Path]:
     written: list[Path] = []
     for path, image in zip(paths, images, strict=True):
         maps = spatial_maps(detector.backbone, image, detector.min_size, detector.max_size)
@@ -123,7 +128,7 @@ def _draw_maps(
             number = 2
             while out / name in written:
                 name, number = f"{path.stem}_maps_{number}.png", number + 1
-            plot_maps(image, {module: maps[module] for module in shown if module in maps}, out / name)
+            plot_maps(image, {module: maps[module] for module in last_of_each_stage(list(maps))}, out / name)
             written.append(out / name)
     return written
 
@@ -131,7 +136,6 @@ def _draw_maps(
 def _draw_gates(
     detector: TwoStageDetector,
     objects: Objects,
-    shown: Sequence[str],
     class_names: Sequence[str],
     out: Path,
     numbers: dict[str, object],
@@ -140,7 +144,8 @@ def _draw_gates(
     channel = gates_by_class(backbone, objects, side, "channel")
     if channel:
         counts = torch.bincount(objects.labels - 1, minlength=len(class_names)).tolist()
-        plot_class_gates({name: channel[name] for name in shown}, class_names, counts, out / "channel_gates.png")
+        shown = {name: channel[name] for name in last_of_each_stage(list(channel))}  # stages may have other attention
+        plot_class_gates(shown, class_names, counts, out / "channel_gates.png")
         written.append(out / "channel_gates.png")
         numbers["channel_gates"] = {
             name: {
@@ -166,6 +171,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--score_threshold", type=float, default=0.5, help="least score of the objects that are looked at"
     )
+    parser.add_argument("--proposals", help="boxes for a detector that needs some, as of detpipe predict")
     parser.add_argument("--max_objects", type=int, default=50, help="most objects of a class, the surest first")
     options = parser.parse_args(list(arguments))
     if not 0 <= options.score_threshold <= 1 or options.max_objects < 1:

@@ -64,7 +64,7 @@ def predict(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     images = find_images(options.images)
     detector, description = load_detector(options.checkpoint)
-    boxes = _choose_proposals(detector, options, images, description)
+    boxes = choose_proposals(detector, options, images, description)
     if options.show_glimpses:
         _ask_for_glimpses(detector, options.checkpoint)
     detector.to(choose_device(options.device))
@@ -139,10 +139,23 @@ def find_images(names: Sequence[str]) -> list[Path]:
     return list(paths)
 
 
-def _choose_proposals(
+def choose_proposals(
     detector: TwoStageDetector, options: argparse.Namespace, images: Sequence[Path], description: Description
 ) -> Boxes | None:
-    """Open the boxes that take the place of the detector's own source, if it needs some or some are given."""
+    """Open the boxes that take the place of the detector's own source, if it needs some or some are given.
+
+    Args:
+        detector: its source is replaced where boxes are given.
+        options: with ``checkpoint`` and ``proposals``.
+        images: what boxes are needed for.
+        description: of the checkpoint.
+
+    Returns:
+        What gives the boxes of an image; None for a detector that finds them itself.
+
+    Raises:
+        DetpipeError: boxes are needed and not given, or cannot be opened.
+    """
     precomputed = isinstance(detector.proposals, PrecomputedProposals)
     if options.proposals is None:
         if precomputed:

@@ -5,7 +5,7 @@ cousin of glimpsing, whose next place to look is the box found so far.
 
 Deviations:
 1. Scores are the mean of what each stage says of its own boxes; the paper lets all classifiers judge the last boxes.
-2. Box losses of later stages count half and a quarter, as in its authors' code; deltas are weighed twice and three times as
+2. Losses of later stages count half and a quarter, as in its authors' code; deltas are weighed twice and three times as
    much, which stands in for their smaller standard deviations (.1, .05, .033 for shifts).
 3. The objects' own boxes, which the sampler adds, go through all stages.
 

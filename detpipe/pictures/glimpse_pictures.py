@@ -11,6 +11,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -26,6 +27,12 @@ PANEL, CAPTION, GAP, COLUMNS = 232, 20, 8, 4
 SHOWN = 8  # detections of an image that have a panel
 AROUND = 0.25  # of what a panel shows, on each side
 FIRST, LAST = (255, 214, 0), (190, 40, 255)  # colors of the first and the last glimpse
+_STYLE = (
+    "body{font:15px system-ui,sans-serif;margin:2em auto;padding:0 1em;max-width:1000px;color:#1e2228}"
+    "h2{overflow-wrap:anywhere}img{max-width:100%;border:1px solid #ccc}"
+    "details{overflow-x:auto;margin:1em 0}summary{cursor:pointer}"
+    "table{border-collapse:collapse;margin-top:.6em}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}"
+)
 _PAPER, _INK, _OUTSIDE = (255, 255, 255), (30, 34, 40), (110, 110, 110)
 
 
@@ -58,7 +65,8 @@ def draw_glimpses(image: Tensor, found: GlimpsedDetection, class_names: Sequence
         row, column = divmod(index, columns)
         left, upper = GAP + column * (PANEL + GAP), top + row * (PANEL + CAPTION + GAP)
         name, score = class_names[int(found["labels"][index]) - 1], float(found["scores"][index])
-        pen.text((left, upper + CAPTION / 2), f"{name}  {score:.2f}", fill=_INK, font=font, anchor="lm")
+        caption = f"{index + 1}: {name}  {score:.2f}"
+        pen.text((left, upper + CAPTION / 2), caption, fill=_INK, font=font, anchor="lm")
         canvas.paste(panel, (left, upper + CAPTION))
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
 
@@ -73,29 +81,33 @@ def write_page(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
     Returns:
         Its path.
     """
-    parts = []
-    for record in records:
-        rows = "".join(
-            f"<tr><td>{html.escape(one['label'])}</td><td>{one['score']:.2f}</td><td>{_places(one)}</td></tr>"
-            for one in record["detections"]
-        )
-        parts.append(
-            f"<section><h2>{html.escape(record['file'])}</h2><img src='{html.escape(record['drawing'], quote=True)}' alt=''>"
-            f"<table><tr><th>class</th><th>score</th><th>glimpses: shift in sides of the proposal, size over it</th></tr>{rows}"
-            "</table></section>"
-        )
-    style = (
-        "body{font:15px system-ui,sans-serif;margin:2em;color:#1e2228}img{max-width:100%;border:1px solid #ccc}"
-        "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}"
-    )
     page = (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Glimpses</title><style>{style}</style><h1>Glimpses</h1>"
+        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        f"<title>Glimpses</title><style>{_STYLE}</style><h1>Glimpses</h1>"
         "<p>Dashed: the proposal. Yellow to violet: the glimpses in order, with a dot at the upper left corner of the frame. "
-        f"Thick: the box found, in the color of its class.</p>{''.join(parts)}</html>\n"
+        f"Thick: the box found, in the color of its class.</p>{''.join(map(_section, records))}</html>\n"
     )
     with atomic_write(folder / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return folder / PAGE
+
+
+def _section(record: dict[str, Any]) -> str:
+    """The picture of an image, and where each of its detections looked."""
+    name, found = html.escape(record["file"]), record["detections"]
+    drawing = quote(record["drawing"])  # a name may hold what means something in an address, such as #, ? and %
+    rows = "".join(
+        f"<tr><td>{index}</td><td>{html.escape(one['label'])}</td><td>{one['score']:.2f}</td><td>{_places(one)}</td></tr>"
+        for index, one in enumerate(found, start=1)
+    )
+    table = (
+        "<table><tr><th></th><th>class</th><th>score</th><th>glimpses: shift in sides of the proposal (right, down) "
+        f"&times; size over it</th></tr>{rows}</table>"
+    )
+    summary = f"{len(found)} detections" + (f", the {SHOWN} best in panels" if len(found) > SHOWN else "")
+    opened = "" if len(found) > SHOWN else " open"
+    listed = f"<details{opened}><summary>{summary}</summary>{table}</details>" if found else "<p>Nothing was found.</p>"
+    return f"<section><h2>{name}</h2><a href='{drawing}'><img src='{drawing}' alt='detections in {name}'></a>{listed}</section>"
 
 
 def describe(found: GlimpsedDetection, index: int) -> dict[str, Any]:

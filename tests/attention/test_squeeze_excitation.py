@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torchvision.ops import SqueezeExcitation as TorchvisionSqueezeExcitation
 
 from detpipe.attention import ConcurrentSqueezeExcitation, SpatialSqueezeExcitation, SqueezeExcitation
 
@@ -92,6 +93,16 @@ def test_equals_timm(channels, reduction, bias):
     layers = pytest.importorskip("timm.layers")
     peer = layers.SEModule(channels, rd_ratio=1 / reduction, bias=bias).eval()
     ours = SqueezeExcitation(channels, reduction, bias)
+    renamed = {k.replace("fc1", "squeeze").replace("fc2", "excite"): v for k, v in peer.state_dict().items()}
+    ours.load_state_dict(renamed)
+    features = 5 * torch.randn(2, channels, 5, 7)
+    torch.testing.assert_close(ours(features), peer(features), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "squeezed"), [(64, 8), (96, 24)])
+def test_equals_torchvision(channels, squeezed):
+    peer = TorchvisionSqueezeExcitation(channels, squeezed)
+    ours = SqueezeExcitation(channels, channels // squeezed)
     renamed = {k.replace("fc1", "squeeze").replace("fc2", "excite"): v for k, v in peer.state_dict().items()}
     ours.load_state_dict(renamed)
     features = 5 * torch.randn(2, channels, 5, 7)

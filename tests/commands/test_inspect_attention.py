@@ -12,6 +12,7 @@ from detpipe import cli
 from detpipe import images as frames
 from detpipe.attention import ConcurrentSqueezeExcitation, SelectiveKernel
 from detpipe.backbones import SEResNet
+from detpipe.commands import inspect_attention
 from detpipe.commands.inspect_attention import last_of_each_stage
 from detpipe.commands.inspection import (
     Objects,
@@ -22,6 +23,9 @@ from detpipe.commands.inspection import (
     gates_of,
     spatial_maps,
 )
+from detpipe.detector import TwoStageDetector
+from detpipe.heads import FastRCNNHead
+from detpipe.proposals import DenseGrid
 
 MIXED = {"c2": "cbam", "c3": "se", "c4": "sk"}
 
@@ -140,6 +144,22 @@ def test_what_the_command_refuses(
     assert "SEResNet, has no attention modules" in capsys.readouterr().err
 
 
+def test_a_detector_that_needs_boxes_is_given_some(demo_root: Path, trained: Path, tmp_path: Path, capsys) -> None:
+    content = torch.load(trained / "best.ckpt", weights_only=True)
+    content["detpipe"]["model"]["proposals"] = {"class_path": "detpipe.proposals.PrecomputedProposals", "init_args": {}}
+    weights = content["state_dict"]
+    content["state_dict"] = {name: value for name, value in weights.items() if not name.startswith("proposals.")}
+    path, picture = tmp_path / "needs_boxes.ckpt", min((demo_root / "coco" / "val").iterdir())
+    torch.save(content, path)
+    boxes, out = tmp_path / "boxes.json", tmp_path / "out"
+    boxes.write_text(json.dumps({picture.name: [[5, 5, 30, 40], [20, 10, 60, 60]]}))
+    command = ["inspect", str(path), str(picture), "-o", str(out), "--score_threshold", "0.01"]
+    assert cli.main(command) == 2
+    assert "needs boxes for the images: add --proposals" in capsys.readouterr().err
+    assert cli.main([*command, "--proposals", str(boxes)]) == 0
+    assert (out / "channel_gates.png").is_file()
+
+
 def test_pictures_of_every_kind(backbone: SEResNet, tmp_path: Path) -> None:
     from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
 
@@ -151,6 +171,25 @@ def test_pictures_of_every_kind(backbone: SEResNet, tmp_path: Path) -> None:
     for name in ("g", "b", "m"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+@pytest.mark.parametrize("kinds", [{"c2": "sse", "c3": "se"}, {"c2": "sk", "c3": "scse"}, {"c2": "cbam", "c3": "sk"}])
+def test_stages_of_other_attention_are_left_out_of_a_picture(kinds, tmp_path: Path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    backbone = SEResNet(18, kinds, levels=["c3"]).eval()
+    detector = TwoStageDetector(
+        backbone, DenseGrid([16]), FastRCNNHead(128, 2, backbone.strides), min_size=32, max_size=48
+    )
+    [image] = some_images(1)
+    objects = Objects([image] * 2, torch.tensor([[10.0, 10, 40, 50], [30, 5, 80, 60]]), torch.tensor([1, 2]))
+    drawn = {}
+    monkeypatch.setattr(inspect_attention, "plot_class_gates", lambda gates, *rest: drawn.update(channel=list(gates)))
+    monkeypatch.setattr(inspect_attention, "plot_maps", lambda image, maps, out: drawn.update(spatial=list(maps)))
+    inspect_attention._draw_gates(detector, objects, ["a", "b"], tmp_path, {})
+    inspect_attention._draw_maps(detector, [Path("a.png")], [image], tmp_path)
+    for form, having in (("channel", ("se", "scse", "cbam")), ("spatial", ("sse", "scse", "cbam"))):
+        stages = [name.split(".")[1] for name in drawn.get(form, [])]
+        assert stages == [stage for stage, kind in kinds.items() if kind in having]
 
 
 def test_attention_modules_of_a_plain_network() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_the_command_writes_pictures_a_page_and_the_outlines(trained: Path, demo
     torch.testing.assert_close(around, torch.tensor(rows[0]["proposal"]), rtol=1e-3, atol=1e-2)
     page = (out / "glimpses.html").read_text()
     assert page.count("<img ") == 2
-    assert all((out / name).is_file() for name in re.findall(r"<img src='([^']+)'", page))
+    assert all((out / unquote(name)).is_file() for name in re.findall(r"<img src='([^']+)'", page))
     assert cli.main(arguments) == 0
     again = json.loads((out / "detections.json").read_text())
     for record, plain in zip(report["images"], again["images"], strict=True):
