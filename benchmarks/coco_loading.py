@@ -53,7 +53,7 @@ class Reader(Dataset):
         elif keeper != "no annotations":
             from torchvision.datasets import CocoDetection
 
-            self.source = CocoDetection(root, path)
+            self.source = CocoDetection(root, str(path))
 
     def __len__(self) -> int:
         return self.images
@@ -61,7 +61,7 @@ class Reader(Dataset):
     def __getitem__(self, index: int) -> tuple[int, float, int]:
         boxes = 0
         if isinstance(self.source, DetectionDataset):
-            boxes = len(self.source.target(index)["boxes"])
+            boxes = len(self.source.target(index).get("boxes", ()))
         elif self.source is not None:
             boxes = len([record["bbox"] for record in self.source._load_target(self.source.ids[index])])
         private = psutil.Process().memory_full_info().uss / MIB if index % 1000 == 0 else 0.0
