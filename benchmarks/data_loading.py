@@ -100,7 +100,7 @@ class Torchvision(Recipe):
         image = self.opened(index)
         target: dict[str, Any] = {**self.own.target(index)}
         frame = (image.height, image.width)
-        target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=frame)
+        target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=frame)  # pyright: ignore[reportCallIssue]
         steps = v2.Compose(
             [
                 v2.ToImage(),

@@ -5,6 +5,9 @@ one process with all the images, wherever counts differ: an image with few propo
 step divides by `common_count`, the mean count of all processes: the averaged gradients are those of the whole batch. A process
 for which a last batch holds no image takes part with one that another has too, and nothing of it counts.
 
+Two things are not exact: norms that look at the batch see that of their process, and parts of other packages (torchvision's RPN and
+heads) divide by their own counts.
+
 Nothing here communicates unless a process group is there, and counts only inside `sharing_counts`, which the training step of a
 detector enters: a stage in somebody else's training never waits for another process.
 """

@@ -318,36 +318,48 @@ import os, sys
 import torch
 from detpipe import cli
 from detpipe.detector import TwoStageDetector
-rank, kind = int(os.environ["RANK"]), sys.argv[1]
+rank, kind, step = int(os.environ["RANK"]), sys.argv[1], int(sys.argv[2])
 real = TwoStageDetector.losses
 def losses(self, images, targets):
     found = real(self, images, targets)
-    if rank == 1 and self.trainer.global_step == 1:
+    if rank == 1 and self.trainer.global_step == step:
         if kind == "killed":
             os.kill(os.getpid(), 9)
         if kind == "raised":
             raise RuntimeError("broken here")
-        found["loss_classifier"] = found["loss_classifier"] * float("nan")
+        if kind == "nan":
+            found["loss_classifier"] = found["loss_classifier"] * float("nan")
     return found
 TwoStageDetector.losses = losses
-sys.exit(cli.main(sys.argv[2:]))
+def validate(self, batch, batch_idx, real=TwoStageDetector.validation_step):
+    if rank == 1 and kind == "validation":
+        raise RuntimeError("broken here")
+    return real(self, batch, batch_idx)
+TwoStageDetector.validation_step = validate
+if rank == 0 and kind == "disk full":
+    import resource, signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a checkpoint is larger
+sys.exit(cli.main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize("kind", ["nan", "raised", "killed"])
+@pytest.mark.parametrize("kind", ["nan", "raised", "killed", "validation", "disk full"])
 def test_what_stops_one_process_stops_all(kind: str, demo_root: Path, tmp_path: Path) -> None:
     Demo(str(demo_root), scenes=DemoScenes(**runs.SCENES)).annotations("train")
     arguments = ["train", runs.CONFIG, *runs.options(demo_root), "--data.loader.batch_size", "2", *TWO]
     output = tmp_path / "run"
-    answers = start(FAULT, [kind, *arguments, "--output", str(output)], 2, 120)
+    answers = start(FAULT, [kind, "1", *arguments, "--output", str(output)], 2, 120)
     assert all(status != 0 for status, _, _ in answers)
     assert not (output / "summary.json").exists()
     if kind == "nan":
         assert "step 1: stopped, since the loss is not finite in another process" in answers[0][2]
         assert "step 1: the loss is nan; the weights were not changed" in answers[1][2]
         assert (output / "nonfinite_batch.pt").exists()
-    if kind == "raised":
+    if kind in ("raised", "validation"):
         assert "broken here" in answers[1][2]
+    if kind == "disk full":
+        assert "File too large" in answers[0][2]
 
 
 def test_who_works_on_what_alone() -> None:
@@ -375,3 +387,18 @@ def test_the_first_process_is_known_before_they_meet(name: str, monkeypatch: pyt
     assert processes.is_first()
     monkeypatch.setenv(name, "1")
     assert not processes.is_first()
+
+
+def test_a_resumed_run_of_two_processes_ends_with_the_weights_of_an_undisturbed_one(
+    demo_root: Path, tmp_path: Path
+) -> None:
+    """Twelve images in batches of two and two: the second process breaks off in the second epoch."""
+    Demo(str(demo_root), scenes=DemoScenes(**runs.SCENES)).annotations("train")
+    train = ["train", runs.CONFIG, *runs.options(demo_root), "--data.loader.batch_size", "2", *TWO, "--output"]
+    whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
+    assert all(status for status, _, _ in start(FAULT, ["raised", "4", *train, str(first)], 2, 120))
+    assert torch.load(first / "last.ckpt", weights_only=True)["global_step"] == 3
+    resume = {"resume": [*train, str(second), "--ckpt_path", str(first / "last.ckpt")]}
+    succeed(COMMANDS, [json.dumps({"whole": [*train, str(whole)]})], 2, 120)
+    succeed(COMMANDS, [json.dumps(resume)], 2, 120)
+    runs.assert_equal_weights(second / "last.ckpt", whole / "last.ckpt")

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from detpipe.datasets.faults import SHOWN
 from detpipe.errors import DataError
 from detpipe.files import atomic_write
 from detpipe.strict_json import load_json, require, shorten
+from detpipe.types import Annotations
 
 CLASS_LIST = "detpipe.json"
 
@@ -95,3 +97,34 @@ def ids_of(class_names: Sequence[str], known: ClassList | None) -> tuple[int, ..
     if set(class_names) <= set(ids):
         return tuple(ids[name] for name in class_names)
     return tuple(range(1, len(class_names) + 1))
+
+
+def compare_classes(name: str, known: Annotations, other_name: str, other: Annotations) -> None:
+    """Refuse two splits that number their classes differently.
+
+    Args:
+        name: of the split that is known.
+        known: its annotations.
+        other_name: of the other split.
+        other: its annotations.
+
+    Raises:
+        DataError: the classes, their ids or their order differ; the differences are named.
+    """
+    if (known.class_names, known.category_ids) == (other.class_names, other.category_ids):
+        return
+    first = dict(zip(known.class_names, known.category_ids, strict=True))
+    second = dict(zip(other.class_names, other.category_ids, strict=True))
+    differences = [f"only in {name}: {word!r} (id {first[word]})" for word in first if word not in second]
+    differences += [f"only in {other_name}: {word!r} (id {second[word]})" for word in second if word not in first]
+    differences += [
+        f"{word!r} has id {first[word]} in {name} and {second[word]} in {other_name}"
+        for word in first
+        if word in second and first[word] != second[word]
+    ]
+    if not differences:
+        differences = [f"the same classes in another order: {known.class_names} and {other.class_names}"]
+    raise DataError(
+        f"the classes of {name} ({known.root}) and {other_name} ({other.root}) differ: "
+        f"{'; '.join(differences[:SHOWN])} ({len(differences)} in total); make the class lists equal"
+    )

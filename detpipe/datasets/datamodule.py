@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets.batches import EpochBatches, Locality
+from detpipe.datasets.class_list import compare_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
 from detpipe.datasets.faults import SHOWN, OnBad, Policy
 from detpipe.datasets.handover import PackedBatch, collate
@@ -176,7 +177,7 @@ class DetectionData(LightningDataModule, ABC):
         if split not in self._annotations:
             loaded = self.load(split)
             for other, known in self._annotations.items():
-                _compare_classes(other, known, split, loaded)
+                compare_classes(other, known, split, loaded)
             self._annotations[split] = loaded
         return self._annotations[split]
 
@@ -331,24 +332,3 @@ class DetectionData(LightningDataModule, ABC):
         dataset = self.dataset(split, augmented=training)
         sizes, locality = self.annotations(split).sizes, self.locality(split)
         return self.loader.load(dataset, sizes, self.seed, training, collate, locality=locality)
-
-
-def _compare_classes(name: str, known: Annotations, other_name: str, other: Annotations) -> None:
-    """Refuse two splits that number their classes differently."""
-    if (known.class_names, known.category_ids) == (other.class_names, other.category_ids):
-        return
-    first = dict(zip(known.class_names, known.category_ids, strict=True))
-    second = dict(zip(other.class_names, other.category_ids, strict=True))
-    differences = [f"only in {name}: {word!r} (id {first[word]})" for word in first if word not in second]
-    differences += [f"only in {other_name}: {word!r} (id {second[word]})" for word in second if word not in first]
-    differences += [
-        f"{word!r} has id {first[word]} in {name} and {second[word]} in {other_name}"
-        for word in first
-        if word in second and first[word] != second[word]
-    ]
-    if not differences:
-        differences = [f"the same classes in another order: {known.class_names} and {other.class_names}"]
-    raise DataError(
-        f"the classes of {name} ({known.root}) and {other_name} ({other.root}) differ: "
-        f"{'; '.join(differences[:SHOWN])} ({len(differences)} in total); make the class lists equal"
-    )

@@ -294,7 +294,7 @@ def _check_not_empty(annotations: Annotations, faults: Faults) -> None:
     counts = annotations.counts
     for what in ("images", "boxes"):
         if counts[f"{what} used"] == 0 and (what == "images" or counts["boxes read"] > 0):
-            skipped = "; ".join(f"{key}: {n}" for key, n in faults.skipped.items() if n)
+            skipped = "; ".join(f"{key}: {n}" for key, n in sorted(faults.skipped.items()) if n)
             raise DataError(
                 f"{faults.source}: no {what} left of {counts[f'{what} read']} read ({skipped or 'nothing there'}); "
                 f"check the annotations, the image folder {annotations.root} and the class names"

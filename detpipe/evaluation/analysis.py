@@ -87,16 +87,12 @@ def analyze(
         raise ValueError(f"an analysis follows one of {', '.join(COMPARED)}; got {chosen.protocol!r}")
     name, detections = next(iter(runs.items()))
     limits = chosen.max_detections
-    metrics = evaluate(
-        annotations, detections, chosen.protocol, max_detections=limits if chosen.protocol == "coco" else None
-    )
+    counted = limits if chosen.protocol == "coco" else None
+    metrics = evaluate(annotations, detections, chosen.protocol, max_detections=counted)
     matches = match(annotations, detections, max_detections=limits[-1])
-    curves = {
-        other: _curves(
-            matches if other == name else match(annotations, runs[other], areas=["all"], max_detections=limits[-1])
-        )
-        for other in runs
-    }
+    curves = {name: _curves(matches)}
+    for other in list(runs)[1:]:
+        curves[other] = _curves(match(annotations, runs[other], areas=["all"], max_detections=limits[-1]))
     point = operating_point(matches, chosen.score_threshold)
     worst, numbers = _at_half(annotations, detections, point.score, chosen)
     calibration = calibration_by_class(matches)

@@ -78,15 +78,15 @@ def count(
     parts = []
     for labels in _groups(annotations, truth["category_id"], found["category_id"]):
         header = {"images": images, "categories": [{"id": label} for label in labels]}
-        sides = ({**header, "annotations": _records(columns, labels)} for columns in (truth, found))
-        parts.append(_run(backend, *sides, limits))
+        objects, detected = ({**header, "annotations": _records(columns, labels)} for columns in (truth, found))
+        parts.append(_run(backend, objects, detected, limits))
     precision, recall = (np.concatenate(arrays, axis=-3) for arrays in zip(*parts, strict=True))
     return Counts(precision, recall)
 
 
 def _groups(annotations: Annotations, *labels: npt.NDArray[np.int64]) -> Iterator[list[int]]:
     """Divide 1..K into runs of classes that are small enough to be counted together."""
-    boxes = np.sum([np.bincount(column, minlength=annotations.num_classes + 1) for column in labels], axis=0)
+    boxes = np.bincount(np.concatenate(labels), minlength=annotations.num_classes + 1)
     most = max(1, _GROUP_PAIRS // max(1, len(annotations)))
     group: list[int] = []
     held = 0

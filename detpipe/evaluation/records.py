@@ -78,7 +78,8 @@ def box_sizes(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
     Files hold widths, arrays hold corners, and ``(x + w) - x`` differs from ``w`` in the last bits: enough to move a
     box of exactly 32 x 32 pixels out of COCO's small objects. So where a width of at most six decimals leads to the
-    same corner, that is the one; else it is the difference, which is exact for boxes that were float32.
+    same corner, that is the one; else it is the difference, which is exact for boxes that were float32. Widths of more
+    decimals are had to the last bit or two only: an overlap that equals a threshold exactly may then fall on either side.
 
     Args:
         boxes: ``[D, 4]`` xyxy with x2 >= x1 and y2 >= y1.
@@ -134,12 +135,14 @@ def check_annotations(annotations: Annotations) -> None:
         annotations: I images with B boxes.
 
     Raises:
-        DataError: no images, an image id or a class name twice, a label outside 1..K, or a box or area that is not
+        DataError: no images, no classes, an image id or a class name twice, a label outside 1..K, or a box or area that is not
             sound.
     """
     source = str(annotations.root)
     if len(annotations) == 0:
         raise DataError(f"{source}: the ground truth holds no images: there is nothing to evaluate")
+    if not annotations.class_names:
+        raise DataError(f"{source}: the ground truth has no classes: there is nothing to evaluate")
     ids, counts = np.unique(annotations.image_ids, return_counts=True)
     if (counts > 1).any():
         raise DataError(f"{source}: image id {ids[counts > 1][0]} occurs more than once in the ground truth")

@@ -197,6 +197,8 @@ def test_unsound_ground_truth_is_refused() -> None:
     ]:
         with pytest.raises(DataError, match=message):
             evaluate_coco(replace(good, **fault), found([]))
+    with pytest.raises(DataError, match="has no classes"):
+        evaluate_coco(truth([], [1], ()), found([]))
     with pytest.raises(DataError, match="holds no images"):
         evaluate_coco(truth([], []), found([]))
 
