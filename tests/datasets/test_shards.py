@@ -130,12 +130,16 @@ def test_every_image_comes_exactly_once(
     for rank in range(ranks):
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr("detpipe.datasets.batches.share", lambda rank=rank: (rank, ranks))
-            for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
+            loaders = {"train": data.train_dataloader(), "val": data.val_dataloader()}
+            if count < ranks:  # an evaluation that some processes have no image for is refused
+                with pytest.raises(DataError, match=f"{count} images cannot be shared among {ranks} processes"):
+                    list(loaders.pop("val"))
+            for split, loader in loaders.items():
                 loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
                 read = [[int(target["image_id"]) for target in targets] for _, targets in loader]
                 assert len(read) == len(loader)
                 seen[split].append(read)
-    assert sorted(image for part in seen["val"] for batch in part for image in batch) == ids
+    assert count < ranks or sorted(image for part in seen["val"] for batch in part for image in batch) == ids
     assert len({len(part) for part in seen["train"]}) == 1  # all ranks make the same number of steps
     steps = list(zip(*seen["train"], strict=True))
     for step, parts in enumerate(steps):
