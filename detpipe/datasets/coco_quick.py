@@ -136,10 +136,10 @@ def _check_text(data: bytes) -> None:
 def _classes(records: list[Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Names and ids, by ascending id."""
     _prove(type(records) is list and set(map(type, records)) == {dict})
-    named: dict[Any, Any] = {record.get("id"): record.get("name") for record in records}
-    ids, names = list(named), list(named.values())
+    ids, names = [record.get("id") for record in records], [record.get("name") for record in records]
     _prove(set(map(type, ids)) == {int} and set(map(type, names)) == {str} and "" not in names)
-    _prove(len(records) == len(ids) == len(set(names)) and min(ids) >= -(2**63) and max(ids) < 2**63)
+    named: dict[int, str] = dict(zip(ids, names, strict=True))
+    _prove(len(records) == len(named) == len(set(names)) and min(ids) >= -(2**63) and max(ids) < 2**63)
     return tuple(named[key] for key in sorted(ids)), tuple(sorted(ids))
 
 

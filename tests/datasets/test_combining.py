@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -32,18 +34,24 @@ def test_boxes_of_blended_images_move_as_the_pixels_do(images: list[Drawn], seed
     check_against_pixels(plain(MIXUP), images, seed, 2.0, part=0.15)
 
 
-@settings(max_examples=40, deadline=None)
-@given(images=drawn_images(5, most=2), seed=st.integers(0, 2**31))
-def test_all_steps_together_keep_boxes_where_the_pixels_are(images: list[Drawn], seed: int) -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    images=drawn_images(5, most=2),
+    seed=st.integers(0, 2**31),
+    combine=st.sampled_from([Combine(CopyPaste(p=1.0)), MOSAIC, MIXUP]),
+)
+def test_all_steps_together_keep_boxes_where_the_pixels_are(images: list[Drawn], seed: int, combine: Combine) -> None:
+    """One way of combining at a time: two may bring the same object, and its color, to two places."""
     augment = Augment(
         *(0.5, (0.7, 1.4), 0.3, 0.0, 0.0, 0.5),
         safe_crop=SafeCrop(p=0.5, min_visibility=0.2),
-        combine=Combine(CopyPaste(p=0.5), Mosaic(p=0.5), MixUp(p=0.5)),
+        combine=combine,
         transforms=(Transform("RandomRotate90"), Transform("RandomScale", {"scale_limit": [-0.2, 0.3], "p": 0.5})),
     )
     check_against_pixels(augment, images, seed, 3.0, tight=lambda seen, size: False, complete=False)
-    _, target = transformed(augment, images, seed)
-    check_in_step(target, images)
+    every = replace(augment, combine=Combine(CopyPaste(p=0.5), Mosaic(p=0.5), MixUp(p=0.5)))
+    for one in (augment, every):
+        check_in_step(transformed(one, images, seed)[1], images)
 
 
 def check_in_step(target: dict, images: list[Drawn]) -> None:
