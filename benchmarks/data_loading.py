@@ -100,7 +100,9 @@ class Torchvision(Recipe):
         image = self.opened(index)
         target: dict[str, Any] = {**self.own.target(index)}
         frame = (image.height, image.width)
-        target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=frame)
+        target["boxes"] = tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
+            target["boxes"], format="XYXY", canvas_size=frame
+        )
         steps = v2.Compose(
             [
                 v2.ToImage(),
