@@ -100,13 +100,9 @@ class Torchvision(Recipe):
         image = self.opened(index)
         target: dict[str, Any] = {**self.own.target(index)}
         frame = (image.height, image.width)
-<<<<<<< HEAD
-        target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=frame)  # pyright: ignore[reportCallIssue]
-=======
         target["boxes"] = tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
             target["boxes"], format="XYXY", canvas_size=frame
         )
->>>>>>> resize
         steps = v2.Compose(
             [
                 v2.ToImage(),

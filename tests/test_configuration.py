@@ -203,8 +203,8 @@ def test_what_a_constructor_refuses_is_an_error_of_the_configuration(
         (["--trainer.gradient_clip_algorithm", "x"], "trainer: "),
         (["--trainer.max_epochs", "-5"], "trainer: "),
         (
-            ["--trainer.accelerator", "cpu", "--trainer.devices", "2"],
-            "trainer: 1 nodes with 2 devices each; the images",
+            ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp_spawn"],
+            "trainer.strategy: 2 processes under DDPStrategy; give 'ddp'",
         ),
     ],
 )
