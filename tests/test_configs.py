@@ -204,7 +204,13 @@ def test_an_overlay_follows_the_models_that_its_header_shows(path: Path) -> None
     for base in bases:
         alone, config = parse(base), parse(base, path, "--data.root", "ROOT")
         assert config.data.init_args.root == "ROOT"
-        assert config.data.class_path in ("detpipe.VOC", "detpipe.COCO", "detpipe.YOLO", "detpipe.CSVBoxes")
+        assert config.data.class_path in (
+            "detpipe.VOC",
+            "detpipe.COCO",
+            "detpipe.YOLO",
+            "detpipe.CSVBoxes",
+            "detpipe.Shards",
+        )
         assert config.model.backbone.class_path == alone.model.backbone.class_path
         sizes = config.model.proposals.init_args.anchors.sizes
         assert sizes != alone.model.proposals.init_args.anchors.sizes

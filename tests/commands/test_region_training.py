@@ -213,7 +213,11 @@ class Constant(LightningModule):
         (["--model", "SEResNet"], 2, "SEResNet cannot be trained by this command, it has no class attribute 'watched'"),
         (["--model.num_classes", "3"], 2, "model.num_classes follows the classes of the data; remove it"),
         (["--model.backbone.dept", "3"], 2, "did you mean 'depth'?"),
-        (["--data", "DemoDigits"], 2, "data: unknown class 'DemoDigits'; expected COCO, CSVBoxes, Demo, VOC, YOLO,"),
+        (
+            ["--data", "DemoDigits"],
+            2,
+            "data: unknown class 'DemoDigits'; expected COCO, CSVBoxes, Demo, Shards, VOC, YOLO,",
+        ),
         (["--data", "VOC", "--data.root", "nowhere", "--data.train", "train", "--data.val", "val"], 1, "nowhere"),
         (["--ckpt_path", "nowhere.ckpt"], 1, "checkpoint nowhere.ckpt does not exist"),
     ],
