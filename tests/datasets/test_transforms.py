@@ -201,3 +201,17 @@ def test_arguments_out_of_range_are_refused(wrong: dict, message: str) -> None:
 )
 def test_how_much_a_part_is_enlarged(augment: Augment, expected: float) -> None:
     assert augment.magnification == pytest.approx(expected)
+
+
+def test_what_needs_the_pixels_of_the_files_is_not_read_smaller() -> None:
+    from detpipe.datasets import Resize
+    from detpipe.datasets.augment_settings import Combine, Mosaic, SafeCrop, Transform
+
+    resize = Resize("shortest_side", 100, 200)
+    assert resize.size_to_read((400, 600), 100, Augment().magnification) == (100, 150)
+    for augment in (
+        Augment(combine=Combine(mosaic=Mosaic(p=1.0))),
+        Augment(safe_crop=SafeCrop()),
+        Augment(transforms=(Transform("RandomRotate90"),)),
+    ):
+        assert resize.size_to_read((400, 600), 100, augment.magnification) == (400, 600)
