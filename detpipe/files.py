@@ -103,13 +103,15 @@ def atomic_remove(path: str | os.PathLike[str]) -> None:
     shutil.rmtree(doomed)
 
 
-def remove_orphans(folder: str | os.PathLike[str]) -> list[Path]:
+def remove_orphans(folder: str | os.PathLike[str], *, sole_writer: bool = False) -> list[Path]:
     """Delete what writers that were killed left in a folder, and nothing else.
 
     What a running process other than this one is writing stays. Call it before this process writes to the folder.
 
     Args:
         folder: the folder to clean; its subfolders are left alone. A missing folder is as good as a clean one.
+        sole_writer: whether no other process can be writing there, since this one holds the folder's lock. A running process
+            that has the number of a dead writer is then no reason to keep what that one left.
 
     Returns:
         The paths that were deleted, sorted.
@@ -120,7 +122,7 @@ def remove_orphans(folder: str | os.PathLike[str]) -> list[Path]:
     deleted: list[Path] = []
     for path in sorted(folder.iterdir()):
         match = _ORPHAN.search(path.name)
-        if match is None or _is_other_process(int(match["pid"])):
+        if match is None or (not sole_writer and _is_other_process(int(match["pid"]))):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -145,13 +147,20 @@ def _synchronize(path: Path) -> None:
 
 
 def _is_other_process(pid: int) -> bool:
-    """Whether ``pid`` is a running process and not this one, which may have been given the number of a dead writer."""
+    """Whether ``pid`` is a running process and not this one, which may have been given the number of a dead writer.
+
+    One that has ended but was not waited for (a zombie, which a container without an init process keeps) does not run.
+    """
     if pid == os.getpid():
         return False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # it runs, under another user
+    except PermissionError:  # it is there, under another user
+        pass
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:1]
+    except OSError:  # no such files on this system, or it has ended just now: then the next start cleans up
         return True
-    return True
+    return state != ["Z"]

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,27 @@ def test_orphans_of_running_processes_and_other_files_stay(tmp_path):
     assert remove_orphans(folder) == [dead, own_number, link]
     assert names(folder) == sorted(keep)
     assert (tmp_path / "outside").is_dir()
+
+
+def test_a_process_that_has_ended_but_was_not_waited_for_is_not_running(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read()  # until it has closed it, which is at its end
+    process.stdout.close()
+    orphan = tmp_path / f"a.json.partial-{process.pid}-00000000"
+    orphan.touch()
+    end = time.monotonic() + 30
+    while not remove_orphans(tmp_path):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert process.wait(timeout=10) == 0  # only now
+    assert names(tmp_path) == []
+
+
+def test_the_sole_writer_removes_what_bears_the_number_of_a_running_process(tmp_path):
+    (tmp_path / f"a.json.partial-{os.getppid()}-00000000").touch()
+    assert remove_orphans(tmp_path) == []
+    assert len(remove_orphans(tmp_path, sole_writer=True)) == 1
 
 
 def test_missing_folder_has_no_orphans(tmp_path):

@@ -236,6 +236,22 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
         WorkFolder(tmp_path / "out", "x", ["shard-000000.tar"])
 
 
+def test_what_a_killed_writer_left_does_not_end_up_among_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever runs under its number by now."""
+    a, sharding = tiny_annotations(tmp_path / "data", 6), Sharding(images_per_shard=2)
+    make_shards(a, tmp_path / "whole", "train", sharding=sharding)
+    with monkeypatch.context() as change:
+        change.setattr("detpipe.datasets.sharding.making.write_all", lambda *_: iter(()))
+        with pytest.raises(KeyError):
+            make_shards(a, tmp_path / "out", "train", sharding=sharding)
+    left = tmp_path / "out.partial" / f"shard-000001.tar.partial-{os.getppid()}-0123abcd"
+    left.touch()
+    make_shards(a, tmp_path / "out", "train", sharding=sharding)
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("cut", [1, 10, 60])
 def test_a_line_of_the_journal_that_was_cut_short_counts_as_not_written(tmp_path: Path, cut: int) -> None:
     names = [f"shard-{n:06d}.tar" for n in range(3)]

@@ -86,7 +86,7 @@ class WorkFolder:
     def finish(self) -> None:
         """Give the folder its name, once its index is written."""
         (self.path / JOURNAL).unlink(missing_ok=True)
-        remove_orphans(self.path)
+        remove_orphans(self.path, sole_writer=True)
         self._refuse_strangers()
         os.fsync(self._lock)
         os.rename(self.path, self.folder)
