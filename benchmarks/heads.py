@@ -73,10 +73,10 @@ def plain(pooler: Any) -> ProposalHead:
     return FastRCNNHead(*SHAPE, pooler, **COMMON)
 
 
-def inputs() -> tuple[Features, list[Tensor], list[Target]]:
+def inputs(device: torch.device) -> tuple[Features, list[Tensor], list[Target]]:
     """Features, proposals of which a part is near objects, and eight objects an image."""
     torch.manual_seed(0)
-    maps = torch.randn(IMAGES, CHANNELS, -(-SIZE[0] // STRIDE), -(-SIZE[1] // STRIDE), requires_grad=True)
+    maps = torch.randn(IMAGES, CHANNELS, -(-SIZE[0] // STRIDE), -(-SIZE[1] // STRIDE)).to(device).requires_grad_()
     proposals, targets = [], []
     for _ in range(IMAGES):
         low = torch.rand(8, 2) * torch.tensor([800.0, 400.0])
@@ -84,9 +84,15 @@ def inputs() -> tuple[Features, list[Tensor], list[Target]]:
         near = (objects.repeat(40, 1) + 6 * torch.randn(320, 4)).clamp(min=0)
         low = torch.rand(700, 2) * torch.tensor([900.0, 500.0])
         far = torch.cat((low, low + 20 + 80 * torch.rand(700, 2)), dim=1)
-        proposals.append(torch.cat((near, far)))
-        targets.append(Target(boxes=objects, labels=torch.randint(1, CLASSES + 1, (8,))))
+        proposals.append(torch.cat((near, far)).to(device))
+        targets.append(Target(boxes=objects.to(device), labels=torch.randint(1, CLASSES + 1, (8,)).to(device)))
     return {"c4": maps}, proposals, targets
+
+
+def wait() -> None:
+    """Until what was asked of a GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def step(head: ProposalHead, data: tuple[Features, list[Tensor], list[Target]]) -> float:
@@ -95,6 +101,7 @@ def step(head: ProposalHead, data: tuple[Features, list[Tensor], list[Target]]) 
     head.train()
     start = time.perf_counter()
     total_loss(head(features, proposals, [SIZE] * IMAGES, targets)[1]).backward()
+    wait()
     seconds = time.perf_counter() - start
     head.zero_grad(set_to_none=True)
     features["c4"].grad = None
@@ -109,6 +116,7 @@ def detect(head: ProposalHead, data: tuple[Features, list[Tensor], list[Target]]
     with torch.inference_mode():
         start = time.perf_counter()
         head.detect(features, boxes, [SIZE] * IMAGES)
+        wait()
         return time.perf_counter() - start
 
 
@@ -116,7 +124,7 @@ def in_turns(measure: Callable[..., float], pair: Sequence[ProposalHead], data: 
     """Milliseconds of the first head, and by how much longer it takes than the second."""
     seconds = [[measure(head, data) for head in pair] for _ in range(turns + 1)][1:]
     low, middle, high = statistics.quantiles([first / second for first, second in seconds], n=4)
-    return f"{1000 * statistics.median(first for first, _ in seconds):.0f} | **{middle:.2f}** ({low:.2f} to {high:.2f})"
+    return f"{1000 * statistics.median(first for first, _ in seconds):.3g} | **{middle:.2f}** ({low:.2f} to {high:.2f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,10 +139,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=11, help="timed turns")
     parser.add_argument("--only", nargs="+", choices=HEADS, help="some of the heads")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here")
     keep_freed_memory()
-    data = inputs()
-    print(f"{torch.get_num_threads()} threads, {IMAGES * ROIS} RoIs, torch {torch.__version__}\n")
+    device = torch.device(options.device)
+    data = inputs(device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{where}, {IMAGES * ROIS} RoIs, torch {torch.__version__}\n")
     print(
         "| head | parameters, M | training step, ms | times as long | detection, ms | times as long | kept for backward, MiB |"
     )
@@ -143,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only is not None and name not in options.only:
             continue
         head = make()
-        pair = [head, plain(head.pooler)]
+        pair = [head.to(device), plain(head.pooler).to(device)]
         sizes = (sum(parameter.numel() for parameter in one.parameters()) / 1e6 for one in pair)
         cells = [name, " (".join(f"{size:.2f}" for size in sizes) + ")"]
         cells += [in_turns(measure, pair, data, options.turns) for measure in (step, detect)]

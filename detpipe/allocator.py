@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import sys
 
+import torch
+
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # parameters of glibc's mallopt(3)
 _KEEP, _PAD = 2**31 - 1, 256 * 2**20  # bytes
 
@@ -22,6 +24,11 @@ def peak_memory() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def peak_gpu_memory() -> float | None:
+    """The most memory in MiB that PyTorch has given out on the current GPU; None where this process has used none."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else None
 
 
 def keep_freed_memory() -> bool:

@@ -27,7 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from detpipe import callbacks, checkpoint, processes
-from detpipe.allocator import peak_memory
+from detpipe.allocator import peak_gpu_memory, peak_memory
 from detpipe.configuration import CommandCLI, positional_configs
 from detpipe.errors import DataError, TrainingError, UsageError
 from detpipe.files import atomic_write, remove_orphans
@@ -131,6 +131,8 @@ def fit(cli: CommandCLI, arguments: Sequence[str], description: checkpoint.Descr
     }
     if (peak := peak_memory()) is not None:
         general["peak_memory_mib"] = round(peak)
+    if (peak := peak_gpu_memory()) is not None:
+        general["peak_gpu_memory_mib"] = round(peak)
     return Run(folder, best, general)
 
 

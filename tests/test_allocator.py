@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 FAULTS = """
 import resource, sys, torch
@@ -31,6 +32,23 @@ def test_freed_memory_is_used_again_without_asking_the_system() -> None:
     _, many = page_faults("default")
     assert kept == "True"
     assert few * 10 < many
+
+
+def test_memory_of_a_gpu_is_not_said_where_none_is_used() -> None:
+    from detpipe.allocator import peak_gpu_memory
+
+    assert torch.cuda.is_initialized() or peak_gpu_memory() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_of_a_gpu() -> None:
+    from detpipe.allocator import peak_gpu_memory
+
+    torch.zeros(2**24, device="cuda")
+    peak = peak_gpu_memory()
+    assert peak is not None
+    assert peak >= 64
 
 
 def test_nothing_happens_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,8 @@ def _train_one(run: Run, split: str, threads: int) -> None:
             _call(["evaluate", *run.arguments, "--ckpt_path", checkpoint, "--json", str(numbers)], threads, output, log)
     found = json.loads(numbers.read_text(encoding="utf-8"))
     result = {key: found[key] for key in ("AP", "AP50")} | {"parameters": _parameters(run.folder / "best.ckpt")}
-    result["peak_memory_mib"] = json.loads((run.folder / "summary.json").read_text("utf-8")).get("peak_memory_mib")
+    summary = json.loads((run.folder / "summary.json").read_text("utf-8"))
+    result["peak_memory_mib"] = summary.get("peak_gpu_memory_mib", summary.get("peak_memory_mib"))
     with atomic_write(run.folder / "result.json") as temporary:
         temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
 

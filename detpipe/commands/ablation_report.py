@@ -23,7 +23,8 @@ class Result:
         AP: mean average precision over IoU .50 to .95.
         AP50: at IoU .50.
         parameters: of the whole detector.
-        peak_memory_mib: the most memory that the training process held; None where the system does not say.
+        peak_memory_mib: the most memory that training held, on the GPU if it ran there, else of the process; None where the
+            system does not say.
     """
 
     seed: int

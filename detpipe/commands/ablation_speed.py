@@ -25,7 +25,8 @@ def milliseconds_an_image(folders: Mapping[str, Path]) -> dict[str, float]:
         folders: variant -> the folder of one of its runs, with ``config.yaml`` and ``best.ckpt``.
 
     Returns:
-        variant -> milliseconds an image, the median over turns; images are the first of the validation split, one at a time.
+        variant -> milliseconds an image, the median over turns; images are the first of the validation split, one at a time, on
+        a GPU if there is one.
     """
     quiet()
     data = CLI([str(next(iter(folders.values())) / "config.yaml")], add_arguments).datamodule
@@ -34,7 +35,10 @@ def milliseconds_an_image(folders: Mapping[str, Path]) -> dict[str, float]:
         for images, targets in islice(data.val_dataloader(), IMAGES)
         for image, target in zip(images, targets, strict=True)
     ][:IMAGES]
-    detectors = {name: load_detector(folder / "best.ckpt")[0].eval() for name, folder in folders.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    pairs = [([image.to(device) for image in images], targets) for images, targets in pairs]
+    detectors = {name: load_detector(folder / "best.ckpt")[0].eval().to(device) for name, folder in folders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in detectors}
     with torch.inference_mode():
         for turn in range(TURNS + 1):
@@ -43,8 +47,12 @@ def milliseconds_an_image(folders: Mapping[str, Path]) -> dict[str, float]:
                 for images, targets in pairs:
                     detector(
                         images,
-                        [Target(proposals=one["proposals"]) if "proposals" in one else Target() for one in targets],
+                        [
+                            Target(proposals=one["proposals"].to(device)) if "proposals" in one else Target()
+                            for one in targets
+                        ],
                     )
+                wait()
                 if turn:  # the first one warms up
                     seconds[name].append((time.perf_counter() - start) / len(pairs))
     return {name: 1000 * statistics.median(values) for name, values in seconds.items()}

@@ -163,6 +163,15 @@ def integral(start: Tensor, bin_size: Tensor, extent: Tensor, bins: int, bound: 
     return AxisTaps(cell.int(), weight / size * (cell >= 0))
 
 
+def split_evenly(length: Tensor, count: int) -> Tensor:
+    """Divide by a number of bins, rounded alike everywhere.
+
+    CUDA multiplies with the reciprocal of a Python number, which is off by a bit at times: a box of seven cells then gets an
+    eighth, once that is rounded up.
+    """
+    return length / length.new_full((), count)
+
+
 def _arange(count: int, like: Tensor) -> Tensor:
     return torch.arange(count, device=like.device, dtype=like.dtype)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from detpipe.roi_pooling.axis import split_evenly
 from detpipe.roi_pooling.layouts import Boxes, check_features, read_boxes, read_output_size, read_scale
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.placement import Placement, place
@@ -105,7 +106,7 @@ def _round(edge: Tensor) -> Tensor:
 
 def _fast_rcnn(first: Tensor, last: Tensor, bins: int, extent: Tensor, dtype: torch.dtype) -> Tensor:
     """Divide ``[R]`` first and last cells into bins: ``[R, bins, 2]`` int32 first cell and the one behind the last."""
-    step = ((last - first + 1).clamp(min=1).to(dtype) / bins)[:, None]
+    step = split_evenly((last - first + 1).clamp(min=1).to(dtype), bins)[:, None]
     index = torch.arange(bins + 1, device=first.device, dtype=dtype)
     edges = torch.stack(((index[:-1] * step).floor(), (index[1:] * step).ceil()), dim=2).long()
     return _on_map(edges + first[:, None, None], extent)

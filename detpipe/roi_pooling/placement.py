@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detpipe.roi_pooling.axis import Axis
+from detpipe.roi_pooling.axis import Axis, split_evenly
 from detpipe.roi_pooling.layouts import RoIs
 from detpipe.roi_pooling.maps import CellTable, cell_table, geometry, per_map
 
@@ -81,7 +81,7 @@ def bin_edges(
         length = cells[:, high] - cells[:, low]
         if at_least is not None:
             length = length.clamp(min=at_least)
-        axes.append((cells[:, low], length / bins, extent, bins))
+        axes.append((cells[:, low], split_evenly(length, bins), extent, bins))
     return axes[0], axes[1]
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from detpipe.roi_pooling.axis import split_evenly
 from detpipe.roi_pooling.layouts import (
     ROTATED_SIDES,
     SIDES,
@@ -101,7 +102,7 @@ def rotated_align(placement: Placement, size: tuple[int, int], sampling_ratio: i
     if sampling_ratio > 0:
         counts = torch.full_like(where[:, :2], sampling_ratio)
     else:
-        bins = torch.stack((height / size[0], width / size[1]), dim=1).detach()
+        bins = torch.stack((split_evenly(height, size[0]), split_evenly(width, size[1])), dim=1).detach()
         counts = bins.ceil().nan_to_num(1).clamp(1, MOST_SAMPLES).long()
     return pool_frames(placement.table.rows, Frames(frame, where, counts), size, max(sampling_ratio, 0))
 
