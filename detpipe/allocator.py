@@ -10,8 +10,6 @@ from __future__ import annotations
 import ctypes
 import sys
 
-import torch
-
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # parameters of glibc's mallopt(3)
 _KEEP, _PAD = 2**31 - 1, 256 * 2**20  # bytes
 
@@ -28,7 +26,8 @@ def peak_memory() -> float | None:
 
 def peak_gpu_memory() -> float | None:
     """The most memory in MiB that PyTorch has given out on the current GPU; None where this process has used none."""
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else None
+    torch = sys.modules.get("torch")  # what has not been imported has used none, and takes its time
+    return torch.cuda.max_memory_allocated() / 2**20 if torch is not None and torch.cuda.is_initialized() else None
 
 
 def keep_freed_memory() -> bool:
