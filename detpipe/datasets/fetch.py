@@ -15,24 +15,19 @@ import os
 import re
 import shutil
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from email.message import Message
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import IO, Any, Literal, cast
-from urllib.parse import urlsplit
+from typing import IO, Any, Literal
 
 from tqdm import tqdm
 
+from detpipe.datasets.web import HEADERS, MIRROR, USUAL, AnotherFileError, CutOffError, Patience, check_url, open_url
 from detpipe.errors import DownloadError
 
 _CHUNK = 1 << 20  # bytes
-_REDIRECTS = 5
-_FOR_A_WHILE = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be gone at the next attempt
 
 
 @dataclass(frozen=True)
@@ -57,61 +52,17 @@ class RemoteFile:
         return self.url.rpartition("/")[2]
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long a server is waited for.
-
-    Args:
-        attempts: in a row without a byte.
-        timeout: seconds without a byte, after which an attempt has failed.
-        wait: seconds before the second attempt; twice as many before each further one.
-    """
-
-    attempts: int = 5
-    timeout: float = 30.0
-    wait: float = 2.0
-
-
-_USUAL = Patience()
-
-
-class _CutOffError(Exception):
-    """An attempt ended early; what arrived is kept, and another attempt may help."""
-
-
-class _AnotherFileError(Exception):
-    """What the server has is not the file whose beginning is there."""
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    max_redirections = _REDIRECTS
-    max_repeats = _REDIRECTS
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> urllib.request.Request | None:
-        check_url(newurl)
-        return super().redirect_request(req, fp, code, msg, cast(Any, headers), newurl)
-
-
-def check_url(url: str) -> None:
-    """Refuse what is not a web address.
-
-    Raises:
-        DownloadError: another scheme than http or https, or no server.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise DownloadError(f"{url}: only http:// and https:// addresses are fetched")
-
-
-def fetch(remote: RemoteFile, folder: str | Path, patience: Patience = _USUAL) -> Path:
+def fetch(
+    remote: RemoteFile, folder: str | Path, patience: Patience = USUAL, advice: str = MIRROR, progress: bool = True
+) -> Path:
     """Fetch a file, or the rest of it, unless it is there already.
 
     Args:
         remote: the file.
         folder: where it goes.
         patience: how long a server is waited for.
+        advice: what to do where there is no such file.
+        progress: whether bars are shown.
 
     Returns:
         Its path.
@@ -123,18 +74,18 @@ def fetch(remote: RemoteFile, folder: str | Path, patience: Patience = _USUAL) -
     check_url(remote.url)
     path = Path(folder) / remote.name
     if path.exists():
-        verify(path, remote, "remove it, and it is fetched again")
+        verify(path, remote, "remove it, and it is fetched again", progress)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with _locked(part) as stream:
         missing = remote.size - os.fstat(stream.fileno()).st_size
         check_space(path.parent, missing, str(path))
-        _receive(stream, remote, part, patience)
+        _receive(stream, remote, part, patience, advice, progress)
         stream.flush()
         os.fsync(stream.fileno())
         try:
-            verify(part, remote, "it is dropped; a proxy or the server may have altered it: try again")
+            verify(part, remote, "it is dropped; a proxy or the server may have altered it: try again", progress)
         except DownloadError:
             _forget(part)
             raise
@@ -143,13 +94,14 @@ def fetch(remote: RemoteFile, folder: str | Path, patience: Patience = _USUAL) -
     return path
 
 
-def verify(path: Path, remote: RemoteFile, advice: str) -> None:
+def verify(path: Path, remote: RemoteFile, advice: str, progress: bool = True) -> None:
     """Compare the size and the checksum of a file with those that are known.
 
     Args:
         path: of the file.
         remote: what it should be.
         advice: what to do if it is not.
+        progress: whether a bar is shown.
 
     Raises:
         DownloadError: it is another file; expected and found are named.
@@ -158,7 +110,7 @@ def verify(path: Path, remote: RemoteFile, advice: str) -> None:
     if size != remote.size:
         raise DownloadError(f"{path}: expected {remote.size} bytes, found {size}; {advice}")
     digest = hashlib.new(remote.algorithm, usedforsecurity=False)
-    with path.open("rb") as stream, _bar(f"checking {remote.name}", remote.size) as bar:
+    with path.open("rb") as stream, _bar(f"checking {remote.name}", remote.size, progress) as bar:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
             bar.update(len(chunk))
@@ -197,18 +149,20 @@ def _locked(part: Path) -> Iterator[IO[bytes]]:
         yield stream
 
 
-def _receive(stream: IO[bytes], remote: RemoteFile, part: Path, patience: Patience) -> None:
+def _receive(
+    stream: IO[bytes], remote: RemoteFile, part: Path, patience: Patience, advice: str, progress: bool
+) -> None:
     """Ask for the rest until all is there."""
     failures = setbacks = 0
-    with _bar(remote.name, remote.size) as bar:
+    with _bar(remote.name, remote.size, progress) as bar:
         while (start := stream.seek(0, os.SEEK_END)) != remote.size:
             if start > remote.size:  # of another file
                 stream.truncate(0)
                 continue
             try:
-                _attempt(stream, remote, part, patience.timeout, bar)
+                _attempt(stream, remote, part, patience.timeout, advice, bar)
                 continue
-            except _CutOffError as error:
+            except CutOffError as error:
                 end = stream.seek(0, os.SEEK_END)
                 failures = failures + 1 if end <= start else 0
                 setbacks += end < start  # began anew, and did not get as far
@@ -220,18 +174,18 @@ def _receive(stream: IO[bytes], remote: RemoteFile, part: Path, patience: Patien
             time.sleep(patience.wait * 2 ** max(failures - 1, 0))
 
 
-def _attempt(stream: IO[bytes], remote: RemoteFile, part: Path, timeout: float, bar: Any) -> None:
+def _attempt(stream: IO[bytes], remote: RemoteFile, part: Path, timeout: float, advice: str, bar: Any) -> None:
     """One request: append what it brings."""
     start = stream.seek(0, os.SEEK_END)
     known = _read_memo(part) if start else {}
-    headers = {"User-Agent": "detpipe", "Accept-Encoding": "identity"}
+    headers = dict(HEADERS)
     if start:
         headers["Range"] = f"bytes={start}-"
         validator = known.get("etag") or known.get("last_modified")
         if validator and not validator.startswith("W/"):  # a weak one cannot promise equal bytes
             headers["If-Range"] = validator
     try:
-        with _open(remote, headers, timeout) as response:
+        with open_url(remote.url, headers, timeout, advice) as response:
             if response.status == 206:
                 _check_rest(response, remote, start, known)
             else:
@@ -241,52 +195,26 @@ def _attempt(stream: IO[bytes], remote: RemoteFile, part: Path, timeout: float, 
             bar.n = stream.seek(0, os.SEEK_END)
             bar.refresh()
             _append(response, stream, remote, bar)
-    except _AnotherFileError as error:
+    except AnotherFileError as error:
         stream.truncate(0)
         _write_memo(part, {})
-        raise _CutOffError("the server does not go on where the file was cut off") from error
+        raise CutOffError("the server does not go on where the file was cut off") from error
     except (HTTPException, OSError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DownloadError(
                 f"{part}: the disk is full; make room and run it again, it goes on from here"
             ) from error
         reason = getattr(error, "reason", None) or error
-        raise _CutOffError(f"cannot be reached ({reason})" if not start else f"was cut off ({reason})") from error
-
-
-def _open(remote: RemoteFile, headers: dict[str, str], timeout: float) -> HTTPResponse:
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        _Redirects(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    try:
-        return cast(HTTPResponse, opener.open(urllib.request.Request(remote.url, headers=headers), timeout=timeout))
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code == 416:
-                raise _AnotherFileError from error
-            if error.code in _FOR_A_WHILE:
-                raise _CutOffError(f"the server answers {error.code} {error.reason}") from error
-            raise DownloadError(
-                f"{remote.url}: the server answers {error.code} {' '.join(str(error.reason).split())}; the file may have moved: "
-                "see its home page, or name another server with --mirror"
-            ) from error
+        raise CutOffError(f"cannot be reached ({reason})" if not start else f"was cut off ({reason})") from error
 
 
 def _check_rest(response: HTTPResponse, remote: RemoteFile, start: int, known: dict[str, str]) -> None:
     """Whether a partial answer is the rest of the file whose beginning is there."""
     match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
     if match is None or int(match[1]) != start or match[3] not in ("*", str(remote.size)):
-        raise _AnotherFileError
+        raise AnotherFileError
     if any(known.get(key, value) != value for key, value in _validators(response).items()):
-        raise _AnotherFileError
+        raise AnotherFileError
 
 
 def _check_length(response: HTTPResponse, remote: RemoteFile, start: int) -> None:
@@ -307,7 +235,7 @@ def _append(response: HTTPResponse, stream: IO[bytes], remote: RemoteFile, bar: 
         bar.update(len(chunk))
     stream.flush()
     if stream.tell() < remote.size:
-        raise _CutOffError("the connection was closed early")
+        raise CutOffError("the connection was closed early")
 
 
 def _validators(response: HTTPResponse) -> dict[str, str]:
@@ -337,5 +265,6 @@ def _forget(part: Path) -> None:
     _memo(part).unlink(missing_ok=True)
 
 
-def _bar(title: str, total: int) -> Any:
-    return tqdm(total=total, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False)
+def _bar(title: str, total: int, shown: bool) -> Any:
+    hidden = None if shown else True  # None: where there is no terminal
+    return tqdm(total=total, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=hidden, leave=False)

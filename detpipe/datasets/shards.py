@@ -10,6 +10,8 @@
 An image is read by one seek into its shard, so that batches, draws and the order of evaluation are functions of (seed, epoch) and
 the number of processes, whatever the number of workers, as for files; every image comes once an epoch. Where there are more
 shards than ``window``, an epoch goes through them a window at a time: only the images of a window are shuffled together.
+
+The root may be a web address: shards are then fetched when they are first read, and a folder keeps as many as it has room for.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from detpipe.datasets.dataset import Contents, Proposals
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.sharding.index import INDEX, KEYS, ShardSet, check_files, read_index
 from detpipe.datasets.sharding.reading import ShardFiles, ShardImages, ShardProposals
+from detpipe.datasets.sharding.remote import ShardCache, is_remote, open_remote
 from detpipe.datasets.transforms import Augment
 from detpipe.errors import DataError
 from detpipe.types import Annotations
@@ -31,7 +34,7 @@ class Shards(DetectionData):
     """Detection data in shards, as ``detpipe data shards`` writes them.
 
     Args:
-        root: the folder that holds a folder for each split.
+        root: the folder that holds a folder for each split; a path, or an address that begins with http:// or https://.
         train: the training split, the name of its folder.
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
@@ -42,6 +45,7 @@ class Shards(DetectionData):
         proposals: split -> proposal store, whose boxes then ride in the targets of that split in place of those in the shards; see
             :class:`detpipe.PrecomputedProposals`.
         resize: to which size images are brought by the data workers; null leaves it to the detector.
+        cache: where shards of an address are kept, and how many of them.
     """
 
     def __init__(
@@ -56,21 +60,32 @@ class Shards(DetectionData):
         seed: int = 0,
         proposals: dict[str, str] | None = None,
         resize: Resize | None = None,
+        cache: ShardCache = ShardCache(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(loader, augment, seed, proposals=proposals, resize=resize)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
-        self.window = window
+        self.window, self.cache = window, cache
         self._files: dict[Split, ShardFiles] = {}
         self._key: str | None = None
 
     def load(self, split: Split) -> Annotations:
-        """Read the index of a split, and look whether its shards are there."""
-        name, root = self.splits[split], Path(self.root)
+        """Read the index of a split, and look whether its shards are there, if it is not on a server."""
+        name = self.splits[split]
         if name is None:
-            raise DataError(f"no {split} split: set the argument {split} to the name of one, a folder in {root}")
+            raise DataError(f"no {split} split: set the argument {split} to the name of one, a folder in {self.root}")
+        if is_remote(self.root):
+            files = open_remote(self.root, name, self.cache, self.window)
+        else:
+            files = ShardFiles(self._read_local(split, name))
+        self._use_keys(files.shards)
+        self._files[split] = files
+        return files.shards.annotations
+
+    def _read_local(self, split: Split, name: str) -> ShardSet:
+        root = Path(self.root)
         if not (root / name / INDEX).is_file():
             found = sorted(path.parent.name for path in root.glob(f"*/{INDEX}"))
             raise DataError(
@@ -79,9 +94,7 @@ class Shards(DetectionData):
             )
         shards = read_index(root / name)
         check_files(shards)
-        self._use_keys(shards)
-        self._files[split] = ShardFiles(shards)
-        return shards.annotations
+        return shards
 
     def contents(self, split: Split) -> Contents:
         """The image files of a split, in its shards."""

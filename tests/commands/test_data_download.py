@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(public_sets.fetch, "__defaults__", (Patience(attempts=2, timeout=5, wait=0),))
+    defaults = public_sets.fetch.__defaults__ or ()
+    monkeypatch.setattr(public_sets.fetch, "__defaults__", (Patience(attempts=2, timeout=5, wait=0), *defaults[1:]))
 
 
 def small_tar(path: Path, root: Path) -> None:

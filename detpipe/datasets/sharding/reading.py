@@ -16,7 +16,7 @@ import numpy.typing as npt
 from detpipe.datasets.sharding.index import Places, ShardSet
 from detpipe.errors import DataError
 
-Locate = Callable[[int], Path]  # the number of a shard -> where it can be opened
+Opened = tuple[int, Path]  # a file descriptor, and what was opened
 _OPEN = 64  # files that a process keeps open
 
 
@@ -28,15 +28,24 @@ class ShardFiles:
 
     Args:
         shards: the split.
-        locate: where a shard can be opened; in the folder of the split by default. It may take its time to fetch it.
+        opener: opens the shard of a number, for which it may fetch it; by default that in the folder of the split.
+        most_open: files that a process keeps open.
+        where: what messages call the folder of the split; by default its path.
     """
 
-    def __init__(self, shards: ShardSet, locate: Locate | None = None) -> None:
-        self.shards, self._locate = shards, locate
-        self._open: OrderedDict[int, tuple[int, Path]] = OrderedDict()
+    def __init__(
+        self,
+        shards: ShardSet,
+        opener: Callable[[int], Opened] | None = None,
+        most_open: int | None = None,
+        where: str | None = None,
+    ) -> None:
+        self.shards, self._opener, self._where = shards, opener, where or str(shards.folder)
+        self._most_open = _OPEN if most_open is None else most_open
+        self._open: OrderedDict[int, Opened] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shards": self.shards, "_locate": self._locate, "_open": OrderedDict()}
+        return {**vars(self), "_open": OrderedDict()}
 
     def __del__(self) -> None:
         while getattr(self, "_open", None):
@@ -45,7 +54,7 @@ class ShardFiles:
     def name(self, row: int) -> str:
         """What a message calls an image: its shard and its own file name."""
         shard = self.shards.shards[int(self.shards.shard[row])]
-        return f"{self.shards.folder / shard.name} ({self.shards.annotations.file_names[row]})"
+        return f"{self._where}/{shard.name} ({self.shards.annotations.file_names[row]})"
 
     def read(self, row: int, places: Places, what: str) -> bytes:
         """Read a part of an image, and compare it with its checksum.
@@ -72,35 +81,38 @@ class ShardFiles:
             raise DataError(f"{path}: cannot be read ({error.strerror}), wanted for {self.name(row)}") from error
         if len(content) != length or zlib.crc32(content) != int(places.crc32[row]):
             fault = "cut off" if len(content) != length else "damaged or changed since its index was written"
+            advice = f"copy {path.name} again" if self._opener is None else f"remove {path}, and it is fetched again"
             raise DataError(
                 f"{self.name(row)}: the {what} of image id {self.shards.annotations.image_ids[row]} at byte {offset} is "
-                f"{fault}; copy {path.name} again, or write the shards again"
+                f"{fault}; {advice}, or write the shards again"
             )
         return content
 
-    def _file(self, number: int) -> tuple[int, Path]:
+    def _file(self, number: int) -> Opened:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        shard = self.shards.shards[number]
-        path = self.shards.folder / shard.name if self._locate is None else self._locate(number)
+        file, path = self._open_here(number) if self._opener is None else self._opener(number)
+        found, expected = os.fstat(file).st_size, self.shards.shards[number].bytes
+        if found != expected:
+            os.close(file)
+            raise DataError(
+                f"{path}: has {found} bytes, but its index says {expected}: cut off or changed; copy it again, or write the "
+                "shards again"
+            )
+        self._open[number] = file, path
+        if len(self._open) > self._most_open:
+            os.close(self._open.popitem(last=False)[1][0])
+        return file, path
+
+    def _open_here(self, number: int) -> Opened:
+        path = self.shards.folder / self.shards.shards[number].name
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC), path
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be opened ({error.strerror}); copy it again, or write the shards again"
             ) from error
-        found = os.fstat(file).st_size
-        if found != shard.bytes:
-            os.close(file)
-            raise DataError(
-                f"{path}: has {found} bytes, but its index says {shard.bytes}: cut off or changed; copy it again, or write the "
-                "shards again"
-            )
-        self._open[number] = file, path
-        if len(self._open) > _OPEN:
-            os.close(self._open.popitem(last=False)[1][0])
-        return file, path
 
 
 class ShardImages:
