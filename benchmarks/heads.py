@@ -124,7 +124,8 @@ def in_turns(measure: Callable[..., float], pair: Sequence[ProposalHead], data: 
     """Milliseconds of the first head, and by how much longer it takes than the second."""
     seconds = [[measure(head, data) for head in pair] for _ in range(turns + 1)][1:]
     low, middle, high = statistics.quantiles([first / second for first, second in seconds], n=4)
-    return f"{1000 * statistics.median(first for first, _ in seconds):.3g} | **{middle:.2f}** ({low:.2f} to {high:.2f})"
+    milliseconds = 1000 * statistics.median(first for first, _ in seconds)
+    return f"{milliseconds:{'.0f' if milliseconds >= 100 else '.3g'}} | **{middle:.2f}** ({low:.2f} to {high:.2f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -204,34 +204,34 @@ def resample(image: Tensor, size: Size, extent: tuple[float, float] | None = Non
     shape = (image.shape[1], image.shape[2])
     if size == shape and extent in (None, shape):
         return image
-    scales: tuple[float | None, float | None] = (None, None)
+    scales = None
     if extent not in (None, shape):  # torch has no name for a part of an image, but takes scales as given
         scales = (size[0] / extent[0] * (1 + _ROUNDING), size[1] / extent[1] * (1 + _ROUNDING))
     if 1 in (*size, *shape):
         return _by_axis(image, size, scales)
     # not image[None]: torch would not see that the channels come last, and take three times as long
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    if scales[0] is None:
-        return F.interpolate(batch, size, mode="bilinear", antialias=True)[0]
+    return _interpolate(batch, size, scales)[0]
+
+
+def _interpolate(batch: Tensor, size: Size, scales: tuple[float, float] | None) -> Tensor:
+    if scales is None:
+        return F.interpolate(batch, size, mode="bilinear", antialias=True)
     # torch computes the size from scales, rounded down
-    out = F.interpolate(batch, scale_factor=scales, mode="bilinear", antialias=True)
-    return out[0, :, : size[0], : size[1]]
+    return F.interpolate(batch, scale_factor=scales, mode="bilinear", antialias=True)[..., : size[0], : size[1]]
 
 
-def _by_axis(image: Tensor, size: Size, scales: tuple[float | None, float | None]) -> Tensor:
+def _by_axis(image: Tensor, size: Size, scales: tuple[float, float] | None) -> Tensor:
     """Resize along x, then along y, each as the last axis of rows of their own.
 
     With one row or column torch (2.14) fails an assertion of its own for bytes, and mixes up rows in floating point.
     """
     last = image.stride(0) == 1
     out = image.float()
-    for axis, scale in ((1, scales[1]), (0, scales[0])):
+    for axis in (1, 0):
         moved = out.movedim(1 + axis, 2)
         rows = moved.reshape(1, -1, 1, moved.shape[2])
-        if scale is None:
-            rows = F.interpolate(rows, (1, size[axis]), mode="bilinear", antialias=True)
-        else:
-            rows = F.interpolate(rows, scale_factor=(1.0, scale), mode="bilinear", antialias=True)[..., : size[axis]]
+        rows = _interpolate(rows, (1, size[axis]), None if scales is None else (1.0, scales[axis]))
         out = rows.reshape(*moved.shape[:2], size[axis]).movedim(2, 1 + axis)
     out = out.round().to(torch.uint8)
     return out.permute(1, 2, 0).contiguous().permute(2, 0, 1) if last else out.contiguous()

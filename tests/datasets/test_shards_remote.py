@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import pickle
 from collections import Counter
 from collections.abc import Iterator
@@ -99,7 +100,7 @@ def test_the_folder_never_holds_more_than_it_may(workers: int, tmp_path: Path) -
                 sharding=Sharding(images_per_shard=3))  # fmt: skip
     with serving(files=content_of(tmp_path / "shards")) as server:
         largest = max(len(content) for name, content in server.files.items() if name.endswith(".tar"))
-        limit = 3 * largest
+        limit = 4 * largest  # two windows
         data = remote(server, tmp_path, workers, limit / 1e9, augment=None, window=2)
         ids = sorted(data.annotations("train").image_ids.tolist())
         for epoch in range(3):
@@ -111,16 +112,44 @@ def test_the_folder_never_holds_more_than_it_may(workers: int, tmp_path: Path) -
         assert len(asked) > 8  # some were deleted, and fetched again
 
 
+def test_a_folder_with_room_for_two_windows_gets_each_shard_once_an_epoch(tmp_path: Path) -> None:
+    make_shards(tiny_annotations(tmp_path / "images", 960), tmp_path / "shards" / "train", "train",
+                sharding=Sharding(images_per_shard=80))  # fmt: skip
+    with serving(files=content_of(tmp_path / "shards")) as server:
+        largest = max(len(content) for name, content in server.files.items() if name.endswith(".tar"))
+        data = remote(server, tmp_path, 0, 4 * largest / 1e9, augment=None, window=2)
+        for epoch in range(3):
+            server.requests.clear()
+            assert sum(len(images) for images, _ in batches(data, epoch)) == 960
+            counts = Counter(path for path, _ in server.requests if path.endswith(".tar"))
+            assert set(counts.values()) == {1}
+            assert len(counts) == 12 if epoch == 0 else 6 <= len(counts) <= 12
+
+
+def test_what_comes_at_the_same_time_is_counted_whole(server: Behavior, local: Path, tmp_path: Path) -> None:
+    """Of a shard that is being fetched only a part is there, but all of it will be."""
+    from detpipe.datasets.sharding import remote as module
+
+    files = remote(server, tmp_path).contents("train").files  # type: ignore[attr-defined]
+    first, second, third = files.shards.shards[:3]
+    opened = files._opener(0)[1]
+    cache = ShardCache(str(tmp_path / "cache"), (first.bytes + second.bytes + 1) / 1e9)
+    module._make_room(cache, module._folder(cache, second))  # and nothing of it has arrived
+    assert opened.exists()
+    with module._alone(cache.path / "locks" / module._folder(cache, second).name):
+        module._make_room(cache, module._folder(cache, third))
+    assert not opened.exists()
+    assert module._folder(cache, second).exists()
+
+
 def test_the_shard_that_was_opened_least_lately_goes_first_and_one_in_use_stays(
     server: Behavior, local: Path, tmp_path: Path
 ) -> None:
     data = remote(server, tmp_path)
     files = data.contents("train").files  # type: ignore[attr-defined]
     opened = [files._opener(number)[1] for number in (0, 1, 2)]
-    import os
-
     for age, path in zip((30, 10, 20), opened, strict=True):
-        os.utime(path, (1000 - age, 1000 - age))
+        os.utime(path.parent, (1000 - age, 1000 - age))
     sizes = [path.stat().st_size for path in opened]
     lock = tmp_path / "cache" / "locks" / opened[0].parent.name
     small = ShardCache(str(tmp_path / "cache"), (sum(sizes) + 1) / 1e9)

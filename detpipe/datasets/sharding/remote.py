@@ -3,11 +3,11 @@
 ::
 
     FOLDER/splits/HASH/index.json             of a split, by its address; asked for again at every start
-    FOLDER/shards/SHA256/shard-000000.tar     a shard, by its content: what changes on the server is another shard
+    FOLDER/shards/SHA256-BYTES/shard-0000.tar a shard, by its content: what changes on the server is another shard
     FOLDER/locks/...                          one process fetches a shard, the others wait for it
 
 A shard appears under its name when it is whole and has the checksum of the index. The one that was opened least lately goes first
-when room is needed; who has it open can go on reading.
+when room is needed; who has it open can go on reading, and its place on the disk is free when that one closes it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from detpipe.files import atomic_write
 from detpipe.strict_json import load_json, require
 
 _MOST = 2**28  # bytes of an index: two million shards
+_WINDOWS = 2  # that are read at the same time: batches are mixed over the border of two
 _ADVICE = "look whether a folder that 'detpipe data shards' wrote lies there"
 
 
@@ -79,24 +80,25 @@ def open_remote(root: str, split: str, cache: ShardCache, window: int) -> ShardF
         root: the address of the folder that holds a folder for each split.
         split: the name of that folder.
         cache: where shards are kept.
-        window: shards that are read at the same time.
+        window: shards whose images are shuffled together.
 
     Returns:
         The split, whose shards are fetched when they are read.
 
     Raises:
         DownloadError: the server cannot be reached, or has no such split.
-        DataError: what it has is no index of shards, or the cache has no room for a window.
+        DataError: what it has is no index of shards, or the cache has no room for two windows.
     """
     address = f"{root.rstrip('/')}/{split}"
     shards = _fetch_index(address, cache)
-    largest = sorted((shard.bytes for shard in shards.shards), reverse=True)[:window]
+    together = _WINDOWS * window
+    largest = sorted((shard.bytes for shard in shards.shards), reverse=True)[:together]
     if sum(largest) > cache.limit:
         raise DataError(
             f"{address}: {len(largest)} shards that are read at the same time take {sum(largest) / 1e9:.3g} GB, but "
             f"cache.gigabytes is {cache.gigabytes:g}: raise it, or lower window"
         )
-    return ShardFiles(shards, RemoteShards(address, shards, cache), most_open=window, where=address)
+    return ShardFiles(shards, RemoteShards(address, shards, cache), most_open=together, where=address)
 
 
 class RemoteShards:
@@ -115,14 +117,15 @@ class RemoteShards:
     def __call__(self, number: int) -> Opened:
         """Open a shard, and fetch it before if it is not there."""
         shard = self._shards[number]
-        path = self.cache.path / "shards" / shard.sha256 / shard.name
-        with _alone(self.cache.path / "locks" / shard.sha256):
+        folder = _folder(self.cache, shard)
+        path = folder / shard.name
+        with _alone(self.cache.path / "locks" / folder.name):
             if not path.is_file() or path.stat().st_size != shard.bytes:
                 path.unlink(missing_ok=True)
-                _make_room(self.cache, shard)
+                _make_room(self.cache, folder)
                 remote = RemoteFile(f"{self.address}/{shard.name}", shard.bytes, "sha256", shard.sha256)
-                fetch(remote, path.parent, advice=_ADVICE, progress=False)
-            os.utime(path)  # opened last
+                fetch(remote, folder, advice=_ADVICE, progress=False)
+            os.utime(folder)  # opened last
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC), path
 
 
@@ -160,27 +163,31 @@ def _is(path: Path, remote: RemoteFile) -> bool:
     )
 
 
-def _make_room(cache: ShardCache, coming: Shard) -> None:
-    """Delete shards that were opened least lately, until one more fits; what is being fetched or opened stays."""
-    home = cache.path / "shards"
+def _make_room(cache: ShardCache, coming: Path) -> None:
+    """Make the folder of a shard, and delete those that were opened least lately, until all fit; what is being fetched stays.
+
+    A folder counts as large as its shard will be from here on, so that several that come at the same time have room.
+    """
     with _alone(cache.path / "locks" / "room"):
-        kept: list[tuple[float, int, Path]] = []
-        for folder in home.iterdir() if home.is_dir() else ():
-            with suppress(OSError):  # deleted just now
-                files = [path.stat() for path in folder.iterdir()]
-                kept.append(
-                    (max((file.st_mtime for file in files), default=0.0), sum(f.st_size for f in files), folder)
-                )
-        total = sum(size for _, size, folder in kept if folder.name != coming.sha256) + coming.bytes
-        for _, size, folder in sorted(kept):
+        coming.mkdir(parents=True, exist_ok=True)
+        os.utime(coming)
+        kept = sorted((folder.stat().st_mtime_ns, folder) for folder in coming.parent.iterdir())
+        total = sum(_bytes(folder) for _, folder in kept)
+        for _, folder in kept:
             if total <= cache.limit:
                 break
-            if folder.name == coming.sha256:
-                continue
-            with _alone(cache.path / "locks" / folder.name, wait=False) as mine:
+            with _alone(cache.path / "locks" / folder.name, wait=False) as mine:  # not what is coming: that is locked
                 if mine:
                     shutil.rmtree(folder)
-                    total -= size
+                    total -= _bytes(folder)
+
+
+def _folder(cache: ShardCache, shard: Shard) -> Path:
+    return cache.path / "shards" / f"{shard.sha256}-{shard.bytes}"
+
+
+def _bytes(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 @contextmanager
