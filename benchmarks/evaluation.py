@@ -78,7 +78,8 @@ def make_set(images: int, objects: int, detections: int) -> tuple[Annotations, D
     found[near] = truth[chosen] + random.normal(0, 6, (len(near), 4))
     found[:, 2:] = np.maximum(found[:, 2:], found[:, :2] + 1)
     found_labels[near] = labels[chosen]
-    return annotations, DetectionArrays(image + 1, found, random.random(len(image)), found_labels)
+    boxes_found, scores = (part.astype(np.float32).astype(np.float64) for part in (found, random.random(len(image))))
+    return annotations, DetectionArrays(image + 1, boxes_found, scores, found_labels)  # float32, as detectors give them
 
 
 def as_dicts(annotations: Annotations, found: DetectionArrays) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -151,7 +152,8 @@ def _metric(annotations: Annotations, found: DetectionArrays) -> Callable[[], li
     metric = CocoEvaluator(annotations)
     starts = np.searchsorted(found.image_ids, annotations.image_ids)
     spans = list(zip(starts.tolist(), [*starts[1:].tolist(), len(found.scores)], strict=True))
-    boxes, scores, labels = (torch.from_numpy(part) for part in (found.boxes, found.scores, found.labels))
+    boxes, scores = (torch.from_numpy(part).float() for part in (found.boxes, found.scores))
+    labels = torch.from_numpy(found.labels)
     batches = [
         (Detection(boxes=boxes[a:b], scores=scores[a:b], labels=labels[a:b]), int(image_id))
         for (a, b), image_id in zip(spans, annotations.image_ids, strict=True)
@@ -171,8 +173,7 @@ def _numbers(metrics: dict[str, Any]) -> list[float]:
 
 def measure(contestant: str, size: tuple[int, int, int]) -> dict[str, Any]:
     """Evaluate once, in this process."""
-    annotations, found = make_set(*size)
-    run = prepare(contestant, annotations, found)
+    run = prepare(contestant, *make_set(*size))  # which keeps what it needs, and no more
     before = peak_memory() or 0.0
     start = time.perf_counter()
     numbers = run()

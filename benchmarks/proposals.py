@@ -32,6 +32,7 @@ import torch
 from detpipe.commands.checkpoint_proposals import CheckpointProposals
 from detpipe.commands.proposal_making import find_items, read_pixels
 from detpipe.datasets import DetectionData
+from detpipe.datasets.image_files import PLAIN_FILES
 from detpipe.datasets.layouts import open_split
 from detpipe.datasets.stored_proposals import StoredProposals
 from detpipe.evaluation.proposal_recall import ProposalRecall, evaluate_recall
@@ -47,6 +48,7 @@ SOURCES = (
     "dense_grid",
     "selective_search+superpixels",
 )
+read = partial(read_pixels, PLAIN_FILES)
 MORE = 12  # images of the runs with two processes, at most; and a third of them
 
 
@@ -65,7 +67,7 @@ def main() -> int:
         if folder is None:
             continue
         data = open_split(folder, split, on_bad="skip")
-        items = find_items(folder, split, skip_bad=True)[: options.images]
+        items = find_items(folder, split, skip_bad=True)[0][: options.images]
         reports, seconds = {}, {}
         for name in [*(options.sources or SOURCES), *(["rpn"] if checkpoint else [])]:
             build = partial(CheckpointProposals, checkpoint) if name == "rpn" else partial(make_source, name)
@@ -87,7 +89,7 @@ def measure(data: DetectionData, items: Sequence[Item], build: partial) -> tuple
     annotations = data.annotations("val").subset(np.arange(len(items)))
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "all.safetensors"
-        one = make_store(build, items, store, read_pixels).seconds_an_image
+        one = make_store(build, items, store, read).seconds_an_image
         report = evaluate_recall(annotations, StoredProposals(store, annotations, data.image_key))
         more = min(MORE, len(items))
         few = max(2, more // 3)
@@ -95,7 +97,7 @@ def measure(data: DetectionData, items: Sequence[Item], build: partial) -> tuple
         for workers, count in ((2, few), (2, more), (1, more)):
             path = Path(folder) / f"{workers}-{count}.safetensors"
             start = time.perf_counter()
-            make_store(build, items[:count], path, read_pixels, workers=workers)
+            make_store(build, items[:count], path, read, workers=workers)
             times.append(time.perf_counter() - start)
             stores.append(path.read_bytes())
         if stores[1] != stores[2]:
@@ -110,7 +112,7 @@ def compare(title: str, data: DetectionData, items: Sequence[Item]) -> None:
     boxes: dict[str, dict[int, np.ndarray]] = {name: {} for name in sources}
     seconds: dict[str, list[float]] = {name: [] for name in sources}
     for row, item in enumerate(items):
-        image = read_pixels(item.path)
+        image = read(item.path)
         for name, source in sorted(sources.items(), reverse=bool(row % 2)):
             start = time.perf_counter()
             boxes[name][int(annotations.image_ids[row])] = source.propose(image)[0]

@@ -11,17 +11,14 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from detpipe import images as frames
 from detpipe import processes
 from detpipe.checkpoint import KEY, Description
 from detpipe.errors import NonFiniteStepError, TrainingError
 from detpipe.evaluation.metrics import CocoEvaluator
 from detpipe.files import atomic_write
-from detpipe.pictures import visualize
-from detpipe.types import Detection, Target
+from detpipe.types import Target
 
 NONFINITE_BATCH = "nonfinite_batch.pt"
 NAMES_SHOWN = 20  # images that the message names
@@ -219,87 +216,19 @@ class StopOnNonFinite(Callback):
         )
 
 
-class Pictures(Callback):
-    """Draw truth and detections of a few validation images, and the curves, after every validation epoch.
-
-    Args:
-        folder: the run folder; gets ``validation.png`` and ``curves.png``.
-        class_names: of labels 1..K.
-        curves: draw the curves too; needs matplotlib.
-        images: how many validation images are drawn.
-        score_threshold: detections below it are not drawn.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        class_names: tuple[str, ...],
-        curves: bool = True,
-        images: int = 12,
-        score_threshold: float = 0.5,
-    ) -> None:
-        self.folder, self.class_names, self.curves = folder, class_names, curves
-        self.images, self.score_threshold = images, score_threshold
-        self._shown: list[tuple[Tensor, Target, Detection]] = []
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last epoch."""
-        self._shown = []
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first images."""
-        room = self.images - len(self._shown)
-        drawn = frames.detections_to_files(outputs[:room], batch[1][:room], back=True)
-        self._shown += list(zip(batch[0][:room], batch[1][:room], drawn, strict=True))
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw."""
-        if trainer.sanity_checking or not self._shown or not trainer.is_global_zero:
-            return
-        images, targets, detections = (list(column) for column in zip(*self._shown, strict=True))
-        grid = visualize.comparison_grid(images, targets, detections, self.class_names, self.score_threshold)
-        visualize.save_png(self.folder / "validation.png", grid)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("validation", grid, trainer.global_step)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the curves from what is logged so far."""
-        if self.curves:
-            draw_curves(trainer, self.folder)
-
-
 class Accuracy(Callback):
-    """Keep top-1, top-5 and loss of each validation of a classifier, and draw the curves after every epoch.
+    """Keep top-1, top-5 and loss of each validation of a classifier.
 
     Each checkpoint carries the numbers of the last validation, and the epoch that it followed.
-
-    Args:
-        folder: the run folder; gets ``curves.png``.
-        curves: draw the curves; needs matplotlib.
     """
 
-    def __init__(self, folder: Path, curves: bool = True) -> None:
-        self.folder, self.curves = folder, curves
+    def __init__(self) -> None:
         self.metrics: dict[str, Any] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over what the classifier has logged."""
         self.metrics = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("top1", "top5", "loss")}
         self.metrics["epoch"] = trainer.current_epoch
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the curves from what is logged so far."""
-        if self.curves:
-            draw_curves(trainer, self.folder)
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers, for the checkpoint."""
@@ -316,19 +245,3 @@ class Accuracy(Callback):
             ``top1``, ``top5`` (0..1), ``loss`` and ``epoch``.
         """
         return json.loads(checkpoint["callbacks"][cls.__qualname__]["metrics"])
-
-
-def draw_curves(trainer: Trainer, folder: Path) -> None:
-    """Draw ``curves.png`` from the ``metrics.csv`` of a run folder, if anything has been logged; the first process does.
-
-    Args:
-        trainer: whose logger is flushed first.
-        folder: the run folder.
-    """
-    if not trainer.is_global_zero:
-        return
-    if trainer.logger is not None:
-        trainer.logger.save()
-    metrics = folder / "metrics.csv"
-    if metrics.is_file():
-        visualize.plot_curves(metrics, folder / "curves.png")

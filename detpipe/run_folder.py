@@ -31,6 +31,7 @@ from detpipe.allocator import peak_gpu_memory, peak_memory
 from detpipe.configuration import CommandCLI, positional_configs
 from detpipe.errors import DataError, TrainingError, UsageError
 from detpipe.files import atomic_write, remove_orphans
+from detpipe.pictures.run_pictures import Curves
 
 _FOLDER = "DETPIPE_RUN_FOLDER"  # in the environment of the processes that the first one starts
 
@@ -160,14 +161,6 @@ def choose_folder(output: str | None, arguments: Sequence[str]) -> Path:
     return folder
 
 
-def can_draw_curves() -> bool:
-    """Whether matplotlib is there; says so where it is not."""
-    found = importlib.util.find_spec("matplotlib") is not None
-    if not found:
-        print("no curves.png: install matplotlib with pip install 'detpipe[train]'", file=sys.stderr)
-    return found
-
-
 def _folder_of_the_first(output: str | None) -> Path:
     """Where the first process, which starts the others or is started with them, keeps the run."""
     folder = os.environ.get(_FOLDER, output)
@@ -240,11 +233,19 @@ def _callbacks(
         callbacks.StopOnNonFinite(folder, watched.file_names),
         speed,
         *watched.own(folder),
+        *_curves(folder),
         ModelCheckpoint(folder, "best", monitor=watched.monitor, mode="max", enable_version_counter=False),
         # a second one, because save_last of the first is only written when the best one is
         ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False),
         TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50),
     ]
+
+
+def _curves(folder: Path) -> list[Callback]:
+    if importlib.util.find_spec("matplotlib"):
+        return [Curves(folder)]
+    print("no curves.png: install matplotlib with pip install 'detpipe[train]'", file=sys.stderr)
+    return []
 
 
 def _best(trainer: Trainer) -> str:

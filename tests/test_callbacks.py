@@ -16,7 +16,6 @@ from detpipe import cli, detector
 from detpipe.callbacks import (
     NONFINITE_BATCH,
     MeanAveragePrecision,
-    Pictures,
     StepSeed,
     StopOnNonFinite,
     Throughput,
@@ -25,6 +24,8 @@ from detpipe.callbacks import (
 from detpipe.commands import training
 from detpipe.configuration import CLI, quiet
 from detpipe.errors import TrainingError
+from detpipe.pictures.contact_sheet import contact_sheet
+from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
 
 
 def built(root: Path, *options: str) -> CLI:
@@ -147,21 +148,47 @@ def test_limited_validation_is_evaluated_on_the_images_that_were_seen(demo_root:
 
 def test_pictures_show_the_validation_images_and_no_more_than_asked(demo_root: Path, tmp_path: Path) -> None:
     cli = built(demo_root, "--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1")
-    few, all_, one = (
-        Pictures(tmp_path / str(n), cli.datamodule.class_names, curves=False, images=n) for n in (2, 12, 1)
-    )
+    few, all_, one = (ValidationPicture(tmp_path / str(n), cli.datamodule.class_names, images=n) for n in (2, 12, 1))
     trainer_of(cli, tmp_path, few, all_, one).fit(cli.model, datamodule=cli.datamodule)
     areas = []
     for n in (1, 2, 12):
         with Image.open(tmp_path / str(n) / "validation.png") as picture:
             areas.append(picture.width * picture.height)
     assert areas[0] < areas[1] < areas[2]
-    assert not list(tmp_path.rglob("curves.png"))
+
+
+def test_pictures_show_the_first_training_images_as_the_model_gets_them(
+    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five of twelve images in batches of four, or all of them where there are fewer than are to be drawn; once a run."""
+    drawn: dict[int, list[tuple[torch.Tensor, Any]]] = {5: [], 50: []}
+    titles = []
+
+    def sheet(images: Any, targets: Any, class_names: Any, title: str, **settings: Any) -> torch.Tensor:
+        titles.append(title)
+        drawn[5 if len(images) == 5 else 50] += zip(images, targets, strict=True)
+        return contact_sheet(images, targets, class_names, title, **settings)
+
+    monkeypatch.setattr("detpipe.pictures.run_pictures.contact_sheet", sheet)
+    cli = built(demo_root, "--trainer.max_epochs", "2", "--data.augment.flip", "1.0")
+    pictures = [TrainingPicture(tmp_path / str(n), cli.datamodule.class_names, n) for n in drawn]
+    trainer_of(cli, tmp_path, *pictures, limit_val_batches=0).fit(cli.model, datamodule=cli.datamodule)
+    assert titles == ["training images of epoch 0, as the model gets them"] * 2
+    batches = list(built(demo_root, "--data.augment.flip", "1.0").datamodule.train_dataloader())
+    expected = [pair for images, targets in batches for pair in zip(images, targets, strict=True)]
+    assert len(expected) == len(drawn[50]) == 12
+    for found in drawn.values():
+        for (image, target), (wanted, truth) in zip(found, expected, strict=False):
+            assert torch.equal(image, wanted)
+            assert torch.equal(target["boxes"], truth["boxes"])
+    for n in drawn:
+        with Image.open(tmp_path / str(n) / "training.png") as picture:
+            assert min(picture.size) > 200
 
 
 def test_a_sanity_check_draws_nothing(demo_root: Path, tmp_path: Path) -> None:
     cli = built(demo_root, "--trainer.limit_train_batches", "0", "--trainer.num_sanity_val_steps", "1")
-    trainer = trainer_of(cli, tmp_path, Pictures(tmp_path, cli.datamodule.class_names))
+    trainer = trainer_of(cli, tmp_path, ValidationPicture(tmp_path, cli.datamodule.class_names))
     trainer.fit(cli.model, datamodule=cli.datamodule)
     assert not (tmp_path / "validation.png").exists()
 

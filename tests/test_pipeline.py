@@ -65,10 +65,10 @@ def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert names == {
         *("config.yaml", "metrics.csv", "tensorboard", "summary.json"),
-        *("best.ckpt", "last.ckpt", "validation.png", "curves.png"),
+        *("best.ckpt", "last.ckpt", "training.png", "validation.png", "curves.png"),
     }
     assert list((trained / "tensorboard").glob("events.out.tfevents.*"))
-    for name in ("validation.png", "curves.png"):
+    for name in ("training.png", "validation.png", "curves.png"):
         with Image.open(trained / name) as picture:
             assert min(picture.size) > 100
     result = summary(trained)

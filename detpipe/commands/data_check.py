@@ -8,6 +8,7 @@ from pathlib import Path
 
 from detpipe.commands.data_source import open_splits, source_parser
 from detpipe.datasets.checking import Report, check_data
+from detpipe.datasets.layouts import known_layout
 from detpipe.datasets.unpack import archive_faults
 from detpipe.errors import UsageError
 from detpipe.files import atomic_write
@@ -39,6 +40,8 @@ def run_check(arguments: Sequence[str]) -> int:
         with atomic_write(Path(options.json)) as temporary:
             temporary.write_text(json.dumps({"data": options.data, **report.as_json()}, indent=1), encoding="utf-8")
     print(describe(report, options.show, decoded=not options.no_decode))
+    if report.total(serious=True):
+        print(advise(report, in_shards=known_layout(options.data, option="") == "shards"))
     return 1 if report.total(serious=True) else 0
 
 
@@ -83,8 +86,22 @@ def describe(report: Report, shown: int, decoded: bool) -> str:
     errors, warnings = report.total(True), report.total(False)
     images = "all images decoded" if decoded else "images not decoded"
     lines += ["", f"{errors} errors, {warnings} warnings; {images}"]
-    if errors:
-        skip = "with on_bad 'skip' it leaves out faulty boxes and images and counts them"
-        whole = [kind for kind in report.grouped(True) if kind.startswith("data set")]
-        lines.append(f"training refuses these data; {'even with on_bad skip' if whole else skip}")
     return "\n".join(lines)
+
+
+def advise(report: Report, in_shards: bool) -> str:
+    """Say what errors mean for a training.
+
+    Args:
+        report: with errors.
+        in_shards: whether the data are shards, whose images are only looked at when they are read.
+
+    Returns:
+        A line.
+    """
+    whole = [kind for kind in report.grouped(True) if kind.startswith("data set")]
+    if in_shards:
+        when = "refuses these data" if whole else "stops where it reads such an image"
+        return f"training {when}: copy the shards again, or write them again"
+    skip = "with on_bad 'skip' it leaves out faulty boxes and images and counts them"
+    return f"training refuses these data; {'even with on_bad skip' if whole else skip}"

@@ -12,7 +12,7 @@ HELP = """usage: detpipe data check|info|show|convert|split|shards PATH ...
        detpipe data download voc07|voc12|coco2017
 
 A data set of images with boxes. PATH is a folder in VOC, COCO or YOLO layout, a COCO annotation file (*.json, with --images),
-or a table with a row a box (*.csv).
+a table with a row a box (*.csv), or shards: a folder that 'detpipe data shards' wrote, or its web address.
 
 commands:
   check PATH            name every fault in it, and pictures that several splits share

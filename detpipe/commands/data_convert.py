@@ -10,7 +10,16 @@ from typing import Literal
 from detpipe.commands.data_source import Parser, new_output, open_splits, read_split, source_parser
 from detpipe.datasets.coco import COCO
 from detpipe.datasets.datamodule import DetectionData
-from detpipe.datasets.outlines import Outlines, by_image, coco_outlines, merge, stored_outlines, yolo_outlines
+from detpipe.datasets.image_files import ImageFiles
+from detpipe.datasets.outlines import (
+    Outlines,
+    by_image,
+    coco_outlines,
+    merge,
+    stored_outlines,
+    yolo_outlines,
+)
+from detpipe.datasets.shards import Shards
 from detpipe.datasets.writers import Flags, Images, Written, write_coco, write_csv, write_voc, write_yolo
 from detpipe.datasets.writers.placement import file_name_of
 from detpipe.datasets.yolo import YOLO
@@ -40,7 +49,8 @@ def run_convert(arguments: Sequence[str]) -> int:
     folder = new_output(options.output)
     opened = open_splits(options)
     splits = {name: read_split(data) for name, data in opened.items()}
-    written = write_layout(options.to, splits, folder, options, read_outlines(opened, splits))
+    source = ImageFiles(opened.values())
+    written = write_layout(options.to, splits, folder, options, read_outlines(opened, splits), source)
     print(describe(written, splits, fields_left_out(opened)))
     return 0
 
@@ -69,6 +79,7 @@ def write_layout(
     folder: Path,
     options: argparse.Namespace,
     outlines: Outlines,
+    source: ImageFiles,
 ) -> Written:
     """Write splits in a layout.
 
@@ -78,19 +89,20 @@ def write_layout(
         folder: a new one.
         options: what was added by `add_writing`.
         outlines: segmentations of the boxes.
+        source: where the images are.
 
     Returns:
         What was written.
     """
     images: Images = options.image_files
     if layout == "coco":
-        return write_coco(splits, folder, images, outlines)
+        return write_coco(splits, folder, images, outlines, source)
     if layout == "voc":
-        return write_voc(splits, folder, images, None, outlines)
+        return write_voc(splits, folder, images, None, outlines, source)
     if layout == "csv":
-        return write_csv(splits, folder, images, outlines)
+        return write_csv(splits, folder, images, outlines, source)
     flags: Flags = "drop" if options.drop_flags else "leave out" if options.drop_flagged else "refuse"
-    return write_yolo(splits, folder, images, flags, outlines)
+    return write_yolo(splits, folder, images, flags, outlines, source)
 
 
 def read_outlines(opened: Mapping[str, DetectionData], splits: Mapping[str, Annotations]) -> Outlines:
@@ -109,6 +121,8 @@ def read_outlines(opened: Mapping[str, DetectionData], splits: Mapping[str, Anno
     parts = []
     for name, data in opened.items():
         a = splits[name]
+        if isinstance(data, Shards):
+            continue  # they keep none
         if isinstance(data, COCO):
             outlines = coco_outlines(data.files("val")[0], a)
         elif isinstance(data, YOLO) and a.counts.get("boxes from polygons"):

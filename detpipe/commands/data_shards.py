@@ -14,6 +14,7 @@ from tqdm import tqdm
 from detpipe.commands.data_source import open_splits, source_parser
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import Collected
+from detpipe.datasets.layouts import known_layout
 from detpipe.datasets.sharding.index import INDEX, KEYS
 from detpipe.datasets.sharding.journal import SUFFIX
 from detpipe.datasets.sharding.making import Made, Sharding, make_shards
@@ -44,6 +45,10 @@ def run_shards(arguments: Sequence[str]) -> int:
     if options.output is None:
         raise UsageError("-o FOLDER is missing: where shards are to be written; see 'detpipe data shards --help'")
     sharding = _sharding(options)
+    if known_layout(options.data, option="") == "shards":
+        raise UsageError(
+            f"{options.data} holds shards already: for other ones, bring it into COCO layout before, with 'detpipe data convert'"
+        )
     folder = Path(options.output)
     _refuse_strangers(folder)
     opened = open_splits(argparse.Namespace(**{**vars(options), "skip_bad": False}))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from detpipe.commands.data_source import read_splits, source_parser
+from detpipe.commands.data_source import open_splits, read_split, source_parser
 from detpipe.datasets.dataset import DetectionDataset
 from detpipe.errors import UsageError
 from detpipe.pictures.contact_sheet import contact_sheet, draw_target
@@ -47,7 +47,8 @@ def run_show(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     if options.n < 1 or options.seed < 0:
         raise UsageError(f"-n must be 1 or more and --seed 0 or more, got {options.n} and {options.seed}")
-    splits = read_splits(options)
+    opened = open_splits(options)
+    splits = {name: read_split(data) for name, data in opened.items()}
     wanted = {name: _labels(a, options.classes) for name, a in splits.items()}
     if options.classes and not any(map(len, wanted.values())):
         known = list(dict.fromkeys(word for a in splits.values() for word in a.class_names))
@@ -59,7 +60,8 @@ def run_show(arguments: Sequence[str]) -> int:
     if not chosen:
         raise UsageError(f"--classes {' '.join(options.classes)}: no image has an object of these classes")
     out = Path(options.output)
-    count = _write(out, splits, chosen, wanted if options.classes else None, options.data)
+    datasets = {name: DetectionDataset(a, contents=opened[name].contents("val")) for name, a in splits.items()}
+    count = _write(out, datasets, chosen, wanted if options.classes else None, options.data)
     print(f"wrote {count} images to {out}")
     return 0
 
@@ -95,14 +97,14 @@ def _labels(a: Annotations, classes: Sequence[str]) -> npt.NDArray[np.int64]:
 
 def _write(
     out: Path,
-    splits: Mapping[str, Annotations],
+    splits: Mapping[str, DetectionDataset],
     chosen: Chosen,
     wanted: Mapping[str, npt.NDArray[np.int64]] | None,
     data: str,
 ) -> int:
     samples = _samples(splits, chosen, wanted)
     if out.suffix.lower() == ".png":
-        names = {name: splits[name].class_names for name, _ in chosen}
+        names = {name: splits[name].annotations.class_names for name, _ in chosen}
         if len(set(names.values())) > 1:
             raise UsageError("the splits have other classes: show one at a time with --split, or write to a folder")
         images, targets = zip(*((image, target) for _, image, target in samples), strict=True)
@@ -113,17 +115,17 @@ def _write(
         raise UsageError(f"--output {out}: expected a name that ends in .png, or a folder")
     for name, image, target in samples:
         file = Path(target.get("file_name", ""))
-        drawn = draw_target(image, target, splits[name].class_names)
+        drawn = draw_target(image, target, splits[name].annotations.class_names)
         save_png(out / f"{name.replace(':', '_')}_{'_'.join(file.with_suffix('').parts)}.png", drawn)
     return len(chosen)
 
 
 def _samples(
-    splits: Mapping[str, Annotations], chosen: Chosen, wanted: Mapping[str, npt.NDArray[np.int64]] | None
+    splits: Mapping[str, DetectionDataset], chosen: Chosen, wanted: Mapping[str, npt.NDArray[np.int64]] | None
 ) -> Iterator[tuple[str, Tensor, Target]]:
     """Split, image and target of each."""
     for name, row in tqdm(chosen, desc="drawing", unit="image", disable=None, leave=False):
-        image, target = DetectionDataset(splits[name])[0, row]
+        image, target = splits[name][0, row]
         if wanted is not None:
             target = _keep(target, wanted[name])
         yield name, image, target

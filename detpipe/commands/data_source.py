@@ -9,6 +9,7 @@ from typing import NoReturn
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.layouts import EXPECTED, known_layout, open_split, split_names
+from detpipe.datasets.sharding.remote import is_remote
 from detpipe.errors import DataError, UsageError
 from detpipe.suggest import did_you_mean
 from detpipe.types import Annotations
@@ -68,10 +69,11 @@ def open_splits(options: argparse.Namespace) -> dict[str, DetectionData]:
         DetpipeError: there is no such data set or split.
     """
     known = split_names(options.data, option="")
+    remote = is_remote(options.data)
     for name in options.split or ():
-        if not known:
+        if not known and not remote:
             raise UsageError(f"--split {name}: {options.data} has no splits")
-        if name not in known and known_layout(options.data) != "voc":  # VOC: lists may lie elsewhere
+        if name not in known and known_layout(options.data) != "voc" and not remote:  # VOC: lists may lie elsewhere
             raise UsageError(
                 f"--split {name}: {options.data} has no such split; there are {', '.join(known)}{did_you_mean(name, known)}"
             )

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, read_outlines, write_layout
 from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
 from detpipe.datasets.checking import equal_files
+from detpipe.datasets.image_files import ImageFiles, image_paths
 from detpipe.datasets.joining import join
 from detpipe.datasets.layouts import known_layout
 from detpipe.datasets.statistics import class_shares
@@ -45,7 +46,7 @@ def run_split(arguments: Sequence[str]) -> int:
         metavar="PATTERN",
         help="a regular expression: images whose names agree in what it finds (in its first group, if it has one) stay together",
     )
-    parser.add_argument("--to", choices=LAYOUTS, help="the layout to write; that of PATH by default")
+    parser.add_argument("--to", choices=LAYOUTS, help="the layout to write; that of PATH by default, coco for shards")
     add_writing(parser)
     options = parser.parse_args(list(arguments))
     parts = read_parts(options.parts)
@@ -62,14 +63,15 @@ def run_split(arguments: Sequence[str]) -> int:
     pool, repeated = join(list(splits.values()))
     if len(pool) < len(parts):
         raise UsageError(f"{options.data} has {len(pool)} images: too few for {len(parts)} parts")
-    rows = stratified_parts(pool, list(parts.values()), options.seed, groups_of(pool, options.group_by))
+    source = ImageFiles(opened.values())
+    rows = stratified_parts(pool, list(parts.values()), options.seed, groups_of(pool, options.group_by, source))
     divided = {name: pool.subset(part) for name, part in zip(parts, rows, strict=True)}
     empty = [name for name, part in divided.items() if not len(part)]
     if empty:
         raise UsageError(
             f"the part {empty[0]} gets no image: there are too few, or too few groups; give it a larger share"
         )
-    written = write_layout(_layout(options), divided, folder, options, read_outlines(opened, splits))
+    written = write_layout(_layout(options), divided, folder, options, read_outlines(opened, splits), source)
     more = [f"{repeated} images that several splits name are taken once"] if repeated else []
     print(describe(written, splits, [*more, *fields_left_out(opened)]))
     print(table(divided))
@@ -106,12 +108,13 @@ def read_parts(text: str) -> dict[str, float]:
     return {name: share / total for name, share in parts.items()}
 
 
-def groups_of(pool: Annotations, pattern: str | None) -> npt.NDArray[np.int64]:
+def groups_of(pool: Annotations, pattern: str | None, source: ImageFiles) -> npt.NDArray[np.int64]:
     """Number the groups of images that must stay together: equal files, and names that agree.
 
     Args:
         pool: the images.
         pattern: a regular expression over file names; None groups equal files only.
+        source: where the images are.
 
     Returns:
         ``[I]`` the group of each image.
@@ -120,8 +123,8 @@ def groups_of(pool: Annotations, pattern: str | None) -> npt.NDArray[np.int64]:
         UsageError: it is no regular expression, or finds nothing in a name.
     """
     group = np.arange(len(pool))
-    paths = {pool.root / str(name): row for row, name in enumerate(pool.file_names)}
-    together = [[paths[path] for path in same] for same in equal_files(list(paths))]
+    paths = {path: row for row, path in enumerate(image_paths(pool))}
+    together = [[paths[path] for path in same] for same in equal_files(list(paths), source)]
     if pattern is not None:
         together += _named_alike(pool, pattern)
     for rows in together:
@@ -145,7 +148,7 @@ def _named_alike(pool: Annotations, pattern: str) -> list[list[int]]:
 
 def _layout(options: argparse.Namespace) -> Literal["coco", "voc", "yolo", "csv"]:
     own = known_layout(options.data)
-    return options.to or ("coco" if own == "coco file" else own)
+    return options.to or ("coco" if own in ("coco file", "shards") else own)
 
 
 def table(parts: Mapping[str, Annotations]) -> str:

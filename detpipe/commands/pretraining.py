@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from safetensors.torch import save_file
 from torch import Tensor
@@ -68,12 +67,8 @@ def pretrain(arguments: Sequence[str]) -> int:
         )
     model, class_names = checkpoint.describe_model(cli.config.model), tuple(data.class_names)
     description = checkpoint.Description(model, class_names, tuple(range(len(class_names))))
-    curves = run_folder.can_draw_curves()
-
-    def own(folder: Path) -> list[Callback]:
-        return [callbacks.Accuracy(folder, curves)]
-
-    run = run_folder.fit(cli, arguments, description, run_folder.Watched("val/top1", own, _names_of_images))
+    watched = run_folder.Watched("val/top1", lambda _: [callbacks.Accuracy()], _names_of_images)
+    run = run_folder.fit(cli, arguments, description, watched)
     stored, _ = checkpoint.read(run.best)
     numbers = callbacks.Accuracy.stored(stored)
     checkpoint.load_weights(cli.model, stored, run.best)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from detpipe.commands.checkpoint_proposals import CheckpointProposals
 from detpipe.commands.predict import find_images
 from detpipe.datasets import read_image
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.datasets.layouts import EXPECTED, layout_of, open_split
 from detpipe.errors import DetpipeError, UsageError
 from detpipe.proposal_files.offline import Item, Proposer, Summary, make_store
@@ -74,7 +75,7 @@ def run_make(arguments: Sequence[str]) -> int:
         raise
     except ValueError as error:
         raise UsageError(f"{name}: {error}; see 'detpipe proposals make {name} --help'") from error
-    items = find_items(options.data, options.split, options.images, options.skip_bad)
+    items, source = find_items(options.data, options.split, options.images, options.skip_bad)
     start = time.perf_counter()
     with tqdm(total=len(items), unit="image", smoothing=0.05, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
 
@@ -87,7 +88,7 @@ def run_make(arguments: Sequence[str]) -> int:
             build(options),
             items,
             Path(options.output),
-            read_pixels,
+            partial(read_pixels, source),
             workers=options.workers,
             on_bad="skip" if options.skip_bad else "error",
             progress=progress,
@@ -96,7 +97,9 @@ def run_make(arguments: Sequence[str]) -> int:
     return 0
 
 
-def find_items(data: str, split: str | None, images: str | None = None, skip_bad: bool = False) -> list[Item]:
+def find_items(
+    data: str, split: str | None, images: str | None = None, skip_bad: bool = False
+) -> tuple[list[Item], ImageFiles]:
     """List images with the ids that a store calls them by.
 
     Args:
@@ -107,7 +110,7 @@ def find_items(data: str, split: str | None, images: str | None = None, skip_bad
         skip_bad: leave faulty records of the annotations out.
 
     Returns:
-        The images, in the order of the data set.
+        The images, in the order of the data set, and where they are.
 
     Raises:
         DetpipeError: there are no such data, or they are faulty.
@@ -118,18 +121,18 @@ def find_items(data: str, split: str | None, images: str | None = None, skip_bad
             raise UsageError(
                 f"--split {split}: --data {data} is a plain folder of images, it has no splits; {EXPECTED}"
             )
-        return [Item(file.stem, file) for file in find_images([data])]
+        return [Item(file.stem, file) for file in find_images([data])], PLAIN_FILES
     opened = open_split(data, split, images, "skip" if skip_bad else "error")
     annotations = opened.annotations("val")
-    return [
-        Item(opened.image_key(annotations, row), annotations.root / str(annotations.file_names[row]))
-        for row in range(len(annotations))
-    ]
+    paths = image_paths(annotations)
+    items = [Item(opened.image_key(annotations, row), path) for row, path in enumerate(paths)]
+    return items, ImageFiles([opened])
 
 
-def read_pixels(path: Path) -> npt.NDArray[np.uint8]:
-    """Read an image file as ``[H, W, 3]`` uint8 RGB."""
-    return np.ascontiguousarray(read_image(path).permute(1, 2, 0).numpy())
+def read_pixels(source: ImageFiles, path: Path) -> npt.NDArray[np.uint8]:
+    """Read an image as ``[H, W, 3]`` uint8 RGB."""
+    content = source.read(path) if path in source else None
+    return np.ascontiguousarray(read_image(source.name(path), content).permute(1, 2, 0).numpy())
 
 
 def report(summary: Summary, store: ProposalStore, seconds: float) -> str:

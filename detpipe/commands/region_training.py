@@ -21,10 +21,11 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
-from detpipe import callbacks, checkpoint, run_folder
+from detpipe import checkpoint, run_folder
 from detpipe.configuration import CommandCLI, quiet
 from detpipe.datasets import DetectionData
 from detpipe.errors import DataError, TrainingError, UsageError
+from detpipe.pictures.run_pictures import TrainingPicture
 from detpipe.region_classifier import RegionClassifier
 from detpipe.superpixel_localizer import SuperpixelLocalizer
 
@@ -44,16 +45,14 @@ class RegionCLI(CommandCLI):
 
 
 class ValidationNumbers(Callback):
-    """Keep the numbers of each validation for the checkpoint, and draw the curves after every epoch.
+    """Keep the numbers of each validation for the checkpoint.
 
     Args:
-        folder: the run folder; gets ``curves.png``.
         watched: the number that must be among them.
-        curves: draw the curves; needs matplotlib.
     """
 
-    def __init__(self, folder: Path, watched: str, curves: bool = True) -> None:
-        self.folder, self.watched, self.curves = folder, watched, curves
+    def __init__(self, watched: str) -> None:
+        self.watched = watched
         self.metrics: dict[str, Any] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,11 +70,6 @@ class ValidationNumbers(Callback):
         numbers = {self.watched: logged[self.watched], **others}
         self.metrics = {name.removeprefix("val/"): value for name, value in numbers.items()}
         self.metrics["epoch"] = trainer.current_epoch
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the curves from what is logged so far."""
-        if self.curves:
-            callbacks.draw_curves(trainer, self.folder)
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers, for the checkpoint."""
@@ -117,10 +111,9 @@ def train_regions(arguments: Sequence[str]) -> int:
             raise DataError(f"the {split} split has no images")
     model = checkpoint.describe_model(cli.config.model)
     description = checkpoint.Description(model, tuple(data.class_names), tuple(data.category_ids))
-    curves = run_folder.can_draw_curves()
 
     def own(folder: Path) -> list[Callback]:
-        return [ValidationNumbers(folder, watched, curves)]
+        return [ValidationNumbers(watched), TrainingPicture(folder, tuple(data.class_names))]
 
     run = run_folder.fit(cli, arguments, description, run_folder.Watched(watched, own))
     numbers = ValidationNumbers.stored(checkpoint.read(run.best)[0])

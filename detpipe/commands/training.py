@@ -1,6 +1,6 @@
 """The ``train`` command: from a configuration to a run folder.
 
-Beside what every run leaves there (:mod:`detpipe.run_folder`) the folder holds ``validation.png``.
+Beside what every run leaves there (:mod:`detpipe.run_folder`) the folder holds ``training.png`` and ``validation.png``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from detpipe.configuration import CLI, quiet
 from detpipe.datasets.stored_proposals import StoredProposals
 from detpipe.errors import DataError
 from detpipe.evaluation.proposal_faults import recall_note
+from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
 from detpipe.run_folder import add_arguments as _add_arguments
 
 
@@ -47,10 +48,10 @@ def train(arguments: Sequence[str]) -> int:
         tuple(data.category_ids),
         _source_of(data.proposals("train")),
     )
-    curves = run_folder.can_draw_curves()
 
     def own(folder: Path) -> list[Callback]:
-        return [callbacks.MeanAveragePrecision(), callbacks.Pictures(folder, data.class_names, curves)]
+        names = tuple(data.class_names)
+        return [callbacks.MeanAveragePrecision(), TrainingPicture(folder, names), ValidationPicture(folder, names)]
 
     run = run_folder.fit(cli, arguments, description, run_folder.Watched("val/AP", own))
     summary = run.write_summary(callbacks.MeanAveragePrecision.stored(checkpoint.read(run.best)[0]))

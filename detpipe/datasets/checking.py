@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import Collected, Fault
+from detpipe.datasets.image_files import ImageFiles, image_paths
 from detpipe.errors import DataError
 from detpipe.types import Annotations
 
@@ -73,7 +74,7 @@ def check_data(splits: Mapping[str, DetectionData], decode: bool = True) -> Repo
         collected = Collected(decode)
         data.on_bad = collected
         try:
-            read[name] = data.load("val")
+            read[name] = data.annotations("val")
             counts[name] = read[name].counts
         except DataError as error:
             collected.faults.append(Fault("data set: cannot be read", str(error)))
@@ -81,7 +82,7 @@ def check_data(splits: Mapping[str, DetectionData], decode: bool = True) -> Repo
         if name in read:
             faults[name] += _repeated_boxes(read[name])
     _compare_class_lists(read, faults)
-    _compare_images(read, faults)
+    _compare_images(read, faults, ImageFiles(splits[name] for name in read))
     return Report(counts, faults)
 
 
@@ -132,33 +133,37 @@ def _compare_class_lists(read: Mapping[str, Annotations], faults: dict[str, list
             faults[name].append(Fault("classes: without objects", f"{len(empty)} classes: {shown}", serious=False))
 
 
-def _compare_images(read: Mapping[str, Annotations], faults: dict[str, list[Fault]]) -> None:
+def _compare_images(read: Mapping[str, Annotations], faults: dict[str, list[Fault]], source: ImageFiles) -> None:
     """Warn of equal image files, within a split and between splits."""
-    paths = {name: [a.root / str(file) for file in a.file_names] for name, a in read.items()}
-    named = {name: set(listed) for name, listed in paths.items()}
-    for group in equal_files(sorted(set().union(*named.values()))):
+    named = {name: set(image_paths(a)) for name, a in read.items()}
+
+    def damaged(path: Path, error: DataError) -> None:  # which nobody has seen where images are not decoded
+        for name in (name for name, found in named.items() if path in found):
+            faults[name].append(Fault("images: unreadable", str(error)))
+
+    for group in equal_files(sorted(set().union(*named.values())), source, damaged):
         members = {name: [path for path in group if path in found] for name, found in named.items()}
         inside = [name for name, found in members.items() if found]
         for name in inside:
             if len(members[name]) > 1:
-                _warn(faults, name, "images: repeated in a split", members[name])
-        _leaks(faults, inside, members, named)
+                _warn(faults, name, "images: repeated in a split", [source.name(path) for path in members[name]])
+        _leaks(faults, inside, members, named, source)
     _shared(faults, named)
 
 
 def _leaks(
-    faults: dict[str, list[Fault]], inside: list[str], members: dict[str, list[Path]], named: dict[str, set[Path]]
+    faults: dict[str, list[Fault]],
+    inside: list[str],
+    members: dict[str, list[Path]],
+    named: dict[str, set[Path]],
+    source: ImageFiles,
 ) -> None:
     for k, name in enumerate(inside):
         for other in inside[k + 1 :]:
             if named[name] & named[other]:
                 continue  # the same files in two lists: said once, for all of them
-            _warn(
-                faults,
-                f"{name} and {other}",
-                "images: the same in several splits",
-                [members[name][0], members[other][0]],
-            )
+            first = [source.name(members[split][0]) for split in (name, other)]
+            _warn(faults, f"{name} and {other}", "images: the same in several splits", first)
 
 
 def _shared(faults: dict[str, list[Fault]], named: dict[str, set[Path]]) -> None:
@@ -180,27 +185,41 @@ def _shared(faults: dict[str, list[Fault]], named: dict[str, set[Path]]) -> None
                 )
 
 
-def _warn(faults: dict[str, list[Fault]], where: str, kind: str, paths: Sequence[Path]) -> None:
-    message = f"{' and '.join(map(str, paths))} are the same picture"
+def _warn(faults: dict[str, list[Fault]], where: str, kind: str, names: Sequence[str]) -> None:
+    message = f"{' and '.join(names)} are the same picture"
     faults.setdefault(where, []).append(Fault(kind, message, serious=False))
 
 
-def equal_files(paths: Sequence[Path]) -> list[list[Path]]:
-    """Find files with the same content.
+def equal_files(
+    paths: Sequence[Path], source: ImageFiles, damaged: Callable[[Path, DataError], None] | None = None
+) -> list[list[Path]]:
+    """Find images whose files have the same content.
 
     Args:
-        paths: of files that exist; only those of equal length are read.
+        paths: of images; only files of equal length are read.
+        source: where they are.
+        damaged: told of an image that cannot be read, which is then like no other; None raises.
 
     Returns:
         Groups of two and more, in the order of their first.
+
+    Raises:
+        DataError: an image cannot be read.
     """
     by_size: dict[int, list[Path]] = defaultdict(list)
     for path in paths:
-        by_size[path.stat().st_size].append(path)
+        by_size[source.size(path)].append(path)
     alike = [path for group in by_size.values() if len(group) > 1 for path in group]
     by_content: dict[bytes, list[Path]] = defaultdict(list)
     for path in tqdm(alike, desc="comparing images", unit="image", disable=None, leave=False):
-        by_content[hashlib.sha256(path.read_bytes()).digest()].append(path)
+        try:
+            content = source.read(path)
+        except DataError as error:
+            if damaged is None:
+                raise
+            damaged(path, error)
+        else:
+            by_content[hashlib.sha256(content).digest()].append(path)
     groups = [group for group in by_content.values() if len(group) > 1]
     order = {path: place for place, path in enumerate(paths)}
     return sorted(groups, key=lambda group: order[group[0]])

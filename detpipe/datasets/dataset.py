@@ -32,6 +32,10 @@ class Contents(Protocol):
         """What a message calls the image."""
         ...
 
+    def size(self, index: int) -> int:
+        """How many bytes its file has."""
+        ...
+
     def read(self, index: int) -> bytes:
         """The bytes of its file."""
         ...

@@ -13,6 +13,9 @@ from detpipe.datasets.csv_boxes import CSVBoxes, CSVFormat, splits_of
 from detpipe.datasets.csv_table import Table
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import OnBad
+from detpipe.datasets.sharding.index import ARRAYS, INDEX
+from detpipe.datasets.sharding.remote import is_remote
+from detpipe.datasets.shards import Shards
 from detpipe.datasets.voc import VOC, VOCFormat
 from detpipe.datasets.voc_xml import find_class_names
 from detpipe.datasets.yolo import YOLO
@@ -20,10 +23,11 @@ from detpipe.datasets.yolo_yaml import NAME as YOLO_NAME
 from detpipe.datasets.yolo_yaml import read_yolo_yaml
 from detpipe.errors import UsageError
 
-Layout = Literal["voc", "coco", "coco file", "yolo", "csv"]
+Layout = Literal["voc", "coco", "coco file", "yolo", "csv", "shards"]
 EXPECTED = (
     "expected a folder in VOC layout (ImageSets/Main/SPLIT.txt), COCO layout (annotations/instances_SPLIT.json) or YOLO layout "
-    f"({YOLO_NAME}), a COCO annotation file (*.json), or a table of boxes (*.csv, or a folder with {CSV_NAME})"
+    f"({YOLO_NAME}), a COCO annotation file (*.json), a table of boxes (*.csv, or a folder with {CSV_NAME}), or shards (a folder "
+    f"with SPLIT/{INDEX}, or its web address)"
 )
 
 
@@ -39,7 +43,7 @@ def open_split(
     """Open one split of a data set; it is the training and the validation split of what is returned.
 
     Args:
-        data: a folder in VOC, COCO or YOLO layout, a COCO annotation file, or a table of boxes.
+        data: a folder in VOC, COCO or YOLO layout, a COCO annotation file, a table of boxes, or shards.
         split: its name, such as "trainval", "2007:trainval" or "val2017"; not used for a file without splits.
         images: the folder of the images, for an annotation file or a table.
         on_bad: "error" refuses data with any fault; "skip" leaves faulty records out and counts them.
@@ -69,12 +73,17 @@ def open_split(
         chosen = split if splits and split is not None else table.name
         format = CSVFormat(file=table.name, images=folder)
         return CSVBoxes(str(table.parent), train=chosen, val=chosen, format=format, on_bad=on_bad)
+    if split is None and is_remote(data):
+        raise UsageError(f"{option}{data}: a server is not asked which splits it has: name one with --split")
     if split is None:
         raise UsageError(f"{option}{data} has no splits; {EXPECTED}")
     if layout == "coco":
         return COCO(data, train=split, val=split, on_bad=on_bad)
     if layout == "yolo":
         return YOLO(data, train=split, val=split, on_bad=on_bad)
+    if layout == "shards":
+        root = data if is_remote(data) or not _is_split(path) else str(path.parent)
+        return Shards(root, train=split, val=split)
     return _open_voc(data, split, on_bad, one_based, together)
 
 
@@ -102,6 +111,8 @@ def known_layout(data: str, option: str = "--data ") -> Layout:
     Raises:
         UsageError: there is nothing, or it is in no layout that is known.
     """
+    if is_remote(data):
+        return "shards"
     if not Path(data).exists():
         raise UsageError(f"{option}{data} does not exist; {EXPECTED}")
     layout = layout_of(Path(data))
@@ -121,7 +132,9 @@ def layout_of(path: Path) -> Layout | None:
         return "voc"
     if (path / YOLO_NAME).is_file():
         return "yolo"
-    return "csv" if (path / CSV_NAME).is_file() else None
+    if (path / CSV_NAME).is_file():
+        return "csv"
+    return "shards" if _is_split(path) or _shard_folders(path) else None
 
 
 def is_voc(path: Path) -> bool:
@@ -142,7 +155,7 @@ def split_names(data: str, option: str = "--data ") -> tuple[str, ...]:
         option: what a message calls it.
 
     Returns:
-        Their names; none for a COCO annotation file or a table without a column ``split``.
+        Their names; none for a COCO annotation file, a table without a column ``split``, or shards on a server.
 
     Raises:
         DetpipeError: the layout is not known, or the file that names the splits cannot be read.
@@ -154,6 +167,8 @@ def split_names(data: str, option: str = "--data ") -> tuple[str, ...]:
         return tuple(file.stem.removeprefix("instances_") for file in sorted(path.glob("annotations/instances_*.json")))
     if layout == "yolo":
         return tuple(read_yolo_yaml(path).splits)
+    if layout == "shards":
+        return (path.name,) if _is_split(path) else tuple(folder.name for folder in _shard_folders(path))
     if layout == "csv":
         return splits_of(Table(_table(path)))
     names = _voc_lists(path)
@@ -161,6 +176,16 @@ def split_names(data: str, option: str = "--data ") -> tuple[str, ...]:
         year = folder.parents[1].name.removeprefix("VOC")
         names += [f"{year}:{name}" for name in _voc_lists(folder.parents[1])]
     return tuple(names)
+
+
+def _is_split(path: Path) -> bool:
+    """Whether a folder holds the shards of a split."""
+    return (path / INDEX).is_file() and (path / ARRAYS).is_file()
+
+
+def _shard_folders(path: Path) -> list[Path]:
+    """The folders of splits in a folder of shards; those that are only begun are none."""
+    return [file.parent for file in sorted(path.glob(f"*/{INDEX}")) if _is_split(file.parent)]
 
 
 def _voc_lists(folder: Path) -> list[str]:

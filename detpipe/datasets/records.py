@@ -7,9 +7,10 @@ rest. Images I, boxes B.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -91,7 +92,8 @@ def build_annotations(records: Records, faults: Faults) -> Annotations:
     boxes, keep_box, clipped = _check_boxes(records, faults)
     faults.check()
     if faults.decodes:
-        keep_image &= _check_pixels(records, faults, keep_image)
+        rows = np.flatnonzero(keep_image).tolist()
+        keep_image &= check_pixels(rows, lambda i: (records.root / records.file_names[i], None), records.sizes, faults)
         faults.check()
     orphans = keep_box & ~keep_image[records.box_image]
     keep_box &= ~orphans
@@ -200,13 +202,29 @@ def _check_boxes(
     return boxes, keep, clipped
 
 
-def _check_pixels(records: Records, faults: Faults, keep_image: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Decode every image once and note those that a run would stumble over."""
-    readable = np.ones(len(keep_image), dtype=bool)
-    for i in tqdm(np.flatnonzero(keep_image), desc="checking images", unit="image", disable=None, leave=False):
+def check_pixels(
+    images: Iterable[int],
+    open_image: Callable[[int], tuple[str | Path, bytes | None]],
+    sizes: npt.NDArray[np.integer[Any]],
+    faults: Faults,
+) -> npt.NDArray[np.bool_]:
+    """Decode images once and note those that a run would stumble over.
+
+    Args:
+        images: the rows of those that are decoded.
+        open_image: row -> what a message calls the image, and its bytes if it is no file of its own.
+        sizes: [I, 2] height and width in the annotations.
+        faults: more are added.
+
+    Returns:
+        [I] whether an image can be used, as far as it was looked at.
+    """
+    readable = np.ones(len(sizes), dtype=bool)
+    for i in tqdm(images, desc="checking images", unit="image", disable=None, leave=False):
         try:
-            height, width = read_image(records.root / records.file_names[i]).shape[1:]
-            check_size(records.root / records.file_names[i], (height, width), tuple(records.sizes[i].tolist()))
+            name, content = open_image(i)
+            height, width = read_image(name, content).shape[1:]
+            check_size(name, (height, width), tuple(sizes[i].tolist()))
         except SizeError as error:
             readable[i] = False
             faults.image("size differs from the annotation", str(error))

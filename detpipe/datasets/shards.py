@@ -18,9 +18,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from detpipe.datasets.batches import Locality
 from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
 from detpipe.datasets.dataset import Contents, Proposals
+from detpipe.datasets.faults import Collected, Faults, Policy
+from detpipe.datasets.records import check_pixels
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.sharding.index import INDEX, KEYS, ShardSet, check_files, read_index
 from detpipe.datasets.sharding.reading import ShardFiles, ShardImages, ShardProposals
@@ -80,6 +84,8 @@ class Shards(DetectionData):
             files = open_remote(self.root, name, self.cache, self.window)
         else:
             files = ShardFiles(self._read_local(split, name))
+        if isinstance(self.on_bad, Collected) and self.on_bad.decode:
+            files = without_unreadable(files, self.on_bad)
         self._use_keys(files.shards)
         self._files[split] = files
         return files.shards.annotations
@@ -125,3 +131,33 @@ class Shards(DetectionData):
             )
         self._key = shards.key
         self.image_key = KEYS[shards.key]
+
+
+def without_unreadable(files: ShardFiles, policy: Policy) -> ShardFiles:
+    """Read and decode every image of a split.
+
+    Args:
+        files: the split.
+        policy: what is done about images that cannot be read.
+
+    Returns:
+        The split without them, which are counted.
+
+    Raises:
+        DataError: no image is left.
+    """
+    shards, contents = files.shards, ShardImages(files)
+    a, faults = shards.annotations, Faults(str(shards.folder), policy)
+    readable = check_pixels(range(len(a)), lambda row: (contents.name(row), contents.read(row)), a.sizes, faults)
+    faults.check()
+    if readable.all():
+        return files
+    if not readable.any():
+        raise DataError(f"{shards.folder}: none of its {len(a)} images can be read")
+    kept = shards.subset(np.flatnonzero(readable))
+    counts = kept.annotations.counts
+    counts |= {"images used": len(kept.annotations), "boxes used": len(kept.annotations.boxes)}
+    lost = len(a.boxes) - len(kept.annotations.boxes)
+    for name, n in {**faults.skipped, "boxes skipped: image skipped": lost}.items():
+        counts[name] = counts.get(name, 0) + n
+    return files.of(kept)

@@ -71,15 +71,15 @@ def count(
         raise ValueError(f"max_detections must be one or more rising numbers from 1 on, got {limits}")
     rows = canonical_rows(detections)
     rows = rows[rank_in_run(detections.image_ids[rows], detections.labels[rows]) < limits[-1]]
-    truth, found = _truth_columns(annotations), _found_columns(annotations, detections.take(rows))
-    if forgiven is not None:
-        found["lvis_mark"] = forgiven[rows]
+    owner = box_image_ids(annotations)
     images = [{"id": i} for i in range(1, len(annotations) + 1)]
     parts = []
-    for labels in _groups(annotations, truth["category_id"], found["category_id"]):
+    for labels in _groups(annotations, annotations.labels, detections.labels[rows]):
         header = {"images": images, "categories": [{"id": label} for label in labels]}
-        objects, detected = ({**header, "annotations": _records(columns, labels)} for columns in (truth, found))
-        parts.append(_run(backend, objects, detected, limits))
+        truth = _truth(annotations, owner, np.flatnonzero(_among(annotations.labels, labels)))
+        found = _found(annotations, detections, rows[_among(detections.labels[rows], labels)], forgiven)
+        parts.append(_run(backend, {**header, "annotations": truth}, {**header, "annotations": found}, limits))
+        del truth, found  # before those of the next group are made
     precision, recall = (np.concatenate(arrays, axis=-3) for arrays in zip(*parts, strict=True))
     return Counts(precision, recall)
 
@@ -99,40 +99,50 @@ def _groups(annotations: Annotations, *labels: npt.NDArray[np.int64]) -> Iterato
     yield group
 
 
-Columns = dict[str, npt.NDArray[Any]]
+def _among(of: npt.NDArray[np.int64], labels: list[int]) -> npt.NDArray[np.bool_]:
+    """Which labels are of a run of classes."""
+    return (of >= labels[0]) & (of <= labels[-1])
 
 
-def _truth_columns(annotations: Annotations) -> Columns:
-    ignored = annotations.difficult & ~annotations.iscrowd
-    return {
-        "image_id": image_ranks(annotations, box_image_ids(annotations)) + 1,
-        "category_id": annotations.labels,
-        "bbox": _xywh(annotations.boxes),
-        "area": np.where(ignored, math.inf, annotations.area),
-        "iscrowd": annotations.iscrowd.astype(int),
-    }
+Rows = npt.NDArray[np.intp]
 
 
-def _found_columns(annotations: Annotations, found: DetectionArrays) -> Columns:
-    return {
-        "image_id": image_ranks(annotations, found.image_ids) + 1,
-        "category_id": found.labels,
-        "bbox": _xywh(found.boxes),
-        "area": box_sizes(found.boxes).prod(axis=1),
-        "iscrowd": np.zeros(len(found.scores), int),
-        "score": found.scores,
-    }
+def _truth(annotations: Annotations, owner: npt.NDArray[np.int64], rows: Rows) -> list[dict[str, Any]]:
+    """The libraries' dicts of some objects."""
+    iscrowd, difficult = annotations.iscrowd[rows], annotations.difficult[rows]
+    return _records(
+        image_id=image_ranks(annotations, owner[rows]) + 1,
+        category_id=annotations.labels[rows],
+        bbox=_xywh(annotations.boxes[rows]),
+        area=np.where(difficult & ~iscrowd, math.inf, annotations.area[rows]),
+        iscrowd=iscrowd.astype(int),
+    )
+
+
+def _found(
+    annotations: Annotations, detections: DetectionArrays, rows: Rows, forgiven: npt.NDArray[np.bool_] | None
+) -> list[dict[str, Any]]:
+    """The libraries' dicts of some detections."""
+    boxes = detections.boxes[rows]
+    return _records(
+        image_id=image_ranks(annotations, detections.image_ids[rows]) + 1,
+        category_id=detections.labels[rows],
+        bbox=_xywh(boxes),
+        area=box_sizes(boxes).prod(axis=1),
+        iscrowd=np.zeros(len(rows), int),
+        score=detections.scores[rows],
+        **({} if forgiven is None else {"lvis_mark": forgiven[rows]}),
+    )
 
 
 def _xywh(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.concatenate((boxes[:, :2], box_sizes(boxes)), axis=1)
 
 
-def _records(columns: Columns, labels: list[int]) -> list[dict[str, Any]]:
-    """Make the libraries' dicts of the boxes of some classes; they are numbered from 1, the order is kept."""
-    rows = np.flatnonzero((columns["category_id"] >= labels[0]) & (columns["category_id"] <= labels[-1]))
+def _records(**columns: npt.NDArray[Any]) -> list[dict[str, Any]]:
+    """Make the libraries' dicts; boxes are numbered from 1, their order is kept."""
     names = ("id", *columns)
-    values = zip(range(1, len(rows) + 1), *(column[rows].tolist() for column in columns.values()), strict=True)
+    values = zip(itertools.count(1), *(column.tolist() for column in columns.values()))
     return [dict(zip(names, row, strict=True)) for row in values]
 
 

@@ -33,6 +33,7 @@ from detpipe.evaluation.lvis import evaluate_lvis
 from detpipe.evaluation.voc import evaluate_voc
 from detpipe.types import Annotations, Detection, DetectionArrays
 
+_PIECES = 64  # of batches that are kept apart: memory of small tensors is not given back
 _COLUMNS = 7  # image, label, score, x1, y1, x2, y2; the row that says that image i was seen: -1 - i, the process, zeros
 
 
@@ -89,6 +90,10 @@ class DetectionMetric(Metric, ABC):
             parts.append(self._packed(found, int(image_id)))  # before any is kept: a faulty batch leaves nothing behind
         if parts:
             self.rows.append(torch.cat(parts))
+            self._batches += 1
+        if self._batches == _PIECES:
+            self.rows[-_PIECES:] = [torch.cat(self.rows[-_PIECES:])]
+            self._batches = 0
 
     def compute(self) -> dict[str, Any]:
         """Evaluate what all processes have collected.
@@ -124,17 +129,19 @@ class DetectionMetric(Metric, ABC):
         Raises:
             DataError: no image was seen, or an image came twice with other detections.
         """
+        if isinstance(self.rows, list):
+            self.rows, self._batches = [dim_zero_cat(self.rows)], 0  # the pieces are not needed twice
         rows = dim_zero_cat(self.rows).cpu().numpy()
         first = self._first_sight(rows)
         seen = first & (rows[:, 0] < 0)
-        images, found = rows[:, 0].astype(np.int64), rows[first & ~seen]
         if not seen.any():
             raise DataError(f"{self.annotations.root}: nothing to evaluate: no image was given to update()")
         annotations = self.annotations
         if seen.sum() < len(annotations):
-            annotations = annotations.subset(np.sort(-1 - images[seen]))
-        ids = self.annotations.image_ids[images[first & ~seen]]
-        return annotations, DetectionArrays(ids, found[:, 3:], found[:, 2], found[:, 1].astype(np.int64))
+            annotations = annotations.subset(np.sort(-1 - rows[seen, 0].astype(np.int64)))
+        kept = np.flatnonzero(first & ~seen)
+        ids = self.annotations.image_ids[rows[kept, 0].astype(np.int64)]
+        return annotations, DetectionArrays(ids, rows[kept, 3:], rows[kept, 2], rows[kept, 1].astype(np.int64))
 
     def reset(self) -> None:
         """Forget everything."""
@@ -143,6 +150,7 @@ class DetectionMetric(Metric, ABC):
 
     def _start(self) -> None:
         """An empty table: a process that never sees an image has something to gather too."""
+        self._batches = 0  # that are in pieces of their own, at the end of the rows
         self.rows.append(torch.zeros((0, _COLUMNS), dtype=torch.float64, device=self._place()))
 
     def _place(self) -> torch.device:

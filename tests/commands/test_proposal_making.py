@@ -123,14 +123,14 @@ def test_a_coco_file_and_folder(tmp_path: Path) -> None:
 
 
 def test_items_are_called_as_the_data_module_calls_them(voc: Path, pictures: Path, tmp_path: Path) -> None:
-    assert find_items(str(voc), "train") == [(name, voc / "JPEGImages" / f"{name}.jpg") for name in "abcde"]
-    assert [item.image_id for item in find_items(str(pictures), None)] == [f"{number:02}" for number in range(12)]
+    assert find_items(str(voc), "train")[0] == [(name, voc / "JPEGImages" / f"{name}.jpg") for name in "abcde"]
+    assert [item.image_id for item in find_items(str(pictures), None)[0]] == [f"{number:02}" for number in range(12)]
     content = coco_content()
     content["annotations"][0]["bbox"] = [1, 2, -5, 20]
     path, folder = write_coco(tmp_path / "coco", content)
     with pytest.raises(DataError, match="bbox"):
         find_items(str(path), None, str(folder))
-    assert len(find_items(str(path), None, str(folder), skip_bad=True)) == 3
+    assert len(find_items(str(path), None, str(folder), skip_bad=True)[0]) == 3
 
 
 def test_a_broken_image_stops_the_run_or_is_skipped(

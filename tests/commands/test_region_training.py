@@ -75,10 +75,12 @@ def interruptible() -> Iterator[None]:
 
 def test_a_run_leaves_everything_in_its_folder(trained_regions: Path) -> None:
     assert {path.name for path in trained_regions.iterdir()} == {
-        *("config.yaml", "metrics.csv", "tensorboard", "summary.json", "best.ckpt", "last.ckpt", "curves.png"),
+        *("config.yaml", "metrics.csv", "tensorboard", "summary.json", "best.ckpt", "last.ckpt"),
+        *("curves.png", "training.png"),
     }
-    with Image.open(trained_regions / "curves.png") as image:
-        assert min(image.size) > 100
+    for name in ("curves.png", "training.png"):
+        with Image.open(trained_regions / name) as image:
+            assert min(image.size) > 100
     summary = json.loads((trained_regions / "summary.json").read_text())
     scores = [float(row["val/mean_class_accuracy"]) for row in rows(trained_regions) if row["val/mean_class_accuracy"]]
     assert len(scores) == 2

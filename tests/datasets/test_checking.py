@@ -9,6 +9,7 @@ import pytest
 
 from detpipe.datasets.checking import Report, check_data, equal_files
 from detpipe.datasets.faults import Collected, Faults
+from detpipe.datasets.image_files import PLAIN_FILES
 from detpipe.datasets.layouts import open_split
 from detpipe.errors import DataError
 
@@ -247,4 +248,4 @@ def test_equal_files(tmp_path: Path) -> None:
     for name, text in (("a", "1"), ("b", "22"), ("c", "1"), ("d", "2"), ("e", "22"), ("f", "")):
         (tmp_path / name).write_text(text)
     paths = [tmp_path / name for name in "abcdef"]
-    assert equal_files(paths) == [[paths[0], paths[2]], [paths[1], paths[4]]]
+    assert equal_files(paths, PLAIN_FILES) == [[paths[0], paths[2]], [paths[1], paths[4]]]

@@ -208,6 +208,10 @@ def wrong_arrays(shards: Any) -> dict[str, tuple[dict[str, Any], str]]:
         "no shard": ({"shard": shards.shard - 1}, "shards do not fit"),
         "two of an id": ({"image_ids": a.image_ids * 0}, "image_ids do not fit"),
         "no size": ({"sizes": a.sizes * 0}, "sizes do not fit"),
+        "boxes outside": ({"boxes": a.boxes + 100}, "boxes and sizes do not fit"),
+        "boxes without size": ({"boxes": a.boxes * 0}, "boxes and sizes do not fit"),
+        "boxes of no number": ({"boxes": a.boxes * np.nan}, "boxes and sizes do not fit"),
+        "areas of no number": ({"area": a.area * np.nan}, "boxes and sizes do not fit"),
         "label 0": ({"labels": a.labels * 0}, "labels do not fit"),
         "boxes of no image": ({"offsets": a.offsets[::-1].copy()}, "do not fit"),
         "fewer flags": ({"iscrowd": a.iscrowd[1:]}, "flags do not fit"),
@@ -220,7 +224,8 @@ def wrong_arrays(shards: Any) -> dict[str, tuple[dict[str, Any], str]]:
 
 CASES = [
     "beyond the shard", "longer than the shard", "before the shard", "another shard", "no shard", "two of an id", "no size",
-    "label 0", "boxes of no image", "fewer flags", "fewer places", "another type", "another shape", "no text",
+    "boxes outside", "boxes without size", "boxes of no number", "areas of no number", "label 0", "boxes of no image",
+    "fewer flags", "fewer places", "another type", "another shape", "no text",
 ]  # fmt: skip
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ import runs
 import torch
 from evaluation.builders import perfect
 from test_configs import SHORT, shown_bases, train
+from test_processes import COMMANDS, TWO
 from together import start, succeed
 
 from detpipe import cli
@@ -104,6 +108,71 @@ def test_row_34_the_memory_of_a_worker_does_not_grow(tmp_path: Path) -> None:
                 seen.append(private_memory(worker.pid))
                 break
     assert seen[3] < 1.2 * seen[0] + 2**20, seen
+
+
+KILLED = """
+import os, sys
+from detpipe import cli
+from detpipe.detector import TwoStageDetector
+real = TwoStageDetector.losses
+def losses(self, images, targets):
+    if self.trainer.training and self.trainer.global_step == int(sys.argv[1]):
+        os.kill(os.getpid(), 9)
+    return real(self, images, targets)
+TwoStageDetector.losses = losses
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def training(root: Path, output: Path, layout: str = "shards", workers: int = 0, *more: str) -> list[str]:
+    """Three epochs of a tiny detector on eleven images, three a step."""
+    return [
+        *("train", runs.CONFIG, str(runs.CONFIGS / "data" / f"{layout}.yaml"), "--data.root", str(root), *runs.MODEL),
+        *("--output", str(output), "--trainer.max_epochs", "3", "--trainer.accelerator", "cpu"),
+        *("--data.loader.batch_size", "3", "--data.loader.num_workers", str(workers), *more),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("window", "workers", "step"), [(2, 0, 9), (2, 2, 6), (8, 2, 10)])
+def test_a_training_on_shards_that_was_killed_ends_with_the_same_weights(
+    tmp_path: Path, window: int, workers: int, step: int
+) -> None:
+    """In the middle of an epoch; and with all shards in one window they are the weights of training from files."""
+    files = files_in(tmp_path / "files")
+    pack(files, tmp_path / "shards")
+    more = ["--data.window", str(window)]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert cli.main(training(tmp_path / "shards", undisturbed, "shards", 0, *more)) == 0
+    arguments = training(tmp_path / "shards", killed, "shards", workers, *more)
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same bits need as many
+    command = [sys.executable, "-c", KILLED, str(step), *arguments]
+    done = subprocess.run(command, capture_output=True, timeout=300, env=threads)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    stopped = torch.load(killed / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < stopped < step
+    assert cli.main([*arguments, "--ckpt_path", str(killed / "last.ckpt")]) == 0
+    runs.assert_equal_weights(killed / "last.ckpt", undisturbed / "last.ckpt")
+    assert torch.load(killed / "last.ckpt", weights_only=True)["global_step"] == 12
+    if window > 6:
+        assert cli.main(training(tmp_path / "files", tmp_path / "from_files", "coco_custom")) == 0
+        runs.assert_equal_weights(tmp_path / "from_files" / "last.ckpt", undisturbed / "last.ckpt")
+
+
+@pytest.mark.slow
+def test_two_processes_train_from_shards_as_from_files(tmp_path: Path) -> None:
+    """Their part of each step, and so the gradient, is that of the files; the processes keep equal weights."""
+    pack(files_in(tmp_path / "files"), tmp_path / "shards")
+    wanted = {
+        name: training(tmp_path / name, tmp_path / f"run_{name}", layout, 0, *TWO)
+        for name, layout in (("files", "coco_custom"), ("shards", "shards"))
+    }
+    succeed(COMMANDS, [json.dumps(wanted)], 2, 300)
+    runs.assert_equal_weights(*(tmp_path / f"run_{name}" / "last.ckpt" for name in wanted))
+    alone = training(tmp_path / "shards", tmp_path / "alone")
+    assert cli.main(alone) == 0
+    one, two = (runs.weights(tmp_path / name / "last.ckpt") for name in ("alone", "run_shards"))
+    assert any(not torch.equal(one[key], two[key]) for key in one)  # steps of six images are not those of three
 
 
 def test_batches_of_an_epoch_need_no_epoch_before_it(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,10 @@ class Places:
     length: npt.NDArray[np.int64]  # [I] bytes
     crc32: npt.NDArray[np.uint32]  # [I]
 
+    def subset(self, rows: npt.NDArray[np.intp]) -> Places:
+        """Those of some images."""
+        return Places(self.offset[rows], self.length[rows], self.crc32[rows])
+
 
 @dataclass(frozen=True)
 class ShardSet:
@@ -103,6 +107,16 @@ class ShardSet:
     proposals: Places | None
     source: dict[str, Any] | None
     plan: str
+
+    def subset(self, rows: npt.NDArray[np.intp]) -> ShardSet:
+        """Only some images, which lie where they lay."""
+        return replace(
+            self,
+            annotations=self.annotations.subset(rows),
+            shard=self.shard[rows],
+            images=self.images.subset(rows),
+            proposals=None if self.proposals is None else self.proposals.subset(rows),
+        )
 
 
 def sample_key(row: int) -> str:
@@ -277,6 +291,7 @@ def _check(made: ShardSet, index: dict[str, Any], path: Path) -> None:
         "class_names": lambda: len(a.class_names) == len(a.category_ids) == len(set(a.class_names)) > 0,
         "labels": lambda: bool(((a.labels >= 1) & (a.labels <= a.num_classes)).all()),
         "sizes": lambda: bool((a.sizes > 0).all()),
+        "boxes and sizes": lambda: _inside(a),
         "image_ids": lambda: len(np.unique(a.image_ids)) == images,
         "shards": lambda: counts == [shard.images for shard in made.shards],
         "offset and length": lambda: all(
@@ -290,6 +305,13 @@ def _check(made: ShardSet, index: dict[str, Any], path: Path) -> None:
             raise DataError(
                 f"{path}: {name} do not fit {ARRAYS}: the two are of different shards, or damaged; {_AGAIN}"
             )
+
+
+def _inside(a: Annotations) -> bool:
+    """Whether all boxes have a size and lie in their images; false for what is no number."""
+    size = np.repeat(a.sizes[:, ::-1], np.diff(a.offsets), axis=0)  # [B, 2] width, height
+    low, high = a.boxes[:, :2], a.boxes[:, 2:]
+    return bool(((low >= 0) & (high > low) & (high <= size)).all() and np.isfinite(a.area).all())
 
 
 def check_files(made: ShardSet) -> None:

@@ -44,6 +44,10 @@ class ShardFiles:
         self._most_open = _OPEN if most_open is None else most_open
         self._open: OrderedDict[int, Opened] = OrderedDict()
 
+    def of(self, shards: ShardSet) -> ShardFiles:
+        """The same files for a part of the split."""
+        return ShardFiles(shards, self._opener, self._most_open, self._where)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": OrderedDict()}
 
@@ -128,6 +132,10 @@ class ShardImages:
     def name(self, index: int) -> str:
         """What a message calls an image."""
         return self.files.name(index)
+
+    def size(self, index: int) -> int:
+        """How many bytes an image file has."""
+        return int(self.files.shards.images.length[index])
 
     def read(self, index: int) -> bytes:
         """The bytes of an image file."""

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.datasets.outlines import NO_OUTLINES, Outlines, outlines_of
 from detpipe.datasets.writers.placement import (
     Images,
@@ -16,7 +17,6 @@ from detpipe.datasets.writers.placement import (
     Splits,
     Written,
     file_name_of,
-    image_paths,
     new_folder,
     number,
     rows_of,
@@ -27,7 +27,11 @@ from detpipe.types import Annotations
 
 
 def write_coco(
-    splits: Splits, folder: str | Path, images: Images = "copy", outlines: Outlines = NO_OUTLINES
+    splits: Splits,
+    folder: str | Path,
+    images: Images = "copy",
+    outlines: Outlines = NO_OUTLINES,
+    source: ImageFiles = PLAIN_FILES,
 ) -> Written:
     """Write a data set in COCO layout.
 
@@ -36,6 +40,7 @@ def write_coco(
         folder: a new folder.
         images: ``"copy"``, ``"link"`` or ``"none"``: then the file names stay relative to the folder of the source.
         outlines: segmentations of the boxes.
+        source: where the images are.
 
     Returns:
         What was written.
@@ -54,7 +59,7 @@ def write_coco(
             else:
                 names = Names(flat=False).of(split, a)
                 (out / name).mkdir()
-            transfer(image_paths(a), [out / name / file_name for file_name in names], images)
+            transfer(image_paths(a), [out / name / file_name for file_name in names], images, source)
             if list(a.category_ids) != sorted(a.category_ids):
                 remarks.append(f"the classes of {name} are numbered by ascending category id, no longer in their order")
             path = out / "annotations" / f"instances_{name}.json"

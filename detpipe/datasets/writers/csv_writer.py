@@ -8,6 +8,7 @@ from pathlib import Path
 
 from detpipe.datasets.class_list import ClassList, write_class_list
 from detpipe.datasets.csv_boxes import NAME
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.datasets.outlines import NO_OUTLINES, Outlines, write_outlines
 from detpipe.datasets.writers.placement import (
     Images,
@@ -16,7 +17,6 @@ from detpipe.datasets.writers.placement import (
     Written,
     file_name_of,
     ids_are_kept,
-    image_paths,
     new_folder,
     number,
     one_class_list,
@@ -31,7 +31,13 @@ from detpipe.types import Annotations
 _COLUMNS = ("split", "file_name", "image_id", "x1", "y1", "x2", "y2", "label", "difficult", "iscrowd", "area")
 
 
-def write_csv(splits: Splits, folder: str | Path, images: Images = "copy", outlines: Outlines = NO_OUTLINES) -> Written:
+def write_csv(
+    splits: Splits,
+    folder: str | Path,
+    images: Images = "copy",
+    outlines: Outlines = NO_OUTLINES,
+    source: ImageFiles = PLAIN_FILES,
+) -> Written:
     """Write a data set as a table of boxes.
 
     Args:
@@ -39,6 +45,7 @@ def write_csv(splits: Splits, folder: str | Path, images: Images = "copy", outli
         folder: a new folder.
         images: ``"copy"``, ``"link"`` or ``"none"``: then the file names stay relative to the folder of the source.
         outlines: segmentations of the boxes, which go into a file beside the table.
+        source: where the images are.
 
     Returns:
         What was written.
@@ -62,7 +69,7 @@ def write_csv(splits: Splits, folder: str | Path, images: Images = "copy", outli
                 files = a.file_names.tolist()
                 if images != "none":
                     files = [f"images/{file_name_of(split)}/{name}" for name in Names(flat=False).of(split, a)]
-                    transfer(image_paths(a), [out / name for name in files], images)
+                    transfer(image_paths(a), [out / name for name in files], images, source)
                 table.writerows(_rows(split, a, files, keep_ids))
                 remarks += write_outlines(out, split, a, files, outlines)
     return Written(Path(folder), tuple(splits), *totals(splits), tuple(remarks))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from detpipe.datasets.image_files import ImageFiles, image_paths
 from detpipe.errors import DataError
 from detpipe.files import atomic_folder
 from detpipe.types import Annotations
@@ -130,11 +130,6 @@ class Names:
             number += 1
 
 
-def image_paths(annotations: Annotations) -> list[Path]:
-    """The image files of a split."""
-    return [annotations.root / str(name) for name in annotations.file_names]
-
-
 def check_suffixes(splits: Splits, allowed: Sequence[str], layout: str) -> None:
     """Refuse images that a layout cannot name.
 
@@ -148,13 +143,14 @@ def check_suffixes(splits: Splits, allowed: Sequence[str], layout: str) -> None:
         )
 
 
-def transfer(sources: Sequence[Path], targets: Sequence[Path], how: Images) -> None:
+def transfer(sources: Sequence[Path], targets: Sequence[Path], how: Images, files: ImageFiles) -> None:
     """Put images in place.
 
     Args:
-        sources: the files.
+        sources: the paths of the images.
         targets: where they go; folders are made.
         how: ``"copy"``, ``"link"`` (another name for the same file, on the same disk), or ``"none"``, which does nothing.
+        files: where the images are.
 
     Raises:
         DataError: the files cannot be linked.
@@ -166,13 +162,7 @@ def transfer(sources: Sequence[Path], targets: Sequence[Path], how: Images) -> N
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             continue  # the same image in another split
-        if how == "copy":
-            shutil.copyfile(source, target)
-            continue
-        try:
-            os.link(source.resolve(), target)
-        except OSError as error:
-            raise DataError(f"{source}: cannot be linked ({error.strerror}): copy the images instead") from error
+        (files.copy if how == "copy" else files.link)(source, target)
 
 
 def rows_of(annotations: Annotations, image: int) -> range:

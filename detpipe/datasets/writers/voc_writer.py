@@ -13,6 +13,7 @@ from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 import numpy as np
 
 from detpipe.datasets.class_list import ClassList, write_class_list
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.datasets.outlines import NO_OUTLINES, Outlines, write_outlines
 from detpipe.datasets.writers.placement import (
     Images,
@@ -22,7 +23,6 @@ from detpipe.datasets.writers.placement import (
     check_suffixes,
     file_name_of,
     ids_are_kept,
-    image_paths,
     new_folder,
     number,
     one_class_list,
@@ -42,6 +42,7 @@ def write_voc(
     images: Images = "copy",
     one_based: bool | None = None,
     outlines: Outlines = NO_OUTLINES,
+    source: ImageFiles = PLAIN_FILES,
 ) -> Written:
     """Write a data set in VOC layout.
 
@@ -51,6 +52,7 @@ def write_voc(
         images: ``"copy"``, ``"link"`` or ``"none"``.
         one_based: whether corners count from 1, both ends included; None for that if every box is larger than a pixel.
         outlines: segmentations of the boxes, which go into a file in the folder.
+        source: where the images are.
 
     Returns:
         What was written.
@@ -73,7 +75,7 @@ def write_voc(
         write_class_list(out, ClassList(names, ids, from_one))
         for split, a in splits.items():
             files = naming.of(split, a)
-            transfer(image_paths(a), [out / "JPEGImages" / name for name in files], images)
+            transfer(image_paths(a), [out / "JPEGImages" / name for name in files], images, source)
             areas = own_area(a)
             for i, name in enumerate(files):
                 tree = _annotation(a, i, name, from_one, keep_ids, areas)

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from detpipe.datasets.decode import IMAGE_SUFFIXES
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.datasets.outlines import NO_OUTLINES, Outlines, keep_boxes, merge, write_outlines
 from detpipe.datasets.writers.placement import (
     Images,
@@ -23,7 +24,6 @@ from detpipe.datasets.writers.placement import (
     Written,
     check_suffixes,
     file_name_of,
-    image_paths,
     new_folder,
     one_class_list,
     own_area,
@@ -45,6 +45,7 @@ def write_yolo(
     images: Images = "copy",
     flags: Flags = "refuse",
     outlines: Outlines = NO_OUTLINES,
+    source: ImageFiles = PLAIN_FILES,
 ) -> Written:
     """Write a data set in YOLO layout.
 
@@ -56,6 +57,7 @@ def write_yolo(
         flags: of crowd regions and difficult objects, which the layout cannot tell from others: ``"refuse"`` to write them,
             ``"drop"`` the flag, so that they become ordinary objects, or ``"leave out"`` these boxes.
         outlines: segmentations of the boxes, which go into a file in the folder: a line has a box or a polygon, not both.
+        source: where the images are.
 
     Returns:
         What was written.
@@ -79,7 +81,7 @@ def write_yolo(
         for split, a in splits.items():
             naming = Names(flat=False)
             targets = [out / "images" / file_name_of(split) / name for name in naming.of(split, a)]
-            transfer(image_paths(a), targets, images)
+            transfer(image_paths(a), targets, images, source)
             for i, target in enumerate(targets):
                 path = out / label_path(target.relative_to(out))
                 path.parent.mkdir(parents=True, exist_ok=True)

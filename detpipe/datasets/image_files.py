@@ -1,0 +1,80 @@
+"""The image files of a data set by path, whether they are files of their own or lie in shards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from detpipe.datasets.datamodule import DetectionData
+from detpipe.datasets.dataset import Contents
+from detpipe.errors import DataError
+from detpipe.types import Annotations
+
+
+class ImageFiles:
+    """Reads, measures and copies image files; those of splits in shards have paths too, under which nothing lies on the disk.
+
+    Args:
+        splits: data whose validation splits are in shards, or are not; images of no such split are plain files.
+    """
+
+    def __init__(self, splits: Iterable[DetectionData] = ()) -> None:
+        self._packed: dict[str, tuple[Contents, int]] = {}
+        for data in splits:
+            contents = data.contents("val")
+            if contents is not None:
+                paths = map(os.path.abspath, image_paths(data.annotations("val")))
+                self._packed.update({path: (contents, row) for row, path in enumerate(paths)})
+
+    def __contains__(self, path: Path) -> bool:
+        """Whether an image lies in a shard."""
+        return os.path.abspath(path) in self._packed
+
+    def size(self, path: Path) -> int:
+        """The bytes that an image file has."""
+        packed = self._packed.get(os.path.abspath(path))
+        return path.stat().st_size if packed is None else packed[0].size(packed[1])
+
+    def read(self, path: Path) -> bytes:
+        """The bytes of an image file.
+
+        Raises:
+            DataError: it lies in a shard that is missing or damaged.
+        """
+        packed = self._packed.get(os.path.abspath(path))
+        return path.read_bytes() if packed is None else packed[0].read(packed[1])
+
+    def name(self, path: Path) -> str:
+        """What a message calls an image."""
+        packed = self._packed.get(os.path.abspath(path))
+        return str(path) if packed is None else packed[0].name(packed[1])
+
+    def copy(self, source: Path, target: Path) -> None:
+        """Write an image file anew."""
+        if source in self:
+            target.write_bytes(self.read(source))
+        else:
+            shutil.copyfile(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give an image file a second name, on the same disk.
+
+        Raises:
+            DataError: that cannot be done.
+        """
+        if source in self:
+            raise DataError(f"{self.name(source)}: cannot be linked, it is a part of a shard: copy the images instead")
+        try:
+            os.link(source.resolve(), target)
+        except OSError as error:
+            raise DataError(f"{source}: cannot be linked ({error.strerror}): copy the images instead") from error
+
+
+PLAIN_FILES = ImageFiles()
+
+
+def image_paths(annotations: Annotations) -> list[Path]:
+    """The paths of the images of a split."""
+    return [annotations.root / str(name) for name in annotations.file_names]
