@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from detpipe.commands.data_advice import anchor_options, next_commands, training_split
 from detpipe.commands.data_source import read_splits, source_parser
 from detpipe.datasets.statistics import Resize, SuggestedAnchors, box_sizes, fit, statistics, suggest_anchors
 from detpipe.errors import UsageError
@@ -50,7 +51,7 @@ def run_info(arguments: Sequence[str]) -> int:
         for name, a in splits.items()
         if len(a.boxes)
     }
-    advised = next((name for name in anchors if name.startswith("train")), next(iter(anchors), ""))
+    advised = training_split(list(anchors))
     for name, values in facts.items():
         print(describe(name, values))
         if name == advised:
@@ -58,7 +59,9 @@ def run_info(arguments: Sequence[str]) -> int:
         print()
     if options.output:
         write(Path(options.output), splits, facts, anchors, resize)
-        print(f"wrote info.json and pictures to {options.output}")
+        print(f"wrote info.json and pictures to {options.output}\n")
+    if advised:
+        print(next_commands(options, list(splits), anchor_options(anchors[advised], resize)))
     return 0
 
 
@@ -96,8 +99,6 @@ def advise(anchors: SuggestedAnchors, annotations: Annotations, resize: Resize) 
             f"  anchors for images resized to {resize.min_size} (at most {resize.max_size}): sizes {sizes}, ratios {ratios}",
             f"    best IoU {anchors.iou:.3f} in the mean, at least 0.7 for {anchors.recall:.1%} of the boxes "
             f"(32, 64, 128, 256 with 0.5, 1, 2: {usual.mean():.3f}, {(usual >= 0.7).mean():.1%})",
-            f"    --model.min_size {resize.min_size} --model.max_size {resize.max_size} "
-            f"--model.proposals.anchors.sizes '{sizes}' --model.proposals.anchors.ratios '{ratios}'",
         ]
     )
 

@@ -141,7 +141,7 @@ def test_info_counts_measures_and_draws(voc: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "all: 12 images, 24 boxes, 2 classes" in shown
     assert "  cat       16      12\n  dog        8       8\n" in shown
-    assert "--model.min_size 80 --model.max_size 200 --model.proposals.anchors.sizes '[" in shown
+    assert "anchors for images resized to 80 (at most 200): sizes [" in shown
     assert sorted(path.name for path in out.iterdir()) == ["boxes_all.png", "classes.png", "images.png", "info.json"]
     facts = json.loads((out / "info.json").read_text())
     assert facts["splits"]["all"]["classes"]["dog"] == {"boxes": 8, "images": 8}

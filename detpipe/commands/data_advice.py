@@ -1,0 +1,116 @@
+"""What to type next: the commands that train a detector on a data set and report on it, with the data set's own values."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from detpipe.datasets.layouts import known_layout
+from detpipe.datasets.statistics import Resize, SuggestedAnchors
+
+_MODEL = "configs/fast_rcnn_squeezenet.yaml"
+_WIDTH = 128
+
+
+def training_split(names: Sequence[str]) -> str:
+    """The split to train on: ``train``, else the first that begins so, else the first; empty if there is none."""
+    return _first(names, "train") or next(iter(names), "")
+
+
+def validation_split(names: Sequence[str], train: str) -> str:
+    """The split to validate on: ``val``, else ``test``, of the same year where VOC has several; empty if there is neither."""
+    year, _, own = train.rpartition(":")
+    others = [name for name in names if name != train]
+    if own.endswith("trainval"):  # which holds the images of val
+        others = [name for name in others if name != (f"{year}:val" if year else "val")]
+    same = [name for name in others if name.rpartition(":")[0] == year]
+    return next(filter(None, (_first(pool, word) for pool in (same, others) for word in ("val", "test"))), "")
+
+
+def _first(names: Sequence[str], word: str) -> str:
+    begins = [name for name in names if name.rpartition(":")[2].startswith(word)]
+    return next((name for name in begins if name.rpartition(":")[2] == word), next(iter(begins), ""))
+
+
+def anchor_options(anchors: SuggestedAnchors, resize: Resize) -> list[str]:
+    """Options that set anchors, and the size of images that they are for."""
+    return [
+        *("--model.min_size", str(resize.min_size), "--model.max_size", str(resize.max_size)),
+        *("--model.proposals.anchors.sizes", str(list(anchors.sizes))),
+        *("--model.proposals.anchors.ratios", str(list(anchors.ratios))),
+    ]
+
+
+def next_commands(options: argparse.Namespace, names: Sequence[str], model: Sequence[str]) -> str:
+    """Say how to train on a data set, or what it lacks for that.
+
+    Args:
+        options: how it was named on the command line, as by `source_parser`.
+        names: its splits.
+        model: options of the model.
+
+    Returns:
+        Lines that may be pasted.
+    """
+    train = training_split(names)
+    val = validation_split(names, train)
+    if known_layout(options.data, option="") == "coco file" or not val:
+        return (
+            "there is no split to validate on; to divide the images into parts for training, validation and test:\n"
+            f"  detpipe data split {_words(_again(options))} -o FOLDER"
+        )
+    command = ["detpipe", "train", _MODEL, *_data_options(options, train, val), *model, "--output", "RUN"]
+    report = ["detpipe", "evaluate", "RUN/config.yaml", "--ckpt_path", "RUN/best.ckpt", "--report", "report"]
+    return "\n".join(
+        [
+            f"to train on {train}, validate on {val}, and write a report (report/report.html):",
+            _folded(command),
+            _folded(report),
+            "with --model.backbone.weights DEFAULT training begins with weights of ImageNet, which are downloaded once",
+        ]
+    )
+
+
+def _data_options(options: argparse.Namespace, train: str, val: str) -> list[str]:
+    layout, path = known_layout(options.data, option=""), Path(options.data)
+    overlay = "shards" if layout == "shards" else f"{layout}_custom"
+    root, more = options.data, []
+    if layout == "csv" and path.is_file():
+        root, more = str(path.parent), ["--data.format.file", path.name]
+    if layout == "csv" and options.images is not None:
+        more += ["--data.format.images", str(Path(options.images).resolve())]
+    if options.zero_based:
+        more += ["--data.format.one_based", "false"]
+    if options.skip_bad and layout != "shards":  # their bad images were left out when they were written
+        more += ["--data.on_bad", "skip"]
+    given = [part for key, name in (("train", train), ("val", val)) if name != key for part in (f"--data.{key}", name)]
+    return [f"configs/data/{overlay}.yaml", "--data.root", root, *given, *more]
+
+
+def _again(options: argparse.Namespace) -> list[str]:
+    """The data set as it was named."""
+    words = [options.data, *(part for name in options.split or () for part in ("--split", name))]
+    words += ["--images", options.images] if options.images else []
+    return [*words, *(["--zero-based"] if options.zero_based else []), *(["--skip-bad"] if options.skip_bad else [])]
+
+
+def _words(words: Sequence[str]) -> str:
+    return " ".join(map(shlex.quote, words))
+
+
+def _folded(words: Sequence[str]) -> str:
+    """A command, on several lines where it is long; an option stays beside its value."""
+    pieces: list[str] = []
+    for word in map(shlex.quote, words):
+        if pieces and pieces[-1].startswith("--") and " " not in pieces[-1]:
+            pieces[-1] += f" {word}"
+        else:
+            pieces.append(word)
+    lines = [" "]
+    for piece in pieces:
+        if len(lines[-1]) + len(piece) + 3 > _WIDTH:
+            lines.append("     ")
+        lines[-1] += f" {piece}"
+    return " \\\n".join(lines)
