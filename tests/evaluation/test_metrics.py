@@ -123,6 +123,23 @@ def test_images_that_were_not_seen_are_left_out_and_empty_ones_count() -> None:
     assert missed["AP"] == 0
 
 
+@pytest.mark.parametrize("as_function", [False, True])
+def test_many_small_batches_are_put_together_as_they_come(as_function: bool) -> None:
+    """One image a batch, more batches than are kept apart, looked at in between; what is kept stays a few pieces."""
+    annotations, found = dataset(images=150)
+    metric = CocoEvaluator(annotations)
+    parts = by_image(annotations, found)
+    for step, (image, detection) in enumerate(parts):
+        (metric if as_function else metric.update)([detection], [image])
+        if step in (30, 100):
+            part = annotations.subset(np.arange(step + 1))
+            assert metric.compute() == evaluate_coco(part, found.take(np.isin(found.image_ids, part.image_ids)))
+    assert metric.compute() == evaluate_coco(annotations, found)
+    metric.reset()
+    assert len(fed(metric, parts, 1).rows) < 70
+    assert metric.compute() == evaluate_coco(annotations, found)
+
+
 def test_it_starts_anew_after_a_reset_and_says_so_when_it_was_forgotten() -> None:
     annotations, found = dataset()
     metric = fed(CocoEvaluator(annotations), by_image(annotations, found))
