@@ -6,7 +6,7 @@ Three tables on a synthetic annotation file (`coco_files.py`), each measurement 
    the image folder) take turns; then our load with a cache that is empty, and with one that is filled. Wall-clock time and the
    time of the processor, which other programs on the machine disturb less; medians, and ratios to ``json.loads``.
 2. The most memory during each.
-3. Private memory (USS) of each of 2 forked workers that read the annotations of all images, after each of three epochs; what a
+3. Private memory (USS) of each of 2 workers that read the annotations of all images, after each of three epochs; what a
    worker costs without annotations stands beside it. The peer keeps the parsed records, as torchvision's ``CocoDetection`` does
    by pycocotools. No pixels are read.
 
@@ -83,7 +83,7 @@ def measure_time(way: str, path: Path, root: Path, cache: str) -> dict[str, floa
     return {"wall": wall, "processor": processor, "peak": peak / MIB}
 
 
-def measure_memory(keeper: str, path: Path, root: Path, images: int) -> dict[str, list[float]]:
+def measure_memory(keeper: str, path: Path, root: Path, images: int, start: str) -> dict[str, list[float]]:
     """MiB of private memory of the worker that has most, at the end of each epoch."""
     loader: Any = DataLoader(
         Reader(keeper, path, root, images),
@@ -92,6 +92,7 @@ def measure_memory(keeper: str, path: Path, root: Path, images: int) -> dict[str
         collate_fn=list,
         worker_init_fn=start_worker,
         persistent_workers=True,
+        multiprocessing_context=start,
     )
     epochs = []
     for _ in range(3):
@@ -115,7 +116,7 @@ def report(options: argparse.Namespace, path: Path, root: Path) -> None:
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as cache:
             for way in WAYS:
-                results[way].append(in_new_process(["--one", way, str(path), str(root), cache]))
+                results[way].append(in_new_process(["--one", way, str(path), str(root), cache, options.start]))
     columns = {
         way: [statistics.median(one[key] for one in results[way]) for key in ("wall", "processor", "peak")]
         for way in WAYS
@@ -127,7 +128,9 @@ def report(options: argparse.Namespace, path: Path, root: Path) -> None:
     if options.memory:
         print(f"{'private MiB a worker':26}{'epoch 1':>8}{'2':>8}{'3':>8}")
         for keeper in KEEPERS:
-            epochs = in_new_process(["--one", keeper, str(path), str(root), str(options.images)])["epochs"]
+            epochs = in_new_process(["--one", keeper, str(path), str(root), str(options.images), options.start])[
+                "epochs"
+            ]
             print(f"{keeper:26}{''.join(f'{value:8.1f}' for value in epochs)}", flush=True)
 
 
@@ -140,14 +143,17 @@ def main() -> None:
     parser.add_argument("--polygons", choices=("with", "without", "both"), default="both")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "coco_loading"))
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--start", choices=("fork", "forkserver", "spawn"), default="fork", help="how workers are started"
+    )
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        what, path, root, last = options.one
+        what, path, root, last, start = options.one
         if what in WAYS:
             print(json.dumps(measure_time(what, Path(path), Path(root), last)))
         else:
-            print(json.dumps(measure_memory(what, Path(path), Path(root), int(last))))
+            print(json.dumps(measure_memory(what, Path(path), Path(root), int(last), start)))
         return
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, ", end=""

@@ -17,10 +17,13 @@ from detpipe.datasets.decode import read_reduced
 from detpipe.datasets.records import check_size
 from detpipe.datasets.resize import Resize, resample
 from detpipe.datasets.segmentations import draw_masks
+from detpipe.datasets.sharing import share_with_workers
 from detpipe.datasets.transforms import Augment, Neighbors
 from detpipe.errors import DataError
 from detpipe.images import Size, targets_to_batch
-from detpipe.types import Annotations, Target
+from detpipe.types import Annotations, Segmentations, Target
+
+share_with_workers(Annotations, Segmentations)
 
 Proposals = Mapping[int, npt.NDArray[np.floating]]  # image id -> [P, 4] xyxy in pixels of the image file
 

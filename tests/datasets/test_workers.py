@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
+import pickle
 import re
 import subprocess
 import sys
+from dataclasses import fields, replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,9 @@ import psutil
 import pytest
 import runs
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from detpipe.datasets import Demo, DemoScenes, DetectionDataset, Loader
+from detpipe.datasets import Demo, DemoScenes, DetectionDataset, Loader, sharing
 from detpipe.types import Annotations
 
 from .builders import picture
@@ -145,3 +149,64 @@ def test_row_34_workers_do_not_grow(tmp_path: Path) -> None:
     assert last < 1.2 * first
     as_dictionaries = private_memory(Dictionaries(packed))
     assert as_dictionaries[2] > last + 30, "this measure would not see a data set that grows"
+
+
+class Look(Dataset[Any]):
+    """What a worker sees of packed arrays: a hash of each field, and what the worker keeps to itself."""
+
+    def __init__(self, packed: Any) -> None:
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[dict[str, str], float]:
+        for _ in range(2):
+            found = {one.name: digest(getattr(self.packed, one.name)) for one in fields(self.packed)}
+        gc.collect()
+        return found, psutil.Process().memory_full_info().uss / 2**20
+
+
+def digest(part: Any) -> str:
+    shown = f"{part.dtype} {part.shape}" if isinstance(part, np.ndarray) else repr(part)
+    content = part.reshape(-1).view(np.uint8) if isinstance(part, np.ndarray) else b""  # no copy, which would count
+    return f"{shown} {hashlib.sha256(content).hexdigest()}"
+
+
+def seen_by_worker(packed: Any, start: str) -> tuple[dict[str, str], float]:
+    loader = DataLoader(Look(packed), batch_size=None, num_workers=1, multiprocessing_context=start)
+    [found] = list(loader)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_row_34_workers_that_are_not_forked_share_the_arrays_too(start: str, tmp_path: Path) -> None:
+    """Every field is what it was; the 24 MiB of the data set are in no worker's own memory."""
+    large = replace(
+        many_boxes(tmp_path), file_names=np.array([f"{row:08}.png" for row in range(IMAGES)]), counts={"a": 1}
+    )
+    arrays = [getattr(large, one.name) for one in fields(large) if isinstance(getattr(large, one.name), np.ndarray)]
+    assert sum(array.nbytes for array in arrays) > 24 * 2**20
+    (small, alone), (whole, with_data) = (seen_by_worker(a, start) for a in (large.subset(np.arange(9)), large))
+    assert whole == {one.name: digest(getattr(large, one.name)) for one in fields(large)}
+    assert small["image_ids"] != whole["image_ids"]
+    assert with_data < alone + 6, (alone, with_data)
+    again, _ = seen_by_worker(large, start)  # from the same shared memory
+    assert again == whole
+
+
+def test_what_is_shared_goes_with_its_arrays_and_other_pickles_are_whole(tmp_path: Path) -> None:
+    large = many_boxes(tmp_path)
+    ForkingPickler.dumps(large)
+    kept = len(sharing._shared)
+    assert kept >= 6
+    plain = pickle.dumps(large)
+    assert len(plain) > large.boxes.nbytes
+    assert np.array_equal(pickle.loads(plain).boxes, large.boxes)
+    first = sharing._shared[id(large.boxes)][1]
+    ForkingPickler.dumps(large)
+    assert sharing._shared[id(large.boxes)][1] is first
+    del large
+    gc.collect()
+    assert len(sharing._shared) <= kept - 6

@@ -14,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.datasets.sharding.index import Places, ShardSet
+from detpipe.datasets.sharing import share_with_workers
 from detpipe.errors import DataError
+
+share_with_workers(ShardSet, Places)
 
 Opened = tuple[int, Path]  # a file descriptor, and what was opened
 _OPEN = 64  # files that a process keeps open
