@@ -12,10 +12,8 @@ Labels are 0..K-1 in the order of the names of the class folders in ``train``, b
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,13 +24,13 @@ from detpipe.datasets.classification import DEFAULT_VIEWS, ClassificationData, L
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.decode import IMAGE_SUFFIXES, read_image
 from detpipe.datasets.faults import SHOWN, Faults, OnBad
+from detpipe.datasets.in_threads import look_at_images
 from detpipe.datasets.labeled_images import LabeledImages, PackedNames
 from detpipe.datasets.views import Views
 from detpipe.errors import DataError
 from detpipe.suggest import did_you_mean
 
 _LAYOUT = "expected ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE"
-_AT_ONCE = 4096  # images that wait for a thread: each takes a kilobyte, and there may be millions
 
 
 class ImageFolder(ClassificationData):
@@ -223,7 +221,7 @@ def _readable(images: LabeledImages, faults: Faults) -> LabeledImages:
 
 
 def _reasons(images: LabeledImages) -> list[str | None]:
-    """Why each image cannot be read, None for those that can; decoders let threads run side by side."""
+    """Why each image cannot be read, None for those that can."""
 
     def reason(index: int) -> str | None:
         try:
@@ -232,15 +230,4 @@ def _reasons(images: LabeledImages) -> list[str | None]:
             return str(error)
         return None
 
-    reasons: list[str | None] = []
-    with (
-        warnings.catch_warnings(),  # the decoder's own, which it sets and takes back in each thread, would stay or be lost
-        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
-        tqdm(desc="checking images", total=len(images), unit="image", disable=None, leave=False) as bar,
-    ):
-        warnings.simplefilter("ignore")
-        for start in range(0, len(images), _AT_ONCE):
-            for found in pool.map(reason, range(start, min(start + _AT_ONCE, len(images)))):
-                reasons.append(found)
-                bar.update()
-    return reasons
+    return list(look_at_images(reason, range(len(images))))

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.faults import Faults
+from detpipe.datasets.in_threads import look_at_images
 from detpipe.errors import DataError
 from detpipe.types import Annotations
 
@@ -212,25 +212,30 @@ def check_pixels(
 
     Args:
         images: the rows of those that are decoded.
-        open_image: row -> what a message calls the image, and its bytes if it is no file of its own.
+        open_image: row -> what a message calls the image, and its bytes if it is no file of its own; called by several threads.
         sizes: [I, 2] height and width in the annotations.
         faults: more are added.
 
     Returns:
         [I] whether an image can be used, as far as it was looked at.
     """
-    readable = np.ones(len(sizes), dtype=bool)
-    for i in tqdm(images, desc="checking images", unit="image", disable=None, leave=False):
+
+    def look(row: int) -> DataError | None:
         try:
-            name, content = open_image(i)
+            name, content = open_image(row)
             height, width = read_image(name, content).shape[1:]
-            check_size(name, (height, width), tuple(sizes[i].tolist()))
-        except SizeError as error:
-            readable[i] = False
-            faults.image("size differs from the annotation", str(error))
+            check_size(name, (height, width), tuple(sizes[row].tolist()))
         except DataError as error:
-            readable[i] = False
-            faults.image("unreadable", str(error))
+            return error
+        return None
+
+    readable, rows = np.ones(len(sizes), dtype=bool), list(images)
+    for row, error in zip(rows, look_at_images(look, rows), strict=True):
+        if error is not None:
+            readable[row] = False
+            faults.image(
+                "size differs from the annotation" if isinstance(error, SizeError) else "unreadable", str(error)
+            )
     return readable
 
 

@@ -16,6 +16,7 @@ The root may be a web address: shards are then fetched when they are first read,
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +149,15 @@ def without_unreadable(files: ShardFiles, policy: Policy) -> ShardFiles:
     """
     shards, contents = files.shards, ShardImages(files)
     a, faults = shards.annotations, Faults(str(shards.folder), policy)
-    readable = check_pixels(range(len(a)), lambda row: (contents.name(row), contents.read(row)), a.sizes, faults)
+    lock = threading.Lock()
+
+    def read(
+        row: int,
+    ) -> tuple[str, bytes]:  # images are decoded in threads, and open shards belong to one of them at a time
+        with lock:
+            return contents.name(row), contents.read(row)
+
+    readable = check_pixels(range(len(a)), read, a.sizes, faults)
     faults.check()
     if readable.all():
         return files

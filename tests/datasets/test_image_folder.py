@@ -4,8 +4,6 @@ import hashlib
 import logging
 import os
 import pickle
-import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -279,36 +277,6 @@ def test_unreadable_images_are_skipped_and_counted(root: Path, caplog: pytest.Lo
 def test_links_that_lead_nowhere_are_skipped_and_counted(root: Path) -> None:
     broken_link(root)
     assert folder(root, on_bad="skip").describe("train").endswith("3 to 3 of each; images skipped: no file: 1")
-
-
-def test_checking_images_in_threads_leaves_the_filters_of_warnings_alone(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both, turn = threading.Barrier(2), threading.Lock()
-    first: list[int] = []
-
-    def read(path: Path) -> None:
-        """Two at a time: the first to come leaves while the second is still inside."""
-        with turn:
-            first.append(len(first))
-            early = len(first) % 2 == 1
-            context = warnings.catch_warnings()
-            context.__enter__()
-            warnings.simplefilter("ignore")
-        both.wait(10)
-        if early:
-            context.__exit__(None, None, None)
-        both.wait(10)
-        if not early:
-            context.__exit__(None, None, None)
-
-    monkeypatch.setattr("detpipe.datasets.image_folder.read_image", read)
-    monkeypatch.setattr("detpipe.datasets.image_folder.os.cpu_count", lambda: 2)
-    monkeypatch.setattr("detpipe.datasets.image_folder._AT_ONCE", 2)
-    (root / "train/owl/9.jpg").write_bytes(b"")  # an even number
-    before = list(warnings.filters)
-    assert len(folder(root, on_bad="skip").images("train")) == 10
-    assert list(warnings.filters) == before
 
 
 def test_a_class_without_a_readable_image_is_an_error_even_when_faults_are_skipped(root: Path) -> None:
