@@ -154,14 +154,11 @@ def _metric(annotations: Annotations, found: DetectionArrays) -> Callable[[], li
     spans = list(zip(starts.tolist(), [*starts[1:].tolist(), len(found.scores)], strict=True))
     boxes, scores = (torch.from_numpy(part).float() for part in (found.boxes, found.scores))
     labels = torch.from_numpy(found.labels)
-    batches = [
-        (Detection(boxes=boxes[a:b], scores=scores[a:b], labels=labels[a:b]), int(image_id))
-        for (a, b), image_id in zip(spans, annotations.image_ids, strict=True)
-    ]
+    ids = annotations.image_ids.tolist()
 
     def run() -> list[float]:
-        for detection, image_id in batches:
-            metric.update([detection], [image_id])
+        for (a, b), image_id in zip(spans, ids, strict=True):
+            metric.update([Detection(boxes=boxes[a:b], scores=scores[a:b], labels=labels[a:b])], [image_id])
         return _numbers(metric.compute())
 
     return run
