@@ -31,9 +31,10 @@ def names_of_targets(batch: Batch) -> list[str]:
 
 
 class StepSeed(Callback):
-    """Make every random draw of a training step a function of the seed and the step alone, another one in each process.
+    """Make every random draw of a training step a function of the seed and the step alone.
 
-    A resumed run then draws what the undisturbed one would have drawn.
+    It is another one in each process, and for each of the batches whose gradients are accumulated for a step. A resumed run then
+    draws what the undisturbed one would have drawn.
 
     Args:
         seed: of the run.
@@ -44,8 +45,9 @@ class StepSeed(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Seed the global generators for this step."""
-        step = trainer.global_step * trainer.world_size + trainer.global_rank
-        torch.manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        accumulated = trainer.accumulate_grad_batches
+        part = trainer.global_step * accumulated + batch_idx % accumulated
+        torch.manual_seed((self.seed * 1_000_003 + part * trainer.world_size + trainer.global_rank) % 2**63)
 
 
 class ValidateLastStep(Callback):

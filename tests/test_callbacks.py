@@ -217,6 +217,27 @@ def test_the_draws_of_a_step_depend_on_seed_and_step_alone(demo_root: Path, tmp_
     assert len(set(draws[0].drawn.values()) | set(draws[2].drawn.values())) == 6
 
 
+class PartDraws(StepSeed):
+    """Note what each batch would draw."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.drawn: list[tuple[int, float]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.drawn.append((trainer.global_step, torch.rand(1).item()))
+
+
+def test_batches_of_an_accumulated_step_draw_for_themselves(demo_root: Path, tmp_path: Path) -> None:
+    """Twelve images in batches of four: two batches for the first step of an epoch, one for the second."""
+    draws = PartDraws()
+    cli = built(demo_root, "--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "2")
+    trainer_of(cli, tmp_path, draws, limit_val_batches=0).fit(cli.model, datamodule=cli.datamodule)
+    assert [step for step, _ in draws.drawn] == [0, 0, 1, 2, 2, 3]
+    assert len({number for _, number in draws.drawn}) == 6
+
+
 def test_throughput_counts_training_images_only(demo_root: Path, tmp_path: Path) -> None:
     cli, speed = built(demo_root), Throughput()
     assert speed.images_per_second == 0

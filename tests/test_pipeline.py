@@ -183,6 +183,23 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
         assert not list(first.glob("*.partial-*"))
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_a_resumed_run_of_accumulated_steps_ends_with_the_same_weights(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three batches an epoch, two for a step."""
+    options = [str(trained / "config.yaml"), "--trainer.accumulate_grad_batches", "2"]
+    assert cli.main(["train", *options, "--output", str(tmp_path / "undisturbed")]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks, "StepSeed", StopAfter)
+        patched.setattr(StopAfter, "step", 3)
+        assert cli.main(["train", *options, "--output", str(tmp_path / "run")]) == 130
+    last = tmp_path / "run" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    assert cli.main(["train", *options, "--output", str(tmp_path / "run"), "--ckpt_path", str(last)]) == 0
+    runs.assert_equal_weights(last, tmp_path / "undisturbed" / "last.ckpt")
+
+
 def test_a_folder_with_a_finished_run_is_not_used_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted((path.name, path.stat().st_mtime_ns) for path in trained.iterdir())
     assert cli.main(["train", str(trained / "config.yaml"), "--output", str(trained)]) == 1
