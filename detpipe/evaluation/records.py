@@ -33,6 +33,17 @@ def canonical_order(detections: DetectionArrays) -> DetectionArrays:
 
 def canonical_rows(detections: DetectionArrays) -> npt.NDArray[np.int64]:
     """Return ``[D]``, the rows in the order of :func:`canonical_order`."""
+    rows = np.lexsort((-detections.scores, detections.labels, detections.image_ids))
+    same = np.ones(max(0, len(rows) - 1), np.bool_)  # whether a row is tied with the next
+    for key in (detections.image_ids, detections.labels, detections.scores):
+        same &= key[rows[1:]] == key[rows[:-1]]
+    tied = np.flatnonzero(np.concatenate(([False], same)) | np.concatenate((same, [False])))[: len(rows)]
+    rows[tied] = rows[tied][_full_order(detections.take(rows[tied]))]  # few: only they are compared by their boxes
+    return rows
+
+
+def _full_order(detections: DetectionArrays) -> npt.NDArray[np.int64]:
+    """Sort by all keys."""
     boxes = detections.boxes
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return np.lexsort((*boxes.T[::-1], -area, -detections.scores, detections.labels, detections.image_ids))

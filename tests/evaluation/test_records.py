@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from detpipe.evaluation import canonical_order, evaluate_coco
-from detpipe.evaluation.records import box_sizes, check_detections, image_ranks
+from detpipe.evaluation.records import box_sizes, canonical_rows, check_detections, image_ranks
 from detpipe.types import DetectionArrays
 
 from .builders import found, shuffled, truth
@@ -56,3 +60,21 @@ def test_arrays_of_different_lengths_are_refused() -> None:
     detections = DetectionArrays(np.zeros(2, np.int64), np.zeros((2, 4)), np.zeros(3), np.ones(2, np.int64))
     with pytest.raises(ValueError, match="got shapes"):
         check_detections(truth([], [0]), detections)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 60), st.integers(1, 4), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_the_quick_sort_is_that_by_all_keys(size: int, images: int, values: int, random: Any) -> None:
+    """Row for row, equal ones included: with few values for each key, ties of every length come up."""
+    rng = np.random.default_rng(random.getrandbits(64))
+    corner = rng.integers(0, values, (size, 2)).astype(float) * rng.choice([-1.0, 1.0])
+    detections = DetectionArrays(
+        image_ids=rng.choice([2**60 + 1, 5, 0, 2**60][:images], size),
+        boxes=np.concatenate((corner, corner + rng.integers(1, values + 1, (size, 2))), axis=1),
+        scores=rng.choice([0.0, -0.0, 0.5, 0.25, np.nextafter(0.5, 1)], size) if values > 1 else np.zeros(size),
+        labels=rng.integers(1, values + 1, size),
+    )
+    boxes = detections.boxes
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    keys = (*boxes.T[::-1], -area, -detections.scores, detections.labels, detections.image_ids)
+    assert canonical_rows(detections).tolist() == np.lexsort(keys).tolist()
