@@ -150,15 +150,17 @@ def _metric(annotations: Annotations, found: DetectionArrays) -> Callable[[], li
     from detpipe.types import Detection
 
     metric = CocoEvaluator(annotations)
-    starts = np.searchsorted(found.image_ids, annotations.image_ids)
-    spans = list(zip(starts.tolist(), [*starts[1:].tolist(), len(found.scores)], strict=True))
-    boxes, scores = (torch.from_numpy(part).float() for part in (found.boxes, found.scores))
-    labels = torch.from_numpy(found.labels)
-    ids = annotations.image_ids.tolist()
+    ends = np.searchsorted(found.image_ids, annotations.image_ids[1:]).tolist()
+    parts = (torch.from_numpy(part).tensor_split(ends) for part in (found.boxes, found.scores, found.labels))
+    images = [  # tensors of their own, which go when they have been taken, as a detector's do
+        (Detection(boxes=boxes.float(), scores=scores.float(), labels=labels.clone()), image_id)
+        for boxes, scores, labels, image_id in zip(*parts, annotations.image_ids.tolist(), strict=True)
+    ][::-1]
 
     def run() -> list[float]:
-        for (a, b), image_id in zip(spans, ids, strict=True):
-            metric.update([Detection(boxes=boxes[a:b], scores=scores[a:b], labels=labels[a:b])], [image_id])
+        while images:
+            detection, image_id = images.pop()
+            metric.update([detection], [image_id])
         return _numbers(metric.compute())
 
     return run

@@ -4,10 +4,11 @@
     metric.compute()                       # the same numbers on all processes, from one gathering of all detections
     metric.reset()                         # before the next epoch
 
-The state is one float64 array of 7 columns, so that one gathering moves all of it. Each image writes a row that says that it was
-seen, then its detections; images are told by their row in the ground truth, since ids may be larger than what a float holds
-exactly. What is computed is a function of the set of detections alone: the same bits for any number of processes and
-any order of arrival. The work is done by the first process, and its result sent to the others.
+The state is one array of 7 columns, so that one gathering moves all of it: float32 while all that comes is float32 or less, else
+float64. Each image writes a row that says that it was seen, then its detections; images are told by their row in the ground
+truth, since ids may be larger than what a float holds exactly. What is computed is a function of the set of detections alone: the
+same bits for any number of processes and any order of arrival. The work is done by the first process, and its result sent to the
+others.
 
 On Apple's GPUs, which have no float64, the state stays on the CPU.
 """
@@ -34,7 +35,9 @@ from detpipe.evaluation.voc import evaluate_voc
 from detpipe.types import Annotations, Detection, DetectionArrays
 
 _PIECES = 64  # of batches that are kept apart: memory of small tensors is not given back
+_WHOLE = 2**24  # up to here float32 holds every whole number
 _COLUMNS = 7  # image, label, score, x1, y1, x2, y2; the row that says that image i was seen: -1 - i, the process, zeros
+_HELD_BY_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class DetectionMetric(Metric, ABC):
@@ -141,7 +144,14 @@ class DetectionMetric(Metric, ABC):
             annotations = annotations.subset(np.sort(-1 - rows[seen, 0].astype(np.int64)))
         kept = np.flatnonzero(first & ~seen)
         ids = self.annotations.image_ids[rows[kept, 0].astype(np.int64)]
-        return annotations, DetectionArrays(ids, rows[kept, 3:], rows[kept, 2], rows[kept, 1].astype(np.int64))
+        boxes, scores = (rows[kept, part].astype(np.float64, copy=False) for part in (slice(3, None), 2))
+        return annotations, DetectionArrays(ids, boxes, scores, rows[kept, 1].astype(np.int64))
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather what all processes have, as float64, since one of them may have seen other numbers than the others."""
+        if _several() and not self._is_synced:
+            self.rows, self._batches = [dim_zero_cat(self.rows).double()], 0
+        super().sync(*args, **kwargs)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -151,7 +161,7 @@ class DetectionMetric(Metric, ABC):
     def _start(self) -> None:
         """An empty table: a process that never sees an image has something to gather too."""
         self._batches = 0  # that are in pieces of their own, at the end of the rows
-        self.rows.append(torch.zeros((0, _COLUMNS), dtype=torch.float64, device=self._place()))
+        self.rows.append(torch.zeros((0, _COLUMNS), dtype=torch.float32, device=self._place()))
 
     def _place(self) -> torch.device:
         return torch.device("cpu") if self.device.type == "mps" else self.device
@@ -169,7 +179,10 @@ class DetectionMetric(Metric, ABC):
         lengths = {key: len(found[key]) for key in ("boxes", "scores", "labels")}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"image id {image_id}: boxes, scores and labels must be equally many, got {lengths}")
-        packed = torch.zeros((lengths["scores"] + 1, _COLUMNS), dtype=torch.float64, device=self._place())
+        small = len(self.annotations) < _WHOLE and self.annotations.num_classes < _WHOLE
+        exact = small and all(found[key].dtype in _HELD_BY_FLOAT32 for key in ("boxes", "scores"))
+        dtype = torch.float32 if exact else torch.float64
+        packed = torch.zeros((lengths["scores"] + 1, _COLUMNS), dtype=dtype, device=self._place())
         packed[0, 0], packed[0, 1] = -1 - row, torch.distributed.get_rank() if _several() else 0
         packed[1:, 0] = row
         packed[1:, 1] = found["labels"].detach().to(packed.device)
@@ -177,7 +190,7 @@ class DetectionMetric(Metric, ABC):
         packed[1:, 3:] = found["boxes"].detach().reshape(-1, 4).to(packed.device)
         return packed
 
-    def _first_sight(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    def _first_sight(self, rows: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
         """Which rows belong to the first time that their image was seen."""
         starts = np.flatnonzero(rows[:, 0] < 0)
         lengths = np.diff(np.append(starts, len(rows)))

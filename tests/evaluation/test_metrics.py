@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,8 @@ torch.distributed.init_process_group(
 annotations, found = dataset()
 annotations = searched(annotations)
 parts = by_image(annotations, found)
+if kind == "mixed" and rank % 2:
+    parts = by_image(annotations, found, torch.float32)
 images = 3 if kind == "few" else len(parts)  # fewer than processes: one of them sees nothing
 padded = [*range(images)] + ([*range(-images % size)] if kind != "few" else [])
 if kind == "bad" and rank == size - 1:
@@ -261,6 +264,41 @@ def test_any_number_of_processes_gives_the_same_bits(kind: str, size: int, tmp_p
     annotations, found = dataset()
     want = json.loads(json.dumps(whole(kind, annotations, found)))
     assert run(kind, size, tmp_path) == [want] * size
+
+
+def rounded(found: DetectionArrays, which: np.ndarray) -> DetectionArrays:
+    """Some detections as float32 holds them."""
+    boxes, scores = (part.astype(np.float32).astype(np.float64) for part in (found.boxes, found.scores))
+    return replace(
+        found,
+        boxes=np.where(which[:, None], boxes, found.boxes),
+        scores=np.where(which, scores, found.scores),
+    )
+
+
+def test_processes_with_other_precisions_keep_every_bit(tmp_path: Path) -> None:
+    """The second one's images, every other one, come as float32; image 0 is there twice, and the first process' counts."""
+    annotations, found = dataset()
+    want = evaluate_coco(annotations, rounded(found, np.isin(found.image_ids, annotations.image_ids[1::2])))
+    assert want != evaluate_coco(annotations, rounded(found, np.ones(len(found.scores), bool)))
+    assert run("mixed", 2, tmp_path) == [json.loads(json.dumps(want))] * 2
+
+
+def test_batches_of_other_precisions_keep_every_bit() -> None:
+    annotations, found = dataset()
+    wide, narrow = by_image(annotations, found), by_image(annotations, found, torch.float32)
+    want = evaluate_coco(annotations, rounded(found, np.isin(found.image_ids, annotations.image_ids[::2])))
+    metric = fed(CocoEvaluator(annotations), [(narrow, wide)[k % 2][k] for k in range(len(wide))], 1)
+    assert metric.compute() == want
+    assert {part.dtype for part in metric.rows} == {torch.float64}
+    metric.reset()
+    assert fed(metric, narrow).compute() == evaluate_coco(annotations, rounded(found, np.ones(len(found.scores), bool)))
+    assert {part.dtype for part in metric.rows} == {torch.float32}  # half the memory, and nothing is lost
+    half = [(image, {**one, "scores": one["scores"].half()}) for image, one in narrow]
+    exact = replace(found, scores=found.scores.astype(np.float16).astype(np.float64))
+    metric.reset()
+    exact = rounded(exact, np.ones(len(found.scores), bool))
+    assert fed(metric, half).compute() == evaluate_coco(annotations, exact)
 
 
 def test_a_process_without_an_image_and_one_with_a_fault(tmp_path: Path) -> None:
