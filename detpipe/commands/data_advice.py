@@ -81,7 +81,7 @@ def _data_options(options: argparse.Namespace, train: str, val: str) -> list[str
         root, more = str(path.parent), ["--data.format.file", path.name]
     if layout == "csv" and options.images is not None:
         more += ["--data.format.images", str(Path(options.images).resolve())]
-    if options.zero_based:
+    if options.zero_based and layout == "voc":
         more += ["--data.format.one_based", "false"]
     if options.skip_bad and layout != "shards":  # their bad images were left out when they were written
         more += ["--data.on_bad", "skip"]

@@ -149,11 +149,9 @@ def without_unreadable(files: ShardFiles, policy: Policy) -> ShardFiles:
     """
     shards, contents = files.shards, ShardImages(files)
     a, faults = shards.annotations, Faults(str(shards.folder), policy)
-    lock = threading.Lock()
+    lock = threading.Lock()  # images are decoded in threads, and open shards belong to one of them at a time
 
-    def read(
-        row: int,
-    ) -> tuple[str, bytes]:  # images are decoded in threads, and open shards belong to one of them at a time
+    def read(row: int) -> tuple[str, bytes]:
         with lock:
             return contents.name(row), contents.read(row)
 

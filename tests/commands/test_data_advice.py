@@ -134,7 +134,9 @@ def test_flags_come_along(tmp_path: Path) -> None:
         argparse.Namespace(**{**plain, "data": str(tmp_path), "zero_based": True}), ["train", "val"], []
     )
     assert "--data.format.one_based false" in shown
-    options = argparse.Namespace(**{**plain, "data": str(table), "images": str(tmp_path), "skip_bad": True})
+    options = argparse.Namespace(
+        **{**plain, "data": str(table), "images": str(tmp_path), "skip_bad": True, "zero_based": True}
+    )
     words = pasted(next_commands(options, ["train", "val"], []), "train")
     at = words.index("--data.root")
     assert words[at + 1 : at + 8] == [
