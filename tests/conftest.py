@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,18 @@ def _one_thread_and_seed() -> None:
     """Each test starts from the same random state and leaves the cores to its neighbors."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """No collection of cycles while the private memory of workers is measured.
+
+    One in this process would write to all its objects; it gets copies then, and what it shared with a worker is the worker's own.
+    """
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,7 @@ def private_memory(process: int) -> int:
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.slow
 def test_row_34_the_memory_of_a_worker_does_not_grow(tmp_path: Path) -> None:
     """60,000 records, all of the same image."""

@@ -62,6 +62,7 @@ def many_records(root: Path) -> Annotations:
     return load_coco(path, root / "images", cache="off")
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.slow
 def test_row_34_workers_do_not_grow_with_the_epochs(tmp_path: Path) -> None:
     annotations = many_records(tmp_path)
@@ -71,6 +72,7 @@ def test_row_34_workers_do_not_grow_with_the_epochs(tmp_path: Path) -> None:
     assert third - first < 4 * MIB
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.slow
 def test_row_34_the_annotations_are_shared_and_not_copied(tmp_path: Path) -> None:
     annotations = many_records(tmp_path)

@@ -143,6 +143,7 @@ def private_memory(dataset: Dataset[Any]) -> list[float]:
     return found
 
 
+@pytest.mark.usefixtures("no_collection")
 def test_row_34_workers_do_not_grow(tmp_path: Path) -> None:
     packed = DetectionDataset(many_boxes(tmp_path))
     first, _, last = private_memory(packed)
