@@ -205,8 +205,9 @@ def _check_folders(runs: Sequence[Run]) -> None:
 
 
 def _train(runs: Sequence[Run], split: str, workers: int) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // workers)
+    from detpipe.datasets.in_threads import usable_cores  # not for --help: it would import PyTorch
+
+    threads = max(1, usable_cores() // workers)
     pool = ThreadPoolExecutor(workers)
     try:
         futures = [pool.submit(_train_one, run, split, threads) for run in runs]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,6 +25,7 @@ from detpipe.commands.digit_run import Recipe, Result, Run, prepare_worker, trai
 from detpipe.config_errors import explain
 from detpipe.configuration import Parser, positional_configs, quiet
 from detpipe.datasets.distorted_digits import Distortion
+from detpipe.datasets.in_threads import usable_cores
 from detpipe.digit_classifier import Model
 from detpipe.errors import TrainingError, UsageError
 from detpipe.files import atomic_write, remove_orphans
@@ -222,9 +222,8 @@ def _trained(runs: Sequence[Run], workers: int) -> Iterator[tuple[Run, Result]]:
         for run in runs:
             yield run, train(run)
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fresh = multiprocessing.get_context("spawn")  # a forked process would inherit PyTorch's threads half alive
-    pool = ProcessPoolExecutor(workers, fresh, prepare_worker, (max(1, cores // workers),))
+    pool = ProcessPoolExecutor(workers, fresh, prepare_worker, (max(1, usable_cores() // workers),))
     try:
         futures = {pool.submit(train, run): run for run in runs}
         for future in as_completed(futures):

@@ -26,7 +26,7 @@ def look_at_images(look: Callable[[int], T], rows: Sequence[int]) -> Iterator[T]
     """
     with (
         warnings.catch_warnings(),  # the decoder's own, which it sets and takes back in each thread, would stay or be lost
-        ThreadPoolExecutor(_cores()) as pool,
+        ThreadPoolExecutor(usable_cores()) as pool,
         tqdm(desc="checking images", total=len(rows), unit="image", disable=None, leave=False) as bar,
     ):
         warnings.simplefilter("ignore")
@@ -36,6 +36,6 @@ def look_at_images(look: Callable[[int], T], rows: Sequence[int]) -> Iterator[T]
                 bar.update()
 
 
-def _cores() -> int:
-    """How many of the processor's cores this process may use."""
+def usable_cores() -> int:
+    """How many of the processors' cores this process may use, at least 1."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -37,7 +37,7 @@ def canonical_rows(detections: DetectionArrays) -> npt.NDArray[np.int64]:
     same = np.ones(max(0, len(rows) - 1), np.bool_)  # whether a row is tied with the next
     for key in (detections.image_ids, detections.labels, detections.scores):
         same &= key[rows[1:]] == key[rows[:-1]]
-    tied = np.flatnonzero(np.concatenate(([False], same)) | np.concatenate((same, [False])))[: len(rows)]
+    tied = np.flatnonzero(np.concatenate(([False], same)) | np.concatenate((same, [False])))
     rows[tied] = rows[tied][_full_order(detections.take(rows[tied]))]  # few: only they are compared by their boxes
     return rows
 

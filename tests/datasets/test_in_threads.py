@@ -18,7 +18,7 @@ from .builders import picture
 
 @pytest.fixture
 def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_threads, "_cores", lambda: 2)
+    monkeypatch.setattr(in_threads, "usable_cores", lambda: 2)
 
 
 @pytest.mark.usefixtures("_two_cores")
