@@ -45,8 +45,6 @@ if TYPE_CHECKING:
         Variant,
         ViTPyramid,
     )
-    from detpipe.checkpoint import load_classifier, load_detector
-    from detpipe.checkpoint_regions import load_region_classifier
     from detpipe.classifier import ImageClassifier
     from detpipe.datasets import (
         COCO,
@@ -101,6 +99,7 @@ if TYPE_CHECKING:
     from detpipe.spatial_transformer import Sampler, SpatialTransformer
     from detpipe.superpixel_localizer import SuperpixelLocalizer
     from detpipe.superpixels import Segmentation
+    from detpipe.training.models import load_classifier, load_detector, load_region_classifier
     from detpipe.types import Detection, Features, PixelFormat, Target
 
 _HOMES = {
@@ -112,8 +111,7 @@ _HOMES = {
         *("SEResNet", "SEResNeXt", "SKNet", "SEInceptionV3", "Extractor", "Level", "FPN", "ViTPyramid"),
         *("Pretrained", "Regime", "Variant"),
     ),
-    "detpipe.checkpoint": ("load_classifier", "load_detector"),
-    "detpipe.checkpoint_regions": ("load_region_classifier",),
+    "detpipe.training.models": ("load_classifier", "load_detector", "load_region_classifier"),
     "detpipe.classifier": ("ImageClassifier",),
     "detpipe.datasets": (
         *("COCO", "VOC", "YOLO", "CSVBoxes", "Shards", "Augment", "Demo", "DetectionData", "Loader"),

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "detpipe"
-FILE_LINES, FUNCTION_LINES = 350, 60
+FILE_LINES, FUNCTION_LINES = 500, 60
 
 PLAIN = ("allocator", "errors", "suggest", "files", "strict_json")
 GEOMETRY = ("types", "boxes", "images")
@@ -58,10 +58,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
 }
 # the programs: they may import everything above and each other; nothing above imports them
-PROGRAMS = (
-    *("checkpoint", "checkpoint_regions", "callbacks", "config_errors", "configuration", "run_folder"),
-    *("commands", "pictures", "cli"),
-)
+PROGRAMS = (*("training", "commands", "pictures", "cli"),)
 
 
 def part_of(module: str) -> str:

@@ -16,10 +16,10 @@ from datasets.builders import coco_content, voc_object, write_coco, write_csv, w
 
 from detpipe import cli, load_detector
 from detpipe.commands import ablation, training
-from detpipe.configuration import CLI
 from detpipe.datasets import Demo, DemoScenes
 from detpipe.proposal_files import write_store
 from detpipe.proposals import Anchors
+from detpipe.training.configuration import CLI
 from detpipe.types import Target
 
 OTHERS = ("region_classifier", "superpixel_weak", "stn_digits")  # no detectors: their commands have tests of their own

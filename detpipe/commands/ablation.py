@@ -247,7 +247,7 @@ def _call(arguments: Sequence[str], threads: int, output: Any, log: Path) -> Non
 
 
 def _parameters(checkpoint: Path) -> int:
-    from detpipe.checkpoint import load_detector
+    from detpipe.training.models import load_detector
 
     detector, _ = load_detector(checkpoint)
     return sum(parameter.numel() for parameter in detector.parameters())

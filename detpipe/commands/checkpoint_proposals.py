@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from detpipe import images as frames
-from detpipe.checkpoint import load_detector
 from detpipe.errors import UsageError
 from detpipe.proposals import RPN
+from detpipe.training.models import load_detector
 
 
 class CheckpointProposals:

@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 from torch import Tensor
 from tqdm import tqdm
 
-from detpipe.checkpoint_regions import load_region_classifier
 from detpipe.commands.given_proposals import open_boxes
 from detpipe.commands.predict import choose_device, drawing_names, find_images
 from detpipe.datasets import read_image
@@ -24,6 +23,7 @@ from detpipe.errors import DataError, UsageError
 from detpipe.files import atomic_write
 from detpipe.pictures import visualize
 from detpipe.region_classifier import RegionClassifier
+from detpipe.training.models import load_region_classifier
 
 
 class _Parser(argparse.ArgumentParser):

@@ -20,16 +20,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from detpipe import run_folder
 from detpipe.commands.digit_run import Recipe, Result, Run, prepare_worker, train
-from detpipe.config_errors import explain
-from detpipe.configuration import Parser, positional_configs, quiet
 from detpipe.datasets.distorted_digits import Distortion
 from detpipe.datasets.in_threads import usable_cores
 from detpipe.digit_classifier import Model
 from detpipe.errors import TrainingError, UsageError
 from detpipe.files import atomic_write, remove_orphans
 from detpipe.pictures.digit_pictures import draw_looks, look, save_png
+from detpipe.training import run_folder
+from detpipe.training.config_errors import explain
+from detpipe.training.configuration import Parser, positional_configs, quiet
 
 DESCRIPTION = "Classify distorted digits with and without spatial transformers, and tabulate the errors."
 Results = dict[tuple[Distortion, Model, int], Result]  # of each model, distortion and seed

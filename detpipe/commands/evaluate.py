@@ -85,8 +85,8 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
 def _evaluate_model(arguments: Sequence[str]) -> int:
     from lightning.pytorch.callbacks import TQDMProgressBar
 
-    from detpipe import checkpoint
-    from detpipe.configuration import CLI, quiet
+    from detpipe.training import checkpoint
+    from detpipe.training.configuration import CLI, quiet
 
     quiet()
     cli = CLI(arguments, _add_arguments)

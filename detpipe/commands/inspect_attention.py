@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from detpipe.checkpoint import load_detector
 from detpipe.commands.inspection import Objects, attention_modules, branches_by_scale, gates_by_class, spatial_maps
 from detpipe.commands.predict import choose_proposals, detect, find_images
 from detpipe.datasets import read_image
@@ -26,6 +25,7 @@ from detpipe.detector import TwoStageDetector
 from detpipe.errors import UsageError
 from detpipe.files import atomic_write
 from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
+from detpipe.training.models import load_detector
 
 SHARES = (0.25, 0.5, 1.0)
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from detpipe.checkpoint import Description, load_detector
 from detpipe.commands.given_proposals import Boxes, advice, open_boxes
 from detpipe.datasets import read_image
 from detpipe.datasets.decode import IMAGE_SUFFIXES
@@ -31,6 +30,8 @@ from detpipe.files import atomic_write
 from detpipe.heads import ProposalHead
 from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.proposals import PrecomputedProposals
+from detpipe.training.checkpoint import Description
+from detpipe.training.models import load_detector
 from detpipe.types import Detection, GlimpsedDetection, Target
 
 

@@ -1,7 +1,7 @@
 """The ``pretrain`` command: train a backbone as a classifier, and export its weights for detectors.
 
-Beside what every run leaves in its folder (:mod:`detpipe.run_folder`) there is ``backbone.safetensors``: the weights of the
-backbone in the best checkpoint, by its own names, without the projections of its levels (``laterals``), which belong to a
+Beside what every run leaves in its folder (:mod:`detpipe.training.run_folder`) there is ``backbone.safetensors``: the weights of
+the backbone in the best checkpoint, by its own names, without the projections of its levels (``laterals``), which belong to a
 detector; of a pyramid, those of the network below it. Its metadata have one entry, ``detpipe``, in JSON: ``class_path``,
 ``init_args``, ``num_classes``, ``top1``, ``top5`` and ``version``.
 """
@@ -18,14 +18,14 @@ from lightning.pytorch.cli import LightningArgumentParser
 from safetensors.torch import save_file
 from torch import Tensor
 
-from detpipe import callbacks, checkpoint, run_folder
 from detpipe.backbones import Extractor
 from detpipe.classifier import ClassificationBatch, ImageClassifier
-from detpipe.configuration import CommandCLI, quiet
 from detpipe.datasets import ClassificationData
 from detpipe.errors import DataError
 from detpipe.files import atomic_write
 from detpipe.stages import Backbone
+from detpipe.training import callbacks, checkpoint, run_folder
+from detpipe.training.configuration import CommandCLI, quiet
 
 WEIGHTS = "backbone.safetensors"
 

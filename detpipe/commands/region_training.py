@@ -21,13 +21,13 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
-from detpipe import checkpoint, run_folder
-from detpipe.configuration import CommandCLI, quiet
 from detpipe.datasets import DetectionData
 from detpipe.errors import DataError, TrainingError, UsageError
 from detpipe.pictures.run_pictures import TrainingPicture
 from detpipe.region_classifier import RegionClassifier
 from detpipe.superpixel_localizer import SuperpixelLocalizer
+from detpipe.training import checkpoint, run_folder
+from detpipe.training.configuration import CommandCLI, quiet
 
 MODELS = (RegionClassifier, SuperpixelLocalizer)  # short names work for classes that are imported
 

@@ -1,6 +1,6 @@
 """The ``train`` command: from a configuration to a run folder.
 
-Beside what every run leaves there (:mod:`detpipe.run_folder`) the folder holds ``training.png`` and ``validation.png``.
+Beside what every run leaves there (:mod:`detpipe.training.run_folder`) the folder holds ``training.png`` and ``validation.png``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from detpipe import callbacks, checkpoint, run_folder
-from detpipe.configuration import CLI, quiet
 from detpipe.datasets.stored_proposals import StoredProposals
 from detpipe.errors import DataError
 from detpipe.evaluation.proposal_faults import recall_note
 from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
-from detpipe.run_folder import add_arguments as _add_arguments
+from detpipe.training import callbacks, checkpoint, run_folder
+from detpipe.training.configuration import CLI, quiet
+from detpipe.training.run_folder import add_arguments as _add_arguments
 
 
 def train(arguments: Sequence[str]) -> int:

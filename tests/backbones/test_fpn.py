@@ -10,12 +10,12 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from detpipe.backbones import FPN, Extractor, Level, Regime, SEResNet
-from detpipe.checkpoint import describe_model
 from detpipe.commands.training import _add_arguments
-from detpipe.configuration import CLI
 from detpipe.heads import FastRCNNHead
 from detpipe.optimization import Optimizer
 from detpipe.stages import Backbone
+from detpipe.training.checkpoint import describe_model
+from detpipe.training.configuration import CLI
 from detpipe.types import PixelFormat
 
 LEVELS = ("c2", "c3", "c4", "c5")

@@ -13,12 +13,13 @@ import torch
 from lightning import LightningModule
 from PIL import Image
 
-from detpipe import checkpoint, cli
+from detpipe import cli
 from detpipe.backbones import SEResNet
-from detpipe.checkpoint import Description
-from detpipe.checkpoint_regions import load_region_classifier
 from detpipe.datasets import read_image
 from detpipe.region_classifier import RegionClassifier
+from detpipe.training import checkpoint
+from detpipe.training.checkpoint import Description
+from detpipe.training.models import load_region_classifier
 
 BOXES = [[4.0, 6.0, 30.0, 40.0], [40.0, 10.0, 62.5, 50.0]]
 

@@ -14,11 +14,11 @@ from detpipe import cli
 from detpipe.commands import digit_study
 from detpipe.commands.digit_run import Recipe, Result, Run, train
 from detpipe.commands.digit_study import Animation, Study, read_arguments, results_table
-from detpipe.configuration import quiet
 from detpipe.datasets.distorted_digits import DISTORTIONS, DistortedDigits
 from detpipe.digit_classifier import MODELS, DigitClassifier
 from detpipe.errors import TrainingError, UsageError
 from detpipe.pictures.digit_pictures import CELL, EXAMPLE, GAP, LABEL, LINE, WIDE, draw_looks, look, save_gif
+from detpipe.training.configuration import quiet
 
 CONFIG = str(CONFIGS / "stn_digits.yaml")
 TINY = [

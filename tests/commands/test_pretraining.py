@@ -17,13 +17,14 @@ from datasets.builders import picture
 from PIL import Image
 from safetensors import safe_open
 
-from detpipe import callbacks, checkpoint, cli, run_folder
+from detpipe import cli
 from detpipe.backbones import FPN, Extractor, Level, SEInceptionV3, SEResNet, SEResNeXt, SKNet
-from detpipe.checkpoint import load_classifier, load_detector
 from detpipe.classifier import ImageClassifier
 from detpipe.commands.pretraining import WEIGHTS, PretrainingCLI, backbone_weights, export_backbone
-from detpipe.configuration import CLI
 from detpipe.errors import CheckpointError
+from detpipe.training import callbacks, checkpoint, run_folder
+from detpipe.training.configuration import CLI
+from detpipe.training.models import load_classifier, load_detector
 
 FOLDER = runs.CONFIGS / "pretrain"
 CONFIG = str(FOLDER / "se_resnet18.yaml")

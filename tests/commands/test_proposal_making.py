@@ -17,16 +17,17 @@ from datasets.builders import coco_content, voc_object, write_coco, write_voc
 from PIL import Image
 from proposals.needs import PLACES, planted, scikit_image
 
-from detpipe import checkpoint, cli
+from detpipe import cli
 from detpipe import images as frames
 from detpipe.boxes import iou
-from detpipe.checkpoint import load_detector
 from detpipe.commands.proposal_making import find_items, report, run_make
 from detpipe.datasets import read_image
 from detpipe.errors import CheckpointError, DataError, UsageError
 from detpipe.proposal_files.offline import Summary
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposals import RPN, Anchors, DenseGrid, SelectiveSearch, make_source
+from detpipe.training import checkpoint
+from detpipe.training.models import load_detector
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_proposals.py"
 

@@ -16,13 +16,13 @@ import torch
 from lightning import LightningModule
 from PIL import Image
 
-from detpipe import callbacks, checkpoint, cli, run_folder
-from detpipe.checkpoint import load_classifier, load_detector
-from detpipe.checkpoint_regions import load_region_classifier, load_region_model
+from detpipe import cli
 from detpipe.commands.region_training import RegionCLI
 from detpipe.datasets import Demo, DemoScenes
 from detpipe.errors import CheckpointError
 from detpipe.region_classifier import RegionClassifier
+from detpipe.training import callbacks, checkpoint, run_folder
+from detpipe.training.models import load_classifier, load_detector, load_region_classifier, load_region_model
 
 CONFIG = str(runs.CONFIGS / "region_classifier.yaml")
 OVERLAY = runs.CONFIGS / "regions" / "bccd.yaml"

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from detpipe import checkpoint, cli
+from detpipe import cli
 from detpipe.heads.base import outlines
 from detpipe.pictures import glimpse_pictures
+from detpipe.training import checkpoint
 from detpipe.types import GlimpsedDetection
 
 

@@ -26,12 +26,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from detpipe import callbacks, checkpoint, processes
+from detpipe import processes
 from detpipe.allocator import peak_gpu_memory, peak_memory
-from detpipe.configuration import CommandCLI, positional_configs
 from detpipe.errors import DataError, TrainingError, UsageError
 from detpipe.files import atomic_write, remove_orphans
 from detpipe.pictures.run_pictures import Curves
+from detpipe.training import callbacks, checkpoint
+from detpipe.training.configuration import CommandCLI, positional_configs
 
 _FOLDER = "DETPIPE_RUN_FOLDER"  # in the environment of the processes that the first one starts
 

@@ -8,13 +8,13 @@ import runs
 import yaml
 
 import detpipe
-from detpipe import config_errors, configuration
 from detpipe.commands import training
 from detpipe.commands.region_training import RegionCLI
-from detpipe.configuration import CLI, positional_configs
 from detpipe.datasets import DetectionData
 from detpipe.datasets.demo import Demo
 from detpipe.errors import DetpipeError, UsageError
+from detpipe.training import config_errors, configuration
+from detpipe.training.configuration import CLI, positional_configs
 
 
 class Parsed(CLI):

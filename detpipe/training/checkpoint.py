@@ -1,31 +1,26 @@
 """Checkpoints: complete once they are visible, self-describing, and read without running code in them.
 
 A checkpoint is Lightning's, with one entry more, ``detpipe``: the format's version, the model's configuration, and the
-names of the classes. ``load_detector`` and ``load_classifier`` rebuild the model from it alone;
-:mod:`detpipe.checkpoint_regions` rebuilds others.
+names of the classes. :mod:`detpipe.training.models` rebuilds models from it alone.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from detpipe.classifier import ImageClassifier
-from detpipe.detector import TwoStageDetector
 from detpipe.errors import CheckpointError
 from detpipe.files import atomic_write
 
 FORMAT = 1
 KEY = "detpipe"
-ALLOWED = "detpipe."  # a checkpoint may name classes of this package only
 
 
 @dataclass(frozen=True)
@@ -110,83 +105,6 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
     )
 
 
-def load_detector(path: str | Path) -> tuple[TwoStageDetector, Description]:
-    """Rebuild a detector from its checkpoint alone.
-
-    Args:
-        path: a local file.
-
-    Returns:
-        The detector in evaluation mode, and what the checkpoint says about itself.
-
-    Raises:
-        CheckpointError: as in :func:`read`; or the checkpoint names classes of other packages, or is of a classifier.
-    """
-    checkpoint, description = read(path)
-    _refuse_named(description, path, "a detector that 'detpipe train' wrote")
-    if "label_smoothing" in description.model:
-        raise CheckpointError(
-            f"checkpoint {path} is of a classifier; a detector takes the backbone.safetensors beside it as weights of its "
-            "backbone"
-        )
-    return rebuild(path, checkpoint, description, add_model), description
-
-
-def load_classifier(path: str | Path) -> tuple[ImageClassifier, Description]:
-    """Rebuild a classifier from its checkpoint alone.
-
-    Args:
-        path: a local file.
-
-    Returns:
-        The classifier in evaluation mode, and what the checkpoint says about itself.
-
-    Raises:
-        CheckpointError: as in :func:`read`; or the checkpoint names classes of other packages, or is of a detector.
-    """
-    checkpoint, description = read(path)
-    _refuse_named(description, path, "one that 'detpipe pretrain' wrote")
-    if "head" in description.model:
-        raise CheckpointError(f"checkpoint {path} is of a detector; expected one that 'detpipe pretrain' wrote")
-    return rebuild(path, checkpoint, description, add_classifier), description
-
-
-def _refuse_named(description: Description, path: str | Path, expected: str) -> None:
-    if "class_path" in description.model:
-        kind = str(description.model["class_path"]).rpartition(".")[2]
-        raise CheckpointError(f"checkpoint {path} is of a {kind}; expected {expected}")
-
-
-def rebuild(
-    path: str | Path, checkpoint: dict[str, Any], description: Description, add: Callable[[ArgumentParser], None]
-) -> Any:
-    """Build a model from a checkpoint that has been read.
-
-    Args:
-        path: of the checkpoint, for messages.
-        checkpoint: Lightning's dict.
-        description: what it says about itself.
-        add: lets a parser build the model from ``model`` and ``num_classes``.
-
-    Returns:
-        The model in evaluation mode.
-
-    Raises:
-        CheckpointError: it names classes of other packages, or its model cannot be built, or the weights do not fit.
-    """
-    _check_classes(description.model, str(path))
-    parser = ArgumentParser(exit_on_error=False)
-    add(parser)
-    try:
-        config = parser.parse_object({"model": description.model, "num_classes": len(description.class_names)})
-        model = parser.instantiate(config).model
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise CheckpointError(f"checkpoint {path}: its model cannot be built by this version: {reason}") from error
-    load_weights(model, checkpoint, path)
-    return model.eval()
-
-
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
     """Put a checkpoint's weights into a model.
 
@@ -258,39 +176,6 @@ def _settings(value: Any, key: str) -> dict[str, Any]:
     return {name: item for part in parts for name, item in part.items()}
 
 
-def add_model(parser: ArgumentParser) -> None:
-    """Let a parser build a detector from ``model`` and ``num_classes``; the widths of its stages follow each other."""
-    import detpipe.backbones
-    import detpipe.heads
-    import detpipe.proposals  # noqa: F401  (short names work for classes that are imported)
-
-    parser.add_argument("--num_classes", type=int)
-    parser.add_class_arguments(TwoStageDetector, "model")
-    parser.link_arguments("num_classes", "model.head.init_args.num_classes")
-    link_stages(parser)
-
-
-def add_classifier(parser: ArgumentParser) -> None:
-    """Let a parser build a classifier from ``model`` and ``num_classes``."""
-    import detpipe.backbones  # noqa: F401  (short names work for classes that are imported)
-
-    parser.add_argument("--num_classes", type=int)
-    parser.add_class_arguments(ImageClassifier, "model")
-    parser.link_arguments("num_classes", "model.num_classes")
-
-
-def link_stages(parser: ArgumentParser) -> None:
-    """Give the head, and a proposal source that asks for them, what the backbone declares of its levels and its pixels."""
-    for stage, strides in (("head", "roi_strides"), ("proposals", "strides")):
-        for source, target in (("out_channels", "in_channels"), (strides, "strides")):
-            parser.link_arguments(
-                f"model.backbone.{source}", f"model.{stage}.init_args.{target}", apply_on="instantiate"
-            )
-    parser.link_arguments(
-        "model.backbone.pixel_format", "model.proposals.init_args.pixel_format", apply_on="instantiate"
-    )
-
-
 def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:
     """Turn the parsed configuration of a model into what its checkpoints store.
 
@@ -327,17 +212,3 @@ def _check_sums(path: Path) -> None:
             bad = archive.testzip()
         if bad is not None:
             raise ValueError(f"{bad} does not match its check sum")
-
-
-def _check_classes(value: Any, path: str) -> None:
-    if isinstance(value, dict):
-        name = value.get("class_path", ALLOWED)
-        if not isinstance(name, str) or not name.startswith(ALLOWED):
-            raise CheckpointError(
-                f"checkpoint {path} names the class {name!r}; only classes of detpipe are built from files"
-            )
-        for item in value.values():
-            _check_classes(item, path)
-    elif isinstance(value, list):
-        for item in value:
-            _check_classes(item, path)

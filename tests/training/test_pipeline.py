@@ -17,10 +17,11 @@ import runs
 import torch
 from PIL import Image
 
-from detpipe import callbacks, cli
-from detpipe.checkpoint import load_detector
+from detpipe import cli
 from detpipe.datasets import read_image
 from detpipe.evaluation import read_coco_annotations, read_detections
+from detpipe.training import callbacks
+from detpipe.training.models import load_detector
 
 RESULT = re.compile(r"AP (-?\d\.\d{3}) AP50 (-?\d\.\d{3}) checkpoint (\S+)")
 

@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from detpipe import checkpoint
-from detpipe.checkpoint import AtomicCheckpointIO, Description, check_class_names, load_detector, load_weights, read
 from detpipe.datasets import read_image
 from detpipe.errors import CheckpointError
+from detpipe.training import checkpoint
+from detpipe.training.checkpoint import AtomicCheckpointIO, Description, check_class_names, load_weights, read
+from detpipe.training.models import load_detector
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KILLS = 20
 KILL_DURING_SAVES = """
 import os, random, signal, sys, time, torch
 from pathlib import Path
-from detpipe.checkpoint import AtomicCheckpointIO
+from detpipe.training.checkpoint import AtomicCheckpointIO
 from detpipe.files import remove_orphans
 
 torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
@@ -97,7 +98,7 @@ def test_a_detector_is_rebuilt_from_its_checkpoint_alone(trained: Path, demo_roo
     import runs
 
     from detpipe.commands import training
-    from detpipe.configuration import CLI
+    from detpipe.training.configuration import CLI
 
     cli = CLI([runs.CONFIG, *runs.options(demo_root)], training._add_arguments)
     load_weights(cli.model, stored(trained), trained / "best.ckpt")

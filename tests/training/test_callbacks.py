@@ -13,7 +13,11 @@ from PIL import Image
 from torch import nn
 
 from detpipe import cli, detector
-from detpipe.callbacks import (
+from detpipe.commands import training
+from detpipe.errors import TrainingError
+from detpipe.pictures.contact_sheet import contact_sheet
+from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
+from detpipe.training.callbacks import (
     NONFINITE_BATCH,
     MeanAveragePrecision,
     StepSeed,
@@ -21,11 +25,7 @@ from detpipe.callbacks import (
     Throughput,
     ValidateLastStep,
 )
-from detpipe.commands import training
-from detpipe.configuration import CLI, quiet
-from detpipe.errors import TrainingError
-from detpipe.pictures.contact_sheet import contact_sheet
-from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
+from detpipe.training.configuration import CLI, quiet
 
 
 def built(root: Path, *options: str) -> CLI:

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from detpipe import processes
-from detpipe.checkpoint import KEY, Description
 from detpipe.errors import NonFiniteStepError, TrainingError
 from detpipe.evaluation.metrics import CocoEvaluator
 from detpipe.files import atomic_write
+from detpipe.training.checkpoint import KEY, Description
 from detpipe.types import Target
 
 NONFINITE_BATCH = "nonfinite_batch.pt"

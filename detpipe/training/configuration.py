@@ -21,13 +21,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from detpipe import backbones, heads, proposals
-from detpipe.checkpoint import link_stages
-from detpipe.config_errors import explain
 from detpipe.datasets import DetectionData
 from detpipe.detector import TwoStageDetector
 from detpipe.errors import DetpipeError, UsageError
 from detpipe.processes import is_first
 from detpipe.suggest import did_you_mean
+from detpipe.training.config_errors import explain
+from detpipe.training.models import link_stages
 
 STAGES = (backbones, heads, proposals)  # short names work for classes that are imported
 

@@ -1,0 +1,189 @@
+"""Models rebuilt from their checkpoints alone: detectors, classifiers, and what ``detpipe train_regions`` trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning import LightningModule
+
+from detpipe.classifier import ImageClassifier
+from detpipe.detector import TwoStageDetector
+from detpipe.errors import CheckpointError
+from detpipe.region_classifier import RegionClassifier
+from detpipe.training.checkpoint import Description, load_weights, read
+
+ALLOWED = "detpipe."  # a checkpoint may name classes of this package only
+
+
+def load_detector(path: str | Path) -> tuple[TwoStageDetector, Description]:
+    """Rebuild a detector from its checkpoint alone.
+
+    Args:
+        path: a local file.
+
+    Returns:
+        The detector in evaluation mode, and what the checkpoint says about itself.
+
+    Raises:
+        CheckpointError: as in :func:`read`; or the checkpoint names classes of other packages, or is of a classifier.
+    """
+    checkpoint, description = read(path)
+    _refuse_named(description, path, "a detector that 'detpipe train' wrote")
+    if "label_smoothing" in description.model:
+        raise CheckpointError(
+            f"checkpoint {path} is of a classifier; a detector takes the backbone.safetensors beside it as weights of its "
+            "backbone"
+        )
+    return rebuild(path, checkpoint, description, add_model), description
+
+
+def load_classifier(path: str | Path) -> tuple[ImageClassifier, Description]:
+    """Rebuild a classifier from its checkpoint alone.
+
+    Args:
+        path: a local file.
+
+    Returns:
+        The classifier in evaluation mode, and what the checkpoint says about itself.
+
+    Raises:
+        CheckpointError: as in :func:`read`; or the checkpoint names classes of other packages, or is of a detector.
+    """
+    checkpoint, description = read(path)
+    _refuse_named(description, path, "one that 'detpipe pretrain' wrote")
+    if "head" in description.model:
+        raise CheckpointError(f"checkpoint {path} is of a detector; expected one that 'detpipe pretrain' wrote")
+    return rebuild(path, checkpoint, description, add_classifier), description
+
+
+def _refuse_named(description: Description, path: str | Path, expected: str) -> None:
+    if "class_path" in description.model:
+        kind = str(description.model["class_path"]).rpartition(".")[2]
+        raise CheckpointError(f"checkpoint {path} is of a {kind}; expected {expected}")
+
+
+def rebuild(
+    path: str | Path, checkpoint: dict[str, Any], description: Description, add: Callable[[ArgumentParser], None]
+) -> Any:
+    """Build a model from a checkpoint that has been read.
+
+    Args:
+        path: of the checkpoint, for messages.
+        checkpoint: Lightning's dict.
+        description: what it says about itself.
+        add: lets a parser build the model from ``model`` and ``num_classes``.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: it names classes of other packages, or its model cannot be built, or the weights do not fit.
+    """
+    _check_classes(description.model, str(path))
+    parser = ArgumentParser(exit_on_error=False)
+    add(parser)
+    try:
+        config = parser.parse_object({"model": description.model, "num_classes": len(description.class_names)})
+        model = parser.instantiate(config).model
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise CheckpointError(f"checkpoint {path}: its model cannot be built by this version: {reason}") from error
+    load_weights(model, checkpoint, path)
+    return model.eval()
+
+
+def load_region_classifier(path: str | Path) -> tuple[RegionClassifier, Description]:
+    """Rebuild a `RegionClassifier` from its checkpoint alone.
+
+    Args:
+        path: a local file.
+
+    Returns:
+        The model in evaluation mode, and what the checkpoint says about itself.
+
+    Raises:
+        CheckpointError: as of :func:`load_region_model`; or the checkpoint is of another model.
+    """
+    model, description = load_region_model(path)
+    if not isinstance(model, RegionClassifier):
+        raise CheckpointError(f"checkpoint {path} is of a {type(model).__name__}; expected one of a RegionClassifier")
+    return model, description
+
+
+def load_region_model(path: str | Path) -> tuple[LightningModule, Description]:
+    """Rebuild what ``detpipe train_regions`` trained from its checkpoint alone.
+
+    Args:
+        path: a local file.
+
+    Returns:
+        The model in evaluation mode, and what the checkpoint says about itself.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or no checkpoint of this package; or it names classes of other packages; or
+            it is of a detector or a classifier of whole images.
+    """
+    checkpoint, description = read(path)
+    if "class_path" not in description.model:
+        kind = "a detector" if "head" in description.model else "a classifier of whole images"
+        raise CheckpointError(f"checkpoint {path} is of {kind}; expected one that 'detpipe train_regions' wrote")
+    return rebuild(path, checkpoint, description, add_region_model), description
+
+
+def add_region_model(parser: ArgumentParser) -> None:
+    """Let a parser build what ``model`` names by its class, with ``num_classes``."""
+    import detpipe.backbones  # noqa: F401  (short names work for classes that are imported)
+
+    parser.add_argument("--num_classes", type=int)
+    parser.add_subclass_arguments(LightningModule, "model")
+    parser.link_arguments("num_classes", "model.init_args.num_classes")
+
+
+def add_model(parser: ArgumentParser) -> None:
+    """Let a parser build a detector from ``model`` and ``num_classes``; the widths of its stages follow each other."""
+    import detpipe.backbones
+    import detpipe.heads
+    import detpipe.proposals  # noqa: F401  (short names work for classes that are imported)
+
+    parser.add_argument("--num_classes", type=int)
+    parser.add_class_arguments(TwoStageDetector, "model")
+    parser.link_arguments("num_classes", "model.head.init_args.num_classes")
+    link_stages(parser)
+
+
+def add_classifier(parser: ArgumentParser) -> None:
+    """Let a parser build a classifier from ``model`` and ``num_classes``."""
+    import detpipe.backbones  # noqa: F401  (short names work for classes that are imported)
+
+    parser.add_argument("--num_classes", type=int)
+    parser.add_class_arguments(ImageClassifier, "model")
+    parser.link_arguments("num_classes", "model.num_classes")
+
+
+def link_stages(parser: ArgumentParser) -> None:
+    """Give the head, and a proposal source that asks for them, what the backbone declares of its levels and its pixels."""
+    for stage, strides in (("head", "roi_strides"), ("proposals", "strides")):
+        for source, target in (("out_channels", "in_channels"), (strides, "strides")):
+            parser.link_arguments(
+                f"model.backbone.{source}", f"model.{stage}.init_args.{target}", apply_on="instantiate"
+            )
+    parser.link_arguments(
+        "model.backbone.pixel_format", "model.proposals.init_args.pixel_format", apply_on="instantiate"
+    )
+
+
+def _check_classes(value: Any, path: str) -> None:
+    if isinstance(value, dict):
+        name = value.get("class_path", ALLOWED)
+        if not isinstance(name, str) or not name.startswith(ALLOWED):
+            raise CheckpointError(
+                f"checkpoint {path} names the class {name!r}; only classes of detpipe are built from files"
+            )
+        for item in value.values():
+            _check_classes(item, path)
+    elif isinstance(value, list):
+        for item in value:
+            _check_classes(item, path)
