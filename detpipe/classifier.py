@@ -79,6 +79,7 @@ class ImageClassifier(LightningModule):
         self.level = max(backbone.strides, key=lambda level: backbone.strides[level])  # the coarsest
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(backbone.level_channels[self.level], num_classes)
+        self.classifier.class_outputs = (0, 1)  # no row of the background, one of each class: for fine-tuning
         self.label_smoothing = label_smoothing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._validated: list[Tensor] = []  # of each batch: images, sum of their losses, hits for each of TOP

@@ -1,7 +1,8 @@
 """The ``detpipe`` command: ``train``, ``evaluate``, ``predict`` and others, the same as the scripts in ``tools/``.
 
 Nothing heavy is imported before a command is known, so that help and mistakes answer at once. Exit status: 0 for success, 2
-for a wrong command line or configuration, 1 for anything else that went wrong, 130 when interrupted.
+for a wrong command line or configuration, 1 for anything else that went wrong, 130 when interrupted, 143 when a training was asked
+to end (SIGTERM, SIGUSR1).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from detpipe.allocator import keep_freed_memory
-from detpipe.errors import DetpipeError, UsageError
+from detpipe.errors import DetpipeError, StoppedBySignal, UsageError
 
 HELP = """usage: detpipe [--debug] COMMAND ...
 
@@ -108,6 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stop.__context__, KeyboardInterrupt):  # how Lightning leaves when interrupted
             return interrupted()
         return stop.code if isinstance(stop.code, int) else 0
+    except StoppedBySignal as stop:
+        print(f"detpipe: {stop}", file=sys.stderr)
+        return stop.status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -39,5 +39,18 @@ class NonFiniteStepError(TrainingError):
         self.what = what or message
 
 
+class StoppedBySignal(DetpipeError):
+    """A training that a signal ended between two steps.
+
+    Args:
+        message: what was saved, and how to go on.
+        status: the exit status of the command.
+    """
+
+    def __init__(self, message: str, status: int = 143) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class UsageError(DetpipeError, ValueError):
     """A wrong command line or configuration: ends a command with exit status 2."""

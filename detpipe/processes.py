@@ -126,11 +126,21 @@ def anywhere(condition: bool, device: torch.device) -> bool:
         condition: in this process.
         device: that the process group can speak to.
     """
+    return bool(largest(int(condition), device))
+
+
+def largest(value: int, device: torch.device) -> int:
+    """Tell the largest of the numbers of all processes; all of them must ask.
+
+    Args:
+        value: of this process.
+        device: that the process group can speak to.
+    """
     if not _joined():
-        return condition
-    answer = torch.tensor(float(condition), device=device)
+        return value
+    answer = torch.tensor(value, device=device)
     group.all_reduce(answer, group.ReduceOp.MAX)
-    return bool(answer)
+    return int(answer)
 
 
 def from_all(value: T) -> list[T]:

@@ -83,6 +83,7 @@ class Classification:
         last = nn.Linear((inputs, *self.fc)[-1], num_classes)
         nn.init.normal_(last.weight, std=0.01)
         nn.init.zeros_(last.bias)
+        last.class_outputs = (0, 1)  # no row of the background, one of each class: for fine-tuning
         return nn.Sequential(*layers, last)
 
 

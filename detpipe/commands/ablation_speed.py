@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from detpipe.commands.training import add_arguments
 from detpipe.training.configuration import CLI, quiet
 from detpipe.training.models import load_detector
-from detpipe.training.run_folder import add_arguments
 from detpipe.types import Target
 
 TURNS, IMAGES = 5, 4

@@ -102,7 +102,7 @@ def train_classifier(arguments: Sequence[str]) -> int:
     """
     quiet()
     study, recipe, output = read_arguments(arguments)
-    folder = run_folder.choose_folder(output, arguments)
+    folder = run_folder.choose_folder(output, Path(arguments[0]).stem)
     runs = _runs(study, recipe, folder)
     _check(runs)
     folder.mkdir(parents=True, exist_ok=True)

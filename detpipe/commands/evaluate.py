@@ -83,10 +83,9 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
 
 
 def _evaluate_model(arguments: Sequence[str]) -> int:
-    from lightning.pytorch.callbacks import TQDMProgressBar
-
     from detpipe.training import checkpoint
     from detpipe.training.configuration import CLI, quiet
+    from detpipe.training.trainer import build_trainer
 
     quiet()
     cli = CLI(arguments, _add_arguments)
@@ -110,13 +109,23 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     for setting in checkpoint.differing_settings(description, checkpoint.describe_model(config.model)):
         print(f"note: not as in training: {setting}; RUN/config.yaml has all settings of a run")
     loader = data.eval_dataloader(split)
-    trainer = cli.trainer_with(callbacks=[TQDMProgressBar()], enable_checkpointing=False)
+    settings = {**cli.trainer_settings, "limit_predict_batches": _limit(cli.trainer_settings, split)}
+    trainer = build_trainer(settings, run)
     found = trainer.predict(cli.model, loader) or []  # of this process' batches, of which it may have none
-    detections = _of_all_processes(found, loader.batch_sampler, annotations)
+    rows, detections = _of_all_processes(found, loader.batch_sampler, annotations)
     if not trainer.is_global_zero:
         return 0
     evaluation.write_detections(results, detections, annotations)
+    if len(rows) < len(annotations):
+        print(f"the numbers are of {len(rows)} of {len(annotations)} images, since trainer limits the batches")
+        annotations = annotations.subset(rows)
     metrics = evaluation.evaluate(annotations, detections, config.protocol, max_detections=config.max_detections)
+    for logger in trainer.loggers:
+        logger.log_metrics(
+            {f"{split}/{name}": value for name, value in metrics.items() if isinstance(value, float)},
+            stored["global_step"],
+        )
+        logger.finalize("success")
     _print(metrics, config.protocol, numbers)
     print(f"\nnumbers {numbers}\ndetections {results}")
     if report.out is not None:
@@ -126,15 +135,22 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _limit(trainer: dict[str, Any], split: str) -> Any:
+    """How many batches are wanted: by the limit of predictions, else by that of the split."""
+    limit = trainer["limit_predict_batches"]
+    return trainer[f"limit_{split}_batches"] if limit is None else limit
+
+
 def _of_all_processes(
     batches: Sequence[Sequence[Detection]], keys: Iterable[Sequence[tuple[int, int]]], annotations: Annotations
-) -> DetectionArrays:
-    """Join what each process has found, in the order of the annotations: the same for any number of processes."""
-    ids = [int(annotations.image_ids[row]) for batch in keys for _, row in batch]
-    own = evaluation.pack([one for batch in batches for one in batch], ids)
+) -> tuple[np.ndarray, DetectionArrays]:
+    """Rows of the images that were looked at, and what was found in them, in order: the same for any number of processes."""
+    own_rows = [row for _, batch in zip(batches, keys, strict=False) for _, row in batch]
+    own = evaluation.pack([one for batch in batches for one in batch], annotations.image_ids[own_rows].tolist())
+    rows = np.sort(np.concatenate(processes.from_all(np.array(own_rows, dtype=np.int64))))
     found = evaluation.concatenate(processes.from_all(own))
     row_of = {image_id: row for row, image_id in enumerate(annotations.image_ids.tolist())}
-    return found.take(np.argsort([row_of[image_id] for image_id in found.image_ids.tolist()], kind="stable"))
+    return rows, found.take(np.argsort([row_of[image_id] for image_id in found.image_ids.tolist()], kind="stable"))
 
 
 def _add_arguments(parser: Any) -> None:

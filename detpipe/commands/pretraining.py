@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from detpipe.backbones import Extractor
-from detpipe.classifier import ClassificationBatch, ImageClassifier
+from detpipe.classifier import ImageClassifier
+from detpipe.commands.training import add_arguments, run_training
 from detpipe.datasets import ClassificationData
 from detpipe.errors import DataError
 from detpipe.files import atomic_write
 from detpipe.stages import Backbone
-from detpipe.training import callbacks, checkpoint, run_folder
+from detpipe.training import checkpoint, run_folder
+from detpipe.training.callbacks import Accuracy
 from detpipe.training.configuration import CommandCLI, quiet
 
 WEIGHTS = "backbone.safetensors"
@@ -55,7 +57,7 @@ def pretrain(arguments: Sequence[str]) -> int:
         DetpipeError: what users can mend.
     """
     quiet()
-    cli = PretrainingCLI(arguments, run_folder.add_arguments)
+    cli = PretrainingCLI(arguments, add_arguments)
     data = cli.datamodule
     for split in ("train", "val"):
         print(data.describe(split))
@@ -67,15 +69,15 @@ def pretrain(arguments: Sequence[str]) -> int:
         )
     model, class_names = checkpoint.describe_model(cli.config.model), tuple(data.class_names)
     description = checkpoint.Description(model, class_names, tuple(range(len(class_names))))
-    watched = run_folder.Watched("val/top1", lambda _: [callbacks.Accuracy()], _names_of_images)
-    run = run_folder.fit(cli, arguments, description, watched)
-    stored, _ = checkpoint.read(run.best)
-    numbers = callbacks.Accuracy.stored(stored)
-    checkpoint.load_weights(cli.model, stored, run.best)
-    facts = {"num_classes": len(class_names), **{name: round(numbers[name], 6) for name in ("top1", "top5")}}
+    run = run_training(cli, run_folder.Task(Accuracy(), description, file_names=lambda batch: list(batch[2])))
+    if run.checkpoint is not None:
+        checkpoint.load_weights(cli.model, checkpoint.read(run.checkpoint)[0], run.checkpoint)
+    scores = {name: round(run.numbers[name], 6) for name in ("top1", "top5") if name in run.numbers}
+    facts = {"num_classes": len(class_names), **scores}
     weights = export_backbone(cli.model.backbone, run.folder / WEIGHTS, model["backbone"], facts)
-    run.write_summary({**numbers, "weights": str(weights)})
-    print(f"top-1 {numbers['top1']:.3f} top-5 {numbers['top5']:.3f} weights {weights}")
+    run.write_summary({"weights": str(weights)})
+    shown = [f"{label} {scores[name]:.3f}" for name, label in (("top1", "top-1"), ("top5", "top-5")) if name in scores]
+    print(" ".join([*shown, f"weights {weights}"]))
     return 0
 
 
@@ -117,10 +119,6 @@ def backbone_weights(backbone: Backbone) -> dict[str, Tensor]:
     if isinstance(backbone, Extractor):
         state = {name.removeprefix("body."): value for name, value in state.items()}
     return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-
-
-def _names_of_images(batch: ClassificationBatch) -> list[str]:
-    return list(batch[2])
 
 
 def _version() -> str:

@@ -12,21 +12,19 @@ It takes what it needs of a backbone, its channels and strides, from the backbon
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
+from detpipe.commands.training import add_arguments, run_training
 from detpipe.datasets import DetectionData
-from detpipe.errors import DataError, TrainingError, UsageError
+from detpipe.errors import DataError, UsageError
 from detpipe.pictures.run_pictures import TrainingPicture
 from detpipe.region_classifier import RegionClassifier
 from detpipe.superpixel_localizer import SuperpixelLocalizer
 from detpipe.training import checkpoint, run_folder
+from detpipe.training.callbacks import ValidationNumbers
 from detpipe.training.configuration import CommandCLI, quiet
 
 MODELS = (RegionClassifier, SuperpixelLocalizer)  # short names work for classes that are imported
@@ -44,50 +42,6 @@ class RegionCLI(CommandCLI):
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
 
-class ValidationNumbers(Callback):
-    """Keep the numbers of each validation for the checkpoint.
-
-    Args:
-        watched: the number that must be among them.
-    """
-
-    def __init__(self, watched: str) -> None:
-        self.watched = watched
-        self.metrics: dict[str, Any] = {}
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over what the model has logged.
-
-        Raises:
-            TrainingError: the number that is watched is not there.
-        """
-        logged = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
-        if self.watched not in logged:
-            raise TrainingError(
-                f"{type(pl_module).__name__} is to be watched by {self.watched!r}, but logged {sorted(logged) or 'nothing'}"
-            )
-        others = {name: value for name, value in logged.items() if name != self.watched}
-        numbers = {self.watched: logged[self.watched], **others}
-        self.metrics = {name.removeprefix("val/"): value for name, value in numbers.items()}
-        self.metrics["epoch"] = trainer.current_epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """The numbers, for the checkpoint."""
-        return {"metrics": json.dumps(self.metrics)}
-
-    @classmethod
-    def stored(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        """Read the numbers of a checkpoint.
-
-        Args:
-            stored: Lightning's dict.
-
-        Returns:
-            The numbers by name, without ``val/``, the one that was watched first; and ``epoch``.
-        """
-        return json.loads(stored["callbacks"][cls.__qualname__]["metrics"])
-
-
 def train_regions(arguments: Sequence[str]) -> int:
     """Train a model, validate it, and leave everything in a run folder; the last line printed is the result.
 
@@ -102,24 +56,20 @@ def train_regions(arguments: Sequence[str]) -> int:
         DetpipeError: what users can mend.
     """
     quiet()
-    cli = RegionCLI(arguments, run_folder.add_arguments)
+    cli = RegionCLI(arguments, add_arguments)
     watched = _watched(cli.model)
     data = cli.datamodule
     for split in ("train", "val"):
         print(data.describe(split))
         if not len(data.annotations(split)):
             raise DataError(f"the {split} split has no images")
-    model = checkpoint.describe_model(cli.config.model)
-    description = checkpoint.Description(model, tuple(data.class_names), tuple(data.category_ids))
-
-    def own(folder: Path) -> list[Callback]:
-        return [ValidationNumbers(watched), TrainingPicture(folder, tuple(data.class_names))]
-
-    run = run_folder.fit(cli, arguments, description, run_folder.Watched(watched, own))
-    numbers = ValidationNumbers.stored(checkpoint.read(run.best)[0])
-    run.write_summary(numbers)
-    shown = [f"{name} {value:.3f}" for name, value in numbers.items() if name not in ("loss", "epoch")]
-    print(f"{' '.join(shown)} checkpoint {run.best}")
+    names = tuple(data.class_names)
+    description = checkpoint.Description(checkpoint.describe_model(cli.config.model), names, tuple(data.category_ids))
+    task = run_folder.Task(ValidationNumbers(watched), description, lambda folder: [TrainingPicture(folder, names)])
+    run = run_training(cli, task)
+    run.write_summary()
+    shown = [f"{name} {value:.3f}" for name, value in run.numbers.items() if name not in ("loss", "epoch")]
+    print(run.result(" ".join(shown)))
     return 0
 
 

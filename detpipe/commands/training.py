@@ -1,4 +1,4 @@
-"""The ``train`` command: from a configuration to a run folder.
+"""The ``train`` command: from a configuration to a run folder; and what all commands that train have in common.
 
 Beside what every run leaves there (:mod:`detpipe.training.run_folder`) the folder holds ``training.png`` and ``validation.png``.
 """
@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser
 
 from detpipe.datasets.stored_proposals import StoredProposals
-from detpipe.errors import DataError
+from detpipe.errors import DataError, UsageError
 from detpipe.evaluation.proposal_faults import recall_note
 from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
-from detpipe.training import callbacks, checkpoint, run_folder
-from detpipe.training.configuration import CLI, quiet
-from detpipe.training.run_folder import add_arguments as _add_arguments
+from detpipe.training import checkpoint, resume, run_folder
+from detpipe.training.callbacks import MeanAveragePrecision
+from detpipe.training.configuration import CLI, CommandCLI, quiet
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -26,7 +27,7 @@ def train(arguments: Sequence[str]) -> int:
 
     Args:
         arguments: ``CONFIG.yaml [MORE.yaml ...] [--key.path value ...]``; ``--output FOLDER`` names the run folder,
-            ``--ckpt_path CHECKPOINT`` resumes.
+            ``--ckpt_path CHECKPOINT`` goes on with a training, ``--init_from CHECKPOINT`` begins with its weights.
 
     Returns:
         The exit status.
@@ -35,28 +36,83 @@ def train(arguments: Sequence[str]) -> int:
         DetpipeError: what users can mend.
     """
     quiet()
-    cli = CLI(arguments, _add_arguments)
+    cli = CLI(arguments, add_arguments)
     data = cli.datamodule
     for split in ("train", "val"):
         print(data.describe(split))
     if not len(data.annotations("train")):
         raise DataError("the training split has no images")
     _report_recall(data)
+    names = tuple(data.class_names)
+    source = _source_of(data.proposals("train"))
     description = checkpoint.Description(
-        checkpoint.describe_model(cli.config.model),
-        tuple(data.class_names),
-        tuple(data.category_ids),
-        _source_of(data.proposals("train")),
+        checkpoint.describe_model(cli.config.model), names, tuple(data.category_ids), source
     )
 
-    def own(folder: Path) -> list[Callback]:
-        names = tuple(data.class_names)
-        return [callbacks.MeanAveragePrecision(), TrainingPicture(folder, names), ValidationPicture(folder, names)]
+    def pictures(folder: Path) -> list[Callback]:
+        return [TrainingPicture(folder, names), ValidationPicture(folder, names)]
 
-    run = run_folder.fit(cli, arguments, description, run_folder.Watched("val/AP", own))
-    summary = run.write_summary(callbacks.MeanAveragePrecision.stored(checkpoint.read(run.best)[0]))
-    print(f"AP {summary['AP']:.3f} AP50 {summary['AP50']:.3f} checkpoint {summary['checkpoint']}")
+    run = run_training(cli, run_folder.Task(MeanAveragePrecision(), description, pictures))
+    summary = run.write_summary()
+    print(run.result(f"AP {summary['AP']:.3f} AP50 {summary['AP50']:.3f}" if "AP" in summary else ""))
     return 0
+
+
+def add_arguments(parser: LightningArgumentParser) -> None:
+    """Add what a command that trains takes beside its configuration."""
+    parser.add_argument("--output", type=str | None, default=None, help="run folder; runs/CONFIG/DATE-TIME by default")
+    parser.add_argument(
+        "--ckpt_path",
+        type=str | None,
+        default=None,
+        help="go on from this checkpoint; 'last': from the newest sound one in --output, or anew where there is none",
+    )
+    parser.add_argument(
+        "--accept_changes",
+        type=str | None,
+        default=None,
+        help=f"go on though these are not as in the checkpoint, with commas between: {', '.join(resume.CHANGES)}, all",
+    )
+    parser.add_argument(
+        "--init_from",
+        type=str | None,
+        default=None,
+        help="begin with the weights of this checkpoint that fit, of a model with other classes, heads or levels",
+    )
+
+
+def run_training(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
+    """Train what a configuration has built.
+
+    Args:
+        cli: model, data and settings.
+        task: what is trained, and how it is watched.
+
+    Returns:
+        The run, whose summary is still to be written.
+
+    Raises:
+        SystemExit: after training, in all processes but the first.
+        DetpipeError: what users can mend.
+    """
+    config = cli.config
+    if config.init_from is not None and config.ckpt_path not in (None, "last"):
+        raise UsageError("--init_from begins a training, --ckpt_path goes on with one: give one of them")
+    if config.ckpt_path == "last" and config.output is None:
+        raise UsageError("--ckpt_path last needs the folder of the run: give --output RUN")
+    options = run_folder.Options(
+        ckpt_path=config.ckpt_path,
+        accepted=resume.read_accepted(config.accept_changes),
+        init_from=config.init_from,
+        ema=config.ema,
+        early_stopping=config.early_stopping,
+        checkpoint=cli.config_init["checkpoint"],
+        seed=int(config.seed_everything or 0),
+        trainer=cli.trainer_settings,
+        record=resume.record(config.as_dict(), cli.datamodule),
+        config=cli.reusable(),
+    )
+    return run_folder.fit(cli.model, cli.datamodule, run_folder.choose_folder(config.output, cli.name), task, options)
 
 
 def _report_recall(data: Any) -> None:

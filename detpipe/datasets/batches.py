@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +92,7 @@ class EpochBatches(Sampler[list[Key]]):
         self.seed = seed
         self.training = training
         self.epoch = 0
+        self._done = (0, 0)  # an epoch, and how many of its batches the next iteration leaves out
         everywhere = locality is None or int(locality.windows().max(initial=0)) == 0
         self.locality = None if everywhere else locality
         self._evaluation = [] if training else self._same_size_batches()
@@ -104,16 +106,27 @@ class EpochBatches(Sampler[list[Key]]):
         """Choose the epoch of the next iteration; Lightning calls this."""
         self.epoch = epoch
 
+    def resume(self, epoch: int, batches: int) -> None:
+        """Leave out the first batches of the next iteration, if it is that of this epoch.
+
+        Args:
+            epoch: in which training was stopped.
+            batches: of this process, that it had been trained on.
+        """
+        self._done = (epoch, batches)
+
     def batches(self, epoch: int) -> list[list[int]]:
         """The indices of every batch of an epoch that is this process' to load."""
         return [batch for batch, _ in self._dealt(epoch)]
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch = self.epoch
-        return (
-            [Repeat((epoch, index)) if repeated else (epoch, index) for index in batch]
-            for batch, repeated in self._dealt(epoch)
-        )  # a batch at a time: there may be millions
+        epoch, (stopped, done) = (
+            self.epoch,
+            self._done,
+        )  # read with the first batch: PyTorch makes iterators that it never uses
+        self._done = (0, 0)
+        for batch, repeated in islice(self._dealt(epoch), done if epoch == stopped else 0, None):
+            yield [Repeat((epoch, index)) if repeated else (epoch, index) for index in batch]  # there may be millions
 
     def __len__(self) -> int:
         rank, size = share()

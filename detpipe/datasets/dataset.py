@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -175,7 +176,18 @@ def _check(augment: Augment, annotations: Annotations) -> None:
 def start_worker(_: int) -> None:
     """Give a data worker one thread: the workers are what runs in parallel.
 
-    What came with the fork is taken from the collector of cycles, which would write to all of it, and so copy it.
+    What came with the fork is taken from the collector of cycles, which would write to all of it, and so copy it. A signal that
+    asks the training to stop reaches the workers too (Ctrl-C, a cluster's preemption); they go on, since the main process still
+    needs batches to finish its step, and ends them itself: by a message, or by SIGTERM where that does not help.
     """
     gc.freeze()
     torch.set_num_threads(1)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has the first alone
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _ignore_once)
+
+
+def _ignore_once(number: int, _: object) -> None:
+    """The next one ends this process."""
+    signal.signal(number, signal.SIG_DFL)

@@ -45,4 +45,8 @@ def output_layers(width: int, num_classes: int, class_agnostic: bool) -> tuple[n
     for layer, std in ((classifier, 0.01), (regressor, 0.001)):
         nn.init.normal_(layer.weight, std=std)
         nn.init.zeros_(layer.bias)
+    # rows of the background, and of each class: what fine-tuning takes over class by class
+    classifier.class_outputs = (1, 1)
+    if not class_agnostic:
+        regressor.class_outputs = (0, 4)
     return classifier, regressor

@@ -130,6 +130,7 @@ class SuperpixelPoolingHead(nn.Module):
         self.upsample = nn.Sequential(*steps)
         self.global_classifier = nn.Linear(width, num_classes)
         self.region_classifier = nn.Linear(width, num_classes)
+        self.global_classifier.class_outputs = self.region_classifier.class_outputs = (0, 1)  # for fine-tuning
 
     def forward(self, features: Tensor, superpixels: Tensor, num_superpixels: int | None = None) -> Localized:
         """Classify an image by its whole and by its superpixels.

@@ -1,4 +1,4 @@
-"""What happens around training: random state, scores, speed, pictures, and the stop at a NaN."""
+"""What happens around training: random state, scores, averages of the weights, speed, and the stop at a NaN or without progress."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
 from torch import Tensor
+from tqdm import tqdm
 
 from detpipe import processes
 from detpipe.errors import NonFiniteStepError, TrainingError
@@ -31,7 +32,7 @@ def names_of_targets(batch: Batch) -> list[str]:
 
 
 class StepSeed(Callback):
-    """Make every random draw of a training step a function of the seed and the step alone.
+    """Make every random draw of a training step, and of a validation, a function of the seed and the step alone.
 
     It is another one in each process, and for each of the batches whose gradients are accumulated for a step. A resumed run then
     draws what the undisturbed one would have drawn.
@@ -46,7 +47,13 @@ class StepSeed(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Seed the global generators for this step."""
         accumulated = trainer.accumulate_grad_batches
-        part = trainer.global_step * accumulated + batch_idx % accumulated
+        self._set(trainer, trainer.global_step * accumulated + batch_idx % accumulated)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seed them for the validation: its losses are those of sampled RoIs."""
+        self._set(trainer, -1 - trainer.global_step)
+
+    def _set(self, trainer: Trainer, part: int) -> None:
         torch.manual_seed((self.seed * 1_000_003 + part * trainer.world_size + trainer.global_rank) % 2**63)
 
 
@@ -76,20 +83,76 @@ class DescribeCheckpoint(Callback):
         checkpoint[KEY] = self.description.to_dict()
 
 
-class MeanAveragePrecision(Callback):
+class ValidationNumbers(Callback):
+    """Keep the numbers of each validation, so that every checkpoint carries those of its weights, and the epoch that they followed.
+
+    Args:
+        monitor: the logged number, named ``val/...``, of which the highest makes the best checkpoint.
+    """
+
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
+        self.metrics: dict[str, Any] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over what the model has logged, the monitored number first.
+
+        Raises:
+            TrainingError: the monitored number is not there.
+        """
+        logged = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+        if self.monitor not in logged and not trainer.barebones:
+            raise TrainingError(
+                f"{type(pl_module).__name__} is to be watched by {self.monitor!r}, but logged {sorted(logged) or 'nothing'}"
+            )
+        ordered = {name: logged[name] for name in (self.monitor, *logged) if name in logged}
+        self.metrics = {name.removeprefix("val/"): value for name, value in ordered.items()}
+        self.metrics["epoch"] = trainer.current_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers, for the checkpoint."""
+        return {"metrics": json.dumps(self.metrics)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the numbers of a checkpoint."""
+        self.metrics = json.loads(state_dict["metrics"])
+
+    @classmethod
+    def stored(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Read the numbers of a checkpoint.
+
+        Args:
+            checkpoint: Lightning's dict.
+
+        Returns:
+            The numbers by name, without ``val/``, and ``epoch``; nothing before the first validation.
+        """
+        return json.loads(checkpoint["callbacks"].get(cls.__qualname__, {"metrics": "{}"})["metrics"])
+
+
+class Accuracy(ValidationNumbers):
+    """Keep the numbers of a classifier: ``top1``, ``top5`` (0..1) and ``loss``."""
+
+    def __init__(self) -> None:
+        super().__init__("val/top1")
+
+
+class MeanAveragePrecision(ValidationNumbers):
     """Evaluate the detections of each validation epoch.
 
-    Logs ``val/AP`` and ``val/AP50`` (COCO's definitions, in 0..1). Each checkpoint carries all the numbers of its weights.
+    Logs ``val/AP`` and ``val/AP50`` (COCO's definitions, in 0..1), and keeps all numbers of :func:`detpipe.evaluation.evaluate`.
     """
 
     def __init__(self) -> None:
-        self.metrics: dict[str, Any] = {}
+        super().__init__("val/AP")
         self._evaluator: CocoEvaluator | None = None
+        self._seen: set[int] = set()
+        self._told = False
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last epoch."""
         annotations = trainer.datamodule.annotations("val")  # type: ignore[attr-defined]
-        self._evaluator = CocoEvaluator(annotations).to(pl_module.device)
+        self._evaluator, self._seen = CocoEvaluator(annotations).to(pl_module.device), set()
 
     def on_validation_batch_end(
         self,
@@ -102,31 +165,97 @@ class MeanAveragePrecision(Callback):
     ) -> None:
         """Keep the detections of a batch."""
         assert self._evaluator is not None
-        self._evaluator.update(outputs, [int(target["image_id"]) for target in batch[1]])  # type: ignore[typeddict-item]
+        ids = [int(target["image_id"]) for target in batch[1]]  # type: ignore[typeddict-item]
+        self._evaluator.update(outputs, ids)
+        self._seen.update(ids)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate and log."""
         assert self._evaluator is not None
         self.metrics = self._evaluator.compute()
         self.metrics["epoch"] = trainer.current_epoch
+        images, every = len(set().union(*processes.from_all(self._seen))), len(self._evaluator.annotations)
+        if images < every:
+            self.metrics["images"] = images
+            if trainer.is_global_zero and not trainer.sanity_checking and not self._told:
+                self._told = True
+                tqdm.write(f"AP is that of {images} of {every} validation images, since trainer limits the batches")
         for name in ("AP", "AP50"):
             pl_module.log(f"val/{name}", float(self.metrics[name]), prog_bar=True)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The numbers, for the checkpoint."""
-        return {"metrics": json.dumps(self.metrics)}
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The numbers are there already."""
 
-    @classmethod
-    def stored(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Read the numbers of a checkpoint.
 
-        Args:
-            checkpoint: Lightning's dict.
+class AveragedWeights(WeightAveraging):
+    """Average the weights over the steps of training, from the first one on, and validate, save and predict with the average.
 
-        Returns:
-            As from :func:`detpipe.evaluation.evaluate`, and ``epoch``.
-        """
-        return json.loads(checkpoint["callbacks"][cls.__qualname__]["metrics"])
+    The average after step t is ``d * average + (1 - d) * weights`` with ``d = min(decay, (1 + t) / (10 + t))``: it follows the
+    weights closely at first (the warm-up of TensorFlow's ``ExponentialMovingAverage``). Statistics of norms are averaged too.
+    Tarvainen and Valpola, "Mean teachers are better role models", 2017, arXiv 1703.01780.
+
+    Args:
+        decay: d after the warm-up, 0 to 1, 1 excluded.
+
+    Raises:
+        ValueError: ``decay`` outside its range.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema must be at least 0 and less than 1, got {decay}")
+        super().__init__(multi_avg_fn=self._average)
+        self.decay = decay
+        self._swapped = False
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Update after every step."""
+        return step_idx is not None
+
+    def _average(self, averages: Any, values: Any, count: Any) -> None:
+        step = self._latest_update_step + 1  # count lies on the device
+        decay = min(self.decay, (1 + step) / (10 + step))
+        if torch.is_floating_point(averages[0]):
+            torch._foreach_lerp_(averages, values, 1 - decay)
+        else:  # counters
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
+
+    def _swap_models(self, pl_module: LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._swapped = not self._swapped
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the average as the weights, and what is trained beside it, during a validation too."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._swapped:
+            average, trained = checkpoint["current_model_state"], checkpoint["state_dict"]
+            checkpoint["state_dict"], checkpoint["current_model_state"] = average, trained
+
+
+class StopEarly(EarlyStopping):
+    """End training when so many validations have brought no better number.
+
+    Args:
+        monitor: the logged number; the highest is the best.
+        patience: validations without a better one.
+
+    Raises:
+        ValueError: ``patience`` below 1.
+    """
+
+    def __init__(self, monitor: str, patience: int) -> None:
+        if patience < 1:
+            raise ValueError(f"early_stopping must be at least 1 epoch, got {patience}")
+        super().__init__(monitor, patience=patience, mode="max", check_finite=False, check_on_train_epoch_end=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting, by the patience that is configured now."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End at once where the run that goes on had ended here."""
+        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
 
 
 class Throughput(Callback):
@@ -141,9 +270,23 @@ class Throughput(Callback):
         """Training images a second, waiting for data included."""
         return self.images / self.seconds if self.seconds else 0.0
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._mark = time.perf_counter()
+
+    on_train_epoch_start = on_train_start
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._mark -= time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let it go on."""
+        self._mark += time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count the last seconds."""
+        self._mark += seconds
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -216,34 +359,3 @@ class StopOnNonFinite(Callback):
             f"{', '.join(names[:NAMES_SHOWN])}{more} (saved in {path}). Check them, or lower optimizer.lr or set "
             "trainer.gradient_clip_val"
         )
-
-
-class Accuracy(Callback):
-    """Keep top-1, top-5 and loss of each validation of a classifier.
-
-    Each checkpoint carries the numbers of the last validation, and the epoch that it followed.
-    """
-
-    def __init__(self) -> None:
-        self.metrics: dict[str, Any] = {}
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over what the classifier has logged."""
-        self.metrics = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("top1", "top5", "loss")}
-        self.metrics["epoch"] = trainer.current_epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """The numbers, for the checkpoint."""
-        return {"metrics": json.dumps(self.metrics)}
-
-    @classmethod
-    def stored(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Read the numbers of a checkpoint.
-
-        Args:
-            checkpoint: Lightning's dict.
-
-        Returns:
-            ``top1``, ``top5`` (0..1), ``loss`` and ``epoch``.
-        """
-        return json.loads(checkpoint["callbacks"][cls.__qualname__]["metrics"])

@@ -6,7 +6,11 @@ names of the classes. :mod:`detpipe.training.models` rebuilds models from it alo
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,12 @@ from jsonargparse import Namespace
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from detpipe.errors import CheckpointError
+from detpipe.errors import CheckpointError, TrainingError
 from detpipe.files import atomic_write
 
 FORMAT = 1
 KEY = "detpipe"
+BEST, LAST, PREVIOUS, SUM_SUFFIX = "best.ckpt", "last.ckpt", "previous.ckpt", ".sha256"
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,13 @@ class Description:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write each checkpoint beside its final name, and move it there when it is complete and on disk."""
+    """Write each checkpoint beside its final name, and move it there when it is on disk, with its check sum beside it.
+
+    Where ``last.ckpt`` is replaced, the one before stays as ``previous.ckpt``.
+    """
+
+    def __init__(self) -> None:
+        self.prepared: dict[str, dict[str, Any]] = {}  # by path: checkpoints that have been read, and will be loaded
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save a checkpoint, or leave what was there before.
@@ -54,11 +65,89 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             checkpoint: what Lightning wants to store.
             path: the final name.
             storage_options: not supported.
+
+        Raises:
+            TrainingError: the disk is full, or the file cannot be written.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            torch.save(checkpoint, temporary)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as temporary:
+                torch.save(checkpoint, temporary)
+                if path.name == LAST and path.is_file():
+                    _keep_previous(path)
+                # until the file is replaced, the side file knows both
+                write_check_sums(path, [_hash(temporary), *check_sums(path)[:1]])
+            write_check_sums(path, check_sums(path)[:1])
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
+            raise TrainingError(_unwritten(path, checkpoint, error)) from error
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint without running code in it.
+
+        Args:
+            path: a local file.
+            args: of Lightning, without effect.
+            kwargs: of Lightning, without effect.
+
+        Returns:
+            Lightning's dict.
+
+        Raises:
+            CheckpointError: as of :func:`read`.
+        """
+        return self.prepared.pop(str(path), None) or read(path)[0]
+
+
+def check_sums(path: Path) -> list[str]:
+    """Read the SHA-256 sums that a checkpoint may have, by its side file.
+
+    Args:
+        path: of the checkpoint.
+
+    Returns:
+        None or one; two where a save was cut off between the side file and the checkpoint.
+    """
+    side = path.with_name(f"{path.name}{SUM_SUFFIX}")
+    if not side.is_file():
+        return []
+    return [line.split()[0] for line in side.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+
+
+def write_check_sums(path: Path, sums: Sequence[str]) -> None:
+    """Write the side file of a checkpoint, as ``sha256sum`` does."""
+    with atomic_write(path.with_name(f"{path.name}{SUM_SUFFIX}")) as temporary:
+        temporary.write_text("".join(f"{one}  {path.name}\n" for one in sums), encoding="utf-8")
+
+
+def _keep_previous(path: Path) -> None:
+    """Give the last checkpoint a second name, which takes no space and no time where the file system has hard links."""
+    previous, sums = path.with_name(PREVIOUS), check_sums(path)
+    write_check_sums(previous, [*sums, *check_sums(previous)[:1]])
+    with atomic_write(previous) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+    write_check_sums(previous, sums)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _unwritten(path: Path, checkpoint: dict[str, Any], error: Exception) -> str:
+    """What a user needs to know of a checkpoint that could not be written."""
+    reason = getattr(error, "strerror", None) or "the disk is full, or the file may not be so large"
+    free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
+    intact = [name for name in (BEST, LAST, PREVIOUS) if path.with_name(name).is_file()]
+    return (
+        f"{path} could not be written after step {checkpoint.get('global_step')}: {reason}; {free:.0f} MiB are free there. Intact: "
+        f"{', '.join(intact) or 'no other checkpoint'}. Make room, and go on with --ckpt_path last"
+    )
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Description]:
@@ -153,6 +242,24 @@ def check_class_names(description: Description, class_names: tuple[str, ...], pa
     )
 
 
+def settings_by_key(value: Any, key: str = "") -> dict[str, Any]:
+    """Flatten a configuration.
+
+    Args:
+        value: of nested keys.
+        key: of the value, for the front of those below it.
+
+    Returns:
+        Dotted key, without ``init_args``, -> value.
+    """
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    parts = (
+        settings_by_key(v, f"{key}.{name}".removeprefix(".").replace(".init_args", "")) for name, v in value.items()
+    )
+    return {name: item for part in parts for name, item in part.items()}
+
+
 def differing_settings(description: Description, model: dict[str, Any]) -> list[str]:
     """Name what a checkpoint was trained with, and is now to be run without.
 
@@ -163,17 +270,9 @@ def differing_settings(description: Description, model: dict[str, Any]) -> list[
     Returns:
         A line a setting: weights may fit other anchors or strides, and then find nothing.
     """
-    before, now = _settings(description.model, "model"), _settings(model, "model")
+    before, now = settings_by_key(description.model, "model"), settings_by_key(model, "model")
     common = sorted(before.keys() & now.keys())
     return [f"{key} was {before[key]!r}, is {now[key]!r}" for key in common if before[key] != now[key]]
-
-
-def _settings(value: Any, key: str) -> dict[str, Any]:
-    """Dotted key -> value."""
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    parts = (_settings(item, f"{key}.{name}".replace(".init_args", "")) for name, item in value.items())
-    return {name: item for part in parts for name, item in part.items()}
 
 
 def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +284,7 @@ def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:
     Returns:
         Plain containers, without the path of pretrained weights, which a checkpoint replaces.
     """
-    model = _plain(config.as_dict() if isinstance(config, Namespace) else config)
+    model = plain(config.as_dict() if isinstance(config, Namespace) else config)
     stage = model.get("init_args", model).get("backbone")
     while isinstance(stage, dict):  # a backbone may be built on another one
         settings = stage.get("init_args", {})
@@ -195,18 +294,23 @@ def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:
     return model
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Turn settings into what safe loading takes: dicts, lists, text and numbers."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     return value
 
 
 def _check_sums(path: Path) -> None:
-    """Compare each part of the file with its check sum, which ``torch.load`` does not do for tensors."""
+    """Compare the file with its side file, or each part of it with its check sum, which ``torch.load`` does not do for tensors."""
+    if sums := check_sums(path):
+        if _hash(path) not in sums:
+            raise ValueError(f"it does not match its check sum in {path.name}{SUM_SUFFIX}")
+        return
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()

@@ -15,10 +15,7 @@ from typing import Any, ClassVar, NoReturn, get_args
 
 import jsonargparse
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from detpipe import backbones, heads, proposals
 from detpipe.datasets import DetectionData
@@ -27,22 +24,13 @@ from detpipe.errors import DetpipeError, UsageError
 from detpipe.processes import is_first
 from detpipe.suggest import did_you_mean
 from detpipe.training.config_errors import explain
-from detpipe.training.models import link_stages
+from detpipe.training.saving import CheckpointSettings
+from detpipe.training.trainer import DEFAULTS
 
 STAGES = (backbones, heads, proposals)  # short names work for classes that are imported
 
 # refuse class paths that run code (os, subprocess, pickle and the like) before they are imported, instead of warning
 jsonargparse.set_parsing_settings(import_path_denylist=[])
-
-TRAINER_DEFAULTS = {
-    "max_epochs": 10,
-    "logger": False,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 10,
-    "use_distributed_sampler": False,
-    "enable_model_summary": False,
-}
-
 
 LINKED = {  # what is not given, but follows something else
     "model.head.num_classes": "the classes of the data",
@@ -54,6 +42,14 @@ LINKED = {  # what is not given, but follows something else
     "model.num_classes": "the classes of the data",
     "data.seed": "seed_everything",
 }
+
+
+ONE_RUN = (
+    "output",
+    "ckpt_path",
+    "accept_changes",
+    "init_from",
+)  # options of a training that its config.yaml does not repeat
 
 
 class Parser(LightningArgumentParser):
@@ -68,7 +64,7 @@ class Parser(LightningArgumentParser):
 
 
 class CommandCLI(LightningCLI, ABC):
-    """Build the model and the data of a configuration, and a trainer that training completes.
+    """Build the model and the data of a configuration, and what its trainer is made of.
 
     Args:
         arguments: configuration files and options.
@@ -81,17 +77,19 @@ class CommandCLI(LightningCLI, ABC):
 
     def __init__(self, arguments: Sequence[str], add_arguments: Callable[[LightningArgumentParser], None]) -> None:
         self._command_arguments = add_arguments
+        options = positional_configs(arguments)
+        self._name = Path(options[1]).stem if options[:1] == ["--config"] else "detector"
         super().__init__(
             self.model_type,
             self.data_type,
             run=False,
-            args=positional_configs(arguments),
+            args=options,
             subclass_mode_model=self.model_is_named,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_callback=None,
             seed_everything_default=0,
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults=DEFAULTS,
             parser_class=Parser,
         )
 
@@ -103,6 +101,7 @@ class CommandCLI(LightningCLI, ABC):
         """Let the parts that must agree follow each other."""
         self.link(parser)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_as_seed)
+        _add_training_settings(parser)
         self._command_arguments(parser)
         _keep_whole_numbers(parser)
 
@@ -136,34 +135,20 @@ class CommandCLI(LightningCLI, ABC):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Leave the trainer to :meth:`trainer_with`, when there is something to run."""
+        """Leave the trainer to :func:`detpipe.training.trainer.build_trainer`; its callbacks, loggers and plugins are built."""
+        self.trainer_settings: dict[str, Any] = dict(self.config_init["trainer"])
         return None
 
-    def trainer_with(self, **kwargs: Any) -> Any:
-        """Build the trainer of the configuration with some arguments added.
+    @property
+    def name(self) -> str:
+        """What a run is called: the first configuration."""
+        return self._name
 
-        Args:
-            kwargs: of ``lightning.Trainer``; callbacks are added to those of the configuration.
-
-        Returns:
-            The trainer.
-
-        Raises:
-            UsageError: what the trainer refuses, or a strategy other than DistributedDataParallel for several processes.
-        """
-        try:
-            trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise UsageError(f"trainer: {explain(str(error))}") from error
-        launcher = trainer.strategy.launcher
-        if trainer.world_size > 1 and (
-            not isinstance(trainer.strategy, DDPStrategy) or isinstance(launcher, _MultiProcessingLauncher)
-        ):
-            raise UsageError(
-                f"trainer.strategy: {trainer.world_size} processes under {type(trainer.strategy).__name__}; give 'ddp', which "
-                "starts the command once for each of them"
-            )
-        return trainer
+    def reusable(self) -> str:
+        """The configuration as text that trains the same model again, without what belongs to one run."""
+        text = self.parser.dump(self.config, skip_link_targets=True, skip_unset=False)
+        settings = yaml.safe_load(text)
+        return yaml.safe_dump({k: v for k, v in settings.items() if k not in ONE_RUN}, sort_keys=False)
 
 
 class CLI(CommandCLI):
@@ -185,6 +170,18 @@ class CLI(CommandCLI):
         """
         if self.datamodule.resize is not None:
             self.datamodule.resize.check_detector(self.model.min_size, self.model.max_size)
+
+
+def link_stages(parser: jsonargparse.ArgumentParser) -> None:
+    """Give the head, and a proposal source that asks for them, what the backbone declares of its levels and its pixels."""
+    for stage, strides in (("head", "roi_strides"), ("proposals", "strides")):
+        for source, target in (("out_channels", "in_channels"), (strides, "strides")):
+            parser.link_arguments(
+                f"model.backbone.{source}", f"model.{stage}.init_args.{target}", apply_on="instantiate"
+            )
+    parser.link_arguments(
+        "model.backbone.pixel_format", "model.proposals.init_args.pixel_format", apply_on="instantiate"
+    )
 
 
 def positional_configs(arguments: Sequence[str]) -> list[str]:
@@ -281,6 +278,23 @@ def quiet() -> None:
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     else:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+
+
+def _add_training_settings(parser: LightningArgumentParser) -> None:
+    """What every command reads, so that the ``config.yaml`` of a training serves it, and trainings use."""
+    parser.add_argument(
+        "--ema",
+        type=float | None,
+        default=None,
+        help="average the weights with this decay, such as .999; validation, best.ckpt and prediction use the average",
+    )
+    parser.add_argument(
+        "--early_stopping",
+        type=int | None,
+        default=None,
+        help="end training when so many epochs have brought no better validation",
+    )
+    parser.add_class_arguments(CheckpointSettings, "checkpoint")
 
 
 def _keep_whole_numbers(parser: LightningArgumentParser) -> None:

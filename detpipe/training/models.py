@@ -14,6 +14,7 @@ from detpipe.detector import TwoStageDetector
 from detpipe.errors import CheckpointError
 from detpipe.region_classifier import RegionClassifier
 from detpipe.training.checkpoint import Description, load_weights, read
+from detpipe.training.configuration import link_stages
 
 ALLOWED = "detpipe."  # a checkpoint may name classes of this package only
 
@@ -161,18 +162,6 @@ def add_classifier(parser: ArgumentParser) -> None:
     parser.add_argument("--num_classes", type=int)
     parser.add_class_arguments(ImageClassifier, "model")
     parser.link_arguments("num_classes", "model.num_classes")
-
-
-def link_stages(parser: ArgumentParser) -> None:
-    """Give the head, and a proposal source that asks for them, what the backbone declares of its levels and its pixels."""
-    for stage, strides in (("head", "roi_strides"), ("proposals", "strides")):
-        for source, target in (("out_channels", "in_channels"), (strides, "strides")):
-            parser.link_arguments(
-                f"model.backbone.{source}", f"model.{stage}.init_args.{target}", apply_on="instantiate"
-            )
-    parser.link_arguments(
-        "model.backbone.pixel_format", "model.proposals.init_args.pixel_format", apply_on="instantiate"
-    )
 
 
 def _check_classes(value: Any, path: str) -> None:

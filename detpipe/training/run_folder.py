@@ -1,55 +1,87 @@
 """What every training leaves behind: a run folder, from the first step to the summary.
 
-A run folder holds ``config.yaml``, ``metrics.csv``, ``tensorboard/``, ``best.ckpt``, ``last.ckpt``, ``curves.png`` and, when
-training has ended, ``summary.json``.
+A run folder holds ``config.yaml``, ``metrics.csv``, ``tensorboard/``, ``best.ckpt`` and ``last.ckpt`` with their check sums,
+``curves.png`` and, when training has ended, ``summary.json``.
 """
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+import filelock
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from detpipe import processes
 from detpipe.allocator import peak_gpu_memory, peak_memory
 from detpipe.errors import DataError, TrainingError, UsageError
 from detpipe.files import atomic_write, remove_orphans
 from detpipe.pictures.run_pictures import Curves
-from detpipe.training import callbacks, checkpoint
-from detpipe.training.configuration import CommandCLI, positional_configs
+from detpipe.training import callbacks, checkpoint, fine_tuning, resume
+from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, SUM_SUFFIX
+from detpipe.training.saving import CheckpointSettings, ResumeBatches, SaveCheckpoints, StopOnSignal
+from detpipe.training.trainer import MetricsTable, build_trainer
 
 _FOLDER = "DETPIPE_RUN_FOLDER"  # in the environment of the processes that the first one starts
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
-class Watched:
-    """What a command adds to its training.
+class Task:
+    """What a command trains, and how it is watched.
 
     Args:
-        monitor: the logged number of which the highest makes the best checkpoint.
-        own: makes the command's own callbacks, of which one logs ``monitor``, for the run folder.
+        numbers: a new callback that keeps the numbers of validations; its ``monitor`` makes the best checkpoint.
+        description: what checkpoints say about themselves.
+        pictures: makes callbacks that draw, for a run folder.
         file_names: of a batch, for the message when its loss is not finite.
     """
 
-    monitor: str
-    own: Callable[[Path], list[Callback]]
+    numbers: callbacks.ValidationNumbers
+    description: checkpoint.Description
+    pictures: Callable[[Path], list[Callback]] = lambda _: []
     file_names: Callable[[Any], list[str]] = callbacks.names_of_targets
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a training begins, is saved and ends.
+
+    Args:
+        ckpt_path: checkpoint to go on from, or "last"; None to begin.
+        accepted: changes that a training may go on with, of :data:`detpipe.training.resume.CHANGES`.
+        init_from: checkpoint whose weights are where training begins; None for none.
+        ema: decay of averaged weights; None for none.
+        early_stopping: validations without a better number, after which training ends; None for none.
+        checkpoint: how often a checkpoint is written.
+        seed: of the random draws of steps.
+        trainer: arguments of ``lightning.Trainer``.
+        record: of :func:`detpipe.training.resume.record`, without the number of processes; what a checkpoint must agree with.
+        config: text of ``config.yaml``.
+    """
+
+    ckpt_path: str | None = None
+    accepted: tuple[str, ...] = ()
+    init_from: str | None = None
+    ema: float | None = None
+    early_stopping: int | None = None
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    seed: int = 0
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,38 +89,39 @@ class Run:
     """A training that has ended."""
 
     folder: Path
-    best: str  # the best checkpoint
+    checkpoint: Path | None  # the best; the last where nothing was validated; None where nothing was saved
+    numbers: dict[str, Any]  # of the last validation of the checkpoint
     summary: dict[str, Any]  # what any run can say about itself
 
-    def write_summary(self, numbers: dict[str, Any]) -> dict[str, Any]:
+    def write_summary(self, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write ``summary.json``, by which a folder is known to hold a finished run.
 
         Args:
-            numbers: what this kind of run says, in front of the rest.
+            more: what this kind of run says beside its numbers.
 
         Returns:
             All that was written.
         """
-        summary = {**numbers, **self.summary}
+        summary = {**self.numbers, **(more or {}), **self.summary}
         with atomic_write(self.folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         return summary
 
+    def result(self, numbers: str) -> str:
+        """The last line that a command prints: the numbers, and where the checkpoint is."""
+        where = "nothing was saved" if self.checkpoint is None else f"checkpoint {self.checkpoint}"
+        return f"{numbers} {where}".strip()
 
-def add_arguments(parser: LightningArgumentParser) -> None:
-    """Add ``--output`` and ``--ckpt_path`` to a command that trains."""
-    parser.add_argument("--output", type=str | None, default=None, help="run folder; runs/CONFIG/DATE-TIME by default")
-    parser.add_argument("--ckpt_path", type=str | None, default=None, help="resume from this checkpoint (last.ckpt)")
 
-
-def fit(cli: CommandCLI, arguments: Sequence[str], description: checkpoint.Description, watched: Watched) -> Run:
-    """Train the model of a command, or go on with a training, in a run folder.
+def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: Task, options: Options) -> Run:
+    """Train a model, or go on with a training, in a run folder.
 
     Args:
-        cli: built model and data.
-        arguments: of the command, for the name of the folder.
-        description: what the checkpoints say about themselves.
-        watched: what the command adds.
+        model: as configured.
+        data: to train and validate on.
+        folder: of the run.
+        task: how it is watched.
+        options: how it begins, is saved and ends.
 
     Returns:
         The run, whose summary is still to be written.
@@ -97,77 +130,73 @@ def fit(cli: CommandCLI, arguments: Sequence[str], description: checkpoint.Descr
         SystemExit: after training, in all processes but the first.
         DetpipeError: what users can mend.
     """
-    config, step = cli.config, 0
-    if config.ckpt_path is not None:
-        stored, known = checkpoint.read(config.ckpt_path)
-        checkpoint.check_class_names(known, description.class_names, config.ckpt_path)
-        checkpoint.load_weights(cli.model, stored, config.ckpt_path)
-        step = stored["global_step"]
-    first, speed = processes.is_first(), callbacks.Throughput()
-    folder = choose_folder(config.output, arguments) if first else _folder_of_the_first(config.output)
-    start = time.perf_counter()
-    with _made(folder, speed) if first else nullcontext():
-        trainer = cli.trainer_with(
-            default_root_dir=str(folder),
-            logger=_loggers(folder, step) if first else False,
-            plugins=[checkpoint.AtomicCheckpointIO()],
-            callbacks=_callbacks(folder, description, int(config.seed_everything or 0), speed, watched),
+    first, speed, start = processes.is_first(), callbacks.Throughput(), time.perf_counter()
+    with ExitStack() as stack:
+        if first:
+            stack.enter_context(_locked(folder, speed))
+        found = None if options.ckpt_path is None else resume.find(options.ckpt_path, folder)
+        record = {**options.record}
+        saves = SaveCheckpoints(
+            folder, task.numbers.monitor, options.checkpoint, task.description, {resume.RECORD: record}
         )
+        if options.trainer.get("enable_checkpointing") is False or options.trainer.get("barebones"):
+            saves = None
+        checkpoint_io = checkpoint.AtomicCheckpointIO()
+        step = 0 if found is None else found.stored["global_step"]
+        loggers = _loggers(folder, step) if first and _logs(options.trainer) else []
+        trainer = build_trainer(
+            *(
+                options.trainer,
+                folder,
+                _callbacks(folder, task, options, speed, saves, bool(loggers)),
+                loggers,
+                checkpoint_io,
+            )
+        )
+        _check_validation(trainer, options)
+        record["processes"] = trainer.world_size
+        if found is not None:
+            _go_on(found, model, task, options, record)
+            checkpoint_io.prepared[str(found.path)] = found.stored
+        elif options.init_from is not None:
+            print(fine_tuning.load_fitting(model, options.init_from, task.description.class_names))
         if first:
             with atomic_write(folder / "config.yaml") as temporary:
-                temporary.write_text(
-                    _reusable(cli.parser.dump(config, skip_link_targets=True, skip_unset=False)), encoding="utf-8"
-                )
+                temporary.write_text(options.config, encoding="utf-8")
             print(f"run folder {folder}")
-        with _told(folder):
-            trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=config.ckpt_path)
-    if not trainer.is_global_zero:
-        raise SystemExit(0)  # what follows is the first process' to do
-    best = _best(trainer)
-    general = {
-        "seconds": round(time.perf_counter() - start, 1),
-        "images_per_second": round(speed.images_per_second, 2),
-        "checkpoint": best,
-        "seed": config.seed_everything,
-        "epochs": trainer.current_epoch,
-    }
-    if (peak := peak_memory()) is not None:
-        general["peak_memory_mib"] = round(peak)
-    if (peak := peak_gpu_memory()) is not None:
-        general["peak_gpu_memory_mib"] = round(peak)
-    return Run(folder, best, general)
+        stack.enter_context(_told(folder))
+        trainer.fit(model, datamodule=data, ckpt_path=None if found is None else str(found.path), weights_only=True)
+        if not trainer.is_global_zero:
+            raise SystemExit(0)  # what follows is the first process' to do
+        return _ended(trainer, folder, task, options, speed, time.perf_counter() - start, saves)
 
 
-def choose_folder(output: str | None, arguments: Sequence[str]) -> Path:
+def choose_folder(output: str | None, name: str) -> Path:
     """Choose the folder of a run.
 
     Args:
-        output: as asked for, or None for ``runs/NAME OF THE FIRST CONFIGURATION/DATE-TIME``.
-        arguments: of the command, for that name.
+        output: as asked for, or None for ``runs/NAME/DATE-TIME``.
+        name: of the configuration.
 
     Returns:
-        The folder, which need not exist.
+        The folder, which need not exist; in processes that others started, that of the first.
 
     Raises:
         DataError: the folder asked for holds a finished run.
+        UsageError: the folder of the first process is not known.
     """
+    if not processes.is_first():
+        folder = os.environ.get(_FOLDER, output)
+        if folder is None:
+            raise UsageError(
+                "--output is missing: processes that are not started by detpipe must be told the run folder"
+            )
+        return Path(folder)
     if output is None:
-        configs = positional_configs(arguments)
-        name = Path(configs[1]).stem if configs[:1] == ["--config"] else "detector"
-        folder = Path("runs") / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
-    else:
-        folder = Path(output)
-        if (folder / "summary.json").exists():
-            raise DataError(f"{folder} holds a finished run (summary.json); give another --output or remove it")
-    return folder
-
-
-def _folder_of_the_first(output: str | None) -> Path:
-    """Where the first process, which starts the others or is started with them, keeps the run."""
-    folder = os.environ.get(_FOLDER, output)
-    if folder is None:
-        raise UsageError("--output is missing: processes that are not started by detpipe must be told the run folder")
-    return Path(folder)
+        return Path("runs") / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    if (Path(output) / "summary.json").exists():
+        raise DataError(f"{output} holds a finished run (summary.json); give another --output or remove it")
+    return Path(output)
 
 
 @contextmanager
@@ -185,75 +214,124 @@ def _told(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _made(folder: Path, speed: callbacks.Throughput) -> Iterator[None]:
-    """Make the folder, and remove it again if the run failed before its first step, with nothing to look at."""
+def _locked(folder: Path, speed: callbacks.Throughput) -> Iterator[None]:
+    """Make the folder and keep other processes out of it; remove it again if the run failed before its first step."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    remove_orphans(folder)
+    lock = filelock.FileLock(folder / _LOCK)
     try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise TrainingError(
+            f"{folder} is in use: another process trains there; wait for it, or give another --output"
+        ) from error
+    try:
+        remove_orphans(folder, sole_writer=True)
         yield
     except BaseException:
         if new and not speed.images and not (folder / callbacks.NONFINITE_BATCH).exists():
             shutil.rmtree(folder)
         raise
+    finally:
+        with suppress(PermissionError):  # Windows removes no open file
+            (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
-def _reusable(text: str) -> str:
-    """Leave out of a configuration what belongs to one run: the file then trains again, and evaluates."""
-    settings = yaml.safe_load(text)
-    return yaml.safe_dump({k: v for k, v in settings.items() if k not in ("output", "ckpt_path")}, sort_keys=False)
+def _go_on(
+    found: resume.Found, model: LightningModule, task: Task, options: Options, record: Mapping[str, Any]
+) -> None:
+    """Refuse a checkpoint of other classes, weights or settings."""
+    checkpoint.check_class_names(found.description, task.description.class_names, found.path)
+    for line in resume.check_changes(found.stored, record, options.accepted, found.path):
+        print(f"note: {line}")
+    checkpoint.load_weights(model, found.stored, found.path)
+    print(f"going on from {found.path}, step {found.stored['global_step']}")
+
+
+def _logs(trainer: Mapping[str, Any]) -> bool:
+    """Whether the run folder gets its metrics."""
+    if trainer.get("barebones") or trainer.get("logger") is False:
+        print("no metrics.csv and no curves.png: trainer.logger is false, or trainer.barebones true", file=sys.stderr)
+        return False
+    return not trainer.get("fast_dev_run")
 
 
 def _loggers(folder: Path, first_step: int) -> list[Logger]:
-    """Make the loggers; where a run goes on in its own folder, its metrics up to the step of the checkpoint stay."""
-    path = folder / "metrics.csv"
-    rows = []
-    if first_step and path.is_file():
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    table = CSVLogger(str(folder), name="", version="", flush_logs_every_n_steps=50)
-    if rows:
-        table.experiment.metrics_keys = list(rows[0])  # makes the logger, which deletes the file
-        with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(row for row in rows if int(row["step"]) < first_step)
+    """Make the loggers; where a run goes on in its own folder, what was logged up to the step of the checkpoint stays."""
+    table = MetricsTable(folder, first_step)
     if not importlib.util.find_spec("tensorboard"):
         print("no TensorBoard log: install it with pip install 'detpipe[train]'", file=sys.stderr)
         return [table]
-    return [table, TensorBoardLogger(str(folder), name="tensorboard", version="")]
+    purge = {"purge_step": first_step} if first_step else {}
+    return [table, TensorBoardLogger(str(folder), name="tensorboard", version="", **purge)]
 
 
 def _callbacks(
-    folder: Path, description: checkpoint.Description, seed: int, speed: callbacks.Throughput, watched: Watched
+    folder: Path, task: Task, options: Options, speed: callbacks.Throughput, saves: SaveCheckpoints | None, logged: bool
 ) -> list[Callback]:
+    more: list[Callback] = []
+    if options.ema is not None:
+        more.append(callbacks.AveragedWeights(options.ema))
+    if options.early_stopping is not None:
+        more.append(callbacks.StopEarly(task.numbers.monitor, options.early_stopping))
+    if logged and importlib.util.find_spec("matplotlib"):
+        more.append(Curves(folder))
+    elif logged:
+        print("no curves.png: install matplotlib with pip install 'detpipe[train]'", file=sys.stderr)
     return [
-        callbacks.StepSeed(seed),
+        StopOnSignal(saves, speed),  # first: what follows it belongs to the next step already
+        resume.UseConfigured(),
+        ResumeBatches(),
+        callbacks.StepSeed(options.seed),
         callbacks.ValidateLastStep(),
-        callbacks.DescribeCheckpoint(description),
-        callbacks.StopOnNonFinite(folder, watched.file_names),
+        callbacks.StopOnNonFinite(folder, task.file_names),
         speed,
-        *watched.own(folder),
-        *_curves(folder),
-        ModelCheckpoint(folder, "best", monitor=watched.monitor, mode="max", enable_version_counter=False),
-        # a second one, because save_last of the first is only written when the best one is
-        ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False),
-        TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50),
+        task.numbers,
+        *task.pictures(folder),
+        *more,
+        *([] if saves is None else [saves]),
     ]
 
 
-def _curves(folder: Path) -> list[Callback]:
-    if importlib.util.find_spec("matplotlib"):
-        return [Curves(folder)]
-    print("no curves.png: install matplotlib with pip install 'detpipe[train]'", file=sys.stderr)
-    return []
+def _check_validation(trainer: Trainer, options: Options) -> None:
+    """Say before training what there will not be."""
+    if trainer.limit_train_batches == 0:
+        raise UsageError("trainer.limit_train_batches is 0: there is nothing to train on")
+    if trainer.limit_val_batches == 0:
+        if options.early_stopping is not None:
+            raise UsageError("early_stopping needs validations, but trainer.limit_val_batches is 0; remove one of them")
+        print("nothing is validated, so there is no best.ckpt: trainer.limit_val_batches is 0", file=sys.stderr)
 
 
-def _best(trainer: Trainer) -> str:
-    saved = trainer.checkpoint_callback
-    best = saved.best_model_path if isinstance(saved, ModelCheckpoint) else ""
-    if not best:
-        raise TrainingError(
-            "training ended before the first validation; nothing was saved (trainer.max_epochs too small?)"
-        )
-    return best
+def _ended(
+    trainer: Trainer,
+    folder: Path,
+    task: Task,
+    options: Options,
+    speed: callbacks.Throughput,
+    seconds: float,
+    saves: SaveCheckpoints | None,
+) -> Run:
+    """Collect what a run has come to."""
+    path = next((folder / name for name in (BEST, LAST) if saves is not None and (folder / name).is_file()), None)
+    numbers = task.numbers.metrics if path is None else type(task.numbers).stored(checkpoint.read(path)[0])
+    for name in (PREVIOUS, f"{PREVIOUS}{SUM_SUFFIX}"):
+        (folder / name).unlink(missing_ok=True)  # the last one is sound
+    for callback in trainer.callbacks:
+        if isinstance(callback, callbacks.StopEarly) and callback.stopped_epoch:
+            print(
+                f"ended after epoch {callback.stopped_epoch}: {callback.patience} validations brought no better {callback.monitor}"
+            )
+    general: dict[str, Any] = {
+        "seconds": round(seconds, 1),
+        "images_per_second": round(speed.images_per_second, 2),
+        "checkpoint": None if path is None else str(path),
+        "seed": options.seed,
+        "epochs": trainer.current_epoch,
+    }
+    if (peak := peak_memory()) is not None:
+        general["peak_memory_mib"] = round(peak)
+    if (peak := peak_gpu_memory()) is not None:
+        general["peak_gpu_memory_mib"] = round(peak)
+    return Run(folder, path, numbers, general)

@@ -21,8 +21,9 @@ from detpipe import cli
 from detpipe.backbones import FPN, Extractor, Level, SEInceptionV3, SEResNet, SEResNeXt, SKNet
 from detpipe.classifier import ImageClassifier
 from detpipe.commands.pretraining import WEIGHTS, PretrainingCLI, backbone_weights, export_backbone
+from detpipe.commands.training import add_arguments
 from detpipe.errors import CheckpointError
-from detpipe.training import callbacks, checkpoint, run_folder
+from detpipe.training import callbacks, checkpoint
 from detpipe.training.configuration import CLI
 from detpipe.training.models import load_classifier, load_detector
 
@@ -109,7 +110,7 @@ def test_the_metrics_hold_training_and_validation(pretrained: Path) -> None:
 def test_validation_counts_every_image_once(pretrained: Path, base: Path) -> None:
     classifier, description = load_classifier(pretrained / "best.ckpt")
     assert description.class_names == tuple("0123456789")
-    data = PretrainingCLI([CONFIG, *options(base)], run_folder.add_arguments).datamodule
+    data = PretrainingCLI([CONFIG, *options(base)], add_arguments).datamodule
     hits = total = 0
     with torch.inference_mode():
         for index in range(len(data.images("val"))):
@@ -185,7 +186,7 @@ def test_a_backbone_with_the_exported_weights_gives_equal_features(pretrained: P
 
 def test_a_detector_takes_the_weights_of_the_stages_that_it_builds(pretrained: Path, demo_root: Path) -> None:
     arguments = [runs.CONFIG, *runs.options(demo_root), "--model.backbone.weights", str(pretrained / WEIGHTS)]
-    detector = CLI(arguments, run_folder.add_arguments).model  # up to c2, projected to another width
+    detector = CLI(arguments, add_arguments).model  # up to c2, projected to another width
     given = runs.weights(pretrained / "best.ckpt")
     own = {name: value for name, value in detector.backbone.state_dict().items() if not name.startswith("laterals.")}
     assert len(own) > 10
@@ -344,7 +345,7 @@ def test_a_configuration_says_and_does_what_its_header_shows(path: Path, base: P
     assert any(str(path.relative_to(runs.CONFIGS.parent)) in command for command in commands)
     for command in commands:
         arguments = [str(runs.CONFIGS.parent / a) if a.endswith(".yaml") else a for a in command.split()]
-        parsed = Parsed(arguments, run_folder.add_arguments)
+        parsed = Parsed(arguments, add_arguments)
         assert parsed.config.model.backbone.class_path == "detpipe.SEResNet"
         if "imagenet" in command:
             data = parsed.config.data.init_args
@@ -362,7 +363,7 @@ def test_a_configuration_says_and_does_what_its_header_shows(path: Path, base: P
             def instantiate_classes(self) -> None:
                 """Leave it at the configuration."""
 
-        weights = ParsedDetector(arguments, run_folder.add_arguments).config.model.backbone.init_args.weights
+        weights = ParsedDetector(arguments, add_arguments).config.model.backbone.init_args.weights
         assert weights == f"RUN/{WEIGHTS}"
 
 

@@ -18,10 +18,11 @@ from PIL import Image
 
 from detpipe import cli
 from detpipe.commands.region_training import RegionCLI
+from detpipe.commands.training import add_arguments
 from detpipe.datasets import Demo, DemoScenes
 from detpipe.errors import CheckpointError
 from detpipe.region_classifier import RegionClassifier
-from detpipe.training import callbacks, checkpoint, run_folder
+from detpipe.training import callbacks, checkpoint
 from detpipe.training.models import load_classifier, load_detector, load_region_classifier, load_region_model
 
 CONFIG = str(runs.CONFIGS / "region_classifier.yaml")
@@ -246,7 +247,7 @@ def test_the_header_shows_the_command(path: Path) -> None:
     assert commands
     for command in commands:
         arguments = [str(runs.CONFIGS.parent / a) if a.endswith(".yaml") else a for a in command.split()]
-        config = Parsed(arguments, run_folder.add_arguments).config
+        config = Parsed(arguments, add_arguments).config
         assert config.model.class_path.endswith(".RegionClassifier")
         assert config.seed_everything == 0
         expected = ("detpipe.VOC", 240) if str(OVERLAY) in arguments else ("detpipe.Demo", 160)

@@ -26,23 +26,19 @@ from detpipe.training.callbacks import (
     ValidateLastStep,
 )
 from detpipe.training.configuration import CLI, quiet
+from detpipe.training.trainer import build_trainer
 
 
 def built(root: Path, *options: str) -> CLI:
     quiet()
-    cli = CLI([runs.CONFIG, *runs.options(root), *options], training._add_arguments)
+    cli = CLI([runs.CONFIG, *runs.options(root), *options], training.add_arguments)
     torch.manual_seed(0)
     return cli
 
 
 def trainer_of(cli: CLI, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
-    return cli.trainer_with(
-        callbacks=list(callbacks),
-        default_root_dir=str(folder),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        **options,
-    )
+    settings = {**cli.trainer_settings, "logger": False, "enable_progress_bar": False, **options}
+    return build_trainer(settings, folder, callbacks)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -21,8 +21,8 @@ KILLS = 20
 KILL_DURING_SAVES = """
 import os, random, signal, sys, time, torch
 from pathlib import Path
-from detpipe.training.checkpoint import AtomicCheckpointIO
 from detpipe.files import remove_orphans
+from detpipe.training.checkpoint import PREVIOUS, SUM_SUFFIX, AtomicCheckpointIO, _hash, check_sums
 
 torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
 path, chance = Path(sys.argv[1]), random.Random(0)
@@ -34,14 +34,17 @@ for kill in range(int(sys.argv[2])):
         AtomicCheckpointIO().save_checkpoint({"step": step, "weights": torch.full((200_000,), step)}, path)
     while kill % 2 and path.stat().st_ino == before:  # every other time, however busy the machine is, one save is done
         time.sleep(0.0005)
-    while len(list(path.parent.iterdir())) < 2:  # no save has begun
+    while not any(".partial-" in file.name for file in path.parent.iterdir()):  # no save has begun
         time.sleep(0.0005)
     time.sleep(chance.uniform(0, 0.01))
     os.kill(writer, signal.SIGKILL)
     os.waitpid(writer, 0)
     left = torch.load(path, weights_only=True)
     whole = torch.equal(left["weights"], torch.full((200_000,), left["step"])) and left["step"] >= step
-    print(whole, len(remove_orphans(path.parent)), [file.name for file in path.parent.iterdir()] == [path.name])
+    orphans, both = len(remove_orphans(path.parent)), [path, path.with_name(PREVIOUS)]
+    sound = all(_hash(one) in check_sums(one) for one in both if one.exists())
+    known = {name for one in both for name in (one.name, one.name + SUM_SUFFIX)}
+    print(whole, orphans, sound, {file.name for file in path.parent.iterdir()} <= known)
 """
 
 
@@ -80,8 +83,8 @@ def test_row_40_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     reports = [line.split() for line in done.stdout.splitlines()]
-    assert [(whole, alone) for whole, _, alone in reports] == [("True", "True")] * KILLS
-    assert any(int(orphans) for _, orphans, _ in reports)  # else no kill hit a save, and nothing was tested
+    assert [(whole, *others) for whole, _, *others in reports] == [("True", "True", "True")] * KILLS
+    assert any(int(orphans) for _, orphans, *_ in reports)  # else no kill hit a save, and nothing was tested
     assert torch.load(path, weights_only=True)["step"] > 0
 
 
@@ -91,7 +94,7 @@ def test_row_41_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path: Path)
     with pytest.raises(Exception, match="pickle"):
         AtomicCheckpointIO().save_checkpoint({"step": 2, "odd": lambda: None}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
-    assert [found.name for found in tmp_path.iterdir()] == ["last.ckpt"]
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
 
 
 def test_a_detector_is_rebuilt_from_its_checkpoint_alone(trained: Path, demo_root: Path) -> None:
@@ -100,7 +103,7 @@ def test_a_detector_is_rebuilt_from_its_checkpoint_alone(trained: Path, demo_roo
     from detpipe.commands import training
     from detpipe.training.configuration import CLI
 
-    cli = CLI([runs.CONFIG, *runs.options(demo_root)], training._add_arguments)
+    cli = CLI([runs.CONFIG, *runs.options(demo_root)], training.add_arguments)
     load_weights(cli.model, stored(trained), trained / "best.ckpt")
     detector, description = load_detector(trained / "best.ckpt")
     assert description.class_names == cli.datamodule.class_names == tuple("0123456789")

@@ -15,6 +15,7 @@ from detpipe.datasets.demo import Demo
 from detpipe.errors import DetpipeError, UsageError
 from detpipe.training import config_errors, configuration
 from detpipe.training.configuration import CLI, positional_configs
+from detpipe.training.trainer import build_trainer
 
 
 class Parsed(CLI):
@@ -25,16 +26,16 @@ class Parsed(CLI):
 
 
 def parse(*arguments: str) -> Any:
-    return Parsed([runs.CONFIG, *arguments], training._add_arguments).config
+    return Parsed([runs.CONFIG, *arguments], training.add_arguments).config
 
 
 def build(root: Path, *arguments: str) -> CLI:
-    return CLI([runs.CONFIG, *runs.demo(root), *arguments], training._add_arguments)
+    return CLI([runs.CONFIG, *runs.demo(root), *arguments], training.add_arguments)
 
 
 def refusal(arguments: list[str], kind: type[CLI] = Parsed) -> str:
     with pytest.raises(UsageError) as caught:
-        kind(arguments, training._add_arguments)
+        kind(arguments, training.add_arguments)
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) <= 400
@@ -213,7 +214,7 @@ def test_what_the_trainer_refuses_is_an_error_of_the_configuration(
 ) -> None:
     cli = build(demo_root, *options)
     with pytest.raises(UsageError) as caught:
-        cli.trainer_with()
+        build_trainer(cli.trainer_settings)
     assert str(caught.value).startswith(start)
     assert "\n" not in str(caught.value)
 
@@ -387,7 +388,7 @@ def test_a_linked_value_that_would_be_lost_is_refused(key: str, source: str, tmp
 def test_data_errors_of_the_constructor_keep_their_kind(tmp_path: Path) -> None:
     arguments = [runs.CONFIG, "--data", "VOC", "--data.root", str(tmp_path / "nowhere")]
     with pytest.raises(DetpipeError, match="nowhere: no such folder") as caught:
-        CLI(arguments, training._add_arguments)
+        CLI(arguments, training.add_arguments)
     assert not isinstance(caught.value, UsageError)
 
 
@@ -430,7 +431,7 @@ def test_data_that_resize_images_agree_with_the_detector(demo_root: Path, tmp_pa
         "data.init_args.resize brings images to min_size 96 and max_size 160 in evaluation, but model.min_size is 160 and "
         "model.max_size is 160; give both the same, or resize: null"
     )
-    cli = CLI([runs.CONFIG, path, *runs.demo(demo_root), "--model.min_size", "96"], training._add_arguments)
+    cli = CLI([runs.CONFIG, path, *runs.demo(demo_root), "--model.min_size", "96"], training.add_arguments)
     assert cli.datamodule.resize.sizes == (64, 96)
     assert build(demo_root).datamodule.resize is None
     square = ["--data.resize.policy", "letterbox", "--data.resize.min_size", "160"]
@@ -442,7 +443,7 @@ def test_only_detectors_take_images_that_the_data_resized(demo_root: Path) -> No
     square = ["--data.resize", "{policy: letterbox, min_size: 160}"]
     told = refusal([*arguments, *square], RegionCLI)
     assert told == "data.init_args.resize: RegionClassifier resizes images itself; remove resize, or set it to null"
-    RegionCLI(arguments, training._add_arguments)
+    RegionCLI(arguments, training.add_arguments)
 
 
 @pytest.mark.parametrize(

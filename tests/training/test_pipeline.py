@@ -66,7 +66,15 @@ def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert names == {
         *("config.yaml", "metrics.csv", "tensorboard", "summary.json"),
-        *("best.ckpt", "last.ckpt", "training.png", "validation.png", "curves.png"),
+        *(
+            "best.ckpt",
+            "best.ckpt.sha256",
+            "last.ckpt",
+            "last.ckpt.sha256",
+            "training.png",
+            "validation.png",
+            "curves.png",
+        ),
     }
     assert list((trained / "tensorboard").glob("events.out.tfevents.*"))
     for name in ("training.png", "validation.png", "curves.png"):

@@ -1,0 +1,104 @@
+"""Weights of one detector as the start of another: what fits is taken over, and what does not is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from detpipe.errors import CheckpointError
+from detpipe.training import checkpoint
+
+_GROUP_PARTS = 2  # of a tensor's name: head.classifier, backbone.stages
+
+
+def load_fitting(model: nn.Module, path: str | Path, class_names: Sequence[str]) -> str:
+    """Load the weights of a checkpoint that fit a model by name and shape.
+
+    Outputs of classes (layers with ``class_outputs``) are taken over class by class, by name; those of new classes stay.
+
+    Args:
+        model: as configured.
+        path: of a checkpoint of a detector, or another model, with any classes, heads and levels.
+        class_names: of the model.
+
+    Returns:
+        One line: how much was loaded, of which classes, and which groups of tensors were not.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or nothing in it fits.
+    """
+    stored, description = checkpoint.read(path)
+    given: Mapping[str, Tensor] = stored["state_dict"]
+    own = model.state_dict()
+    outputs = dict(_class_outputs(model))
+    kept = [name for name in class_names if name in description.class_names]
+    taken, missing, shapes = {}, [], []
+    for name, value in own.items():
+        if name not in given:
+            missing.append(name)
+        elif name in outputs:
+            rows = _rows(value, given[name], outputs[name], class_names, description.class_names)
+            if rows is None:
+                shapes.append(name)
+            else:
+                taken[name] = rows
+        elif given[name].shape != value.shape:
+            shapes.append(name)
+        else:
+            taken[name] = given[name]
+    if not any(name for name in taken if not name.endswith("num_batches_tracked")):
+        raise CheckpointError(
+            f"--init_from {path}: none of its {len(given)} tensors fits this model, by name and shape"
+        )
+    model.load_state_dict(taken, strict=False)
+    parts = [f"from {path}: {len(taken)} of {len(own)} tensors"]
+    if outputs:
+        parts.append(f"outputs of {len(kept)} of {len(class_names)} classes{_listed(kept)}")
+    unused = [name for name in given if name not in own]
+    for names, what in ((missing, "new"), (shapes, "of another shape"), (unused, "not used")):
+        if names:
+            parts.append(f"{what}: {_groups(names)}")
+    return "; ".join(parts)
+
+
+def _class_outputs(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Names of tensors with a row, or several, for each class -> rows of the background, rows of a class."""
+    for name, module in model.named_modules():
+        if hasattr(module, "class_outputs"):
+            for parameter, _ in module.named_parameters(recurse=False):
+                yield f"{name}.{parameter}", module.class_outputs
+
+
+def _rows(
+    own: Tensor, given: Tensor, outputs: tuple[int, int], names: Sequence[str], known: Sequence[str]
+) -> Tensor | None:
+    """The model's own tensor with the rows of the background, and of classes that both know, of another; None: it does not fit."""
+    background, each = outputs
+    fits = own.shape[0] == background + each * len(names) and given.shape[0] == background + each * len(known)
+    if not fits or own.shape[1:] != given.shape[1:]:
+        return None
+    rows = own.clone()
+    rows[:background] = given[:background]
+    for index, name in enumerate(names):
+        if name in known:
+            there = background + each * list(known).index(name)
+            here = background + each * index
+            rows[here : here + each] = given[there : there + each]
+    return rows
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f" ({', '.join(names[:most])}{more})"
+
+
+def _groups(names: Sequence[str]) -> str:
+    counts: dict[str, int] = {}
+    for name in names:
+        group = ".".join(name.split(".")[:_GROUP_PARTS])
+        counts[group] = counts.get(group, 0) + 1
+    return ", ".join(f"{group} ({count})" for group, count in counts.items())
