@@ -81,6 +81,8 @@ def state(folder: Path) -> dict[str, Any]:
         for key in ("detpipe_training", "loops") if name == "best.ckpt" else ("detpipe_training",):
             stored.pop(key)
         _flatten(stored, name, found)
+    for key in [key for key in found if "val_loop.batch_progress" in key]:
+        del found[key]  # Lightning counts a validation before the kill again
     with (folder / "metrics.csv").open(newline="") as stream:
         found["metrics"] = [{k: v for k, v in row.items() if k != "images/s"} for row in csv.DictReader(stream)]
     return found

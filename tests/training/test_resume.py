@@ -1,0 +1,347 @@
+"""Trainings that are killed, asked to end, or go on with other settings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import kills_of_runs as kills
+import pytest
+import runs
+import torch
+
+from detpipe import cli
+from detpipe.errors import UsageError
+from detpipe.files import atomic_write
+from detpipe.training import resume
+from detpipe.training.checkpoint import LAST, PREVIOUS, check_sums
+
+EVERY_STEP = ["--checkpoint.every_n_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, killed_root: Path) -> dict[tuple[str, ...], Path]:
+    """Runs that nothing disturbed, by their options."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def killed_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the scenes lie."""
+    return tmp_path_factory.mktemp("killed") / "demo"
+
+
+def compare(command: list[str], folder: Path, known: dict[tuple[str, ...], Path]) -> list[str]:
+    """What differs between a run and an undisturbed one."""
+    key = tuple(command)
+    if key not in known:
+        known[key] = folder.parent / "undisturbed"
+        assert kills.run([*command, "--output", str(known[key])], folder.parent / "log") == 0
+    return kills.differences(kills.state(known[key]), kills.state(folder))
+
+
+CASES = [  # accumulated batches, workers, more options, hook and call at which the kill comes
+    (1, 0, EVERY_STEP, ("on_train_batch_start", 4)),
+    (1, 2, ["--checkpoint.every_n_steps", "3"], ("on_train_batch_start", 8)),
+    (3, 2, EVERY_STEP, ("on_train_batch_start", 13)),
+    (1, 0, [*EVERY_STEP, "--ema", "0.9", "--trainer.val_check_interval", "3"], ("on_train_batch_start", 9)),
+    (1, 0, [*EVERY_STEP, "--trainer.max_epochs", "-1", "--trainer.max_steps", "11"], ("on_train_epoch_end", 0)),
+]
+SLOW = [
+    *((1, 2, EVERY_STEP, ("on_train_batch_start", step)) for step in range(1, 12)),
+    *((3, 0, EVERY_STEP, ("on_train_batch_start", batch)) for batch in range(1, 36, 3)),
+    *((1, 0, EVERY_STEP, ("on_train_batch_end", step)) for step in (0, 5, 6, 11)),
+]
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "workers", "options", "at"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
+def test_p1_a_killed_run_ends_as_an_undisturbed_one(
+    accumulated: int,
+    workers: int,
+    options: list[str],
+    at: tuple[str, int],
+    killed_root: Path,
+    undisturbed: dict[tuple[str, ...], Path],
+    tmp_path: Path,
+) -> None:
+    """Weights, optimizer, averages, numbers, progress and metrics, to the bit; no batch comes twice, and none is left out."""
+    command, folder = [*kills.command(killed_root, accumulated, workers), *options], tmp_path / "run"
+    assert kills.run([*command, "--output", str(folder)], tmp_path / "log", at) == -signal.SIGKILL
+    assert not (folder / "summary.json").exists()
+    again = [*command, "--output", str(folder), "--ckpt_path", "last"]
+    assert kills.run(again, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert "going on from" in (tmp_path / "log").read_text()
+    assert compare(command, folder, undisturbed) == []
+    assert not list(folder.glob("*.partial-*"))
+    assert not list(folder.glob("previous*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "workers", "status", "step"),
+    [
+        ("SIGTERM", ("on_train_batch_start", 2), 2, 143, 3),
+        ("SIGUSR1", ("on_train_batch_end", 7), 0, 143, 8),
+        ("SIGINT", ("on_train_batch_end", 5), 0, 130, 6),  # met in the validation, which is run again
+        ("SIGHUP", ("on_train_batch_start", 0), 0, 129, 1),
+    ],
+)
+def test_a_signal_ends_a_run_after_its_step(
+    name: str,
+    at: tuple[str, int],
+    workers: int,
+    status: int,
+    step: int,
+    killed_root: Path,
+    undisturbed: dict[tuple[str, ...], Path],
+    tmp_path: Path,
+) -> None:
+    command, folder, log = kills.command(killed_root, 1, workers), tmp_path / "run", tmp_path / "log"
+    assert kills.run([*command, "--output", str(folder)], log, at, getattr(signal, name)) == status
+    told = f"detpipe: {name}: stopped after step {step}; saved {folder / LAST}; go on with the same command, --output {folder} and"
+    assert told in log.read_text()
+    assert torch.load(folder / LAST, weights_only=True)["global_step"] == step
+    assert kills.run([*command, "--output", str(folder), "--ckpt_path", "last"], log) == 0
+    assert compare(command, folder, undisturbed) == []
+
+
+def test_a_group_of_processes_that_is_asked_to_end_saves_too(killed_root: Path, tmp_path: Path) -> None:
+    """As Slurm and a terminal do it: the data workers get the signal as well."""
+    command = kills.command(killed_root, 1, 2)
+    tool = [
+        sys.executable,
+        str(runs.CONFIGS.parent / "tools" / "train.py"),
+        *command[1:],
+        "--trainer.max_epochs",
+        "400",
+    ]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(
+        [*tool, "--output", str(tmp_path / "run"), *EVERY_STEP], stdout=log, stderr=log, start_new_session=True
+    )
+    while process.poll() is None and not (tmp_path / "run" / LAST).exists():
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143, (tmp_path / "log").read_text()
+    assert "SIGTERM: stopped after step" in (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_one_command_line_serves_a_job_that_is_queued_again(
+    killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*kills.command(killed_root), "--output", str(tmp_path / "run"), "--ckpt_path", "last"]
+    assert cli.main([*command, "--trainer.max_epochs", "1"]) == 0
+    assert f"no checkpoint in {tmp_path / 'run'}: training starts anew" in capsys.readouterr().out
+    assert cli.main([*command, "--trainer.max_epochs", "1"]) == 1
+    assert "holds a finished run" in capsys.readouterr().err
+    assert cli.main([*kills.command(killed_root), "--ckpt_path", "last"]) == 2
+    assert "--ckpt_path last needs the folder of the run: give --output RUN" in capsys.readouterr().err
+
+
+def stopped(root: Path, folder: Path, step: int = 3) -> list[str]:
+    """A run that a signal has ended, and its command."""
+    command = [*kills.command(root), *EVERY_STEP, "--output", str(folder)]
+    assert kills.run(command, folder.parent / "log", ("on_train_batch_start", step - 1), signal.SIGTERM) == 143
+    return command
+
+
+@pytest.fixture(scope="module")
+def broken_off(killed_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after three steps; copy it."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    stopped(killed_root, folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", ["last", "file"])
+def test_row_42_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    path: str, broken_off: Path, killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(broken_off, folder)
+    content = bytearray((folder / LAST).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / LAST).write_bytes(content)
+    command = [*kills.command(killed_root), "--output", str(folder), "--trainer.max_epochs", "2"]
+    assert cli.main([*command, "--ckpt_path", "last" if path == "last" else str(folder / LAST)]) == 0
+    shown = capsys.readouterr()
+    assert f"WARNING: checkpoint {folder / LAST} is damaged" in shown.err
+    assert "it does not match its check sum in last.ckpt.sha256" in shown.err
+    assert f"WARNING: going on from {folder / PREVIOUS} (step 2) instead" in shown.err
+    assert f"going on from {folder / PREVIOUS}, step 2" in shown.out
+
+
+def test_a_folder_whose_checkpoints_are_all_damaged(
+    broken_off: Path, killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(broken_off, folder)
+    for name in (LAST, PREVIOUS):
+        (folder / name).write_bytes(b"cut")
+    assert cli.main([*kills.command(killed_root), "--output", str(folder), "--ckpt_path", "last"]) == 1
+    assert f"no other checkpoint in {folder} is sound" in capsys.readouterr().err.splitlines()[-1]
+
+
+CHANGED = [
+    ("lr", ["--model.optimizer.lr", "0.5"], "model.optimizer.lr was 0.002, is 0.5"),
+    ("lr", ["--model.optimizer.name", "sgd"], "model.optimizer.name was 'adamw', is 'sgd'"),
+    ("schedule", ["--trainer.max_epochs", "3"], "trainer.max_epochs was 2, is 3"),
+    ("schedule", ["--model.lr_scheduler.warmup", "0.5"], "model.lr_scheduler.warmup was 0.1, is 0.5"),
+    ("batch_size", ["--data.loader.batch_size", "2"], "data.loader.batch_size was 3, is 2"),
+    ("seed", ["--seed_everything", "7"], "seed_everything was 0, is 7"),
+    ("data", ["--data.augment.flip", "0.25"], "data.augment.flip was 0.5, is 0.25"),
+    ("precision", ["--trainer.precision", "bf16-mixed"], "trainer.precision was '32-true', is 'bf16-mixed'"),
+    ("accumulation", ["--trainer.accumulate_grad_batches", "2"], "trainer.accumulate_grad_batches was 1, is 2"),
+    ("clipping", ["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val was 10.0, is 1"),
+    ("limits", ["--trainer.limit_train_batches", "5"], "trainer.limit_train_batches was None, is 5"),
+    ("ema", ["--ema", "0.9"], "ema was None, is 0.9"),
+    (
+        "model",
+        ["--model.proposals.anchors.sizes", "[20, 24]"],
+        "model.proposals.anchors.sizes was [20.0, 28.0], is [20.0, 24.0]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "told"), CHANGED)
+def test_row_43_a_changed_setting_is_listed_and_refused(
+    name: str,
+    options: list[str],
+    told: str,
+    broken_off: Path,
+    killed_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ckpt = ["--ckpt_path", str(broken_off / LAST)]
+    assert cli.main([*kills.command(killed_root), "--output", str(tmp_path / "run"), *ckpt, *options]) == 2
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert f"was trained with other settings: {told}" in shown
+    assert shown.endswith(f"or --accept_changes {name}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_row_43_other_images_are_listed_and_refused(
+    broken_off: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same number of images with the same names, another one more, and the same ones in another folder."""
+    ckpt = ["--ckpt_path", str(broken_off / LAST), "--output", str(tmp_path / "run")]
+    more = [*kills.command(tmp_path / "more"), *ckpt, "--data.scenes", "{train: 19, val: 4, size: 64}"]
+    assert cli.main(more) == 2
+    assert "data.content other images or boxes" in capsys.readouterr().err
+    assert cli.main([*kills.command(tmp_path / "moved"), *ckpt]) == 0
+
+
+def test_accepted_changes_are_used(
+    broken_off: Path, killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint would bring back its own learning rate, and one of a training that had ended the rate at its end: 0."""
+    folder = tmp_path / "run"
+    accepted = [
+        "--accept_changes",
+        "lr, schedule,batch_size",
+        "--ckpt_path",
+        str(broken_off / LAST),
+        "--output",
+        str(folder),
+    ]
+    changes = ["--model.optimizer.lr", "0.05", "--trainer.max_epochs", "4", "--data.loader.batch_size", "2"]
+    changes += [
+        "--model.optimizer.weight_decay",
+        "0.25",
+        "--model.lr_scheduler",
+        "{name: step, warmup: 0, milestones: [1.0]}",
+    ]
+    assert cli.main([*kills.command(killed_root), *accepted, *changes]) == 0
+    shown = capsys.readouterr().out
+    for line in ("model.optimizer.lr was 0.002, is 0.05", "trainer.max_epochs was 2, is 4", "the epoch begins anew"):
+        assert f"note: {line}" in shown
+    stored = torch.load(folder / LAST, weights_only=True)
+    groups = stored["optimizer_states"][0]["param_groups"]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.05, 0.25), (0.05, 0.0)] * 2
+    assert stored["global_step"] == 3 + 4 * 9
+
+
+def test_a_longer_training_goes_on_at_the_rate_of_its_schedule(killed_root: Path, tmp_path: Path) -> None:
+    command = kills.command(killed_root)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert cli.main([*command, "--output", str(first), "--trainer.max_epochs", "1"]) == 0
+    assert torch.load(first / LAST, weights_only=True)["optimizer_states"][0]["param_groups"][0]["lr"] == 0
+    rates = []
+
+    class Rates(resume.UseConfigured):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):  # type: ignore[no-untyped-def]
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(resume, "UseConfigured", Rates)
+        more = ["--ckpt_path", str(first / LAST), "--accept_changes", "schedule", "--output", str(second)]
+        assert cli.main([*command, *more]) == 0
+    assert len(rates) == 6
+    assert all(earlier > later > 0 for earlier, later in pairwise(rates))
+
+
+@pytest.mark.parametrize("text", ["lrr", "lr,dat"])
+def test_an_unknown_change(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--accept_changes: unknown change .*; expected lr, schedule, .*did you mean"):
+        resume.read_accepted(text)
+
+
+def test_row_50_a_folder_in_which_another_process_trains(
+    killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    program = "import filelock, sys, time\nwith filelock.FileLock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", program, str(folder / ".lock")], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        assert cli.main([*kills.command(killed_root), "--output", str(folder)]) == 1
+        assert f"{folder} is in use: another process trains there; wait for it" in capsys.readouterr().err
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_crafted_best_checkpoint_deletes_nothing(broken_off: Path, killed_root: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    stored = torch.load(broken_off / LAST, weights_only=True)
+    key = "ModelCheckpoint{'monitor': 'val/AP', 'mode': 'max'}"
+    paths = dict.fromkeys(("best_model_path", "last_model_path", "kth_best_model_path"), str(victim))
+    stored["callbacks"][key] = {
+        "monitor": "val/AP",
+        "best_model_score": torch.tensor(-1.0),
+        "dirpath": str(tmp_path),
+        **paths,
+    }
+    with atomic_write(tmp_path / "crafted.ckpt") as temporary:
+        torch.save(stored, temporary)
+    command = [
+        *kills.command(killed_root),
+        "--output",
+        str(tmp_path / "run"),
+        "--ckpt_path",
+        str(tmp_path / "crafted.ckpt"),
+    ]
+    cli.main(command)
+    assert victim.read_text() == "mine"
+
+
+def test_check_sums_are_those_of_sha256sum(broken_off: Path) -> None:
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum on this machine")
+    names = [f"{name}.sha256" for name in (LAST, PREVIOUS)]
+    subprocess.run(["sha256sum", "--check", "--strict", *names], cwd=broken_off, check=True)
+    assert all(len(check_sums(broken_off / name)) == 1 for name in (LAST, PREVIOUS))
