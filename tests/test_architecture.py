@@ -35,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "proposals": (*PLAIN, *GEOMETRY, "processes", "stages", "matching", "superpixels"),
     "proposal_files": (*PLAIN, *GEOMETRY),
     "heads": (*PLAIN, *GEOMETRY, "processes", "stages", "roi_pooling", "spatial_transformer", "matching"),
-    "datasets": (*PLAIN, *GEOMETRY, "processes", "proposal_files", "spatial_transformer", "superpixels"),
+    "datasets": (*PLAIN, *GEOMETRY, "processes", "proposal_files", "superpixels"),
     "evaluation": (*PLAIN, *GEOMETRY),
     "optimization": ("errors",),
     "detector": (*PLAIN, *GEOMETRY, "processes", "stages", "optimization"),
@@ -44,7 +44,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(*PLAIN, *GEOMETRY, "processes", "stages", "optimization", "superpixels"),
         *("heads", "datasets", "evaluation"),
     ),
-    "digit_classifier": (*PLAIN, "optimization", "spatial_transformer"),
     "region_context": (*PLAIN, *GEOMETRY),
     "region_classifier": (
         *PLAIN,
