@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from detpipe.commands.parser import Parser
 from detpipe.errors import UsageError
 from detpipe.proposal_files.box_orders import CONVENTIONS
 from detpipe.proposal_files.converters import FORMATS, convert
@@ -34,11 +34,6 @@ commands:
 
 'detpipe proposals COMMAND --help' shows the options of a command.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see '{self.prog} --help'")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -77,7 +72,7 @@ def run_convert(arguments: Sequence[str]) -> int:
     Raises:
         DetpipeError: what users can mend; nothing is written then.
     """
-    parser = _Parser(prog="detpipe proposals convert", description="Turn a file of proposals into a store.")
+    parser = Parser(prog="detpipe proposals convert", description="Turn a file of proposals into a store.")
     parser.add_argument("input", metavar="FILE", help=".mat (or a folder of them), .json, .pkl, .csv or .npz")
     parser.add_argument("-o", "--output", required=True, help=f"the store to write, *{SUFFIX}")
     parser.add_argument("--format", choices=list(FORMATS), help="told from the suffix by default")
@@ -128,7 +123,7 @@ def run_info(arguments: Sequence[str]) -> int:
     Raises:
         DetpipeError: the file is no store, or is damaged.
     """
-    parser = _Parser(prog="detpipe proposals info", description="Say what is in a store of proposals.")
+    parser = Parser(prog="detpipe proposals info", description="Say what is in a store of proposals.")
     parser.add_argument("store", metavar="STORE", help=f"*{SUFFIX}")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--verify", action="store_true", help="read all boxes and compare them with the hash")
