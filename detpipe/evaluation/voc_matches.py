@@ -21,13 +21,16 @@ from detpipe.evaluation.records import (
 from detpipe.types import Annotations, DetectionArrays
 
 
-def match_voc(annotations: Annotations, detections: DetectionArrays, iou_threshold: float = 0.5) -> Matches:
+def match_voc(
+    annotations: Annotations, detections: DetectionArrays, iou_threshold: float = 0.5, strict: bool = False
+) -> Matches:
     """Match detections with objects of their class.
 
     Args:
         annotations: the ground truth of I images.
         detections: in pixels of the original images, in any order; all of them count.
         iou_threshold: the overlap that makes a match, above 0, at most 1.
+        strict: a match must exceed the threshold instead of reaching it.
 
     Returns:
         The matches, of one range of sizes and one threshold.
@@ -48,7 +51,7 @@ def match_voc(annotations: Annotations, detections: DetectionArrays, iou_thresho
         annotations.boxes,
         object_images * classes + annotations.labels,
         np.zeros(len(annotations.labels), np.bool_),
-        minimum=iou_threshold,
+        minimum=float(np.nextafter(iou_threshold, 2)) if strict else iou_threshold,
     )
     best = np.full(len(order), -1, np.int64)
     by_overlap = np.lexsort((-pairs.objects, pairs.iou, pairs.found))  # the last of each detection is its best
