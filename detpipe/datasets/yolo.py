@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
+from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.decode import image_size
-from detpipe.datasets.faults import Faults, OnBad, Policy
+from detpipe.datasets.faults import Faults, Policy
 from detpipe.datasets.records import Records, build_annotations
-from detpipe.datasets.resize import Resize
 from detpipe.datasets.stored_proposals import file_key
-from detpipe.datasets.transforms import Augment
 from detpipe.datasets.yolo_images import ImageFinder, ListedImage
 from detpipe.datasets.yolo_labels import LabelReader
 from detpipe.datasets.yolo_yaml import read_yolo_yaml
@@ -38,14 +37,9 @@ class YOLO(DetectionData):
         train: the training split: a key of ``data.yaml``, or several.
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
-        loader: how images are loaded and batched.
-        augment: what is done to training images and their boxes; null for nothing.
-        seed: decides the order of the batches and every draw of the augmentation, with the epoch.
-        on_bad: ``error`` refuses data with any fault; ``skip`` leaves faulty records out and counts them, and decodes
-            every image once at the start to find damaged ones.
-        proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
-            :class:`detpipe.PrecomputedProposals`. An image is called by its file, relative to the root.
-        resize: to which size images are brought by the data workers; null leaves it to the detector.
+        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals`` and ``resize`` of
+            :class:`~detpipe.datasets.datamodule.DetectionData`.
+            In a proposal store an image is called by its file, relative to the root.
     """
 
     image_key = staticmethod(file_key)
@@ -56,14 +50,9 @@ class YOLO(DetectionData):
         train: str | list[str] = "train",
         val: str | list[str] = "val",
         test: str | list[str] | None = None,
-        loader: Loader = DEFAULT_LOADER,
-        augment: Augment | None = None,
-        seed: int = 0,
-        on_bad: OnBad = "error",
-        proposals: dict[str, str] | None = None,
-        resize: Resize | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad, proposals, resize)
+        super().__init__(**common)
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
 
