@@ -21,8 +21,7 @@ import numpy.typing as npt
 from detpipe.evaluation.matches import Matches, match
 from detpipe.evaluation.pairs import Floats, Integers
 from detpipe.evaluation.precision_recall import RECALL_LEVELS, average_precision, class_counts, mean_known
-from detpipe.evaluation.voc import ELEVEN_LEVELS
-from detpipe.evaluation.voc_matches import match_voc
+from detpipe.evaluation.voc import ELEVEN_LEVELS, match_voc
 from detpipe.types import Annotations, DetectionArrays
 
 Weights = npt.NDArray[np.int32]
