@@ -168,13 +168,12 @@ def test_tools_are_a_few_lines_over_the_package(path):
     assert imports(path)
 
 
-@pytest.mark.parametrize("module", list(modules()))
-def test_files_and_functions_stay_small(module):
-    path = modules()[module]
+@pytest.mark.parametrize("path", [*modules().values(), *sorted((ROOT / "examples").rglob("*.py"))], ids=module_of)
+def test_files_and_functions_stay_small(path):
     assert len(path.read_text().splitlines()) <= FILE_LINES
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno - node.lineno < FUNCTION_LINES, f"{module}.{node.name}"
+            assert node.end_lineno - node.lineno < FUNCTION_LINES, node.name
 
 
 def loaded_after(code: str) -> set[str]:
