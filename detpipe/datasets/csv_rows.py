@@ -6,13 +6,12 @@ import math
 import os
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from detpipe.datasets.csv_table import Row, Table
 from detpipe.datasets.decode import image_size
 from detpipe.datasets.faults import Faults
-from detpipe.datasets.records import Records
+from detpipe.datasets.records import RecordBuilder, Records
 from detpipe.errors import DataError
 from detpipe.strict_json import shorten
 from detpipe.suggest import did_you_mean
@@ -169,7 +168,8 @@ class RowReader:
             self.faults.fatal(
                 "box beside none", f"{self.empty[name]}: {name!r} has no objects here, but boxes in other rows"
             )
-        taken, sizes, ids = set(self.owners), {}, {}
+        built = RecordBuilder(self.names, category_ids)
+        taken, rows = set(self.owners), {}  # file name -> row
         number = 0
         for name in tqdm(self.images, desc="reading image sizes", unit="image", disable=None, leave=False):
             number += 1
@@ -177,28 +177,14 @@ class RowReader:
                 number += 1
             size = self._size(name)
             if size:
-                sizes[name], ids[name] = size, self.ids[name][0] if name in self.ids else number
-        rows = {name: row for row, name in enumerate(sizes)}
-        keep = [b for b, (name, *_) in enumerate(self.box_of) if name in rows]
-        self.faults.skipped["boxes skipped: image skipped"] += len(self.box_of) - len(keep)
-        return Records(
-            root=self.folder,
-            folders=[self.folder],
-            file_names=list(sizes),
-            image_ids=np.array(list(ids.values()), dtype=np.int64),
-            sizes=np.array(list(sizes.values()), dtype=np.int64).reshape(-1, 2),
-            box_image=np.array([rows[self.box_of[b][0]] for b in keep], dtype=np.int64),
-            boxes=np.array([self.boxes[b] for b in keep], dtype=np.float64).reshape(-1, 4),
-            labels=np.array([self.box_of[b][1] for b in keep], dtype=np.int64),
-            iscrowd=np.array([self.box_of[b][3] for b in keep], dtype=bool),
-            difficult=np.array([self.box_of[b][2] for b in keep], dtype=bool),
-            area=np.array([self.box_of[b][4] for b in keep], dtype=np.float64),
-            class_names=self.names,
-            category_ids=category_ids,
-            name_box=lambda b: self.where[keep[b]],
-            images_read=len(self.images),
-            boxes_read=self.boxes_read,
-        )
+                rows[name] = len(built.images)
+                built.add_image(name, self.ids[name][0] if name in self.ids else number, size)
+        for box, (name, label, difficult, crowd, area), where in zip(self.boxes, self.box_of, self.where, strict=True):
+            if name in rows:
+                built.add_box(rows[name], box, label, where, difficult, crowd, area)
+            else:
+                self.faults.skipped["boxes skipped: image skipped"] += 1
+        return built.records(self.folder, [self.folder], len(self.images), self.boxes_read)
 
     def _size(self, name: str) -> tuple[int, int] | None:
         """Height and width; None, and a fault, where there is no such image."""
