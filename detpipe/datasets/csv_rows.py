@@ -11,7 +11,7 @@ from tqdm import tqdm
 from detpipe.datasets.csv_table import Row, Table
 from detpipe.datasets.decode import image_size
 from detpipe.datasets.faults import Faults
-from detpipe.datasets.records import RecordBuilder, Records
+from detpipe.datasets.records import RecordBuilder, Records, read_number, read_whole
 from detpipe.errors import DataError
 from detpipe.strict_json import shorten
 from detpipe.suggest import did_you_mean
@@ -102,23 +102,23 @@ class RowReader:
         text = row.values.get("image_id", "")
         if not text:
             return None
-        digits = text.removeprefix("-")
-        if not (digits.isascii() and digits.isdigit() and len(digits) <= 18):
+        image_id = read_whole(text)
+        if image_id is None:
             column = table.column("image_id")
             return self.faults.fatal(
                 "bad image_id", f"{where}: column {column!r} must be a whole number, got {shorten(text)}"
             )
-        known = self.ids.setdefault(name, (int(text), where))
-        owner = self.owners.setdefault(int(text), name)
-        if known[0] != int(text) or owner != name:
-            was = f"{name!r} has {known[0]} in {known[1]}" if known[0] != int(text) else f"{owner!r} has it"
+        known = self.ids.setdefault(name, (image_id, where))
+        owner = self.owners.setdefault(image_id, name)
+        if known[0] != image_id or owner != name:
+            was = f"{name!r} has {known[0]} in {known[1]}" if known[0] != image_id else f"{owner!r} has it"
             self.faults.fatal("duplicate image id", f"{where}: image_id of {name!r} is {text}, but {was}")
         return None
 
     def _numbers(self, table: Table, texts: dict[str, str], where: str) -> list[float] | None:
         values: list[float] = []
         for meaning, text in texts.items():
-            value = _number(text)
+            value = read_number(text)
             if value is None or not math.isfinite(value):
                 got = shorten(text) if text else "nothing, but other columns of the box are filled"
                 self.faults.box(
@@ -152,7 +152,7 @@ class RowReader:
     def _area(self, table: Table, row: Row, where: str) -> float | None:
         """The area; NaN for that of the box; None for a fault."""
         text = row.values.get("area", "")
-        value = _number(text) if text else math.nan
+        value = read_number(text) if text else math.nan
         if value is None or (text and not 0 <= value < math.inf):
             column = table.column("area")
             self.faults.box(
@@ -203,10 +203,3 @@ class RowReader:
 def _normal(name: str) -> str:
     """A file name without detours: ``./a//b.jpg`` and ``a/b.jpg`` are the same image."""
     return os.path.normpath(name.replace("\\", "/")).replace(os.sep, "/") if name else ""
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -139,6 +139,20 @@ class RecordBuilder:
         )
 
 
+def read_number(text: str) -> float | None:
+    """Read a number as other programs write it; None where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def read_whole(text: str) -> int | None:
+    """Read a whole number that fits into 64 bits; None where it is none."""
+    digits = text.removeprefix("-")
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) <= 18 else None
+
+
 def build_annotations(records: Records, faults: Faults) -> Annotations:
     """Check files and boxes, leave out or refuse what is faulty, and pack the rest.
 

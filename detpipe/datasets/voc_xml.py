@@ -22,7 +22,7 @@ from defusedxml.ElementTree import parse
 from detpipe.datasets.class_list import ids_of, read_class_list
 from detpipe.datasets.decode import image_size
 from detpipe.datasets.faults import Faults, Policy
-from detpipe.datasets.records import RecordBuilder, build_annotations
+from detpipe.datasets.records import RecordBuilder, build_annotations, read_number, read_whole
 from detpipe.datasets.voc_lists import Listed, list_images
 from detpipe.errors import DataError
 from detpipe.strict_json import shorten
@@ -163,7 +163,7 @@ class _Reader:
     def _image_id(self, root: Element, item: Listed) -> int | None:
         """The number of the image in the lists, unless its file gives one."""
         text = root.findtext("detpipe/image_id")
-        image_id = item.image_id if text is None else _whole(text)
+        image_id = item.image_id if text is None else read_whole(text.strip())
         if image_id is None:
             self.faults.image(
                 "bad image_id", f"{item.xml}: detpipe/image_id must be a whole number, got {shorten(text)}"
@@ -213,7 +213,7 @@ class _Reader:
         crowd = (element.findtext("detpipe/iscrowd") or "0").strip()
         if crowd not in ("0", "1"):
             return self.faults.box("bad iscrowd", f"{where}: detpipe/iscrowd must be 0 or 1, got {shorten(crowd)}")
-        area = _number(element.findtext("detpipe/area") or "nan")
+        area = read_number(element.findtext("detpipe/area") or "nan")
         if area is None or area < 0 or math.isinf(area):
             got = shorten(element.findtext("detpipe/area"))
             return self.faults.box("bad area", f"{where}: detpipe/area must be a number of at least 0, got {got}")
@@ -231,7 +231,7 @@ class _Reader:
         values: list[float] = []
         for key in _CORNERS:
             text = element.findtext(f"bndbox/{key}")
-            value = _number(text or "")
+            value = read_number(text or "")
             if value is None:
                 got = "is missing" if text is None else f"must be a number, got {shorten(text)}"
                 self.faults.box("bad bndbox", f"{where}: bndbox/{key} {got}")
@@ -250,16 +250,3 @@ class _Reader:
             )
             return None
         return tuple(values)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _whole(text: str) -> int | None:
-    text = text.strip()
-    digits = text.removeprefix("-")
-    return int(text) if digits.isascii() and digits.isdigit() and len(digits) <= 18 else None

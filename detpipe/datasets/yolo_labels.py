@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detpipe.datasets.faults import Faults
-from detpipe.datasets.records import RecordBuilder
+from detpipe.datasets.records import RecordBuilder, read_number
 from detpipe.strict_json import shorten
 
 _FIELDS = ("x", "y", "width", "height")
@@ -71,7 +71,7 @@ class LabelReader:
         return [(number, values) for number, values in split if values]
 
     def _label(self, text: str, where: str) -> int | None:
-        value = _number(text)
+        value = read_number(text)
         if value is None or not value.is_integer():  # an infinity is none, and NaN is none
             self.faults.box("bad class", f"{where}: class must be a whole number, got {shorten(text)}")
             return None
@@ -96,7 +96,7 @@ class LabelReader:
         numbers: list[float] = []
         for i, text in enumerate(texts):
             field = f"{'xy'[i % 2]} of point {i // 2 + 1}" if polygon else _FIELDS[i]
-            value = _number(text)
+            value = read_number(text)
             if value is None or not math.isfinite(value):
                 self.faults.box("not a number", f"{where}: {field} must be a finite number, got {shorten(text)}")
                 return None
@@ -119,10 +119,3 @@ def _corners(numbers: Sequence[float]) -> tuple[float, ...]:
 def _bounds(numbers: Sequence[float]) -> tuple[float, ...]:
     x, y = numbers[::2], numbers[1::2]
     return min(x), min(y), max(x), max(y)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
