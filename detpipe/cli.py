@@ -34,8 +34,6 @@ commands:
                         train what else looks at regions, such as a classifier of given boxes
   classify CHECKPOINT IMAGE_OR_FOLDER ... --boxes FILE.json -o FOLDER
                         name what is in given boxes, draw it and write it as JSON
-  train_classifier CONFIG.yaml [MORE.yaml ...] [-o FOLDER] [--key value ...]
-                        classify distorted digits with and without spatial transformers: a table of errors, and pictures
   inspect CHECKPOINT IMAGE_OR_FOLDER ... -o FOLDER
                         draw what the attention of a backbone does: gates by class, branches by scale, spatial maps
   ablate STUDY.yaml -o FOLDER
@@ -66,7 +64,6 @@ COMMANDS = {
     "pretrain": ("detpipe.commands.pretraining", "pretrain"),
     "train_regions": ("detpipe.commands.region_training", "train_regions"),
     "classify": ("detpipe.commands.classify", "classify"),
-    "train_classifier": ("detpipe.commands.digit_study", "train_classifier"),
     "ablate": ("detpipe.commands.ablation", "run_ablate"),
     "inspect": ("detpipe.commands.inspect_attention", "run_inspect"),
     "proposals": ("detpipe.commands.proposal_commands", "main"),

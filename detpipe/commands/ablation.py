@@ -24,13 +24,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from tqdm import tqdm
 
 from detpipe.commands.ablation_report import Result, plot_results, results_table
 from detpipe.commands.ablation_speed import milliseconds_an_image
+from detpipe.commands.parser import Parser
 from detpipe.errors import TrainingError, UsageError
 from detpipe.files import atomic_write
 from detpipe.suggest import did_you_mean
@@ -83,11 +84,6 @@ class Run:
     def done(self) -> bool:
         """Whether a result is there."""
         return (self.folder / "result.json").is_file()
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see '{self.prog} --help'")
 
 
 def run_ablate(arguments: Sequence[str]) -> int:
@@ -258,7 +254,7 @@ def _result(run: Run) -> Result:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(
+    parser = Parser(
         "detpipe ablate",
         description="Train variants of one configuration with the same seeds, and tabulate what each is worth.",
         epilog="Other options (--trainer.max_epochs 3) go to every training.",

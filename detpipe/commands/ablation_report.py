@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from detpipe.errors import UsageError
-from detpipe.files import atomic_write
+from detpipe.pictures.figures import new_figure, plain_axes, save_figure
 
 COLORS = ("#2f6fde", "#e4572e", "#2ca25f", "#9656a1", "#c98a00", "#4d4d4d", "#00828c")
 
@@ -77,13 +76,7 @@ def plot_results(results: Mapping[str, Sequence[Result]], split: str, out: Path)
     Raises:
         UsageError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("matplotlib, which draws results, is not installed: pip install 'detpipe[train]'") from error
-    figure = Figure(figsize=(2.2 + 1.5 * len(results), 3.8), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.2 + 1.5 * len(results), 3.8, "results")
     for axes, key in zip(figure.subplots(1, 2), ("AP", "AP50"), strict=True):
         for index, found in enumerate(results.values()):
             values, color = np.array([getattr(result, key) for result in found]), COLORS[index % len(COLORS)]
@@ -93,10 +86,8 @@ def plot_results(results: Mapping[str, Sequence[Result]], split: str, out: Path)
         crowded = max(map(len, results)) > 9  # letters that fit between two ticks
         axes.set_xticks(range(len(results)), list(results), **({"rotation": 30, "ha": "right"} if crowded else {}))
         axes.set_title(f"{key}, {split} split", loc="left")
-        axes.grid(axis="y", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    with atomic_write(out) as temporary:
-        figure.savefig(temporary, format="png")
+        plain_axes(axes, "y")
+    save_figure(figure, out)
 
 
 def _verdict(differences: np.ndarray, spread: float, seeds: int) -> str:

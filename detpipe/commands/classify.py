@@ -11,24 +11,20 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from detpipe.commands.given_proposals import open_boxes
+from detpipe.commands.parser import Parser
 from detpipe.commands.predict import choose_device, drawing_names, find_images
 from detpipe.datasets import read_image
-from detpipe.errors import DataError, UsageError
+from detpipe.errors import DataError
 from detpipe.files import atomic_write
 from detpipe.pictures import visualize
 from detpipe.region_classifier import RegionClassifier
 from detpipe.training.models import load_region_classifier
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see 'detpipe classify --help'")
 
 
 def classify(arguments: Sequence[str]) -> int:
@@ -90,7 +86,7 @@ def _draw(path: Path, image: Tensor, boxes: Tensor, regions: list[dict[str, Any]
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="detpipe classify", description="Name what is in given boxes, draw it, and write it as JSON.")
+    parser = Parser(prog="detpipe classify", description="Name what is in given boxes, draw it, and write it as JSON.")
     parser.add_argument("checkpoint", help="of a RegionClassifier, such as RUN/best.ckpt")
     parser.add_argument("images", nargs="+", help="images, or folders of images")
     parser.add_argument("-o", "--output", required=True, help="folder for the drawings and regions.json")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 
-from detpipe.errors import UsageError
-from detpipe.suggest import did_you_mean
+from detpipe.commands.parser import run_one_of
 
 HELP = """usage: detpipe data check|info|show|convert|split|shards PATH ...
        detpipe data download voc07|voc12|coco2017
@@ -54,14 +52,4 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         DetpipeError: what users can mend.
     """
-    command, *rest = arguments or [""]
-    if command in ("", "-h", "--help"):
-        print(HELP, end="")
-        return 0 if command else 2
-    if command not in COMMANDS:
-        raise UsageError(
-            f"unknown command {command!r}: expected {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}; "
-            "see 'detpipe data --help'"
-        )
-    module, function = COMMANDS[command]
-    return getattr(import_module(module), function)(rest)
+    return run_one_of(COMMANDS, "data", HELP, arguments)

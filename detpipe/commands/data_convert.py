@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from detpipe.commands.data_source import Parser, new_output, open_splits, read_split, source_parser
+from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
+from detpipe.commands.parser import Parser
 from detpipe.datasets.coco import COCO
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.image_files import ImageFiles

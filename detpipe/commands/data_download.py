@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from detpipe.commands.data_source import Parser
+from detpipe.commands.parser import Parser
 from detpipe.datasets.public_sets import PUBLIC_SETS, Part, check_room, from_mirror, install, is_complete
 from detpipe.errors import UsageError
 from detpipe.suggest import did_you_mean

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
+from detpipe.commands.parser import Parser
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.layouts import EXPECTED, known_layout, open_split, split_names
@@ -13,14 +13,6 @@ from detpipe.datasets.sharding.remote import is_remote
 from detpipe.errors import DataError, UsageError
 from detpipe.suggest import did_you_mean
 from detpipe.types import Annotations
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Turn a parser's error into a `UsageError`."""
-        raise UsageError(f"{message}; see '{self.prog} --help'")
 
 
 def source_parser(command: str, description: str, skip_bad: bool = True) -> Parser:

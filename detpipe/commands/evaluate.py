@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from detpipe import evaluation, processes
 from detpipe.commands.evaluation_report import ReportOptions, check_options, read_runs, write_report
+from detpipe.commands.parser import Parser
 from detpipe.errors import UsageError
 from detpipe.evaluation.analysis import AnalysisSettings
 from detpipe.evaluation.coco import MAX_DETECTIONS
@@ -30,11 +30,6 @@ _REPORT: dict[str, tuple[type, Any, str]] = {  # of both modes: type, default, h
 
 
 _MAX_DETECTIONS = "of a class and image, so many detections count by COCO's rules; rising, 1 10 100 by default"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see 'detpipe evaluate --help'")
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -56,7 +51,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def _evaluate_file(arguments: Sequence[str]) -> int:
-    parser = _Parser(
+    parser = Parser(
         prog="detpipe evaluate",
         description="Evaluate a file of detections; for a model: detpipe evaluate CONFIG.yaml --ckpt_path CHECKPOINT.",
     )

@@ -12,13 +12,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from detpipe.commands.inspection import Objects, attention_modules, branches_by_scale, gates_by_class, spatial_maps
+from detpipe.commands.parser import Parser
 from detpipe.commands.predict import choose_proposals, detect, find_images
 from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
@@ -28,11 +28,6 @@ from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, p
 from detpipe.training.models import load_detector
 
 SHARES = (0.25, 0.5, 1.0)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see '{self.prog} --help'")
 
 
 def run_inspect(arguments: Sequence[str]) -> int:
@@ -164,7 +159,7 @@ def _draw_gates(
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser("detpipe inspect", description=__doc__)
+    parser = Parser("detpipe inspect", description=__doc__)
     parser.add_argument("checkpoint", help="checkpoint of a detector whose backbone has attention")
     parser.add_argument("images", nargs="+", help="images, or folders of them")
     parser.add_argument("-o", "--output", required=True, help="folder for the pictures")

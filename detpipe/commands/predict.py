@@ -15,13 +15,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from detpipe.commands.given_proposals import Boxes, advice, open_boxes
+from detpipe.commands.parser import Parser
 from detpipe.datasets import read_image
 from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.detector import TwoStageDetector
@@ -33,11 +34,6 @@ from detpipe.proposals import PrecomputedProposals
 from detpipe.training.checkpoint import Description
 from detpipe.training.models import load_detector
 from detpipe.types import Detection, GlimpsedDetection, Target
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see 'detpipe predict --help'")
 
 
 @dataclass
@@ -234,7 +230,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="detpipe predict", description="Detect objects in images, draw them, and write them as JSON.")
+    parser = Parser(prog="detpipe predict", description="Detect objects in images, draw them, and write them as JSON.")
     parser.add_argument("checkpoint", help="such as RUN/best.ckpt; its model and class names are used")
     parser.add_argument("images", nargs="+", help="images, or folders of images")
     parser.add_argument("-o", "--output", required=True, help="folder for the drawings and detections.json")

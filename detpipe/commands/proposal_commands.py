@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from detpipe.commands.parser import Parser, run_one_of
 from detpipe.errors import UsageError
 from detpipe.proposal_files.box_orders import CONVENTIONS
 from detpipe.proposal_files.converters import FORMATS, convert
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX
-from detpipe.suggest import did_you_mean
 
 HELP = """usage: detpipe proposals make|convert|info|recall ...
 
@@ -35,10 +34,12 @@ commands:
 'detpipe proposals COMMAND --help' shows the options of a command.
 """
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see '{self.prog} --help'")
+COMMANDS = {
+    "make": ("detpipe.commands.proposal_making", "run_make"),
+    "convert": ("detpipe.commands.proposal_commands", "run_convert"),
+    "info": ("detpipe.commands.proposal_commands", "run_info"),
+    "recall": ("detpipe.commands.proposal_recall", "run_recall"),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -53,16 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         DetpipeError: what users can mend.
     """
-    command, *rest = arguments or [""]
-    if command in ("", "-h", "--help"):
-        print(HELP, end="")
-        return 0 if command else 2
-    if command not in COMMANDS:
-        raise UsageError(
-            f"unknown command {command!r}: expected {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}; "
-            "see 'detpipe proposals --help'"
-        )
-    return COMMANDS[command](rest)
+    return run_one_of(COMMANDS, "proposals", HELP, arguments)
 
 
 def run_convert(arguments: Sequence[str]) -> int:
@@ -77,7 +69,7 @@ def run_convert(arguments: Sequence[str]) -> int:
     Raises:
         DetpipeError: what users can mend; nothing is written then.
     """
-    parser = _Parser(prog="detpipe proposals convert", description="Turn a file of proposals into a store.")
+    parser = Parser(prog="detpipe proposals convert", description="Turn a file of proposals into a store.")
     parser.add_argument("input", metavar="FILE", help=".mat (or a folder of them), .json, .pkl, .csv or .npz")
     parser.add_argument("-o", "--output", required=True, help=f"the store to write, *{SUFFIX}")
     parser.add_argument("--format", choices=list(FORMATS), help="told from the suffix by default")
@@ -128,7 +120,7 @@ def run_info(arguments: Sequence[str]) -> int:
     Raises:
         DetpipeError: the file is no store, or is damaged.
     """
-    parser = _Parser(prog="detpipe proposals info", description="Say what is in a store of proposals.")
+    parser = Parser(prog="detpipe proposals info", description="Say what is in a store of proposals.")
     parser.add_argument("store", metavar="STORE", help=f"*{SUFFIX}")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--verify", action="store_true", help="read all boxes and compare them with the hash")
@@ -179,20 +171,3 @@ def describe(store: ProposalStore) -> dict[str, Any]:
         },
         "content_hash": store.content_hash,
     }
-
-
-def run_make(arguments: Sequence[str]) -> int:
-    """Make a store; see :func:`detpipe.commands.proposal_making.run_make`."""
-    from detpipe.commands.proposal_making import run_make
-
-    return run_make(arguments)
-
-
-def run_recall(arguments: Sequence[str]) -> int:
-    """Measure recall; see :func:`detpipe.commands.proposal_recall.run_recall`."""
-    from detpipe.commands.proposal_recall import run_recall
-
-    return run_recall(arguments)
-
-
-COMMANDS = {"make": run_make, "convert": run_convert, "info": run_info, "recall": run_recall}

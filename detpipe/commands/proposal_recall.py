@@ -7,11 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
+from detpipe.commands.parser import Parser
 from detpipe.datasets import DetectionData
 from detpipe.datasets.layouts import EXPECTED, open_split
 from detpipe.datasets.stored_proposals import StoredProposals
@@ -22,11 +22,6 @@ from detpipe.evaluation.recall_report import class_table, plot_recall, recall_ta
 from detpipe.files import atomic_write
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.types import Annotations
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see '{self.prog} --help'")
 
 
 def run_recall(arguments: Sequence[str]) -> int:
@@ -125,7 +120,7 @@ def _keep_stored(annotations: Annotations, data: DetectionData, stores: Sequence
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="detpipe proposals recall", description="Measure how many objects the boxes of stores find.")
+    parser = Parser(prog="detpipe proposals recall", description="Measure how many objects the boxes of stores find.")
     parser.add_argument("stores", nargs="+", metavar="STORE", help="one store or several, to be compared")
     parser.add_argument("--data", required=True, help=EXPECTED.removeprefix("expected "))
     parser.add_argument("--split", help="of the data set, such as test or val2017")

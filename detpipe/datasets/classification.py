@@ -26,8 +26,8 @@ class ClassificationData(LightningDataModule, ABC):
         loader: how images are loaded and batched.
         views: how images of any size become squares.
         seed: decides the order of the batches and every draw of the views, with the epoch.
-        on_bad: ``"error"`` stops at an image that cannot be read; ``"skip"`` decodes every image once at the start, and
-            leaves unreadable ones out and counts them.
+        on_bad: ``error`` stops at an image that cannot be read; ``skip`` decodes every image once at the start, and leaves
+            unreadable ones out and counts them.
 
     Raises:
         ValueError: a negative seed, or another policy.

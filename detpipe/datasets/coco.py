@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from detpipe.datasets.coco_json import load_coco
-from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
-from detpipe.datasets.faults import OnBad
-from detpipe.datasets.resize import Resize
+from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.segmentations import read_segmentations
-from detpipe.datasets.transforms import Augment
 from detpipe.errors import DataError
 from detpipe.types import Annotations, Segmentations
 
@@ -43,14 +41,8 @@ class COCO(DetectionData):
         train: the training split: a name such as ``train2017``, or ``annotations`` and ``images`` for other files.
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
-        loader: how images are loaded and batched.
-        augment: what is done to training images and their boxes; null for nothing.
-        seed: decides the order of the batches and every draw of the augmentation, with the epoch.
-        on_bad: ``error`` refuses data with any fault; ``skip`` leaves faulty records out and counts them, and decodes
-            every image once at the start to find damaged ones.
-        proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
-            :class:`detpipe.PrecomputedProposals`.
-        resize: to which size images are brought by the data workers; null leaves it to the detector.
+        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals`` and ``resize`` of
+            :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     def __init__(
@@ -59,14 +51,9 @@ class COCO(DetectionData):
         train: str | COCOFiles = "train2017",
         val: str | COCOFiles = "val2017",
         test: str | COCOFiles | None = None,
-        loader: Loader = DEFAULT_LOADER,
-        augment: Augment | None = None,
-        seed: int = 0,
-        on_bad: OnBad = "error",
-        proposals: dict[str, str] | None = None,
-        resize: Resize | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad, proposals, resize)
+        super().__init__(**common)
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
 

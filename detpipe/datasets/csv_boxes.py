@@ -12,17 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from detpipe.datasets.class_list import ids_of, read_class_list
 from detpipe.datasets.csv_rows import RowReader
 from detpipe.datasets.csv_table import Table
-from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
-from detpipe.datasets.faults import Faults, OnBad, Policy
+from detpipe.datasets.datamodule import DetectionData, Split
+from detpipe.datasets.faults import Faults, Policy
 from detpipe.datasets.records import build_annotations
-from detpipe.datasets.resize import Resize
 from detpipe.datasets.stored_proposals import file_key
-from detpipe.datasets.transforms import Augment
 from detpipe.errors import DataError
 from detpipe.suggest import did_you_mean
 from detpipe.types import Annotations
@@ -59,14 +57,9 @@ class CSVBoxes(DetectionData):
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
         format: how tables are to be understood: class names, the name of the table, where images are.
-        loader: how images are loaded and batched.
-        augment: what is done to training images and their boxes; null for nothing.
-        seed: decides the order of the batches and every draw of the augmentation, with the epoch.
-        on_bad: ``error`` refuses data with any fault; ``skip`` leaves faulty records out and counts them, and decodes
-            every image once at the start to find damaged ones.
-        proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
-            :class:`detpipe.PrecomputedProposals`. An image is called by its file, relative to the images.
-        resize: to which size images are brought by the data workers; null leaves it to the detector.
+        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals`` and ``resize`` of
+            :class:`~detpipe.datasets.datamodule.DetectionData`.
+            In a proposal store an image is called by its file, relative to the images.
     """
 
     image_key = staticmethod(file_key)
@@ -78,14 +71,9 @@ class CSVBoxes(DetectionData):
         val: str | list[str] = "val",
         test: str | list[str] | None = None,
         format: CSVFormat = _USUAL,
-        loader: Loader = DEFAULT_LOADER,
-        augment: Augment | None = None,
-        seed: int = 0,
-        on_bad: OnBad = "error",
-        proposals: dict[str, str] | None = None,
-        resize: Resize | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad, proposals, resize)
+        super().__init__(**common)
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
         self.format = format

@@ -6,13 +6,12 @@ import math
 import os
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from detpipe.datasets.csv_table import Row, Table
 from detpipe.datasets.decode import image_size
 from detpipe.datasets.faults import Faults
-from detpipe.datasets.records import Records
+from detpipe.datasets.records import RecordBuilder, Records, read_number, read_whole
 from detpipe.errors import DataError
 from detpipe.strict_json import shorten
 from detpipe.suggest import did_you_mean
@@ -103,23 +102,23 @@ class RowReader:
         text = row.values.get("image_id", "")
         if not text:
             return None
-        digits = text.removeprefix("-")
-        if not (digits.isascii() and digits.isdigit() and len(digits) <= 18):
+        image_id = read_whole(text)
+        if image_id is None:
             column = table.column("image_id")
             return self.faults.fatal(
                 "bad image_id", f"{where}: column {column!r} must be a whole number, got {shorten(text)}"
             )
-        known = self.ids.setdefault(name, (int(text), where))
-        owner = self.owners.setdefault(int(text), name)
-        if known[0] != int(text) or owner != name:
-            was = f"{name!r} has {known[0]} in {known[1]}" if known[0] != int(text) else f"{owner!r} has it"
+        known = self.ids.setdefault(name, (image_id, where))
+        owner = self.owners.setdefault(image_id, name)
+        if known[0] != image_id or owner != name:
+            was = f"{name!r} has {known[0]} in {known[1]}" if known[0] != image_id else f"{owner!r} has it"
             self.faults.fatal("duplicate image id", f"{where}: image_id of {name!r} is {text}, but {was}")
         return None
 
     def _numbers(self, table: Table, texts: dict[str, str], where: str) -> list[float] | None:
         values: list[float] = []
         for meaning, text in texts.items():
-            value = _number(text)
+            value = read_number(text)
             if value is None or not math.isfinite(value):
                 got = shorten(text) if text else "nothing, but other columns of the box are filled"
                 self.faults.box(
@@ -153,7 +152,7 @@ class RowReader:
     def _area(self, table: Table, row: Row, where: str) -> float | None:
         """The area; NaN for that of the box; None for a fault."""
         text = row.values.get("area", "")
-        value = _number(text) if text else math.nan
+        value = read_number(text) if text else math.nan
         if value is None or (text and not 0 <= value < math.inf):
             column = table.column("area")
             self.faults.box(
@@ -169,7 +168,8 @@ class RowReader:
             self.faults.fatal(
                 "box beside none", f"{self.empty[name]}: {name!r} has no objects here, but boxes in other rows"
             )
-        taken, sizes, ids = set(self.owners), {}, {}
+        built = RecordBuilder(self.names, category_ids)
+        taken, rows = set(self.owners), {}  # file name -> row
         number = 0
         for name in tqdm(self.images, desc="reading image sizes", unit="image", disable=None, leave=False):
             number += 1
@@ -177,28 +177,14 @@ class RowReader:
                 number += 1
             size = self._size(name)
             if size:
-                sizes[name], ids[name] = size, self.ids[name][0] if name in self.ids else number
-        rows = {name: row for row, name in enumerate(sizes)}
-        keep = [b for b, (name, *_) in enumerate(self.box_of) if name in rows]
-        self.faults.skipped["boxes skipped: image skipped"] += len(self.box_of) - len(keep)
-        return Records(
-            root=self.folder,
-            folders=[self.folder],
-            file_names=list(sizes),
-            image_ids=np.array(list(ids.values()), dtype=np.int64),
-            sizes=np.array(list(sizes.values()), dtype=np.int64).reshape(-1, 2),
-            box_image=np.array([rows[self.box_of[b][0]] for b in keep], dtype=np.int64),
-            boxes=np.array([self.boxes[b] for b in keep], dtype=np.float64).reshape(-1, 4),
-            labels=np.array([self.box_of[b][1] for b in keep], dtype=np.int64),
-            iscrowd=np.array([self.box_of[b][3] for b in keep], dtype=bool),
-            difficult=np.array([self.box_of[b][2] for b in keep], dtype=bool),
-            area=np.array([self.box_of[b][4] for b in keep], dtype=np.float64),
-            class_names=self.names,
-            category_ids=category_ids,
-            name_box=lambda b: self.where[keep[b]],
-            images_read=len(self.images),
-            boxes_read=self.boxes_read,
-        )
+                rows[name] = len(built.images)
+                built.add_image(name, self.ids[name][0] if name in self.ids else number, size)
+        for box, (name, label, difficult, crowd, area), where in zip(self.boxes, self.box_of, self.where, strict=True):
+            if name in rows:
+                built.add_box(rows[name], box, label, where, difficult, crowd, area)
+            else:
+                self.faults.skipped["boxes skipped: image skipped"] += 1
+        return built.records(self.folder, [self.folder], len(self.images), self.boxes_read)
 
     def _size(self, name: str) -> tuple[int, int] | None:
         """Height and width; None, and a fault, where there is no such image."""
@@ -217,10 +203,3 @@ class RowReader:
 def _normal(name: str) -> str:
     """A file name without detours: ``./a//b.jpg`` and ``a/b.jpg`` are the same image."""
     return os.path.normpath(name.replace("\\", "/")).replace(os.sep, "/") if name else ""
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

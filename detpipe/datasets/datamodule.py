@@ -111,11 +111,13 @@ class DetectionData(LightningDataModule, ABC):
 
     Args:
         loader: how images are loaded and batched.
-        augment: what is done to training images and their boxes; None for nothing.
+        augment: what is done to training images and their boxes; null for nothing.
         seed: decides the order of the batches and every draw of the augmentation, with the epoch.
-        on_bad: ``"error"`` refuses data with any fault; ``"skip"`` leaves faulty records out and counts them.
-        proposals: split -> proposal store, whose boxes then ride in the targets of that split.
-        resize: to which size images are brought, in training and evaluation; None leaves it to the detector.
+        on_bad: ``error`` refuses data with any fault; ``skip`` leaves faulty records out and counts them, and decodes
+            every image once at the start to find damaged ones.
+        proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
+            :class:`detpipe.PrecomputedProposals`.
+        resize: to which size images are brought by the data workers; null leaves it to the detector.
     """
 
     image_key: ImageKey = staticmethod(coco_key)  # what a proposal store calls an image

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from detpipe.datasets.coco_json import load_coco
-from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
+from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.demo_files import DEFAULT_SCENES, DemoScenes, write_demo
 from detpipe.datasets.demo_scenes import CLASS_NAMES
-from detpipe.datasets.faults import OnBad
-from detpipe.datasets.resize import Resize
-from detpipe.datasets.transforms import Augment
 from detpipe.datasets.voc_xml import load_voc
 from detpipe.errors import DataError, UsageError
 from detpipe.types import Annotations
@@ -26,13 +23,8 @@ class Demo(DetectionData):
         root: the folder of the set; generated there on first use, in seconds and without a network.
         layout: read the annotations from the COCO or from the VOC layout; the boxes are the same.
         scenes: what to generate.
-        loader: how images are loaded and batched.
-        augment: what is done to training images and their boxes; null for nothing.
-        seed: decides the order of the batches and every draw of the augmentation, with the epoch.
-        on_bad: ``error`` refuses data with any fault; ``skip`` leaves faulty records out and counts them.
-        proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
-            :class:`detpipe.PrecomputedProposals`.
-        resize: to which size images are brought by the data workers; null leaves it to the detector.
+        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals`` and ``resize`` of
+            :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     def __init__(
@@ -40,14 +32,9 @@ class Demo(DetectionData):
         root: str = "data/demo",
         layout: Literal["coco", "voc"] = "coco",
         scenes: DemoScenes = DEFAULT_SCENES,
-        loader: Loader = DEFAULT_LOADER,
-        augment: Augment | None = None,
-        seed: int = 0,
-        on_bad: OnBad = "error",
-        proposals: dict[str, str] | None = None,
-        resize: Resize | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad, proposals, resize)
+        super().__init__(**common)
         if layout not in ("coco", "voc"):
             raise UsageError(f"layout must be 'coco' or 'voc', got {layout!r}")
         self.root = str(root)

@@ -16,17 +16,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from detpipe.datasets.classification import DEFAULT_VIEWS, ClassificationData, LabeledSplit
-from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
+from detpipe.datasets.classification import ClassificationData, LabeledSplit
 from detpipe.datasets.decode import IMAGE_SUFFIXES, read_image
 from detpipe.datasets.faults import SHOWN, Faults, OnBad
 from detpipe.datasets.in_threads import look_at_images
 from detpipe.datasets.labeled_images import LabeledImages, PackedNames
-from detpipe.datasets.views import Views
 from detpipe.errors import DataError
 from detpipe.suggest import did_you_mean
 
@@ -40,11 +39,8 @@ class ImageFolder(ClassificationData):
         root: the folder of the set.
         train: name of the folder to train on.
         val: name of the folder to validate on; its classes are among those of ``train``.
-        loader: how images are loaded and batched.
-        views: how images of any size become squares.
-        seed: decides the order of the batches and every draw of the views, with the epoch.
-        on_bad: ``error`` stops at an image that cannot be read; ``skip`` decodes every image once at the start, and leaves
-            unreadable ones out and counts them.
+        common: what all such data sets have: ``loader``, ``views``, ``seed`` and ``on_bad`` of
+            :class:`~detpipe.datasets.classification.ClassificationData`.
 
     Raises:
         ValueError: a split without a name, a negative seed, or another policy.
@@ -55,12 +51,9 @@ class ImageFolder(ClassificationData):
         root: str,
         train: str = "train",
         val: str = "val",
-        loader: Loader = DEFAULT_LOADER,
-        views: Views = DEFAULT_VIEWS,
-        seed: int = 0,
-        on_bad: OnBad = "error",
+        **common: Any,
     ) -> None:
-        super().__init__(loader, views, seed, on_bad)
+        super().__init__(**common)
         if not train or not val:
             raise ValueError(f"train and val must name folders below the root, got {train!r} and {val!r}")
         self.root = str(root)

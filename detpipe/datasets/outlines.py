@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from detpipe.datasets.segmentations import matched_records
 from detpipe.datasets.yolo_images import label_path
 from detpipe.errors import DataError
 from detpipe.strict_json import load_json, shorten
@@ -27,7 +27,6 @@ from detpipe.types import Annotations
 PerBox = list[Any]  # [B], the segmentation of each box as in COCO's files; None where there is none
 Outlines = dict[str, PerBox]  # path of an image -> those of its boxes
 NO_OUTLINES: Outlines = {}  # not to be changed
-_ROUNDING = 1e-3  # pixels between a box and the record that it was read from
 
 
 def coco_outlines(path: Path, annotations: Annotations) -> PerBox:
@@ -43,34 +42,7 @@ def coco_outlines(path: Path, annotations: Annotations) -> PerBox:
     Raises:
         DataError: the file is another one by now.
     """
-    a = annotations
-    records: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for record in load_json(path)["annotations"]:
-        records[record.get("image_id")].append(record)
-    found: PerBox = []
-    for i, (start, end) in enumerate(zip(a.offsets[:-1].tolist(), a.offsets[1:].tolist(), strict=True)):
-        rest = iter(records[int(a.image_ids[i])])
-        for b in range(start, end):  # both come in the order of the file; records that were left out match nothing
-            record = next((record for record in rest if _is_box(record, a, i, b)), None)
-            if record is None:
-                raise DataError(
-                    f"{path}: its boxes are not those that were read before; it was changed meanwhile: start again"
-                )
-            found.append(record.get("segmentation") or None)
-    return found
-
-
-def _is_box(record: dict[str, Any], a: Annotations, image: int, b: int) -> bool:
-    bbox = record.get("bbox")
-    if record.get("category_id") != a.category_ids[int(a.labels[b]) - 1] or type(bbox) is not list or len(bbox) != 4:
-        return False
-    if not all(type(value) in (int, float) for value in bbox):
-        return False
-    height, width = a.sizes[image].tolist()
-    x, y, w, h = bbox
-    corners = (x, y, x + w, y + h)
-    clipped = [min(max(value, 0), side) for value, side in zip(corners, (width, height) * 2, strict=True)]
-    return all(abs(one - other) <= _ROUNDING for one, other in zip(clipped, a.boxes[b].tolist(), strict=True))
+    return [record.get("segmentation") or None for record in matched_records(path, annotations)]
 
 
 def yolo_outlines(annotations: Annotations) -> PerBox:

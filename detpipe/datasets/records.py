@@ -6,6 +6,7 @@ rest. Images I, boxes B.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -67,6 +68,89 @@ class Records:
     boxes_read: int
     clip_tolerance: float | _Numbers = _CLIP_TOLERANCE
     counts: dict[str, int] = field(default_factory=dict)  # the parser's own, copied into the result
+
+
+class RecordBuilder:
+    """Makes `Records` of images and boxes that a parser reads one by one.
+
+    Args:
+        class_names: [K].
+        category_ids: [K].
+    """
+
+    def __init__(self, class_names: tuple[str, ...], category_ids: tuple[int, ...]) -> None:
+        self.class_names, self.category_ids = class_names, category_ids
+        self.images: list[tuple[str, int, int, int]] = []  # file name, id, height, width
+        self._boxes: list[tuple[float, ...]] = []  # x1, y1, x2, y2
+        self._box_of: list[tuple[int, int, bool, bool]] = []  # row of the image, label, difficult, crowd
+        self._areas: list[float] = []
+        self._where: list[str] = []
+
+    def add_image(self, file_name: str, image_id: int, size: tuple[int, int]) -> None:
+        """Add an image, of height and width; its row is their number so far."""
+        self.images.append((file_name, image_id, *size))
+
+    def add_box(
+        self,
+        image: int,
+        box: tuple[float, ...],
+        label: int,
+        where: str,
+        difficult: bool = False,
+        iscrowd: bool = False,
+        area: float = math.nan,
+    ) -> None:
+        """Add a box.
+
+        Args:
+            image: the row of its image, which may be added later.
+            box: xyxy in continuous pixel coordinates.
+            label: in 1..K.
+            where: what a message calls the box: its record and the field with its value.
+            difficult: the flag.
+            iscrowd: the flag.
+            area: square pixels; NaN stands for the area of the box.
+        """
+        self._boxes.append(box)
+        self._box_of.append((image, label, difficult, iscrowd))
+        self._areas.append(area)
+        self._where.append(where)
+
+    def records(self, root: Path, folders: list[Path], images_read: int, boxes_read: int) -> Records:
+        """Turn what was added into arrays; the arguments are those of `Records`."""
+        box_of = np.array(self._box_of, dtype=np.int64).reshape(-1, 4)
+        return Records(
+            root=root,
+            folders=folders,
+            file_names=[image[0] for image in self.images],
+            image_ids=np.array([image[1] for image in self.images], dtype=np.int64),
+            sizes=np.array([image[2:] for image in self.images], dtype=np.int64).reshape(-1, 2),
+            box_image=box_of[:, 0],
+            boxes=np.array(self._boxes, dtype=np.float64).reshape(-1, 4),
+            labels=box_of[:, 1],
+            iscrowd=box_of[:, 3].astype(bool),
+            difficult=box_of[:, 2].astype(bool),
+            area=np.array(self._areas, dtype=np.float64),
+            class_names=self.class_names,
+            category_ids=self.category_ids,
+            name_box=self._where.__getitem__,
+            images_read=images_read,
+            boxes_read=boxes_read,
+        )
+
+
+def read_number(text: str) -> float | None:
+    """Read a number as other programs write it; None where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def read_whole(text: str) -> int | None:
+    """Read a whole number that fits into 64 bits; None where it is none."""
+    digits = text.removeprefix("-")
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) <= 18 else None
 
 
 def build_annotations(records: Records, faults: Faults) -> Annotations:

@@ -37,7 +37,7 @@ def read_segmentations(path: str | Path, annotations: Annotations) -> Segmentati
     Raises:
         DataError: an object has no segmentation, or one that cannot be read; file, annotation and image are named.
     """
-    records = _matched(load_json(Path(path)), annotations, path)
+    records = matched_records(path, annotations)
     sizes: list[list[int]] = annotations.sizes.tolist()
     image = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets)).tolist()
     outlines: list[_Outline] = []
@@ -85,15 +85,27 @@ def draw_masks(annotations: Annotations, index: int) -> npt.NDArray[np.bool_]:
     return masks
 
 
-def _matched(content: Any, a: Annotations, path: str | Path) -> list[dict[str, Any]]:
-    """The record of each box: of an image, both come in the order of the file."""
+def matched_records(path: str | Path, annotations: Annotations) -> list[dict[str, Any]]:
+    """Read the records that the boxes of a split were made of: of an image, both come in the order of the file.
+
+    Args:
+        path: the COCO annotation file that the split was read from, perhaps without faulty records.
+        annotations: of the split.
+
+    Returns:
+        ``[B]``.
+
+    Raises:
+        DataError: the file is another one by now.
+    """
+    a = annotations
     rows = {key: row for row, key in enumerate(a.image_ids.tolist())}
     labels = {key: label for label, key in enumerate(a.category_ids, start=1)}
     sizes, ends = a.sizes.tolist(), a.offsets[1:].tolist()
     boxes, of_box = a.boxes.tolist(), a.labels.tolist()
     following: list[int] = a.offsets[:-1].tolist()  # the next box of each image that has no record yet
     found: list[dict[str, Any]] = [{}] * len(boxes)
-    for record in content["annotations"]:
+    for record in load_json(Path(path))["annotations"]:
         key, category, bbox = (record.get(name) for name in ("image_id", "category_id", "bbox"))
         if type(key) is not int or type(category) is not int or key not in rows or not _is_box(bbox):
             continue

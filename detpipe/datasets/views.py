@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from detpipe.datasets.transforms import reseed
+
+if TYPE_CHECKING:
+    import albumentations
 
 
 @dataclass(frozen=True)
@@ -62,15 +68,13 @@ class Views:
         Returns:
             ``[3, size, size]`` uint8.
         """
-        from detpipe.datasets import views_pipeline  # takes seconds to import
-
-        return _applied(views_pipeline.training(self, seed), image)
+        pipeline = _training(self)
+        reseed(pipeline.transforms, seed)
+        return _applied(pipeline, image)
 
     def evaluation(self, image: Tensor) -> Tensor:
         """Resize and cut out the center: ``[3, H, W]`` uint8 -> ``[3, size, size]`` uint8."""
-        from detpipe.datasets import views_pipeline
-
-        return _applied(views_pipeline.evaluation(self), center_square(image))
+        return _applied(_evaluation(self), center_square(image))
 
 
 def center_square(image: Tensor) -> Tensor:
@@ -86,6 +90,34 @@ def center_square(image: Tensor) -> Tensor:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return image[:, top : top + side, left : left + side]
+
+
+@lru_cache(maxsize=8)
+def _training(views: Views) -> albumentations.Compose:
+    # first: it keeps albumentations from the network, and OpenCV from threads that a fork does not survive
+    from detpipe.datasets.transforms_pipeline import color_jitter  # isort: skip
+    import albumentations  # takes seconds
+
+    steps: list[Any] = [
+        albumentations.RandomResizedCrop(
+            (views.size, views.size), views.scale, views.ratio, area_for_downscale="image", p=1.0
+        ),
+        albumentations.HorizontalFlip(p=views.flip),
+    ]
+    if views.color:
+        steps.append(color_jitter(views.color))
+    return albumentations.Compose(steps)
+
+
+@lru_cache(maxsize=8)
+def _evaluation(views: Views) -> albumentations.Compose:
+    """The pipeline of evaluation, over a square image."""
+    from detpipe.datasets import transforms_pipeline  # noqa: F401 (as above)  # isort: skip
+    import albumentations
+
+    side = max(views.size, round(views.size / views.center))
+    resize = albumentations.Resize(side, side, area_for_downscale="image")
+    return albumentations.Compose([resize, albumentations.CenterCrop(views.size, views.size)])
 
 
 def _applied(pipeline: Any, image: Tensor) -> Tensor:

@@ -11,13 +11,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
-from detpipe.datasets.faults import OnBad
-from detpipe.datasets.resize import Resize
+from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.stored_proposals import voc_key
-from detpipe.datasets.transforms import Augment
 from detpipe.datasets.voc_xml import VOC_CLASSES, find_class_names, load_voc
 from detpipe.errors import DataError
 from detpipe.types import Annotations
@@ -55,14 +52,8 @@ class VOC(DetectionData):
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
         format: how the XML files are to be understood: class names, counting from 0 or 1, difficult objects.
-        loader: how images are loaded and batched.
-        augment: what is done to training images and their boxes; null for nothing.
-        seed: decides the order of the batches and every draw of the augmentation, with the epoch.
-        on_bad: ``error`` refuses data with any fault; ``skip`` leaves faulty records out and counts them, and decodes
-            every image once at the start to find damaged ones.
-        proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
-            :class:`detpipe.PrecomputedProposals`.
-        resize: to which size images are brought by the data workers; null leaves it to the detector.
+        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals`` and ``resize`` of
+            :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     image_key = staticmethod(voc_key)
@@ -74,14 +65,9 @@ class VOC(DetectionData):
         val: str | list[str] = "val",
         test: str | list[str] | None = None,
         format: VOCFormat = _OFFICIAL,
-        loader: Loader = DEFAULT_LOADER,
-        augment: Augment | None = None,
-        seed: int = 0,
-        on_bad: OnBad = "error",
-        proposals: dict[str, str] | None = None,
-        resize: Resize | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad, proposals, resize)
+        super().__init__(**common)
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
         self.format = format

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Literal
 from xml.etree.ElementTree import Element, ParseError
 
-import numpy as np
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import parse
 
 from detpipe.datasets.class_list import ids_of, read_class_list
 from detpipe.datasets.decode import image_size
 from detpipe.datasets.faults import Faults, Policy
-from detpipe.datasets.records import Records, build_annotations
+from detpipe.datasets.records import RecordBuilder, build_annotations, read_number, read_whole
 from detpipe.datasets.voc_lists import Listed, list_images
 from detpipe.errors import DataError
 from detpipe.strict_json import shorten
@@ -79,10 +78,12 @@ def load_voc(
     known = read_class_list(root)
     if known and known.one_based != one_based:
         raise DataError(f"{root}: its detpipe.json says that one_based is {str(known.one_based).lower()}: set it so")
-    reader = _Reader(names, one_based, keep_difficult, faults)
+    built = RecordBuilder(names, ids_of(names, known))
+    reader = _Reader(built, one_based, keep_difficult, faults)
     for item in listed:
         reader.read(item)
-    return build_annotations(reader.records(root, listed, images_read, ids_of(names, known)), faults)
+    folders = sorted({item.image.parent for item in listed})
+    return build_annotations(built.records(root, folders, images_read, reader.boxes_read), faults)
 
 
 def find_class_names(root: str | Path, split: str | Sequence[str]) -> tuple[str, ...]:
@@ -123,18 +124,13 @@ def _parse(xml: Path) -> Element:
 class _Reader:
     """Collects the records of one XML file after the other."""
 
-    def __init__(self, names: tuple[str, ...], one_based: bool, keep_difficult: bool, faults: Faults) -> None:
-        self.names = names
-        self.label_of = {name: label for label, name in enumerate(names, start=1)}
+    def __init__(self, built: RecordBuilder, one_based: bool, keep_difficult: bool, faults: Faults) -> None:
+        self.built = built
+        self.label_of = {name: label for label, name in enumerate(built.class_names, start=1)}
         self.one_based = one_based
         self.keep_difficult = keep_difficult
         self.faults = faults
-        self.images: list[tuple[str, int, int, int]] = []  # file name, id, height, width
-        self.boxes: list[tuple[float, ...]] = []  # x1, y1, x2, y2 as in the file
-        self.box_of: list[tuple[int, int, bool, bool]] = []  # row of the image, label, difficult, crowd
-        self.areas: list[float] = []
         self.ids: dict[int, str] = {}  # image id -> XML file
-        self.where: list[str] = []  # what a message calls each box
         self.boxes_read = 0
 
     def read(self, item: Listed) -> None:
@@ -161,13 +157,13 @@ class _Reader:
             return None
         for number, element in enumerate(objects, start=1):
             self._object(element, f"{item.xml}: object {number}")
-        self.images.append((item.file_name, image_id, *size))
+        self.built.add_image(item.file_name, image_id, size)
         return None
 
     def _image_id(self, root: Element, item: Listed) -> int | None:
         """The number of the image in the lists, unless its file gives one."""
         text = root.findtext("detpipe/image_id")
-        image_id = item.image_id if text is None else _whole(text)
+        image_id = item.image_id if text is None else read_whole(text.strip())
         if image_id is None:
             self.faults.image(
                 "bad image_id", f"{item.xml}: detpipe/image_id must be a whole number, got {shorten(text)}"
@@ -201,10 +197,10 @@ class _Reader:
         name = (element.findtext("name") or "").strip()
         where = f"{where} ({name})"
         if name not in self.label_of:
-            known = shorten(", ".join(self.names), 300).strip("'")
+            known = shorten(", ".join(self.label_of), 300).strip("'")
             return self.faults.box(
                 "unknown class name",
-                f"{where}: name {name!r} is not among class_names ({known}){did_you_mean(name, self.names)}; "
+                f"{where}: name {name!r} is not among class_names ({known}){did_you_mean(name, self.label_of)}; "
                 "class_names lists the classes of this data, or is 'auto'",
                 alike=f"class {name}",
             )
@@ -217,16 +213,17 @@ class _Reader:
         crowd = (element.findtext("detpipe/iscrowd") or "0").strip()
         if crowd not in ("0", "1"):
             return self.faults.box("bad iscrowd", f"{where}: detpipe/iscrowd must be 0 or 1, got {shorten(crowd)}")
-        area = _number(element.findtext("detpipe/area") or "nan")
+        area = read_number(element.findtext("detpipe/area") or "nan")
         if area is None or area < 0 or math.isinf(area):
             got = shorten(element.findtext("detpipe/area"))
             return self.faults.box("bad area", f"{where}: detpipe/area must be a number of at least 0, got {got}")
         corners = self._corners(element, where)
         if corners is not None:
-            self.boxes.append(corners)
-            self.box_of.append((len(self.images), self.label_of[name], difficult == "1", crowd == "1"))
-            self.areas.append(area)
-            self.where.append(f"{where}: bndbox {shorten(list(corners))}")
+            x1, y1, x2, y2 = corners
+            box = (x1 - 1, y1 - 1, x2, y2) if self.one_based else corners
+            flags = difficult == "1", crowd == "1"
+            where = f"{where}: bndbox {shorten(list(corners))}"
+            self.built.add_box(len(self.built.images), box, self.label_of[name], where, *flags, area)
         return None
 
     def _corners(self, element: Element, where: str) -> tuple[float, ...] | None:
@@ -234,7 +231,7 @@ class _Reader:
         values: list[float] = []
         for key in _CORNERS:
             text = element.findtext(f"bndbox/{key}")
-            value = _number(text or "")
+            value = read_number(text or "")
             if value is None:
                 got = "is missing" if text is None else f"must be a number, got {shorten(text)}"
                 self.faults.box("bad bndbox", f"{where}: bndbox/{key} {got}")
@@ -253,41 +250,3 @@ class _Reader:
             )
             return None
         return tuple(values)
-
-    def records(self, root: Path, listed: list[Listed], images_read: int, category_ids: tuple[int, ...]) -> Records:
-        """Turn what was read into arrays, with the boxes in continuous coordinates."""
-        boxes = np.array(self.boxes, dtype=np.float64).reshape(-1, 4)
-        if self.one_based:
-            boxes[:, :2] -= 1
-        box_of = np.array(self.box_of, dtype=np.int64).reshape(-1, 4)
-        return Records(
-            root=root,
-            folders=sorted({item.image.parent for item in listed}),
-            file_names=[image[0] for image in self.images],
-            image_ids=np.array([image[1] for image in self.images], dtype=np.int64),
-            sizes=np.array([image[2:] for image in self.images], dtype=np.int64).reshape(-1, 2),
-            box_image=box_of[:, 0],
-            boxes=boxes,
-            labels=box_of[:, 1],
-            iscrowd=box_of[:, 3].astype(bool),
-            difficult=box_of[:, 2].astype(bool),
-            area=np.array(self.areas, dtype=np.float64),
-            class_names=self.names,
-            category_ids=category_ids,
-            name_box=lambda b: self.where[b],
-            images_read=images_read,
-            boxes_read=self.boxes_read,
-        )
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _whole(text: str) -> int | None:
-    text = text.strip()
-    digits = text.removeprefix("-")
-    return int(text) if digits.isascii() and digits.isdigit() and len(digits) <= 18 else None

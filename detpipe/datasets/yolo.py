@@ -12,17 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
+from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.decode import image_size
-from detpipe.datasets.faults import Faults, OnBad, Policy
-from detpipe.datasets.records import Records, build_annotations
-from detpipe.datasets.resize import Resize
+from detpipe.datasets.faults import Faults, Policy
+from detpipe.datasets.records import RecordBuilder, build_annotations
 from detpipe.datasets.stored_proposals import file_key
-from detpipe.datasets.transforms import Augment
 from detpipe.datasets.yolo_images import ImageFinder, ListedImage
 from detpipe.datasets.yolo_labels import LabelReader
 from detpipe.datasets.yolo_yaml import read_yolo_yaml
@@ -38,14 +36,9 @@ class YOLO(DetectionData):
         train: the training split: a key of ``data.yaml``, or several.
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
-        loader: how images are loaded and batched.
-        augment: what is done to training images and their boxes; null for nothing.
-        seed: decides the order of the batches and every draw of the augmentation, with the epoch.
-        on_bad: ``error`` refuses data with any fault; ``skip`` leaves faulty records out and counts them, and decodes
-            every image once at the start to find damaged ones.
-        proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
-            :class:`detpipe.PrecomputedProposals`. An image is called by its file, relative to the root.
-        resize: to which size images are brought by the data workers; null leaves it to the detector.
+        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals`` and ``resize`` of
+            :class:`~detpipe.datasets.datamodule.DetectionData`.
+            In a proposal store an image is called by its file, relative to the root.
     """
 
     image_key = staticmethod(file_key)
@@ -56,14 +49,9 @@ class YOLO(DetectionData):
         train: str | list[str] = "train",
         val: str | list[str] = "val",
         test: str | list[str] | None = None,
-        loader: Loader = DEFAULT_LOADER,
-        augment: Augment | None = None,
-        seed: int = 0,
-        on_bad: OnBad = "error",
-        proposals: dict[str, str] | None = None,
-        resize: Resize | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(loader, augment, seed, on_bad, proposals, resize)
+        super().__init__(**common)
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
 
@@ -96,18 +84,22 @@ def load_yolo(root: str | Path, split: str | Sequence[str], on_bad: Policy = "er
     splits = (split,) if isinstance(split, str) else tuple(split)
     faults = Faults(f"{file.path} ({', '.join(splits)})", on_bad)
     finder = ImageFinder(file, splits, faults)
-    reader = LabelReader(file.class_names, faults)
-    images: list[tuple[ListedImage, tuple[int, int]]] = []  # and height, width
+    built = RecordBuilder(file.class_names, file.category_ids)
+    reader = LabelReader(built, faults)
     for item in tqdm(finder.found, desc="reading labels", unit="image", disable=None, leave=False):
         size = _size(item, faults)
         if size is None:
             _skip(item.labels, reader)
-        elif reader.read(item.labels, len(images)):
-            images.append((item, size))
+        elif reader.read(item.labels, size):
+            built.add_image(item.file_name, item.image_id, size)
     for labels in finder.orphans:
         faults.image("file missing", f"{labels}: there is no image of this name for these labels")
         _skip(labels, reader)
-    return build_annotations(_records(finder, reader, images, file.class_names, file.category_ids), faults)
+    records = built.records(finder.root, finder.folders, finder.lines + len(finder.orphans), reader.boxes_read)
+    longer = records.sizes[records.box_image].max(axis=1, initial=1)[:, None]
+    records.clip_tolerance = 1e-6 * longer  # six digits, as most tools write
+    records.counts = {"boxes from polygons": reader.polygons} if reader.polygons else {}
+    return build_annotations(records, faults)
 
 
 def _size(item: ListedImage, faults: Faults) -> tuple[int, int] | None:
@@ -124,35 +116,3 @@ def _skip(labels: Path, reader: LabelReader) -> None:
     count = len(reader.lines(labels) or ())
     reader.boxes_read += count
     reader.faults.skipped["boxes skipped: image skipped"] += count
-
-
-def _records(
-    finder: ImageFinder,
-    reader: LabelReader,
-    images: list[tuple[ListedImage, tuple[int, int]]],
-    class_names: tuple[str, ...],
-    category_ids: tuple[int, ...],
-) -> Records:
-    sizes = np.array([size for _, size in images], dtype=np.int64).reshape(-1, 2)
-    box_of = np.array(reader.box_of, dtype=np.int64).reshape(-1, 2)
-    boxes = reader.corners(sizes)
-    return Records(
-        root=finder.root,
-        folders=finder.folders,
-        file_names=[item.file_name for item, _ in images],
-        image_ids=np.array([item.image_id for item, _ in images], dtype=np.int64),
-        sizes=sizes,
-        box_image=box_of[:, 0],
-        boxes=boxes,
-        labels=box_of[:, 1],
-        iscrowd=np.zeros(len(boxes), dtype=bool),
-        difficult=np.zeros(len(boxes), dtype=bool),
-        area=np.full(len(boxes), np.nan),
-        class_names=class_names,
-        category_ids=category_ids,
-        name_box=lambda b: reader.where[b],
-        images_read=finder.lines + len(finder.orphans),
-        boxes_read=reader.boxes_read,
-        clip_tolerance=1e-6 * sizes[box_of[:, 0]].max(axis=1, initial=1)[:, None],  # six digits, as most tools write
-        counts={"boxes from polygons": reader.polygons} if reader.polygons else {},
-    )

@@ -12,10 +12,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from detpipe.datasets.faults import Faults
+from detpipe.datasets.records import RecordBuilder, read_number
 from detpipe.strict_json import shorten
 
 _FIELDS = ("x", "y", "width", "height")
@@ -26,25 +24,22 @@ class LabelReader:
     """Collects the objects of one label file after the other.
 
     Args:
-        class_names: [K].
+        built: takes the objects.
         faults: where lines that cannot be used are noted.
     """
 
-    def __init__(self, class_names: tuple[str, ...], faults: Faults) -> None:
-        self.class_names = class_names
+    def __init__(self, built: RecordBuilder, faults: Faults) -> None:
+        self.built, self.class_names = built, built.class_names
         self.faults = faults
-        self.boxes: list[tuple[float, ...]] = []  # x1, y1, x2, y2 in parts of the image
-        self.box_of: list[tuple[int, int]] = []  # row of the image, label
-        self.where: list[str] = []  # what a message calls each box
         self.boxes_read = 0
         self.polygons = 0
 
-    def read(self, path: Path, row: int) -> bool:
-        """Read the labels of one image; a missing file says that it has no objects.
+    def read(self, path: Path, size: tuple[int, int]) -> bool:
+        """Read the labels of the image that is added next; a missing file says that it has no objects.
 
         Args:
             path: of the label file.
-            row: of the image.
+            size: height and width of the image.
 
         Returns:
             Whether the file can be read, or is missing.
@@ -58,9 +53,9 @@ class LabelReader:
             label = self._label(values[0], where)
             box = label and self._box(values[1:], where)
             if label and box:
-                self.boxes.append(box)
-                self.box_of.append((row, label))
-                self.where.append(f"{where}: box {shorten(' '.join(values))}")
+                (height, width), (x1, y1, x2, y2) = size, box
+                pixels = (x1 * width, y1 * height, x2 * width, y2 * height)
+                self.built.add_box(len(self.built.images), pixels, label, f"{where}: box {shorten(' '.join(values))}")
         return True
 
     def lines(self, path: Path) -> list[tuple[int, list[str]]] | None:
@@ -76,7 +71,7 @@ class LabelReader:
         return [(number, values) for number, values in split if values]
 
     def _label(self, text: str, where: str) -> int | None:
-        value = _number(text)
+        value = read_number(text)
         if value is None or not value.is_integer():  # an infinity is none, and NaN is none
             self.faults.box("bad class", f"{where}: class must be a whole number, got {shorten(text)}")
             return None
@@ -101,7 +96,7 @@ class LabelReader:
         numbers: list[float] = []
         for i, text in enumerate(texts):
             field = f"{'xy'[i % 2]} of point {i // 2 + 1}" if polygon else _FIELDS[i]
-            value = _number(text)
+            value = read_number(text)
             if value is None or not math.isfinite(value):
                 self.faults.box("not a number", f"{where}: {field} must be a finite number, got {shorten(text)}")
                 return None
@@ -115,19 +110,6 @@ class LabelReader:
         self.polygons += polygon
         return _bounds(numbers) if polygon else _corners(numbers)
 
-    def corners(self, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """All boxes in pixels.
-
-        Args:
-            sizes: ``[I, 2]`` height and width of the images.
-
-        Returns:
-            ``[B, 4]`` xyxy.
-        """
-        boxes = np.array(self.boxes, dtype=np.float64).reshape(-1, 4)
-        rows = np.array([row for row, _ in self.box_of], dtype=np.int64)
-        return boxes * sizes[rows][:, [1, 0, 1, 0]]
-
 
 def _corners(numbers: Sequence[float]) -> tuple[float, ...]:
     x, y, width, height = numbers
@@ -137,10 +119,3 @@ def _corners(numbers: Sequence[float]) -> tuple[float, ...]:
 def _bounds(numbers: Sequence[float]) -> tuple[float, ...]:
     x, y = numbers[::2], numbers[1::2]
     return min(x), min(y), max(x), max(y)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -21,11 +21,11 @@ from detpipe.evaluation.coco import MAX_DETECTIONS
 from detpipe.evaluation.comparison import COMPARED, compare
 from detpipe.evaluation.confusion import detection_confusion
 from detpipe.evaluation.error_types import ERROR_TYPES, error_gains, find_errors
-from detpipe.evaluation.image_outcomes import ImageOutcome, worst_images
 from detpipe.evaluation.matches import AREAS, Matches, describe_area, match
 from detpipe.evaluation.pairs import Floats
 from detpipe.evaluation.precision_recall import mean_known, precision_by_recall, recall
 from detpipe.evaluation.protocols import evaluate
+from detpipe.evaluation.worst_images import ImageOutcome, worst_images
 from detpipe.types import Annotations, DetectionArrays
 
 

@@ -21,12 +21,12 @@ import numpy.typing as npt
 from detpipe.evaluation.matches import Matches, match
 from detpipe.evaluation.pairs import Floats, Integers
 from detpipe.evaluation.precision_recall import RECALL_LEVELS, average_precision, class_counts, mean_known
-from detpipe.evaluation.voc_matches import match_voc
+from detpipe.evaluation.voc import ELEVEN_LEVELS, match_voc
 from detpipe.types import Annotations, DetectionArrays
 
 Weights = npt.NDArray[np.int32]
 
-_LEVELS = {"coco": RECALL_LEVELS, "voc07": np.arange(0.0, 1.1, 0.1), "voc10": None}
+_LEVELS = {"coco": RECALL_LEVELS, "voc07": ELEVEN_LEVELS, "voc10": None}
 COMPARED = tuple(_LEVELS)  # the protocols
 _BLOCK = 1 << 21  # detections times resamples that are weighed together
 

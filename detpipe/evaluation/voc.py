@@ -19,13 +19,21 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from detpipe.evaluation.records import box_image_ids, canonical_order, check_annotations, check_detections
+from detpipe.evaluation.matches import Matches
+from detpipe.evaluation.pairs import overlapping_pairs
+from detpipe.evaluation.precision_recall import average_precision, class_counts
+from detpipe.evaluation.records import (
+    box_image_ids,
+    canonical_order,
+    check_annotations,
+    check_detections,
+    image_ranks,
+    rank_in_run,
+)
 from detpipe.types import Annotations, DetectionArrays
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+ELEVEN_LEVELS = np.arange(0.0, 1.1, 0.1)  # of recall
 
 
 def evaluate_voc(
@@ -62,92 +70,71 @@ def evaluate_voc(
         raise ValueError(f"protocol must be 'voc07' or 'voc10', got {protocol!r}")
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold must be above 0 and at most 1, got {iou_threshold}")
-    check_annotations(annotations)
-    check_detections(annotations, detections)
-    found = canonical_order(detections)
-    truth_images, ignored = box_image_ids(annotations), annotations.difficult | annotations.iscrowd
-    average = _eleven_point if protocol == "voc07" else _area_under_envelope
+    matches = match_voc(annotations, detections, iou_threshold, strict)
+    levels = ELEVEN_LEVELS if protocol == "voc07" else None
+    objects = matches.object_counts()
     per_class: dict[str, float] = {}
     for label, name in enumerate(annotations.class_names, start=1):
-        of_truth, of_found = np.flatnonzero(annotations.labels == label), np.flatnonzero(found.labels == label)
-        of_truth = of_truth[np.argsort(truth_images[of_truth], kind="stable")]
-        of_found = of_found[np.argsort(-found.scores[of_found], kind="stable")]
-        objects = int(np.count_nonzero(~ignored[of_truth]))
-        best, overlap = _best_overlap(
-            found.boxes[of_found], found.image_ids[of_found], annotations.boxes[of_truth], truth_images[of_truth]
-        )
-        matched = overlap > iou_threshold if strict else overlap >= iou_threshold
-        true, false = _judge(best, matched, ignored[of_truth])
-        per_class[name] = average(*_curve(true, false, objects)) if objects else -1.0
+        places, counted = class_counts(matches, label, 0, 0)
+        hits, total = np.arange(1, len(places) + 1), objects[label - 1 : label]
+        per_class[name] = float(average_precision(hits[None], counted[None], total, levels)[0]) if total[0] else -1.0
     measured = [ap for ap in per_class.values() if ap >= 0]
     return {"mAP": float(np.mean(measured)) if measured else -1.0, "per_class": per_class}
 
 
-def _best_overlap(boxes: Floats, images: Integers, objects: Floats, object_images: Integers) -> tuple[Integers, Floats]:
-    """For each detection of one class, find the object of its image that it overlaps most.
+def match_voc(
+    annotations: Annotations, detections: DetectionArrays, iou_threshold: float = 0.5, strict: bool = False
+) -> Matches:
+    """Match detections with objects of their class, in the shape of COCO's matches, for all that is computed from such.
+
+    A detection is compared with the one object of its class and image that it overlaps most, the first of several.
 
     Args:
-        boxes: [D, 4] xyxy.
-        images: [D] image ids.
-        objects: [G, 4] xyxy, those of an image beside each other.
-        object_images: [G] image ids, rising.
+        annotations: the ground truth of I images.
+        detections: in pixels of the original images, in any order; all of them count.
+        iou_threshold: the overlap that makes a match, above 0, at most 1.
+        strict: a match must exceed the threshold instead of reaching it.
 
     Returns:
-        [D] row of the object, the first of several equal ones (0 where the image has none); [D] IoU with it, or 0.
+        The matches, of one range of sizes and one threshold.
+
+    Raises:
+        DataError: no images, or a fault in a record, which it names.
     """
-    first = np.searchsorted(object_images, images, side="left")
-    counts = np.searchsorted(object_images, images, side="right") - first
-    best, overlap = np.zeros(len(boxes), np.int64), np.zeros(len(boxes))
-    busy = np.flatnonzero(counts)
-    if len(busy) == 0:
-        return best, overlap
-    first, counts = first[busy], counts[busy]
-    starts = np.cumsum(counts) - counts  # of each detection's run in the list of all pairs
-    runs = np.repeat(np.arange(len(busy)), counts)
-    pair_objects = np.arange(len(runs)) - starts[runs] + first[runs]
-    ious = _paired_iou(boxes[busy[runs]], objects[pair_objects])
-    highest = np.maximum.reduceat(ious, starts)
-    winners = np.flatnonzero(ious == highest[runs])
-    _, first_winner = np.unique(runs[winners], return_index=True)
-    best[busy], overlap[busy] = pair_objects[winners[first_winner]], highest
-    return best, overlap
-
-
-def _paired_iou(boxes: Floats, others: Floats) -> Floats:
-    """Compute the IoU of row i of [P, 4] with row i of [P, 4]; 0 where both areas are 0."""
-    size = np.minimum(boxes[:, 2:], others[:, 2:]) - np.maximum(boxes[:, :2], others[:, :2])
-    shared = size.clip(min=0).prod(axis=1)
-    union = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (others[:, 2:] - others[:, :2]).prod(axis=1) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-
-
-def _judge(
-    best: Integers, matched: npt.NDArray[np.bool_], ignored: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Tell true from false positives, best score first; a match with an ignored object is neither."""
-    counted = np.zeros(len(best), np.bool_)
-    counted[matched] = ~ignored[best[matched]]
-    candidates = np.flatnonzero(counted)
-    _, earliest = np.unique(best[candidates], return_index=True)
-    true = np.zeros(len(best), np.bool_)
-    true[candidates[earliest]] = True
-    return true, (counted & ~true) | ~matched
-
-
-def _curve(true: npt.NDArray[np.bool_], false: npt.NDArray[np.bool_], objects: int) -> tuple[Floats, Floats]:
-    """Return recall [D] and precision [D] after each detection."""
-    hits, errors = np.cumsum(true), np.cumsum(false)
-    return hits / objects, hits / np.maximum(hits + errors, 1)
-
-
-def _eleven_point(recall: Floats, precision: Floats) -> float:
-    levels = np.arange(0.0, 1.1, 0.1)
-    best = [precision[recall >= level].max(initial=0.0) for level in levels]
-    return float(np.sum(best) / 11)
-
-
-def _area_under_envelope(recall: Floats, precision: Floats) -> float:
-    recall = np.concatenate(([0.0], recall, [1.0]))
-    precision = np.concatenate(([0.0], precision, [0.0]))
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(np.sum(np.diff(recall) * envelope[1:]))
+    check_annotations(annotations)
+    check_detections(annotations, detections)
+    found = canonical_order(detections)
+    order = np.lexsort((-found.scores, found.labels))
+    kept = found.take(order)
+    images = image_ranks(annotations, kept.image_ids)
+    object_images, classes = image_ranks(annotations, box_image_ids(annotations)), annotations.num_classes + 1
+    pairs = overlapping_pairs(
+        kept.boxes,
+        images * classes + kept.labels,
+        annotations.boxes,
+        object_images * classes + annotations.labels,
+        np.zeros(len(annotations.labels), np.bool_),
+        minimum=float(np.nextafter(iou_threshold, 2)) if strict else iou_threshold,
+    )
+    best = np.full(len(order), -1, np.int64)
+    by_overlap = np.lexsort((-pairs.objects, pairs.iou, pairs.found))  # the last of each detection is its best
+    best[pairs.found[by_overlap]] = pairs.objects[by_overlap]
+    unasked = annotations.difficult | annotations.iscrowd
+    forgiven = np.append(unasked, False)[best]
+    rivals = np.flatnonzero((best >= 0) & ~forgiven)
+    rivals = rivals[np.argsort(best[rivals], kind="stable")]
+    late = rivals[rank_in_run(best[rivals]) > 0]
+    best[late] = -1
+    return Matches(
+        detections=kept,
+        images=images,
+        labels=annotations.labels,
+        object_images=object_images,
+        object_ignored=unasked[None],
+        objects=best.astype(np.int32)[None, None],
+        ignored=forgiven[None, None],
+        areas=("all",),
+        thresholds=np.array([iou_threshold]),
+        image_count=len(annotations),
+        num_classes=annotations.num_classes,
+    )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detpipe.errors import DataError, UsageError
-from detpipe.files import atomic_write
+from detpipe.errors import DataError
+from detpipe.pictures.figures import new_figure, plain_axes, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,14 +39,8 @@ def plot_curves(metrics_csv: str | os.PathLike[str], out: str | os.PathLike[str]
         DataError: the file is missing, has no rows yet, or a cell is not a number.
         UsageError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("matplotlib, which draws curves, is not installed: pip install 'detpipe[train]'") from error
+    figure = new_figure(11, 4.2, "curves")
     columns = _read_metrics(Path(metrics_csv))
-    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     losses, scores = figure.subplots(1, 2)
     _plot_losses(losses, columns)
     kind, named = _scores(columns)
@@ -58,15 +52,13 @@ def plot_curves(metrics_csv: str | os.PathLike[str], out: str | os.PathLike[str]
     for axes, title in ((losses, "loss"), (scores, f"{kind}, validation split")):
         axes.set_title(title, loc="left")
         axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
         if axes.lines:
             axes.set_xlim(left=0)
             axes.legend(frameon=False)
         else:
             axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color="gray")
-    with atomic_write(out) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, out)
 
 
 def _scores(columns: dict[str, Points]) -> tuple[str, tuple[tuple[str, str, str], ...]]:

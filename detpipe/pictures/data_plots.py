@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from detpipe.datasets.statistics import Resize, box_sizes
-from detpipe.files import atomic_write
-from detpipe.pictures.inspection_plots import new_figure
+from detpipe.pictures.figures import new_figure, plain_axes, save_figure
 from detpipe.pictures.visualize import class_color
 from detpipe.types import Annotations
 
@@ -30,7 +29,7 @@ def plot_classes(splits: Mapping[str, Annotations], out: Path) -> None:
             counts.setdefault(word, {})[split] = int((a.labels == label).sum())
     words = sorted(counts, key=lambda word: -sum(counts[word].values()))
     shown = words[:_MOST_CLASSES]
-    figure = new_figure(7.5, max(2.2, 0.22 * len(shown) * max(1, len(splits)) ** 0.5 + 1.2))
+    figure = new_figure(7.5, max(2.2, 0.22 * len(shown) * max(1, len(splits)) ** 0.5 + 1.2), "data sets")
     axes = figure.subplots()
     height = 0.8 / len(splits)
     for k, split in enumerate(splits):
@@ -61,7 +60,7 @@ def plot_boxes(annotations: Annotations, name: str, anchors: Sequence[int], resi
     resized = np.sqrt(box_sizes(a, resize).prod(axis=1))
     image = np.repeat(np.arange(len(a)), np.diff(a.offsets))
     shares = np.sqrt(sides.prod(axis=1) / a.sizes[image].prod(axis=1, dtype=np.float64))
-    figure = new_figure(10, 6.2)
+    figure = new_figure(10, 6.2, "data sets")
     panels = figure.subplots(2, 3).flatten()
     panels[0].hexbin(sides[:, 0], sides[:, 1], gridsize=35, mincnt=1, bins="log", cmap="viridis")
     panels[0].set_xlabel("width, pixels")
@@ -88,7 +87,7 @@ def plot_images(splits: Mapping[str, Annotations], out: Path) -> None:
         splits: name -> annotations.
         out: the PNG.
     """
-    figure = new_figure(5.2, 4.6)
+    figure = new_figure(5.2, 4.6, "data sets")
     axes = figure.subplots()
     for k, (name, a) in enumerate(splits.items()):
         sizes, count = np.unique(a.sizes, axis=0, return_counts=True)
@@ -147,8 +146,6 @@ def _color(index: int) -> tuple[float, ...]:
 
 def _finish(figure: Any, out: Path, panels: list[Any]) -> None:
     for axes in panels:
-        axes.grid(alpha=0.3)
+        plain_axes(axes)
         axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    with atomic_write(out) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, out)

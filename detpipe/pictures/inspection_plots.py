@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from detpipe.errors import UsageError
-from detpipe.files import atomic_write
+from detpipe.pictures.figures import new_figure, plain_axes, save_figure
 from detpipe.pictures.visualize import class_color
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], counts: Sequence[int], out: Path) -> None:
@@ -26,7 +21,7 @@ def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], co
         counts: objects of each class.
         out: the PNG.
     """
-    figure = new_figure(8.5, 1.9 * len(gates) + 0.9)
+    figure = new_figure(8.5, 1.9 * len(gates) + 0.9, "attention")
     panels = np.atleast_1d(figure.subplots(len(gates), 1))
     for axes, (name, values) in zip(panels, gates.items(), strict=True):
         for index, row in enumerate(values.numpy()):
@@ -38,12 +33,12 @@ def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], co
         apart = float((seen.amax(0) - seen.amin(0)).max())
         axes.set_title(f"{name}: classes at most {apart:.3f} apart", loc="left", fontsize=9)
         axes.set_ylabel("gate")
-        _plain(axes)
+        plain_axes(axes)
     panels[-1].set_xlabel("channel")
     figure.suptitle("mean gate of each channel by class (objects)", x=0.02, ha="left", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def plot_branches(branches: Mapping[str, Tensor], shares: Sequence[float], objects: int, out: Path) -> None:
@@ -55,7 +50,7 @@ def plot_branches(branches: Mapping[str, Tensor], shares: Sequence[float], objec
         objects: how many were averaged.
         out: the PNG.
     """
-    figure = new_figure(max(6.0, 0.5 * len(branches) + 3), 4.2)
+    figure = new_figure(max(6.0, 0.5 * len(branches) + 3), 4.2, "attention")
     axes = figure.subplots()
     for index, share in enumerate(shares):
         values = [float(weights[index, -1]) for weights in branches.values()]
@@ -66,8 +61,8 @@ def plot_branches(branches: Mapping[str, Tensor], shares: Sequence[float], objec
     axes.set_ylabel("weight")
     axes.set_title(f"mean weight of the widest kernel, {objects} objects", loc="left", fontsize=11)
     axes.legend(fontsize=8, frameon=False)
-    _plain(axes)
-    _save(figure, out)
+    plain_axes(axes)
+    save_figure(figure, out)
 
 
 def plot_maps(image: Tensor, maps: Mapping[str, Tensor], out: Path) -> None:
@@ -81,7 +76,7 @@ def plot_maps(image: Tensor, maps: Mapping[str, Tensor], out: Path) -> None:
     columns = min(4, len(maps) + 1)
     rows = -(-(len(maps) + 1) // columns)
     height, width = image.shape[1:]
-    figure = new_figure(3.2 * columns, 3.2 * rows * height / width + 0.4 * rows)
+    figure = new_figure(3.2 * columns, 3.2 * rows * height / width + 0.4 * rows, "attention")
     panels = np.atleast_1d(figure.subplots(rows, columns)).flatten()
     gray = image.float().mean(0).numpy()
     panels[0].imshow(image.permute(1, 2, 0).numpy())
@@ -93,37 +88,4 @@ def plot_maps(image: Tensor, maps: Mapping[str, Tensor], out: Path) -> None:
         figure.colorbar(drawn, ax=axes, shrink=0.7)
     for axes in panels:
         axes.set_axis_off()
-    _save(figure, out)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Make a figure that needs no display.
-
-    Args:
-        width: in inches.
-        height: in inches.
-
-    Returns:
-        The figure.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("matplotlib, which draws attention, is not installed: pip install 'detpipe[train]'") from error
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _plain(axes: Any) -> None:
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Figure, out: Path) -> None:
-    with atomic_write(out) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, out)

@@ -10,9 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from detpipe.files import atomic_write
 from detpipe.heads.superpixel_pooling import segment
-from detpipe.pictures.inspection_plots import new_figure
+from detpipe.pictures.figures import new_figure, save_figure
 from detpipe.pictures.visualize import class_color
 
 Pixels = npt.NDArray[np.float64]  # [H, W, 3] in 0..1
@@ -62,7 +61,7 @@ def localization_picture(
     ]
     columns = min(4, 3 + len(classes))
     rows = -(-(3 + len(classes)) // columns)
-    figure = new_figure(2.6 * columns, (2.1 * size[0] / size[1] + 0.3) * rows)
+    figure = new_figure(2.6 * columns, (2.1 * size[0] / size[1] + 0.3) * rows, "localization")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for place, (title, picture) in zip(axes, panels, strict=False):
         place.imshow(picture, interpolation="nearest")
@@ -73,8 +72,7 @@ def localization_picture(
         figure.colorbar(drawn, ax=place, shrink=0.7)
     for place in axes:
         place.set_axis_off()
-    with atomic_write(out) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, out)
 
 
 def boundaries(superpixels: Tensor) -> npt.NDArray[np.bool_]:

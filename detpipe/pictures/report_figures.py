@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from detpipe.errors import UsageError
-from detpipe.files import atomic_write
+from detpipe.pictures.figures import new_figure, plain_axes, save_figure
 from detpipe.pictures.report_confusion import shown_classes
 from detpipe.pictures.report_scores import ERROR_COLORS
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OPTIONAL_FIGURES = ("calibration", "comparison")  # the others are always drawn
+DRAWN = "the figures of a report"
 _BLUE, _LINES = "#2456b8", 10  # classes with a curve
 
 
@@ -28,7 +28,7 @@ def require_matplotlib() -> None:
     Raises:
         UsageError: matplotlib is not installed.
     """
-    _new_figure(1, 1)
+    new_figure(1, 1, DRAWN)
 
 
 def write_figures(numbers: dict[str, Any], folder: Path) -> list[Path]:
@@ -58,28 +58,13 @@ def write_figures(numbers: dict[str, Any], folder: Path) -> list[Path]:
         figures["comparison"] = (7.5, 1.4 + 0.9 * count, _comparison)
     written = []
     for name, (width, height, draw) in figures.items():
-        figure = _new_figure(width, height)
+        figure = new_figure(width, height, DRAWN)
         draw(figure, numbers)
-        with atomic_write(folder / f"{name}.png") as temporary, warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Glyph .* missing", UserWarning
-            )  # a class name in a script without a font
-            figure.savefig(temporary, format="png")
+        with warnings.catch_warnings():  # of a class name in a script without a font
+            warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+            save_figure(figure, folder / f"{name}.png")
         written.append(folder / f"{name}.png")
     return written
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError(
-            "matplotlib, which draws the figures of a report, is not installed: pip install 'detpipe[train]'"
-        ) from error
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _curves(figure: Figure, numbers: dict[str, Any]) -> None:
@@ -187,9 +172,8 @@ def _comparison(figure: Figure, numbers: dict[str, Any]) -> None:
 
 def _plain(axes: Axes, title: str, grid: Any = "both") -> None:
     axes.set_title(_cut(title, 90), loc="left", fontsize=10)
-    axes.grid(alpha=0.3, axis=grid)
+    plain_axes(axes, grid)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _short(value: float | None) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from detpipe.evaluation.image_outcomes import ImageOutcome
+from detpipe.evaluation.worst_images import ImageOutcome
 from detpipe.pictures import visualize
 from detpipe.pictures.report_html import number, plural, section, table, text
 from detpipe.pictures.report_scores import ERROR_COLORS

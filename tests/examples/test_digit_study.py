@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +12,14 @@ import torch
 from PIL import Image
 from runs import CONFIGS
 
-from detpipe import cli
-from detpipe.commands import digit_study
-from detpipe.commands.digit_run import Recipe, Result, Run, train
-from detpipe.commands.digit_study import Animation, Study, read_arguments, results_table
-from detpipe.datasets.distorted_digits import DISTORTIONS, DistortedDigits
-from detpipe.digit_classifier import MODELS, DigitClassifier
 from detpipe.errors import TrainingError, UsageError
-from detpipe.pictures.digit_pictures import CELL, EXAMPLE, GAP, LABEL, LINE, WIDE, draw_looks, look, save_gif
 from detpipe.training.configuration import quiet
+from stn_digits import study as digit_study
+from stn_digits.classifier import MODELS, DigitClassifier
+from stn_digits.digits import DISTORTIONS, DistortedDigits
+from stn_digits.pictures import CELL, EXAMPLE, GAP, LABEL, LINE, WIDE, draw_looks, look, save_gif
+from stn_digits.run import Recipe, Result, Run, train
+from stn_digits.study import Animation, Study, read_arguments, results_table
 
 CONFIG = str(CONFIGS / "stn_digits.yaml")
 TINY = [
@@ -34,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny study; read it, do not write to it."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    assert cli.main(["train_classifier", CONFIG, *TINY, "-o", str(folder)]) == 0
+    assert digit_study.train_classifier([CONFIG, *TINY, "-o", str(folder)]) == 0
     return folder
 
 
@@ -98,8 +99,8 @@ def test_a_study_goes_on_where_it_stopped(
         return train(run)
 
     monkeypatch.setattr(digit_study, "train", note)
-    command = ["train_classifier", CONFIG, *TINY, "-o", str(folder)]
-    assert cli.main(command) == 0
+    command = [CONFIG, *TINY, "-o", str(folder)]
+    assert digit_study.train_classifier(command) == 0
     assert trained == []
     shown = capsys.readouterr().out
     assert "4 runs, 4 of them done" in shown
@@ -107,16 +108,16 @@ def test_a_study_goes_on_where_it_stopped(
     before = Run("R", "affine", 4, read_arguments([CONFIG, *TINY])[1], folder).trained().state_dict()
     (folder / "R_affine_4.safetensors").unlink()  # as if it had been stopped there
     (folder / "E_cnn_4.safetensors.partial-99999999-0123abcd").write_bytes(b"torn")
-    assert cli.main(command) == 0
+    assert digit_study.train_classifier(command) == 0
     assert trained == ["R_affine_4"]
     assert not list(folder.glob("*.partial-*"))
     after = Run("R", "affine", 4, read_arguments([CONFIG, *TINY])[1], folder).trained().state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())  # the same run, to the bit
     (folder / "R_affine_4.gif").unlink()  # needs the training again
-    assert cli.main(command) == 0
+    assert digit_study.train_classifier(command) == 0
     assert trained == ["R_affine_4"] * 2
     assert (folder / "R_affine_4.gif").is_file()
-    assert cli.main([*command, "--animation", "null", "--models", "[cnn]"]) == 0
+    assert digit_study.train_classifier([*command, "--animation", "null", "--models", "[cnn]"]) == 0
     assert trained == ["R_affine_4"] * 2
     assert "affine" not in (folder / "table.md").read_text()
 
@@ -159,6 +160,13 @@ def test_bad_settings_are_one_line(options: list[str], message: str, tmp_path: P
         digit_study.train_classifier([CONFIG, *options, "-o", str(tmp_path / "never")])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "never").exists()
+
+
+def test_the_tool_runs_from_anywhere_and_tells_mistakes_as_commands_do(tmp_path: Path) -> None:
+    tool = [sys.executable, str(CONFIGS.parent / "tools" / "train_classifier.py"), CONFIG, "--epoch", "2"]
+    done = subprocess.run(tool, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "detpipe: error: epoch: unknown key; did you mean 'epochs'?\n"
 
 
 def test_the_configuration_is_the_whole_study() -> None:
@@ -204,7 +212,7 @@ def test_weights_that_are_not_finite_leave_no_file(tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "two"
-    assert cli.main(["train_classifier", CONFIG, *TINY, "--workers", "2", "-o", str(folder)]) == 0
+    assert digit_study.train_classifier([CONFIG, *TINY, "--workers", "2", "-o", str(folder)]) == 0
     one, two = (json.loads((path / "results.json").read_text())["runs"] for path in (finished, folder))
     assert [run["error"] for run in one] == [run["error"] for run in two]
     assert (folder / "R_affine_4.gif").read_bytes() == (finished / "R_affine_4.gif").read_bytes()

@@ -8,9 +8,9 @@ import yaml
 from lightning import Trainer
 from runs import CONFIGS
 
-from detpipe.datasets.distorted_digits import DistortedDigits
-from detpipe.digit_classifier import MODELS, DigitClassifier, Model
 from detpipe.optimization import Optimizer
+from stn_digits.classifier import MODELS, DigitClassifier, Model
+from stn_digits.digits import DistortedDigits
 
 TRANSFORMERS = [model for model in MODELS if model != "cnn"]
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from detpipe.datasets import distorted_digits
 from detpipe.datasets.demo_scenes import load_stock
-from detpipe.datasets.distorted_digits import DISTORTIONS, SIDES, DistortedDigits, Distortion, distort
 from detpipe.spatial_transformer import ProjectiveGrid
+from stn_digits import digits
+from stn_digits.digits import DISTORTIONS, SIDES, DistortedDigits, Distortion, distort
 
 
 def dot(x: int, y: int, side: int = 2) -> Tensor:
@@ -100,7 +100,7 @@ def test_rts_turns_scales_and_shifts_inside_of_the_image() -> None:
 
 
 def test_p_reads_the_corners_of_the_upright_digit_where_they_were_moved() -> None:
-    theta = distorted_digits._askew(500, random())
+    theta = digits._askew(500, random())
     assert theta.isfinite().all()
     draws = random()
     scale = 0.75 + 0.25 * torch.rand(500, 1, 1, generator=draws)

@@ -18,13 +18,13 @@ from lightning.pytorch.callbacks import Callback
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from detpipe.datasets.distorted_digits import DistortedDigits, Distortion
-from detpipe.digit_classifier import OPTIMIZER, SCHEDULE, DigitClassifier, Model
 from detpipe.errors import TrainingError, UsageError
 from detpipe.files import atomic_write
 from detpipe.optimization import LRSchedule, Optimizer
-from detpipe.pictures.digit_pictures import Film
 from detpipe.training.configuration import quiet
+from stn_digits.classifier import OPTIMIZER, SCHEDULE, DigitClassifier, Model
+from stn_digits.digits import DistortedDigits, Distortion
+from stn_digits.pictures import Film
 
 KEY = "detpipe"  # of the metadata in a run's file
 FILMED = 8  # digits in an animation

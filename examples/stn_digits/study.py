@@ -1,4 +1,4 @@
-"""The ``train_classifier`` command: digits distorted in several ways, classified with and without spatial transformers.
+"""What ``tools/train_classifier.py`` runs: digits distorted in several ways, classified with and without spatial transformers.
 
 Jaderberg et al., "Spatial Transformer Networks", 2015, arXiv 1506.02025, table 1 and figure 1.
 
@@ -20,16 +20,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from detpipe.commands.digit_run import Recipe, Result, Run, prepare_worker, train
-from detpipe.datasets.distorted_digits import Distortion
 from detpipe.datasets.in_threads import usable_cores
-from detpipe.digit_classifier import Model
 from detpipe.errors import TrainingError, UsageError
 from detpipe.files import atomic_write, remove_orphans
-from detpipe.pictures.digit_pictures import draw_looks, look, save_png
 from detpipe.training import run_folder
 from detpipe.training.config_errors import explain
 from detpipe.training.configuration import Parser, positional_configs, quiet
+from stn_digits.classifier import Model
+from stn_digits.digits import Distortion
+from stn_digits.pictures import draw_looks, look, save_png
+from stn_digits.run import Recipe, Result, Run, prepare_worker, train
 
 DESCRIPTION = "Classify distorted digits with and without spatial transformers, and tabulate the errors."
 Results = dict[tuple[Distortion, Model, int], Result]  # of each model, distortion and seed
@@ -130,7 +130,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Study, Recipe, str | None]
     Raises:
         UsageError: a key or a value that is wrong.
     """
-    parser = Parser(prog="detpipe train_classifier", description=DESCRIPTION)
+    parser = Parser(prog="tools/train_classifier.py", description=DESCRIPTION)
     parser.add_argument("-c", "--config", action="config", help="configurations; later ones win")
     parser.add_argument(
         "-o", "--output", type=str | None, default=None, help="folder; runs/CONFIG/DATE-TIME by default"
@@ -179,18 +179,11 @@ def _runs(study: Study, recipe: Recipe, folder: Path) -> list[Run]:
     for seed in study.seeds:
         for distortion in study.distortions:
             for model in study.models:
-                filmed = (
-                    seed == study.seeds[0] and study.animation == Animation(distortion, model)
-                    if model != "cnn"
-                    else False
-                )
+                wanted = study.animation
+                filmed = wanted is not None and (wanted.distortion, wanted.model) == (distortion, model)
+                filmed = filmed and seed == study.seeds[0]
                 runs.append(Run(distortion, model, seed, recipe, folder, filmed))
     return runs
-
-
-def _is_animated(study: Study, distortion: Distortion, model: Model) -> bool:
-    wanted = study.animation
-    return wanted is not None and (wanted.distortion, wanted.model) == (distortion, model)
 
 
 def _check(runs: Sequence[Run]) -> None:

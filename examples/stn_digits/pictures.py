@@ -23,8 +23,8 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from detpipe.digit_classifier import DigitClassifier
 from detpipe.files import atomic_write
+from stn_digits.classifier import DigitClassifier
 
 Color = tuple[int, int, int]
 

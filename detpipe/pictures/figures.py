@@ -1,0 +1,49 @@
+"""Figures of matplotlib, which need no display."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+from detpipe.errors import UsageError
+from detpipe.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float, drawn: str) -> Figure:
+    """Make a figure.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        drawn: what is drawn, for the message.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(f"matplotlib, which draws {drawn}, is not installed: pip install 'detpipe[train]'") from error
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain_axes(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Draw a faint grid, and no frame at the right and above."""
+    axes.grid(alpha=0.3, axis=grid)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure: Figure, out: str | os.PathLike[str]) -> None:
+    """Write a PNG, which is complete when it is visible."""
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, format="png")

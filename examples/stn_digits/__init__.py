@@ -1,0 +1,1 @@
+"""Spatial transformers on distorted digits: the demonstration of :mod:`detpipe.spatial_transformer`."""
