@@ -7,7 +7,9 @@ to end (SIGTERM, SIGUSR1).
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -167,8 +169,17 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, DetpipeError):
         return " ".join(line.strip() for line in lines)
     if isinstance(error, OSError):
-        return str(error)
+        return f"{error}{_room(error)}"
     advice = next((text for sign, text in _WORKERS.items() if message.startswith(sign)), None)
     if advice:
         return f"{message.rstrip('. ')}: {advice}"
     return f"{type(error).__name__}: {message} (run again with --debug for the traceback)"
+
+
+def _room(error: OSError) -> str:
+    """How much is free where a file did not fit."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename is None:
+        return ""
+    folder = os.path.dirname(os.fspath(error.filename)) or "."
+    free = f"; {shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there" if os.path.isdir(folder) else ""
+    return f"{free}; files that were complete before are intact"

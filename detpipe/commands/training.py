@@ -109,7 +109,7 @@ def run_training(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
         checkpoint=cli.config_init["checkpoint"],
         seed=int(config.seed_everything or 0),
         trainer=cli.trainer_settings,
-        record=resume.record(config.as_dict(), cli.datamodule),
+        settings=config.as_dict(),
         config=cli.reusable(),
     )
     return run_folder.fit(cli.model, cli.datamodule, run_folder.choose_folder(config.output, cli.name), task, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -66,9 +67,10 @@ def load_fitting(model: nn.Module, path: str | Path, class_names: Sequence[str])
 def _class_outputs(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
     """Names of tensors with a row, or several, for each class -> rows of the background, rows of a class."""
     for name, module in model.named_modules():
-        if hasattr(module, "class_outputs"):
+        outputs: Any = getattr(module, "class_outputs", None)
+        if outputs is not None:
             for parameter, _ in module.named_parameters(recurse=False):
-                yield f"{name}.{parameter}", module.class_outputs
+                yield f"{name}.{parameter}", outputs
 
 
 def _rows(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import LambdaLR
 

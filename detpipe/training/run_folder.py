@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
@@ -68,7 +68,7 @@ class Options:
         checkpoint: how often a checkpoint is written.
         seed: of the random draws of steps.
         trainer: arguments of ``lightning.Trainer``.
-        record: of :func:`detpipe.training.resume.record`, without the number of processes; what a checkpoint must agree with.
+        settings: all that is configured, which a checkpoint must agree with where it decides about the weights.
         config: text of ``config.yaml``.
     """
 
@@ -80,7 +80,7 @@ class Options:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     seed: int = 0
     trainer: Mapping[str, Any] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     config: str = ""
 
 
@@ -135,24 +135,22 @@ def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: T
         if first:
             stack.enter_context(_locked(folder, speed))
         found = None if options.ckpt_path is None else resume.find(options.ckpt_path, folder)
-        record = {**options.record}
+        if first and (folder / LAST).exists() and (found is None or found.path.parent.resolve() != folder.resolve()):
+            raise DataError(
+                f"{folder} holds a training that has not ended: go on with --ckpt_path last, give another --output, or remove it"
+            )
+        record = resume.record(options.settings, data)
         saves = SaveCheckpoints(
             folder, task.numbers.monitor, options.checkpoint, task.description, {resume.RECORD: record}
         )
         if options.trainer.get("enable_checkpointing") is False or options.trainer.get("barebones"):
             saves = None
         checkpoint_io = checkpoint.AtomicCheckpointIO()
+        table = MetricsTable(folder) if first and _logs(options.trainer) else None
         step = 0 if found is None else found.stored["global_step"]
-        loggers = _loggers(folder, step) if first and _logs(options.trainer) else []
-        trainer = build_trainer(
-            *(
-                options.trainer,
-                folder,
-                _callbacks(folder, task, options, speed, saves, bool(loggers)),
-                loggers,
-                checkpoint_io,
-            )
-        )
+        loggers = [] if table is None else [table, *_tensorboard(folder, step)]
+        added = _callbacks(folder, task, options, speed, saves, table is not None)
+        trainer = build_trainer(options.trainer, folder, added, loggers, checkpoint_io)
         _check_validation(trainer, options)
         record["processes"] = trainer.world_size
         if found is not None:
@@ -164,6 +162,8 @@ def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: T
             with atomic_write(folder / "config.yaml") as temporary:
                 temporary.write_text(options.config, encoding="utf-8")
             print(f"run folder {folder}")
+        if table is not None:
+            table.begin(step)
         stack.enter_context(_told(folder))
         trainer.fit(model, datamodule=data, ckpt_path=None if found is None else str(found.path), weights_only=True)
         if not trainer.is_global_zero:
@@ -257,24 +257,26 @@ def _logs(trainer: Mapping[str, Any]) -> bool:
     return not trainer.get("fast_dev_run")
 
 
-def _loggers(folder: Path, first_step: int) -> list[Logger]:
-    """Make the loggers; where a run goes on in its own folder, what was logged up to the step of the checkpoint stays."""
-    table = MetricsTable(folder, first_step)
+def _tensorboard(folder: Path, first_step: int) -> list[Logger]:
+    """A log whose later events, where a run goes on, take the place of what was logged from the step of the checkpoint on."""
     if not importlib.util.find_spec("tensorboard"):
         print("no TensorBoard log: install it with pip install 'detpipe[train]'", file=sys.stderr)
-        return [table]
-    purge = {"purge_step": first_step} if first_step else {}
-    return [table, TensorBoardLogger(str(folder), name="tensorboard", version="", **purge)]
+        return []
+    more: dict[str, Any] = {"purge_step": first_step} if first_step else {}
+    return [TensorBoardLogger(str(folder), name="tensorboard", version="", **more)]
 
 
 def _callbacks(
     folder: Path, task: Task, options: Options, speed: callbacks.Throughput, saves: SaveCheckpoints | None, logged: bool
 ) -> list[Callback]:
     more: list[Callback] = []
-    if options.ema is not None:
-        more.append(callbacks.AveragedWeights(options.ema))
-    if options.early_stopping is not None:
-        more.append(callbacks.StopEarly(task.numbers.monitor, options.early_stopping))
+    try:
+        if options.ema is not None:
+            more.append(callbacks.AveragedWeights(options.ema))
+        if options.early_stopping is not None:
+            more.append(callbacks.StopEarly(task.numbers.monitor, options.early_stopping))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if logged and importlib.util.find_spec("matplotlib"):
         more.append(Curves(folder))
     elif logged:

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from detpipe import processes
@@ -173,15 +173,17 @@ class ResumeBatches(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the batches how many of the epoch are done."""
         loop = trainer.fit_loop
-        epoch, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
+        total: Any = loop.epoch_progress.total
+        epoch: Any = loop.epoch_progress.current
+        batches: Any = loop.epoch_loop.batch_progress.current
         if not loop.is_resuming:
             return
         if epoch.ready > epoch.processed:
             sampler = trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
-            sampler.resume(epoch.processed, batches)
+            sampler.resume(epoch.processed, batches.processed)
             return
         # The epoch was finished. With max_steps Lightning would finish it once more.
-        epoch.completed, loop.epoch_progress.total.completed = epoch.processed, loop.epoch_progress.total.processed
+        epoch.completed, total.completed = epoch.processed, total.processed
         for one in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
             one._restarting = False
         loop.reset_restart_stage()

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -130,15 +130,27 @@ class MetricsTable(Logger):
 
     Args:
         folder: of the file.
-        first_step: rows of this step and later ones, which a run that goes on writes again, are removed.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
         self.path = folder / "metrics.csv"
         self._columns: list[str] = []
         self._rows: list[dict[str, Any]] = []
-        self._read(first_step)
+
+    def begin(self, first_step: int) -> None:
+        """Take over the rows of earlier steps, and remove others; a line that was cut off by a kill does not stay either.
+
+        Args:
+            first_step: of a run that goes on, which writes the rows of later steps again; 0 for one that begins.
+        """
+        if not first_step or not self.path.is_file():
+            self.path.unlink(missing_ok=True)
+            return
+        kept = [row for row in self._stored() if row["step"].isdigit() and int(row["step"]) < first_step]
+        if kept:
+            self._columns = sorted(kept[0])
+            self._write(kept, self._columns)
 
     @property
     def name(self) -> str:
@@ -194,16 +206,6 @@ class MetricsTable(Logger):
     def finalize(self, status: str) -> None:
         """Write the rest."""
         self.save()
-
-    def _read(self, first_step: int) -> None:
-        """Take over the rows that stay; a line that was cut off by a kill does not."""
-        if not first_step or not self.path.is_file():
-            self.path.unlink(missing_ok=True)
-            return
-        kept = [row for row in self._stored() if row["step"].isdigit() and int(row["step"]) < first_step]
-        if kept:
-            self._columns = sorted(kept[0])
-            self._write(kept, self._columns)
 
     def _stored(self) -> list[dict[str, str]]:
         if not self.path.is_file():
