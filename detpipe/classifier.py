@@ -20,7 +20,7 @@ from detpipe import images as frames
 from detpipe.errors import UsageError
 from detpipe.optimization import LRSchedule, Optimizer, configure
 from detpipe.processes import from_all, mean_factor, sharing_counts
-from detpipe.stages import Backbone
+from detpipe.stages import Backbone, mark_class_outputs
 from detpipe.types import Features
 
 AUXILIARY_WEIGHT = 0.4
@@ -79,7 +79,7 @@ class ImageClassifier(LightningModule):
         self.level = max(backbone.strides, key=lambda level: backbone.strides[level])  # the coarsest
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(backbone.level_channels[self.level], num_classes)
-        self.classifier.class_outputs = (0, 1)  # no row of the background, one of each class: for fine-tuning
+        mark_class_outputs(self.classifier, background=0, each=1)
         self.label_smoothing = label_smoothing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._validated: list[Tensor] = []  # of each batch: images, sum of their losses, hits for each of TOP

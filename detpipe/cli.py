@@ -109,6 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return interrupted()
         return stop.code if isinstance(stop.code, int) else 0
     except StoppedBySignal as stop:
+        from detpipe.processes import is_first
+
+        if not is_first():
+            return 0  # or whoever started this process would end the first one, which says it
         print(f"detpipe: {stop}", file=sys.stderr)
         return stop.status
     except BrokenPipeError:

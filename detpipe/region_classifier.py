@@ -35,7 +35,7 @@ from detpipe.processes import common_weight, from_all, is_repeat, sharing_counts
 from detpipe.region_context import Context, check_regions, enlarge
 from detpipe.roi_pooling import RoIAlign, RoIPooler
 from detpipe.roi_pooling.layouts import to_rois
-from detpipe.stages import Backbone, Losses
+from detpipe.stages import Backbone, Losses, mark_class_outputs
 from detpipe.types import Target
 
 ROIS_PER_PASS = 4096  # at inference; bounds the memory of pooled features
@@ -83,7 +83,7 @@ class Classification:
         last = nn.Linear((inputs, *self.fc)[-1], num_classes)
         nn.init.normal_(last.weight, std=0.01)
         nn.init.zeros_(last.bias)
-        last.class_outputs = (0, 1)  # no row of the background, one of each class: for fine-tuning
+        mark_class_outputs(last, background=0, each=1)
         return nn.Sequential(*layers, last)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from detpipe.roi_pooling.pooler import RoIPooler
@@ -21,6 +21,17 @@ from detpipe.types import Detection, Features, PixelFormat, Target
 __all__ = ["Backbone", "ImageList", "ProposalSource", "RoIHead", "RoIPooler"]
 
 Losses = dict[str, Tensor]  # "loss_*" scalars are summed and trained on; other scalars are only logged
+
+
+def mark_class_outputs(layer: nn.Module, background: int, each: int) -> None:
+    """Say that rows of a layer's weight and bias belong to classes, so that fine-tuning takes them over class by class.
+
+    Args:
+        layer: whose tensors have ``background + each * K`` rows.
+        background: rows before those of the first class.
+        each: rows of a class.
+    """
+    vars(layer)["class_outputs"] = (background, each)
 
 
 class Backbone(LightningModule, ABC):

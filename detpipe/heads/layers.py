@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from detpipe.stages import mark_class_outputs
+
 
 def hidden_layers(width: int, widths: Sequence[int]) -> nn.Sequential:
     """Make the layers that turn a pooled map into features of its RoI.
@@ -45,8 +47,7 @@ def output_layers(width: int, num_classes: int, class_agnostic: bool) -> tuple[n
     for layer, std in ((classifier, 0.01), (regressor, 0.001)):
         nn.init.normal_(layer.weight, std=std)
         nn.init.zeros_(layer.bias)
-    # rows of the background, and of each class: what fine-tuning takes over class by class
-    classifier.class_outputs = (1, 1)
+    mark_class_outputs(classifier, background=1, each=1)
     if not class_agnostic:
-        regressor.class_outputs = (0, 4)
+        mark_class_outputs(regressor, background=0, each=4)
     return classifier, regressor

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detpipe.roi_pooling import superpixel_pool
+from detpipe.stages import mark_class_outputs
 from detpipe.suggest import did_you_mean
 
 POOLINGS = ("superpixel", "none")
@@ -130,7 +131,8 @@ class SuperpixelPoolingHead(nn.Module):
         self.upsample = nn.Sequential(*steps)
         self.global_classifier = nn.Linear(width, num_classes)
         self.region_classifier = nn.Linear(width, num_classes)
-        self.global_classifier.class_outputs = self.region_classifier.class_outputs = (0, 1)  # for fine-tuning
+        for layer in (self.global_classifier, self.region_classifier):
+            mark_class_outputs(layer, background=0, each=1)
 
     def forward(self, features: Tensor, superpixels: Tensor, num_superpixels: int | None = None) -> Localized:
         """Classify an image by its whole and by its superpixels.

@@ -216,7 +216,7 @@ class AveragedWeights(WeightAveraging):
         step = self._latest_update_step + 1  # count lies on the device
         decay = min(self.decay, (1 + step) / (10 + step))
         if torch.is_floating_point(averages[0]):
-            torch._foreach_lerp_(averages, values, 1 - decay)
+            torch._foreach_lerp_(averages, values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         else:  # counters
             for average, value in zip(averages, values, strict=True):
                 average.copy_(value)

@@ -320,7 +320,7 @@ def _ended(
     numbers = task.numbers.metrics if path is None else type(task.numbers).stored(checkpoint.read(path)[0])
     for name in (PREVIOUS, f"{PREVIOUS}{SUM_SUFFIX}"):
         (folder / name).unlink(missing_ok=True)  # the last one is sound
-    for callback in trainer.callbacks:
+    for callback in vars(trainer)["callbacks"]:
         if isinstance(callback, callbacks.StopEarly) and callback.stopped_epoch:
             print(
                 f"ended after epoch {callback.stopped_epoch}: {callback.patience} validations brought no better {callback.monitor}"
