@@ -17,7 +17,7 @@ _GROUP_PARTS = 2  # of a tensor's name: head.classifier, backbone.stages
 def load_fitting(model: nn.Module, path: str | Path, class_names: Sequence[str]) -> str:
     """Load the weights of a checkpoint that fit a model by name and shape.
 
-    Outputs of classes (:func:`detpipe.stages.mark_class_outputs`) are taken over class by class, by name; those of new classes stay.
+    Outputs of classes (:func:`detpipe.stages.mark_class_outputs`) are taken over by the names of classes; those of new ones stay.
 
     Args:
         model: as configured.
