@@ -80,7 +80,7 @@ class LRSchedule:
         final: factor at the end of "cosine".
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: a number outside its range, or a milestone of "step" inside the warm-up.
     """
 
     name: Literal["step", "cosine"] = "step"
@@ -96,6 +96,11 @@ class LRSchedule:
             raise ValueError(f"lr_scheduler: expected 0 <= warmup < 1 and rising milestones, got {self}")
         if any(not 0 <= part <= 1 for part in self.milestones):
             raise ValueError(f"lr_scheduler: milestones are parts of training in 0..1, got {self.milestones}")
+        if self.name == "step" and any(part < self.warmup for part in self.milestones):
+            raise ValueError(
+                f"lr_scheduler: the milestone {self.milestones[0]:g} lies inside the warm-up, which ends at {self.warmup:g}; "
+                "give a later milestone or a shorter warmup"
+            )
 
     def factor(self, total: int) -> Callable[[int], float]:
         """Make the function of the step that multiplies the learning rate.

@@ -94,3 +94,12 @@ def test_bad_optimizer(arguments):
 def test_bad_schedule(arguments):
     with pytest.raises(ValueError, match="lr_scheduler"):
         LRSchedule(**arguments)
+
+
+def test_a_milestone_inside_the_warmup_is_refused():
+    with pytest.raises(
+        ValueError, match=r"lr_scheduler: the milestone 0\.05 lies inside the warm-up, which ends at 0\.1"
+    ):
+        LRSchedule("step", warmup=0.1, milestones=(0.05, 0.5))
+    LRSchedule("step", warmup=0.1, milestones=(0.1, 0.5))
+    LRSchedule("cosine", warmup=0.8)  # has no milestones to pass
