@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detpipe.attention.base import Attention
 from detpipe.backbones.bodies import Body, Level, TorchvisionBody
 from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
 from detpipe.backbones.regime import Regime, convert_norm, find_modules, freeze
@@ -93,6 +94,11 @@ class Extractor(ProjectedBackbone):
         """
         self.check_size(images)
         return self.laterals(self._maps(images))
+
+    def depths(self) -> dict[str, int]:
+        """Tell how deep each parameter of the network lies; attention that was added to it is new."""
+        gates = tuple(f"{name}." for name, module in self.body.named_modules() if isinstance(module, Attention))
+        return {f"body.{name}": depth for name, depth in self._body.depths().items() if not name.startswith(gates)}
 
     def train(self, mode: bool = True) -> Extractor:
         """Switch to training, except for what is frozen."""
