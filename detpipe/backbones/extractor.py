@@ -36,7 +36,8 @@ class Extractor(ProjectedBackbone):
             ``timm/convnext_tiny``, also with the tag of its weights, such as ``timm/convnext_tiny.fb_in22k``.
         levels: level name -> where it is cut, finest first. For timm also a list of names such as ``[c3, c4, c5]``: c_k is
             timm's last map of stride 2^k.
-        weights: None for random ones; a local file (``.pth``, ``.pt`` or ``.safetensors``; never downloads); or a name, which
+        weights: None for random ones; a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run;
+            never downloads); or a name, which
             downloads once: torchvision's (``DEFAULT``, ``IMAGENET1K_V1``), or for timm ``DEFAULT`` or a tag
             (``fb_in22k``). A file holds the whole network or, for timm, its features; the classifier and what lies beyond the
             last level may be missing or of other shapes, and everything else must fit.

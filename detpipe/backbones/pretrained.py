@@ -29,7 +29,8 @@ class Pretrained:
     """Where weights come from.
 
     Args:
-        source: a local file (``.pth``, ``.pt`` or ``.safetensors``; never downloads), the name of torchvision weights
+        source: a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run;
+            never downloads), the name of torchvision weights
             (``DEFAULT``, ``IMAGENET1K_V1``) or of a timm network (``timm/seresnet50.ra2_in1k``); names download once.
         new_gates: accept weights of the same network without attention; its gates then start anew, almost open where they have
             a bias.
@@ -95,7 +96,7 @@ def _fetch(source: str, torchvision_name: str | None) -> dict[str, Tensor]:
     if source.startswith(TIMM) and Path(source).suffix not in SUFFIXES:
         return _from_timm(source.removeprefix(TIMM))
     if Path(source).suffix in SUFFIXES or "/" in source:
-        return read_state(Path(source))
+        return read_state(source)
     known = {} if torchvision_name is None else models.get_model_weights(torchvision_name).__members__
     if source not in known:
         names = (

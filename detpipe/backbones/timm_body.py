@@ -64,7 +64,7 @@ class TimmBody(Body):
             state = download(f"timm/{source}", lambda: timm.create_model(source, pretrained=True).state_dict())
             _load(self.network, full, state, f"timm's {source}", name, regime)
         elif weights is not None:
-            _load(self.network, full, read_state(Path(weights)), weights, name, regime)
+            _load(self.network, full, read_state(weights), weights, name, regime)
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C_l, H_l, W_l]``."""
