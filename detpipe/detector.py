@@ -105,7 +105,10 @@ class TwoStageDetector(LightningModule):
     ) -> tuple[list[Detection], Losses]:
         divisor = max(self.backbone.strides.values())
         contents = frames.contents_of(targets)
-        batch = frames.to_batch(images, self.backbone.pixel_format, self.min_size, self.max_size, divisor, contents)
+        dtype = next((parameter.dtype for parameter in self.backbone.parameters()), None)
+        batch = frames.to_batch(
+            images, self.backbone.pixel_format, self.min_size, self.max_size, divisor, contents, dtype
+        )
         sizes = frames.picture_sizes(images, contents)
         moved = None if targets is None else frames.targets_to_batch(targets, sizes, batch.image_sizes)
         features = self.backbone(batch.tensors)
