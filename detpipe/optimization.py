@@ -70,6 +70,9 @@ class Optimizer:
         Returns:
             With the backbone's groups of parameters before those of the others, lower rates first, decayed ones before the
             others of their rate: four with the default rates. Parameters that need no gradient are in none.
+
+        Raises:
+            UsageError: "adamw" and weights in float16.
         """
         depths = backbone.depths() if isinstance(backbone, Backbone) else depths_of(backbone)
         count = max(depths.values(), default=0) + 1
@@ -84,6 +87,11 @@ class Optimizer:
             for factor, bare in sorted(found):
                 decay = 0.0 if bare else self.weight_decay
                 groups.append({"params": found[factor, bare], "lr": self.lr * factor, "weight_decay": decay})
+        if self.name == "adamw" and any(p.dtype == torch.float16 for group in groups for p in group["params"]):
+            raise UsageError(
+                "optimizer.name 'adamw' cannot train weights in float16, where its smallest divisor, 1e-8, is 0; "
+                "give trainer.precision 16-mixed or bf16-true, or optimizer.name sgd"
+            )
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.momentum, 0.999))

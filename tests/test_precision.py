@@ -10,6 +10,7 @@ import runs
 import torch
 
 from detpipe import cli, load_detector
+from detpipe.proposals import Anchors, DenseGrid
 
 TINY = [*runs.MODEL, "--data.loader.batch_size", "4"]
 PYRAMID = [
@@ -39,13 +40,40 @@ MODELS: dict[str, list[str]] = {
 }
 
 
-def train(name: str, precision: str, root: Path, output: Path) -> int:
+def train(name: str, precision: str, root: Path, output: Path, *others: str) -> int:
     configs, options = [], []
     for option in MODELS[name]:
         (configs if option.endswith(".yaml") else options).append(option)
     trainer = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "1"]
-    more = ["--output", str(output), "--trainer.precision", precision]
+    more = ["--output", str(output), "--trainer.precision", precision, *others]
     return cli.main(["train", *(str(runs.CONFIGS / c) for c in configs), *runs.demo(root), *options, *trainer, *more])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", ["fast_rcnn_se", "cascade", "pyramid"])
+def test_bfloat16(name: str, precision: str, demo_root: Path, tmp_path: Path) -> None:
+    assert train(name, precision, demo_root, tmp_path / "run") == 0
+
+
+def test_float16_weights_need_sgd(demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("fast_rcnn_se", "16-true", demo_root, tmp_path / "run") == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "optimizer.name 'adamw' cannot train weights in float16" in line
+    sgd = ["--model.optimizer.name", "sgd", "--model.optimizer.lr", "1e-4"]
+    assert train("fast_rcnn_se", "16-true", demo_root, tmp_path / "sgd", *sgd) == 0
+
+
+def test_anchors_and_grids_are_float32_in_every_precision() -> None:
+    """In bfloat16 a coordinate of 300 pixels would be off by one."""
+    before = torch.get_default_dtype()
+    want = [*Anchors(sizes=[32]).grids([(40, 50)], [16]), DenseGrid(scales=[32])._lay(300, 310)]
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            [grid], boxes = Anchors(sizes=[32]).grids([(40, 50)], [16]), DenseGrid(scales=[32])._lay(300, 310)
+            assert all(torch.equal(*pair) for pair in ((grid.x, want[0].x), (grid.y, want[0].y), (boxes, want[1])))
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("name", MODELS)
