@@ -13,6 +13,7 @@ from detpipe import cli
 from detpipe.heads.base import outlines
 from detpipe.pictures import glimpse_pictures
 from detpipe.training import checkpoint
+from detpipe.training.models import load_detector
 from detpipe.types import GlimpsedDetection
 
 
@@ -72,7 +73,7 @@ def test_the_command_writes_pictures_a_page_and_the_outlines(trained: Path, demo
     content = torch.load(trained / "best.ckpt", weights_only=True)
     content[checkpoint.KEY]["model"]["head"]["init_args"]["glimpse"] = {"kind": "affine", "fuse": "max"}
     path = tmp_path / "glimpsing.ckpt"
-    detector, _ = checkpoint.load_detector(trained / "best.ckpt")
+    detector, _ = load_detector(trained / "best.ckpt")
     pooler, channels = detector.head.pooler, detector.backbone.out_channels
     from detpipe.heads import Glimpse, GlimpseSettings
 
