@@ -175,6 +175,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError):
         return f"{error}{_room(error)}"
     advice = next((text for sign, text in _WORKERS.items() if message.startswith(sign)), None)
+    if any(
+        sign in str(error)
+        for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
+    ):
+        return "another process of this training has ended; its message says why"
     if advice:
         return f"{message.rstrip('. ')}: {advice}"
     return f"{type(error).__name__}: {message} (run again with --debug for the traceback)"

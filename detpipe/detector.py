@@ -91,6 +91,9 @@ class TwoStageDetector(LightningModule):
 
         Returns:
             scalars; those named ``loss_*`` are to be summed.
+
+        Raises:
+            ValueError: the head returns no loss, a source with parameters to train returns none, or both use one name.
         """
         return self._run(images, targets, ("losses",))[1]
 
@@ -102,7 +105,10 @@ class TwoStageDetector(LightningModule):
     ) -> tuple[list[Detection], Losses]:
         divisor = max(self.backbone.strides.values())
         contents = frames.contents_of(targets)
-        batch = frames.to_batch(images, self.backbone.pixel_format, self.min_size, self.max_size, divisor, contents)
+        dtype = next((parameter.dtype for parameter in self.backbone.parameters()), None)
+        batch = frames.to_batch(
+            images, self.backbone.pixel_format, self.min_size, self.max_size, divisor, contents, dtype
+        )
         sizes = frames.picture_sizes(images, contents)
         moved = None if targets is None else frames.targets_to_batch(targets, sizes, batch.image_sizes)
         features = self.backbone(batch.tensors)
@@ -113,7 +119,9 @@ class TwoStageDetector(LightningModule):
                 boxes, source_losses = self.proposals(batch, features, moved)
                 found, head_losses = self.head(features, boxes, batch.image_sizes, moved)
             if want == "losses":
-                losses = {**source_losses, **head_losses}
+                losses = _together(self.proposals, boxes, source_losses, self.head, head_losses)
+            elif len(found) != len(images):
+                raise _not_told(self.head, f"returned {len(found)} detections for {len(images)} images")
             else:
                 detections = frames.detections_to_images(found, batch.image_sizes, sizes)
         return detections, losses
@@ -172,6 +180,30 @@ def total_loss(losses: Losses) -> Tensor:
     if not parts:
         raise ValueError(f"expected at least one loss named 'loss_*', got {sorted(losses)}")
     return torch.stack(parts).sum()
+
+
+def _together(
+    source: nn.Module, boxes: Sequence[Tensor], source_losses: Losses, head: nn.Module, head_losses: Losses
+) -> Losses:
+    """The losses of both stages, where none is missing and no name is taken twice."""
+    if not any(name.startswith("loss_") for name in head_losses):
+        raise _not_told(head, f"returned no loss named 'loss_*', got {sorted(head_losses)}")
+    learns = any(parameter.requires_grad for parameter in source.parameters())
+    if learns and not source_losses and not any(part.requires_grad for part in boxes):
+        raise _not_told(
+            source, "has parameters to train, but returned no losses", "or freeze them: requires_grad_(False)"
+        )
+    if twice := sorted(source_losses.keys() & head_losses.keys()):
+        names = " and ".join(type(stage).__name__ for stage in (source, head))
+        raise ValueError(f"{names} both return a loss {twice[0]!r}: rename it in one of them")
+    return {**source_losses, **head_losses}
+
+
+def _not_told(stage: nn.Module, what: str, otherwise: str = "") -> ValueError:
+    return ValueError(
+        f"{type(stage).__name__} {what}: its flag 'training' decides between losses and detections; a module around a stage "
+        f"must pass it on before each call, inner.training = self.training{otherwise and f'; {otherwise}'}"
+    )
 
 
 @contextmanager

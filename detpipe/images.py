@@ -118,6 +118,7 @@ def to_batch(
     max_size: int,
     divisor: int,
     contents: Sequence[Size | None] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ImageList:
     """Normalize, resize and pad images into one batch.
 
@@ -129,6 +130,7 @@ def to_batch(
         divisor: height and width of the batch are multiples of it; the coarsest stride.
         contents: for each image None, or height and width of the picture in it, if it has its final size already and the rest of
             it is padding; see :func:`contents_of`.
+        dtype: of the batch, that of the backbone; None keeps that of the first image, the default one of uint8.
 
     Returns:
         ``tensors`` ``[N, 3, H, W]`` and ``image_sizes``, height and width of each picture inside it. In memory the channels of
@@ -156,7 +158,7 @@ def to_batch(
         canvases.append(canvas)
     height, width = (-(-max(canvas[axis] for canvas in canvases) // divisor) * divisor for axis in (0, 1))
     layout = torch.channels_last if all(image.stride(0) == 1 for image in resized) else torch.contiguous_format
-    kind = {"dtype": resized[0].dtype, "device": resized[0].device}
+    kind = {"dtype": dtype or resized[0].dtype, "device": resized[0].device}
     batch = torch.empty((len(resized), 3, height, width), memory_format=layout, **kind).zero_()
     for row, image in zip(batch, resized, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image

@@ -1,12 +1,14 @@
 """Optimizers and learning-rate schedules, as plain settings.
 
 Warm-up: Goyal et al., "Accurate, Large Minibatch SGD", 2017, arXiv 1706.02677; cosine: Loshchilov and Hutter, "SGDR",
-2017, arXiv 1608.03983; AdamW: Loshchilov and Hutter, 2019, arXiv 1711.05101.
+2017, arXiv 1608.03983; AdamW: Loshchilov and Hutter, 2019, arXiv 1711.05101. Learning rates that fall from layer to layer:
+Bao et al., "BEiT", 2022, arXiv 2106.08254; Liu et al., "A ConvNet for the 2020s" (ConvNeXt), 2022, arXiv 2201.03545.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +17,12 @@ import torch
 from torch import nn
 
 from detpipe.errors import UsageError
+from detpipe.stages import Backbone, depths_of
+
+# tensors of two dimensions or more that say where or what something is: last part of their names in torchvision and timm
+POSITIONS = re.compile(
+    r"pos_emb|rel_pos|relative_position_bias|(cls|class|dist|reg|register|mask)_token|attention_biases"
+)
 
 
 @dataclass(frozen=True)
@@ -25,8 +33,11 @@ class Optimizer:
         name: "sgd" (with momentum) or "adamw".
         lr: the highest learning rate.
         momentum: of SGD; the first beta of AdamW.
-        weight_decay: of weights with two dimensions or more; biases and norms are not decayed.
-        backbone_scale: the backbone's learning rate is ``lr`` times this.
+        weight_decay: of weights with two dimensions or more; biases, norms, embeddings of positions and tokens are not decayed.
+        backbone_scale: the learning rate of the backbone's network is ``lr`` times this, with weights or without; what a
+            detector adds to it (pyramid, projections of levels, gates that start anew) has the full rate.
+        layer_decay: of D depths of the backbone's network, from the stem (0) on, depth d also has its learning rate multiplied
+            by ``layer_decay ** (D - d)``; 1 for equal rates.
 
     Raises:
         ValueError: a number outside its range.
@@ -37,6 +48,7 @@ class Optimizer:
     momentum: float = 0.9
     weight_decay: float = 0.0005
     backbone_scale: float = 1.0
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adamw"):
@@ -45,24 +57,41 @@ class Optimizer:
             raise ValueError(
                 f"optimizer: expected lr > 0, 0 <= momentum < 1, weight_decay >= 0, backbone_scale >= 0; got {self}"
             )
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optimizer.layer_decay must be above 0 and at most 1, got {self.layer_decay}")
 
     def build(self, backbone: nn.Module, *others: nn.Module) -> torch.optim.Optimizer:
         """Make the optimizer.
 
         Args:
-            backbone: updated at ``lr * backbone_scale``.
+            backbone: its network is updated at lower rates; of a module that is no `Backbone` all is the network.
             others: updated at ``lr``.
 
         Returns:
-            With up to four groups of parameters; those that need no gradient are in none.
+            With the backbone's groups of parameters before those of the others, lower rates first, decayed ones before the
+            others of their rate: four with the default rates. Parameters that need no gradient are in none.
+
+        Raises:
+            UsageError: "adamw" and weights in float16.
         """
+        depths = backbone.depths() if isinstance(backbone, Backbone) else depths_of(backbone)
+        count = max(depths.values(), default=0) + 1
+        rates = {name: self.backbone_scale * self.layer_decay ** (count - depth) for name, depth in depths.items()}
         groups = []
-        for lr, modules in ((self.lr * self.backbone_scale, (backbone,)), (self.lr, others)):
-            parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-            matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-            for members, decay in ((matrices, self.weight_decay), (vectors, 0.0)):
-                if members:
-                    groups.append({"params": members, "lr": lr, "weight_decay": decay})
+        for modules, factors in (((backbone,), rates), (others, {})):
+            found: dict[tuple[float, bool], list[nn.Parameter]] = {}  # factor, whether it is not decayed
+            for name, parameter in (pair for module in modules for pair in module.named_parameters()):
+                if parameter.requires_grad:
+                    bare = parameter.ndim <= 1 or POSITIONS.search(name.rpartition(".")[2]) is not None
+                    found.setdefault((factors.get(name, 1.0), bare), []).append(parameter)
+            for factor, bare in sorted(found):
+                decay = 0.0 if bare else self.weight_decay
+                groups.append({"params": found[factor, bare], "lr": self.lr * factor, "weight_decay": decay})
+        if self.name == "adamw" and any(p.dtype == torch.float16 for group in groups for p in group["params"]):
+            raise UsageError(
+                "optimizer.name 'adamw' cannot train weights in float16, where its smallest divisor, 1e-8, is 0; "
+                "give trainer.precision 16-mixed or bf16-true, or optimizer.name sgd"
+            )
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.momentum, 0.999))
@@ -80,7 +109,7 @@ class LRSchedule:
         final: factor at the end of "cosine".
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: a number outside its range, or a milestone of "step" inside the warm-up.
     """
 
     name: Literal["step", "cosine"] = "step"
@@ -96,6 +125,11 @@ class LRSchedule:
             raise ValueError(f"lr_scheduler: expected 0 <= warmup < 1 and rising milestones, got {self}")
         if any(not 0 <= part <= 1 for part in self.milestones):
             raise ValueError(f"lr_scheduler: milestones are parts of training in 0..1, got {self.milestones}")
+        if self.name == "step" and any(part < self.warmup for part in self.milestones):
+            raise ValueError(
+                f"lr_scheduler: the milestone {self.milestones[0]:g} lies inside the warm-up, which ends at {self.warmup:g}; "
+                "give a later milestone or a shorter warmup"
+            )
 
     def factor(self, total: int) -> Callable[[int], float]:
         """Make the function of the step that multiplies the learning rate.
@@ -128,7 +162,7 @@ def configure(
         optimizer: how weights are updated.
         schedule: how the learning rate changes.
         steps: of the whole training, ``trainer.estimated_stepping_batches``.
-        backbone: updated at ``lr * backbone_scale``.
+        backbone: as of :meth:`Optimizer.build`.
         others: updated at ``lr``.
 
     Returns:

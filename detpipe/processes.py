@@ -129,6 +129,11 @@ def anywhere(condition: bool, device: torch.device) -> bool:
     return bool(largest(int(condition), device))
 
 
+def shared_anywhere(condition: bool, device: torch.device) -> bool:
+    """As `anywhere`, within `sharing_counts` only; elsewhere the condition of this process alone, so that none waits for another."""
+    return condition if _weight is None else anywhere(condition, device)
+
+
 def largest(value: int, device: torch.device) -> int:
     """Tell the largest of the numbers of all processes; all of them must ask.
 

@@ -10,6 +10,7 @@ Lightning; it is re-exported here, so that this page lists all four stages.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from lightning import LightningModule
 from torch import Tensor, nn
@@ -41,11 +42,13 @@ class Backbone(LightningModule, ABC):
         out_channels: C, the same at every level.
         strides: image pixels a cell for each level, finest first: declared, never guessed from shapes.
         pixel_format: what the network expects of its pixels.
+        new_layers: names of modules that are not of the network that weights are for, such as projections.
     """
 
     out_channels: int
     strides: dict[str, int]
     pixel_format: PixelFormat
+    new_layers: tuple[str, ...] = ()
 
     @property
     def level_channels(self) -> dict[str, int]:
@@ -56,6 +59,18 @@ class Backbone(LightningModule, ABC):
     def roi_strides(self) -> dict[str, int]:
         """Image pixels a cell of the levels that RoIs are pooled from: all, unless some are there for proposals only."""
         return self.strides
+
+    def depths(self) -> dict[str, int]:
+        """Tell how deep the parameters of the network lie, which have learning rates of their own.
+
+        Returns:
+            Name of a parameter -> depth, 0 for the stem; new layers are left out. Of a backbone around another, ``backbone``,
+            all others are new layers.
+        """
+        inner = getattr(self, "backbone", None)
+        if isinstance(inner, Backbone):
+            return {f"backbone.{name}": depth for name, depth in inner.depths().items()}
+        return depths_of(self, self.new_layers)
 
     @abstractmethod
     def forward(self, images: Tensor) -> Features:
@@ -110,3 +125,37 @@ class RoIHead(LightningModule, ABC):
         Returns:
             In training an empty list and the losses; else N detections in pixels of the batch and no losses.
         """
+
+
+def depths_of(network: nn.Module, new_layers: tuple[str, ...] = ()) -> dict[str, int]:
+    """Number the parts of a network in the order of its children.
+
+    Args:
+        network: entries of its lists and dictionaries of modules count one by one; a norm counts with the part before it. Of a
+            network in a single part, the children of this are counted.
+        new_layers: names of modules that are left out.
+
+    Returns:
+        Name of a parameter -> depth, from 0 on; parameters outside of all children have depth 0.
+    """
+    new = tuple(f"{name}." for name in new_layers)
+    depths = {name: 0 for name, _ in network.named_parameters() if not name.startswith(new)}
+    depth = -1
+    for part, module in _parts(network, "", new):
+        depth += depth < 0 or any(parameter.ndim > 1 for parameter in module.parameters())
+        depths.update({name: depth for name, _ in module.named_parameters(part) if name in depths})
+    return depths
+
+
+def _parts(module: nn.Module, prefix: str, new: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    children = [(f"{prefix}{name}", child) for name, child in module.named_children()]
+    held = [
+        (name, child)
+        for name, child in children
+        if next(child.parameters(), None) is not None and not f"{name}.".startswith(new)
+    ]
+    for name, child in held:
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) or (len(held) == 1 and [*child.children()]):
+            yield from _parts(child, f"{name}.", new)
+        else:
+            yield name, child

@@ -37,7 +37,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "heads": (*PLAIN, *GEOMETRY, "processes", "stages", "roi_pooling", "spatial_transformer", "matching"),
     "datasets": (*PLAIN, *GEOMETRY, "processes", "proposal_files", "superpixels"),
     "evaluation": (*PLAIN, *GEOMETRY),
-    "optimization": ("errors",),
+    "optimization": ("errors", "stages"),
     "detector": (*PLAIN, *GEOMETRY, "processes", "stages", "optimization"),
     "classifier": (*PLAIN, *GEOMETRY, "processes", "stages", "optimization"),
     "superpixel_localizer": (

@@ -4,6 +4,7 @@ import pytest
 import torch
 from evaluation.builders import truth
 from lightning import Trainer
+from torch import nn
 from torch.utils.data import DataLoader
 
 from detpipe.backbones import SEResNet
@@ -12,7 +13,7 @@ from detpipe.detector import TwoStageDetector, total_loss
 from detpipe.evaluation import evaluate_coco, pack
 from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
 from detpipe.optimization import LRSchedule, Optimizer
-from detpipe.proposals import DenseGrid, PrecomputedProposals
+from detpipe.proposals import RPN, Anchors, DenseGrid, PrecomputedProposals
 from detpipe.roi_pooling import RoIAlign
 from detpipe.types import Target
 
@@ -64,6 +65,61 @@ def test_forward_detects_and_losses_returns_losses_in_either_mode(training):
     assert sorted(losses) == ["loss_box_reg", "loss_classifier"]
     assert total_loss(losses).requires_grad
     assert modes(detector) == before
+
+
+class Wrapped(nn.Module):
+    """A stage around another, which tells it whether to return losses, or forgets to."""
+
+    def __init__(self, inner: nn.Module, tells: bool) -> None:
+        super().__init__()
+        self.inner, self.tells = inner, tells
+
+    def forward(self, *arguments):
+        if self.tells:
+            self.inner.training = self.training
+        return self.inner(*arguments)
+
+
+def small_rpn() -> RPN:
+    return RPN(32, {"c3": 8}, anchors=Anchors(sizes=[[16, 24]]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_wrapped_stage_that_passes_the_flag_on_trains_and_detects(training):
+    detector = make(Wrapped(small_rpn(), tells=True))
+    detector.head = Wrapped(detector.head, tells=True)
+    detector.train(training)
+    assert sorted(detector.losses(IMAGES, some_targets())) == [
+        "loss_box_reg", "loss_classifier", "loss_objectness", "loss_rpn_box_reg",
+    ]  # fmt: skip
+    assert len(detector(IMAGES)) == 2
+
+
+def test_a_wrapped_stage_that_does_not_pass_the_flag_on_is_named():
+    detector = make()
+    detector.head = Wrapped(detector.head, tells=False)
+    with pytest.raises(
+        ValueError, match=r"Wrapped returned 0 detections for 2 images: .*inner.training = self.training"
+    ):
+        detector.train()(IMAGES, some_targets())
+    with pytest.raises(
+        ValueError, match=r"Wrapped returned no loss named 'loss_\*', got \[\]: .*inner.training = self"
+    ):
+        detector.eval().losses(IMAGES, some_targets())
+    detector = make(Wrapped(small_rpn(), tells=False))
+    with pytest.raises(ValueError, match=r"Wrapped has parameters to train, but returned no losses: .*requires_grad_"):
+        detector.eval().losses(IMAGES, some_targets())
+    detector.proposals.requires_grad_(False)
+    assert sorted(detector.losses(IMAGES, some_targets())) == ["loss_box_reg", "loss_classifier"]
+
+
+def test_a_loss_of_two_stages_is_named():
+    class Same(DenseGrid):
+        def forward(self, *arguments):
+            return super().forward(*arguments)[0], {"loss_classifier": torch.zeros(())}
+
+    with pytest.raises(ValueError, match="Same and FastRCNNHead both return a loss 'loss_classifier': rename it"):
+        make(Same(scales=[32])).losses(IMAGES, some_targets())
 
 
 def test_modes_are_restored_after_an_error():

@@ -331,6 +331,14 @@ def losses(self, images, targets):
             found["loss_classifier"] = found["loss_classifier"] * float("nan")
     return found
 TwoStageDetector.losses = losses
+if kind == "nan proposals":
+    from detpipe.proposals import RPN
+    real_select = RPN._select
+    def select(self, logits, *others):
+        if rank == 1 and self.training:
+            logits = logits * float("nan")
+        return real_select(self, logits, *others)
+    RPN._select = select
 def validate(self, batch, batch_idx, real=TwoStageDetector.validation_step):
     if rank == 1 and kind == "validation":
         raise RuntimeError("broken here")
@@ -344,7 +352,7 @@ sys.exit(cli.main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize("kind", ["nan", "raised", "killed", "validation", "disk full"])
+@pytest.mark.parametrize("kind", ["nan", "nan proposals", "raised", "killed", "validation", "disk full"])
 def test_what_stops_one_process_stops_all(kind: str, demo_root: Path, tmp_path: Path) -> None:
     Demo(str(demo_root), scenes=DemoScenes(**runs.SCENES)).annotations("train")
     arguments = ["train", runs.CONFIG, *runs.options(demo_root), "--data.loader.batch_size", "2", *TWO]
@@ -356,10 +364,18 @@ def test_what_stops_one_process_stops_all(kind: str, demo_root: Path, tmp_path: 
         assert "step 1: stopped, since the loss is not finite in another process" in answers[0][2]
         assert "step 1: the loss is nan; the weights were not changed" in answers[1][2]
         assert (output / "nonfinite_batch.pt").exists()
+    if kind == "nan proposals":
+        assert "detpipe: error: stopped, since proposals of the RPN are not finite in another process" in answers[0][2]
+        assert "step 0: proposals of the RPN: image " in answers[1][2]
+        assert (output / "nonfinite_batch.pt").exists()
     if kind in ("raised", "validation"):
         assert "broken here" in answers[1][2]
+        assert "detpipe: error: another process of this training has ended; its message says why" in answers[0][2]
     if kind == "disk full":
-        assert "File too large" in answers[0][2]
+        assert "could not be written after step" in answers[0][2]
+        assert "MiB are free there. Intact: no other checkpoint." in answers[0][2]
+    if kind != "killed":
+        assert all(len(text.split("detpipe: error: ")) == 2 and "Traceback" not in text for _, _, text in answers)
 
 
 def test_who_works_on_what_alone() -> None:

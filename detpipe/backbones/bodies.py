@@ -17,6 +17,7 @@ from detpipe.backbones.checkpointed_graph import CheckpointedGraph
 from detpipe.backbones.regime import Regime, drop_path_rates
 from detpipe.backbones.weights import load_weights
 from detpipe.errors import UsageError
+from detpipe.stages import depths_of
 from detpipe.suggest import did_you_mean
 from detpipe.types import PixelFormat
 
@@ -55,6 +56,10 @@ class Body(ABC):
     @abstractmethod
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C_l, H_l, W_l]``."""
+
+    def depths(self) -> dict[str, int]:
+        """Tell how deep each parameter of the network lies; those that were put in later are left out."""
+        return depths_of(self.network)
 
     @abstractmethod
     def checkpoint(self) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detpipe.attention.base import Attention
 from detpipe.backbones.bodies import Body, Level, TorchvisionBody
 from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
 from detpipe.backbones.regime import Regime, convert_norm, find_modules, freeze
@@ -35,7 +36,8 @@ class Extractor(ProjectedBackbone):
             ``timm/convnext_tiny``, also with the tag of its weights, such as ``timm/convnext_tiny.fb_in22k``.
         levels: level name -> where it is cut, finest first. For timm also a list of names such as ``[c3, c4, c5]``: c_k is
             timm's last map of stride 2^k.
-        weights: None for random ones; a local file (``.pth``, ``.pt`` or ``.safetensors``; never downloads); or a name, which
+        weights: None for random ones; a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run;
+            never downloads); or a name, which
             downloads once: torchvision's (``DEFAULT``, ``IMAGENET1K_V1``), or for timm ``DEFAULT`` or a tag
             (``fb_in22k``). A file holds the whole network or, for timm, its features; the classifier and what lies beyond the
             last level may be missing or of other shapes, and everything else must fit.
@@ -93,6 +95,11 @@ class Extractor(ProjectedBackbone):
         """
         self.check_size(images)
         return self.laterals(self._maps(images))
+
+    def depths(self) -> dict[str, int]:
+        """Tell how deep each parameter of the network lies; attention that was added to it is new."""
+        gates = tuple(f"{name}." for name, module in self.body.named_modules() if isinstance(module, Attention))
+        return {f"body.{name}": depth for name, depth in self._body.depths().items() if not name.startswith(gates)}
 
     def train(self, mode: bool = True) -> Extractor:
         """Switch to training, except for what is frozen."""

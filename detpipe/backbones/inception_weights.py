@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from detpipe.backbones.inception_blocks import STAGES
 from detpipe.backbones.pretrained import Foreign, Pretrained, load_pretrained
+from detpipe.stages import Backbone
 
 
-def load_inception(network: nn.Module, weights: str | Pretrained) -> None:
+def load_inception(network: Backbone, weights: str | Pretrained) -> None:
     """Load weights into an :class:`~detpipe.backbones.se_inception.SEInceptionV3`.
 
     The auxiliary classifier starts anew, as a whole, unless the weights have one of as many classes.

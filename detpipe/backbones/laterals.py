@@ -68,6 +68,7 @@ class ProjectedBackbone(Backbone, ABC):
     """
 
     laterals: Laterals
+    new_layers = ("laterals", "auxiliary")
 
     @property
     def out_channels(self) -> int:

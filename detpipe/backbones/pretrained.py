@@ -18,6 +18,7 @@ from detpipe.attention.base import Attention
 from detpipe.attention.choice import open_gates
 from detpipe.backbones.weights import SUFFIXES, download, read_state
 from detpipe.errors import CheckpointError, UsageError
+from detpipe.stages import Backbone
 from detpipe.suggest import did_you_mean
 
 TIMM = "timm/"
@@ -28,7 +29,8 @@ class Pretrained:
     """Where weights come from.
 
     Args:
-        source: a local file (``.pth``, ``.pt`` or ``.safetensors``; never downloads), the name of torchvision weights
+        source: a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run;
+            never downloads), the name of torchvision weights
             (``DEFAULT``, ``IMAGENET1K_V1``) or of a timm network (``timm/seresnet50.ra2_in1k``); names download once.
         new_gates: accept weights of the same network without attention; its gates then start anew, almost open where they have
             a bias.
@@ -47,7 +49,7 @@ class Foreign:
 
 
 def load_pretrained(
-    network: nn.Module,
+    network: Backbone,
     weights: str | Pretrained,
     torchvision_name: str | None,
     translate: Callable[[Mapping[str, Tensor]], Foreign | None],
@@ -86,6 +88,7 @@ def load_pretrained(
             )
     if wanted.new_gates:
         open_gates(network)
+        network.new_layers = (*network.new_layers, *_gates(network))
     network.load_state_dict({name: tensors[name] for name in set(own) & set(tensors)}, strict=False)
 
 
@@ -93,7 +96,7 @@ def _fetch(source: str, torchvision_name: str | None) -> dict[str, Tensor]:
     if source.startswith(TIMM) and Path(source).suffix not in SUFFIXES:
         return _from_timm(source.removeprefix(TIMM))
     if Path(source).suffix in SUFFIXES or "/" in source:
-        return read_state(Path(source))
+        return read_state(source)
     known = {} if torchvision_name is None else models.get_model_weights(torchvision_name).__members__
     if source not in known:
         names = (
@@ -122,8 +125,12 @@ def _from_timm(name: str) -> dict[str, Tensor]:
 
 def _gate_names(network: nn.Module) -> set[str]:
     """Names of all tensors inside attention modules."""
-    gates = [name for name, module in network.named_modules() if isinstance(module, Attention)]
-    return {tensor for tensor in network.state_dict() for gate in gates if tensor.startswith(f"{gate}.")}
+    gates = tuple(f"{gate}." for gate in _gates(network))
+    return {tensor for tensor in network.state_dict() if tensor.startswith(gates)}
+
+
+def _gates(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, Attention)]
 
 
 def _left_out(name: str, network: nn.Module, own: Mapping[str, Tensor]) -> bool:

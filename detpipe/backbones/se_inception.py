@@ -56,7 +56,8 @@ class SEInceptionV3(ProjectedBackbone):
             keep its own, for an FPN.
         padded: what detection needs; False computes what torchvision does: maps are smaller, and 7.5 to 21.5 pixels off.
         auxiliary_classes: adds torchvision's auxiliary classifier on c4, for this many classes.
-        weights: a local file (``.pth``, ``.pt`` or ``.safetensors``; never downloads): ours or torchvision's; or the name of
+        weights: a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run;
+            never downloads): ours or torchvision's; or the name of
             torchvision weights (``DEFAULT``), or ``timm/NAME``, such as ``timm/inception_v3.tv_in1k``. Only ours have gates; with
             others give ``Pretrained(..., new_gates=True)``, and they start almost open ("eca": half open).
         regime: normalization, frozen stages (of stem, c2 to c5), checkpointing; no drop path, for want of shortcuts.

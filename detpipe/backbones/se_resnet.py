@@ -31,7 +31,8 @@ class SEResNet(ResidualNetwork):
         output_stride: no level is coarser than this (4, 8, 16 or 32).
         out_channels: project every level to this width; None keeps the width, for a single level; "own" lets each level
             keep its own, for an FPN.
-        weights: a local file (``.pth``, ``.pt`` or ``.safetensors``; never downloads): ours, torchvision's or timm's; the name of
+        weights: a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run;
+            never downloads): ours, torchvision's or timm's; the name of
             torchvision weights of the plain network (``DEFAULT``), or ``timm/NAME``, such as ``timm/seresnet50.ra2_in1k``.
         regime: normalization, frozen stages (of stem, c2 to c5), checkpointing, drop path.
 

@@ -52,6 +52,7 @@ class TimmBody(Body):
         declared = levels if isinstance(levels, Mapping) else {level: places[i] for level, i in self._indices.items()}
         self.strides = {level: cut.stride for level, cut in declared.items()}
         self.pixel_format = _pixel_format(timm, name)
+        self._depths = _depths(timm, full)
         self._used = sorted(set(self._indices.values()))
         options = {key: value for key, value in ANY_SIZE.items() if key in inspect.signature(type(full)).parameters}
         self.network = _features(timm, name, self._used, regime.drop_path, options)
@@ -63,7 +64,7 @@ class TimmBody(Body):
             state = download(f"timm/{source}", lambda: timm.create_model(source, pretrained=True).state_dict())
             _load(self.network, full, state, f"timm's {source}", name, regime)
         elif weights is not None:
-            _load(self.network, full, read_state(Path(weights)), weights, name, regime)
+            _load(self.network, full, read_state(weights), weights, name, regime)
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C_l, H_l, W_l]``."""
@@ -71,6 +72,13 @@ class TimmBody(Body):
         if self._channels_last:
             found = {index: features.permute(0, 3, 1, 2) for index, features in found.items()}
         return {level: found[index] for level, index in self._indices.items()}
+
+    def depths(self) -> dict[str, int]:
+        """Tell how deep each parameter lies, by timm's own groups of layers where it has some."""
+        if self._depths is None:
+            return super().depths()
+        plain = {name: _plain(name.replace(".module.", ".")) for name, _ in self.network.named_parameters()}
+        return {name: self._depths[key] for name, key in plain.items() if key in self._depths}
 
     def checkpoint(self) -> None:
         """Store activations only between the outermost blocks of the network.
@@ -85,6 +93,14 @@ class TimmBody(Body):
             raise ValueError(f"checkpointing: timm/{self.name} has no blocks to compute again; leave it false")
         for block in blocks:
             block.forward = partial(_forward, block)
+
+
+def _depths(timm: ModuleType, full: nn.Module) -> dict[str, int] | None:
+    matcher = getattr(full, "group_matcher", None)
+    if matcher is None:
+        return None
+    depths = timm.models.group_parameters(full, matcher(coarse=False), reverse=True)
+    return {_plain(name): depth for name, depth in depths.items()}
 
 
 def _forward(block: nn.Module, *inputs: Any, **options: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,9 @@ from torchvision import models
 from detpipe.errors import CheckpointError, UsageError
 from detpipe.suggest import did_you_mean
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
+SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt")
+CHECKPOINT = "detpipe"  # the entry that tells a checkpoint of ours
+_INNER = "backbone."
 
 
 def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str, statistics: bool = True) -> None:
@@ -31,7 +34,7 @@ def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str, s
         UsageError: an unknown name of weights.
     """
     if Path(weights).suffix in SUFFIXES or "/" in weights:
-        state = read_state(Path(weights))
+        state = read_state(weights)
     else:
         known = models.get_model_weights(network).__members__
         if weights not in known:
@@ -100,18 +103,21 @@ def download(name: str, fetch: Callable[[], dict[str, Tensor]]) -> dict[str, Ten
         ) from error
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(weights: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a weights file without running code in it.
 
     Args:
-        path: a ``.safetensors`` file, or a ``.pth`` or ``.pt`` file with a state dict.
+        weights: a ``.safetensors`` file, a ``.pth`` or ``.pt`` file with a state dict, or a ``.ckpt`` file of a run of ours.
 
     Returns:
-        tensor name -> tensor.
+        tensor name -> tensor; of a checkpoint of ours those of :func:`network_state`.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds something other than tensors.
+        CheckpointError: the file is missing, damaged, or holds something other than tensors; or it is an address.
     """
+    if "://" in str(weights):
+        raise CheckpointError(f"weights {weights}: addresses are not loaded, download the file first and give its path")
+    path = Path(weights)
     if not path.is_file():
         raise CheckpointError(
             f"weights file {path} does not exist; give the path of a file with the backbone's weights"
@@ -119,10 +125,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load does not compare check sums
+                if bad := archive.testzip():
+                    raise ValueError(f"{bad} does not match its check sum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file makes the readers raise is any of a dozen types
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise CheckpointError(f"weights file {path} cannot be read as a state dict of tensors: {reason}") from error
+    ours = isinstance(state, dict) and CHECKPOINT in state
+    if path.suffix == ".ckpt" and not ours:
+        raise CheckpointError(f"weights {path} are no checkpoint of detpipe; give one, or a state dict as .pth")
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
@@ -134,4 +147,25 @@ def read_state(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"weights file {path} must hold a state dict (name -> tensor), got {name!r} -> {type(value).__name__}"
             )
-    return state
+    if not ours:
+        return state
+    backbone = {name: value for name, value in state.items() if name.startswith(_INNER)}
+    if not backbone:
+        raise CheckpointError(f"weights {path}: the model in this checkpoint has no backbone; give one that has")
+    return network_state(backbone)
+
+
+def network_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Choose what makes sense in another model from the tensors of a backbone.
+
+    Args:
+        state: of a backbone; ``backbone.*`` is one within, in a pyramid or a whole model.
+
+    Returns:
+        Those of the innermost backbone, without ``laterals``; of an `Extractor` by the names of the network that it cuts.
+    """
+    while any(name.startswith(_INNER) for name in state):
+        state = {name.removeprefix(_INNER): value for name, value in state.items() if name.startswith(_INNER)}
+    state = {name: value for name, value in state.items() if not name.startswith("laterals.")}
+    cut = all(name.startswith("body.") for name in state)
+    return {name.removeprefix("body.") if cut else name: value for name, value in state.items()}

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from safetensors.torch import save_file
 from torch import Tensor
 
-from detpipe.backbones import Extractor
+from detpipe.backbones.weights import network_state
 from detpipe.classifier import ImageClassifier
 from detpipe.commands.training import add_arguments, run_training
 from detpipe.datasets import ClassificationData
@@ -115,9 +115,7 @@ def backbone_weights(backbone: Backbone) -> dict[str, Tensor]:
     Returns:
         name -> tensor on the CPU, without ``laterals``.
     """
-    state = {name: value for name, value in backbone.state_dict().items() if not name.startswith("laterals.")}
-    if isinstance(backbone, Extractor):
-        state = {name.removeprefix("body."): value for name, value in state.items()}
+    state = network_state(backbone.state_dict())
     return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
 
 

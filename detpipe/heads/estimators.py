@@ -16,16 +16,58 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from detpipe import boxes as box_ops
+from detpipe.heads.objective import box_losses, of_label
+from detpipe.heads.sampling import RoITargets
 from detpipe.processes import common_count, common_mean
+from detpipe.stages import Losses
 
 Baseline = Literal["roi", "batch", "none"]
 BackgroundReward = Literal["none", "probability"]
 LEAST_SPREAD = 1e-4  # returns, which lie in 0..1, that differ by less are not blown up to unit spread
+PROBE_ROIS, PROBE_DRAWS = 4, 4  # of an image: what the variance of the pathwise gradient is estimated from
+
+
+class Walk(NamedTuple):
+    """A sequence of glimpses of P RoIs of N images."""
+
+    boxes: list[Tensor]  # T of [N, P, 4]
+    means: list[Tensor]  # A of [N, P, 4]: what the policy said, float32
+    actions: list[Tensor]  # A of [N, P, 4]: what was done
+    states: list[list[Tensor]]  # after each glimpse, of each layer [N P, width]
+
+    @property
+    def evidence(self) -> Tensor:
+        """The element-wise maximum of what the last layer said: ``[N P, width]``."""
+        best = self.states[0][-1]
+        for state in self.states[1:]:
+            best = torch.maximum(best, state[-1])
+        return best
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """What an estimator learns from: the episode of a training step that class and box are trained on, and more if it asks.
+
+    N images, S RoIs an image, K classes.
+    """
+
+    rois: RoITargets  # S of each image
+    walk: Walk  # the glimpses at them
+    logits: Tensor  # [N, S, K + 1] at the end of it
+    deltas: Tensor  # [N, S, B, 4]
+    most_foreground: int  # RoIs of an image; they come first
+    # (size, times, detached=False, with_graph=None): that many walks more at the first RoIs of each image, each RoI from its
+    # state after the first glimpse; detached from features and state; with a graph for so many glimpses
+    again: Callable[..., tuple[RoITargets, Walk]]
+    outputs: Callable[[Tensor, Sequence[int]], tuple[Tensor, Tensor]]  # evidence, [N, S] -> logits and deltas
 
 
 class PolicyLoss(NamedTuple):
@@ -60,6 +102,18 @@ class GlimpseEstimator(ABC):
     def act(self, mean: Tensor) -> Tensor:
         """Draw actions ``[..., 4]`` around their means, for training."""
 
+    @abstractmethod
+    def losses(self, episodes: Episodes) -> Losses:
+        """Make what the policy learns from beside the losses of class and box.
+
+        Args:
+            episodes: a training step.
+
+        Returns:
+            Scalars: those named ``loss_*`` are trained on, others logged; none where the losses of class and box reach the
+            policy by themselves.
+        """
+
 
 class Pathwise(GlimpseEstimator):
     """Learn through the pooled features: the loss is differentiated through the pooler, to the box, to the policy.
@@ -82,6 +136,26 @@ class Pathwise(GlimpseEstimator):
     def act(self, mean: Tensor) -> Tensor:
         """Move the means by noise: the gradient goes on to them."""
         return mean + self.sigma * torch.randn_like(mean) if self.sigma else mean
+
+    def losses(self, episodes: Episodes) -> Losses:
+        """The variance between draws of the noise of a RoI's gradient to the mean of its first action, on a few RoIs.
+
+        It needs several draws of the same step, so a few RoIs walk again, for the log alone: nothing learns from them.
+        """
+        if not torch.is_grad_enabled() or self.sigma == 0:
+            return {}
+        few = episodes.rois.first(PROBE_ROIS)
+        device = few.rois.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is logged changes no later draw
+            again, probe = episodes.again(PROBE_ROIS, PROBE_DRAWS, detached=True)
+        if not probe.means[0].requires_grad:  # the policy is frozen
+            return {}
+        parts = box_losses(again, *episodes.outputs(probe.evidence, again.labels.shape))
+        total = torch.stack(list(parts.values())).sum() * again.valid.sum()  # of RoIs: each has its own gradient
+        [gradient] = torch.autograd.grad(total, probe.means[0])
+        spread = gradient.unflatten(1, (PROBE_DRAWS, -1)).var(1).mean(-1)  # [N, PROBE_ROIS]
+        counted = few.foreground.float()
+        return {"glimpse_gradient_variance": (spread * counted).sum() / counted.sum().clamp(min=1)}
 
 
 class Reinforce(GlimpseEstimator):
@@ -134,6 +208,32 @@ class Reinforce(GlimpseEstimator):
         """Draw actions; they have no gradient."""
         return (mean + self.sigma * torch.randn_like(mean)).detach()
 
+    def losses(self, episodes: Episodes) -> Losses:
+        """Run the other n - 1 episodes of the RoIs that can earn a reward, and make the loss of the policy of all n."""
+        rois, walk = episodes.rois, episodes.walk
+        counts = rois.valid if self.background_reward == "probability" else rois.foreground
+        size = counts.shape[1]
+        if self.background_reward == "none":  # foreground comes first in a sample: the rest need not be looked at
+            size = min(size, episodes.most_foreground)
+        means, actions = (
+            [torch.stack(values, dim=2)[:, :size]] for values in (walk.means, walk.actions)
+        )  # [N, F, A, 4]
+        returns, others = [reward(rois, episodes.logits, episodes.deltas)[:, :size]], self.episodes - 1
+        if others:
+            looks = len(walk.means) if self.through_time else 0  # what follows the last action needs no gradient
+            again, more = episodes.again(size, others, with_graph=looks)
+            with torch.no_grad():
+                earned = reward(again, *episodes.outputs(more.evidence, again.labels.shape))
+                returns += earned.unflatten(1, (others, size)).unbind(1)
+            for kept, new in ((means, more.means), (actions, more.actions)):
+                kept += torch.stack(new, dim=2).unflatten(1, (others, size)).unbind(1)
+        policy = self.policy_loss(torch.stack(means), torch.stack(actions), torch.stack(returns), counts[:, :size])
+        return {
+            "loss_policy": policy.loss,
+            "glimpse_return": policy.mean_return,
+            "glimpse_gradient_variance": policy.gradient_variance,
+        }
+
     def policy_loss(self, means: Tensor, actions: Tensor, returns: Tensor, counts: Tensor) -> PolicyLoss:
         """Make the loss whose gradient is that of the expected return.
 
@@ -169,3 +269,21 @@ class Reinforce(GlimpseEstimator):
             mean_square = common_mean(returns.square().mean(0).sum(), counted.sum())
             returns = returns / mean_square.sqrt().clamp(min=LEAST_SPREAD)
         return returns
+
+
+@torch.no_grad()
+def reward(rois: RoITargets, logits: Tensor, deltas: Tensor) -> Tensor:
+    """Compute what an episode earns at its end: P(true class) x IoU of the predicted box with the object; P alone for background.
+
+    Args:
+        rois: S RoIs of each image.
+        logits: ``[N, S, K + 1]``.
+        deltas: ``[N, S, B, 4]``.
+
+    Returns:
+        ``[N, S]`` in 0..1.
+    """
+    probability = logits.float().softmax(-1).gather(-1, rois.labels[..., None])[..., 0]
+    predicted = box_ops.decode(of_label(deltas.float(), rois.labels), rois.rois)
+    overlap = box_ops.iou(predicted[..., None, :], rois.boxes[..., None, :])[..., 0, 0]
+    return probability * torch.where(rois.labels > 0, overlap, torch.ones_like(overlap))

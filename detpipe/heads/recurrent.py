@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from detpipe import boxes as box_ops
 from detpipe.heads.base import Found, ProposalHead, outlines
-from detpipe.heads.estimators import GlimpseEstimator, Pathwise, Reinforce
+from detpipe.heads.estimators import Episodes, GlimpseEstimator, Reinforce, Walk
 from detpipe.heads.layers import hidden_layers, output_layers
-from detpipe.heads.objective import box_losses, of_label
+from detpipe.heads.objective import box_losses
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool, RoIPooler
@@ -44,7 +44,6 @@ from detpipe.stages import Losses
 from detpipe.types import Features, Target
 
 PLAIN = (1.0, 1.0, 1.0, 1.0)  # actions are deltas without weights
-PROBE_ROIS, PROBE_DRAWS = 4, 4  # of an image: what the variance of the pathwise gradient is estimated from
 
 
 @dataclass(frozen=True)
@@ -81,23 +80,6 @@ class GlimpseSequence:
     def boxes(self, actions: Tensor, rois: Tensor) -> Tensor:
         """Take actions ``[..., 4]`` to boxes ``[..., 4]``, relative to RoIs ``[..., 4]``; differentiable."""
         return box_ops.decode(self.bounded(actions), rois.to(actions.dtype), PLAIN)
-
-
-class Walk(NamedTuple):
-    """A sequence of glimpses of P RoIs of N images."""
-
-    boxes: list[Tensor]  # T of [N, P, 4]
-    means: list[Tensor]  # A of [N, P, 4]: what the policy said, float32
-    actions: list[Tensor]  # A of [N, P, 4]: what was done
-    states: list[list[Tensor]]  # after each glimpse, of each layer [N P, width]
-
-    @property
-    def evidence(self) -> Tensor:
-        """The element-wise maximum of what the last layer said: ``[N P, width]``."""
-        best = self.states[0][-1]
-        for state in self.states[1:]:
-            best = torch.maximum(best, state[-1])
-        return best
 
 
 class AttentionalHead(ProposalHead):
@@ -177,16 +159,15 @@ class AttentionalHead(ProposalHead):
     def losses(
         self, features: Features, rois: RoITargets, image_sizes: list[tuple[int, int]], targets: list[Target]
     ) -> Losses:
-        """Compute ``loss_classifier`` and ``loss_box_reg``, with REINFORCE ``loss_policy``; and where it looks, to log it."""
+        """Compute ``loss_classifier`` and ``loss_box_reg``, what the estimator adds, and where it looks, to log it."""
         walk = self._walk(features, rois.rois, self.estimator.act)
         logits, deltas = self._outputs(walk.evidence, rois.labels.shape)
         losses = box_losses(rois, logits, deltas)
         if self.glimpses.length == 1:
             return losses
-        if isinstance(self.estimator, Reinforce):
-            losses |= self._reinforce(self.estimator, features, rois, walk, reward(rois, logits, deltas))
-        if isinstance(self.estimator, Pathwise):
-            losses |= self._pathwise(self.estimator, features, rois, walk)
+        most = max(1, int(self.sampler.rois_per_image * self.sampler.positive_fraction))
+        again = partial(self._again, features, rois, walk)
+        losses |= self.estimator.losses(Episodes(rois, walk, logits, deltas, most, again, self._outputs))
         return losses | self._statistics(walk, rois.valid)
 
     def detect(self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]]) -> Found:
@@ -238,58 +219,23 @@ class AttentionalHead(ProposalHead):
         logits, deltas = self.classifier(evidence), self.regressor(evidence)
         return logits.unflatten(0, shape), deltas.unflatten(0, shape).unflatten(-1, (-1, 4))
 
-    def _reinforce(
-        self, estimator: Reinforce, features: Features, rois: RoITargets, walk: Walk, earned: Tensor
-    ) -> Losses:
-        """Run the other n - 1 episodes of the RoIs that can earn a reward, and make the loss of the policy of all n."""
-        counts = rois.valid if estimator.background_reward == "probability" else rois.foreground
-        # foreground comes first in a sample, so that the rest need not be looked at, whatever was drawn
-        size = counts.shape[1]
-        if estimator.background_reward == "none":
-            size = min(size, max(1, int(self.sampler.rois_per_image * self.sampler.positive_fraction)))
-        some = replace(rois, foreground=counts).first(size)
-        means, actions = (
-            [torch.stack(values, dim=2)[:, :size]] for values in (walk.means, walk.actions)
-        )  # [N, F, A, 4]
-        returns, others = [earned[:, :size]], estimator.episodes - 1
-        if others:
-            again = some.repeated(others)
-            first = _repeated(walk.states[0], len(counts), size, others)
-            # what follows the last action needs no gradient
-            looks = self.glimpses.length - 1 if estimator.through_time else 0
-            more = self._walk(features, again.rois, estimator.act, first, looks)
-            with torch.no_grad():
-                logits, deltas = self._outputs(more.evidence, again.labels.shape)
-                returns += reward(again, logits, deltas).unflatten(1, (others, size)).unbind(1)
-            for kept, new in ((means, more.means), (actions, more.actions)):
-                kept += torch.stack(new, dim=2).unflatten(1, (others, size)).unbind(1)
-        policy = estimator.policy_loss(torch.stack(means), torch.stack(actions), torch.stack(returns), some.foreground)
-        return {
-            "loss_policy": policy.loss,
-            "glimpse_return": policy.mean_return,
-            "glimpse_gradient_variance": policy.gradient_variance,
-        }
-
-    def _pathwise(self, estimator: Pathwise, features: Features, rois: RoITargets, walk: Walk) -> Losses:
-        """The variance between draws of the noise of a RoI's gradient to the mean of its first action, on a few RoIs.
-
-        It needs several draws of the same step, so a few RoIs walk again, for the log alone: nothing learns from them.
-        """
-        if not torch.is_grad_enabled() or not self.policy.weight.requires_grad or estimator.sigma == 0:
-            return {}
-        few = rois.first(PROBE_ROIS)
-        again = few.repeated(PROBE_DRAWS)
-        first = _repeated(walk.states[0], len(few.labels), few.labels.shape[1], PROBE_DRAWS)
-        maps = {level: value.detach() for level, value in features.items()}
-        device = again.rois.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is logged changes no later draw
-            probe = self._walk(maps, again.rois, estimator.act, [state.detach() for state in first])
-        losses = box_losses(again, *self._outputs(probe.evidence, again.labels.shape))
-        total = torch.stack(list(losses.values())).sum() * again.valid.sum()  # of RoIs: each has its own gradient
-        [gradient] = torch.autograd.grad(total, probe.means[0])
-        spread = gradient.unflatten(1, (PROBE_DRAWS, -1)).var(1).mean(-1)  # [N, PROBE_ROIS]
-        counted = few.foreground.float()
-        return {"glimpse_gradient_variance": (spread * counted).sum() / counted.sum().clamp(min=1)}
+    def _again(
+        self,
+        features: Features,
+        rois: RoITargets,
+        walk: Walk,
+        size: int,
+        times: int,
+        detached: bool = False,
+        with_graph: int | None = None,
+    ) -> tuple[RoITargets, Walk]:
+        """Walk several times more at the first RoIs of each image, from the state after their first glimpse on."""
+        again = rois.first(size).repeated(times)
+        first = _repeated(walk.states[0], len(rois.labels), min(size, rois.labels.shape[1]), times)
+        if detached:
+            features = {level: value.detach() for level, value in features.items()}
+            first = [state.detach() for state in first]
+        return again, self._walk(features, again.rois, self.estimator.act, first, with_graph)
 
     @torch.no_grad()
     def _statistics(self, walk: Walk, counts: Tensor) -> Losses:
@@ -299,24 +245,6 @@ class AttentionalHead(ProposalHead):
         total = (counted.sum() * means.shape[2]).clamp(min=1)
         shift = (2 * means[..., :2].norm(dim=-1) * counted).sum() / total
         return {"glimpse_shift": shift, "glimpse_scale": (means[..., 2:].mean(-1) * counted).sum().div(total).exp()}
-
-
-@torch.no_grad()
-def reward(rois: RoITargets, logits: Tensor, deltas: Tensor) -> Tensor:
-    """Compute what an episode earns at its end: P(true class) x IoU of the predicted box with the object; P alone for background.
-
-    Args:
-        rois: S RoIs of each image.
-        logits: ``[N, S, K + 1]``.
-        deltas: ``[N, S, B, 4]``.
-
-    Returns:
-        ``[N, S]`` in 0..1.
-    """
-    probability = logits.float().softmax(-1).gather(-1, rois.labels[..., None])[..., 0]
-    predicted = box_ops.decode(of_label(deltas.float(), rois.labels), rois.rois)
-    overlap = box_ops.iou(predicted[..., None, :], rois.boxes[..., None, :])[..., 0, 0]
-    return probability * torch.where(rois.labels > 0, overlap, torch.ones_like(overlap))
 
 
 def _repeated(states: list[Tensor], images: int, size: int, times: int) -> list[Tensor]:

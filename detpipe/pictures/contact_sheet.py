@@ -9,8 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from detpipe.images import scale_boxes
-from detpipe.pictures.visualize import IGNORED_COLOR, class_color, draw, font
+from detpipe.pictures.visualize import IGNORED_COLOR, NARROWEST, class_color, draw, fit, font
 from detpipe.types import Target
 
 _INK, _PAPER = (30, 34, 40), (255, 255, 255)
@@ -81,13 +80,10 @@ def contact_sheet(
 
 
 def _panel(image: Tensor, target: Target, class_names: Sequence[str], side: int) -> Image.Image:
-    old = (image.shape[1], image.shape[2])
-    scale = side / max(old)
-    new = (max(1, round(old[0] * scale)), max(1, round(old[1] * scale)))
-    small = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((new[1], new[0]), Image.Resampling.BICUBIC)
-    resized: Target = {**target, "boxes": scale_boxes(target.get("boxes", torch.zeros(0, 4)), old, new)}
-    drawn = draw_target(torch.from_numpy(np.array(small)).permute(2, 0, 1), resized, class_names, min_side=0)
-    canvas = Image.new("RGB", (drawn.shape[2], drawn.shape[1] + _CAPTION), _PAPER)
+    small, factors = fit(image, side)
+    resized: Target = {**target, "boxes": target.get("boxes", torch.zeros(0, 4)) * factors}
+    drawn = draw_target(small, resized, class_names, min_side=0)
+    canvas = Image.new("RGB", (max(drawn.shape[2], NARROWEST), drawn.shape[1] + _CAPTION), _PAPER)
     canvas.paste(Image.fromarray(drawn.permute(1, 2, 0).numpy()), (0, _CAPTION))
     name, count = target.get("file_name", "").rpartition("/")[2], len(resized.get("boxes", ()))
     text = f"{name}: {count} box{'' if count == 1 else 'es'}"

@@ -23,7 +23,7 @@ from detpipe.pictures import visualize
 from detpipe.types import GlimpsedDetection
 
 PAGE = "glimpses.html"
-PANEL, CAPTION, GAP, COLUMNS = 232, 20, 8, 4
+PANEL, CAPTION, GAP, COLUMNS, LEGEND = 232, 20, 8, 4, 600
 SHOWN = 8  # detections of an image that have a panel
 AROUND = 0.25  # of what a panel shows, on each side
 FIRST, LAST = (255, 214, 0), (190, 40, 255)  # colors of the first and the last glimpse
@@ -55,7 +55,7 @@ def draw_glimpses(image: Tensor, found: GlimpsedDetection, class_names: Sequence
     panels = [_panel(image, found, index, class_names) for index in range(count)]
     columns = min(COLUMNS, count)
     rows = -(-count // columns)
-    width = max(whole.shape[2], columns * (PANEL + GAP) + GAP)
+    width = max(whole.shape[2], columns * (PANEL + GAP) + GAP, LEGEND)
     top = whole.shape[1] + GAP + CAPTION
     canvas = Image.new("RGB", (width, top + rows * (PANEL + CAPTION + GAP)), _PAPER)
     canvas.paste(_to_image(whole), ((width - whole.shape[2]) // 2, 0))

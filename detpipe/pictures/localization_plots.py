@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detpipe.heads.superpixel_pooling import segment
 from detpipe.pictures.figures import new_figure, save_figure
+from detpipe.pictures.inspection_plots import shown_ratio
 from detpipe.pictures.visualize import class_color
 
 Pixels = npt.NDArray[np.float64]  # [H, W, 3] in 0..1
@@ -61,13 +62,16 @@ def localization_picture(
     ]
     columns = min(4, 3 + len(classes))
     rows = -(-(3 + len(classes)) // columns)
-    figure = new_figure(2.6 * columns, (2.1 * size[0] / size[1] + 0.3) * rows, "localization")
+    ratio, aspect = shown_ratio(*size)
+    figure = new_figure(2.6 * columns, (2.1 * ratio + 0.3) * rows, "localization")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for place, (title, picture) in zip(axes, panels, strict=False):
-        place.imshow(picture, interpolation="nearest")
+        place.imshow(picture, interpolation="nearest", aspect=aspect)
         place.set_title(title, loc="left", fontsize=8)
     for place, label in zip(axes[3:], classes, strict=False):
-        drawn = place.imshow(maps[label - 1].numpy(), cmap="inferno", vmin=0, vmax=1, interpolation="nearest")
+        drawn = place.imshow(
+            maps[label - 1].numpy(), cmap="inferno", vmin=0, vmax=1, interpolation="nearest", aspect=aspect
+        )
         place.set_title(f"map of {class_names[label - 1]}", loc="left", fontsize=8)
         figure.colorbar(drawn, ax=place, shrink=0.7)
     for place in axes:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
 from detpipe.evaluation.worst_images import ImageOutcome
 from detpipe.pictures import visualize
@@ -46,11 +45,8 @@ def draw_outcome(image: Tensor, outcome: ImageOutcome, class_names: list[str]) -
     Returns:
         Both drawings, the longer side ``SIDE`` pixels.
     """
-    height, width = image.shape[1:]
-    scale = SIDE / max(height, width)
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    resized = functional.interpolate(image[None].float(), size=size, mode="bicubic", antialias=True)
-    panel = resized[0].round().clamp(0, 255).to(torch.uint8)
+    panel, factors = visualize.fit(image, SIDE)
+    scale = factors.numpy()
     truth = _draw(panel, outcome.boxes * scale, outcome.labels.tolist(), outcome.states, class_names, None)
     scores = torch.from_numpy(outcome.scores.copy())
     labels = outcome.found_labels.tolist()

@@ -24,7 +24,7 @@ from detpipe.files import atomic_write
 from detpipe.pictures.curves import plot_curves
 from detpipe.types import Detection, Target
 
-__all__ = ["Color", "class_color", "comparison_grid", "draw", "font", "plot_curves", "save_png"]
+__all__ = ["Color", "class_color", "comparison_grid", "draw", "fit", "font", "plot_curves", "save_png"]
 
 Color = tuple[int, int, int]  # red, green, blue, 0..255
 Renderer = Literal["auto", "supervision", "torchvision"]
@@ -35,6 +35,9 @@ PALETTE: tuple[Color, ...] = (
     (120, 140, 0), (0, 95, 190), (190, 30, 90), (130, 230, 170), (225, 190, 255), (140, 70, 0),
 )  # fmt: skip
 IGNORED_COLOR: Color = (170, 170, 170)  # crowd regions and difficult objects
+
+SLIMMEST = 6  # sides of an image in this relation, 1 : 6, are shown as they are; what is slimmer is stretched across
+NARROWEST = 100  # of the place of a picture on a sheet, pixels: its caption needs some
 
 _INK, _FAINT, _PAPER = (30, 34, 40), (110, 118, 128), (255, 255, 255)
 
@@ -80,11 +83,12 @@ def draw(
         scores: [D] in 0..1, written on the tags.
         colors: one for each box, instead of the color of its class.
         min_side: an image whose shorter side is well below this is enlarged by a whole factor, so that tags stay
-            readable; 0 keeps the size.
+            readable, its longer side at most 6 times this; one that is still slimmer than a sixth of this is
+            stretched across, by a whole factor; 0 keeps the size.
         renderer: ``"auto"`` takes supervision where it is installed.
 
     Returns:
-        [3, s H, s W] uint8, s = 1 unless the image was enlarged; ``image`` is left as it was.
+        [3, s H, t W] uint8, s = t unless the image was stretched, 1 unless it was enlarged; ``image`` is left as it was.
 
     Raises:
         ValueError: a shape or dtype does not fit, or a label has no name.
@@ -99,8 +103,9 @@ def draw(
     order = torch.arange(len(boxes)) if scores is None else torch.argsort(scores.cpu(), stable=True)
     image, boxes, labels = image.cpu(), boxes.cpu()[order], labels.cpu()[order]
     height, width = image.shape[1:]
-    factor = max(1, round(min_side / min(height, width)))
-    image = _resize(image, height * factor, width * factor)
+    factor = max(1, min(round(min_side / min(height, width)), SLIMMEST * min_side // max(height, width)))
+    high, wide = (factor * max(1, round(min_side / SLIMMEST / (factor * side))) for side in (height, width))
+    image, boxes = _resize(image, height * high, width * wide), boxes * torch.tensor([wide, high, wide, high])
     texts = [str(class_names[label - 1]) for label in labels.tolist()]
     if scores is not None:
         texts = [f"{text}  {score:.2f}" for text, score in zip(texts, scores.cpu()[order].tolist(), strict=True)]
@@ -112,8 +117,25 @@ def draw(
     if not texts:
         return image
     if _uses_supervision(renderer):
-        return _draw_supervision(image, boxes * factor, tags)
-    return _draw_torchvision(image, boxes * factor, tags)
+        return _draw_supervision(image, boxes, tags)
+    return _draw_torchvision(image, boxes, tags)
+
+
+def fit(image: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Resize an image to a picture of one size.
+
+    Args:
+        image: [3, H, W] uint8 RGB.
+        side: the longer side, pixels; the shorter one has at least a sixth of it, for which a slimmer image is stretched.
+
+    Returns:
+        [3, H', W'] uint8, and the factors of x1, y1, x2, y2 of boxes, [4].
+    """
+    height, width = image.shape[1:]
+    scale = side / max(height, width)
+    high, wide = (max(scale, side / SLIMMEST / length) for length in (height, width))
+    resized = _resize(image, max(1, round(height * high)), max(1, round(width * wide)))
+    return resized, torch.tensor([wide, high, wide, high])
 
 
 def comparison_grid(
@@ -159,9 +181,10 @@ def comparison_grid(
     gap, header = 16, 44
     width = max(pair.width for pair in pairs)
     heights = [max(pair.height for pair in row) for row in rows]
-    canvas = Image.new("RGB", (columns * (width + gap) + gap, header + sum(heights) + gap * len(rows)), _PAPER)
-    pen = ImageDraw.Draw(canvas)
-    pen.text((gap, header / 2), _header(score_threshold), fill=_INK, font=font(17), anchor="lm")
+    text, face = _header(score_threshold), font(17)
+    across = max(columns * (width + gap) + gap, round(face.getlength(text)) + 2 * gap)
+    canvas = Image.new("RGB", (across, header + sum(heights) + gap * len(rows)), _PAPER)
+    ImageDraw.Draw(canvas).text((gap, header / 2), text, fill=_INK, font=face, anchor="lm")
     top = header
     for row, height in zip(rows, heights, strict=True):
         for column, pair in enumerate(row):
@@ -265,9 +288,7 @@ def _pair(
     renderer: Renderer,
 ) -> Image.Image:
     """One image with its truth and its detections, and a line above that says what is seen."""
-    height, width = image.shape[1:]
-    scale = panel_side / max(height, width)
-    panel = _resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
+    panel, scale = fit(image, panel_side)
     boxes, labels = target.get("boxes", torch.zeros(0, 4)).cpu(), target.get("labels", torch.zeros(0).long()).cpu()
     ignored = torch.zeros(len(boxes), dtype=torch.bool)
     for flag in (target.get("iscrowd"), target.get("difficult")):
@@ -286,10 +307,11 @@ def _pair(
     name = Path(target.get("file_name", "")).name
     captions = (f"{name}  truth: {len(boxes)}".strip(), f"detected: {len(found[0])}")
     caption, gap = 22, 4
-    canvas = Image.new("RGB", (2 * panel.shape[2] + gap, panel.shape[1] + caption), _PAPER)
+    width = max(panel.shape[2], NARROWEST)
+    canvas = Image.new("RGB", (2 * width + gap, panel.shape[1] + caption), _PAPER)
     pen = ImageDraw.Draw(canvas)
     for k, (half, text) in enumerate(zip(halves, captions, strict=True)):
-        left = k * (panel.shape[2] + gap)
+        left = k * (width + gap)
         canvas.paste(Image.fromarray(half.permute(1, 2, 0).numpy()), (left, caption))
         pen.text((left, caption / 2), text, fill=_FAINT, font=font(13), anchor="lm")
     return canvas

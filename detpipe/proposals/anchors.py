@@ -141,8 +141,9 @@ class Anchors:
         for (height, width), stride, sizes in zip(cells, strides, self.level_sizes(strides), strict=True):
             shapes = self._shapes(sizes, device)  # [A, 2] half width, half height
             half_width, half_height = shapes[:, None, None].unbind(-1)  # [A, 1, 1] each
-            signs = torch.tensor([-1.0, 1.0], device=device)
-            x, y = (((torch.arange(count, device=device) + self.offset) * stride)[:, None] for count in (width, height))
+            signs = torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device)
+            counts = (torch.arange(count, dtype=torch.float32, device=device) for count in (width, height))
+            x, y = (((count + self.offset) * stride)[:, None] for count in counts)
             grids.append(AnchorGrid(x + half_width * signs, y + half_height * signs))
         return grids
 

@@ -128,7 +128,7 @@ class DenseGrid(ProposalSource):
                 x = _centers(width, max(self.stride, self.spacing * box_width))
                 cy, cx = torch.meshgrid(y, x, indexing="ij")
                 center = torch.stack((cx, cy), dim=-1).reshape(-1, 2)
-                half = torch.tensor((box_width, box_height)) / 2
+                half = torch.tensor((box_width, box_height), dtype=torch.float32) / 2
                 parts.append(torch.cat((center - half, center + half), dim=1))
         boxes = box_ops.clip(torch.cat(parts), height, width)
         if len(boxes) > self.max_boxes:
@@ -139,4 +139,4 @@ class DenseGrid(ProposalSource):
 def _centers(length: int, step: float) -> Tensor:
     """Divide a side into equal parts of about ``step`` pixels and return their middles."""
     count = max(1, round(length / step))
-    return (torch.arange(count) + 0.5) * (length / count)
+    return (torch.arange(count, dtype=torch.float32) + 0.5) * (length / count)

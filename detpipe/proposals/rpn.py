@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detpipe.errors import DataError, NonFiniteStepError
-from detpipe.processes import common_count
+from detpipe.errors import DataError, NonFiniteStepError, TrainingError
+from detpipe.processes import common_count, shared_anywhere
 from detpipe.proposals.anchors import AnchorGrid, Anchors
 from detpipe.proposals.rpn_head import RPNHead
 from detpipe.proposals.rpn_objective import AnchorTargets, RPNObjective
@@ -185,8 +185,9 @@ class RPN(ProposalSource):
     ) -> tuple[list[Tensor], list[Tensor]]:
         training = self.training and (not self.frozen or self.selection.frozen_as == "training")
         sizes = [len(grid) for grid in grids]
+        found, failed = None, None
         try:
-            return self.selection(logits.detach(), deltas.detach(), anchors, sizes, images.image_sizes, training)
+            found = self.selection(logits.detach(), deltas.detach(), anchors, sizes, images.image_sizes, training)
         except NotFiniteError as error:
             target = Target() if targets is None else targets[error.image]
             name = target.get("file_name", target.get("image_id", f"{error.image} of the batch"))
@@ -194,9 +195,11 @@ class RPN(ProposalSource):
             message = f"{what}; expected finite numbers. Check the image, "
             if targets is None:
                 raise DataError(f"{message}and the weights for NaN") from error
-            raise NonFiniteStepError(
-                f"{message}or lower optimizer.lr or set trainer.gradient_clip_val", what
-            ) from error
+            failed = NonFiniteStepError(f"{message}or lower optimizer.lr or set trainer.gradient_clip_val", what)
+        stop = targets is not None and shared_anywhere(failed is not None, anchors.device)
+        if stop or found is None:  # the other processes would wait for the losses of this one
+            raise failed or TrainingError("stopped, since proposals of the RPN are not finite in another process")
+        return found
 
     def _losses(self, logits: Tensor, deltas: Tensor, sampled: AnchorTargets) -> Losses:
         """Compare ``[N, S]`` logits and ``[N, S, 4]`` deltas with what they should be."""

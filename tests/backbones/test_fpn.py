@@ -291,7 +291,14 @@ def test_widths_and_strides_follow_the_pyramid_from_yaml(tmp_path):
     assert model.head.shared[1].in_features == 16 * 49
     assert model.proposals.head.convs[0].in_channels == 16
     optimizer = model.optimizer.build(model.backbone, model.proposals, model.head)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.005, 0.01, 0.01]
+    assert [group["lr"] for group in optimizer.param_groups] == [
+        0.005,
+        0.005,
+        0.01,
+        0.01,
+        0.01,
+        0.01,
+    ]  # network, pyramid, rest
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 

@@ -173,6 +173,17 @@ def test_pictures_of_every_kind(backbone: SEResNet, tmp_path: Path) -> None:
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
+@pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (8000, 16)])
+def test_maps_of_slim_images_are_bounded(size: tuple[int, int], tmp_path: Path) -> None:
+    from detpipe.pictures.inspection_plots import plot_maps
+
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    plot_maps(image, {"c2": torch.rand(size)}, tmp_path / "m.png")
+    with Image.open(tmp_path / "m.png") as picture:
+        assert max(picture.size) <= 3.2 * 6 * 120 + 100
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
 @pytest.mark.parametrize("kinds", [{"c2": "sse", "c3": "se"}, {"c2": "sk", "c3": "scse"}, {"c2": "cbam", "c3": "sk"}])
 def test_stages_of_other_attention_are_left_out_of_a_picture(kinds, tmp_path: Path, monkeypatch) -> None:
     torch.manual_seed(0)

@@ -72,6 +72,16 @@ def test_a_folder_is_searched_and_nothing_overwrites_anything(
     assert count > 0
 
 
+@pytest.mark.parametrize("size", [(3000, 1), (16, 8000), (1, 1)])
+def test_slim_images_are_drawn(size: tuple[int, int], trained: Path, tmp_path: Path) -> None:
+    Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "slim.png")
+    [record] = predict(trained, tmp_path / "out", str(tmp_path / "slim.png"))["images"]
+    assert (record["width"], record["height"]) == size
+    with Image.open(tmp_path / "out" / "slim.png") as drawn:
+        assert min(drawn.size) == (480 if size == (1, 1) else 80)
+        assert max(drawn.size) == max(*size, 480)
+
+
 def test_boxes_are_in_pixels_of_the_image_and_names_are_those_of_the_checkpoint(
     trained: Path, pictures: Path, tmp_path: Path
 ) -> None:

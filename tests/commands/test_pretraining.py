@@ -184,8 +184,11 @@ def test_a_backbone_with_the_exported_weights_gives_equal_features(pretrained: P
         assert torch.equal(backbone(images)["c3"], classifier.backbone(images)["c3"])
 
 
-def test_a_detector_takes_the_weights_of_the_stages_that_it_builds(pretrained: Path, demo_root: Path) -> None:
-    arguments = [runs.CONFIG, *runs.options(demo_root), "--model.backbone.weights", str(pretrained / WEIGHTS)]
+@pytest.mark.parametrize("file", [WEIGHTS, "best.ckpt"])
+def test_a_detector_takes_the_weights_of_the_stages_that_it_builds(
+    file: str, pretrained: Path, demo_root: Path
+) -> None:
+    arguments = [runs.CONFIG, *runs.options(demo_root), "--model.backbone.weights", str(pretrained / file)]
     detector = CLI(arguments, add_arguments).model  # up to c2, projected to another width
     given = runs.weights(pretrained / "best.ckpt")
     own = {name: value for name, value in detector.backbone.state_dict().items() if not name.startswith("laterals.")}

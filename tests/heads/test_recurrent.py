@@ -1,5 +1,6 @@
 import importlib.util
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ from samples import pyramid, random_boxes, random_target
 from torch import nn
 
 from detpipe import boxes as box_ops
-from detpipe.heads import AttentionalHead, FastRCNNHead, GlimpseSequence, Pathwise, Reinforce, RoISampler, recurrent
+from detpipe.heads import AttentionalHead, FastRCNNHead, GlimpseSequence, Pathwise, Reinforce, RoISampler, estimators
+from detpipe.heads.estimators import Episodes, GlimpseEstimator, reward
 from detpipe.heads.objective import box_losses
-from detpipe.heads.recurrent import reward
 from detpipe.heads.sampling import RoITargets
 from detpipe.roi_pooling import PreciseRoIPool, RoIAlign, RoIMaxPool
 
@@ -148,6 +149,50 @@ def test_everything_learns(name, length):
         assert parameter.grad.abs().sum() > 0, key
 
 
+class Guided(GlimpseEstimator):
+    """A third estimator: the policy shall go where the objects are."""
+
+    needs_box_gradient = False
+    through_time = False
+
+    def act(self, mean):
+        return mean.detach()
+
+    def losses(self, episodes):
+        rois = episodes.rois
+        wanted = box_ops.encode(rois.boxes, rois.rois, (1.0, 1.0, 1.0, 1.0))
+        away = (torch.stack(episodes.walk.means, dim=2) - wanted[:, :, None]).square().sum((-1, -2)) * rois.foreground
+        return {"loss_guide": away.sum() / rois.foreground.sum().clamp(min=1), "guided": rois.foreground.sum().float()}
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_third_estimator_trains_the_policy(length):
+    head = make(length, Guided(0.0))
+    features, proposals, targets = inputs()
+    optimizer, history = torch.optim.Adam(head.parameters(), lr=0.02), []
+    for _ in range(30):
+        torch.manual_seed(0)
+        _, losses = head(features, proposals, SIZES, targets)
+        assert ("loss_guide" in losses) == ("guided" in losses) == (length > 1)
+        if length == 1:
+            return
+        optimizer.zero_grad()
+        losses["loss_guide"].backward()
+        assert head.policy.weight.grad.abs().sum() > 0
+        optimizer.step()
+        history.append(losses["loss_guide"].item())
+    assert history[-1] < 0.6 * history[0]
+
+
+def test_an_estimator_says_what_it_learns_from():
+    class Silent(GlimpseEstimator):
+        def act(self, mean):
+            return mean
+
+    with pytest.raises(TypeError, match="losses"):
+        Silent(0.1)
+
+
 def test_where_the_policys_gradient_goes():
     """Into the layers before it, as in back-propagation through time, or nowhere."""
     features, proposals, targets = inputs()
@@ -234,8 +279,8 @@ def test_the_variance_of_the_pathwise_gradient_is_that_between_draws(monkeypatch
     head = make(3, Pathwise(0.2))
     features, proposals, targets = inputs((1, 2))
     rois = RoISampler(8, 0.25)(proposals, targets)
-    assert rois.foreground[:, : recurrent.PROBE_ROIS].any()
-    assert not rois.foreground[:, : recurrent.PROBE_ROIS].all()
+    assert rois.foreground[:, : estimators.PROBE_ROIS].any()
+    assert not rois.foreground[:, : estimators.PROBE_ROIS].all()
     walk = head._walk(features, rois.rois, head.estimator.act)
     drawn = []
     act = head.estimator.act
@@ -245,14 +290,16 @@ def test_the_variance_of_the_pathwise_gradient_is_that_between_draws(monkeypatch
         return mean + drawn[-1]
 
     monkeypatch.setattr(head.estimator, "act", recording)
-    got = head._pathwise(head.estimator, features, rois, walk)["glimpse_gradient_variance"]
-    noise = [step.detach().unflatten(1, (recurrent.PROBE_DRAWS, recurrent.PROBE_ROIS)) for step in drawn]
+    outputs = head._outputs(walk.evidence, rois.labels.shape)
+    again = partial(head._again, features, rois, walk)
+    got = head.estimator.losses(Episodes(rois, walk, *outputs, 2, again, head._outputs))["glimpse_gradient_variance"]
+    noise = [step.detach().unflatten(1, (estimators.PROBE_DRAWS, estimators.PROBE_ROIS)) for step in drawn]
     variances = []
-    for n, r in rois.foreground[:, : recurrent.PROBE_ROIS].nonzero().tolist():
+    for n, r in rois.foreground[:, : estimators.PROBE_ROIS].nonzero().tolist():
         one = RoITargets(*(getattr(rois, name)[n : n + 1, r : r + 1] for name in rois.__dataclass_fields__))
         maps = {level: value[n : n + 1] for level, value in features.items()}
         gradients = []
-        for draw in range(recurrent.PROBE_DRAWS):
+        for draw in range(estimators.PROBE_DRAWS):
             steps = iter([step[n, draw, r] for step in noise])
             alone = head._walk(maps, one.rois, lambda mean, steps=steps: mean + next(steps))
             losses = box_losses(one, *head._outputs(alone.evidence, (1, 1)))
@@ -265,8 +312,8 @@ def test_the_probe_of_the_pathwise_gradient_teaches_nothing(monkeypatch):
     head = make(2, Pathwise(0.2))
     features, proposals, targets = inputs()
     gradients = []
-    for probe in (recurrent.AttentionalHead._pathwise, lambda *_: {}):
-        monkeypatch.setattr(recurrent.AttentionalHead, "_pathwise", probe)
+    for probe in (Pathwise.losses, lambda *_: {}):
+        monkeypatch.setattr(Pathwise, "losses", probe)
         torch.manual_seed(1)
         head.zero_grad()
         maps = {level: value.clone().requires_grad_() for level, value in features.items()}

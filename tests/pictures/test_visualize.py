@@ -3,11 +3,15 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from detpipe.evaluation.image_outcomes import ImageOutcome
 from PIL import Image
 
 from detpipe.errors import UsageError
 from detpipe.pictures import visualize
-from detpipe.pictures.visualize import IGNORED_COLOR, PALETTE, class_color, comparison_grid, draw, save_png
+from detpipe.pictures.contact_sheet import contact_sheet
+from detpipe.pictures.glimpse_pictures import draw_glimpses
+from detpipe.pictures.report_images import draw_outcome
+from detpipe.pictures.visualize import IGNORED_COLOR, PALETTE, class_color, comparison_grid, draw, fit, save_png
 from detpipe.types import Detection, Target
 
 NAMES = ("cat", "dog", "bird")
@@ -173,7 +177,8 @@ def test_grid_of_images_of_different_sizes_and_empties(renderer):
 
 def test_grid_of_one_image_has_no_empty_column():
     grid = comparison_grid([gray(100, 100)], [truth()], [detection()], NAMES, panel_side=200)
-    assert grid.shape == (3, 44 + 200 + 22 + 16, 404 + 32)
+    assert grid.shape[:2] == (3, 44 + 200 + 22 + 16)
+    assert 404 + 32 <= grid.shape[2] < 404 + 32 + 200  # as wide as its header
 
 
 @pytest.mark.parametrize(("images", "detections"), [([], []), ([gray(8, 8)], [])])
@@ -205,3 +210,60 @@ def test_failed_png_leaves_the_old_one(tmp_path, monkeypatch):
         save_png(path, gray(4, 4))
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["image.png"]
+
+
+SLIM = [(1, 3000), (3000, 1), (16, 8000), (8000, 16), (1, 1), (2, 100_000)]
+
+
+def slim(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An image, and a box of its first third and one of its last."""
+    boxes = [[0, 0, width / 3, height / 3], [width * 2 / 3, height * 2 / 3, width, height]]
+    return gray(height, width), torch.tensor(boxes)
+
+
+@pytest.mark.parametrize("size", SLIM)
+@renderers
+def test_slim_images_are_drawn_in_bounded_memory_and_can_be_read(size, renderer):
+    image, boxes = slim(*size)
+    drawn = draw(image, boxes, torch.tensor([1, 3]), NAMES, torch.tensor([0.9, 0.8]), renderer=renderer)
+    high, wide = (after // before for after, before in zip(drawn.shape[1:], size, strict=True))
+    assert drawn.shape == (3, high * size[0], wide * size[1])
+    assert min(drawn.shape[1:]) >= 60  # a tag has 19 pixels
+    assert max(drawn.shape[1:]) <= max(6 * 480, *size)
+    assert pixels_of(drawn, class_color(1)) > 300
+    assert pixels_of(drawn, class_color(3)) > 300
+    ends = (
+        drawn[:, : drawn.shape[1] // 2, : drawn.shape[2] // 2],
+        drawn[:, drawn.shape[1] // 2 :, drawn.shape[2] // 2 :],
+    )
+    assert pixels_of(ends[0], class_color(1)) > 100  # boxes are stretched with the image
+    assert pixels_of(ends[1], class_color(3)) > 50
+
+
+@pytest.mark.parametrize("size", SLIM)
+def test_panels_of_slim_images_are_no_threads(size):
+    image, boxes = slim(*size)
+    labels, scores = torch.tensor([1, 3]), torch.tensor([0.9, 0.8])
+    target: Target = {"boxes": boxes, "labels": labels, "file_name": "slim.png"}
+    grid = comparison_grid([image], [target], [{"boxes": boxes, "labels": labels, "scores": scores}], NAMES)
+    sheet = contact_sheet([image], [target], NAMES)
+    corners = torch.stack([boxes[:, [0, 1]], boxes[:, [2, 1]], boxes[:, [2, 3]], boxes[:, [0, 3]]], dim=1)
+    seen = {"boxes": boxes, "labels": labels, "scores": scores, "proposals": boxes, "glimpses": corners[:, None]}
+    glimpses = draw_glimpses(image, seen, NAMES)
+    truth_and_found = (boxes.numpy(), labels.numpy(), ("found",) * 2, boxes.numpy(), labels.numpy(), scores.numpy())
+    outcome = ImageOutcome(0, 1, "slim.png", 0.0, *truth_and_found, ("right",) * 2)
+    outcomes = draw_outcome(image, outcome, list(NAMES))
+    for picture, longest in ((grid, 1000), (sheet, 500), (glimpses, max(6 * 480, *size) + 700), (outcomes.found, 640)):
+        assert max(picture.shape[1:]) <= longest
+        assert min(picture.shape[1:]) >= 60
+    for picture in (grid, sheet, glimpses):
+        assert pixels_of(picture, class_color(1)) > 100
+        assert pixels_of(picture, class_color(3)) > 100
+
+
+def test_images_that_are_not_slim_keep_their_proportions():
+    for size in ((60, 300), (300, 60), (480, 640), (600, 100)):
+        image, _ = slim(*size)
+        picture, factors = fit(image, 360)
+        assert factors.tolist() == pytest.approx([360 / max(size)] * 4)
+        assert picture.shape[1:] == tuple(round(side * 360 / max(size)) for side in size)
