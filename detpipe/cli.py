@@ -79,6 +79,9 @@ _WORKERS = {  # how PyTorch's messages of data workers begin -> what to do
     "--data.loader.timeout SECONDS",
 }
 
+# what backends say of a process that is no longer there
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -175,10 +178,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError):
         return f"{error}{_room(error)}"
     advice = next((text for sign, text in _WORKERS.items() if message.startswith(sign)), None)
-    if any(
-        sign in str(error)
-        for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
-    ):
+    if any(sign in str(error) for sign in _PEER_GONE):
         return "another process of this training has ended; its message says why"
     if advice:
         return f"{message.rstrip('. ')}: {advice}"

@@ -130,7 +130,7 @@ def anywhere(condition: bool, device: torch.device) -> bool:
 
 
 def shared_anywhere(condition: bool, device: torch.device) -> bool:
-    """As `anywhere`, within `sharing_counts` only; elsewhere the condition of this process alone, so that none waits for another."""
+    """As `anywhere` within `sharing_counts`; elsewhere the condition of this process, so that none waits for another."""
     return condition if _weight is None else anywhere(condition, device)
 
 
