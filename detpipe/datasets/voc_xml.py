@@ -26,6 +26,7 @@ from detpipe.datasets.faults import Faults, Policy
 from detpipe.datasets.records import Records, build_annotations
 from detpipe.datasets.voc_lists import Listed, list_images
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 from detpipe.strict_json import shorten
 from detpipe.suggest import did_you_mean
 from detpipe.types import Annotations
@@ -114,6 +115,7 @@ def find_class_names(root: str | Path, split: str | Sequence[str]) -> tuple[str,
 
 
 def _parse(xml: Path) -> Element:
+    refuse_special(xml)
     root = parse(xml).getroot()
     if root is None:
         raise ParseError("no root element")
