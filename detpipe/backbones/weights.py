@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from torchvision import models
 
 from detpipe.errors import CheckpointError, UsageError
+from detpipe.files import refuse_special
 from detpipe.suggest import did_you_mean
+from detpipe.untrusted import check_saved, check_tree, plain_parts
 
+MOST = 1_000_000  # objects in a file
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
@@ -112,6 +116,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, damaged, or holds something other than tensors.
     """
+    refuse_special(path, CheckpointError)
     if not path.is_file():
         raise CheckpointError(
             f"weights file {path} does not exist; give the path of a file with the backbone's weights"
@@ -119,7 +124,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        check_saved(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        check_tree(state, MOST, tensor_parts)
     except Exception as error:  # what a damaged file makes the readers raise is any of a dozen types
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise CheckpointError(f"weights file {path} cannot be read as a state dict of tensors: {reason}") from error
@@ -135,3 +142,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
                 f"weights file {path} must hold a state dict (name -> tensor), got {name!r} -> {type(value).__name__}"
             )
     return state
+
+
+def tensor_parts(value: Any) -> Iterable[Any]:
+    """What a container holds, for :func:`~detpipe.untrusted.check_tree`.
+
+    Raises:
+        ValueError: a tensor claims more than is stored for it, as one that repeats a number does.
+    """
+    if not isinstance(value, Tensor):
+        return plain_parts(value)
+    if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"a tensor of shape {list(value.shape)} has fewer numbers than that")
+    return ()
