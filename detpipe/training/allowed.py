@@ -36,7 +36,7 @@ _LIGHTNING = {
     "lightning.pytorch.plugins.environments": "KubeflowEnvironment LightningEnvironment LSFEnvironment MPIEnvironment "
     "SLURMEnvironment TorchElasticEnvironment",
 }
-_LINE = re.compile(r"^class (?P<name>[A-Z]\w*)|^    def (?P<method>\w+)|^\S", re.MULTILINE)
+_LINE = re.compile(r"^(?P<data>@dataclass.*\n)?class (?P<name>[A-Z]\w*)|^    def (?P<method>\w+)|^\S", re.MULTILINE)
 GIVEN: list[str] = []  # modules of the command line
 _active: list[set[str]] = []  # what is trusted where parsers are restricted
 _lock = RLock()  # the settings are those of the process
@@ -50,11 +50,12 @@ def policy() -> tuple[tuple[str, ...], tuple[str, ...]]:
     root = Path(__file__).parents[1]
     for file in root.rglob("*.py"):
         places = file.relative_to(root.parent).with_suffix("").parts
-        name = None
-        for found in _LINE.finditer(file.read_text(encoding="utf-8") if places[1] in _PARTS.split() else ""):
+        part, name = places[1], None
+        known = part in _PARTS.split()
+        for found in _LINE.finditer(file.read_text(encoding="utf-8") if known or part == "commands" else ""):
             if found["method"] and name:
                 denied.append(".".join((*places, name, found["method"])))
-            elif not found["method"] and (name := found["name"]):
+            elif not found["method"] and (name := found["name"] if known or found["data"] else None):
                 allowed += [".".join((*places[:depth], name)) for depth in range(1, len(places) + 1)]
     for module, names in _LIGHTNING.items():
         for kind in (getattr(import_module(module), name) for name in names.split()):

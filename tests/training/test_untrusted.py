@@ -162,7 +162,7 @@ def test_every_allowed_name_of_ours_is_a_class_and_no_function_is_allowed() -> N
     assert {"detpipe.SEResNet", "detpipe.backbones.SEResNet", "detpipe.backbones.se_resnet.SEResNet"} <= {*paths}
     assert {"detpipe.Augment", "detpipe.PixelFormat", "detpipe.datasets.sharding.remote.ShardCache"} <= {*paths}
     assert all(path.rpartition(".")[2][0].isupper() for path in paths)
-    assert not [path for path in paths if path.startswith(("detpipe.files", "detpipe.training", "detpipe.commands"))]
+    assert not [path for path in paths if path.startswith(("detpipe.files", "detpipe.training", "detpipe.cli"))]
     assert not {"lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.Callback"} & {*paths}
     assert "detpipe.detector.TwoStageDetector.forward" in denied
 
