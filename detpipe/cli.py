@@ -17,8 +17,9 @@ from importlib import import_module
 
 from detpipe.allocator import keep_freed_memory
 from detpipe.errors import DetpipeError, StoppedBySignal, UsageError
+from detpipe.terminal import printable
 
-HELP = """usage: detpipe [--debug] COMMAND ...
+HELP = """usage: detpipe [--debug] [--trust MODULE] COMMAND ...
 
 Region-based object detection with attention.
 
@@ -49,6 +50,8 @@ commands:
 
 options:
   --debug               show the whole traceback of an error
+  --trust MODULE        let configurations and checkpoints name classes of this module too, which then runs as code; may be
+                        repeated; MODULE.py may lie in the current folder
   -h, --help            show this message; 'detpipe COMMAND --help' shows the options of a command
   --version             show the version
 
@@ -95,16 +98,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
-    if not given or given[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return 0 if given else 2
-    if given[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"detpipe {version('detpipe')}")
-        return 0
     try:
-        return run(given)
+        given, trust = _without_trust(given)
+        if not given or given[0] in ("-h", "--help"):
+            print(HELP, end="")
+            return 0 if given else 2
+        if given[0] == "--version":
+            from importlib.metadata import version
+
+            print(f"detpipe {version('detpipe')}")
+            return 0
+        if not trust:
+            return run(given)
+        from detpipe.training.allowed import trusted
+
+        with trusted(trust):
+            return run(given)
     except KeyboardInterrupt:
         return interrupted()
     except SystemExit as stop:
@@ -124,8 +133,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"detpipe: error: {one_line(error)}", file=sys.stderr)
+        print(f"detpipe: error: {printable(one_line(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _without_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take ``--trust MODULE`` out of the arguments, wherever it stands."""
+    rest, modules, left = [], [], iter(arguments)
+    for argument in left:
+        name, equals, value = argument.partition("=")
+        if name != "--trust":
+            rest.append(argument)
+        elif value := value if equals else next(left, ""):
+            modules.append(value)
+        else:
+            raise UsageError("--trust: expected the name of a module after it, such as my_head")
+    return rest, modules
 
 
 def interrupted() -> int:

@@ -11,11 +11,32 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from detpipe.errors import DataError, DetpipeError
+
 _ORPHAN = re.compile(r"\.partial-(?P<pid>[0-9]+)-[0-9a-f]{8}$")
+
+
+def refuse_special(path: str | os.PathLike[str], kind: type[DetpipeError] = DataError) -> None:
+    """Refuse what is no file to read: a pipe or a device may wait for ever, or never end.
+
+    Args:
+        path: of a file that is to be read; one that is missing, or a folder, is left to the reader.
+        kind: of the error.
+
+    Raises:
+        DetpipeError: it is a pipe, a device or a socket.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise kind(f"{path}: is a pipe, a device or a socket; give a regular file")
 
 
 @contextmanager

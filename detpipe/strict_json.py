@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 
 T = TypeVar("T")
 
@@ -179,6 +180,7 @@ def shorten(value: Any, limit: int = 60) -> str:
 
 
 def _read_text(path: str | os.PathLike[str]) -> str:
+    refuse_special(path)
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "detpipe"
 FILE_LINES, FUNCTION_LINES = 500, 60
 
-PLAIN = ("allocator", "errors", "suggest", "files", "strict_json")
+PLAIN = ("allocator", "errors", "suggest", "files", "strict_json", "strict_yaml", "terminal", "untrusted")
 GEOMETRY = ("types", "boxes", "images")
 # a part -> the parts that it may import; a part is a module or a folder of detpipe/, and may always import itself
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -20,7 +20,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
     "suggest": ("errors",),
     "files": ("errors",),
-    "strict_json": ("errors",),
+    "strict_json": ("errors", "files"),
+    "strict_yaml": ("errors", "files"),
+    "terminal": (),
+    "untrusted": (),
     "processes": (),
     "types": ("errors",),
     "boxes": ("errors", "types"),

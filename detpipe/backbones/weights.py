@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torchvision import models
 
 from detpipe.errors import CheckpointError, UsageError
+from detpipe.files import refuse_special
 from detpipe.suggest import did_you_mean
+from detpipe.untrusted import check_saved, check_tree, plain_parts
 
+MOST = 1_000_000  # objects in a file
 SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt")
 CHECKPOINT = "detpipe"  # the entry that tells a checkpoint of ours
 _INNER = "backbone."
@@ -118,6 +121,7 @@ def read_state(weights: str | Path) -> dict[str, Tensor]:
     if "://" in str(weights):
         raise CheckpointError(f"weights {weights}: addresses are not loaded, download the file first and give its path")
     path = Path(weights)
+    refuse_special(path, CheckpointError)
     if not path.is_file():
         raise CheckpointError(
             f"weights file {path} does not exist; give the path of a file with the backbone's weights"
@@ -125,11 +129,9 @@ def read_state(weights: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch.load does not compare check sums
-                if bad := archive.testzip():
-                    raise ValueError(f"{bad} does not match its check sum")
+        check_saved(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        check_tree(state, MOST, tensor_parts)
     except Exception as error:  # what a damaged file makes the readers raise is any of a dozen types
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise CheckpointError(f"weights file {path} cannot be read as a state dict of tensors: {reason}") from error
@@ -169,3 +171,16 @@ def network_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = {name: value for name, value in state.items() if not name.startswith("laterals.")}
     cut = all(name.startswith("body.") for name in state)
     return {name.removeprefix("body.") if cut else name: value for name, value in state.items()}
+
+
+def tensor_parts(value: Any) -> Iterable[Any]:
+    """What a container holds, for :func:`~detpipe.untrusted.check_tree`.
+
+    Raises:
+        ValueError: a tensor claims more than is stored for it, as one that repeats a number does.
+    """
+    if not isinstance(value, Tensor):
+        return plain_parts(value)
+    if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"a tensor of shape {list(value.shape)} has fewer numbers than that")
+    return ()

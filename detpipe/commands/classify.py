@@ -24,6 +24,7 @@ from detpipe.errors import DataError
 from detpipe.files import atomic_write
 from detpipe.pictures import visualize
 from detpipe.region_classifier import RegionClassifier
+from detpipe.terminal import printable, say
 from detpipe.training.models import load_region_classifier
 
 
@@ -54,7 +55,7 @@ def classify(arguments: Sequence[str]) -> int:
             boxes = boxes_of(path, image)
             regions = _regions(model, path, image, boxes, names)
         except (DataError, OSError) as error:
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            tqdm.write(printable(f"skipped: {error}"), file=sys.stderr)
             failed.append({"file": str(path), "reason": str(error)})
             continue
         _draw(out / name, image, boxes, regions, names)
@@ -64,7 +65,7 @@ def classify(arguments: Sequence[str]) -> int:
     with atomic_write(out / "regions.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     count = sum(len(record["regions"]) for record in done)
-    print(f"{len(done)} images, {count} regions, {len(failed)} failed; see {out / 'regions.json'}")
+    say(f"{len(done)} images, {count} regions, {len(failed)} failed; see {out / 'regions.json'}")
     return 0 if done else 1
 
 

@@ -12,6 +12,7 @@ from detpipe.datasets.layouts import known_layout
 from detpipe.datasets.unpack import archive_faults
 from detpipe.errors import UsageError
 from detpipe.files import atomic_write
+from detpipe.terminal import say
 
 
 def run_check(arguments: Sequence[str]) -> int:
@@ -39,9 +40,9 @@ def run_check(arguments: Sequence[str]) -> int:
     if options.json:
         with atomic_write(Path(options.json)) as temporary:
             temporary.write_text(json.dumps({"data": options.data, **report.as_json()}, indent=1), encoding="utf-8")
-    print(describe(report, options.show, decoded=not options.no_decode))
+    say(describe(report, options.show, decoded=not options.no_decode))
     if report.total(serious=True):
-        print(advise(report, in_shards=known_layout(options.data, option="") == "shards"))
+        say(advise(report, in_shards=known_layout(options.data, option="") == "shards"))
     return 1 if report.total(serious=True) else 0
 
 
@@ -51,8 +52,8 @@ def _check_archive(path: Path) -> int:
         raise UsageError(f"{path} does not exist; expected a data set, or an archive of one")
     faults = archive_faults(path)
     for fault in faults:
-        print(fault.message)
-    print(f"{len(faults)} errors; its images and annotations are checked when it is unpacked")
+        say(fault.message)
+    say(f"{len(faults)} errors; its images and annotations are checked when it is unpacked")
     return 1 if faults else 0
 
 

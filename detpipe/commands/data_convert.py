@@ -25,6 +25,7 @@ from detpipe.datasets.writers import Flags, Images, Written, write_coco, write_c
 from detpipe.datasets.writers.placement import file_name_of
 from detpipe.datasets.yolo import YOLO
 from detpipe.strict_json import load_json
+from detpipe.terminal import say
 from detpipe.types import Annotations
 
 LAYOUTS = ("coco", "voc", "yolo", "csv")
@@ -52,7 +53,7 @@ def run_convert(arguments: Sequence[str]) -> int:
     splits = {name: read_split(data) for name, data in opened.items()}
     source = ImageFiles(opened.values())
     written = write_layout(options.to, splits, folder, options, read_outlines(opened, splits), source)
-    print(describe(written, splits, fields_left_out(opened)))
+    say(describe(written, splits, fields_left_out(opened)))
     return 0
 
 

@@ -12,6 +12,7 @@ from detpipe.commands.data_source import read_splits, source_parser
 from detpipe.datasets.statistics import Resize, SuggestedAnchors, box_sizes, fit, statistics, suggest_anchors
 from detpipe.errors import UsageError
 from detpipe.files import atomic_write
+from detpipe.terminal import say
 from detpipe.types import Annotations
 
 _QUANTILES = (
@@ -53,15 +54,15 @@ def run_info(arguments: Sequence[str]) -> int:
     }
     advised = training_split(list(anchors))
     for name, values in facts.items():
-        print(describe(name, values))
+        say(describe(name, values))
         if name == advised:
-            print(advise(anchors[name], splits[name], resize))
+            say(advise(anchors[name], splits[name], resize))
         print()
     if options.output:
         write(Path(options.output), splits, facts, anchors, resize)
-        print(f"wrote info.json and pictures to {options.output}\n")
+        say(f"wrote info.json and pictures to {options.output}\n")
     if advised:
-        print(next_commands(options, list(splits), anchor_options(anchors[advised], resize)))
+        say(next_commands(options, list(splits), anchor_options(anchors[advised], resize)))
     return 0
 
 

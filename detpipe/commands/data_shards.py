@@ -21,6 +21,7 @@ from detpipe.datasets.sharding.making import Made, Sharding, make_shards
 from detpipe.datasets.sharding.verifying import verify_shards
 from detpipe.datasets.writers.placement import file_name_of
 from detpipe.errors import DataError, UsageError
+from detpipe.terminal import say
 from detpipe.types import Annotations
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -57,7 +58,7 @@ def run_shards(arguments: Sequence[str]) -> int:
         annotations = read_annotations(data, sharding.skip)
         start = time.perf_counter()
         made = _make(annotations, data, folder / file_name_of(name), name, sharding, stores.get(name))
-        print(report(made, name, time.perf_counter() - start))
+        say(report(made, name, time.perf_counter() - start))
     return 0
 
 
@@ -227,5 +228,5 @@ def _verify(folder: Path) -> int:
     for path in found:
         with tqdm(desc=path.name, unit="shard", disable=None, leave=False) as bar:
             shards = verify_shards(path, _moving(bar))
-        print(f"{path}: {len(shards.shards)} shards with {len(shards.annotations)} images are as they were written")
+        say(f"{path}: {len(shards.shards)} shards with {len(shards.annotations)} images are as they were written")
     return 0

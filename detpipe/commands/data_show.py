@@ -18,6 +18,7 @@ from detpipe.errors import UsageError
 from detpipe.pictures.contact_sheet import contact_sheet, draw_target
 from detpipe.pictures.visualize import save_png
 from detpipe.suggest import did_you_mean
+from detpipe.terminal import say
 from detpipe.types import Annotations, Target
 
 Chosen = list[tuple[str, int]]  # split and row
@@ -62,7 +63,7 @@ def run_show(arguments: Sequence[str]) -> int:
     out = Path(options.output)
     datasets = {name: DetectionDataset(a, contents=opened[name].contents("val")) for name, a in splits.items()}
     count = _write(out, datasets, chosen, wanted if options.classes else None, options.data)
-    print(f"wrote {count} images to {out}")
+    say(f"wrote {count} images to {out}")
     return 0
 
 

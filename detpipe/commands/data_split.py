@@ -19,6 +19,7 @@ from detpipe.datasets.layouts import known_layout
 from detpipe.datasets.statistics import class_shares
 from detpipe.datasets.stratify import stratified_parts
 from detpipe.errors import UsageError
+from detpipe.terminal import say
 from detpipe.types import Annotations
 
 _SHOWN_CLASSES = 40
@@ -73,8 +74,8 @@ def run_split(arguments: Sequence[str]) -> int:
         )
     written = write_layout(_layout(options), divided, folder, options, read_outlines(opened, splits), source)
     more = [f"{repeated} images that several splits name are taken once"] if repeated else []
-    print(describe(written, splits, [*more, *fields_left_out(opened)]))
-    print(table(divided))
+    say(describe(written, splits, [*more, *fields_left_out(opened)]))
+    say(table(divided))
     return 0
 
 

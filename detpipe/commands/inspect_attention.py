@@ -25,6 +25,7 @@ from detpipe.detector import TwoStageDetector
 from detpipe.errors import UsageError
 from detpipe.files import atomic_write
 from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
+from detpipe.terminal import say
 from detpipe.training.models import load_detector
 
 SHARES = (0.25, 0.5, 1.0)
@@ -67,7 +68,7 @@ def run_inspect(arguments: Sequence[str]) -> int:
         )
     with atomic_write(out / "attention.json") as temporary:
         temporary.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(str(path) for path in [*written, out / "attention.json"]))
+    say("\n".join(str(path) for path in [*written, out / "attention.json"]))
     return 0
 
 

@@ -27,10 +27,11 @@ from detpipe.datasets import read_image
 from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.detector import TwoStageDetector
 from detpipe.errors import DataError, UsageError
-from detpipe.files import atomic_write
+from detpipe.files import atomic_write, refuse_special
 from detpipe.heads import ProposalHead
 from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.proposals import PrecomputedProposals
+from detpipe.terminal import printable, say
 from detpipe.training.checkpoint import Description
 from detpipe.training.models import load_detector
 from detpipe.types import Detection, GlimpsedDetection, Target
@@ -74,7 +75,7 @@ def predict(arguments: Sequence[str]) -> int:
             image = read_image(path)
             proposals = None if boxes is None else boxes(path, image)
         except (DataError, OSError) as error:
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            tqdm.write(printable(f"skipped: {error}"), file=sys.stderr)
             report.failed.append({"file": str(path), "reason": str(error)})
             continue
         found = detect(detector, image, proposals, options.score_threshold)
@@ -83,9 +84,9 @@ def predict(arguments: Sequence[str]) -> int:
     with atomic_write(out / "detections.json") as temporary:
         temporary.write_text(json.dumps(vars(report), indent=1) + "\n", encoding="utf-8")
     if options.show_glimpses:
-        print(f"glimpses: {glimpse_pictures.write_page(out, report.images)}")
+        say(f"glimpses: {glimpse_pictures.write_page(out, report.images)}")
     count = sum(len(record["detections"]) for record in report.images)
-    print(
+    say(
         f"{len(report.images)} images, {count} detections, {len(report.failed)} unreadable; see {out / 'detections.json'}"
     )
     return 0 if report.images else 1
@@ -124,6 +125,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
     """
     paths: dict[Path, None] = {}
     for name in map(Path, names):
+        refuse_special(name, UsageError)
         if name.is_dir():
             inside = sorted(p for p in name.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not inside:

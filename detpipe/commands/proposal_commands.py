@@ -16,6 +16,7 @@ from detpipe.proposal_files.box_orders import CONVENTIONS
 from detpipe.proposal_files.converters import FORMATS, convert
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX
+from detpipe.terminal import say
 
 HELP = """usage: detpipe proposals make|convert|info|recall ...
 
@@ -101,10 +102,10 @@ def run_convert(arguments: Sequence[str]) -> int:
         fill_missing=options.fill_missing,
         progress=sys.stderr.isatty(),
     )
-    print(f"boxes read as {done.convention}: {CONVENTIONS[done.convention]}")
+    say(f"boxes read as {done.convention}: {CONVENTIONS[done.convention]}")
     for name, count in done.counts.items():
-        print(f"{name}: {count}")
-    print(f"wrote {done.store.path}")
+        say(f"{name}: {count}")
+    say(f"wrote {done.store.path}")
     return 0
 
 
@@ -130,18 +131,18 @@ def run_info(arguments: Sequence[str]) -> int:
         store.verify()
     facts = describe(store)
     if options.json:
-        print(json.dumps(facts, indent=1))
+        say(json.dumps(facts, indent=1))
         return 0
     per_image = facts["boxes_per_image"]
     for name in ("path", "format_version", "source"):
-        print(f"{name.replace('_', ' ')}: {facts[name]}")
-    print(f"settings: {json.dumps(facts['settings'], sort_keys=True)}")
-    print(f"images: {facts['images']}, the size known of {facts['images_with_size']}")
-    print(
+        say(f"{name.replace('_', ' ')}: {facts[name]}")
+    say(f"settings: {json.dumps(facts['settings'], sort_keys=True)}")
+    say(f"images: {facts['images']}, the size known of {facts['images_with_size']}")
+    say(
         f"boxes: {facts['boxes']}; an image has {per_image['min']} to {per_image['max']}, median {per_image['median']:g}, "
         f"and {facts['images_without_boxes']} images have none"
     )
-    print(f"content hash: {facts['content_hash']}{' (verified)' if options.verify else ''}")
+    say(f"content hash: {facts['content_hash']}{' (verified)' if options.verify else ''}")
     return 0
 
 

@@ -29,6 +29,7 @@ from detpipe.proposal_files.offline import Item, Proposer, Summary, make_store
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX
 from detpipe.proposals.registry import SOURCES, find_class, make_source
+from detpipe.terminal import say
 
 HELP = f"""usage: detpipe proposals make SOURCE --data DATA [--split SPLIT] -o STORE{SUFFIX} [options]
 
@@ -93,7 +94,7 @@ def run_make(arguments: Sequence[str]) -> int:
             on_bad="skip" if options.skip_bad else "error",
             progress=progress,
         )
-    print(report(summary, ProposalStore(options.output), time.perf_counter() - start))
+    say(report(summary, ProposalStore(options.output), time.perf_counter() - start))
     return 0
 
 

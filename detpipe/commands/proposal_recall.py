@@ -21,6 +21,7 @@ from detpipe.evaluation.proposal_recall import MAX_BOXES, ProposalRecall, evalua
 from detpipe.evaluation.recall_report import class_table, plot_recall, recall_table
 from detpipe.files import atomic_write
 from detpipe.proposal_files.store import ProposalStore
+from detpipe.terminal import say
 from detpipe.types import Annotations
 
 
@@ -44,7 +45,7 @@ def run_recall(arguments: Sequence[str]) -> int:
     if options.skip_missing:
         annotations = _keep_stored(annotations, data, stores)
     left_out = int((annotations.iscrowd | annotations.difficult).sum())
-    print(
+    say(
         f"{len(annotations)} images, {len(annotations.boxes) - left_out} objects"
         + (f"; {left_out} crowds and difficult ones are not counted" if left_out else "")
     )
@@ -58,18 +59,18 @@ def run_recall(arguments: Sequence[str]) -> int:
                 bar.update(done - bar.n)
 
             reports[name] = evaluate_recall(annotations, proposals[name], MAX_BOXES, progress)
-    print(f"\n{recall_table(reports, options.markdown)}")
+    say(f"\n{recall_table(reports, options.markdown)}")
     for name, report in reports.items():
-        print(f"\n{name}, with {MAX_BOXES[-1]} boxes, least found classes first\n{class_table(report)}")
+        say(f"\n{name}, with {MAX_BOXES[-1]} boxes, least found classes first\n{class_table(report)}")
     for name, report in reports.items():
         recall = report.at(0.5, MAX_BOXES[-1])
         if recall < ENOUGH:
-            print(
+            say(
                 f"\nwarning: {name} finds {recall:.1%} of the objects at IoU .5, less than {ENOUGH:.0%}",
                 file=sys.stderr,
             )
             for cause in likely_faults(annotations, proposals[name]):
-                print(f"  likely cause: {cause}", file=sys.stderr)
+                say(f"  likely cause: {cause}", file=sys.stderr)
     if options.output is not None:
         folder = Path(options.output)
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ def run_recall(arguments: Sequence[str]) -> int:
             content = {name: report.to_dict() for name, report in reports.items()}
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         plot_recall(reports, folder / "recall.png", f"{Path(options.data).name} {options.split or ''}".strip())
-        print(f"\nsee {folder / 'recall.json'} and {folder / 'recall.png'}")
+        say(f"\nsee {folder / 'recall.json'} and {folder / 'recall.png'}")
     return 0
 
 
@@ -115,7 +116,7 @@ def _keep_stored(annotations: Annotations, data: DetectionData, stores: Sequence
             f"{stores[0].path} has {', '.join(list(stores[0])[:5])}"
         )
     if not kept.all():
-        print(f"{int((~kept).sum())} of {len(annotations)} images are not in every store, they are left out")
+        say(f"{int((~kept).sum())} of {len(annotations)} images are not in every store, they are left out")
     return annotations.subset(np.flatnonzero(kept))
 
 

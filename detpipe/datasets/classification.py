@@ -13,6 +13,7 @@ from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.labeled_images import LabeledImageDataset, LabeledImages, collate_labeled
 from detpipe.datasets.views import Views
+from detpipe.terminal import printable
 
 LabeledSplit = Literal["train", "val"]
 DEFAULT_VIEWS = Views()
@@ -120,7 +121,7 @@ class ClassificationData(LightningDataModule, ABC):
 
     def describe(self, split: LabeledSplit) -> str:
         """One line about a split: images, classes, and everything that was left out."""
-        return f"{split}: {self.images(split).describe()}"
+        return printable(f"{split}: {self.images(split).describe()}")
 
     def _dataloader(self, split: LabeledSplit, training: bool) -> DataLoader:
         sizes = np.broadcast_to(np.int32(self.views.size), (len(self.images(split)), 2))

@@ -26,6 +26,7 @@ from msgspec import UNSET, Raw, UnsetType
 from detpipe.datasets.annotation_cache import cache_of, content_key
 from detpipe.datasets.coco_columns import CocoColumns
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 from detpipe.strict_json import parse_json, paused_collection
 
 _KEPT = "coco-1"  # what the cache has of a file: another number whenever the columns or their checks change
@@ -64,6 +65,7 @@ def sound_columns(path: Path, cache: str | Path | None = None) -> CocoColumns | 
         Its columns; None where the strict reader has to read the file: it has a fault, or this reader cannot prove that not.
     """
     store = cache_of(cache)
+    refuse_special(path)
     try:
         key = store.key(path, _KEPT) if store else None
         kept = store.load(key) if store and key else None

@@ -10,6 +10,8 @@ class          ``label``, ``class``, ``class_name``, ``category``, ``name``
 may be there   ``split``, ``difficult``, ``iscrowd``, ``area``, ``image_id``; others are not looked at
 =============  =================================================================================================
 
+A quote before a name that begins as a formula does, as spreadsheets want it, is not part of the name: ``'=a`` is ``=a``.
+
 A row with an image and nothing in the columns of the box is an image without objects. The values are separated by commas,
 semicolons or tabs.
 """
@@ -18,11 +20,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 from detpipe.strict_json import shorten
 
 ALIASES = {
@@ -40,6 +44,7 @@ ALIASES = {
     "area": ("area",),
     "image_id": ("image_id",),
 }
+_FORMULA, _QUOTED = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"'+[=+\-@\t\r]")  # what a spreadsheet would compute
 _NEEDED = ("file_name", "x1", "y1", "label")
 
 
@@ -97,7 +102,8 @@ class Table:
         if len(values) != len(self.header):
             broken = f"has {len(values)} values, but the header {len(self.header)} columns"
             return Row(line, {}, broken)
-        return Row(line, {meaning: values[place].strip() for meaning, place in places.items()})
+        cells = {meaning: values[place].strip() for meaning, place in places.items()}
+        return Row(line, {meaning: cell[bool(_QUOTED.match(cell)) :] for meaning, cell in cells.items()})
 
     def _find_columns(self) -> dict[str, str]:
         names = [name.lower().replace(" ", "_").replace("-", "_") for name in self.header]
@@ -127,7 +133,13 @@ class Table:
         return found
 
 
+def quoted(text: str) -> str:
+    """Put a quote before what a spreadsheet would take for a formula; reading takes it away again."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
 def _read(path: Path) -> str:
+    refuse_special(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             return stream.read()

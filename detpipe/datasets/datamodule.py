@@ -21,6 +21,7 @@ from detpipe.datasets.resize import Resize
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.datasets.transforms import Augment
 from detpipe.errors import DataError
+from detpipe.terminal import printable
 from detpipe.types import Annotations, Segmentations
 
 Split = Literal["train", "val", "test"]
@@ -324,7 +325,7 @@ class DetectionData(LightningDataModule, ABC):
         ]
         remarks = [f"{n} {what}" for n, what in flagged if n]
         remarks += [f"{key}: {n}" for key, n in a.counts.items() if n and ("clipped" in key or "skipped" in key)]
-        return "; ".join([f"{split}: {len(a)} images, {len(a.boxes)} boxes ({', '.join(shown)})", *remarks])
+        return printable("; ".join([f"{split}: {len(a)} images, {len(a.boxes)} boxes ({', '.join(shown)})", *remarks]))
 
     def _any_split(self) -> Annotations:
         """A split that has been read, else the validation split, which is the quickest to read."""

@@ -37,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 IMAGE_SUFFIXES = (
@@ -102,6 +103,8 @@ def read_reduced(path: str | Path, least: tuple[int, int], content: bytes | None
 
 
 def _read(path: str | Path, content: bytes | None, least: tuple[int, int] | None) -> Reduced:
+    if content is None:
+        refuse_special(path)
     try:
         data = Path(path).read_bytes() if content is None else content
         with _quiet(), Image.open(io.BytesIO(data)) as image:
@@ -139,6 +142,8 @@ def image_size(path: str | Path, content: bytes | None = None) -> tuple[int, int
     Raises:
         DataError: if the file is missing, is not an image or is too large; the message names the path.
     """
+    if content is None:
+        refuse_special(path)
     try:
         with _quiet(), Image.open(path if content is None else io.BytesIO(content)) as image:
             _check_pixels(image, path)

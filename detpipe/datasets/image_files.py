@@ -10,6 +10,7 @@ from pathlib import Path
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.dataset import Contents
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 from detpipe.types import Annotations
 
 
@@ -41,10 +42,13 @@ class ImageFiles:
         """The bytes of an image file.
 
         Raises:
-            DataError: it lies in a shard that is missing or damaged.
+            DataError: it lies in a shard that is missing or damaged, or is no regular file.
         """
         packed = self._packed.get(os.path.abspath(path))
-        return path.read_bytes() if packed is None else packed[0].read(packed[1])
+        if packed is not None:
+            return packed[0].read(packed[1])
+        refuse_special(path)
+        return path.read_bytes()
 
     def name(self, path: Path) -> str:
         """What a message calls an image."""

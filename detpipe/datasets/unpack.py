@@ -22,6 +22,7 @@ from tqdm import tqdm
 from detpipe.datasets.faults import Fault
 from detpipe.datasets.fetch import check_space
 from detpipe.errors import DownloadError
+from detpipe.files import refuse_special
 
 _CHUNK = 1 << 20  # bytes
 
@@ -84,6 +85,7 @@ def unpack(archive: str | Path, folder: str | Path, inner: str = "", limits: Lim
             or the disk is full.
     """
     archive, folder = Path(archive), Path(folder)
+    refuse_special(archive, DownloadError)
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
@@ -111,6 +113,7 @@ def archive_faults(archive: str | Path, limits: Limits = _USUAL) -> list[Fault]:
         All that `unpack` would refuse it for.
     """
     archive = Path(archive)
+    refuse_special(archive, DownloadError)
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from detpipe.datasets.faults import Faults
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 from detpipe.suggest import did_you_mean
 
 _SUFFIXES = (".png", ".jpeg", ".jpg")  # the later wins where one name has several
@@ -116,6 +117,7 @@ def _stems(folder: Path) -> dict[str, str]:
 
 
 def _read_lines(list_file: Path) -> list[str]:
+    refuse_special(list_file)
     try:
         return list_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -25,6 +25,7 @@ from detpipe.datasets.faults import Faults, Policy
 from detpipe.datasets.records import RecordBuilder, build_annotations, read_number, read_whole
 from detpipe.datasets.voc_lists import Listed, list_images
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 from detpipe.strict_json import shorten
 from detpipe.suggest import did_you_mean
 from detpipe.types import Annotations
@@ -115,6 +116,7 @@ def find_class_names(root: str | Path, split: str | Sequence[str]) -> tuple[str,
 
 
 def _parse(xml: Path) -> Element:
+    refuse_special(xml)
     root = parse(xml).getroot()
     if root is None:
         raise ParseError("no root element")

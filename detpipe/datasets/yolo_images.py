@@ -15,6 +15,7 @@ from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.yolo_yaml import YOLOFile
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class ImageFinder:
             self.orphans += [path for path in files if path not in expected]
 
     def _list(self, path: Path) -> None:
+        refuse_special(path)
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:

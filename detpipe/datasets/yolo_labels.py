@@ -14,6 +14,8 @@ from pathlib import Path
 
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.records import RecordBuilder, read_number
+from detpipe.errors import DataError
+from detpipe.files import refuse_special
 from detpipe.strict_json import shorten
 
 _FIELDS = ("x", "y", "width", "height")
@@ -61,10 +63,11 @@ class LabelReader:
     def lines(self, path: Path) -> list[tuple[int, list[str]]] | None:
         """The numbers and values of the lines that are not empty; None, and a fault, if the file cannot be read."""
         try:
+            refuse_special(path)
             text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             return []
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, DataError) as error:
             self.faults.image("labels unreadable", f"{path}: cannot be read as text ({error})")
             return None
         split = ((number, line.split()) for number, line in enumerate(text.split("\n"), start=1))

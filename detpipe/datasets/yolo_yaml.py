@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from detpipe.errors import DataError
 from detpipe.strict_json import shorten
+from detpipe.strict_yaml import load_yaml
 from detpipe.suggest import did_you_mean
 
 NAME = "data.yaml"
@@ -132,36 +131,9 @@ def _class_names(names: Any, path: Path) -> tuple[str, ...]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = load_yaml(path, DataError)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; YOLO layout has a {NAME} with path, train, val and names") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text ({error})") from error
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if not isinstance(node, yaml.MappingNode):
-            raise DataError(f"{path}: expected keys such as path, train, val and names, got {shorten(text)}")
-        _check_node(node, path)
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _check_node(node: yaml.Node, path: Path) -> None:
-    """Refuse tags and keys that are given twice."""
-    if node.tag not in yaml.SafeLoader.yaml_constructors:
-        raise DataError(f"{path}: line {node.start_mark.line + 1}: tags are not allowed, got {node.tag}")
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if str(key.value) in seen:
-                raise DataError(
-                    f"{path}: line {key.start_mark.line + 1}: the key {key.value!r} is given twice: keep one"
-                )
-            seen.add(str(key.value))
-            _check_node(value, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_node(value, path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected keys such as path, train, val and names, got {shorten(content)}")
+    return content

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from detpipe.evaluation.protocols import PROTOCOLS
+from detpipe.terminal import printable
 
 _WIDTH = 100  # characters a line
 
@@ -90,8 +91,9 @@ def _number(value: float) -> str:
 
 def _columns(per_class: Mapping[str, float]) -> list[str]:
     """Fill columns from top to bottom, as many as fit into a line."""
-    longest = max((len(name) for name in per_class), default=0)
-    cells = [f"{name:<{longest}}  {_number(ap)}" for name, ap in per_class.items()]
+    shown = [(printable(name), _number(ap)) for name, ap in per_class.items()]
+    longest = max((len(name) for name, _ in shown), default=0)
+    cells = [f"{name:<{longest}}  {ap}" for name, ap in shown]
     columns = max(1, min(len(cells), (_WIDTH + 3) // (longest + 10)))
     height = -(-len(cells) // columns)
     return ["   ".join(cells[row::height]) for row in range(height)]

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 from detpipe.types import Annotations, DetectionArrays
 
 
@@ -84,6 +85,7 @@ def _label_of(path: Path, annotations: Annotations) -> int:
 
 
 def _read_lines(path: Path) -> list[str]:
+    refuse_special(path)
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

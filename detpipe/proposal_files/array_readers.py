@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,15 @@ from typing import Any
 import numpy as np
 
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 from detpipe.proposal_files.box_checks import Array, read_boxes, read_scores
 from detpipe.proposal_files.known_images import KnownImages
 from detpipe.proposal_files.raw_proposals import RawFile, RawImage, Tally, by_order, split_columns
 from detpipe.proposal_files.restricted_pickle import load_plain_pickle
 from detpipe.strict_json import shorten
+from detpipe.untrusted import check_zip
 
+_LARGEST = 2**26  # bytes of the boxes of one image
 _DETECTRON2_MODES = {0: "xyxy", 1: "xywh"}  # detectron2.structures.BoxMode: XYXY_ABS and XYWH_ABS
 
 
@@ -125,29 +129,47 @@ def read_numpy(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
 
 @contextmanager
 def _open_npz(path: Path) -> Iterator[Any]:
+    refuse_special(path)
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file: check the path") from error
     with file:
-        try:
-            archive: Any = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: not a readable .npz file ({_one_line(error)})") from error
-        if isinstance(archive, np.ndarray):
+        if file.read(6) == b"\x93NUMPY":
             raise DataError(f"{path}: holds a single array; expected a .npz file with one array for each image id")
-        with archive:
-            yield archive
+        try:
+            with zipfile.ZipFile(file) as archive:
+                check_zip(archive, path.stat().st_size)
+            opened: Any = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+            raise DataError(f"{path}: not a readable .npz file ({_one_line(error)})") from error
+        with opened:
+            yield opened
 
 
 def _npz_images(names: Sequence[str], path: Path, tally: Tally) -> Iterator[RawImage]:
     with _open_npz(path) as archive:
         for name in names:
             try:
+                _check_array(archive, name)
                 values = archive[name]
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
                 raise DataError(f"{path}: the array {name!r} cannot be read ({_one_line(error)})") from error
             yield from _image(name, values, path, tally)
+
+
+def _check_array(archive: Any, name: str) -> None:
+    """Compare what the header of an array announces with what is there, before memory is taken for it."""
+    part = archive.zip.getinfo(f"{name}.npy" if f"{name}.npy" in archive.zip.NameToInfo else name)
+    with archive.zip.open(part) as stream:
+        version = np.lib.format.read_magic(stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, kind = header(stream)
+        if kind.hasobject:
+            return  # NumPy refuses it
+        announced = math.prod(shape) * kind.itemsize
+        if announced > _LARGEST or announced != part.file_size - stream.tell():
+            raise ValueError(f"its header announces {announced} bytes, and {part.file_size - stream.tell()} are there")
 
 
 def _mat_files(files: Sequence[Path], tally: Tally) -> Iterator[RawImage]:

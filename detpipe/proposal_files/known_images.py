@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 from detpipe.strict_json import load_json, require, shorten
 
 Naming = Literal["id", "file", "either"]
@@ -100,6 +101,7 @@ def read_known_images(path: str | Path) -> KnownImages:
 
 
 def _read_list(path: Path) -> KnownImages:
+    refuse_special(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:

@@ -8,8 +8,9 @@ arrays are built from type, shape and bytes, each checked.
 
 from __future__ import annotations
 
+import mmap
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -17,6 +18,11 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
+from detpipe.untrusted import check_pickle, check_tree, plain_parts
+
+_CALLS = 2**20  # bytes, and twice those of the file, that calls in it may make: each may copy what is there once
+_EACH = 200_000  # objects in any pickle, counted as often as they are reached, and one more for each byte of it
 
 _HINTS = {
     "torch": "save tensors as numpy arrays (tensor.numpy()) and write the file again",
@@ -72,10 +78,11 @@ class _Type:
 class _Array:
     """An array, as the pickle builds it: first empty, then with its state."""
 
-    __slots__ = ("_content", "_fortran", "_shape", "_type")
+    __slots__ = ("_content", "_fortran", "_made", "_shape", "_type")
 
     def __init__(self) -> None:
         self._content: Any = b""
+        self._made: Any = None
         self._type: Any = None
         self._shape: tuple[int, ...] = ()
         self._fortran = False
@@ -93,7 +100,17 @@ class _Array:
         self._type, self._shape, self._fortran, self._content = kind, tuple(sides), fortran, content
         return self
 
+    def parts(self) -> Iterable[Any]:
+        """What an array of objects holds."""
+        return self._content if isinstance(self._content, list) else ()
+
     def resolve(self, nested: Callable[[Any], Any]) -> Any:
+        """The array, the same each time."""
+        if self._made is None:
+            self._made = self._make(nested)
+        return self._made
+
+    def _make(self, nested: Callable[[Any], Any]) -> Any:
         if self._type is None:
             raise ValueError("an array without content")
         if self._type.code.startswith("O"):
@@ -117,8 +134,8 @@ class _Scalar(_Array):
 
     __slots__ = ()
 
-    def resolve(self, nested: Callable[[Any], Any]) -> Any:
-        return super().resolve(nested)[()]
+    def _make(self, nested: Callable[[Any], Any]) -> Any:
+        return super()._make(nested)[()]
 
 
 def _encode(text: Any, encoding: Any = "latin1", *_: Any) -> bytes:
@@ -166,10 +183,30 @@ _ADMITTED = {
 
 
 class _Reader(pickle.Unpickler):
+    _left: int  # bytes that calls may still make
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
             raise _RefusedError(f"{module}.{name}")
-        return _ADMITTED[module, name]
+        build = _ADMITTED[module, name]
+
+        def limited(*arguments: Any) -> Any:
+            made = build(*arguments)
+            self._left -= (1 if isinstance(made, bytes | bytearray) else 8) * (
+                len(made) if hasattr(made, "__len__") else 0
+            )
+            if self._left < 0:
+                raise ValueError("it makes copies of copies")
+            return made
+
+        return _Name(limited)
+
+    def read(self, size: int) -> Any:
+        """Load, with limits for a file of this size."""
+        self._left = _CALLS + 2 * size
+        content = self.load()
+        check_tree(content, _EACH + size, lambda item: item.parts() if isinstance(item, _Array) else plain_parts(item))
+        return _resolve(content)
 
     def persistent_load(self, pid: Any) -> NoReturn:
         raise _RefusedError(f"a reference to something outside, {pid!r}")
@@ -187,11 +224,15 @@ def load_plain_pickle(path: str | Path) -> Any:
 
     Raises:
         DataError: the file is missing, cut off or damaged, or holds anything else: that is named, and nothing of it
-            was run.
+            was run; or it would take far more memory than its size.
     """
+    refuse_special(path)
     try:
         with Path(path).open("rb") as file:
-            return _resolve(_Reader(file, encoding="latin1").load())
+            size = Path(path).stat().st_size
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                check_pickle(content, size)
+            return _Reader(file, encoding="latin1").read(size)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file: check the path") from error
     except _RefusedError as error:

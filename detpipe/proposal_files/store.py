@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 from detpipe.proposal_files.box_checks import find_faults
 from detpipe.proposal_files.store_checks import examples, missing, other_frame, outside
 from detpipe.proposal_files.store_format import content_hash, image_digest, read_header
@@ -58,6 +59,7 @@ class ProposalStore(Mapping[str, ProposalRecord]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        refuse_special(self.path)
         try:
             with self.path.open("rb") as file:
                 file_bytes = file.seek(0, 2)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from detpipe.errors import DataError
+from detpipe.files import refuse_special
 from detpipe.proposal_files.known_images import KnownImages
 from detpipe.proposal_files.raw_proposals import Groups, RawFile, Tally
 from detpipe.strict_json import load_json, require, require_numbers, shorten
@@ -69,6 +70,7 @@ def read_csv(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
     Raises:
         DataError: the file cannot be read, lacks a column, or has a faulty line.
     """
+    refuse_special(path)
     with _readable(path), path.open(newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file, strict=True)
         first = next((line for line in lines if line), None)

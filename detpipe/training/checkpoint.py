@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,12 +20,17 @@ from jsonargparse import Namespace
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
+from detpipe.backbones.weights import MOST, tensor_parts
 from detpipe.errors import CheckpointError, TrainingError
-from detpipe.files import atomic_write
+from detpipe.files import atomic_write, refuse_special
+from detpipe.strict_json import shorten
+from detpipe.untrusted import check_saved, check_tree, plain_parts
 
 FORMAT = 1
 KEY = "detpipe"
 BEST, LAST, PREVIOUS, SUM_SUFFIX = "best.ckpt", "last.ckpt", "previous.ckpt", ".sha256"
+_MOST_SETTINGS = 20_000  # objects in the description of a model
+_PATHS = {"best_model_path", "kth_best_model_path", "last_model_path"}  # in the state of a callback
 
 
 @dataclass(frozen=True)
@@ -165,11 +170,14 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
     if "://" in str(path):
         raise CheckpointError(f"checkpoint {path}: addresses are not loaded, download the file first and give its path")
     path = Path(path)
+    refuse_special(path, CheckpointError)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; expected a file such as RUN/best.ckpt")
     try:
         _check_sums(path)
+        check_saved(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_tree(checkpoint, MOST, tensor_parts)
     except Exception as error:  # what a damaged file makes the reader raise is any of a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
@@ -181,17 +189,66 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
             f"{path} is not a checkpoint of detpipe; give one that 'detpipe train' or 'detpipe pretrain' wrote"
         )
     if entry.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {path} has format {entry.get('format')}, this version reads format {FORMAT}")
+        raise CheckpointError(
+            f"checkpoint {path} has format {shorten(entry.get('format'))}, this version reads format {FORMAT}"
+        )
     missing = [key for key in ("model", "class_names", "category_ids") if key not in entry]
     if missing:
         raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)} in its description; train again")
-    if not isinstance(entry["model"], dict):
+    drop_foreign_paths(checkpoint, path.parent)
+    return checkpoint, _description(entry, path)
+
+
+def _description(entry: dict[str, Any], path: Path) -> Description:
+    try:
+        check_tree([entry["model"], entry.get("proposals")], _MOST_SETTINGS, _plain_parts)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path}: its description is none: {error}") from error
+    model, names, ids = entry["model"], entry["class_names"], entry["category_ids"]
+    if not isinstance(model, dict):
+        raise CheckpointError(f"checkpoint {path} describes its model by {shorten(model)}, expected keys; train again")
+    if not _is_list_of(str, names) or not _is_list_of(int, ids):
         raise CheckpointError(
-            f"checkpoint {path} describes its model by {entry['model']!r}, expected keys; train again"
+            f"checkpoint {path}: its class_names and category_ids are no lists of text and of numbers"
         )
-    return checkpoint, Description(
-        entry["model"], tuple(entry["class_names"]), tuple(entry["category_ids"]), entry.get("proposals")
-    )
+    return Description(model, tuple(names), tuple(ids), entry.get("proposals"))
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return type(value) is list and all(type(item) is kind for item in value)
+
+
+def _plain_parts(value: Any) -> Iterable[Any]:
+    if not isinstance(value, dict | list | str | int | float | NoneType):
+        raise ValueError(f"it holds a {type(value).__name__}")
+    return plain_parts(value)
+
+
+def drop_foreign_paths(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Take out of the states of callbacks what a resumed run would delete or write outside its checkpoint's folder.
+
+    Lightning's ``ModelCheckpoint`` deletes what its state calls the best and the last checkpoint once there is a newer one. A state
+    that names any file but ``*.ckpt`` in the checkpoint's own folder loses all of its paths, as after a move of that folder.
+
+    Args:
+        checkpoint: Lightning's dict; changed.
+        folder: that the checkpoint lies in.
+    """
+    states = checkpoint.get("callbacks")
+    for state in states.values() if isinstance(states, dict) else ():
+        if not isinstance(state, dict) or not _PATHS & state.keys():
+            continue
+        many = state.get("best_k_models")
+        named = [value for key in _PATHS for value in [state.get(key)] if value] + list(
+            many if isinstance(many, dict) else ()
+        )
+        inside = all(isinstance(name, str) and _is_inside(Path(name), folder) for name in named)
+        if not inside or os.path.realpath(str(state.get("dirpath"))) != os.path.realpath(folder):
+            state |= {**dict.fromkeys(_PATHS, ""), "best_k_models": {}, "dirpath": ""}
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.suffix == ".ckpt" and os.path.realpath(path.parent) == os.path.realpath(folder)
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -284,14 +341,17 @@ def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:
     Returns:
         Plain containers, without the path of pretrained weights, which a checkpoint replaces.
     """
-    model = plain(config.as_dict() if isinstance(config, Namespace) else config)
-    stage = model.get("init_args", model).get("backbone")
-    while isinstance(stage, dict):  # a backbone may be built on another one
-        settings = stage.get("init_args", {})
-        if "weights" in settings:
-            settings["weights"] = None
-        stage = settings.get("backbone")
-    return model
+    return without_weights(plain(config.as_dict() if isinstance(config, Namespace) else config))
+
+
+def without_weights(value: Any) -> Any:
+    """Leave out the files and names of pretrained weights, at any depth: a checkpoint has weights of its own."""
+    if isinstance(value, dict):
+        return {
+            key: None if key == "weights" and isinstance(item, str | dict) else without_weights(item)
+            for key, item in value.items()
+        }
+    return [without_weights(item) for item in value] if isinstance(value, list) else value
 
 
 def plain(value: Any) -> Any:
@@ -306,13 +366,7 @@ def plain(value: Any) -> Any:
 
 
 def _check_sums(path: Path) -> None:
-    """Compare the file with its side file, or each part of it with its check sum, which ``torch.load`` does not do for tensors."""
-    if sums := check_sums(path):
-        if _hash(path) not in sums:
-            raise ValueError(f"it does not match its check sum in {path.name}{SUM_SUFFIX}")
-        return
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-        if bad is not None:
-            raise ValueError(f"{bad} does not match its check sum")
+    """Compare the file with its side file, if there is one."""
+    sums = check_sums(path)
+    if sums and _hash(path) not in sums:
+        raise ValueError(f"it does not match its check sum in {path.name}{SUM_SUFFIX}")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, get_args
 from jsonargparse import ArgumentParser
 
 from detpipe.suggest import did_you_mean
+from detpipe.training.allowed import runs_code
 
 _LONGEST = 600
 _KINDS = {
@@ -41,11 +42,11 @@ _UNKNOWN = re.compile(
 )
 _MISSING = re.compile(r"the following arguments are required: (?P<keys>.*)")
 _CLASS = re.compile(
-    r"(?:Problem with given class_path '\S+':\s*)?Importing '(?P<denied>\S+)' is not allowed, denied by .*"
-    r"|Expected a dot import path string: (?P<short>.*)|Problem with given class_path '(?P<full>[^']*)':\s*(?P<why>.*)"
+    r"Expected a dot import path string: (?P<short>.*)|Problem with given class_path '(?P<full>[^']*)':\s*(?P<why>.*)"
     r"|Import path (?P<other>\S+) does not correspond to a subclass of (?P<base>\w+)",
     re.DOTALL,
 )
+_DENIED = re.compile(r"Importing '(?P<name>\S+)' is not allowed, denied by ")
 _NO_CLASS = re.compile(
     r"Not a valid subclass of (?P<base>\w+)\.?(?: Got value: (?P<given>.*?))?\s*\nSubclass types.*", re.DOTALL
 )
@@ -76,8 +77,12 @@ def _explain(message: str, parser: ArgumentParser | None, at: str) -> _Told:
     text = _NO_PATH.sub("", textwrap.dedent(message.strip("\n")).strip(), count=1)
     if match := _LEVEL.fullmatch(text):
         told = _explain(match["rest"], parser, match["key"])
+        if match["key"] == "config":
+            return told
         inner = "" if told.key == match["key"] else told.key  # a level may name its key again in its text
         return _Told(f"{match['key']}.{inner}".rstrip("."), told.text)
+    if match := _DENIED.search(text):
+        return _Told("", _not_allowed(match["name"], parser, at))
     if match := _UNION.fullmatch(text):
         return _of_alternatives(match["errors"], match["given"], parser, at)
     if text.startswith("unrecognized arguments: "):
@@ -142,18 +147,27 @@ def _unknown(key: str, parser: ArgumentParser | None) -> _Told:
 
 
 def _wrong_class(match: re.Match[str], parser: ArgumentParser | None, at: str) -> str:
-    name = (match["short"] or match["full"] or match["other"] or match["denied"]).strip()
+    name = (match["short"] or match["full"] or match["other"]).strip()
     known = sorted(_subclass_names(parser, at))
     near = did_you_mean(name.rpartition(".")[2], known)
-    if match["denied"]:
-        what = f"class {name!r} is not allowed, since a configuration must not run code"
-    elif match["other"]:
+    if match["other"]:
         what = f"{name!r} is not a {match['base']}"
     elif match["full"]:
         what = f"class {name!r} cannot be used ({match['why'].strip()})"
     else:
         what = f"unknown class {name!r}"
     return f"{what}{near or (f'; expected {_list(known)}, or the full path of a class' if known else '')}"
+
+
+def _not_allowed(name: str, parser: ArgumentParser | None, at: str) -> str:
+    if runs_code(name):
+        return f"class {name!r} is not allowed, since a configuration must not run code"
+    package, _, rest = name.partition(".")
+    ours = package == "detpipe"
+    near = did_you_mean(name.rpartition(".")[2], sorted(_subclass_names(parser, at))) if ours else ""
+    module = name.rpartition(".")[0] if ours or package in ("lightning", "torch") else package
+    trust = f"; if you trust its code, give --trust {module}" if rest and not near else ""
+    return f"class {name!r} is not one of detpipe's{near or trust}"
 
 
 def _subclass_names(parser: ArgumentParser | None, key: str) -> set[str]:

@@ -22,15 +22,16 @@ from detpipe.datasets import DetectionData
 from detpipe.detector import TwoStageDetector
 from detpipe.errors import DetpipeError, UsageError
 from detpipe.processes import is_first
+from detpipe.strict_json import shorten
+from detpipe.strict_yaml import load_yaml
 from detpipe.suggest import did_you_mean
+from detpipe.training.allowed import only_allowed
 from detpipe.training.config_errors import explain
 from detpipe.training.saving import CheckpointSettings
 from detpipe.training.trainer import DEFAULTS
 
 STAGES = (backbones, heads, proposals)  # short names work for classes that are imported
 
-# refuse class paths that run code (os, subprocess, pickle and the like) before they are imported, instead of warning
-jsonargparse.set_parsing_settings(import_path_denylist=[])
 
 LINKED = {  # what is not given, but follows something else
     "model.head.num_classes": "the classes of the data",
@@ -61,6 +62,16 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Turn a parser's error into a `UsageError`."""
         raise UsageError(explain(message, self)) from ex
+
+    def parse_args(self, args: Sequence[str], *more: Any, **settings: Any) -> jsonargparse.Namespace:  # pyright: ignore
+        """Parse; no class is imported that is not allowed, and no file is read but those of ``--config``."""
+        with only_allowed():
+            return super().parse_args(_with_contents(args), *more, **settings)
+
+    def instantiate(self, *config: Any, **settings: Any) -> jsonargparse.Namespace:
+        """Build what is allowed."""
+        with only_allowed():
+            return super().instantiate(*config, **settings)
 
 
 class CommandCLI(LightningCLI, ABC):
@@ -224,37 +235,26 @@ def check_file(path: Path) -> None:
         UsageError: the file is missing, is no YAML, is empty, gives a key twice, has a tag, or gives what is linked; the
             line is named.
     """
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         near = did_you_mean(str(path), [str(other) for other in path.parent.glob("*.yaml")])
         problem = "is a folder; expected a YAML file" if path.is_dir() else "does not exist"
         raise UsageError(f"configuration {path} {problem}{near}")
-    try:
-        with path.open(encoding="utf-8") as stream:
-            root = yaml.compose(stream, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if root is None:
+    content = load_yaml(path, UsageError, _refuse_linked)
+    if content is None:
         raise UsageError(f"configuration {path} is empty; expected keys such as model and data")
-    if not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"configuration {path}: expected keys such as model and data, got a {root.id}")
-    _check_node(root, path, "")
+    if not isinstance(content, dict):
+        raise UsageError(f"configuration {path}: expected keys such as model and data, got {shorten(content)}")
 
 
-def _check_node(node: yaml.Node, path: Path, parent: str) -> None:
-    if node.tag not in yaml.SafeLoader.yaml_constructors:
-        raise UsageError(f"{path}, line {node.start_mark.line + 1}: tags are not allowed, got {node.tag}")
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            where = f"{path}, line {key.start_mark.line + 1}"
-            if key.value in seen:
-                raise UsageError(f"{where}: key {key.value!r} is given twice; remove one")
-            seen.add(str(key.value))
-            _refuse_linked(f"{parent}{key.value}", where)
-            _check_node(value, path, f"{parent}{key.value}.")
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_node(value, path, parent)
+def _with_contents(arguments: Sequence[str]) -> list[str]:
+    """Put the text of each configuration in the place of its name."""
+    given, rest = [], iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            argument = f"--config={Path(value if equals else next(rest, '')).read_text(encoding='utf-8-sig')}"
+        given.append(argument)
+    return given
 
 
 def _refuse_linked(key: str, where: str) -> None:

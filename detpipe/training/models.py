@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,26 @@ from lightning import LightningModule
 
 from detpipe.classifier import ImageClassifier
 from detpipe.detector import TwoStageDetector
-from detpipe.errors import CheckpointError
+from detpipe.errors import CheckpointError, UsageError
 from detpipe.region_classifier import RegionClassifier
-from detpipe.training.checkpoint import Description, load_weights, read
+from detpipe.training.allowed import only_allowed
+from detpipe.training.checkpoint import Description, load_weights, read, without_weights
+from detpipe.training.config_errors import explain
 from detpipe.training.configuration import link_stages
 
-ALLOWED = "detpipe."  # a checkpoint may name classes of this package only
 
-
-def load_detector(path: str | Path) -> tuple[TwoStageDetector, Description]:
+def load_detector(path: str | Path, trust: Sequence[str] = ()) -> tuple[TwoStageDetector, Description]:
     """Rebuild a detector from its checkpoint alone.
 
     Args:
         path: a local file.
+        trust: modules whose classes the checkpoint may name too, such as ("my_head",); they are imported, and their code runs.
 
     Returns:
         The detector in evaluation mode, and what the checkpoint says about itself.
 
     Raises:
-        CheckpointError: as in :func:`read`; or the checkpoint names classes of other packages, or is of a classifier.
+        CheckpointError: as in :func:`read`; or the checkpoint names classes that are not allowed, or is of a classifier.
     """
     checkpoint, description = read(path)
     _refuse_named(description, path, "a detector that 'detpipe train' wrote")
@@ -38,26 +40,27 @@ def load_detector(path: str | Path) -> tuple[TwoStageDetector, Description]:
             f"checkpoint {path} is of a classifier; a detector takes the backbone.safetensors beside it as weights of its "
             "backbone"
         )
-    return rebuild(path, checkpoint, description, add_model), description
+    return rebuild(path, checkpoint, description, add_model, trust), description
 
 
-def load_classifier(path: str | Path) -> tuple[ImageClassifier, Description]:
+def load_classifier(path: str | Path, trust: Sequence[str] = ()) -> tuple[ImageClassifier, Description]:
     """Rebuild a classifier from its checkpoint alone.
 
     Args:
         path: a local file.
+        trust: modules whose classes the checkpoint may name too, such as ("my_head",); they are imported, and their code runs.
 
     Returns:
         The classifier in evaluation mode, and what the checkpoint says about itself.
 
     Raises:
-        CheckpointError: as in :func:`read`; or the checkpoint names classes of other packages, or is of a detector.
+        CheckpointError: as in :func:`read`; or the checkpoint names classes that are not allowed, or is of a detector.
     """
     checkpoint, description = read(path)
     _refuse_named(description, path, "one that 'detpipe pretrain' wrote")
     if "head" in description.model:
         raise CheckpointError(f"checkpoint {path} is of a detector; expected one that 'detpipe pretrain' wrote")
-    return rebuild(path, checkpoint, description, add_classifier), description
+    return rebuild(path, checkpoint, description, add_classifier, trust), description
 
 
 def _refuse_named(description: Description, path: str | Path, expected: str) -> None:
@@ -67,7 +70,11 @@ def _refuse_named(description: Description, path: str | Path, expected: str) -> 
 
 
 def rebuild(
-    path: str | Path, checkpoint: dict[str, Any], description: Description, add: Callable[[ArgumentParser], None]
+    path: str | Path,
+    checkpoint: dict[str, Any],
+    description: Description,
+    add: Callable[[ArgumentParser], None],
+    trust: Sequence[str] = (),
 ) -> Any:
     """Build a model from a checkpoint that has been read.
 
@@ -76,31 +83,39 @@ def rebuild(
         checkpoint: Lightning's dict.
         description: what it says about itself.
         add: lets a parser build the model from ``model`` and ``num_classes``.
+        trust: modules whose classes may be named too.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        CheckpointError: it names classes of other packages, or its model cannot be built, or the weights do not fit.
+        CheckpointError: it names classes that are not allowed, or its model cannot be built, or the weights do not fit.
     """
-    _check_classes(description.model, str(path))
     parser = ArgumentParser(exit_on_error=False)
     add(parser)
+    settings = {"model": without_weights(description.model), "num_classes": len(description.class_names)}
     try:
-        config = parser.parse_object({"model": description.model, "num_classes": len(description.class_names)})
-        model = parser.instantiate(config).model
+        with only_allowed(trust):
+            model = parser.instantiate(parser.parse_object(settings)).model
+    except UsageError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise CheckpointError(f"checkpoint {path}: its model cannot be built by this version: {reason}") from error
+        reason = re.sub(r"give --trust (\S+)", r"give --trust \1, in Python trust=('\1',)", explain(str(error), parser))
+        if "is not one of detpipe's" in reason or "is not allowed" in reason:
+            raise CheckpointError(f"checkpoint {path}: {reason}") from error
+        raise CheckpointError(
+            f"checkpoint {path}: its model cannot be built by this version: {reason or type(error).__name__}"
+        ) from error
     load_weights(model, checkpoint, path)
     return model.eval()
 
 
-def load_region_classifier(path: str | Path) -> tuple[RegionClassifier, Description]:
+def load_region_classifier(path: str | Path, trust: Sequence[str] = ()) -> tuple[RegionClassifier, Description]:
     """Rebuild a `RegionClassifier` from its checkpoint alone.
 
     Args:
         path: a local file.
+        trust: modules whose classes the checkpoint may name too, such as ("my_head",); they are imported, and their code runs.
 
     Returns:
         The model in evaluation mode, and what the checkpoint says about itself.
@@ -108,30 +123,31 @@ def load_region_classifier(path: str | Path) -> tuple[RegionClassifier, Descript
     Raises:
         CheckpointError: as of :func:`load_region_model`; or the checkpoint is of another model.
     """
-    model, description = load_region_model(path)
+    model, description = load_region_model(path, trust)
     if not isinstance(model, RegionClassifier):
         raise CheckpointError(f"checkpoint {path} is of a {type(model).__name__}; expected one of a RegionClassifier")
     return model, description
 
 
-def load_region_model(path: str | Path) -> tuple[LightningModule, Description]:
+def load_region_model(path: str | Path, trust: Sequence[str] = ()) -> tuple[LightningModule, Description]:
     """Rebuild what ``detpipe train_regions`` trained from its checkpoint alone.
 
     Args:
         path: a local file.
+        trust: modules whose classes the checkpoint may name too, such as ("my_head",); they are imported, and their code runs.
 
     Returns:
         The model in evaluation mode, and what the checkpoint says about itself.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or no checkpoint of this package; or it names classes of other packages; or
-            it is of a detector or a classifier of whole images.
+        CheckpointError: the file is missing, damaged, or no checkpoint of this package; or it names classes that are not
+            allowed; or it is of a detector or a classifier of whole images.
     """
     checkpoint, description = read(path)
     if "class_path" not in description.model:
         kind = "a detector" if "head" in description.model else "a classifier of whole images"
         raise CheckpointError(f"checkpoint {path} is of {kind}; expected one that 'detpipe train_regions' wrote")
-    return rebuild(path, checkpoint, description, add_region_model), description
+    return rebuild(path, checkpoint, description, add_region_model, trust), description
 
 
 def add_region_model(parser: ArgumentParser) -> None:
@@ -162,17 +178,3 @@ def add_classifier(parser: ArgumentParser) -> None:
     parser.add_argument("--num_classes", type=int)
     parser.add_class_arguments(ImageClassifier, "model")
     parser.link_arguments("num_classes", "model.num_classes")
-
-
-def _check_classes(value: Any, path: str) -> None:
-    if isinstance(value, dict):
-        name = value.get("class_path", ALLOWED)
-        if not isinstance(name, str) or not name.startswith(ALLOWED):
-            raise CheckpointError(
-                f"checkpoint {path} names the class {name!r}; only classes of detpipe are built from files"
-            )
-        for item in value.values():
-            _check_classes(item, path)
-    elif isinstance(value, list):
-        for item in value:
-            _check_classes(item, path)

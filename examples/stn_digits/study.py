@@ -24,6 +24,7 @@ from detpipe.datasets.in_threads import usable_cores
 from detpipe.errors import TrainingError, UsageError
 from detpipe.files import atomic_write, remove_orphans
 from detpipe.training import run_folder
+from detpipe.training.allowed import only_allowed
 from detpipe.training.config_errors import explain
 from detpipe.training.configuration import Parser, positional_configs, quiet
 from stn_digits.classifier import Model
@@ -137,13 +138,14 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Study, Recipe, str | None]
     )
     parser.add_class_arguments(Study)
     parser.add_class_arguments(Recipe)
-    given = parser.parse_args(positional_configs(arguments))
-    try:
-        built = parser.instantiate(given)
-        study = Study(**{field.name: built[field.name] for field in fields(Study)})
-        recipe = Recipe(**{field.name: built[field.name] for field in fields(Recipe)})
-    except (ValueError, TypeError) as error:
-        raise UsageError(explain(str(error))) from error
+    with only_allowed(["stn_digits"]):
+        given = parser.parse_args(positional_configs(arguments))
+        try:
+            built = parser.instantiate(given)
+            study = Study(**{field.name: built[field.name] for field in fields(Study)})
+            recipe = Recipe(**{field.name: built[field.name] for field in fields(Recipe)})
+        except (ValueError, TypeError) as error:
+            raise UsageError(explain(str(error))) from error
     return study, recipe, built["output"]
 
 

@@ -132,7 +132,7 @@ def test_the_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: [x", "is no YAML: "),
+        ("base: [x", "not valid YAML: "),
         ("3", "expected the keys base, split, seeds, variants, got 3"),
         (STUDY + "sedes: [1]", "unknown key 'sedes'.*did you mean 'seeds'"),
         (STUDY.replace(runs.CONFIG, "nowhere.yaml"), "base: .*nowhere.yaml does not exist"),
@@ -167,3 +167,17 @@ def test_the_studies_that_come_along_can_be_read() -> None:
         assert path.stem.startswith("heads") or variants == ["none", "se", "sk", "eca", "cbam"]
         assert len(study.seeds) == 3
         assert f"python tools/ablate.py configs/ablation/{path.name}" in path.read_text()
+
+
+def test_what_is_trusted_is_trusted_in_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from detpipe.training import allowed
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        ablation.subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=0)
+    )
+    with allowed.trusted(["my_head", "my_data"]):
+        ablation._call(["train", "a.yaml"], 1, None, tmp_path / "log")
+    assert commands[0][3:] == ["train", "a.yaml", "--trust=my_head", "--trust=my_data"]

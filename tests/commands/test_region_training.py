@@ -160,7 +160,7 @@ def test_kinds_of_checkpoints_are_told_apart(trained_regions: Path, tmp_path: Pa
     for model, message in (
         ({"head": {}}, "is of a detector; expected one that 'detpipe train_regions' wrote"),
         ({"label_smoothing": 0}, "is of a classifier of whole images; expected"),
-        ({"class_path": "os.system", "init_args": {}}, "names the class 'os.system'; only classes of detpipe"),
+        ({"class_path": "os.system", "init_args": {}}, "class 'os.system' is not allowed, since"),
         (described["init_args"]["backbone"], "SEResNet|belongs to another model"),
     ):
         content[checkpoint.KEY]["model"] = model
@@ -174,14 +174,18 @@ def test_any_model_that_says_what_is_best_can_be_trained(
 ) -> None:
     arguments = ["train_regions", "--model", f"{__name__}.Constant", "--data", "Demo", *runs.demo(demo_root)]
     arguments += ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
+    assert cli.main(arguments) == 2
+    assert f"'{__name__}.Constant' is not one of detpipe's; if you trust its code" in capsys.readouterr().err
+    arguments += ["--trust", __name__]
     assert cli.main([*arguments, "--output", str(tmp_path / "a")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"level 1.000 other 0.500 checkpoint {tmp_path / 'a' / 'best.ckpt'}"
     assert torch.load(tmp_path / "a" / "best.ckpt", weights_only=True)["epoch"] == 1
     assert cli.main([*arguments, "--model.logs", "false", "--output", str(tmp_path / "b")]) == 1
     assert "Constant is to be watched by 'val/level', but logged ['val/other']" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match=r"names the class '.*Constant'; only classes of detpipe"):
+    with pytest.raises(CheckpointError, match=r"class '.*Constant' is not one of detpipe's"):
         load_region_model(tmp_path / "a" / "best.ckpt")
+    assert isinstance(load_region_model(tmp_path / "a" / "best.ckpt", trust=(__name__,))[0], Constant)
 
 
 class Constant(LightningModule):

@@ -173,6 +173,17 @@ def test_row_30_a_shard_name_that_leads_elsewhere_is_refused(packed: Path, name:
         shards_in(packed).annotations("train")
 
 
+@pytest.mark.parametrize("digits", ["../../../x", "0" * 63, "A" * 64, "0" * 64 + "\n", "", 7])
+@pytest.mark.parametrize("field", ["shards", "arrays"])
+def test_a_checksum_that_is_none_is_refused(field: str, digits: Any, packed: Path) -> None:
+    index = json.loads((packed / "train" / INDEX).read_text())
+    record = index["arrays"] if field == "arrays" else index["shards"][1]
+    record["sha256"] = digits
+    (packed / "train" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"index\.json: (shard 1|arrays): the field 'sha256' is .*expected"):
+        shards_in(packed).annotations("train")
+
+
 def test_an_index_that_is_cut_off_is_named(packed: Path) -> None:
     text = (packed / "train" / INDEX).read_text()
     (packed / "train" / INDEX).write_text(text[: len(text) // 2])

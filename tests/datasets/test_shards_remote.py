@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pickle
 from collections import Counter
@@ -247,3 +248,16 @@ def test_small_files(server: Behavior) -> None:
         read_url(f"{server.url}/a", 5, "")
     with pytest.raises(DownloadError, match="only http"):
         read_url("file:///etc/passwd", 5, "")
+
+
+@pytest.mark.parametrize("field", ["shards", "arrays"])
+def test_a_server_cannot_write_outside_of_the_cache(field: str, server: Behavior, local: Path, tmp_path: Path) -> None:
+    index = json.loads((local / "train" / "index.json").read_text())
+    for record in index["shards"] if field == "shards" else [index["arrays"]]:
+        record["sha256"] = "../../../outside"
+    server.files["/set/train/index.json"] = json.dumps(index).encode()
+    before = set(tmp_path.iterdir())
+    with pytest.raises(DataError, match="expected 64 digits of 0-9 and a-f"):
+        remote(server, tmp_path).annotations("train")
+    assert set(tmp_path.iterdir()) - before <= {tmp_path / "cache"}
+    assert not list((tmp_path / "cache").rglob("*outside*"))

@@ -147,6 +147,22 @@ def test_without_images_file_names_stay_those_of_the_source(tmp_path: Path) -> N
         write_csv({"train": a, "val": other}, tmp_path / "csv2", "none")
 
 
+def test_a_table_holds_no_formulas_and_comes_back_as_it_was(tmp_path: Path) -> None:
+    names = ["=cmd|' /C calc'!A0.png", "+a.png", "-b.png", "@c.png", "'=d.png", "'e.png", "f.png"]
+    classes = ("=1+1", "'=1+1", "''-x", "@SUM(A1)", "'quoted", "-dash", "+plus", "a=b")
+    many = len(names)
+    labels = np.arange(1, many + 1)
+    boxes = [[(0.1, 0.1, 0.5, 0.5)]] * many
+    a = make(tmp_path / "source", names, [(20, 20)] * many, boxes, classes, tuple(range(1, 9)), labels=labels)
+    write_csv({"=train": a}, tmp_path / "csv", "none")
+    with next((tmp_path / "csv").glob("*.csv")).open(newline="") as stream:
+        cells = [cell for row in csv.reader(stream) for cell in row]
+    assert not [cell for cell in cells if cell[:1] in tuple("=+-@\t\r")]
+    again = open_split(str(tmp_path / "csv"), "=train", str(a.root)).annotations("val")
+    assert_same(a, again)
+    assert sorted(again.file_names.tolist()) == sorted(names)
+
+
 def test_links_across_disks_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(18, "Invalid cross-device link")

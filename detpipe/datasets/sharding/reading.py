@@ -166,8 +166,8 @@ class ShardProposals(Mapping[int, npt.NDArray[np.float32]]):
         row = int(self._order[place])
         content = self.files.read(row, self._places, "list of proposals")
         try:
-            boxes = np.load(io.BytesIO(content), allow_pickle=False)
-        except ValueError as error:
+            boxes = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, MemoryError) as error:  # the latter where a header announces more than any machine has
             raise DataError(f"{self.files.name(row)}: its proposals are no .npy file ({error})") from error
         if boxes.dtype != np.float32 or boxes.ndim != 2 or boxes.shape[1] != 5 or not np.isfinite(boxes).all():
             raise DataError(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from detpipe.datasets.fetch import RemoteFile, fetch
-from detpipe.datasets.sharding.index import ARRAYS, INDEX, Shard, ShardSet, read_index
+from detpipe.datasets.sharding.index import ARRAYS, INDEX, Shard, ShardSet, read_index, require_sha256
 from detpipe.datasets.sharding.reading import Opened, ShardFiles
 from detpipe.datasets.web import read_url
 from detpipe.errors import DataError
@@ -146,7 +146,7 @@ def _fetch_index(address: str, cache: ShardCache) -> ShardSet:
             f"{address}/{ARRAYS}",
             require(arrays, "bytes", int, f"{where}: arrays"),
             "sha256",
-            require(arrays, "sha256", str, f"{where}: arrays"),
+            require_sha256(arrays, f"{where}: arrays"),
         )
         if not _is(folder / ARRAYS, remote):
             (folder / ARRAYS).unlink(missing_ok=True)

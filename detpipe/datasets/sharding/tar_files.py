@@ -18,7 +18,7 @@ from detpipe.datasets.decode import image_format, image_size, read_image
 from detpipe.datasets.records import SizeError, check_size
 from detpipe.datasets.sharding.index import KEYS, sample_key
 from detpipe.errors import DataError
-from detpipe.files import atomic_write
+from detpipe.files import atomic_write, refuse_special
 from detpipe.proposal_files import ProposalStore
 from detpipe.types import Annotations
 
@@ -125,6 +125,7 @@ class Contents:
         """
         a = self.annotations
         path = a.root / str(a.file_names[row])
+        refuse_special(path)
         try:
             content = path.read_bytes()
         except OSError as error:

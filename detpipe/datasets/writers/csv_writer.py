@@ -8,6 +8,7 @@ from pathlib import Path
 
 from detpipe.datasets.class_list import ClassList, write_class_list
 from detpipe.datasets.csv_boxes import NAME
+from detpipe.datasets.csv_table import quoted
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.datasets.outlines import NO_OUTLINES, Outlines, write_outlines
 from detpipe.datasets.writers.placement import (
@@ -78,10 +79,10 @@ def write_csv(
 def _rows(split: str, a: Annotations, files: list[str], keep_ids: bool) -> Iterator[list[object]]:
     areas = own_area(a)
     for i, name in enumerate(files):
-        start = [split, name, int(a.image_ids[i]) if keep_ids else ""]
+        start = [quoted(split), quoted(name), int(a.image_ids[i]) if keep_ids else ""]
         if not rows_of(a, i):
             yield [*start, *[""] * 8]
         for b in rows_of(a, i):
             flags = [int(a.difficult[b]), int(a.iscrowd[b])]
             area = number(a.area[b]) if areas[b] else ""
-            yield [*start, *map(number, a.boxes[b].tolist()), a.class_names[int(a.labels[b]) - 1], *flags, area]
+            yield [*start, *map(number, a.boxes[b].tolist()), quoted(a.class_names[int(a.labels[b]) - 1]), *flags, area]

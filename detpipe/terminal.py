@@ -1,0 +1,29 @@
+"""What is printed: names of strangers may hold control characters, which a terminal obeys; they are shown escaped."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+
+def printable(text: str, kept: str = "") -> str:
+    r"""Escape what cannot be printed, such as the escape character, line breaks, and marks that turn the direction of text.
+
+    Args:
+        text: any.
+        kept: characters that stay.
+
+    Returns:
+        The text in one line, but for line breaks that are kept.
+
+    Example:
+        >>> printable("cat\x1b[2J")
+        'cat\\x1b[2J'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str, file: TextIO | None = None, flush: bool = False) -> None:
+    """Print lines that may hold names of strangers."""
+    print(printable(text, "\n"), file=file, flush=flush)

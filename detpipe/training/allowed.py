@@ -1,0 +1,161 @@
+"""Which classes configurations and checkpoints may name: decided by name alone, before anything is imported.
+
+Allowed are the classes of this package that a model or its data are built of, and by name those of Lightning whose arguments are
+data. No function is allowed, so that nothing can be called that a file names. ``--trust MODULE`` adds a user's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+from detpipe.errors import UsageError
+
+_PARTS = (  # modules and folders of this package
+    "attention backbones classifier datasets detector heads optimization proposals region_classifier region_context "
+    "roi_pooling spatial_transformer superpixel_localizer superpixels types"
+)
+_SETTINGS = ("commands", "training")  # of which settings alone, frozen dataclasses
+_LIGHTNING = {
+    "lightning.pytorch.callbacks": "BatchSizeFinder DeviceStatsMonitor EarlyStopping EMAWeightAveraging LearningRateFinder "
+    "GradientAccumulationScheduler LearningRateMonitor ModelCheckpoint ModelSummary OnExceptionCheckpoint RichModelSummary "
+    "RichProgressBar SpikeDetection StochasticWeightAveraging Timer TQDMProgressBar WeightAveraging",
+    "lightning.pytorch.callbacks.progress.rich_progress": "RichProgressBarTheme",
+    "lightning.pytorch.loggers": "CometLogger CSVLogger MLFlowLogger NeptuneLogger TensorBoardLogger WandbLogger",
+    "lightning.pytorch.strategies": "DDPStrategy SingleDeviceStrategy",
+    "lightning.pytorch.profilers": "AdvancedProfiler PassThroughProfiler PyTorchProfiler SimpleProfiler",
+    "lightning.pytorch.plugins": "AsyncCheckpointIO DoublePrecision HalfPrecision MixedPrecision Precision TorchCheckpointIO "
+    "TorchSyncBatchNorm",
+    "lightning.pytorch.plugins.environments": "KubeflowEnvironment LightningEnvironment LSFEnvironment MPIEnvironment "
+    "SLURMEnvironment TorchElasticEnvironment",
+}
+_LINE = re.compile(r"^(?P<data>@dataclass.*\n)?class (?P<name>[A-Z]\w*)|^    def (?P<method>\w+)|^\S", re.MULTILINE)
+GIVEN: list[str] = []  # modules of the command line
+_active: list[set[str]] = []  # what is trusted where parsers are restricted
+_lock = RLock()  # the settings are those of the process
+
+
+@cache
+def policy() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The import paths that are allowed, and those below them that are not: methods, which are functions."""
+    allowed: list[str] = []
+    denied: list[str] = []
+    root = Path(__file__).parents[1]
+    for file in root.rglob("*.py"):
+        places = file.relative_to(root.parent).with_suffix("").parts
+        part, name = places[1], None
+        known = part in _PARTS.split()
+        for found in _LINE.finditer(file.read_text(encoding="utf-8") if known or part in _SETTINGS else ""):
+            if found["method"] and name:
+                denied.append(".".join((*places, name, found["method"])))
+            elif not found["method"] and (name := found["name"] if known or found["data"] else None):
+                allowed += [".".join((*places[:depth], name)) for depth in range(1, len(places) + 1)]
+    for module, names in _LIGHTNING.items():
+        for kind in (getattr(import_module(module), name) for name in names.split()):
+            path = f"{kind.__module__}.{kind.__qualname__}"
+            allowed += [path, f"{module}.{kind.__name__}"]
+            denied += [f"{path}.{name}" for name, value in vars(kind).items() if inspect.isroutine(value)]
+    return tuple(allowed), tuple(denied)
+
+
+@contextmanager
+def only_allowed(trust: Sequence[str] = ()) -> Iterator[None]:
+    """While it lasts, parsers build only what is allowed, and read no file but those that they are given.
+
+    Args:
+        trust: modules whose classes are allowed as well, beside those of the command line.
+
+    Raises:
+        UsageError: a module that cannot be trusted; see :func:`check_trust`.
+    """
+    import jsonargparse
+    from jsonargparse import _common, _optionals
+
+    check_trust(trust)
+    with _lock:
+        if _active and {*trust} <= _active[-1]:
+            yield
+            return
+        allowed, denied = policy()
+        settings, mode = dict(_common.parsing_settings), _optionals._config_read_mode
+        loader = jsonargparse.get_loader("yaml")
+        jsonargparse.set_parsing_settings(
+            config_read_mode_fsspec_enabled=False,
+            instantiate_subclass_spec_in_any=False,
+            import_path_denylist=["*", *denied],
+            import_path_allowlist=[*allowed, *GIVEN, *trust],
+        )
+        _optionals._config_read_mode = (
+            "fF"  # no path is both: text is a value, and is not read from the file of that name
+        )
+        jsonargparse.set_loader("yaml", lambda text: _load(text, loader))
+        _active.append({*GIVEN, *trust})
+        try:
+            yield
+        finally:
+            _active.pop()
+            jsonargparse.set_loader("yaml", loader)
+            _optionals._config_read_mode = mode
+            _common.parsing_settings.update(settings)
+
+
+@contextmanager
+def trusted(modules: Sequence[str]) -> Iterator[None]:
+    """Trust modules that the command line names, which may lie in the current folder.
+
+    Args:
+        modules: names of modules, packages or classes.
+
+    Raises:
+        UsageError: see :func:`check_trust`.
+    """
+    check_trust(modules)
+    here = str(Path.cwd())
+    GIVEN.extend(modules)
+    sys.path.append(here)  # at the end: what lies there takes no other module's place
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+        del GIVEN[len(GIVEN) - len(modules) :]
+
+
+def runs_code(path: str) -> bool:
+    """Whether an import path belongs to what can run anything, such as ``os`` or ``functools``, or holds such."""
+    from jsonargparse._common import default_import_path_denylist
+
+    return any(
+        f"{path}.".startswith(f"{entry}.") or entry.startswith(f"{path}.") for entry in default_import_path_denylist
+    )
+
+
+def check_trust(modules: Sequence[str]) -> None:
+    """Refuse names that cannot be trusted.
+
+    Args:
+        modules: names of modules, packages or classes.
+
+    Raises:
+        UsageError: one is no name of a module, or can run anything.
+    """
+    for name in modules:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise UsageError(f"--trust {name}: expected the name of a module, such as my_head for my_head.py")
+        if runs_code(name):
+            raise UsageError(f"--trust {name}: refused, since {name} can run any code; name your own module")
+
+
+def _load(text: str, loader: Any) -> Any:
+    """Parse the text of a value, or of a configuration."""
+    from detpipe.strict_yaml import parse_yaml
+
+    parse_yaml(text, "configuration", UsageError)
+    return loader(text)

@@ -1,0 +1,377 @@
+"""Nothing that a configuration or a checkpoint says runs code, is imported, is read or is fetched without being asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import runs
+import torch
+import yaml
+
+from detpipe import cli
+from detpipe.commands import training
+from detpipe.errors import CheckpointError, UsageError
+from detpipe.training import allowed, checkpoint
+from detpipe.training.configuration import CLI
+from detpipe.training.models import load_detector
+
+EVIL = "evil_module_of_a_test"
+HEAD = '''
+from detpipe.heads import FastRCNNHead
+
+class MyHead(FastRCNNHead):
+    """A stranger's head."""
+
+def make(*arguments, **settings):
+    return MyHead(*arguments, **settings)
+'''
+
+
+class Parsed(CLI):
+    """A configuration that is parsed, but not built."""
+
+    def instantiate_classes(self) -> None:
+        """Leave it at the configuration."""
+
+
+@pytest.fixture
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What is there once the evil module was imported, or its function called."""
+    path = tmp_path / "marker"
+    (tmp_path / f"{EVIL}.py").write_text(f"open({str(path)!r}, 'w')\nX = run = print\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", _no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", _no_network)
+    return path
+
+
+def _no_network(*arguments: Any, **settings: Any) -> None:
+    raise AssertionError(f"asked the network for {arguments}")
+
+
+def with_callback(name: str, **settings: Any) -> dict[str, Any]:
+    return {"trainer": {"callbacks": [{"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": settings}]}}
+
+
+SYMPY = {
+    "class_path": "sympy.Lambda",
+    "init_args": {"signature": "x", "expr": "__import__('os').system('touch MARKER')"},
+}
+SPEC = {"class_path": f"{EVIL}.X"}
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "a callable that compiles text": (with_callback("LambdaCallback", on_fit_start=SYMPY), "is not one of detpipe's"),
+    "a callable for an allowed callback": (
+        with_callback("StochasticWeightAveraging", swa_lrs=0.1, avg_fn=SYMPY),
+        "'sympy.Lambda' is not one of detpipe's",
+    ),
+    "a function": (with_callback("StochasticWeightAveraging", swa_lrs=0.1, avg_fn="os.system"), "is not allowed"),
+    "a function of ours": (
+        with_callback("StochasticWeightAveraging", swa_lrs=0.1, avg_fn="detpipe.files.atomic_remove"),
+        "'detpipe.files.atomic_remove' is not one of detpipe's",
+    ),
+    "a method of an allowed class": (
+        with_callback("StochasticWeightAveraging", swa_lrs=0.1, avg_fn="detpipe.RoIAlign.forward"),
+        "'detpipe.roi_pooling.align.RoIAlign.forward' is not one of detpipe's",
+    ),
+    "through our modules": (with_callback("LambdaCallback", setup="detpipe.files.os.system"), "is not one of detpipe's"),
+    "an evil callback": ({"trainer": {"callbacks": [SPEC]}}, f"'{EVIL}.X' is not one of detpipe's"),
+    "a callback's keys": (
+        {"trainer": {"callbacks": {"class_path": f"{EVIL}.X", "dict_kwargs": {"a": SPEC}}}},
+        f"'{EVIL}.X' is not one of detpipe's",
+    ),
+    "a stage": ({"model": {"head": SPEC}}, f"model.head: class '{EVIL}.X' is not one of detpipe's"),
+    "a stage as text": ({"model": {"head": f"{EVIL}.X"}}, f"model.head: class '{EVIL}.X' is not one of detpipe's"),
+    "a stage as JSON in text": ({"model": {"head": json.dumps(SPEC)}}, f"'{EVIL}.X' is not one of detpipe's"),
+    "inside of a stage": ({"model": {"head": {"init_args": {"pooler": SPEC}}}}, f"'{EVIL}.X' is not one of detpipe's"),
+    "settings": ({"model": {"optimizer": SPEC}}, f"'{EVIL}.X'"),
+    "data": ({"data": f"{EVIL}.X"}, f"'{EVIL}.X' is not one of detpipe's"),
+    "a logger": ({"trainer": {"logger": SPEC}}, f"'{EVIL}.X'"),
+    "a strategy": ({"trainer": {"strategy": SPEC}}, f"'{EVIL}.X'"),
+    "a plugin": ({"trainer": {"plugins": [SPEC]}}, f"'{EVIL}.X'"),
+    "a profiler": ({"trainer": {"profiler": SPEC}}, f"'{EVIL}.X'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGURATIONS)
+def test_row_45_a_configuration_imports_and_calls_nothing(case: str, tmp_path: Path, marker: Path) -> None:
+    content, message = CONFIGURATIONS[case]
+    path = tmp_path / "overlay.yaml"
+    path.write_text(yaml.safe_dump(content).replace("MARKER", str(marker)))
+    with pytest.raises(UsageError) as caught:
+        Parsed([runs.CONFIG, str(path)], training._add_arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not marker.exists()
+    assert EVIL not in sys.modules
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_the_commands_refuse_in_one_line(
+    command: str, tmp_path: Path, marker: Path, demo_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "overlay.yaml"
+    path.write_text(yaml.safe_dump(CONFIGURATIONS["a callable that compiles text"][0]).replace("MARKER", str(marker)))
+    more = ["--ckpt_path", "best.ckpt"] if command == "evaluate" else []
+    assert cli.main([command, runs.CONFIG, str(path), *runs.demo(demo_root), *more]) == 2
+    error = capsys.readouterr().err.strip()
+    name = "lightning.pytorch.callbacks.LambdaCallback"
+    assert error == (
+        f"detpipe: error: trainer.callbacks: class '{name}' is not one of detpipe's; if you trust its code, give --trust "
+        "lightning.pytorch.callbacks"
+    )
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["nested.yaml", "pipe", "http://localhost:1/x.yaml", "file:///etc/hostname"])
+@pytest.mark.parametrize("key", ["model.optimizer", "model.head", "data", "trainer.callbacks"])
+def test_a_configuration_reads_no_other(key: str, name: str, tmp_path: Path, marker: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nested.yaml").write_text("lr: 0.5\n")
+    os.mkfifo("pipe")  # which would be waited for
+    content: Any = name
+    for part in reversed(key.split(".")):
+        content = {part: content}
+    Path("overlay.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UsageError, match=key):
+        Parsed([runs.CONFIG, "overlay.yaml"], training._add_arguments)
+
+
+def test_callbacks_with_data_for_arguments_are_allowed(tmp_path: Path) -> None:
+    names = {"EarlyStopping": {"monitor": "val/AP"}, "early_stopping.EarlyStopping": {"monitor": "val/AP"}}
+    more = {"LearningRateMonitor": {}, "ModelCheckpoint": {"monitor": "val/AP"}, "RichProgressBar": {}, "Timer": {}}
+    for name, settings in {**names, **more}.items():
+        (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(with_callback(name, **settings)))
+        [callback] = CLI_config(tmp_path / "overlay.yaml").trainer.callbacks
+        assert callback.class_path.endswith(name.rpartition(".")[2])
+
+
+def CLI_config(path: Path) -> Any:
+    return Parsed([runs.CONFIG, str(path)], training._add_arguments).config
+
+
+def test_every_allowed_name_of_ours_is_a_class_and_no_function_is_allowed() -> None:
+    paths, denied = allowed.policy()
+    assert {"detpipe.SEResNet", "detpipe.backbones.SEResNet", "detpipe.backbones.se_resnet.SEResNet"} <= {*paths}
+    assert {"detpipe.Augment", "detpipe.PixelFormat", "detpipe.datasets.sharding.remote.ShardCache"} <= {*paths}
+    assert all(path.rpartition(".")[2][0].isupper() for path in paths)
+    assert not [path for path in paths if path.startswith(("detpipe.files", "detpipe.training", "detpipe.cli"))]
+    assert not {"lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.Callback"} & {*paths}
+    assert "detpipe.detector.TwoStageDetector.forward" in denied
+
+
+def test_the_settings_of_other_parsers_come_back() -> None:
+    from jsonargparse import _common, _optionals, get_loader
+
+    before = (dict(_common.parsing_settings), _optionals._config_read_mode, get_loader("yaml"))
+    with pytest.raises(ZeroDivisionError), allowed.only_allowed(["my_head"]):
+        raise ZeroDivisionError
+    assert (dict(_common.parsing_settings), _optionals._config_read_mode, get_loader("yaml")) == before
+
+
+# --- checkpoints
+
+
+def stored(trained: Path) -> dict[str, Any]:
+    return torch.load(trained / "best.ckpt", weights_only=True)
+
+
+def refusal(content: dict[str, Any], folder: Path, **settings: Any) -> str:
+    path = folder / "other.ckpt"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError) as caught:
+        load_detector(path, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+Change = Callable[[dict[str, Any]], Any]
+DESCRIPTIONS: dict[str, tuple[Change, str]] = {
+    "text": (lambda model: model.update(backbone=f"{EVIL}.X"), f"class '{EVIL}.X' is not one of detpipe's"),
+    "JSON in text": (lambda model: model.update(backbone=json.dumps(SPEC)), f"class '{EVIL}.X' is not one of detpipe's"),
+    "YAML in text": (lambda model: model.update(backbone=yaml.safe_dump(SPEC)), f"'{EVIL}.X' is not one of detpipe's"),
+    "keys": (lambda model: model.update(backbone=SPEC), f"class '{EVIL}.X' is not one of detpipe's"),
+    "settings": (lambda model: model.update(optimizer=SPEC), EVIL),
+    "deeper": (lambda model: model["head"]["init_args"].update(pooler=SPEC), f"'{EVIL}.X' is not one of detpipe's"),
+    "in a list": (
+        lambda model: model.update(proposals={"class_path": "detpipe.Union", "init_args": {"sources": [SPEC]}}),
+        f"'{EVIL}.X' is not one of detpipe's",
+    ),
+    "dict_kwargs": (lambda model: model["head"].update(dict_kwargs={"x": SPEC}), "x"),
+    "through our modules": (lambda model: model.update(backbone="detpipe.files.os.system"), "is not one of detpipe's"),
+    "a method": (lambda model: model.update(backbone="detpipe.SEResNet.forward"), "is not one of detpipe's"),
+    "another file": (lambda model: model.update(optimizer="nested.yaml"), "optimizer"),
+    "another file for a stage": (lambda model: model.update(backbone="nested.yaml"), "nested.yaml"),
+    "a pipe": (lambda model: model.update(optimizer="pipe"), "optimizer"),
+    "an address": (lambda model: model.update(optimizer="http://localhost:1/x.yaml"), "optimizer"),
+    "short names of strangers": (lambda model: model.update(head="Stranger"), "Stranger' is not one of detpipe's"),
+    "names of networks of a hub": (
+        lambda model: model.update(
+            backbone={"class_path": "detpipe.Extractor", "init_args": {"network": "timm/hf-hub:a/b", "levels": ["c4"]}}
+        ),
+        "timm has no network 'hf-hub:a/b'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DESCRIPTIONS)
+def test_a_description_imports_reads_and_fetches_nothing(
+    case: str, trained: Path, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from detpipe.heads import FastRCNNHead
+
+    stranger = ModuleType("stranger")  # imported, but not trusted
+    stranger.Stranger = type("Stranger", (FastRCNNHead,), {"__module__": "stranger"})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "stranger", stranger)
+    change, message = DESCRIPTIONS[case]
+    monkeypatch.chdir(tmp_path)
+    Path("nested.yaml").write_text("lr: 0.5\n")
+    os.mkfifo("pipe")
+    content = stored(trained)
+    change(content[checkpoint.KEY]["model"])
+    assert message in refusal(content, tmp_path)
+    assert not marker.exists()
+    assert EVIL not in sys.modules
+
+
+@pytest.mark.parametrize("weights", ["DEFAULT", "timm/resnet18.a1_in1k", "pipe", {"source": "DEFAULT"}])
+def test_pretrained_weights_of_a_description_are_not_looked_at(
+    weights: Any, trained: Path, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    content = stored(trained)
+    content[checkpoint.KEY]["model"]["backbone"]["init_args"]["weights"] = weights
+    torch.save(content, "other.ckpt")
+    detector, _ = load_detector("other.ckpt")
+    assert not detector.training
+
+
+def test_a_refusal_says_how_to_trust(trained: Path, tmp_path: Path) -> None:
+    content = stored(trained)
+    content[checkpoint.KEY]["model"]["head"]["class_path"] = "my_head.MyHead"
+    assert refusal(content, tmp_path).endswith(
+        "model.head: class 'my_head.MyHead' is not one of detpipe's; if you trust its code, give --trust my_head, in Python "
+        "trust=('my_head',)"
+    )
+
+
+# --- resuming
+
+KEEP = "ModelCheckpoint{'monitor': 'val/AP'}"
+
+
+def state(folder: Path, **changes: Any) -> dict[str, Any]:
+    best, last = str(folder / "best.ckpt"), str(folder / "last.ckpt")
+    paths = {"best_model_path": best, "kth_best_model_path": best, "last_model_path": last, "dirpath": str(folder)}
+    return {"monitor": "val/AP", **paths, "best_k_models": {best: 0.5}, **changes}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"best_model_path": "/home/me/thesis.ckpt"},
+        {"best_model_path": "RUN/../precious.ckpt"},
+        {"last_model_path": "RUN/config.yaml"},
+        {"kth_best_model_path": "elsewhere/best.ckpt"},
+        {"best_k_models": {"RUN/best.ckpt": 0.5, "/tmp/precious.ckpt": 0.1}},
+        {"best_model_path": ["a"]},
+        {"dirpath": "/home/me"},
+    ],
+)
+def test_states_of_callbacks_lose_paths_that_lead_elsewhere(change: dict[str, Any], tmp_path: Path) -> None:
+    told = json.loads(json.dumps(change).replace("RUN", str(tmp_path)))
+    content = {"callbacks": {KEEP: state(tmp_path, **told), "Other": {"a": 1}}}
+    checkpoint.drop_foreign_paths(content, tmp_path)
+    empty = dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path", "dirpath"), "")
+    assert content["callbacks"] == {KEEP: {"monitor": "val/AP", **empty, "best_k_models": {}}, "Other": {"a": 1}}
+
+
+def test_states_of_callbacks_keep_their_own_paths(tmp_path: Path) -> None:
+    content = {"callbacks": {KEEP: state(tmp_path)}}
+    checkpoint.drop_foreign_paths(content, tmp_path)
+    assert content == {"callbacks": {KEEP: state(tmp_path)}}
+
+
+def test_resuming_deletes_nothing_that_a_checkpoint_names(
+    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train = ["train", runs.CONFIG, *runs.options(demo_root, epochs=1), "--output", "run"]
+    assert cli.main(train) == 0
+    Path("run/summary.json").unlink()
+    precious = tmp_path / "precious.ckpt"
+    precious.write_text("mine")
+    content = torch.load("run/last.ckpt", weights_only=True)
+    named = f"{tmp_path / 'run'}/../precious.ckpt"  # below the folder of the run, as Lightning looks at it
+    for key in content["callbacks"]:
+        if key.startswith("ModelCheckpoint"):
+            content["callbacks"][key] |= {
+                "best_model_path": named,
+                "kth_best_model_path": named,
+                "last_model_path": named,
+            }
+            content["callbacks"][key] |= {"best_k_models": {named: torch.tensor(-1.0)}, "kth_value": torch.tensor(-1.0)}
+            content["callbacks"][key] |= {"current_score": torch.tensor(-1.0), "best_model_score": torch.tensor(-1.0)}
+    torch.save(content, "run/last.ckpt")
+    train[train.index("--trainer.max_epochs") + 1] = "2"
+    assert cli.main([*train, "--ckpt_path", "run/last.ckpt"]) == 0
+    assert precious.read_text() == "mine"
+
+
+# --- trust
+
+
+@pytest.mark.parametrize(
+    "name", ["os", "subprocess", "builtins", "jsonargparse", "logging", "functools.partial", "sys"]
+)
+def test_what_runs_anything_cannot_be_trusted(name: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["predict", "x.ckpt", "x.jpg", "-o", "out", "--trust", name]) == 2
+    assert f"--trust {name}: refused, since {name} can run any code" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="can run any code"):
+        load_detector(trained / "best.ckpt", trust=(name,))
+
+
+@pytest.mark.parametrize("arguments", [["--trust", "my head", "train"], ["train", "--trust"], ["train", "--trust="]])
+def test_a_name_to_trust_is_one(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    assert "expected the name of a module" in capsys.readouterr().err
+
+
+def test_trust_beside_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [cli.main(["--trust", "a", *more]) for more in ([], ["--help"], ["--version"])] == [2, 0, 0]
+    assert "--trust MODULE" in capsys.readouterr().out
+
+
+def test_trust_works_for_every_command(
+    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_head.py").write_text(HEAD)
+    Path("own.yaml").write_text("model: {head: {class_path: my_head.MyHead}}\n")
+    train = ["train", runs.CONFIG, "own.yaml", *runs.options(demo_root, epochs=1), "--output", "run"]
+    assert cli.main(train) == 2
+    assert "give --trust my_head" in capsys.readouterr().err
+    assert "my_head" not in sys.modules
+    path = list(sys.path)
+    assert cli.main(["--trust", "my_head", *train]) == 0
+    assert cli.main(["evaluate", "run/config.yaml", "--ckpt_path", "run/best.ckpt", "--trust=my_head"]) == 0
+    image = str(next((demo_root / "coco" / "val").iterdir()))
+    assert cli.main(["predict", "run/best.ckpt", image, "-o", "out"]) == 1
+    assert "give --trust my_head" in capsys.readouterr().err
+    assert cli.main(["predict", "--trust", "other", "run/best.ckpt", image, "-o", "out", "--trust", "my_head"]) == 0
+    assert sys.path == path
+    with pytest.raises(CheckpointError, match="if you trust its code"):
+        load_detector("run/best.ckpt")
+    detector, _ = load_detector("run/best.ckpt", trust=("my_head",))
+    assert type(detector.head).__name__ == "MyHead"
+    sys.modules.pop("my_head", None)
