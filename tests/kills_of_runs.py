@@ -55,13 +55,14 @@ def run(arguments: Sequence[str], log: Path, at: tuple[str, int] | None = None, 
         os.dup2(stream, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         if at is not None:
-            _signal_at(*at, number)
+            signal_at(*at, number)
         return cli.main(list(arguments))
 
     return status(work)
 
 
-def _signal_at(hook: str, call: int, number: int) -> None:
+def signal_at(hook: str, call: int, number: int) -> None:
+    """Let this process send itself a signal when a hook is called once more than so many times."""
     before, calls = getattr(callbacks.StepSeed, hook), [0]
 
     def hooked(*arguments: Any, **more: Any) -> Any:

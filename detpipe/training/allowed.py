@@ -29,7 +29,7 @@ _LIGHTNING = {
     "GradientAccumulationScheduler LearningRateMonitor ModelCheckpoint ModelSummary OnExceptionCheckpoint RichModelSummary "
     "RichProgressBar SpikeDetection StochasticWeightAveraging Timer TQDMProgressBar WeightAveraging",
     "lightning.pytorch.callbacks.progress.rich_progress": "RichProgressBarTheme",
-    "lightning.pytorch.loggers": "CometLogger CSVLogger MLFlowLogger NeptuneLogger TensorBoardLogger WandbLogger",
+    "lightning.pytorch.loggers": "CometLogger CSVLogger MLFlowLogger TensorBoardLogger WandbLogger",
     "lightning.pytorch.strategies": "DDPStrategy SingleDeviceStrategy",
     "lightning.pytorch.profilers": "AdvancedProfiler PassThroughProfiler PyTorchProfiler SimpleProfiler",
     "lightning.pytorch.plugins": "AsyncCheckpointIO DoublePrecision HalfPrecision MixedPrecision Precision TorchCheckpointIO "

@@ -93,6 +93,17 @@ class ValidationNumbers(Callback):
     def __init__(self, monitor: str) -> None:
         self.monitor = monitor
         self.metrics: dict[str, Any] = {}
+        self._told = False
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say once that only a part of the images is validated, if so."""
+        loader: Any = trainer.val_dataloaders
+        seen, every = sum(trainer.num_val_batches), len(loader)
+        if seen < every and trainer.is_global_zero and not (self._told or trainer.sanity_checking):
+            self._told = True
+            tqdm.write(
+                f"the numbers are those of {seen} of {every} batches of validation images, since trainer limits them"
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over what the model has logged, the monitored number first.
@@ -147,7 +158,6 @@ class MeanAveragePrecision(ValidationNumbers):
         super().__init__("val/AP")
         self._evaluator: CocoEvaluator | None = None
         self._seen: set[int] = set()
-        self._told = False
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last epoch."""
@@ -174,12 +184,9 @@ class MeanAveragePrecision(ValidationNumbers):
         assert self._evaluator is not None
         self.metrics = self._evaluator.compute()
         self.metrics["epoch"] = trainer.current_epoch
-        images, every = len(set().union(*processes.from_all(self._seen))), len(self._evaluator.annotations)
-        if images < every:
+        images = len(set().union(*processes.from_all(self._seen)))
+        if images < len(self._evaluator.annotations):
             self.metrics["images"] = images
-            if trainer.is_global_zero and not trainer.sanity_checking and not self._told:
-                self._told = True
-                tqdm.write(f"AP is that of {images} of {every} validation images, since trainer limits the batches")
         for name in ("AP", "AP50"):
             pl_module.log(f"val/{name}", float(self.metrics[name]), prog_bar=True)
 

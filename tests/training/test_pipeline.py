@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import signal
+import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -330,3 +332,41 @@ def test_coco_mini_trains_two_epochs_and_evaluates(shared_data: Path, tmp_path: 
     annotations = read_coco_annotations(shared_data / "coco_mini" / "annotations" / "instances_val2017.json")
     assert annotations.iscrowd.sum() == 7
     assert set(read_detections(detections, annotations).image_ids) <= set(annotations.image_ids)
+
+
+def test_the_way_from_a_configuration_to_the_training_is_short(
+    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Command, run folder, Lightning: each file once, and nothing below calls back up."""
+    stacks: list[list[str]] = []
+    entered: list[str] = []
+
+    def fit(self: Any, *arguments: Any, **settings: Any) -> None:
+        sys.setprofile(None)
+        frames = [frame.filename for frame in traceback.extract_stack()]
+        stacks.append([name.partition("/detpipe/")[2] for name in frames if "/detpipe/" in name])
+        raise KeyboardInterrupt
+
+    def enter(frame: Any, event: str, _: Any) -> None:
+        name = frame.f_code.co_filename.partition("/detpipe/")[2]
+        if event == "call" and name.startswith(("cli", "commands/", "training/")):
+            entered.append(name)
+
+    from lightning.pytorch import Trainer
+
+    import detpipe.commands.training  # noqa: F401  (what is defined when it is imported is not on the way)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    command = ["train", runs.CONFIG, *runs.options(demo_root), "--output", str(tmp_path / "run")]
+    sys.setprofile(enter)
+    try:
+        assert cli.main(command) == 130
+    finally:
+        sys.setprofile(None)
+    [stack] = stacks
+    assert list(dict.fromkeys(stack)) == ["cli.py", "commands/training.py", "training/run_folder.py"]
+    assert [name for name, before in zip(stack[1:], stack, strict=False) if name != before] == list(
+        dict.fromkeys(stack)
+    )[1:]
+    built = {name for name in entered if name not in ("training/allowed.py", "training/config_errors.py")}
+    assert len(built) <= 9, sorted(built)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,8 +17,10 @@ import kills_of_runs as kills
 import pytest
 import runs
 import torch
+from together import start
 
 from detpipe import cli
+from detpipe.datasets import Demo, DemoScenes
 from detpipe.errors import UsageError
 from detpipe.files import atomic_write
 from detpipe.training import resume
@@ -345,3 +349,100 @@ def test_check_sums_are_those_of_sha256sum(broken_off: Path) -> None:
     names = [f"{name}.sha256" for name in (LAST, PREVIOUS)]
     subprocess.run(["sha256sum", "--check", "--strict", *names], cwd=broken_off, check=True)
     assert all(len(check_sums(broken_off / name)) == 1 for name in (LAST, PREVIOUS))
+
+
+def of_digits(root: Path) -> list[str]:
+    """Pretrain on crops."""
+    data = ["--data.root", str(root / "digits"), "--data.demo", str(root / "demo"), "--data.scenes", str(kills.SCENES)]
+    tiny = ["--data.views.size", "32", "--data.loader.batch_size", "16", "--model.backbone.levels", "[c3]"]
+    return ["pretrain", str(runs.CONFIGS / "pretrain" / "se_resnet18.yaml"), *data, *tiny]
+
+
+def of_regions(root: Path) -> list[str]:
+    """Train a classifier of regions."""
+    sizes = ["--model.min_size", "64", "--model.max_size", "64", "--data.loader.batch_size", "3"]
+    network = [
+        "--model.backbone.levels",
+        "[c2]",
+        "--model.backbone.out_channels",
+        "8",
+        "--model.classification.fc",
+        "[16]",
+    ]
+    data = ["--data.root", str(root), "--data.scenes", str(kills.SCENES)]
+    return ["train_regions", str(runs.CONFIGS / "region_classifier.yaml"), *data, *sizes, *network]
+
+
+def of_shards(root: Path) -> list[str]:
+    """Train on the scenes in shards."""
+    folder = root.parent / "shards"
+    if not folder.exists():
+        Demo(str(root), scenes=DemoScenes(**kills.SCENES)).annotations("train")
+        for split in ("train", "val"):
+            assert cli.main(["data", "shards", str(root / "coco"), "--split", split, "-o", str(folder)]) == 0
+    data = [
+        "--data",
+        "Shards",
+        "--data.root",
+        str(folder),
+        "--data.augment",
+        "{flip: 0.5}",
+        "--data.loader.num_workers",
+        "2",
+    ]
+    return ["train", runs.CONFIG, *runs.MODEL, *data, "--data.loader.batch_size", "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [2, 8])
+@pytest.mark.parametrize("kind", [of_digits, of_regions, of_shards])
+def test_other_trainings_go_on_alike(
+    kind: Callable[[Path], list[str]],
+    batch: int,
+    killed_root: Path,
+    undisturbed: dict[tuple[str, ...], Path],
+    tmp_path: Path,
+) -> None:
+    short = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1"]
+    command, folder = [*kind(killed_root), *short, *EVERY_STEP], tmp_path / "run"
+    at = ("on_train_batch_start", batch)
+    assert kills.run([*command, "--output", str(folder)], tmp_path / "log", at) == -signal.SIGKILL
+    again = [*command, "--output", str(folder), "--ckpt_path", "last"]
+    assert kills.run(again, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert compare(command, folder, undisturbed) == []
+
+
+BOTH = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+import kills_of_runs as kills
+from detpipe import cli
+at, rank, number, arguments = json.loads(sys.argv[1])
+if at and os.environ["RANK"] in rank:
+    kills.signal_at(*at, number)
+sys.exit(cli.main(arguments))
+"""
+
+
+def both(at: tuple[str, int] | None, rank: str, number: int, arguments: list[str]) -> list[int]:
+    """Run a command in two processes, of which some get a signal; their statuses."""
+    return [status for status, _, _ in start(BOTH, [json.dumps([at, rank, number, arguments])], 2, 200)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_two_processes_stop_together_and_go_on(accumulated: int, killed_root: Path, tmp_path: Path) -> None:
+    """Both are killed, or one of them is asked to end."""
+    Demo(str(killed_root), scenes=DemoScenes(**kills.SCENES)).annotations("train")
+    two = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", *EVERY_STEP]
+    command = [*kills.command(killed_root, accumulated, 2 if accumulated > 1 else 0), *two]
+    whole = tmp_path / "whole"
+    assert both(None, "", 0, [*command, "--output", str(whole)]) == [0, 0]
+    moments = ((4, "01", signal.SIGKILL), (2, "1", signal.SIGTERM))
+    for batch, rank, number in moments:
+        folder = tmp_path / f"{number}"
+        statuses = both(("on_train_batch_start", batch), rank, number, [*command, "--output", str(folder)])
+        assert statuses == ([-signal.SIGKILL] * 2 if number == signal.SIGKILL else [143, 0])
+        assert both(None, "", 0, [*command, "--output", str(folder), "--ckpt_path", "last"]) == [0, 0]
+        assert kills.differences(kills.state(whole), kills.state(folder)) == []

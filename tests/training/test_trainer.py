@@ -219,7 +219,7 @@ def test_limited_batches_are_said_and_a_profile_is_shown(
     ]
     assert train(demo_root, tmp_path / "run", *limits, epochs=1) == 0
     shown = capfd.readouterr()
-    assert "AP is that of 4 of 6 validation images, since trainer limits the batches" in shown.out
+    assert "the numbers are those of 1 of 2 batches of validation images, since trainer limits them" in shown.out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["images"] == 4
     assert "run_training_batch" in shown.err + caplog.text
     assert "it/s" not in shown.err
