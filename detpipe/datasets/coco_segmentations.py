@@ -1,7 +1,7 @@
 """Segmentations of COCO, polygons and run lengths, drawn into one mask an image.
 
-Lin et al., "Microsoft COCO: Common Objects in Context", 2014, arXiv 1405.0312. Polygons are drawn by ``faster_coco_eval`` as
-pycocotools draws them. Run lengths are decoded here, because a damaged one makes C code write beyond its memory.
+Lin et al., "Microsoft COCO: Common Objects in Context", 2014, arXiv 1405.0312. Polygons are drawn by
+pycocotools. Run lengths are decoded here, because a damaged one makes C code write beyond its memory.
 
 A run-length encoding counts the pixels of an image column by column: background, object, background, and so on. Compressed, each
 count is written in characters of 5 bits and a flag that more follow, from the third on as the difference to the last but one.
@@ -174,9 +174,8 @@ def from_polygons(polygons: list[Any], size: tuple[int, int]) -> npt.NDArray[np.
     Raises:
         ValueError: one of them is none.
     """
-    from faster_coco_eval.core import mask as drawing
+    from pycocotools import mask as drawing
 
     points = whole_polygons(polygons)
-    drawn: Any = drawing.frPyObjects([one.tolist() for one in points], *size)
-    drawn = drawing.merge(drawn)
-    return np.asarray(drawing.decode(drawn)).astype(bool)
+    drawn: Any = drawing.merge(drawing.frPyObjects([one.tolist() for one in points], *size))
+    return cover(np.array(run_lengths(drawn["counts"].decode())), size)  # its own decoder warns under numpy 2
