@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from detpipe.datasets.coco_quick import sound_columns
+from detpipe.datasets.coco_quick import sound_records
 from detpipe.datasets.faults import Faults, Policy
 from detpipe.datasets.records import RecordBuilder, build_annotations
 from detpipe.errors import DataError
@@ -47,10 +47,10 @@ def load_coco(
         DataError: for anything wrong, naming the file, the record, the field and its value.
     """
     json_path, image_root = Path(json_path), Path(image_root)
-    columns = sound_columns(json_path, cache)
-    if columns is not None:
+    records = sound_records(json_path, image_root, cache)
+    if records is not None:
         _check_folder(image_root, json_path)
-        return build_annotations(columns.records(image_root), Faults(json_path, on_bad))
+        return build_annotations(records, Faults(json_path, on_bad))
     images, annotations, categories = _top_level(json_path)
     _check_folder(image_root, json_path)
     faults = Faults(json_path, on_bad)
