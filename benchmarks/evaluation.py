@@ -8,8 +8,7 @@ same numbers to 1e-12:
 | --- | --- |
 | `CocoEvaluator` | tensors, image by image, into the metric, then ``compute()``: what validation does |
 | `evaluate_coco` | packed arrays |
-| faster-coco-eval | its own recipe: dicts, ``loadRes``, evaluate, accumulate, summarize |
-| pycocotools | the same recipe |
+| pycocotools | its own recipe: dicts, ``loadRes``, evaluate, accumulate, summarize |
 
 Time is from tensors, arrays or dicts to the numbers, without making the set and without imports. Memory is the peak of the
 process, imports included, and its growth from before the evaluation, when the set is there in the form that the contestant takes.
@@ -121,12 +120,9 @@ def prepare(contestant: str, annotations: Annotations, found: DetectionArrays) -
         return lambda: _numbers(evaluate_coco(annotations, found))
     if contestant == "CocoEvaluator":
         return _metric(annotations, found)
-    if contestant == "pycocotools":
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval as Evaluator
-    else:
-        from faster_coco_eval import COCO
-        from faster_coco_eval import COCOeval_faster as Evaluator
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval as Evaluator
+
     dataset, results = as_dicts(annotations, found)
 
     def run() -> list[float]:
@@ -181,7 +177,7 @@ def measure(contestant: str, size: tuple[int, int, int]) -> dict[str, Any]:
     return {"seconds": seconds, "peak": peak, "grown": peak - before, "numbers": numbers}
 
 
-CONTESTANTS = ("CocoEvaluator", "evaluate_coco", "faster-coco-eval", "pycocotools")
+CONTESTANTS = ("CocoEvaluator", "evaluate_coco", "pycocotools")
 
 
 def main() -> None:

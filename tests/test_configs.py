@@ -58,7 +58,7 @@ class Parsed(CLI):
 
 
 def parse(*arguments: Path | str) -> Any:
-    return Parsed([str(argument) for argument in arguments], training._add_arguments).config
+    return Parsed([str(argument) for argument in arguments], training.add_arguments).config
 
 
 def shown_bases(overlay: Path) -> list[Path]:
@@ -117,7 +117,7 @@ def test_a_model_runs_two_steps_on_the_demo_set(path: Path, demo_root: Path, tmp
     ],
 )
 def test_heads_are_changed_as_their_headers_show(name: str, changes: list[str], want: tuple[Any, ...]) -> None:
-    value = CLI([str(runs.CONFIGS / f"{name}.yaml"), *changes], training._add_arguments).model.head
+    value = CLI([str(runs.CONFIGS / f"{name}.yaml"), *changes], training.add_arguments).model.head
     *path, expected = want
     for part in path:
         value = getattr(value, part)

@@ -120,10 +120,10 @@ class EpochBatches(Sampler[list[Key]]):
         return [batch for batch, _ in self._dealt(epoch)]
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, (stopped, done) = (
-            self.epoch,
-            self._done,
-        )  # read with the first batch: PyTorch makes iterators that it never uses
+        return self._keys(self.epoch)
+
+    def _keys(self, epoch: int) -> Iterator[list[Key]]:
+        stopped, done = self._done  # looked at with the first batch, since PyTorch makes iterators that it never uses
         self._done = (0, 0)
         for batch, repeated in islice(self._dealt(epoch), done if epoch == stopped else 0, None):
             yield [Repeat((epoch, index)) if repeated else (epoch, index) for index in batch]  # there may be millions

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from detpipe.datasets.class_list import class_differences
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import Collected, Fault
 from detpipe.datasets.image_files import ImageFiles, image_paths
@@ -108,25 +109,17 @@ def _compare_class_lists(read: Mapping[str, Annotations], faults: dict[str, list
     if not read:
         return
     first, *others = read
-    known = dict(zip(read[first].class_names, read[first].category_ids, strict=True))
+    one = read[first]
     for name in others:
-        listed = dict(zip(read[name].class_names, read[name].category_ids, strict=True))
-        if listed == known and read[name].class_names == read[first].class_names:
+        if (one.class_names, one.category_ids) == (read[name].class_names, read[name].category_ids):
             continue
-        parts = [f"only in {first}: {word!r} (id {known[word]})" for word in known if word not in listed]
-        parts += [f"only in {name}: {word!r} (id {listed[word]})" for word in listed if word not in known]
-        parts += [
-            f"{word!r} has id {known[word]} in {first} and {listed[word]} in {name}"
-            for word in known
-            if word in listed and known[word] != listed[word]
-        ]
-        message = "; ".join(parts) or "the same classes in another order"
+        message = "; ".join(class_differences(first, one, name, read[name]))
         faults.setdefault(f"{first} and {name}", []).append(Fault("data set: class lists differ", message))
     for name in read:
         empty = [
             word
             for label, word in enumerate(read[name].class_names, start=1)
-            if word in known and not (read[name].labels == label).any()
+            if word in one.class_names and not (read[name].labels == label).any()
         ]
         if empty:
             shown = ", ".join(map(repr, empty[:10])) + (", ..." if len(empty) > 10 else "")

@@ -113,6 +113,15 @@ def compare_classes(name: str, known: Annotations, other_name: str, other: Annot
     """
     if (known.class_names, known.category_ids) == (other.class_names, other.category_ids):
         return
+    differences = class_differences(name, known, other_name, other)
+    raise DataError(
+        f"the classes of {name} ({known.root}) and {other_name} ({other.root}) differ: "
+        f"{'; '.join(differences[:SHOWN])} ({len(differences)} in total); make the class lists equal"
+    )
+
+
+def class_differences(name: str, known: Annotations, other_name: str, other: Annotations) -> list[str]:
+    """Name the classes that two splits do not share or number differently; the arguments are those of `compare_classes`."""
     first = dict(zip(known.class_names, known.category_ids, strict=True))
     second = dict(zip(other.class_names, other.category_ids, strict=True))
     differences = [f"only in {name}: {word!r} (id {first[word]})" for word in first if word not in second]
@@ -122,9 +131,4 @@ def compare_classes(name: str, known: Annotations, other_name: str, other: Annot
         for word in first
         if word in second and first[word] != second[word]
     ]
-    if not differences:
-        differences = [f"the same classes in another order: {known.class_names} and {other.class_names}"]
-    raise DataError(
-        f"the classes of {name} ({known.root}) and {other_name} ({other.root}) differ: "
-        f"{'; '.join(differences[:SHOWN])} ({len(differences)} in total); make the class lists equal"
-    )
+    return differences or [f"the same classes in another order: {known.class_names} and {other.class_names}"]

@@ -1,31 +1,27 @@
-"""Reads COCO instance annotations (``instances_*.json``) strictly, a whole field of all records at a time.
+"""Reads COCO instance annotations (``instances_*.json``) strictly, record by record.
 
 A file without a fault is read by ``coco_quick``, or comes from the cache of an earlier run. What is here reads all others, and
-names what is wrong with them. Looking at one field of all records at once keeps the checks near the speed of C; only where
-something is wrong are the records looked at one by one, to name them.
+names what is wrong with them.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from detpipe.datasets.coco_quick import sound_columns
+from detpipe.datasets.coco_quick import sound_records
 from detpipe.datasets.faults import Faults, Policy
-from detpipe.datasets.records import Records, build_annotations
+from detpipe.datasets.records import RecordBuilder, build_annotations
 from detpipe.errors import DataError
 from detpipe.strict_json import load_json, shorten
 from detpipe.types import Annotations
 
 _MISSING: Any = object()
 _INT64 = 2**63
-_Column = tuple[list[Any], npt.NDArray[np.bool_]]  # values with a stand-in where they are bad, and which are good
+_Field = tuple[str, Callable[[Any], bool], str, Any]  # name, what is accepted, that in words, default
 
 
 def load_coco(
@@ -51,31 +47,17 @@ def load_coco(
         DataError: for anything wrong, naming the file, the record, the field and its value.
     """
     json_path, image_root = Path(json_path), Path(image_root)
-    columns = sound_columns(json_path, cache)
-    if columns is not None:
+    records = sound_records(json_path, image_root, cache)
+    if records is not None:
         _check_folder(image_root, json_path)
-        return build_annotations(columns.records(image_root), Faults(json_path, on_bad))
+        return build_annotations(records, Faults(json_path, on_bad))
     images, annotations, categories = _top_level(json_path)
     _check_folder(image_root, json_path)
     faults = Faults(json_path, on_bad)
-    class_names, category_ids = _categories(categories, faults)
-    file_names, image_ids, sizes, dropped = _images(images, faults)
-    records = _annotations(annotations, file_names, image_ids, dropped, category_ids, faults)
-    return build_annotations(
-        Records(
-            root=image_root,
-            folders=[image_root],
-            file_names=file_names,
-            image_ids=image_ids,
-            sizes=sizes,
-            class_names=class_names,
-            category_ids=category_ids,
-            images_read=len(images),
-            boxes_read=len(annotations),
-            **records,
-        ),
-        faults,
-    )
+    builder = RecordBuilder(*_categories(categories, faults))
+    rows, dropped = _add_images(images, builder, faults)
+    _add_boxes(annotations, rows, dropped, builder, faults)
+    return build_annotations(builder.records(image_root, [image_root], len(images), len(annotations)), faults)
 
 
 def _check_folder(image_root: Path, json_path: Path) -> None:
@@ -123,164 +105,116 @@ def _categories(records: list[dict[str, Any]], faults: Faults) -> tuple[tuple[st
     return tuple(named[key] for key in sorted(named)), tuple(sorted(named))
 
 
-def _images(
-    records: list[dict[str, Any]], faults: Faults
-) -> tuple[list[str], npt.NDArray[np.int64], npt.NDArray[np.int64], set[int]]:
-    """File names, ids and sizes [I, 2] of the usable images, and the ids of the others."""
-    bad: dict[int, tuple[str, str]] = {}  # row -> reason and message; the first fault of a record stands for it
-
-    def note(i: int, field: str, text: str) -> None:
-        record = records[i]
-        name = f"images[{i}]" if field == "id" else f"image id {record.get('id')} ({record.get('file_name')})"
-        bad.setdefault(i, (f"bad {field}", f"{name}: field {field} {text}"))
-
-    ids, has_id = _column(records, "id", _is_int64, "a whole number", note)
-    names, named = _column(records, "file_name", _is_text, "text", note)
-    columns = [_column(records, f, _is_length, "a whole number of pixels above 0", note) for f in ("height", "width")]
-    good = has_id & named & columns[0][1] & columns[1][1]
-    for i in sorted(bad):
-        faults.image(*bad[i])
-    sizes = np.array([columns[0][0], columns[1][0]], dtype=np.int64).T.reshape(-1, 2)
-    image_ids = np.array(ids, dtype=np.int64)
-    for first, again in _repeats(image_ids, has_id):
-        faults.fatal(
-            "duplicate image id",
-            f"image id {ids[again]} is there twice: file_name {names[first]!r} and {names[again]!r}",
-        )
-    rows = np.flatnonzero(good).tolist()
-    dropped = {record["id"] for i, record in enumerate(records) if not good[i] and type(record.get("id")) is int}
-    return [names[i] for i in rows], image_ids[rows], sizes[rows], dropped
+def _add_images(
+    records: list[dict[str, Any]], builder: RecordBuilder, faults: Faults
+) -> tuple[dict[int, int], set[int]]:
+    """Add the usable images; their ids with their rows, and the ids of the others."""
+    rows: dict[int, int] = {}
+    dropped: set[int] = set()
+    name_of: dict[int, Any] = {}
+    for i, record in enumerate(records):
+        key, name = _values(record, "id", "file_name")
+        field, text = _first_fault(record, _IMAGE)
+        if field != "id" and name_of.setdefault(key, name) is not name:
+            faults.fatal(
+                "duplicate image id", f"image id {key} is there twice: file_name {name_of[key]!r} and {name!r}"
+            )
+        if field:
+            where = f"images[{i}]" if field == "id" else f"image id {key} ({name})"
+            faults.image(f"bad {field}", f"{where}: field {field} {text}")
+            if type(key) is int:
+                dropped.add(key)
+        else:
+            rows.setdefault(key, len(builder.images))
+            builder.add_image(name, key, (record["height"], record["width"]))
+    return rows, dropped
 
 
-def _annotations(
-    records: list[dict[str, Any]],
-    file_names: list[str],
-    image_ids: npt.NDArray[np.int64],
-    dropped: set[int],
-    category_ids: tuple[int, ...],
-    faults: Faults,
-) -> dict[str, Any]:
-    """The box arrays of `Records`, without the annotations that cannot be parsed."""
-    bad: dict[int, tuple[str, str]] = {}  # row -> reason and message; the first fault of a record stands for it
-
-    def note(b: int, field: str, text: str) -> None:
-        name = f"annotations[{b}]" if field == "id" else f"annotation id {records[b].get('id')}"
-        bad.setdefault(b, (f"bad {field}", f"{name}: field {field} {text}"))
-
-    ids = np.array(_column(records, "id", _is_int64, "a whole number", note)[0], dtype=np.int64)
-    image_of = np.array(_column(records, "image_id", _is_int64, "a whole number", note)[0], dtype=np.int64)
-    category_of = np.array(_column(records, "category_id", _is_int64, "a whole number", note)[0], dtype=np.int64)
-    xywh = _boxes(records, note)
-    iscrowd = np.array(_column(records, "iscrowd", _is_flag, "0 or 1", note, default=0)[0], dtype=bool)
-    difficult = np.array(_column(records, "difficult", _is_flag, "0 or 1", note, default=0)[0], dtype=bool)
-    area = np.array(
-        _column(records, "area", _is_area, "a number of at least 0", note, default=math.nan)[0], dtype=float
-    )
-
-    orphaned = {b for b, image in enumerate(image_of.tolist()) if image in dropped and b not in bad}
-    faults.skipped["boxes skipped: image skipped"] += len(orphaned)  # the fault is that of the image
-    box_image = _look_up(image_of, image_ids, "image_id", note)
-    labels = _look_up(category_of, np.array(category_ids, dtype=np.int64), "category_id", note)
-    good = np.ones(len(records), dtype=bool)
-    good[[*bad, *orphaned]] = False
-    for first, again in _repeats(ids, good):
-        message = f"annotation id {ids[again]} is there twice: annotations[{first}] and annotations[{again}]"
-        bad.setdefault(again, ("duplicate id", message))
-        good[again] = False
-    for b in sorted(bad.keys() - orphaned):
-        faults.box(*bad[b])
-    rows = np.flatnonzero(good)
-    return {
-        "box_image": box_image[rows],
-        "boxes": np.concatenate([xywh[rows, :2], xywh[rows, :2] + xywh[rows, 2:]], axis=1),
-        "labels": labels[rows] + 1,
-        "iscrowd": iscrowd[rows],
-        "difficult": difficult[rows],
-        "area": area[rows],
-        "name_box": lambda b: (
-            f"annotation id {ids[rows[b]]} (image {file_names[box_image[rows[b]]]}): bbox {xywh[rows[b]].tolist()}"
-        ),
-    }
-
-
-def _boxes(records: list[dict[str, Any]], note: Callable[[int, str, str], None]) -> npt.NDArray[np.float64]:
-    """[B, 4] x, y, width, height."""
-    values, _ = _column(records, "bbox", _is_list, "4 numbers", note, stand_in=[0, 0, 0, 0])
-    flat = list(chain.from_iterable(values))
-    if set(map(len, values)) <= {4} and set(map(type, flat)) <= {int, float}:
-        try:
-            return np.array(flat, dtype=np.float64).reshape(-1, 4)
-        except OverflowError:  # a whole number beyond the range of floats: name it below
-            pass
-    for b, value in enumerate(values):
-        if len(value) != 4 or not all(type(v) in (int, float) and abs(v) < _INT64 for v in value):
-            note(b, "bbox", f"must be 4 numbers [x, y, width, height], got {shorten(value)}")
-            values[b] = [0, 0, 0, 0]
-    return np.array(values, dtype=np.float64).reshape(-1, 4)
-
-
-def _column(
-    records: list[dict[str, Any]],
-    field: str,
-    check: tuple[set[type], Callable[[Any], bool]],
-    expected: str,
-    note: Callable[[int, str, str], None],
-    default: Any = _MISSING,
-    stand_in: Any = 0,
-) -> _Column:
-    """One field of all records; those that fail the check are noted and replaced by a stand-in."""
-    kinds, accepts = check
-    values = [record.get(field, default) for record in records]
-    good = np.ones(len(values), dtype=bool)
-    if set(map(type, values)) <= kinds and all(map(accepts, _extremes(values))):
-        return values, good
-    for i, value in enumerate(values):
-        if default is not _MISSING and value is default:
+def _add_boxes(
+    records: list[dict[str, Any]], rows: dict[int, int], dropped: set[int], builder: RecordBuilder, faults: Faults
+) -> None:
+    """Add the annotations that can be parsed."""
+    labels = {category: label for label, category in enumerate(builder.category_ids, start=1)}
+    first: dict[int, int] = {}
+    for b, record in enumerate(records):
+        key, image, category = _values(record, "id", "image_id", "category_id")
+        field, text = _first_fault(record, _BOX)
+        if not field and image in dropped:  # the fault is that of the image
+            faults.skipped["boxes skipped: image skipped"] += 1
             continue
-        if type(value) not in kinds or not accepts(value):
-            note(i, field, "is missing" if value is _MISSING else f"must be {expected}, got {shorten(value)}")
-            values[i], good[i] = stand_in, False
-    return values, good
+        for owner, wanted, known in (("image", image, rows), ("category", category, labels)):
+            if not field and wanted not in known:
+                field = f"{owner}_id"
+                text = f"is {wanted}, which no {owner} has (there are {shorten(sorted(known))})"
+        if field:
+            where = f"annotations[{b}]" if field == "id" else f"annotation id {key}"
+            faults.box(f"bad {field}", f"{where}: field {field} {text}")
+        elif first.setdefault(key, b) != b:
+            message = f"annotation id {key} is there twice: annotations[{first[key]}] and annotations[{b}]"
+            faults.box("duplicate id", message)
+        else:
+            x, y, width, height = map(float, record["bbox"])
+            builder.add_box(
+                rows[image],
+                (x, y, x + width, y + height),
+                labels[category],
+                f"annotation id {key} (image {builder.images[rows[image]][0]}): bbox {[x, y, width, height]}",
+                difficult=bool(record.get("difficult", 0)),
+                iscrowd=bool(record.get("iscrowd", 0)),
+                area=float(record.get("area", math.nan)),
+            )
 
 
-def _extremes(values: list[Any]) -> list[Any]:
-    """The values that decide whether all lie in a range; every value where they have no order."""
-    if not values or type(values[0]) in (str, list):
-        return [] if not values or type(values[0]) is list else values
-    if any(value != value for value in values):  # NaN, the default of the area: no order
-        return values
-    return [min(values), max(values)]
+def _values(record: dict[str, Any], *fields: str) -> list[Any]:
+    return [record.get(field) for field in fields]
 
 
-_is_int64 = ({int}, lambda v: -_INT64 <= v < _INT64)
-_is_length = ({int}, lambda v: 0 < v < 2**31)
-_is_text = ({str}, lambda v: v != "")
-_is_list = ({list}, lambda v: True)
-_is_flag = ({int, bool}, lambda v: v in (0, 1))
-_is_area = ({int, float}, lambda v: 0 <= v < _INT64)
+def _first_fault(record: dict[str, Any], fields: tuple[_Field, ...]) -> tuple[str, str]:
+    """The first field of a record that is not as it must be, and what is wrong with it; both empty if there is none."""
+    for field, accepts, expected, default in fields:
+        value = record.get(field, default)
+        if value is _MISSING:
+            return field, "is missing"
+        if value is not default and not accepts(value):
+            return field, f"must be {expected}, got {shorten(value)}"
+    return "", ""
 
 
-def _look_up(
-    wanted: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], field: str, note: Callable[[int, str, str], None]
-) -> npt.NDArray[np.int64]:
-    """The row of each wanted id; those that are not there are noted and get row 0."""
-    order = np.argsort(ids, kind="stable")
-    places = np.searchsorted(ids[order], wanted)
-    known = places < len(ids)
-    known[known] = ids[order[places[known]]] == wanted[known]
-    for b in np.flatnonzero(~known).tolist():
-        owner = field.removesuffix("_id")
-        note(b, field, f"is {wanted[b]}, which no {owner} has (there are {shorten(np.sort(ids).tolist())})")
-    rows = np.zeros(len(wanted), dtype=np.int64)
-    rows[known] = order[places[known]]
-    return rows
+def _is_int64(value: Any) -> bool:
+    return type(value) is int and -_INT64 <= value < _INT64
 
 
-def _repeats(ids: npt.NDArray[np.int64], good: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Pairs of rows with the same id: the first, and each one after it."""
-    rows = np.flatnonzero(good)
-    _, first, inverse, count = np.unique(ids[rows], return_index=True, return_inverse=True, return_counts=True)
-    if len(count) == len(rows):
-        return []
-    again = np.flatnonzero((count[inverse] > 1) & (first[inverse] != np.arange(len(rows))))
-    return [(int(rows[first[inverse[i]]]), int(rows[i])) for i in again]
+def _is_length(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_box(value: list[Any]) -> bool:
+    return len(value) == 4 and all(type(v) is float or (type(v) is int and abs(v) <= sys.float_info.max) for v in value)
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) in (int, bool) and value in (0, 1)
+
+
+def _is_area(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < _INT64
+
+
+_ID = (_is_int64, "a whole number", _MISSING)
+_SIDE = (_is_length, "a whole number of pixels above 0", _MISSING)
+_IMAGE: tuple[_Field, ...] = (
+    ("id", *_ID),
+    ("file_name", lambda value: type(value) is str and value != "", "text", _MISSING),
+    ("height", *_SIDE),
+    ("width", *_SIDE),
+)
+_BOX: tuple[_Field, ...] = (
+    ("id", *_ID),
+    ("image_id", *_ID),
+    ("category_id", *_ID),
+    ("bbox", lambda value: type(value) is list, "4 numbers", _MISSING),
+    ("bbox", _is_box, "4 numbers [x, y, width, height]", _MISSING),
+    ("iscrowd", _is_flag, "0 or 1", 0),
+    ("difficult", _is_flag, "0 or 1", 0),
+    ("area", _is_area, "a number of at least 0", math.nan),
+)

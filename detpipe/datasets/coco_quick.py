@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import UNSET, Raw, UnsetType
 
-from detpipe.datasets.annotation_cache import cache_of, content_key
-from detpipe.datasets.coco_columns import CocoColumns
+from detpipe.datasets.annotation_cache import Arrays, cache_of, content_key
+from detpipe.datasets.records import Records
 from detpipe.errors import DataError
 from detpipe.files import refuse_special
 from detpipe.strict_json import parse_json, paused_collection
@@ -44,6 +44,7 @@ _BOX = {
     "area": float | UnsetType,
     "segmentation": Raw | UnsetType,
 }
+_AS_THEY_ARE = ("image_ids", "sizes", "box_image", "labels", "iscrowd", "difficult", "area")  # for Records
 _FIRST = 2**20  # bytes in which the first record should end
 _CHUNK = 2**15  # records whose unread fields are looked at together
 _BLOCK = 2**20  # bytes that fit into a processor's cache
@@ -54,15 +55,17 @@ class _UnprovenError(Exception):
     """The file may be faulty: the strict reader has to look at it."""
 
 
-def sound_columns(path: Path, cache: str | Path | None = None) -> CocoColumns | None:
+def sound_records(path: Path, image_root: Path, cache: str | Path | None = None) -> Records | None:
     """Read an annotation file that has no fault, or take what was kept of an earlier reading.
 
     Args:
         path: the file.
+        image_root: the folder that file names are relative to.
         cache: the folder of what is kept; ``"off"`` for none, None for what the environment says.
 
     Returns:
-        Its columns; None where the strict reader has to read the file: it has a fault, or this reader cannot prove that not.
+        Its records, every reference resolved, nothing of image files or geometry checked yet; None where the strict reader has to
+        read the file: it has a fault, or this reader cannot prove that not.
     """
     store = cache_of(cache)
     refuse_special(path)
@@ -70,24 +73,25 @@ def sound_columns(path: Path, cache: str | Path | None = None) -> CocoColumns | 
         key = store.key(path, _KEPT) if store else None
         kept = store.load(key) if store and key else None
         if kept is not None:
-            return CocoColumns.unpack(kept)
+            return _records(kept, image_root)
         data = path.read_bytes()
     except OSError:  # a fault as well
         return None
-    columns = read_quickly(data)
-    if columns is not None and store and key:
-        store.store(content_key(_KEPT, data), columns.pack())
-    return columns
+    arrays = read_quickly(data)
+    if arrays is not None and store and key:
+        store.store(content_key(_KEPT, data), arrays)
+    return None if arrays is None else _records(arrays, image_root)
 
 
-def read_quickly(data: bytes) -> CocoColumns | None:
+def read_quickly(data: bytes) -> Arrays | None:
     """Read an annotation file that has no fault.
 
     Args:
         data: the content of the file.
 
     Returns:
-        Its columns; None where the file has a fault, or is not of a kind of which this reader can prove that it has none.
+        An array a field, which the cache keeps; None where the file has a fault, or is not of a kind of which this reader can
+        prove that it has none.
     """
     try:
         with paused_collection():
@@ -96,7 +100,7 @@ def read_quickly(data: bytes) -> CocoColumns | None:
         return None
 
 
-def _read(data: bytes) -> CocoColumns:
+def _read(data: bytes) -> Arrays:
     _check_text(data)
     top = msgspec.json.decode(data, type=dict[str, Raw])
     _prove(top.keys() >= {"images", "annotations", "categories"})
@@ -105,13 +109,32 @@ def _read(data: bytes) -> CocoColumns:
     small = {key: parse_json(bytes(top[key]).decode(), key) for key in top.keys() - {"images", "annotations"}}
     class_names, category_ids = _classes(small["categories"])
     file_names, image_ids, sizes = _images(top["images"], colons["images"])
-    return CocoColumns(
-        file_names=file_names,
-        image_ids=image_ids,
-        sizes=sizes,
-        class_names=class_names,
-        category_ids=category_ids,
+    return {
         **_boxes(top["annotations"], colons["annotations"], image_ids, category_ids),
+        "image_ids": image_ids,
+        "sizes": sizes,
+        "file_names": np.frombuffer("\0".join(file_names).encode(), dtype=np.uint8),
+        "classes": np.frombuffer(json.dumps([class_names, category_ids]).encode(), dtype=np.uint8),
+    }
+
+
+def _records(arrays: Arrays, image_root: Path) -> Records:
+    """What is left to check."""
+    file_names = arrays["file_names"].tobytes().decode().split("\0")[: len(arrays["image_ids"])]
+    class_names, category_ids = json.loads(arrays["classes"].tobytes().decode())
+    ids, image, xywh = arrays["ids"], arrays["box_image"], arrays["xywh"]
+    others: dict[str, Any] = {name: arrays[name] for name in _AS_THEY_ARE}
+    return Records(
+        root=image_root,
+        folders=[image_root],
+        file_names=file_names,
+        class_names=tuple(class_names),
+        category_ids=tuple(category_ids),
+        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+        name_box=lambda b: f"annotation id {ids[b]} (image {file_names[image[b]]}): bbox {xywh[b].tolist()}",
+        images_read=len(file_names),
+        boxes_read=len(ids),
+        **others,
     )
 
 

@@ -1,8 +1,8 @@
 """Fetch a file of known size and checksum over HTTP, and go on where an earlier attempt was cut off.
 
-What has arrived lies in ``NAME.part`` beside the final name, with ``NAME.part.json``, which says of which file it is the
-beginning: the validators (ETag, Last-Modified) that the server gave for it. A file appears under its final name only when its
-size and checksum are those that are known. Nothing but http and https is spoken, redirects included.
+What has arrived lies in ``NAME.part`` beside the final name. A file appears under its final name only when its size and checksum
+are those that are known: where pieces of several attempts do not make it, it is fetched once more in one piece. Nothing but http
+and https is spoken, redirects included.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -81,16 +80,18 @@ def fetch(
     with _locked(part) as stream:
         missing = remote.size - os.fstat(stream.fileno()).st_size
         check_space(path.parent, missing, str(path))
-        _receive(stream, remote, part, patience, advice, progress)
-        stream.flush()
-        os.fsync(stream.fileno())
-        try:
-            verify(part, remote, "it is dropped; a proxy or the server may have altered it: try again", progress)
-        except DownloadError:
-            _forget(part)
-            raise
+        altered = "it is dropped; a proxy or the server may have altered it: try again"
+        for again in (True, False):
+            in_pieces = _receive(stream, remote, part, patience, advice, progress)
+            try:
+                verify(part, remote, altered, progress)
+                break
+            except DownloadError:
+                stream.truncate(0)
+                if not (in_pieces and again):  # else the file may have changed between two pieces
+                    part.unlink()
+                    raise
         os.replace(part, path)
-        _memo(part).unlink(missing_ok=True)
     return path
 
 
@@ -151,14 +152,16 @@ def _locked(part: Path) -> Iterator[IO[bytes]]:
 
 def _receive(
     stream: IO[bytes], remote: RemoteFile, part: Path, patience: Patience, advice: str, progress: bool
-) -> None:
-    """Ask for the rest until all is there."""
+) -> bool:
+    """Ask for the rest until all is there; whether it came in several pieces."""
     failures = setbacks = 0
+    in_pieces = False
     with _bar(remote.name, remote.size, progress) as bar:
         while (start := stream.seek(0, os.SEEK_END)) != remote.size:
             if start > remote.size:  # of another file
                 stream.truncate(0)
                 continue
+            in_pieces = start > 0
             try:
                 _attempt(stream, remote, part, patience.timeout, advice, bar)
                 continue
@@ -172,32 +175,27 @@ def _receive(
                         f"again, or fetch the file by other means and put it into {part.parent}"
                     ) from error
             time.sleep(patience.wait * 2 ** max(failures - 1, 0))
+    stream.flush()
+    os.fsync(stream.fileno())
+    return in_pieces
 
 
 def _attempt(stream: IO[bytes], remote: RemoteFile, part: Path, timeout: float, advice: str, bar: Any) -> None:
     """One request: append what it brings."""
     start = stream.seek(0, os.SEEK_END)
-    known = _read_memo(part) if start else {}
-    headers = dict(HEADERS)
-    if start:
-        headers["Range"] = f"bytes={start}-"
-        validator = known.get("etag") or known.get("last_modified")
-        if validator and not validator.startswith("W/"):  # a weak one cannot promise equal bytes
-            headers["If-Range"] = validator
+    headers = {**HEADERS, "Range": f"bytes={start}-"} if start else HEADERS
     try:
         with open_url(remote.url, headers, timeout, advice) as response:
             if response.status == 206:
-                _check_rest(response, remote, start, known)
+                _check_rest(response, remote, start)
             else:
                 _check_length(response, remote, start)
-                stream.truncate(0)  # the file has changed, or the server only sends it whole
-                _write_memo(part, _validators(response))
+                stream.truncate(0)  # the server only sends it whole
             bar.n = stream.seek(0, os.SEEK_END)
             bar.refresh()
             _append(response, stream, remote, bar)
     except AnotherFileError as error:
         stream.truncate(0)
-        _write_memo(part, {})
         raise CutOffError("the server does not go on where the file was cut off") from error
     except (HTTPException, OSError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -208,12 +206,10 @@ def _attempt(stream: IO[bytes], remote: RemoteFile, part: Path, timeout: float, 
         raise CutOffError(f"cannot be reached ({reason})" if not start else f"was cut off ({reason})") from error
 
 
-def _check_rest(response: HTTPResponse, remote: RemoteFile, start: int, known: dict[str, str]) -> None:
+def _check_rest(response: HTTPResponse, remote: RemoteFile, start: int) -> None:
     """Whether a partial answer is the rest of the file whose beginning is there."""
     match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
     if match is None or int(match[1]) != start or match[3] not in ("*", str(remote.size)):
-        raise AnotherFileError
-    if any(known.get(key, value) != value for key, value in _validators(response).items()):
         raise AnotherFileError
 
 
@@ -236,33 +232,6 @@ def _append(response: HTTPResponse, stream: IO[bytes], remote: RemoteFile, bar: 
     stream.flush()
     if stream.tell() < remote.size:
         raise CutOffError("the connection was closed early")
-
-
-def _validators(response: HTTPResponse) -> dict[str, str]:
-    found = {"etag": response.headers.get("ETag"), "last_modified": response.headers.get("Last-Modified")}
-    return {key: value for key, value in found.items() if value}
-
-
-def _memo(part: Path) -> Path:
-    return part.with_name(f"{part.name}.json")
-
-
-def _read_memo(part: Path) -> dict[str, str]:
-    """The validators of what has arrived; nothing is known where the note is gone or damaged: the checksum decides."""
-    try:
-        content = json.loads(_memo(part).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {key: value for key, value in content.items() if type(value) is str} if type(content) is dict else {}
-
-
-def _write_memo(part: Path, validators: dict[str, str]) -> None:
-    _memo(part).write_text(json.dumps(validators), encoding="utf-8")
-
-
-def _forget(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _memo(part).unlink(missing_ok=True)
 
 
 def _bar(title: str, total: int, shown: bool) -> Any:

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from detpipe.datasets.coco import COCO
-from detpipe.datasets.coco_segmentations import IGNORED, Mask, coco_mask
 from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.decode import MAX_PIXELS
+from detpipe.datasets.segmentations import IGNORED, Mask, coco_mask
 from detpipe.datasets.voc import VOC
 from detpipe.errors import DataError
 from detpipe.strict_json import load_json

@@ -1,5 +1,6 @@
 """The public data sets that are fetched by name: where they are, what they are known by, and when they are complete.
 
+The table is ``public_sets.yaml``.
 VOC: sizes and MD5 of the archives as torchvision has them (``torchvision/datasets/voc.py``); addresses are those that
 ``host.robots.ox.ac.uk`` leads to. COCO publishes no checksums: sizes and SHA-256 are those that TensorFlow Datasets recorded
 (``url_checksums/coco.txt``), which other projects' records agree with.
@@ -10,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from detpipe.datasets.fetch import RemoteFile, check_space, check_url, fetch
 from detpipe.datasets.unpack import unpack
 from detpipe.errors import DownloadError
 from detpipe.files import atomic_folder, remove_orphans
-
-_VOC = "https://thor.robots.ox.ac.uk/pascal/VOC"
-_COCO = "http://images.cocodataset.org"
 
 
 @dataclass(frozen=True)
@@ -52,102 +53,20 @@ class PublicSet:
     page: str
 
 
-PUBLIC_SETS = {
-    "voc07": PublicSet(
-        parts=(
-            Part(
-                target="VOCdevkit/VOC2007",
-                inner="VOCdevkit/VOC2007",
-                archives=(
-                    RemoteFile(
-                        f"{_VOC}/voc2007/VOCtrainval_06-Nov-2007.tar",
-                        460_032_000,
-                        "md5",
-                        "c52e279531787c972589f7e41ab4ae64",
-                    ),
-                    RemoteFile(
-                        f"{_VOC}/voc2007/VOCtest_06-Nov-2007.tar",
-                        451_020_800,
-                        "md5",
-                        "b6e924de25625d8de591ea690078ad9f",
-                    ),
-                ),
-                files={
-                    "JPEGImages/*.jpg": 9963,
-                    "Annotations/*.xml": 9963,
-                    "ImageSets/Main/trainval.txt": 1,
-                    "ImageSets/Main/test.txt": 1,
-                },
-            ),
-        ),
-        configs=("configs/data/voc07.yaml",),
-        page="http://host.robots.ox.ac.uk/pascal/VOC/voc2007/",
-    ),
-    "voc12": PublicSet(
-        parts=(
-            Part(
-                target="VOCdevkit/VOC2012",
-                inner="VOCdevkit/VOC2012",
-                archives=(
-                    RemoteFile(
-                        f"{_VOC}/voc2012/VOCtrainval_11-May-2012.tar",
-                        1_999_639_040,
-                        "md5",
-                        "6cd6e144f989b92b3379bac3b3de84fd",
-                    ),
-                ),
-                files={"JPEGImages/*.jpg": 17125, "Annotations/*.xml": 17125, "ImageSets/Main/trainval.txt": 1},
-            ),
-        ),
-        configs=("configs/data/voc0712.yaml (with voc07)",),
-        page="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
-    ),
-    "coco2017": PublicSet(
-        parts=(
-            Part(
-                target="coco/annotations",
-                inner="annotations",
-                archives=(
-                    RemoteFile(
-                        f"{_COCO}/annotations/annotations_trainval2017.zip",
-                        252_907_541,
-                        "sha256",
-                        "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
-                    ),
-                ),
-                files={"instances_train2017.json": 1, "instances_val2017.json": 1},
-            ),
-            Part(
-                target="coco/val2017",
-                inner="val2017",
-                archives=(
-                    RemoteFile(
-                        f"{_COCO}/zips/val2017.zip",
-                        815_585_330,
-                        "sha256",
-                        "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
-                    ),
-                ),
-                files={"*.jpg": 5000},
-            ),
-            Part(
-                target="coco/train2017",
-                inner="train2017",
-                archives=(
-                    RemoteFile(
-                        f"{_COCO}/zips/train2017.zip",
-                        19_336_861_798,
-                        "sha256",
-                        "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
-                    ),
-                ),
-                files={"*.jpg": 118_287},
-            ),
-        ),
-        configs=("configs/data/coco.yaml",),
-        page="https://cocodataset.org/#download",
-    ),
-}
+def _read_sets() -> dict[str, PublicSet]:
+    """Read the table beside this module."""
+    table = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+    def part(target: str, inner: str, archives: list[Any], files: dict[str, int]) -> Part:
+        return Part(target, inner, tuple(RemoteFile(*archive) for archive in archives), files)
+
+    return {
+        name: PublicSet(tuple(part(**one) for one in entry["parts"]), tuple(entry["configs"]), entry["page"])
+        for name, entry in table.items()
+    }
+
+
+PUBLIC_SETS = _read_sets()
 
 
 def from_mirror(part: Part, mirror: str) -> Part:

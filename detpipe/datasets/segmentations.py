@@ -1,27 +1,163 @@
-"""Outlines of objects for copy-paste: read from a COCO annotation file a second time, packed, and drawn as masks.
+"""Outlines of objects as COCO has them, polygons and run lengths: read, checked, packed for copy-paste, drawn as masks.
 
-They are read only where they are asked for, and after the boxes: whatever reads, checks or caches boxes knows nothing of them. Each
-record is matched with the box that it became; records that were left out match none.
+Lin et al., "Microsoft COCO: Common Objects in Context", 2014, arXiv 1405.0312. Polygons are drawn by pycocotools. Run
+lengths are decoded here, because a damaged one makes C code write beyond its memory.
+
+A run-length encoding counts the pixels of an image column by column: background, object, background, and so on. Compressed, each
+count is written in characters of 5 bits and a flag that more follow, from the third on as the difference to the last but one.
+
+For copy-paste outlines are read only where they are asked for, from the annotation file a second time, and after the boxes:
+whatever reads, checks or caches boxes knows nothing of them. Each record is matched with the box that it became; records that
+were left out match none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.datasets.coco_segmentations import cover, from_polygons, whole_polygons, whole_runs
 from detpipe.datasets.faults import SHOWN
 from detpipe.errors import DataError
 from detpipe.strict_json import load_json, shorten
 from detpipe.types import Annotations, Segmentations
 
+Mask = npt.NDArray[np.int32]  # [H, W] 0 background, 1..K classes
+
+IGNORED = -1  # the value of pixels that do not count
+_FARTHEST = 100_000  # pixels: a coordinate beyond is no coordinate
 _SAME = 1e-3  # pixels between a box and its record: they are equal but for rounding
 
-_Outline = tuple[list[npt.NDArray[np.float64]], npt.NDArray[np.int32]]  # polygons, counts
+
+class Outline(NamedTuple):
+    """Where an object is: polygons x, y, x, y, .., or else pixels of background, of the object, of background, and so on."""
+
+    polygons: list[npt.NDArray[np.floating]]
+    runs: npt.NDArray[np.int32]  # column by column
+
+    def draw(self, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+        """Draw what the run lengths or any of the polygons cover, in an image of this height and width: ``[H, W]``."""
+        runs = self.runs if len(self.runs) else _covered(self.polygons, size)
+        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
+
+
+def read_outline(record: dict[str, Any], size: tuple[int, int], where: str = "") -> Outline:
+    """Read and check the segmentation of an annotation.
+
+    Args:
+        record: as in the file.
+        size: height and width of the image.
+        where: what a message says behind the id of the annotation.
+
+    Returns:
+        The outline.
+
+    Raises:
+        DataError: it is neither polygons of at least 3 points nor run lengths of this image.
+    """
+    segmentation = record.get("segmentation")
+    try:
+        if not segmentation or not isinstance(segmentation, list | dict):
+            raise ValueError("expected polygons, or counts and size")
+        if isinstance(segmentation, list):
+            return Outline([_polygon(points) for points in segmentation], np.zeros(0, dtype=np.int32))
+        if list(segmentation["size"]) != list(size):
+            found = shorten(segmentation["size"])
+            raise ValueError(f"its size [height, width] is {found}, that of the image {list(size)}")
+        return Outline([], _runs(segmentation["counts"], size[0] * size[1]))
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        message = (
+            f"annotation id {record.get('id')}{where}: segmentation {shorten(segmentation)} cannot be read ({error})"
+        )
+        raise DataError(message) from error
+
+
+def _polygon(points: Any) -> npt.NDArray[np.float64]:
+    polygon = np.array(points, dtype=np.float64)
+    if polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2 or not (np.abs(polygon) <= _FARTHEST).all():
+        raise ValueError(f"a polygon is at least 3 points x, y, each within {_FARTHEST} pixels")
+    return polygon
+
+
+def _runs(counts: str | list[int], pixels: int) -> npt.NDArray[np.int32]:
+    runs = np.array(run_lengths(counts) if isinstance(counts, str) else counts)
+    if runs.ndim != 1 or runs.dtype.kind != "i" or (runs < 0).any() or runs.sum() != pixels:
+        raise ValueError(f"counts must be whole numbers that sum up to the {pixels} pixels of the image")
+    return runs.astype(np.int32)
+
+
+def _covered(polygons: list[npt.NDArray[np.floating]], size: tuple[int, int]) -> npt.NDArray[np.int64]:
+    """The run lengths of what polygons enclose."""
+    from pycocotools import mask as drawing
+
+    drawn: Any = drawing.merge(drawing.frPyObjects([one.tolist() for one in polygons], *size))
+    return np.array(run_lengths(drawn["counts"].decode()))  # its own decoder warns under numpy 2
+
+
+def run_lengths(text: str) -> list[int]:
+    """Decode a compressed run-length encoding.
+
+    Args:
+        text: ``counts`` of a segmentation.
+
+    Returns:
+        Pixels of background, of the object, of background, and so on.
+
+    Raises:
+        ValueError: characters that are none of it, or an end in the middle of a count.
+
+    Example:
+        >>> run_lengths("52203")
+        [5, 2, 2, 2, 5]
+    """
+    counts: list[int] = []
+    value = bits = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or bits > 40:
+            raise ValueError(f"{character!r} is no character of a run length")
+        value |= (code & 31) << bits
+        bits += 5
+        if code & 32:  # more follow
+            continue
+        if code & 16:
+            value -= 1 << bits
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = bits = 0
+    if bits:
+        raise ValueError("it ends in the middle of a run length")
+    return counts
+
+
+def coco_mask(records: Sequence[dict[str, Any]], size: tuple[int, int], labels: dict[int, int]) -> Mask:
+    """Draw the segmentations of an image, smaller objects over larger ones; what only a crowd region covers is ignored.
+
+    Args:
+        records: its annotations as in the file, with ``id``, ``category_id``, ``segmentation`` and ``iscrowd``.
+        size: height and width of the image.
+        labels: category id -> 1..K.
+
+    Returns:
+        ``[H, W]``.
+
+    Raises:
+        DataError: a segmentation or category that cannot be read; the annotation is named.
+    """
+    drawn = []
+    for record in records:
+        if record.get("category_id") not in labels:
+            raise DataError(f"annotation id {record.get('id')}: category_id {record.get('category_id')} is not known")
+        crowd = bool(record.get("iscrowd", 0))
+        pixels = read_outline(record, size).draw(size)
+        drawn.append((not crowd, -int(pixels.sum()), pixels, IGNORED if crowd else labels[record["category_id"]]))
+    mask = np.zeros(size, np.int32)
+    for _, _, pixels, label in sorted(drawn, key=lambda one: one[:2]):
+        mask[pixels] = label
+    return mask
 
 
 def read_segmentations(path: str | Path, annotations: Annotations) -> Segmentations:
@@ -40,14 +176,14 @@ def read_segmentations(path: str | Path, annotations: Annotations) -> Segmentati
     records = matched_records(path, annotations)
     sizes: list[list[int]] = annotations.sizes.tolist()
     image = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets)).tolist()
-    outlines: list[_Outline] = []
+    outlines: list[Outline] = []
     faults: list[str] = []
-    for b, record in enumerate(records):
-        height, width = sizes[image[b]]
+    for i, record in zip(image, records, strict=True):
+        height, width = sizes[i]
         try:
-            outlines.append(_outline(record.get("segmentation"), (height, width)))
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            faults.append(f"annotation id {record.get('id')} (image {annotations.file_names[image[b]]}): {error}")
+            outlines.append(read_outline(record, (height, width), f" (image {annotations.file_names[i]})"))
+        except DataError as error:
+            faults.append(str(error))
     if faults:
         raise DataError(
             f"{path}: copy_paste needs the segmentation of every object, but {len(faults)} of {len(records)} have none that can be "
@@ -76,12 +212,9 @@ def draw_masks(annotations: Annotations, index: int) -> npt.NDArray[np.bool_]:
     first, last = annotations.offsets[index : index + 2].tolist()
     masks = np.zeros((last - first, height, width), dtype=bool)
     for b in range(first, last):
-        if s.runs[b + 1] > s.runs[b]:
-            masks[b - first] = cover(s.counts[s.runs[b] : s.runs[b + 1]], (height, width))
-        else:
-            parts = range(s.polygons[b], s.polygons[b + 1])
-            polygons = [s.points[s.corners[p] : s.corners[p + 1]].ravel() for p in parts]
-            masks[b - first] = from_polygons(polygons, (height, width))
+        parts = range(s.polygons[b], s.polygons[b + 1])
+        polygons = [s.points[s.corners[p] : s.corners[p + 1]].ravel() for p in parts]
+        masks[b - first] = Outline(polygons, s.counts[s.runs[b] : s.runs[b + 1]]).draw((height, width))
     return masks
 
 
@@ -130,17 +263,7 @@ def _is_same(bbox: list[float], size: list[int], box: list[float]) -> bool:
     return all(abs(one - other) <= _SAME for one, other in zip(corners, box, strict=True))
 
 
-def _outline(segmentation: Any, size: tuple[int, int]) -> _Outline:
-    if not segmentation or not isinstance(segmentation, list | dict):
-        raise ValueError(f"segmentation must be polygons, or counts and size, got {shorten(segmentation)}")
-    if isinstance(segmentation, list):
-        return whole_polygons(segmentation), np.zeros(0, dtype=np.int32)
-    if list(segmentation["size"]) != list(size):
-        raise ValueError(f"segmentation.size is {shorten(segmentation['size'])}, that of the image {list(size)}")
-    return [], whole_runs(segmentation["counts"], size)
-
-
-def _packed(outlines: list[_Outline]) -> Segmentations:
+def _packed(outlines: list[Outline]) -> Segmentations:
     polygons = list(chain.from_iterable(polygons for polygons, _ in outlines))
     runs = [counts for _, counts in outlines]
     return Segmentations(

@@ -21,7 +21,7 @@ from detpipe.evaluation.pairs import Flags, Floats, Integers, Pairs, overlapping
 from detpipe.evaluation.records import (
     box_image_ids,
     box_sizes,
-    canonical_order,
+    canonical_rows,
     check_annotations,
     check_detections,
     image_ranks,
@@ -77,6 +77,14 @@ class Matches:
         low, high = np.searchsorted(self.detections.labels, [label, label + 1]).tolist()
         return slice(low, high)
 
+    def ranks(self) -> Integers:
+        """``[D]`` place of each detection among those of its class and image, 0 for the best."""
+        group = self.images * (self.num_classes + 1) + self.detections.labels
+        order = np.argsort(group, kind="stable")
+        ranks = np.empty_like(order)
+        ranks[order] = rank_in_run(group[order])
+        return ranks
+
     def true(self, area: int = 0, threshold: int = 0) -> Flags:
         """``[D]``: the detection found an object that counts."""
         return (self.objects[area, threshold] >= 0) & ~self.ignored[area, threshold]
@@ -103,6 +111,7 @@ def match(
     thresholds: Sequence[float] | Floats = IOU_THRESHOLDS,
     areas: Sequence[str] = tuple(AREAS),
     max_detections: int = 100,
+    forgiven: Flags | None = None,
 ) -> Matches:
     """Match detections with objects of their class.
 
@@ -112,6 +121,7 @@ def match(
         thresholds: T IoU thresholds, above 0, at most 1.
         areas: ranges of sizes by their name in ``AREAS``.
         max_detections: of each class, so many of the best of an image count.
+        forgiven: ``[D]``, detections that are neither right nor wrong if they match nothing (LVIS); None for none.
 
     Returns:
         The matches.
@@ -125,29 +135,29 @@ def match(
         raise ValueError(f"IoU thresholds must be above 0 and at most 1, got {levels.tolist()}")
     check_annotations(annotations)
     check_detections(annotations, detections)
-    found = canonical_order(detections)
+    rows = canonical_rows(detections)
+    found = detections.take(rows)
     group = image_ranks(annotations, found.image_ids) * (annotations.num_classes + 1) + found.labels
     ranks = rank_in_run(group)
     order = np.argsort(-found.scores, kind="stable")
     order = order[np.argsort(found.labels[order], kind="stable")]
     order = order[ranks[order] < max_detections]
-    kept = found.take(order)
+    found, group, ranks, rows = found.take(order), group[order], ranks[order], rows[order]
     object_images = image_ranks(annotations, box_image_ids(annotations))
     object_group = object_images * (annotations.num_classes + 1) + annotations.labels
     least = min(float(levels.min()), _ALMOST_ONE)
-    pairs = overlapping_pairs(
-        kept.boxes, group[order], annotations.boxes, object_group, annotations.iscrowd, minimum=least
-    )
+    pairs = overlapping_pairs(found.boxes, group, annotations.boxes, object_group, annotations.iscrowd, minimum=least)
     ignored = ignored_objects(annotations, areas)
-    objects = take_best(pairs, ranks[order], levels, annotations.iscrowd, ignored)
+    objects = take_best(pairs, ranks, levels, annotations.iscrowd, ignored)
+    pardoned = (objects < 0) & (np.False_ if forgiven is None else forgiven[rows])
     return Matches(
-        detections=kept,
-        images=image_ranks(annotations, kept.image_ids),
+        detections=found,
+        images=image_ranks(annotations, found.image_ids),
         labels=annotations.labels,
         object_images=object_images,
         object_ignored=ignored,
         objects=objects,
-        ignored=_ignored_detections(objects, ignored, box_sizes(kept.boxes).prod(axis=1), areas),
+        ignored=_ignored_detections(objects, ignored, box_sizes(found.boxes).prod(axis=1), areas) | pardoned,
         areas=tuple(areas),
         thresholds=levels,
         image_count=len(annotations),
@@ -185,7 +195,7 @@ def take_best(pairs: Pairs, ranks: Integers, thresholds: Floats, crowd: Flags, i
     """
     shape = (len(ignored), len(thresholds))
     limits = np.minimum(thresholds, _ALMOST_ONE)
-    chosen = np.full((len(ranks), *shape), -1, np.int32)
+    chosen = np.full((*shape, len(ranks)), -1, np.int32)
     taken = np.zeros((len(crowd), *shape), np.bool_)
     rank = ranks[pairs.found]
     order = np.argsort(rank, kind="stable")
@@ -202,10 +212,10 @@ def take_best(pairs: Pairs, ranks: Integers, thresholds: Floats, crowd: Flags, i
         winners = usable & (iou == highest[runs])
         place = np.maximum.reduceat(np.where(winners, np.arange(len(step))[:, None, None], -1), starts)
         picked = np.where(place >= 0, objects[place], -1)
-        chosen[rows] = picked
+        chosen[:, :, rows] = np.moveaxis(picked, 0, -1)
         row, area, level = np.nonzero(picked >= 0)
         taken[picked[row, area, level], area, level] = True
-    return np.ascontiguousarray(np.moveaxis(chosen, 0, -1))
+    return chosen
 
 
 def _ignored_detections(objects: npt.NDArray[np.int32], ignored: Flags, sizes: Floats, areas: Sequence[str]) -> Flags:

@@ -28,8 +28,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from detpipe.errors import DataError
-from detpipe.evaluation.coco import evaluate_coco
-from detpipe.evaluation.counting import Backend
+from detpipe.evaluation.coco import Backend, evaluate_coco
 from detpipe.evaluation.lvis import evaluate_lvis
 from detpipe.evaluation.voc import evaluate_voc
 from detpipe.types import Annotations, Detection, DetectionArrays
@@ -213,7 +212,7 @@ class CocoEvaluator(DetectionMetric):
 
     Args:
         annotations: the ground truth of I images.
-        backend: ``"faster_coco_eval"``, or ``"pycocotools"``, the reference.
+        backend: ``"detpipe"``, or ``"pycocotools"``, the reference.
         max_detections: how many detections of a class in an image count, rising.
         settings: of torchmetrics, such as ``process_group``.
 
@@ -228,7 +227,7 @@ class CocoEvaluator(DetectionMetric):
     def __init__(
         self,
         annotations: Annotations,
-        backend: Backend = "faster_coco_eval",
+        backend: Backend = "detpipe",
         max_detections: Sequence[int] = (1, 10, 100),
         **settings: Any,
     ) -> None:

@@ -93,20 +93,22 @@ def precision_by_recall(matches: Matches, area: int = 0) -> Floats:
     return curves
 
 
-def recall(matches: Matches, area: int = 0) -> Floats:
+def recall(matches: Matches, area: int = 0, most: int | None = None) -> Floats:
     """Compute which part of the objects was found.
 
     Args:
         matches: of a data set.
         area: index of the range of sizes.
+        most: so many of the best detections of a class in an image count; None for all.
 
     Returns:
         ``[T, K]``; NaN for classes without an object.
     """
     objects = matches.object_counts(area)
+    counted = np.True_ if most is None else matches.ranks() < most
     found = np.stack(
         [
-            np.bincount(matches.detections.labels[matches.true(area, t)] - 1, minlength=matches.num_classes)
+            np.bincount(matches.detections.labels[matches.true(area, t) & counted] - 1, minlength=matches.num_classes)
             for t in range(len(matches.thresholds))
         ]
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from detpipe.evaluation.coco import MAX_DETECTIONS, evaluate_coco
-from detpipe.evaluation.counting import Backend
+from detpipe.evaluation.coco import MAX_DETECTIONS, Backend, evaluate_coco
 from detpipe.evaluation.lvis import evaluate_lvis
 from detpipe.evaluation.voc import evaluate_voc
 from detpipe.types import Annotations, DetectionArrays
@@ -19,7 +18,7 @@ def evaluate(
     detections: DetectionArrays,
     protocol: str = "coco",
     *,
-    backend: Backend = "faster_coco_eval",
+    backend: Backend = "detpipe",
     iou_threshold: float = 0.5,
     strict: bool = False,
     max_detections: Sequence[int] | None = None,
@@ -32,7 +31,7 @@ def evaluate(
         protocol: ``"coco"`` (see :func:`~detpipe.evaluation.coco.evaluate_coco`), ``"voc07"`` (11 points) or
             ``"voc10"`` (area under the curve; for both see :func:`~detpipe.evaluation.voc.evaluate_voc`), or ``"lvis"`` (for
             images that were searched for some classes only; :func:`~detpipe.evaluation.lvis.evaluate_lvis`).
-        backend: for ``"coco"``: the library that counts.
+        backend: for ``"coco"``: who counts, ``"detpipe"``, or ``"pycocotools"``, the reference.
         iou_threshold: for VOC: the overlap that makes a match.
         strict: for VOC: the overlap must exceed the threshold instead of reaching it.
 

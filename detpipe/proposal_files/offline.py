@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import multiprocessing
-import signal
-import sys
+import json
+import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.errors import DataError, DetpipeError
-from detpipe.proposal_files.journal import Journal, Made
 from detpipe.proposal_files.store_writer import ProposalWriter
+from detpipe.resumable import Journal, Work, run
 
-AHEAD = 4  # images that each process has waiting
+SUFFIX = ".partial"
+_HEAD = struct.Struct("<IIII")  # bytes of the id, boxes, height, width
 
 
 class Proposer(Protocol):
@@ -47,6 +45,15 @@ class Item(NamedTuple):
 
     image_id: str
     path: Path
+
+
+class Made(NamedTuple):
+    """The boxes of one image."""
+
+    image_id: str
+    size: tuple[int, int]  # height, width
+    boxes: npt.NDArray[np.float32]  # [P, 4]
+    scores: npt.NDArray[np.float32]  # [P]
 
 
 @dataclass
@@ -98,38 +105,78 @@ def make_store(
     _check_ids(items)
     source = build()
     summary = Summary(len(items))
-    with Journal(output, source.name, source.settings) as journal:
-        foreign = sorted(journal.done - {item.image_id for item in items})
+    with open_journal(output, source.name, source.settings) as journal:
+        done = {made.image_id for made in journal.entries()}
+        foreign = sorted(done - {item.image_id for item in items})
         if foreign:
             raise DataError(
                 f"{journal.path}: an interrupted run left it with {len(foreign)} images that are not asked for, such as "
                 f"{', '.join(foreign[:5])}; delete it to begin anew, or ask for the same images"
             )
-        left = [item for item in items if item.image_id not in journal.done]
+        left = [item for item in items if item.image_id not in done]
+        kept = len(done)
         if progress is not None:
-            progress(len(items) - len(left), len(items))
-        for item, result in _results(source, build, left, read, workers):
-            journal.add(_keep(item, result, on_bad, journal, summary))
+            progress(kept, len(items))
+        prepare = partial(_maker, (lambda: source) if workers == 1 else build, read)
+        for item, result in run(prepare, left, workers, __name__):
+            journal.add(_keep(item, result, on_bad, f"{kept} images are kept in {journal.path}", summary))
+            kept += 1
             if progress is not None:
-                progress(len(journal.done), len(items))
+                progress(kept, len(items))
         with ProposalWriter(output, source.name, source.settings) as writer:
-            for made in journal.read():
+            for made in journal.entries():
                 writer.add(made.image_id, made.boxes, made.scores, made.size if made.size[0] else None)
         journal.remove()
     return summary
 
 
-def _keep(item: Item, result: _Result | _Failure, on_bad: str, journal: Journal, summary: Summary) -> Made:
+def open_journal(store: Path, source: str, settings: dict[str, Any]) -> Journal[Made]:
+    """Open the journal of what is made for a store, image by image: ``STORE.partial`` beside it.
+
+    Args:
+        store: that it will become.
+        source: what makes the boxes.
+        settings: its settings, as JSON can hold them.
+
+    Returns:
+        The journal.
+
+    Raises:
+        DataError: it is of another source or other settings, is no journal, or another process writes it.
+    """
+    path = store.with_name(store.name + SUFFIX)
+    plan = json.dumps({"source": source, "settings": settings}, sort_keys=True)
+
+    def refuse(found: str) -> str:
+        return (
+            f"{path}: an interrupted run left it with {found}, now asked for is {plan}; delete it to begin anew, or take those "
+            "settings"
+        )
+
+    return Journal(path, "proposals", plan, _pack, _unpack, "give another name", refuse)
+
+
+def _pack(made: Made) -> bytes:
+    name = made.image_id.encode()
+    arrays = (np.ascontiguousarray(part, dtype="<f4").tobytes() for part in (made.boxes, made.scores))
+    return _HEAD.pack(len(name), len(made.boxes), *made.size) + name + b"".join(arrays)
+
+
+def _unpack(content: bytes) -> Made:
+    length, count, height, width = _HEAD.unpack_from(content)
+    name, start = content[_HEAD.size : _HEAD.size + length].decode(), _HEAD.size + length
+    boxes = np.frombuffer(content, dtype="<f4", count=4 * count, offset=start).reshape(count, 4)
+    return Made(name, (height, width), boxes, np.frombuffer(content, dtype="<f4", offset=start + 16 * count))
+
+
+def _keep(item: Item, result: _Result | _Failure, on_bad: str, kept: str, summary: Summary) -> Made:
     """Count a result, and say what of it goes into the journal."""
     summary.made += 1
     if isinstance(result, _Result):
         summary.seconds += result.seconds
         return result.made
     if on_bad == "error":
-        raise DataError(
-            f"{item.path}: {result.reason}; {len(journal.done)} images are kept in {journal.path}, and the same command goes "
-            "on from there"
-        )
+        raise DataError(f"{item.path}: {result.reason}; {kept}, and the same command goes on from there")
     summary.skipped[item.image_id] = result.reason
     return Made(item.image_id, (0, 0), np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
 
@@ -153,58 +200,12 @@ def _check_ids(items: Sequence[Item]) -> None:
         seen[item.image_id] = item.path
 
 
-def _results(
-    source: Proposer,
-    build: Callable[[], Proposer],
-    items: Sequence[Item],
-    read: Callable[[Path], npt.NDArray[np.uint8]],
-    workers: int,
-) -> Iterator[tuple[Item, _Result | _Failure]]:
-    if workers == 1 or len(items) < 2:
-        for item in items:
-            yield item, _make(source, item, read)
-        return
-    # not forked: libraries with threads of their own do not survive it
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(items)), context, initializer=_start, initargs=(build, read))
-    try:
-        queue = iter(items)
-        waiting: dict[Future[_Result | _Failure], Item] = {}
-        for item in itertools.islice(queue, AHEAD * workers):
-            waiting[pool.submit(_make_in_worker, item)] = item
-        while waiting:
-            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in finished:
-                item = waiting.pop(future)
-                yield item, future.result()
-                for following in itertools.islice(queue, 1):
-                    waiting[pool.submit(_make_in_worker, following)] = following
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died, most likely for want of memory: fewer --workers need less; the same command goes on "
-            "where this one stopped"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_worker: tuple[Proposer, Callable[[Path], npt.NDArray[np.uint8]]] | None = None
-
-
-def _start(build: Callable[[], Proposer], read: Callable[[Path], npt.NDArray[np.uint8]]) -> None:
-    """Prepare a process: one thread each, or the processes would wait for each other."""
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    _worker = build(), read
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
-    if "cv2" in sys.modules:
-        sys.modules["cv2"].setNumThreads(1)
-
-
-def _make_in_worker(item: Item) -> _Result | _Failure:
-    assert _worker is not None
-    return _make(_worker[0], item, _worker[1])
+def _maker(
+    build: Callable[[], Proposer], read: Callable[[Path], npt.NDArray[np.uint8]]
+) -> Work[Item, _Result | _Failure]:
+    """What makes boxes in a process of its own."""
+    source = build()
+    return lambda item, step: _make(source, item, read)
 
 
 def _make(source: Proposer, item: Item, read: Callable[[Path], npt.NDArray[np.uint8]]) -> _Result | _Failure:

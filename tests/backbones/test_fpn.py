@@ -10,7 +10,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from detpipe.backbones import FPN, Extractor, Level, Regime, SEResNet
-from detpipe.commands.training import _add_arguments
+from detpipe.commands.training import add_arguments
 from detpipe.heads import FastRCNNHead
 from detpipe.optimization import Optimizer
 from detpipe.stages import Backbone
@@ -285,7 +285,7 @@ data: {class_path: Demo}
 def test_widths_and_strides_follow_the_pyramid_from_yaml(tmp_path):
     (tmp_path / "c.yaml").write_text(YAML)
     arguments = [str(tmp_path / "c.yaml"), "--data.root", str(tmp_path / "d"), "--data.scenes"]
-    model = CLI([*arguments, "{train: 4, val: 2, size: 64}"], _add_arguments).model
+    model = CLI([*arguments, "{train: 4, val: 2, size: 64}"], add_arguments).model
     assert model.proposals.strides == model.backbone.strides == {"p3": 8, "p4": 16, "p5": 32}
     assert model.head.strides == {"p3": 8, "p4": 16}
     assert model.head.shared[1].in_features == 16 * 49

@@ -85,7 +85,7 @@ def interruptible() -> Iterator[None]:
 def test_a_run_leaves_everything_in_its_folder(pretrained: Path) -> None:
     assert {path.name for path in pretrained.iterdir()} == {
         *("config.yaml", "metrics.csv", "tensorboard", "summary.json"),
-        *("best.ckpt", "last.ckpt", "curves.png", WEIGHTS),
+        *("best.ckpt", "best.ckpt.sha256", "last.ckpt", "last.ckpt.sha256", "curves.png", WEIGHTS),
     }
     with Image.open(pretrained / "curves.png") as image:
         assert min(image.size) > 100

@@ -76,7 +76,16 @@ def interruptible() -> Iterator[None]:
 
 def test_a_run_leaves_everything_in_its_folder(trained_regions: Path) -> None:
     assert {path.name for path in trained_regions.iterdir()} == {
-        *("config.yaml", "metrics.csv", "tensorboard", "summary.json", "best.ckpt", "last.ckpt"),
+        *(
+            "config.yaml",
+            "metrics.csv",
+            "tensorboard",
+            "summary.json",
+            "best.ckpt",
+            "best.ckpt.sha256",
+            "last.ckpt",
+            "last.ckpt.sha256",
+        ),
         *("curves.png", "training.png"),
     }
     for name in ("curves.png", "training.png"):

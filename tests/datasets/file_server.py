@@ -17,26 +17,20 @@ class Behavior:
     Args:
         files: path -> content.
         ranges: whether parts are sent on request.
-        etag: of all files; None sends none, and If-Range is not looked at.
-        modified: Last-Modified of all files.
         cuts: for each request in turn, after how many bytes of it the connection is closed; None sends all.
         statuses: for each request in turn, a status that is answered instead; None answers normally.
         redirects: path -> address.
         length: the Content-Length that is announced instead of the true one; 0 for none.
-        trusting: parts are sent even if If-Range says that the file has changed.
         shift: that much of a part is left out, though it is announced.
         ended: nothing more is sent, but the connection stays open, in seconds.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
     ranges: bool = True
-    etag: str | None = '"one"'
-    modified: str | None = None
     cuts: list[int | None] = field(default_factory=list)
     statuses: list[int | None] = field(default_factory=list)
     redirects: dict[str, str] = field(default_factory=dict)
     length: int | None = None
-    trusting: bool = False
     shift: int = 0
     requests: list[tuple[str, str | None]] = field(default_factory=list)  # path and Range, as they came
     url: str = ""
@@ -62,18 +56,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, b: Behavior, content: bytes, asked: str | None) -> None:
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and b.ranges else 0
-        condition = self.headers.get("If-Range")
-        if condition is not None and condition not in (b.etag, b.modified) and not b.trusting:
-            start = 0
         if start and start >= len(content):
             return self.send_error(416)
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start + b.shift}-{len(content) - 1}/{len(content)}")
-        if b.etag:
-            self.send_header("ETag", b.etag)
-        if b.modified:
-            self.send_header("Last-Modified", b.modified)
         if b.length != 0:
             self.send_header("Content-Length", str(b.length or len(content) - start))
         self.end_headers()

@@ -52,7 +52,7 @@ def agree(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         collected = [Collected(decode=False), Collected(decode=False)]
         quick = outcome(lambda p=policy, c=collected: load_coco(path, folder, p or c[0], cache="off"))
         with monkeypatch.context() as patch:
-            patch.setattr(coco_json, "sound_columns", lambda *_: None)
+            patch.setattr(coco_json, "sound_records", lambda *_: None)
             strict = outcome(lambda p=policy, c=collected: load_coco(path, folder, p or c[1], cache="off"))
         np.testing.assert_equal(quick, strict)
         assert collected[0] == collected[1]

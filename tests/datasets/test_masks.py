@@ -13,8 +13,8 @@ from pycocotools import mask as reference_masks
 from pycocotools.coco import COCO as Reference
 
 from detpipe.datasets import COCO, VOC, Demo, DemoScenes
-from detpipe.datasets.coco_segmentations import coco_mask, run_lengths
 from detpipe.datasets.masks import BoxMasks, COCOMasks, VOCMasks, majority_mask, open_masks, voc_mask
+from detpipe.datasets.segmentations import coco_mask, run_lengths
 from detpipe.errors import DataError
 from detpipe.superpixels import Segmentation, Segmenter
 from detpipe.types import Target

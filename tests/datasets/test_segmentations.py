@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from detpipe.datasets import COCO, Augment, load_coco
 from detpipe.datasets.augment_settings import Combine, CopyPaste
-from detpipe.datasets.coco_segmentations import coco_mask
-from detpipe.datasets.segmentations import draw_masks, read_segmentations
+from detpipe.datasets.segmentations import coco_mask, draw_masks, read_segmentations
 from detpipe.errors import DataError
 from detpipe.types import Segmentations
 
@@ -131,19 +130,22 @@ def test_records_that_were_left_out_do_not_shift_the_others(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        (None, "annotation id 101 .image 1.jpg.: segmentation must be polygons, or counts and size, got None"),
-        ([], "annotation id 101 .image 1.jpg.: segmentation must be polygons"),
-        ([[1, 2, 3, 4]], "annotation id 101 .*: a polygon is at least 3 points"),
-        ([[1, 2, 3, 4, 5, 1e9]], "annotation id 101 .*: a polygon is at least 3 points"),
+        (
+            None,
+            "annotation id 101 .image 1.jpg.: segmentation None cannot be read .expected polygons, or counts and size",
+        ),
+        ([], "annotation id 101 .image 1.jpg.: segmentation .* cannot be read .expected polygons"),
+        ([[1, 2, 3, 4]], "annotation id 101 .*a polygon is at least 3 points"),
+        ([[1, 2, 3, 4, 5, 1e9]], "annotation id 101 .*a polygon is at least 3 points"),
         ([["a"] * 6], "annotation id 101 "),
         (
             {"size": [9, 9], "counts": [81]},
-            r"annotation id 101 .*: segmentation.size is \[9, 9\], that of the image \[40, 60\]",
+            r"annotation id 101 .*its size \[height, width\] is \[9, 9\], that of the image \[40, 60\]",
         ),
         ({"size": [40, 60], "counts": [-3, 2403]}, "counts must be whole numbers that sum up to the 2400 pixels"),
         ({"size": [40, 60], "counts": "~"}, "is no character of a run length"),
-        ({"counts": [2400]}, "annotation id 101 .*: 'size'"),
-        (7, "segmentation must be polygons, or counts and size, got 7"),
+        ({"counts": [2400]}, "annotation id 101 .*'size'"),
+        (7, "segmentation 7 cannot be read .expected polygons, or counts and size"),
     ],
 )
 def test_an_outline_that_cannot_be_read_names_its_annotation(tmp_path: Path, segmentation: Any, message: str) -> None:

@@ -17,7 +17,7 @@ from detpipe.evaluation import evaluate_coco, read_coco_annotations, read_detect
 
 from .builders import found, jittered, perfect, shuffled, truth
 
-BACKENDS = ("faster_coco_eval", "pycocotools")
+BACKENDS = ("detpipe", "pycocotools")
 TWELVE = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -204,5 +204,5 @@ def test_unsound_ground_truth_is_refused() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="'faster_coco_eval' or 'pycocotools', got 'torchmetrics'"):
+    with pytest.raises(ValueError, match="'detpipe' or 'pycocotools', got 'torchmetrics'"):
         evaluate_coco(truth([], [1]), found([]), "torchmetrics")  # type: ignore[arg-type]

@@ -9,8 +9,7 @@ import pytest
 from slow_source import Build, items, read
 
 from detpipe.errors import DataError
-from detpipe.proposal_files.journal import Journal, Made
-from detpipe.proposal_files.offline import Item, make_store
+from detpipe.proposal_files.offline import Item, Made, make_store, open_journal
 from detpipe.proposal_files.store import ProposalStore
 
 PROGRAM = Path(__file__).resolve().parents[1] / "slow_source.py"
@@ -64,39 +63,38 @@ def test_ten_kills_leave_no_trace(tmp_path):
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_a_record_that_was_cut_short_is_made_again(tmp_path, cut):
     output = tmp_path / "store.safetensors"
-    with Journal(output, "slow", {"depth": 1}) as journal:
+    with open_journal(output, "slow", {"depth": 1}) as journal:
         for number in range(3):
             journal.add(Made(str(number), (4, 5), np.ones((2, 4), np.float32), np.ones(2, np.float32)))
     data = journal.path.read_bytes()
     journal.path.write_bytes(data[:-cut])
-    with Journal(output, "slow", {"depth": 1}) as journal:
-        assert journal.done == {"0", "1"}
-        assert [made.image_id for made in journal.read()] == ["0", "1"]
+    with open_journal(output, "slow", {"depth": 1}) as journal:
+        assert [made.image_id for made in journal.entries()] == ["0", "1"]
         journal.add(Made("2", (4, 5), np.ones((2, 4), np.float32), np.ones(2, np.float32)))
     assert journal.path.read_bytes() == data
 
 
 def test_a_damaged_record_ends_the_journal(tmp_path):
-    with Journal(tmp_path / "s.safetensors", "slow", {}) as journal:
+    with open_journal(tmp_path / "s.safetensors", "slow", {}) as journal:
         for number in range(3):
             journal.add(Made(str(number), (4, 5), np.ones((2, 4), np.float32), np.ones(2, np.float32)))
     data = bytearray(journal.path.read_bytes())
     data[-70] ^= 1  # in the second record
     journal.path.write_bytes(data)
-    with Journal(tmp_path / "s.safetensors", "slow", {}) as journal:
-        assert journal.done == {"0"}
+    with open_journal(tmp_path / "s.safetensors", "slow", {}) as journal:
+        assert [made.image_id for made in journal.entries()] == ["0"]
 
 
 def test_a_first_line_that_was_cut_short_is_written_again(tmp_path):
-    with Journal(tmp_path / "s.safetensors", "slow", {"a": 1}) as journal:
+    with open_journal(tmp_path / "s.safetensors", "slow", {"a": 1}) as journal:
         data = journal.path.read_bytes()
     journal.path.write_bytes(data[:-5])
-    with Journal(tmp_path / "s.safetensors", "slow", {"a": 1}) as journal:
+    with open_journal(tmp_path / "s.safetensors", "slow", {"a": 1}) as journal:
         assert journal.path.read_bytes() == data
 
 
 def test_other_settings_do_not_go_on(tmp_path):
-    with Journal(tmp_path / "s.safetensors", "slow", {"depth": 2}) as journal:
+    with open_journal(tmp_path / "s.safetensors", "slow", {"depth": 2}) as journal:
         journal.add(Made("0", (4, 5), np.ones((2, 4), np.float32), np.ones(2, np.float32)))
     with pytest.raises(
         DataError, match=r's\.safetensors\.partial: an interrupted run left it with .*"depth": 2.*"depth": 1'
@@ -109,15 +107,18 @@ def test_other_settings_do_not_go_on(tmp_path):
 
 
 def test_other_images_do_not_go_on(tmp_path):
-    with Journal(tmp_path / "s.safetensors", "slow", {"depth": 1}) as journal:
+    with open_journal(tmp_path / "s.safetensors", "slow", {"depth": 1}) as journal:
         journal.add(Made("99", (4, 5), np.ones((2, 4), np.float32), np.ones(2, np.float32)))
     with pytest.raises(DataError, match="1 images that are not asked for, such as 99"):
         make_store(Build(0), items(3), tmp_path / "s.safetensors", read)
 
 
 def test_two_runs_at_once_are_refused(tmp_path):
-    with Journal(tmp_path / "s.safetensors", "slow", {}), pytest.raises(DataError, match="another process is writing"):
-        Journal(tmp_path / "s.safetensors", "slow", {})
+    with (
+        open_journal(tmp_path / "s.safetensors", "slow", {}),
+        pytest.raises(DataError, match="another process is writing"),
+    ):
+        open_journal(tmp_path / "s.safetensors", "slow", {})
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -140,7 +141,7 @@ def test_two_images_of_one_id_are_refused(tmp_path):
 
 def test_progress_counts_what_was_there_before(tmp_path):
     output, told = tmp_path / "s.safetensors", []
-    with Journal(output, "slow", {"depth": 1}) as journal:
+    with open_journal(output, "slow", {"depth": 1}) as journal:
         journal.add(Made("0", (4, 5), np.zeros((0, 4), np.float32), np.zeros(0, np.float32)))
     summary = make_store(Build(0), items(3), output, read, progress=lambda done, total: told.append((done, total)))
     assert told == [(1, 3), (2, 3), (3, 3)]

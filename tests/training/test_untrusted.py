@@ -106,7 +106,7 @@ def test_row_45_a_configuration_imports_and_calls_nothing(case: str, tmp_path: P
     path = tmp_path / "overlay.yaml"
     path.write_text(yaml.safe_dump(content).replace("MARKER", str(marker)))
     with pytest.raises(UsageError) as caught:
-        Parsed([runs.CONFIG, str(path)], training._add_arguments)
+        Parsed([runs.CONFIG, str(path)], training.add_arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not marker.exists()
@@ -141,7 +141,7 @@ def test_a_configuration_reads_no_other(key: str, name: str, tmp_path: Path, mar
         content = {part: content}
     Path("overlay.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(UsageError, match=key):
-        Parsed([runs.CONFIG, "overlay.yaml"], training._add_arguments)
+        Parsed([runs.CONFIG, "overlay.yaml"], training.add_arguments)
 
 
 def test_callbacks_with_data_for_arguments_are_allowed(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_callbacks_with_data_for_arguments_are_allowed(tmp_path: Path) -> None:
 
 
 def CLI_config(path: Path) -> Any:
-    return Parsed([runs.CONFIG, str(path)], training._add_arguments).config
+    return Parsed([runs.CONFIG, str(path)], training.add_arguments).config
 
 
 def test_every_allowed_name_of_ours_is_a_class_and_no_function_is_allowed() -> None:

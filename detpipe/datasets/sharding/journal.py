@@ -1,28 +1,23 @@
 """The folder that shards are written in until all are there, with a journal of those that are, so that a killed run goes on.
 
 The folder is ``FOLDER.partial`` beside the one that it becomes by a rename: what is visible under its name is complete. The
-journal's first line names what the shards are made of; each further line is a shard that is on the disk, after its checksum. A
-line that a kill cut short is dropped, and its shard written again: since a shard's bytes depend on its content alone, nothing
-shows that there was a kill.
+journal has an entry for each shard that is on the disk.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import zlib
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
 
 from detpipe.datasets.sharding.index import ARRAYS, INDEX, SHARD_NAME, read_plan
 from detpipe.datasets.sharding.tar_files import Place, Written
 from detpipe.errors import DataError
 from detpipe.files import remove_orphans
+from detpipe.resumable import Journal, lock
 
 JOURNAL, SUFFIX = "journal.txt", ".partial"
-_MAGIC = "detpipe.shards.journal 1 "
+_REMEDY = "name another folder"
 
 
 def work_folder_of(folder: Path) -> Path:
@@ -50,9 +45,9 @@ class WorkFolder:
         self.folder, self.path = folder, work_folder_of(folder)
         self._plan, self._names = plan, names
         self.done: dict[int, Written] = {}
-        self._journal: BinaryIO | None = None
+        self._journal: Journal[Written] | None = None
         if self.path.exists() and not self.path.is_dir():
-            raise DataError(f"{self.path}: is in the way: move it away, or name another folder")
+            raise DataError(f"{self.path}: is in the way: move it away, or {_REMEDY}")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
@@ -64,9 +59,7 @@ class WorkFolder:
     def __enter__(self) -> WorkFolder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -78,9 +71,7 @@ class WorkFolder:
     def add(self, written: Written) -> None:
         """Note a shard that is on the disk."""
         assert self._journal is not None
-        text = json.dumps(written._asdict(), separators=(",", ":"))
-        self._journal.write(f"{zlib.crc32(text.encode()):08x} {text}\n".encode())
-        self._journal.flush()
+        self._journal.add(written)
         self.done[written.number] = written
 
     def finish(self) -> None:
@@ -97,12 +88,7 @@ class WorkFolder:
             os.close(parent)
 
     def _begin(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"{self.path}: another process is writing it; wait for it, or name another folder"
-            ) from error
+        lock(self._lock, self.path, _REMEDY)
         if self.folder.exists():  # finished by another process since we looked
             self.path.rmdir()
             raise DataError(f"{self.folder} is there already: another process made it just now")
@@ -111,7 +97,7 @@ class WorkFolder:
         self.complete = (self.path / INDEX).is_file()
         if self.complete:
             if read_plan(self.path) != self._plan:
-                raise self._other()
+                raise DataError(self._other())
             return
         self._read_journal()
 
@@ -120,46 +106,31 @@ class WorkFolder:
         for path in sorted(self.path.iterdir()):
             name = path.name.split(".partial-")[0]
             if name not in ours and not SHARD_NAME.fullmatch(name):
-                raise DataError(f"{path}: is not of shards that are being made: move it away, or name another folder")
+                raise DataError(f"{path}: is not of shards that are being made: move it away, or {_REMEDY}")
 
     def _read_journal(self) -> None:
-        """Read which shards are whole, and cut off what follows them."""
+        """Read which shards are whole."""
         path = self.path / JOURNAL
-        first = f"{_MAGIC}{self._plan}\n".encode()
-        content = path.read_bytes() if path.exists() else b""
-        if not content and any(self.path.glob("shard-*")):
-            raise DataError(f"{self.path}: holds shards, but no journal of ours: move it away, or name another folder")
-        if not content.startswith(first) and not first.startswith(content):
-            if not content.startswith(_MAGIC.encode()):
-                raise DataError(f"{path}: this is no journal of shards; move it away, or name another folder")
-            raise self._other()
-        if first != content[: len(first)]:  # new, or killed within its first line
-            content = first
-            path.write_bytes(first)
-        whole = len(first)
-        for line in content[len(first) :].splitlines(keepends=True):
-            written = _parse(line)
-            if written is None:
-                break
-            whole += len(line)
+        if not (path.exists() and path.stat().st_size) and any(self.path.glob("shard-*")):
+            raise DataError(f"{self.path}: holds shards, but no journal of ours: move it away, or {_REMEDY}")
+        self._journal = Journal(path, "shards", self._plan, _pack, _unpack, _REMEDY, lambda _: self._other())
+        for written in self._journal.entries():
             shard = self.path / self._names[written.number]
             if shard.is_file() and shard.stat().st_size == written.bytes:
                 self.done[written.number] = written
-        self._journal = path.open("r+b")
-        self._journal.truncate(whole)
-        self._journal.seek(whole)
 
-    def _other(self) -> DataError:
-        return DataError(
+    def _other(self) -> str:
+        return (
             f"{self.path}: an interrupted run left it with other data or settings than are asked for now; delete it to begin "
             "anew, or ask for the same"
         )
 
 
-def _parse(line: bytes) -> Written | None:
-    """A line of the journal; None if it is cut short or damaged."""
-    if not line.endswith(b"\n") or len(line) < 10 or f"{zlib.crc32(line[9:-1]):08x}".encode() != line[:8]:
-        return None
-    fields = json.loads(line[9:])
+def _pack(written: Written) -> bytes:
+    return json.dumps(written._asdict(), separators=(",", ":")).encode()
+
+
+def _unpack(content: bytes) -> Written:
+    fields = json.loads(content)
     places = {name: [Place(*place) for place in fields[name]] for name in ("images", "proposals")}
     return Written(**{**fields, **places, "skipped": [tuple(one) for one in fields["skipped"]]})

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +30,10 @@ from detpipe.datasets.sharding.index import (
     write_index,
 )
 from detpipe.datasets.sharding.journal import WorkFolder
-from detpipe.datasets.sharding.pool import Job, write_all
-from detpipe.datasets.sharding.tar_files import Contents, Place, Written
+from detpipe.datasets.sharding.tar_files import Contents, Place, Written, write_shard
 from detpipe.errors import DataError
 from detpipe.proposal_files import ProposalStore
+from detpipe.resumable import Work, run
 from detpipe.types import Annotations
 
 _END = 10_240  # bytes that a tar file ends with, at most
@@ -124,7 +126,7 @@ def make_shards(
     with WorkFolder(folder, plan, names) as work:
         there = len(groups) if work.complete else len(work.done)
         if not work.complete:
-            jobs = [Job(work.path / names[number], number, rows) for number, rows in enumerate(groups)]
+            jobs = [_Job(work.path / names[number], number, rows) for number, rows in enumerate(groups)]
             left = [job for job in jobs if job.number not in work.done]
             for written in write_all(contents, left, sharding.workers, len(annotations), progress):
                 work.add(written)
@@ -134,6 +136,40 @@ def make_shards(
         _tell(progress, len(annotations))
         skipped = [] if not work.done else [one for number in range(len(groups)) for one in work.done[number].skipped]
     return Made(read_index(folder), there, tuple(sorted(skipped)))
+
+
+class _Job(NamedTuple):
+    """A shard to write."""
+
+    path: Path
+    number: int
+    rows: Sequence[int]
+
+
+def write_all(
+    contents: Contents,
+    jobs: Sequence[_Job],
+    workers: int,
+    images: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Written]:
+    """Write shards, in any order, telling the number of images done and of all, those of earlier runs included."""
+    done = images - sum(len(job.rows) for job in jobs)
+
+    def tell(more: int = 0) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(done, images)
+
+    tell()
+    for _, written in run(partial(_writer, contents), jobs, workers, "detpipe.datasets.sharding.tar_files", tell):
+        yield written
+
+
+def _writer(contents: Contents) -> Work[_Job, Written]:
+    """What writes shards in a process of its own."""
+    return lambda job, step: write_shard(*job, contents, step)
 
 
 def _tell(progress: Callable[[int, int], None] | None, images: int) -> None:
