@@ -243,9 +243,9 @@ def _go_on(
 ) -> None:
     """Refuse a checkpoint of other classes, weights or settings."""
     checkpoint.check_class_names(found.description, task.description.class_names, found.path)
+    checkpoint.load_weights(model, found.stored, found.path)
     for line in resume.check_changes(found.stored, record, options.accepted, found.path):
         print(f"note: {line}")
-    checkpoint.load_weights(model, found.stored, found.path)
     print(f"going on from {found.path}, step {found.stored['global_step']}")
 
 

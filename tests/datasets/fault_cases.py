@@ -362,7 +362,7 @@ CASES = [
         "key",
         put("data.yaml", "train: images/train\nnames: [cat, dog]\nnames: [dog, cat]\n"),
         UNREAD,
-        ("line 3: the key 'names' is given twice",),
+        ("line 3: key 'names' is given twice",),
         "refused",
     ),
     Case(

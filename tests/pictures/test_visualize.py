@@ -3,10 +3,10 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from detpipe.evaluation.image_outcomes import ImageOutcome
 from PIL import Image
 
 from detpipe.errors import UsageError
+from detpipe.evaluation.worst_images import ImageOutcome
 from detpipe.pictures import visualize
 from detpipe.pictures.contact_sheet import contact_sheet
 from detpipe.pictures.glimpse_pictures import draw_glimpses

@@ -22,7 +22,6 @@ from together import start
 from detpipe import cli
 from detpipe.datasets import Demo, DemoScenes
 from detpipe.errors import UsageError
-from detpipe.files import atomic_write
 from detpipe.training import resume
 from detpipe.training.checkpoint import LAST, PREVIOUS, check_sums
 
@@ -316,31 +315,6 @@ def test_row_50_a_folder_in_which_another_process_trains(
     finally:
         other.kill()
         other.wait()
-
-
-def test_a_crafted_best_checkpoint_deletes_nothing(broken_off: Path, killed_root: Path, tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    victim.write_text("mine")
-    stored = torch.load(broken_off / LAST, weights_only=True)
-    key = "ModelCheckpoint{'monitor': 'val/AP', 'mode': 'max'}"
-    paths = dict.fromkeys(("best_model_path", "last_model_path", "kth_best_model_path"), str(victim))
-    stored["callbacks"][key] = {
-        "monitor": "val/AP",
-        "best_model_score": torch.tensor(-1.0),
-        "dirpath": str(tmp_path),
-        **paths,
-    }
-    with atomic_write(tmp_path / "crafted.ckpt") as temporary:
-        torch.save(stored, temporary)
-    command = [
-        *kills.command(killed_root),
-        "--output",
-        str(tmp_path / "run"),
-        "--ckpt_path",
-        str(tmp_path / "crafted.ckpt"),
-    ]
-    cli.main(command)
-    assert victim.read_text() == "mine"
 
 
 def test_check_sums_are_those_of_sha256sum(broken_off: Path) -> None:

@@ -306,12 +306,22 @@ def test_resuming_deletes_nothing_that_a_checkpoint_names(
     demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train = ["train", runs.CONFIG, *runs.options(demo_root, epochs=1), "--output", "run"]
+    theirs = ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath", "run/theirs"]
+    theirs += [
+        "--trainer.callbacks.monitor",
+        "val/AP",
+        "--trainer.callbacks.mode",
+        "max",
+        "--trainer.callbacks.save_last",
+        "true",
+    ]
+    train = ["train", runs.CONFIG, *runs.options(demo_root, epochs=1), *theirs, "--output", "run"]
     assert cli.main(train) == 0
     Path("run/summary.json").unlink()
     precious = tmp_path / "precious.ckpt"
     precious.write_text("mine")
     content = torch.load("run/last.ckpt", weights_only=True)
+    assert any(key.startswith("ModelCheckpoint") for key in content["callbacks"])
     named = f"{tmp_path / 'run'}/../precious.ckpt"  # below the folder of the run, as Lightning looks at it
     for key in content["callbacks"]:
         if key.startswith("ModelCheckpoint"):
@@ -322,9 +332,9 @@ def test_resuming_deletes_nothing_that_a_checkpoint_names(
             }
             content["callbacks"][key] |= {"best_k_models": {named: torch.tensor(-1.0)}, "kth_value": torch.tensor(-1.0)}
             content["callbacks"][key] |= {"current_score": torch.tensor(-1.0), "best_model_score": torch.tensor(-1.0)}
-    torch.save(content, "run/last.ckpt")
+    torch.save(content, "run/crafted.ckpt")
     train[train.index("--trainer.max_epochs") + 1] = "2"
-    assert cli.main([*train, "--ckpt_path", "run/last.ckpt"]) == 0
+    assert cli.main([*train, "--ckpt_path", "run/crafted.ckpt", "--accept_changes", "schedule"]) == 0
     assert precious.read_text() == "mine"
 
 
