@@ -23,7 +23,6 @@ _PARTS = (  # modules and folders of this package
     "attention backbones classifier datasets detector heads optimization proposals region_classifier region_context "
     "roi_pooling spatial_transformer superpixel_localizer superpixels types"
 )
-_SETTINGS = ("training", "saving")  # of which, as of commands, the dataclasses alone
 _LIGHTNING = {
     "lightning.pytorch.callbacks": "BatchSizeFinder DeviceStatsMonitor EarlyStopping EMAWeightAveraging LearningRateFinder "
     "GradientAccumulationScheduler LearningRateMonitor ModelCheckpoint ModelSummary OnExceptionCheckpoint RichModelSummary "
@@ -53,9 +52,7 @@ def policy() -> tuple[tuple[str, ...], tuple[str, ...]]:
         places = file.relative_to(root.parent).with_suffix("").parts
         part, name = places[1], None
         known = part in _PARTS.split()
-        for found in _LINE.finditer(
-            file.read_text(encoding="utf-8") if known or part == "commands" or places[1:] == _SETTINGS else ""
-        ):
+        for found in _LINE.finditer(file.read_text(encoding="utf-8") if known or part == "commands" else ""):
             if found["method"] and name:
                 denied.append(".".join((*places, name, found["method"])))
             elif not found["method"] and (name := found["name"] if known or found["data"] else None):

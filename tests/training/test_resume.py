@@ -126,10 +126,10 @@ def test_a_group_of_processes_that_is_asked_to_end_saves_too(killed_root: Path, 
         "--trainer.max_epochs",
         "400",
     ]
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(
-        [*tool, "--output", str(tmp_path / "run"), *EVERY_STEP], stdout=log, stderr=log, start_new_session=True
-    )
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*tool, "--output", str(tmp_path / "run"), *EVERY_STEP], stdout=log, stderr=log, start_new_session=True
+        )
     while process.poll() is None and not (tmp_path / "run" / LAST).exists():
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
@@ -262,7 +262,7 @@ def test_accepted_changes_are_used(
         "--model.optimizer.weight_decay",
         "0.25",
         "--model.lr_scheduler",
-        "{name: step, warmup: 0, milestones: [1.0]}",
+        "{name: step, warmup: 0, milestones: []}",
     ]
     assert cli.main([*kills.command(killed_root), *accepted, *changes]) == 0
     shown = capsys.readouterr().out
@@ -314,7 +314,7 @@ def test_row_50_a_folder_in_which_another_process_trains(
         assert [path.name for path in folder.iterdir()] == [".lock"]
     finally:
         other.kill()
-        other.wait()
+        other.communicate()
 
 
 def test_check_sums_are_those_of_sha256sum(broken_off: Path) -> None:
