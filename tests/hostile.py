@@ -319,7 +319,7 @@ def pipe_cases() -> None:
     from detpipe.datasets import image_size, load_coco, read_image
     from detpipe.datasets.csv_table import Table
     from detpipe.datasets.unpack import unpack
-    from detpipe.datasets.voc_lists import _read_lines
+    from detpipe.datasets.voc import _read_lines
     from detpipe.datasets.yolo_yaml import read_yolo_yaml
     from detpipe.proposal_files import ProposalStore
     from detpipe.proposal_files.known_images import read_known_images

@@ -17,8 +17,14 @@ from detpipe.datasets.layouts import EXPECTED, open_split
 from detpipe.datasets.stored_proposals import StoredProposals
 from detpipe.errors import DataError, UsageError
 from detpipe.evaluation.proposal_faults import ENOUGH, likely_faults
-from detpipe.evaluation.proposal_recall import MAX_BOXES, ProposalRecall, evaluate_recall
-from detpipe.evaluation.recall_report import class_table, plot_recall, recall_table
+from detpipe.evaluation.proposal_recall import (
+    MAX_BOXES,
+    ProposalRecall,
+    class_table,
+    evaluate_recall,
+    plot_recall,
+    recall_table,
+)
 from detpipe.files import atomic_write
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.terminal import say

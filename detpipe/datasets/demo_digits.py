@@ -25,7 +25,7 @@ from detpipe.datasets.classification import ClassificationData, LabeledSplit
 from detpipe.datasets.coco_json import load_coco
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.decode import read_image
-from detpipe.datasets.demo_files import DEFAULT_SCENES, JPEG_QUALITY, SPLITS, VERSION, DemoScenes, write_demo
+from detpipe.datasets.demo import DEFAULT_SCENES, JPEG_QUALITY, SPLITS, VERSION, DemoScenes, write_demo
 from detpipe.datasets.demo_scenes import CLASS_NAMES
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.image_folder import read_image_folder

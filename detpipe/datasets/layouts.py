@@ -16,8 +16,7 @@ from detpipe.datasets.faults import OnBad
 from detpipe.datasets.sharding.index import ARRAYS, INDEX
 from detpipe.datasets.sharding.remote import is_remote
 from detpipe.datasets.shards import Shards
-from detpipe.datasets.voc import VOC, VOCFormat
-from detpipe.datasets.voc_xml import find_class_names
+from detpipe.datasets.voc import VOC, VOCFormat, find_class_names
 from detpipe.datasets.yolo import YOLO
 from detpipe.datasets.yolo_yaml import NAME as YOLO_NAME
 from detpipe.datasets.yolo_yaml import read_yolo_yaml

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.datasets.segmentations import matched_records
-from detpipe.datasets.yolo_images import label_path
+from detpipe.datasets.yolo import label_path
 from detpipe.errors import DataError
 from detpipe.strict_json import load_json, shorten
 from detpipe.types import Annotations

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from detpipe.roi_pooling.layouts import check_features
 from detpipe.roi_pooling.maps import cell_table
-from detpipe.roi_pooling.superpixel_ops import read_axes
-from detpipe.roi_pooling.superpixel_taps import read_cells
+from detpipe.roi_pooling.superpixel_ops import read_axes, read_cells
 
 
 def superpixel_pool(

@@ -3,29 +3,222 @@
 The sum is linear in the features, and its gradient is its transpose, whose gradient is the sum again: both can be
 differentiated any number of times. Labels have no gradient.
 
-N images, C channels, S superpixels an image, H x W cells, Hl x Wl label pixels. Features are rows, ``[N * H * W, C]``.
+Which cells of a feature map each superpixel reads, and with what weight, has two resolutions. ``"labels"``: each label pixel reads
+the features at its center by bilinear interpolation, with half-pixel centers. ``"features"``: each label pixel reads the cells that
+it covers, by the share of the cell that it covers. In both, a pixel reads along each axis a first cell and the next one, with
+weights that are fractions of whole numbers; so the weights of neighboring pixels of one superpixel that read the same two cells are
+summed exactly, and read once.
+
+N images, C channels, S superpixels an image, H x W cells, Hl x Wl label pixels. Features are rows, ``[N * H * W, C]``. A superpixel
+of the batch is a bag, ``image * S + id``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from detpipe.roi_pooling.bags import transpose_bags
 from detpipe.roi_pooling.operators import Operator, operator
-from detpipe.roi_pooling.superpixel_taps import (
-    AxisReads,
-    Runs,
-    Taps,
-    distinct_cells,
-    find_runs,
-    read_axis,
-    read_cells,
-    sort_by_bag,
-    split_pixels,
-)
+
+FREE_TO_LOOK = ("cpu",)  # devices on which the number of runs is known without waiting
+IGNORED_AT_ONCE = 512  # ignored pixels in one bag, elsewhere: a single bag of all of them would keep one program busy
+
+
+class AxisReads(NamedTuple):
+    """What the pixels along one axis read."""
+
+    first: Tensor  # [L] int64, the first cell that pixel l reads
+    after: Tensor  # [L] int64, numerator of the weight of the cell after it, 0 to whole - 1
+    whole: int  # sum of the numerators of both
+    divisor: int  # denominator of the weights
+    single: bool  # no pixel reads a second cell
+
+
+class Runs(NamedTuple):
+    """Pixels of one row and one superpixel that read the same columns, in row-major order."""
+
+    bag: Tensor  # [Q] int64; N * S and above for ignored pixels, where these could not be left out
+    start: Tensor  # [Q] int64, the first pixel, counted through the batch
+    length: Tensor  # [Q] int64
+    bags: int  # N * S, and those of ignored pixels
+
+
+def read_axis(pixels: int, cells: int, resolution: str, device: torch.device) -> AxisReads:
+    """Tell what each of the pixels along an axis reads of its cells.
+
+    Args:
+        pixels: Hl or Wl; for ``"features"`` at least as many as cells.
+        cells: H or W.
+        resolution: ``"labels"`` or ``"features"``.
+        device: of the result.
+
+    Returns:
+        Cells and weights in whole numbers.
+    """
+    pixel = torch.arange(pixels, device=device)
+    if resolution == "labels":
+        divisor = whole = 2 * pixels
+        position = ((2 * pixel + 1) * cells - pixels).clamp(min=0)  # of the pixel's center, in cells / divisor
+        first = position // divisor
+        after = torch.where(first < cells - 1, position - first * divisor, 0)
+        first = first.clamp(max=cells - 1)
+        return AxisReads(first, after, whole, divisor, pixels == cells or cells == 1)
+    begin, divisor, whole = pixel * cells, pixels, cells
+    first = begin // divisor
+    after = (begin + whole - (first + 1) * divisor).clamp(min=0)
+    return AxisReads(first, after, whole, divisor, pixels % cells == 0)
+
+
+def split_pixels(labels: Tensor, height: int, width: int) -> Tensor:
+    """Divide pixels that are larger than a cell into equal parts, so that none covers more than two cells along an axis.
+
+    Args:
+        labels: ``[N, Hl, Wl]``.
+        height: H.
+        width: W.
+
+    Returns:
+        ``[N, kHl, mWl]`` with the least k and m that make these at least H and W.
+    """
+    for dim, cells in ((1, height), (2, width)):
+        pixels = labels.shape[dim]
+        parts = -(-cells // max(pixels, 1))
+        if parts > 1:
+            labels = labels.index_select(dim, torch.arange(pixels * parts, device=labels.device) // parts)
+    return labels
+
+
+def find_runs(labels: Tensor, superpixels: int, first: Tensor | None = None) -> Runs:
+    """Find the runs of pixels, and check their ids.
+
+    On other devices than the CPU each pixel is a run, so that nothing waits for the device, and ids are checked only
+    inside ``torch.autograd.detect_anomaly()``.
+
+    Args:
+        labels: ``[N, Hl, Wl]`` of an integer type.
+        superpixels: S.
+        first: ``[Wl]``, the first column that each pixel of a row reads; without it runs may read any.
+
+    Returns:
+        The runs in row-major order.
+
+    Raises:
+        ValueError: an id that is neither -1 nor in 0..S - 1.
+    """
+    total, bags = labels.numel(), labels.shape[0] * superpixels
+    waits = labels.device.type not in FREE_TO_LOOK
+    if waits:
+        start = torch.arange(total, device=labels.device)
+        length = torch.ones_like(start)
+    else:
+        begins = torch.ones_like(labels, dtype=torch.bool)
+        torch.ne(labels[..., 1:], labels[..., :-1], out=begins[..., 1:])
+        if first is not None:
+            begins[..., 1:] |= first[1:] != first[:-1]
+        start = begins.flatten().nonzero()[:, 0]
+        length = torch.cat((start, start.new_full((1,), total))).diff()
+    label = labels.flatten()[start].long()
+    if not waits or torch.is_anomaly_enabled():
+        _check_ids(label, start, labels.shape, superpixels)
+    kept = (label >= 0) & (label < superpixels)
+    bag = label + start // (labels.shape[1] * labels.shape[2]) * superpixels
+    if waits:
+        bag = torch.where(kept, bag, bags + start // IGNORED_AT_ONCE)
+        return Runs(bag, start, length, bags + -(-total // IGNORED_AT_ONCE))
+    if not kept.all():
+        bag, start, length = bag[kept], start[kept], length[kept]
+    return Runs(bag, start, length, bags)
+
+
+def _check_ids(label: Tensor, start: Tensor, shape: torch.Size, superpixels: int) -> None:
+    wrong = (label < -1) | (label >= superpixels)
+    if wrong.any():
+        run = int(wrong.nonzero()[0])
+        line, column = divmod(int(start[run]), shape[2])
+        place = [line // shape[1], line % shape[1], column]
+        known = f"or an id in 0..{superpixels - 1}, " if superpixels else ""
+        raise ValueError(
+            f"labels{place} is {int(label[run])}: expected -1 (ignored) {known}since num_superpixels is {superpixels}"
+        )
+
+
+def sort_by_bag(runs: Runs) -> tuple[Tensor, Tensor]:
+    """Group runs by bag, in the order in which they stand.
+
+    Args:
+        runs: Q of them, in B bags.
+
+    Returns:
+        The order ``[Q]``, and the offsets ``[B + 1]`` of the groups.
+    """
+    dtype = torch.int32 if runs.bags < torch.iinfo(torch.int32).max else torch.int64
+    key, order = torch.sort(runs.bag.to(dtype), stable=True)
+    return order, torch.searchsorted(key, torch.arange(runs.bags + 1, device=key.device).to(dtype))
+
+
+class Taps(NamedTuple):
+    """The cells that runs read: up to two rows times two columns, in the order of the cells."""
+
+    cell: Tensor  # [Q, taps] int64, counted through the batch
+    weight: Tensor  # [Q, taps]
+
+
+def read_cells(
+    start: Tensor, length: Tensor, y: AxisReads, x: AxisReads, size: tuple[int, int], dtype: torch.dtype
+) -> Taps:
+    """Look up what runs read.
+
+    Args:
+        start: ``[Q]`` int64, the first pixel of each run, counted through the batch.
+        length: ``[Q]`` int64, pixels of each run.
+        y: what the pixels of a column read.
+        x: what the pixels of a row read.
+        size: H, W.
+        dtype: of the weights.
+
+    Returns:
+        Cells and weights. A cell with weight 0 is one that the run reads anyway, so that what it holds does not matter.
+    """
+    pixels_y, pixels_x = y.first.shape[0], x.first.shape[0]
+    column, line = start % pixels_x, start // pixels_x
+    row, image = line % pixels_y, line // pixels_y
+    sums = torch.cat((x.after.new_zeros(1), x.after.cumsum(0)))
+    after = sums[column + length] - sums[column]
+    columns, share_x = _two(x, column, after, length * x.whole, dtype)
+    rows, share_y = _two(y, row, y.after[row], torch.full_like(row, y.whole), dtype)
+    cells = (image[:, None] * size[0] + rows)[:, :, None] * size[1] + columns[:, None, :]
+    return Taps(cells.flatten(1), (share_y[:, :, None] * share_x[:, None, :]).flatten(1))
+
+
+def _two(axis: AxisReads, pixel: Tensor, after: Tensor, whole: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """First cell and next one, with their weights: ``[Q, 2]`` each, or ``[Q, 1]`` if no pixel reads a second one."""
+    first = axis.first[pixel]
+    if axis.single:
+        return first[:, None], whole[:, None].to(dtype) / axis.divisor
+    cells = torch.stack((first, first + (after > 0)), dim=1)
+    return cells, torch.stack((whole - after, after), dim=1).to(dtype) / axis.divisor
+
+
+def distinct_cells(runs: Runs, cell: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Sort the cells of each bag, and on the CPU keep each once.
+
+    Args:
+        runs: Q of them, in B bags.
+        cell: ``[Q, taps]`` int64, the cells that each reads.
+        cells: of the batch.
+
+    Returns:
+        The cells, bag by bag, and the offsets ``[B + 1]`` of the bags.
+    """
+    key = (runs.bag[:, None] * cells + cell).flatten()
+    key = torch.unique(key) if key.device.type in FREE_TO_LOOK else key.sort().values
+    first = torch.arange(runs.bags + 1, device=key.device) * cells
+    return key % max(1, cells), torch.searchsorted(key, first)
+
 
 VALUES_AT_ONCE = 1 << 22  # candidates times channels that a maximum compares in one pass
 

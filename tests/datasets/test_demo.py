@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detpipe.datasets import demo_files, demo_scenes
+from detpipe.datasets import demo, demo_scenes
 from detpipe.datasets.datamodule import Loader
-from detpipe.datasets.demo import Demo
-from detpipe.datasets.demo_files import MARKER, DemoScenes, write_demo
+from detpipe.datasets.demo import MARKER, Demo, DemoScenes, write_demo
 from detpipe.datasets.demo_scenes import Stock, compose_scene, load_stock
 from detpipe.errors import DataError, UsageError
 
@@ -28,7 +27,7 @@ def names(folder: Path) -> list[str]:
 
 def start_writer(root: Path, train: int) -> subprocess.Popen:
     code = (
-        "import sys; from detpipe.datasets.demo_files import DemoScenes, write_demo; "
+        "import sys; from detpipe.datasets.demo import DemoScenes, write_demo; "
         f"write_demo(sys.argv[1], DemoScenes(train={train}, val=4, size=128, seed=3))"
     )
     command = [sys.executable, "-c", code, str(root)]
@@ -68,7 +67,7 @@ def test_scenes_do_not_depend_on_their_number(root, tmp_path):
 
 
 def test_every_file_is_there_and_nothing_else(root):
-    assert sorted(contents(root)) == sorted(demo_files._file_names(SCENES))
+    assert sorted(contents(root)) == sorted(demo._file_names(SCENES))
     assert len(json.loads((root / MARKER).read_text())["sha256"]) == 64
     assert names(root.parent) == ["demo"]
 
@@ -83,7 +82,7 @@ def test_images_are_copied_where_there_are_no_hard_links(root, tmp_path, monkeyp
     def refuse(source, target):
         raise OSError("no hard links here")
 
-    monkeypatch.setattr(demo_files.os, "link", refuse)
+    monkeypatch.setattr(demo.os, "link", refuse)
     assert contents(write_demo(tmp_path / "demo", SCENES)) == contents(root)
 
 
@@ -118,7 +117,7 @@ def test_there_is_no_test_split(root):
 
 def test_second_call_writes_nothing(root, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
-    monkeypatch.setattr(demo_files, "load_stock", lambda seed: pytest.fail("generated again"))
+    monkeypatch.setattr(demo, "load_stock", lambda seed: pytest.fail("generated again"))
     assert write_demo(root, SCENES) == root
     assert {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]} == before
 
@@ -128,10 +127,10 @@ def test_other_scenes_or_version_are_replaced(tmp_path, monkeypatch, change):
     root = write_demo(tmp_path / "demo", DemoScenes(train=2, val=1, size=128))
     wanted = DemoScenes(train=1, val=1, size=128) if change == "scenes" else DemoScenes(train=2, val=1, size=128)
     if change == "version":
-        monkeypatch.setattr(demo_files, "VERSION", demo_files.VERSION + 1)
+        monkeypatch.setattr(demo, "VERSION", demo.VERSION + 1)
     write_demo(root, wanted)
-    assert sorted(contents(root)) == sorted(demo_files._file_names(wanted))
-    assert json.loads((root / MARKER).read_text())["version"] == demo_files.VERSION
+    assert sorted(contents(root)) == sorted(demo._file_names(wanted))
+    assert json.loads((root / MARKER).read_text())["version"] == demo.VERSION
     assert names(tmp_path) == ["demo"]
 
 
@@ -171,7 +170,7 @@ def test_a_failed_generation_leaves_nothing(tmp_path, monkeypatch):
             raise RuntimeError("out of luck")
         return compose_scene(*args)
 
-    monkeypatch.setattr(demo_files, "compose_scene", fail_later)
+    monkeypatch.setattr(demo, "compose_scene", fail_later)
     with pytest.raises(RuntimeError, match="out of luck"):
         write_demo(tmp_path / "demo", SCENES)
     assert names(tmp_path) == []

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detpipe.evaluation.proposal_recall import ProposalRecall, evaluate_recall
-from detpipe.evaluation.recall_report import class_table, plot_recall, recall_table
+from detpipe.evaluation.proposal_recall import ProposalRecall, class_table, evaluate_recall, plot_recall, recall_table
 from evaluation.test_proposal_recall import annotations_of
 
 SIZES_AND_OVERLAPS = ["ARs", "ARm", "ARl", "ABO", "MABO"]

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.nn.functional import interpolate
 
-from detpipe.roi_pooling import superpixel_taps
+from detpipe.roi_pooling import superpixel_ops
 from detpipe.roi_pooling.superpixel import superpixel_pool, superpixel_smooth
 
 ops = torch.ops.detpipe
@@ -407,8 +407,8 @@ def test_without_a_look_at_the_labels_the_same(monkeypatch, reduce, resolution, 
         return pooled, count, smooth, torch.autograd.grad(pooled.square().sum() + smooth.square().sum(), leaf)[0]
 
     want = everything()
-    monkeypatch.setattr(superpixel_taps, "FREE_TO_LOOK", ())
-    monkeypatch.setattr(superpixel_taps, "IGNORED_AT_ONCE", 4)
+    monkeypatch.setattr(superpixel_ops, "FREE_TO_LOOK", ())
+    monkeypatch.setattr(superpixel_ops, "IGNORED_AT_ONCE", 4)
     for got, expected in zip(everything(), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     wrong = labels.clone()

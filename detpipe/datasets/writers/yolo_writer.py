@@ -31,7 +31,7 @@ from detpipe.datasets.writers.placement import (
     totals,
     transfer,
 )
-from detpipe.datasets.yolo_images import label_path
+from detpipe.datasets.yolo import label_path
 from detpipe.datasets.yolo_yaml import NAME
 from detpipe.errors import DataError
 from detpipe.types import Annotations
