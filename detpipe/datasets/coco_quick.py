@@ -209,7 +209,7 @@ def _decode(section: Raw, fields: dict[str, Any]) -> Columns:
         for name, key in names.items()
     ]
     kind = msgspec.defstruct("Record", optional, rename=names, gc=False, kw_only=True)
-    records = msgspec.json.decode(section, type=list[kind])
+    records = msgspec.json.decode(section, type=list[kind])  # pyright: ignore[reportInvalidTypeForm]
     return {key: list(map(attrgetter(name), records)) for name, key in names.items()}
 
 
