@@ -3,14 +3,14 @@
 Three tables on a synthetic annotation file (`coco_files.py`), each measurement in a process of its own.
 
 1. Time: ``json.loads`` of the text (reading the file not counted) and our load (everything counted: reading, all checks, listing
-   the image folder) take turns; then our load with a cache that is empty, and with one that is filled. Wall-clock time and the
-   time of the processor, which other programs on the machine disturb less; medians, and ratios to ``json.loads``.
+   the image folder) take turns. Wall-clock time and the time of the processor, which other programs on the machine disturb less;
+   medians, and ratios to ``json.loads``.
 2. The most memory during each.
 3. Private memory (USS) of each of 2 workers that read the annotations of all images, after each of three epochs; what a
    worker costs without annotations stands beside it. The peer keeps the parsed records, as torchvision's ``CocoDetection`` does
    by pycocotools. No pixels are read.
 
-Expected: at most 1.5 times json.loads from cold, under 2 s from the cache, less than 20 MiB a worker that do not grow.
+Expected: at most 1.5 times json.loads, less than 20 MiB a worker that do not grow.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from detpipe.datasets import load_coco
 from detpipe.datasets.dataset import DetectionDataset, start_worker
 
 MIB = 2**20
-WAYS = ("json.loads", "cold, no cache", "cold, filling the cache", "cached")
+WAYS = ("json.loads", "load_coco")
 KEEPERS = ("no annotations", "detpipe", "records (CocoDetection)")
 
 
@@ -49,7 +49,7 @@ class Reader(Dataset):
     def __init__(self, keeper: str, path: Path, root: Path, images: int) -> None:
         self.keeper, self.images, self.source = keeper, images, None
         if keeper == "detpipe":
-            self.source = DetectionDataset(load_coco(path, root, cache="off"))
+            self.source = DetectionDataset(load_coco(path, root))
         elif keeper != "no annotations":
             from torchvision.datasets import CocoDetection
 
@@ -68,7 +68,7 @@ class Reader(Dataset):
         return os.getpid(), private, boxes
 
 
-def measure_time(way: str, path: Path, root: Path, cache: str) -> dict[str, float]:
+def measure_time(way: str, path: Path, root: Path) -> dict[str, float]:
     """Seconds and the most memory of one way."""
     text = path.read_text() if way == "json.loads" else ""
     before = psutil.Process().memory_info().rss
@@ -77,7 +77,7 @@ def measure_time(way: str, path: Path, root: Path, cache: str) -> dict[str, floa
         content = json.loads(text)
         assert content["annotations"]
     else:
-        load_coco(path, root, cache=cache if way in WAYS[2:] else "off")
+        load_coco(path, root)
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     return {"wall": wall, "processor": processor, "peak": peak / MIB}
@@ -114,9 +114,8 @@ def report(options: argparse.Namespace, path: Path, root: Path) -> None:
     print(f"\n{path.name}: {path.stat().st_size / 1e6:.0f} MB")
     results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(options.rounds):
-        with tempfile.TemporaryDirectory() as cache:
-            for way in WAYS:
-                results[way].append(in_new_process(["--one", way, str(path), str(root), cache, options.start]))
+        for way in WAYS:
+            results[way].append(in_new_process(["--one", way, str(path), str(root), "", options.start]))
     columns = {
         way: [statistics.median(one[key] for one in results[way]) for key in ("wall", "processor", "peak")]
         for way in WAYS
@@ -151,7 +150,7 @@ def main() -> None:
     if options.one:
         what, path, root, last, start = options.one
         if what in WAYS:
-            print(json.dumps(measure_time(what, Path(path), Path(root), last)))
+            print(json.dumps(measure_time(what, Path(path), Path(root))))
         else:
             print(json.dumps(measure_memory(what, Path(path), Path(root), int(last), start)))
         return

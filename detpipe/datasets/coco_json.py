@@ -1,7 +1,6 @@
 """Reads COCO instance annotations (``instances_*.json``) strictly, record by record.
 
-A file without a fault is read by ``coco_quick``, or comes from the cache of an earlier run. What is here reads all others, and
-names what is wrong with them.
+A file without a fault is read by ``coco_quick``. What is here reads all others, and names what is wrong with them.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ _INT64 = 2**63
 _Field = tuple[str, Callable[[Any], bool], str, Any]  # name, what is accepted, that in words, default
 
 
-def load_coco(
-    json_path: str | Path, image_root: str | Path, on_bad: Policy = "error", cache: str | Path | None = None
-) -> Annotations:
+def load_coco(json_path: str | Path, image_root: str | Path, on_bad: Policy = "error") -> Annotations:
     """Read one COCO annotation file and check it against its images.
 
     Category ids become the labels 1..K in ascending order of the ids; images without annotations stay in. A missing
@@ -36,9 +33,6 @@ def load_coco(
         json_path: the annotation file.
         image_root: the folder that each ``file_name`` is relative to.
         on_bad: ``"error"`` refuses a file with any faulty record; ``"skip"`` leaves these records out and counts them.
-        cache: the folder that keeps what was read of large files without faults for the next time, by their content;
-            ``"off"`` for none, None for what the environment says (``annotation_cache``). Boxes and image files are checked
-            each time.
 
     Returns:
         The annotations of all images, in the order of the file.
@@ -47,7 +41,7 @@ def load_coco(
         DataError: for anything wrong, naming the file, the record, the field and its value.
     """
     json_path, image_root = Path(json_path), Path(image_root)
-    records = sound_records(json_path, image_root, cache)
+    records = sound_records(json_path, image_root)
     if records is not None:
         _check_folder(image_root, json_path)
         return build_annotations(records, Faults(json_path, on_bad))

@@ -23,13 +23,11 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import UNSET, Raw, UnsetType
 
-from detpipe.datasets.annotation_cache import Arrays, cache_of, content_key
 from detpipe.datasets.records import Records
 from detpipe.errors import DataError
 from detpipe.files import refuse_special
 from detpipe.strict_json import parse_json, paused_collection
 
-_KEPT = "coco-1"  # what the cache has of a file: another number whenever the columns or their checks change
 Columns = dict[str, list[Any]]  # field -> its value in each record; UNSET where a record lacks it
 
 _IMAGE = {"id": int, "file_name": str, "height": int, "width": int}
@@ -44,7 +42,6 @@ _BOX = {
     "area": float | UnsetType,
     "segmentation": Raw | UnsetType,
 }
-_AS_THEY_ARE = ("image_ids", "sizes", "box_image", "labels", "iscrowd", "difficult", "area")  # for Records
 _FIRST = 2**20  # bytes in which the first record should end
 _CHUNK = 2**15  # records whose unread fields are looked at together
 _BLOCK = 2**20  # bytes that fit into a processor's cache
@@ -55,52 +52,35 @@ class _UnprovenError(Exception):
     """The file may be faulty: the strict reader has to look at it."""
 
 
-def sound_records(path: Path, image_root: Path, cache: str | Path | None = None) -> Records | None:
-    """Read an annotation file that has no fault, or take what was kept of an earlier reading.
+def sound_records(path: Path, image_root: Path) -> Records | None:
+    """Read an annotation file that has no fault.
 
     Args:
         path: the file.
         image_root: the folder that file names are relative to.
-        cache: the folder of what is kept; ``"off"`` for none, None for what the environment says.
 
     Returns:
         Its records, every reference resolved, nothing of image files or geometry checked yet; None where the strict reader has to
-        read the file: it has a fault, or this reader cannot prove that not.
+        read the file: it has a fault, or is not of a kind of which this reader can prove that it has none.
     """
-    store = cache_of(cache)
     refuse_special(path)
     try:
-        key = store.key(path, _KEPT) if store else None
-        kept = store.load(key) if store and key else None
-        if kept is not None:
-            return _records(kept, image_root)
         data = path.read_bytes()
-    except OSError:  # a fault as well
-        return None
-    arrays = read_quickly(data)
-    if arrays is not None and store and key:
-        store.store(content_key(_KEPT, data), arrays)
-    return None if arrays is None else _records(arrays, image_root)
-
-
-def read_quickly(data: bytes) -> Arrays | None:
-    """Read an annotation file that has no fault.
-
-    Args:
-        data: the content of the file.
-
-    Returns:
-        An array a field, which the cache keeps; None where the file has a fault, or is not of a kind of which this reader can
-        prove that it has none.
-    """
-    try:
         with paused_collection():
-            return _read(data.removeprefix(_BYTE_ORDER_MARK))
-    except (_UnprovenError, msgspec.MsgspecError, DataError, UnicodeDecodeError, OverflowError, RecursionError):
+            return _read(data.removeprefix(_BYTE_ORDER_MARK), image_root)
+    except (
+        _UnprovenError,
+        msgspec.MsgspecError,
+        DataError,
+        UnicodeDecodeError,
+        OverflowError,
+        RecursionError,
+        OSError,
+    ):
         return None
 
 
-def _read(data: bytes) -> Arrays:
+def _read(data: bytes, image_root: Path) -> Records:
     _check_text(data)
     top = msgspec.json.decode(data, type=dict[str, Raw])
     _prove(top.keys() >= {"images", "annotations", "categories"})
@@ -109,32 +89,21 @@ def _read(data: bytes) -> Arrays:
     small = {key: parse_json(bytes(top[key]).decode(), key) for key in top.keys() - {"images", "annotations"}}
     class_names, category_ids = _classes(small["categories"])
     file_names, image_ids, sizes = _images(top["images"], colons["images"])
-    return {
-        **_boxes(top["annotations"], colons["annotations"], image_ids, category_ids),
-        "image_ids": image_ids,
-        "sizes": sizes,
-        "file_names": np.frombuffer("\0".join(file_names).encode(), dtype=np.uint8),
-        "classes": np.frombuffer(json.dumps([class_names, category_ids]).encode(), dtype=np.uint8),
-    }
-
-
-def _records(arrays: Arrays, image_root: Path) -> Records:
-    """What is left to check."""
-    file_names = arrays["file_names"].tobytes().decode().split("\0")[: len(arrays["image_ids"])]
-    class_names, category_ids = json.loads(arrays["classes"].tobytes().decode())
-    ids, image, xywh = arrays["ids"], arrays["box_image"], arrays["xywh"]
-    others: dict[str, Any] = {name: arrays[name] for name in _AS_THEY_ARE}
+    boxes = _boxes(top["annotations"], colons["annotations"], image_ids, category_ids)
+    ids, xywh, image = boxes.pop("ids"), boxes.pop("xywh"), boxes["box_image"]
     return Records(
         root=image_root,
         folders=[image_root],
         file_names=file_names,
-        class_names=tuple(class_names),
-        category_ids=tuple(category_ids),
+        image_ids=image_ids,
+        sizes=sizes,
+        class_names=class_names,
+        category_ids=category_ids,
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
         name_box=lambda b: f"annotation id {ids[b]} (image {file_names[image[b]]}): bbox {xywh[b].tolist()}",
         images_read=len(file_names),
         boxes_read=len(ids),
-        **others,
+        **boxes,
     )
 
 
@@ -183,7 +152,7 @@ def _images(section: Raw, colons: int) -> tuple[list[str], npt.NDArray[np.int64]
 
 def _boxes(
     section: Raw, colons: int, image_ids: npt.NDArray[np.int64], category_ids: tuple[int, ...]
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """The columns of boxes."""
     columns = _decode(section, _BOX)
     _prove_every_key(columns, colons, [*_unread(columns, _BOX), "segmentation"])

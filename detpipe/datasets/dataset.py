@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 
 from detpipe.datasets.batches import Key, Repeat
 from detpipe.datasets.decode import read_reduced
+from detpipe.datasets.handover import share_with_workers
 from detpipe.datasets.records import check_size
 from detpipe.datasets.resize import Resize, resample
 from detpipe.datasets.segmentations import draw_masks
-from detpipe.datasets.sharing import share_with_workers
 from detpipe.datasets.transforms import Augment, Neighbors
 from detpipe.errors import DataError
 from detpipe.images import Size, targets_to_batch

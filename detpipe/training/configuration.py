@@ -89,7 +89,7 @@ class CommandCLI(LightningCLI, ABC):
     def __init__(self, arguments: Sequence[str], add_arguments: Callable[[LightningArgumentParser], None]) -> None:
         self._command_arguments = add_arguments
         options = positional_configs(arguments)
-        self._name = Path(options[1]).stem if options[:1] == ["--config"] else "detector"
+        self.name = Path(options[1]).stem if options[:1] == ["--config"] else "detector"
         super().__init__(
             self.model_type,
             self.data_type,
@@ -149,11 +149,6 @@ class CommandCLI(LightningCLI, ABC):
         """Leave the trainer to :func:`detpipe.training.trainer.build_trainer`; its callbacks, loggers and plugins are built."""
         self.trainer_settings: dict[str, Any] = dict(self.config_init["trainer"])
         return None
-
-    @property
-    def name(self) -> str:
-        """What a run is called: the first configuration."""
-        return self._name
 
     def reusable(self) -> str:
         """The configuration as text that trains the same model again, without what belongs to one run."""

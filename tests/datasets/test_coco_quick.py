@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets import coco_json, load_coco
-from detpipe.datasets.coco_quick import read_quickly
+from detpipe.datasets.coco_quick import sound_records
 from detpipe.datasets.faults import Collected
 from detpipe.errors import DataError
 from detpipe.types import Annotations
@@ -50,10 +50,10 @@ def agree(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare both ways to read a file, under every policy."""
     for policy in ("error", "skip", None):
         collected = [Collected(decode=False), Collected(decode=False)]
-        quick = outcome(lambda p=policy, c=collected: load_coco(path, folder, p or c[0], cache="off"))
+        quick = outcome(lambda p=policy, c=collected: load_coco(path, folder, p or c[0]))
         with monkeypatch.context() as patch:
             patch.setattr(coco_json, "sound_records", lambda *_: None)
-            strict = outcome(lambda p=policy, c=collected: load_coco(path, folder, p or c[1], cache="off"))
+            strict = outcome(lambda p=policy, c=collected: load_coco(path, folder, p or c[1]))
         np.testing.assert_equal(quick, strict)
         assert collected[0] == collected[1]
         if isinstance(quick, dict):
@@ -97,7 +97,7 @@ def test_sound_files_are_read_quickly(
     data = json.dumps(content, indent=spaces, ensure_ascii=ascii_only).encode()
     for start in (b"", b"\xef\xbb\xbf"):
         path.write_bytes(start + data)
-        assert read_quickly(path.read_bytes()) is not None
+        assert sound_records(path, path.parent) is not None
         agree(path, folder, monkeypatch)
 
 
@@ -128,10 +128,10 @@ def test_a_key_that_is_there_twice_is_found(tmp_path: Path, monkeypatch: pytest.
     old, new = TWICE[where]
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    assert read_quickly(path.read_bytes()) is None
+    assert sound_records(path, path.parent) is None
     agree(path, folder, monkeypatch)
     with pytest.raises(DataError, match="is written twice"):
-        load_coco(path, folder, cache="off")
+        load_coco(path, folder)
 
 
 FAULTS: dict[str, tuple[bytes, bytes]] = {
@@ -191,7 +191,7 @@ def test_both_readers_say_the_same_of_a_fault(tmp_path: Path, monkeypatch: pytes
     assert old in data
     path.write_bytes(data.replace(old, new, 1))
     if fault not in ("half of a pair, not read", "digits enough"):  # sound, but proven by the strict reader only
-        assert read_quickly(path.read_bytes()) is None
+        assert sound_records(path, path.parent) is None
     agree(path, folder, monkeypatch)
 
 

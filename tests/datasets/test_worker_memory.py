@@ -59,7 +59,7 @@ def many_records(root: Path) -> Annotations:
         (root / "images" / str(image["file_name"])).touch()
     path = root / "a.json"
     path.write_text(json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "x"}]}))
-    return load_coco(path, root / "images", cache="off")
+    return load_coco(path, root / "images")
 
 
 @pytest.mark.usefixtures("no_collection")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from detpipe.datasets.handover import share_with_workers
 from detpipe.datasets.sharding.index import Places, ShardSet
-from detpipe.datasets.sharing import share_with_workers
 from detpipe.errors import DataError
 
 share_with_workers(ShardSet, Places)
