@@ -46,15 +46,7 @@ class PretrainingCLI(CommandCLI):
 def pretrain(arguments: Sequence[str]) -> int:
     """Train a classifier, validate it, and leave everything in a run folder; the last line printed is the result.
 
-    Args:
-        arguments: ``CONFIG.yaml [MORE.yaml ...] [--key.path value ...]``; ``--output FOLDER`` names the run folder,
-            ``--ckpt_path CHECKPOINT`` resumes.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        DetpipeError: what users can mend.
+    Arguments, status and errors are those of :func:`detpipe.commands.training.train`.
     """
     quiet()
     cli = PretrainingCLI(arguments, add_arguments)

@@ -215,10 +215,6 @@ class AveragedWeights(WeightAveraging):
         self.decay = decay
         self._swapped = False
 
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Update after every step."""
-        return step_idx is not None
-
     def _average(self, averages: Any, values: Any, count: Any) -> None:
         step = self._latest_update_step + 1  # count lies on the device
         decay = min(self.decay, (1 + step) / (10 + step))

@@ -90,19 +90,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise TrainingError(_unwritten(path, checkpoint, error)) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a checkpoint without running code in it.
-
-        Args:
-            path: a local file.
-            args: of Lightning, without effect.
-            kwargs: of Lightning, without effect.
-
-        Returns:
-            Lightning's dict.
-
-        Raises:
-            CheckpointError: as of :func:`read`.
-        """
+        """Load a checkpoint as :func:`read` does, whatever Lightning asks for; one that was read already is given once."""
         return self.prepared.pop(str(path), None) or read(path)[0]
 
 

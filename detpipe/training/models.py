@@ -31,42 +31,51 @@ def load_detector(path: str | Path, trust: Sequence[str] = ()) -> tuple[TwoStage
         The detector in evaluation mode, and what the checkpoint says about itself.
 
     Raises:
-        CheckpointError: as in :func:`read`; or the checkpoint names classes that are not allowed, or is of a classifier.
+        CheckpointError: as in :func:`read`; or the checkpoint names classes that are not allowed, or is of another kind of model.
     """
-    checkpoint, description = read(path)
-    _refuse_named(description, path, "a detector that 'detpipe train' wrote")
-    if "label_smoothing" in description.model:
-        raise CheckpointError(
-            f"checkpoint {path} is of a classifier; a detector takes the backbone.safetensors beside it as weights of its "
-            "backbone"
-        )
-    return rebuild(path, checkpoint, description, add_model, trust), description
+    return _load(path, "a detector", add_model, trust)
 
 
 def load_classifier(path: str | Path, trust: Sequence[str] = ()) -> tuple[ImageClassifier, Description]:
-    """Rebuild a classifier from its checkpoint alone.
+    """Rebuild a classifier of whole images from its checkpoint alone; arguments and errors as of :func:`load_detector`."""
+    return _load(path, "a classifier", add_classifier, trust)
 
-    Args:
-        path: a local file.
-        trust: modules whose classes the checkpoint may name too, such as ("my_head",); they are imported, and their code runs.
 
-    Returns:
-        The classifier in evaluation mode, and what the checkpoint says about itself.
+def load_region_classifier(path: str | Path, trust: Sequence[str] = ()) -> tuple[RegionClassifier, Description]:
+    """Rebuild a `RegionClassifier` from its checkpoint alone; arguments and errors as of :func:`load_detector`."""
+    model, description = load_region_model(path, trust)
+    if not isinstance(model, RegionClassifier):
+        raise CheckpointError(f"checkpoint {path} is of a {type(model).__name__}; expected one of a RegionClassifier")
+    return model, description
 
-    Raises:
-        CheckpointError: as in :func:`read`; or the checkpoint names classes that are not allowed, or is of a detector.
-    """
+
+def load_region_model(path: str | Path, trust: Sequence[str] = ()) -> tuple[LightningModule, Description]:
+    """Rebuild what ``detpipe train_regions`` trained from its checkpoint; arguments and errors as of :func:`load_detector`."""
+    return _load(path, "a region model", add_region_model, trust)
+
+
+def _load(path: str | Path, kind: str, add: Callable[[ArgumentParser], None], trust: Sequence[str]) -> Any:
+    """A model of a kind, and what its checkpoint says about itself."""
     checkpoint, description = read(path)
-    _refuse_named(description, path, "one that 'detpipe pretrain' wrote")
-    if "head" in description.model:
-        raise CheckpointError(f"checkpoint {path} is of a detector; expected one that 'detpipe pretrain' wrote")
-    return rebuild(path, checkpoint, description, add_classifier, trust), description
+    found, told = _kind(description.model)
+    if found != kind:
+        raise CheckpointError(f"checkpoint {path} is of {told}; {_EXPECTED.get((found, kind), _EXPECTED[kind])}")
+    return rebuild(path, checkpoint, description, add, trust), description
 
 
-def _refuse_named(description: Description, path: str | Path, expected: str) -> None:
-    if "class_path" in description.model:
-        kind = str(description.model["class_path"]).rpartition(".")[2]
-        raise CheckpointError(f"checkpoint {path} is of a {kind}; expected {expected}")
+def _kind(model: dict[str, Any]) -> tuple[str, str]:
+    """The kind of a model, and what a message calls it."""
+    if "class_path" in model:
+        return "a region model", f"a {str(model['class_path']).rpartition('.')[2]}"
+    return ("a detector", "a detector") if "head" in model else ("a classifier", "a classifier of whole images")
+
+
+_EXPECTED: dict[Any, str] = {
+    "a detector": "expected a detector that 'detpipe train' wrote",
+    "a classifier": "expected one that 'detpipe pretrain' wrote",
+    "a region model": "expected one that 'detpipe train_regions' wrote",
+    ("a classifier", "a detector"): "a detector takes the backbone.safetensors beside it as weights of its backbone",
+}
 
 
 def rebuild(
@@ -108,46 +117,6 @@ def rebuild(
         ) from error
     load_weights(model, checkpoint, path)
     return model.eval()
-
-
-def load_region_classifier(path: str | Path, trust: Sequence[str] = ()) -> tuple[RegionClassifier, Description]:
-    """Rebuild a `RegionClassifier` from its checkpoint alone.
-
-    Args:
-        path: a local file.
-        trust: modules whose classes the checkpoint may name too, such as ("my_head",); they are imported, and their code runs.
-
-    Returns:
-        The model in evaluation mode, and what the checkpoint says about itself.
-
-    Raises:
-        CheckpointError: as of :func:`load_region_model`; or the checkpoint is of another model.
-    """
-    model, description = load_region_model(path, trust)
-    if not isinstance(model, RegionClassifier):
-        raise CheckpointError(f"checkpoint {path} is of a {type(model).__name__}; expected one of a RegionClassifier")
-    return model, description
-
-
-def load_region_model(path: str | Path, trust: Sequence[str] = ()) -> tuple[LightningModule, Description]:
-    """Rebuild what ``detpipe train_regions`` trained from its checkpoint alone.
-
-    Args:
-        path: a local file.
-        trust: modules whose classes the checkpoint may name too, such as ("my_head",); they are imported, and their code runs.
-
-    Returns:
-        The model in evaluation mode, and what the checkpoint says about itself.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or no checkpoint of this package; or it names classes that are not
-            allowed; or it is of a detector or a classifier of whole images.
-    """
-    checkpoint, description = read(path)
-    if "class_path" not in description.model:
-        kind = "a detector" if "head" in description.model else "a classifier of whole images"
-        raise CheckpointError(f"checkpoint {path} is of {kind}; expected one that 'detpipe train_regions' wrote")
-    return rebuild(path, checkpoint, description, add_region_model, trust), description
 
 
 def add_region_model(parser: ArgumentParser) -> None:

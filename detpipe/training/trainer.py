@@ -203,10 +203,6 @@ class MetricsTable(Logger):
             ) from error
         self._columns, self._rows = columns, []
 
-    def finalize(self, status: str) -> None:
-        """Write the rest."""
-        self.save()
-
     def _stored(self) -> list[dict[str, str]]:
         if not self.path.is_file():
             return []

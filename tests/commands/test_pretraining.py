@@ -253,7 +253,8 @@ def test_a_checkpoint_is_rebuilt_alone_and_kinds_are_told_apart(pretrained: Path
     assert isinstance(classifier, ImageClassifier)
     assert not classifier.training
     with pytest.raises(
-        CheckpointError, match=r"is of a classifier; a detector takes the backbone.safetensors beside it"
+        CheckpointError,
+        match=r"is of a classifier of whole images; a detector takes the backbone.safetensors beside it",
     ):
         load_detector(pretrained / "best.ckpt")
     content = torch.load(pretrained / "best.ckpt", weights_only=True)
