@@ -60,7 +60,11 @@ def policy() -> tuple[tuple[str, ...], tuple[str, ...]]:
     for module, names in _LIGHTNING.items():
         for kind in (getattr(import_module(module), name) for name in names.split()):
             path = f"{kind.__module__}.{kind.__qualname__}"
-            allowed += [path, f"{module}.{kind.__name__}"]
+            places = kind.__module__.split(".")
+            allowed += [
+                f"{module}.{kind.__name__}",
+                *(".".join((*places[:n], kind.__name__)) for n in range(2, len(places) + 1)),
+            ]
             denied += [f"{path}.{name}" for name, value in vars(kind).items() if inspect.isroutine(value)]
     return tuple(allowed), tuple(denied)
 

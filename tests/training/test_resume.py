@@ -138,6 +138,31 @@ def test_a_group_of_processes_that_is_asked_to_end_saves_too(killed_root: Path, 
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+def test_slurm_is_asked_to_queue_a_job_again(
+    killed_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the checkpoint is written, and not where something else does it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(
+        f'#!/bin/sh\ntest -f {tmp_path}/run/{LAST} && echo "$@" >> {tmp_path}/asked\n'
+    )
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    job = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    command, at = (
+        [*kills.command(killed_root), "--output", str(tmp_path / "run"), "--ckpt_path", "last"],
+        ("on_train_batch_start", 1),
+    )
+    assert kills.run(command, tmp_path / "log", at, signal.SIGUSR1) == 143, (tmp_path / "log").read_text()
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    others = ["--trainer.plugins", "SLURMEnvironment", "--trainer.plugins.auto_requeue", "false"]
+    assert kills.run([*command, *others], tmp_path / "log", at, signal.SIGUSR1) == 143, (tmp_path / "log").read_text()
+    assert kills.run(command, tmp_path / "log", at, signal.SIGTERM) == 143
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+
+
 def test_one_command_line_serves_a_job_that_is_queued_again(
     killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -420,3 +445,16 @@ def test_two_processes_stop_together_and_go_on(accumulated: int, killed_root: Pa
         assert statuses == ([-signal.SIGKILL] * 2 if number == signal.SIGKILL else [143, 0])
         assert both(None, "", 0, [*command, "--output", str(folder), "--ckpt_path", "last"]) == [0, 0]
         assert kills.differences(kills.state(whole), kills.state(folder)) == []
+
+
+def test_another_number_of_processes_is_a_change_and_begins_the_epoch_anew(broken_off: Path) -> None:
+    stored = torch.load(broken_off / LAST, weights_only=True)
+    now = {**stored[resume.RECORD], "processes": 2}
+    with pytest.raises(UsageError, match=r"processes was 1, is 2\. Give .* --accept_changes devices$"):
+        resume.check_changes(stored, now, (), broken_off / LAST)
+    lines = resume.check_changes(stored, now, ("devices",), broken_off / LAST)
+    assert lines == ["processes was 1, is 2", "the epoch begins anew, since it has other batches"]
+    progress = stored["loops"]["fit_loop"]["epoch_progress"]
+    assert set(progress["current"].values()) == {0}
+    del stored[resume.RECORD]
+    assert "does not say which settings" in resume.check_changes(stored, now, (), broken_off / LAST)[0]

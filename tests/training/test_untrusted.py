@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -385,3 +386,13 @@ def test_trust_works_for_every_command(
     detector, _ = load_detector("run/best.ckpt", trust=("my_head",))
     assert type(detector.head).__name__ == "MyHead"
     sys.modules.pop("my_head", None)
+
+
+def test_short_names_of_lightning_are_the_paths_that_are_allowed() -> None:
+    """A short name is resolved to another path than that of the class, such as that of a package which hands it on."""
+    from jsonargparse._util import get_import_path
+
+    given, _ = allowed.policy()
+    for module, names in allowed._LIGHTNING.items():
+        for name in names.split():
+            assert get_import_path(getattr(importlib.import_module(module), name)) in given, name
