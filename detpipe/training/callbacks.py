@@ -18,7 +18,6 @@ from detpipe import processes
 from detpipe.errors import NonFiniteStepError, TrainingError
 from detpipe.evaluation.metrics import CocoEvaluator
 from detpipe.files import atomic_write
-from detpipe.training.checkpoint import KEY, Description
 from detpipe.types import Target
 
 NONFINITE_BATCH = "nonfinite_batch.pt"
@@ -66,21 +65,6 @@ class ValidateLastStep(Callback):
         """Ask for the stop that validates first; Lightning's own at the last step does not."""
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True
-
-
-class DescribeCheckpoint(Callback):
-    """Write the model's configuration and the names of the classes into every checkpoint.
-
-    Args:
-        description: what to write.
-    """
-
-    def __init__(self, description: Description) -> None:
-        self.description = description
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the entry."""
-        checkpoint[KEY] = self.description.to_dict()
 
 
 class ValidationNumbers(Callback):

@@ -120,7 +120,7 @@ class CommandCLI(LightningCLI, ABC):
         """Parse, and refuse what would be lost without a word."""
         self.config = parser.parse_args(args)
         settings = () if self.model_is_named else ("model.optimizer", "model.lr_scheduler")
-        for key in ("model", *settings, "trainer"):
+        for key in ("model", *settings, "trainer", "checkpoint"):
             if not isinstance(self.config.get(key), jsonargparse.Namespace):
                 raise UsageError(f"{key}: expected keys with values, got {self.config.get(key)}")
 

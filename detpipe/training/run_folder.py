@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from detpipe import processes
 from detpipe.allocator import peak_gpu_memory, peak_memory
-from detpipe.errors import DataError, TrainingError, UsageError
+from detpipe.errors import CheckpointError, DataError, TrainingError, UsageError
 from detpipe.files import atomic_write, remove_orphans
 from detpipe.pictures.run_pictures import Curves
 from detpipe.training import callbacks, checkpoint, fine_tuning, resume
@@ -244,6 +244,10 @@ def _go_on(
     """Refuse a checkpoint of other classes, weights or settings."""
     checkpoint.check_class_names(found.description, task.description.class_names, found.path)
     checkpoint.load_weights(model, found.stored, found.path)
+    if not {"loops", "callbacks", "optimizer_states"} <= found.stored.keys():
+        raise CheckpointError(
+            f"checkpoint {found.path} has weights alone, nothing to go on from; begin with --init_from"
+        )
     for line in resume.check_changes(found.stored, record, options.accepted, found.path):
         print(f"note: {line}")
     print(f"going on from {found.path}, step {found.stored['global_step']}")
@@ -303,7 +307,8 @@ def _check_validation(trainer: Trainer, options: Options) -> None:
     if trainer.limit_val_batches == 0:
         if options.early_stopping is not None:
             raise UsageError("early_stopping needs validations, but trainer.limit_val_batches is 0; remove one of them")
-        print("nothing is validated, so there is no best.ckpt: trainer.limit_val_batches is 0", file=sys.stderr)
+        if trainer.is_global_zero:
+            print("nothing is validated, so there is no best.ckpt: trainer.limit_val_batches is 0", file=sys.stderr)
 
 
 def _ended(

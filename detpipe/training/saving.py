@@ -136,7 +136,8 @@ class SaveCheckpoints(Checkpoint):
         """Find the best number in checkpoints of earlier versions, which Lightning's callback wrote."""
         for key, state in checkpoint["callbacks"].items():
             if key.startswith("ModelCheckpoint") and state.get("monitor") == self.monitor:
-                self.load_state_dict({"monitor": self.monitor, "best": float(state["best_model_score"])})
+                score = state.get("best_model_score")
+                self.load_state_dict({"monitor": self.monitor, "best": None if score is None else float(score)})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what a checkpoint says about itself, and let Lightning's loops go on from the moment of the save."""

@@ -458,3 +458,16 @@ def test_another_number_of_processes_is_a_change_and_begins_the_epoch_anew(broke
     assert set(progress["current"].values()) == {0}
     del stored[resume.RECORD]
     assert "does not say which settings" in resume.check_changes(stored, now, (), broken_off / LAST)[0]
+
+
+def test_weights_alone_are_nothing_to_go_on_from(
+    broken_off: Path, killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = torch.load(broken_off / LAST, weights_only=True)
+    torch.save({key: stored[key] for key in ("state_dict", "detpipe", "global_step")}, tmp_path / "weights.ckpt")
+    command = [*kills.command(killed_root), "--output", str(tmp_path / "run")]
+    assert cli.main([*command, "--ckpt_path", str(tmp_path / "weights.ckpt")]) == 1
+    assert "weights.ckpt has weights alone, nothing to go on from; begin with --init_from" in capsys.readouterr().err
+    (tmp_path / "overlay.yaml").write_text("checkpoint: null")
+    assert cli.main([*command[:2], str(tmp_path / "overlay.yaml"), *command[2:]]) == 2
+    assert "checkpoint: expected keys with values, got " in capsys.readouterr().err
