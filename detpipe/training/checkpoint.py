@@ -343,14 +343,14 @@ def without_weights(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Turn settings into what safe loading takes: dicts, lists, text and numbers."""
+    """Turn settings into what safe loading takes: dicts, lists, text and numbers; text in place of anything else."""
+    if isinstance(value, Namespace):
+        value = value.as_dict()
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    return value if isinstance(value, str | int | float | NoneType) else str(value)
 
 
 def _check_sums(path: Path) -> None:

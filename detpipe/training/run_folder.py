@@ -228,8 +228,9 @@ def _locked(folder: Path, speed: callbacks.Throughput) -> Iterator[None]:
     try:
         remove_orphans(folder, sole_writer=True)
         yield
-    except BaseException:
-        if new and not speed.images and not (folder / callbacks.NONFINITE_BATCH).exists():
+    except BaseException as error:
+        # what ends a step leaves its batch there, perhaps in another process
+        if new and not speed.images and not isinstance(error, TrainingError):
             shutil.rmtree(folder)
         raise
     finally:

@@ -280,13 +280,13 @@ def state(folder: Path, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "change",
     [
-        {"best_model_path": "/home/me/thesis.ckpt"},
+        {"best_model_path": "/elsewhere/thesis.ckpt"},
         {"best_model_path": "RUN/../precious.ckpt"},
         {"last_model_path": "RUN/config.yaml"},
         {"kth_best_model_path": "elsewhere/best.ckpt"},
         {"best_k_models": {"RUN/best.ckpt": 0.5, "/tmp/precious.ckpt": 0.1}},
         {"best_model_path": ["a"]},
-        {"dirpath": "/home/me"},
+        {"dirpath": "/elsewhere"},
     ],
 )
 def test_states_of_callbacks_lose_paths_that_lead_elsewhere(change: dict[str, Any], tmp_path: Path) -> None:
