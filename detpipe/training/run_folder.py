@@ -165,7 +165,9 @@ def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: T
         if table is not None:
             table.begin(step)
         stack.enter_context(_told(folder))
-        trainer.fit(model, datamodule=data, ckpt_path=None if found is None else str(found.path), weights_only=True)
+        path = None if found is None else str(found.path)
+        del found  # the state of the optimizer is large: Lightning lets go of it once it is loaded
+        trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True)
         if not trainer.is_global_zero:
             raise SystemExit(0)  # what follows is the first process' to do
         return _ended(trainer, folder, task, options, speed, time.perf_counter() - start, saves)
