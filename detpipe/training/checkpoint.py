@@ -81,8 +81,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, temporary)
                 if path.name == LAST and path.is_file():
                     _keep_previous(path)
-                # until the file is replaced, the side file knows both
-                write_check_sums(path, [_hash(temporary), *check_sums(path)[:1]])
+                # until the file is replaced, the side file knows all, also those of saves that were cut off
+                write_check_sums(path, [_hash(temporary), *check_sums(path)])
             write_check_sums(path, check_sums(path)[:1])
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
@@ -101,7 +101,7 @@ def check_sums(path: Path) -> list[str]:
         path: of the checkpoint.
 
     Returns:
-        None or one; two where a save was cut off between the side file and the checkpoint.
+        None or one; more where saves were cut off between the side file and the checkpoint.
     """
     side = path.with_name(f"{path.name}{SUM_SUFFIX}")
     if not side.is_file():
@@ -118,7 +118,7 @@ def write_check_sums(path: Path, sums: Sequence[str]) -> None:
 def _keep_previous(path: Path) -> None:
     """Give the last checkpoint a second name, which takes no space and no time where the file system has hard links."""
     previous, sums = path.with_name(PREVIOUS), check_sums(path)
-    write_check_sums(previous, [*sums, *check_sums(previous)[:1]])
+    write_check_sums(previous, [*sums, *check_sums(previous)])
     with atomic_write(previous) as temporary:
         try:
             os.link(path, temporary)
