@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kept_memory import kept_memory
 
-from detpipe.allocator import keep_freed_memory
 from detpipe.backbones import SEInceptionV3, SEResNet, SEResNeXt, SKNet, Variant
 from detpipe.stages import Backbone
+from detpipe.support.allocator import keep_freed_memory
 
 PAPER = Variant(stride_in_1x1=True)
 SPLIT = Variant(split_input=True)

@@ -1,6 +1,6 @@
 """What do keeping freed memory and channels-last convolutions bring to a training step on a CPU?
 
-``detpipe train`` does both (``detpipe/allocator.py``, ``TwoStageDetector``). Each mode runs in processes of its own, since
+``detpipe train`` does both (``detpipe/support/allocator.py``, ``TwoStageDetector``). Each mode runs in processes of its own, since
 the setting belongs to the process; processes of the modes take turns, and the medians over all their steps are compared.
 """
 
@@ -20,12 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detpipe.allocator import keep_freed_memory
 from detpipe.backbones import Extractor, Level
 from detpipe.detector import TwoStageDetector, total_loss
 from detpipe.heads import FastRCNNHead
 from detpipe.proposals import DenseGrid
 from detpipe.roi_pooling import RoIAlign
+from detpipe.support.allocator import keep_freed_memory
 from detpipe.types import Target
 
 MODES = ("neither", "channels-last", "kept memory", "both")

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kept_memory import kept_memory
 
-from detpipe.allocator import keep_freed_memory
 from detpipe.detector import total_loss
 from detpipe.heads import (
     AttentionalHead,
@@ -37,6 +36,7 @@ from detpipe.heads import (
     RoISampler,
 )
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool
+from detpipe.support.allocator import keep_freed_memory
 from detpipe.types import Features, Target
 
 IMAGES, ROIS, CHANNELS, CLASSES, STRIDE = 2, 256, 256, 20, 16

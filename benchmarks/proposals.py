@@ -32,8 +32,8 @@ import torch
 from detpipe.commands.checkpoint_proposals import CheckpointProposals
 from detpipe.commands.proposal_making import find_items, read_pixels
 from detpipe.datasets import DetectionData
+from detpipe.datasets.formats.recognize import open_split
 from detpipe.datasets.image_files import PLAIN_FILES
-from detpipe.datasets.layouts import open_split
 from detpipe.datasets.stored_proposals import StoredProposals
 from detpipe.evaluation.proposal_recall import ProposalRecall, evaluate_recall, plot_recall, recall_table
 from detpipe.proposal_files.offline import Item, make_store

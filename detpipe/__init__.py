@@ -45,7 +45,6 @@ if TYPE_CHECKING:
         Variant,
         ViTPyramid,
     )
-    from detpipe.classifier import ImageClassifier
     from detpipe.datasets import (
         COCO,
         VOC,
@@ -53,14 +52,13 @@ if TYPE_CHECKING:
         Augment,
         ClassificationData,
         CSVBoxes,
-        Demo,
-        DemoDigits,
         DetectionData,
         ImageFolder,
         Loader,
         Shards,
         Views,
     )
+    from detpipe.demo import Demo, DemoDigits
     from detpipe.detector import TwoStageDetector
     from detpipe.evaluation.metrics import CocoEvaluator, LvisEvaluator, VocEvaluator
     from detpipe.heads import (
@@ -71,12 +69,10 @@ if TYPE_CHECKING:
         GlimpseSequence,
         GlimpseSettings,
         LaterStages,
-        Localization,
         Pathwise,
         Postprocess,
         Reinforce,
         RoISampler,
-        SuperpixelPoolingHead,
     )
     from detpipe.optimization import LRSchedule, Optimizer
     from detpipe.proposal_files import ProposalStore
@@ -93,12 +89,14 @@ if TYPE_CHECKING:
         Superpixels,
         Union,
     )
-    from detpipe.region_classifier import Classification, RegionClassifier
-    from detpipe.region_context import Context
+    from detpipe.regions.image_classifier import ImageClassifier
+    from detpipe.regions.region_classifier import Classification, RegionClassifier
+    from detpipe.regions.region_context import Context
+    from detpipe.regions.superpixel_localizer import SuperpixelLocalizer
+    from detpipe.regions.superpixel_pooling import Localization, SuperpixelPoolingHead
+    from detpipe.regions.superpixels import Segmentation
     from detpipe.roi_pooling import PreciseRoIPool, RoIAlign, RoIMaxPool, RotatedRoIAlign, SuperpixelPool
     from detpipe.spatial_transformer import Sampler, SpatialTransformer
-    from detpipe.superpixel_localizer import SuperpixelLocalizer
-    from detpipe.superpixels import Segmentation
     from detpipe.training.models import load_classifier, load_detector, load_region_classifier
     from detpipe.types import Detection, Features, PixelFormat, Target
 
@@ -112,17 +110,17 @@ _HOMES = {
         *("Pretrained", "Regime", "Variant"),
     ),
     "detpipe.training.models": ("load_classifier", "load_detector", "load_region_classifier"),
-    "detpipe.classifier": ("ImageClassifier",),
+    "detpipe.regions.image_classifier": ("ImageClassifier",),
     "detpipe.datasets": (
-        *("COCO", "VOC", "YOLO", "CSVBoxes", "Shards", "Augment", "Demo", "DetectionData", "Loader"),
-        *("ClassificationData", "DemoDigits", "ImageFolder", "Views"),
+        *("COCO", "VOC", "YOLO", "CSVBoxes", "Shards", "Augment", "DetectionData", "Loader"),
+        *("ClassificationData", "ImageFolder", "Views"),
     ),
+    "detpipe.demo": ("Demo", "DemoDigits"),
     "detpipe.detector": ("TwoStageDetector",),
     "detpipe.evaluation.metrics": ("CocoEvaluator", "LvisEvaluator", "VocEvaluator"),
     "detpipe.heads": (
         *("FastRCNNHead", "AttentionalHead", "CascadeHead", "Postprocess", "RoISampler"),
         *("Glimpse", "GlimpseSettings", "GlimpseSequence", "Reinforce", "Pathwise", "LaterStages"),
-        *("SuperpixelPoolingHead", "Localization"),
     ),
     "detpipe.optimization": ("LRSchedule", "Optimizer"),
     "detpipe.proposal_files": ("ProposalStore",),
@@ -131,11 +129,12 @@ _HOMES = {
         *("PrecomputedProposals", "RPN", "Anchors", "ProposalSelection", "RPNObjective"),
     ),
     "detpipe.roi_pooling": ("PreciseRoIPool", "RoIAlign", "RoIMaxPool", "RotatedRoIAlign", "SuperpixelPool"),
-    "detpipe.region_classifier": ("Classification", "RegionClassifier"),
-    "detpipe.region_context": ("Context",),
+    "detpipe.regions.region_classifier": ("Classification", "RegionClassifier"),
+    "detpipe.regions.region_context": ("Context",),
     "detpipe.spatial_transformer": ("Sampler", "SpatialTransformer"),
-    "detpipe.superpixel_localizer": ("SuperpixelLocalizer",),
-    "detpipe.superpixels": ("Segmentation",),
+    "detpipe.regions.superpixel_localizer": ("SuperpixelLocalizer",),
+    "detpipe.regions.superpixel_pooling": ("Localization", "SuperpixelPoolingHead"),
+    "detpipe.regions.superpixels": ("Segmentation",),
     "detpipe.types": ("Detection", "Features", "PixelFormat", "Target"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

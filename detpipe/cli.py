@@ -15,9 +15,9 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from detpipe.allocator import keep_freed_memory
-from detpipe.errors import DetpipeError, StoppedBySignal, UsageError
-from detpipe.terminal import printable
+from detpipe.support.allocator import keep_freed_memory
+from detpipe.support.errors import DetpipeError, StoppedBySignal, UsageError
+from detpipe.support.terminal import printable
 
 HELP = """usage: detpipe [--debug] [--trust MODULE] COMMAND ...
 
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return interrupted()
         return stop.code if isinstance(stop.code, int) else 0
     except StoppedBySignal as stop:
-        from detpipe.processes import is_first
+        from detpipe.support.processes import is_first
 
         if not is_first():
             return 0  # or whoever started this process would end the first one, which says it
@@ -171,7 +171,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     command, *rest = arguments
     if command not in COMMANDS:
-        from detpipe.suggest import did_you_mean
+        from detpipe.support.suggest import did_you_mean
 
         raise UsageError(
             f"unknown command {command!r}: expected {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}"

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from detpipe import images as frames
 from detpipe.optimization import LRSchedule, Optimizer, configure
-from detpipe.processes import MeanValues, is_repeat, sharing_counts
 from detpipe.stages import Backbone, Losses, ProposalSource, RoIHead
+from detpipe.support.processes import MeanValues, is_repeat, sharing_counts
 from detpipe.types import Detection, Target
 
 

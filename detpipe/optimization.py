@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from detpipe.errors import UsageError
 from detpipe.stages import Backbone, depths_of
+from detpipe.support.errors import UsageError
 
 # tensors of two dimensions or more that say where or what something is: last part of their names in torchvision and timm
 POSITIONS = re.compile(

@@ -59,7 +59,7 @@ YAML = {
 
 def yaml_cases() -> None:
     from detpipe.commands.ablation import read_study
-    from detpipe.datasets.yolo_yaml import read_yolo_yaml
+    from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
     from detpipe.training.configuration import check_file
 
     def made(text: str, read: Callable[[Path], object]) -> Case:
@@ -297,7 +297,7 @@ def long_header(folder: Path) -> Callable[[], object]:
 
 @case("shards: a list of proposals of terabytes")
 def shard_proposals(folder: Path) -> Callable[[], object]:
-    from detpipe.datasets.sharding.reading import ShardProposals
+    from detpipe.datasets.shards.reading import ShardProposals
 
     class Files:
         def read(self, *_: Any) -> bytes:
@@ -317,14 +317,14 @@ def shard_proposals(folder: Path) -> Callable[[], object]:
 def pipe_cases() -> None:
     from detpipe.backbones.weights import read_state
     from detpipe.datasets import image_size, load_coco, read_image
-    from detpipe.datasets.csv_table import Table
+    from detpipe.datasets.formats.csv_table import Table
+    from detpipe.datasets.formats.voc import _read_lines
+    from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
     from detpipe.datasets.unpack import unpack
-    from detpipe.datasets.voc import _read_lines
-    from detpipe.datasets.yolo_yaml import read_yolo_yaml
     from detpipe.proposal_files import ProposalStore
     from detpipe.proposal_files.known_images import read_known_images
     from detpipe.proposal_files.restricted_pickle import load_plain_pickle
-    from detpipe.strict_json import load_json
+    from detpipe.support.strict_json import load_json
     from detpipe.training.configuration import check_file
     from detpipe.training.models import load_detector
 
@@ -371,7 +371,7 @@ def memory(key: str) -> float:
 
 def run(prepare: Case, folder: Path, out: int) -> None:
     """In the child: read, and write what it took."""
-    from detpipe.errors import DetpipeError
+    from detpipe.support.errors import DetpipeError
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     read = prepare(folder)

@@ -12,52 +12,31 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "detpipe"
 FILE_LINES, FUNCTION_LINES = 500, 60
 
-PLAIN = ("allocator", "errors", "suggest", "files", "strict_json", "strict_yaml", "terminal", "untrusted")
-GEOMETRY = ("types", "boxes", "images")
+PLAIN = ("support", "types", "boxes", "images")
 # a part -> the parts that it may import; a part is a module or a folder of detpipe/, and may always import itself
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "allocator": (),
-    "errors": (),
-    "suggest": ("errors",),
-    "files": ("errors",),
-    "strict_json": ("errors", "files"),
-    "strict_yaml": ("errors", "files"),
-    "terminal": (),
-    "untrusted": (),
-    "processes": (),
-    "resumable": ("errors",),
-    "types": ("errors",),
-    "boxes": ("errors", "types"),
-    "images": ("errors", "types", "boxes"),
-    "matching": (*PLAIN, *GEOMETRY),
-    "attention": (*PLAIN, *GEOMETRY),
+    "support": (),
+    "types": ("support",),
+    "boxes": ("support", "types"),
+    "images": ("support", "types", "boxes"),
+    "matching": PLAIN,
+    "attention": PLAIN,
     "roi_pooling": (),
     "spatial_transformer": (),
-    "superpixels": (*PLAIN, *GEOMETRY),
-    "stages": (*PLAIN, *GEOMETRY, "roi_pooling"),
-    "backbones": (*PLAIN, *GEOMETRY, "stages", "attention"),
-    "proposals": (*PLAIN, *GEOMETRY, "processes", "stages", "matching", "superpixels"),
-    "proposal_files": (*PLAIN, *GEOMETRY, "resumable"),
-    "heads": (*PLAIN, *GEOMETRY, "processes", "stages", "roi_pooling", "spatial_transformer", "matching"),
-    "datasets": (*PLAIN, *GEOMETRY, "processes", "resumable", "proposal_files", "superpixels"),
-    "evaluation": (*PLAIN, *GEOMETRY),
-    "optimization": ("errors", "stages"),
-    "detector": (*PLAIN, *GEOMETRY, "processes", "stages", "optimization"),
-    "classifier": (*PLAIN, *GEOMETRY, "processes", "stages", "optimization"),
-    "superpixel_localizer": (
-        *(*PLAIN, *GEOMETRY, "processes", "stages", "optimization", "superpixels"),
-        *("heads", "datasets", "evaluation"),
-    ),
-    "region_context": (*PLAIN, *GEOMETRY),
-    "region_classifier": (
-        *PLAIN,
-        *GEOMETRY,
-        "processes",
-        "stages",
-        "optimization",
-        "roi_pooling",
-        "matching",
-        "region_context",
+    "superpixels": PLAIN,
+    "stages": (*PLAIN, "roi_pooling"),
+    "backbones": (*PLAIN, "stages", "attention"),
+    "proposals": (*PLAIN, "stages", "matching", "superpixels"),
+    "proposal_files": PLAIN,
+    "heads": (*PLAIN, "stages", "roi_pooling", "spatial_transformer", "matching"),
+    "datasets": (*PLAIN, "proposal_files", "superpixels"),
+    "demo": (*PLAIN, "datasets"),
+    "evaluation": PLAIN,
+    "optimization": ("support", "stages"),
+    "detector": (*PLAIN, "stages", "optimization"),
+    "regions": (
+        *(*PLAIN, "stages", "optimization", "matching", "superpixels"),
+        *("roi_pooling", "heads", "datasets", "evaluation"),
     ),
 }
 # the programs: they may import everything above, and what stands before them here; nothing above imports them
@@ -65,7 +44,12 @@ PROGRAMS = ("pictures", "training", "commands", "cli")
 
 
 def part_of(module: str) -> str:
-    """``detpipe.heads.fast_rcnn`` -> ``heads``; the package itself is the empty part."""
+    """``detpipe.heads.fast_rcnn`` -> ``heads``; the package itself is the empty part.
+
+    What makes superpixels is a part of its own, which proposals and masks are made with as well.
+    """
+    if module == "detpipe.regions.superpixels":
+        return "superpixels"
     return module.partition(".")[2].partition(".")[0]
 
 
@@ -145,9 +129,9 @@ def test_the_walker_sees_every_kind_of_import(tmp_path):
         "from typing import TYPE_CHECKING\nimport detpipe.heads, os\nfrom detpipe import boxes as b\n"
         "if TYPE_CHECKING:\n    from detpipe.cli import main\n"
         "def f():\n    from detpipe.heads.fast_rcnn import FastRCNNHead\n"
-        "try:\n    import detpipe.files\nexcept ImportError:\n    pass\n"
+        "try:\n    import detpipe.support.files\nexcept ImportError:\n    pass\n"
     )
-    early = {"detpipe.heads", "detpipe.boxes", "detpipe.files"}
+    early = {"detpipe.heads", "detpipe.boxes", "detpipe.support.files"}
     assert early_imports(path) == early
     assert imports(path) == early | {"detpipe.cli", "detpipe.heads.fast_rcnn"}
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from detpipe import cli
-from detpipe.errors import CheckpointError, DataError, TrainingError, UsageError
+from detpipe.support.errors import CheckpointError, DataError, TrainingError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 

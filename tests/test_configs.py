@@ -16,7 +16,7 @@ from datasets.builders import coco_content, voc_object, write_coco, write_csv, w
 
 from detpipe import cli, load_detector
 from detpipe.commands import ablation, training
-from detpipe.datasets import Demo, DemoScenes
+from detpipe.demo import Demo, DemoScenes
 from detpipe.proposal_files import write_store
 from detpipe.proposals import Anchors
 from detpipe.training.configuration import CLI

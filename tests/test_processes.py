@@ -16,8 +16,9 @@ import torch
 from together import start, succeed
 from torch import Tensor
 
-from detpipe import cli, processes
-from detpipe.datasets import Demo, DemoScenes
+from detpipe import cli
+from detpipe.demo import Demo, DemoScenes
+from detpipe.support import processes
 
 DETECTORS = ["fast_rcnn", "pyramid", "cascade", "glimpse", "pathwise", "reinforce", "standardized by the batch"]
 MODELS = [*DETECTORS, "regions", "superpixels", "classifier"]
@@ -98,8 +99,8 @@ def model(name: str) -> torch.nn.Module:
     """What is trained, by name: a detector, or one of the other models, without a norm that looks at the batch."""
     from detpipe import ImageClassifier, RegionClassifier, RoIAlign, SEResNet, SuperpixelLocalizer
     from detpipe.backbones import Regime
-    from detpipe.region_classifier import Classification
-    from detpipe.superpixel_localizer import Localization, Segmentation
+    from detpipe.regions.region_classifier import Classification
+    from detpipe.regions.superpixel_localizer import Localization, Segmentation
 
     if name in DETECTORS:
         return detector(name)

@@ -15,7 +15,7 @@ from detpipe.attention.squeeze_excitation import (
     SpatialSqueezeExcitation,
     SqueezeExcitation,
 )
-from detpipe.suggest import did_you_mean
+from detpipe.support.suggest import did_you_mean
 
 OPEN = 4.0  # a gate of sigmoid(4) = .98; eleven of them in a row leave .82
 GATINGS: dict[str, Callable[[int], Gating]] = {

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torchvision.ops import SqueezeExcitation as TorchvisionSqueezeExcitation
 
-from detpipe.suggest import did_you_mean
+from detpipe.support.suggest import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torchvision.ops import StochasticDepth
 from detpipe.backbones.checkpointed_graph import CheckpointedGraph
 from detpipe.backbones.regime import Regime, drop_path_rates
 from detpipe.backbones.weights import load_weights
-from detpipe.errors import UsageError
 from detpipe.stages import depths_of
-from detpipe.suggest import did_you_mean
+from detpipe.support.errors import UsageError
+from detpipe.support.suggest import did_you_mean
 from detpipe.types import PixelFormat
 
 

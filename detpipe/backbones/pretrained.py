@@ -17,9 +17,9 @@ from torchvision import models
 from detpipe.attention.base import Attention
 from detpipe.attention.choice import open_gates
 from detpipe.backbones.weights import SUFFIXES, download, read_state
-from detpipe.errors import CheckpointError, UsageError
 from detpipe.stages import Backbone
-from detpipe.suggest import did_you_mean
+from detpipe.support.errors import CheckpointError, UsageError
+from detpipe.support.suggest import did_you_mean
 
 TIMM = "timm/"
 

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from detpipe.attention.selective_kernel import SqueezedBatchNorm
-from detpipe.errors import UsageError
-from detpipe.suggest import did_you_mean
+from detpipe.support.errors import UsageError
+from detpipe.support.suggest import did_you_mean
 
 Norm = Literal["batch", "frozen", "sync", "group"]
 GROUPS = 32  # of group normalization, as published

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from detpipe.backbones.bodies import Body, Level, Levels
 from detpipe.backbones.regime import Regime, recomputed
 from detpipe.backbones.weights import SUFFIXES, can_be_missing, download, read_state, refuse_differences
-from detpipe.errors import UsageError
-from detpipe.suggest import did_you_mean
+from detpipe.support.errors import UsageError
+from detpipe.support.suggest import did_you_mean
 from detpipe.types import PixelFormat
 
 # what lets networks with positions or windows take images of any size

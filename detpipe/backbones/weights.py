@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
-from detpipe.errors import CheckpointError, UsageError
-from detpipe.files import refuse_special
-from detpipe.suggest import did_you_mean
-from detpipe.untrusted import check_saved, check_tree, plain_parts
+from detpipe.support.errors import CheckpointError, UsageError
+from detpipe.support.files import refuse_special
+from detpipe.support.suggest import did_you_mean
+from detpipe.support.untrusted import check_saved, check_tree, plain_parts
 
 MOST = 1_000_000  # objects in a file
 SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt")
@@ -174,7 +174,7 @@ def network_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tensor_parts(value: Any) -> Iterable[Any]:
-    """What a container holds, for :func:`~detpipe.untrusted.check_tree`.
+    """What a container holds, for :func:`~detpipe.support.untrusted.check_tree`.
 
     Raises:
         ValueError: a tensor claims more than is stored for it, as one that repeats a number does.

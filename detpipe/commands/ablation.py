@@ -32,12 +32,12 @@ from tqdm import tqdm
 from detpipe.commands.ablation_report import Result, plot_results, results_table
 from detpipe.commands.ablation_speed import milliseconds_an_image
 from detpipe.commands.parser import Parser
-from detpipe.errors import TrainingError, UsageError
-from detpipe.files import atomic_write
-from detpipe.strict_json import shorten
-from detpipe.strict_yaml import load_yaml
-from detpipe.suggest import did_you_mean
-from detpipe.terminal import say
+from detpipe.support.errors import TrainingError, UsageError
+from detpipe.support.files import atomic_write
+from detpipe.support.strict_json import shorten
+from detpipe.support.strict_yaml import load_yaml
+from detpipe.support.suggest import did_you_mean
+from detpipe.support.terminal import say
 from detpipe.training import allowed
 
 KEYS = ("base", "split", "seeds", "variants")

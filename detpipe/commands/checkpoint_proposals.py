@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from detpipe import images as frames
-from detpipe.errors import UsageError
 from detpipe.proposals import RPN
+from detpipe.support.errors import UsageError
 from detpipe.training.models import load_detector
 
 

@@ -20,11 +20,11 @@ from detpipe.commands.given_proposals import open_boxes
 from detpipe.commands.parser import Parser
 from detpipe.commands.predict import choose_device, drawing_names, find_images
 from detpipe.datasets import read_image
-from detpipe.errors import DataError
-from detpipe.files import atomic_write
 from detpipe.pictures import visualize
-from detpipe.region_classifier import RegionClassifier
-from detpipe.terminal import printable, say
+from detpipe.regions.region_classifier import RegionClassifier
+from detpipe.support.errors import DataError
+from detpipe.support.files import atomic_write
+from detpipe.support.terminal import printable, say
 from detpipe.training.models import load_region_classifier
 
 

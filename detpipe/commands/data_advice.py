@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from detpipe.datasets.layouts import known_layout
+from detpipe.datasets.formats.recognize import known_layout
 from detpipe.datasets.statistics import Resize, SuggestedAnchors
 
 _MODEL = "configs/fast_rcnn_squeezenet.yaml"

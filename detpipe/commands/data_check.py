@@ -8,11 +8,11 @@ from pathlib import Path
 
 from detpipe.commands.data_source import open_splits, source_parser
 from detpipe.datasets.checking import Report, check_data
-from detpipe.datasets.layouts import known_layout
+from detpipe.datasets.formats.recognize import known_layout
 from detpipe.datasets.unpack import archive_faults
-from detpipe.errors import UsageError
-from detpipe.files import atomic_write
-from detpipe.terminal import say
+from detpipe.support.errors import UsageError
+from detpipe.support.files import atomic_write
+from detpipe.support.terminal import say
 
 
 def run_check(arguments: Sequence[str]) -> int:

@@ -9,8 +9,11 @@ from typing import Literal
 
 from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
 from detpipe.commands.parser import Parser
-from detpipe.datasets.coco import COCO
 from detpipe.datasets.datamodule import DetectionData
+from detpipe.datasets.formats.coco import COCO
+from detpipe.datasets.formats.writers import Flags, Images, Written, write_coco, write_csv, write_voc, write_yolo
+from detpipe.datasets.formats.writers.placement import file_name_of
+from detpipe.datasets.formats.yolo import YOLO
 from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.outlines import (
     Outlines,
@@ -20,12 +23,9 @@ from detpipe.datasets.outlines import (
     stored_outlines,
     yolo_outlines,
 )
-from detpipe.datasets.shards import Shards
-from detpipe.datasets.writers import Flags, Images, Written, write_coco, write_csv, write_voc, write_yolo
-from detpipe.datasets.writers.placement import file_name_of
-from detpipe.datasets.yolo import YOLO
-from detpipe.strict_json import load_json
-from detpipe.terminal import say
+from detpipe.datasets.shards.dataset import Shards
+from detpipe.support.strict_json import load_json
+from detpipe.support.terminal import say
 from detpipe.types import Annotations
 
 LAYOUTS = ("coco", "voc", "yolo", "csv")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from detpipe.commands.parser import Parser
 from detpipe.datasets.public_sets import PUBLIC_SETS, Part, check_room, from_mirror, install, is_complete
-from detpipe.errors import UsageError
-from detpipe.suggest import did_you_mean
+from detpipe.support.errors import UsageError
+from detpipe.support.suggest import did_you_mean
 
 
 def run_download(arguments: Sequence[str]) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 from detpipe.commands.data_advice import anchor_options, next_commands, training_split
 from detpipe.commands.data_source import read_splits, source_parser
 from detpipe.datasets.statistics import Resize, SuggestedAnchors, box_sizes, fit, statistics, suggest_anchors
-from detpipe.errors import UsageError
-from detpipe.files import atomic_write
-from detpipe.terminal import say
+from detpipe.support.errors import UsageError
+from detpipe.support.files import atomic_write
+from detpipe.support.terminal import say
 from detpipe.types import Annotations
 
 _QUANTILES = (

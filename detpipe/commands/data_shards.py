@@ -14,14 +14,14 @@ from tqdm import tqdm
 from detpipe.commands.data_source import open_splits, source_parser
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import Collected
-from detpipe.datasets.layouts import known_layout
-from detpipe.datasets.sharding.index import INDEX, KEYS
-from detpipe.datasets.sharding.journal import SUFFIX
-from detpipe.datasets.sharding.making import Made, Sharding, make_shards
-from detpipe.datasets.sharding.verifying import verify_shards
-from detpipe.datasets.writers.placement import file_name_of
-from detpipe.errors import DataError, UsageError
-from detpipe.terminal import say
+from detpipe.datasets.formats.recognize import known_layout
+from detpipe.datasets.formats.writers.placement import file_name_of
+from detpipe.datasets.shards.index import INDEX, KEYS
+from detpipe.datasets.shards.journal import SUFFIX
+from detpipe.datasets.shards.making import Made, Sharding, make_shards
+from detpipe.datasets.shards.verifying import verify_shards
+from detpipe.support.errors import DataError, UsageError
+from detpipe.support.terminal import say
 from detpipe.types import Annotations
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}

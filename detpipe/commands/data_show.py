@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from detpipe.commands.data_source import open_splits, read_split, source_parser
 from detpipe.datasets.dataset import DetectionDataset
-from detpipe.errors import UsageError
 from detpipe.pictures.contact_sheet import contact_sheet, draw_target
 from detpipe.pictures.visualize import save_png
-from detpipe.suggest import did_you_mean
-from detpipe.terminal import say
+from detpipe.support.errors import UsageError
+from detpipe.support.suggest import did_you_mean
+from detpipe.support.terminal import say
 from detpipe.types import Annotations, Target
 
 Chosen = list[tuple[str, int]]  # split and row

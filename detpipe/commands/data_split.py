@@ -13,13 +13,13 @@ import numpy.typing as npt
 from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, read_outlines, write_layout
 from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
 from detpipe.datasets.checking import equal_files
+from detpipe.datasets.formats.recognize import known_layout
 from detpipe.datasets.image_files import ImageFiles, image_paths
 from detpipe.datasets.joining import join
-from detpipe.datasets.layouts import known_layout
 from detpipe.datasets.statistics import class_shares
 from detpipe.datasets.stratify import stratified_parts
-from detpipe.errors import UsageError
-from detpipe.terminal import say
+from detpipe.support.errors import UsageError
+from detpipe.support.terminal import say
 from detpipe.types import Annotations
 
 _SHOWN_CLASSES = 40

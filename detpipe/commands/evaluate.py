@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from detpipe import evaluation, processes
+from detpipe import evaluation
 from detpipe.commands.evaluation_report import ReportOptions, check_options, read_runs, write_report
 from detpipe.commands.parser import Parser
-from detpipe.errors import UsageError
 from detpipe.evaluation.analysis import AnalysisSettings
 from detpipe.evaluation.coco import MAX_DETECTIONS
-from detpipe.files import atomic_write
+from detpipe.support import processes
+from detpipe.support.errors import UsageError
+from detpipe.support.files import atomic_write
 from detpipe.types import Annotations, Detection, DetectionArrays
 
 _REPORT: dict[str, tuple[type, Any, str]] = {  # of both modes: type, default, help

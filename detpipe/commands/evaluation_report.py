@@ -10,11 +10,11 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from detpipe import evaluation
-from detpipe.errors import DataError, UsageError
 from detpipe.evaluation.analysis import Analysis, AnalysisSettings, analyze
 from detpipe.evaluation.comparison import COMPARED
-from detpipe.files import atomic_write
 from detpipe.pictures.report_figures import OPTIONAL_FIGURES, require_matplotlib, write_figures
+from detpipe.support.errors import DataError, UsageError
+from detpipe.support.files import atomic_write
 from detpipe.types import Annotations, DetectionArrays
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detpipe.errors import DataError, UsageError
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX
 from detpipe.proposals.registry import SOURCES, OfflineSource, make_source, remake_source
-from detpipe.strict_json import load_json
+from detpipe.support.errors import DataError, UsageError
+from detpipe.support.strict_json import load_json
 
 Boxes = Callable[[Path, Tensor], Tensor]  # path and [3, H, W] uint8 RGB -> [P, 4] xyxy in pixels of the image
 

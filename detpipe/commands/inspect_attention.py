@@ -22,10 +22,10 @@ from detpipe.commands.parser import Parser
 from detpipe.commands.predict import choose_proposals, detect, find_images
 from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
-from detpipe.errors import UsageError
-from detpipe.files import atomic_write
 from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
-from detpipe.terminal import say
+from detpipe.support.errors import UsageError
+from detpipe.support.files import atomic_write
+from detpipe.support.terminal import say
 from detpipe.training.models import load_detector
 
 SHARES = (0.25, 0.5, 1.0)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from detpipe.errors import UsageError
-from detpipe.suggest import did_you_mean
+from detpipe.support.errors import UsageError
+from detpipe.support.suggest import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):

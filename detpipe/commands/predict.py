@@ -26,12 +26,12 @@ from detpipe.commands.parser import Parser
 from detpipe.datasets import read_image
 from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.detector import TwoStageDetector
-from detpipe.errors import DataError, UsageError
-from detpipe.files import atomic_write, refuse_special
 from detpipe.heads import ProposalHead
 from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.proposals import PrecomputedProposals
-from detpipe.terminal import printable, say
+from detpipe.support.errors import DataError, UsageError
+from detpipe.support.files import atomic_write, refuse_special
+from detpipe.support.terminal import printable, say
 from detpipe.training.checkpoint import Description
 from detpipe.training.models import load_detector
 from detpipe.types import Detection, GlimpsedDetection, Target

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from detpipe.backbones.weights import network_state
-from detpipe.classifier import ImageClassifier
 from detpipe.commands.training import add_arguments, run_training
 from detpipe.datasets import ClassificationData
-from detpipe.errors import DataError
-from detpipe.files import atomic_write
+from detpipe.regions.image_classifier import ImageClassifier
 from detpipe.stages import Backbone
+from detpipe.support.errors import DataError
+from detpipe.support.files import atomic_write
 from detpipe.training import checkpoint, run_folder
 from detpipe.training.callbacks import Accuracy
 from detpipe.training.configuration import CommandCLI, quiet

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from detpipe.commands.parser import Parser, run_one_of
-from detpipe.errors import UsageError
 from detpipe.proposal_files.box_orders import CONVENTIONS
 from detpipe.proposal_files.converters import FORMATS, convert
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX
-from detpipe.terminal import say
+from detpipe.support.errors import UsageError
+from detpipe.support.terminal import say
 
 HELP = """usage: detpipe proposals make|convert|info|recall ...
 

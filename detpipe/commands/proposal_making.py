@@ -22,14 +22,14 @@ from tqdm import tqdm
 from detpipe.commands.checkpoint_proposals import CheckpointProposals
 from detpipe.commands.predict import find_images
 from detpipe.datasets import read_image
+from detpipe.datasets.formats.recognize import EXPECTED, layout_of, open_split
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
-from detpipe.datasets.layouts import EXPECTED, layout_of, open_split
-from detpipe.errors import DetpipeError, UsageError
 from detpipe.proposal_files.offline import Item, Proposer, Summary, make_store
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX
 from detpipe.proposals.registry import SOURCES, find_class, make_source
-from detpipe.terminal import say
+from detpipe.support.errors import DetpipeError, UsageError
+from detpipe.support.terminal import say
 
 HELP = f"""usage: detpipe proposals make SOURCE --data DATA [--split SPLIT] -o STORE{SUFFIX} [options]
 

@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 from detpipe.commands.parser import Parser
 from detpipe.datasets import DetectionData
-from detpipe.datasets.layouts import EXPECTED, open_split
+from detpipe.datasets.formats.recognize import EXPECTED, open_split
 from detpipe.datasets.stored_proposals import StoredProposals
-from detpipe.errors import DataError, UsageError
 from detpipe.evaluation.proposal_faults import ENOUGH, likely_faults
 from detpipe.evaluation.proposal_recall import (
     MAX_BOXES,
@@ -25,9 +24,10 @@ from detpipe.evaluation.proposal_recall import (
     plot_recall,
     recall_table,
 )
-from detpipe.files import atomic_write
 from detpipe.proposal_files.store import ProposalStore
-from detpipe.terminal import say
+from detpipe.support.errors import DataError, UsageError
+from detpipe.support.files import atomic_write
+from detpipe.support.terminal import say
 from detpipe.types import Annotations
 
 

@@ -19,10 +19,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from detpipe.commands.training import add_arguments, run_training
 from detpipe.datasets import DetectionData
-from detpipe.errors import DataError, UsageError
 from detpipe.pictures.run_pictures import TrainingPicture
-from detpipe.region_classifier import RegionClassifier
-from detpipe.superpixel_localizer import SuperpixelLocalizer
+from detpipe.regions.region_classifier import RegionClassifier
+from detpipe.regions.superpixel_localizer import SuperpixelLocalizer
+from detpipe.support.errors import DataError, UsageError
 from detpipe.training import checkpoint, run_folder
 from detpipe.training.callbacks import ValidationNumbers
 from detpipe.training.configuration import CommandCLI, quiet

@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
 from detpipe.datasets.stored_proposals import StoredProposals
-from detpipe.errors import DataError, UsageError
 from detpipe.evaluation.proposal_faults import recall_note
 from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
+from detpipe.support.errors import DataError, UsageError
 from detpipe.training import checkpoint, resume, run_folder
 from detpipe.training.callbacks import MeanAveragePrecision
 from detpipe.training.configuration import CLI, CommandCLI, quiet

@@ -2,12 +2,13 @@
 
 ``COCO | VOC | YOLO | CSVBoxes | Shards``  --load-->  packed `Annotations`  --`DetectionDataset`-->  image and target  -->  batches
 
-``ImageFolder | DemoDigits``  --load-->  packed `LabeledImages`  --`LabeledImageDataset`-->  view and label  --loaders-->  batches
+``ImageFolder``  --load-->  packed `LabeledImages`  --`LabeledImageDataset`-->  view and label  --loaders-->  batches
 
 Every fault of the data is an error that names file, record and field before the first training step, or a counted skip.
 """
 
-from detpipe.datasets.augment_settings import (
+from detpipe.datasets.augment.augmentation import Augment
+from detpipe.datasets.augment.settings import (
     Combine,
     CopyPaste,
     Degrade,
@@ -18,20 +19,17 @@ from detpipe.datasets.augment_settings import (
     Transform,
 )
 from detpipe.datasets.classification import ClassificationData
-from detpipe.datasets.coco import COCO, COCOFiles, load_coco
-from detpipe.datasets.csv_boxes import CSVBoxes, CSVFormat, load_csv
 from detpipe.datasets.datamodule import DetectionData, Loader
 from detpipe.datasets.dataset import DetectionDataset
 from detpipe.datasets.decode import image_size, read_image
-from detpipe.datasets.demo import Demo, DemoScenes, write_demo
-from detpipe.datasets.demo_digits import DemoDigits, write_digits
+from detpipe.datasets.formats.coco import COCO, COCOFiles, load_coco
+from detpipe.datasets.formats.csv import CSVBoxes, CSVFormat, load_csv
+from detpipe.datasets.formats.voc import VOC, VOCFormat, load_voc
+from detpipe.datasets.formats.yolo import YOLO, load_yolo
 from detpipe.datasets.image_folder import ImageFolder
 from detpipe.datasets.resize import Resize
-from detpipe.datasets.shards import Shards
-from detpipe.datasets.transforms import Augment
+from detpipe.datasets.shards.dataset import Shards
 from detpipe.datasets.views import Views
-from detpipe.datasets.voc import VOC, VOCFormat, load_voc
-from detpipe.datasets.yolo import YOLO, load_yolo
 
 __all__ = [
     "COCO",
@@ -45,9 +43,6 @@ __all__ = [
     "Combine",
     "CopyPaste",
     "Degrade",
-    "Demo",
-    "DemoDigits",
-    "DemoScenes",
     "DetectionData",
     "DetectionDataset",
     "ImageFolder",
@@ -67,6 +62,4 @@ __all__ = [
     "load_voc",
     "load_yolo",
     "read_image",
-    "write_demo",
-    "write_digits",
 ]

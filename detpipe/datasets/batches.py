@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
-from detpipe.errors import DataError
-from detpipe.processes import share
+from detpipe.support.errors import DataError
+from detpipe.support.processes import share
 
 Key = tuple[int, int]  # epoch, index: what a dataset needs to draw the same augmentation in any worker
 
@@ -59,7 +59,7 @@ class EpochBatches(Sampler[list[Key]]):
     Several processes share the images. For training, batches are made as for one process with as many times the images, and each
     takes its part of every batch: all make the same number of steps, and the images of a step depend on their total number
     alone. Where a last batch has fewer images than there are processes, the others repeat them, under a `Repeat` as key; a
-    training step gives these no weight (:func:`detpipe.processes.sharing_counts`). For evaluation, whole batches
+    training step gives these no weight (:func:`detpipe.support.processes.sharing_counts`). For evaluation, whole batches
     are dealt out in turns, so that every image comes once, and some processes may have a batch less; batches are halved until each
     process has one, since what follows an evaluation is done together.
 

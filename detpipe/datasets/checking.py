@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from detpipe.datasets.class_list import class_differences
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import Collected, Fault
+from detpipe.datasets.formats.class_list import class_differences
 from detpipe.datasets.image_files import ImageFiles, image_paths
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 

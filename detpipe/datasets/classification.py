@@ -13,7 +13,7 @@ from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.labeled_images import LabeledImageDataset, LabeledImages, collate_labeled
 from detpipe.datasets.views import Views
-from detpipe.terminal import printable
+from detpipe.support.terminal import printable
 
 LabeledSplit = Literal["train", "val"]
 DEFAULT_VIEWS = Views()

@@ -12,16 +12,16 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from detpipe.datasets.augment.augmentation import Augment
 from detpipe.datasets.batches import EpochBatches, Locality
-from detpipe.datasets.class_list import compare_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
 from detpipe.datasets.faults import SHOWN, OnBad, Policy
+from detpipe.datasets.formats.class_list import compare_classes
 from detpipe.datasets.handover import PackedBatch, collate
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
-from detpipe.datasets.transforms import Augment
-from detpipe.errors import DataError
-from detpipe.terminal import printable
+from detpipe.support.errors import DataError
+from detpipe.support.terminal import printable
 from detpipe.types import Annotations, Segmentations
 
 Split = Literal["train", "val", "test"]

@@ -36,8 +36,8 @@ import torchvision.io
 from PIL import Image
 from torch import Tensor
 
-from detpipe.errors import DataError
-from detpipe.files import refuse_special
+from detpipe.support.errors import DataError
+from detpipe.support.files import refuse_special
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 IMAGE_SUFFIXES = (

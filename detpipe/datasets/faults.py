@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 
 OnBad = Literal["error", "skip"]
 SHOWN = 20  # faults that a message lists before it only gives the total

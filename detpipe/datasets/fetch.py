@@ -24,7 +24,7 @@ from typing import IO, Any, Literal
 from tqdm import tqdm
 
 from detpipe.datasets.web import HEADERS, MIRROR, USUAL, AnotherFileError, CutOffError, Patience, check_url, open_url
-from detpipe.errors import DownloadError
+from detpipe.support.errors import DownloadError
 
 _CHUNK = 1 << 20  # bytes
 

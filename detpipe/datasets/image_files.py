@@ -9,8 +9,8 @@ from pathlib import Path
 
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.dataset import Contents
-from detpipe.errors import DataError
-from detpipe.files import refuse_special
+from detpipe.support.errors import DataError
+from detpipe.support.files import refuse_special
 from detpipe.types import Annotations
 
 

@@ -26,8 +26,8 @@ from detpipe.datasets.decode import IMAGE_SUFFIXES, read_image
 from detpipe.datasets.faults import SHOWN, Faults, OnBad
 from detpipe.datasets.in_threads import look_at_images
 from detpipe.datasets.labeled_images import LabeledImages, PackedNames
-from detpipe.errors import DataError
-from detpipe.suggest import did_you_mean
+from detpipe.support.errors import DataError
+from detpipe.support.suggest import did_you_mean
 
 _LAYOUT = "expected ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE"
 

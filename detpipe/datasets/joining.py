@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 

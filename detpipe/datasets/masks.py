@@ -19,14 +19,14 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
-from detpipe.datasets.coco import COCO
 from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.decode import MAX_PIXELS
+from detpipe.datasets.formats.coco import COCO
+from detpipe.datasets.formats.voc import VOC
 from detpipe.datasets.segmentations import IGNORED, Mask, coco_mask
-from detpipe.datasets.voc import VOC
-from detpipe.errors import DataError
-from detpipe.strict_json import load_json
-from detpipe.superpixels import Segmentation, Segmenter
+from detpipe.regions.superpixels import Segmentation, Segmenter
+from detpipe.support.errors import DataError
+from detpipe.support.strict_json import load_json
 from detpipe.types import Annotations, Target
 
 Kind = Literal["auto", "superpixels", "boxes"]

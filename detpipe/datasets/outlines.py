@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from detpipe.datasets.formats.yolo import label_path
 from detpipe.datasets.segmentations import matched_records
-from detpipe.datasets.yolo import label_path
-from detpipe.errors import DataError
-from detpipe.strict_json import load_json, shorten
+from detpipe.support.errors import DataError
+from detpipe.support.strict_json import load_json, shorten
 from detpipe.types import Annotations
 
 PerBox = list[Any]  # [B], the segmentation of each box as in COCO's files; None where there is none

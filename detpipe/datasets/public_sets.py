@@ -17,8 +17,8 @@ import yaml
 
 from detpipe.datasets.fetch import RemoteFile, check_space, check_url, fetch
 from detpipe.datasets.unpack import unpack
-from detpipe.errors import DownloadError
-from detpipe.files import atomic_folder, remove_orphans
+from detpipe.support.errors import DownloadError
+from detpipe.support.files import atomic_folder, remove_orphans
 
 
 @dataclass(frozen=True)

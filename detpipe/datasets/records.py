@@ -19,7 +19,7 @@ import numpy.typing as npt
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.in_threads import look_at_images
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 _CLIP_TOLERANCE = 1e-6  # pixels: less than this over the border is rounding of x + w, not a fault to count

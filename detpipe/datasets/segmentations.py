@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.datasets.faults import SHOWN
-from detpipe.errors import DataError
-from detpipe.strict_json import load_json, shorten
+from detpipe.support.errors import DataError
+from detpipe.support.strict_json import load_json, shorten
 from detpipe.types import Annotations, Segmentations
 
 Mask = npt.NDArray[np.int32]  # [H, W] 0 background, 1..K classes

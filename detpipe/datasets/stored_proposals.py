@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.errors import DataError
 from detpipe.proposal_files import ProposalStore
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 ImageKey = Callable[[Annotations, int], str]  # annotations and row -> the image's id in a store

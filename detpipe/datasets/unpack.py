@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from detpipe.datasets.faults import Fault
 from detpipe.datasets.fetch import check_space
-from detpipe.errors import DownloadError
-from detpipe.files import refuse_special
+from detpipe.support.errors import DownloadError
+from detpipe.support.files import refuse_special
 
 _CHUNK = 1 << 20  # bytes
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detpipe.datasets.transforms import reseed
+from detpipe.datasets.augment.augmentation import reseed
 
 if TYPE_CHECKING:
     import albumentations
@@ -95,7 +95,7 @@ def center_square(image: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _training(views: Views) -> albumentations.Compose:
     # first: it keeps albumentations from the network, and OpenCV from threads that a fork does not survive
-    from detpipe.datasets.transforms_pipeline import color_jitter  # isort: skip
+    from detpipe.datasets.augment.steps import color_jitter  # isort: skip
     import albumentations  # takes seconds
 
     steps: list[Any] = [
@@ -112,7 +112,7 @@ def _training(views: Views) -> albumentations.Compose:
 @lru_cache(maxsize=8)
 def _evaluation(views: Views) -> albumentations.Compose:
     """The pipeline of evaluation, over a square image."""
-    from detpipe.datasets import transforms_pipeline  # noqa: F401 (as above)  # isort: skip
+    from detpipe.datasets.augment import steps  # noqa: F401 (as above)  # isort: skip
     import albumentations
 
     side = max(views.size, round(views.size / views.center))

@@ -11,7 +11,7 @@ from http.client import HTTPException, HTTPResponse
 from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
-from detpipe.errors import DownloadError
+from detpipe.support.errors import DownloadError
 
 _REDIRECTS = 5
 _FOR_A_WHILE = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be gone at the next attempt

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.errors import DataError
 from detpipe.evaluation.records import box_sizes, canonical_order, check_detections
-from detpipe.files import atomic_write
-from detpipe.strict_json import load_json, optional_flag, require, require_numbers, shorten
+from detpipe.support.errors import DataError
+from detpipe.support.files import atomic_write
+from detpipe.support.strict_json import load_json, optional_flag, require, require_numbers, shorten
 from detpipe.types import Annotations, DetectionArrays, Federation
 
 FREQUENCIES = ("r", "c", "f")

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.errors import DataError
 from detpipe.evaluation.coco import count, mean, per_class, precisions
 from detpipe.evaluation.records import box_image_ids, check_annotations, check_detections, image_ranks, rank_in_run
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations, DetectionArrays
 
 _FREQUENCIES = {"r": "APr", "c": "APc", "f": "APf"}

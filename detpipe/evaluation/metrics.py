@@ -27,10 +27,10 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from detpipe.errors import DataError
 from detpipe.evaluation.coco import Backend, evaluate_coco
 from detpipe.evaluation.lvis import evaluate_lvis
 from detpipe.evaluation.voc import evaluate_voc
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations, Detection, DetectionArrays
 
 _PIECES = 64  # of batches that are kept apart: memory of small tensors is not given back

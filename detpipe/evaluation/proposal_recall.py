@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.errors import DataError, UsageError
-from detpipe.files import atomic_write
+from detpipe.support.errors import DataError, UsageError
+from detpipe.support.files import atomic_write
 from detpipe.types import Annotations
 
 Floats = npt.NDArray[np.float64]

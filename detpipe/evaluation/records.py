@@ -10,7 +10,7 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations, DetectionArrays
 
 

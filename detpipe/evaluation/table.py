@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from detpipe.evaluation.protocols import PROTOCOLS
-from detpipe.terminal import printable
+from detpipe.support.terminal import printable
 
 _WIDTH = 100  # characters a line
 

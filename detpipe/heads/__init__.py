@@ -8,7 +8,6 @@ from detpipe.heads.glimpse import Glimpse, GlimpseSettings
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.recurrent import AttentionalHead, GlimpseSequence
 from detpipe.heads.sampling import RoISampler
-from detpipe.heads.superpixel_pooling import Localization, SuperpixelPoolingHead
 
 __all__ = [
     "AttentionalHead",
@@ -19,11 +18,9 @@ __all__ = [
     "GlimpseSequence",
     "GlimpseSettings",
     "LaterStages",
-    "Localization",
     "Pathwise",
     "Postprocess",
     "ProposalHead",
     "Reinforce",
     "RoISampler",
-    "SuperpixelPoolingHead",
 ]

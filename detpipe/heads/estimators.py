@@ -26,8 +26,8 @@ from torch import Tensor
 from detpipe import boxes as box_ops
 from detpipe.heads.objective import box_losses, of_label
 from detpipe.heads.sampling import RoITargets
-from detpipe.processes import common_count, common_mean
 from detpipe.stages import Losses
+from detpipe.support.processes import common_count, common_mean
 
 Baseline = Literal["roi", "batch", "none"]
 BackgroundReward = Literal["none", "probability"]

@@ -4,7 +4,7 @@ Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, equations 1 to 3.
 
 Deviations:
 1. Both losses are sums over the sampled RoIs divided by max(1, their number), so that a batch without any is finite; with
-   several processes by the mean number (:mod:`detpipe.processes`).
+   several processes by the mean number (:mod:`detpipe.support.processes`).
 2. Smooth L1 acts on weighted deltas, see :mod:`detpipe.boxes`.
 
 N images, S sampled RoIs an image, K foreground classes, B = K boxes a RoI (1 if class-agnostic).
@@ -19,8 +19,8 @@ from torch import Tensor
 from detpipe import boxes as box_ops
 from detpipe.boxes import DELTA_WEIGHTS, DeltaWeights
 from detpipe.heads.sampling import RoITargets
-from detpipe.processes import common_count
 from detpipe.stages import Losses
+from detpipe.support.processes import common_count
 
 
 def box_losses(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detpipe.errors import DataError
 from detpipe.pictures.figures import new_figure, plain_axes, save_figure
+from detpipe.support.errors import DataError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

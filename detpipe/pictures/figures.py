@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Literal
 
-from detpipe.errors import UsageError
-from detpipe.files import atomic_write
+from detpipe.support.errors import UsageError
+from detpipe.support.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

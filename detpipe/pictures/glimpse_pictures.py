@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from detpipe.files import atomic_write
 from detpipe.pictures import visualize
+from detpipe.support.files import atomic_write
 from detpipe.types import GlimpsedDetection
 
 PAGE = "glimpses.html"

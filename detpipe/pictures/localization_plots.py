@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from detpipe.heads.superpixel_pooling import segment
 from detpipe.pictures.figures import new_figure, save_figure
 from detpipe.pictures.inspection_plots import shown_ratio
 from detpipe.pictures.visualize import class_color
+from detpipe.regions.superpixel_pooling import segment
 
 Pixels = npt.NDArray[np.float64]  # [H, W, 3] in 0..1
 PANELS = 8  # in one picture

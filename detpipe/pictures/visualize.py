@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.utils import draw_bounding_boxes
 
-from detpipe.errors import UsageError
-from detpipe.files import atomic_write
 from detpipe.pictures.curves import plot_curves
+from detpipe.support.errors import UsageError
+from detpipe.support.files import atomic_write
 from detpipe.types import Detection, Target
 
 __all__ = ["Color", "class_color", "comparison_grid", "draw", "fit", "font", "plot_curves", "save_png"]

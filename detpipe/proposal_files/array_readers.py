@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from detpipe.errors import DataError
-from detpipe.files import refuse_special
 from detpipe.proposal_files.box_checks import Array, read_boxes, read_scores
 from detpipe.proposal_files.known_images import KnownImages
 from detpipe.proposal_files.raw_proposals import RawFile, RawImage, Tally, by_order, split_columns
 from detpipe.proposal_files.restricted_pickle import load_plain_pickle
-from detpipe.strict_json import shorten
-from detpipe.untrusted import check_zip
+from detpipe.support.errors import DataError
+from detpipe.support.files import refuse_special
+from detpipe.support.strict_json import shorten
+from detpipe.support.untrusted import check_zip
 
 _LARGEST = 2**26  # bytes of the boxes of one image
 _DETECTRON2_MODES = {0: "xyxy", 1: "xywh"}  # detectron2.structures.BoxMode: XYXY_ABS and XYWH_ABS

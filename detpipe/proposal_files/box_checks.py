@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.errors import DataError
-from detpipe.strict_json import shorten
+from detpipe.support.errors import DataError
+from detpipe.support.strict_json import shorten
 
 TOLERANCE = 1.0  # pixels that a box may reach beyond its image before it counts as one of another image or frame
 Array = npt.NDArray[np.float64]

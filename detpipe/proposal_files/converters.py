@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from detpipe.errors import DataError, UsageError
 from detpipe.proposal_files.array_readers import read_detectron2, read_mat, read_mmdetection, read_numpy, read_pickle
 from detpipe.proposal_files.box_checks import Array, explain, find_faults
 from detpipe.proposal_files.box_orders import CONVENTIONS, starts_before_first, to_edges
@@ -32,7 +31,8 @@ from detpipe.proposal_files.raw_proposals import OnBad, RawFile, RawImage, Tally
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_writer import ProposalWriter
 from detpipe.proposal_files.table_readers import read_coco, read_csv
-from detpipe.suggest import did_you_mean
+from detpipe.support.errors import DataError, UsageError
+from detpipe.support.suggest import did_you_mean
 
 Reader = Callable[[Path, KnownImages | None, Tally], RawFile]
 

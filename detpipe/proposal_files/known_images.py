@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from detpipe.errors import DataError
-from detpipe.files import refuse_special
-from detpipe.strict_json import load_json, require, shorten
+from detpipe.support.errors import DataError
+from detpipe.support.files import refuse_special
+from detpipe.support.strict_json import load_json, require, shorten
 
 Naming = Literal["id", "file", "either"]
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"))

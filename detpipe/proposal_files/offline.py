@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.errors import DataError, DetpipeError
 from detpipe.proposal_files.store_writer import ProposalWriter
-from detpipe.resumable import Journal, Work, run
+from detpipe.support.errors import DataError, DetpipeError
+from detpipe.support.resumable import Journal, Work, run
 
 SUFFIX = ".partial"
 _HEAD = struct.Struct("<IIII")  # bytes of the id, boxes, height, width

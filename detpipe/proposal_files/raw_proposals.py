@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from detpipe.errors import DataError
 from detpipe.proposal_files.box_checks import Array, read_boxes, read_scores
 from detpipe.proposal_files.known_images import KnownImages, Naming
+from detpipe.support.errors import DataError
 
 OnBad = Literal["error", "skip"]
 

@@ -17,9 +17,9 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from detpipe.errors import DataError
-from detpipe.files import refuse_special
-from detpipe.untrusted import check_pickle, check_tree, plain_parts
+from detpipe.support.errors import DataError
+from detpipe.support.files import refuse_special
+from detpipe.support.untrusted import check_pickle, check_tree, plain_parts
 
 _CALLS = 2**20  # bytes, and twice those of the file, that calls in it may make: each may copy what is there once
 _EACH = 200_000  # objects in any pickle, counted as often as they are reached, and one more for each byte of it

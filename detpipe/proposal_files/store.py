@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.errors import DataError
-from detpipe.files import refuse_special
 from detpipe.proposal_files.box_checks import TOLERANCE, find_faults, reaches_beyond
 from detpipe.proposal_files.store_format import content_hash, image_digest, read_header
 from detpipe.proposal_files.store_writer import ProposalWriter
+from detpipe.support.errors import DataError
+from detpipe.support.files import refuse_special
 
 SHOWN = 5  # images that a line names
 

@@ -34,7 +34,7 @@ from typing import Any, BinaryIO, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 
 FORMAT, VERSION = "detpipe.proposals", 1
 SUFFIX = ".safetensors"

@@ -17,8 +17,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from detpipe.errors import DataError
-from detpipe.files import atomic_write
 from detpipe.proposal_files.box_checks import explain, find_faults, read_boxes, read_scores
 from detpipe.proposal_files.store_format import (
     SUFFIX,
@@ -28,6 +26,8 @@ from detpipe.proposal_files.store_format import (
     content_hash,
     image_digest,
 )
+from detpipe.support.errors import DataError
+from detpipe.support.files import atomic_write
 
 
 class _Entry(NamedTuple):

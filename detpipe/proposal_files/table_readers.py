@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from detpipe.errors import DataError
-from detpipe.files import refuse_special
 from detpipe.proposal_files.known_images import KnownImages
 from detpipe.proposal_files.raw_proposals import Groups, RawFile, Tally
-from detpipe.strict_json import load_json, require, require_numbers, shorten
+from detpipe.support.errors import DataError
+from detpipe.support.files import refuse_special
+from detpipe.support.strict_json import load_json, require, require_numbers, shorten
 
 _CORNERS, _SIDES = ("x1", "y1", "x2", "y2"), ("x", "y", "width", "height")
 

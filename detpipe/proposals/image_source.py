@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from detpipe import images as frames
-from detpipe.errors import DataError
 from detpipe.stages import ImageList, Losses, ProposalSource
+from detpipe.support.errors import DataError
 from detpipe.types import Features, PixelFormat, Target
 
 Image = npt.NDArray[np.uint8]  # [H, W, 3] RGB

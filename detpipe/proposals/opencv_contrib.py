@@ -6,7 +6,7 @@ from types import ModuleType
 
 import cv2
 
-from detpipe.errors import UsageError
+from detpipe.support.errors import UsageError
 
 
 def ximgproc(source: str) -> ModuleType:

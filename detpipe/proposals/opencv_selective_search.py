@@ -15,7 +15,7 @@ import numpy as np
 
 from detpipe.proposals.image_source import Candidates, Image, ImageProposals
 from detpipe.proposals.opencv_contrib import ximgproc
-from detpipe.suggest import did_you_mean
+from detpipe.support.suggest import did_you_mean
 from detpipe.types import PixelFormat
 
 MODES = ("single", "fast", "quality")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from detpipe.errors import UsageError
 from detpipe.proposals.dense_grid import DenseGrid
 from detpipe.proposals.edge_boxes import EdgeBoxes
 from detpipe.proposals.image_source import ImageProposals
@@ -13,7 +12,8 @@ from detpipe.proposals.opencv_selective_search import OpenCVSelectiveSearch
 from detpipe.proposals.selective_search import SelectiveSearch
 from detpipe.proposals.superpixels import Superpixels
 from detpipe.proposals.union import Union
-from detpipe.suggest import did_you_mean
+from detpipe.support.errors import UsageError
+from detpipe.support.suggest import did_you_mean
 
 OfflineSource = ImageProposals | DenseGrid | Union
 SOURCES: dict[str, Callable[..., ImageProposals | DenseGrid]] = {

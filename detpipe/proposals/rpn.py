@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detpipe.errors import DataError, NonFiniteStepError, TrainingError
-from detpipe.processes import common_count, shared_anywhere
 from detpipe.proposals.anchors import AnchorGrid, Anchors
 from detpipe.proposals.rpn_head import RPNHead
 from detpipe.proposals.rpn_objective import AnchorTargets, RPNObjective
 from detpipe.proposals.rpn_selection import NotFiniteError, ProposalSelection
 from detpipe.stages import ImageList, Losses, ProposalSource
+from detpipe.support.errors import DataError, NonFiniteStepError, TrainingError
+from detpipe.support.processes import common_count, shared_anywhere
 from detpipe.types import Features, Target
 
 CACHED_GRIDS = 32  # shapes of batches whose anchors are kept

@@ -18,8 +18,8 @@ import numpy as np
 from detpipe.proposals.image_source import Candidates, Image, ImageProposals
 from detpipe.proposals.region_grouping import SIMILARITIES, Grouping, group
 from detpipe.proposals.regions import Regions, describe, quantize_color, quantize_texture
-from detpipe.suggest import did_you_mean
-from detpipe.superpixels import check_scikit_image
+from detpipe.regions.superpixels import check_scikit_image
+from detpipe.support.suggest import did_you_mean
 from detpipe.types import PixelFormat
 
 COLOR_SPACES = ("rgb", "hsv", "lab", "rgi", "gray")

@@ -20,10 +20,10 @@ from detpipe.proposals.opencv_contrib import ximgproc
 from detpipe.proposals.region_grouping import group
 from detpipe.proposals.regions import Floats, Ints, Regions, describe, quantize_color, quantize_texture
 from detpipe.proposals.selective_search import DEFAULT_STRATEGIES, convert, in_random_order
-from detpipe.suggest import did_you_mean
-from detpipe.superpixels import check_scikit_image
-from detpipe.superpixels import renumber as _renumber
-from detpipe.superpixels import slic as _slic
+from detpipe.regions.superpixels import check_scikit_image
+from detpipe.regions.superpixels import renumber as _renumber
+from detpipe.regions.superpixels import slic as _slic
+from detpipe.support.suggest import did_you_mean
 from detpipe.types import PixelFormat
 
 METHODS = ("slic", "seeds")

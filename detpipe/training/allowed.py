@@ -17,11 +17,10 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from detpipe.errors import UsageError
+from detpipe.support.errors import UsageError
 
 _PARTS = (  # modules and folders of this package
-    "attention backbones classifier datasets detector heads optimization proposals region_classifier region_context "
-    "roi_pooling spatial_transformer superpixel_localizer superpixels types"
+    "attention backbones datasets demo detector heads optimization proposals regions roi_pooling spatial_transformer types"
 )
 _LIGHTNING = {
     "lightning.pytorch.callbacks": "BatchSizeFinder DeviceStatsMonitor EarlyStopping EMAWeightAveraging LearningRateFinder "
@@ -67,6 +66,35 @@ def policy() -> tuple[tuple[str, ...], tuple[str, ...]]:
             ]
             denied += [f"{path}.{name}" for name, value in vars(kind).items() if inspect.isroutine(value)]
     return tuple(allowed), tuple(denied)
+
+
+@cache
+def _homes() -> dict[str, str]:
+    """Where each class of this package is whose name no other has."""
+    homes: dict[str, list[str]] = {}
+    for path in policy()[0]:
+        if path.startswith("detpipe."):
+            homes.setdefault(path.rpartition(".")[2], []).append(path)
+    longest = {name: max(paths, key=len) for name, paths in homes.items()}
+    return {name: path for name, path in longest.items() if all(path.startswith(p[: -len(name)]) for p in homes[name])}
+
+
+def where_classes_are(value: Any) -> Any:
+    """Give classes of this package the import path of today, where an earlier version had them elsewhere.
+
+    Args:
+        value: of a configuration, or the whole of it.
+
+    Returns:
+        The same with other paths; what names no class is as it was.
+    """
+    if isinstance(value, dict):
+        return {key: where_classes_are(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [where_classes_are(entry) for entry in value]
+    if isinstance(value, str) and value.startswith("detpipe.") and value not in policy()[0]:
+        return _homes().get(value.rpartition(".")[2], value)
+    return value
 
 
 @contextmanager
@@ -158,7 +186,7 @@ def check_trust(modules: Sequence[str]) -> None:
 
 def _load(text: str, loader: Any) -> Any:
     """Parse the text of a value, or of a configuration."""
-    from detpipe.strict_yaml import parse_yaml
+    from detpipe.support.strict_yaml import parse_yaml
 
     parse_yaml(text, "configuration", UsageError)
-    return loader(text)
+    return where_classes_are(loader(text))

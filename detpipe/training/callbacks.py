@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
 from torch import Tensor
 from tqdm import tqdm
 
-from detpipe import processes
-from detpipe.errors import NonFiniteStepError, TrainingError
 from detpipe.evaluation.metrics import CocoEvaluator
-from detpipe.files import atomic_write
+from detpipe.support import processes
+from detpipe.support.errors import NonFiniteStepError, TrainingError
+from detpipe.support.files import atomic_write
 from detpipe.types import Target
 
 NONFINITE_BATCH = "nonfinite_batch.pt"

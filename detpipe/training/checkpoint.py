@@ -21,10 +21,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from detpipe.backbones.weights import MOST, tensor_parts
-from detpipe.errors import CheckpointError, TrainingError
-from detpipe.files import atomic_write, refuse_special
-from detpipe.strict_json import shorten
-from detpipe.untrusted import check_saved, check_tree, plain_parts
+from detpipe.support.errors import CheckpointError, TrainingError
+from detpipe.support.files import atomic_write, refuse_special
+from detpipe.support.strict_json import shorten
+from detpipe.support.untrusted import check_saved, check_tree, plain_parts
 
 FORMAT = 1
 KEY = "detpipe"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_args
 
 from jsonargparse import ArgumentParser
 
-from detpipe.suggest import did_you_mean
+from detpipe.support.suggest import did_you_mean
 from detpipe.training.allowed import runs_code
 
 _LONGEST = 600

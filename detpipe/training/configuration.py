@@ -17,20 +17,20 @@ import jsonargparse
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from detpipe import backbones, heads, proposals
+from detpipe import backbones, demo, heads, proposals
 from detpipe.datasets import DetectionData
 from detpipe.detector import TwoStageDetector
-from detpipe.errors import DetpipeError, UsageError
-from detpipe.processes import is_first
-from detpipe.strict_json import shorten
-from detpipe.strict_yaml import load_yaml
-from detpipe.suggest import did_you_mean
+from detpipe.support.errors import DetpipeError, UsageError
+from detpipe.support.processes import is_first
+from detpipe.support.strict_json import shorten
+from detpipe.support.strict_yaml import load_yaml
+from detpipe.support.suggest import did_you_mean
 from detpipe.training.allowed import only_allowed
 from detpipe.training.config_errors import explain
 from detpipe.training.saving import CheckpointSettings
 from detpipe.training.trainer import DEFAULTS
 
-STAGES = (backbones, heads, proposals)  # short names work for classes that are imported
+STAGES = (backbones, demo, heads, proposals)  # short names work for classes that are imported
 
 
 LINKED = {  # what is not given, but follows something else

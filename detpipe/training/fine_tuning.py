@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from detpipe.errors import CheckpointError
+from detpipe.support.errors import CheckpointError
 from detpipe.training import checkpoint
 
 _GROUP_PARTS = 2  # of a tensor's name: head.classifier, backbone.stages

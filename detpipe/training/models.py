@@ -10,11 +10,11 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from lightning import LightningModule
 
-from detpipe.classifier import ImageClassifier
 from detpipe.detector import TwoStageDetector
-from detpipe.errors import CheckpointError, UsageError
-from detpipe.region_classifier import RegionClassifier
-from detpipe.training.allowed import only_allowed
+from detpipe.regions.image_classifier import ImageClassifier
+from detpipe.regions.region_classifier import RegionClassifier
+from detpipe.support.errors import CheckpointError, UsageError
+from detpipe.training.allowed import only_allowed, where_classes_are
 from detpipe.training.checkpoint import Description, load_weights, read, without_weights
 from detpipe.training.config_errors import explain
 from detpipe.training.configuration import link_stages
@@ -102,7 +102,10 @@ def rebuild(
     """
     parser = ArgumentParser(exit_on_error=False)
     add(parser)
-    settings = {"model": without_weights(description.model), "num_classes": len(description.class_names)}
+    settings = {
+        "model": where_classes_are(without_weights(description.model)),
+        "num_classes": len(description.class_names),
+    }
     try:
         with only_allowed(trust):
             model = parser.instantiate(parser.parse_object(settings)).model

@@ -14,9 +14,9 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import LambdaLR
 
-from detpipe import processes
-from detpipe.errors import CheckpointError, UsageError
-from detpipe.suggest import did_you_mean
+from detpipe.support import processes
+from detpipe.support.errors import CheckpointError, UsageError
+from detpipe.support.suggest import did_you_mean
 from detpipe.training import checkpoint
 from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, plain, settings_by_key
 

@@ -24,11 +24,11 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from detpipe import processes
-from detpipe.allocator import peak_gpu_memory, peak_memory
-from detpipe.errors import CheckpointError, DataError, TrainingError, UsageError
-from detpipe.files import atomic_write, remove_orphans
 from detpipe.pictures.run_pictures import Curves
+from detpipe.support import processes
+from detpipe.support.allocator import peak_gpu_memory, peak_memory
+from detpipe.support.errors import CheckpointError, DataError, TrainingError, UsageError
+from detpipe.support.files import atomic_write, remove_orphans
 from detpipe.training import callbacks, checkpoint, fine_tuning, resume
 from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, SUM_SUFFIX
 from detpipe.training.saving import CheckpointSettings, ResumeBatches, SaveCheckpoints, StopOnSignal

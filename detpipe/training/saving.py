@@ -24,8 +24,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from detpipe import processes
-from detpipe.errors import StoppedBySignal
+from detpipe.support import processes
+from detpipe.support.errors import StoppedBySignal
 from detpipe.training.callbacks import Throughput
 from detpipe.training.checkpoint import BEST, KEY, LAST, Description
 

@@ -21,8 +21,8 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from detpipe.errors import TrainingError, UsageError
-from detpipe.files import atomic_write
+from detpipe.support.errors import TrainingError, UsageError
+from detpipe.support.files import atomic_write
 from detpipe.training.config_errors import explain
 
 DEFAULTS = {  # where a configuration says nothing

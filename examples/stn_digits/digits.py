@@ -29,7 +29,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Generator, Tensor
 
-from detpipe.datasets.demo_scenes import load_stock
+from detpipe.demo.scenes import load_stock
 from detpipe.spatial_transformer import AffineGrid, ProjectiveGrid, Sampler, ThinPlateSplineGrid
 
 Distortion = Literal["R", "RTS", "P", "E", "clutter"]

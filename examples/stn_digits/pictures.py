@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from detpipe.files import atomic_write
+from detpipe.support.files import atomic_write
 from stn_digits.classifier import DigitClassifier
 
 Color = tuple[int, int, int]

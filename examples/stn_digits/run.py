@@ -18,9 +18,9 @@ from lightning.pytorch.callbacks import Callback
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from detpipe.errors import TrainingError, UsageError
-from detpipe.files import atomic_write
 from detpipe.optimization import LRSchedule, Optimizer
+from detpipe.support.errors import TrainingError, UsageError
+from detpipe.support.files import atomic_write
 from detpipe.training.configuration import quiet
 from stn_digits.classifier import OPTIMIZER, SCHEDULE, DigitClassifier, Model
 from stn_digits.digits import DistortedDigits, Distortion

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from detpipe.datasets.in_threads import usable_cores
-from detpipe.errors import TrainingError, UsageError
-from detpipe.files import atomic_write, remove_orphans
+from detpipe.support.errors import TrainingError, UsageError
+from detpipe.support.files import atomic_write, remove_orphans
 from detpipe.training import run_folder
 from detpipe.training.allowed import only_allowed
 from detpipe.training.config_errors import explain

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from detpipe.backbones import FPN, Extractor, Level, SEInceptionV3, SEResNet, SKNet, ViTPyramid
-from detpipe.classifier import ImageClassifier
 from detpipe.detector import TwoStageDetector
-from detpipe.errors import CheckpointError
 from detpipe.heads import FastRCNNHead
 from detpipe.proposals import DenseGrid
-from detpipe.region_classifier import RegionClassifier
+from detpipe.regions.image_classifier import ImageClassifier
+from detpipe.regions.region_classifier import RegionClassifier
+from detpipe.support.errors import CheckpointError
 
 SQUEEZENET, MOBILENET = {"c4": Level("features.12", 16)}, {"c3": Level("features.3", 8), "c4": Level("features.8", 16)}
 # how a backbone is made for one level or more, with weights

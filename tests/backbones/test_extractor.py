@@ -14,8 +14,8 @@ from torchvision.ops import StochasticDepth
 from detpipe.backbones import Extractor, Level
 from detpipe.backbones.regime import Regime
 from detpipe.backbones.weights import read_state
-from detpipe.errors import CheckpointError, UsageError
 from detpipe.images import normalize, to_batch
+from detpipe.support.errors import CheckpointError, UsageError
 from detpipe.types import PixelFormat
 
 CAFFE = PixelFormat(mean=(103.939, 116.779, 123.68), std=(1, 1, 1), channel_order="bgr", value_range=255.0)

@@ -13,7 +13,7 @@ from torchvision import models
 from backbones.residual_cases import largest_difference, random_norms, saved
 from detpipe.attention import SqueezeExcitation
 from detpipe.backbones import Pretrained, Regime, SEResNet, SEResNeXt, SKNet, Variant
-from detpipe.errors import CheckpointError, UsageError
+from detpipe.support.errors import CheckpointError, UsageError
 
 DEEP = Variant(stem="deep", average_shortcut=True)
 TIERED = Variant(stem="tiered", average_shortcut=True)

@@ -16,7 +16,7 @@ from detpipe.backbones.regime import (
     freeze,
     names_within,
 )
-from detpipe.errors import UsageError
+from detpipe.support.errors import UsageError
 
 
 def worn(network: nn.Module) -> nn.Module:

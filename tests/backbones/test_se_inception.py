@@ -17,9 +17,9 @@ from detpipe.attention.base import Attention
 from detpipe.attention.choice import GATINGS
 from detpipe.backbones import FPN, Pretrained, Regime, SEInceptionV3
 from detpipe.backbones.inception_blocks import STRIDES, UNPADDED, best_paddings, offset, unpadded_until
-from detpipe.classifier import ImageClassifier
-from detpipe.errors import CheckpointError, UsageError
 from detpipe.images import normalize
+from detpipe.regions.image_classifier import ImageClassifier
+from detpipe.support.errors import CheckpointError, UsageError
 from detpipe.types import PixelFormat
 
 LEVELS = ("c2", "c3", "c4", "c5")

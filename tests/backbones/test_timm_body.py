@@ -10,7 +10,7 @@ from torch import nn
 from detpipe.backbones.extractor import Extractor, Level
 from detpipe.backbones.regime import Regime
 from detpipe.backbones.timm_body import TimmBody
-from detpipe.errors import CheckpointError, UsageError
+from detpipe.support.errors import CheckpointError, UsageError
 from detpipe.types import PixelFormat
 
 timm = pytest.importorskip("timm")

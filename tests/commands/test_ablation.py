@@ -12,7 +12,7 @@ from detpipe import cli
 from detpipe.commands import ablation
 from detpipe.commands.ablation import read_study
 from detpipe.commands.ablation_report import Result, plot_results, results_table
-from detpipe.errors import TrainingError, UsageError
+from detpipe.support.errors import TrainingError, UsageError
 
 STUDY = f"""
 base: [{runs.CONFIG}]

@@ -16,7 +16,7 @@ from PIL import Image
 from detpipe import cli
 from detpipe.backbones import SEResNet
 from detpipe.datasets import read_image
-from detpipe.region_classifier import RegionClassifier
+from detpipe.regions.region_classifier import RegionClassifier
 from detpipe.training import checkpoint
 from detpipe.training.checkpoint import Description
 from detpipe.training.models import load_region_classifier
@@ -33,7 +33,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(model.layers[-1].weight)  # type: ignore[arg-type]
     backbone = {"class_path": "detpipe.SEResNet", "init_args": settings}
     init_args = {"backbone": backbone, "min_size": 64, "max_size": 96}
-    described = {"class_path": "detpipe.region_classifier.RegionClassifier", "init_args": init_args}
+    described = {"class_path": "detpipe.regions.region_classifier.RegionClassifier", "init_args": init_args}
     content = {
         "state_dict": model.state_dict(),
         checkpoint.KEY: Description(described, ("ant", "bee"), (1, 2)).to_dict(),

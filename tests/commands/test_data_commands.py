@@ -12,8 +12,8 @@ from PIL import Image
 from detpipe import cli
 from detpipe.commands.data_commands import COMMANDS, main
 from detpipe.commands.data_split import read_parts
-from detpipe.datasets.layouts import open_split, split_names
-from detpipe.errors import DataError, UsageError
+from detpipe.datasets.formats.recognize import open_split, split_names
+from detpipe.support.errors import DataError, UsageError
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from detpipe import cli
 from detpipe.commands.data_commands import main
 from detpipe.datasets import public_sets
 from detpipe.datasets.fetch import Patience, RemoteFile
-from detpipe.datasets.layouts import open_split, split_names
+from detpipe.datasets.formats.recognize import open_split, split_names
 from detpipe.datasets.public_sets import PUBLIC_SETS, Part, install
-from detpipe.errors import DownloadError, UsageError
+from detpipe.support.errors import DownloadError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,10 +14,10 @@ from datasets.test_shards_faults import change_arrays, spoil
 from detpipe import cli
 from detpipe.commands.data_commands import main
 from detpipe.commands.proposal_making import run_make
+from detpipe.datasets.formats.recognize import known_layout, open_split, split_names
 from detpipe.datasets.image_files import ImageFiles, image_paths
-from detpipe.datasets.layouts import known_layout, open_split, split_names
-from detpipe.datasets.sharding.index import read_index
-from detpipe.errors import DataError, UsageError
+from detpipe.datasets.shards.index import read_index
+from detpipe.support.errors import DataError, UsageError
 
 from .test_make_shards import content_of
 

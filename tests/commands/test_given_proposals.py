@@ -13,9 +13,9 @@ import torch
 
 from detpipe import cli
 from detpipe.commands.given_proposals import advice, open_boxes
-from detpipe.errors import DataError, UsageError
 from detpipe.proposal_files import write_store
 from detpipe.proposals import DenseGrid
+from detpipe.support.errors import DataError, UsageError
 from detpipe.training.checkpoint import read
 
 GRID = ["--scales", "[20, 28]", "--ratios", "[1.0]", "--stride", "8"]

@@ -19,13 +19,13 @@ from datasets.shard_cases import tiny_annotations, tiny_coco
 from detpipe import cli
 from detpipe.commands.data_shards import read_bytes, run_shards
 from detpipe.datasets import COCO, Shards
-from detpipe.datasets.layouts import open_split
-from detpipe.datasets.sharding.index import ARRAYS, INDEX, read_index
-from detpipe.datasets.sharding.journal import JOURNAL, WorkFolder
-from detpipe.datasets.sharding.making import Sharding, make_shards
-from detpipe.datasets.sharding.tar_files import Contents, Place, Written
-from detpipe.errors import DataError, UsageError
+from detpipe.datasets.formats.recognize import open_split
+from detpipe.datasets.shards.index import ARRAYS, INDEX, read_index
+from detpipe.datasets.shards.journal import JOURNAL, WorkFolder
+from detpipe.datasets.shards.making import Sharding, make_shards
+from detpipe.datasets.shards.tar_files import Contents, Place, Written
 from detpipe.proposal_files import write_store
+from detpipe.support.errors import DataError, UsageError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_shards.py"
 
@@ -80,7 +80,7 @@ def test_any_number_of_workers_makes_the_same_files(table: Path, tmp_path: Path)
 SLOW = f"""
 import sys, time
 sys.path.insert(0, {str(TOOL.parents[1])!r})
-from detpipe.datasets.sharding.tar_files import Contents
+from detpipe.datasets.shards.tar_files import Contents
 read = Contents.read
 def slow(self, row):
     time.sleep(0.06)
@@ -243,7 +243,7 @@ def test_what_a_killed_writer_left_does_not_end_up_among_shards(
     a, sharding = tiny_annotations(tmp_path / "data", 6), Sharding(images_per_shard=2)
     make_shards(a, tmp_path / "whole", "train", sharding=sharding)
     with monkeypatch.context() as change:
-        change.setattr("detpipe.datasets.sharding.making.write_all", lambda *_: iter(()))
+        change.setattr("detpipe.datasets.shards.making.write_all", lambda *_: iter(()))
         with pytest.raises(KeyError):
             make_shards(a, tmp_path / "out", "train", sharding=sharding)
     left = tmp_path / "out.partial" / f"shard-000001.tar.partial-{os.getppid()}-0123abcd"
@@ -287,7 +287,7 @@ def test_a_run_that_was_killed_before_the_rename_only_renames(tmp_path: Path, mo
         with pytest.raises(KeyboardInterrupt):
             make_shards(a, tmp_path / "out", "train", sharding=Sharding(images_per_shard=2))
     partial = content_of(tmp_path / "out.partial")
-    monkeypatch.setattr("detpipe.datasets.sharding.making.write_all", None)  # nothing is left to write
+    monkeypatch.setattr("detpipe.datasets.shards.making.write_all", None)  # nothing is left to write
     made = make_shards(a, tmp_path / "out", "train", sharding=Sharding(images_per_shard=2))
     assert made.there == 3
     assert content_of(tmp_path / "out") == {name: data for name, data in partial.items() if name != JOURNAL}
@@ -359,7 +359,7 @@ def test_an_image_that_changes_while_shards_are_made_is_refused(
 ) -> None:
     a = tiny_annotations(tmp_path / "data", 3)
     lengths = np.array([(a.root / str(name)).stat().st_size for name in a.file_names])
-    monkeypatch.setattr("detpipe.datasets.sharding.making._file_lengths", lambda _: lengths + np.array([0, 1, 0]))
+    monkeypatch.setattr("detpipe.datasets.shards.making._file_lengths", lambda _: lengths + np.array([0, 1, 0]))
     with pytest.raises(DataError, match=r"001\.png: has \d+ bytes, but had \d+ when the shards were planned"):
         make_shards(a, tmp_path / "out", "train", sharding=Sharding(skip=True))
 

@@ -14,7 +14,7 @@ from detpipe import cli
 from detpipe.commands.given_proposals import read_proposals
 from detpipe.commands.predict import detect, find_images
 from detpipe.datasets import read_image
-from detpipe.errors import DataError, UsageError
+from detpipe.support.errors import DataError, UsageError
 from detpipe.training import checkpoint
 from detpipe.training.models import load_detector
 

@@ -19,10 +19,10 @@ from safetensors import safe_open
 
 from detpipe import cli
 from detpipe.backbones import FPN, Extractor, Level, SEInceptionV3, SEResNet, SEResNeXt, SKNet
-from detpipe.classifier import ImageClassifier
 from detpipe.commands.pretraining import WEIGHTS, PretrainingCLI, backbone_weights, export_backbone
 from detpipe.commands.training import add_arguments
-from detpipe.errors import CheckpointError
+from detpipe.regions.image_classifier import ImageClassifier
+from detpipe.support.errors import CheckpointError
 from detpipe.training import callbacks, checkpoint
 from detpipe.training.configuration import CLI
 from detpipe.training.models import load_classifier, load_detector

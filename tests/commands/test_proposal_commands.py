@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from detpipe.commands.proposal_commands import main
-from detpipe.errors import DataError, UsageError
 from detpipe.proposal_files.store import ProposalStore, write_store
+from detpipe.support.errors import DataError, UsageError
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from detpipe import images as frames
 from detpipe.boxes import iou
 from detpipe.commands.proposal_making import find_items, report, run_make
 from detpipe.datasets import read_image
-from detpipe.errors import CheckpointError, DataError, UsageError
 from detpipe.proposal_files.offline import Summary
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposals import RPN, Anchors, DenseGrid, SelectiveSearch, make_source
+from detpipe.support.errors import CheckpointError, DataError, UsageError
 from detpipe.training import checkpoint
 from detpipe.training.models import load_detector
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from detpipe import cli
-from detpipe.datasets.layouts import open_split
+from detpipe.datasets.formats.recognize import open_split
 from detpipe.proposal_files import write_store
 
 

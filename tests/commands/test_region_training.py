@@ -19,9 +19,9 @@ from PIL import Image
 from detpipe import cli
 from detpipe.commands.region_training import RegionCLI
 from detpipe.commands.training import add_arguments
-from detpipe.datasets import Demo, DemoScenes
-from detpipe.errors import CheckpointError
-from detpipe.region_classifier import RegionClassifier
+from detpipe.demo import Demo, DemoScenes
+from detpipe.regions.region_classifier import RegionClassifier
+from detpipe.support.errors import CheckpointError
 from detpipe.training import callbacks, checkpoint
 from detpipe.training.models import load_classifier, load_detector, load_region_classifier, load_region_model
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets.batches import EpochBatches, Locality, Repeat
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 
 SIZES = st.lists(st.sampled_from([(40, 60), (60, 40), (48, 64), (50, 50)]), min_size=1, max_size=60).map(
     lambda sizes: np.array(sizes, dtype=np.int32)

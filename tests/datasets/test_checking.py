@@ -9,15 +9,15 @@ import pytest
 
 from detpipe.datasets.checking import Report, check_data, equal_files
 from detpipe.datasets.faults import Collected, Faults
+from detpipe.datasets.formats.recognize import open_split
 from detpipe.datasets.image_files import PLAIN_FILES
-from detpipe.datasets.layouts import open_split
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 
 from .builders import HEADER, coco_content, picture, voc_object, write_coco, write_csv, write_voc, write_yolo
-from .test_coco import BOX_FAULTS, FILE_FAULTS, IMAGE_FAULTS
-from .test_csv_boxes import ROW_FAULTS, TABLE_FAULTS
-from .test_voc import BOMB, OBJECT_FAULTS
-from .test_yolo import LINE_FAULTS
+from .formats.test_coco import BOX_FAULTS, FILE_FAULTS, IMAGE_FAULTS
+from .formats.test_csv import ROW_FAULTS, TABLE_FAULTS
+from .formats.test_voc import BOMB, OBJECT_FAULTS
+from .formats.test_yolo import LINE_FAULTS
 
 
 def check(folder: Path, *splits: str, decode: bool = False, images: Path | None = None) -> Report:

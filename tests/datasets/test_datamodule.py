@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from detpipe.datasets import COCO, VOC, Augment, DetectionData, Loader
 from detpipe.datasets.records import build_annotations
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 from .builders import coco_content, write_coco
@@ -140,7 +140,7 @@ def test_row_12_splits_with_other_classes(tmp_path: Path, categories: list, diff
 
 def test_row_39_a_label_beyond_the_classes_is_an_error_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, folder = write_coco(tmp_path)
-    from detpipe.datasets import coco_json
+    from detpipe.datasets.formats import coco_json
 
     def with_fewer_classes(records: Any, faults: Any) -> Annotations:
         records.class_names = records.class_names[:2]

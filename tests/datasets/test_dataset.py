@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detpipe.datasets import COCO, Augment, Loader
-from detpipe.datasets.augment_settings import (
+from detpipe.datasets.augment.settings import (
     Combine,
     CopyPaste,
     Degrade,
@@ -18,7 +18,7 @@ from detpipe.datasets.augment_settings import (
     SafeCrop,
     Transform,
 )
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 
 from .builders import coco_content, write_coco, write_voc
 from .test_datamodule import digest, hashes

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from detpipe.datasets import decode
 from detpipe.datasets.decode import image_size, read_image, read_reduced
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 
 from .builders import picture
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from detpipe.datasets.checking import check_data
-from detpipe.datasets.layouts import open_split
-from detpipe.errors import DataError
+from detpipe.datasets.formats.recognize import open_split
+from detpipe.support.errors import DataError
 
 from .fault_cases import ALL, CASES, Case, sound
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from detpipe.datasets import fetch as module
 from detpipe.datasets.fetch import Patience, RemoteFile, fetch
-from detpipe.errors import DownloadError
+from detpipe.support.errors import DownloadError
 
 from .file_server import Behavior, serving
 

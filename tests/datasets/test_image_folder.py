@@ -16,7 +16,7 @@ from PIL import Image
 
 from detpipe.datasets import ImageFolder, Loader, Views
 from detpipe.datasets.labeled_images import PackedNames
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 
 from .builders import picture
 

@@ -12,11 +12,12 @@ from PIL import Image
 from pycocotools import mask as reference_masks
 from pycocotools.coco import COCO as Reference
 
-from detpipe.datasets import COCO, VOC, Demo, DemoScenes
+from detpipe.datasets import COCO, VOC
 from detpipe.datasets.masks import BoxMasks, COCOMasks, VOCMasks, majority_mask, open_masks, voc_mask
 from detpipe.datasets.segmentations import coco_mask, run_lengths
-from detpipe.errors import DataError
-from detpipe.superpixels import Segmentation, Segmenter
+from detpipe.demo import Demo, DemoScenes
+from detpipe.regions.superpixels import Segmentation, Segmenter
+from detpipe.support.errors import DataError
 from detpipe.types import Target
 
 from .builders import coco_content, voc_object, write_coco, write_voc

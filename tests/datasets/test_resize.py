@@ -17,9 +17,9 @@ from detpipe.datasets.resize import PADDING, pad, resample
 from detpipe.images import contents_of, detections_to_files, to_batch
 from detpipe.types import Annotations, Detection, PixelFormat
 
+from .augment.test_augmentation import paint, scenes, target_of
 from .builders import coco_content, write_coco
 from .test_datamodule import hashes
-from .test_transforms import paint, scenes, target_of
 
 SIDE = st.integers(1, 3000)
 FILE = (180, 240)  # height, width

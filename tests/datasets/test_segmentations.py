@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets import COCO, Augment, load_coco
-from detpipe.datasets.augment_settings import Combine, CopyPaste
+from detpipe.datasets.augment.settings import Combine, CopyPaste
 from detpipe.datasets.segmentations import coco_mask, draw_masks, read_segmentations
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 from detpipe.types import Segmentations
 
 from .builders import coco_content, write_coco

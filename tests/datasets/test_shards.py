@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from detpipe.datasets import VOC, Augment, DetectionData, Loader, Shards
-from detpipe.datasets.sharding.index import read_index
-from detpipe.datasets.sharding.making import Sharding, make_shards
-from detpipe.errors import DataError
+from detpipe.datasets.shards.index import read_index
+from detpipe.datasets.shards.making import Sharding, make_shards
 from detpipe.proposal_files import write_store
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 from .builders import write_voc, write_yolo
@@ -178,7 +178,7 @@ def test_a_dataset_can_be_sent_to_another_process(tmp_path: Path) -> None:
 
 def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_shards(tmp_path, 20, 1)
-    monkeypatch.setattr("detpipe.datasets.sharding.reading._OPEN", 2)
+    monkeypatch.setattr("detpipe.datasets.shards.reading._OPEN", 2)
     data = shards_in(tmp_path / "shards", augment=None, window=20)
     for _ in range(2):
         assert sum(len(images) for images, _ in data.train_dataloader()) == 20
@@ -191,7 +191,7 @@ def test_stores_call_images_as_in_the_layout_that_was_packed(tmp_path: Path, lay
     if layout == "coco":
         files: DetectionData = files_in(tmp_path / "data")
     elif layout == "voc":
-        from detpipe.datasets.voc import VOCFormat
+        from detpipe.datasets.formats.voc import VOCFormat
 
         files = VOC(str(write_voc(tmp_path / "data")), "train", "train", format=VOCFormat("auto"))
     else:

@@ -17,9 +17,9 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from detpipe.datasets import Shards
-from detpipe.datasets.sharding.index import ARRAYS, INDEX, read_index
-from detpipe.datasets.sharding.verifying import verify_shards
-from detpipe.errors import DataError
+from detpipe.datasets.shards.index import ARRAYS, INDEX, read_index
+from detpipe.datasets.shards.verifying import verify_shards
+from detpipe.support.errors import DataError
 
 from .shard_cases import files_in, pack, shards_in, tiny_shards
 

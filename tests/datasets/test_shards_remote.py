@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from detpipe.datasets import Loader, Shards
-from detpipe.datasets.sharding.index import ARRAYS, INDEX
-from detpipe.datasets.sharding.making import Sharding, make_shards
-from detpipe.datasets.sharding.remote import ShardCache
+from detpipe.datasets.shards.index import ARRAYS, INDEX
+from detpipe.datasets.shards.making import Sharding, make_shards
+from detpipe.datasets.shards.remote import ShardCache
 from detpipe.datasets.web import Patience, read_url
-from detpipe.errors import DataError, DownloadError
+from detpipe.support.errors import DataError, DownloadError
 
 from .file_server import Behavior, serving
 from .shard_cases import AUGMENT, files_in, pack, shards_in, tiny_annotations
@@ -129,7 +129,7 @@ def test_a_folder_with_room_for_two_windows_gets_each_shard_once_an_epoch(tmp_pa
 
 def test_what_comes_at_the_same_time_is_counted_whole(server: Behavior, local: Path, tmp_path: Path) -> None:
     """Of a shard that is being fetched only a part is there, but all of it will be."""
-    from detpipe.datasets.sharding import remote as module
+    from detpipe.datasets.shards import remote as module
 
     files = remote(server, tmp_path).contents("train").files  # type: ignore[attr-defined]
     first, second, third = files.shards.shards[:3]

@@ -23,9 +23,9 @@ from together import start, succeed
 
 from detpipe import cli
 from detpipe.datasets import Loader, Shards
-from detpipe.datasets.sharding.index import Places, Shard, read_index, write_index
-from detpipe.datasets.sharding.making import Sharding, make_shards
-from detpipe.datasets.sharding.reading import ShardFiles
+from detpipe.datasets.shards.index import Places, Shard, read_index, write_index
+from detpipe.datasets.shards.making import Sharding, make_shards
+from detpipe.datasets.shards.reading import ShardFiles
 from detpipe.evaluation.coco import evaluate_coco
 
 from .shard_cases import files_in, pack, shards_in, tiny_annotations, tiny_shards
@@ -34,7 +34,7 @@ from .test_datamodule import hashes
 DYING = """
 import os, signal, sys, time
 from datasets.shard_cases import shards_in
-from detpipe.datasets.sharding.reading import ShardFiles
+from detpipe.datasets.shards.reading import ShardFiles
 data = shards_in(sys.argv[1], workers=1, augment=None)
 read = ShardFiles.read
 def dying(self, row, places, what):

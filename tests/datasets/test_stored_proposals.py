@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from detpipe.datasets import COCO, Augment, Demo
+from detpipe.datasets import COCO, Augment
 from detpipe.datasets.stored_proposals import StoredProposals, coco_key, voc_key
-from detpipe.errors import DataError
+from detpipe.demo import Demo
 from detpipe.proposal_files import write_store
+from detpipe.support.errors import DataError
 
 from .builders import coco_content, write_coco
 

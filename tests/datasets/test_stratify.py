@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from detpipe.datasets.formats.recognize import open_split
 from detpipe.datasets.joining import join
-from detpipe.datasets.layouts import open_split
 from detpipe.datasets.stratify import divide, improve, stratified_parts
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 from .random_sets import make

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets.unpack import Limits, unpack
-from detpipe.errors import DownloadError
+from detpipe.support.errors import DownloadError
 
 GOOD = {"set/a.txt": b"first", "set/deep/b.txt": b"second", "other/c.txt": b"third"}
 

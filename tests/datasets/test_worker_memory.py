@@ -14,7 +14,7 @@ import torch
 from detpipe.datasets import COCO, Loader, load_coco
 from detpipe.datasets.dataset import DetectionDataset
 from detpipe.datasets.handover import collate
-from detpipe.errors import DataError
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 from .builders import coco_content, write_coco

@@ -21,7 +21,8 @@ import runs
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from detpipe.datasets import Demo, DemoScenes, DetectionDataset, Loader, handover
+from detpipe.datasets import DetectionDataset, Loader, handover
+from detpipe.demo import Demo, DemoScenes
 from detpipe.types import Annotations
 
 from .builders import picture

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detpipe.errors import DataError
 from detpipe.evaluation import evaluate_coco, read_coco_annotations, read_detections, write_detections
+from detpipe.support.errors import DataError
 
 from .builders import found, jittered, perfect, shuffled, truth
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detpipe.errors import DataError
 from detpipe.evaluation import (
     canonical_order,
     evaluate_coco,
@@ -16,6 +15,7 @@ from detpipe.evaluation import (
     read_detections,
     write_detections,
 )
+from detpipe.support.errors import DataError
 from detpipe.types import DetectionArrays
 
 from .builders import found, shuffled, truth

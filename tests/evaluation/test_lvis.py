@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detpipe.errors import DataError
 from detpipe.evaluation import canonical_order, evaluate, evaluate_lvis, format_table, read_coco_annotations
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations, DetectionArrays, Federation
 
 from .builders import found, shuffled, truth

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from detpipe.errors import DataError
 from detpipe.evaluation import canonical_order, evaluate_coco, read_coco_annotations, read_detections
 from detpipe.evaluation.calibration import calibrate, calibration_by_class, operating_point
 from detpipe.evaluation.matches import AREAS, IOU_THRESHOLDS, describe_area, match
 from detpipe.evaluation.precision_recall import RECALL_LEVELS, mean_known, precision_by_recall, recall
 from detpipe.evaluation.records import box_sizes
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations, DetectionArrays
 
 from . import builders

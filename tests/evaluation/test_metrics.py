@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from detpipe.errors import DataError
 from detpipe.evaluation import evaluate_coco, evaluate_lvis, evaluate_voc
 from detpipe.evaluation.metrics import CocoEvaluator, DetectionMetric, LvisEvaluator, VocEvaluator
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations, Detection, DetectionArrays
 
 from .builders import jittered, truth

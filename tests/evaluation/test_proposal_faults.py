@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detpipe.datasets.layouts import open_split
+from detpipe.datasets.formats.recognize import open_split
 from detpipe.evaluation.proposal_faults import likely_faults, recall_note
 from detpipe.proposals import DenseGrid
 from detpipe.types import Annotations

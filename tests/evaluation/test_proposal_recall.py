@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detpipe.errors import DataError
 from detpipe.evaluation.proposal_recall import IOUS, MAX_BOXES, SIZES, evaluate_recall
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 Boxes = dict[int, np.ndarray]

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from detpipe.errors import DataError
 from detpipe.evaluation import PROTOCOLS, evaluate, evaluate_coco, evaluate_lvis, evaluate_voc
+from detpipe.support.errors import DataError
 
 from .builders import found, truth
 from .test_lvis import federated

@@ -84,7 +84,7 @@ def test_nothing_to_find_is_drawn_without_a_line(tmp_path: Path) -> None:
 def test_matplotlib_is_asked_for_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from detpipe.errors import UsageError
+    from detpipe.support.errors import UsageError
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"matplotlib, which draws curves, is not installed: pip install"):

@@ -10,8 +10,8 @@ import pytest
 from defusedxml.ElementTree import parse
 from hypothesis import given, settings
 
-from detpipe.errors import DataError
 from detpipe.evaluation import canonical_order, evaluate_voc, read_voc_detections
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations, DetectionArrays
 
 from .builders import found, perfect, shuffled, truth

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from detpipe.errors import DataError
 from detpipe.evaluation import read_voc_detections
+from detpipe.support.errors import DataError
 
 from .builders import truth
 

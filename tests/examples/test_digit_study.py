@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from runs import CONFIGS
 
-from detpipe.errors import TrainingError, UsageError
+from detpipe.support.errors import TrainingError, UsageError
 from detpipe.training.configuration import quiet
 from stn_digits import study as digit_study
 from stn_digits.classifier import MODELS, DigitClassifier

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detpipe.datasets.demo_scenes import load_stock
+from detpipe.demo.scenes import load_stock
 from detpipe.spatial_transformer import ProjectiveGrid
 from stn_digits import digits
 from stn_digits.digits import DISTORTIONS, SIDES, DistortedDigits, Distortion, distort

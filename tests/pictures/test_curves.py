@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detpipe.errors import DataError, UsageError
 from detpipe.pictures import curves
 from detpipe.pictures.curves import plot_curves
+from detpipe.support.errors import DataError, UsageError
 
 COLUMNS = ("epoch", "lr", "step", "train/loss", "val/AP", "val/AP50", "val/loss")
 

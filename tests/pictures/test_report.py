@@ -13,7 +13,6 @@ import pytest
 import torch
 from report_cases import EVIL, evil_analysis, evil_truth, some_detections
 
-from detpipe.errors import UsageError
 from detpipe.evaluation.analysis import AnalysisSettings, analyze, plain
 from detpipe.pictures import report_images
 from detpipe.pictures.report_comparison import verdict
@@ -21,6 +20,7 @@ from detpipe.pictures.report_confusion import shown_classes
 from detpipe.pictures.report_figures import require_matplotlib, write_figures
 from detpipe.pictures.report_html import number, plural, script_json, text
 from detpipe.pictures.report_page import page_data, report_page
+from detpipe.support.errors import UsageError
 from detpipe.types import DetectionArrays
 
 MINUS = "\N{MINUS SIGN}"

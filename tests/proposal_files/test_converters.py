@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.io import savemat
 
-from detpipe.errors import DataError, UsageError
 from detpipe.proposal_files.box_orders import CONVENTIONS, to_edges
 from detpipe.proposal_files.converters import convert
 from detpipe.proposal_files.restricted_pickle import load_plain_pickle
+from detpipe.support.errors import DataError, UsageError
 
 EDGES = {"7": [[0, 0, 10, 20], [5, 5, 30, 40]], "139": [[1, 2, 3, 4]], "8": []}
 SCORES = {"7": [0.25, 0.75], "139": [0.5], "8": []}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from slow_source import Build, items, read
 
-from detpipe.errors import DataError
 from detpipe.proposal_files.offline import Item, Made, make_store, open_journal
 from detpipe.proposal_files.store import ProposalStore
+from detpipe.support.errors import DataError
 
 PROGRAM = Path(__file__).resolve().parents[1] / "slow_source.py"
 

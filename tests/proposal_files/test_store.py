@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from detpipe.errors import DataError
 from detpipe.proposal_files.store import ProposalStore, ProposalWriter, write_store
 from detpipe.proposal_files.store_format import read_header
+from detpipe.support.errors import DataError
 
 BOXES = [[0.0, 0.0, 10.0, 20.0], [5.0, 5.0, 30.0, 40.0], [1.0, 2.0, 3.0, 4.0]]
 RECORDS = {"b": (BOXES, [0.1, 0.9, 0.5]), "a": ([], []), "é": (BOXES[:1], [0.0])}

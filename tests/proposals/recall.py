@@ -9,7 +9,7 @@ import torch
 
 from detpipe.boxes import iou
 from detpipe.datasets import read_image
-from detpipe.datasets.layouts import open_split
+from detpipe.datasets.formats.recognize import open_split
 from detpipe.proposals.image_source import ImageProposals
 
 SPLITS = {"bccd": "test", "coco_mini": "val2017"}

@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
-from detpipe.errors import DataError, UsageError
 from detpipe.proposals import EdgeBoxes
 from detpipe.proposals.edge_boxes import find_edges
+from detpipe.support.errors import DataError, UsageError
 
 from .needs import PLACES, contrib, noise, planted
 from .recall import recall

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detpipe.errors import DataError
 from detpipe.images import normalize, to_pixels
 from detpipe.proposals.image_source import Candidates, ImageProposals, select
 from detpipe.stages import ImageList
+from detpipe.support.errors import DataError
 from detpipe.types import PixelFormat
 
 FORMATS = {

@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import pytest
 
-from detpipe.errors import DataError, UsageError
 from detpipe.proposals import OpenCVSelectiveSearch
 from detpipe.proposals.opencv_selective_search import MODES
+from detpipe.support.errors import DataError, UsageError
 
 from .needs import PLACES, contrib, planted
 from .recall import recall

@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import pytest
 
-from detpipe.errors import UsageError
 from detpipe.proposals import SOURCES, DenseGrid, ImageProposals, SelectiveSearch, Union, make_source
 from detpipe.proposals.registry import find_class, remake_source
+from detpipe.support.errors import UsageError
 from detpipe.types import PixelFormat
 
 from .needs import PLACES, contrib, planted, scikit_image

@@ -14,7 +14,6 @@ from torchvision.ops import MultiScaleRoIAlign
 from detpipe.backbones import SEResNet
 from detpipe.boxes import iou
 from detpipe.detector import TwoStageDetector
-from detpipe.errors import DataError, TrainingError
 from detpipe.heads import FastRCNNHead
 from detpipe.proposals.anchors import Anchors
 from detpipe.proposals.rpn import CACHED_GRIDS, RPN
@@ -22,6 +21,7 @@ from detpipe.proposals.rpn_objective import RPNObjective
 from detpipe.proposals.rpn_selection import ProposalSelection
 from detpipe.roi_pooling import RoIAlign
 from detpipe.stages import ImageList
+from detpipe.support.errors import DataError, TrainingError
 from detpipe.types import Target
 
 ONE, THREE = {"c4": 16}, {"p3": 8, "p4": 16, "p5": 32}

@@ -6,11 +6,11 @@ import torch
 
 from detpipe.backbones import SEResNet
 from detpipe.detector import TwoStageDetector
-from detpipe.errors import DataError, UsageError
 from detpipe.heads import FastRCNNHead, Postprocess
 from detpipe.proposals import SelectiveSearch
 from detpipe.proposals.region_grouping import Grouping
 from detpipe.proposals.selective_search import COLOR_SPACES, convert, in_random_order
+from detpipe.support.errors import DataError, UsageError
 
 from .needs import PLACES, planted, scikit_image
 from .recall import recall

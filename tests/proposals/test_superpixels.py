@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detpipe.errors import DataError, UsageError
 from detpipe.proposals import Superpixels
 from detpipe.proposals.superpixels import METHODS, _pairs, _possible, _renumber, _seeds, _slic
+from detpipe.support.errors import DataError, UsageError
 
 from .needs import PLACES, contrib, planted, scikit_image
 from .recall import recall

@@ -10,12 +10,12 @@ from torchvision.models.detection.image_list import ImageList
 from detpipe.backbones import SEResNet
 from detpipe.boxes import iou
 from detpipe.detector import TwoStageDetector
-from detpipe.errors import DataError
 from detpipe.heads import FastRCNNHead
 from detpipe.proposals import RPN, Anchors, DenseGrid, Union
 from detpipe.proposals.image_source import Candidates, ImageProposals
 from detpipe.proposals.rpn_objective import RPNObjective
 from detpipe.stages import ProposalSource
+from detpipe.support.errors import DataError
 from detpipe.types import PixelFormat
 
 from .needs import PLACES, planted, scikit_image

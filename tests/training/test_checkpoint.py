@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from detpipe.datasets import read_image
-from detpipe.errors import CheckpointError
+from detpipe.support.errors import CheckpointError
 from detpipe.training import checkpoint
 from detpipe.training.checkpoint import AtomicCheckpointIO, Description, check_class_names, load_weights, read
 from detpipe.training.models import load_detector
@@ -21,7 +21,7 @@ KILLS = 20
 KILL_DURING_SAVES = """
 import os, random, signal, sys, time, torch
 from pathlib import Path
-from detpipe.files import remove_orphans
+from detpipe.support.files import remove_orphans
 from detpipe.training.checkpoint import PREVIOUS, SUM_SUFFIX, AtomicCheckpointIO, _hash, check_sums
 
 torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them

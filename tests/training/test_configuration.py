@@ -11,8 +11,8 @@ import detpipe
 from detpipe.commands import training
 from detpipe.commands.region_training import RegionCLI
 from detpipe.datasets import DetectionData
-from detpipe.datasets.demo import Demo
-from detpipe.errors import DetpipeError, UsageError
+from detpipe.demo.dataset import Demo
+from detpipe.support.errors import DetpipeError, UsageError
 from detpipe.training import config_errors, configuration
 from detpipe.training.configuration import CLI, positional_configs
 from detpipe.training.trainer import build_trainer

@@ -9,7 +9,7 @@ import runs
 import torch
 
 from detpipe import cli
-from detpipe.errors import CheckpointError
+from detpipe.support.errors import CheckpointError
 from detpipe.training.checkpoint import Description
 from detpipe.training.fine_tuning import load_fitting
 from detpipe.training.models import load_classifier, load_detector

@@ -20,8 +20,8 @@ import torch
 from together import start
 
 from detpipe import cli
-from detpipe.datasets import Demo, DemoScenes
-from detpipe.errors import UsageError
+from detpipe.demo import Demo, DemoScenes
+from detpipe.support.errors import UsageError
 from detpipe.training import resume
 from detpipe.training.checkpoint import LAST, PREVIOUS, check_sums
 

@@ -22,7 +22,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy
 
 from detpipe import cli
-from detpipe.errors import TrainingError, UsageError
+from detpipe.support.errors import TrainingError, UsageError
 from detpipe.training.callbacks import AveragedWeights, StepSeed
 from detpipe.training.checkpoint import AtomicCheckpointIO
 from detpipe.training.trainer import DEFAULTS, MetricsTable, build_trainer

@@ -19,7 +19,7 @@ import yaml
 
 from detpipe import cli
 from detpipe.commands import training
-from detpipe.errors import CheckpointError, UsageError
+from detpipe.support.errors import CheckpointError, UsageError
 from detpipe.training import allowed, checkpoint
 from detpipe.training.configuration import CLI
 from detpipe.training.models import load_detector
@@ -75,14 +75,14 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a function": (with_callback("StochasticWeightAveraging", swa_lrs=0.1, avg_fn="os.system"), "is not allowed"),
     "a function of ours": (
-        with_callback("StochasticWeightAveraging", swa_lrs=0.1, avg_fn="detpipe.files.atomic_remove"),
-        "'detpipe.files.atomic_remove' is not one of detpipe's",
+        with_callback("StochasticWeightAveraging", swa_lrs=0.1, avg_fn="detpipe.support.files.atomic_remove"),
+        "'detpipe.support.files.atomic_remove' is not one of detpipe's",
     ),
     "a method of an allowed class": (
         with_callback("StochasticWeightAveraging", swa_lrs=0.1, avg_fn="detpipe.RoIAlign.forward"),
         "'detpipe.roi_pooling.align.RoIAlign.forward' is not one of detpipe's",
     ),
-    "through our modules": (with_callback("LambdaCallback", setup="detpipe.files.os.system"), "is not one of detpipe's"),
+    "through our modules": (with_callback("LambdaCallback", setup="detpipe.support.files.os.system"), "is not one of detpipe's"),
     "an evil callback": ({"trainer": {"callbacks": [SPEC]}}, f"'{EVIL}.X' is not one of detpipe's"),
     "a callback's keys": (
         {"trainer": {"callbacks": {"class_path": f"{EVIL}.X", "dict_kwargs": {"a": SPEC}}}},
@@ -161,9 +161,9 @@ def CLI_config(path: Path) -> Any:
 def test_every_allowed_name_of_ours_is_a_class_and_no_function_is_allowed() -> None:
     paths, denied = allowed.policy()
     assert {"detpipe.SEResNet", "detpipe.backbones.SEResNet", "detpipe.backbones.se_resnet.SEResNet"} <= {*paths}
-    assert {"detpipe.Augment", "detpipe.PixelFormat", "detpipe.datasets.sharding.remote.ShardCache"} <= {*paths}
+    assert {"detpipe.Augment", "detpipe.PixelFormat", "detpipe.datasets.shards.remote.ShardCache"} <= {*paths}
     assert all(path.rpartition(".")[2][0].isupper() for path in paths)
-    assert not [path for path in paths if path.startswith(("detpipe.files", "detpipe.training", "detpipe.cli"))]
+    assert not [path for path in paths if path.startswith(("detpipe.support.files", "detpipe.training", "detpipe.cli"))]
     assert not {"lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.Callback"} & {*paths}
     assert "detpipe.detector.TwoStageDetector.forward" in denied
 
@@ -208,7 +208,7 @@ DESCRIPTIONS: dict[str, tuple[Change, str]] = {
         f"'{EVIL}.X' is not one of detpipe's",
     ),
     "dict_kwargs": (lambda model: model["head"].update(dict_kwargs={"x": SPEC}), "x"),
-    "through our modules": (lambda model: model.update(backbone="detpipe.files.os.system"), "is not one of detpipe's"),
+    "through our modules": (lambda model: model.update(backbone="detpipe.support.files.os.system"), "is not one of detpipe's"),
     "a method": (lambda model: model.update(backbone="detpipe.SEResNet.forward"), "is not one of detpipe's"),
     "another file": (lambda model: model.update(optimizer="nested.yaml"), "optimizer"),
     "another file for a stage": (lambda model: model.update(backbone="nested.yaml"), "nested.yaml"),

@@ -1,0 +1,156 @@
+"""Augmentation of training images together with their boxes and proposals, in a fixed order.
+
+copy-paste, mosaic, mix-up (several images) -> flips -> zoom -> crops -> transforms of one's own -> colors -> degradation
+
+Every draw is decided by the seed that is given, such as (seed, epoch, index).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from detpipe.datasets.augment.settings import Combine, Degrade, Photometric, SafeCrop, Transform
+from detpipe.types import Target
+
+if TYPE_CHECKING:
+    import albumentations
+
+_NOTHING = Combine()
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The set that an image belongs to, for what takes several images.
+
+    Args:
+        count: of the images of the set.
+        index: of this image, which is never its own neighbor.
+        read: an index -> image ``[3, H, W]`` uint8 and its target, as in the files; errors are passed on.
+        masks: an index -> ``[G, H, W]`` bool, a mask for each box of the target; None where there are none.
+    """
+
+    count: int
+    index: int
+    read: Callable[[int], tuple[Tensor, Target]]
+    masks: Callable[[int], npt.NDArray[np.bool_]] | None = None
+
+
+LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What may happen to a training image, its boxes and its proposals; docs/augmentation.md shows it.
+
+    Args:
+        flip: probability of a left-right flip, 0 to 1.
+        scale_jitter: smallest and largest zoom, such as ``[0.8, 1.25]``; the image keeps its size: what is zoomed in is
+            cut at a random place, what is zoomed out is put at a random place on a grey ground. Null for none.
+        crop: probability of cutting a random part, up to a fifth, from each side, 0 to 1.
+        color: strength of the change of brightness, contrast and saturation, 0 (none) to 1; 0.4 means a factor of 0.6
+            to 1.4. The hue turns by up to a tenth of it.
+        min_visibility: boxes of which less than this fraction is left in the picture are removed, 0 to 1.
+        vertical_flip: probability of a top-bottom flip, 0 to 1; for images without an upright, such as microscopy.
+        safe_crop: a random window that keeps objects; null for none.
+        photometric: changes of the colors, each with a probability; null for none.
+        degrade: blur, noise and compression; null for none.
+        combine: mosaic, mix-up and copy-paste, which take several images.
+        transforms: transforms of albumentations by name, in their order.
+    """
+
+    flip: float = 0.5
+    scale_jitter: tuple[float, float] | None = None
+    crop: float = 0.0
+    color: float = 0.0
+    min_visibility: float = 0.25
+    vertical_flip: float = 0.0
+    safe_crop: SafeCrop | None = None
+    photometric: Photometric | None = None
+    degrade: Degrade | None = None
+    combine: Combine = _NOTHING
+    transforms: tuple[Transform, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "vertical_flip", "crop", "color", "min_visibility"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+        if self.scale_jitter is not None:
+            object.__setattr__(self, "scale_jitter", tuple(self.scale_jitter))  # a list could not be hashed
+            if len(self.scale_jitter) != 2 or not 0.1 <= self.scale_jitter[0] <= self.scale_jitter[1] <= 10:
+                raise ValueError(f"scale_jitter must be [smallest, largest] within 0.1..10, got {self.scale_jitter}")
+        object.__setattr__(self, "transforms", tuple(self.transforms))
+
+    @property
+    def magnification(self) -> float:
+        """By how much a part of the picture may be enlarged compared with the whole, if the result has the size of the whole.
+
+        Infinite where other images, their masks or free windows take part: then the pixels of the files are needed.
+        """
+        if self.combine.images > 1 or self.safe_crop is not None or self.transforms:
+            return math.inf
+        cut = 1 / (1 - 2 * LARGEST_CROP) if self.crop else 1.0
+        return cut * max(1.0, self.scale_jitter[1] if self.scale_jitter else 1.0)
+
+    def check(self) -> None:
+        """Build what is imported late, so that its faults are found before the first image.
+
+        Raises:
+            ValueError: a transform of the configuration has arguments that it does not take.
+        """
+        from detpipe.datasets.augment.steps import build_steps
+
+        build_steps(self)
+
+    def __call__(
+        self, image: Tensor, target: Target, seed: int | Sequence[int], neighbors: Neighbors | None = None
+    ) -> tuple[Tensor, Target]:
+        """Transform one image with everything that belongs to it.
+
+        Args:
+            image: ``[3, H, W]`` uint8.
+            target: boxes in pixels of the image, and what else is known of them; not changed.
+            seed: non-negative numbers that decide every draw, such as (seed, epoch, index).
+            neighbors: where other images come from; only needed for ``combine``.
+
+        Returns:
+            The new image ``[3, H', W']`` uint8, channels last in memory, and its target. Boxes, and all that is said of them, and
+            proposals are those that are still visible, of all images that were combined, those of this image first;
+            ``image_id`` and ``file_name`` stay. The area shrinks and grows with the box.
+
+        Raises:
+            ValueError: images are to be combined, but there are no neighbors, too few, or none with masks.
+        """
+        # take seconds to import, and only training needs them
+        from detpipe.datasets.augment import steps  # isort: skip (it keeps albumentations from the network)
+        from detpipe.datasets.augment.mix import combined
+        from detpipe.datasets.augment.sample import finish, scene_of
+
+        now = scene_of(image, target)
+        if self.combine.images > 1:
+            if neighbors is None:
+                raise ValueError("combine needs the other images of the set: give neighbors")
+            draws = np.random.SeedSequence(seed, spawn_key=(1,))
+            now = combined(self.combine, now, neighbors, draws, self.min_visibility)
+        now = steps.run(steps.build_steps(self), now, seed)
+        return finish(now, self.min_visibility)
+
+
+def reseed(
+    steps: Sequence[albumentations.BasicTransform | albumentations.BaseCompose], seed: int | Sequence[int]
+) -> None:
+    """Draw an own seed for every transform; costs tens of microseconds.
+
+    Args:
+        steps: which get other seeds.
+        seed: non-negative numbers that decide them.
+    """
+    seeds = np.random.SeedSequence(seed).generate_state(len(steps))
+    for step, own in zip(steps, seeds.tolist(), strict=True):
+        step.set_random_seed(own)

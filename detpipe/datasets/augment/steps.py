@@ -1,0 +1,240 @@
+"""The steps of albumentations behind `Augment`, and how they are run; importing this module imports albumentations and OpenCV.
+
+Four things are kept from albumentations. It returns labels as floats, so that 16777217 becomes 16777216: only places in a list
+pass through it. It raises for boxes that stick out of the image: they are clipped here, after each step, and how much of them was
+lost is noted, so that the end knows what is left of what was annotated. It gives each transform of a pipeline the same seed, which
+would tie a crop to a flip: each gets its own. It warns of arguments that it does not know, and drops them: they are errors here.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or the import asks the network for a newer version
+
+from detpipe.datasets.augment.rectangles import GROUND, Rectangle, areas, moved, resized  # isort: skip
+
+import inspect
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import albumentations
+import numpy as np
+import numpy.typing as npt
+from albumentations.core.type_definitions import Targets
+
+from detpipe.datasets.augment.augmentation import LARGEST_CROP, Augment, reseed
+from detpipe.datasets.augment.safe_crop import CROWD_OR_PROPOSAL, DIFFICULT, OBJECT, SafeCropStep
+from detpipe.datasets.augment.sample import Scene
+from detpipe.datasets.augment.settings import Degrade, Photometric, Transform
+from detpipe.support.suggest import did_you_mean
+
+Step = albumentations.BasicTransform
+
+_HUE = 0.1  # of the strength of the other color changes
+_BLUR, _NOISE, _JPEG = (0.4, 2.0), (0.02, 0.1), (30, 90)
+
+
+@lru_cache(maxsize=8)
+def build_steps(augment: Augment) -> tuple[Step, ...]:
+    """Build what is done to a single image, once a process.
+
+    Args:
+        augment: what may happen to an image.
+
+    Returns:
+        The steps, in their order.
+
+    Raises:
+        ValueError: a transform of the configuration has arguments that it does not take.
+    """
+    steps: list[Step] = [albumentations.HorizontalFlip(p=augment.flip)]
+    if augment.vertical_flip:
+        steps.append(albumentations.VerticalFlip(p=augment.vertical_flip))
+    if augment.scale_jitter is not None:
+        steps.append(Zoom(augment.scale_jitter))
+    if augment.crop:
+        steps.append(albumentations.RandomCropFromBorders(*[LARGEST_CROP] * 4, p=augment.crop))
+    if augment.safe_crop is not None:
+        steps.append(SafeCropStep(augment.safe_crop, augment.min_visibility))
+    steps += [named_step(transform) for transform in augment.transforms]
+    if augment.color:
+        steps.append(color_jitter(augment.color))
+    if augment.photometric is not None:
+        steps += photometric_steps(augment.photometric)
+    if augment.degrade is not None:
+        steps += degrading_steps(augment.degrade)
+    return tuple(steps)
+
+
+def run(steps: Sequence[Step], scene: Scene, seed: int | Sequence[int]) -> Scene:
+    """Do one step after another.
+
+    Args:
+        steps: to be done.
+        scene: before them.
+        seed: non-negative numbers that decide every draw.
+
+    Returns:
+        The scene after them; its boxes lie inside the image.
+
+    Raises:
+        ValueError: a step did not return an RGB image of bytes.
+    """
+    reseed(steps, seed)
+    image, rows = scene.image, _stack(scene)
+    for step in steps:
+        out = step(image=image, bboxes=rows)
+        image = out["image"]
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"transforms: {type(step).__name__} made an image of {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]; "
+                "change its arguments"
+            )
+        rows = _inside(np.asarray(out["bboxes"], dtype=np.float64).reshape(-1, rows.shape[1]))
+    height, width = image.shape[:2]
+    places = rows[:, 4].astype(np.int64)
+    boxes = rows[:, :4] * np.array([width, height] * 2)
+    return Scene(image, scene.target, boxes, scene.rows[places], rows[:, 6].copy())
+
+
+def _stack(scene: Scene) -> npt.NDArray[np.float64]:
+    """[M, 7]: x1, y1, x2, y2 in image sizes, place, kind, share."""
+    height, width = scene.size
+    kinds = np.full(scene.objects, OBJECT)
+    for name, kind in (("difficult", DIFFICULT), ("iscrowd", CROWD_OR_PROPOSAL)):
+        if name in scene.target:
+            kinds[scene.target[name].numpy()] = kind
+    proposals = scene.rows >= scene.objects
+    kind = np.full(len(scene.rows), CROWD_OR_PROPOSAL)
+    kind[~proposals] = kinds[scene.rows[~proposals]]
+    boxes = scene.boxes / np.array([width, height] * 2, dtype=np.float64)
+    return _inside(np.column_stack([boxes, np.arange(len(boxes)), kind, scene.share]).astype(np.float64))
+
+
+def _inside(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Clip boxes to the image, note the share that is left of them, and drop those that are outside."""
+    cut = rows.copy()
+    cut[:, :4] = cut[:, :4].clip(0, 1)
+    left = areas(cut)
+    cut[:, 6] *= np.minimum(1, left / areas(rows).clip(min=1e-30))
+    return cut[left > 0]
+
+
+def named_step(transform: Transform) -> Step:
+    """Build a transform of a configuration, whose name was checked before.
+
+    Args:
+        transform: name and arguments.
+
+    Returns:
+        The step.
+
+    Raises:
+        ValueError: arguments that it does not take; near names are listed.
+    """
+    name, kind = transform.name, getattr(albumentations, transform.name)
+    known = [*inspect.signature(kind.__init__).parameters][1:]
+    for argument in transform.arguments:
+        if argument not in known:
+            raise ValueError(f"transforms: {name} has no argument {argument!r}{did_you_mean(argument, known)}")
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in transform.arguments.items()}
+    try:
+        step = kind(**arguments)
+    except Exception as error:  # pydantic's and others
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"transforms: {name} refuses its arguments: {'; '.join(lines[:4])}") from error
+    if getattr(step, "border_mode", 0) != 0:
+        raise ValueError(
+            f"transforms: {name}.border_mode must be 0 (a plain ground), got {transform.arguments.get('border_mode')}: others "
+            "repeat objects at the border, without boxes"
+        )
+    return step
+
+
+def color_jitter(strength: float) -> albumentations.ColorJitter:
+    """Change brightness, contrast, saturation and, by less, the hue.
+
+    Args:
+        strength: 0 to 1; 0.4 means a factor of 0.6 to 1.4.
+
+    Returns:
+        A transform that is always applied.
+    """
+    change, hue = (1 - strength, 1 + strength), (-_HUE * strength, _HUE * strength)
+    return albumentations.ColorJitter(change, change, change, hue, p=1.0)
+
+
+def photometric_steps(settings: Photometric) -> list[Step]:
+    """What changes colors."""
+    jitter = albumentations.ColorJitter(
+        brightness=(1 - settings.brightness, 1 + settings.brightness),
+        contrast=(1 - settings.contrast, 1 + settings.contrast),
+        saturation=(1 - settings.saturation, 1 + settings.saturation),
+        hue=(-settings.hue, settings.hue),
+        p=settings.p,
+    )
+    steps: list[Step] = [jitter]
+    if settings.gray:
+        steps.append(albumentations.ToGray(p=settings.gray))
+    return steps
+
+
+def degrading_steps(settings: Degrade) -> list[Step]:
+    """What spoils an image."""
+    steps: list[Step] = []
+    if settings.blur:
+        steps.append(albumentations.GaussianBlur(blur_limit=0, sigma_limit=_BLUR, p=settings.blur))
+    if settings.noise:
+        steps.append(albumentations.GaussNoise(std_range=_NOISE, p=settings.noise))
+    if settings.jpeg:
+        steps.append(albumentations.ImageCompression(quality_range=_JPEG, p=settings.jpeg))
+    return steps
+
+
+class Zoom(albumentations.DualTransform):
+    """Zoom the content of an image without changing the size of the image.
+
+    Zooming in cuts a random window and enlarges it to the image; zooming out shrinks the image and puts it at a random
+    place. Both are a map of one rectangle of whole pixels onto another, so the boxes move exactly as the pixels do.
+
+    Args:
+        scale: smallest and largest zoom factor; the logarithm of the factor is uniform.
+    """
+
+    _targets = (Targets.IMAGE, Targets.BBOXES)
+
+    def __init__(self, scale: tuple[float, float]) -> None:
+        super().__init__(p=1.0)
+        self.scale = scale
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw the zoom factor and the place; rectangles are ``x1, y1, x2, y2``."""
+        height, width = params["shape"][:2]
+        factor = float(np.exp(self.py_random.uniform(*np.log(self.scale))))
+        part = factor if factor < 1 else 1 / factor  # the smaller rectangle, as a part of the image
+        w, h = max(1, round(width * part)), max(1, round(height * part))
+        x, y = self.py_random.randint(0, width - w), self.py_random.randint(0, height - h)
+        whole, window = (0, 0, width, height), (x, y, x + w, y + h)
+        return {"source": whole, "goal": window} if factor < 1 else {"source": window, "goal": whole}
+
+    def apply(
+        self, img: npt.NDArray[np.uint8], source: Rectangle, goal: Rectangle, **params: Any
+    ) -> npt.NDArray[np.uint8]:
+        """Resize the source rectangle of ``[H, W, 3]`` into the goal rectangle of a grey image."""
+        u1, v1, u2, v2 = goal
+        out = np.empty_like(img)
+        out[:] = GROUND
+        out[v1:v2, u1:u2] = resized(img, source, goal)
+        return out
+
+    def apply_to_bboxes(
+        self, bboxes: npt.NDArray[np.float64], source: Rectangle, goal: Rectangle, **params: Any
+    ) -> npt.NDArray[np.float64]:
+        """Move boxes ``[M, 4+]``, which albumentations measures in image sizes."""
+        height, width = params["shape"][:2]
+        size = np.array([width, height, width, height], dtype=np.float64)
+        out = bboxes.astype(np.float64)
+        out[:, :4] = moved(out[:, :4] * size, source, goal) / size
+        return out

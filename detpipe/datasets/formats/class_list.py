@@ -1,0 +1,134 @@
+"""A file beside annotations that cannot say themselves what their classes are: order and ids, classes without objects.
+
+VOC's XML and tables of boxes only name the classes that occur. Where ``detpipe.json`` lies beside them, written by
+:mod:`detpipe.datasets.formats.writers`, ``class_names: auto`` means what it says::
+
+    {"class_names": ["cat", "dog", "owl"], "category_ids": [1, 7, 90], "one_based": true}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from detpipe.datasets.faults import SHOWN
+from detpipe.support.errors import DataError
+from detpipe.support.files import atomic_write
+from detpipe.support.strict_json import load_json, require, shorten
+from detpipe.types import Annotations
+
+CLASS_LIST = "detpipe.json"
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """What a data set says about itself.
+
+    Args:
+        class_names: [K], the name of label 1 first.
+        category_ids: [K], what detections are written with.
+        one_based: whether VOC's boxes count pixels from 1, both ends included.
+    """
+
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    one_based: bool = True
+
+
+def read_class_list(folder: Path) -> ClassList | None:
+    """Read the file of a folder.
+
+    Args:
+        folder: where annotations lie.
+
+    Returns:
+        What it says; None if there is none.
+
+    Raises:
+        DataError: it is damaged, or holds anything else.
+    """
+    path = folder / CLASS_LIST
+    if not path.is_file():
+        return None
+    content = load_json(path)
+    names = require(content, "class_names", list, str(path))
+    if not names or not all(type(name) is str and name for name in names) or len(set(names)) != len(names):
+        raise DataError(f"{path}: class_names must be distinct names, at least one, got {shorten(names)}")
+    ids = require(content, "category_ids", list, str(path))
+    if len(ids) != len(names) or not all(type(key) is int for key in ids) or len(set(ids)) != len(ids):
+        raise DataError(
+            f"{path}: category_ids must be {len(names)} distinct whole numbers, one a class, got {shorten(ids)}"
+        )
+    one_based = content.get("one_based", True)
+    if type(one_based) is not bool:
+        raise DataError(f"{path}: one_based must be true or false, got {shorten(one_based)}")
+    return ClassList(tuple(names), tuple(ids), one_based)
+
+
+def write_class_list(folder: Path, classes: ClassList) -> None:
+    """Write the file of a folder.
+
+    Args:
+        folder: where annotations lie.
+        classes: what to say.
+    """
+    content = {
+        "class_names": list(classes.class_names),
+        "category_ids": list(classes.category_ids),
+        "one_based": classes.one_based,
+    }
+    with atomic_write(folder / CLASS_LIST) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def ids_of(class_names: Sequence[str], known: ClassList | None) -> tuple[int, ...]:
+    """The category ids of some classes: those that a class list gives them, 1..K where there is none.
+
+    Args:
+        class_names: [K].
+        known: of the data set.
+
+    Returns:
+        [K].
+    """
+    ids = dict(zip(known.class_names, known.category_ids, strict=True)) if known else {}
+    if set(class_names) <= set(ids):
+        return tuple(ids[name] for name in class_names)
+    return tuple(range(1, len(class_names) + 1))
+
+
+def compare_classes(name: str, known: Annotations, other_name: str, other: Annotations) -> None:
+    """Refuse two splits that number their classes differently.
+
+    Args:
+        name: of the split that is known.
+        known: its annotations.
+        other_name: of the other split.
+        other: its annotations.
+
+    Raises:
+        DataError: the classes, their ids or their order differ; the differences are named.
+    """
+    if (known.class_names, known.category_ids) == (other.class_names, other.category_ids):
+        return
+    differences = class_differences(name, known, other_name, other)
+    raise DataError(
+        f"the classes of {name} ({known.root}) and {other_name} ({other.root}) differ: "
+        f"{'; '.join(differences[:SHOWN])} ({len(differences)} in total); make the class lists equal"
+    )
+
+
+def class_differences(name: str, known: Annotations, other_name: str, other: Annotations) -> list[str]:
+    """Name the classes that two splits do not share or number differently; the arguments are those of `compare_classes`."""
+    first = dict(zip(known.class_names, known.category_ids, strict=True))
+    second = dict(zip(other.class_names, other.category_ids, strict=True))
+    differences = [f"only in {name}: {word!r} (id {first[word]})" for word in first if word not in second]
+    differences += [f"only in {other_name}: {word!r} (id {second[word]})" for word in second if word not in first]
+    differences += [
+        f"{word!r} has id {first[word]} in {name} and {second[word]} in {other_name}"
+        for word in first
+        if word in second and first[word] != second[word]
+    ]
+    return differences or [f"the same classes in another order: {known.class_names} and {other.class_names}"]

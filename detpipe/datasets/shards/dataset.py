@@ -1,0 +1,170 @@
+"""Data in shards: the images of a split in a few large tar files, for sets that are slow to copy or too many files.
+
+::
+
+    root/
+      train/index.json            what 'detpipe data shards DATA -o root' writes, a folder a split
+      train/arrays.safetensors    the annotations of all images, and where each image lies
+      train/shard-000000.tar      image files as they were; any webdataset reader opens them too
+
+An image is read by one seek into its shard, so that batches, draws and the order of evaluation are functions of (seed, epoch) and
+the number of processes, whatever the number of workers, as for files; every image comes once an epoch. Where there are more
+shards than ``window``, an epoch goes through them a window at a time: only the images of a window are shuffled together.
+
+The root may be a web address: shards are then fetched when they are first read, and a folder keeps as many as it has room for.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from detpipe.datasets.augment.augmentation import Augment
+from detpipe.datasets.batches import Locality
+from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
+from detpipe.datasets.dataset import Contents, Proposals
+from detpipe.datasets.faults import Collected, Faults, Policy
+from detpipe.datasets.records import check_pixels
+from detpipe.datasets.resize import Resize
+from detpipe.datasets.shards.index import INDEX, KEYS, ShardSet, check_files, read_index
+from detpipe.datasets.shards.reading import ShardFiles, ShardImages, ShardProposals
+from detpipe.datasets.shards.remote import ShardCache, is_remote, open_remote
+from detpipe.support.errors import DataError
+from detpipe.types import Annotations
+
+
+class Shards(DetectionData):
+    """Detection data in shards, as ``detpipe data shards`` writes them.
+
+    Args:
+        root: the folder that holds a folder for each split; a path, or an address that begins with http:// or https://.
+        train: the training split, the name of its folder.
+        val: the validation split, in the same way.
+        test: the split for the final test, in the same way; none by default.
+        window: shards whose images are shuffled together, and read at the same time.
+        loader: how images are loaded and batched.
+        augment: what is done to training images and their boxes; null for nothing.
+        seed: decides the order of the batches and every draw of the augmentation, with the epoch.
+        proposals: split -> proposal store, whose boxes then ride in the targets of that split in place of those in the shards; see
+            :class:`detpipe.PrecomputedProposals`.
+        resize: to which size images are brought by the data workers; null leaves it to the detector.
+        cache: where shards of an address are kept, and how many of them.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train: str = "train",
+        val: str = "val",
+        test: str | None = None,
+        window: int = 8,
+        loader: Loader = DEFAULT_LOADER,
+        augment: Augment | None = None,
+        seed: int = 0,
+        proposals: dict[str, str] | None = None,
+        resize: Resize | None = None,
+        cache: ShardCache = ShardCache(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__(loader, augment, seed, proposals=proposals, resize=resize)
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        self.root = str(root)
+        self.splits = {"train": train, "val": val, "test": test}
+        self.window, self.cache = window, cache
+        self._files: dict[Split, ShardFiles] = {}
+        self._key: str | None = None
+
+    def load(self, split: Split) -> Annotations:
+        """Read the index of a split, and look whether its shards are there, if it is not on a server."""
+        name = self.splits[split]
+        if name is None:
+            raise DataError(f"no {split} split: set the argument {split} to the name of one, a folder in {self.root}")
+        if is_remote(self.root):
+            files = open_remote(self.root, name, self.cache, self.window)
+        else:
+            files = ShardFiles(self._read_local(split, name))
+        if isinstance(self.on_bad, Collected) and self.on_bad.decode:
+            files = without_unreadable(files, self.on_bad)
+        self._use_keys(files.shards)
+        self._files[split] = files
+        return files.shards.annotations
+
+    def _read_local(self, split: Split, name: str) -> ShardSet:
+        root = Path(self.root)
+        if not (root / name / INDEX).is_file():
+            found = sorted(path.parent.name for path in root.glob(f"*/{INDEX}"))
+            raise DataError(
+                f"{root / name}: no shards here, wanted for {split}={name!r}; splits found in {root}: "
+                f"{', '.join(found) or 'none'}; 'detpipe data shards' writes them"
+            )
+        shards = read_index(root / name)
+        check_files(shards)
+        return shards
+
+    def contents(self, split: Split) -> Contents:
+        """The image files of a split, in its shards."""
+        self.annotations(split)
+        return ShardImages(self._files[split])
+
+    def locality(self, split: Split) -> Locality:
+        """Which images of a split share a shard."""
+        self.annotations(split)
+        return Locality(self._files[split].shards.shard, self.window)
+
+    def proposals(self, split: Split) -> Proposals | None:
+        """The precomputed boxes of a split: of a store, if one is given, else those in the shards, if there are any."""
+        given = super().proposals(split)
+        if given is not None:
+            return given
+        self.annotations(split)
+        files = self._files[split]
+        places = files.shards.proposals
+        return None if places is None else ShardProposals(files, places)
+
+    def _use_keys(self, shards: ShardSet) -> None:
+        """Call images in proposal stores as the data set did that the shards were made of."""
+        if self._key not in (None, shards.key):
+            raise DataError(
+                f"{shards.folder / INDEX}: calls images as {shards.key!r}, another split as {self._key!r}: make the shards of "
+                "all splits of one data set"
+            )
+        self._key = shards.key
+        self.image_key = KEYS[shards.key]
+
+
+def without_unreadable(files: ShardFiles, policy: Policy) -> ShardFiles:
+    """Read and decode every image of a split.
+
+    Args:
+        files: the split.
+        policy: what is done about images that cannot be read.
+
+    Returns:
+        The split without them, which are counted.
+
+    Raises:
+        DataError: no image is left.
+    """
+    shards, contents = files.shards, ShardImages(files)
+    a, faults = shards.annotations, Faults(str(shards.folder), policy)
+    lock = threading.Lock()  # images are decoded in threads, and open shards belong to one of them at a time
+
+    def read(row: int) -> tuple[str, bytes]:
+        with lock:
+            return contents.name(row), contents.read(row)
+
+    readable = check_pixels(range(len(a)), read, a.sizes, faults)
+    faults.check()
+    if readable.all():
+        return files
+    if not readable.any():
+        raise DataError(f"{shards.folder}: none of its {len(a)} images can be read")
+    kept = shards.subset(np.flatnonzero(readable))
+    counts = kept.annotations.counts
+    counts |= {"images used": len(kept.annotations), "boxes used": len(kept.annotations.boxes)}
+    lost = len(a.boxes) - len(kept.annotations.boxes)
+    for name, n in {**faults.skipped, "boxes skipped: image skipped": lost}.items():
+        counts[name] = counts.get(name, 0) + n
+    return files.of(kept)

@@ -1,0 +1,349 @@
+"""What is known of a split in shards without reading them: annotations in packed arrays, and where each image lies.
+
+::
+
+    FOLDER/index.json            this format and its version, classes, counts, and name, bytes and sha256 of each file beside it
+    FOLDER/arrays.safetensors    annotations, and shard, offset, length and CRC-32 of each image
+    FOLDER/shard-000000.tar      for each image KEY.json, KEY.jpg (its file as it was) and, where there are, KEY.proposals.npy
+
+A KEY is the number of the image in the annotations, in nine digits. Images I, shards S.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from detpipe.datasets.stored_proposals import ImageKey, coco_key, file_key, voc_key
+from detpipe.support.errors import DataError
+from detpipe.support.files import atomic_write, refuse_special
+from detpipe.support.strict_json import load_json, require, shorten
+from detpipe.types import Annotations
+
+FORMAT, VERSION = "detpipe.shards", 1
+INDEX, ARRAYS = "index.json", "arrays.safetensors"
+SHARD_NAME = re.compile(r"shard-[0-9]{6,9}\.tar")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+KEYS: dict[str, ImageKey] = {"coco": coco_key, "voc": voc_key, "file": file_key}
+_AGAIN = "write the shards again, or copy them again"
+_PACKED = ("image_ids", "sizes", "offsets", "boxes", "labels", "iscrowd", "difficult", "area")  # of Annotations
+_KINDS: dict[str, tuple[type, tuple[int, ...]]] = {  # type, and shape without the first axis
+    "image_ids": (np.int64, ()),
+    "sizes": (np.int32, (2,)),
+    "offsets": (np.int64, ()),
+    "boxes": (np.float64, (4,)),
+    "labels": (np.int64, ()),
+    "iscrowd": (np.bool_, ()),
+    "difficult": (np.bool_, ()),
+    "area": (np.float64, ()),
+    "name_bytes": (np.uint8, ()),
+    "name_offsets": (np.int64, ()),
+    "shard": (np.int32, ()),
+    "offset": (np.int64, ()),
+    "length": (np.int64, ()),
+    "crc32": (np.uint32, ()),
+}
+_PLACES = ("offset", "length", "crc32")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file."""
+
+    name: str
+    images: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a part of each image lies in its shard."""
+
+    offset: npt.NDArray[np.int64]  # [I] bytes
+    length: npt.NDArray[np.int64]  # [I] bytes
+    crc32: npt.NDArray[np.uint32]  # [I]
+
+    def subset(self, rows: npt.NDArray[np.intp]) -> Places:
+        """Those of some images."""
+        return Places(self.offset[rows], self.length[rows], self.crc32[rows])
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A split in shards.
+
+    Args:
+        folder: that holds index and shards.
+        split: what the split was called.
+        key: what proposal stores call its images, one of `KEYS`.
+        annotations: the ground truth; its root is the folder.
+        shards: [S].
+        shard: [I] the number of the shard that holds each image.
+        images: where the image files are.
+        proposals: where the proposals are; None if none ride along.
+        source: who made the proposals with which settings; None without.
+        plan: 64 hexadecimal digits that name what the shards were made of.
+    """
+
+    folder: Path
+    split: str
+    key: str
+    annotations: Annotations
+    shards: tuple[Shard, ...]
+    shard: npt.NDArray[np.int32]
+    images: Places
+    proposals: Places | None
+    source: dict[str, Any] | None
+    plan: str
+
+    def subset(self, rows: npt.NDArray[np.intp]) -> ShardSet:
+        """Only some images, which lie where they lay."""
+        return replace(
+            self,
+            annotations=self.annotations.subset(rows),
+            shard=self.shard[rows],
+            images=self.images.subset(rows),
+            proposals=None if self.proposals is None else self.proposals.subset(rows),
+        )
+
+
+def sample_key(row: int) -> str:
+    """What an image is called in its shard."""
+    return f"{row:09d}"
+
+
+def write_index(made: ShardSet) -> None:
+    """Write index and arrays; the index comes last, so that shards with one are complete."""
+    a = made.annotations
+    names = [str(name).encode() for name in a.file_names]
+    arrays = {name: getattr(a, name) for name in _PACKED}
+    arrays["name_bytes"] = np.frombuffer(b"".join(names), dtype=np.uint8)
+    arrays["name_offsets"] = np.cumsum([0, *map(len, names)])
+    arrays["shard"] = made.shard
+    for prefix, places in (("", made.images), ("proposal_", made.proposals)):
+        arrays |= {prefix + name: getattr(places, name) for name in _PLACES if places is not None}
+    kinds = {name: _KINDS[name.removeprefix("proposal_")][0] for name in arrays}
+    content = save({name: np.ascontiguousarray(value, dtype=kinds[name]) for name, value in arrays.items()})
+    with atomic_write(made.folder / ARRAYS) as temporary:
+        temporary.write_bytes(content)
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "split": made.split,
+        "image_key": made.key,
+        "images": len(a),
+        "boxes": len(a.boxes),
+        "class_names": list(a.class_names),
+        "category_ids": list(a.category_ids),
+        "counts": a.counts,
+        "proposals": made.source,
+        "plan": made.plan,
+        "arrays": {"name": ARRAYS, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
+        "shards": [asdict(shard) for shard in made.shards],
+    }
+    with atomic_write(made.folder / INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def read_plan(folder: Path) -> str:
+    """What the shards of a folder were made of, as `ShardSet.plan`.
+
+    Raises:
+        DataError: there is no index of shards, or one of another version.
+    """
+    return require(_read_json(folder), "plan", str, str(folder / INDEX))
+
+
+def read_index(folder: str | Path) -> ShardSet:
+    """Read what is known of a split in shards; the shards themselves are not looked at.
+
+    Args:
+        folder: with an ``index.json``.
+
+    Returns:
+        The split.
+
+    Raises:
+        DataError: index or arrays are missing, damaged, changed, of another version, or contradict each other.
+    """
+    path = Path(folder) / INDEX
+    index, where = _read_json(Path(folder)), str(path)
+    shards = tuple(
+        _shard(record, f"{path}: shard {n}") for n, record in enumerate(require(index, "shards", list, where))
+    )
+    source = index.get("proposals")
+    arrays = _read_arrays(Path(folder), require(index, "arrays", dict, where), source is not None)
+    key = require(index, "image_key", str, where)
+    if key not in KEYS:
+        raise DataError(f"{path}: the field 'image_key' is {key!r}: expected one of {', '.join(KEYS)}")
+    made = ShardSet(
+        folder=Path(folder),
+        split=require(index, "split", str, where),
+        key=key,
+        annotations=_annotations(Path(folder), index, arrays),
+        shards=shards,
+        shard=arrays["shard"],
+        images=Places(*(arrays[name] for name in _PLACES)),
+        proposals=Places(*(arrays[f"proposal_{name}"] for name in _PLACES)) if source is not None else None,
+        source=source,
+        plan=require(index, "plan", str, where),
+    )
+    _check(made, index, path)
+    return made
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file; expected a folder that 'detpipe data shards' wrote to the end, with index and shards"
+        )
+    index = load_json(path)
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise DataError(f"{path}: this is no index of shards; 'detpipe data shards' writes them")
+    if index.get("version") != VERSION:
+        raise DataError(
+            f"{path}: has the version {index.get('version')!r}, this detpipe reads {VERSION}; write the shards again, or take "
+            "the detpipe that wrote them"
+        )
+    return index
+
+
+def _shard(record: Any, where: str) -> Shard:
+    name = require(record, "name", str, where)
+    if not SHARD_NAME.fullmatch(name):
+        raise DataError(f"{where}: the name {name!r} is not safe: expected one such as shard-000000.tar")
+    images, size = require(record, "images", int, where), require(record, "bytes", int, where)
+    return Shard(name, images, size, require_sha256(record, where))
+
+
+def require_sha256(record: Any, where: str) -> str:
+    """Return the ``sha256`` of a file, of which the name of a folder is made.
+
+    Raises:
+        DataError: it is not 64 lowercase hexadecimal digits.
+    """
+    digits = require(record, "sha256", str, where)
+    if not SHA256.fullmatch(digits):
+        raise DataError(f"{where}: the field 'sha256' is {shorten(digits)}: expected 64 digits of 0-9 and a-f")
+    return digits
+
+
+def _read_arrays(folder: Path, record: dict[str, Any], proposals: bool) -> dict[str, npt.NDArray[Any]]:
+    path = folder / ARRAYS
+    refuse_special(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file, but {INDEX} names it; {_AGAIN}") from error
+    expected = require(record, "bytes", int, f"{folder / INDEX}: arrays")
+    if len(content) != expected:
+        raise DataError(f"{path}: has {len(content)} bytes, but {INDEX} says {expected}: cut off or changed; {_AGAIN}")
+    if hashlib.sha256(content).hexdigest() != require_sha256(record, f"{folder / INDEX}: arrays"):
+        raise DataError(f"{path}: its content has another hash than {INDEX} says: changed or damaged; {_AGAIN}")
+    try:
+        arrays = load(content)
+    except SafetensorError as error:
+        raise DataError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
+    wanted = [*_KINDS, *(f"proposal_{name}" for name in _PLACES if proposals)]
+    for name in wanted:
+        kind, rest = _KINDS[name.removeprefix("proposal_")]
+        if name not in arrays or arrays[name].dtype != kind or arrays[name].shape[1:] != rest or not arrays[name].ndim:
+            raise DataError(f"{path}: the array {name!r} is missing or not {kind.__name__} [*{rest or ''}]; {_AGAIN}")
+    return arrays
+
+
+def _annotations(folder: Path, index: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> Annotations:
+    where = str(folder / INDEX)
+    ends, text = arrays["name_offsets"].tolist(), arrays["name_bytes"].tobytes()
+    try:
+        names = [text[start:end].decode() for start, end in pairwise(ends)]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{folder / ARRAYS}: a file name is not UTF-8 text; {_AGAIN}") from error
+    return Annotations(
+        root=folder,
+        file_names=np.array(names, dtype=np.str_),
+        image_ids=arrays["image_ids"],
+        sizes=arrays["sizes"],
+        offsets=arrays["offsets"],
+        boxes=arrays["boxes"],
+        labels=arrays["labels"],
+        iscrowd=arrays["iscrowd"],
+        difficult=arrays["difficult"],
+        area=arrays["area"],
+        class_names=tuple(map(str, require(index, "class_names", list, where))),
+        category_ids=tuple(map(int, require(index, "category_ids", list, where))),
+        counts=dict(require(index, "counts", dict, where)),
+    )
+
+
+def _check(made: ShardSet, index: dict[str, Any], path: Path) -> None:
+    """Refuse arrays that do not fit each other or the shards, so that nothing is read where nothing lies."""
+    a, images, S = made.annotations, len(made.annotations), len(made.shards)
+    parts = [places for places in (made.images, made.proposals) if places is not None]
+    bytes_of = np.array([shard.bytes for shard in made.shards], dtype=np.int64)
+    counts = np.bincount(made.shard, minlength=S).tolist() if (made.shard >= 0).all() else []
+    tests: dict[str, Callable[[], bool]] = {
+        "images": lambda: index.get("images") == images == len(a.sizes) == len(a.file_names) == len(made.shard) > 0,
+        "places": lambda: all(len(p.offset) == len(p.length) == len(p.crc32) == images for p in parts),
+        "boxes": lambda: index.get("boxes") == len(a.boxes) == len(a.labels) == len(a.area) == a.offsets[-1],
+        "flags": lambda: len(a.iscrowd) == len(a.difficult) == len(a.boxes),
+        "offsets": lambda: len(a.offsets) == images + 1 and a.offsets[0] == 0 and bool((np.diff(a.offsets) >= 0).all()),
+        "class_names": lambda: len(a.class_names) == len(a.category_ids) == len(set(a.class_names)) > 0,
+        "labels": lambda: bool(((a.labels >= 1) & (a.labels <= a.num_classes)).all()),
+        "sizes": lambda: bool((a.sizes > 0).all()),
+        "boxes and sizes": lambda: _inside(a),
+        "image_ids": lambda: len(np.unique(a.image_ids)) == images,
+        "shards": lambda: counts == [shard.images for shard in made.shards],
+        "offset and length": lambda: all(
+            bool(((p.offset >= 0) & (p.length >= 0)).all())
+            and bool((p.length <= bytes_of[made.shard] - p.offset).all())  # a sum might overflow
+            for p in parts
+        ),
+    }
+    for name, holds in tests.items():
+        if not holds():
+            raise DataError(
+                f"{path}: {name} do not fit {ARRAYS}: the two are of different shards, or damaged; {_AGAIN}"
+            )
+
+
+def _inside(a: Annotations) -> bool:
+    """Whether all boxes have a size and lie in their images; false for what is no number."""
+    size = np.repeat(a.sizes[:, ::-1], np.diff(a.offsets), axis=0)  # [B, 2] width, height
+    low, high = a.boxes[:, :2], a.boxes[:, 2:]
+    return bool(((low >= 0) & (high > low) & (high <= size)).all() and np.isfinite(a.area).all())
+
+
+def check_files(made: ShardSet) -> None:
+    """Look whether every shard is there and as long as it was; nothing is read.
+
+    Raises:
+        DataError: shards are missing, cut off or changed; all of them are counted, the first named.
+    """
+    faults = []
+    for shard in made.shards:
+        path = made.folder / shard.name
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            faults.append(f"{path}: no such file")
+            continue
+        if found != shard.bytes:
+            faults.append(f"{path}: has {found} bytes, but {INDEX} says {shard.bytes}: cut off or changed")
+    if faults:
+        more = f" (and {len(faults) - 1} more of {len(made.shards)} shards)" if len(faults) > 1 else ""
+        raise DataError(f"{faults[0]}{more}; {_AGAIN}")

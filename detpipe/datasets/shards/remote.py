@@ -1,0 +1,206 @@
+"""Shards on a web server: fetched when they are first read, and kept in a folder that holds only so many of them.
+
+::
+
+    FOLDER/splits/HASH/index.json             of a split, by its address; asked for again at every start
+    FOLDER/shards/SHA256-BYTES/shard-0000.tar a shard, by its content: what changes on the server is another shard
+    FOLDER/locks/...                          one process fetches a shard, the others wait for it
+
+A shard appears under its name when it is whole and has the checksum of the index. The one that was opened least lately goes first
+when room is needed; who has it open can go on reading, and its place on the disk is free when that one closes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detpipe.datasets.fetch import RemoteFile, fetch
+from detpipe.datasets.shards.index import ARRAYS, INDEX, Shard, ShardSet, read_index, require_sha256
+from detpipe.datasets.shards.reading import Opened, ShardFiles
+from detpipe.datasets.web import read_url
+from detpipe.support.errors import DataError
+from detpipe.support.files import atomic_write
+from detpipe.support.strict_json import load_json, require
+
+_MOST = 2**28  # bytes of an index: two million shards
+_WINDOWS = 2  # that are read at the same time: batches are mixed over the border of two
+_ADVICE = "look whether a folder that 'detpipe data shards' wrote lies there"
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """Where shards that are fetched are kept, and how many.
+
+    Args:
+        folder: a folder on a local disk, which several trainings and their processes may share; None for
+            ``$XDG_CACHE_HOME/detpipe/shards``, by default ``~/.cache/detpipe/shards``.
+        gigabytes: that it may hold, of 10^9 bytes; the shards that are read at the same time have to fit.
+
+    Raises:
+        ValueError: ``gigabytes`` is not positive.
+    """
+
+    folder: str | None = None
+    gigabytes: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not self.gigabytes > 0:
+            raise ValueError(f"cache.gigabytes must be positive, got {self.gigabytes}")
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        if self.folder is not None:
+            return Path(self.folder)
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "detpipe" / "shards"
+
+    @property
+    def limit(self) -> int:
+        """Bytes."""
+        return int(self.gigabytes * 1e9)
+
+
+def is_remote(root: str) -> bool:
+    """Whether a root is a web address instead of a folder."""
+    return root.startswith(("http://", "https://"))
+
+
+def open_remote(root: str, split: str, cache: ShardCache, window: int) -> ShardFiles:
+    """Fetch what is known of a split, and get ready to fetch its shards.
+
+    Args:
+        root: the address of the folder that holds a folder for each split.
+        split: the name of that folder.
+        cache: where shards are kept.
+        window: shards whose images are shuffled together.
+
+    Returns:
+        The split, whose shards are fetched when they are read.
+
+    Raises:
+        DownloadError: the server cannot be reached, or has no such split.
+        DataError: what it has is no index of shards, or the cache has no room for two windows.
+    """
+    address = f"{root.rstrip('/')}/{split}"
+    shards = _fetch_index(address, cache)
+    together = _WINDOWS * window
+    largest = sorted((shard.bytes for shard in shards.shards), reverse=True)[:together]
+    if sum(largest) > cache.limit:
+        raise DataError(
+            f"{address}: {len(largest)} shards that are read at the same time take {sum(largest) / 1e9:.3g} GB, but "
+            f"cache.gigabytes is {cache.gigabytes:g}: raise it, or lower window"
+        )
+    return ShardFiles(shards, RemoteShards(address, shards, cache), most_open=together, where=address)
+
+
+class RemoteShards:
+    """Opens shards that lie on a server.
+
+    Args:
+        address: of the folder of the split.
+        shards: the split.
+        cache: where shards are kept.
+    """
+
+    def __init__(self, address: str, shards: ShardSet, cache: ShardCache) -> None:
+        self.address, self.cache = address, cache
+        self._shards = shards.shards
+
+    def __call__(self, number: int) -> Opened:
+        """Open a shard, and fetch it before if it is not there."""
+        shard = self._shards[number]
+        folder = _folder(self.cache, shard)
+        path = folder / shard.name
+        with _alone(self.cache.path / "locks" / folder.name):
+            if not path.is_file() or path.stat().st_size != shard.bytes:
+                path.unlink(missing_ok=True)
+                _make_room(self.cache, folder)
+                remote = RemoteFile(f"{self.address}/{shard.name}", shard.bytes, "sha256", shard.sha256)
+                fetch(remote, folder, advice=_ADVICE, progress=False)
+            os.utime(folder)  # opened last
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC), path
+
+
+def _fetch_index(address: str, cache: ShardCache) -> ShardSet:
+    """Fetch index and arrays of a split; arrays that are there already are not fetched again."""
+    name = hashlib.sha256(address.encode()).hexdigest()
+    folder = cache.path / "splits" / name
+    with _alone(cache.path / "locks" / name):
+        content = read_url(f"{address}/{INDEX}", _MOST, _ADVICE)
+        with atomic_write(folder / INDEX) as temporary:
+            temporary.write_bytes(content)
+        index = load_json(folder / INDEX)
+        where = f"{address}/{INDEX}"
+        if not isinstance(index, dict) or "arrays" not in index:
+            raise DataError(f"{where}: this is no index of shards; {_ADVICE}")
+        arrays = require(index, "arrays", dict, where)
+        remote = RemoteFile(
+            f"{address}/{ARRAYS}",
+            require(arrays, "bytes", int, f"{where}: arrays"),
+            "sha256",
+            require_sha256(arrays, f"{where}: arrays"),
+        )
+        if not _is(folder / ARRAYS, remote):
+            (folder / ARRAYS).unlink(missing_ok=True)
+            fetch(remote, folder, advice=_ADVICE)
+        return read_index(folder)
+
+
+def _is(path: Path, remote: RemoteFile) -> bool:
+    """Whether a file is what the server has."""
+    return (
+        path.is_file()
+        and path.stat().st_size == remote.size
+        and hashlib.sha256(path.read_bytes()).hexdigest() == remote.checksum
+    )
+
+
+def _make_room(cache: ShardCache, coming: Path) -> None:
+    """Make the folder of a shard, and delete those that were opened least lately, until all fit; what is being fetched stays.
+
+    A folder counts as large as its shard will be from here on, so that several that come at the same time have room.
+    """
+    with _alone(cache.path / "locks" / "room"):
+        coming.mkdir(parents=True, exist_ok=True)
+        os.utime(coming)
+        kept = sorted((folder.stat().st_mtime_ns, folder) for folder in coming.parent.iterdir())
+        total = sum(_bytes(folder) for _, folder in kept)
+        for _, folder in kept:
+            if total <= cache.limit:
+                break
+            with _alone(cache.path / "locks" / folder.name, wait=False) as mine:  # not what is coming: that is locked
+                if mine:
+                    shutil.rmtree(folder)
+                    total -= _bytes(folder)
+
+
+def _folder(cache: ShardCache, shard: Shard) -> Path:
+    return cache.path / "shards" / f"{shard.sha256}-{shard.bytes}"
+
+
+def _bytes(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+@contextmanager
+def _alone(lock: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock among processes; whether it was got, which without waiting it may not be."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file: Any = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(file)

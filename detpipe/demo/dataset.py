@@ -1,0 +1,312 @@
+"""The embedded demo set: scenes of real handwritten digits, generated on first use, read in COCO or in VOC layout.
+
+It is written once, in both::
+
+    data/demo/
+      demo.json   what the set was made with; its presence says that the set is complete
+      CREDITS.txt
+      coco/       annotations/instances_{train,val}.json, train/*.jpg, val/*.jpg
+      voc/        Annotations/*.xml, ImageSets/Main/{train,val}.txt, JPEGImages/*.jpg (hard links to those of coco/)
+
+Both layouts carry the same boxes: they are whole pixels, so that VOC's 1-based inclusive integers lose nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from detpipe.datasets.datamodule import DetectionData, Split
+from detpipe.datasets.formats.coco_json import load_coco
+from detpipe.datasets.formats.voc import load_voc
+from detpipe.demo.scenes import CLASS_NAMES, Scene, compose_scene, load_stock
+from detpipe.support.errors import DataError, UsageError
+from detpipe.support.files import atomic_folder, atomic_remove, remove_orphans
+from detpipe.types import Annotations
+
+VERSION = 1  # of the generator: another one makes other scenes
+MARKER = "demo.json"
+JPEG_QUALITY = 92
+SPLITS = ("train", "val")
+
+CREDITS = """\
+The scenes in this folder were generated. They are made of:
+
+Digits
+  Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak (1998), UCI Machine Learning Repository,
+  https://archive.ics.uci.edu/dataset/80 (for the license see there); the copy that scikit-learn bundles
+  (sklearn.datasets.load_digits).
+  Changes: enlarged, rotated, sheared, colored.
+
+Backgrounds
+  The photographs that scikit-learn bundles (sklearn.datasets.load_sample_images), both CC BY 2.0,
+  https://creativecommons.org/licenses/by/2.0/. Changes: cropped, scaled, mirrored, contrast and brightness altered.
+  china.jpg by danielbuechele, https://www.flickr.com/photos/danielbuechele/6061409035/
+  flower.jpg by vultilion, https://www.flickr.com/photos/vultilion/6056698931/
+"""
+
+
+@dataclass(frozen=True)
+class DemoScenes:
+    """What decides the content of a demo set, to the byte.
+
+    Args:
+        train: number of scenes to train on.
+        val: number of scenes to validate on, made of other digits than those to train on.
+        size: side of the square scenes, pixels, 64 to 1024.
+        seed: equal seeds give equal files; it has nothing to do with the seed of a training run.
+    """
+
+    train: int = 800
+    val: int = 200
+    size: int = 160
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.train < 1 or self.val < 1:
+            raise UsageError(f"scenes.train and scenes.val must be at least 1, got {self.train} and {self.val}")
+        if not 64 <= self.size <= 1024:
+            raise UsageError(f"scenes.size must be 64 to 1024 pixels, got {self.size}")
+        if self.seed < 0:
+            raise UsageError(f"scenes.seed must not be negative, got {self.seed}")
+
+    def names(self, split: str) -> list[str]:
+        """File names without suffix: numbers from 1, first those of ``train``, then those of ``val``."""
+        first, count = (1, self.train) if split == "train" else (1 + self.train, self.val)
+        return [f"{number:06d}" for number in range(first, first + count)]
+
+
+DEFAULT_SCENES = DemoScenes()
+
+
+def write_demo(root: str | os.PathLike[str], scenes: DemoScenes = DEFAULT_SCENES) -> Path:
+    """Generate the demo set, unless it is there.
+
+    The folder appears under its name only when it is complete; of two processes that generate it at once, the first to
+    finish wins. A set of other scenes, or by another version of the generator, is replaced, provided that the folder
+    holds nothing else.
+
+    Args:
+        root: the folder of the set.
+        scenes: what to generate.
+
+    Returns:
+        ``root`` as a path.
+
+    Raises:
+        DataError: ``root`` exists and is not a demo set, or holds other files besides.
+        UsageError: scikit-learn is not installed.
+    """
+    root = Path(root)
+    wanted = (VERSION, scenes)
+    if _made_with(root) == wanted:
+        return root
+    _check_replaceable(root)
+    remove_orphans(root.parent)
+    with atomic_folder(root) as folder:
+        _generate(folder, root, scenes)
+        if _made_with(root) not in (None, wanted):
+            _check_replaceable(root)
+            atomic_remove(root)
+    if _made_with(root) != wanted:
+        raise DataError(
+            f"another process has just generated other scenes in {root}: give each a folder (root) of its own"
+        )
+    return root
+
+
+def _made_with(root: Path) -> tuple[int, DemoScenes] | None:
+    """The generator's version and the scenes of the set in a folder, None where there is no folder or an empty one.
+
+    Raises:
+        DataError: the folder is something else, or its marker is damaged.
+    """
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return None
+    marker = root / MARKER
+    remedy = "name another folder (root), or remove this one"
+    if not marker.is_file():
+        raise DataError(f"{root} exists and is not a demo set (it has no {MARKER}): {remedy}")
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        return int(content["version"]), DemoScenes(**content["scenes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{marker} is not the marker of a demo set ({error!r}): {remedy}") from error
+
+
+def _check_replaceable(root: Path) -> None:
+    """Refuse to replace a set among files that were not generated."""
+    made = _made_with(root)
+    if made is None:
+        return
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
+    foreign = sorted(found - set(_file_names(made[1])))
+    if foreign:
+        raise DataError(
+            f"{root} holds a demo set of other scenes, which would be replaced, and {len(foreign)} files that do not "
+            f"belong to it, such as {foreign[0]}: move them away, or name another folder (root)"
+        )
+
+
+def _file_names(scenes: DemoScenes) -> Iterator[str]:
+    """The path of every file of a set."""
+    yield from (MARKER, "CREDITS.txt")
+    for split in SPLITS:
+        yield f"coco/annotations/instances_{split}.json"
+        yield f"voc/ImageSets/Main/{split}.txt"
+        for name in scenes.names(split):
+            yield from (f"coco/{split}/{name}.jpg", f"voc/JPEGImages/{name}.jpg", f"voc/Annotations/{name}.xml")
+
+
+def _generate(folder: Path, root: Path, scenes: DemoScenes) -> None:
+    """Write a whole set to a temporary folder, the marker last."""
+    print(f"Generating {scenes.train + scenes.val} demo scenes in {root} ...", end=" ", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    stocks = load_stock(scenes.seed)
+    boxes = {}
+    for number, split in enumerate(SPLITS):
+        made: dict[str, Scene] = {}
+        for index, name in enumerate(scenes.names(split)):
+            # keyed on the scene, so that a larger set begins with the scenes of a smaller one
+            rng = np.random.default_rng(np.random.SeedSequence(scenes.seed, spawn_key=(number, index)))
+            made[name] = compose_scene(rng, stocks[split], scenes.size)
+        _write_coco(folder / "coco", split, made)
+        _write_voc(folder / "voc", folder / "coco" / split, split, made)
+        boxes[split] = sum(len(scene.boxes) for scene in made.values())
+    (folder / "CREDITS.txt").write_text(CREDITS, encoding="utf-8")
+    marker = {"version": VERSION, "scenes": asdict(scenes), "boxes": boxes, "sha256": _digest(folder, scenes)}
+    (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    print(f"done in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+
+
+def _write_coco(root: Path, split: str, scenes: dict[str, Scene]) -> None:
+    """Write the images and the annotation file of one split."""
+    (root / split).mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for name, scene in scenes.items():
+        height, width = scene.image.shape[:2]
+        Image.fromarray(scene.image).save(root / split / f"{name}.jpg", format="JPEG", quality=JPEG_QUALITY)
+        images.append({"id": int(name), "file_name": f"{name}.jpg", "width": width, "height": height})
+        for (x1, y1, x2, y2), label, sample in zip(
+            scene.boxes.tolist(), scene.labels.tolist(), scene.samples.tolist(), strict=True
+        ):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": int(name),
+                    "category_id": label,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                    "sample": sample,  # which of scikit-learn's digits
+                }
+            )
+    content = {
+        "info": {"description": f"detpipe demo set, {split}; for the credits see CREDITS.txt"},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": k + 1, "name": name, "supercategory": "digit"} for k, name in enumerate(CLASS_NAMES)],
+    }
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _write_voc(root: Path, images: Path, split: str, scenes: dict[str, Scene]) -> None:
+    """Write the XML files and the list of one split, and link to the images that are there already."""
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for name, scene in scenes.items():
+        _link(images / f"{name}.jpg", root / "JPEGImages" / f"{name}.jpg")
+        (root / "Annotations" / f"{name}.xml").write_text(_voc_xml(name, scene), encoding="utf-8")
+    names = "".join(f"{name}\n" for name in scenes)
+    (root / "ImageSets" / "Main" / f"{split}.txt").write_text(names, encoding="utf-8")
+
+
+def _voc_xml(name: str, scene: Scene) -> str:
+    """One scene as the VOC development kit writes it: pixels counted from 1, both ends inclusive."""
+    height, width = scene.image.shape[:2]
+    objects = "".join(
+        f"\t<object>\n\t\t<name>{CLASS_NAMES[label - 1]}</name>\n\t\t<pose>Unspecified</pose>\n"
+        f"\t\t<truncated>0</truncated>\n\t\t<difficult>0</difficult>\n\t\t<bndbox>\n"
+        f"\t\t\t<xmin>{x1 + 1}</xmin>\n\t\t\t<ymin>{y1 + 1}</ymin>\n"
+        f"\t\t\t<xmax>{x2}</xmax>\n\t\t\t<ymax>{y2}</ymax>\n\t\t</bndbox>\n\t</object>\n"
+        for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True)
+    )
+    return (
+        f"<annotation>\n\t<folder>JPEGImages</folder>\n\t<filename>{name}.jpg</filename>\n"
+        f"\t<source>\n\t\t<database>detpipe demo set</database>\n\t</source>\n"
+        f"\t<size>\n\t\t<width>{width}</width>\n\t\t<height>{height}</height>\n\t\t<depth>3</depth>\n\t</size>\n"
+        f"\t<segmented>0</segmented>\n{objects}</annotation>\n"
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    """One file under two names, or a copy on file systems that know no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _digest(folder: Path, scenes: DemoScenes) -> str:
+    """One hash over the names and contents of all files but the marker."""
+    digest = hashlib.sha256()
+    for name in sorted(set(_file_names(scenes)) - {MARKER}):
+        content = (folder / name).read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+__all__ = ["Demo", "DemoScenes", "write_demo"]
+
+
+class Demo(DetectionData):
+    """Scenes of handwritten digits over photographs, with fragments of digits as clutter: ten classes, "0" to "9".
+
+    Args:
+        root: the folder of the set; generated there on first use, in seconds and without a network.
+        layout: read the annotations from the COCO or from the VOC layout; the boxes are the same.
+        scenes: what to generate.
+        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals`` and ``resize`` of
+            :class:`~detpipe.datasets.datamodule.DetectionData`.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/demo",
+        layout: Literal["coco", "voc"] = "coco",
+        scenes: DemoScenes = DEFAULT_SCENES,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if layout not in ("coco", "voc"):
+            raise UsageError(f"layout must be 'coco' or 'voc', got {layout!r}")
+        self.root = str(root)
+        self.layout = layout
+        self.scenes = scenes
+
+    def prepare_data(self) -> None:
+        """Generate the set unless it is there; Lightning calls this in one process only."""
+        write_demo(self.root, self.scenes)
+
+    def load(self, split: Split) -> Annotations:
+        """Read the annotations of a split, generating the set first where it is missing."""
+        if split == "test":
+            raise DataError("no test split: the demo set has train and val only")
+        root = write_demo(Path(self.root), self.scenes)
+        if self.layout == "coco":
+            annotations = root / "coco" / "annotations" / f"instances_{split}.json"
+            return load_coco(annotations, root / "coco" / split, self.on_bad)
+        return load_voc(root / "voc", split, CLASS_NAMES, on_bad=self.on_bad)

@@ -1,0 +1,221 @@
+"""A backbone with a linear layer on top: what backbones are pretrained as.
+
+He et al., "Deep Residual Learning for Image Recognition", 2015, arXiv 1512.03385: global average pooling and one linear layer.
+Label smoothing, and an auxiliary head whose loss weighs 0.4 as in its authors' code: Szegedy et al., "Rethinking the Inception
+Architecture for Computer Vision", 2015, arXiv 1512.00567.
+
+Letters: N images, K classes, C channels of the coarsest level.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from detpipe import images as frames
+from detpipe.optimization import LRSchedule, Optimizer, configure
+from detpipe.stages import Backbone, mark_class_outputs
+from detpipe.support.errors import UsageError
+from detpipe.support.processes import from_all, mean_factor, sharing_counts
+from detpipe.types import Features
+
+AUXILIARY_WEIGHT = 0.4
+TOP = (1, 5)
+ClassificationBatch = tuple[Tensor, Tensor, list[str]]  # images [N, 3, H, W], labels [N] in 0..K-1, file names
+
+
+class ImageClassifier(LightningModule):
+    """Classify whole images: the average over the coarsest level of a backbone, dropout, one linear layer.
+
+    Where the backbone is built with an auxiliary head (it then has ``auxiliary_classes`` and ``forward_with_auxiliary``),
+    its loss is added in training with a weight of 0.4.
+
+    Args:
+        backbone: images to feature maps.
+        num_classes: K.
+        dropout: probability of dropping a channel of the average, 0 to 1, 1 excluded.
+        label_smoothing: part of the target that is spread over all classes in training, 0 to 1, 1 excluded.
+        optimizer: how weights are updated.
+        lr_scheduler: how the learning rate changes.
+
+    Raises:
+        ValueError: a number outside its range, or an auxiliary head of another number of classes.
+
+    Example:
+        >>> from detpipe.backbones import SEResNet
+        >>> classifier = ImageClassifier(SEResNet(18, levels=["c5"]), num_classes=10).eval()
+        >>> list(classifier(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape)
+        [2, 10]
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        dropout: float = 0.0,
+        label_smoothing: float = 0.0,
+        optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
+        lr_scheduler: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be positive, got {num_classes}")
+        if not 0 <= dropout < 1 or not 0 <= label_smoothing < 1:
+            raise ValueError(
+                f"expected dropout and label_smoothing in 0..1, 1 excluded, got {dropout=}, {label_smoothing=}"
+            )
+        auxiliary = getattr(backbone, "auxiliary_classes", None)
+        if auxiliary and auxiliary != num_classes:
+            raise ValueError(
+                f"backbone.auxiliary_classes is {auxiliary}, but there are {num_classes} classes; give the same number"
+            )
+        backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
+        self.backbone = backbone
+        self.has_auxiliary = bool(auxiliary)
+        self.level = max(backbone.strides, key=lambda level: backbone.strides[level])  # the coarsest
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(backbone.level_channels[self.level], num_classes)
+        mark_class_outputs(self.classifier, background=0, each=1)
+        self.label_smoothing = label_smoothing
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self._validated: list[Tensor] = []  # of each batch: images, sum of their losses, hits for each of TOP
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: ``[N, 3, H, W]`` RGB, uint8 in 0..255 or floating point in 0..1.
+
+        Returns:
+            Logits ``[N, K]``; no softmax is applied.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+        return self._logits(self.backbone(self._normalized(images)))
+
+    def losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute the losses of training, label smoothing and auxiliary head included.
+
+        Args:
+            images: as of :meth:`forward`.
+            labels: ``[N]`` int64 in 0..K-1.
+
+        Returns:
+            Scalars to be summed, and the logits ``[N, K]``.
+
+        Raises:
+            ValueError: images of another shape.
+            UsageError: a single image so small that batch norm, in training, has one value of a channel.
+        """
+        try:
+            return self._losses(images, labels)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                f"batch norm cannot train on a single image of {images.shape[-2]} x {images.shape[-1]} pixels, of which one cell "
+                "is left; give data.loader.batch_size 2 or more, or larger data.views.size"
+            ) from error
+
+    def _losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        normalized = self._normalized(images)
+        if not self.has_auxiliary:
+            logits = self._logits(self.backbone(normalized))
+            return {"loss_classifier": self._cross_entropy(logits, labels)}, logits
+        features, auxiliary = self.backbone.forward_with_auxiliary(normalized)  # type: ignore[operator]
+        logits = self._logits(features)
+        losses = {
+            "loss_classifier": self._cross_entropy(logits, labels),
+            "loss_auxiliary": AUXILIARY_WEIGHT * self._cross_entropy(auxiliary, labels),
+        }
+        return losses, logits
+
+    def training_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:
+        """Compute the loss of a batch, and log it with its parts and the accuracy."""
+        images, labels, _ = batch
+        losses, logits = self.losses(images, labels)
+        with sharing_counts():
+            total = torch.stack(list(losses.values())).sum() * mean_factor(len(labels), self.device)
+        parts = losses if len(losses) > 1 else {}
+        values = {**{name: value.detach() for name, value in parts.items()}, **top_accuracy(logits, labels)}
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(labels))
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(labels))
+        return total
+
+    def validation_step(self, batch: ClassificationBatch, batch_idx: int) -> None:
+        """Count the hits of a batch, and sum its cross-entropy, without label smoothing."""
+        images, labels, _ = batch
+        logits = self(images).float()
+        loss, hits = F.cross_entropy(logits, labels, reduction="sum"), top_hits(logits, labels)
+        self._validated.append(
+            torch.stack([loss.new_tensor(len(labels)), loss, *(hit.sum().float() for hit in hits.values())])
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._validated = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and accuracy over all images: the hits are counted, so no batch size changes the quotient."""
+        names = ["loss", *(f"top{k}" for k in TOP)]
+        counted = torch.stack([torch.zeros(1 + len(names)), *(part.cpu() for part in self._validated)]).double().sum(0)
+        images, *sums = torch.stack(from_all(counted)).sum(0).tolist()
+        self.log_dict({f"val/{name}": value / images for name, value in zip(names, sums, strict=True)}, prog_bar=True)
+
+    def predict_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:
+        """Classify a batch: logits ``[N, K]``."""
+        return self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and the schedule, which is stepped after every batch."""
+        steps = self.trainer.estimated_stepping_batches
+        return configure(self.optimizer, self.lr_scheduler, steps, self.backbone, self.classifier)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+            raise ValueError(f"images must be [N, 3, H, W] with H, W > 0, got {list(images.shape)}")
+        return frames.normalize(images, self.backbone.pixel_format).contiguous(memory_format=torch.channels_last)
+
+    def _logits(self, features: Features) -> Tensor:
+        return self.classifier(self.dropout(features[self.level].mean((2, 3))))
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+
+
+@torch.no_grad()
+def top_accuracy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Compute the part of the images whose class is the likeliest, and among the five likeliest.
+
+    Args:
+        logits: ``[N, K]``, N at least 1.
+        labels: ``[N]`` int64 in 0..K-1.
+
+    Returns:
+        ``top1`` and ``top5``, scalars in 0..1; with up to five classes ``top5`` is 1.
+
+    Example:
+        >>> top_accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+        {'top1': tensor(0.5000), 'top5': tensor(1.)}
+    """
+    return {name: hits.float().mean() for name, hits in top_hits(logits, labels).items()}
+
+
+@torch.no_grad()
+def top_hits(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Tell for each image whether its class is the likeliest, and among the five likeliest.
+
+    Args:
+        logits: ``[N, K]``.
+        labels: ``[N]`` int64 in 0..K-1.
+
+    Returns:
+        ``top1`` and ``top5``, ``[N]`` bool.
+    """
+    ranked = logits.topk(min(max(TOP), logits.shape[1])).indices == labels[:, None]  # [N, up to 5]
+    return {f"top{k}": ranked[:, :k].any(1) for k in TOP}

@@ -1,0 +1,335 @@
+"""Given boxes, name what is in each, in one pass over the image and with what lies around it: RoI pooling as attention.
+
+The use beside detection that RoI pooling is good for: the boxes come from people, a tracker or another detector. Pooling:
+Girshick, "Fast R-CNN", 2015, arXiv 1504.08083. Context as larger boxes around a box: Gidaris and Komodakis, "Object detection
+via a multi-region and semantic segmentation-aware CNN model", 2015, arXiv 1505.01749.
+
+Deviation: the larger boxes are whole, not rings around the box, and share the pooling of the box itself.
+
+Where it looks: :mod:`detpipe.regions.region_context`.
+
+Frames: boxes are in pixels of the images as passed; the network sees the resized, padded batch.
+
+Letters: N images, P_i boxes of image i, R boxes of all images, K classes (no background), C channels, h x w pooled cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, TypedDict
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from detpipe import boxes as box_ops
+from detpipe import images as frames
+from detpipe import matching
+from detpipe.optimization import LRSchedule, Optimizer, configure
+from detpipe.regions.region_context import Context, check_regions, enlarge
+from detpipe.roi_pooling import RoIAlign, RoIPooler
+from detpipe.roi_pooling.layouts import to_rois
+from detpipe.stages import Backbone, Losses, mark_class_outputs
+from detpipe.support.errors import DataError
+from detpipe.support.processes import common_weight, from_all, is_repeat, sharing_counts
+from detpipe.types import Target
+
+ROIS_PER_PASS = 4096  # at inference; bounds the memory of pooled features
+RegionBatch = tuple[list[Tensor], list[Target]]
+
+
+class RegionPrediction(TypedDict):
+    """What is in the boxes of one image, in their order."""
+
+    labels: Tensor  # [P] int64 in 1..K
+    scores: Tensor  # [P] float32 in 0..1, the probability of that class
+
+
+@dataclass(frozen=True)
+class Classification:
+    """How a class is made of what is pooled, and what its loss is.
+
+    Args:
+        fc: widths of the fully connected layers below the last one; none for a linear classifier.
+        dropout: probability of dropping an output of such a layer, 0 to 1, 1 excluded.
+        label_smoothing: part of the target that is spread over all classes, 0 to 1, 1 excluded.
+        class_weights: [K] factor of each class in the loss, such as more for a rare one; None for equal ones.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    fc: tuple[int, ...] = (256,)
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        weights = self.class_weights or (1.0,)
+        if any(width < 1 for width in self.fc) or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"classification: expected positive numbers in fc and class_weights, got {self}")
+        if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"classification: expected dropout, label_smoothing in 0..1, 1 excluded, got {self}")
+
+    def build(self, inputs: int, num_classes: int) -> nn.Sequential:
+        """Make the layers: ``[R, C', h, w]`` with ``inputs`` numbers a region -> logits ``[R, K]``."""
+        layers: list[nn.Module] = [nn.Flatten()]
+        for before, after in pairwise((inputs, *self.fc)):
+            layers += [nn.Linear(before, after), nn.ReLU(inplace=True), nn.Dropout(self.dropout)]
+        last = nn.Linear((inputs, *self.fc)[-1], num_classes)
+        nn.init.normal_(last.weight, std=0.01)
+        nn.init.zeros_(last.bias)
+        mark_class_outputs(last, background=0, each=1)
+        return nn.Sequential(*layers, last)
+
+
+class RegionClassifier(LightningModule):
+    """Classify given boxes: one pass of the backbone over an image, then RoI pooling for each of its boxes.
+
+    In evaluation mode images that are padded to different sizes go through the backbone apart, so that the result for an
+    image does not depend on the others; in training all images of a batch are padded to one size, as in detectors.
+
+    Args:
+        backbone: images to feature maps.
+        num_classes: K, without a background.
+        pooler: cuts a small map out of the features for each place to look at; RoIAlign of 7 x 7 cells by default.
+        context: where to look for each region.
+        classification: layers and loss.
+        optimizer: how weights are updated.
+        lr_scheduler: how the learning rate changes.
+        min_size: images are resized so that the shorter side has this many pixels ...
+        max_size: ... unless the longer side would exceed this.
+
+    Raises:
+        ValueError: ``num_classes`` below 1, another number of class weights, not 0 < ``min_size`` <= ``max_size``.
+
+    Example:
+        >>> from detpipe.backbones import SEResNet
+        >>> model = RegionClassifier(SEResNet(18, levels=["c3"]), num_classes=3, min_size=64, max_size=128).eval()
+        >>> [found] = model.predict([torch.rand(3, 48, 64)], [torch.tensor([[4.0, 8.0, 30.0, 40.0]])])
+        >>> {name: list(value.shape) for name, value in found.items()}
+        {'labels': [1], 'scores': [1]}
+    """
+
+    watched: ClassVar[str] = "val/mean_class_accuracy"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        pooler: RoIPooler | None = None,
+        context: Context = Context(),  # noqa: B008 (frozen)
+        classification: Classification = Classification(),
+        optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
+        lr_scheduler: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
+        min_size: int = 600,
+        max_size: int = 1000,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1 or not 0 < min_size <= max_size:
+            raise ValueError(
+                f"expected num_classes >= 1 and 0 < min_size <= max_size, got {num_classes=}, {min_size=}, {max_size=}"
+            )
+        weights = classification.class_weights
+        if weights is not None and len(weights) != num_classes:
+            raise ValueError(f"classification.class_weights: expected {num_classes}, one a class, got {list(weights)}")
+        backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
+        self.backbone, self.strides = backbone, dict(backbone.roi_strides)
+        self.pooler = RoIAlign(7) if pooler is None else pooler
+        self.num_classes, self.context = num_classes, context
+        height, width = self.pooler.output_size
+        self.layers = classification.build(backbone.out_channels * height * width * context.places, num_classes)
+        self.label_smoothing = classification.label_smoothing
+        self.class_weights: Tensor
+        self.register_buffer("class_weights", torch.tensor(weights or (1.0,) * num_classes), persistent=False)
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.min_size, self.max_size = min_size, max_size
+        self._validated: list[Tensor] = []  # of each batch [3, K]: regions, hits, and losses by class
+
+    def forward(self, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> list[Tensor]:
+        """Classify regions.
+
+        Args:
+            images: N tensors ``[3, H_i, W_i]`` RGB, uint8 in 0..255 or floating point in 0..1.
+            boxes: N tensors ``[P_i, 4]`` xyxy in pixels of the images; what lies outside of the image is cut off. P_i may
+                be 0. Their values are checked where they are on the CPU, where that costs nothing.
+
+        Returns:
+            N logits ``[P_i, K]`` (column 0 is label 1); no softmax is applied.
+
+        Raises:
+            ValueError: images or boxes of another number or shape; or a box that is not finite, has no area, or lies
+                outside of its image: image and box are named.
+        """
+        check_regions(images, boxes)
+        found: list[Tensor] = [torch.empty(0)] * len(images)
+        for rows in self._together(images):
+            logits = self._logits([images[row] for row in rows], [boxes[row].float() for row in rows])
+            for row, part in zip(rows, logits.split([len(boxes[row]) for row in rows]), strict=True):
+                found[row] = part
+        return found
+
+    def losses(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Losses:
+        """Compute the loss of the objects that count; crowd regions and difficult objects are left out.
+
+        Args:
+            images: as of :meth:`forward`.
+            targets: N targets with ``boxes`` and ``labels``, in pixels of the images.
+
+        Returns:
+            ``loss_classifier``: the mean cross-entropy, weighted by class; 0 where there is nothing to learn from.
+
+        Raises:
+            ValueError: as of :meth:`forward`; or a target without boxes or labels, or with a label outside 1..K.
+        """
+        logits, truth = self._with_truth(images, targets)
+        classes = _classes(truth).flatten()
+        weights = self.class_weights[classes] * truth.valid.flatten()
+        entropy = F.cross_entropy(
+            *(logits.flatten(0, 1), classes, self.class_weights),
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
+        # the entropies are weighted already: their sum is divided by that of the weights, as in torch's own mean
+        total = common_weight(weights.sum())
+        return {"loss_classifier": (entropy * truth.valid.flatten()).sum() / total.where(total > 0, 1.0)}
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> list[RegionPrediction]:
+        """Tell the likeliest class of each region.
+
+        Args:
+            images: as of :meth:`forward`, on any device.
+            boxes: as of :meth:`forward`, on any device; always checked.
+
+        Returns:
+            N predictions on the CPU.
+
+        Raises:
+            ValueError: as of :meth:`forward`, or the model is in training mode.
+        """
+        if self.training:
+            raise ValueError("the model is in training mode, where norms and dropout disturb predictions; call eval()")
+        boxes = [one.cpu() for one in boxes]
+        check_regions(images, boxes)
+        logits = self([image.to(self.device) for image in images], [one.to(self.device) for one in boxes])
+        return [_prediction(one) for one in logits]
+
+    def training_step(self, batch: RegionBatch, batch_idx: int) -> Tensor:
+        """Compute and log the loss of a batch."""
+        images, targets = batch
+        counted = not is_repeat(targets)
+        with sharing_counts(counted):
+            loss = self.losses(images, targets)["loss_classifier"] * counted
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: RegionBatch, batch_idx: int) -> None:
+        """Count regions and hits by class, and sum the cross-entropy, without label smoothing and class weights."""
+        logits, truth = self._with_truth(*batch)
+        classes = _classes(truth)
+        loss = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), reduction="none").view(classes.shape)
+        hit = logits.argmax(-1) == classes
+        of_class = F.one_hot(classes, self.num_classes) * truth.valid[..., None]  # [N, G, K]
+        self._validated.append(
+            torch.stack([(of_class * value[..., None]).sum((0, 1)).float() for value in (truth.valid, hit, loss)])
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._validated = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracies over all regions and by class, from counts, so that no batch size changes them.
+
+        Raises:
+            DataError: there is no region that counts.
+        """
+        parts = from_all(
+            torch.stack([torch.zeros(3, self.num_classes), *(part.cpu() for part in self._validated)]).double().sum(0)
+        )
+        regions, hits, losses = torch.stack(parts).sum(0)
+        if not regions.sum():
+            raise DataError(
+                "the validation images have no region that counts; expected objects, not difficult or crowd"
+            )
+        seen = regions > 0
+        values = {
+            "mean_class_accuracy": (hits[seen] / regions[seen]).mean(),
+            "accuracy": hits.sum() / regions.sum(),
+            "loss": losses.sum() / regions.sum(),
+        }
+        self.log_dict({f"val/{name}": value.float() for name, value in values.items()}, prog_bar=True)
+
+    def predict_step(self, batch: RegionBatch, batch_idx: int) -> list[RegionPrediction]:
+        """Classify the boxes of the targets of a batch."""
+        images, targets = batch
+        return self.predict(images, [target["boxes"] for target in targets])  # type: ignore[typeddict-item]
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and the schedule, which is stepped after every batch."""
+        steps = self.trainer.estimated_stepping_batches
+        return configure(self.optimizer, self.lr_scheduler, steps, self.backbone, self.layers)
+
+    def _with_truth(self, images: Sequence[Tensor], targets: Sequence[Target]) -> tuple[Tensor, matching.GroundTruth]:
+        """Logits of the objects ``[N, G, K]``, padded as their truth is."""
+        truth = matching.gather_targets(targets)
+        if truth.labels.device.type == "cpu":
+            wrong = (truth.valid & ((truth.labels < 1) | (truth.labels > self.num_classes))).nonzero().tolist()
+            for image, box in wrong[:1]:
+                label = int(truth.labels[image, box])
+                raise ValueError(f"targets[{image}], box {box}: label {label}, expected 1..{self.num_classes}")
+        logits = self(images, [target["boxes"] for target in targets])  # type: ignore[typeddict-item]
+        return matching.pad(logits)[0].float(), truth
+
+    def _together(self, images: Sequence[Tensor]) -> list[list[int]]:
+        """Which images share a batch: all in training, else those that are padded to one size when alone."""
+        if self.training:
+            return [list(range(len(images)))]
+        groups: dict[tuple[int, int], list[int]] = {}
+        divisor = max(self.backbone.strides.values())
+        for row, image in enumerate(images):
+            height, width = frames.resized_size((image.shape[1], image.shape[2]), self.min_size, self.max_size)
+            groups.setdefault((-(-height // divisor), -(-width // divisor)), []).append(row)
+        return list(groups.values())
+
+    def _logits(self, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """Logits ``[R, K]`` of the boxes of all images, one image after the other."""
+        divisor = max(self.backbone.strides.values())
+        batch = frames.to_batch(images, self.backbone.pixel_format, self.min_size, self.max_size, divisor)
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        moved = [frames.scale_boxes(*row) for row in zip(boxes, sizes, batch.image_sizes, strict=True)]
+        looks = [
+            to_rois([enlarge(one, factor, *size) for one, size in zip(moved, batch.image_sizes, strict=True)])
+            for factor in self.context.factors
+        ]  # [R, 5] each
+        features = self.backbone(batch.tensors)
+        whole = None
+        if self.context.whole_image:
+            edges = [box_ops.constants((0.0, 0.0, width, height), moved[0]) for height, width in batch.image_sizes]
+            whole = self.pooler(features, to_rois([box[None] for box in edges]), self.strides)  # [N, C, h, w]
+        size = max(1, len(looks[0])) if torch.is_grad_enabled() else ROIS_PER_PASS
+        parts = []
+        for chunk in zip(*(look.split(size) for look in looks), strict=True):
+            seen = [self.pooler(features, rois, self.strides) for rois in chunk]
+            if whole is not None:
+                seen.append(whole[chunk[0][:, 0].long()])
+            parts.append(self.layers(torch.cat(seen, dim=1)))
+        return torch.cat(parts)
+
+
+def _classes(truth: matching.GroundTruth) -> Tensor:
+    """``[N, G]`` in 0..K-1; 0 for what does not count, whose label may be anything."""
+    return torch.where(truth.valid, truth.labels - 1, 0)
+
+
+def _prediction(logits: Tensor) -> RegionPrediction:
+    probabilities = logits.float().softmax(-1).cpu()
+    if not len(logits):
+        return RegionPrediction(labels=torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0))
+    scores, classes = probabilities.max(-1)
+    return RegionPrediction(labels=classes + 1, scores=scores)

@@ -1,0 +1,318 @@
+"""Find where the classes of an image are, trained without a single box: superpixel pooling, image-level labels.
+
+Kwak, Hong and Han, "Weakly Supervised Semantic Segmentation Using Superpixel Pooling Network", AAAI 2017; the network and its
+deviations are in :mod:`detpipe.regions.superpixel_pooling`.
+
+Training reads the set of classes in a target's ``labels`` and nothing else. Validation compares with masks: those of the data set,
+or masks made of its boxes (:mod:`detpipe.datasets.masks`); the log says. No weight depends on them, but the best checkpoint is
+chosen by them. Superpixels are computed on the CPU when a batch comes (19 ms for 160 x 160 pixels, 320 ms for 480 x 640) and
+remembered by their pixels.
+
+Frames: images and maps are in pixels of the images as passed; superpixels are those of the resized image, in the padded batch.
+
+Letters: N images, K classes, S superpixels an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor
+from torchvision.models.detection.image_list import ImageList
+
+from detpipe import images as frames
+from detpipe.datasets import DetectionData
+from detpipe.datasets.datamodule import Split
+from detpipe.datasets.masks import Kind, Masks, open_masks
+from detpipe.evaluation.segmentation import all_background, confusion_matrix, segmentation_scores
+from detpipe.optimization import LRSchedule, Optimizer, configure
+from detpipe.regions.superpixel_pooling import Localization, Localized, SuperpixelPoolingHead, segment
+from detpipe.regions.superpixels import Segmentation, Segmenter
+from detpipe.stages import Backbone, Losses
+from detpipe.support.errors import DataError
+from detpipe.support.processes import MeanValues, from_all, is_repeat, mean_factor, sharing_counts
+from detpipe.types import Target
+
+Batch = tuple[list[Tensor], list[Target]]
+
+
+class SuperpixelLocalizer(LightningModule):
+    """Score each superpixel of an image for each class, having seen only which images have the class.
+
+    In evaluation mode images that are resized to different sizes go through the network apart, so that none depends on the others.
+
+    Args:
+        backbone: images to feature maps, of which the coarsest is used.
+        num_classes: K, without background.
+        localization: the layers on top, how maps are read, and from which score on a pixel is of a class.
+        segmentation: how images are divided into superpixels.
+        optimizer: how weights are updated.
+        lr_scheduler: how the learning rate changes.
+        min_size: images are resized so that the shorter side has this many pixels ...
+        max_size: ... unless the longer side would exceed this.
+
+    Raises:
+        ValueError: ``num_classes`` below 1, or not 0 < ``min_size`` <= ``max_size``.
+
+    Example:
+        >>> from detpipe.backbones import SEResNet
+        >>> localizer = SuperpixelLocalizer(SEResNet(18, levels=["c3"]), num_classes=3, min_size=64, max_size=128).eval()
+        >>> [maps] = localizer([torch.rand(3, 48, 64)])
+        >>> list(maps.shape)
+        [3, 48, 64]
+    """
+
+    watched: ClassVar[str] = "val/mIoU"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        localization: Localization = Localization(),  # noqa: B008 (frozen)
+        segmentation: Segmentation = Segmentation(),  # noqa: B008 (frozen)
+        optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
+        lr_scheduler: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
+        min_size: int = 600,
+        max_size: int = 1000,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1 or not 0 < min_size <= max_size:
+            raise ValueError(
+                f"expected num_classes >= 1 and 0 < min_size <= max_size, got {num_classes=}, {min_size=}, {max_size=}"
+            )
+        backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
+        self.backbone = backbone
+        self.level = max(backbone.strides, key=lambda level: backbone.strides[level])  # the coarsest
+        self.head = SuperpixelPoolingHead(backbone.level_channels[self.level], num_classes, localization)
+        self.segmenter = Segmenter(segmentation)
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.num_classes, self.min_size, self.max_size = num_classes, min_size, max_size
+        self.truth: Masks | None = None  # what validation compares with
+        self.confusion: dict[str, npt.NDArray[np.int64]] = {}
+
+    def forward(self, images: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
+        """Localize classes, in training mode too.
+
+        Args:
+            images: N tensors ``[3, H_i, W_i]`` RGB, uint8 in 0..255 or floating point in 0..1.
+            present: ``[N, K]`` 1 for classes that an image is known to have, else 0; None: as likely as it looks.
+
+        Returns:
+            N maps ``[K, H_i, W_i]`` of scores in 0..1, constant on superpixels; column 0 is label 1.
+
+        Raises:
+            ValueError: no images, or an argument of another shape.
+        """
+        maps: list[Tensor] = [torch.empty(0)] * len(images)
+        for rows in self._together(images):
+            batch, superpixels, found = self._find([images[row] for row in rows])
+            given = None if present is None else self._known(present, len(images))[rows]
+            for place, row in enumerate(rows):
+                maps[row] = self._map(place, batch, superpixels, found, given, images[row])
+        return maps
+
+    def superpixels(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Give the superpixels that the maps are constant on.
+
+        Args:
+            images: as of :meth:`forward`.
+
+        Returns:
+            N ``[H_i, W_i]`` int32 from 0, in pixels of the images.
+        """
+        found = []
+        for image in images:
+            batch = self._batch([image])
+            height, width = batch.image_sizes[0]
+            labels = self.segmenter.batch(batch, self.backbone.pixel_format)[0][:, None, :height, :width]
+            size = (image.shape[1], image.shape[2])
+            found.append(F.interpolate(labels.float(), size, mode="nearest-exact")[0, 0].int())
+        return found
+
+    def losses(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Losses:
+        """Compute the losses from the set of classes of each image.
+
+        Args:
+            images: as of :meth:`forward`.
+            targets: N targets, of which ``labels`` is read, as a set; it may be empty.
+
+        Returns:
+            ``loss_global`` and ``loss_superpixels``.
+
+        Raises:
+            ValueError: images and targets of another number, or a label outside 1..K.
+        """
+        present = image_classes(targets, self.num_classes, len(images))
+        _, _, found = self._find(images)
+        return self.head.losses(found, present.to(found.region_logits.device))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the loss of a batch, and log it with its parts."""
+        images, targets = batch
+        losses = self.losses(images, targets)
+        with sharing_counts(not is_repeat(targets)):
+            total = torch.stack(list(losses.values())).sum() * mean_factor(len(images), self.device)
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(images))
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(images))
+        return total
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last epoch, and find the true masks of the validation split."""
+        self.confusion, self._validated = {}, MeanValues()
+        if self.truth is None:
+            self.truth = open_masks(self.trainer.datamodule, "val")  # type: ignore[attr-defined]
+            print(f"mIoU is measured on {self.truth.source}")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Compute the loss of a batch, and count its pixels by what they are and what they were taken for."""
+        images, targets = batch
+        if self.truth is None:
+            raise DataError("no true masks to compare with: validate with a trainer, or call evaluate()")
+        found, present = self._count(images, targets, self.truth)
+        loss = torch.stack(list(self.head.losses(found, present).values())).sum()
+        self._validated.add({"loss": loss}, len(images))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log mean IoU over all pixels: with the classes found, with the true ones given, and of background alone."""
+        names = [str(label) for label in range(1, self.num_classes + 1)]
+        parts = from_all(self.confusion)
+        self.confusion = {
+            name: np.sum([part[name] for part in parts if name in part], axis=0)
+            for name in ("mIoU", "mIoU_classes_given")
+        }
+        scores = {name: values["mIoU"] for name, values in self._scores(names).items()}
+        self.log_dict(
+            {f"val/{name}": value for name, value in {**self._validated.means(), **scores}.items()}, prog_bar=True
+        )
+
+    @torch.no_grad()
+    def evaluate(self, data: DetectionData, split: Split = "val", kind: Kind = "auto") -> dict[str, dict[str, Any]]:
+        """Compare with the true masks of a split.
+
+        Args:
+            data: the data set.
+            split: ``"train"``, ``"val"`` or ``"test"``.
+            kind: of masks, see :func:`detpipe.datasets.masks.open_masks`.
+
+        Returns:
+            ``mIoU``: with the classes that were found; ``mIoU_classes_given``: with the true classes of each image given, as the
+            paper makes its maps; ``mIoU_background``: everything called background. Each as from
+            :func:`detpipe.evaluation.segmentation.segmentation_scores`.
+
+        Raises:
+            DataError: the masks cannot be read.
+            ValueError: the model is in training mode, or has another number of classes.
+        """
+        if self.training:
+            raise ValueError("the model is in training mode, where batches change what is found; call eval()")
+        if data.num_classes != self.num_classes:
+            raise ValueError(f"the model has {self.num_classes} classes, the data set {data.num_classes}")
+        truth, self.confusion = open_masks(data, split, kind), {}
+        for images, targets in data.eval_dataloader(split):
+            self._count([image.to(self.device) for image in images], targets, truth)
+        return self._scores(data.class_names)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Tensor]:
+        """Localize classes in a batch."""
+        return self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and the schedule, which is stepped after every batch."""
+        steps = self.trainer.estimated_stepping_batches
+        return configure(self.optimizer, self.lr_scheduler, steps, self.backbone, self.head)
+
+    def _batch(self, images: Sequence[Tensor]) -> ImageList:
+        divisor = max(self.backbone.strides.values())
+        return frames.to_batch(images, self.backbone.pixel_format, self.min_size, self.max_size, divisor)
+
+    def _find(self, images: Sequence[Tensor]) -> tuple[ImageList, Tensor, Localized]:
+        """The whole path: ``images -> batch -> features and superpixels -> head``."""
+        batch = self._batch(images)
+        superpixels, count = self.segmenter.batch(batch, self.backbone.pixel_format)
+        features = self.backbone(batch.tensors)[self.level]
+        return batch, superpixels, self.head(features, superpixels, count)
+
+    def _map(
+        self, place: int, batch: ImageList, superpixels: Tensor, found: Localized, present: Tensor | None, image: Tensor
+    ) -> Tensor:
+        """Maps ``[K, H, W]`` of one image of a batch in its own pixels."""
+        height, width = batch.image_sizes[place]
+        one = slice(place, place + 1)
+        maps = self.head.maps(found.image(place), superpixels[one], None if present is None else present[one])
+        maps, size = maps[:, :, :height, :width], (image.shape[1], image.shape[2])
+        if size == (height, width):
+            return maps[0]
+        if self.head.settings.pooling == "none":
+            return F.interpolate(maps, size, mode="bilinear", align_corners=False)[0]
+        return F.interpolate(maps, size, mode="nearest-exact")[0]  # what is constant stays so
+
+    def _together(self, images: Sequence[Tensor]) -> list[list[int]]:
+        """Which images make a batch: in training all, else those of one size in it."""
+        if self.training or not len(images):
+            return [list(range(len(images)))]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, image in enumerate(images):
+            size = frames.resized_size((image.shape[-2], image.shape[-1]), self.min_size, self.max_size)
+            groups.setdefault(size, []).append(row)
+        return list(groups.values())
+
+    def _known(self, present: Tensor, images: int) -> Tensor:
+        if present.shape != (images, self.num_classes):
+            raise ValueError(f"present must be [{images}, {self.num_classes}], got {list(present.shape)}")
+        return present
+
+    def _count(self, images: Sequence[Tensor], targets: Sequence[Target], truth: Masks) -> tuple[Localized, Tensor]:
+        """Add a batch to the confusion matrices; what was found in it, and which classes it has."""
+        batch, superpixels, found = self._find(images)
+        present = image_classes(targets, self.num_classes, len(images)).to(found.region_logits.device)
+        for place, (image, target) in enumerate(zip(images, targets, strict=True)):
+            mask = truth.read(image, target)
+            for name, given in (("mIoU", None), ("mIoU_classes_given", present)):
+                maps = self._map(place, batch, superpixels, found, given, image)
+                predicted = segment(maps, self.head.settings.threshold).cpu().numpy()
+                counted = confusion_matrix(mask, predicted, self.num_classes + 1)
+                self.confusion[name] = self.confusion.get(name, np.zeros_like(counted)) + counted
+        return found, present
+
+    def _scores(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        matrices = {**self.confusion, "mIoU_background": all_background(self.confusion["mIoU"])}
+        return {name: segmentation_scores(matrix, names) for name, matrix in matrices.items()}
+
+
+def image_classes(targets: Sequence[Target], num_classes: int, images: int | None = None) -> Tensor:
+    """Tell which classes images have: all that training reads of its targets.
+
+    Args:
+        targets: N targets with ``labels`` in 1..K; crowd regions and difficult objects count, too.
+        num_classes: K.
+        images: N, to check.
+
+    Returns:
+        ``[N, K]`` float32, 1 where the image has the class; column 0 is label 1.
+
+    Raises:
+        ValueError: another number of targets, one without labels, or a label outside 1..K; the image is named.
+
+    Example:
+        >>> image_classes([{"labels": torch.tensor([3, 1, 3])}, {"labels": torch.tensor([], dtype=torch.long)}], 3).tolist()
+        [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    """
+    if images is not None and images != len(targets):
+        raise ValueError(f"expected one target for each image, got {len(targets)} targets for {images} images")
+    present = torch.zeros(len(targets), num_classes)
+    for index, (row, target) in enumerate(zip(present, targets, strict=True)):
+        name = target.get("file_name", target.get("image_id", f"{index} of the batch"))
+        labels = target.get("labels")
+        if labels is None:
+            raise ValueError(f"image {name}: the target has no labels; expected those of its objects, in any number")
+        known = labels.unique().cpu()
+        if known.numel() and not (known.min() >= 1 and known.max() <= num_classes):
+            raise ValueError(f"image {name}: labels {known.tolist()} are not all in 1..{num_classes}")
+        row[known - 1] = 1
+    return present

@@ -1,0 +1,189 @@
+"""Writing so that what is visible under its final name is complete: a temporary name beside it, then a rename.
+
+The temporary name ends in ``.partial-<process id>-<8 hex digits>``. A writer that was killed leaves such a name behind,
+which ``remove_orphans`` recognizes and deletes at the next start. The temporary file lies in the folder of the final
+one, since a rename is atomic only within one file system.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from detpipe.support.errors import DataError, DetpipeError
+
+_ORPHAN = re.compile(r"\.partial-(?P<pid>[0-9]+)-[0-9a-f]{8}$")
+
+
+def refuse_special(path: str | os.PathLike[str], kind: type[DetpipeError] = DataError) -> None:
+    """Refuse what is no file to read: a pipe or a device may wait for ever, or never end.
+
+    Args:
+        path: of a file that is to be read; one that is missing, or a folder, is left to the reader.
+        kind: of the error.
+
+    Raises:
+        DetpipeError: it is a pipe, a device or a socket.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise kind(f"{path}: is a pipe, a device or a socket; give a regular file")
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path to write to, which becomes ``path`` when the block ends without an exception.
+
+    The file and its folder are synchronized to the disk, so that the new file survives a power cut as well. An
+    exception in the block removes the temporary file and leaves what was under ``path`` as it was. Missing parent
+    folders are made.
+
+    The temporary path does not end in the suffix of ``path``: tell writers that go by the suffix which format you want,
+    and give ``numpy.savez`` an open file, since it appends a suffix to names.
+
+    Args:
+        path: the final name of the file.
+
+    Yields:
+        The temporary path, in the same folder; nothing exists there yet.
+
+    Raises:
+        FileNotFoundError: the block ended without having written to the temporary path.
+        IsADirectoryError: ``path`` is an existing folder.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_write(Path(folder) / "scores.txt") as temporary:
+        ...         _ = temporary.write_text("0.83")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['scores.txt']
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    try:
+        yield temporary
+        _synchronize(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)  # a full disk is told without the file that did not fit
+        raise
+    _synchronize(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty temporary folder, which becomes ``path`` when the block ends without an exception.
+
+    Where a folder with content has appeared under ``path`` in the meantime, that one stays and this one is dropped: of
+    two processes that write the same folder, the first to finish wins. The files are not synchronized to the disk one
+    by one, so use it for what can be made again.
+
+    Args:
+        path: the final name of the folder. Missing parent folders are made.
+
+    Yields:
+        The temporary folder, beside ``path``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            shutil.rmtree(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def atomic_remove(path: str | os.PathLike[str]) -> None:
+    """Delete a folder so that it is never seen half deleted: it is renamed first.
+
+    Args:
+        path: an existing folder. What a kill in between leaves is an orphan that ``remove_orphans`` deletes.
+    """
+    path = Path(path)
+    doomed = _temporary_name(path)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_orphans(folder: str | os.PathLike[str], *, sole_writer: bool = False) -> list[Path]:
+    """Delete what writers that were killed left in a folder, and nothing else.
+
+    What a running process other than this one is writing stays. Call it before this process writes to the folder.
+
+    Args:
+        folder: the folder to clean; its subfolders are left alone. A missing folder is as good as a clean one.
+        sole_writer: whether no other process can be writing there, since this one holds the folder's lock. A running process
+            that has the number of a dead writer is then no reason to keep what that one left.
+
+    Returns:
+        The paths that were deleted, sorted.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    deleted: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        match = _ORPHAN.search(path.name)
+        if match is None or (not sole_writer and _is_other_process(int(match["pid"]))):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        deleted.append(path)
+    return deleted
+
+
+def _temporary_name(path: Path) -> Path:
+    """A name beside ``path`` that no other writer uses, not even another thread of this process."""
+    return path.with_name(f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _synchronize(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_other_process(pid: int) -> bool:
+    """Whether ``pid`` is a running process and not this one, which may have been given the number of a dead writer.
+
+    One that has ended but was not waited for (a zombie, which a container without an init process keeps) does not run.
+    """
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is there, under another user
+        pass
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:1]
+    except OSError:  # no such files on this system, or it has ended just now: then the next start cleans up
+        return True
+    return state != ["Z"]

@@ -1,0 +1,215 @@
+import json
+import re
+
+import numpy as np
+import pytest
+
+from detpipe.datasets import COCO, VOC, YOLO, CSVBoxes
+from detpipe.datasets.formats.class_list import ClassList, write_class_list
+from detpipe.datasets.formats.recognize import is_coco, is_voc, layout_of, open_split, split_names
+from detpipe.support.errors import DataError, UsageError
+
+from ..builders import HEADER, coco_content, picture, voc_object, write_coco, write_csv, write_voc, write_yolo
+
+
+def keys(data):
+    annotations = data.annotations("val")
+    return [data.image_key(annotations, row) for row in range(len(annotations))]
+
+
+def one_line(caught):
+    return "\n" not in str(caught.value)
+
+
+def test_a_voc_folder(tmp_path):
+    write_voc(tmp_path, split="train")
+    write_voc(tmp_path, {"c": [voc_object("owl")]}, split="val")
+    for split, names in (("train", ["a", "b"]), ("val", ["c"])):
+        data = open_split(str(tmp_path), split)
+        assert isinstance(data, VOC)
+        assert keys(data) == names
+        annotations = data.annotations("val")
+        assert [(annotations.root / str(name)).is_file() for name in annotations.file_names] == [True] * len(names)
+    assert open_split(str(tmp_path), "val").annotations("val").class_names == ("owl",)  # those that occur, not VOC's
+    assert np.array_equal(data.annotations("train").boxes, data.annotations("val").boxes)
+
+
+def test_a_voc_folder_with_years(tmp_path):
+    write_voc(tmp_path / "VOC2007", split="trainval")
+    write_voc(tmp_path / "VOC2012", {"c": [voc_object()]}, split="trainval")
+    assert len(keys(open_split(str(tmp_path), "2007:trainval"))) == 2
+    assert len(keys(open_split(str(tmp_path), "2012:trainval"))) == 1
+    with pytest.raises(UsageError, match=r"name one with --split; there are 2007:trainval, 2012:trainval$"):
+        open_split(str(tmp_path), None)
+
+
+def test_a_coco_folder(tmp_path):
+    write_coco(tmp_path, split="train")
+    content = coco_content(((40, 60),))
+    content["annotations"] = content["annotations"][:1]
+    write_coco(tmp_path, content, split="val")
+    data = open_split(str(tmp_path), "val")
+    assert isinstance(data, COCO)
+    assert keys(data) == ["10"]
+    assert keys(open_split(str(tmp_path), "train")) == ["10", "11", "12"]
+
+
+def test_an_annotation_file(tmp_path, monkeypatch):
+    path, folder = write_coco(tmp_path, split="anything")
+    data = open_split(str(path), None, str(folder))
+    assert keys(data) == ["10", "11", "12"]
+    annotations = data.annotations("val")
+    assert (annotations.root / str(annotations.file_names[0])).is_file()
+    monkeypatch.chdir(tmp_path)
+    data = open_split("annotations/instances_anything.json", "not used", "anything")  # relative to where one is
+    assert keys(data) == ["10", "11", "12"]
+    assert data.annotations("val").root.is_absolute()
+
+
+def test_an_annotation_file_needs_its_images(tmp_path):
+    path, _ = write_coco(tmp_path)
+    with pytest.raises(
+        UsageError, match=rf"^{re.escape(str(path))} is an annotation file: say with --images where"
+    ) as caught:
+        open_split(str(path), None)
+    assert one_line(caught)
+
+
+@pytest.mark.parametrize("name", ["missing", "missing.json"])
+def test_what_does_not_exist(tmp_path, name):
+    with pytest.raises(UsageError, match=rf"--data .*{name} does not exist; expected a folder in VOC layout") as caught:
+        open_split(str(tmp_path / name), "val", str(tmp_path))
+    assert one_line(caught)
+
+
+def test_what_has_no_layout(tmp_path):
+    picture(20, 30).save(tmp_path / "a.jpg")
+    (tmp_path / "notes.txt").write_text("no data")
+    for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "a.jpg"):
+        with pytest.raises(
+            UsageError, match=r"has no known layout; expected .*annotations/instances_SPLIT\.json"
+        ) as caught:
+            open_split(str(path), "val")
+        assert one_line(caught)
+        assert not is_voc(path)
+        assert not is_coco(path)
+
+
+def test_splits_that_are_there_are_named_where_none_is_given(tmp_path):
+    voc, coco = tmp_path / "voc", tmp_path / "coco"
+    write_voc(voc, split="train")
+    for name in ("val", "cat_train", "dog_val"):  # the lists of one class are none
+        (voc / "ImageSets" / "Main" / f"{name}.txt").write_text("a\n")
+    with pytest.raises(UsageError, match=r"voc has several splits: name one with --split; there are train, val$"):
+        open_split(str(voc), None)
+    write_coco(coco, split="val2017")
+    with pytest.raises(UsageError, match=r"coco has several splits: name one with --split; there are val2017$"):
+        open_split(str(coco), None)
+    for number in range(9):
+        (coco / "annotations" / f"instances_part{number}.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"there are part0, part1, part2, part3, part4, part5, part6, part7, \.\.\.$"):
+        open_split(str(coco), None)
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path):
+    write_voc(tmp_path / "voc")
+    with pytest.raises(DataError, match="tset"):
+        open_split(str(tmp_path / "voc"), "tset").annotations("val")
+    write_coco(tmp_path / "coco")
+    with pytest.raises(DataError, match="tset"):
+        open_split(str(tmp_path / "coco"), "tset").annotations("val")
+
+
+def test_faults_stop_or_are_left_out(tmp_path):
+    content = coco_content()
+    content["annotations"][0]["bbox"] = [1, 2, -5, 20]
+    path, folder = write_coco(tmp_path, content)
+    with pytest.raises(DataError, match="bbox"):
+        open_split(str(path), None, str(folder)).annotations("val")
+    kept = open_split(str(path), None, str(folder), on_bad="skip").annotations("val")
+    assert len(kept.boxes) == 3
+
+
+def test_layouts_are_recognized(tmp_path):
+    write_voc(tmp_path / "voc")
+    write_voc(tmp_path / "years" / "VOC2007")
+    write_coco(tmp_path / "coco")
+    (tmp_path / "keypoints" / "annotations").mkdir(parents=True)
+    (tmp_path / "keypoints" / "annotations" / "person_val.json").write_text(json.dumps({}))
+    folders = ("voc", "years", "coco", "keypoints")
+    assert [is_voc(tmp_path / name) for name in folders] == [True, True, False, False]
+    assert [is_coco(tmp_path / name) for name in folders] == [False, False, True, False]
+
+
+def test_a_yolo_folder_or_file(tmp_path):
+    write_yolo(tmp_path)
+    write_yolo(tmp_path, {"v": "0 .5 .5 .5 .5"}, "val")
+    for data in (tmp_path, tmp_path / "data.yaml"):
+        assert split_names(str(data)) == ("train", "val")
+        opened = open_split(str(data), "val")
+        assert isinstance(opened, YOLO)
+        assert keys(opened) == ["images/val/v.jpg"]
+    with pytest.raises(UsageError, match=r"has several splits: name one with --split; there are train, val$"):
+        open_split(str(tmp_path), None)
+    (tmp_path / "data.yaml").write_text("names: [cat]\n")
+    with pytest.raises(UsageError, match="has no splits"):
+        open_split(str(tmp_path), None)
+
+
+def test_a_table(tmp_path, monkeypatch):
+    path = write_csv(tmp_path)
+    for data in (tmp_path, path):
+        assert split_names(str(data)) == ()
+        opened = open_split(str(data), None)
+        assert isinstance(opened, CSVBoxes)
+        assert keys(opened) == ["a.jpg", "b.jpg"]
+    write_csv(tmp_path, ["a.jpg,1,2,3,4,dog,one", "b.jpg,1,2,3,4,cat,two"], f"{HEADER},split")
+    assert split_names(str(tmp_path)) == ("one", "two")
+    assert keys(open_split(str(path), "two")) == ["b.jpg"]
+    assert open_split(str(path), "two").class_names == ("cat", "dog")
+    with pytest.raises(UsageError, match=r"name one with --split; there are one, two$"):
+        open_split(str(path), None)
+    (tmp_path / "tables").mkdir()
+    path.rename(tmp_path / "tables" / "boxes.csv")
+    monkeypatch.chdir(tmp_path / "tables")
+    assert keys(open_split("boxes.csv", "one", "..")) == ["a.jpg"]
+
+
+def test_classes_of_voc_are_numbered_for_all_splits_together(tmp_path):
+    write_voc(tmp_path, {"a": [voc_object("dog")]}, "train")
+    write_voc(tmp_path, {"b": [voc_object("cat")]}, "val")
+    assert open_split(str(tmp_path), "train").class_names == ("dog",)
+    assert open_split(str(tmp_path), "train", together=("train", "val")).class_names == ("cat", "dog")
+
+
+def test_voc_counts_from_what_it_says_of_itself_or_what_is_asked_for(tmp_path):
+    write_voc(tmp_path, {"a": [voc_object(box=(1, 1, 20, 10))]})
+    assert open_split(str(tmp_path), "train").annotations("val").boxes.tolist() == [[0, 0, 20, 10]]
+    zero = open_split(str(tmp_path), "train", one_based=False)
+    assert zero.annotations("val").boxes.tolist() == [[1, 1, 20, 10]]
+    write_class_list(tmp_path, ClassList(("owl", "cat"), (9, 4), one_based=False))
+    data = open_split(str(tmp_path), "train")
+    assert data.annotations("val").boxes.tolist() == [[1, 1, 20, 10]]
+    assert (data.class_names, data.category_ids) == (("owl", "cat"), (9, 4))
+
+
+def test_splits_that_are_there(tmp_path):
+    write_voc(tmp_path / "voc", split="train")
+    for name in ("val", "cat_train", "part_a"):
+        (tmp_path / "voc" / "ImageSets" / "Main" / f"{name}.txt").write_text("a\n")
+    assert split_names(str(tmp_path / "voc")) == ("part_a", "train", "val")
+    path, _ = write_coco(tmp_path / "coco", split="val2017")
+    assert split_names(str(tmp_path / "coco")) == ("val2017",)
+    assert split_names(str(path)) == ()
+    with pytest.raises(UsageError, match=r"^.*nowhere does not exist; expected"):
+        split_names(str(tmp_path / "nowhere"), option="")
+
+
+def test_every_layout_has_its_sign(tmp_path):
+    write_voc(tmp_path / "voc")
+    write_coco(tmp_path / "coco")
+    write_yolo(tmp_path / "yolo")
+    write_csv(tmp_path / "csv")
+    assert [layout_of(tmp_path / name) for name in ("voc", "coco", "yolo", "csv")] == ["voc", "coco", "yolo", "csv"]
+    assert layout_of(tmp_path / "voc" / "Annotations") is None
+    assert layout_of(tmp_path / "csv" / "a.jpg") is None

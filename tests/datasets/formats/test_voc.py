@@ -1,0 +1,217 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from detpipe.datasets import VOC, VOCFormat, load_voc
+from detpipe.support.errors import DataError
+
+from ..builders import picture, voc_object, write_voc
+
+BOMB = '<!DOCTYPE x [<!ENTITY a "lol"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]><annotation>&b;</annotation>'
+EXTERNAL = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]><annotation><filename>&a;</filename></annotation>'
+
+
+def test_official_coordinates_become_continuous(tmp_path: Path) -> None:
+    a = load_voc(write_voc(tmp_path), "train", ["cat", "dog"])
+    assert a.boxes.tolist() == [[0, 0, 20, 10], [2, 4, 60, 40], [0, 0, 20, 10]]
+    assert a.labels.tolist() == [1, 2, 1]
+    assert a.image_ids.tolist() == [1, 2]
+    assert a.file_names.tolist() == ["JPEGImages/a.jpg", "JPEGImages/b.jpg"]  # not what <filename> says
+    assert a.area.tolist() == [200, 58 * 36, 200]
+    assert a.category_ids == (1, 2)
+
+
+def test_row_19_counting_from_0_or_1_is_the_users_word(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"a": [voc_object(box=(0, 3, 20, 10))]})
+    with pytest.raises(DataError, match=r"a\.xml: object 1 \(cat\): bndbox/xmin is 0, but one_based is on.*one_based"):
+        load_voc(root, "train", ["cat"])
+    assert load_voc(root, "train", ["cat"], one_based=False).boxes.tolist() == [[0, 3, 20, 10]]
+
+
+def test_row_20_difficult_is_kept_flagged_or_dropped_counted(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"a": [voc_object(difficult=1), voc_object(difficult=0), voc_object(difficult=None)]})
+    assert load_voc(root, "train", ["cat"]).difficult.tolist() == [True, False, False]
+    a = load_voc(root, "train", ["cat"], keep_difficult=False)
+    assert a.difficult.tolist() == [False, False]
+    assert a.counts["boxes skipped: difficult"] == 1
+    assert a.counts["boxes read"] == 3
+
+
+@pytest.mark.parametrize("xml", [BOMB, EXTERNAL], ids=["bomb", "external"])
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+def test_row_21_entities_are_refused(tmp_path: Path, xml: str, on_bad: Any) -> None:
+    root = write_voc(tmp_path)
+    (root / "Annotations" / "a.xml").write_text(xml)
+    with pytest.raises(DataError, match=r"a\.xml: refused, it declares an XML entity"):
+        load_voc(root, "train", ["cat", "dog"], on_bad=on_bad)
+
+
+OBJECT_FAULTS = {
+    "misspelt class": (voc_object("dgo"), "unknown class name", ["object 2 (dgo)", "cat, dog", "did you mean 'dog'"]),
+    "no name": ("<object><bndbox/></object>", "unknown class name", ["object 2 ()"]),
+    "no box": ("<object><name>cat</name></object>", "bad bndbox", ["object 2 (cat)", "bndbox/xmin is missing"]),
+    "text": (voc_object(box=(1, "x", 3, 4)), "bad bndbox", ["bndbox/ymin must be a number", "'x'"]),
+    "row 4": (voc_object(box=(1, 1, "nan", 4)), "not a finite number", ["nan", "not finite"]),
+    "row 13, zero": (voc_object(box=(5, 5, 5, 9)), "zero or negative size", ["[5.0, 5.0, 5.0, 9.0]"]),
+    "row 13, negative": (voc_object(box=(5, 9, 8, 2)), "zero or negative size", ["[5.0, 9.0, 8.0, 2.0]"]),
+    "row 15": (voc_object(box=(120, 1, 130, 9)), "wholly outside the image", ["60 x 40 pixels"]),
+    "row 19": (voc_object(box=(3, 0, 5, 9)), "below 1 with one_based", ["bndbox/ymin is 0"]),
+    "difficult": (voc_object(difficult="yes"), "bad difficult", ["difficult must be 0 or 1", "'yes'"]),
+}
+
+
+@pytest.mark.parametrize("fault", OBJECT_FAULTS)
+def test_faults_of_an_object_are_errors_or_counted_skips(tmp_path: Path, fault: str) -> None:
+    spoilt, reason, fragments = OBJECT_FAULTS[fault]
+    root = write_voc(tmp_path, {"a": [voc_object(), spoilt]})
+    with pytest.raises(DataError) as caught:
+        load_voc(root, "train", ["cat", "dog"])
+    for fragment in ["a.xml: object 2", *fragments, "on_bad"]:
+        assert fragment in str(caught.value)
+    a = load_voc(root, "train", ["cat", "dog"], on_bad="skip")
+    assert a.boxes.tolist() == [[0, 0, 20, 10]]
+    assert a.counts[f"boxes skipped: {reason}"] == 1
+    assert a.counts["boxes read"] == 2
+
+
+def test_row_14_clipped_and_counted(tmp_path: Path) -> None:
+    a = load_voc(write_voc(tmp_path, {"a": [voc_object(box=(50, 1, 61, 9))]}), "train", ["cat"])
+    assert a.boxes.tolist() == [[49, 0, 60, 9]]
+    assert a.counts["boxes clipped"] == 1
+
+
+def test_an_unknown_class_is_reported_once_with_its_number(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"a": [voc_object("zebra")] * 30})
+    with pytest.raises(DataError, match=r"'zebra' is not among class_names .*'auto' \(and 29 more like it\)"):
+        load_voc(root, "train")
+
+
+def spoil_missing_xml(root: Path) -> None:
+    (root / "Annotations" / "a.xml").unlink()
+
+
+def spoil_xml(root: Path) -> None:
+    (root / "Annotations" / "a.xml").write_text("<annotation><object>")
+
+
+def spoil_missing_image(root: Path) -> None:
+    (root / "JPEGImages" / "a.jpg").unlink()
+
+
+def spoil_size(root: Path) -> None:
+    xml = root / "Annotations" / "a.xml"
+    xml.write_text(xml.read_text().replace("<width>60", "<width>wide"))
+
+
+def spoil_repeat(root: Path) -> None:
+    path = root / "ImageSets" / "Main" / "train.txt"
+    path.write_text("b\nb\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason", "fragment"),
+    [
+        (spoil_missing_xml, "annotation missing", "a.xml: no such annotation file"),
+        (spoil_xml, "annotation unreadable", "a.xml: cannot be read as XML"),
+        (spoil_missing_image, "file missing", "JPEGImages/a.jpg"),
+        (spoil_size, "bad size", "a.xml: size: height and width must be whole pixels"),
+        (spoil_repeat, "listed twice", "train.txt: line 2: 'b' is listed twice"),
+    ],
+)
+def test_faults_of_an_image_are_errors_or_counted_skips(tmp_path: Path, spoil: Any, reason: str, fragment: str) -> None:
+    root = write_voc(tmp_path)
+    spoil(root)
+    with pytest.raises(DataError) as caught:
+        load_voc(root, "train", ["cat", "dog"])
+    assert fragment in str(caught.value)
+    a = load_voc(root, "train", ["cat", "dog"], on_bad="skip")
+    assert a.file_names.tolist() == ["JPEGImages/b.jpg"]
+    assert a.image_ids.tolist() == ([1] if reason == "listed twice" else [2])  # skipping renumbers nothing
+    assert a.counts[f"images skipped: {reason}"] == 1
+    assert (a.counts["images read"], a.counts["images used"]) == (2, 1)
+    skipped = sum(n for key, n in a.counts.items() if key.startswith("boxes skipped"))
+    assert a.counts["boxes read"] == a.counts["boxes used"] + skipped
+
+
+def test_row_29_names_in_lists_that_lead_out_are_refused(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    (root / "ImageSets" / "Main" / "train.txt").write_text("a\n../../secret\n")
+    with pytest.raises(DataError, match=r"train\.txt: line 2: '\.\./\.\./secret' leads out"):
+        load_voc(root, "train", ["cat", "dog"], on_bad="skip")
+
+
+def test_a_missing_size_is_read_from_the_image(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, size=None)
+    assert load_voc(root, "train", ["cat", "dog"]).sizes.tolist() == [[40, 60], [40, 60]]
+    (root / "JPEGImages" / "a.jpg").unlink()
+    with pytest.raises(DataError, match=r"a\.xml: has no size, and its image: .*a\.jpg: no such image file"):
+        load_voc(root, "train", ["cat", "dog"])
+
+
+def test_years_text_files_and_several_lists(tmp_path: Path) -> None:
+    write_voc(tmp_path / "VOC2007", {"a": [voc_object()], "b": [voc_object()]}, "trainval")
+    write_voc(tmp_path / "VOC2012", {"c": [voc_object("dog")]}, "trainval")
+    (tmp_path / "few.txt").write_text("b\n")
+    both = load_voc(tmp_path, ["2007:trainval", "2012:trainval"], "auto")
+    assert both.file_names.tolist() == [
+        f"VOC{y}/JPEGImages/{s}.jpg" for y, s in ((2007, "a"), (2007, "b"), (2012, "c"))
+    ]
+    assert both.class_names == ("cat", "dog")
+    assert load_voc(tmp_path, "2007:few.txt", ["cat"]).file_names.tolist() == ["VOC2007/JPEGImages/b.jpg"]
+    with pytest.raises(DataError, match=r"JPEGImages: no such folder.*name one: '2007:trainval'"):
+        load_voc(tmp_path, "trainval")
+
+
+def test_other_suffixes_and_lists_of_one_class(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    (root / "JPEGImages" / "a.jpg").unlink()
+    picture(40, 60).save(root / "JPEGImages" / "a.PNG")
+    (root / "ImageSets" / "Main" / "cat_train.txt").write_text("a -1\nb  1\n\n")
+    a = load_voc(root, "cat_train", ["cat", "dog"])
+    assert a.file_names.tolist() == ["JPEGImages/a.PNG", "JPEGImages/b.jpg"]
+
+
+def test_a_wrong_layout_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: no such folder; the argument root"):
+        load_voc(tmp_path / "nowhere", "train")
+    with pytest.raises(DataError, match=r"JPEGImages: no such folder.*VOC layout is"):
+        load_voc(tmp_path, "train")
+    root = write_voc(tmp_path)
+    with pytest.raises(DataError, match=r"trian\.txt: no such list.*found: train.*did you mean 'train'"):
+        load_voc(root, "trian")
+    (root / "ImageSets" / "Main" / "empty.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"'empty' name no image"):
+        load_voc(root, "empty")
+    (root / "ImageSets" / "Main").rename(root / "lists")
+    with pytest.raises(DataError, match=r"ImageSets/Main: no such folder.*make it with a file train\.txt"):
+        load_voc(root, "train")
+
+
+def test_auto_takes_the_classes_of_the_training_split(tmp_path: Path) -> None:
+    write_voc(tmp_path, {"a": [voc_object("dog")], "b": [voc_object("cat")]}, "train")
+    write_voc(tmp_path, {"c": [voc_object("cat")]}, "val")
+    data = VOC(str(tmp_path), format=VOCFormat(class_names="auto"))
+    assert data.class_names == data.annotations("val").class_names == ("cat", "dog")
+    write_voc(tmp_path, {"c": [voc_object("fox")]}, "val")
+    with pytest.raises(DataError, match=r"c\.xml: object 1 \(fox\)"):
+        VOC(str(tmp_path), format=VOCFormat(class_names="auto")).annotations("val")
+
+
+def test_real_blood_cells(shared_data: Path) -> None:
+    root = str(shared_data / "bccd")
+    data = VOC(root, test="test", format=VOCFormat(class_names="auto"), on_bad="skip")
+    assert data.class_names == ("Platelets", "RBC", "WBC")
+    counts = [data.annotations(split).counts for split in ("train", "val", "test")]
+    assert [c["images used"] for c in counts] == [205, 87, 72]
+    assert sum(c["boxes read"] for c in counts) == 4888
+    assert sum(c["boxes used"] for c in counts) == 4886
+    assert sum(c.get("boxes skipped: zero or negative size", 0) for c in counts) == 2
+    with pytest.raises(DataError, match=r"BloodImage_00343\.xml: object 4 \(RBC\): .* zero or negative size"):
+        VOC(root, format=VOCFormat(class_names="auto")).annotations("train")
+
+
+def test_real_fixture_of_voc(shared_data: Path) -> None:
+    a = load_voc(shared_data / "loader_fixtures" / "pascal", "train")
+    assert a.boxes.tolist() == [[47, 239, 195, 371], [7, 11, 352, 498]]
+    assert [a.class_names[label - 1] for label in a.labels] == ["dog", "person"]

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detpipe.datasets import YOLO, load_yolo
+from detpipe.datasets.formats.yolo import label_path
+from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
+from detpipe.support.errors import DataError
+
+from ..builders import picture, write_yolo
+
+GOOD = "0 0.5 0.5 0.5 0.25"
+
+
+def test_boxes_labels_and_sizes_come_through(tmp_path: Path) -> None:
+    a = load_yolo(write_yolo(tmp_path), "train")
+    assert a.class_names == ("cat", "dog")
+    assert a.category_ids == (0, 1)
+    assert a.file_names.tolist() == ["images/train/a.jpg", "images/train/b.jpg", "images/train/c.jpg"]
+    assert a.image_ids.tolist() == [1, 2, 3]
+    assert a.sizes.tolist() == [[40, 60]] * 3
+    assert a.offsets.tolist() == [0, 1, 3, 3]
+    assert a.boxes.tolist() == [[15, 15, 45, 25], [0, 0, 30, 40], [0, 0, 60, 40]]
+    assert a.labels.tolist() == [1, 2, 1]
+    assert a.area.tolist() == [300, 1200, 2400]
+    assert a.counts == {"images read": 3, "images used": 3, "boxes read": 3, "boxes used": 3, "boxes clipped": 0}
+
+
+def test_polygons_become_their_boxes(tmp_path: Path) -> None:
+    text = "1 0.25 0.5 0.5 0.125 0.75 1\n0 0.1 0.1 0.1 0.2 0.3 0.2 0.3 0.1\n"
+    a = load_yolo(write_yolo(tmp_path, {"a": text}), "train")
+    np.testing.assert_allclose(a.boxes, [[15, 5, 45, 40], [6, 4, 18, 8]])
+    assert a.counts["boxes from polygons"] == 2
+
+
+@pytest.mark.parametrize("text", [None, "", "\n \n"])
+def test_row_17_an_empty_or_missing_label_file_is_an_image_without_objects(tmp_path: Path, text: str | None) -> None:
+    a = load_yolo(write_yolo(tmp_path, {"a": GOOD, "b": text}), "train")
+    assert a.offsets.tolist() == [0, 1, 1]
+
+
+def test_no_label_file_at_all_is_a_wrong_path_and_not_a_set_without_objects(tmp_path: Path) -> None:
+    write_yolo(tmp_path, {"a": None, "b": None})
+    with pytest.raises(
+        DataError, match=r"data\.yaml: none of the 2 images of train has a label file; .*labels/train/a\.txt"
+    ):
+        load_yolo(tmp_path, "train", "skip")
+
+
+LINE_FAULTS = {
+    "class beyond": ("2 .5 .5 .1 .1", "class out of range", ["class is '2': expected 0 to 1 (cat, dog)"]),
+    "class below": ("-1 .5 .5 .1 .1", "class out of range", ["class is '-1'"]),
+    "class of text": ("cat .5 .5 .1 .1", "bad class", ["class must be a whole number, got 'cat'"]),
+    "class with decimals": ("0.5 .5 .5 .1 .1", "bad class", ["class must be a whole number, got '0.5'"]),
+    "class NaN": ("nan .5 .5 .1 .1", "bad class", ["got 'nan'"]),
+    "class infinite": ("inf .5 .5 .1 .1", "bad class", ["got 'inf'"]),
+    "too few": ("0 .5 .5 .1", "wrong number of values", ["has 4 values: expected class, x, y, width and height"]),
+    "with a score": ("0 .5 .5 .1 .1 .9", "wrong number of values", ["has 6 values"]),
+    "two points": ("0", "wrong number of values", ["has 1 values"]),
+    "an odd polygon": ("0 .1 .1 .2 .2 .3 .3 .4", "wrong number of values", ["has 8 values"]),
+    "text": ("0 .5 .5 .1 x", "not a number", ["height must be a finite number, got 'x'"]),
+    "comma": ("0 0,5 .5 .1 .1", "not a number", ["x must be a finite number, got '0,5'"]),
+    "row 4, NaN": ("0 .5 nan .1 .1", "not a number", ["y must be a finite number, got 'nan'"]),
+    "row 4, infinite": ("0 .5 .5 inf .1", "not a number", ["width must be a finite number, got 'inf'"]),
+    "pixels": ("0 320 .5 .1 .1", "outside 0..1", ["x is 320: expected 0 to 1"]),
+    "negative": ("0 .5 .5 -.1 .1", "outside 0..1", ["width is -.1"]),
+    "point outside": ("0 .1 .1 .2 .2 .3 1.5", "outside 0..1", ["y of point 3 is 1.5"]),
+    "row 13, zero": (
+        "0 .5 .5 0 .1",
+        "zero or negative size",
+        ["box '0 .5 .5 0 .1' has zero or negative size of 60 x 40"],
+    ),
+    "row 13, a line": ("0 .1 .1 .2 .1 .3 .1", "zero or negative size", ["has zero or negative size"]),
+}
+
+
+@pytest.mark.parametrize("fault", LINE_FAULTS)
+def test_faults_of_a_line_are_errors_or_counted_skips(tmp_path: Path, fault: str) -> None:
+    line, reason, fragments = LINE_FAULTS[fault]
+    write_yolo(tmp_path, {"a": f"{GOOD}\n\n{line}\n"})
+    with pytest.raises(DataError) as caught:
+        load_yolo(tmp_path, "train")
+    for fragment in ["data.yaml (train)", "labels/train/a.txt: line 3", *fragments, "on_bad"]:
+        assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+    a = load_yolo(tmp_path, "train", "skip")
+    assert a.boxes.tolist() == [[15, 15, 45, 25]]
+    assert a.counts[f"boxes skipped: {reason}"] == 1
+    assert (a.counts["boxes read"], a.counts["boxes used"]) == (2, 1)
+
+
+def test_row_14_boxes_partly_outside_are_clipped_and_counted(tmp_path: Path) -> None:
+    a = load_yolo(write_yolo(tmp_path, {"a": "0 0 .5 .5 .5\n0 0.833334 .5 .333333 1\n"}), "train")
+    assert a.boxes[0].tolist() == [0, 10, 15, 30]
+    assert a.boxes[1, 2] == 60
+    assert a.counts["boxes clipped"] == 1  # what six digits cannot hold is rounding
+
+
+def damaged(root: Path) -> None:
+    path = root / "images" / "train" / "a.jpg"
+    path.write_bytes(b"no picture")
+
+
+def removed(root: Path) -> None:
+    (root / "images" / "train" / "a.jpg").unlink()
+
+
+def binary(root: Path) -> None:
+    (root / "labels" / "train" / "a.txt").write_bytes(b"\xff\xfe0\x00")
+
+
+def twice(root: Path) -> None:
+    Image.open(root / "images" / "train" / "a.jpg").save(root / "images" / "train" / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason", "fragment", "lost"),
+    [
+        (damaged, "unreadable", "image 1: ", 1),
+        (removed, "file missing", "labels/train/a.txt: there is no image of this name", 1),
+        (binary, "labels unreadable", "labels/train/a.txt: cannot be read as text", 0),
+        (twice, "labels of two images", "a.png and", 0),
+    ],
+)
+def test_faults_of_an_image_are_errors_or_counted_skips(
+    tmp_path: Path, spoil: Any, reason: str, fragment: str, lost: int
+) -> None:
+    write_yolo(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(DataError) as caught:
+        load_yolo(tmp_path, "train")
+    assert fragment in str(caught.value)
+    a = load_yolo(tmp_path, "train", "skip")
+    assert a.counts[f"images skipped: {reason}"] == 1
+    assert a.counts["images read"] == a.counts["images used"] + 1
+    assert a.counts.get("boxes skipped: image skipped", 0) == lost
+    assert a.counts["boxes read"] == a.counts["boxes used"] + lost
+
+
+def test_lists_of_images(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "few.txt").write_text("./images/train/c.jpg\n\nimages/train/a.jpg\n")
+    a = load_yolo(write_yolo(tmp_path, few=["few.txt"]), "few")
+    assert a.file_names.tolist() == ["images/train/c.jpg", "images/train/a.jpg"]
+    (tmp_path / "few.txt").write_text("images/train/a.jpg\nimages/train/../train/a.jpg\nimages/train/gone.jpg\n")
+    with pytest.raises(DataError) as caught:
+        load_yolo(tmp_path, "few")
+    assert r"few.txt: line 2: 'images/train/../train/a.jpg' is listed twice" in str(caught.value)
+    assert "gone.jpg: no such image file" in str(caught.value)
+    counts = load_yolo(tmp_path, "few", "skip").counts
+    assert (counts["images read"], counts["images used"]) == (3, 1)
+    assert counts["images skipped: listed twice"] == counts["images skipped: file missing"] == 1
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd.jpg"])
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+def test_row_29_lists_do_not_lead_out(tmp_path: Path, name: str, on_bad: Any) -> None:
+    root = write_yolo(tmp_path / "set")
+    picture(40, 60).save(tmp_path / "secret.jpg")
+    (root / "few.txt").write_text(f"images/train/a.jpg\n{name}\n")
+    write_yolo(root, few="few.txt")
+    with pytest.raises(DataError, match=r"few\.txt: line 2: '.*' leads out of"):
+        load_yolo(root, "few", on_bad)
+
+
+def test_row_29_links_out_of_the_image_folder_are_refused(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "set")
+    picture(40, 60).save(tmp_path / "secret.jpg")
+    (root / "images" / "train" / "d.jpg").symlink_to(tmp_path / "secret.jpg")
+    with pytest.raises(DataError, match=r"'images/train/d\.jpg' is a link that leads out"):
+        load_yolo(root, "train", "skip")
+
+
+def test_folders_are_searched_to_their_end_and_links_in_circles_are_not_followed(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    for folder in ("images", "labels"):
+        (tmp_path / folder / "train" / "deep").mkdir()
+    picture(40, 60).save(tmp_path / "images" / "train" / "deep" / "d.PNG")
+    (tmp_path / "labels" / "train" / "deep" / "d.txt").write_text(GOOD)
+    (tmp_path / "labels" / "train" / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "images" / "train" / "deep" / "round").symlink_to(tmp_path / "images")
+    (tmp_path / "images" / "train" / ".hidden.jpg").write_text("")
+    a = load_yolo(tmp_path, "train")
+    assert a.file_names.tolist()[-1] == "images/train/deep/d.PNG"
+    assert len(a) == 4
+
+
+def test_label_paths() -> None:
+    assert label_path(Path("images/images/a.jpg")) == Path("images/labels/a.txt")
+    assert label_path(Path("train/images/x/a.b.png")) == Path("train/labels/x/a.b.txt")
+    assert label_path(Path("pictures/images.jpg")) == Path("pictures/images.txt")
+
+
+def test_labels_beside_images_and_images_beside_the_root(tmp_path: Path) -> None:
+    for name, folder in (("flat", "pictures"), ("beside", "../elsewhere")):
+        root = tmp_path / name
+        (root / folder).mkdir(parents=True)
+        picture(40, 60).save(root / folder / "a.jpg")
+        (root / folder / "a.txt").write_text(GOOD)
+        (root / folder / "notes.txt").write_text("not labels")
+        (root / "data.yaml").write_text(f"train: {folder}\nnames: [cat]\n")
+        a = load_yolo(root, "train")
+        assert (a.root / str(a.file_names[0])).samefile(root / folder / "a.jpg")
+        assert a.boxes.tolist() == [[15, 15, 45, 25]]
+
+
+def test_roboflow_writes_paths_as_if_the_file_were_a_folder_deeper(tmp_path: Path) -> None:
+    write_yolo(tmp_path, train="../images/train")
+    assert len(load_yolo(tmp_path, "train")) == 3
+
+
+def test_path_is_relative_to_the_file(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "set")
+    (tmp_path / "my.yaml").write_text("path: set\ntrain: [images/train]\nnames: {0: cat, 1: 2}\nnc: 2\n")
+    a = load_yolo(tmp_path / "my.yaml", ["train"])
+    assert a.class_names == ("cat", "2")
+    assert a.root == tmp_path / "set"
+
+
+YAML_FAULTS = {
+    "no names": ("train: images/train\n", "names must list the classes"),
+    "gap": ("names: {0: cat, 2: dog}\n", r"the keys of names must be 0 to 1 in order, got \[0, 2\]"),
+    "repeated": ("names: [cat, cat]\n", "names must be distinct"),
+    "nested": ("names: [cat, [dog]]\n", "names must be distinct and of text"),
+    "nc": ("names: [cat]\nnc: 2\n", "nc is 2, but names has 1 classes"),
+    "ids": ("names: [cat]\ncategory_ids: [1, 2]\n", "category_ids must be 1 whole numbers"),
+    "same ids": ("names: [cat, dog]\ncategory_ids: [1, 1]\n", "category_ids must be distinct"),
+    "path": ("names: [cat]\npath: nowhere\n", "path is 'nowhere', but .* is no folder"),
+    "number": ("names: [cat]\ntrain: 7\n", "train must name a folder"),
+    "missing": ("names: [cat]\ntrain: gone\n", "train is 'gone', but .*gone does not exist"),
+    "an image": ("names: [cat]\ntrain: images/train/a.jpg\n", "is neither a folder nor a .txt list"),
+    "another": ("names: [cat]\nvalid: images/train\n", r"has no split 'train'; there are valid"),
+    "misspelt": ("names: [cat]\ntrian: images/train\n", "did you mean 'trian'"),
+    "empty": ("names: [cat]\ntrain: labels\n", r"the split train has no images \(\.jpg"),
+    "row 46, twice": ("names: [cat]\ntrain: a\ntrain: b\n", r"line 3: key 'train' is given twice"),
+    "row 45, tag": ("names: !!python/object/apply:os.system [ls]\n", r"line 1: tags are not allowed"),
+    "damaged": ("names: [cat\n", "not valid YAML"),
+    "a list": ("- cat\n", "expected keys such as path"),
+}
+
+
+@pytest.mark.parametrize("fault", YAML_FAULTS)
+def test_faults_of_data_yaml_name_the_key(tmp_path: Path, fault: str) -> None:
+    text, message = YAML_FAULTS[fault]
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(DataError, match=rf"data\.yaml[:,] .*{message}|data\.yaml[:,] {message}"):
+        load_yolo(tmp_path, "train")
+
+
+def test_a_missing_data_yaml_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.yaml: no such file; YOLO layout has"):
+        read_yolo_yaml(tmp_path)
+
+
+def test_the_data_set_reads_its_splits(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    write_yolo(tmp_path, {"v": GOOD}, "val")
+    data = YOLO(str(tmp_path), val=["val", "train"])
+    data.setup("fit")
+    assert len(data.annotations("val")) == 4
+    assert data.image_key(data.annotations("train"), 0) == "images/train/a.jpg"
+    image, target = data.dataset("train")[0, 1]
+    assert image.shape == (3, 40, 60)
+    assert target["boxes"].tolist() == [[0, 0, 30, 40], [0, 0, 60, 40]]
+    with pytest.raises(DataError, match="no test split: set the argument test"):
+        data.annotations("test")
