@@ -201,7 +201,8 @@ def save_png(path: str | os.PathLike[str], image: Tensor) -> None:
     """
     _check_image(image)
     with atomic_write(path) as temporary:
-        Image.fromarray(image.cpu().permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+        picture = Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
+        picture.save(temporary, format="PNG", compress_level=1)  # a fourth of the time of 6, a quarter larger
 
 
 def _check(

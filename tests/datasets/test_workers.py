@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import pickle
 import re
-import subprocess
-import sys
 from dataclasses import fields, replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -19,6 +16,7 @@ import psutil
 import pytest
 import runs
 import torch
+from together import start
 from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets import DetectionDataset, Loader, handover
@@ -58,16 +56,9 @@ def test_a_worker_that_is_killed_or_hangs_stops_the_run(
     run = tmp_path / "run"
     arguments = ["train", runs.CONFIG, *runs.options(demo_root, epochs=3), "--output", str(run)]
     loader = ["--data.loader.num_workers", "1", "--data.loader.timeout", "3"]
-    root = str(Path(runs.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINING, kind, *arguments, *loader],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 1, done.stderr
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("detpipe: error:")]
+    ((status, _, errors),) = start(TRAINING, [kind, *arguments, *loader], 1, 240)
+    assert status == 1, errors
+    [line] = [line for line in errors.splitlines() if line.startswith("detpipe: error:")]
     assert re.search(message, line), line
     assert "checkpoints are intact" in line
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 3  # the first epoch, whole
