@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
+import detpipe
 from detpipe.support.errors import UsageError
 
 _PARTS = (  # modules and folders of this package
@@ -92,8 +93,9 @@ def where_classes_are(value: Any) -> Any:
         return {key: where_classes_are(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [where_classes_are(entry) for entry in value]
-    if isinstance(value, str) and value.startswith("detpipe.") and value not in policy()[0]:
-        return _homes().get(value.rpartition(".")[2], value)
+    if isinstance(value, str) and value.startswith("detpipe."):
+        name = value.rpartition(".")[2]
+        return f"detpipe.{name}" if name in detpipe.__all__ else _homes().get(name, value)
     return value
 
 
