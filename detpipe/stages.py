@@ -21,7 +21,18 @@ from torchvision.models.detection.image_list import ImageList
 from detpipe.roi_pooling.pooler import RoIPooler
 from detpipe.types import Detection, Features, PixelFormat, Target
 
-__all__ = ["Backbone", "ImageList", "ProposalSource", "RoIHead", "RoIPooler"]
+__all__ = [
+    "Backbone",
+    "Detection",
+    "Features",
+    "ImageList",
+    "Losses",
+    "PixelFormat",
+    "ProposalSource",
+    "RoIHead",
+    "RoIPooler",
+    "Target",
+]
 
 Losses = dict[str, Tensor]  # "loss_*" scalars are summed and trained on; other scalars are only logged
 
@@ -183,15 +194,15 @@ def check_tensor(where: str, key: str, value: object, letters: str, sizes: Seque
         raise ValueError(f"{where}: {key} must be {expected}, got {got}")
 
 
-def check_features(backbone: nn.Module, features: Any, images: Tensor) -> Features:
+def check_features(backbone: Backbone, features: Any, images: Tensor) -> Features:
     """Refuse what a backbone returned for ``images`` if its maps are not those that it declares.
 
     Raises:
         ValueError: a level is missing, has another width, or its cells cannot have the declared stride.
     """
     name, widths, strides = type(backbone).__name__, backbone.level_channels, backbone.strides
-    if not isinstance(features, Mapping) or not strides.keys() <= features.keys():
-        got = sorted(features) if isinstance(features, Mapping) else f"a value of type {type(features).__name__}"
+    if not isinstance(features, dict) or not strides.keys() <= features.keys():
+        got = sorted(features) if isinstance(features, dict) else f"a value of type {type(features).__name__}"
         raise ValueError(
             f"{name} must return a dict with a map for each level of its strides, {sorted(strides)}; got {got}"
         )

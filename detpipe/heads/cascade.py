@@ -22,26 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detpipe import boxes as box_ops
 from detpipe.boxes import DELTA_WEIGHTS, DeltaWeights
-from detpipe.heads.toolkit import (
-    Features,
-    Found,
-    Losses,
-    Postprocess,
-    ProposalHead,
-    RoIAlign,
-    RoIPooler,
-    RoISampler,
-    RoITargets,
-    Target,
-    box_losses,
-    box_ops,
-    box_outputs,
-    hidden_layers,
-    in_parts,
-    outlines,
-    output_layers,
-)
+from detpipe.heads.base import Found, ProposalHead, in_parts, outlines
+from detpipe.heads.layers import box_outputs, hidden_layers, output_layers
+from detpipe.heads.objective import box_losses
+from detpipe.heads.postprocess import Postprocess
+from detpipe.heads.sampling import RoISampler, RoITargets
+from detpipe.roi_pooling import RoIAlign, RoIPooler
+from detpipe.stages import Losses
+from detpipe.types import Features, Target
 
 
 @dataclass(frozen=True)

@@ -14,24 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from detpipe.heads.base import Found, ProposalHead, in_parts
 from detpipe.heads.glimpse import Glimpse, GlimpseSettings, Kind
-from detpipe.heads.toolkit import (
-    Features,
-    Found,
-    Losses,
-    Postprocess,
-    ProposalHead,
-    RoIAlign,
-    RoIPooler,
-    RoISampler,
-    RoITargets,
-    Target,
-    box_losses,
-    box_outputs,
-    hidden_layers,
-    in_parts,
-    output_layers,
-)
+from detpipe.heads.layers import box_outputs, hidden_layers, output_layers
+from detpipe.heads.objective import box_losses
+from detpipe.heads.postprocess import Postprocess
+from detpipe.heads.sampling import RoISampler, RoITargets
+from detpipe.roi_pooling import RoIAlign, RoIPooler
+from detpipe.stages import Losses
+from detpipe.types import Features, Target
 
 
 class FastRCNNHead(ProposalHead):

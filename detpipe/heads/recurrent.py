@@ -31,27 +31,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from detpipe import boxes as box_ops
+from detpipe.heads.base import Found, ProposalHead, in_parts, outlines
 from detpipe.heads.estimators import Episodes, GlimpseEstimator, Reinforce, Walk
-from detpipe.heads.toolkit import (
-    Features,
-    Found,
-    Losses,
-    Postprocess,
-    ProposalHead,
-    RoIAlign,
-    RoIPooler,
-    RoISampler,
-    RoITargets,
-    Target,
-    box_losses,
-    box_ops,
-    box_outputs,
-    hidden_layers,
-    in_parts,
-    outlines,
-    output_layers,
-)
-from detpipe.roi_pooling import RoIMaxPool
+from detpipe.heads.layers import box_outputs, hidden_layers, output_layers
+from detpipe.heads.objective import box_losses
+from detpipe.heads.postprocess import Postprocess
+from detpipe.heads.sampling import RoISampler, RoITargets
+from detpipe.roi_pooling import RoIAlign, RoIMaxPool, RoIPooler
+from detpipe.stages import Losses
+from detpipe.types import Features, Target
 
 PLAIN = (1.0, 1.0, 1.0, 1.0)  # actions are deltas without weights
 
