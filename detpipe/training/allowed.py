@@ -117,6 +117,7 @@ def only_allowed(trust: Sequence[str] = ()) -> Iterator[None]:
     from jsonargparse import _common, _optionals
 
     check_trust(trust)
+    _declare_modules()
     for name in (*GIVEN, *trust):
         _import(name)
     with _lock:
@@ -128,10 +129,7 @@ def only_allowed(trust: Sequence[str] = ()) -> Iterator[None]:
         loader = jsonargparse.get_loader("yaml")
         jsonargparse.set_parsing_settings(
             config_read_mode_fsspec_enabled=False,
-            # torchvision's classes declare no types of their arguments: a class that is given there is built if it is allowed,
-            # and else refused
-            instantiate_subclass_spec_in_any=True,
-            validate_subclass_spec_in_any=True,
+            instantiate_subclass_spec_in_any=False,
             import_path_denylist=["*", *denied],
             import_path_allowlist=[*allowed, *GIVEN, *trust],
         )
@@ -193,6 +191,15 @@ def check_trust(modules: Sequence[str]) -> None:
             raise UsageError(f"--trust {name}: expected the name of a module, such as my_head for my_head.py")
         if runs_code(name):
             raise UsageError(f"--trust {name}: refused, since {name} can run any code; name your own module")
+
+
+@cache
+def _declare_modules() -> None:
+    """Say which arguments of torchvision's RoI heads are modules, which it leaves open: only modules are built for them."""
+    from torch import nn
+    from torchvision.models.detection.roi_heads import RoIHeads
+
+    RoIHeads.__init__.__annotations__.update(dict.fromkeys(("box_roi_pool", "box_head", "box_predictor"), nn.Module))
 
 
 def _import(name: str) -> None:

@@ -14,8 +14,7 @@ class RelationHead(tk.ProposalHead):
 
     def __init__(self, in_channels: int, num_classes: int, strides: dict[str, int], width: int = 128) -> None:
         super().__init__(num_classes, strides, tk.RoISampler(rois_per_image=32))
-        self.pooler = tk.RoIAlign(5, sampling_ratio=1)
-        self.shared = tk.hidden_layers(in_channels * 5 * 5, [width])
+        self.pooler, self.shared = tk.RoIAlign(5, sampling_ratio=1), tk.hidden_layers(in_channels * 5 * 5, [width])
         self.geometry, self.attention = nn.Linear(4, 1), nn.Linear(width, 3 * width)
         self.classifier, self.regressor = tk.output_layers(width, num_classes, class_agnostic=True)
 
