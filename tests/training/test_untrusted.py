@@ -102,7 +102,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a function inside of a stage of torchvision": (
         {"model": {"head": with_box_head("torchvision.ops.nms")}},
-        "model.head.box_head: class 'torchvision.ops.nms' is not one of detpipe's; if you trust its code, give --trust torchvision.ops",
+        "model.head.box_head: class 'torchvision.ops.nms' is not one of detpipe's",
     ),
     "no module inside of a stage of torchvision": (
         {"model": {"head": with_box_head({"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "x"}})}},
