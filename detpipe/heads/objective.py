@@ -19,7 +19,7 @@ from torch import Tensor
 from detpipe import boxes as box_ops
 from detpipe.boxes import DELTA_WEIGHTS, DeltaWeights
 from detpipe.heads.sampling import RoITargets
-from detpipe.stages import Losses
+from detpipe.stages import Losses, check_tensor
 from detpipe.support.processes import common_count
 
 
@@ -39,7 +39,12 @@ def box_losses(
 
     Returns:
         ``loss_classifier`` and ``loss_box_reg``, float32 scalars.
+
+    Raises:
+        ValueError: logits or deltas of another shape.
     """
+    check_tensor("box_losses", "logits", logits, "N, S, K + 1", (*targets.labels.shape, None))
+    check_tensor("box_losses", "deltas", deltas, "N, S, B, 4", (*targets.labels.shape, None, 4))
     logits, deltas = logits.float(), deltas.float()
     count = common_count(targets.valid.sum())
     entropy = F.cross_entropy(logits.flatten(0, 1), targets.labels.flatten(), reduction="none")
