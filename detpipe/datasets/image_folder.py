@@ -24,8 +24,8 @@ from tqdm import tqdm
 from detpipe.datasets.classification import ClassificationData, LabeledSplit
 from detpipe.datasets.decode import IMAGE_SUFFIXES, read_image
 from detpipe.datasets.faults import SHOWN, Faults, OnBad
-from detpipe.datasets.in_threads import look_at_images
 from detpipe.datasets.labeled_images import LabeledImages, PackedNames
+from detpipe.datasets.workers import look_at_images
 from detpipe.support.errors import DataError
 from detpipe.support.suggest import did_you_mean
 
