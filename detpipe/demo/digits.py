@@ -21,14 +21,12 @@ from typing import Any
 
 from PIL import Image
 
-from detpipe.datasets.classification import ClassificationData, LabeledSplit
+from detpipe.datasets.classification import ClassificationData, LabeledImages, LabeledSplit, Views
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.formats.coco_json import load_coco
 from detpipe.datasets.image_folder import read_image_folder
-from detpipe.datasets.labeled_images import LabeledImages
-from detpipe.datasets.views import Views
 from detpipe.demo.dataset import DEFAULT_SCENES, JPEG_QUALITY, SPLITS, VERSION, DemoScenes, write_demo
 from detpipe.demo.scenes import CLASS_NAMES
 from detpipe.support.errors import DataError
