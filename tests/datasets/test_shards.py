@@ -130,7 +130,7 @@ def test_every_image_comes_exactly_once(
     seen: dict[str, list[list[list[int]]]] = {"train": [], "val": []}
     for rank in range(ranks):
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr("detpipe.datasets.batches.share", lambda rank=rank: (rank, ranks))
+            monkeypatch.setattr("detpipe.datasets.batches.rank_and_size", lambda rank=rank: (rank, ranks))
             loaders = {"train": data.train_dataloader(), "val": data.val_dataloader()}
             if count < ranks:  # an evaluation that some processes have no image for is refused
                 with pytest.raises(DataError, match=f"{count} images cannot be shared among {ranks} processes"):
