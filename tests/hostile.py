@@ -297,10 +297,10 @@ def long_header(folder: Path) -> Callable[[], object]:
 
 @case("shards: a list of proposals of terabytes")
 def shard_proposals(folder: Path) -> Callable[[], object]:
-    from detpipe.datasets.shards.reading import ShardProposals
+    from detpipe.datasets.shards.read import ShardProposals
 
     class Files:
-        def read(self, *_: Any) -> bytes:
+        def read_part(self, *_: Any) -> bytes:
             return npy("(30000000000, 4)", bytes(64))
 
         def name(self, row: int) -> str:

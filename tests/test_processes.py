@@ -353,16 +353,16 @@ def test_what_stops_one_process_stops_all(kind: str, demo_root: Path, tmp_path: 
 
 
 def test_who_works_on_what_alone() -> None:
-    assert processes.share() == (0, 1)
-    assert processes.from_all("here") == ["here"]
-    assert processes.anywhere(True, torch.device("cpu"))
-    assert not processes.anywhere(False, torch.device("cpu"))
+    assert processes.rank_and_size() == (0, 1)
+    assert processes.gather_objects("here") == ["here"]
+    assert processes.any_rank(True, torch.device("cpu"))
+    assert not processes.any_rank(False, torch.device("cpu"))
     with processes.sharing_counts():
-        assert processes.common_count(torch.tensor(3)) == 3
-        assert processes.common_count(torch.tensor(0)) == 1
-        assert processes.common_weight(torch.tensor(0.0)) == 0
-        assert processes.common_mean(torch.tensor(6.0), torch.tensor(4)) == 1.5
-        assert processes.common_mean(torch.tensor(0.0), torch.tensor(0)) == 0
+        assert processes.count_per_rank(torch.tensor(3)) == 3
+        assert processes.count_per_rank(torch.tensor(0)) == 1
+        assert processes.weight_per_rank(torch.tensor(0.0)) == 0
+        assert processes.mean_over_ranks(torch.tensor(6.0), torch.tensor(4)) == 1.5
+        assert processes.mean_over_ranks(torch.tensor(0.0), torch.tensor(0)) == 0
     values = processes.MeanValues()
     assert values.means() == {}
     values.add({"loss": torch.tensor(1.0)}, 1)

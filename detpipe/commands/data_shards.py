@@ -17,9 +17,8 @@ from detpipe.datasets.faults import Collected
 from detpipe.datasets.formats.recognize import known_layout
 from detpipe.datasets.formats.writers.placement import file_name_of
 from detpipe.datasets.shards.index import INDEX, KEYS
-from detpipe.datasets.shards.journal import SUFFIX
-from detpipe.datasets.shards.making import Made, Sharding, make_shards
-from detpipe.datasets.shards.verifying import verify_shards
+from detpipe.datasets.shards.read import verify_shards
+from detpipe.datasets.shards.write import SUFFIX, Made, Sharding, make_shards
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.terminal import say
 from detpipe.types import Annotations
@@ -179,7 +178,8 @@ def _refuse_strangers(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder}: is a file: name a folder")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not path.is_dir() or not ((path / INDEX).is_file() or path.name.endswith(SUFFIX)):
+        shards = path.is_dir() and ((path / INDEX).is_file() or path.name.endswith(SUFFIX))
+        if not shards and not path.name.endswith(f"{SUFFIX}.lock"):
             raise UsageError(f"--output {folder}: holds {path.name}, which is no folder of shards: name a new folder")
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from detpipe.commands.parser import Parser
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import OnBad
+from detpipe.datasets.fetch import is_remote
 from detpipe.datasets.formats.recognize import EXPECTED, known_layout, open_split, split_names
-from detpipe.datasets.shards.remote import is_remote
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import Annotations

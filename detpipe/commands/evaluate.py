@@ -143,8 +143,8 @@ def _of_all_processes(
     """Rows of the images that were looked at, and what was found in them, in order: the same for any number of processes."""
     own_rows = [row for _, batch in zip(batches, keys, strict=False) for _, row in batch]
     own = evaluation.pack([one for batch in batches for one in batch], annotations.image_ids[own_rows].tolist())
-    rows = np.sort(np.concatenate(processes.from_all(np.array(own_rows, dtype=np.int64))))
-    found = evaluation.concatenate(processes.from_all(own))
+    rows = np.sort(np.concatenate(processes.gather_objects(np.array(own_rows, dtype=np.int64))))
+    found = evaluation.concatenate(processes.gather_objects(own))
     row_of = {image_id: row for row, image_id in enumerate(annotations.image_ids.tolist())}
     return rows, found.take(np.argsort([row_of[image_id] for image_id in found.image_ids.tolist()], kind="stable"))
 

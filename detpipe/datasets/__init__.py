@@ -18,7 +18,7 @@ from detpipe.datasets.augment.settings import (
     SafeCrop,
     Transform,
 )
-from detpipe.datasets.classification import ClassificationData
+from detpipe.datasets.classification import ClassificationData, Views
 from detpipe.datasets.datamodule import DetectionData, Loader
 from detpipe.datasets.dataset import DetectionDataset
 from detpipe.datasets.decode import image_size, read_image
@@ -29,7 +29,6 @@ from detpipe.datasets.formats.yolo import YOLO, load_yolo
 from detpipe.datasets.image_folder import ImageFolder
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.shards.dataset import Shards
-from detpipe.datasets.views import Views
 
 __all__ = [
     "COCO",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from detpipe.support.errors import DataError
-from detpipe.support.processes import share
+from detpipe.support.processes import rank_and_size
 
 Key = tuple[int, int]  # epoch, index: what a dataset needs to draw the same augmentation in any worker
 
@@ -129,7 +129,7 @@ class EpochBatches(Sampler[list[Key]]):
             yield [Repeat((epoch, index)) if repeated else (epoch, index) for index in batch]  # there may be millions
 
     def __len__(self) -> int:
-        rank, size = share()
+        rank, size = rank_and_size()
         if not self.training:
             return len(self._evaluation_batches(rank, size))
         whole, rest = divmod(len(self.sizes), self.batch_size * size)
@@ -137,7 +137,7 @@ class EpochBatches(Sampler[list[Key]]):
 
     def _dealt(self, epoch: int) -> list[tuple[list[int], bool]]:
         """The batches of this process, and whether each is a repeat."""
-        rank, size = share()
+        rank, size = rank_and_size()
         if not self.training:
             return [(batch, False) for batch in self._evaluation_batches(rank, size)]
         return [

@@ -17,9 +17,9 @@ from detpipe.datasets.batches import EpochBatches, Locality
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
 from detpipe.datasets.faults import SHOWN, OnBad, Policy
 from detpipe.datasets.formats.class_list import compare_classes
-from detpipe.datasets.handover import PackedBatch, collate
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
+from detpipe.datasets.workers import PackedBatch, collate
 from detpipe.support.errors import DataError
 from detpipe.support.terminal import printable
 from detpipe.types import Annotations, Segmentations

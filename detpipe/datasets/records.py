@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.faults import Faults
-from detpipe.datasets.in_threads import look_at_images
+from detpipe.datasets.workers import look_at_images
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 

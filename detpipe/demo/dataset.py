@@ -269,9 +269,6 @@ def _digest(folder: Path, scenes: DemoScenes) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["Demo", "DemoScenes", "write_demo"]
-
-
 class Demo(DetectionData):
     """Scenes of handwritten digits over photographs, with fragments of digits as clutter: ten classes, "0" to "9".
 

@@ -168,7 +168,7 @@ class MeanAveragePrecision(ValidationNumbers):
         assert self._evaluator is not None
         self.metrics = self._evaluator.compute()
         self.metrics["epoch"] = trainer.current_epoch
-        images = len(set().union(*processes.from_all(self._seen)))
+        images = len(set().union(*processes.gather_objects(self._seen)))
         if images < len(self._evaluator.annotations):
             self.metrics["images"] = images
         for name in ("AP", "AP50"):
@@ -306,7 +306,7 @@ class StopOnNonFinite(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check the loss; all processes stop at the same step."""
         bad = not torch.isfinite(loss)
-        if processes.anywhere(bad, loss.device):
+        if processes.any_rank(bad, loss.device):
             if not bad:
                 raise TrainingError(
                     f"step {trainer.global_step}: stopped, since the loss is not finite in another process"

@@ -19,7 +19,7 @@ import torch
 from together import start
 from torch.utils.data import DataLoader, Dataset
 
-from detpipe.datasets import DetectionDataset, Loader, handover
+from detpipe.datasets import DetectionDataset, Loader, workers
 from detpipe.demo import Demo, DemoScenes
 from detpipe.types import Annotations
 
@@ -192,14 +192,14 @@ def test_row_34_workers_that_are_not_forked_share_the_arrays_too(start: str, tmp
 def test_what_is_shared_goes_with_its_arrays_and_other_pickles_are_whole(tmp_path: Path) -> None:
     large = many_boxes(tmp_path)
     ForkingPickler.dumps(large)
-    kept = len(handover._shared)
+    kept = len(workers._shared)
     assert kept >= 6
     plain = pickle.dumps(large)
     assert len(plain) > large.boxes.nbytes
     assert np.array_equal(pickle.loads(plain).boxes, large.boxes)
-    first = handover._shared[id(large.boxes)][1]
+    first = workers._shared[id(large.boxes)][1]
     ForkingPickler.dumps(large)
-    assert handover._shared[id(large.boxes)][1] is first
+    assert workers._shared[id(large.boxes)][1] is first
     del large
     gc.collect()
-    assert len(handover._shared) <= kept - 6
+    assert len(workers._shared) <= kept - 6

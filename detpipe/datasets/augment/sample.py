@@ -2,6 +2,9 @@
 
 What is said of an object (label, flags) never goes through a transform: boxes carry the row where it stands. So labels keep all
 their digits, and boxes that several images brought together keep what is theirs.
+
+Images and boxes move by the same maps of one rectangle of whole pixels, ``x1, y1, x2, y2`` with right and lower edge excluded, onto
+another. Importing this module imports OpenCV.
 """
 
 from __future__ import annotations
@@ -10,12 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from detpipe.types import Target
+
+Rectangle = tuple[int, int, int, int]
+Pixels = npt.NDArray[np.uint8]
+Boxes = npt.NDArray[np.float64]
+
+GROUND = (124, 116, 104)  # RGB, the mean color of ImageNet: what a network calls zero
+
+cv2.setNumThreads(0)  # data workers are what runs in parallel; threads of OpenCV do not survive a fork
 
 _LEAST = 0.01  # pixels: a box with a smaller side has left the image
 _ROUNDING = 1e-6
@@ -151,3 +163,48 @@ def finish(scene: Scene, min_visibility: float) -> tuple[Tensor, Target]:
 
 def _area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+
+
+def resize(image: Pixels, source: Rectangle, goal: Rectangle) -> Pixels:
+    """Cut out a rectangle and resize it.
+
+    Args:
+        image: ``[H, W, 3]`` or ``[H, W]``.
+        source: inside the image.
+        goal: whose size is wanted.
+
+    Returns:
+        ``[h, w, 3]`` or ``[h, w]``, as large as the goal; averaged where it shrinks.
+    """
+    x1, y1, x2, y2 = source
+    u1, v1, u2, v2 = goal
+    shrinks = (u2 - u1) * (v2 - v1) < (x2 - x1) * (y2 - y1)
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image[y1:y2, x1:x2], (u2 - u1, v2 - v1), interpolation=interpolation), dtype=np.uint8)
+
+
+def move(boxes: Boxes, source: Rectangle, goal: Rectangle) -> Boxes:
+    """Move boxes as :func:`resize` moves pixels.
+
+    Args:
+        boxes: ``[M, 4]`` xyxy in the frame of the source, which may reach beyond it.
+        source: mapped onto the goal.
+        goal: in another frame.
+
+    Returns:
+        ``[M, 4]`` in the frame of the goal, not clipped.
+    """
+    start, length = np.array(source[:2]), np.subtract(source[2:], source[:2])
+    to, reach = np.array(goal[:2]), np.subtract(goal[2:], goal[:2])
+    return (boxes - np.tile(start, 2)) * np.tile(reach / length, 2) + np.tile(to, 2)
+
+
+def areas(boxes: Boxes) -> npt.NDArray[np.float64]:
+    """Areas ``[M]`` of boxes ``[M, 4+]``; 0 where a box has no size."""
+    return (boxes[:, 2:4] - boxes[:, :2]).clip(min=0).prod(1)
+
+
+def clip(boxes: Boxes, frame: Rectangle | Boxes) -> Boxes:
+    """Cut boxes ``[M, 4]`` off at a rectangle; those outside are left without a size."""
+    x1, y1, x2, y2 = frame
+    return boxes.clip([x1, y1, x1, y1], [x2, y2, x2, y2])

@@ -8,6 +8,7 @@ from typing import Literal
 
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import OnBad
+from detpipe.datasets.fetch import is_remote
 from detpipe.datasets.formats.class_list import read_class_list
 from detpipe.datasets.formats.coco import COCO, COCOFiles
 from detpipe.datasets.formats.csv import NAME as CSV_NAME
@@ -19,7 +20,6 @@ from detpipe.datasets.formats.yolo_yaml import NAME as YOLO_NAME
 from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
 from detpipe.datasets.shards.dataset import Shards
 from detpipe.datasets.shards.index import ARRAYS, INDEX
-from detpipe.datasets.shards.remote import is_remote
 from detpipe.support.errors import UsageError
 
 Layout = Literal["voc", "coco", "coco file", "yolo", "csv", "shards"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from detpipe.datasets import COCO, Loader
-from detpipe.datasets.handover import PackedBatch, collate, pack
+from detpipe.datasets.workers import PackedBatch, collate, pack
 from detpipe.types import Target
 
 from .builders import coco_content, write_coco

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detpipe.datasets import in_threads
+from detpipe.datasets import workers
 from detpipe.datasets.faults import Collected, Faults
-from detpipe.datasets.in_threads import look_at_images
 from detpipe.datasets.records import check_pixels
+from detpipe.datasets.workers import look_at_images
 
 from .builders import picture
 
 
 @pytest.fixture
 def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_threads, "usable_cores", lambda: 2)
+    monkeypatch.setattr(workers, "usable_cores", lambda: 2)
 
 
 @pytest.mark.usefixtures("_two_cores")
@@ -48,7 +48,7 @@ def test_the_filters_of_warnings_are_left_alone() -> None:
 
 @pytest.mark.usefixtures("_two_cores")
 def test_results_come_in_order_whoever_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_threads, "_AT_ONCE", 4)  # more images than are asked for at once
+    monkeypatch.setattr(workers, "_AT_ONCE", 4)  # more images than are asked for at once
     threads = set()
 
     def look(row: int) -> int:

@@ -1,4 +1,4 @@
-"""How a batch gets from a data worker to the main process, and a data set to the workers.
+"""Processes and threads that load data: how a batch gets from a data worker to the main process, and a data set to the workers.
 
 Of a batch, the pixels go in one piece of shared memory, all else by value. A tensor that leaves a worker costs a file in shared
 memory and a message over a socket, each; a batch of eight images has some fifty of them (boxes, labels, flags, ...). Small arrays
@@ -12,21 +12,28 @@ A forked worker shares the memory of its parent. One that is spawned (macOS, Win
 
 from __future__ import annotations
 
+import os
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
+from tqdm import tqdm
 
 from detpipe.types import Target
 
 Batch = tuple[list[Tensor], list[Target]]
+T = TypeVar("T")
+_LEAST = 2**16  # bytes: smaller arrays are sent as they are
+_AT_ONCE = 512  # images that are asked for before the first of them is there
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,6 @@ def pack(images: list[Tensor], targets: list[Target]) -> PackedBatch:
     return PackedBatch(pixels, sizes, arrays)
 
 
-_LEAST = 2**16  # bytes: smaller arrays are sent as they are
-
 _shared: dict[int, tuple[weakref.ref[Any], Tensor]] = {}  # by the id of an array that is alive
 
 
@@ -145,3 +150,30 @@ def _in_shared_memory(array: npt.NDArray[Any]) -> Tensor:
         content.numpy()[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         _shared[key] = weakref.ref(array, lambda _: _shared.pop(key, None)), content
     return _shared[key][1]
+
+
+def look_at_images(look: Callable[[int], T], rows: Sequence[int]) -> Iterator[T]:
+    """Call a function for each image in as many threads as there are cores, since decoders release the interpreter's lock.
+
+    Args:
+        look: what is done with the image of a row; several threads call it at the same time.
+        rows: of the images.
+
+    Yields:
+        What it returns, in the order of the rows.
+    """
+    with (
+        warnings.catch_warnings(),  # the decoder's own, which it sets and takes back in each thread, would stay or be lost
+        ThreadPoolExecutor(usable_cores()) as pool,
+        tqdm(desc="checking images", total=len(rows), unit="image", disable=None, leave=False) as bar,
+    ):
+        warnings.simplefilter("ignore")
+        for start in range(0, len(rows), _AT_ONCE):
+            for found in pool.map(look, rows[start : start + _AT_ONCE]):
+                yield found
+                bar.update()
+
+
+def usable_cores() -> int:
+    """How many of the processors' cores this process may use, at least 1."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
