@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from detpipe.evaluation import evaluate_coco, evaluate_voc
 from detpipe.evaluation.comparison import compare, draw_images, weighted_precision
-from detpipe.evaluation.matches import match
+from detpipe.evaluation.matches import match, match_voc
 from detpipe.evaluation.precision_recall import mean_known
-from detpipe.evaluation.voc import match_voc
 from detpipe.types import Annotations, DetectionArrays
 
 from .builders import found, jittered, perfect, truth
