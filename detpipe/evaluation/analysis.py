@@ -8,7 +8,6 @@ K classes, T IoU thresholds.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from detpipe.evaluation.matches import AREAS, Matches, describe_area, match
 from detpipe.evaluation.pairs import Floats
 from detpipe.evaluation.precision_recall import mean_known, precision_by_recall
 from detpipe.evaluation.protocols import evaluate
+from detpipe.evaluation.table import plain
 from detpipe.evaluation.worst_images import ImageOutcome, worst_images
 from detpipe.types import Annotations, DetectionArrays
 
@@ -134,19 +134,6 @@ def analyze(
         ),
         worst,
     )
-
-
-def plain(value: Any) -> Any:
-    """Turn what numpy holds into what JSON can hold; NaN and infinities become None."""
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _describe(annotations: Annotations, detections: DetectionArrays) -> dict[str, Any]:
