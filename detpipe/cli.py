@@ -68,7 +68,7 @@ COMMANDS = {
     "predict": ("detpipe.commands.predict", "predict"),
     "pretrain": ("detpipe.commands.pretraining", "pretrain"),
     "train_regions": ("detpipe.commands.region_training", "train_regions"),
-    "classify": ("detpipe.commands.classify", "classify"),
+    "classify": ("detpipe.commands.predict", "classify"),
     "ablate": ("detpipe.commands.ablation", "run_ablate"),
     "inspect": ("detpipe.commands.inspect_attention", "run_inspect"),
     "proposals": ("detpipe.commands.proposal_commands", "main"),
