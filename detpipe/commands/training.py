@@ -240,8 +240,7 @@ def _watched(model: LightningModule) -> str:
     if not isinstance(watched, str):
         raise UsageError(
             f"model: {type(model).__name__} cannot be trained by this command, it has no class attribute 'watched'; expected "
-            f"{', '.join(known.__name__ for known in REGION_MODELS)}, or a "
-            "LightningModule that says which logged number is best when "
-            "it is highest"
+            f"{', '.join(known.__name__ for known in REGION_MODELS)}, or a LightningModule that says which logged number "
+            "is best when it is highest"
         )
     return watched

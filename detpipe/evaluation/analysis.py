@@ -104,7 +104,7 @@ def analyze(
         else evaluate(annotations, detections, chosen.protocol)
     )
     point = operating_point(matches, chosen.score_threshold)
-    worst, numbers = _errors(annotations, matches, point.score, chosen.worst)
+    worst, numbers = _errors(matches, point.score, chosen.worst)
     calibration = calibration_by_class(matches)
     comparison = None
     if others:
@@ -214,11 +214,9 @@ def _calibration(annotations: Annotations, diagrams: list[Calibration] | None) -
     }
 
 
-def _errors(
-    annotations: Annotations, matches: Matches, score: float, worst: int
-) -> tuple[list[ImageOutcome], dict[str, Any]]:
+def _errors(matches: Matches, score: float, worst: int) -> tuple[list[ImageOutcome], dict[str, Any]]:
     """What is judged at an IoU of 0.5, the first threshold: error types with their gains, and the worst images."""
-    errors = find_errors(annotations, matches)
+    errors = find_errors(matches)
     gains, counts = error_gains(matches, errors), errors.counts()
     numbers = {
         "AP50": gains["AP50"],
@@ -226,7 +224,7 @@ def _errors(
         "false_positives": {"count": int(matches.false().sum()), "gain": gains["false_positives"]},
         "false_negatives": {"count": int(matches.missed().sum()), "gain": gains["false_negatives"]},
     }
-    return worst_images(annotations, matches, errors, score, worst), numbers
+    return worst_images(matches, errors, score, worst), numbers
 
 
 def _listed(outcome: ImageOutcome, annotations: Annotations) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -44,33 +45,45 @@ class Matches:
     """What was found, for each range of sizes and IoU threshold.
 
     Args:
+        annotations: the ground truth of I images with B objects.
         detections: the D detections that count, class by class, best score first.
-        images: ``[D]`` rank of the image of each.
-        labels: ``[B]`` in 1..K, of the objects, in the order of the annotations.
-        object_images: ``[B]`` rank of the image of each object.
         object_ignored: ``[A, B]`` objects that need not be found.
         objects: ``[A, T, D]`` row of the object that the detection took, or -1.
         ignored: ``[A, T, D]`` detections that are neither right nor wrong.
         areas: A names of ranges of sizes.
         thresholds: ``[T]`` IoU.
-        image_count: I.
-        num_classes: K.
     """
 
+    annotations: Annotations
     detections: DetectionArrays
-    images: Integers
-    labels: Integers
-    object_images: Integers
     object_ignored: Flags
     objects: npt.NDArray[np.int32]
     ignored: Flags
     areas: tuple[str, ...]
     thresholds: Floats
-    image_count: int
-    num_classes: int
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.detections.labels)
+
+    @property
+    def labels(self) -> Integers:
+        """``[B]`` in 1..K, of the objects."""
+        return self.annotations.labels
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.annotations.num_classes
+
+    @cached_property
+    def images(self) -> Integers:
+        """``[D]`` rank of the image of each detection."""
+        return image_ranks(self.annotations, self.detections.image_ids)
+
+    @cached_property
+    def object_images(self) -> Integers:
+        """``[B]`` rank of the image of each object."""
+        return object_ranks(self.annotations)
 
     def class_slice(self, label: int) -> slice:
         """Where the detections of a class lie; labels count from 1."""
@@ -141,7 +154,7 @@ def match(
     objects = take_best(pairs, ranks, levels, annotations.iscrowd, ignored)
     pardoned = (objects < 0) & (np.False_ if forgiven is None else forgiven[rows])
     lost = _ignored_detections(objects, ignored, box_sizes(found.boxes).prod(axis=1), areas) | pardoned
-    return _matches(annotations, found, ignored, objects, lost, tuple(areas), levels)
+    return Matches(annotations, found, ignored, objects, lost, tuple(areas), levels)
 
 
 def match_voc(
@@ -175,9 +188,9 @@ def match_voc(
     forgiven = np.append(ignored[0], False)[best]
     rivals = np.flatnonzero((best >= 0) & ~forgiven)
     rivals = rivals[np.argsort(best[rivals], kind="stable")]
-    best[rivals[rank_in_run(best[rivals]) > 0]] = -1
+    best[rivals[rank_in_run(best[rivals].astype(np.int64)) > 0]] = -1
     levels = np.array([iou_threshold])
-    return _matches(annotations, found, ignored, best[None, None], forgiven[None, None], ("all",), levels)
+    return Matches(annotations, found, ignored, best[None, None], forgiven[None, None], ("all",), levels)
 
 
 def _class_order(annotations: Annotations, detections: DetectionArrays) -> tuple[Integers, Integers]:
@@ -198,30 +211,6 @@ def _class_pairs(annotations: Annotations, found: DetectionArrays, minimum: floa
     groups = image_ranks(annotations, found.image_ids) * classes + found.labels
     object_groups = object_ranks(annotations) * classes + annotations.labels
     return overlapping_pairs(found.boxes, groups, annotations.boxes, object_groups, crowd, minimum)
-
-
-def _matches(
-    annotations: Annotations,
-    found: DetectionArrays,
-    object_ignored: Flags,
-    objects: npt.NDArray[np.int32],
-    ignored: Flags,
-    areas: tuple[str, ...],
-    thresholds: Floats,
-) -> Matches:
-    return Matches(
-        detections=found,
-        images=image_ranks(annotations, found.image_ids),
-        labels=annotations.labels,
-        object_images=object_ranks(annotations),
-        object_ignored=object_ignored,
-        objects=objects,
-        ignored=ignored,
-        areas=areas,
-        thresholds=thresholds,
-        image_count=len(annotations),
-        num_classes=annotations.num_classes,
-    )
 
 
 def ignored_objects(annotations: Annotations, areas: Sequence[str] = ("all",)) -> Flags:
