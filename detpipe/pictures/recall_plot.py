@@ -26,12 +26,7 @@ def plot_recall(reports: Mapping[str, ProposalRecall], out: str | os.PathLike[st
     by_iou, by_count, average = figure.subplots(1, 3)
     most = next(iter(reports.values())).max_boxes[-1]
     for index, (name, report) in enumerate(reports.items()):
-        style = {
-            "color": COLORS[index % len(COLORS)],
-            "marker": "os^Dv<>P"[index % 8],
-            "markersize": 4,
-            "linewidth": 1.6,
-        }
+        style = {"color": COLORS[index % 8], "marker": "os^Dv<>P"[index % 8], "markersize": 4, "linewidth": 1.6}
         by_iou.plot(report.ious, report.recall[:, -1], label=name, **style)
         by_count.plot(report.max_boxes, report.recall[0], label=name, **style)
         average.plot(report.max_boxes, report.average_recall, label=name, **style)

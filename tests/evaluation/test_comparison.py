@@ -137,6 +137,8 @@ def test_a_better_run_is_better_in_every_draw_and_equal_seeds_agree() -> None:
     assert undecided["low"] < 0 < undecided["high"]
     assert set(result["runs"][2]["per_class"]) == {"a", "b", "c"}
     assert compare(annotations, runs, resamples=100, seed=4) == result
+    matched = {name: match(annotations, detections) for name, detections in runs.items()}  # of all sizes
+    assert compare(annotations, runs, resamples=100, seed=4, matched=matched) == result
     assert compare(annotations, runs, resamples=100, seed=5) != result
 
 
