@@ -86,36 +86,23 @@ def analyze(
     if chosen.protocol not in COMPARED:
         raise ValueError(f"an analysis follows one of {', '.join(COMPARED)}; got {chosen.protocol!r}")
     name, detections = next(iter(runs.items()))
-    limits = chosen.max_detections
+    limits, coco = chosen.max_detections, chosen.protocol == "coco"
     matches = match(annotations, detections, max_detections=limits[-1])
     counts = count(matches, limits)
-    others = {
-        other: match(annotations, runs[other], areas=["all"], max_detections=limits[-1]) for other in list(runs)[1:]
-    }
-    precisions = {
-        name: counts.precision[..., 0],
-        **{other: precision_by_recall(one).transpose(0, 2, 1) for other, one in others.items()},
-    }
-    curves = {run: _curves(precision) for run, precision in precisions.items()}
-    coco = chosen.protocol == "coco"
-    metrics = (
-        coco_metrics(counts, annotations.class_names, limits)
-        if coco
-        else evaluate(annotations, detections, chosen.protocol)
-    )
+    metrics = coco_metrics(counts, annotations.class_names, limits) if coco else None
+    curves, matched = {name: _curves(counts.precision[..., 0])}, {name: matches}
+    for other in list(runs)[1:]:
+        matched[other] = match(annotations, runs[other], areas=["all"], max_detections=limits[-1])
+        curves[other] = _curves(precision_by_recall(matched[other]).transpose(0, 2, 1))
     point = operating_point(matches, chosen.score_threshold)
     worst, numbers = _errors(matches, point.score, chosen.worst)
     calibration = calibration_by_class(matches)
-    comparison = None
-    if others:
-        known = {name: matches, **others} if coco else None
-        comparison = compare(annotations, runs, chosen.protocol, chosen.resamples, chosen.seed, matched=known)
     return Analysis(
         plain(
             {
                 "run": name,
                 "protocol": chosen.protocol,
-                "metrics": metrics,
+                "metrics": metrics or evaluate(annotations, detections, chosen.protocol),
                 "data": _describe(annotations, detections),
                 "class_names": list(annotations.class_names),
                 "iou_thresholds": matches.thresholds.round(2).tolist(),
@@ -129,7 +116,7 @@ def analyze(
                 "errors": numbers,
                 "worst_wanted": chosen.worst,
                 "worst_images": [_listed(outcome, annotations) for outcome in worst],
-                "comparison": comparison,
+                "comparison": _compare(annotations, runs, matched, chosen),
             }
         ),
         worst,
@@ -212,6 +199,18 @@ def _calibration(annotations: Annotations, diagrams: list[Calibration] | None) -
         "bins": BINS,
         "diagrams": [{"name": name, **vars(diagram)} for name, diagram in zip(names, diagrams, strict=True)],
     }
+
+
+def _compare(
+    annotations: Annotations,
+    runs: Mapping[str, DetectionArrays],
+    matched: Mapping[str, Matches],
+    chosen: AnalysisSettings,
+) -> dict[str, Any] | None:
+    if len(runs) < 2:
+        return None
+    known = matched if chosen.protocol == "coco" else None  # VOC's rules match otherwise
+    return compare(annotations, runs, chosen.protocol, chosen.resamples, chosen.seed, matched=known)
 
 
 def _errors(matches: Matches, score: float, worst: int) -> tuple[list[ImageOutcome], dict[str, Any]]:
