@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from detpipe.backbones import SEResNet
 from detpipe.boxes import iou, valid
 from detpipe.detector import TwoStageDetector, total_loss
-from detpipe.evaluation import evaluate_coco, pack
+from detpipe.evaluation import CocoEvaluator
 from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
 from detpipe.optimization import LRSchedule, Optimizer
 from detpipe.proposals import RPN, Anchors, DenseGrid, PrecomputedProposals
@@ -308,8 +308,9 @@ def test_one_image_is_overfitted_to_ap_1():
     objects = [
         (1, int(label), tuple(box)) for box, label in zip(target["boxes"].tolist(), target["labels"], strict=True)
     ]
-    scores = evaluate_coco(truth(objects, [1], ("red", "blue")), pack(found, [1]))
-    assert scores["AP"] == 1.0
+    evaluator = CocoEvaluator(truth(objects, [1], ("red", "blue")))
+    evaluator.update(found, [1])
+    assert evaluator.compute()["AP"] == 1.0
 
 
 def test_training_twice_gives_the_same_weights_to_the_last_bit():

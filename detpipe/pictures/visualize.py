@@ -62,6 +62,12 @@ def class_color(label: int) -> Color:
     return PALETTE[(label - 1) % len(PALETTE)]
 
 
+def plot_color(label: int) -> tuple[float, float, float]:
+    """The color of a class as matplotlib takes it, 0..1."""
+    red, green, blue = class_color(label)
+    return red / 255, green / 255, blue / 255
+
+
 def draw(
     image: Tensor,
     boxes: Tensor,

@@ -106,11 +106,11 @@ class ValidationNumbers(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers, for the checkpoint."""
-        return {"metrics": json.dumps(self.metrics)}
+        return {"metrics": dict(self.metrics)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the numbers of a checkpoint."""
-        self.metrics = json.loads(state_dict["metrics"])
+        self.metrics = _numbers(state_dict)
 
     @classmethod
     def stored(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +122,12 @@ class ValidationNumbers(Callback):
         Returns:
             The numbers by name, without ``val/``, and ``epoch``; nothing before the first validation.
         """
-        return json.loads(checkpoint["callbacks"].get(cls.__qualname__, {"metrics": "{}"})["metrics"])
+        return _numbers(checkpoint["callbacks"].get(cls.__qualname__, {}))
+
+
+def _numbers(state: dict[str, Any]) -> dict[str, Any]:
+    found = state.get("metrics", {})
+    return json.loads(found) if isinstance(found, str) else found  # text in checkpoints of before
 
 
 class Accuracy(ValidationNumbers):
