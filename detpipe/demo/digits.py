@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image
 
 from detpipe.datasets.classification import ClassificationData, LabeledImages, LabeledSplit, Views
+from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.formats.coco_json import load_coco
 from detpipe.datasets.image_folder import read_image_folder
@@ -42,8 +43,9 @@ class DemoDigits(ClassificationData):
         root: the folder of the crops; made on first use, without a network, together with the scenes.
         demo: the folder of the demo set that they are cut out of.
         scenes: what the demo set is made of.
+        loader: how images are loaded and batched.
         views: how crops of any size become squares; digits are not flipped unless it is asked for.
-        common: what all such data sets have: ``loader``, ``seed`` and ``on_bad`` of
+        common: what all such data sets have: ``seed`` and ``on_bad`` of
             :class:`~detpipe.datasets.classification.ClassificationData`.
     """
 
@@ -52,10 +54,11 @@ class DemoDigits(ClassificationData):
         root: str = "data/demo_digits",
         demo: str = "data/demo",
         scenes: DemoScenes = DEFAULT_SCENES,
+        loader: Loader = DEFAULT_LOADER,
         views: Views = UPRIGHT_VIEWS,
         **common: Any,
     ) -> None:
-        super().__init__(views=views, **common)
+        super().__init__(loader, views, **common)
         self.root, self.demo, self.scenes = str(root), str(demo), scenes
 
     def prepare_data(self) -> None:
