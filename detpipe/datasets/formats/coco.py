@@ -75,9 +75,10 @@ class COCO(DetectionData):
         annotations, images = self.files(split)
         return load_coco(annotations, images, self.on_bad)
 
-    def segmentations(self, split: Split) -> Segmentations:
-        """Read the annotation file again, for polygons and run lengths."""
-        return read_segmentations(self.files(split)[0], self.annotations(split))
+    def with_segmentations(self, split: Split) -> Annotations:
+        """Read the annotations of a split with the outlines of its objects."""
+        annotations, images = self.files(split)
+        return load_coco(annotations, images, self.on_bad, segmentations=True)
 
     def files(self, split: Split) -> tuple[Path, Path]:
         """The annotation file and the image folder of a split.
@@ -192,6 +193,111 @@ def _place(root: Path, path: Path, first: str, alone: bool) -> tuple[str, Path]:
     if stem not in _PLAIN:
         return stem, images
     return (images if beside == root or beside.name == "annotations" else beside).name, images
+
+
+def load_coco(
+    json_path: str | Path, image_root: str | Path, on_bad: Policy = "error", segmentations: bool = False
+) -> Annotations:
+    """Read one COCO annotation file and check it against its images.
+
+    Category ids become the labels 1..K in ascending order of the ids; images without annotations stay in. A missing ``iscrowd``
+    is 0, a missing ``area`` is the area of the box, a missing size is read from the image. VOC's ``difficult``, where a file
+    has it, is kept. File names may have backslashes, or folders before them that are not there. Ids and the root category of
+    hubs: see :func:`~detpipe.support.coco_file.read_coco_file`.
+
+    Args:
+        json_path: the annotation file.
+        image_root: the folder that each ``file_name`` is relative to.
+        on_bad: ``"error"`` refuses a file with any faulty record; ``"skip"`` leaves these records out and counts them.
+        segmentations: whether the outlines of the objects are read as well.
+
+    Returns:
+        The annotations of all images, in the order of the file.
+
+    Raises:
+        DataError: for anything wrong, naming the file, the record, the field and its value.
+    """
+    json_path, image_root = Path(json_path), Path(image_root)
+    faults = Faults(json_path, on_bad)
+    file = read_coco_file(json_path, segmentations, strict=faults.collects)
+    if not image_root.is_dir():
+        raise DataError(f"{image_root}: no such image folder; it should hold the images of {json_path}")
+    for fault in file.faults:
+        if fault.level != "box":
+            getattr(faults, fault.level)(fault.reason, fault.message)
+    file_names = _file_names(file.images["file_name"], image_root)
+    keep_image, sized = _check_images(file, file_names, image_root, faults)
+    for fault in file.faults:
+        if fault.level == "box":
+            faults.box(fault.reason, fault.message)
+    rows = np.flatnonzero((keep_image & sized)[file.box_image])
+    faults.skipped["boxes skipped: image skipped"] += file.orphans + len(file.labels) - len(rows)
+    names = [file_names[i] for i in np.flatnonzero(keep_image).tolist()]
+    xywh, box_image = file.xywh[rows], (np.cumsum(keep_image) - 1)[file.box_image[rows]]
+    ids: list[Any] = [file.boxes["id"][row] for row in rows.tolist()]
+    records = Records(
+        root=image_root,
+        folders=[image_root],
+        file_names=names,
+        image_ids=file.image_ids[keep_image],
+        sizes=file.sizes[keep_image],
+        box_image=box_image,
+        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+        labels=file.labels[rows],
+        iscrowd=file.iscrowd[rows],
+        difficult=file.difficult[rows],
+        area=file.area[rows],
+        class_names=tuple(file.categories["name"]),
+        category_ids=file.category_ids,
+        name_box=lambda b: f"annotation id {ids[b]} (image {names[box_image[b]]}): bbox {xywh[b].tolist()}",
+        images_read=file.images_read,
+        boxes_read=file.boxes_read,
+        counts=file.counts,
+        segmentations=_segmentations(file, ids).take(rows) if segmentations else None,
+    )
+    return build_annotations(records, faults)
+
+
+def _file_names(names: list[Any], folder: Path) -> list[str]:
+    """File names as the images are called in the folder; what is not there, or is there for several, stays as it is."""
+    names = ["" if name is UNSET else name for name in names]
+    if not any("/" in name or "\\" in name for name in names):
+        return names
+    found = [find_image(folder, name) or name for name in names]
+    count = Counter(found)
+    return [new if count[new] == 1 else name for name, new in zip(names, found, strict=True)]
+
+
+def _check_images(
+    file: COCOFile, names: list[str], folder: Path, faults: Faults
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Note the images that lack a name or a size, and read sizes that no record has.
+
+    Returns:
+        [I] which images to keep, and those whose size is known: those of missing files, which are kept to be named, are not.
+    """
+    keep = np.ones(len(names), dtype=bool)
+    has_height, has_width = (file.sizes > 0).T
+    for i in np.flatnonzero([not name for name in names] | ~(has_height & has_width)).tolist():
+        missing = "file_name" * (not names[i]) or "width" * bool(has_height[i]) or "height" * bool(has_width[i])
+        if missing:
+            keep[i] = False
+            named = f"image id {file.images['id'][i]} ({names[i] or None})"
+            faults.image(f"bad {missing}", f"{named}: field {missing} is missing")
+        elif find_image(folder, names[i]) == names[i]:
+            try:
+                file.sizes[i] = image_size(folder / names[i])
+            except DataError as error:
+                keep[i] = False
+                faults.image("unreadable", str(error))
+    return keep, (file.sizes > 0).all(1)
+
+
+def _segmentations(file: COCOFile, ids: list[Any]) -> Segmentations:
+    """The outlines of all boxes of a file; an empty one is none."""
+    texts = [b"" if raw is UNSET else bytes(raw) for raw in file.boxes["segmentation"]]
+    texts = [b"" if len(text) < 9 and b"".join(text.split()) in (b"[]", b"{}", b"null") else text for text in texts]
+    return Segmentations.pack(texts, None if any(isinstance(one, str) for one in ids) else np.array(ids, dtype=np.int64))
 
 
 def find_image(folder: Path, name: str) -> str | None:
