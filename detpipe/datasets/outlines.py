@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.datasets.formats.yolo import label_path
+from detpipe.datasets.formats.yolo_images import label_path
 from detpipe.datasets.segmentations import matched_records
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import load_json, shorten

@@ -205,22 +205,23 @@ def _check_files(records: Records, faults: Faults) -> npt.NDArray[np.bool_]:
     allowed = [folder.resolve() for folder in records.folders]
     listings: dict[str, tuple[set[str], set[str]]] = {}
     for i, name in enumerate(records.file_names):
-        if _leaves_root(name):
+        if "\0" in name or not name or (_leaves_root(name) and not faults.allow_links):
             keep[i] = False
             faults.fatal(
                 "leads out of the folder",
-                f"image id {records.image_ids[i]}: file_name {name!r} leads out of the image folder",
+                f"image id {records.image_ids[i]}: file_name {name!r} leads out of the image folder; allow_links: true permits it",
             )
             continue
         folder, _, base = name.rpartition("/")
         if folder not in listings:
             listings[folder] = _list_folder(records.root / folder, allowed)
         files, strangers = listings[folder]
-        if base in strangers:
+        if base in strangers and not faults.allow_links:
             keep[i] = False
             faults.fatal(
                 "leads out of the folder",
-                f"image id {records.image_ids[i]}: file_name {name!r} is a link that leads out of the folder",
+                f"image id {records.image_ids[i]}: file_name {name!r} is a link that leads out of the folder; allow_links: true "
+                "permits it",
             )
         elif base not in files:
             keep[i] = False

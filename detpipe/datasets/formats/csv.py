@@ -6,6 +6,9 @@
       annotations.csv      split,file_name,x1,y1,x2,y2,label: see csv_table.py for the columns
       images/a.jpg         wherever file_name says, relative to the table
 
+The table may have another name, be one of several, a split each (``train.csv``, ``train/_annotations.csv``), and its images may lie
+beside it, in ``images``, or in a folder that is called as the split.
+
 Messages name the line and column of whatever is wrong.
 """
 
@@ -24,7 +27,8 @@ from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.decode import image_size
 from detpipe.datasets.faults import Faults, Policy
 from detpipe.datasets.formats.class_list import ids_of, read_class_list
-from detpipe.datasets.formats.csv_table import Row, Table
+from detpipe.datasets.formats.csv_table import Row, Table, is_table
+from detpipe.datasets.formats.folders import ALL, IMAGE_FOLDERS, find_split, split_of
 from detpipe.datasets.records import RecordBuilder, Records, build_annotations, read_number, read_whole
 from detpipe.datasets.stored_proposals import file_key
 from detpipe.support.errors import DataError
@@ -32,6 +36,7 @@ from detpipe.support.strict_json import shorten
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import Annotations
 
+_LOOKED_AT = 20  # rows whose images are looked for to find their folder
 _FLAGS = {"": False, "0": False, "1": True, "false": False, "true": True}
 
 
@@ -49,6 +54,7 @@ class RowReader:
         self.label_of = {name: label for label, name in enumerate(names, start=1)}
         self.folder = folder
         self.faults = faults
+        self.prefix = ""
         self.images: dict[str, str] = {}  # file name -> where it is first named, in the order of the tables
         self.ids: dict[str, tuple[int, str]] = {}  # file name -> image id and where it is given
         self.owners: dict[int, str] = {}  # image id -> file name
@@ -58,18 +64,20 @@ class RowReader:
         self.where: list[str] = []
         self.boxes_read = 0
 
-    def read(self, table: Table, split: str | None) -> int:
+    def read(self, table: Table, split: str | None, prefix: str = "") -> int:
         """Read the rows of a split.
 
         Args:
             table: the rows.
             split: what their column ``split`` holds; None reads all rows.
+            prefix: the folder that file names are relative to, below that of the images.
 
         Returns:
             How many rows there were.
         """
         other: dict[str, str] = {}  # file name -> another split that it is in
         rows = 0
+        self.prefix = prefix
         for row in table.rows:
             if row.broken:
                 self.boxes_read += 1
@@ -78,7 +86,7 @@ class RowReader:
                 rows += 1
                 self._row(table, row)
             else:
-                other.setdefault(_normal(row.values["file_name"]), row.values["split"])
+                other.setdefault(self._name(row), row.values["split"])
         for name in self.images:
             if name in other and split is not None:
                 self.faults.fatal(
@@ -87,9 +95,13 @@ class RowReader:
                 )
         return rows
 
+    def _name(self, row: Row) -> str:
+        name = _normal(row.values["file_name"])
+        return f"{self.prefix}{name}" if name and not name.startswith(("/", "../")) else name
+
     def _row(self, table: Table, row: Row) -> None:
         where = f"{table.path}: line {row.line}"
-        name = _normal(row.values["file_name"])
+        name = self._name(row)
         ends = ("x1", "y1", "w", "h") if table.sized else ("x1", "y1", "x2", "y2")
         texts = [row.values[meaning] for meaning in ends]
         self.boxes_read += any(texts) or not name
@@ -204,8 +216,12 @@ class RowReader:
 
     def _size(self, name: str) -> tuple[int, int] | None:
         """Height and width; None, and a fault, where there is no such image."""
-        if name.startswith(("../", "/")) or "\0" in name or name[1:2] == ":":
-            self.faults.fatal("leads out of the folder", f"{self.images[name]}: {name!r} leads out of {self.folder}")
+        outside = name.startswith(("../", "/")) or name[1:2] == ":"
+        if "\0" in name or (outside and not self.faults.allow_links):
+            self.faults.fatal(
+                "leads out of the folder",
+                f"{self.images[name]}: {name!r} leads out of {self.folder}; allow_links: true permits it",
+            )
             return None
         path = self.folder / name
         try:
@@ -222,6 +238,64 @@ def _normal(name: str) -> str:
 
 
 NAME = "annotations.csv"
+
+
+@dataclass(frozen=True)
+class CSVSplit:
+    """A split.
+
+    Args:
+        table: path of its table.
+        value: what the column ``split`` holds in its rows; None: all rows are of it.
+    """
+
+    table: Path
+    value: str | None
+
+
+def find_splits(root: Path) -> dict[str, CSVSplit]:
+    """Find the splits of a folder with tables of boxes.
+
+    Args:
+        root: the folder; or a table, for the values of its column ``split``.
+
+    Returns:
+        name -> split: the values of the column ``split`` of ``annotations.csv`` or the only table, ``all`` where it has none; or the
+        tables, by their names or those of their folders; nothing if there is no table of boxes.
+
+    Raises:
+        DataError: the table cannot be read.
+    """
+    if root.is_file() or (root / NAME).is_file():
+        return _of_column(root if root.is_file() else root / NAME)
+    tables = [path for path in _files(root) if is_table(path)]
+    tables = tables or [
+        path for folder in sorted(root.iterdir()) if folder.is_dir() for path in _files(folder) if is_table(path)
+    ]
+    if len(tables) == 1 and not split_of(tables[0].relative_to(root).with_suffix("").parts):
+        return _of_column(tables[0])
+    found: dict[str, CSVSplit] = {}
+    for path in tables:
+        name = split_of(path.relative_to(root).with_suffix("").parts) or path.stem
+        if name in found:
+            raise DataError(f"{root}: {found[name].table} and {path} may each be the split {name!r}: name the tables")
+        found[name] = CSVSplit(path, None)
+    return found
+
+
+def _of_column(table: Path) -> dict[str, CSVSplit]:
+    values = splits_of(Table(table))
+    return {value: CSVSplit(table, value) for value in values} or {ALL: CSVSplit(table, None)}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*")) if path.suffix.lower() == ".csv" and path.is_file()]
+
+
+def says_layout(root: Path, splits: dict[str, CSVSplit]) -> str:
+    """Say in which layout a folder is, in half a line: "annotations.csv"."""
+    base = root.parent if root.is_file() else root
+    return ", ".join(dict.fromkeys(split.table.relative_to(base).as_posix() for split in splits.values()))
 
 
 @dataclass(frozen=True)
@@ -277,19 +351,23 @@ class CSVBoxes(DetectionData):
 
     def load(self, split: Split) -> Annotations:
         """Read the rows of a split."""
-        names = self.splits[split]
-        if not names:
-            raise DataError(
-                f"no {split} split: set the argument {split} to a value of the column split, or a .csv file"
-            )
+        names = self.source_of(split, "a value of the column split, or a .csv file")
         tables = _tables(self.root, names, self.format.file)
-        return load_csv(tables, Path(self.root) / self.format.images, self._names(), self.on_bad)
+        return _load(tables, Path(self.root) / self.format.images, self._names(), self.on_bad, self.allow_links)
+
+    def split_names(self) -> tuple[str, ...]:
+        """The splits that the root holds."""
+        table = Path(self.root) / self.format.file
+        return tuple(find_splits(table if table.is_file() else Path(self.root)))
 
     def _names(self) -> tuple[str, ...]:
         """The class names of all splits, those of the training split's tables for ``auto``."""
         if self._class_names is None:
             names = self.format.class_names
-            tables = _tables(self.root, self.splits["train"] or [], self.format.file)
+            source = (
+                self.source_of("train", "a value of the column split, or a .csv file") if self.splits["train"] else []
+            )
+            tables = _tables(self.root, source, self.format.file)
             self._class_names = find_classes([path for path, _ in tables]) if names == "auto" else tuple(names)
         return self._class_names
 
@@ -318,13 +396,23 @@ def load_csv(
     Raises:
         DataError: for anything wrong, naming the file, the line, the column and its value.
     """
+    return _load(tables, images, class_names, on_bad)
+
+
+def _load(
+    tables: str | Path | Sequence[tuple[str | Path, str | None]],
+    images: str | Path | None,
+    class_names: Sequence[str] | Literal["auto"],
+    on_bad: Policy,
+    allow_links: bool = False,
+) -> Annotations:
     wanted = [(tables, None)] if isinstance(tables, str | Path) else list(tables)
     paths = [Path(path) for path, _ in wanted]
     folder = paths[0].parent if images is None else Path(images)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such image folder; it should hold the images of {paths[0]}")
     splits = [split for _, split in wanted if split is not None]
-    faults = Faults(f"{paths[0]} ({', '.join(splits)})" if splits else paths[0], on_bad)
+    faults = Faults(f"{paths[0]} ({', '.join(splits)})" if splits else paths[0], on_bad, allow_links)
     names = find_classes(paths) if class_names == "auto" else tuple(class_names)
     if not names or len(set(names)) != len(names):
         raise DataError(f"class_names must be distinct and at least one, got {list(names)}")
@@ -334,8 +422,9 @@ def load_csv(
         table = read[path] if path in read else read.setdefault(path, Table(path))
         if split is not None and "split" not in table.columns:
             raise DataError(f"{path}: has no column 'split', but the split {split!r} is wanted")
-        if not reader.read(table, split) and split is not None:
-            known = splits_of(table)
+        known = splits_of(table)
+        value = split if split is None else find_split(split, known) or split
+        if not reader.read(table, value, _prefix(table, folder)) and split is not None:
             raise DataError(
                 f"{path}: no row of the split {split!r}; there are {', '.join(known)}{did_you_mean(split, known)}"
             )
@@ -369,10 +458,40 @@ def splits_of(table: Table) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.values["split"] for row in table.rows if row.values.get("split")))
 
 
+def _prefix(table: Table, folder: Path) -> str:
+    """The folder below that of the images which the first names of a table are relative to; empty where they are relative to it."""
+    names = [_normal(row.values.get("file_name", "")) for row in table.rows[:_LOOKED_AT]]
+    names = [name for name in dict.fromkeys(names) if name and not name.startswith(("../", "/"))]
+    beside = table.path.parent
+    near = [
+        path for path in sorted(beside.iterdir()) if path.is_dir() and path.name.lower() in (*IMAGE_FOLDERS, "data")
+    ]
+    own = split_of((table.path.stem,))
+    near += [base / own for base in (beside, *near) if own]
+    for place in (folder, beside, *near):
+        if place.is_relative_to(folder) and any((place / name).is_file() for name in names):
+            return "" if place == folder else f"{place.relative_to(folder).as_posix()}/"
+    return ""
+
+
 def _tables(root: str, names: str | list[str], file: str) -> list[tuple[Path, str | None]]:
     """The files of a split, each with what its column ``split`` must hold."""
     folder = Path(root)
     if not folder.is_dir():
         raise DataError(f"{root}: no such folder; the argument root must name the folder of the tables")
     listed = [names] if isinstance(names, str) else names
-    return [(folder / name, None) if name.lower().endswith(".csv") else (folder / file, name) for name in listed]
+    return [(folder / name, None) if name.lower().endswith(".csv") else _find(folder, name, file) for name in listed]
+
+
+def _find(folder: Path, name: str, file: str) -> tuple[Path, str | None]:
+    """The table of a split, and what its column ``split`` must hold."""
+    if (folder / file).is_file() or file != NAME:
+        only = name == ALL and (folder / file).is_file() and "split" not in Table(folder / file).columns
+        return folder / file, None if only else name
+    splits = find_splits(folder)
+    found = find_split(name, splits)
+    if found is None and splits:
+        raise DataError(
+            f"{folder}: no table of the split {name!r}; there are {', '.join(splits)}{did_you_mean(name, splits)}"
+        )
+    return (folder / file, name) if found is None else (splits[found].table, splits[found].value)

@@ -45,6 +45,7 @@ ALIASES = {
     "image_id": ("image_id",),
 }
 _FORMULA, _QUOTED = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"'+[=+\-@\t\r]")  # what a spreadsheet would compute
+_LONGEST_HEADER = 2**14  # bytes
 _NEEDED = ("file_name", "x1", "y1", "label")
 
 
@@ -85,7 +86,7 @@ class Table:
         delimiter = max(",;\t", key=first.count)
         records = _records(path, text, delimiter)
         self.header = [name.strip() for _, names in [next(records, (1, []))] for name in names]
-        self.columns = self._find_columns()
+        self.columns = _find_columns(path, self.header)
         places = {meaning: self.header.index(name) for meaning, name in self.columns.items()}
         self.rows = [self._row(line, values, places) for line, values in records if any(map(str.strip, values))]
 
@@ -105,32 +106,44 @@ class Table:
         cells = {meaning: values[place].strip() for meaning, place in places.items()}
         return Row(line, {meaning: cell[bool(_QUOTED.match(cell)) :] for meaning, cell in cells.items()})
 
-    def _find_columns(self) -> dict[str, str]:
-        names = [name.lower().replace(" ", "_").replace("-", "_") for name in self.header]
-        found: dict[str, str] = {}
-        for meaning, aliases in ALIASES.items():
-            places = [i for alias in aliases for i, name in enumerate(names) if name == alias]
-            if meaning in ("file_name", "label", "split") and places:
-                places = (
-                    places[:1] if names.count(names[places[0]]) == 1 else places
-                )  # "class" and "name": the first counts
-            if len(places) > 1:
-                both = " and ".join(repr(self.header[i]) for i in places)
-                raise DataError(f"{self.path}: the columns {both} mean the same; keep one of them")
-            if places:
-                found[meaning] = self.header[places[0]]
-        if "x2" in found or "y2" in found:  # then width and height are those of the image
-            found.pop("w", None)
-            found.pop("h", None)
-        ends = ("x2", "y2") if "x2" in found or "y2" in found else ("w", "h")
-        missing = [meaning for meaning in (*_NEEDED, *ends) if meaning not in found]
-        if missing:
-            wanted = ", ".join("x2 (or w)" if m == "w" else "y2 (or h)" if m == "h" else m for m in missing)
-            raise DataError(
-                f"{self.path}: line 1: the header lacks a column {wanted}; it has {shorten(self.header, 200)}; the first line "
-                "must name the columns, such as file_name,x1,y1,x2,y2,label"
-            )
-        return found
+
+def _find_columns(path: Path, header: list[str]) -> dict[str, str]:
+    """Meaning -> column; see `Table`."""
+    names = [name.lower().replace(" ", "_").replace("-", "_") for name in header]
+    found: dict[str, str] = {}
+    for meaning, aliases in ALIASES.items():
+        places = [i for alias in aliases for i, name in enumerate(names) if name == alias]
+        if meaning in ("file_name", "label", "split") and places:
+            places = (
+                places[:1] if names.count(names[places[0]]) == 1 else places
+            )  # "class" and "name": the first counts
+        if len(places) > 1:
+            both = " and ".join(repr(header[i]) for i in places)
+            raise DataError(f"{path}: the columns {both} mean the same; keep one of them")
+        if places:
+            found[meaning] = header[places[0]]
+    if "x2" in found or "y2" in found:  # then width and height are those of the image
+        found.pop("w", None)
+        found.pop("h", None)
+    ends = ("x2", "y2") if "x2" in found or "y2" in found else ("w", "h")
+    missing = [meaning for meaning in (*_NEEDED, *ends) if meaning not in found]
+    if missing:
+        wanted = ", ".join("x2 (or w)" if m == "w" else "y2 (or h)" if m == "h" else m for m in missing)
+        raise DataError(
+            f"{path}: line 1: the header lacks a column {wanted}; it has {shorten(header, 200)}; the first line "
+            "must name the columns, such as file_name,x1,y1,x2,y2,label"
+        )
+    return found
+
+
+def is_table(path: Path) -> bool:
+    """Whether the first line of a file names the columns of a table of boxes."""
+    with path.open("rb") as stream:
+        first = stream.readline(_LONGEST_HEADER).decode("utf-8-sig", errors="replace").strip()
+    try:
+        return bool(_find_columns(path, [name.strip(' "') for name in first.split(max(",;\t", key=first.count))]))
+    except DataError:
+        return False  # some other table
 
 
 def quoted(text: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from detpipe.datasets import YOLO, load_yolo
-from detpipe.datasets.formats.yolo import label_path
+from detpipe.datasets.formats.yolo_images import label_path
 from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
 from detpipe.support.errors import DataError
 

@@ -29,7 +29,7 @@ from detpipe.datasets.formats.writers.placement import (
     totals,
     transfer,
 )
-from detpipe.datasets.formats.yolo import label_path
+from detpipe.datasets.formats.yolo_images import label_path
 from detpipe.datasets.formats.yolo_yaml import NAME
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.datasets.outlines import NO_OUTLINES, Outlines, keep_boxes, merge, write_outlines

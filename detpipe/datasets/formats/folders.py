@@ -1,0 +1,226 @@
+"""Finds which folders hold the images and annotations of a data set that has one annotation file an image, and its splits.
+
+::
+
+    train/a.jpg  train/a.xml                beside each other
+    images/train/a.jpg  labels/train/a.txt  in sister folders, at any depth
+    images/a.jpg  annotations/xmls/a.xml    folders of other names too: what belongs together has the same names in it
+
+A split is called by the folder that says so (``train``, ``valid``, ``test2007``, ``default``, ``data``); where none does, all
+images are one split, ``all``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from detpipe.datasets.decode import IMAGE_SUFFIXES
+from detpipe.support.errors import DataError
+
+ALL = "all"  # what the only split of a data set without splits is called
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "frames")
+LABEL_FOLDERS = ("labels", "label", "annotations", "annotation", "anns", "ann", "xmls", "xml", "txt")
+_SAME_SPLIT = (("val", "valid", "validation"), ("train", "training"), ("test", "testing"))
+_SPLIT = re.compile(r"(train|training|trainval|val|valid|validation|test|testing|dev|eval)([^a-z].*)?")
+_SPLIT_WORDS = ("default", "data")  # of tools that have no splits, but a folder in their place
+_WORD = f"({'|'.join((*IMAGE_FOLDERS, *LABEL_FOLDERS))})"
+_WORDS = re.compile(rf"^{_WORD}$|^{_WORD}[ _-]+|[ _-]+{_WORD}$", re.IGNORECASE)
+_DEEPEST = 8  # levels of folders below the root
+
+
+@dataclass
+class Folder:
+    """What lies in a folder.
+
+    Args:
+        images: name without suffix -> file names of images, more than one where only suffixes differ.
+        labels: name without suffix -> file name of an annotation file.
+    """
+
+    images: dict[str, list[str]] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of images and the folder of their annotations, which may be the same.
+
+    Args:
+        images: path of the folder.
+        labels: path of the folder.
+        split: what it is a part of.
+        only_labeled: whether images without an annotation file belong to another split.
+    """
+
+    images: Path
+    labels: Path
+    split: str
+    only_labeled: bool = False
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its suffix; hidden files are none."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def list_folder(folder: Path, suffix: str = "") -> Folder:
+    """List the images of a folder, and its files that end in a suffix.
+
+    Raises:
+        DataError: it cannot be listed.
+    """
+    found = Folder()
+    for name in sorted(_names(folder)):
+        stem, own = os.path.splitext(name)
+        if is_image(name):
+            found.images.setdefault(stem, []).append(name)
+        elif suffix and own.lower() == suffix and not name.startswith("."):
+            found.labels[stem] = name
+    return found
+
+
+def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
+    """List a folder and all below it, by their parts relative to it; hidden ones are left out, none is entered twice."""
+    found: dict[tuple[str, ...], Folder] = {}
+    seen: set[tuple[int, int]] = set()
+    waiting: list[tuple[str, ...]] = [()]
+    while waiting:
+        parts = waiting.pop()
+        path = root.joinpath(*parts)
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in seen or len(parts) > _DEEPEST:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        found[parts] = list_folder(path, suffix)
+        with os.scandir(path) as entries:
+            below = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        waiting += [(*parts, name) for name in reversed(below)]
+    return found
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
+
+
+def find_places(root: Path, suffix: str) -> list[Place]:
+    """Find the folders of images whose annotation files, called as the images, lie beside them or in another folder.
+
+    Args:
+        root: of the data set.
+        suffix: of the annotation files, such as ".xml".
+
+    Returns:
+        The places, by the path of their images.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    folders = list_folders(root, suffix)
+    pairs = _pairs(folders)
+    shared = Counter(images for images, _ in pairs)
+    named = [split_of(images) or split_of(labels) for images, labels in pairs]
+    return [
+        Place(root.joinpath(*images), root.joinpath(*labels), name or ALL, shared[images] > 1)
+        for (images, labels), name in zip(pairs, named, strict=True)
+    ]
+
+
+def _pairs(folders: dict[tuple[str, ...], Folder]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The folders of images and annotations that belong together."""
+    by_name: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)  # names without image and label words
+    holders: dict[str, list[tuple[str, ...]]] = defaultdict(list)  # name of an annotation file -> folders
+    for parts, folder in folders.items():
+        if folder.labels:
+            by_name[_plain(parts)].append(parts)
+            for stem in folder.labels:
+                holders[stem].append(parts)
+    found: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    for parts, folder in folders.items():
+        count = Counter({other: len(folder.images.keys() & folders[other].labels) for other in by_name[_plain(parts)]})
+        if not any(count.values()):
+            count = Counter(other for stem in folder.images for other in holders.get(stem, ()))
+            if count and len(parts) < max(len(other) for other in count) and not _plain(parts):
+                by_split = [other for other in count if split_of(other)]
+                found += [(parts, other) for other in by_split]  # images together, annotations by splits
+                if by_split:
+                    continue
+        best = max(count, key=lambda other: (count[other], _common(parts, other), [*other]), default=None)
+        if best is not None and count[best]:
+            found.append((parts, best))
+    return found
+
+
+def _plain(parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(part for part in map(_without_words, map(str.lower, parts)) if part)
+
+
+def _without_words(part: str) -> str:
+    """``images`` -> nothing, ``train_images`` and ``labels-train`` -> ``train``."""
+    return _WORDS.sub("", part)
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many parts two paths share at their begin."""
+    differ = (k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
+
+
+def split_of(parts: Sequence[str]) -> str:
+    """What the parts of a path say of the split; empty if nothing."""
+    for part in parts:
+        name = _without_words(part)
+        if _SPLIT.fullmatch(name.lower()):
+            return name
+    return parts[-1] if parts and parts[-1].lower() in _SPLIT_WORDS else ""
+
+
+def find_split(name: str, known: Iterable[str]) -> str | None:
+    """Find a split by its name or another usual one: ``val`` is ``valid`` and ``validation``, and the only split is ``all``.
+
+    Args:
+        name: that is asked for.
+        known: the splits that are there.
+
+    Returns:
+        What the data set calls it; None if it has none, or several that may be meant.
+    """
+    names = list(known)
+    if name in names:
+        return name
+    lower = name.lower()
+    same = next((group for group in _SAME_SPLIT if lower in group), (lower,))
+    found = [other for other in names if other.lower() in same]
+    if not found and lower == ALL:
+        found = names
+    return found[0] if len(found) == 1 else None
+
+
+def says_folders(root: Path, places: Sequence[Place], what: str) -> str:
+    """Say where annotations are: "XML beside the images in train, valid"."""
+    beside = [place for place in places if place.images == place.labels]
+    apart = [place for place in places if place.images != place.labels]
+    parts = []
+    if beside:
+        parts.append(f"{what} beside the images in {_listed(root, beside)}")
+    if apart:
+        place = apart[0]
+        more = f" (and {len(apart) - 1} more folders)" if len(apart) > 1 else ""
+        parts.append(f"{what} in {_name(root, place.labels)} of the images in {_name(root, place.images)}{more}")
+    return " and ".join(parts)
+
+
+def _listed(root: Path, places: Sequence[Place]) -> str:
+    names = list(dict.fromkeys(_name(root, place.images) for place in places))
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _name(root: Path, folder: Path) -> str:
+    return "the folder" if folder == root else folder.relative_to(root).as_posix()
