@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -96,15 +96,20 @@ class Segmentations:
     """The outlines of the B boxes of a data set as JSON in COCO's format, polygons or run lengths, packed and unchecked."""
 
     text: npt.NDArray[np.uint8]  # [W] UTF-8
-    offsets: npt.NDArray[np.int64]  # [B + 1] that of box b is text[offsets[b]:offsets[b + 1]], empty where there is none
+    offsets: npt.NDArray[
+        np.int64
+    ]  # [B + 1] that of box b is text[offsets[b]:offsets[b + 1]], empty where there is none
     ids: npt.NDArray[np.int64]  # [B] of the annotations in their file, for messages
+    source: str = ""  # that file
 
     @classmethod
-    def pack(cls, texts: Sequence[bytes | memoryview], ids: npt.NDArray[np.int64] | None = None) -> Segmentations:
+    def pack(
+        cls, texts: Sequence[bytes | memoryview], ids: npt.NDArray[np.int64] | None = None, source: str = ""
+    ) -> Segmentations:
         """Pack the outlines of B boxes, whose ids are 1..B where none are given."""
         ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
         ids = np.arange(1, len(texts) + 1) if ids is None else ids
-        return cls(np.frombuffer(b"".join(texts), dtype=np.uint8), ends, ids)
+        return cls(np.frombuffer(b"".join(texts), dtype=np.uint8), ends, ids, source)
 
     @classmethod
     def concat(cls, parts: Sequence[Segmentations]) -> Segmentations:
@@ -114,6 +119,7 @@ class Segmentations:
             np.concatenate([part.text for part in parts]),
             np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts[:-1], strict=True))]),
             np.concatenate([part.ids for part in parts]),
+            parts[0].source,
         )
 
     def __len__(self) -> int:
@@ -124,8 +130,11 @@ class Segmentations:
 
     def take(self, boxes: npt.NDArray[np.int64]) -> Segmentations:
         """Keep those of some of the boxes, in the order of the indices ``boxes``."""
-        view, starts, ends = memoryview(self.text), self.offsets[boxes].tolist(), self.offsets[boxes + 1].tolist()
-        return Segmentations.pack([view[start:end] for start, end in zip(starts, ends, strict=True)], self.ids[boxes])
+        text: Any = self.text
+        view, starts, ends = memoryview(text), self.offsets[boxes].tolist(), self.offsets[boxes + 1].tolist()
+        return Segmentations.pack(
+            [view[start:end] for start, end in zip(starts, ends, strict=True)], self.ids[boxes], self.source
+        )
 
 
 @dataclass(frozen=True)

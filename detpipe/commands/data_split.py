@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, read_outlines, write_layout
-from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
+from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, read_outlined, write_layout
+from detpipe.commands.data_source import new_output, open_splits, source_parser
 from detpipe.datasets.checking import equal_files
 from detpipe.datasets.formats.recognize import known_layout
 from detpipe.datasets.image_files import ImageFiles, image_paths
@@ -60,7 +60,7 @@ def run_split(arguments: Sequence[str]) -> int:
             f"{options.data} has several splits: name those that are to be divided anew with --split, again for each; there are "
             f"{', '.join(opened)}"
         )
-    splits = {name: read_split(data) for name, data in opened.items()}
+    splits = {name: read_outlined(name, data) for name, data in opened.items()}
     pool, repeated = join(list(splits.values()))
     if len(pool) < len(parts):
         raise UsageError(f"{options.data} has {len(pool)} images: too few for {len(parts)} parts")
@@ -72,7 +72,7 @@ def run_split(arguments: Sequence[str]) -> int:
         raise UsageError(
             f"the part {empty[0]} gets no image: there are too few, or too few groups; give it a larger share"
         )
-    written = write_layout(_layout(options), divided, folder, options, read_outlines(opened, splits), source)
+    written = write_layout(_layout(options), divided, folder, options, source)
     more = [f"{repeated} images that several splits name are taken once"] if repeated else []
     say(describe(written, splits, [*more, *fields_left_out(opened)]))
     say(table(divided))

@@ -214,14 +214,14 @@ def read_coco_file(path: str | os.PathLike[str], segmentations: bool = False, st
     )
 
 
-def read_coco_images(path: str | os.PathLike[str]) -> Columns:
+def read_coco_images(path: str | os.PathLike[str]) -> tuple[Columns, npt.NDArray[np.int64]]:
     """Read the images of an annotation file, which need not have boxes.
 
     Args:
         path: the file.
 
     Returns:
-        The fields of the images; ids are whole numbers, or text.
+        The fields of the images, and their ids: 1..I where some are text in the file.
 
     Raises:
         DataError: the file cannot be read, or an image is not as it must be.
@@ -230,7 +230,7 @@ def read_coco_images(path: str | os.PathLike[str]) -> Columns:
     _drop_repeated_images(images)
     if images.faults:
         raise DataError(f"{path}: {min(images.faults)[1].message}; correct the file")
-    return images.columns
+    return images.columns, _numbers(images.columns["id"], path, "images")
 
 
 def _read(path: Path, kinds: dict[str, type[msgspec.Struct]], strict: bool) -> dict[str, _Section]:
@@ -248,7 +248,7 @@ def _decode(path: Path, kinds: dict[str, type[msgspec.Struct]]) -> dict[str, _Se
         if not data.isascii():
             data.decode()  # msgspec leaves text unchecked that is not read
         top = msgspec.json.decode(data, type=dict[str, Raw])
-        lists = {name: msgspec.json.decode(top[name], type=list[kind]) for name, kind in kinds.items()}
+        lists = {name: msgspec.json.decode(top[name], type=_list_of(kind)) for name, kind in kinds.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, OSError):
         return None
     sections = {name: _Section(_columns(lists.pop(name), kind), range(0)) for name, kind in kinds.items()}
@@ -263,6 +263,10 @@ def _is_written_once(text: bytes, columns: Columns) -> bool:
     """Whether a list has each key only as often as its records do."""
     present = {name: len(values) - values.count(UNSET) for name, values in columns.items()}
     return all(text.count(b'"%b"' % name.encode()) == count for name, count in present.items() if count)
+
+
+def _list_of(kind: type[msgspec.Struct]) -> Any:
+    return list[kind]  # pyright: ignore[reportInvalidTypeForm]
 
 
 def _columns(records: list[Any], kind: type[msgspec.Struct]) -> Columns:

@@ -40,7 +40,6 @@ from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import shorten
 from detpipe.types import Annotations
 
-
 _FIELDS = ("x", "y", "width", "height")
 _ROUNDING = 1e-6  # what six digits can be beyond 0..1
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from detpipe.datasets.formats.coco_quick import sound_records
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets import load_coco
 from detpipe.datasets.faults import Collected
 from detpipe.datasets.formats import coco_json
-from detpipe.datasets.formats.coco_quick import sound_records
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
