@@ -90,9 +90,9 @@ class COCO(DetectionData):
 
     def load(self, split: Split) -> Annotations:
         """Read the annotation file of a split."""
-        return _load(
-            *self.files(split), Faults(self.files(split)[0], self.on_bad, self.allow_links), self.reads_outlines(split)
-        )
+        annotations, images = self.files(split)
+        faults = Faults(annotations, self.on_bad, self.allow_links)
+        return _load(annotations, images, faults, self.reads_outlines(split))
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that are found in the folder."""
