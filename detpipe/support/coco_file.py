@@ -198,8 +198,8 @@ def read_coco_file(path: str | os.PathLike[str], segmentations: bool = False, st
         categories=categories.columns,
         category_ids=tuple(_numbers(categories.columns["id"], path, "categories").tolist()),
         boxes=b,
-        box_image=np.asarray(b["image"], dtype=np.int64),
-        labels=np.asarray(b["category"], dtype=np.int64) + 1,
+        box_image=_array(b["image"], np.int64),
+        labels=_array(b["category"], np.int64) + 1,
         xywh=np.fromiter(chain.from_iterable(b["bbox"]), np.float64, count=4 * len(boxes)).reshape(-1, 4),
         iscrowd=_array(b["iscrowd"], np.bool_),
         difficult=_array(b["difficult"], np.bool_),
@@ -375,7 +375,7 @@ def _keep_resolvable(boxes: _Section, images: _Section, categories: _Section) ->
     owners = (("image", images), ("category", categories))
     ids = boxes.columns["id"]
     places = {owner: _places(boxes.columns[f"{owner}_id"], section.columns["id"]) for owner, section in owners}
-    boxes.columns |= places
+    boxes.columns |= {owner: found.tolist() for owner, found in places.items()}
     if len(set(ids)) == len(ids) and all((found >= 0).all() for found in places.values()):
         return 0
     kept, orphans = [], 0
