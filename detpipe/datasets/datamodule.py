@@ -31,7 +31,7 @@ Split = Literal["train", "val", "test"]
 _CLASSES_SHOWN = 10
 
 
-def _shares(split: Mapping[str, float]) -> dict[Split, float]:
+def _shares(split: Mapping[str, float]) -> dict[str, float]:
     """The share of each part of the training split, which keeps what the others leave."""
     if not split:
         return {}
@@ -41,7 +41,7 @@ def _shares(split: Mapping[str, float]) -> dict[Split, float]:
     train = split.get("train", 1 - sum(others.values()))
     if min(train, *others.values()) <= 0 or abs(train + sum(others.values()) - 1) > 1e-6:
         raise ValueError(f"the shares of split must be above 0 and leave some for train, got {dict(split)}")
-    return cast(dict[Split, float], {"train": train, **others})
+    return {"train": train, **others}
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class DetectionData(LightningDataModule, ABC):
         proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
             :class:`detpipe.PrecomputedProposals`.
         resize: to which size images are brought by the data workers; null leaves it to the detector.
-        split: ``{val: 0.2}`` or ``{val: 0.1, test: 0.1}``: these shares of the training split's images are validation and test split,
+        split: ``{val: 0.2}`` or ``{val: 0.1, test: 0.1}``: these shares of the training split become the validation and test split,
             with equal shares of every class; decided by the content of the images, so that it is the same for everyone, and
             equal images stay together. Null: each split is what its own argument names.
         classes: which classes are kept, renamed and merged; null for all as they are.

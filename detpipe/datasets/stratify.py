@@ -74,8 +74,8 @@ def divide_by_content(
     group = _groups([digests[i] for i in order.tolist()], np.argsort(order), together)
     if len(np.unique(group)) < len(shares):
         raise DataError(
-            f"{annotations.root}: {len(annotations)} images are too few for {len(shares)} parts ({', '.join(shares)}), equal images "
-            "being kept together"
+            f"{annotations.root}: {len(annotations)} images are too few for {len(shares)} parts ({', '.join(shares)}), where equal "
+            "images stay together"
         )
     by_name = sorted(range(annotations.num_classes), key=annotations.class_names.__getitem__)
     pool = annotations.subset(order)

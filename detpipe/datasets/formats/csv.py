@@ -260,8 +260,8 @@ def find_splits(root: Path) -> dict[str, CSVSplit]:
         root: the folder; or a table, for the values of its column ``split``.
 
     Returns:
-        name -> split: the values of the column ``split`` of ``annotations.csv`` or the only table, ``all`` where it has none; or the
-        tables, by their names or those of their folders; nothing if there is no table of boxes.
+        name -> split: the values of the column ``split`` of ``annotations.csv`` or the only table, ``all`` where it has none;
+        or the tables, by their names or those of their folders; nothing if there is no table of boxes.
 
     Raises:
         DataError: the table cannot be read.

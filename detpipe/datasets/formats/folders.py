@@ -118,7 +118,7 @@ def find_places(root: Path, suffix: str) -> list[Place]:
         suffix: of the annotation files, such as ".xml".
 
     Returns:
-        The places, by the path of their images.
+        The places: those of training, of validation and of test splits, then others, by the path of their images.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -127,10 +127,17 @@ def find_places(root: Path, suffix: str) -> list[Place]:
     pairs = _pairs(folders)
     shared = Counter(images for images, _ in pairs)
     named = [split_of(images) or split_of(labels) for images, labels in pairs]
-    return [
+    places = [
         Place(root.joinpath(*images), root.joinpath(*labels), name or ALL, shared[images] > 1)
         for (images, labels), name in zip(pairs, named, strict=True)
     ]
+    return sorted(places, key=lambda place: (_rank(place.split), place.images, place.labels))
+
+
+def _rank(split: str) -> int:
+    """Training, validation and test splits come in this order, others behind them."""
+    beginnings = ("train", "val", "test")
+    return next((k for k, word in enumerate(beginnings) if split.lower().startswith(word)), len(beginnings))
 
 
 def _pairs(folders: dict[tuple[str, ...], Folder]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:

@@ -234,7 +234,7 @@ class VOC(DetectionData):
         return self._class_names
 
     def _training_source(self, split: Split) -> VOCSource:
-        """The training split, which names the classes; another that is evaluated alone may do without it where VOC's 20 are expected."""
+        """The training split, which names the classes; who evaluates another alone may lack it, where VOC's 20 are expected."""
         try:
             self._sources["train"] = self._open("train")
         except DataError:

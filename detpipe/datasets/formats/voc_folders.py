@@ -68,8 +68,8 @@ def find_splits(root: Path) -> dict[str, VOCSplit]:
         root: a folder with XML files, or one of folders of years, as VOCdevkit holds VOC2007.
 
     Returns:
-        name -> split: the lists in ``ImageSets/Main``, without those of one class (``cat_train`` beside ``train``), ``2007:trainval``
-        for the list of a folder VOC2007; or the folders that hold XML files; nothing if there is neither.
+        name -> split: the lists in ``ImageSets/Main``, without those of one class (``cat_train`` beside ``train``),
+        ``2007:trainval`` for the list of a folder VOC2007; or the folders that hold XML files; nothing if there is neither.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -285,7 +285,7 @@ class _Finder:
     def _without_flag(self, line: str, places: Sequence[Place]) -> str:
         """The name in a line; lists of one class carry a flag behind it (-1, 0 or 1), which is not looked at."""
         name, _, flag = line.rpartition(" ")
-        if flag in ("-1", "0", "1") and name and not any(line in self._list(p.labels).labels for p in places):
+        if flag in ("-1", "0", "1") and name and not any((p.labels / f"{line}{_SUFFIX}").is_file() for p in places):
             return name.strip()
         return line
 

@@ -40,7 +40,6 @@ from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import shorten
 from detpipe.types import Annotations
 
-
 _FIELDS = ("x", "y", "width", "height")
 _ROUNDING = 1e-6  # what six digits can be beyond 0..1
 
@@ -120,8 +119,8 @@ class LabelReader:
             count, numbers_each = self.points
             wrong = len(texts) != 4 + count * numbers_each
             expected = (
-                f"class, x, y, width, height and {count} points of {numbers_each} numbers, {5 + count * numbers_each} in all, by the "
-                "kpt_shape of the data set"
+                f"class, x, y, width, height and {count} points of {numbers_each} numbers, {5 + count * numbers_each} in all, "
+                "by the kpt_shape of the data set"
             )
         if wrong:
             more = (

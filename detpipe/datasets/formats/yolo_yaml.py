@@ -85,7 +85,7 @@ def find_file(root: Path) -> Path | None:
         root: the folder.
 
     Returns:
-        ``data.yaml``, the only other YAML file with ``names``, darknet's ``.data`` file, or the list of classes; None if there is none.
+        ``data.yaml``, the only other YAML file with ``names``, darknet's ``.data`` file, or the list of classes; None if none.
 
     Raises:
         DataError: there are several.
@@ -147,8 +147,8 @@ def read_yolo(root: str | Path) -> YOLOFile:
         found = _class_file(file for folder in inside for file in sorted(folder.iterdir()) if file.is_file())
         if found is None:
             raise DataError(
-                f"{path}: has labels in YOLO layout ({says_folders(path, places, 'labels')}), but nothing says what the classes are "
-                f"called: write {path / 'classes.txt'} with a name a line, in the order of the numbers"
+                f"{path}: has labels in YOLO layout ({says_folders(path, places, 'labels')}), but nothing says what the classes "
+                f"are called: write {path / 'classes.txt'} with a name a line, in the order of the numbers"
             )
     if found is None:
         raise DataError(f"{path / NAME}: no such file; YOLO layout has a {NAME} with path, train, val and names")
@@ -179,9 +179,8 @@ def has_labels(root: Path) -> bool:
 
 def _read_darknet(path: Path) -> YOLOFile:
     """Read darknet's ``obj.data``, whose paths are as if it lay in a folder ``data``."""
-    values = dict(
-        (part.strip() for part in line.partition("=")[::2]) for line in _lines(path) if "=" in line and line[0] != "#"
-    )
+    pairs = [line.partition("=") for line in _lines(path) if "=" in line and not line.startswith("#")]
+    values = {key.strip(): value.strip() for key, _, value in pairs}
     entry = values.get("names")
     names_file = find_entry(path.parent, entry) if entry else _class_file(sorted(path.parent.iterdir()))
     if names_file is None or not names_file.is_file():

@@ -6,7 +6,7 @@ import pytest
 
 from detpipe.datasets import COCO, VOC, YOLO, CSVBoxes
 from detpipe.datasets.formats.class_list import ClassList, write_class_list
-from detpipe.datasets.formats.recognize import is_coco, is_voc, layout_of, open_split, split_names
+from detpipe.datasets.formats.recognize import layout_of, open_split, split_names
 from detpipe.support.errors import DataError, UsageError
 
 from ..builders import HEADER, coco_content, picture, voc_object, write_coco, write_csv, write_voc, write_yolo
@@ -91,8 +91,7 @@ def test_what_has_no_layout(tmp_path):
         ) as caught:
             open_split(str(path), "val")
         assert one_line(caught)
-        assert not is_voc(path)
-        assert not is_coco(path)
+        assert layout_of(path) is None
 
 
 def test_splits_that_are_there_are_named_where_none_is_given(tmp_path):
@@ -137,8 +136,7 @@ def test_layouts_are_recognized(tmp_path):
     (tmp_path / "keypoints" / "annotations").mkdir(parents=True)
     (tmp_path / "keypoints" / "annotations" / "person_val.json").write_text(json.dumps({}))
     folders = ("voc", "years", "coco", "keypoints")
-    assert [is_voc(tmp_path / name) for name in folders] == [True, True, False, False]
-    assert [is_coco(tmp_path / name) for name in folders] == [False, False, True, False]
+    assert [layout_of(tmp_path / name) for name in folders] == ["voc", "voc", "coco", None]
 
 
 def test_a_yolo_folder_or_file(tmp_path):
@@ -151,9 +149,8 @@ def test_a_yolo_folder_or_file(tmp_path):
         assert keys(opened) == ["images/val/v.jpg"]
     with pytest.raises(UsageError, match=r"has several splits: name one with --split; there are train, val$"):
         open_split(str(tmp_path), None)
-    (tmp_path / "data.yaml").write_text("names: [cat]\n")
-    with pytest.raises(UsageError, match="has no splits"):
-        open_split(str(tmp_path), None)
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\n")  # the folders then say what the splits are
+    assert split_names(str(tmp_path)) == ("train", "val")
 
 
 def test_a_table(tmp_path, monkeypatch):
