@@ -73,7 +73,9 @@ def _is_split(path: Path) -> bool:
 
 
 def _says_coco(_: Path, splits: Mapping[str, coco.COCOFiles]) -> str:
-    return ", ".join(f"{files.annotations} of the images in {files.images}" for files in splits.values())
+    first = next(iter(splits.values()))
+    more = f" (and of {len(splits) - 1} more splits)" if len(splits) > 1 else ""
+    return f"{first.annotations} of the images in {first.images}{more}"
 
 
 FORMATS: dict[Layout, Format] = {

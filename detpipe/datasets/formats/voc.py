@@ -122,9 +122,12 @@ class VOCSource:
             return known.class_names
         names = {element.name for text in self.texts() if isinstance(text, ImageText) for element in text.objects}
         if not names - {""}:
+            self.faults.check()
             where = self.split if isinstance(self.split, str) else list(self.split)
+            unread = [str(text) for text in self.texts() if isinstance(text, UnreadableXML)]
+            more = f" ({len(unread)} files cannot be read: {unread[0]})" if unread else ""
             raise DataError(
-                f"{self.root}: no object with a class name in {where}; class_names 'auto' has nothing to read"
+                f"{self.root}: no object with a class name in {where}; class_names 'auto' has nothing to read{more}"
             )
         return tuple(sorted(names - {""}))
 

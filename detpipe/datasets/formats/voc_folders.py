@@ -191,8 +191,8 @@ def _no_such_split(folder: Path, entry: str, name: str, splits: dict[str, VOCSpl
     known = ", ".join(map(repr, splits))
     return (
         f"{folder / 'ImageSets' / 'Main'}: no such folder, wanted for the split {entry!r}; make it with a file {name}.txt of one "
-        f"image name a line, or give the path of such a file as the split, or name a split that is there ({known}"
-        f"{did_you_mean(name, splits)}), which the argument 'split' divides; {LAYOUT}"
+        "image name a line, or give the path of such a file as the split, or name what is there "
+        f"({known}{did_you_mean(name, splits)}), which 'split: {{val: 0.2}}' divides; {LAYOUT}"
     )
 
 

@@ -19,7 +19,8 @@ def boxes(a: Annotations) -> dict[str, list[tuple[object, ...]]]:
     """Stem -> class and corners of each box."""
     return {
         Path(str(name)).stem: [
-            (a.class_names[a.labels[b] - 1], *a.boxes[b].round(6).tolist()) for b in range(a.offsets[i], a.offsets[i + 1])
+            (a.class_names[a.labels[b] - 1], *a.boxes[b].round(6).tolist())
+            for b in range(a.offsets[i], a.offsets[i + 1])
         ]
         for i, name in enumerate(a.file_names)
     }
