@@ -18,7 +18,6 @@ from detpipe.datasets.classes import Classes, select_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
 from detpipe.datasets.faults import SHOWN, OnBad, Policy
 from detpipe.datasets.formats.class_list import compare_classes
-from detpipe.datasets.formats.folders import find_split
 from detpipe.datasets.handover import PackedBatch, collate
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
@@ -236,9 +235,9 @@ class DetectionData(LightningDataModule, ABC):
         source = self.splits[split]
         if not source:
             raise DataError(f"no {split} split: set the argument {split} to {what}, such as {split}")
-        if source == split == "train" and self.shares:
+        if self.shares and split == "train" and source in ("train", "train2017"):  # as it is by default
             names = self.split_names()
-            return names[0] if len(names) == 1 else find_split("train", names) or source
+            return names[0] if len(names) == 1 else source
         return source
 
     def split_names(self) -> tuple[str, ...]:

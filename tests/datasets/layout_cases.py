@@ -144,6 +144,8 @@ LAYOUTS = [
     Layout("folders that are no splits", "voc", "Äpfel {split}/{stem}.jpg", "Äpfel {split}/{stem}.xml", ALL, "Äpfel all"),
     Layout("other words for splits", "voc", "{split}/{stem}.jpeg", "{split}/{stem}.xml",
            {"Training": STEMS[:2], "Validation": STEMS[2:]}, "XML beside the images in Training, Validation"),
+    Layout("lists beside the folders", "voc", "images/{stem}.jpg", "annotations/{stem}.xml", TWO, "lists in the folder", {
+        "train.txt": "a.jpg\nimages/b 1.jpg\n", "val.txt": "c\nd\n", "readme.txt": "a\n", "test notes.txt": "none\n"}),
     # YOLO
     Layout("classes.txt", "yolo", "images/{stem}.jpg", "labels/{stem}.txt", ALL, "classes.txt, labels in labels", {
         "classes.txt": NAMES, "notes.json": json.dumps({"categories": [{"id": 1, "name": "box"}, {"id": 0, "name": "ball"}]})}),
@@ -159,6 +161,10 @@ LAYOUTS = [
            {"obj.names": NAMES}),
     Layout("hub with darknet labels", "yolo", "{split}/{stem}.jpg", "{split}/{stem}.txt", SPLITS, "labels beside",
            {f"{split}/_darknet.labels": NAMES for split in SPLITS}),
+    Layout("lists without a file that names them", "yolo", "images/{stem}.jpg", "labels/{stem}.txt", TWO, "classes.txt", {
+        "classes.txt": NAMES, "train.txt": "./images/a.jpg\n./images/b 1.jpg\n", "val.txt": "images/c.jpg\nimages/d.jpg\n"}),
+    Layout("a folder of its own", "yolo", "set v1/{split}/images/{stem}.jpg", "set v1/{split}/labels/{stem}.txt", TWO,
+           "data.yaml", {"set v1/data.yaml": "train: train/images\nval: val/images\nnames: [ball, box]\n"}),
     Layout("obj.data", "yolo", "obj_train_data/{stem}.jpg", "obj_train_data/{stem}.txt", {"train": STEMS}, "obj.data", {
         "obj.data": "classes = 2\n# made by hand\nnames = data/obj.names\ntrain = data/train.txt\nbackup = backup/\n",
         "obj.names": NAMES, "train.txt": "".join(f"data/obj_train_data/{stem}.jpg\n" for stem in STEMS)}),

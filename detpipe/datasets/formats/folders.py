@@ -30,6 +30,7 @@ _SPLIT = re.compile(r"(train|training|trainval|val|valid|validation|test|testing
 _SPLIT_WORDS = ("default", "data")  # of tools that have no splits, but a folder in their place
 _WORD = f"({'|'.join((*IMAGE_FOLDERS, *LABEL_FOLDERS))})"
 _WORDS = re.compile(rf"^{_WORD}$|^{_WORD}[ _-]+|[ _-]+{_WORD}$", re.IGNORECASE)
+_LONGEST_NAME = 4096  # bytes of a path in a list
 _DEEPEST = 8  # levels of folders below the root
 
 
@@ -178,6 +179,28 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
     """How many parts two paths share at their begin."""
     differ = (k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differ, min(len(one), len(other)))
+
+
+def find_lists(folder: Path, images: Iterable[str]) -> dict[str, Path]:
+    """Find lists of images in a folder: text files that are called as splits and begin with the name of an image.
+
+    Args:
+        folder: that is looked at.
+        images: names of images without folders and suffixes.
+
+    Returns:
+        split -> list.
+    """
+    known = set(images)
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.txt")):
+        if split_of((path.stem,)) and path.is_file():
+            with path.open("rb") as stream:
+                first = stream.readline(_LONGEST_NAME).decode("utf-8-sig", errors="replace").strip()
+            name = first.replace("\\", "/").rpartition("/")[2]
+            if name in known or (is_image(name) and os.path.splitext(name)[0] in known):
+                found[path.stem] = path
+    return dict(sorted(found.items(), key=lambda item: _rank(item[0])))
 
 
 def split_of(parts: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from detpipe.datasets.formats.folders import (
     ALL,
     Folder,
     Place,
+    find_lists,
     find_places,
     find_split,
     is_image,
@@ -81,17 +82,22 @@ def find_splits(root: Path) -> dict[str, VOCSplit]:
         found |= {f"{year}:{name}": VOCSplit(places, path) for name, (path, places) in lists.items()}
     if found:
         return found
+    places = tuple(find_places(root, _SUFFIX))
+    lists = find_lists(root, (stem for place in places for stem in list_folder(place.images).images))
+    if lists:
+        return {name: VOCSplit(places, path) for name, path in lists.items()}
     parts: dict[str, list[Place]] = {}
-    for place in find_places(root, _SUFFIX):
+    for place in places:
         parts.setdefault(place.split, []).append(place)
-    return {name: VOCSplit(tuple(places)) for name, places in parts.items()}
+    return {name: VOCSplit(tuple(found)) for name, found in parts.items()}
 
 
 def says_layout(root: Path, splits: dict[str, VOCSplit]) -> str:
     """Say in which layout a folder is, in half a line: "XML beside the images in train, valid, test"."""
     places = list(dict.fromkeys(place for split in splits.values() for place in split.places))
     lists = [split.list_file for split in splits.values() if split.list_file]
-    more = f", lists in {lists[0].parent.relative_to(root).as_posix()}" if lists else ""
+    folder = lists[0].parent.relative_to(root).as_posix() if lists else ""
+    more = f", lists in {'the folder' if folder == '.' else folder}" if lists else ""
     return says_folders(root, places, "XML") + more
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from detpipe.datasets.formats.folders import Place, find_places, find_split, list_folder, says_folders
+from detpipe.datasets.formats.folders import Place, find_lists, find_places, find_split, list_folder, says_folders
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import load_json, shorten
@@ -92,9 +92,14 @@ def find_file(root: Path) -> Path | None:
     """
     if (root / NAME).is_file():
         return root / NAME
-    files = [path for path in sorted(root.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    entries = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    files = [path for path in entries if path.is_file()]
+    below = [
+        path / NAME for path in entries if path.is_dir() and (path / NAME).is_file()
+    ]  # unpacked into a folder of its own
     yamls = [path for path in files if path.suffix.lower() in (".yaml", ".yml") and _HAS_NAMES.search(_peek(path))]
-    return _only(yamls) or _only([path for path in files if path.suffix.lower() == ".data"]) or _class_file(files)
+    data = [path for path in files if path.suffix.lower() == ".data"]
+    return _only(yamls) or _only(data) or _class_file(files) or _only(below)
 
 
 def _only(paths: list[Path]) -> Path | None:
@@ -158,8 +163,11 @@ def read_yolo(root: str | Path) -> YOLOFile:
 
 
 def _with_folders(file: YOLOFile, places: tuple[Place, ...] | None = None) -> YOLOFile:
-    """The same with the splits that its folders are."""
+    """The same with the splits of lists beside it, or else of folders."""
     places = tuple(find_places(file.root, LABELS)) if places is None else places
+    lists = find_lists(file.root, (stem for place in places for stem in list_folder(place.images).images))
+    if lists:
+        return replace(file, splits={name: (path.name,) for name, path in lists.items()})
     splits: dict[str, tuple[str, ...]] = {}
     for place in places:
         splits[place.split] = (*splits.get(place.split, ()), place.images.relative_to(file.root).as_posix())
