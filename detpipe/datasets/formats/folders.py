@@ -75,8 +75,15 @@ def list_folder(folder: Path, suffix: str = "") -> Folder:
     Raises:
         DataError: it cannot be listed.
     """
+    try:
+        return _sorted_out(os.listdir(folder), suffix)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
+
+
+def _sorted_out(names: Iterable[str], suffix: str) -> Folder:
     found = Folder()
-    for name in sorted(_names(folder)):
+    for name in sorted(names):
         stem, own = os.path.splitext(name)
         if is_image(name):
             found.images.setdefault(stem, []).append(name)
@@ -86,29 +93,34 @@ def list_folder(folder: Path, suffix: str = "") -> Folder:
 
 
 def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
-    """List a folder and all below it, by their parts relative to it; hidden ones are left out, none is entered twice."""
-    found: dict[tuple[str, ...], Folder] = {}
+    """List a folder and all below it, by their parts relative to it; hidden ones are left out, none is entered twice.
+
+    Nothing is listed where no file ends in the suffix.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    names: dict[tuple[str, ...], list[str]] = {}
     seen: set[tuple[int, int]] = set()
     waiting: list[tuple[str, ...]] = [()]
     while waiting:
         parts = waiting.pop()
         path = root.joinpath(*parts)
-        status = path.stat()
-        if (status.st_dev, status.st_ino) in seen or len(parts) > _DEEPEST:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        found[parts] = list_folder(path, suffix)
-        with os.scandir(path) as entries:
-            below = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-        waiting += [(*parts, name) for name in reversed(below)]
-    return found
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
+        try:
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in seen or len(parts) > _DEEPEST:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                inside = [(entry.name, entry.is_dir()) for entry in entries]
+        except OSError as error:
+            raise DataError(f"{path}: cannot be listed ({error.strerror or error})") from error
+        names[parts] = [name for name, is_folder in inside if not is_folder]
+        below = sorted((name for name, is_folder in inside if is_folder and not name.startswith(".")), reverse=True)
+        waiting += [(*parts, name) for name in below]
+    if not any(name.lower().endswith(suffix) for listed in names.values() for name in listed):
+        return {}
+    return {parts: _sorted_out(listed, suffix) for parts, listed in names.items()}
 
 
 def find_places(root: Path, suffix: str) -> list[Place]:
