@@ -14,7 +14,7 @@ from tqdm import tqdm
 from detpipe.commands.data_source import find_data, open_splits, source_parser
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import Collected
-from detpipe.datasets.formats.writers.placement import file_name_of
+from detpipe.datasets.formats.export import file_name_of
 from detpipe.datasets.shards.index import INDEX, KEYS
 from detpipe.datasets.shards.journal import SUFFIX
 from detpipe.datasets.shards.making import Made, Sharding, make_shards

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, read_outlines, write_layout
-from detpipe.commands.data_source import find_data, new_output, open_splits, read_split, source_parser
+from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, read_outlined, write_layout
+from detpipe.commands.data_source import find_data, new_output, open_splits, source_parser
 from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.joining import join
 from detpipe.datasets.statistics import class_shares
@@ -55,7 +55,7 @@ def run_split(arguments: Sequence[str]) -> int:
             f"{options.data} has several splits: name those that are to be divided anew with --split, again for each; there are "
             f"{', '.join(opened)}"
         )
-    splits = {name: read_split(data) for name, data in opened.items()}
+    splits = {name: read_outlined(name, data) for name, data in opened.items()}
     pool, repeated = join(list(splits.values()))
     if len(pool) < len(parts):
         raise UsageError(f"{options.data} has {len(pool)} images: too few for {len(parts)} parts")
@@ -63,7 +63,7 @@ def run_split(arguments: Sequence[str]) -> int:
     together = named_alike(pool, options.group_by) if options.group_by is not None else []
     rows = divide_by_content(pool, parts, source, options.seed, together)
     divided = {name: pool.subset(part) for name, part in rows.items()}
-    written = write_layout(_layout(options), divided, folder, options, read_outlines(opened, splits), source)
+    written = write_layout(_layout(options), divided, folder, options, source)
     more = [f"{repeated} images that several splits name are taken once"] if repeated else []
     say(describe(written, splits, [*more, *fields_left_out(opened)]))
     say(table(divided))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,11 +20,12 @@ from detpipe.datasets.faults import SHOWN, OnBad, Policy
 from detpipe.datasets.formats.class_list import compare_classes
 from detpipe.datasets.handover import PackedBatch, collate
 from detpipe.datasets.resize import Resize
+from detpipe.datasets.segmentations import check_segmentations
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.datasets.stratify import divide_annotations
 from detpipe.support.errors import DataError
 from detpipe.support.terminal import printable
-from detpipe.types import Annotations, Segmentations
+from detpipe.types import Annotations
 
 Split = Literal["train", "val", "test"]
 _CLASSES_SHOWN = 10
@@ -168,6 +169,7 @@ class DetectionData(LightningDataModule, ABC):
         self.resize = resize
         self.seed = seed
         self.on_bad: Policy = on_bad  # a `Collected` in its place makes `load` collect faults
+        self.outlines = False  # True makes `load` read the outlines of the objects, for conversions
         self._annotations: dict[Split, Annotations] = {}
         unknown = sorted(set(proposals or ()) - {"train", "val", "test"})
         if unknown:
@@ -333,21 +335,36 @@ class DetectionData(LightningDataModule, ABC):
             self.annotations(split), augment, self.seed, self.proposals(split), self.contents(split), resize
         )
 
-    def segmentations(self, split: Split) -> Segmentations:
-        """Read the outlines of the objects of a split; only asked for by an augmentation that needs masks.
+    def reads_outlines(self, split: Split) -> bool:
+        """Whether `load` is to read the outlines of the objects as well, if the data set has some."""
+        return self.outlines or (split == "train" and self.augment is not None and self.augment.combine.masks)
 
-        Raises:
-            DataError: there are none, or some cannot be read.
+    def with_outlines(self, split: Split) -> Annotations:
+        """The annotations of a split with the outlines of its objects, read once more if they were read without.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+
+        Returns:
+            The annotations; ``segmentations`` is None if the layout has boxes only.
         """
-        raise DataError(
-            f"augment.combine.copy_paste needs instance masks, and {type(self).__name__} has boxes only; use data in COCO layout "
-            "with segmentations, or set copy_paste to null"
-        )
+        if self.annotations(split).segmentations is None and not self.outlines:
+            self.outlines = True
+            del self._annotations[split]
+            try:
+                self.annotations(split)
+            finally:
+                self.outlines = False
+        return self.annotations(split)
 
     def _read_masks(self, split: Split) -> None:
-        annotations = self.annotations(split)
+        annotations = self.with_outlines(split)
         if annotations.segmentations is None:
-            self._annotations[split] = replace(annotations, segmentations=self.segmentations(split))
+            raise DataError(
+                f"augment.combine.copy_paste needs instance masks, and {type(self).__name__} has boxes only; use data in COCO "
+                "layout with segmentations, or set copy_paste to null"
+            )
+        check_segmentations(annotations)
 
     def train_dataloader(self) -> DataLoader:
         """Batches ``(list of [3, H, W] uint8, list of targets)``, shuffled and augmented by (seed, epoch)."""

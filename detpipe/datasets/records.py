@@ -20,7 +20,7 @@ from detpipe.datasets.decode import read_image
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.in_threads import look_at_images
 from detpipe.support.errors import DataError
-from detpipe.types import Annotations
+from detpipe.types import Annotations, Segmentations
 
 _CLIP_TOLERANCE = 1e-6  # pixels: less than this over the border is rounding of x + w, not a fault to count
 _Numbers = npt.NDArray[np.float64]
@@ -68,6 +68,7 @@ class Records:
     boxes_read: int
     clip_tolerance: float | _Numbers = _CLIP_TOLERANCE
     counts: dict[str, int] = field(default_factory=dict)  # the parser's own, copied into the result
+    segmentations: Segmentations | None = None  # of the boxes
 
 
 class RecordBuilder:
@@ -377,6 +378,7 @@ def _pack(
         area=np.where(np.isnan(area), (kept[:, 2] - kept[:, 0]) * (kept[:, 3] - kept[:, 1]), area),
         class_names=records.class_names,
         category_ids=records.category_ids,
+        segmentations=None if records.segmentations is None else records.segmentations.take(rows),
     )
 
 

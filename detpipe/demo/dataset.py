@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.formats.coco_json import load_coco
+from detpipe.datasets.formats.coco import load_coco
 from detpipe.datasets.formats.voc import load_voc
 from detpipe.demo.scenes import CLASS_NAMES, Scene, compose_scene, load_stock
 from detpipe.support.errors import DataError, UsageError

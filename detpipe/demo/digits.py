@@ -25,7 +25,7 @@ from detpipe.datasets.classification import ClassificationData, LabeledSplit
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.faults import OnBad
-from detpipe.datasets.formats.coco_json import load_coco
+from detpipe.datasets.formats.coco import load_coco
 from detpipe.datasets.image_folder import read_image_folder
 from detpipe.datasets.labeled_images import LabeledImages
 from detpipe.datasets.views import Views

@@ -16,9 +16,9 @@ segmentation  yes    in a file beside it      in a file beside it  beside it
 ============  =====  =======================  ===================  ===============
 """
 
-from detpipe.datasets.formats.writers.coco_writer import write_coco
+from detpipe.datasets.formats.coco import write_coco
+from detpipe.datasets.formats.export import Images, Written
 from detpipe.datasets.formats.writers.csv_writer import write_csv
-from detpipe.datasets.formats.writers.placement import Images, Written
 from detpipe.datasets.formats.writers.voc_writer import write_voc
 from detpipe.datasets.formats.writers.yolo_writer import Flags, write_yolo
 

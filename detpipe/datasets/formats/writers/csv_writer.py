@@ -9,7 +9,7 @@ from pathlib import Path
 from detpipe.datasets.formats.class_list import ClassList, write_class_list
 from detpipe.datasets.formats.csv import NAME
 from detpipe.datasets.formats.csv_table import quoted
-from detpipe.datasets.formats.writers.placement import (
+from detpipe.datasets.formats.export import (
     Images,
     Names,
     Splits,
@@ -24,8 +24,8 @@ from detpipe.datasets.formats.writers.placement import (
     totals,
     transfer,
 )
+from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
-from detpipe.datasets.outlines import NO_OUTLINES, Outlines, write_outlines
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
@@ -36,7 +36,6 @@ def write_csv(
     splits: Splits,
     folder: str | Path,
     images: Images = "copy",
-    outlines: Outlines = NO_OUTLINES,
     source: ImageFiles = PLAIN_FILES,
 ) -> Written:
     """Write a data set as a table of boxes.
@@ -45,7 +44,6 @@ def write_csv(
         splits: name -> annotations, whose classes are the same.
         folder: a new folder.
         images: ``"copy"``, ``"link"`` or ``"none"``: then the file names stay relative to the folder of the source.
-        outlines: segmentations of the boxes, which go into a file beside the table.
         source: where the images are.
 
     Returns:
@@ -72,7 +70,7 @@ def write_csv(
                     files = [f"images/{file_name_of(split)}/{name}" for name in Names(flat=False).of(split, a)]
                     transfer(image_paths(a), [out / name for name in files], images, source)
                 table.writerows(_rows(split, a, files, keep_ids))
-                remarks += write_outlines(out, split, a, files, outlines)
+                remarks += write_outlines(out, split, a, files)
     return Written(Path(folder), tuple(splits), *totals(splits), tuple(remarks))
 
 

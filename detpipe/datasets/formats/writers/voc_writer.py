@@ -13,7 +13,7 @@ from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 import numpy as np
 
 from detpipe.datasets.formats.class_list import ClassList, write_class_list
-from detpipe.datasets.formats.writers.placement import (
+from detpipe.datasets.formats.export import (
     Images,
     Names,
     Splits,
@@ -29,8 +29,8 @@ from detpipe.datasets.formats.writers.placement import (
     totals,
     transfer,
 )
+from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
-from detpipe.datasets.outlines import NO_OUTLINES, Outlines, write_outlines
 from detpipe.types import Annotations
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -41,7 +41,6 @@ def write_voc(
     folder: str | Path,
     images: Images = "copy",
     one_based: bool | None = None,
-    outlines: Outlines = NO_OUTLINES,
     source: ImageFiles = PLAIN_FILES,
 ) -> Written:
     """Write a data set in VOC layout.
@@ -51,7 +50,6 @@ def write_voc(
         folder: a new folder.
         images: ``"copy"``, ``"link"`` or ``"none"``.
         one_based: whether corners count from 1, both ends included; None for that if every box is larger than a pixel.
-        outlines: segmentations of the boxes, which go into a file in the folder.
         source: where the images are.
 
     Returns:
@@ -81,7 +79,7 @@ def write_voc(
                 tree = _annotation(a, i, name, from_one, keep_ids, areas)
                 tree.write(out / "Annotations" / f"{Path(name).stem}.xml", encoding="utf-8")
             named = [f"JPEGImages/{name}" for name in files]
-            remarks += write_outlines(out, file_name_of(split), a, named, outlines)
+            remarks += write_outlines(out, file_name_of(split), a, named)
             lines = "".join(f"{Path(name).stem}\n" for name in files)
             (out / "ImageSets" / "Main" / f"{file_name_of(split)}.txt").write_text(lines, encoding="utf-8")
     if naming.renamed:

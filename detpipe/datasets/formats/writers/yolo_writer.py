@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from detpipe.datasets.decode import IMAGE_SUFFIXES
-from detpipe.datasets.formats.writers.placement import (
+from detpipe.datasets.formats.export import (
     Images,
     Names,
     Splits,
@@ -29,10 +29,10 @@ from detpipe.datasets.formats.writers.placement import (
     totals,
     transfer,
 )
+from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.formats.yolo_images import label_path
 from detpipe.datasets.formats.yolo_yaml import NAME
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
-from detpipe.datasets.outlines import NO_OUTLINES, Outlines, keep_boxes, merge, write_outlines
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
@@ -44,7 +44,6 @@ def write_yolo(
     folder: str | Path,
     images: Images = "copy",
     flags: Flags = "refuse",
-    outlines: Outlines = NO_OUTLINES,
     source: ImageFiles = PLAIN_FILES,
 ) -> Written:
     """Write a data set in YOLO layout.
@@ -56,7 +55,6 @@ def write_yolo(
         images: ``"copy"``, ``"link"`` or ``"none"``.
         flags: of crowd regions and difficult objects, which the layout cannot tell from others: ``"refuse"`` to write them,
             ``"drop"`` the flag, so that they become ordinary objects, or ``"leave out"`` these boxes.
-        outlines: segmentations of the boxes, which go into a file in the folder: a line has a box or a polygon, not both.
         source: where the images are.
 
     Returns:
@@ -67,7 +65,7 @@ def write_yolo(
     """
     names, ids = one_class_list(splits)
     check_suffixes(splits, IMAGE_SUFFIXES, "YOLO")
-    splits, remarks, outlines = _without_flags(splits, flags, outlines)
+    splits, remarks = _without_flags(splits, flags)
     remarks += _losses(splits)
     keys = _keys(list(splits))
     renamed = 0
@@ -87,7 +85,7 @@ def write_yolo(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(_lines(a, i), encoding="utf-8")
             named = [target.relative_to(out).as_posix() for target in targets]
-            remarks += write_outlines(out, keys[split], a, named, outlines)
+            remarks += write_outlines(out, keys[split], a, named)
             renamed += naming.renamed
     if renamed:
         remarks.append(f"{renamed} images are renamed: others have the same name but for the suffix")
@@ -101,13 +99,13 @@ def _keys(splits: list[str]) -> dict[str, str]:
     return {split: kind if kind and count[kind] == 1 else file_name_of(split) for split, kind in kinds.items()}
 
 
-def _without_flags(splits: Splits, flags: Flags, outlines: Outlines) -> tuple[Splits, list[str], Outlines]:
+def _without_flags(splits: Splits, flags: Flags) -> tuple[Splits, list[str]]:
     if flags not in ("refuse", "drop", "leave out"):
         raise ValueError(f"flags must be 'refuse', 'drop' or 'leave out', got {flags!r}")
     crowd = sum(int(a.iscrowd.sum()) for a in splits.values())
     difficult = sum(int(a.difficult.sum()) for a in splits.values())
     if not crowd + difficult:
-        return splits, [], outlines
+        return splits, []
     which = f"{crowd} crowd regions and {difficult} difficult objects"
     if flags == "refuse":
         raise DataError(
@@ -115,9 +113,8 @@ def _without_flags(splits: Splits, flags: Flags, outlines: Outlines) -> tuple[Sp
             "leaves them out"
         )
     if flags == "leave out":
-        kept = [keep_boxes(outlines, a, ~(a.iscrowd | a.difficult)) for a in splits.values()]
-        return {name: _unflagged(a) for name, a in splits.items()}, [f"{which} are left out"], merge(kept)
-    return splits, [f"{which} are written as ordinary objects: their flags are dropped"], outlines
+        return {name: _unflagged(a) for name, a in splits.items()}, [f"{which} are left out"]
+    return splits, [f"{which} are written as ordinary objects: their flags are dropped"]
 
 
 def _unflagged(a: Annotations) -> Annotations:
@@ -131,6 +128,7 @@ def _unflagged(a: Annotations) -> Annotations:
         iscrowd=a.iscrowd[keep],
         difficult=a.difficult[keep],
         area=a.area[keep],
+        segmentations=None if a.segmentations is None else a.segmentations.take(np.flatnonzero(keep)),
     )
 
 
