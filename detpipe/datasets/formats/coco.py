@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -37,14 +36,12 @@ from detpipe.datasets.formats.export import (
     totals,
     transfer,
 )
-from detpipe.datasets.formats.folders import find_split
+from detpipe.datasets.formats.folders import take_split
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.datasets.records import Records, build_annotations
 from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations, Segmentations
-
-_log = logging.getLogger(__name__)
 
 _DEPTH = 2  # folders below the root in which annotation files are looked for
 _SPLITS = 50  # a folder with more JSON files has one an image
@@ -111,15 +108,13 @@ class COCO(DetectionData):
         if isinstance(files, COCOFiles):
             return root / files.annotations, root / files.images
         found = find_splits(root)
-        name = find_split(files, found)
+        name = take_split(root, files, found)
         if name is None:
             wanted = root / "annotations" / f"instances_{files}.json"
             raise DataError(
                 f"{wanted}: no such file, wanted for {split}={files!r}; splits found in {root}: "
                 f"{', '.join(sorted(found)) or 'none'}; name one of them, or give the annotations and images of {split} apart"
             )
-        if name != files:
-            _log.warning("%s: there is no split %r; its split %r is read", root, files, name)
         return root / found[name].annotations, root / found[name].images
 
 

@@ -12,6 +12,7 @@ images are one split, ``all``.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter, defaultdict
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.support.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 ALL = "all"  # what the only split of a data set without splits is called
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "frames")
@@ -243,6 +246,19 @@ def find_split(name: str, known: Iterable[str]) -> str | None:
     if not found and lower == ALL:
         found = names
     return found[0] if len(found) == 1 else None
+
+
+def take_split(root: Path, name: str, known: Iterable[str]) -> str | None:
+    """As `find_split`; that another name is taken is said in a line of the log."""
+    found = find_split(name, known)
+    if found not in (None, name):
+        _log.warning("%s: there is no split %r; its split %r is read", root, name, found)
+    return found
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort the names of splits: those of training, of validation and of test splits, then others in their order."""
+    return sorted(names, key=_rank)
 
 
 def says_folders(root: Path, places: Sequence[Place], what: str) -> str:

@@ -14,7 +14,7 @@ from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.formats import coco, csv, voc, voc_folders, yolo
 from detpipe.datasets.formats.class_list import read_class_list
-from detpipe.datasets.formats.folders import ALL, find_split, is_image
+from detpipe.datasets.formats.folders import ALL, find_split, in_order, is_image
 from detpipe.datasets.formats.yolo_yaml import NAME as YOLO_NAME
 from detpipe.datasets.shards.dataset import Shards
 from detpipe.datasets.shards.index import ARRAYS, INDEX
@@ -72,6 +72,11 @@ def _is_split(path: Path) -> bool:
     return (path / INDEX).is_file() and (path / ARRAYS).is_file()
 
 
+def _find_coco(root: Path) -> dict[str, coco.COCOFiles]:
+    found = coco.find_splits(root)
+    return {name: found[name] for name in in_order(found)}
+
+
 def _says_coco(_: Path, splits: Mapping[str, coco.COCOFiles]) -> str:
     first = next(iter(splits.values()))
     more = f" (and of {len(splits) - 1} more splits)" if len(splits) > 1 else ""
@@ -79,7 +84,7 @@ def _says_coco(_: Path, splits: Mapping[str, coco.COCOFiles]) -> str:
 
 
 FORMATS: dict[Layout, Format] = {
-    "coco": Format("COCO", coco.find_splits, _says_coco),
+    "coco": Format("COCO", _find_coco, _says_coco),
     "voc": Format("VOC", voc.find_splits, voc_folders.says_layout),
     "yolo": Format("YOLO", yolo.find_splits, lambda root, _: yolo.says_layout(root)),
     "csv": Format("a table of boxes", csv.find_splits, csv.says_layout),

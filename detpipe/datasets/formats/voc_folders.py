@@ -17,10 +17,10 @@ from detpipe.datasets.formats.folders import (
     Place,
     find_lists,
     find_places,
-    find_split,
     is_image,
     list_folder,
     says_folders,
+    take_split,
 )
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
@@ -173,7 +173,7 @@ def _open(root: Path, entry: str) -> VOCSplit:
             return VOCSplit(places, list_file)
     elif main is not None and any(main.glob("*.txt")):
         known = sorted(path.stem for path in main.glob("*.txt"))
-        found = find_split(name, known)
+        found = take_split(folder, name, known)
         if found is None:
             raise DataError(
                 f"{main / name}.txt: no such list of images; lists found: {', '.join(known[:20]) or 'none'}"
@@ -183,7 +183,7 @@ def _open(root: Path, entry: str) -> VOCSplit:
             return VOCSplit(places, main / f"{found}.txt")
     elif folder.is_dir():
         splits = find_splits(folder)
-        found = find_split(name, splits)
+        found = take_split(folder, name, splits)
         if found is not None:
             return splits[found]
         if splits:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from detpipe.datasets.formats.folders import Place, find_lists, find_places, find_split, list_folder, says_folders
+from detpipe.datasets.formats.folders import Place, find_lists, find_places, list_folder, says_folders, take_split
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import load_json, shorten
@@ -66,7 +66,7 @@ class YOLOFile:
         Raises:
             DataError: there is no such split.
         """
-        found = find_split(split, self.splits)
+        found = take_split(self.path, split, self.splits)
         if found is None:
             known = ", ".join(self.splits) or "none"
             raise DataError(f"{self.path}: has no split {split!r}; there are {known}{did_you_mean(split, self.splits)}")
