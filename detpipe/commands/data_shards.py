@@ -77,8 +77,7 @@ def read_annotations(data: DetectionData, skip: bool) -> Annotations:
     if not skip:
         return data.annotations("val")
     collected = Collected(decode=False)
-    data.on_bad = collected
-    annotations = data.annotations("val")
+    annotations = data.annotations("val", collected)
     fatal = [fault for fault in collected.faults if fault.kind.startswith("data set:")]
     if fatal:
         more = f" (and {len(fatal) - 1} more such faults)" if len(fatal) > 1 else ""

@@ -16,7 +16,7 @@ from detpipe.datasets.augment.augmentation import Augment
 from detpipe.datasets.batches import EpochBatches, Locality
 from detpipe.datasets.classes import Classes, select_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
-from detpipe.datasets.faults import SHOWN, OnBad, Policy
+from detpipe.datasets.faults import SHOWN, Collected, OnBad
 from detpipe.datasets.formats.class_list import compare_classes
 from detpipe.datasets.handover import PackedBatch, collate
 from detpipe.datasets.resize import Resize
@@ -168,7 +168,7 @@ class DetectionData(LightningDataModule, ABC):
         self.augment = augment
         self.resize = resize
         self.seed = seed
-        self.on_bad: Policy = on_bad  # a `Collected` in its place makes `load` collect faults
+        self.on_bad: OnBad = on_bad
         self.outlines = False  # True makes `load` read the outlines of the objects, for conversions
         self._annotations: dict[Split, Annotations] = {}
         unknown = sorted(set(proposals or ()) - {"train", "val", "test"})
@@ -181,11 +181,12 @@ class DetectionData(LightningDataModule, ABC):
         self.allow_links = allow_links
 
     @abstractmethod
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the annotations of a split.
 
         Args:
             split: ``"train"``, ``"val"`` or ``"test"``.
+            faults: takes all faults in place of ``on_bad``, so that nothing is raised for them.
 
         Returns:
             The checked annotations.
@@ -194,11 +195,12 @@ class DetectionData(LightningDataModule, ABC):
             DataError: if the data are faulty, or there is no such split.
         """
 
-    def annotations(self, split: Split) -> Annotations:
+    def annotations(self, split: Split, faults: Collected | None = None) -> Annotations:
         """The annotations of a split, read once.
 
         Args:
             split: ``"train"``, ``"val"`` or ``"test"``.
+            faults: takes all faults when the split is read, as of `load`.
 
         Returns:
             The annotations.
@@ -208,19 +210,19 @@ class DetectionData(LightningDataModule, ABC):
         """
         if split not in self._annotations:
             known_splits = dict(self._annotations)
-            loaded = self._divided(split) if split in self.shares else self._loaded(split)
+            loaded = self._divided(split, faults) if split in self.shares else self._loaded(split, faults)
             for other, known in known_splits.items():
                 compare_classes(other, known, split, loaded)
             self._annotations[split] = loaded
         return self._annotations[split]
 
-    def _loaded(self, split: Split) -> Annotations:
-        annotations = self.load(split)
+    def _loaded(self, split: Split, faults: Collected | None) -> Annotations:
+        annotations = self.load(split) if faults is None else self.load(split, faults)
         return annotations if self.classes is None else select_classes(annotations, self.classes)
 
-    def _divided(self, split: Split) -> Annotations:
+    def _divided(self, split: Split, faults: Collected | None) -> Annotations:
         """A part of the training split; all of them are made at once."""
-        parts = divide_annotations(self._loaded("train"), self.shares)
+        parts = divide_annotations(self._loaded("train", faults), self.shares)
         self._annotations.update(cast(dict[Split, Annotations], parts))
         return self._annotations[split]
 

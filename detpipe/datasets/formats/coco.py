@@ -23,7 +23,7 @@ from msgspec import UNSET
 
 from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.decode import image_size
-from detpipe.datasets.faults import Faults, Policy
+from detpipe.datasets.faults import Collected, Faults, Policy
 from detpipe.datasets.formats.export import (
     Images,
     Names,
@@ -85,11 +85,11 @@ class COCO(DetectionData):
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
 
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the annotation file of a split."""
         annotations, images = self.files(split)
-        faults = Faults(annotations, self.on_bad, self.allow_links)
-        return _load(annotations, images, faults, self.reads_outlines(split))
+        noted = Faults(annotations, faults or self.on_bad, self.allow_links)
+        return _load(annotations, images, noted, self.reads_outlines(split))
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that are found in the folder."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.faults import Faults, Policy
+from detpipe.datasets.faults import Collected, Faults, Policy
 from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
 from detpipe.datasets.formats.csv_table import RowReader, Table, is_table, normal_name, quoted
 from detpipe.datasets.formats.export import (
@@ -67,7 +67,7 @@ class CSVSplit:
     value: str | None
 
 
-def take_splits(root: Path) -> dict[str, CSVSplit]:
+def find_splits(root: Path) -> dict[str, CSVSplit]:
     """Find the splits of a folder with tables of boxes.
 
     Args:
@@ -163,16 +163,18 @@ class CSVBoxes(DetectionData):
         self.format = format
         self._class_names: tuple[str, ...] | None = None
 
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the rows of a split."""
         names = self.source_of(split, "a value of the column split, or a .csv file")
         tables = _tables(self.root, names, self.format.file)
-        return _load(tables, Path(self.root) / self.format.images, self._names(), self.on_bad, self.allow_links)
+        return _load(
+            tables, Path(self.root) / self.format.images, self._names(), faults or self.on_bad, self.allow_links
+        )
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""
         table = Path(self.root) / self.format.file
-        return tuple(take_splits(table if table.is_file() else Path(self.root)))
+        return tuple(find_splits(table if table.is_file() else Path(self.root)))
 
     def _names(self) -> tuple[str, ...]:
         """The class names of all splits, those of the training split's tables for ``auto``."""
@@ -302,7 +304,7 @@ def _find(folder: Path, name: str, file: str) -> tuple[Path, str | None]:
     if (folder / file).is_file() or file != NAME:
         only = name == ALL and (folder / file).is_file() and "split" not in Table(folder / file).columns
         return folder / file, None if only else name
-    splits = take_splits(folder)
+    splits = find_splits(folder)
     found = take_split(folder, name, splits)
     if found is None and splits:
         raise DataError(

@@ -34,7 +34,7 @@ import numpy as np
 
 from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.decode import IMAGE_SUFFIXES
-from detpipe.datasets.faults import Faults, Policy
+from detpipe.datasets.faults import Collected, Faults, Policy
 from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
 from detpipe.datasets.formats.export import (
     Images,
@@ -237,19 +237,20 @@ class VOC(DetectionData):
         self._class_names: tuple[str, ...] | None = None
         self._sources: dict[Split, VOCSource] = {}
 
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the lists and XML files of a split."""
         names, options = self._names(split), self.format
-        source = self._sources.pop(split, None) or self._open(split)
+        opened = self._sources.pop(split, None)
+        source = opened if opened is not None and faults is None else self._open(split, faults)
         return source.load(names, options.one_based, options.keep_difficult)
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""
         return tuple(find_splits(Path(self.root))) if Path(self.root).is_dir() else ()
 
-    def _open(self, split: Split) -> VOCSource:
+    def _open(self, split: Split, faults: Collected | None = None) -> VOCSource:
         lists = self.source_of(split, "a list in ImageSets/Main")
-        return VOCSource(Path(self.root), lists, self.on_bad, self.allow_links)
+        return VOCSource(Path(self.root), lists, faults or self.on_bad, self.allow_links)
 
     def _names(self, split: Split) -> tuple[str, ...]:
         """The class names of all splits: those of the training split where they are not given."""

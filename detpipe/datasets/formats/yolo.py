@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.decode import IMAGE_SUFFIXES, image_size
-from detpipe.datasets.faults import Faults, Policy
+from detpipe.datasets.faults import Collected, Faults, Policy
 from detpipe.datasets.formats.export import (
     Images,
     Names,
@@ -219,9 +219,9 @@ class YOLO(DetectionData):
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
 
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the images and labels of a split."""
-        return _load(self.root, self.source_of(split, "a key of data.yaml"), self.on_bad, self.allow_links)
+        return _load(self.root, self.source_of(split, "a key of data.yaml"), faults or self.on_bad, self.allow_links)
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""
