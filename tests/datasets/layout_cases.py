@@ -168,6 +168,9 @@ LAYOUTS = [
     Layout("obj.data", "yolo", "obj_train_data/{stem}.jpg", "obj_train_data/{stem}.txt", {"train": STEMS}, "obj.data", {
         "obj.data": "classes = 2\n# made by hand\nnames = data/obj.names\ntrain = data/train.txt\nbackup = backup/\n",
         "obj.names": NAMES, "train.txt": "".join(f"data/obj_train_data/{stem}.jpg\n" for stem in STEMS)}),
+    Layout("capitals and suffixes of another machine", "yolo", "Obj_Train_Data/{stem}.png", "Obj_Train_Data/{stem}.txt",
+           {"train": STEMS}, "obj.data", {"obj.data": "names = data/OBJ.names\ntrain = data/Train.txt\n", "obj.names": NAMES,
+                        "train.txt": "".join(f"data\\obj_train_data\\{stem}.JPG\n" for stem in STEMS)}),
     Layout("yaml of another machine", "yolo", "images/{split}/{stem}.jpg", "labels/{split}/{stem}.txt", {"val": STEMS},
            "dataset.yaml",
            {"dataset.yaml": "path: /somewhere/else\nval: ./images/val/\nnames:\n  '1': box\n  '0': ball\n"}),

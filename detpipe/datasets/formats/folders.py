@@ -126,6 +126,56 @@ def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
     return {parts: _sorted_out(listed, suffix) for parts, listed in names.items()}
 
 
+class Entries:
+    """Finds what paths in lists and descriptions mean on this machine; folders are listed once."""
+
+    def __init__(self) -> None:
+        self._names: dict[
+            Path, dict[str, str]
+        ] = {}  # folder -> name in small letters, for images without suffix too -> name
+
+    def find(self, folder: Path, entry: str) -> Path | None:
+        """Find a file or folder: where its first folders are not there, the longest end of the path that is.
+
+        Args:
+            folder: that relative paths begin in.
+            entry: as it stands in a file; it may have backslashes, other capitals, or another suffix of images.
+
+        Returns:
+            The path; None if nothing is there.
+        """
+        if "\0" in entry or not entry:
+            return None
+        if (folder / entry).exists():
+            return folder / entry
+        parts = [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        ends = [parts[k:] for k in range(len(parts))]
+        exact = (path for end in ends if (path := folder.joinpath(*end)).exists())
+        return next(exact, None) or next(filter(None, (self._loosely(folder, end) for end in ends)), None)
+
+    def _loosely(self, folder: Path, parts: Sequence[str]) -> Path | None:
+        path = folder
+        for part in parts:
+            names = self._list(path)
+            name = names.get(part.lower()) or (names.get(_stem(part)) if is_image(part) else None)
+            if name is None:
+                return None
+            path = path / name
+        return path
+
+    def _list(self, folder: Path) -> dict[str, str]:
+        if folder not in self._names:
+            names = sorted(os.listdir(folder)) if folder.is_dir() else []
+            images = {_stem(name): name for name in names if is_image(name)}
+            self._names[folder] = images | {name.lower(): name for name in names}
+        return self._names[folder]
+
+
+def _stem(name: str) -> str:
+    """What an image is looked for by if its suffix is another."""
+    return f"{os.path.splitext(name)[0].lower()}/"
+
+
 def find_places(root: Path, suffix: str) -> list[Place]:
     """Find the folders of images whose annotation files, called as the images, lie beside them or in another folder.
 

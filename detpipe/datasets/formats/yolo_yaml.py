@@ -23,7 +23,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from detpipe.datasets.formats.folders import Place, find_lists, find_places, list_folder, says_folders, take_split
+from detpipe.datasets.formats.folders import (
+    Entries,
+    Place,
+    find_lists,
+    find_places,
+    list_folder,
+    says_folders,
+    take_split,
+)
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import load_json, shorten
@@ -190,7 +198,7 @@ def _read_darknet(path: Path) -> YOLOFile:
     pairs = [line.partition("=") for line in _lines(path) if "=" in line and not line.startswith("#")]
     values = {key.strip(): value.strip() for key, _, value in pairs}
     entry = values.get("names")
-    names_file = find_entry(path.parent, entry) if entry else _class_file(sorted(path.parent.iterdir()))
+    names_file = Entries().find(path.parent, entry) if entry else _class_file(sorted(path.parent.iterdir()))
     if names_file is None or not names_file.is_file():
         raise DataError(f"{path}: names is {shorten(entry)}, but there is no such list of classes, one a line")
     names = _listed_names(names_file)
@@ -225,24 +233,6 @@ def _from_notes(path: Path) -> tuple[str, ...]:
     return _class_names({one["id"]: one["name"] for one in categories}, path)
 
 
-def find_entry(folder: Path, entry: str) -> Path | None:
-    """Find what a path in a file means: a file or folder, or, where its first folders are not there, the longest end of it that is.
-
-    Args:
-        folder: that relative paths begin in.
-        entry: as it stands in the file; it may have backslashes.
-
-    Returns:
-        The path; None if nothing is there.
-    """
-    if "\0" in entry or not entry:
-        return None
-    if (folder / entry).exists():
-        return folder / entry
-    parts = [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    return next((path for k in range(len(parts)) if (path := folder.joinpath(*parts[k:])).exists()), None)
-
-
 def read_yolo_yaml(root: str | Path) -> YOLOFile:
     """Read ``data.yaml`` strictly: no tags, no key twice, class numbers without gaps.
 
@@ -275,7 +265,7 @@ def read_yolo_yaml(root: str | Path) -> YOLOFile:
     moved = not folder.is_dir()
     folder = path.parent if moved else folder
     splits = {key: _entries(value, key, path) for key, value in content.items() if _is_split(key, value, folder)}
-    if moved and not any(find_entry(folder, entry) for entries in splits.values() for entry in entries):
+    if moved and not any(Entries().find(folder, entry) for entries in splits.values() for entry in entries):
         raise DataError(
             f"{path}: path is {base!r}, but {path.parent / base} is no folder; paths are relative to {path.name}"
         )
@@ -306,7 +296,7 @@ def _is_split(key: Any, value: Any, folder: Path) -> bool:
     entries = [value] if type(value) is str else value
     if type(key) is not str or key in NOT_SPLITS or type(entries) is not list:
         return False
-    there = find_entry if key in ("valid", "validation") else _exact
+    there = Entries().find if key in ("valid", "validation") else _exact
     return all(type(entry) is str and there(folder, entry) is not None for entry in entries)
 
 
