@@ -131,7 +131,7 @@ LAYOUTS = [
     Layout("lists beside other folders", "voc", "images/{stem}.tif", "xml/{stem}.xml", {"val": STEMS}, "XML in xml",
            {"imagesets/val.txt": LISTED}),
     Layout("a folder further down", "voc", "My Set/JPEGImages/{stem}.jpg", "My Set/Annotations/{stem}.xml",
-           {"My Set:train": STEMS}, "lists in My Set/ImageSets/Main", {"My Set/ImageSets/Main/train.txt": LISTED}),
+           {"train": STEMS}, "lists in My Set/ImageSets/Main", {"My Set/ImageSets/Main/train.txt": LISTED}),
     Layout("splits in both folders", "voc", "images/{split}/{stem}.jpg", "annotations/{split}/{stem}.xml", TWO,
            "annotations/train"),
     Layout("splits of images only", "voc", "images/{split}/{stem}.jpg", "annotations/{stem}.xml", TWO, "XML in annotations"),
@@ -164,7 +164,7 @@ LAYOUTS = [
     Layout("lists without a file that names them", "yolo", "images/{stem}.jpg", "labels/{stem}.txt", TWO, "classes.txt", {
         "classes.txt": NAMES, "train.txt": "./images/a.jpg\n./images/b 1.jpg\n", "val.txt": "images/c.jpg\nimages/d.jpg\n"}),
     Layout("a folder of its own", "yolo", "set v1/{split}/images/{stem}.jpg", "set v1/{split}/labels/{stem}.txt", TWO,
-           "data.yaml", {"set v1/data.yaml": "train: train/images\nval: val/images\nnames: [ball, box]\n"}),
+           "my.yaml", {"set v1/my.yaml": "train: train/images\nval: val/images\nnames: [ball, box]\n"}),
     Layout("obj.data", "yolo", "obj_train_data/{stem}.jpg", "obj_train_data/{stem}.txt", {"train": STEMS}, "obj.data", {
         "obj.data": "classes = 2\n# made by hand\nnames = data/obj.names\ntrain = data/train.txt\nbackup = backup/\n",
         "obj.names": NAMES, "train.txt": "".join(f"data/obj_train_data/{stem}.jpg\n" for stem in STEMS)}),

@@ -293,6 +293,7 @@ def find_split(name: str, known: Iterable[str]) -> str | None:
     lower = name.lower()
     same = next((group for group in _SAME_SPLIT if lower in group), (lower,))
     found = [other for other in names if other.lower() in same]
+    found = found or [other for other in names if other.rpartition(":")[2].lower() in same]  # of one folder of several
     if not found and lower == ALL:
         found = names
     return found[0] if len(found) == 1 else None

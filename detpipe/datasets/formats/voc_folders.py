@@ -70,16 +70,20 @@ def find_splits(root: Path) -> dict[str, VOCSplit]:
 
     Returns:
         name -> split: the lists in ``ImageSets/Main``, without those of one class (``cat_train`` beside ``train``),
-        ``2007:trainval`` for the list of a folder VOC2007; or the folders that hold XML files; nothing if there is neither.
+        ``2007:trainval`` for the list of a folder VOC2007, ``trainval`` for that of the only folder of another name; or the
+        folders that hold XML files; nothing if there is neither.
 
     Raises:
         DataError: a folder cannot be listed.
     """
     found = {name: VOCSplit(places, path) for name, (path, places) in _lists(root).items()}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        year = folder.name.removeprefix("VOC")
-        lists = {} if _is_imagesets(folder) else _lists(folder)
-        found |= {f"{year}:{name}": VOCSplit(places, path) for name, (path, places) in lists.items()}
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    below = {folder: _lists(folder) for folder in folders if not _is_imagesets(folder)}
+    below = {folder: lists for folder, lists in below.items() if lists}
+    plain = not found and len(below) == 1 and not any(folder.name.startswith("VOC") for folder in below)
+    for folder, lists in below.items():
+        year = "" if plain else f"{folder.name.removeprefix('VOC')}:"
+        found |= {f"{year}{name}": VOCSplit(places, path) for name, (path, places) in lists.items()}
     if found:
         return found
     places = tuple(find_places(root, _SUFFIX))

@@ -98,16 +98,19 @@ def find_file(root: Path) -> Path | None:
     Raises:
         DataError: there are several.
     """
-    if (root / NAME).is_file():
-        return root / NAME
-    entries = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
-    files = [path for path in entries if path.is_file()]
-    below = [
-        path / NAME for path in entries if path.is_dir() and (path / NAME).is_file()
-    ]  # unpacked into a folder of its own
+    files = [path for path in sorted(root.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    below = (_describing(folder) for folder in folders)  # unpacked into a folder of its own
+    return _describing(root) or _class_file(files) or _only([path for path in below if path is not None])
+
+
+def _describing(folder: Path) -> Path | None:
+    """The YAML file or darknet's file of a folder."""
+    if (folder / NAME).is_file():
+        return folder / NAME
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     yamls = [path for path in files if path.suffix.lower() in (".yaml", ".yml") and _HAS_NAMES.search(_peek(path))]
-    data = [path for path in files if path.suffix.lower() == ".data"]
-    return _only(yamls) or _only(data) or _class_file(files) or _only(below)
+    return _only(yamls) or _only([path for path in files if path.suffix.lower() == ".data"])
 
 
 def _only(paths: list[Path]) -> Path | None:
