@@ -11,11 +11,12 @@ from typing import Literal
 from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
 from detpipe.commands.parser import Parser
 from detpipe.datasets.datamodule import DetectionData
-from detpipe.datasets.formats.coco import COCO
-from detpipe.datasets.formats.export import file_name_of
+from detpipe.datasets.formats.coco import COCO, write_coco
+from detpipe.datasets.formats.csv import write_csv
+from detpipe.datasets.formats.export import Images, Written, file_name_of
 from detpipe.datasets.formats.outline_files import read_outlines, yolo_outlines
-from detpipe.datasets.formats.writers import Flags, Images, Written, write_coco, write_csv, write_voc, write_yolo
-from detpipe.datasets.formats.yolo import YOLO
+from detpipe.datasets.formats.voc import write_voc
+from detpipe.datasets.formats.yolo import YOLO, Flags, write_yolo
 from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.shards.dataset import Shards
 from detpipe.support.strict_json import load_json

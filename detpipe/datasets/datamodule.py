@@ -16,9 +16,8 @@ from detpipe.datasets.augment.augmentation import Augment
 from detpipe.datasets.batches import EpochBatches, Locality
 from detpipe.datasets.classes import Classes, select_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
-from detpipe.datasets.faults import SHOWN, OnBad, Policy
+from detpipe.datasets.faults import SHOWN, Collected, OnBad
 from detpipe.datasets.formats.class_list import compare_classes
-from detpipe.datasets.formats.folders import find_split
 from detpipe.datasets.handover import PackedBatch, collate
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.segmentations import check_segmentations
@@ -32,7 +31,7 @@ Split = Literal["train", "val", "test"]
 _CLASSES_SHOWN = 10
 
 
-def _shares(split: Mapping[str, float]) -> dict[Split, float]:
+def _shares(split: Mapping[str, float]) -> dict[str, float]:
     """The share of each part of the training split, which keeps what the others leave."""
     if not split:
         return {}
@@ -42,7 +41,7 @@ def _shares(split: Mapping[str, float]) -> dict[Split, float]:
     train = split.get("train", 1 - sum(others.values()))
     if min(train, *others.values()) <= 0 or abs(train + sum(others.values()) - 1) > 1e-6:
         raise ValueError(f"the shares of split must be above 0 and leave some for train, got {dict(split)}")
-    return cast(dict[Split, float], {"train": train, **others})
+    return {"train": train, **others}
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class DetectionData(LightningDataModule, ABC):
         proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
             :class:`detpipe.PrecomputedProposals`.
         resize: to which size images are brought by the data workers; null leaves it to the detector.
-        split: ``{val: 0.2}`` or ``{val: 0.1, test: 0.1}``: these shares of the training split's images are validation and test split,
+        split: ``{val: 0.2}`` or ``{val: 0.1, test: 0.1}``: these shares of the training split become the validation and test split,
             with equal shares of every class; decided by the content of the images, so that it is the same for everyone, and
             equal images stay together. Null: each split is what its own argument names.
         classes: which classes are kept, renamed and merged; null for all as they are.
@@ -169,7 +168,7 @@ class DetectionData(LightningDataModule, ABC):
         self.augment = augment
         self.resize = resize
         self.seed = seed
-        self.on_bad: Policy = on_bad  # a `Collected` in its place makes `load` collect faults
+        self.on_bad: OnBad = on_bad
         self.outlines = False  # True makes `load` read the outlines of the objects, for conversions
         self._annotations: dict[Split, Annotations] = {}
         unknown = sorted(set(proposals or ()) - {"train", "val", "test"})
@@ -182,11 +181,12 @@ class DetectionData(LightningDataModule, ABC):
         self.allow_links = allow_links
 
     @abstractmethod
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the annotations of a split.
 
         Args:
             split: ``"train"``, ``"val"`` or ``"test"``.
+            faults: takes all faults in place of ``on_bad``, so that nothing is raised for them.
 
         Returns:
             The checked annotations.
@@ -195,11 +195,12 @@ class DetectionData(LightningDataModule, ABC):
             DataError: if the data are faulty, or there is no such split.
         """
 
-    def annotations(self, split: Split) -> Annotations:
+    def annotations(self, split: Split, faults: Collected | None = None) -> Annotations:
         """The annotations of a split, read once.
 
         Args:
             split: ``"train"``, ``"val"`` or ``"test"``.
+            faults: takes all faults when the split is read, as of `load`.
 
         Returns:
             The annotations.
@@ -209,19 +210,19 @@ class DetectionData(LightningDataModule, ABC):
         """
         if split not in self._annotations:
             known_splits = dict(self._annotations)
-            loaded = self._divided(split) if split in self.shares else self._loaded(split)
+            loaded = self._divided(split, faults) if split in self.shares else self._loaded(split, faults)
             for other, known in known_splits.items():
                 compare_classes(other, known, split, loaded)
             self._annotations[split] = loaded
         return self._annotations[split]
 
-    def _loaded(self, split: Split) -> Annotations:
-        annotations = self.load(split)
+    def _loaded(self, split: Split, faults: Collected | None) -> Annotations:
+        annotations = self.load(split) if faults is None else self.load(split, faults)
         return annotations if self.classes is None else select_classes(annotations, self.classes)
 
-    def _divided(self, split: Split) -> Annotations:
+    def _divided(self, split: Split, faults: Collected | None) -> Annotations:
         """A part of the training split; all of them are made at once."""
-        parts = divide_annotations(self._loaded("train"), self.shares)
+        parts = divide_annotations(self._loaded("train", faults), self.shares)
         self._annotations.update(cast(dict[Split, Annotations], parts))
         return self._annotations[split]
 
@@ -238,9 +239,9 @@ class DetectionData(LightningDataModule, ABC):
         source = self.splits[split]
         if not source:
             raise DataError(f"no {split} split: set the argument {split} to {what}, such as {split}")
-        if source == split == "train" and self.shares:
+        if self.shares and split == "train" and source in ("train", "train2017"):  # as it is by default
             names = self.split_names()
-            return names[0] if len(names) == 1 else find_split("train", names) or source
+            return names[0] if len(names) == 1 else source
         return source
 
     def split_names(self) -> tuple[str, ...]:

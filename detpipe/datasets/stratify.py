@@ -74,14 +74,14 @@ def divide_by_content(
     group = _groups([digests[i] for i in order.tolist()], np.argsort(order), together)
     if len(np.unique(group)) < len(shares):
         raise DataError(
-            f"{annotations.root}: {len(annotations)} images are too few for {len(shares)} parts ({', '.join(shares)}), equal images "
-            "being kept together"
+            f"{annotations.root}: {len(annotations)} images are too few for {len(shares)} parts ({', '.join(shares)}), where equal "
+            "images stay together"
         )
     by_name = sorted(range(annotations.num_classes), key=annotations.class_names.__getitem__)
     pool = annotations.subset(order)
     pool = replace(pool, labels=np.argsort([-1, *by_name])[pool.labels])
     parts = stratified_parts(pool, list(shares.values()), seed, group)
-    _fill_empty(parts, group)
+    _fill(parts, group, np.diff(pool.offsets))
     return {name: np.sort(order[part]) for name, part in zip(shares, parts, strict=True)}
 
 
@@ -111,14 +111,24 @@ def _groups(
     return group
 
 
-def _fill_empty(parts: list[npt.NDArray[np.int64]], group: npt.NDArray[np.int64]) -> None:
-    """Give a part that has no image the smallest group of the part with most groups; there are few images then."""
+def _fill(parts: list[npt.NDArray[np.int64]], group: npt.NDArray[np.int64], objects: npt.NDArray[np.int64]) -> None:
+    """Give a part without objects, or without images, the smallest group that another part can spare; there are few images then."""
     for p in range(len(parts)):
-        if not len(parts[p]):
-            giver = max(range(len(parts)), key=lambda other: len(np.unique(group[parts[other]])))
-            names, sizes = np.unique(group[parts[giver]], return_counts=True)
-            taken = group[parts[giver]] == names[sizes.argmin()]
-            parts[p], parts[giver] = parts[giver][taken], parts[giver][~taken]
+        if len(parts[p]) and objects[parts[p]].any():
+            continue
+        spare = [np.unique(group[rows[objects[rows] > 0]]) for rows in parts]
+        if max(map(len, spare)) < 2 and not len(parts[p]):
+            spare = [np.unique(group[rows]) for rows in parts]
+        giver = max(range(len(parts)), key=lambda other: len(spare[other]))
+        if len(spare[giver]) < 2:
+            continue
+        sizes = [np.count_nonzero(group == name) for name in spare[giver]]
+        taken = group[parts[giver]] == spare[giver][int(np.argmin(sizes))]
+        back = group[parts[p]] == group[parts[p][:1]] if len(np.unique(group[parts[p]])) else np.zeros(0, dtype=bool)
+        parts[p], parts[giver] = (
+            np.concatenate([parts[giver][taken], parts[p][~back]]),
+            np.concatenate([parts[giver][~taken], parts[p][back]]),
+        )
 
 
 def stratified_parts(

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from msgspec import UNSET
 
 from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.decode import image_size
-from detpipe.datasets.faults import Faults, Policy
+from detpipe.datasets.faults import Collected, Faults, Policy
 from detpipe.datasets.formats.export import (
     Images,
     Names,
@@ -37,14 +36,12 @@ from detpipe.datasets.formats.export import (
     totals,
     transfer,
 )
-from detpipe.datasets.formats.folders import find_split
+from detpipe.datasets.formats.folders import take_split
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.datasets.records import Records, build_annotations
 from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations, Segmentations
-
-_log = logging.getLogger(__name__)
 
 _DEPTH = 2  # folders below the root in which annotation files are looked for
 _SPLITS = 50  # a folder with more JSON files has one an image
@@ -88,11 +85,11 @@ class COCO(DetectionData):
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
 
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the annotation file of a split."""
         annotations, images = self.files(split)
-        faults = Faults(annotations, self.on_bad, self.allow_links)
-        return _load(annotations, images, faults, self.reads_outlines(split))
+        noted = Faults(annotations, faults or self.on_bad, self.allow_links)
+        return _load(annotations, images, noted, self.reads_outlines(split))
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that are found in the folder."""
@@ -111,15 +108,13 @@ class COCO(DetectionData):
         if isinstance(files, COCOFiles):
             return root / files.annotations, root / files.images
         found = find_splits(root)
-        name = find_split(files, found)
+        name = take_split(root, files, found)
         if name is None:
             wanted = root / "annotations" / f"instances_{files}.json"
             raise DataError(
                 f"{wanted}: no such file, wanted for {split}={files!r}; splits found in {root}: "
                 f"{', '.join(sorted(found)) or 'none'}; name one of them, or give the annotations and images of {split} apart"
             )
-        if name != files:
-            _log.warning("%s: there is no split %r; its split %r is read", root, files, name)
         return root / found[name].annotations, root / found[name].images
 
 

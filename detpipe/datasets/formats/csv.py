@@ -10,233 +10,47 @@ The table may have another name, be one of several, a split each (``train.csv``,
 beside it, in ``images``, or in a folder that is called as the split.
 
 Messages name the line and column of whatever is wrong.
+
+Written are ``annotations.csv``, ``images/SPLIT`` and ``detpipe.json``, the list of classes.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Sequence
+import csv
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.decode import image_size
-from detpipe.datasets.faults import Faults, Policy
-from detpipe.datasets.formats.class_list import ids_of, read_class_list
-from detpipe.datasets.formats.csv_table import Row, Table, is_table
-from detpipe.datasets.formats.folders import ALL, IMAGE_FOLDERS, find_split, split_of
-from detpipe.datasets.records import RecordBuilder, Records, build_annotations, read_number, read_whole
+from detpipe.datasets.faults import Collected, Faults, Policy
+from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
+from detpipe.datasets.formats.csv_table import RowReader, Table, is_table, normal_name, quoted
+from detpipe.datasets.formats.export import (
+    Images,
+    Names,
+    Splits,
+    Written,
+    file_name_of,
+    ids_are_kept,
+    new_folder,
+    number,
+    one_class_list,
+    own_area,
+    rows_of,
+    totals,
+    transfer,
+)
+from detpipe.datasets.formats.folders import ALL, IMAGE_FOLDERS, split_of, take_split
+from detpipe.datasets.formats.outline_files import write_outlines
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
+from detpipe.datasets.records import build_annotations
 from detpipe.datasets.stored_proposals import file_key
 from detpipe.support.errors import DataError
-from detpipe.support.strict_json import shorten
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import Annotations
 
 _LOOKED_AT = 20  # rows whose images are looked for to find their folder
-_FLAGS = {"": False, "0": False, "1": True, "false": False, "true": True}
-
-
-class RowReader:
-    """Collects the boxes of one table after the other.
-
-    Args:
-        names: [K] the classes.
-        folder: what file names are relative to.
-        faults: where rows that cannot be used are noted.
-    """
-
-    def __init__(self, names: tuple[str, ...], folder: Path, faults: Faults) -> None:
-        self.names = names
-        self.label_of = {name: label for label, name in enumerate(names, start=1)}
-        self.folder = folder
-        self.faults = faults
-        self.prefix = ""
-        self.images: dict[str, str] = {}  # file name -> where it is first named, in the order of the tables
-        self.ids: dict[str, tuple[int, str]] = {}  # file name -> image id and where it is given
-        self.owners: dict[int, str] = {}  # image id -> file name
-        self.empty: dict[str, str] = {}  # file name -> the line that says that it has no objects
-        self.boxes: list[tuple[float, ...]] = []  # x1, y1, x2, y2
-        self.box_of: list[tuple[str, int, bool, bool, float]] = []  # file name, label, difficult, crowd, area
-        self.where: list[str] = []
-        self.boxes_read = 0
-
-    def read(self, table: Table, split: str | None, prefix: str = "") -> int:
-        """Read the rows of a split.
-
-        Args:
-            table: the rows.
-            split: what their column ``split`` holds; None reads all rows.
-            prefix: the folder that file names are relative to, below that of the images.
-
-        Returns:
-            How many rows there were.
-        """
-        other: dict[str, str] = {}  # file name -> another split that it is in
-        rows = 0
-        self.prefix = prefix
-        for row in table.rows:
-            if row.broken:
-                self.boxes_read += 1
-                self.faults.box("wrong number of values", f"{table.path}: line {row.line}: {row.broken}")
-            elif split is None or row.values["split"] == split:
-                rows += 1
-                self._row(table, row)
-            else:
-                other.setdefault(self._name(row), row.values["split"])
-        for name in self.images:
-            if name in other and split is not None:
-                self.faults.fatal(
-                    "image in two splits",
-                    f"{self.images[name]}: {name!r} is in the split {split!r}, but other rows put it into {other[name]!r}",
-                )
-        return rows
-
-    def _name(self, row: Row) -> str:
-        name = _normal(row.values["file_name"])
-        return f"{self.prefix}{name}" if name and not name.startswith(("/", "../")) else name
-
-    def _row(self, table: Table, row: Row) -> None:
-        where = f"{table.path}: line {row.line}"
-        name = self._name(row)
-        ends = ("x1", "y1", "w", "h") if table.sized else ("x1", "y1", "x2", "y2")
-        texts = [row.values[meaning] for meaning in ends]
-        self.boxes_read += any(texts) or not name
-        if not name:
-            column = table.column("file_name")
-            return self.faults.box(
-                "no image", f"{where}: column {column!r} is empty: expected the name of an image file"
-            )
-        self.images.setdefault(name, where)
-        self._image_id(table, row, name, where)
-        if not any(texts):
-            self.empty.setdefault(name, where)
-            return None
-        values = self._numbers(table, dict(zip(ends, texts, strict=True)), where)
-        label = self._label(table, row.values["label"], where) if values else None
-        flags = [self._flag(table, row, meaning, where) for meaning in ("difficult", "iscrowd")] if label else []
-        area = self._area(table, row, where) if label and None not in flags else None
-        if values and label and area is not None:
-            x1, y1, a, b = values
-            self.boxes.append((x1, y1, x1 + a, y1 + b) if table.sized else (x1, y1, a, b))
-            self.box_of.append((name, label, bool(flags[0]), bool(flags[1]), area))
-            self.where.append(f"{where} ({name}): box {', '.join(texts)}")
-        return None
-
-    def _image_id(self, table: Table, row: Row, name: str, where: str) -> None:
-        text = row.values.get("image_id", "")
-        if not text:
-            return None
-        image_id = read_whole(text)
-        if image_id is None:
-            column = table.column("image_id")
-            return self.faults.fatal(
-                "bad image_id", f"{where}: column {column!r} must be a whole number, got {shorten(text)}"
-            )
-        known = self.ids.setdefault(name, (image_id, where))
-        owner = self.owners.setdefault(image_id, name)
-        if known[0] != image_id or owner != name:
-            was = f"{name!r} has {known[0]} in {known[1]}" if known[0] != image_id else f"{owner!r} has it"
-            self.faults.fatal("duplicate image id", f"{where}: image_id of {name!r} is {text}, but {was}")
-        return None
-
-    def _numbers(self, table: Table, texts: dict[str, str], where: str) -> list[float] | None:
-        values: list[float] = []
-        for meaning, text in texts.items():
-            value = read_number(text)
-            if value is None or not math.isfinite(value):
-                got = shorten(text) if text else "nothing, but other columns of the box are filled"
-                self.faults.box(
-                    "not a number", f"{where}: column {table.column(meaning)!r} must be a finite number, got {got}"
-                )
-                return None
-            values.append(value)
-        return values
-
-    def _label(self, table: Table, text: str, where: str) -> int | None:
-        if text in self.label_of:
-            return self.label_of[text]
-        known = shorten(", ".join(self.names), 300).strip("'")
-        self.faults.box(
-            "unknown class name",
-            f"{where}: column {table.column('label')!r} is {text!r}, which is not among the classes ({known})"
-            f"{did_you_mean(text, self.names)}",
-            alike=f"class {text}",
-        )
-        return None
-
-    def _flag(self, table: Table, row: Row, meaning: str, where: str) -> bool | None:
-        text = row.values.get(meaning, "")
-        if text.lower() not in _FLAGS:
-            self.faults.box(
-                f"bad {meaning}", f"{where}: column {table.column(meaning)!r} must be 0 or 1, got {shorten(text)}"
-            )
-            return None
-        return _FLAGS[text.lower()]
-
-    def _area(self, table: Table, row: Row, where: str) -> float | None:
-        """The area; NaN for that of the box; None for a fault."""
-        text = row.values.get("area", "")
-        value = read_number(text) if text else math.nan
-        if value is None or (text and not 0 <= value < math.inf):
-            column = table.column("area")
-            self.faults.box(
-                "bad area", f"{where}: column {column!r} must be a number of at least 0, got {shorten(text)}"
-            )
-            return None
-        return value
-
-    def records(self, category_ids: tuple[int, ...]) -> Records:
-        """Read the sizes of the images, and turn what was read into arrays."""
-        boxed = {name for name, *_ in self.box_of}
-        for name in sorted(self.empty.keys() & boxed):
-            self.faults.fatal(
-                "box beside none", f"{self.empty[name]}: {name!r} has no objects here, but boxes in other rows"
-            )
-        built = RecordBuilder(self.names, category_ids)
-        taken, rows = set(self.owners), {}  # file name -> row
-        number = 0
-        for name in tqdm(self.images, desc="reading image sizes", unit="image", disable=None, leave=False):
-            number += 1
-            while name not in self.ids and number in taken:
-                number += 1
-            size = self._size(name)
-            if size:
-                rows[name] = len(built.images)
-                built.add_image(name, self.ids[name][0] if name in self.ids else number, size)
-        for box, (name, label, difficult, crowd, area), where in zip(self.boxes, self.box_of, self.where, strict=True):
-            if name in rows:
-                built.add_box(rows[name], box, label, where, difficult, crowd, area)
-            else:
-                self.faults.skipped["boxes skipped: image skipped"] += 1
-        return built.records(self.folder, [self.folder], len(self.images), self.boxes_read)
-
-    def _size(self, name: str) -> tuple[int, int] | None:
-        """Height and width; None, and a fault, where there is no such image."""
-        outside = name.startswith(("../", "/")) or name[1:2] == ":"
-        if "\0" in name or (outside and not self.faults.allow_links):
-            self.faults.fatal(
-                "leads out of the folder",
-                f"{self.images[name]}: {name!r} leads out of {self.folder}; allow_links: true permits it",
-            )
-            return None
-        path = self.folder / name
-        try:
-            return image_size(path)
-        except DataError as error:
-            reason = "unreadable" if path.exists() else "file missing"
-            self.faults.image(reason, f"{self.images[name]}: {error}")
-            return None
-
-
-def _normal(name: str) -> str:
-    """A file name without detours: ``./a//b.jpg`` and ``a/b.jpg`` are the same image."""
-    return os.path.normpath(name.replace("\\", "/")).replace(os.sep, "/") if name else ""
-
-
 NAME = "annotations.csv"
 
 
@@ -260,8 +74,8 @@ def find_splits(root: Path) -> dict[str, CSVSplit]:
         root: the folder; or a table, for the values of its column ``split``.
 
     Returns:
-        name -> split: the values of the column ``split`` of ``annotations.csv`` or the only table, ``all`` where it has none; or the
-        tables, by their names or those of their folders; nothing if there is no table of boxes.
+        name -> split: the values of the column ``split`` of ``annotations.csv`` or the only table, ``all`` where it has none;
+        or the tables, by their names or those of their folders; nothing if there is no table of boxes.
 
     Raises:
         DataError: the table cannot be read.
@@ -349,11 +163,13 @@ class CSVBoxes(DetectionData):
         self.format = format
         self._class_names: tuple[str, ...] | None = None
 
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the rows of a split."""
         names = self.source_of(split, "a value of the column split, or a .csv file")
         tables = _tables(self.root, names, self.format.file)
-        return _load(tables, Path(self.root) / self.format.images, self._names(), self.on_bad, self.allow_links)
+        return _load(
+            tables, Path(self.root) / self.format.images, self._names(), faults or self.on_bad, self.allow_links
+        )
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""
@@ -423,7 +239,7 @@ def _load(
         if split is not None and "split" not in table.columns:
             raise DataError(f"{path}: has no column 'split', but the split {split!r} is wanted")
         known = splits_of(table)
-        value = split if split is None else find_split(split, known) or split
+        value = split if split is None else take_split(path, split, known) or split
         if not reader.read(table, value, _prefix(table, folder)) and split is not None:
             raise DataError(
                 f"{path}: no row of the split {split!r}; there are {', '.join(known)}{did_you_mean(split, known)}"
@@ -460,7 +276,7 @@ def splits_of(table: Table) -> tuple[str, ...]:
 
 def _prefix(table: Table, folder: Path) -> str:
     """The folder below that of the images which the first names of a table are relative to; empty where they are relative to it."""
-    names = [_normal(row.values.get("file_name", "")) for row in table.rows[:_LOOKED_AT]]
+    names = [normal_name(row.values.get("file_name", "")) for row in table.rows[:_LOOKED_AT]]
     names = [name for name in dict.fromkeys(names) if name and not name.startswith(("../", "/"))]
     beside = table.path.parent
     near = [
@@ -489,9 +305,66 @@ def _find(folder: Path, name: str, file: str) -> tuple[Path, str | None]:
         only = name == ALL and (folder / file).is_file() and "split" not in Table(folder / file).columns
         return folder / file, None if only else name
     splits = find_splits(folder)
-    found = find_split(name, splits)
+    found = take_split(folder, name, splits)
     if found is None and splits:
         raise DataError(
             f"{folder}: no table of the split {name!r}; there are {', '.join(splits)}{did_you_mean(name, splits)}"
         )
     return (folder / file, name) if found is None else (splits[found].table, splits[found].value)
+
+
+_COLUMNS = ("split", "file_name", "image_id", "x1", "y1", "x2", "y2", "label", "difficult", "iscrowd", "area")
+
+
+def write_csv(
+    splits: Splits,
+    folder: str | Path,
+    images: Images = "copy",
+    source: ImageFiles = PLAIN_FILES,
+) -> Written:
+    """Write a data set as a table of boxes.
+
+    Args:
+        splits: name -> annotations, whose classes are the same.
+        folder: a new folder.
+        images: ``"copy"``, ``"link"`` or ``"none"``: then the file names stay relative to the folder of the source.
+        source: where the images are.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: the folder is there already, or classes differ.
+    """
+    names, ids = one_class_list(splits)
+    keep_ids, remarks = ids_are_kept(splits)
+    roots = {str(a.root) for a in splits.values()}
+    if images == "none":
+        if len(roots) > 1:
+            raise DataError(f"the images lie in several folders ({', '.join(sorted(roots))}): copy or link them")
+        remarks.append(f"file names are relative to {roots.pop()}")
+    with new_folder(folder, splits) as out:
+        write_class_list(out, ClassList(names, ids))
+        with (out / NAME).open("w", encoding="utf-8", newline="") as stream:
+            table = csv.writer(stream, lineterminator="\n")
+            table.writerow(_COLUMNS)
+            for split, a in splits.items():
+                files = a.file_names.tolist()
+                if images != "none":
+                    files = [f"images/{file_name_of(split)}/{name}" for name in Names(flat=False).of(split, a)]
+                    transfer(image_paths(a), [out / name for name in files], images, source)
+                table.writerows(_rows(split, a, files, keep_ids))
+                remarks += write_outlines(out, split, a, files)
+    return Written(Path(folder), tuple(splits), *totals(splits), tuple(remarks))
+
+
+def _rows(split: str, a: Annotations, files: list[str], keep_ids: bool) -> Iterator[list[object]]:
+    areas = own_area(a)
+    for i, name in enumerate(files):
+        start = [quoted(split), quoted(name), int(a.image_ids[i]) if keep_ids else ""]
+        if not rows_of(a, i):
+            yield [*start, *[""] * 8]
+        for b in rows_of(a, i):
+            flags = [int(a.difficult[b]), int(a.iscrowd[b])]
+            area = number(a.area[b]) if areas[b] else ""
+            yield [*start, *map(number, a.boxes[b].tolist()), quoted(a.class_names[int(a.labels[b]) - 1]), *flags, area]

@@ -12,6 +12,7 @@ images are one split, ``all``.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter, defaultdict
@@ -22,6 +23,8 @@ from pathlib import Path
 from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.support.errors import DataError
 
+_log = logging.getLogger(__name__)
+
 ALL = "all"  # what the only split of a data set without splits is called
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "frames")
 LABEL_FOLDERS = ("labels", "label", "annotations", "annotation", "anns", "ann", "xmls", "xml", "txt")
@@ -30,6 +33,7 @@ _SPLIT = re.compile(r"(train|training|trainval|val|valid|validation|test|testing
 _SPLIT_WORDS = ("default", "data")  # of tools that have no splits, but a folder in their place
 _WORD = f"({'|'.join((*IMAGE_FOLDERS, *LABEL_FOLDERS))})"
 _WORDS = re.compile(rf"^{_WORD}$|^{_WORD}[ _-]+|[ _-]+{_WORD}$", re.IGNORECASE)
+_LONGEST_NAME = 4096  # bytes of a path in a list
 _DEEPEST = 8  # levels of folders below the root
 
 
@@ -74,8 +78,15 @@ def list_folder(folder: Path, suffix: str = "") -> Folder:
     Raises:
         DataError: it cannot be listed.
     """
+    try:
+        return _sorted_out(os.listdir(folder), suffix)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
+
+
+def _sorted_out(names: Iterable[str], suffix: str) -> Folder:
     found = Folder()
-    for name in sorted(_names(folder)):
+    for name in sorted(names):
         stem, own = os.path.splitext(name)
         if is_image(name):
             found.images.setdefault(stem, []).append(name)
@@ -85,29 +96,84 @@ def list_folder(folder: Path, suffix: str = "") -> Folder:
 
 
 def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
-    """List a folder and all below it, by their parts relative to it; hidden ones are left out, none is entered twice."""
-    found: dict[tuple[str, ...], Folder] = {}
+    """List a folder and all below it, by their parts relative to it; hidden ones are left out, none is entered twice.
+
+    Nothing is listed where no file ends in the suffix.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    names: dict[tuple[str, ...], list[str]] = {}
     seen: set[tuple[int, int]] = set()
     waiting: list[tuple[str, ...]] = [()]
     while waiting:
         parts = waiting.pop()
         path = root.joinpath(*parts)
-        status = path.stat()
-        if (status.st_dev, status.st_ino) in seen or len(parts) > _DEEPEST:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        found[parts] = list_folder(path, suffix)
-        with os.scandir(path) as entries:
-            below = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-        waiting += [(*parts, name) for name in reversed(below)]
-    return found
+        try:
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in seen or len(parts) > _DEEPEST:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                inside = [(entry.name, entry.is_dir()) for entry in entries]
+        except OSError as error:
+            raise DataError(f"{path}: cannot be listed ({error.strerror or error})") from error
+        names[parts] = [name for name, is_folder in inside if not is_folder]
+        below = sorted((name for name, is_folder in inside if is_folder and not name.startswith(".")), reverse=True)
+        waiting += [(*parts, name) for name in below]
+    if not any(name.lower().endswith(suffix) for listed in names.values() for name in listed):
+        return {}
+    return {parts: _sorted_out(listed, suffix) for parts, listed in names.items()}
 
 
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
+class Entries:
+    """Finds what paths in lists and descriptions mean on this machine; folders are listed once."""
+
+    def __init__(self) -> None:
+        self._names: dict[
+            Path, dict[str, str]
+        ] = {}  # folder -> name in small letters, for images without suffix too -> name
+
+    def find(self, folder: Path, entry: str) -> Path | None:
+        """Find a file or folder: where its first folders are not there, the longest end of the path that is.
+
+        Args:
+            folder: that relative paths begin in.
+            entry: as it stands in a file; it may have backslashes, other capitals, or another suffix of images.
+
+        Returns:
+            The path; None if nothing is there.
+        """
+        if "\0" in entry or not entry:
+            return None
+        if (folder / entry).exists():
+            return folder / entry
+        parts = [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        ends = [parts[k:] for k in range(len(parts))]
+        exact = (path for end in ends if (path := folder.joinpath(*end)).exists())
+        return next(exact, None) or next(filter(None, (self._loosely(folder, end) for end in ends)), None)
+
+    def _loosely(self, folder: Path, parts: Sequence[str]) -> Path | None:
+        path = folder
+        for part in parts:
+            names = self._list(path)
+            name = names.get(part.lower()) or (names.get(_stem(part)) if is_image(part) else None)
+            if name is None:
+                return None
+            path = path / name
+        return path
+
+    def _list(self, folder: Path) -> dict[str, str]:
+        if folder not in self._names:
+            names = sorted(os.listdir(folder)) if folder.is_dir() else []
+            images = {_stem(name): name for name in names if is_image(name)}
+            self._names[folder] = images | {name.lower(): name for name in names}
+        return self._names[folder]
+
+
+def _stem(name: str) -> str:
+    """What an image is looked for by if its suffix is another."""
+    return f"{os.path.splitext(name)[0].lower()}/"
 
 
 def find_places(root: Path, suffix: str) -> list[Place]:
@@ -118,7 +184,7 @@ def find_places(root: Path, suffix: str) -> list[Place]:
         suffix: of the annotation files, such as ".xml".
 
     Returns:
-        The places, by the path of their images.
+        The places: those of training, of validation and of test splits, then others, by the path of their images.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -127,10 +193,17 @@ def find_places(root: Path, suffix: str) -> list[Place]:
     pairs = _pairs(folders)
     shared = Counter(images for images, _ in pairs)
     named = [split_of(images) or split_of(labels) for images, labels in pairs]
-    return [
+    places = [
         Place(root.joinpath(*images), root.joinpath(*labels), name or ALL, shared[images] > 1)
         for (images, labels), name in zip(pairs, named, strict=True)
     ]
+    return sorted(places, key=lambda place: (_rank(place.split), place.images, place.labels))
+
+
+def _rank(split: str) -> int:
+    """Training, validation and test splits come in this order, others behind them."""
+    beginnings = ("train", "val", "test")
+    return next((k for k, word in enumerate(beginnings) if split.lower().startswith(word)), len(beginnings))
 
 
 def _pairs(folders: dict[tuple[str, ...], Folder]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -173,6 +246,28 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
     return next(differ, min(len(one), len(other)))
 
 
+def find_lists(folder: Path, images: Iterable[str]) -> dict[str, Path]:
+    """Find lists of images in a folder: text files that are called as splits and begin with the name of an image.
+
+    Args:
+        folder: that is looked at.
+        images: names of images without folders and suffixes.
+
+    Returns:
+        split -> list.
+    """
+    known = set(images)
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.txt")):
+        if split_of((path.stem,)) and path.is_file():
+            with path.open("rb") as stream:
+                first = stream.readline(_LONGEST_NAME).decode("utf-8-sig", errors="replace").strip()
+            name = first.replace("\\", "/").rpartition("/")[2]
+            if name in known or (is_image(name) and os.path.splitext(name)[0] in known):
+                found[path.stem] = path
+    return dict(sorted(found.items(), key=lambda item: _rank(item[0])))
+
+
 def split_of(parts: Sequence[str]) -> str:
     """What the parts of a path say of the split; empty if nothing."""
     for part in parts:
@@ -198,9 +293,23 @@ def find_split(name: str, known: Iterable[str]) -> str | None:
     lower = name.lower()
     same = next((group for group in _SAME_SPLIT if lower in group), (lower,))
     found = [other for other in names if other.lower() in same]
+    found = found or [other for other in names if other.rpartition(":")[2].lower() in same]  # of one folder of several
     if not found and lower == ALL:
         found = names
     return found[0] if len(found) == 1 else None
+
+
+def take_split(root: Path, name: str, known: Iterable[str]) -> str | None:
+    """As `find_split`; that another name is taken is said in a line of the log."""
+    found = find_split(name, known)
+    if found not in (None, name):
+        _log.warning("%s: there is no split %r; its split %r is read", root, name, found)
+    return found
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort the names of splits: those of training, of validation and of test splits, then others in their order."""
+    return sorted(names, key=_rank)
 
 
 def says_folders(root: Path, places: Sequence[Place], what: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Raw
 
-from detpipe.datasets.formats.yolo_images import label_path
+from detpipe.datasets.formats.yolo_images import LabelFolders
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import load_json, shorten
 from detpipe.types import Annotations, Segmentations
@@ -93,8 +93,9 @@ def yolo_outlines(annotations: Annotations) -> Segmentations:
     """
     a = annotations
     found: list[bytes] = []
+    labels = LabelFolders(a.root)
     for i, name in enumerate(a.file_names.tolist()):
-        path = label_path(a.root / name)
+        path = labels.path(a.root / name)
         lines = [line.split() for line in path.read_text(encoding="utf-8-sig").split("\n")] if path.is_file() else []
         lines = [values for values in lines if values]
         if len(lines) != a.offsets[i + 1] - a.offsets[i]:

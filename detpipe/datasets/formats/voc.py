@@ -16,6 +16,10 @@ Coordinates. The official files count pixels from 1 and include both ends: ``one
 
 What VOC has no place for stands in ``<detpipe>``: ``<image_id>`` below the annotation, ``<iscrowd>`` and ``<area>`` below an
 object. Other readers pass over it.
+
+Writing. Corners are written as the official files have them, counted from 1 with both ends included: ``xmin = x1 + 1``,
+``xmax = x2``, with decimals where the box has some, as VOC 2011 and 2012 do. Where a box is not wider and higher than one pixel,
+its corners would meet; then all are written as they are, counted from 0, and ``detpipe.json`` says so.
 """
 
 from __future__ import annotations
@@ -24,12 +28,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
+
+import numpy as np
 
 from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.faults import Faults, Policy
-from detpipe.datasets.formats.class_list import ids_of, read_class_list
+from detpipe.datasets.decode import IMAGE_SUFFIXES
+from detpipe.datasets.faults import Collected, Faults, Policy
+from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
+from detpipe.datasets.formats.export import (
+    Images,
+    Names,
+    Splits,
+    Written,
+    check_suffixes,
+    file_name_of,
+    ids_are_kept,
+    new_folder,
+    number,
+    one_class_list,
+    own_area,
+    rows_of,
+    totals,
+    transfer,
+)
+from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.formats.voc_folders import Listed, find_splits, list_images
 from detpipe.datasets.formats.voc_xml import ImageText, UnreadableXML, XMLReader, read_xml
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.datasets.records import RecordBuilder, build_annotations
 from detpipe.datasets.stored_proposals import voc_key
 from detpipe.support.errors import DataError
@@ -122,9 +148,12 @@ class VOCSource:
             return known.class_names
         names = {element.name for text in self.texts() if isinstance(text, ImageText) for element in text.objects}
         if not names - {""}:
+            self.faults.check()
             where = self.split if isinstance(self.split, str) else list(self.split)
+            unread = [str(text) for text in self.texts() if isinstance(text, UnreadableXML)]
+            more = f" ({len(unread)} files cannot be read: {unread[0]})" if unread else ""
             raise DataError(
-                f"{self.root}: no object with a class name in {where}; class_names 'auto' has nothing to read"
+                f"{self.root}: no object with a class name in {where}; class_names 'auto' has nothing to read{more}"
             )
         return tuple(sorted(names - {""}))
 
@@ -208,19 +237,20 @@ class VOC(DetectionData):
         self._class_names: tuple[str, ...] | None = None
         self._sources: dict[Split, VOCSource] = {}
 
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the lists and XML files of a split."""
         names, options = self._names(split), self.format
-        source = self._sources.pop(split, None) or self._open(split)
+        opened = self._sources.pop(split, None)
+        source = opened if opened is not None and faults is None else self._open(split, faults)
         return source.load(names, options.one_based, options.keep_difficult)
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""
         return tuple(find_splits(Path(self.root))) if Path(self.root).is_dir() else ()
 
-    def _open(self, split: Split) -> VOCSource:
+    def _open(self, split: Split, faults: Collected | None = None) -> VOCSource:
         lists = self.source_of(split, "a list in ImageSets/Main")
-        return VOCSource(Path(self.root), lists, self.on_bad, self.allow_links)
+        return VOCSource(Path(self.root), lists, faults or self.on_bad, self.allow_links)
 
     def _names(self, split: Split) -> tuple[str, ...]:
         """The class names of all splits: those of the training split where they are not given."""
@@ -234,7 +264,7 @@ class VOC(DetectionData):
         return self._class_names
 
     def _training_source(self, split: Split) -> VOCSource:
-        """The training split, which names the classes; another that is evaluated alone may do without it where VOC's 20 are expected."""
+        """The training split, which names the classes; who evaluates another alone may lack it, where VOC's 20 are expected."""
         try:
             self._sources["train"] = self._open("train")
         except DataError:
@@ -243,3 +273,90 @@ class VOC(DetectionData):
             self._sources[split] = self._open(split)
             return self._sources[split]
         return self._sources["train"]
+
+
+def write_voc(
+    splits: Splits,
+    folder: str | Path,
+    images: Images = "copy",
+    one_based: bool | None = None,
+    source: ImageFiles = PLAIN_FILES,
+) -> Written:
+    """Write a data set in VOC layout.
+
+    Args:
+        splits: name -> annotations, whose classes are the same.
+        folder: a new folder.
+        images: ``"copy"``, ``"link"`` or ``"none"``.
+        one_based: whether corners count from 1, both ends included; None for that if every box is larger than a pixel.
+        source: where the images are.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: the folder is there already, classes differ, images have a suffix that is not looked for, or an image of two
+            splits has other boxes in each.
+    """
+    names, ids = one_class_list(splits)
+    check_suffixes(splits, IMAGE_SUFFIXES, "VOC")
+    wide = all((np.diff(a.boxes.reshape(-1, 2, 2), axis=1) > 1 + 1e-9).all() for a in splits.values())
+    from_one = wide if one_based is None else one_based
+    keep_ids, remarks = ids_are_kept(splits)
+    if not from_one:
+        remarks.append("corners count from 0 (boxes of a pixel or less): read them with one_based: false")
+    naming = Names(flat=True)
+    with new_folder(folder, splits) as out:
+        for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+            (out / part).mkdir(parents=True)
+        write_class_list(out, ClassList(names, ids, from_one))
+        for split, a in splits.items():
+            files = naming.of(split, a)
+            transfer(image_paths(a), [out / "JPEGImages" / name for name in files], images, source)
+            areas = own_area(a)
+            for i, name in enumerate(files):
+                tree = _annotation(a, i, name, from_one, keep_ids, areas)
+                tree.write(out / "Annotations" / f"{Path(name).stem}.xml", encoding="utf-8")
+            named = [f"JPEGImages/{name}" for name in files]
+            remarks += write_outlines(out, file_name_of(split), a, named)
+            lines = "".join(f"{Path(name).stem}\n" for name in files)
+            (out / "ImageSets" / "Main" / f"{file_name_of(split)}.txt").write_text(lines, encoding="utf-8")
+    if naming.renamed:
+        remarks.append(f"{naming.renamed} images are renamed: all lie in one folder, and others had their names")
+    return Written(Path(folder), tuple(map(file_name_of, splits)), *totals(splits), tuple(remarks))
+
+
+def _annotation(
+    a: Annotations, image: int, name: str, one_based: bool, keep_id: bool, areas: np.ndarray
+) -> ElementTree:
+    root = Element("annotation")
+    _add(root, "folder", "JPEGImages")
+    _add(root, "filename", name)
+    size = SubElement(root, "size")
+    for key, value in zip(("width", "height", "depth"), (*a.sizes[image].tolist()[::-1], 3), strict=True):
+        _add(size, key, value)
+    _add(root, "segmented", 0)
+    if keep_id:
+        _add(SubElement(root, "detpipe"), "image_id", int(a.image_ids[image]))
+    for b in rows_of(a, image):
+        element = SubElement(root, "object")
+        _add(element, "name", a.class_names[int(a.labels[b]) - 1])
+        _add(element, "pose", "Unspecified")
+        _add(element, "truncated", 0)
+        _add(element, "difficult", int(a.difficult[b]))
+        box = SubElement(element, "bndbox")
+        x1, y1, x2, y2 = a.boxes[b].tolist()
+        for key, value in zip(("xmin", "ymin", "xmax", "ymax"), (x1 + one_based, y1 + one_based, x2, y2), strict=True):
+            _add(box, key, number(value))
+        if a.iscrowd[b] or areas[b]:
+            extra = SubElement(element, "detpipe")
+            _add(extra, "iscrowd", int(a.iscrowd[b]))
+            if areas[b]:
+                _add(extra, "area", number(a.area[b]))
+    tree = ElementTree(root)
+    indent(tree)
+    return tree
+
+
+def _add(parent: Element, tag: str, value: object) -> None:
+    SubElement(parent, tag).text = str(value)

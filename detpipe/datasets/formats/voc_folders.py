@@ -15,11 +15,12 @@ from detpipe.datasets.formats.folders import (
     ALL,
     Folder,
     Place,
+    find_lists,
     find_places,
-    find_split,
     is_image,
     list_folder,
     says_folders,
+    take_split,
 )
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
@@ -68,30 +69,39 @@ def find_splits(root: Path) -> dict[str, VOCSplit]:
         root: a folder with XML files, or one of folders of years, as VOCdevkit holds VOC2007.
 
     Returns:
-        name -> split: the lists in ``ImageSets/Main``, without those of one class (``cat_train`` beside ``train``), ``2007:trainval``
-        for the list of a folder VOC2007; or the folders that hold XML files; nothing if there is neither.
+        name -> split: the lists in ``ImageSets/Main``, without those of one class (``cat_train`` beside ``train``),
+        ``2007:trainval`` for the list of a folder VOC2007, ``trainval`` for that of the only folder of another name; or the
+        folders that hold XML files; nothing if there is neither.
 
     Raises:
         DataError: a folder cannot be listed.
     """
     found = {name: VOCSplit(places, path) for name, (path, places) in _lists(root).items()}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        year = folder.name.removeprefix("VOC")
-        lists = {} if _is_imagesets(folder) else _lists(folder)
-        found |= {f"{year}:{name}": VOCSplit(places, path) for name, (path, places) in lists.items()}
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    below = {folder: _lists(folder) for folder in folders if not _is_imagesets(folder)}
+    below = {folder: lists for folder, lists in below.items() if lists}
+    plain = not found and len(below) == 1 and not any(folder.name.startswith("VOC") for folder in below)
+    for folder, lists in below.items():
+        year = "" if plain else f"{folder.name.removeprefix('VOC')}:"
+        found |= {f"{year}{name}": VOCSplit(places, path) for name, (path, places) in lists.items()}
     if found:
         return found
+    places = tuple(find_places(root, _SUFFIX))
+    lists = find_lists(root, (stem for place in places for stem in list_folder(place.images).images))
+    if lists:
+        return {name: VOCSplit(places, path) for name, path in lists.items()}
     parts: dict[str, list[Place]] = {}
-    for place in find_places(root, _SUFFIX):
+    for place in places:
         parts.setdefault(place.split, []).append(place)
-    return {name: VOCSplit(tuple(places)) for name, places in parts.items()}
+    return {name: VOCSplit(tuple(found)) for name, found in parts.items()}
 
 
 def says_layout(root: Path, splits: dict[str, VOCSplit]) -> str:
     """Say in which layout a folder is, in half a line: "XML beside the images in train, valid, test"."""
     places = list(dict.fromkeys(place for split in splits.values() for place in split.places))
     lists = [split.list_file for split in splits.values() if split.list_file]
-    more = f", lists in {lists[0].parent.relative_to(root).as_posix()}" if lists else ""
+    folder = lists[0].parent.relative_to(root).as_posix() if lists else ""
+    more = f", lists in {'the folder' if folder == '.' else folder}" if lists else ""
     return says_folders(root, places, "XML") + more
 
 
@@ -167,7 +177,7 @@ def _open(root: Path, entry: str) -> VOCSplit:
             return VOCSplit(places, list_file)
     elif main is not None and any(main.glob("*.txt")):
         known = sorted(path.stem for path in main.glob("*.txt"))
-        found = find_split(name, known)
+        found = take_split(folder, name, known)
         if found is None:
             raise DataError(
                 f"{main / name}.txt: no such list of images; lists found: {', '.join(known[:20]) or 'none'}"
@@ -177,7 +187,7 @@ def _open(root: Path, entry: str) -> VOCSplit:
             return VOCSplit(places, main / f"{found}.txt")
     elif folder.is_dir():
         splits = find_splits(folder)
-        found = find_split(name, splits)
+        found = take_split(folder, name, splits)
         if found is not None:
             return splits[found]
         if splits:
@@ -191,8 +201,8 @@ def _no_such_split(folder: Path, entry: str, name: str, splits: dict[str, VOCSpl
     known = ", ".join(map(repr, splits))
     return (
         f"{folder / 'ImageSets' / 'Main'}: no such folder, wanted for the split {entry!r}; make it with a file {name}.txt of one "
-        f"image name a line, or give the path of such a file as the split, or name a split that is there ({known}"
-        f"{did_you_mean(name, splits)}), which the argument 'split' divides; {LAYOUT}"
+        "image name a line, or give the path of such a file as the split, or name what is there "
+        f"({known}{did_you_mean(name, splits)}), which 'split: {{val: 0.2}}' divides; {LAYOUT}"
     )
 
 
@@ -285,7 +295,7 @@ class _Finder:
     def _without_flag(self, line: str, places: Sequence[Place]) -> str:
         """The name in a line; lists of one class carry a flag behind it (-1, 0 or 1), which is not looked at."""
         name, _, flag = line.rpartition(" ")
-        if flag in ("-1", "0", "1") and name and not any(line in self._list(p.labels).labels for p in places):
+        if flag in ("-1", "0", "1") and name and not any((p.labels / f"{line}{_SUFFIX}").is_file() for p in places):
             return name.strip()
         return line
 

@@ -13,8 +13,8 @@ from pathlib import Path, PureWindowsPath
 
 from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.datasets.faults import Faults
-from detpipe.datasets.formats.folders import IMAGE_FOLDERS, LABEL_FOLDERS, find_places, list_folder
-from detpipe.datasets.formats.yolo_yaml import LABELS, YOLOFile, find_entry
+from detpipe.datasets.formats.folders import IMAGE_FOLDERS, LABEL_FOLDERS, Entries, find_places, list_folder
+from detpipe.datasets.formats.yolo_yaml import LABELS, YOLOFile
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 
@@ -115,6 +115,7 @@ class ImageFinder:
         self.root = _root(file.root, [path for path in entries if path.is_dir()])
         self.folders = [path if path.is_dir() else self.root for path in entries]
         self._labels = LabelFolders(self.root)
+        self._entries = Entries()
         self._others = {place.images for place in file.places} - set(entries)  # of other splits
         for path in entries:
             if path.is_dir():
@@ -159,7 +160,7 @@ class ImageFinder:
             return path
         drive = PureWindowsPath(name).drive
         for base in dict.fromkeys((folder, self.root)):
-            found = find_entry(base, name.removeprefix(drive))
+            found = self._entries.find(base, name.removeprefix(drive))
             if found is not None and found.is_file() and _is_inside(Path(os.path.normpath(found)), self.root):
                 return Path(os.path.normpath(found))
         return path
@@ -190,7 +191,7 @@ def _is_inside(path: Path, root: Path) -> bool:
 
 def _locate(file: YOLOFile, split: str, entry: str) -> Path:
     """The folder or list that an entry names; where its first folders are not there, by the end of its path."""
-    path = find_entry(file.root, entry)
+    path = Entries().find(file.root, entry)
     if path is not None and (path.is_dir() or (path.is_file() and path.suffix == ".txt")):
         return Path(os.path.normpath(path))
     problem = "does not exist" if path is None else "is neither a folder nor a .txt list"

@@ -23,7 +23,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from detpipe.datasets.formats.folders import Place, find_places, find_split, list_folder, says_folders
+from detpipe.datasets.formats.folders import (
+    Entries,
+    Place,
+    find_lists,
+    find_places,
+    list_folder,
+    says_folders,
+    take_split,
+)
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import load_json, shorten
@@ -66,7 +74,7 @@ class YOLOFile:
         Raises:
             DataError: there is no such split.
         """
-        found = find_split(split, self.splits)
+        found = take_split(self.path, split, self.splits)
         if found is None:
             known = ", ".join(self.splits) or "none"
             raise DataError(f"{self.path}: has no split {split!r}; there are {known}{did_you_mean(split, self.splits)}")
@@ -85,16 +93,24 @@ def find_file(root: Path) -> Path | None:
         root: the folder.
 
     Returns:
-        ``data.yaml``, the only other YAML file with ``names``, darknet's ``.data`` file, or the list of classes; None if there is none.
+        ``data.yaml``, the only other YAML file with ``names``, darknet's ``.data`` file, or the list of classes; None if none.
 
     Raises:
         DataError: there are several.
     """
-    if (root / NAME).is_file():
-        return root / NAME
     files = [path for path in sorted(root.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    below = (_describing(folder) for folder in folders)  # unpacked into a folder of its own
+    return _describing(root) or _class_file(files) or _only([path for path in below if path is not None])
+
+
+def _describing(folder: Path) -> Path | None:
+    """The YAML file or darknet's file of a folder."""
+    if (folder / NAME).is_file():
+        return folder / NAME
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     yamls = [path for path in files if path.suffix.lower() in (".yaml", ".yml") and _HAS_NAMES.search(_peek(path))]
-    return _only(yamls) or _only([path for path in files if path.suffix.lower() == ".data"]) or _class_file(files)
+    return _only(yamls) or _only([path for path in files if path.suffix.lower() == ".data"])
 
 
 def _only(paths: list[Path]) -> Path | None:
@@ -147,8 +163,8 @@ def read_yolo(root: str | Path) -> YOLOFile:
         found = _class_file(file for folder in inside for file in sorted(folder.iterdir()) if file.is_file())
         if found is None:
             raise DataError(
-                f"{path}: has labels in YOLO layout ({says_folders(path, places, 'labels')}), but nothing says what the classes are "
-                f"called: write {path / 'classes.txt'} with a name a line, in the order of the numbers"
+                f"{path}: has labels in YOLO layout ({says_folders(path, places, 'labels')}), but nothing says what the classes "
+                f"are called: write {path / 'classes.txt'} with a name a line, in the order of the numbers"
             )
     if found is None:
         raise DataError(f"{path / NAME}: no such file; YOLO layout has a {NAME} with path, train, val and names")
@@ -158,8 +174,11 @@ def read_yolo(root: str | Path) -> YOLOFile:
 
 
 def _with_folders(file: YOLOFile, places: tuple[Place, ...] | None = None) -> YOLOFile:
-    """The same with the splits that its folders are."""
+    """The same with the splits of lists beside it, or else of folders."""
     places = tuple(find_places(file.root, LABELS)) if places is None else places
+    lists = find_lists(file.root, (stem for place in places for stem in list_folder(place.images).images))
+    if lists:
+        return replace(file, splits={name: (path.name,) for name, path in lists.items()})
     splits: dict[str, tuple[str, ...]] = {}
     for place in places:
         splits[place.split] = (*splits.get(place.split, ()), place.images.relative_to(file.root).as_posix())
@@ -179,11 +198,10 @@ def has_labels(root: Path) -> bool:
 
 def _read_darknet(path: Path) -> YOLOFile:
     """Read darknet's ``obj.data``, whose paths are as if it lay in a folder ``data``."""
-    values = dict(
-        (part.strip() for part in line.partition("=")[::2]) for line in _lines(path) if "=" in line and line[0] != "#"
-    )
+    pairs = [line.partition("=") for line in _lines(path) if "=" in line and not line.startswith("#")]
+    values = {key.strip(): value.strip() for key, _, value in pairs}
     entry = values.get("names")
-    names_file = find_entry(path.parent, entry) if entry else _class_file(sorted(path.parent.iterdir()))
+    names_file = Entries().find(path.parent, entry) if entry else _class_file(sorted(path.parent.iterdir()))
     if names_file is None or not names_file.is_file():
         raise DataError(f"{path}: names is {shorten(entry)}, but there is no such list of classes, one a line")
     names = _listed_names(names_file)
@@ -218,24 +236,6 @@ def _from_notes(path: Path) -> tuple[str, ...]:
     return _class_names({one["id"]: one["name"] for one in categories}, path)
 
 
-def find_entry(folder: Path, entry: str) -> Path | None:
-    """Find what a path in a file means: a file or folder, or, where its first folders are not there, the longest end of it that is.
-
-    Args:
-        folder: that relative paths begin in.
-        entry: as it stands in the file; it may have backslashes.
-
-    Returns:
-        The path; None if nothing is there.
-    """
-    if "\0" in entry or not entry:
-        return None
-    if (folder / entry).exists():
-        return folder / entry
-    parts = [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    return next((path for k in range(len(parts)) if (path := folder.joinpath(*parts[k:])).exists()), None)
-
-
 def read_yolo_yaml(root: str | Path) -> YOLOFile:
     """Read ``data.yaml`` strictly: no tags, no key twice, class numbers without gaps.
 
@@ -268,7 +268,7 @@ def read_yolo_yaml(root: str | Path) -> YOLOFile:
     moved = not folder.is_dir()
     folder = path.parent if moved else folder
     splits = {key: _entries(value, key, path) for key, value in content.items() if _is_split(key, value, folder)}
-    if moved and not any(find_entry(folder, entry) for entries in splits.values() for entry in entries):
+    if moved and not any(Entries().find(folder, entry) for entries in splits.values() for entry in entries):
         raise DataError(
             f"{path}: path is {base!r}, but {path.parent / base} is no folder; paths are relative to {path.name}"
         )
@@ -299,7 +299,7 @@ def _is_split(key: Any, value: Any, folder: Path) -> bool:
     entries = [value] if type(value) is str else value
     if type(key) is not str or key in NOT_SPLITS or type(entries) is not list:
         return False
-    there = find_entry if key in ("valid", "validation") else _exact
+    there = Entries().find if key in ("valid", "validation") else _exact
     return all(type(entry) is str and there(folder, entry) is not None for entry in entries)
 
 
