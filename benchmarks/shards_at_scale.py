@@ -33,7 +33,7 @@ import psutil
 from PIL import Image
 
 from detpipe.datasets import Loader, Shards
-from detpipe.datasets.formats.writers.coco_writer import coco_content
+from detpipe.datasets.formats.coco import coco_content
 from detpipe.datasets.shards.write import Sharding, make_shards
 from detpipe.types import Annotations
 

@@ -22,8 +22,12 @@ def coco_key(annotations: Annotations, row: int) -> str:
 
 
 def voc_key(annotations: Annotations, row: int) -> str:
-    """The id of an image in a store: what VOC's lists call it, the name of its file without the suffix."""
-    return Path(str(annotations.file_names[row])).stem
+    """The id of an image in a store: what VOC's lists call it, the name of its file without the suffix.
+
+    Outside of a folder ``JPEGImages`` several folders may have images of one name: there it is `file_key`.
+    """
+    path = Path(str(annotations.file_names[row]))
+    return path.stem if path.parent.name == "JPEGImages" else file_key(annotations, row)
 
 
 def file_key(annotations: Annotations, row: int) -> str:

@@ -24,7 +24,7 @@ from PIL import Image
 from detpipe.datasets.classification import ClassificationData, LabeledImages, LabeledSplit, Views
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.decode import read_image
-from detpipe.datasets.formats.coco_json import load_coco
+from detpipe.datasets.formats.coco import load_coco
 from detpipe.datasets.image_folder import read_image_folder
 from detpipe.demo.dataset import DEFAULT_SCENES, JPEG_QUALITY, SPLITS, VERSION, DemoScenes, write_demo
 from detpipe.demo.scenes import CLASS_NAMES

@@ -69,7 +69,7 @@ class Shards(DetectionData):
         self._files: dict[Split, ShardFiles] = {}
         self._key: str | None = None
 
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the index of a split, and look whether its shards are there, if it is not on a server."""
         name = self.splits[split]
         if name is None:
@@ -78,8 +78,8 @@ class Shards(DetectionData):
             files = open_remote(self.root, name, self.cache, self.window)
         else:
             files = ShardFiles(self._read_local(split, name))
-        if self.on_bad == "skip" or (isinstance(self.on_bad, Collected) and self.on_bad.decode):
-            files = without_unreadable(files, self.on_bad)
+        if faults is not None and faults.decode:
+            files = without_unreadable(files, faults)
         self._use_keys(files.shards)
         self._files[split] = files
         return files.shards.annotations

@@ -1,4 +1,20 @@
-"""Where the images of a written data set go, under which names, and what all writers share."""
+"""Where the images of a written data set go, under which names, and what all writers share.
+
+Each writer takes splits, ``name -> Annotations``, and makes a new folder that is complete when it is visible. What a layout
+cannot hold is said in the result, and refused where it would change what a box means:
+
+============  =====  =======================  ===================  ===============
+              COCO   VOC                      YOLO                 CSV
+============  =====  =======================  ===================  ===============
+image ids     yes    in ``<detpipe>``         no                   yes
+class order   by id  in ``detpipe.json``      yes                  detpipe.json
+category ids  yes    in ``detpipe.json``      in ``data.yaml``     detpipe.json
+crowd         yes    in ``<detpipe>``         refused or dropped   yes
+difficult     yes    yes                      refused or dropped   yes
+area          yes    in ``<detpipe>``         no, that of the box  yes
+segmentation  yes    in a file beside it      in a file beside it  beside it
+============  =====  =======================  ===================  ===============
+"""
 
 from __future__ import annotations
 
