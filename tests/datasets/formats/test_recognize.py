@@ -108,7 +108,9 @@ def test_splits_that_are_there_are_named_where_none_is_given(tmp_path):
         open_split(str(coco), None)
     for number in range(9):
         (coco / "annotations" / f"instances_part{number}.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"there are val2017, part0, part1, part2, part3, part4, part5, part6, \.\.\.$"):
+    with pytest.raises(
+        UsageError, match=r"there are val2017, part0, part1, part2, part3, part4, part5, part6, \.\.\.$"
+    ):
         open_split(str(coco), None)
 
 
