@@ -95,7 +95,7 @@ def _data_options(options: argparse.Namespace, train: str, val: str) -> list[str
         train = ALL
     if layout == "csv" and options.images is not None:
         more += ["--data.format.images", str(Path(options.images).resolve())]
-    if layout == "coco file":
+    if layout == "coco file" and options.images is not None:
         root = str(path.parent)
         train = json.dumps({"annotations": path.name, "images": str(Path(options.images).resolve())})
     if options.zero_based and layout == "voc":

@@ -190,6 +190,8 @@ LAYOUTS = [
         f"{split}/_annotations.csv": rows(stems) for split, stems in TWO.items()}),
     Layout("tables beside a folder of images", "csv", "images/{stem}.jpg", "", TWO, "train_labels.csv", {
         "train_labels.csv": rows(TWO["train"]), "val_labels.csv": rows(TWO["val"])}),
+    Layout("table with paths of another machine", "csv", "pictures/{stem}.jpg", "", ALL, "boxes.csv", {
+        "boxes.csv": rows(STEMS).replace("a.jpg", "C:\\work\\Pictures\\a.jpg").replace("c.jpg", "/mnt/set/pictures/c.jpg")}),
     Layout("table of another name", "csv", "pictures/{stem}.jpg", "", ALL, "boxes.csv", {
         "boxes.csv": rows(STEMS), "prices.csv": "name,price\nball,1\n"}),
     Layout("tables of splits in folders", "csv", "{split}/{stem}.jpg", "", TWO, "train.csv, val.csv", {

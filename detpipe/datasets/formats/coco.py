@@ -69,8 +69,8 @@ class COCO(DetectionData):
         train: the training split: a name such as ``train2017``, or ``annotations`` and ``images`` for other files.
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals`` and ``resize`` of
-            :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
+            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     def __init__(

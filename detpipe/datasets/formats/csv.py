@@ -141,8 +141,8 @@ class CSVBoxes(DetectionData):
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
         format: how tables are to be understood: class names, the name of the table, where images are.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals`` and ``resize`` of
-            :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
+            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
             In a proposal store an image is called by its file, relative to the images.
     """
 

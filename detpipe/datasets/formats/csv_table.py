@@ -25,12 +25,13 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from tqdm import tqdm
 
 from detpipe.datasets.decode import image_size
 from detpipe.datasets.faults import Faults
+from detpipe.datasets.formats.folders import Entries
 from detpipe.datasets.records import RecordBuilder, Records, read_number, read_whole
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
@@ -205,6 +206,8 @@ class RowReader:
         self.folder = folder
         self.faults = faults
         self.prefix = ""
+        self._entries = Entries()
+        self._moved: dict[str, str] = {}  # names that lead out -> what they mean here
         self.images: dict[str, str] = {}  # file name -> where it is first named, in the order of the tables
         self.ids: dict[str, tuple[int, str]] = {}  # file name -> image id and where it is given
         self.owners: dict[int, str] = {}  # image id -> file name
@@ -246,8 +249,18 @@ class RowReader:
         return rows
 
     def _name(self, row: Row) -> str:
+        """The image of a row; a path of another machine means the longest end of it that is there."""
         name = normal_name(row.values["file_name"])
-        return f"{self.prefix}{name}" if name and not name.startswith(("/", "../")) else name
+        if not _leads_out(name):
+            return f"{self.prefix}{name}" if name else ""
+        if name not in self._moved:
+            here = self.folder / self.prefix
+            inside = name.startswith("..") or (self.faults.allow_links and Path(name).is_file())
+            found = (
+                None if inside else self._entries.find(here, name.removeprefix(PureWindowsPath(name).drive).lstrip("/"))
+            )
+            self._moved[name] = name if found is None else found.relative_to(self.folder).as_posix()
+        return self._moved[name]
 
     def _row(self, table: Table, row: Row) -> None:
         where = f"{table.path}: line {row.line}"
@@ -366,8 +379,7 @@ class RowReader:
 
     def _size(self, name: str) -> tuple[int, int] | None:
         """Height and width; None, and a fault, where there is no such image."""
-        outside = name.startswith(("../", "/")) or name[1:2] == ":"
-        if "\0" in name or (outside and not self.faults.allow_links):
+        if "\0" in name or (_leads_out(name) and not self.faults.allow_links):
             self.faults.fatal(
                 "leads out of the folder",
                 f"{self.images[name]}: {name!r} leads out of {self.folder}; allow_links: true permits it",
@@ -380,6 +392,10 @@ class RowReader:
             reason = "unreadable" if path.exists() else "file missing"
             self.faults.image(reason, f"{self.images[name]}: {error}")
             return None
+
+
+def _leads_out(name: str) -> bool:
+    return name.startswith(("../", "/")) or name[1:2] == ":"
 
 
 def normal_name(name: str) -> str:

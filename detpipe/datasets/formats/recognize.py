@@ -269,7 +269,8 @@ def layout_of(path: Path) -> Layout | None:
     if path.is_file():
         return _FILES.get(path.suffix.lower())
     found, faults = _ask_all(path, None)
-    return next(iter(found), next(iter(faults), None))
+    layouts: list[Layout] = [*found, *faults]
+    return layouts[0] if layouts else None
 
 
 def split_names(data: str, option: str = "--data ") -> tuple[str, ...]:

@@ -200,8 +200,8 @@ class YOLO(DetectionData):
         train: the training split: a key of the file, or several; where it names no splits a folder such as ``train``, or ``all``.
         val: the validation split, in the same way; ``val``, ``valid`` and ``validation`` are the same.
         test: the split for the final test, in the same way; none by default.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals`` and ``resize`` of
-            :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
+            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
             In a proposal store an image is called by its file, relative to the root.
     """
 
