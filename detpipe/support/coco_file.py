@@ -188,9 +188,7 @@ def read_coco_file(path: str | os.PathLike[str], segmentations: bool = False, st
     counts: dict[str, int] = {}
     _drop_repeated_images(images)
     _keep_classes(categories, boxes, counts)
-    rows = {key: row for row, key in enumerate(images.columns["id"])}
-    labels = {key: label for label, key in enumerate(categories.columns["id"], start=1)}
-    orphans = _keep_resolvable(boxes, rows, labels, images.lost)
+    orphans = _keep_resolvable(boxes, images, categories)
     own, b = images.columns, boxes.columns
     sizes = [[0 if side in (None, UNSET) else side for side in own[name]] for name in ("height", "width")]
     return COCOFile(
@@ -200,8 +198,8 @@ def read_coco_file(path: str | os.PathLike[str], segmentations: bool = False, st
         categories=categories.columns,
         category_ids=tuple(_numbers(categories.columns["id"], path, "categories").tolist()),
         boxes=b,
-        box_image=_array(b["row"], np.int64),
-        labels=_array(b["label"], np.int64),
+        box_image=_array(b["image"], np.int64),
+        labels=_array(b["category"], np.int64) + 1,
         xywh=np.fromiter(chain.from_iterable(b["bbox"]), np.float64, count=4 * len(boxes)).reshape(-1, 4),
         iscrowd=_array(b["iscrowd"], np.bool_),
         difficult=_array(b["difficult"], np.bool_),
@@ -372,34 +370,47 @@ def _keep_classes(categories: _Section, boxes: _Section, counts: dict[str, int])
     categories.keep(kept)
 
 
-def _keep_resolvable(boxes: _Section, rows: dict[Key, int], labels: dict[Key, int], lost: dict[Key, Any]) -> int:
+def _keep_resolvable(boxes: _Section, images: _Section, categories: _Section) -> int:
     """Keep the boxes with an id of their own and a known image and category; how many are of images that were left out."""
-    ids, images, categories = (boxes.columns[field] for field in ("id", "image_id", "category_id"))
-    found = {"row": list(map(rows.get, images)), "label": list(map(labels.get, categories))}
-    boxes.columns |= found
-    if len(set(ids)) == len(ids) and not any(None in values for values in found.values()):
+    owners = (("image", images), ("category", categories))
+    ids = boxes.columns["id"]
+    places = {owner: _places(boxes.columns[f"{owner}_id"], section.columns["id"]) for owner, section in owners}
+    boxes.columns |= {owner: found.tolist() for owner, found in places.items()}
+    if len(set(ids)) == len(ids) and all((found >= 0).all() for found in places.values()):
         return 0
     kept, orphans = [], 0
     first: dict[Key, int] = {}
-    for row, (place, key, image, category) in enumerate(zip(boxes.places, ids, images, categories, strict=True)):
-        reason = message = ""
-        if image in lost and image not in rows:
+    there = {owner: _shown(section.columns["id"]) for owner, section in owners}
+    for row, (place, key) in enumerate(zip(boxes.places, ids, strict=True)):
+        unknown = next((owner for owner, found in places.items() if found[row] < 0), None)
+        if boxes.columns["image_id"][row] in images.lost and places["image"][row] < 0:
             orphans += 1
-            continue
-        for owner, wanted, known in (("image", image, rows), ("category", category, labels)):
-            if not reason and wanted not in known:
-                reason = f"bad {owner}_id"
-                found = shorten(sorted(known, key=lambda one: (isinstance(one, str), one)))
-                message = f"annotation id {key}: field {owner}_id is {wanted}, which no {owner} has (there are {found})"
-        if not reason and first.setdefault(key, place) != place:
-            reason = "duplicate id"
+        elif unknown is not None:
+            wanted = f"{boxes.columns[f'{unknown}_id'][row]}, which no {unknown} has (there are {there[unknown]})"
+            message = f"annotation id {key}: field {unknown}_id is {wanted}"
+            boxes.faults.append((place, Fault("box", f"bad {unknown}_id", message)))
+        elif first.setdefault(key, place) != place:
             message = f"annotation id {key} is there twice: annotations[{first[key]}] and annotations[{place}]"
-        if reason:
-            boxes.faults.append((place, Fault("box", reason, message)))
+            boxes.faults.append((place, Fault("box", "duplicate id", message)))
         else:
             kept.append(row)
     boxes.keep(kept)
     return orphans
+
+
+def _places(wanted: list[Key], known: list[Key]) -> npt.NDArray[np.int64]:
+    """Where each id is among those that are known; -1 where it is not."""
+    if not known or str in set(map(type, chain(known, wanted))):
+        places = {key: place for place, key in enumerate(known)}
+        return _array([places.get(key, -1) for key in wanted], np.int64)
+    numbers, asked = _array(known, np.int64), _array(wanted, np.int64)
+    order = np.argsort(numbers)
+    found = order[np.searchsorted(numbers, asked, sorter=order).clip(max=len(known) - 1)]
+    return np.where(numbers[found] == asked, found, -1)
+
+
+def _shown(keys: list[Key]) -> str:
+    return shorten(sorted(keys, key=lambda key: (isinstance(key, str), key)))
 
 
 def _keys(values: list[Any]) -> list[Key]:

@@ -235,7 +235,7 @@ def _load(json_path: Path, image_root: Path, faults: Faults, segmentations: bool
     faults.skipped["boxes skipped: image skipped"] += file.orphans + len(file.labels) - len(rows)
     names = [file_names[i] for i in np.flatnonzero(keep_image).tolist()]
     xywh, box_image = file.xywh[rows], (np.cumsum(keep_image) - 1)[file.box_image[rows]]
-    ids: list[Any] = [file.boxes["id"][row] for row in rows.tolist()]
+    ids = file.boxes["id"]
     records = Records(
         root=image_root,
         folders=[image_root],
@@ -250,7 +250,7 @@ def _load(json_path: Path, image_root: Path, faults: Faults, segmentations: bool
         area=file.area[rows],
         class_names=tuple(file.categories["name"]),
         category_ids=file.category_ids,
-        name_box=lambda b: f"annotation id {ids[b]} (image {names[box_image[b]]}): bbox {xywh[b].tolist()}",
+        name_box=lambda b: f"annotation id {ids[rows[b]]} (image {names[box_image[b]]}): bbox {xywh[b].tolist()}",
         images_read=file.images_read,
         boxes_read=file.boxes_read,
         counts=file.counts,
