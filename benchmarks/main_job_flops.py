@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -52,8 +52,7 @@ def count(detector: TwoStageDetector, batch: Any, training: bool) -> dict[str, f
         counted = partial(_count, counter, len(batch[0]))
         losses, forward = counted(lambda: detector.losses(*batch) if training else detector.validation_step(batch, 0))
         backbone, source = (forward.get(type(part).__name__, 0.0) for part in (detector.backbone, detector.proposals))
-        parts = Counter(_stages(forward, backbone))
-        parts.update({"proposals": source, "head": forward["Global"] - backbone - source})
+        parts = {**_stages(forward, backbone), "proposals": source, "head": forward["Global"] - backbone - source}
         if training:
             if any(loss.requires_grad for loss in source_losses.values()):
                 parts["proposals"] += counted(total_loss(source_losses).backward)[1]["Global"]
@@ -62,10 +61,11 @@ def count(detector: TwoStageDetector, batch: Any, training: bool) -> dict[str, f
             used = [name for name, leaf in leaves.items() if leaf.grad is not None]
             grads = [leaves[name].grad for name in used]
             _, through = counted(lambda: torch.autograd.backward([maps[name] for name in used], grads))
-            parts.update(_stages(through, through["Global"]))
+            for name, value in _stages(through, through["Global"]).items():
+                parts[name] += value
     for hook in hooks:
         hook.remove()
-    return dict(parts)
+    return parts
 
 
 def _count(counter: FlopCounterMode, images: int, step: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -79,7 +79,7 @@ def _count(counter: FlopCounterMode, images: int, step: Callable[[], Any]) -> tu
 
 def _stages(found: dict[str, float], backbone: float) -> dict[str, float]:
     """Stages of the backbone, by the names of its modules, and what is left of it."""
-    stages: Counter[str] = Counter()
+    stages: defaultdict[str, float] = defaultdict(float)
     for name, value in found.items():
         if match := STAGE.search(name):
             stages[match[1]] += value

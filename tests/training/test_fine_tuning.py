@@ -21,18 +21,27 @@ def rows_of(weight: torch.Tensor, names: tuple[str, ...], name: str, background:
 
 
 @pytest.fixture
-def saved(trained: Path, tmp_path: Path) -> tuple[Path, Description]:
+def with_a_box_for_each_class(demo_root: Path, tmp_path: Path) -> Path:
+    options = ["--model.head.class_agnostic", "false", "--trainer.limit_train_batches", "1"]
+    assert train(demo_root, tmp_path / "own", *options) == 0
+    return tmp_path / "own" / "best.ckpt"
+
+
+@pytest.fixture
+def saved(with_a_box_for_each_class: Path, tmp_path: Path) -> tuple[Path, Description]:
     """A checkpoint of ten digits, whose class names are made to be others: the first two change places, the last is new."""
-    content = torch.load(trained / "best.ckpt", weights_only=True)
+    content = torch.load(with_a_box_for_each_class, weights_only=True)
     content["detpipe"]["class_names"] = ["1", "0", *"2345678", "ten"]
     torch.save(content, tmp_path / "other.ckpt")
     return tmp_path / "other.ckpt", load_detector(tmp_path / "other.ckpt")[1]
 
 
-def test_outputs_of_classes_are_taken_over_by_name(saved: tuple[Path, Description], trained: Path) -> None:
+def test_outputs_of_classes_are_taken_over_by_name(
+    saved: tuple[Path, Description], with_a_box_for_each_class: Path
+) -> None:
     path, description = saved
     given = runs.weights(path)
-    detector, own = load_detector(trained / "best.ckpt")
+    detector, own = load_detector(with_a_box_for_each_class)
     with torch.no_grad():
         for parameter in detector.parameters():
             parameter.fill_(7.0)

@@ -224,7 +224,7 @@ def test_a_folder_whose_checkpoints_are_all_damaged(
 
 
 CHANGED = [
-    ("lr", ["--model.optimizer.lr", "0.5"], "model.optimizer.lr was 0.002, is 0.5"),
+    ("lr", ["--model.optimizer.lr", "0.5"], "model.optimizer.lr was 0.0015, is 0.5"),
     ("lr", ["--model.optimizer.name", "sgd"], "model.optimizer.name was 'adamw', is 'sgd'"),
     ("schedule", ["--trainer.max_epochs", "3"], "trainer.max_epochs was 2, is 3"),
     ("schedule", ["--model.lr_scheduler.warmup", "0.5"], "model.lr_scheduler.warmup was 0.1, is 0.5"),
@@ -295,7 +295,7 @@ def test_accepted_changes_are_used(
     ]
     assert cli.main([*kills.command(killed_root), *accepted, *changes]) == 0
     shown = capsys.readouterr().out
-    for line in ("model.optimizer.lr was 0.002, is 0.05", "trainer.max_epochs was 2, is 4", "the epoch begins anew"):
+    for line in ("model.optimizer.lr was 0.0015, is 0.05", "trainer.max_epochs was 2, is 4", "the epoch begins anew"):
         assert f"note: {line}" in shown
     stored = torch.load(folder / LAST, weights_only=True)
     groups = stored["optimizer_states"][0]["param_groups"]
