@@ -22,7 +22,7 @@ from detpipe.datasets.resize import Resize
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.support.errors import DataError
 from detpipe.support.terminal import printable
-from detpipe.types import Annotations, Segmentations
+from detpipe.types import Annotations, PixelType, Range, Segmentations
 
 Split = Literal["train", "val", "test"]
 _CLASSES_SHOWN = 10
@@ -119,6 +119,9 @@ class DetectionData(LightningDataModule, ABC):
         proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
             :class:`detpipe.PrecomputedProposals`.
         resize: to which size images are brought by the data workers; null leaves it to the detector.
+        channels: of images, and of the first layer of the backbone: 1 is grey, 3 are RGB; others must be those of the files.
+        range: the values of black and white in the files, such as ``[0, 65535]``; ``dtype`` takes all that a file's type holds.
+            Images are then floating point at full depth. Null: 8 bits, of 16 bits the high byte.
     """
 
     image_key: ImageKey = staticmethod(coco_key)  # what a proposal store calls an image
@@ -131,14 +134,17 @@ class DetectionData(LightningDataModule, ABC):
         on_bad: OnBad = "error",
         proposals: dict[str, str] | None = None,
         resize: Resize | None = None,
+        channels: int = 3,
+        range: Range = None,
     ) -> None:
         super().__init__()
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
-        if augment is not None and augment.transforms:
-            augment.check()
+        self.channels, self.pixels = channels, PixelType(channels, range)
+        if augment is not None:
+            augment.check(self.pixels)
         self.loader = loader
         self.augment = augment
         self.resize = resize
@@ -269,9 +275,8 @@ class DetectionData(LightningDataModule, ABC):
         if augment is not None and augment.combine.masks:
             self._read_masks(split)
         resize = self.resize if augmented or self.resize is None else self.resize.for_evaluation()
-        return DetectionDataset(
-            self.annotations(split), augment, self.seed, self.proposals(split), self.contents(split), resize
-        )
+        proposals, contents = self.proposals(split), self.contents(split)
+        return DetectionDataset(self.annotations(split), augment, self.seed, proposals, contents, resize, self.pixels)
 
     def segmentations(self, split: Split) -> Segmentations:
         """Read the outlines of the objects of a split; only asked for by an augmentation that needs masks.
@@ -290,7 +295,7 @@ class DetectionData(LightningDataModule, ABC):
             self._annotations[split] = replace(annotations, segmentations=self.segmentations(split))
 
     def train_dataloader(self) -> DataLoader:
-        """Batches ``(list of [3, H, W] uint8, list of targets)``, shuffled and augmented by (seed, epoch)."""
+        """Batches ``(list of [C, H, W], list of targets)``, shuffled and augmented by (seed, epoch)."""
         return self._dataloader("train", training=True)
 
     def val_dataloader(self) -> DataLoader:

@@ -136,7 +136,7 @@ def pillow_planes(image: Image.Image, pixels: PixelType) -> Planes:
 
     Args:
         image: what Pillow has not turned yet is turned by the caller.
-        pixels: what is wanted; four channels keep the inks of CMYK.
+        pixels: what is wanted; neither one nor three channels keep the inks of CMYK, and how opaque a palette's colors are.
 
     Returns:
         The pixels, uint8 but for grey of 16 bits and numbers without a white point.
@@ -144,11 +144,11 @@ def pillow_planes(image: Image.Image, pixels: PixelType) -> Planes:
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
         values, alpha = np.asarray(image).astype(np.uint16), False
-    elif mode in ("I", "F", "L", "LA", "RGB", "RGBA", "RGBX") or (mode == "CMYK" and pixels.channels == 4):
+    elif mode in ("I", "F", "L", "LA", "RGB", "RGBA", "RGBX") or (mode == "CMYK" and pixels.channels not in (1, 3)):
         values, alpha = np.array(image), mode in ("LA", "RGBA", "RGBX")
     elif mode == "1":
         values, alpha = np.array(image.convert("L")), False
-    elif mode in ("P", "PA") and pixels.channels == 4:
+    elif mode in ("P", "PA") and pixels.channels not in (1, 3):
         values, alpha = np.array(image.convert("RGBA")), True
     else:
         values, alpha = np.array(image.convert("RGB")), False

@@ -71,7 +71,9 @@ def oriented(folder: Path, case: str, orientation: int, size: tuple[int, int] = 
 
 
 def upright(path: Path) -> np.ndarray:
-    with Image.open(io.BytesIO(path.read_bytes())) as image:  # Pillow 13 maps a grey TIFF by its name with its sides exchanged
+    with Image.open(
+        io.BytesIO(path.read_bytes())
+    ) as image:  # Pillow 13 maps a grey TIFF by its name with its sides exchanged
         turned = ImageOps.exif_transpose(image)
         if turned.mode.startswith("I;16"):
             return np.repeat((np.asarray(turned) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
@@ -85,8 +87,15 @@ def test_every_orientation_of_every_format_is_that_of_exif_transpose(tmp_path: P
         expected = upright(path)
         read = [read_image(path), read_image(path, path.read_bytes()), read_reduced(path, expected.shape[:2]).pixels]
         for image in read:
-            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected, err_msg=f"orientation {orientation}")
-        sizes = [image_size(path), image_size(path, path.read_bytes()), decoded_size(path), read_reduced(path, (5, 5)).size]
+            np.testing.assert_array_equal(
+                image.permute(1, 2, 0).numpy(), expected, err_msg=f"orientation {orientation}"
+            )
+        sizes = [
+            image_size(path),
+            image_size(path, path.read_bytes()),
+            decoded_size(path),
+            read_reduced(path, (5, 5)).size,
+        ]
         assert sizes == [expected.shape[:2]] * 4, f"orientation {orientation}"
         grey = read_image(path, pixels=PixelType(1))
         assert grey.shape == (1, *expected.shape[:2])
@@ -96,7 +105,10 @@ def test_lossless_formats_agree_on_every_orientation(tmp_path: Path) -> None:
     for orientation in range(1, 9):
         images = [read_image(oriented(tmp_path, case, orientation)) for case in ("png", "webp", "tiff", "tiff_lzw")]
         assert all(torch.equal(image, images[0]) for image in images), orientation
-        deep = [read_image(oriented(tmp_path, case, orientation)) for case in ("png_16", "tiff_16", "tiff_16_lzw", "tiff_grey")]
+        deep = [
+            read_image(oriented(tmp_path, case, orientation))
+            for case in ("png_16", "tiff_16", "tiff_16_lzw", "tiff_grey")
+        ]
         assert all(torch.equal(image, deep[0]) for image in deep), orientation
 
 

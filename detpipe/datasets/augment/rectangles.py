@@ -5,12 +5,14 @@ A rectangle is ``x1, y1, x2, y2`` in whole pixels, right and lower edge excluded
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 Rectangle = tuple[int, int, int, int]
-Pixels = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[Any]  # uint8, or float32 in 0..1
 Boxes = npt.NDArray[np.float64]
 
 GROUND = (124, 116, 104)  # RGB, the mean color of ImageNet: what a network calls zero
@@ -22,18 +24,34 @@ def resized(image: Pixels, source: Rectangle, goal: Rectangle) -> Pixels:
     """Cut out a rectangle and resize it.
 
     Args:
-        image: ``[H, W, 3]`` or ``[H, W]``.
+        image: ``[H, W, C]`` or ``[H, W]``, uint8 or float32.
         source: inside the image.
         goal: whose size is wanted.
 
     Returns:
-        ``[h, w, 3]`` or ``[h, w]``, as large as the goal; averaged where it shrinks.
+        ``[h, w, C]`` or ``[h, w]`` of the same type, as large as the goal; averaged where it shrinks.
     """
     x1, y1, x2, y2 = source
     u1, v1, u2, v2 = goal
     shrinks = (u2 - u1) * (v2 - v1) < (x2 - x1) * (y2 - y1)
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(image[y1:y2, x1:x2], (u2 - u1, v2 - v1), interpolation=interpolation), dtype=np.uint8)
+    out = np.asarray(
+        cv2.resize(image[y1:y2, x1:x2], (u2 - u1, v2 - v1), interpolation=interpolation), dtype=image.dtype
+    )
+    return out.reshape(*out.shape[:2], *image.shape[2:])  # OpenCV drops an axis of one channel
+
+
+def ground(image: Pixels) -> Pixels:
+    """What an image is filled up with, a value a channel: the mean color, its three values repeated.
+
+    Args:
+        image: ``[H, W, C]``.
+
+    Returns:
+        ``[C]`` of the same type.
+    """
+    color = np.array([GROUND[k % 3] for k in range(image.shape[2])])
+    return (color if image.dtype == np.uint8 else color / 255).astype(image.dtype)
 
 
 def moved(boxes: Boxes, source: Rectangle, goal: Rectangle) -> Boxes:

@@ -54,7 +54,7 @@ class SafeCropStep(albumentations.DualTransform):
         x, y = self.py_random.randint(0, width - w), self.py_random.randint(0, height - h)
         return x, y, x + w, y + h
 
-    def apply(self, img: npt.NDArray[np.uint8], window: Any, **params: Any) -> npt.NDArray[np.uint8]:
+    def apply(self, img: npt.NDArray[Any], window: Any, **params: Any) -> npt.NDArray[Any]:
         """Cut the window out of ``[H, W, 3]``."""
         if window is None:
             return img

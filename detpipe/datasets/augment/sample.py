@@ -27,14 +27,14 @@ class Scene:
     """An image, and the boxes that are in it now: objects and proposals in one stack of M, so that both move alike.
 
     Args:
-        image: ``[H, W, 3]`` uint8 RGB.
+        image: ``[H, W, C]`` uint8, or float32 in 0..1.
         target: what is known of the objects and proposals, with boxes as they were in their image file; not changed.
         boxes: ``[M, 4]`` xyxy where they are now; they may reach beyond the image, so that what is lost can be measured.
         rows: ``[M]`` which object of the target each box is, 0..G-1; G and more for proposals.
         share: ``[M]`` the part of each box that earlier steps have left of it, 0 to 1.
     """
 
-    image: npt.NDArray[np.uint8]
+    image: npt.NDArray[Any]
     target: Target
     boxes: npt.NDArray[np.float64]
     rows: npt.NDArray[np.int64]
@@ -64,7 +64,7 @@ def scene_of(image: Tensor, target: Target) -> Scene:
     """Begin with one image.
 
     Args:
-        image: ``[3, H, W]`` uint8.
+        image: ``[C, H, W]`` uint8, or float32 in 0..1.
         target: boxes in pixels of the image. They are clipped to it; those outside are left out.
 
     Returns:
@@ -78,12 +78,12 @@ def scene_of(image: Tensor, target: Target) -> Scene:
     return Scene(pixels, target, boxes[rows], rows, np.ones(len(rows)))
 
 
-def pool(scenes: Sequence[Scene], image: npt.NDArray[np.uint8]) -> Scene:
+def pool(scenes: Sequence[Scene], image: npt.NDArray[Any]) -> Scene:
     """Bring the objects and proposals of several scenes together, in their order.
 
     Args:
         scenes: at least one, all boxes in the frame of the image.
-        image: ``[H, W, 3]`` what is seen of all of them.
+        image: ``[H, W, C]`` what is seen of all of them.
 
     Returns:
         The scene. Its ``image_id`` and ``file_name`` are those of the first.
@@ -126,7 +126,7 @@ def finish(scene: Scene, min_visibility: float) -> tuple[Tensor, Target]:
         min_visibility: boxes of which less than this part is left of what was annotated are removed, 0 to 1.
 
     Returns:
-        The image ``[3, H, W]`` uint8, and its target; the area shrinks and grows with the box.
+        The image ``[C, H, W]``, and its target; the area shrinks and grows with the box.
     """
     height, width = scene.size
     inside = scene.boxes.clip(0, [width, height, width, height])

@@ -32,7 +32,7 @@ from detpipe.datasets.shards.index import INDEX, KEYS, ShardSet, check_files, re
 from detpipe.datasets.shards.reading import ShardFiles, ShardImages, ShardProposals
 from detpipe.datasets.shards.remote import ShardCache, is_remote, open_remote
 from detpipe.support.errors import DataError
-from detpipe.types import Annotations
+from detpipe.types import Annotations, Range
 
 
 class Shards(DetectionData):
@@ -51,6 +51,8 @@ class Shards(DetectionData):
             :class:`detpipe.PrecomputedProposals`.
         resize: to which size images are brought by the data workers; null leaves it to the detector.
         cache: where shards of an address are kept, and how many of them.
+        channels: as for other data.
+        range: as for other data.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class Shards(DetectionData):
         proposals: dict[str, str] | None = None,
         resize: Resize | None = None,
         cache: ShardCache = ShardCache(),  # noqa: B008 (frozen)
+        channels: int = 3,
+        range: Range = None,
     ) -> None:
-        super().__init__(loader, augment, seed, proposals=proposals, resize=resize)
+        super().__init__(loader, augment, seed, proposals=proposals, resize=resize, channels=channels, range=range)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         self.root = str(root)

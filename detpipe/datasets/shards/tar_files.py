@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.datasets.decode import image_format, image_size, read_image
+from detpipe.datasets.decode import decoded_size, image_format, image_size
 from detpipe.datasets.records import SizeError, check_size
 from detpipe.datasets.shards.index import KEYS, sample_key
 from detpipe.proposal_files import ProposalStore
@@ -137,7 +137,7 @@ class Contents:
             )
         try:
             if self.decode:
-                height, width = read_image(path, content).shape[1:]
+                height, width = decoded_size(path, content)
             else:
                 height, width = image_size(path, content)
             check_size(path, (height, width), tuple(a.sizes[row].tolist()))
