@@ -24,9 +24,10 @@ from tqdm import tqdm
 from detpipe.commands.given_proposals import Boxes, advice, open_boxes
 from detpipe.commands.parser import Parser
 from detpipe.datasets import read_image
-from detpipe.datasets.decode import IMAGE_SUFFIXES
+from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
 from detpipe.detector import TwoStageDetector
 from detpipe.heads import ProposalHead
+from detpipe.images import to_picture
 from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.proposals import PrecomputedProposals
 from detpipe.support.errors import DataError, UsageError
@@ -72,7 +73,7 @@ def predict(arguments: Sequence[str]) -> int:
     rows = list(zip(images, names, strict=True))
     for path, name in tqdm(rows, unit="image", disable=not sys.stderr.isatty()):
         try:
-            image = read_image(path)
+            image = read_image(path, pixels=description.pixels)
             proposals = None if boxes is None else boxes(path, image)
         except (DataError, OSError) as error:
             tqdm.write(printable(f"skipped: {error}"), file=sys.stderr)
@@ -98,7 +99,7 @@ def detect(detector: TwoStageDetector, image: Tensor, proposals: Tensor | None, 
 
     Args:
         detector: in evaluation mode.
-        image: ``[3, H, W]`` uint8 RGB.
+        image: ``[C, H, W]`` as :func:`detpipe.datasets.read_image` reads it.
         proposals: ``[P, 4]`` xyxy in pixels of the image, for a detector that takes precomputed ones; else None.
         score_threshold: detections below it are left out.
 
@@ -127,7 +128,11 @@ def find_images(names: Sequence[str]) -> list[Path]:
     for name in map(Path, names):
         refuse_special(name, UsageError)
         if name.is_dir():
-            inside = sorted(p for p in name.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            by_folder: dict[Path, list[str]] = {}
+            for path in name.rglob("*"):
+                if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                    by_folder.setdefault(path.parent, []).append(path.name)
+            inside = sorted(folder / file for folder, files in by_folder.items() for file in image_names(files))
             if not inside:
                 raise UsageError(f"folder {name} holds no image ({', '.join(IMAGE_SUFFIXES)})")
             paths.update(dict.fromkeys(inside))
@@ -176,6 +181,7 @@ def _ask_for_glimpses(detector: TwoStageDetector, checkpoint: str) -> None:
 
 
 def _draw(image: Tensor, found: Detection, class_names: Sequence[str]) -> Tensor:
+    image = to_picture(image)
     if "glimpses" in found:
         return glimpse_pictures.draw_glimpses(image, cast(GlimpsedDetection, found), class_names)
     return visualize.draw(image, found["boxes"], found["labels"], class_names, found["scores"])

@@ -46,7 +46,7 @@ def train(arguments: Sequence[str]) -> int:
     names = tuple(data.class_names)
     source = _source_of(data.proposals("train"))
     description = checkpoint.Description(
-        checkpoint.describe_model(cli.config.model), names, tuple(data.category_ids), source
+        checkpoint.describe_model(cli.config.model), names, tuple(data.category_ids), source, data.pixels
     )
 
     def pictures(folder: Path) -> list[Callback]:

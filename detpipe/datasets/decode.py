@@ -41,6 +41,7 @@ from torch import Tensor
 
 from detpipe.datasets.planes import (
     ADVICE,
+    MAX_PIXELS,
     ORIENTATION,
     Planes,
     Refused,
@@ -55,6 +56,9 @@ from detpipe.datasets.planes import (
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.types import RGB, PixelType
+
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Reduced", "decoded_size", "image_format", "image_names", "image_size"]
+__all__ += ["read_image", "read_reduced"]
 
 # of files found by looking, as Pillow knows them; a format that this Pillow was built without is an error when it is read
 IMAGE_SUFFIXES = (

@@ -235,7 +235,8 @@ def _npy_header(start: bytes) -> tuple[tuple[int, int, int], np.dtype[Any], int]
         raise Refused("is stored column by column; save it after numpy.ascontiguousarray")
     if len(shape) not in (2, 3) or min(shape) < 1 or (len(shape) == 3 and shape[2] > MOST_CHANNELS):
         raise Refused(f"is an array of shape {list(shape)}; expected [H, W] or [H, W, C], C up to {MOST_CHANNELS}")
-    return (*shape, 1)[:3], dtype, stream.tell()
+    height, width, channels = (*shape, 1)[:3]
+    return (height, width, channels), dtype, stream.tell()
 
 
 def _npy(data: bytes) -> Planes:
@@ -333,8 +334,7 @@ def _opencv(data: bytes, samples: int) -> Values:
     """PNG and TIFF of 16 bits and floating point: ``[H, W, samples]``, RGB."""
     import cv2
 
-    if hasattr(cv2, "setLogLevel"):
-        cv2.setLogLevel(0)  # it remarks on odd tags
+    cv2.setLogLevel(0)  # pyright: ignore[reportAttributeAccessIssue]  # it remarks on odd tags
     found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if found is None:
         raise Refused("is damaged, or ends early")

@@ -243,7 +243,7 @@ def test_a_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
 
 def test_settings_are_checked() -> None:
     for channels in (0, -1, 257, True):
-        with pytest.raises(ValueError, match="channels must lie in 1..256"):
+        with pytest.raises(ValueError, match=r"channels must lie in 1\.\.256"):
             PixelType(channels)
     for limits in ((1, 1), (5, 2), (1,), "file"):
         with pytest.raises(ValueError, match="range must be null, 'dtype' or"):

@@ -132,7 +132,7 @@ class Augment:
             neighbors: where other images come from; only needed for ``combine``.
 
         Returns:
-            The new image ``[C, H', W']`` of the same type, channels last in memory, and its target. Boxes, what is said of them, and
+            The new image ``[C, H', W']`` of the same type, channels last in memory, and its target. Boxes, what is said of them and
             proposals are those that are still visible, of all images that were combined, those of this image first;
             ``image_id`` and ``file_name`` stay. The area shrinks and grows with the box.
 

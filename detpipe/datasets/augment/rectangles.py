@@ -35,10 +35,13 @@ def resized(image: Pixels, source: Rectangle, goal: Rectangle) -> Pixels:
     u1, v1, u2, v2 = goal
     shrinks = (u2 - u1) * (v2 - v1) < (x2 - x1) * (y2 - y1)
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    out = np.asarray(
-        cv2.resize(image[y1:y2, x1:x2], (u2 - u1, v2 - v1), interpolation=interpolation), dtype=image.dtype
-    )
-    return out.reshape(*out.shape[:2], *image.shape[2:])  # OpenCV drops an axis of one channel
+    cut, size = image[y1:y2, x1:x2], (u2 - u1, v2 - v1)
+    # OpenCV averages no more than four channels, and drops the axis of a single one
+    parts = [cut] if cut.ndim == 2 else [cut[:, :, k : k + 4] for k in range(0, cut.shape[2], 4)]
+    out = [np.asarray(cv2.resize(part, size, interpolation=interpolation), dtype=image.dtype) for part in parts]
+    if cut.ndim == 2:
+        return out[0]
+    return out[0].reshape(*size[::-1], -1) if len(out) == 1 else np.dstack(out)
 
 
 def ground(image: Pixels) -> Pixels:

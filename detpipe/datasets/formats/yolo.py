@@ -32,7 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.decode import IMAGE_SUFFIXES, image_size
+from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names, image_size
 from detpipe.datasets.faults import Faults, Policy
 from detpipe.datasets.formats.yolo_yaml import YOLOFile, read_yolo_yaml
 from detpipe.datasets.records import RecordBuilder, build_annotations, read_number
@@ -171,10 +171,11 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
         visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    images = set(image_names(entry.name for entry in visible))
     for entry in visible:
         if entry.is_dir():
             yield from _walk(folder / entry.name, seen)
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+        elif entry.name in images:
             yield folder / entry.name
 
 
