@@ -21,6 +21,7 @@ from torch import Tensor
 from detpipe.backbones.weights import network_state
 from detpipe.commands.training import add_arguments, run_training
 from detpipe.datasets import ClassificationData
+from detpipe.datasets.sampling import describe_sampling
 from detpipe.regions.image_classifier import ImageClassifier
 from detpipe.stages import Backbone
 from detpipe.support.errors import DataError
@@ -53,6 +54,7 @@ def pretrain(arguments: Sequence[str]) -> int:
     data = cli.datamodule
     for split in ("train", "val"):
         print(data.describe(split))
+    print(describe_sampling(data.loader.sampling, data), end="")
     if not len(data.train_dataloader()):
         raise DataError(f"the training split has {len(data.images('train'))} images; expected at least 2")
     if data.num_classes < 2:

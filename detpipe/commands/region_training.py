@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from detpipe.commands.training import add_arguments, run_training
 from detpipe.datasets import DetectionData
+from detpipe.datasets.sampling import describe_sampling
 from detpipe.pictures.run_pictures import TrainingPicture
 from detpipe.regions.region_classifier import RegionClassifier
 from detpipe.regions.superpixel_localizer import SuperpixelLocalizer
@@ -55,6 +56,7 @@ def train_regions(arguments: Sequence[str]) -> int:
         print(data.describe(split))
         if not len(data.annotations(split)):
             raise DataError(f"the {split} split has no images")
+    print(describe_sampling(data.loader.sampling, data), end="")
     names = tuple(data.class_names)
     description = checkpoint.Description(checkpoint.describe_model(cli.config.model), names, tuple(data.category_ids))
     task = run_folder.Task(ValidationNumbers(watched), description, lambda folder: [TrainingPicture(folder, names)])

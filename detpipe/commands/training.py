@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
+from detpipe.datasets.sampling import describe_sampling
 from detpipe.datasets.stored_proposals import StoredProposals
 from detpipe.evaluation.proposal_faults import recall_note
 from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
@@ -42,6 +43,7 @@ def train(arguments: Sequence[str]) -> int:
         print(data.describe(split))
     if not len(data.annotations("train")):
         raise DataError("the training split has no images")
+    print(describe_sampling(data.loader.sampling, data), end="")
     _report_recall(data)
     names = tuple(data.class_names)
     source = _source_of(data.proposals("train"))

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.labeled_images import LabeledImageDataset, LabeledImages, collate_labeled
+from detpipe.datasets.sampling import Presence
 from detpipe.datasets.views import Views
 from detpipe.support.terminal import printable
 
@@ -119,10 +120,19 @@ class ClassificationData(LightningDataModule, ABC):
         """Batches of the validation split, every image once, in an order that never changes, its center."""
         return self._dataloader("val", training=False)
 
+    def presence(self, split: LabeledSplit) -> Presence:
+        """Which class is in which image of a split."""
+        images = self.images(split)
+        labels = np.asarray(images.labels, dtype=np.int64)
+        return Presence(len(images), np.arange(len(images)), labels, tuple(images.class_names))
+
     def describe(self, split: LabeledSplit) -> str:
         """One line about a split: images, classes, and everything that was left out."""
         return printable(f"{split}: {self.images(split).describe()}")
 
     def _dataloader(self, split: LabeledSplit, training: bool) -> DataLoader:
         sizes = np.broadcast_to(np.int32(self.views.size), (len(self.images(split)), 2))
-        return self.loader.load(self.dataset(split, training), sizes, self.seed, training, collate_labeled, _SMALLEST)
+        dataset = self.dataset(split, training)
+        return self.loader.load(
+            dataset, sizes, self.seed, training, collate_labeled, _SMALLEST, presence=self.presence(split)
+        )

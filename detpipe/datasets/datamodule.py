@@ -19,6 +19,7 @@ from detpipe.datasets.faults import SHOWN, OnBad, Policy
 from detpipe.datasets.formats.class_list import compare_classes
 from detpipe.datasets.handover import PackedBatch, collate
 from detpipe.datasets.resize import Resize
+from detpipe.datasets.sampling import Presence, Sampling
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.support.errors import DataError
 from detpipe.support.terminal import printable
@@ -38,6 +39,7 @@ class Loader:
         num_workers: processes that load images; 0 loads in the main process. The batches do not depend on it.
         timeout: seconds to wait for a batch before a hanging worker is an error; 0 waits forever.
         pin_memory: page-locked memory for faster copies to a GPU; null means where CUDA is available.
+        sampling: how often training images of rare classes come; null for each image once an epoch.
     """
 
     batch_size: int = 8
@@ -45,6 +47,7 @@ class Loader:
     num_workers: int = 2
     timeout: float = 0.0
     pin_memory: bool | None = None
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or (self.eval_batch_size is not None and self.eval_batch_size < 1):
@@ -63,6 +66,7 @@ class Loader:
         collate_fn: Callable[[list[Any]], Any],
         smallest: int = 1,
         locality: Locality | None = None,
+        presence: Presence | None = None,
     ) -> LateLoader:
         """Batch a split.
 
@@ -74,14 +78,23 @@ class Loader:
             collate_fn: makes a batch of samples.
             smallest: a training batch of fewer images is left out.
             locality: which images lie together and are read together; None where it does not matter.
+            presence: which classes are in which images; only needed where ``sampling`` asks.
 
         Returns:
             The batches.
+
+        Raises:
+            ValueError: ``sampling`` without presence, or one that the locality does not allow.
         """
+        plan = None
+        if training and self.sampling is not None:
+            if presence is None:
+                raise ValueError("loader.sampling needs the classes of the images: give presence, or set it to null")
+            plan = self.sampling.plan(presence)
         batch_size = self.batch_size if training else self.eval_batch_size or self.batch_size
         return LateLoader(
             dataset,
-            batch_sampler=EpochBatches(sizes, batch_size, seed, training, smallest, locality),
+            batch_sampler=EpochBatches(sizes, batch_size, seed, training, smallest, locality, plan),
             num_workers=self.num_workers,
             collate_fn=collate_fn,
             pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
@@ -332,11 +345,18 @@ class DetectionData(LightningDataModule, ABC):
         remarks += [f"{key}: {n}" for key, n in a.counts.items() if n and ("clipped" in key or "skipped" in key)]
         return printable("; ".join([f"{split}: {len(a)} images, {len(a.boxes)} boxes ({', '.join(shown)})", *remarks]))
 
+    def presence(self, split: Split) -> Presence:
+        """Which classes are in which images of a split."""
+        return Presence.of(self.annotations(split))
+
     def _any_split(self) -> Annotations:
         """A split that has been read, else the validation split, which is the quickest to read."""
         return next(iter(self._annotations.values())) if self._annotations else self.annotations("val")
 
     def _dataloader(self, split: Split, training: bool) -> DataLoader:
         dataset = self.dataset(split, augmented=training)
-        sizes, locality = self.annotations(split).sizes, self.locality(split)
-        return self.loader.load(dataset, sizes, self.seed, training, collate, locality=locality)
+        annotations, locality = self.annotations(split), self.locality(split)
+        presence = self.presence(split) if training and self.loader.sampling is not None else None
+        return self.loader.load(
+            dataset, annotations.sizes, self.seed, training, collate, locality=locality, presence=presence
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from detpipe.datasets.augment.augmentation import Augment, Neighbors
-from detpipe.datasets.batches import Key, Repeat
+from detpipe.datasets.batches import Key, Repeat, draws_again
 from detpipe.datasets.decode import read_reduced
 from detpipe.datasets.handover import share_with_workers
 from detpipe.datasets.records import check_size
@@ -26,7 +26,6 @@ from detpipe.types import RGB, Annotations, PixelType, Segmentations, Target
 
 share_with_workers(Annotations, Segmentations)
 
-_AGAIN = 2  # before the number of a copy: its draws are apart from all others of (seed, epoch, index)
 Proposals = Mapping[int, npt.NDArray[np.floating]]  # image id -> [P, 4] xyxy in pixels of the image file
 
 
@@ -103,7 +102,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             DataError: if the image, or one that is combined with it, cannot be read, or is not of the annotated size.
         """
         epoch, index, *again = key
-        draws = (self.seed, epoch, index, *(n for copy in again for n in (_AGAIN, copy)))
+        draws = (self.seed, epoch, index, *draws_again(again))
         height, width = self.annotations.sizes[index].tolist()
         side, near = 0, (height, width)
         if self.resize is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detpipe.datasets.batches import Key
+from detpipe.datasets.batches import Key, draws_again
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.views import Views
 
@@ -91,7 +91,7 @@ class LabeledImageDataset(Dataset[Sample]):
         """Read one image.
 
         Args:
-            key: the epoch and the index of the image.
+            key: the epoch and the index of the image, and where the epoch has it again, how often before.
 
         Returns:
             The view, ``[3, size, size]`` uint8 RGB, its label, and the file name.
@@ -99,9 +99,9 @@ class LabeledImageDataset(Dataset[Sample]):
         Raises:
             DataError: if the image cannot be read; the message names it.
         """
-        epoch, index = key
+        epoch, index, *again = key
         image = read_image(self.images.path(index))
-        seed = (self.seed, epoch, index)
+        seed = (self.seed, epoch, index, *draws_again(again))
         view = self.views.training(image, seed) if self.training else self.views.evaluation(image)
         return view, int(self.images.labels[index]), self.images.names[index]
 
