@@ -126,6 +126,7 @@ def read_planes(data: bytes, pixels: PixelType) -> Planes | None:
     if data.startswith(_PNG) and pixels.range is not None and data[24:25] == b"\x10" and data[25:26] != b"\0":
         samples = _PNG_SAMPLES.get(data[25], 3)
         with Image.open(io.BytesIO(data)) as image:
+            check_pixels(image.height, image.width)
             image.load()  # stricter than OpenCV about a file that ends early
             return Planes(_opencv(data, samples), samples in (2, 4), image.getexif().get(ORIENTATION, 1))
     return None
@@ -181,7 +182,7 @@ def convert(planes: Values, alpha: bool, pixels: PixelType) -> Values:
         if colors.shape[2] == pixels.channels:
             planes = np.ascontiguousarray(colors)
         else:
-            planes = np.repeat(colors, 3, axis=2) if pixels.channels == 3 else _grey(colors)
+            planes = np.broadcast_to(colors, (*colors.shape[:2], 3)).copy() if pixels.channels == 3 else _grey(colors)
     return _scaled(planes, pixels)
 
 
@@ -241,7 +242,7 @@ def _npy_header(start: bytes) -> tuple[tuple[int, int, int], np.dtype[Any], int]
 
 def _npy(data: bytes) -> Planes:
     shape, dtype, offset = _npy_header(data[:_HEADER])
-    check_pixels(shape[0], shape[1])
+    check_pixels(*shape)
     count = shape[0] * shape[1] * shape[2]
     if len(data) - offset < count * dtype.itemsize:
         raise Refused(f"ends early: {len(data) - offset} bytes of {count * dtype.itemsize}")
@@ -249,15 +250,20 @@ def _npy(data: bytes) -> Planes:
     return Planes(values.astype(dtype.newbyteorder("=")))
 
 
-def check_pixels(height: int, width: int) -> None:
+def check_pixels(height: int, width: int, channels: int = 1) -> None:
     """Refuse what would not fit into memory, before anything is decoded.
 
     Raises:
-        Refused: more than `MAX_PIXELS` pixels.
+        Refused: more than `MAX_PIXELS` pixels, or more than eight times as many values.
     """
     if width * height > MAX_PIXELS:
         raise Refused(
             f"the header announces {width} x {height} = {width * height} pixels, more than the limit of {MAX_PIXELS}; {ADVICE}"
+        )
+    if width * height * channels > 8 * MAX_PIXELS:
+        raise Refused(
+            f"the header announces {width} x {height} x {channels} = {width * height * channels} values, more than the limit of "
+            f"{8 * MAX_PIXELS}; {ADVICE}"
         )
 
 
@@ -292,7 +298,7 @@ def _tiff_header(stream: BinaryIO, start: bytes) -> Header:
 
 def _tiff(data: bytes, pixels: PixelType) -> Planes | None:
     header = _tiff_header(io.BytesIO(data), data[:16])
-    check_pixels(header.height, header.width)
+    check_pixels(header.height, header.width, header.samples)
     try:
         with Image.open(io.BytesIO(data)) as image:
             if header.samples == 1 and pixels.channels not in (1, 3):

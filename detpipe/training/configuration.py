@@ -29,6 +29,7 @@ from detpipe.training.allowed import only_allowed
 from detpipe.training.config_errors import explain
 from detpipe.training.saving import CheckpointSettings
 from detpipe.training.trainer import DEFAULTS
+from detpipe.types import RGB
 
 STAGES = (backbones, demo, heads, proposals)  # short names work for classes that are imported
 
@@ -142,15 +143,15 @@ class CommandCLI(LightningCLI, ABC):
         """Refuse data that resize images for a model that would resize them again.
 
         Raises:
-            ValueError: the data resize images, which only detectors know of.
+            ValueError: the data resize images, or give others than 8-bit RGB, which only detectors know of.
         """
         if getattr(self.datamodule, "resize", None) is not None:
             raise ValueError(
                 f"data.init_args.resize: {type(self.model).__name__} resizes images itself; remove resize, or set it to null"
             )
-        if (channels := getattr(self.datamodule, "channels", 3)) != 3:
+        if (pixels := getattr(self.datamodule, "pixels", RGB)) != RGB:
             raise ValueError(
-                f"data.init_args.channels: {type(self.model).__name__} takes RGB alone; set 3, got {channels}"
+                f"data.init_args.channels and range: {type(self.model).__name__} takes 8-bit RGB alone, got {pixels}; leave them out"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
