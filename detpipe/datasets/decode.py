@@ -160,11 +160,9 @@ def _decode(data: bytes, least: tuple[int, int] | None, pixels: PixelType) -> tu
             orientation = image.getexif().get(ORIENTATION, 1)
             factor = 1 if least is None else _factor(size, least, orientation)
             values = _decode_jpeg(data, image, factor)
-            return (
-                Planes(values[:, :, :1] if image.mode == "L" and pixels.channels != 3 else values, False, orientation),
-                size,
-                factor,
-            )
+            if image.mode == "L" and pixels.channels != 3:
+                values = values[:, :, :1]
+            return Planes(values, False, orientation), size, factor
         found = pillow_planes(image, pixels)
         # Pillow turns a TIFF when it is loaded, and forgets its orientation
         orientation = image.getexif().get(ORIENTATION, 1)

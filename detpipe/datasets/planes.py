@@ -340,8 +340,12 @@ def _opencv(data: bytes, samples: int) -> Values:
     """PNG and TIFF of 16 bits and floating point: ``[H, W, samples]``, RGB."""
     import cv2
 
-    cv2.setLogLevel(0)  # pyright: ignore[reportAttributeAccessIssue]  # it remarks on odd tags
-    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+    logging: Any = cv2.utils.logging
+    before = logging.setLogLevel(logging.LOG_LEVEL_SILENT)  # it remarks on odd tags
+    try:
+        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+    finally:
+        logging.setLogLevel(before)
     if found is None:
         raise Refused("is damaged, or ends early")
     values = np.asarray(found)

@@ -151,7 +151,8 @@ class CommandCLI(LightningCLI, ABC):
             )
         if (pixels := getattr(self.datamodule, "pixels", RGB)) != RGB:
             raise ValueError(
-                f"data.init_args.channels and range: {type(self.model).__name__} takes 8-bit RGB alone, got {pixels}; leave them out"
+                f"data.init_args.channels and range: {type(self.model).__name__} takes 8-bit RGB alone, got {pixels}; leave "
+                "them out"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
