@@ -156,6 +156,11 @@ class DetectionData(LightningDataModule, ABC):
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
         self.channels, self.pixels = channels, PixelType(channels, range)
+        if on_bad == "skip" and isinstance(self.pixels.range, tuple):
+            raise ValueError(
+                f"on_bad 'skip' looks at images before their range is known, got range {list(self.pixels.range)}; set on_bad to "
+                "'error', or range to null or 'dtype'"
+            )
         if augment is not None:
             augment.check(self.pixels)
         self.loader = loader

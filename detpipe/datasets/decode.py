@@ -122,7 +122,7 @@ def read_reduced(
 
 
 def decoded_size(path: str | Path, content: bytes | None = None) -> tuple[int, int]:
-    """Decode an image file of any channels and values, to know that it can be.
+    """Decode an image file of any channels, to know that it can be.
 
     Args:
         path: as for `read_image`.
@@ -132,22 +132,21 @@ def decoded_size(path: str | Path, content: bytes | None = None) -> tuple[int, i
         Height and width of the upright picture.
 
     Raises:
-        DataError: if the file is missing, is not an image, ends early, or is too large; the message names the path.
+        DataError: if the file is missing, is not an image, ends early, is too large, or has pixels without a fixed range; the
+            message names the path.
     """
     return _read(path, content, None, None).size
 
 
 def _read(path: str | Path, content: bytes | None, least: tuple[int, int] | None, pixels: PixelType | None) -> Reduced:
-    """Decode a file; without ``pixels``, only to know that it can be."""
+    """Decode a file; without ``pixels``, with the channels that it has, at 8 bits."""
     with _named(path, content, "decoded"):
         data = Path(path).read_bytes() if content is None else content
         wide = read_planes(data, pixels or RGB)
         found, size, factor = (wide, wide.values.shape[:2], 1) if wide else _decode(data, least, pixels or RGB)
         height, width = size[::-1] if found.orientation in _TURNED else size
-        image = torch.empty(0)
-        if pixels is not None:
-            values = convert(found.values, found.alpha, pixels)
-            image = _upright(torch.from_numpy(values).permute(2, 0, 1), found.orientation)
+        values = convert(found.values, found.alpha, pixels or PixelType(found.values.shape[2]))
+        image = _upright(torch.from_numpy(values).permute(2, 0, 1), found.orientation)
         return Reduced(image, (height, width), factor)
 
 

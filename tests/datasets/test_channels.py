@@ -239,6 +239,16 @@ def test_what_changes_colors_is_refused_by_its_key(tmp_path: Path, augment: Augm
         YOLO(str(tmp_path), augment=augment, channels=4)
 
 
+def test_damaged_images_are_skipped_whatever_their_channels(tmp_path: Path) -> None:
+    data = dataset(tmp_path, "four_16", None, "dtype", on_bad="skip")
+    path = tmp_path / "four_16" / "images" / "train" / "train0.tif"
+    path.write_bytes(path.read_bytes()[:500])
+    assert len(data.annotations("train")) == 4
+    assert len(data.annotations("val")) == 3
+    with pytest.raises(ValueError, match="on_bad 'skip' looks at images before their range is known"):
+        dataset(tmp_path, "four_16", None, (0, 4095), on_bad="skip")
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_pretrained_weights_of_rgb_fit_other_channels_and_those_of_these_too(tmp_path: Path, name: str) -> None:
     make, images = BACKBONES[name], torch.rand(1, 3, 96, 96)
