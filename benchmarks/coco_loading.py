@@ -10,7 +10,7 @@ Three tables on a synthetic annotation file (`coco_files.py`), each measurement 
    worker costs without annotations stands beside it. The peer keeps the parsed records, as torchvision's ``CocoDetection`` does
    by pycocotools. No pixels are read.
 
-Expected: at most 1.5 times json.loads, less than 20 MiB a worker that do not grow.
+Expected: at most the time of json.loads, less than 20 MiB a worker that do not grow.
 """
 
 from __future__ import annotations

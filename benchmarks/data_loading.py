@@ -43,7 +43,7 @@ from torchvision.transforms import v2
 from detpipe.datasets import COCO, Augment, Loader, Resize, read_image
 from detpipe.datasets.dataset import start_worker
 from detpipe.datasets.decode import read_reduced
-from detpipe.datasets.handover import pack
+from detpipe.datasets.workers import pack
 from detpipe.images import contents_of, resized_size, to_batch
 from detpipe.types import PixelFormat
 
@@ -174,7 +174,7 @@ def ways_of(root: Path, options: argparse.Namespace, workers: int, flip: float) 
 
 
 def _own(data: COCO) -> tuple[Any, ...]:
-    from detpipe.datasets.handover import collate
+    from detpipe.datasets.workers import collate
 
     dataset = data.dataset("val", augmented=True)
     return dataset, dataset.annotations.sizes, 0, False, collate

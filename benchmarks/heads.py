@@ -115,7 +115,7 @@ def detect(head: ProposalHead, data: tuple[Features, list[Tensor], list[Target]]
     head.eval()
     with torch.inference_mode():
         start = time.perf_counter()
-        head.detect(features, boxes, [SIZE] * IMAGES)
+        head.detect(features, boxes, [SIZE] * IMAGES, torch.ones(boxes.shape[:2], dtype=torch.bool))
         wait()
         return time.perf_counter() - start
 

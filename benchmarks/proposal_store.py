@@ -52,11 +52,11 @@ def write_sparse(path: Path, images: int, boxes: int) -> None:
     data_bytes = 2 * 8 * (images + 1) + 24 * images + 20 * images * boxes + 12 * images
     os.truncate(path, len(header) + data_bytes)
     with path.open("r+b") as file:
-        starts = read_header(file, path, path.stat().st_size)[1].starts
+        places = read_header(file, path, path.stat().st_size)[1]
         for name, step in (("offsets", boxes), ("id_offsets", 12)):
-            file.seek(starts[name])
+            file.seek(places[name].start)
             file.write((np.arange(images + 1, dtype="<i8") * step).tobytes())
-        file.seek(starts["id_bytes"])
+        file.seek(places["id_bytes"].start)
         file.write(b"".join(names))
 
 

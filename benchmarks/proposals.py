@@ -35,7 +35,8 @@ from detpipe.datasets import DetectionData
 from detpipe.datasets.formats.recognize import open_split
 from detpipe.datasets.image_files import PLAIN_FILES
 from detpipe.datasets.stored_proposals import StoredProposals
-from detpipe.evaluation.proposal_recall import ProposalRecall, evaluate_recall, plot_recall, recall_table
+from detpipe.evaluation.proposal_recall import ProposalRecall, evaluate_recall, recall_table
+from detpipe.pictures.recall_plot import plot_recall
 from detpipe.proposal_files.offline import Item, make_store
 from detpipe.proposals import OpenCVSelectiveSearch, SelectiveSearch, make_source
 

@@ -33,8 +33,8 @@ import psutil
 from PIL import Image
 
 from detpipe.datasets import Loader, Shards
-from detpipe.datasets.formats.writers.coco_writer import coco_content
-from detpipe.datasets.shards.making import Sharding, make_shards
+from detpipe.datasets.formats.coco import coco_content
+from detpipe.datasets.shards.write import Sharding, make_shards
 from detpipe.types import Annotations
 
 MIB = 2**20

@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 
 from detpipe.datasets import COCO, Augment, DetectionData, Loader, Shards
-from detpipe.datasets.shards.making import Sharding, make_shards
+from detpipe.datasets.shards.write import Sharding, make_shards
 
 SIZE = (480, 640)
 KINDS = ("files", "shards")

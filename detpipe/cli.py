@@ -57,7 +57,7 @@ options:
 
 examples:
   detpipe train configs/fast_rcnn_se.yaml
-  detpipe train configs/fast_rcnn_se.yaml configs/data/voc_custom.yaml --data.root MY_FOLDER
+  detpipe train configs/fast_rcnn_squeezenet.yaml configs/data/voc_custom.yaml --data.root MY_FOLDER
   detpipe evaluate configs/fast_rcnn_se.yaml --ckpt_path runs/fast_rcnn_se/.../best.ckpt
   detpipe pretrain configs/pretrain/se_resnet18.yaml
 """
@@ -66,9 +66,9 @@ COMMANDS = {
     "train": ("detpipe.commands.training", "train"),
     "evaluate": ("detpipe.commands.evaluate", "evaluate"),
     "predict": ("detpipe.commands.predict", "predict"),
-    "pretrain": ("detpipe.commands.pretraining", "pretrain"),
-    "train_regions": ("detpipe.commands.region_training", "train_regions"),
-    "classify": ("detpipe.commands.classify", "classify"),
+    "pretrain": ("detpipe.commands.training", "pretrain"),
+    "train_regions": ("detpipe.commands.training", "train_regions"),
+    "classify": ("detpipe.commands.predict", "classify"),
     "ablate": ("detpipe.commands.ablation", "run_ablate"),
     "inspect": ("detpipe.commands.inspect_attention", "run_inspect"),
     "proposals": ("detpipe.commands.proposal_commands", "main"),

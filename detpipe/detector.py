@@ -19,9 +19,17 @@ from torch import Tensor, nn
 
 from detpipe import images as frames
 from detpipe.optimization import LRSchedule, Optimizer, configure
-from detpipe.stages import Backbone, Losses, ProposalSource, RoIHead
+from detpipe.stages import (
+    Backbone,
+    Losses,
+    ProposalSource,
+    RoIHead,
+    check_detections,
+    check_features,
+    check_proposals,
+)
 from detpipe.support.processes import MeanValues, is_repeat, sharing_counts
-from detpipe.types import Detection, Target
+from detpipe.types import Detection, Features, Target
 
 
 class TwoStageDetector(LightningModule):
@@ -111,13 +119,17 @@ class TwoStageDetector(LightningModule):
         )
         sizes = frames.picture_sizes(images, contents)
         moved = None if targets is None else frames.targets_to_batch(targets, sizes, batch.image_sizes)
-        features = self.backbone(batch.tensors)
+        features = check_features(self.backbone, self.backbone(batch.tensors), batch.tensors)
         detections: list[Detection] = []
         losses: Losses = {}
         for want in wanted:
             with _mode(want == "losses", self.proposals, self.head):
-                boxes, source_losses = self.proposals(batch, features, moved)
-                found, head_losses = self.head(features, boxes, batch.image_sizes, moved)
+                with _widths(self.proposals, features):
+                    proposed = self.proposals(batch, features, moved)
+                boxes, source_losses = check_proposals(self.proposals, proposed, len(images))
+                with _widths(self.head, features):
+                    answer = self.head(features, boxes, batch.image_sizes, moved)
+                found, head_losses = check_detections(self.head, answer)
             if want == "losses":
                 losses = _together(self.proposals, boxes, source_losses, self.head, head_losses)
             elif len(found) != len(images):
@@ -204,6 +216,25 @@ def _not_told(stage: nn.Module, what: str, otherwise: str = "") -> ValueError:
         f"{type(stage).__name__} {what}: its flag 'training' decides between losses and detections; a module around a stage "
         f"must pass it on before each call, inner.training = self.training{otherwise and f'; {otherwise}'}"
     )
+
+
+@contextmanager
+def _widths(stage: nn.Module, features: Features) -> Iterator[None]:
+    """Name the stage whose layers are not as wide as what they are given, where PyTorch names none."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        text, name = str(error), type(stage).__name__
+        if "shapes cannot be multiplied" in text or "channels, but got" in text:
+            shapes = {level: [*values.shape] for level, values in features.items()}
+            raise ValueError(
+                f"{name}: layers and features differ in width ({text}); the features are {shapes}"
+            ) from error
+        if "out of bounds" in text and text.startswith("Target "):
+            raise ValueError(
+                f"{name}: {text.rstrip('.')}: for K classes it needs K + 1 outputs, the first of the background"
+            ) from error
+        raise
 
 
 @contextmanager

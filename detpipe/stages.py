@@ -9,8 +9,10 @@ Lightning; it is re-exported here, so that this page lists all four stages.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from lightning import LightningModule
 from torch import Tensor, nn
@@ -19,7 +21,18 @@ from torchvision.models.detection.image_list import ImageList
 from detpipe.roi_pooling.pooler import RoIPooler
 from detpipe.types import Detection, Features, PixelFormat, Target
 
-__all__ = ["Backbone", "ImageList", "ProposalSource", "RoIHead", "RoIPooler"]
+__all__ = [
+    "Backbone",
+    "Detection",
+    "Features",
+    "ImageList",
+    "Losses",
+    "PixelFormat",
+    "ProposalSource",
+    "RoIHead",
+    "RoIPooler",
+    "Target",
+]
 
 Losses = dict[str, Tensor]  # "loss_*" scalars are summed and trained on; other scalars are only logged
 
@@ -85,7 +98,15 @@ class Backbone(LightningModule, ABC):
 
 
 class ProposalSource(LightningModule, ABC):
-    """Images and features to boxes worth a look; fits ``FasterRCNN.rpn``."""
+    """Images and features to boxes worth a look; fits ``FasterRCNN.rpn``.
+
+    A module of another library that takes the same three arguments, such as torchvision's ``RegionProposalNetwork``, counts as
+    a subclass.
+    """
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return _fits_slot(other, arguments=3) if cls is ProposalSource else NotImplemented
 
     @abstractmethod
     def forward(
@@ -104,7 +125,14 @@ class ProposalSource(LightningModule, ABC):
 
 
 class RoIHead(LightningModule, ABC):
-    """Features and boxes to detections; fits ``FasterRCNN.roi_heads``."""
+    """Features and boxes to detections; fits ``FasterRCNN.roi_heads``.
+
+    A module of another library that takes the same four arguments, such as torchvision's ``RoIHeads``, counts as a subclass.
+    """
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return _fits_slot(other, arguments=4) if cls is RoIHead else NotImplemented
 
     @abstractmethod
     def forward(
@@ -125,6 +153,116 @@ class RoIHead(LightningModule, ABC):
         Returns:
             In training an empty list and the losses; else N detections in pixels of the batch and no losses.
         """
+
+
+def _fits_slot(other: type, arguments: int) -> bool:
+    """Whether a module that is no stage of detpipe's may take the place of one, by what its ``forward`` takes.
+
+    ``NotImplemented``, which leaves the answer to inheritance, if it may not.
+    """
+    ours = (Backbone, ProposalSource, RoIHead)
+    if not issubclass(other, nn.Module) or other.forward is nn.Module.forward or {*ours} & {*other.__mro__}:
+        return NotImplemented
+    parameters = [*inspect.signature(other.forward).parameters.values()][1:]
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return True
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
+    return True if len(positional) == arguments and not needed else NotImplemented
+
+
+def check_tensor(where: str, key: str, value: object, letters: str, sizes: Sequence[int | None]) -> None:
+    """Refuse a result of a stage that is no tensor of a shape.
+
+    Args:
+        where: the class that returned it.
+        key: what it was returned as.
+        value: what was returned.
+        letters: the shape in letters, for the message.
+        sizes: the shape; None for any number.
+
+    Raises:
+        ValueError: it is another; expected and found shapes are named.
+    """
+    shape = tuple(value.shape) if isinstance(value, Tensor) else None
+    if shape is None or len(shape) != len(sizes) or any(b not in (a, None) for a, b in zip(shape, sizes, strict=True)):
+        names = letters.split(", ") if letters else []
+        wanted = ", ".join(name if size is None else str(size) for name, size in zip(names, sizes, strict=True))
+        numbers = "" if wanted == letters else f" = [{wanted}]"
+        expected = f"a tensor of shape [{letters}]{numbers}" if letters else "a tensor without dimensions"
+        got = f"one of shape {[*shape]}" if shape is not None else f"a value of type {type(value).__name__}"
+        raise ValueError(f"{where}: {key} must be {expected}, got {got}")
+
+
+def check_features(backbone: Backbone, features: Any, images: Tensor) -> Features:
+    """Refuse what a backbone returned for ``images`` if its maps are not those that it declares.
+
+    Raises:
+        ValueError: a level is missing, has another width, or its cells cannot have the declared stride.
+    """
+    name, widths, strides = type(backbone).__name__, backbone.level_channels, backbone.strides
+    if not isinstance(features, dict) or not strides.keys() <= features.keys():
+        got = sorted(features) if isinstance(features, dict) else f"a value of type {type(features).__name__}"
+        raise ValueError(
+            f"{name} must return a dict with a map for each level of its strides, {sorted(strides)}; got {got}"
+        )
+    for level, stride in strides.items():
+        found = features[level]
+        check_tensor(name, f"features[{level!r}]", found, "N, C, H, W", (len(images), widths[level], None, None))
+        for cells, pixels in zip(found.shape[2:], images.shape[2:], strict=True):
+            # convolutions without padding lose some cells; a wrong stride is wrong by a factor
+            if min(cells, pixels // stride) >= 4 and not 0.5 < cells * stride / pixels < 2:
+                raise ValueError(
+                    f"{name}: strides says {stride} pixels a cell of {level!r}, but {pixels} pixels gave {cells} cells"
+                )
+    return features
+
+
+def check_proposals(source: nn.Module, returned: Any, images: int) -> tuple[list[Tensor], Losses]:
+    """Refuse what a source returned if it is not the boxes of each image and losses.
+
+    Raises:
+        ValueError: it is something else; the class, the place, and expected and found shapes are named.
+    """
+    name = type(source).__name__
+    boxes, losses = _pair(name, returned, "boxes")
+    if len(boxes) != images:
+        raise ValueError(f"{name} returned the boxes of {len(boxes)} images for {images} images")
+    for index, part in enumerate(boxes):
+        check_tensor(name, f"boxes[{index}]", part, "P, 4", (None, 4))
+    return boxes, losses
+
+
+def check_detections(head: nn.Module, returned: Any) -> tuple[list[Detection], Losses]:
+    """Refuse what a head returned if it is not detections and losses.
+
+    Raises:
+        ValueError: it is something else; the class, the key, and expected and found shapes are named.
+    """
+    name = type(head).__name__
+    detections, losses = _pair(name, returned, "detections")
+    for index, found in enumerate(detections):
+        where = f"detections[{index}]"
+        if not isinstance(found, Mapping) or not {"boxes", "scores", "labels"} <= found.keys():
+            got = sorted(found) if isinstance(found, Mapping) else f"a value of type {type(found).__name__}"
+            raise ValueError(f"{name}: {where} must be a dict with 'boxes', 'scores' and 'labels', got {got}")
+        check_tensor(name, f"{where}['boxes']", found["boxes"], "D, 4", (None, 4))
+        for key in ("scores", "labels"):
+            check_tensor(name, f"{where}[{key!r}]", found[key], "D", (len(found["boxes"]),))
+    return detections, losses
+
+
+def _pair(name: str, returned: Any, first: str) -> tuple[Any, Any]:
+    """A list and losses, each a scalar."""
+    pair = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+    if not isinstance(pair[0], list | tuple) or not isinstance(pair[1], Mapping):
+        got = [type(value).__name__ for value in returned] if isinstance(returned, tuple) else type(returned).__name__
+        raise ValueError(
+            f"{name} must return a pair, a list of {first} and a dict of losses, got {got}".replace("'", "")
+        )
+    for key, value in pair[1].items():
+        check_tensor(name, f"losses[{key!r}]", value, "", ())
+    return pair
 
 
 def depths_of(network: nn.Module, new_layers: tuple[str, ...] = ()) -> dict[str, int]:

@@ -9,9 +9,10 @@ whole image is ``[0, 0, width, height]`` and its area is ``(x2 - x1) * (y2 - y1)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -164,29 +165,48 @@ class Federation:
 
 @dataclass(frozen=True)
 class Segmentations:
-    """The outlines of the B boxes of a data set, packed: a box has polygons or run lengths, never both."""
+    """The outlines of the B boxes of a data set as JSON in COCO's format, polygons or run lengths, packed and unchecked."""
 
-    points: npt.NDArray[np.float32]  # [V, 2] x, y of all corners of all polygons
-    corners: npt.NDArray[np.int64]  # [S + 1] polygon s has the points corners[s]:corners[s + 1]
-    polygons: npt.NDArray[np.int64]  # [B + 1] box b has the polygons polygons[b]:polygons[b + 1]
-    counts: npt.NDArray[np.int32]  # [W] pixels of background, object, background, ..., column by column
-    runs: npt.NDArray[np.int64]  # [B + 1] box b has the counts runs[b]:runs[b + 1]
+    text: npt.NDArray[np.uint8]  # [W] UTF-8
+    offsets: npt.NDArray[
+        np.int64
+    ]  # [B + 1] that of box b is text[offsets[b]:offsets[b + 1]], empty where there is none
+    ids: npt.NDArray[np.int64]  # [B] of the annotations in their file, for messages
+    source: str = ""  # that file
+
+    @classmethod
+    def pack(
+        cls, texts: Sequence[bytes | memoryview], ids: npt.NDArray[np.int64] | None = None, source: str = ""
+    ) -> Segmentations:
+        """Pack the outlines of B boxes, whose ids are 1..B where none are given."""
+        ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+        ids = np.arange(1, len(texts) + 1) if ids is None else ids
+        return cls(np.frombuffer(b"".join(texts), dtype=np.uint8), ends, ids, source)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Segmentations]) -> Segmentations:
+        """Put those of several data sets one after the other."""
+        starts = np.cumsum([0, *(len(part.text) for part in parts)]).tolist()
+        return cls(
+            np.concatenate([part.text for part in parts]),
+            np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts[:-1], strict=True))]),
+            np.concatenate([part.ids for part in parts]),
+            parts[0].source,
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, box: int) -> bytes:
+        return self.text[self.offsets[box] : self.offsets[box + 1]].tobytes()
 
     def take(self, boxes: npt.NDArray[np.int64]) -> Segmentations:
         """Keep those of some of the boxes, in the order of the indices ``boxes``."""
-        kept, polygons = _gathered(self.polygons, boxes)
-        points, corners = _gathered(self.corners, kept)
-        counts, runs = _gathered(self.runs, boxes)
-        return Segmentations(self.points[points], corners, polygons, self.counts[counts], runs)
-
-
-def _gathered(
-    offsets: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The items ``offsets[row]:offsets[row + 1]`` of each row, one after another, and the offsets among them."""
-    lengths = offsets[rows + 1] - offsets[rows]
-    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-    return np.arange(ends[-1]) + np.repeat(offsets[rows] - ends[:-1], lengths), ends
+        text: Any = self.text
+        view, starts, ends = memoryview(text), self.offsets[boxes].tolist(), self.offsets[boxes + 1].tolist()
+        return Segmentations.pack(
+            [view[start:end] for start, end in zip(starts, ends, strict=True)], self.ids[boxes], self.source
+        )
 
 
 @dataclass(frozen=True)

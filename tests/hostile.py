@@ -297,10 +297,10 @@ def long_header(folder: Path) -> Callable[[], object]:
 
 @case("shards: a list of proposals of terabytes")
 def shard_proposals(folder: Path) -> Callable[[], object]:
-    from detpipe.datasets.shards.reading import ShardProposals
+    from detpipe.datasets.shards.read import ShardProposals
 
     class Files:
-        def read(self, *_: Any) -> bytes:
+        def read_part(self, *_: Any) -> bytes:
             return npy("(30000000000, 4)", bytes(64))
 
         def name(self, row: int) -> str:
@@ -318,7 +318,7 @@ def pipe_cases() -> None:
     from detpipe.backbones.weights import read_state
     from detpipe.datasets import image_size, load_coco, read_image
     from detpipe.datasets.formats.csv_table import Table
-    from detpipe.datasets.formats.voc import _read_lines
+    from detpipe.datasets.formats.voc_folders import read_lines
     from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
     from detpipe.datasets.unpack import unpack
     from detpipe.proposal_files import ProposalStore
@@ -333,7 +333,7 @@ def pipe_cases() -> None:
         "size of an image": image_size,
         "JSON": load_json,
         "COCO": lambda path: load_coco(path, path.parent),
-        "list of images": _read_lines,
+        "list of images": read_lines,
         "list of ids": read_known_images,
         "table": Table,
         "archive": lambda path: unpack(path, path.parent / "out"),

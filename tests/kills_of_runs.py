@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import runs
 import torch
+from together import fork, wait
 
 from detpipe import cli
 from detpipe.training import callbacks
@@ -30,35 +30,17 @@ def command(root: Path, accumulated: int = 1, workers: int = 0) -> list[str]:
     return ["train", runs.CONFIG, *options, *STEPS[accumulated], "--data.augment", "{flip: 0.5}"]
 
 
-def status(work: Callable[[], int]) -> int:
-    """Run something in a forked process; its exit status, negative for the signal that ended it."""
-    sys.stdout.flush()
-    child = os.fork()
-    if not child:
-        code = 99
-        try:
-            torch.set_num_threads(1)
-            code = work()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def run(arguments: Sequence[str], log: Path, at: tuple[str, int] | None = None, number: int = signal.SIGKILL) -> int:
+def run(
+    arguments: Sequence[str], log: Path, at: tuple[str, int] | None = None, number: int = signal.SIGKILL
+) -> int | None:
     """Run a command in a forked process, whose signal comes at a moment: a hook and how often it was called before."""
 
     def work() -> int:
-        stream = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        os.dup2(stream, 1)
-        os.dup2(stream, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         if at is not None:
             signal_at(*at, number)
         return cli.main(list(arguments))
 
-    return status(work)
+    return wait(fork(work, log, log), 300)
 
 
 def signal_at(hook: str, call: int, number: int) -> None:

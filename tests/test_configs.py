@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,18 @@ def test_a_model_runs_two_steps_on_the_demo_set(path: Path, demo_root: Path, tmp
     assert config.seed_everything == 0
     result = train(tmp_path, path, *runs.demo(demo_root))
     assert set(result["per_class"]) == set("0123456789")
+
+
+def test_the_main_job_takes_at_most_30_tflop(demo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = runs.CONFIGS / "fast_rcnn_se.yaml"
+    count = runpy.run_path(str(runs.CONFIGS.parent / "benchmarks" / "main_job_flops.py"))
+    count["main"]([str(path), *runs.demo(demo_root)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "  " in line]
+    table = {name: [float(value) for value in row] for name, *row in rows[1:]}
+    parts = ("stem", "stages.c2", "stages.c3", "laterals", "proposals", "head")
+    assert [sum(table[name][column] for name in parts) for column in range(2)] == pytest.approx(table["sum"], abs=0.01)
+    gflop = DemoScenes.train * table["sum"][0] + DemoScenes.val * table["sum"][1]
+    assert parse(path).trainer.max_epochs * gflop / 1000 <= 30
 
 
 @pytest.mark.parametrize(

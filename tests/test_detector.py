@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from detpipe.backbones import SEResNet
 from detpipe.boxes import iou, valid
 from detpipe.detector import TwoStageDetector, total_loss
-from detpipe.evaluation import evaluate_coco, pack
+from detpipe.evaluation import CocoEvaluator
 from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
 from detpipe.optimization import LRSchedule, Optimizer
 from detpipe.proposals import RPN, Anchors, DenseGrid, PrecomputedProposals
@@ -122,6 +122,113 @@ def test_a_loss_of_two_stages_is_named():
         make(Same(scales=[32])).losses(IMAGES, some_targets())
 
 
+class Answer(nn.Module):
+    """A stage that returns what it is told to."""
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, *given):
+        return self.answer
+
+
+FOUND = {"boxes": torch.zeros(3, 4), "scores": torch.zeros(3), "labels": torch.zeros(3, dtype=torch.int64)}
+WITHOUT_SCORES = {key: value for key, value in FOUND.items() if key != "scores"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "answer", "message"),
+    [
+        ("head", [FOUND, FOUND], "Answer must return a pair, a list of detections and a dict of losses, got list"),
+        ("head", (FOUND, {}), r"Answer must return a pair, .* got \[dict, dict\]"),
+        ("head", ([FOUND, FOUND], {}, {}), r"Answer must return a pair, .* got \[list, dict, dict\]"),
+        (
+            "head",
+            ([FOUND, WITHOUT_SCORES], {}),
+            r"Answer: detections\[1\] must be a dict with 'boxes', 'scores' and 'labels', got \['boxes', 'labels'\]",
+        ),
+        (
+            "head",
+            ([FOUND, torch.zeros(3, 4)], {}),
+            r"Answer: detections\[1\] must be a dict .* got a value of type Tensor",
+        ),
+        (
+            "head",
+            ([{**FOUND, "boxes": torch.zeros(3, 2, 4)}, FOUND], {}),
+            r"detections\[0\]\['boxes'\] must be a tensor of shape \[D, 4\], got one of shape \[3, 2, 4\]",
+        ),
+        (
+            "head",
+            ([{**FOUND, "labels": torch.zeros(2)}, FOUND], {}),
+            r"detections\[0\]\['labels'\] must be a tensor of shape \[D\] = \[3\], got one of shape \[2\]",
+        ),
+        (
+            "head",
+            ([FOUND, FOUND], {"loss_x": torch.zeros(5)}),
+            r"Answer: losses\['loss_x'\] must be a tensor without dimensions, got one of shape \[5\]",
+        ),
+        ("head", ([FOUND, FOUND], {"loss_x": 0.5}), r"losses\['loss_x'\] must be a .* got a value of type float"),
+        ("head", ([FOUND], {}), "Answer returned 1 detections for 2 images"),
+        (
+            "proposals",
+            (torch.zeros(2, 5, 4), {}),
+            r"Answer must return a pair, a list of boxes .* got \[Tensor, dict\]",
+        ),
+        ("proposals", ([torch.zeros(5, 4)], {}), "Answer returned the boxes of 1 images for 2 images"),
+        (
+            "proposals",
+            ([torch.zeros(5, 4), torch.zeros(5, 5)], {}),
+            r"Answer: boxes\[1\] must be a tensor of shape \[P, 4\], got one of shape \[5, 5\]",
+        ),
+    ],
+)
+def test_what_a_stage_returns_is_checked(stage, answer, message):
+    detector = make()
+    setattr(detector, stage, Answer(answer))
+    with pytest.raises(ValueError, match=message):
+        detector(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (
+            torch.zeros(2, 32, 8, 12),
+            r"must return a dict with a map for each level of its strides, \['c3'\]; got a value of",
+        ),
+        ({"c4": torch.zeros(2, 32, 8, 12)}, r"a map for each level of its strides, \['c3'\]; got \['c4'\]"),
+        (
+            {"c3": torch.zeros(2, 16, 8, 12)},
+            r"features\['c3'\] must be a tensor of shape \[N, C, H, W\] = \[2, 32, H, W\], got one of shape \[2, 16, 8, 12\]",
+        ),
+        ({"c3": torch.zeros(2, 32, 16, 24)}, "strides says 8 pixels a cell of 'c3', but 96 pixels gave 24 cells"),
+    ],
+)
+def test_what_a_backbone_returns_is_checked(features, message):
+    detector = make()
+    detector.backbone.forward = lambda images: features
+    with pytest.raises(ValueError, match=f"SEResNet:? .*{message}"):
+        detector(IMAGES)
+
+
+def test_layers_of_another_width_than_the_features_are_named():
+    detector = make()
+    detector.head.shared[1] = nn.Linear(7, 64)
+    with pytest.raises(ValueError, match=r"FastRCNNHead: layers and features differ in width \(mat1 .*'c3': \[2, 32, "):
+        detector(IMAGES)
+    detector = make(RPN(16, {"c3": 8}, anchors=Anchors(sizes=[[16, 24]])))
+    with pytest.raises(ValueError, match=r"RPN: layers and features differ in width \(.*channels.*'c3': \[2, 32, "):
+        detector(IMAGES)
+
+
+def test_too_few_outputs_for_the_classes_are_named():
+    detector = make()
+    targets = [{**target, "labels": target["labels"] + 1} for target in some_targets()]  # classes 2 and 3 of two
+    with pytest.raises(ValueError, match="FastRCNNHead: Target 3 is out of bounds: for K classes it needs K"):
+        detector.losses(IMAGES, targets)
+
+
 def test_modes_are_restored_after_an_error():
     detector = make(PrecomputedProposals()).eval()
     before = modes(detector)
@@ -201,8 +308,9 @@ def test_one_image_is_overfitted_to_ap_1():
     objects = [
         (1, int(label), tuple(box)) for box, label in zip(target["boxes"].tolist(), target["labels"], strict=True)
     ]
-    scores = evaluate_coco(truth(objects, [1], ("red", "blue")), pack(found, [1]))
-    assert scores["AP"] == 1.0
+    evaluator = CocoEvaluator(truth(objects, [1], ("red", "blue")))
+    evaluator.update(found, [1])
+    assert evaluator.compute()["AP"] == 1.0
 
 
 def test_training_twice_gives_the_same_weights_to_the_last_bit():

@@ -1,8 +1,10 @@
 """Our stages inside torchvision's detector, and torchvision's inside ours: each trains and infers."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import runs
 import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN, fasterrcnn_mobilenet_v3_large_320_fpn
@@ -26,10 +28,12 @@ from detpipe import (
     RoISampler,
     SEResNet,
     TwoStageDetector,
+    cli,
+    load_detector,
 )
 from detpipe.detector import total_loss
 from detpipe.heads import ProposalHead
-from detpipe.stages import Backbone
+from detpipe.stages import Backbone, ProposalSource, RoIHead
 
 CLASSES = 3
 IMAGES = [torch.rand(3, 64, 96), torch.rand(3, 80, 64)]
@@ -179,3 +183,68 @@ def test_one_of_our_heads_in_torchvisions_faster_rcnn():
     assert [sorted(found) for found in detections] == [["boxes", "labels", "scores"]] * 2
     features = model.backbone(torch.zeros(1, 3, 320, 320))
     assert {name: 320 // level.shape[-1] for name, level in features.items()} == model.roi_heads.strides
+
+
+class Anything(nn.Module):
+    def forward(self, *given): ...
+
+
+class AsFour(nn.Module):
+    def forward(self, features, proposals, image_shapes, targets=None): ...
+
+
+class AsThree(nn.Module):
+    def forward(self, images, features, targets): ...
+
+
+class NoForward(nn.Module): ...
+
+
+class NeedsMore(nn.Module):
+    def forward(self, images, features, targets, *, more): ...
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "head"),
+    [
+        (RegionProposalNetwork, True, False),
+        (RoIHeads, False, True),
+        (AsThree, True, False),
+        (AsFour, False, True),
+        (Anything, True, True),
+        (NoForward, False, False),
+        (NeedsMore, False, False),
+        (nn.Linear, False, False),
+        (FastRCNNHead, False, True),  # a stage of detpipe's is of the one kind that it inherits from
+        (DenseGrid, True, False),
+        (SEResNet, False, False),
+        (int, False, False),
+    ],
+)
+def test_a_module_takes_the_place_of_a_stage_by_its_signature(module, source, head):
+    assert issubclass(module, ProposalSource) == source
+    assert issubclass(module, RoIHead) == head
+
+
+def test_torchvisions_stages_from_yaml_alone(demo_root, tmp_path):
+    """The overlay of docs/own_stage.md trains, and its detections are in pixels of the images."""
+    overlay = Path(__file__).parents[1] / "examples" / "own_stage" / "torchvision_stages.yaml"
+    options = ["--model.min_size", "64", "--model.max_size", "64", "--data.loader.batch_size", "4"]
+    trainer = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.accelerator", "cpu"]
+    run = tmp_path / "run"
+    train = ["train", runs.CONFIG, str(overlay), *runs.demo(demo_root), *options, *trainer, "--output", str(run)]
+    assert cli.main(train) == 0
+    detector, _ = load_detector(run / "best.ckpt")
+    assert (type(detector.proposals), type(detector.head)) == (RegionProposalNetwork, RoIHeads)
+    detector.head.score_thresh = 0.0
+    seen: list[dict[str, torch.Tensor]] = []
+    detector.head.register_forward_hook(lambda _, given, answer: seen.append((given[2], answer[0])))
+    images = [torch.rand(3, 128, 128), torch.rand(3, 96, 192)]
+    with torch.no_grad():
+        detections = detector(images)
+    [(sizes, inside)] = seen
+    assert sizes == [(64, 64), (32, 64)]
+    for found, batch, scale in zip(detections, inside, (2, 3), strict=True):
+        assert len(found["boxes"]) > 0
+        torch.testing.assert_close(found["boxes"], scale * batch["boxes"], rtol=1e-5, atol=1e-3)
+        assert torch.equal(found["scores"], batch["scores"])

@@ -40,13 +40,10 @@ def test_operator_in_a_plain_module() -> None:
     assert len([line for line in module.splitlines() if line.strip()]) <= 10
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/attention.md"])
-def test_attention_in_a_network_of_others(page: str) -> None:
-    [code] = [
-        block for block in blocks("python", (ROOT / page).read_text(encoding="utf-8")) if "add_attention" in block
-    ]
+def test_attention_in_a_network_of_others() -> None:
+    [code] = blocks("python", (ROOT / "docs/attention.md").read_text(encoding="utf-8"))
     names: dict[str, Any] = {}
-    exec(compile(code, page, "exec"), names)
+    exec(compile(code, "attention.md", "exec"), names)
     added = [name for name, _ in names["network"].named_modules() if name.endswith(".attention")]
     assert added == [f"layer{stage}.{block}.attention" for stage, count in ((3, 6), (4, 3)) for block in range(count)]
 
@@ -80,7 +77,15 @@ def test_continuous_integration_finds_its_commands(marker: str) -> None:
     assert "pip install" in found[0]
 
 
-def test_files_that_are_named_exist() -> None:
-    named = set(re.findall(r"(?:configs|tools|docs|benchmarks|detpipe)/[\w./-]*\.\w+", README))
-    missing = sorted(name for name in named if not (ROOT / name).exists())
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_files_and_pages_that_are_named_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(
+        re.findall(
+            r"(?<![\w/.-])(?:configs|tools|docs|benchmarks|examples|tests|detpipe)/[\w./-]*\.(?:py|yaml|md|png)", text
+        )
+    )
+    missing = [name for name in sorted(named) if not (ROOT / name).exists()]
+    links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text)
+    missing += [link for link in links if not ((ROOT / page).parent / link).exists()]
     assert not missing

@@ -17,7 +17,7 @@ from detpipe import cli
 from detpipe.backbones import SEResNet
 from detpipe.datasets import COCO, Loader, Resize, decode
 from detpipe.detector import TwoStageDetector, total_loss
-from detpipe.evaluation import evaluate_coco, pack
+from detpipe.evaluation import CocoEvaluator
 from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
 from detpipe.proposals import PrecomputedProposals
 from detpipe.roi_pooling import RoIAlign
@@ -108,7 +108,9 @@ def predicted(
 
 
 def scores(found: list[Detection], annotations: Annotations) -> dict[str, Any]:
-    return evaluate_coco(annotations, pack(found, list(range(12))))
+    evaluator = CocoEvaluator(annotations)
+    evaluator.update(found, list(range(12)))
+    return evaluator.compute()
 
 
 @pytest.mark.slow

@@ -1,15 +1,24 @@
-"""Start several processes of one program that train together, and end all of them in time."""
+"""Programs in forked processes, so that Python and PyTorch start once; several that train together, and end in time."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import torch
+
+import detpipe
+
+for _name in detpipe.__all__:
+    getattr(detpipe, _name)  # what is imported here, processes need not import again
 
 TESTS = Path(__file__).resolve().parent
 
@@ -18,6 +27,44 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def fork(work: Callable[[], int | None], out: Path, err: Path) -> BaseProcess:
+    """Run something in a forked process, which is as one of its own: streams, warnings, threads.
+
+    Args:
+        work: returns the exit status; None for 0.
+        out: takes what is printed, behind what it holds.
+        err: the same for errors.
+
+    Returns:
+        The process.
+    """
+
+    def run() -> None:
+        for path, number in ((out, 1), (err, 2)):
+            stream = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+            os.dup2(stream, number)
+            os.close(stream)
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w")
+        sys.stderr = sys.__stderr__ = os.fdopen(2, "w")
+        warnings.resetwarnings()
+        torch.set_num_threads(1)
+        sys.exit(work())
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def wait(process: BaseProcess, seconds: float) -> int | None:
+    """The exit status of a process, negative for the signal that ended it; None, and it is killed, where it takes too long."""
+    process.join(seconds)
+    status = process.exitcode
+    if status is None:
+        process.kill()
+        process.join()
+    return status
 
 
 def start(program: str, arguments: Sequence[str], size: int, seconds: float = 300) -> list[tuple[int, str, str]]:
@@ -32,38 +79,24 @@ def start(program: str, arguments: Sequence[str], size: int, seconds: float = 30
     Returns:
         Exit status, output and error output of each.
     """
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    port = str(free_port())
+
+    def run(rank: int) -> None:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, NODE_RANK="0", WORLD_SIZE=str(size))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        sys.argv = ["-c", *arguments]
+        sys.path.insert(0, str(TESTS))
+        exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+
     with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for rank in range(size):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(size)}
-            streams = [(Path(folder) / f"{rank}.{name}").open("w+") for name in ("out", "err")]
-            command = [sys.executable, "-c", program, *arguments]
-            environment = {**common, **place, "PYTHONPATH": str(TESTS)}
-            processes.append(
-                (subprocess.Popen(command, env=environment, stdout=streams[0], stderr=streams[1]), streams)
-            )
+        streams = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(size)]
+        children = [fork(lambda rank=rank: run(rank), *streams[rank]) for rank in range(size)]
         end = time.monotonic() + seconds
-        late = []
-        for process, _ in processes:
-            try:
-                process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                late.append(process.pid)
-                process.kill()
-                process.wait()
-        answers = []
-        for process, streams in processes:
-            texts = []
-            for stream in streams:
-                stream.seek(0)
-                texts.append(stream.read())
-                stream.close()
-            answers.append((process.returncode, *texts))
-    assert not late, (
-        f"{len(late)} of {size} processes hung for {seconds} s: {[answer[2][-2000:] for answer in answers]}"
-    )
-    return answers
+        statuses = [wait(child, max(0.1, end - time.monotonic())) for child in children]
+        texts = [(out.read_text(), err.read_text()) for out, err in streams]
+    late = statuses.count(None)
+    assert not late, f"{late} of {size} processes hung for {seconds} s: {[err[-2000:] for _, err in texts]}"
+    return [(status, *text) for status, text in zip(statuses, texts, strict=True) if status is not None]
 
 
 def succeed(program: str, arguments: Sequence[str], size: int, seconds: float = 300) -> list[str]:

@@ -203,7 +203,7 @@ def _check_folders(runs: Sequence[Run]) -> None:
 
 
 def _train(runs: Sequence[Run], split: str, workers: int) -> None:
-    from detpipe.datasets.in_threads import usable_cores  # not for --help: it would import PyTorch
+    from detpipe.datasets.workers import usable_cores  # not for --help: it would import PyTorch
 
     threads = max(1, usable_cores() // workers)
     pool = ThreadPoolExecutor(workers)

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from detpipe.pictures.figures import new_figure, plain_axes, save_figure
-
-COLORS = ("#2f6fde", "#e4572e", "#2ca25f", "#9656a1", "#c98a00", "#4d4d4d", "#00828c")
+from detpipe.pictures.figures import COLORS, new_figure, plain_axes, save_figure
 
 
 @dataclass(frozen=True)

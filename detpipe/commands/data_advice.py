@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from detpipe.datasets.formats.recognize import known_layout
+from detpipe.commands.data_source import find_data
+from detpipe.datasets.formats.folders import ALL
 from detpipe.datasets.statistics import Resize, SuggestedAnchors
 
 _MODEL = "configs/fast_rcnn_squeezenet.yaml"
@@ -56,16 +58,26 @@ def next_commands(options: argparse.Namespace, names: Sequence[str], model: Sequ
     """
     train = training_split(names)
     val = validation_split(names, train)
-    if known_layout(options.data, option="") == "coco file" or not val:
-        return (
-            "there is no split to validate on; to divide the images into parts for training, validation and test:\n"
-            f"  detpipe data split {_words(_again(options))} -o FOLDER"
-        )
+    layout = find_data(options).layout
+    divide = f"  detpipe data split {_words(_again(options))} -o FOLDER"
+    if layout == "coco file":
+        val = ""
+    if not val and layout == "shards":
+        return f"there is no split to validate on; to divide the images into parts for training, validation and test:\n{divide}"
     command = ["detpipe", "train", _MODEL, *_data_options(options, train, val), *model, "--output", "RUN"]
     report = ["detpipe", "evaluate", "RUN/config.yaml", "--ckpt_path", "RUN/best.ckpt", "--report", "report"]
+    on = (
+        [f"to train on {train}, validate on {val}, and write a report (report/report.html):"]
+        if val
+        else [
+            "there is no split to validate on; to divide the images into parts for training, validation and test:",
+            divide,
+            f"or to train on {train} but for a fifth of its images, validate on that, and write a report (report/report.html):",
+        ]
+    )
     return "\n".join(
         [
-            f"to train on {train}, validate on {val}, and write a report (report/report.html):",
+            *on,
             _folded(command),
             _folded(report),
             "with --model.backbone.weights DEFAULT training begins with weights of ImageNet, which are downloaded once",
@@ -74,18 +86,30 @@ def next_commands(options: argparse.Namespace, names: Sequence[str], model: Sequ
 
 
 def _data_options(options: argparse.Namespace, train: str, val: str) -> list[str]:
-    layout, path = known_layout(options.data, option=""), Path(options.data)
-    overlay = "shards" if layout == "shards" else f"{layout}_custom"
+    layout, path = find_data(options).layout, Path(options.data)
+    overlay = {"shards": "shards", "coco file": "coco_custom"}.get(layout, f"{layout}_custom")
     root, more = options.data, []
     if layout == "csv" and path.is_file():
         root, more = str(path.parent), ["--data.format.file", path.name]
+    if layout == "csv" and not find_data(options).splits:
+        train = ALL
     if layout == "csv" and options.images is not None:
         more += ["--data.format.images", str(Path(options.images).resolve())]
+    if layout == "coco file" and options.images is not None:
+        root = str(path.parent)
+        train = json.dumps({"annotations": path.name, "images": str(Path(options.images).resolve())})
     if options.zero_based and layout == "voc":
         more += ["--data.format.one_based", "false"]
     if options.skip_bad and layout != "shards":  # their bad images were left out when they were written
         more += ["--data.on_bad", "skip"]
-    given = [part for key, name in (("train", train), ("val", val)) if name != key for part in (f"--data.{key}", name)]
+    if not val:
+        more += ["--data.split", "{val: 0.2}"]
+    given = [
+        part
+        for key, name in (("train", train), ("val", val))
+        if name and name != key
+        for part in (f"--data.{key}", name)
+    ]
     return [f"configs/data/{overlay}.yaml", "--data.root", root, *given, *more]
 
 
@@ -93,6 +117,7 @@ def _again(options: argparse.Namespace) -> list[str]:
     """The data set as it was named."""
     words = [options.data, *(part for name in options.split or () for part in ("--split", name))]
     words += ["--images", options.images] if options.images else []
+    words += ["--layout", options.layout] if getattr(options, "layout", None) else []
     return [*words, *(["--zero-based"] if options.zero_based else []), *(["--skip-bad"] if options.skip_bad else [])]
 
 

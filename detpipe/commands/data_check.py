@@ -6,9 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from detpipe.commands.data_source import open_splits, source_parser
+from detpipe.commands.data_source import find_data, open_splits, source_parser
 from detpipe.datasets.checking import Report, check_data
-from detpipe.datasets.formats.recognize import known_layout
 from detpipe.datasets.unpack import archive_faults
 from detpipe.support.errors import UsageError
 from detpipe.support.files import atomic_write
@@ -42,7 +41,7 @@ def run_check(arguments: Sequence[str]) -> int:
             temporary.write_text(json.dumps({"data": options.data, **report.as_json()}, indent=1), encoding="utf-8")
     say(describe(report, options.show, decoded=not options.no_decode))
     if report.total(serious=True):
-        say(advise(report, in_shards=known_layout(options.data, option="") == "shards"))
+        say(advise(report, in_shards=find_data(options).layout == "shards"))
     return 1 if report.total(serious=True) else 0
 
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
 from detpipe.commands.parser import Parser
 from detpipe.datasets.datamodule import DetectionData
-from detpipe.datasets.formats.coco import COCO
-from detpipe.datasets.formats.writers import Flags, Images, Written, write_coco, write_csv, write_voc, write_yolo
-from detpipe.datasets.formats.writers.placement import file_name_of
-from detpipe.datasets.formats.yolo import YOLO
+from detpipe.datasets.formats.coco import COCO, write_coco
+from detpipe.datasets.formats.csv import write_csv
+from detpipe.datasets.formats.export import Images, Written, file_name_of
+from detpipe.datasets.formats.outline_files import read_outlines, yolo_outlines
+from detpipe.datasets.formats.voc import write_voc
+from detpipe.datasets.formats.yolo import YOLO, Flags, write_yolo
 from detpipe.datasets.image_files import ImageFiles
-from detpipe.datasets.outlines import (
-    Outlines,
-    by_image,
-    coco_outlines,
-    merge,
-    stored_outlines,
-    yolo_outlines,
-)
 from detpipe.datasets.shards.dataset import Shards
 from detpipe.support.strict_json import load_json
 from detpipe.support.terminal import say
@@ -50,9 +45,9 @@ def run_convert(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     folder = new_output(options.output)
     opened = open_splits(options)
-    splits = {name: read_split(data) for name, data in opened.items()}
+    splits = {name: read_outlined(name, data) for name, data in opened.items()}
     source = ImageFiles(opened.values())
-    written = write_layout(options.to, splits, folder, options, read_outlines(opened, splits), source)
+    written = write_layout(options.to, splits, folder, options, source)
     say(describe(written, splits, fields_left_out(opened)))
     return 0
 
@@ -80,7 +75,6 @@ def write_layout(
     splits: Mapping[str, Annotations],
     folder: Path,
     options: argparse.Namespace,
-    outlines: Outlines,
     source: ImageFiles,
 ) -> Written:
     """Write splits in a layout.
@@ -90,7 +84,6 @@ def write_layout(
         splits: name -> annotations.
         folder: a new one.
         options: what was added by `add_writing`.
-        outlines: segmentations of the boxes.
         source: where the images are.
 
     Returns:
@@ -98,42 +91,36 @@ def write_layout(
     """
     images: Images = options.image_files
     if layout == "coco":
-        return write_coco(splits, folder, images, outlines, source)
+        return write_coco(splits, folder, images, source)
     if layout == "voc":
-        return write_voc(splits, folder, images, None, outlines, source)
+        return write_voc(splits, folder, images, None, source)
     if layout == "csv":
-        return write_csv(splits, folder, images, outlines, source)
+        return write_csv(splits, folder, images, source)
     flags: Flags = "drop" if options.drop_flags else "leave out" if options.drop_flagged else "refuse"
-    return write_yolo(splits, folder, images, flags, outlines, source)
+    return write_yolo(splits, folder, images, flags, source)
 
 
-def read_outlines(opened: Mapping[str, DetectionData], splits: Mapping[str, Annotations]) -> Outlines:
-    """Read the segmentations of a data set, wherever its layout has them.
+def read_outlined(name: str, data: DetectionData) -> Annotations:
+    """Read a split with the outlines of its objects, wherever its layout has them.
 
     Args:
-        opened: name -> data.
-        splits: name -> annotations.
+        name: of the split.
+        data: one of those that `open_splits` opened.
 
     Returns:
-        Those of each image.
+        Its annotations.
 
     Raises:
-        DataError: they do not fit the boxes.
+        DataError: it has faults, or the outlines do not fit the boxes.
     """
-    parts = []
-    for name, data in opened.items():
-        a = splits[name]
-        if isinstance(data, Shards):
-            continue  # they keep none
-        if isinstance(data, COCO):
-            outlines = coco_outlines(data.files("val")[0], a)
-        elif isinstance(data, YOLO) and a.counts.get("boxes from polygons"):
-            outlines = yolo_outlines(a)
-        else:
-            root = Path(getattr(data, "root", "."))
-            outlines = stored_outlines(root if root.is_dir() else root.parent, file_name_of(name), a)
-        parts.append(by_image(outlines, a))
-    return merge(parts)
+    data.outlines = True
+    a = read_split(data)
+    if isinstance(data, COCO | Shards):  # shards keep none
+        return a
+    if isinstance(data, YOLO) and a.counts.get("boxes from polygons"):
+        return replace(a, segmentations=yolo_outlines(a))
+    root = Path(getattr(data, "root", "."))
+    return replace(a, segmentations=read_outlines(root if root.is_dir() else root.parent, file_name_of(name), a))
 
 
 def fields_left_out(opened: Mapping[str, DetectionData]) -> list[str]:

@@ -11,15 +11,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from detpipe.commands.data_source import open_splits, source_parser
+from detpipe.commands.data_source import find_data, open_splits, source_parser
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import Collected
-from detpipe.datasets.formats.recognize import known_layout
-from detpipe.datasets.formats.writers.placement import file_name_of
+from detpipe.datasets.formats.export import file_name_of
 from detpipe.datasets.shards.index import INDEX, KEYS
-from detpipe.datasets.shards.journal import SUFFIX
-from detpipe.datasets.shards.making import Made, Sharding, make_shards
-from detpipe.datasets.shards.verifying import verify_shards
+from detpipe.datasets.shards.read import verify_shards
+from detpipe.datasets.shards.write import SUFFIX, Made, Sharding, make_shards
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.terminal import say
 from detpipe.types import Annotations
@@ -46,7 +44,7 @@ def run_shards(arguments: Sequence[str]) -> int:
     if options.output is None:
         raise UsageError("-o FOLDER is missing: where shards are to be written; see 'detpipe data shards --help'")
     sharding = _sharding(options)
-    if known_layout(options.data, option="") == "shards":
+    if find_data(options).layout == "shards":
         raise UsageError(
             f"{options.data} holds shards already: for other ones, bring it into COCO layout before, with 'detpipe data convert'"
         )
@@ -78,8 +76,7 @@ def read_annotations(data: DetectionData, skip: bool) -> Annotations:
     if not skip:
         return data.annotations("val")
     collected = Collected(decode=False)
-    data.on_bad = collected
-    annotations = data.annotations("val")
+    annotations = data.annotations("val", collected)
     fatal = [fault for fault in collected.faults if fault.kind.startswith("data set:")]
     if fatal:
         more = f" (and {len(fatal) - 1} more such faults)" if len(fatal) > 1 else ""
@@ -179,7 +176,8 @@ def _refuse_strangers(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder}: is a file: name a folder")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not path.is_dir() or not ((path / INDEX).is_file() or path.name.endswith(SUFFIX)):
+        shards = path.is_dir() and ((path / INDEX).is_file() or path.name.endswith(SUFFIX))
+        if not shards and not path.name.endswith(f"{SUFFIX}.lock"):
             raise UsageError(f"--output {folder}: holds {path.name}, which is no folder of shards: name a new folder")
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from detpipe.commands.parser import Parser
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import OnBad
-from detpipe.datasets.formats.recognize import EXPECTED, known_layout, open_split, split_names
-from detpipe.datasets.shards.remote import is_remote
+from detpipe.datasets.fetch import is_remote
+from detpipe.datasets.formats.folders import find_split
+from detpipe.datasets.formats.recognize import EXPECTED, FOLDERS, Found, open_split, recognize
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.suggest import did_you_mean
+from detpipe.support.terminal import say
 from detpipe.types import Annotations
 
 
@@ -36,6 +38,7 @@ def source_parser(command: str, description: str, skip_bad: bool = True) -> Pars
         help="such as train, 2007:trainval or val2017; may be repeated; default: all",
     )
     parser.add_argument("--images", metavar="FOLDER", help="where the images of an annotation file or a table are")
+    parser.add_argument("--layout", choices=FOLDERS, help="which layout is meant, for a folder that is in several")
     parser.add_argument(
         "--zero-based",
         action="store_true",
@@ -60,25 +63,46 @@ def open_splits(options: argparse.Namespace) -> dict[str, DetectionData]:
     Raises:
         DetpipeError: there is no such data set or split.
     """
-    known = split_names(options.data, option="")
-    remote = is_remote(options.data)
+    found = find_data(options)
+    known, remote = found.splits, is_remote(options.data)
+    names: list[str | None] = []
     for name in options.split or ():
         if not known and not remote:
             raise UsageError(f"--split {name}: {options.data} has no splits")
-        if name not in known and known_layout(options.data) != "voc" and not remote:  # VOC: lists may lie elsewhere
+        there = find_split(name, known)
+        if there is None and found.layout != "voc" and not remote:  # VOC: lists may lie elsewhere
             raise UsageError(
                 f"--split {name}: {options.data} has no such split; there are {', '.join(known)}{did_you_mean(name, known)}"
             )
-    chosen: list[str | None] = list(dict.fromkeys(options.split or known)) or [None]
+        names.append(there or name)
+    chosen = list(dict.fromkeys(names or known)) or [None]
     on_bad: OnBad = "skip" if getattr(options, "skip_bad", False) else "error"
     one_based = False if options.zero_based else None
     together = [name for name in chosen if name is not None]
+    say(found.says)
     return {
         name or unsplit_name(options.data): open_split(
-            options.data, name, options.images, on_bad, one_based, together, option=""
+            options.data, name, options.images, on_bad, one_based, together, option="", found=found
         )
         for name in chosen
     }
+
+
+def find_data(options: argparse.Namespace) -> Found:
+    """Recognize the data set that was named on the command line, once for each command.
+
+    Args:
+        options: what a `source_parser` read.
+
+    Returns:
+        Its layout and splits.
+
+    Raises:
+        DetpipeError: as of `recognize`.
+    """
+    if getattr(options, "found", None) is None:
+        options.found = recognize(options.data, option="", layout=getattr(options, "layout", None))
+    return options.found
 
 
 def read_splits(options: argparse.Namespace) -> dict[str, Annotations]:

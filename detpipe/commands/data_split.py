@@ -7,17 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, read_outlines, write_layout
-from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
-from detpipe.datasets.checking import equal_files
-from detpipe.datasets.formats.recognize import known_layout
-from detpipe.datasets.image_files import ImageFiles, image_paths
+from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, read_outlined, write_layout
+from detpipe.commands.data_source import find_data, new_output, open_splits, source_parser
+from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.joining import join
 from detpipe.datasets.statistics import class_shares
-from detpipe.datasets.stratify import stratified_parts
+from detpipe.datasets.stratify import divide_by_content
 from detpipe.support.errors import UsageError
 from detpipe.support.terminal import say
 from detpipe.types import Annotations
@@ -60,19 +55,15 @@ def run_split(arguments: Sequence[str]) -> int:
             f"{options.data} has several splits: name those that are to be divided anew with --split, again for each; there are "
             f"{', '.join(opened)}"
         )
-    splits = {name: read_split(data) for name, data in opened.items()}
+    splits = {name: read_outlined(name, data) for name, data in opened.items()}
     pool, repeated = join(list(splits.values()))
     if len(pool) < len(parts):
         raise UsageError(f"{options.data} has {len(pool)} images: too few for {len(parts)} parts")
     source = ImageFiles(opened.values())
-    rows = stratified_parts(pool, list(parts.values()), options.seed, groups_of(pool, options.group_by, source))
-    divided = {name: pool.subset(part) for name, part in zip(parts, rows, strict=True)}
-    empty = [name for name, part in divided.items() if not len(part)]
-    if empty:
-        raise UsageError(
-            f"the part {empty[0]} gets no image: there are too few, or too few groups; give it a larger share"
-        )
-    written = write_layout(_layout(options), divided, folder, options, read_outlines(opened, splits), source)
+    together = named_alike(pool, options.group_by) if options.group_by is not None else []
+    rows = divide_by_content(pool, parts, source, options.seed, together)
+    divided = {name: pool.subset(part) for name, part in rows.items()}
+    written = write_layout(_layout(options), divided, folder, options, source)
     more = [f"{repeated} images that several splits name are taken once"] if repeated else []
     say(describe(written, splits, [*more, *fields_left_out(opened)]))
     say(table(divided))
@@ -109,31 +100,12 @@ def read_parts(text: str) -> dict[str, float]:
     return {name: share / total for name, share in parts.items()}
 
 
-def groups_of(pool: Annotations, pattern: str | None, source: ImageFiles) -> npt.NDArray[np.int64]:
-    """Number the groups of images that must stay together: equal files, and names that agree.
-
-    Args:
-        pool: the images.
-        pattern: a regular expression over file names; None groups equal files only.
-        source: where the images are.
-
-    Returns:
-        ``[I]`` the group of each image.
+def named_alike(pool: Annotations, pattern: str) -> list[list[int]]:
+    """The rows of images whose names agree in what a regular expression finds, in its first group if it has one.
 
     Raises:
         UsageError: it is no regular expression, or finds nothing in a name.
     """
-    group = np.arange(len(pool))
-    paths = {path: row for row, path in enumerate(image_paths(pool))}
-    together = [[paths[path] for path in same] for same in equal_files(list(paths), source)]
-    if pattern is not None:
-        together += _named_alike(pool, pattern)
-    for rows in together:
-        group[np.isin(group, group[rows])] = group[rows].min()
-    return group
-
-
-def _named_alike(pool: Annotations, pattern: str) -> list[list[int]]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -148,7 +120,7 @@ def _named_alike(pool: Annotations, pattern: str) -> list[list[int]]:
 
 
 def _layout(options: argparse.Namespace) -> Literal["coco", "voc", "yolo", "csv"]:
-    own = known_layout(options.data)
+    own = find_data(options).layout
     return options.to or ("coco" if own in ("coco file", "shards") else own)
 
 

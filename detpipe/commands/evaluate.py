@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from detpipe import evaluation
 from detpipe.commands.evaluation_report import ReportOptions, check_options, read_runs, write_report
@@ -16,10 +14,8 @@ from detpipe.commands.parser import Parser
 from detpipe.evaluation.analysis import AnalysisSettings
 from detpipe.evaluation.coco import MAX_DETECTIONS
 from detpipe.images import to_picture
-from detpipe.support import processes
 from detpipe.support.errors import UsageError
 from detpipe.support.files import atomic_write
-from detpipe.types import Annotations, Detection, DetectionArrays
 
 _REPORT: dict[str, tuple[type, Any, str]] = {  # of both modes: type, default, help
     "report": (str, None, "folder for a report: report.html, report.json and figures"),
@@ -80,6 +76,7 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
 
 
 def _evaluate_model(arguments: Sequence[str]) -> int:
+    from detpipe.evaluation.metrics import CocoEvaluator
     from detpipe.training import checkpoint
     from detpipe.training.configuration import CLI, quiet
     from detpipe.training.trainer import build_trainer
@@ -113,14 +110,18 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     loader = data.eval_dataloader(split)
     settings = {**cli.trainer_settings, "limit_predict_batches": _limit(cli.trainer_settings, split)}
     trainer = build_trainer(settings, run)
+    collector = CocoEvaluator(annotations).to(trainer.strategy.root_device)  # which the processes can gather from
     found = trainer.predict(cli.model, loader) or []  # of this process' batches, of which it may have none
-    rows, detections = _of_all_processes(found, loader.batch_sampler, annotations)
+    for batch, keys in zip(found, loader.batch_sampler, strict=False):
+        collector.update(batch, annotations.image_ids[[row for _, row in keys]].tolist())
+    with collector.sync_context():
+        seen, detections = collector.collected()
     if not trainer.is_global_zero:
         return 0
     evaluation.write_detections(results, detections, annotations)
-    if len(rows) < len(annotations):
-        print(f"the numbers are of {len(rows)} of {len(annotations)} images, since trainer limits the batches")
-        annotations = annotations.subset(rows)
+    if len(seen) < len(annotations):
+        print(f"the numbers are of {len(seen)} of {len(annotations)} images, since trainer limits the batches")
+        annotations = seen
     metrics = evaluation.evaluate(annotations, detections, config.protocol, max_detections=config.max_detections)
     for logger in trainer.loggers:
         logger.log_metrics(
@@ -141,18 +142,6 @@ def _limit(trainer: dict[str, Any], split: str) -> Any:
     """How many batches are wanted: by the limit of predictions, else by that of the split."""
     limit = trainer["limit_predict_batches"]
     return trainer[f"limit_{split}_batches"] if limit is None else limit
-
-
-def _of_all_processes(
-    batches: Sequence[Sequence[Detection]], keys: Iterable[Sequence[tuple[int, int]]], annotations: Annotations
-) -> tuple[np.ndarray, DetectionArrays]:
-    """Rows of the images that were looked at, and what was found in them, in order: the same for any number of processes."""
-    own_rows = [row for _, batch in zip(batches, keys, strict=False) for _, row in batch]
-    own = evaluation.pack([one for batch in batches for one in batch], annotations.image_ids[own_rows].tolist())
-    rows = np.sort(np.concatenate(processes.from_all(np.array(own_rows, dtype=np.int64))))
-    found = evaluation.concatenate(processes.from_all(own))
-    row_of = {image_id: row for row, image_id in enumerate(annotations.image_ids.tolist())}
-    return rows, found.take(np.argsort([row_of[image_id] for image_id in found.image_ids.tolist()], kind="stable"))
 
 
 def _add_arguments(parser: Any) -> None:

@@ -1,10 +1,11 @@
-"""The ``predict`` command: detect objects in images of the user's own, draw them, and write them as one JSON file.
+"""The ``predict`` and ``classify`` commands: find objects in images of the user's own, or name what is in given boxes.
 
-The JSON holds ``checkpoint``, ``class_names``, ``images`` (``file``, ``drawing``, ``width``, ``height``, ``detections``
-with ``label``, ``score`` and ``box`` in pixels of the image) and ``failed`` (``file``, ``reason``). With ``--show-glimpses``
-detections also have ``proposal`` and ``glimpses`` (outlines in order), and there is a page of pictures.
+Both draw, and write one JSON file. It holds ``checkpoint``, ``class_names``, ``images`` (``file``, ``drawing``, ``width``,
+``height``, ``detections`` or ``regions`` with ``label``, ``score`` and ``box`` in pixels of the image, regions in the order of the
+boxes) and ``failed`` (``file``, ``reason``). With ``--show-glimpses`` detections also have ``proposal`` and ``glimpses`` (outlines
+in order), and there is a page of pictures.
 
-Boxes for a detector that needs some: see :mod:`detpipe.commands.given_proposals`.
+Boxes for a detector that needs some, and for a classifier: see :mod:`detpipe.commands.given_proposals`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,18 +34,10 @@ from detpipe.support.errors import DataError, UsageError
 from detpipe.support.files import atomic_write, refuse_special
 from detpipe.support.terminal import printable, say
 from detpipe.training.checkpoint import Description
-from detpipe.training.models import load_detector
+from detpipe.training.models import load_detector, load_region_classifier
 from detpipe.types import Detection, GlimpsedDetection, Target
 
-
-@dataclass
-class Report:
-    """What became of the images."""
-
-    checkpoint: str
-    class_names: list[str]
-    images: list[dict[str, Any]] = field(default_factory=list)
-    failed: list[dict[str, str]] = field(default_factory=list)
+Look = Callable[[Path, Tensor], Detection]  # path and image as `read_image` gives it -> what is found there, on the CPU
 
 
 def predict(arguments: Sequence[str]) -> int:
@@ -60,37 +52,84 @@ def predict(arguments: Sequence[str]) -> int:
     Raises:
         DetpipeError: what users can mend.
     """
-    options = _parse(arguments)
+    options = _parse_predict(arguments)
     images = find_images(options.images)
     detector, description = load_detector(options.checkpoint)
     boxes = choose_proposals(detector, options, images, description)
     if options.show_glimpses:
         _ask_for_glimpses(detector, options.checkpoint)
     detector.to(choose_device(options.device))
+
+    def look(path: Path, image: Tensor) -> Detection:
+        proposals = None if boxes is None else boxes(path, image)
+        return detect(detector, image, proposals, options.score_threshold)
+
     out = Path(options.output)
-    names = drawing_names(images, out)
-    report = Report(str(options.checkpoint), list(description.class_names))
-    rows = list(zip(images, names, strict=True))
+    report = _look_at(images, look, description, out, "detections", options.checkpoint)
+    if options.show_glimpses:
+        say(f"glimpses: {glimpse_pictures.write_page(out, report['images'])}")
+    return _ended(report, "detections", "unreadable", out)
+
+
+def classify(arguments: Sequence[str]) -> int:
+    """Classify, draw, and write.
+
+    Args:
+        arguments: ``CHECKPOINT IMAGE_OR_FOLDER ... --boxes BOXES -o FOLDER`` and options.
+
+    Returns:
+        0, or 1 when no image at all could be classified.
+
+    Raises:
+        DetpipeError: what users can mend.
+    """
+    options = _parse_classify(arguments)
+    images = find_images(options.images)
+    model, description = load_region_classifier(options.checkpoint)
+    boxes_of = open_boxes(options.boxes, images, None)
+    model.to(choose_device(options.device))
+
+    def look(path: Path, image: Tensor) -> Detection:
+        boxes = boxes_of(path, image)
+        try:
+            [found] = model.predict([image], [boxes])
+        except ValueError as error:  # a box outside of the image, or an image too small for the network
+            raise DataError(f"{path}: {error}") from error
+        return {"boxes": boxes, "labels": found["labels"].cpu(), "scores": found["scores"].cpu()}
+
+    out = Path(options.output)
+    report = _look_at(images, look, description, out, "regions", options.checkpoint)
+    return _ended(report, "regions", "failed", out)
+
+
+def _look_at(
+    images: Sequence[Path], look: Look, description: Description, out: Path, kind: str, checkpoint: str
+) -> dict[str, Any]:
+    """Look at images one by one, draw what is found, and write ``KIND.json``; what cannot be read is named and left out."""
+    class_names = list(description.class_names)
+    report: dict[str, Any] = {"checkpoint": checkpoint, "class_names": class_names, "images": [], "failed": []}
+    rows = list(zip(images, drawing_names(images, out), strict=True))
     for path, name in tqdm(rows, unit="image", disable=not sys.stderr.isatty()):
         try:
             image = read_image(path, pixels=description.pixels)
-            proposals = None if boxes is None else boxes(path, image)
+            found = look(path, image)
         except (DataError, OSError) as error:
             tqdm.write(printable(f"skipped: {error}"), file=sys.stderr)
-            report.failed.append({"file": str(path), "reason": str(error)})
+            report["failed"].append({"file": str(path), "reason": str(error)})
             continue
-        found = detect(detector, image, proposals, options.score_threshold)
-        visualize.save_png(out / name, _draw(image, found, description.class_names))
-        report.images.append(_record(path, name, image, found, description.class_names))
-    with atomic_write(out / "detections.json") as temporary:
-        temporary.write_text(json.dumps(vars(report), indent=1) + "\n", encoding="utf-8")
-    if options.show_glimpses:
-        say(f"glimpses: {glimpse_pictures.write_page(out, report.images)}")
-    count = sum(len(record["detections"]) for record in report.images)
-    say(
-        f"{len(report.images)} images, {count} detections, {len(report.failed)} unreadable; see {out / 'detections.json'}"
-    )
-    return 0 if report.images else 1
+        visualize.save_png(out / name, _draw(image, found, class_names))
+        size = {"width": image.shape[2], "height": image.shape[1]}
+        records = _records(found, class_names)
+        report["images"].append({"file": str(path), "drawing": name, **size, kind: records})
+    with atomic_write(out / f"{kind}.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _ended(report: dict[str, Any], kind: str, failed: str, out: Path) -> int:
+    count = sum(len(image[kind]) for image in report["images"])
+    say(f"{len(report['images'])} images, {count} {kind}, {len(report['failed'])} {failed}; see {out / f'{kind}.json'}")
+    return 0 if report["images"] else 1
 
 
 @torch.inference_mode()
@@ -207,20 +246,14 @@ def drawing_names(images: Sequence[Path], out: Path) -> list[str]:
     return names
 
 
-def _record(path: Path, drawing: str, image: Tensor, found: Detection, class_names: Sequence[str]) -> dict[str, Any]:
+def _records(found: Detection, class_names: Sequence[str]) -> list[dict[str, Any]]:
     columns = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
     rows: list[dict[str, Any]] = [
         {"label": class_names[label - 1], "score": score, "box": box} for label, score, box in columns
     ]
     if "glimpses" in found:
         rows = [row | glimpse_pictures.describe(cast(GlimpsedDetection, found), k) for k, row in enumerate(rows)]
-    return {
-        "file": str(path),
-        "drawing": drawing,
-        "width": image.shape[2],
-        "height": image.shape[1],
-        "detections": rows,
-    }
+    return rows
 
 
 def choose_device(name: str) -> torch.device:
@@ -237,11 +270,18 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="detpipe predict", description="Detect objects in images, draw them, and write them as JSON.")
-    parser.add_argument("checkpoint", help="such as RUN/best.ckpt; its model and class names are used")
+def _parser(command: str, description: str, checkpoint: str, kind: str) -> Parser:
+    parser = Parser(prog=f"detpipe {command}", description=description)
+    parser.add_argument("checkpoint", help=checkpoint)
     parser.add_argument("images", nargs="+", help="images, or folders of images")
-    parser.add_argument("-o", "--output", required=True, help="folder for the drawings and detections.json")
+    parser.add_argument("-o", "--output", required=True, help=f"folder for the drawings and {kind}.json")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    return parser
+
+
+def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
+    text = "Detect objects in images, draw them, and write them as JSON."
+    parser = _parser("predict", text, "such as RUN/best.ckpt; its model and class names are used", "detections")
     parser.add_argument("--score_threshold", type=float, default=0.5, help="leave out detections below it (default .5)")
     parser.add_argument(
         "--proposals",
@@ -252,8 +292,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="draw the proposal of each detection and where the head looked beside it; glimpses.html shows all images",
     )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     options = parser.parse_args(list(arguments))
     if not 0 <= options.score_threshold <= 1:
         raise UsageError(f"--score_threshold must be in 0..1, got {options.score_threshold}")
     return options
+
+
+def _parse_classify(arguments: Sequence[str]) -> argparse.Namespace:
+    text = "Name what is in given boxes, draw it, and write it as JSON."
+    parser = _parser("classify", text, "of a RegionClassifier, such as RUN/best.ckpt", "regions")
+    parser.add_argument(
+        "--boxes",
+        required=True,
+        help="JSON: image name -> [[x1, y1, x2, y2], ...]; or a store, or a source such as selective_search",
+    )
+    return parser.parse_args(list(arguments))

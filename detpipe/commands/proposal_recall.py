@@ -21,9 +21,9 @@ from detpipe.evaluation.proposal_recall import (
     ProposalRecall,
     class_table,
     evaluate_recall,
-    plot_recall,
     recall_table,
 )
+from detpipe.pictures.recall_plot import plot_recall
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.files import atomic_write

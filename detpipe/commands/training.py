@@ -1,26 +1,67 @@
-"""The ``train`` command: from a configuration to a run folder; and what all commands that train have in common.
+"""The commands that train: from a configuration to a run folder.
 
-Beside what every run leaves there (:mod:`detpipe.training.run_folder`) the folder holds ``training.png`` and ``validation.png``.
+``train`` trains a detector, ``pretrain`` a backbone as a classifier, and ``train_regions`` any LightningModule that
+
+- has a class attribute ``watched``, the logged number of which the highest makes the best checkpoint, such as
+  ``val/mean_class_accuracy``;
+- logs it and its other validation numbers, named ``val/...``, with ``self.log`` once an epoch;
+- takes batches ``(images, targets)`` of `DetectionData` in its steps, and ``num_classes``, which follows the data, if it needs it.
+
+It takes what it needs of a backbone, its channels and strides, from the backbone itself.
+
+Beside what every run leaves there (:mod:`detpipe.training.run_folder`) the folder holds pictures, and that of ``pretrain`` the
+weights of the backbone (:mod:`detpipe.commands.backbone_export`).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
+from detpipe.commands.backbone_export import WEIGHTS, export_backbone
+from detpipe.datasets import ClassificationData, DetectionData
 from detpipe.datasets.sampling import describe_sampling
 from detpipe.datasets.stored_proposals import StoredProposals
 from detpipe.evaluation.proposal_faults import recall_note
 from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
+from detpipe.regions.image_classifier import ImageClassifier
+from detpipe.regions.region_classifier import RegionClassifier
+from detpipe.regions.superpixel_localizer import SuperpixelLocalizer
 from detpipe.support.errors import DataError, UsageError
-from detpipe.training import checkpoint, resume, run_folder
-from detpipe.training.callbacks import MeanAveragePrecision
+from detpipe.training import callbacks, checkpoint, resume, run_folder
 from detpipe.training.configuration import CLI, CommandCLI, quiet
+from detpipe.types import RGB
+
+REGION_MODELS = (RegionClassifier, SuperpixelLocalizer)  # short names work for classes that are imported
+
+
+class PretrainingCLI(CommandCLI):
+    """A classifier and its data."""
+
+    model_type = ImageClassifier
+    data_type = ClassificationData
+
+    def link(self, parser: LightningArgumentParser) -> None:
+        """The classifier follows the classes of the data."""
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+
+class RegionCLI(CommandCLI):
+    """A model of any class, and its data."""
+
+    model_type = LightningModule
+    model_is_named = True
+    data_type = DetectionData
+
+    def link(self, parser: LightningArgumentParser) -> None:
+        """The model follows the classes of the data, if it asks for their number."""
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -36,54 +77,87 @@ def train(arguments: Sequence[str]) -> int:
     Raises:
         DetpipeError: what users can mend.
     """
-    quiet()
-    cli = CLI(arguments, add_arguments)
-    data = cli.datamodule
-    for split in ("train", "val"):
-        print(data.describe(split))
+    cli = build(CLI, arguments)
+    data, names = cli.datamodule, tuple(cli.datamodule.class_names)
     if not len(data.annotations("train")):
         raise DataError("the training split has no images")
-    print(describe_sampling(data.loader.sampling, data), end="")
     _report_recall(data)
-    names = tuple(data.class_names)
-    source = _source_of(data.proposals("train"))
-    description = checkpoint.Description(
-        checkpoint.describe_model(cli.config.model), names, tuple(data.category_ids), source, data.pixels
-    )
+    description = _describe(cli, _source_of(data.proposals("train")))
 
     def pictures(folder: Path) -> list[Callback]:
         return [TrainingPicture(folder, names), ValidationPicture(folder, names)]
 
-    run = run_training(cli, run_folder.Task(MeanAveragePrecision(), description, pictures))
+    run = fit(cli, run_folder.Task(callbacks.MeanAveragePrecision(), description, pictures))
     summary = run.write_summary()
     print(run.result(f"AP {summary['AP']:.3f} AP50 {summary['AP50']:.3f}" if "AP" in summary else ""))
     return 0
 
 
-def add_arguments(parser: LightningArgumentParser) -> None:
-    """Add what a command that trains takes beside its configuration."""
-    parser.add_argument("--output", type=str | None, default=None, help="run folder; runs/CONFIG/DATE-TIME by default")
-    parser.add_argument(
-        "--ckpt_path",
-        type=str | None,
-        default=None,
-        help="go on from this checkpoint; 'last': from the newest sound one in --output, or anew where there is none",
-    )
-    parser.add_argument(
-        "--accept_changes",
-        type=str | None,
-        default=None,
-        help=f"go on though these are not as in the checkpoint, with commas between: {', '.join(resume.CHANGES)}, all",
-    )
-    parser.add_argument(
-        "--init_from",
-        type=str | None,
-        default=None,
-        help="begin with the weights of this checkpoint that fit, of a model with other classes, heads or levels",
-    )
+def pretrain(arguments: Sequence[str]) -> int:
+    """Train a classifier, and export the weights of its backbone; arguments, status and errors are those of :func:`train`."""
+    cli = build(PretrainingCLI, arguments)
+    data = cli.datamodule
+    if not len(data.train_dataloader()):
+        raise DataError(f"the training split has {len(data.images('train'))} images; expected at least 2")
+    if data.num_classes < 2:
+        raise DataError(
+            f"the data have one class, {data.class_names[0]!r}, and nothing to tell it from; expected at least 2"
+        )
+    description = _describe(cli)
+    run = fit(cli, run_folder.Task(callbacks.Accuracy(), description, file_names=lambda batch: list(batch[2])))
+    if run.checkpoint is not None:
+        checkpoint.load_weights(cli.model, checkpoint.read(run.checkpoint)[0], run.checkpoint)
+    scores = {name: round(run.numbers[name], 6) for name in ("top1", "top5") if name in run.numbers}
+    facts = {"num_classes": len(description.class_names), **scores}
+    weights = export_backbone(cli.model.backbone, run.folder / WEIGHTS, description.model["backbone"], facts)
+    run.write_summary({"weights": str(weights)})
+    shown = [f"{label} {scores[name]:.3f}" for name, label in (("top1", "top-1"), ("top5", "top-5")) if name in scores]
+    print(" ".join([*shown, f"weights {weights}"]))
+    return 0
 
 
-def run_training(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
+def train_regions(arguments: Sequence[str]) -> int:
+    """Train another model on the data of detectors; arguments, status and errors are those of :func:`train`."""
+    cli = build(RegionCLI, arguments, _watched)
+    for split in ("train", "val"):
+        if not len(cli.datamodule.annotations(split)):
+            raise DataError(f"the {split} split has no images")
+    description = _describe(cli)
+    numbers = callbacks.ValidationNumbers(_watched(cli.model))
+    task = run_folder.Task(numbers, description, lambda folder: [TrainingPicture(folder, description.class_names)])
+    run = fit(cli, task)
+    run.write_summary()
+    shown = [f"{name} {value:.3f}" for name, value in run.numbers.items() if name not in ("loss", "epoch")]
+    print(run.result(" ".join(shown)))
+    return 0
+
+
+def build(
+    kind: type[CommandCLI], arguments: Sequence[str], check: Callable[[Any], object] = lambda model: None
+) -> CommandCLI:
+    """Build what a configuration says, and print what the data are.
+
+    Args:
+        kind: of model and data.
+        arguments: of the command.
+        check: the model, before the data are read.
+
+    Returns:
+        Model, data and settings.
+
+    Raises:
+        DetpipeError: what users can mend.
+    """
+    quiet()
+    cli = kind(arguments, add_arguments)
+    check(cli.model)
+    for split in ("train", "val"):
+        print(cli.datamodule.describe(split))
+    print(describe_sampling(cli.datamodule.loader.sampling, cli.datamodule), end="")
+    return cli
+
+
+def fit(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
     """Train what a configuration has built.
 
     Args:
@@ -117,6 +191,37 @@ def run_training(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
     return run_folder.fit(cli.model, cli.datamodule, run_folder.choose_folder(config.output, cli.name), task, options)
 
 
+def add_arguments(parser: LightningArgumentParser) -> None:
+    """Add what a command that trains takes beside its configuration."""
+    parser.add_argument("--output", type=str | None, default=None, help="run folder; runs/CONFIG/DATE-TIME by default")
+    parser.add_argument(
+        "--ckpt_path",
+        type=str | None,
+        default=None,
+        help="go on from this checkpoint; 'last': from the newest sound one in --output, or anew where there is none",
+    )
+    parser.add_argument(
+        "--accept_changes",
+        type=str | None,
+        default=None,
+        help=f"go on though these are not as in the checkpoint, with commas between: {', '.join(resume.CHANGES)}, all",
+    )
+    parser.add_argument(
+        "--init_from",
+        type=str | None,
+        default=None,
+        help="begin with the weights of this checkpoint that fit, of a model with other classes, heads or levels",
+    )
+
+
+def _describe(cli: CommandCLI, proposals: dict[str, Any] | None = None) -> checkpoint.Description:
+    """What checkpoints shall say about the model, the classes and the images."""
+    names = tuple(cli.datamodule.class_names)
+    ids = tuple(getattr(cli.datamodule, "category_ids", range(len(names))))
+    pixels = getattr(cli.datamodule, "pixels", RGB)
+    return checkpoint.Description(checkpoint.describe_model(cli.config.model), names, ids, proposals, pixels)
+
+
 def _report_recall(data: Any) -> None:
     """Say what precomputed boxes can find at best, and warn where that is little."""
     for split in ("train", "val"):
@@ -132,3 +237,14 @@ def _source_of(proposals: Any) -> dict[str, Any] | None:
     if not isinstance(proposals, StoredProposals):
         return None
     return {"source": proposals.store.source, "settings": proposals.store.settings}
+
+
+def _watched(model: LightningModule) -> str:
+    watched = getattr(model, "watched", None)
+    if not isinstance(watched, str):
+        raise UsageError(
+            f"model: {type(model).__name__} cannot be trained by this command, it has no class attribute 'watched'; expected "
+            f"{', '.join(known.__name__ for known in REGION_MODELS)}, or a LightningModule that says which logged number "
+            "is best when it is highest"
+        )
+    return watched

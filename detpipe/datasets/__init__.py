@@ -18,7 +18,7 @@ from detpipe.datasets.augment.settings import (
     SafeCrop,
     Transform,
 )
-from detpipe.datasets.classification import ClassificationData
+from detpipe.datasets.classification import ClassificationData, Views
 from detpipe.datasets.datamodule import DetectionData, Loader
 from detpipe.datasets.dataset import DetectionDataset
 from detpipe.datasets.decode import image_size, read_image
@@ -30,7 +30,6 @@ from detpipe.datasets.image_folder import ImageFolder
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.sampling import Sampling
 from detpipe.datasets.shards.dataset import Shards
-from detpipe.datasets.views import Views
 from detpipe.types import PixelType
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from detpipe.datasets.sampling import Plan
 from detpipe.support.errors import DataError
-from detpipe.support.processes import share
+from detpipe.support.processes import rank_and_size
 
 # epoch, index, and where the epoch has the image again, how often before: what a dataset needs to draw the same augmentation in
 # any worker
@@ -160,7 +160,7 @@ class EpochBatches(Sampler[list[Key]]):
             yield [Repeat(key) if repeated else key for key in keys]
 
     def __len__(self) -> int:
-        rank, size = share()
+        rank, size = rank_and_size()
         if not self.training:
             return len(self._evaluation_batches(rank, size))
         whole, rest = divmod(self._length, self.batch_size * size)
@@ -168,7 +168,7 @@ class EpochBatches(Sampler[list[Key]]):
 
     def _dealt(self, epoch: int) -> list[tuple[list[tuple[int, int]], bool]]:
         """The batches of this process, of images and how often each came before, and whether each is a repeat."""
-        rank, size = share()
+        rank, size = rank_and_size()
         if not self.training:
             return [([(index, 0) for index in batch], False) for batch in self._evaluation_batches(rank, size)]
         return [

@@ -73,9 +73,8 @@ def check_data(splits: Mapping[str, DetectionData], decode: bool = True) -> Repo
     read: dict[str, Annotations] = {}
     for name, data in splits.items():
         collected = Collected(decode)
-        data.on_bad = collected
         try:
-            read[name] = data.annotations("val")
+            read[name] = data.annotations("val", collected)
             counts[name] = read[name].counts
         except DataError as error:
             collected.faults.append(Fault("data set: cannot be read", str(error)))

@@ -1,24 +1,247 @@
-"""The one face that pretraining sees of every classification data set: splits, class names, and loaders of batches."""
+"""Images with one label each, for pretraining: packed lists that data workers share, views of equal size, and the data module.
+
+What a classifier sees is a random crop in training and the center in evaluation: Szegedy et al., "Going Deeper with Convolutions",
+2014, arXiv 1409.4842, section 6.
+"""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from detpipe.datasets.augment.augmentation import reseed
+from detpipe.datasets.batches import Key, draws_again
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
+from detpipe.datasets.decode import read_image
 from detpipe.datasets.faults import OnBad
-from detpipe.datasets.labeled_images import LabeledImageDataset, LabeledImages, collate_labeled
 from detpipe.datasets.sampling import Presence
-from detpipe.datasets.views import Views
 from detpipe.support.terminal import printable
 
+if TYPE_CHECKING:
+    import albumentations
+
 LabeledSplit = Literal["train", "val"]
-DEFAULT_VIEWS = Views()
+Sample = tuple[Tensor, int, str]  # [3, size, size] uint8, label in 0..K-1, file name
 _SMALLEST = 2  # images a training batch: batch norm cannot normalize a single one whose map is one cell
+
+
+@dataclass(frozen=True)
+class Views:
+    """How images of any size become squares.
+
+    Args:
+        size: side of the square, pixels.
+        scale: smallest and largest part of the image's area that a training crop covers, within 0..1.
+        ratio: smallest and largest width / height of a training crop, before it is resized to the square.
+        flip: probability of a left-right flip in training, 0 to 1.
+        color: strength of the change of brightness, contrast and saturation in training, 0 (none) to 1; 0.4 means a factor of
+            0.6 to 1.4. The hue turns by up to a tenth of it.
+        center: in evaluation, the side of the square over the shorter side of the resized image, of which it is the center.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    size: int = 224
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    color: float = 0.0
+    center: float = 0.875
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", tuple(self.scale))  # a list could not be hashed
+        object.__setattr__(self, "ratio", tuple(self.ratio))
+        if not 8 <= self.size <= 4096:
+            raise ValueError(f"views.size must be 8 to 4096 pixels, got {self.size}")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"views.scale must be [smallest, largest] within 0..1, got {self.scale}")
+        if len(self.ratio) != 2 or not 0.1 <= self.ratio[0] <= self.ratio[1] <= 10:
+            raise ValueError(f"views.ratio must be [smallest, largest] within 0.1..10, got {self.ratio}")
+        if not 0 <= self.flip <= 1 or not 0 <= self.color <= 1 or not 0.1 <= self.center <= 1:
+            raise ValueError(
+                f"views: expected flip and color in 0..1 and center in 0.1..1, got {self.flip}, {self.color}, {self.center}"
+            )
+
+    def training(self, image: Tensor, seed: int | Sequence[int]) -> Tensor:
+        """Cut, resize, flip and recolor at random.
+
+        Args:
+            image: ``[3, H, W]`` uint8.
+            seed: non-negative numbers that decide every draw, such as (seed, epoch, index).
+
+        Returns:
+            ``[3, size, size]`` uint8.
+        """
+        steps = _training(self)
+        reseed(steps, seed)
+        return _applied(steps, image)
+
+    def evaluation(self, image: Tensor) -> Tensor:
+        """Resize and cut out the center: ``[3, H, W]`` uint8 -> ``[3, size, size]`` uint8."""
+        return _applied(_evaluation(self), center_square(image))
+
+
+def center_square(image: Tensor) -> Tensor:
+    """Cut the largest square from the middle, so that a strip of an image is never resized as a whole.
+
+    Args:
+        image: ``[3, H, W]``.
+
+    Returns:
+        ``[3, min(H, W), min(H, W)]``, a view.
+    """
+    height, width = image.shape[1:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[:, top : top + side, left : left + side]
+
+
+@lru_cache(maxsize=8)
+def _training(views: Views) -> tuple[albumentations.BasicTransform, ...]:
+    # first: it keeps albumentations from the network, and OpenCV from threads that a fork does not survive
+    from detpipe.datasets.augment.steps import color_jitter  # isort: skip
+    import albumentations  # takes seconds
+
+    size = (views.size, views.size)
+    crop = albumentations.RandomResizedCrop(size, views.scale, views.ratio, area_for_downscale="image", p=1.0)
+    color = (color_jitter(views.color),) if views.color else ()
+    return crop, albumentations.HorizontalFlip(p=views.flip), *color
+
+
+@lru_cache(maxsize=8)
+def _evaluation(views: Views) -> tuple[albumentations.BasicTransform, ...]:
+    """The steps of evaluation, over a square image."""
+    from detpipe.datasets.augment import steps  # noqa: F401 (as above)  # isort: skip
+    import albumentations
+
+    side = max(views.size, round(views.size / views.center))
+    return (
+        albumentations.Resize(side, side, area_for_downscale="image", p=1.0),
+        albumentations.CenterCrop(views.size, views.size, p=1.0),
+    )
+
+
+def _applied(steps: Sequence[albumentations.BasicTransform], image: Tensor) -> Tensor:
+    out = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    for step in steps:
+        out = step(image=out)["image"]
+    return torch.from_numpy(np.ascontiguousarray(out)).permute(2, 0, 1)
+
+
+DEFAULT_VIEWS = Views()
+
+
+@dataclass(frozen=True)
+class PackedNames:
+    """Text in two arrays: processes share it, which they would not do with a list of text (its counts are written to)."""
+
+    data: npt.NDArray[np.uint8]  # the bytes of all names
+    ends: npt.NDArray[np.int64]  # [I]
+
+    @classmethod
+    def pack(cls, names: Iterable[str]) -> PackedNames:
+        """Pack file names, whatever bytes the file system has in them."""
+        encoded = [os.fsencode(name) for name in names]
+        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self.ends):
+            raise IndexError(f"name {index} of {len(self.ends)}")
+        start = int(self.ends[index - 1]) if index else 0
+        return os.fsdecode(self.data[start : int(self.ends[index])].tobytes())
+
+
+@dataclass(frozen=True)
+class LabeledImages:
+    """One split of a classification data set."""
+
+    root: Path  # the folder that the names are relative to
+    names: PackedNames  # [I]
+    labels: npt.NDArray[np.int32]  # [I] in 0..K-1
+    class_names: tuple[str, ...]  # [K]
+    counts: dict[str, int] = field(default_factory=dict)  # "images skipped: unreadable" and the like
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.root / self.names[index]
+
+    def describe(self) -> str:
+        """Images, classes, and everything that was left out, in one line."""
+        images = np.bincount(self.labels, minlength=len(self.class_names))
+        line = f"{len(self)} images of {int((images > 0).sum())} classes, {images.min()} to {images.max()} of each"
+        return "; ".join([line, *(f"{key}: {n}" for key, n in self.counts.items() if n)])
+
+
+class LabeledImageDataset(Dataset[Sample]):
+    """The views of one split, keyed by ``(epoch, index)``.
+
+    The epoch is part of the key because the view is drawn from (seed, epoch, index): the same in every worker, another
+    one in every epoch.
+
+    Args:
+        images: the split.
+        views: what is seen of an image.
+        seed: decides every draw, with the key.
+        training: draw views at random; False for the center.
+    """
+
+    def __init__(self, images: LabeledImages, views: Views, seed: int = 0, training: bool = False) -> None:
+        self.images, self.views, self.seed, self.training = images, views, seed, training
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> Sample:
+        """Read one image.
+
+        Args:
+            key: the epoch and the index of the image, and where the epoch has it again, how often before.
+
+        Returns:
+            The view, ``[3, size, size]`` uint8 RGB, its label, and the file name.
+
+        Raises:
+            DataError: if the image cannot be read; the message names it.
+        """
+        epoch, index, *again = key
+        image = read_image(self.images.path(index))
+        seed = (self.seed, epoch, index, *draws_again(again))
+        view = self.views.training(image, seed) if self.training else self.views.evaluation(image)
+        return view, int(self.images.labels[index]), self.images.names[index]
+
+
+def collate_labeled(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    """Stack views of one size.
+
+    Args:
+        samples: triples of view, label and name.
+
+    Returns:
+        Images ``[N, 3, size, size]`` uint8 in the channels-last memory format, labels ``[N]`` int64, and the names.
+    """
+    images, labels, names = zip(*samples, strict=True)
+    stacked = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return stacked, torch.tensor(labels), list(names)
 
 
 class ClassificationData(LightningDataModule, ABC):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -14,19 +14,35 @@ from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets.augment.augmentation import Augment
 from detpipe.datasets.batches import EpochBatches, Locality
+from detpipe.datasets.classes import Classes, select_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
-from detpipe.datasets.faults import SHOWN, OnBad, Policy
+from detpipe.datasets.faults import SHOWN, Collected, OnBad
 from detpipe.datasets.formats.class_list import compare_classes
-from detpipe.datasets.handover import PackedBatch, collate
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.sampling import Presence, Sampling
+from detpipe.datasets.segmentations import check_segmentations
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
+from detpipe.datasets.stratify import divide_annotations
+from detpipe.datasets.workers import PackedBatch, collate
 from detpipe.support.errors import DataError
 from detpipe.support.terminal import printable
-from detpipe.types import Annotations, PixelType, Range, Segmentations
+from detpipe.types import Annotations, PixelType, Range
 
 Split = Literal["train", "val", "test"]
 _CLASSES_SHOWN = 10
+
+
+def _shares(split: Mapping[str, float]) -> dict[str, float]:
+    """The share of each part of the training split, which keeps what the others leave."""
+    if not split:
+        return {}
+    if set(split) - {"train", "val", "test"} or not set(split) & {"val", "test"}:
+        raise ValueError(f"split must give shares for val, test or both, such as {{val: 0.2}}, got {dict(split)}")
+    others = {name: split[name] for name in ("val", "test") if name in split}
+    train = split.get("train", 1 - sum(others.values()))
+    if min(train, *others.values()) <= 0 or abs(train + sum(others.values()) - 1) > 1e-6:
+        raise ValueError(f"the shares of split must be above 0 and leave some for train, got {dict(split)}")
+    return {"train": train, **others}
 
 
 @dataclass(frozen=True)
@@ -135,8 +151,14 @@ class DetectionData(LightningDataModule, ABC):
         channels: of images, and of the first layer of the backbone: 1 is grey, 3 are RGB; others must be those of the files.
         range: the values of black and white in the files, such as ``[0, 65535]``; ``dtype`` takes all that a file's type holds.
             Images are then floating point at full depth. Null: 8 bits, of 16 bits the high byte.
+        split: ``{val: 0.2}`` or ``{val: 0.1, test: 0.1}``: these shares of the training split become the validation and test split,
+            with equal shares of every class; decided by the content of the images, so that it is the same for everyone, and
+            equal images stay together. Null: each split is what its own argument names.
+        classes: which classes are kept, renamed and merged; null for all as they are.
+        allow_links: whether links and names in lists may lead to images outside of the folder of the data set.
     """
 
+    splits: Mapping[Split, Any] = {}  # what each split is read from, of a subclass that has one argument a split
     image_key: ImageKey = staticmethod(coco_key)  # what a proposal store calls an image
 
     def __init__(
@@ -149,6 +171,9 @@ class DetectionData(LightningDataModule, ABC):
         resize: Resize | None = None,
         channels: int = 3,
         range: Range = None,
+        split: dict[str, float] | None = None,
+        classes: Classes | None = None,
+        allow_links: bool = False,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -167,20 +192,25 @@ class DetectionData(LightningDataModule, ABC):
         self.augment = augment
         self.resize = resize
         self.seed = seed
-        self.on_bad: Policy = on_bad  # a `Collected` in its place makes `load` collect faults
+        self.on_bad: OnBad = on_bad
+        self.outlines = False  # True makes `load` read the outlines of the objects, for conversions
         self._annotations: dict[Split, Annotations] = {}
         unknown = sorted(set(proposals or ()) - {"train", "val", "test"})
         if unknown:
             raise ValueError(f"proposals names the splits {unknown}: expected train, val or test, each with a store")
         self.stores = dict(proposals or {})
         self._proposals: dict[Split, Proposals] = {}
+        self.shares = _shares(split or {})
+        self.classes = classes
+        self.allow_links = allow_links
 
     @abstractmethod
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the annotations of a split.
 
         Args:
             split: ``"train"``, ``"val"`` or ``"test"``.
+            faults: takes all faults in place of ``on_bad``, so that nothing is raised for them.
 
         Returns:
             The checked annotations.
@@ -189,11 +219,12 @@ class DetectionData(LightningDataModule, ABC):
             DataError: if the data are faulty, or there is no such split.
         """
 
-    def annotations(self, split: Split) -> Annotations:
+    def annotations(self, split: Split, faults: Collected | None = None) -> Annotations:
         """The annotations of a split, read once.
 
         Args:
             split: ``"train"``, ``"val"`` or ``"test"``.
+            faults: takes all faults when the split is read, as of `load`.
 
         Returns:
             The annotations.
@@ -202,11 +233,44 @@ class DetectionData(LightningDataModule, ABC):
             DataError: if the data are faulty, there is no such split, or its classes are not those of the others.
         """
         if split not in self._annotations:
-            loaded = self.load(split)
-            for other, known in self._annotations.items():
+            known_splits = dict(self._annotations)
+            loaded = self._divided(split, faults) if split in self.shares else self._loaded(split, faults)
+            for other, known in known_splits.items():
                 compare_classes(other, known, split, loaded)
             self._annotations[split] = loaded
         return self._annotations[split]
+
+    def _loaded(self, split: Split, faults: Collected | None) -> Annotations:
+        annotations = self.load(split) if faults is None else self.load(split, faults)
+        return annotations if self.classes is None else select_classes(annotations, self.classes)
+
+    def _divided(self, split: Split, faults: Collected | None) -> Annotations:
+        """A part of the training split; all of them are made at once."""
+        parts = divide_annotations(self._loaded("train", faults), self.shares)
+        self._annotations.update(cast(dict[Split, Annotations], parts))
+        return self._annotations[split]
+
+    def source_of(self, split: Split, what: str) -> Any:
+        """What a split is read from: its argument; the only split that is there, if it is to be divided and none is named.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+            what: the argument expects.
+
+        Raises:
+            DataError: the argument is null.
+        """
+        source = self.splits[split]
+        if not source:
+            raise DataError(f"no {split} split: set the argument {split} to {what}, such as {split}")
+        if self.shares and split == "train" and source in ("train", "train2017"):  # as it is by default
+            names = self.split_names()
+            return names[0] if len(names) == 1 else source
+        return source
+
+    def split_names(self) -> tuple[str, ...]:
+        """The splits that the data set holds, by the names that its arguments take; empty where they are not known."""
+        return ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -296,21 +360,36 @@ class DetectionData(LightningDataModule, ABC):
         proposals, contents = self.proposals(split), self.contents(split)
         return DetectionDataset(self.annotations(split), augment, self.seed, proposals, contents, resize, self.pixels)
 
-    def segmentations(self, split: Split) -> Segmentations:
-        """Read the outlines of the objects of a split; only asked for by an augmentation that needs masks.
+    def reads_outlines(self, split: Split) -> bool:
+        """Whether `load` is to read the outlines of the objects as well, if the data set has some."""
+        return self.outlines or (split == "train" and self.augment is not None and self.augment.combine.masks)
 
-        Raises:
-            DataError: there are none, or some cannot be read.
+    def with_outlines(self, split: Split) -> Annotations:
+        """The annotations of a split with the outlines of its objects, read once more if they were read without.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+
+        Returns:
+            The annotations; ``segmentations`` is None if the layout has boxes only.
         """
-        raise DataError(
-            f"augment.combine.copy_paste needs instance masks, and {type(self).__name__} has boxes only; use data in COCO layout "
-            "with segmentations, or set copy_paste to null"
-        )
+        if self.annotations(split).segmentations is None and not self.outlines:
+            self.outlines = True
+            del self._annotations[split]
+            try:
+                self.annotations(split)
+            finally:
+                self.outlines = False
+        return self.annotations(split)
 
     def _read_masks(self, split: Split) -> None:
-        annotations = self.annotations(split)
+        annotations = self.with_outlines(split)
         if annotations.segmentations is None:
-            self._annotations[split] = replace(annotations, segmentations=self.segmentations(split))
+            raise DataError(
+                f"augment.combine.copy_paste needs instance masks, and {type(self).__name__} has boxes only; use data in COCO "
+                "layout with segmentations, or set copy_paste to null"
+            )
+        check_segmentations(annotations)
 
     def train_dataloader(self) -> DataLoader:
         """Batches ``(list of [C, H, W], list of targets)``, shuffled and augmented by (seed, epoch)."""

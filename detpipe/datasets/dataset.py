@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from detpipe.datasets.augment.augmentation import Augment, Neighbors
 from detpipe.datasets.batches import Key, Repeat, draws_again
 from detpipe.datasets.decode import read_reduced
-from detpipe.datasets.handover import share_with_workers
 from detpipe.datasets.records import check_size
 from detpipe.datasets.resize import Resize, resample
 from detpipe.datasets.segmentations import draw_masks
+from detpipe.datasets.workers import share_with_workers
 from detpipe.images import Size, targets_to_batch
 from detpipe.support.errors import DataError
 from detpipe.types import RGB, Annotations, PixelType, Segmentations, Target

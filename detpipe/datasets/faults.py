@@ -53,13 +53,15 @@ class Faults:
         source: the annotation file or folder that messages name.
         on_bad: ``"error"`` raises at `check` if there was any fault; ``"skip"`` counts a faulty record by its reason,
             and raises only for what must never be skipped (`fatal`); a `Collected` takes all faults, and nothing raises.
+        allow_links: whether images may lie outside of the folder of the data set, by links or by names in lists.
     """
 
-    def __init__(self, source: str | Path, on_bad: Policy) -> None:
+    def __init__(self, source: str | Path, on_bad: Policy, allow_links: bool = False) -> None:
         if not isinstance(on_bad, Collected) and on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
         self.source = source
         self.on_bad = on_bad
+        self.allow_links = allow_links
         self.skipped: Counter[str] = Counter()  # "boxes skipped: zero or negative size" -> how many
         self._messages: list[str] = []
         self._fatal: list[str] = []

@@ -1,32 +1,59 @@
-"""Fetch a file of known size and checksum over HTTP, and go on where an earlier attempt was cut off.
+"""Fetch files over HTTP or from an object store, and go on where an earlier attempt was cut off.
 
 What has arrived lies in ``NAME.part`` beside the final name. A file appears under its final name only when its size and checksum
-are those that are known: where pieces of several attempts do not make it, it is fetched once more in one piece. Nothing but http
-and https is spoken, redirects included.
+are those that are known: where pieces of several attempts do not make it, it is fetched once more in one piece.
+
+Of the web nothing but http and https is spoken, redirects included. ``s3://`` and ``gs://`` are read through fsspec, by the package
+and with the credentials that it finds on this machine.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import shutil
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from detpipe.datasets.web import HEADERS, MIRROR, USUAL, AnotherFileError, CutOffError, Patience, check_url, open_url
 from detpipe.support.errors import DownloadError
+from detpipe.support.files import sole_writer
 
 _CHUNK = 1 << 20  # bytes
+_REDIRECTS = 5
+_FOR_A_WHILE = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be gone at the next attempt
+_HEADERS = {"User-Agent": "detpipe", "Accept-Encoding": "identity"}
+_STORES = {"s3": "s3fs", "gs": "gcsfs"}  # schemes, and the packages by which fsspec reads them
+MIRROR = "see its home page, or name another server with --mirror"
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a server is waited for.
+
+    Args:
+        attempts: in a row without a byte.
+        timeout: seconds without a byte, after which an attempt has failed.
+        wait: seconds before the second attempt; twice as many before each further one.
+    """
+
+    attempts: int = 5
+    timeout: float = 30.0
+    wait: float = 2.0
+
+
+USUAL = Patience()
 
 
 @dataclass(frozen=True)
@@ -51,6 +78,34 @@ class RemoteFile:
         return self.url.rpartition("/")[2]
 
 
+class CutOffError(Exception):
+    """An attempt ended early; what arrived is kept, and another attempt may help."""
+
+
+class AnotherFileError(CutOffError):
+    """What the server has is not the file whose beginning is there."""
+
+    def __init__(self) -> None:
+        super().__init__("the server does not go on where the file was cut off")
+
+
+def is_remote(address: str) -> bool:
+    """Whether an address is one of the web or of an object store instead of a path."""
+    return address.startswith(("http://", "https://", *(f"{scheme}://" for scheme in _STORES)))
+
+
+def check_url(url: str) -> None:
+    """Refuse what is neither a web address nor one of an object store.
+
+    Raises:
+        DownloadError: another scheme, or no server.
+    """
+    if not is_remote(url) or not urlsplit(url).hostname:
+        raise DownloadError(
+            f"{url}: only http:// and https:// addresses are fetched, and those of stores: s3:// and gs://"
+        )
+
+
 def fetch(
     remote: RemoteFile, folder: str | Path, patience: Patience = USUAL, advice: str = MIRROR, progress: bool = True
 ) -> Path:
@@ -73,18 +128,18 @@ def fetch(
     check_url(remote.url)
     path = Path(folder) / remote.name
     if path.exists():
-        verify(path, remote, "remove it, and it is fetched again", progress)
+        _verify(path, remote, "remove it, and it is fetched again", progress)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    with _locked(part) as stream:
-        missing = remote.size - os.fstat(stream.fileno()).st_size
-        check_space(path.parent, missing, str(path))
+    busy = DownloadError(f"{part}: another process is fetching this file; wait for it")
+    with sole_writer(part, busy), part.open("ab") as stream:
+        check_space(path.parent, remote.size - stream.tell(), str(path))
         altered = "it is dropped; a proxy or the server may have altered it: try again"
         for again in (True, False):
-            in_pieces = _receive(stream, remote, part, patience, advice, progress)
+            in_pieces = _receive(stream, remote, patience, advice, progress)
             try:
-                verify(part, remote, altered, progress)
+                _verify(part, remote, altered, progress)
                 break
             except DownloadError:
                 stream.truncate(0)
@@ -95,18 +150,41 @@ def fetch(
     return path
 
 
-def verify(path: Path, remote: RemoteFile, advice: str, progress: bool = True) -> None:
-    """Compare the size and the checksum of a file with those that are known.
+def read_url(url: str, most: int, advice: str, patience: Patience = USUAL) -> bytes:
+    """Read a small file whose size and checksum are not known.
 
     Args:
-        path: of the file.
-        remote: what it should be.
-        advice: what to do if it is not.
-        progress: whether a bar is shown.
+        url: the address.
+        most: bytes that it may have.
+        advice: what to do where there is no such file.
+        patience: how long the server is waited for.
+
+    Returns:
+        Its content.
 
     Raises:
-        DownloadError: it is another file; expected and found are named.
+        DownloadError: no network, no such file, or a larger one.
     """
+    check_url(url)
+    for attempt in range(1, patience.attempts + 1):
+        try:
+            with _open(url, 0, patience.timeout, advice) as response:
+                content = response.read(most + 1)
+                length = response.size if isinstance(response, _Stored) else _length(response)
+            if len(content) > most:
+                raise DownloadError(f"{url}: more than {most} bytes; it is another file, or a page in its place")
+            if length in (None, len(content)):
+                return content
+            reason: Any = f"{len(content)} of {length} bytes came"
+        except (CutOffError, HTTPException, OSError) as error:
+            reason = getattr(error, "reason", None) or error
+        if attempt < patience.attempts:
+            time.sleep(patience.wait * 2 ** (attempt - 1))
+    raise DownloadError(f"{url}: cannot be read ({reason}); check the network and run it again")
+
+
+def _verify(path: Path, remote: RemoteFile, advice: str, progress: bool) -> None:
+    """Refuse a file of another size or checksum than those that are known."""
     size = path.stat().st_size
     if size != remote.size:
         raise DownloadError(f"{path}: expected {remote.size} bytes, found {size}; {advice}")
@@ -139,20 +217,7 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-@contextmanager
-def _locked(part: Path) -> Iterator[IO[bytes]]:
-    """Open what has arrived for appending, for this process alone."""
-    with part.open("ab") as stream:
-        try:
-            fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DownloadError(f"{part}: another process is fetching this file; wait for it") from error
-        yield stream
-
-
-def _receive(
-    stream: IO[bytes], remote: RemoteFile, part: Path, patience: Patience, advice: str, progress: bool
-) -> bool:
+def _receive(stream: IO[bytes], remote: RemoteFile, patience: Patience, advice: str, progress: bool) -> bool:
     """Ask for the rest until all is there; whether it came in several pieces."""
     failures = setbacks = 0
     in_pieces = False
@@ -163,7 +228,7 @@ def _receive(
                 continue
             in_pieces = start > 0
             try:
-                _attempt(stream, remote, part, patience.timeout, advice, bar)
+                _attempt(stream, remote, patience.timeout, advice, bar)
                 continue
             except CutOffError as error:
                 end = stream.seek(0, os.SEEK_END)
@@ -172,7 +237,7 @@ def _receive(
                 if max(failures, setbacks) >= patience.attempts:
                     raise DownloadError(
                         f"{remote.url}: {error}; {end} of {remote.size} bytes are there: check the network and run it "
-                        f"again, or fetch the file by other means and put it into {part.parent}"
+                        f"again, or fetch the file by other means and put it into {Path(stream.name).parent}"
                     ) from error
             time.sleep(patience.wait * 2 ** max(failures - 1, 0))
     stream.flush()
@@ -180,58 +245,146 @@ def _receive(
     return in_pieces
 
 
-def _attempt(stream: IO[bytes], remote: RemoteFile, part: Path, timeout: float, advice: str, bar: Any) -> None:
+def _attempt(stream: IO[bytes], remote: RemoteFile, timeout: float, advice: str, bar: Any) -> None:
     """One request: append what it brings."""
     start = stream.seek(0, os.SEEK_END)
-    headers = {**HEADERS, "Range": f"bytes={start}-"} if start else HEADERS
     try:
-        with open_url(remote.url, headers, timeout, advice) as response:
-            if response.status == 206:
-                _check_rest(response, remote, start)
-            else:
-                _check_length(response, remote, start)
+        with _open(remote.url, start, timeout, advice) as response:
+            if not _is_rest(response, remote, start):
                 stream.truncate(0)  # the server only sends it whole
             bar.n = stream.seek(0, os.SEEK_END)
             bar.refresh()
-            _append(response, stream, remote, bar)
-    except AnotherFileError as error:
+            while chunk := response.read(_CHUNK):
+                if stream.tell() + len(chunk) > remote.size:
+                    raise DownloadError(f"{remote.url}: the server sends more than the expected {remote.size} bytes")
+                stream.write(chunk)
+                bar.update(len(chunk))
+            stream.flush()
+    except AnotherFileError:
         stream.truncate(0)
-        raise CutOffError("the server does not go on where the file was cut off") from error
+        raise
     except (HTTPException, OSError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DownloadError(
-                f"{part}: the disk is full; make room and run it again, it goes on from here"
+                f"{stream.name}: the disk is full; make room and run it again, it goes on from here"
             ) from error
         reason = getattr(error, "reason", None) or error
         raise CutOffError(f"cannot be reached ({reason})" if not start else f"was cut off ({reason})") from error
-
-
-def _check_rest(response: HTTPResponse, remote: RemoteFile, start: int) -> None:
-    """Whether a partial answer is the rest of the file whose beginning is there."""
-    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
-    if match is None or int(match[1]) != start or match[3] not in ("*", str(remote.size)):
-        raise AnotherFileError
-
-
-def _check_length(response: HTTPResponse, remote: RemoteFile, start: int) -> None:
-    """Refuse a page in the place of the file, before what is there is given up for it."""
-    length, coding = response.headers.get("Content-Length"), response.headers.get("Content-Encoding", "identity")
-    if coding != "identity" or (length is None and start) or length not in (None, str(remote.size)):
-        raise DownloadError(
-            f"{remote.url}: expected {remote.size} bytes, but the server offers {length or 'an unknown number'} of type "
-            f"{response.headers.get('Content-Type')}: it is another file, or a page in its place"
-        )
-
-
-def _append(response: HTTPResponse, stream: IO[bytes], remote: RemoteFile, bar: Any) -> None:
-    while chunk := response.read(_CHUNK):
-        if stream.tell() + len(chunk) > remote.size:
-            raise DownloadError(f"{remote.url}: the server sends more than the expected {remote.size} bytes")
-        stream.write(chunk)
-        bar.update(len(chunk))
-    stream.flush()
     if stream.tell() < remote.size:
         raise CutOffError("the connection was closed early")
+
+
+def _is_rest(response: HTTPResponse | _Stored, remote: RemoteFile, start: int) -> bool:
+    """Whether an answer is what is missing of a file; else it is all of it.
+
+    Raises:
+        AnotherFileError: it is the rest of another file.
+        DownloadError: it is a page in the place of the file, for which what is there is not given up.
+    """
+    if isinstance(response, _Stored):
+        length, kind, plain = response.size, "a stored file", True
+    elif response.status == 206:
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+        if match is None or int(match[1]) != start or match[3] not in ("*", str(remote.size)):
+            raise AnotherFileError
+        return True
+    else:
+        length, kind = _length(response), response.headers.get("Content-Type")
+        plain = response.headers.get("Content-Encoding", "identity") == "identity"
+    if not plain or (length is None and start) or length not in (None, remote.size):
+        raise DownloadError(
+            f"{remote.url}: expected {remote.size} bytes, but the server offers {length or 'an unknown number'} of type "
+            f"{kind}: it is another file, or a page in its place"
+        )
+    return isinstance(response, _Stored)
+
+
+def _length(response: HTTPResponse) -> int | None:
+    """The bytes of an answer, as far as they are announced."""
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isdecimal() else None
+
+
+def _open(url: str, start: int, timeout: float, advice: str) -> HTTPResponse | _Stored:
+    """Ask for a file from a byte on.
+
+    Returns:
+        The answer over HTTP, of status 200 or 206, or an open file of a store.
+
+    Raises:
+        CutOffError: another attempt may help.
+        AnotherFileError: the server has nothing from that byte on.
+        DownloadError: it does not have the file.
+    """
+    if urlsplit(url).scheme in _STORES:
+        return _Stored(url, start, advice)
+    headers = {**_HEADERS, "Range": f"bytes={start}-"} if start else _HEADERS
+    opener = urllib.request.build_opener(
+        _Redirects
+    )  # files and ftp, which it knows too, are refused before and in redirects
+    try:
+        return cast(HTTPResponse, opener.open(urllib.request.Request(url, headers=headers), timeout=timeout))
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code == 416:
+                raise AnotherFileError from error
+            if error.code in _FOR_A_WHILE:
+                raise CutOffError(f"the server answers {error.code} {error.reason}") from error
+            raise DownloadError(
+                f"{url}: the server answers {error.code} {' '.join(str(error.reason).split())}; the file may have moved: {advice}"
+            ) from error
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    max_redirections = max_repeats = _REDIRECTS
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        parts = urlsplit(newurl)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise DownloadError(
+                f"{newurl}: only http:// and https:// addresses are fetched where a server leads to them"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class _Stored:
+    """An open file of an object store, from a byte on."""
+
+    def __init__(self, url: str, start: int, advice: str) -> None:
+        self._url, self._package, self._advice = url, _STORES[urlsplit(url).scheme], advice
+        with self._errors():
+            import fsspec  # takes .1 s
+
+            self._file = fsspec.filesystem(urlsplit(url).scheme).open(url, "rb")
+            self._file.seek(start)
+            self.size = int(self._file.size)
+
+    def __enter__(self) -> _Stored:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, length: int) -> bytes:
+        with self._errors():
+            return self._file.read(length)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except ImportError as error:
+            raise DownloadError(
+                f"{self._url}: needs a package that is not installed: pip install {self._package}"
+            ) from error
+        except FileNotFoundError as error:
+            raise DownloadError(f"{self._url}: there is no such file; {self._advice}") from error
+        except PermissionError as error:
+            raise DownloadError(
+                f"{self._url}: may not be read ({error}); {self._package} found other credentials"
+            ) from error
+        except Exception as error:  # each package has kinds of its own
+            raise CutOffError(f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})") from error
 
 
 def _bar(title: str, total: int, shown: bool) -> Any:

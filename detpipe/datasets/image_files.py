@@ -6,12 +6,15 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.dataset import Contents
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.types import Annotations
+
+if TYPE_CHECKING:
+    from detpipe.datasets.datamodule import DetectionData  # which divides its splits by these files
 
 
 class ImageFiles:
@@ -38,17 +41,18 @@ class ImageFiles:
         packed = self._packed.get(os.path.abspath(path))
         return path.stat().st_size if packed is None else packed[0].size(packed[1])
 
-    def read(self, path: Path) -> bytes:
-        """The bytes of an image file.
+    def read(self, path: Path, length: int = -1) -> bytes:
+        """The bytes of an image file, or the first of them.
 
         Raises:
             DataError: it lies in a shard that is missing or damaged, or is no regular file.
         """
         packed = self._packed.get(os.path.abspath(path))
         if packed is not None:
-            return packed[0].read(packed[1])
+            return packed[0].read(packed[1])[: length if length >= 0 else None]
         refuse_special(path)
-        return path.read_bytes()
+        with path.open("rb") as stream:
+            return stream.read(length)
 
     def name(self, path: Path) -> str:
         """What a message calls an image."""

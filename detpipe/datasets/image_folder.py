@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from detpipe.datasets.classification import ClassificationData, LabeledSplit
+from detpipe.datasets.classification import ClassificationData, LabeledImages, LabeledSplit, PackedNames
 from detpipe.datasets.decode import IMAGE_SUFFIXES, read_image
 from detpipe.datasets.faults import SHOWN, Faults, OnBad
-from detpipe.datasets.in_threads import look_at_images
-from detpipe.datasets.labeled_images import LabeledImages, PackedNames
+from detpipe.datasets.workers import look_at_images
 from detpipe.support.errors import DataError
 from detpipe.support.suggest import did_you_mean
 
@@ -66,17 +65,14 @@ class ImageFolder(ClassificationData):
             raise DataError(f"{root}: no such folder; {_LAYOUT}")
         class_names = find_classes(root / self.folders["train"])
         folder = root / self.folders[split]
-        if split == "val":
-            found = find_classes(folder)
-            known = set(class_names)
-            unknown = [name for name in found if name not in known]
-            if unknown:
-                raise DataError(
-                    f"{folder} has {len(unknown)} class folders that {self.folders['train']} lacks: "
-                    f"{', '.join(map(repr, unknown[:SHOWN]))}{did_you_mean(unknown[0], class_names)}; make their names equal"
-                )
-            return read_image_folder(root, self.folders[split], class_names, self.on_bad, present=found)
-        return read_image_folder(root, self.folders[split], class_names, self.on_bad)
+        present = find_classes(folder)
+        unknown = [name for name in present if name not in class_names]
+        if unknown:
+            raise DataError(
+                f"{folder} has {len(unknown)} class folders that {self.folders['train']} lacks: "
+                f"{', '.join(map(repr, unknown[:SHOWN]))}{did_you_mean(unknown[0], class_names)}; make their names equal"
+            )
+        return read_image_folder(root, self.folders[split], class_names, self.on_bad, present)
 
 
 def find_classes(folder: Path) -> tuple[str, ...]:
@@ -110,7 +106,7 @@ def find_classes(folder: Path) -> tuple[str, ...]:
 
 
 def read_image_folder(
-    root: Path, split: str, class_names: tuple[str, ...], on_bad: OnBad, present: Sequence[str] | None = None
+    root: Path, split: str, class_names: tuple[str, ...], on_bad: OnBad, present: Sequence[str]
 ) -> LabeledImages:
     """List the images of a split.
 
@@ -119,7 +115,7 @@ def read_image_folder(
         split: name of the split's folder.
         class_names: [K] of labels 0..K-1.
         on_bad: ``"skip"`` decodes every image, and leaves unreadable ones out and counts them.
-        present: the classes that have a folder; None for all.
+        present: the classes that have a folder.
 
     Returns:
         The images, class by class, sorted by name within each.
@@ -127,60 +123,44 @@ def read_image_folder(
     Raises:
         DataError: a class without images, or names of images that are no files.
     """
-    labels = {name: label for label, name in enumerate(class_names)}
-    found = _Found(Faults(root / split, on_bad))
-    images = []  # of each class
-    bar = tqdm(class_names if present is None else present, f"listing {split}", unit="class", disable=None, leave=False)
-    for name in bar:
-        before = len(found.names)
-        _list_below(root, f"{split}/{name}", found, set())
-        found.names[before:] = sorted(found.names[before:])
-        images.append((name, len(found.names) - before))
-    found.faults.check()
-    empty = [name for name, count in images if not count]
+    faults, others = Faults(root / split, on_bad), Counter[str]()
+    names: list[str] = []
+    labels: list[int] = []
+    empty: list[str] = []
+    for name in tqdm(present, f"listing {split}", unit="class", disable=None, leave=False):
+        found = sorted(_list_below(root, f"{split}/{name}", faults, others, set()))
+        names += found
+        labels += [class_names.index(name)] * len(found)
+        empty += [] if found else [name]
+    faults.check()
     if empty:
         raise DataError(
             f"{root / split}: {len(empty)} class folders hold no image: {', '.join(map(repr, empty[:SHOWN]))} (looked for "
             f"{' '.join(IMAGE_SUFFIXES)}); fill or remove them"
         )
-    rows = np.repeat(np.array([labels[name] for name, _ in images], dtype=np.int32), [count for _, count in images])
-    listed = LabeledImages(
-        root, PackedNames.pack(found.names), rows, class_names, {**found.others(), **found.faults.skipped}
-    )
-    return _readable(listed, found.faults) if on_bad == "skip" else listed
+    kinds = ", ".join(suffix or "no suffix" for suffix in sorted(others)[:SHOWN])
+    counts = {f"files that are no images ({kinds})": others.total(), **faults.skipped}
+    images = LabeledImages(root, PackedNames.pack(names), np.array(labels, dtype=np.int32), class_names, counts)
+    return _readable(images, faults) if on_bad == "skip" else images
 
 
-@dataclass
-class _Found:
-    """What a split's folders hold."""
-
-    faults: Faults
-    names: list[str] = field(default_factory=list)
-    suffixes: Counter[str] = field(default_factory=Counter)  # of files that are no images
-
-    def others(self) -> dict[str, int]:
-        """How many files are no images, and of which kinds they are."""
-        kinds = ", ".join(suffix or "no suffix" for suffix in sorted(self.suffixes)[:SHOWN])
-        return {f"files that are no images ({kinds})": self.suffixes.total()}
-
-
-def _list_below(root: Path, folder: str, found: _Found, seen: set[tuple[int, int]]) -> None:
-    """Add all images in a folder and those below it, links followed but no folder entered twice."""
+def _list_below(
+    root: Path, folder: str, faults: Faults, others: Counter[str], seen: set[tuple[int, int]]
+) -> Iterator[str]:
+    """All images in a folder and those below it, links followed but no folder entered twice; other files are counted by suffix."""
     status = (root / folder).stat()
     if (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))
     for entry in _visible(root / folder):
         if entry.is_dir():
-            _list_below(root, f"{folder}/{entry.name}", found, seen)
+            yield from _list_below(root, f"{folder}/{entry.name}", faults, others, seen)
         elif not _is_image(entry):
-            found.suffixes[os.path.splitext(entry.name)[1].lower()] += 1
+            others[os.path.splitext(entry.name)[1].lower()] += 1
         elif entry.is_file():
-            found.names.append(f"{folder}/{entry.name}")
+            yield f"{folder}/{entry.name}"
         else:
-            found.faults.image(
-                "no file", f"{entry.path} is a link that leads nowhere, or no file but a pipe or the like"
-            )
+            faults.image("no file", f"{entry.path} is a link that leads nowhere, or no file but a pipe or the like")
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
@@ -196,26 +176,6 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 def _readable(images: LabeledImages, faults: Faults) -> LabeledImages:
     """Decode every image, and leave out those of which that fails."""
-    reasons = _reasons(images)
-    for reason in reasons:
-        if reason is not None:
-            faults.image("unreadable", reason)
-    faults.check()
-    keep = [index for index, reason in enumerate(reasons) if reason is None]
-    bare = sorted(set(images.labels.tolist()) - set(images.labels[keep].tolist()))
-    if bare:
-        classes = ", ".join(repr(images.class_names[label]) for label in bare[:SHOWN])
-        first = next(reason for reason in reasons if reason is not None)
-        raise DataError(
-            f"{faults.source}: {len(bare)} classes have no readable image: {classes}; the first fault: {first}"
-        )
-    names = PackedNames.pack(images.names[index] for index in keep)
-    counts = {**images.counts, **faults.skipped}
-    return LabeledImages(images.root, names, images.labels[keep], images.class_names, counts)
-
-
-def _reasons(images: LabeledImages) -> list[str | None]:
-    """Why each image cannot be read, None for those that can."""
 
     def reason(index: int) -> str | None:
         try:
@@ -224,4 +184,17 @@ def _reasons(images: LabeledImages) -> list[str | None]:
             return str(error)
         return None
 
-    return list(look_at_images(reason, range(len(images))))
+    reasons = list(look_at_images(reason, range(len(images))))
+    bad = [reason for reason in reasons if reason is not None]
+    for text in bad:
+        faults.image("unreadable", text)
+    faults.check()
+    keep = [index for index, reason in enumerate(reasons) if reason is None]
+    bare = sorted(set(images.labels.tolist()) - set(images.labels[keep].tolist()))
+    if bare:
+        classes = ", ".join(repr(images.class_names[label]) for label in bare[:SHOWN])
+        raise DataError(
+            f"{faults.source}: {len(bare)} classes have no readable image: {classes}; the first fault: {bad[0]}"
+        )
+    names = PackedNames.pack(images.names[index] for index in keep)
+    return replace(images, names=names, labels=images.labels[keep], counts={**images.counts, **faults.skipped})

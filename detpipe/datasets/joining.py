@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from detpipe.support.errors import DataError
-from detpipe.types import Annotations
+from detpipe.types import Annotations, Segmentations
 
 
 def join(splits: Sequence[Annotations]) -> tuple[Annotations, int]:
@@ -56,5 +56,12 @@ def join(splits: Sequence[Annotations]) -> tuple[Annotations, int]:
         area=np.concatenate([a.area for a in kept]),
         class_names=first.class_names,
         category_ids=first.category_ids,
+        segmentations=_joined_outlines(kept),
     )
     return joined, sum(map(len, splits)) - len(joined)
+
+
+def _joined_outlines(parts: Sequence[Annotations]) -> Segmentations | None:
+    if all(part.segmentations is None for part in parts):
+        return None
+    return Segmentations.concat([part.segmentations or Segmentations.pack([b""] * len(part.boxes)) for part in parts])

@@ -23,10 +23,9 @@ from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.decode import MAX_PIXELS
 from detpipe.datasets.formats.coco import COCO
 from detpipe.datasets.formats.voc import VOC
-from detpipe.datasets.segmentations import IGNORED, Mask, coco_mask
+from detpipe.datasets.segmentations import IGNORED, Mask, draw_classes
 from detpipe.regions.superpixels import Segmentation, Segmenter
 from detpipe.support.errors import DataError
-from detpipe.support.strict_json import load_json
 from detpipe.types import Annotations, Target
 
 Kind = Literal["auto", "superpixels", "boxes"]
@@ -85,11 +84,10 @@ def open_masks(data: DetectionData, split: Split, kind: Kind = "auto") -> Masks:
                 return VOCMasks(annotations)
             why = f"{data.root} has no folder SegmentationClass"
         elif isinstance(data, COCO):
-            path = data.files(split)[0]
-            records = load_json(path)["annotations"]
-            if any(record.get("segmentation") for record in records):
-                return COCOMasks(annotations, path, records)
-            why = f"{path} has no segmentations"
+            outlined = data.with_outlines(split)
+            if outlined.segmentations is not None and len(outlined.segmentations.text):
+                return COCOMasks(outlined)
+            why = f"{data.files(split)[0]} has no segmentations"
         else:
             why = f"{type(data).__name__} has boxes only"
     return BoxMasks(kind == "boxes", why)
@@ -125,35 +123,29 @@ class COCOMasks(Masks):
     """Polygons and run lengths of an annotation file.
 
     Args:
-        annotations: of the split.
-        path: the annotation file.
-        records: its annotations.
+        annotations: of the split, with segmentations.
 
     Raises:
         DataError: an annotation has no segmentation.
     """
 
-    def __init__(self, annotations: Annotations, path: Path, records: list[dict[str, Any]]) -> None:
-        self.path, self.labels = path, {key: row + 1 for row, key in enumerate(annotations.category_ids)}
-        self.source = f"segmentations of {path}"
-        self._records: dict[int, list[dict[str, Any]]] = {}
-        known = set(annotations.image_ids.tolist())
-        for record in records:
-            if record.get("image_id") not in known:
-                continue
-            if not record.get("segmentation"):
-                raise DataError(
-                    f"{path}: annotation id {record.get('id')} has no segmentation, but others have; add it, or remove all"
-                )
-            self._records.setdefault(record["image_id"], []).append(record)
+    def __init__(self, annotations: Annotations) -> None:
+        outlines = annotations.segmentations
+        if outlines is None:
+            raise ValueError("the annotations have no segmentations")
+        without = np.flatnonzero(np.diff(outlines.offsets) == 0)
+        if len(without):
+            raise DataError(
+                f"{outlines.source}: annotation id {outlines.ids[without[0]]} has no segmentation, but others have; add it, or "
+                "remove all"
+            )
+        self.source = f"segmentations of {outlines.source}"
+        self._annotations = annotations
+        self._rows = {key: row for row, key in enumerate(annotations.image_ids.tolist())}
 
     def read(self, image: Tensor, target: Target) -> Mask:
         """Draw the objects of one image."""
-        records = self._records.get(int(target["image_id"]), [])  # type: ignore[typeddict-item]
-        try:
-            return coco_mask(records, (image.shape[1], image.shape[2]), self.labels)
-        except DataError as error:
-            raise DataError(f"{self.path}: {error}") from error
+        return draw_classes(self._annotations, self._rows[int(target["image_id"])])  # type: ignore[typeddict-item]
 
 
 class BoxMasks(Masks):

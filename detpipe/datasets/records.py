@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from detpipe.datasets.decode import decoded_size
 from detpipe.datasets.faults import Faults
-from detpipe.datasets.in_threads import look_at_images
+from detpipe.datasets.workers import look_at_images
 from detpipe.support.errors import DataError
-from detpipe.types import Annotations
+from detpipe.types import Annotations, Segmentations
 
 _CLIP_TOLERANCE = 1e-6  # pixels: less than this over the border is rounding of x + w, not a fault to count
 _Numbers = npt.NDArray[np.float64]
@@ -68,6 +68,7 @@ class Records:
     boxes_read: int
     clip_tolerance: float | _Numbers = _CLIP_TOLERANCE
     counts: dict[str, int] = field(default_factory=dict)  # the parser's own, copied into the result
+    segmentations: Segmentations | None = None  # of the boxes
 
 
 class RecordBuilder:
@@ -204,22 +205,23 @@ def _check_files(records: Records, faults: Faults) -> npt.NDArray[np.bool_]:
     allowed = [folder.resolve() for folder in records.folders]
     listings: dict[str, tuple[set[str], set[str]]] = {}
     for i, name in enumerate(records.file_names):
-        if _leaves_root(name):
+        if "\0" in name or not name or (_leaves_root(name) and not faults.allow_links):
             keep[i] = False
             faults.fatal(
                 "leads out of the folder",
-                f"image id {records.image_ids[i]}: file_name {name!r} leads out of the image folder",
+                f"image id {records.image_ids[i]}: file_name {name!r} leads out of the image folder; allow_links: true permits it",
             )
             continue
         folder, _, base = name.rpartition("/")
         if folder not in listings:
             listings[folder] = _list_folder(records.root / folder, allowed)
         files, strangers = listings[folder]
-        if base in strangers:
+        if base in strangers and not faults.allow_links:
             keep[i] = False
             faults.fatal(
                 "leads out of the folder",
-                f"image id {records.image_ids[i]}: file_name {name!r} is a link that leads out of the folder",
+                f"image id {records.image_ids[i]}: file_name {name!r} is a link that leads out of the folder; allow_links: true "
+                "permits it",
             )
         elif base not in files:
             keep[i] = False
@@ -376,6 +378,7 @@ def _pack(
         area=np.where(np.isnan(area), (kept[:, 2] - kept[:, 0]) * (kept[:, 3] - kept[:, 1]), area),
         class_names=records.class_names,
         category_ids=records.category_ids,
+        segmentations=None if records.segmentations is None else records.segmentations.take(rows),
     )
 
 

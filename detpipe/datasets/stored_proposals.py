@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -21,8 +22,12 @@ def coco_key(annotations: Annotations, row: int) -> str:
 
 
 def voc_key(annotations: Annotations, row: int) -> str:
-    """The id of an image in a store: what VOC's lists call it, the name of its file without the suffix."""
-    return Path(str(annotations.file_names[row])).stem
+    """The id of an image in a store: what VOC's lists call it, the name of its file without the suffix.
+
+    Outside of a folder ``JPEGImages`` several folders may have images of one name: there it is `file_key`.
+    """
+    path = Path(str(annotations.file_names[row]))
+    return path.stem if path.parent.name == "JPEGImages" else file_key(annotations, row)
 
 
 def file_key(annotations: Annotations, row: int) -> str:
@@ -30,8 +35,37 @@ def file_key(annotations: Annotations, row: int) -> str:
     return str(annotations.file_names[row])
 
 
-class StoredProposals(Mapping[int, npt.NDArray[np.float32]]):
-    """A store as the boxes of a split, by the image ids of its annotations; read when they are asked for.
+class BoxesByImage(Mapping[int, npt.NDArray[np.float32]], ABC):
+    """Boxes of the images of a split, by image id; read when they are asked for.
+
+    Args:
+        annotations: of the split.
+    """
+
+    def __init__(self, annotations: Annotations) -> None:
+        self.annotations = annotations
+        self._order = np.argsort(annotations.image_ids)
+
+    @abstractmethod
+    def boxes(self, row: int) -> npt.NDArray[np.float32]:
+        """``[P, 4]`` xyxy in pixels of the image file, best first."""
+
+    def __getitem__(self, image_id: int) -> npt.NDArray[np.float32]:
+        ids = self.annotations.image_ids
+        place = int(np.searchsorted(ids, image_id, sorter=self._order))
+        if place == len(ids) or ids[self._order[place]] != image_id:
+            raise KeyError(image_id)
+        return self.boxes(int(self._order[place]))
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.annotations.image_ids.tolist())
+
+
+class StoredProposals(BoxesByImage):
+    """A store as the boxes of a split.
 
     Args:
         path: the store.
@@ -43,23 +77,12 @@ class StoredProposals(Mapping[int, npt.NDArray[np.float32]]):
     """
 
     def __init__(self, path: str | Path, annotations: Annotations, key: ImageKey) -> None:
-        self.store = ProposalStore(path)
-        self._annotations, self._key = annotations, key
-        self._order = np.argsort(annotations.image_ids)
+        super().__init__(annotations)
+        self.store, self._key = ProposalStore(path), key
         faults = self.store.check([key(annotations, row) for row in range(len(annotations))], annotations.sizes)
         if faults:
             raise DataError(" ".join(faults))
 
-    def __getitem__(self, image_id: int) -> npt.NDArray[np.float32]:
+    def boxes(self, row: int) -> npt.NDArray[np.float32]:
         """``[P, 4]`` xyxy in pixels of the image file, best first."""
-        ids = self._annotations.image_ids
-        place = int(np.searchsorted(ids, image_id, sorter=self._order))
-        if place == len(ids) or ids[self._order[place]] != image_id:
-            raise KeyError(image_id)
-        return self.store[self._key(self._annotations, int(self._order[place]))].boxes
-
-    def __len__(self) -> int:
-        return len(self._annotations)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._annotations.image_ids.tolist())
+        return self.store[self._key(self.annotations, row)].boxes

@@ -13,14 +13,122 @@ Groups G, classes K, parts P.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 _PASSES = 20  # over all groups; it has long settled by then
+_HEAD = 2**16  # bytes of an image file that tell it from others of its length; more are read where they do not
+
+
+def divide_annotations(annotations: Annotations, shares: Mapping[str, float]) -> dict[str, Annotations]:
+    """Divide a split of image files as `divide_by_content` does; what was skipped or clipped counts with the first part."""
+    rows = divide_by_content(annotations, shares)
+    parts = {name: annotations.subset(part) for name, part in rows.items()}
+    first, *others = parts
+    counts = Counter(annotations.counts)
+    for name in others:
+        images, boxes = len(parts[name]), len(parts[name].boxes)
+        own = {"images read": images, "images used": images, "boxes read": boxes, "boxes used": boxes}
+        parts[name] = replace(parts[name], counts=own)
+        counts.subtract(own)
+    parts[first] = replace(parts[first], counts=dict(counts))
+    return parts
+
+
+def divide_by_content(
+    annotations: Annotations,
+    shares: Mapping[str, float],
+    source: ImageFiles = PLAIN_FILES,
+    seed: int = 0,
+    together: Sequence[Sequence[int]] = (),
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Divide the images of a split by what is in them: the same for everyone, whatever files and classes are called or ordered by.
+
+    Args:
+        annotations: of the split.
+        shares: name of a part -> its share of the images; they add up to 1.
+        source: where the images are.
+        seed: decides between what is equally good.
+        together: rows of images that go to one part, beside those whose files are equal.
+
+    Returns:
+        name of the part -> rows of images, ascending, in which each image is once.
+
+    Raises:
+        ValueError: the shares are not positive or do not add up to 1.
+        DataError: an image cannot be read, or there are too few for the parts.
+    """
+    digests = _digests(image_paths(annotations), source)
+    order = np.array(sorted(range(len(annotations)), key=digests.__getitem__), dtype=np.int64)
+    group = _groups([digests[i] for i in order.tolist()], np.argsort(order), together)
+    if len(np.unique(group)) < len(shares):
+        raise DataError(
+            f"{annotations.root}: {len(annotations)} images are too few for {len(shares)} parts ({', '.join(shares)}), where equal "
+            "images stay together"
+        )
+    by_name = sorted(range(annotations.num_classes), key=annotations.class_names.__getitem__)
+    pool = annotations.subset(order)
+    pool = replace(pool, labels=np.argsort([-1, *by_name])[pool.labels])
+    parts = stratified_parts(pool, list(shares.values()), seed, group)
+    _fill(parts, group, np.diff(pool.offsets))
+    return {name: np.sort(order[part]) for name, part in zip(shares, parts, strict=True)}
+
+
+def _digests(paths: Sequence[Path], source: ImageFiles) -> list[bytes]:
+    """[I] what tells the content of an image file; equal for equal files only."""
+    rows = tqdm(paths, desc="comparing images", unit="image", disable=None, leave=False)
+    try:
+        keys = [(source.size(path), hashlib.sha256(source.read(path, _HEAD)).digest()) for path in rows]
+        count = Counter(keys)
+        return [
+            hashlib.sha256(source.read(path)).digest() if count[key] > 1 and key[0] > _HEAD else key[1]
+            for path, key in zip(paths, keys, strict=True)
+        ]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
+
+
+def _groups(
+    digests: Sequence[bytes], place: npt.NDArray[np.int64], together: Sequence[Sequence[int]]
+) -> npt.NDArray[np.int64]:
+    """[I] the group of each image in the order of the digests; ``place`` is where a row is in it."""
+    first: dict[bytes, int] = {}
+    group = np.array([first.setdefault(digest, i) for i, digest in enumerate(digests)], dtype=np.int64)
+    for rows in together:
+        members = np.unique(group[place[list(rows)]])
+        group[np.isin(group, members)] = members.min(initial=len(group))
+    return group
+
+
+def _fill(parts: list[npt.NDArray[np.int64]], group: npt.NDArray[np.int64], objects: npt.NDArray[np.int64]) -> None:
+    """Give a part without objects, or without images, the smallest group that another part can spare; there are few images then."""
+    for p in range(len(parts)):
+        if len(parts[p]) and objects[parts[p]].any():
+            continue
+        spare = [np.unique(group[rows[objects[rows] > 0]]) for rows in parts]
+        if max(map(len, spare)) < 2 and not len(parts[p]):
+            spare = [np.unique(group[rows]) for rows in parts]
+        giver = max(range(len(parts)), key=lambda other: len(spare[other]))
+        if len(spare[giver]) < 2:
+            continue
+        sizes = [np.count_nonzero(group == name) for name in spare[giver]]
+        taken = group[parts[giver]] == spare[giver][int(np.argmin(sizes))]
+        back = group[parts[p]] == group[parts[p][:1]] if len(np.unique(group[parts[p]])) else np.zeros(0, dtype=bool)
+        parts[p], parts[giver] = (
+            np.concatenate([parts[giver][taken], parts[p][~back]]),
+            np.concatenate([parts[giver][~taken], parts[p][back]]),
+        )
 
 
 def stratified_parts(

@@ -28,7 +28,8 @@ import numpy as np
 from PIL import Image
 
 from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.formats.coco_json import load_coco
+from detpipe.datasets.faults import Collected
+from detpipe.datasets.formats.coco import load_coco
 from detpipe.datasets.formats.voc import load_voc
 from detpipe.demo.scenes import CLASS_NAMES, Scene, compose_scene, load_stock
 from detpipe.support.errors import DataError, UsageError
@@ -269,9 +270,6 @@ def _digest(folder: Path, scenes: DemoScenes) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["Demo", "DemoScenes", "write_demo"]
-
-
 class Demo(DetectionData):
     """Scenes of handwritten digits over photographs, with fragments of digits as clutter: ten classes, "0" to "9".
 
@@ -301,12 +299,12 @@ class Demo(DetectionData):
         """Generate the set unless it is there; Lightning calls this in one process only."""
         write_demo(self.root, self.scenes)
 
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the annotations of a split, generating the set first where it is missing."""
         if split == "test":
             raise DataError("no test split: the demo set has train and val only")
         root = write_demo(Path(self.root), self.scenes)
         if self.layout == "coco":
             annotations = root / "coco" / "annotations" / f"instances_{split}.json"
-            return load_coco(annotations, root / "coco" / split, self.on_bad)
-        return load_voc(root / "voc", split, CLASS_NAMES, on_bad=self.on_bad)
+            return load_coco(annotations, root / "coco" / split, faults or self.on_bad)
+        return load_voc(root / "voc", split, CLASS_NAMES, on_bad=faults or self.on_bad)

@@ -21,14 +21,11 @@ from typing import Any
 
 from PIL import Image
 
-from detpipe.datasets.classification import ClassificationData, LabeledSplit
+from detpipe.datasets.classification import ClassificationData, LabeledImages, LabeledSplit, Views
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.decode import read_image
-from detpipe.datasets.faults import OnBad
-from detpipe.datasets.formats.coco_json import load_coco
+from detpipe.datasets.formats.coco import load_coco
 from detpipe.datasets.image_folder import read_image_folder
-from detpipe.datasets.labeled_images import LabeledImages
-from detpipe.datasets.views import Views
 from detpipe.demo.dataset import DEFAULT_SCENES, JPEG_QUALITY, SPLITS, VERSION, DemoScenes, write_demo
 from detpipe.demo.scenes import CLASS_NAMES
 from detpipe.support.errors import DataError
@@ -48,9 +45,8 @@ class DemoDigits(ClassificationData):
         scenes: what the demo set is made of.
         loader: how images are loaded and batched.
         views: how crops of any size become squares; digits are not flipped unless it is asked for.
-        seed: decides the order of the batches and every draw of the views, with the epoch.
-        on_bad: ``error`` stops at an image that cannot be read; ``skip`` decodes every image once at the start, and leaves
-            unreadable ones out and counts them.
+        common: what all such data sets have: ``seed`` and ``on_bad`` of
+            :class:`~detpipe.datasets.classification.ClassificationData`.
     """
 
     def __init__(
@@ -60,10 +56,9 @@ class DemoDigits(ClassificationData):
         scenes: DemoScenes = DEFAULT_SCENES,
         loader: Loader = DEFAULT_LOADER,
         views: Views = UPRIGHT_VIEWS,
-        seed: int = 0,
-        on_bad: OnBad = "error",
+        **common: Any,
     ) -> None:
-        super().__init__(loader, views, seed, on_bad)
+        super().__init__(loader, views, **common)
         self.root, self.demo, self.scenes = str(root), str(demo), scenes
 
     def prepare_data(self) -> None:

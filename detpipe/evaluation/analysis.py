@@ -8,7 +8,6 @@ K classes, T IoU thresholds.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from detpipe.evaluation.calibration import BINS, Calibration, OperatingPoint, calibration_by_class, operating_point
-from detpipe.evaluation.coco import MAX_DETECTIONS
+from detpipe.evaluation.coco import MAX_DETECTIONS, Counts, coco_metrics, count
 from detpipe.evaluation.comparison import COMPARED, compare
 from detpipe.evaluation.confusion import detection_confusion
 from detpipe.evaluation.error_types import ERROR_TYPES, error_gains, find_errors
 from detpipe.evaluation.matches import AREAS, Matches, describe_area, match
 from detpipe.evaluation.pairs import Floats
-from detpipe.evaluation.precision_recall import mean_known, precision_by_recall, recall
+from detpipe.evaluation.precision_recall import mean_known, precision_by_recall
 from detpipe.evaluation.protocols import evaluate
+from detpipe.evaluation.table import plain
 from detpipe.evaluation.worst_images import ImageOutcome, worst_images
 from detpipe.types import Annotations, DetectionArrays
 
@@ -86,30 +86,28 @@ def analyze(
     if chosen.protocol not in COMPARED:
         raise ValueError(f"an analysis follows one of {', '.join(COMPARED)}; got {chosen.protocol!r}")
     name, detections = next(iter(runs.items()))
-    limits = chosen.max_detections
-    counted = limits if chosen.protocol == "coco" else None
-    metrics = evaluate(annotations, detections, chosen.protocol, max_detections=counted)
+    limits, coco = chosen.max_detections, chosen.protocol == "coco"
     matches = match(annotations, detections, max_detections=limits[-1])
-    curves = {name: _curves(matches)}
+    counts = count(matches, limits)
+    metrics = coco_metrics(counts, annotations.class_names, limits) if coco else None
+    curves, matched = {name: _curves(counts.precision[..., 0])}, {name: matches}
     for other in list(runs)[1:]:
-        curves[other] = _curves(match(annotations, runs[other], areas=["all"], max_detections=limits[-1]))
+        matched[other] = match(annotations, runs[other], areas=["all"], max_detections=limits[-1])
+        curves[other] = _curves(precision_by_recall(matched[other]).transpose(0, 2, 1))
     point = operating_point(matches, chosen.score_threshold)
-    worst, numbers = _at_half(annotations, detections, point.score, chosen)
+    worst, numbers = _errors(matches, point.score, chosen.worst)
     calibration = calibration_by_class(matches)
-    comparison = None
-    if len(runs) > 1:
-        comparison = compare(annotations, runs, chosen.protocol, chosen.resamples, chosen.seed, most=limits[-1])
     return Analysis(
         plain(
             {
                 "run": name,
                 "protocol": chosen.protocol,
-                "metrics": metrics,
+                "metrics": metrics or evaluate(annotations, detections, chosen.protocol),
                 "data": _describe(annotations, detections),
                 "class_names": list(annotations.class_names),
                 "iou_thresholds": matches.thresholds.round(2).tolist(),
                 "curves": curves,
-                "sizes": _sizes(matches),
+                "sizes": _sizes(matches, counts),
                 "max_detections": limits[-1],
                 "operating_point": {**vars(point), "given": chosen.score_threshold is not None},
                 "per_class": _per_class(annotations, matches, curves[name], point, calibration),
@@ -118,24 +116,11 @@ def analyze(
                 "errors": numbers,
                 "worst_wanted": chosen.worst,
                 "worst_images": [_listed(outcome, annotations) for outcome in worst],
-                "comparison": comparison,
+                "comparison": _compare(annotations, runs, matched, chosen),
             }
         ),
         worst,
     )
-
-
-def plain(value: Any) -> Any:
-    """Turn what numpy holds into what JSON can hold; NaN and infinities become None."""
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _describe(annotations: Annotations, detections: DetectionArrays) -> dict[str, Any]:
@@ -150,17 +135,17 @@ def _describe(annotations: Annotations, detections: DetectionArrays) -> dict[str
     }
 
 
-def _curves(matches: Matches) -> dict[str, Any]:
-    """``precision`` [1 + K, T, R] and ``AP`` [1 + K, T], the mean over classes first."""
-    curves = precision_by_recall(matches)
-    everything = np.concatenate((mean_known(curves, axis=1)[:, None], curves), axis=1).swapaxes(0, 1)
+def _curves(precision: Floats) -> dict[str, Any]:
+    """From [T, R, K]: ``precision`` [1 + K, T, R] and ``AP`` [1 + K, T], the mean over classes first."""
+    curves = precision.transpose(2, 0, 1)
+    everything = np.concatenate((mean_known(curves, axis=0)[None], curves))
     return {"precision": everything.round(6), "AP": everything.mean(axis=2)}
 
 
-def _sizes(matches: Matches) -> list[dict[str, Any]]:
+def _sizes(matches: Matches, counts: Counts) -> list[dict[str, Any]]:
     rows = []
     for area, name in enumerate(AREAS):
-        by_threshold = mean_known(precision_by_recall(matches, area), axis=(1, 2))
+        by_threshold = mean_known(counts.precision[..., area], axis=(1, 2))
         rows.append(
             {
                 "name": name,
@@ -169,7 +154,7 @@ def _sizes(matches: Matches) -> list[dict[str, Any]]:
                 "AP": float(by_threshold.mean()),
                 "AP50": float(by_threshold[0]),
                 "AP75": float(by_threshold[5]),
-                "recall": float(mean_known(recall(matches, area))),
+                "recall": float(mean_known(counts.recall[:, :, area, -1])),
             }
         )
     return rows
@@ -216,12 +201,21 @@ def _calibration(annotations: Annotations, diagrams: list[Calibration] | None) -
     }
 
 
-def _at_half(
-    annotations: Annotations, detections: DetectionArrays, score: float, chosen: AnalysisSettings
-) -> tuple[list[ImageOutcome], dict[str, Any]]:
-    """What is judged at an IoU of 0.5: error types with their gains, and the worst images."""
-    matches = match(annotations, detections, [0.5], ["all"], chosen.max_detections[-1])
-    errors = find_errors(annotations, matches)
+def _compare(
+    annotations: Annotations,
+    runs: Mapping[str, DetectionArrays],
+    matched: Mapping[str, Matches],
+    chosen: AnalysisSettings,
+) -> dict[str, Any] | None:
+    if len(runs) < 2:
+        return None
+    known = matched if chosen.protocol == "coco" else None  # VOC's rules match otherwise
+    return compare(annotations, runs, chosen.protocol, chosen.resamples, chosen.seed, matched=known)
+
+
+def _errors(matches: Matches, score: float, worst: int) -> tuple[list[ImageOutcome], dict[str, Any]]:
+    """What is judged at an IoU of 0.5, the first threshold: error types with their gains, and the worst images."""
+    errors = find_errors(matches)
     gains, counts = error_gains(matches, errors), errors.counts()
     numbers = {
         "AP50": gains["AP50"],
@@ -229,7 +223,7 @@ def _at_half(
         "false_positives": {"count": int(matches.false().sum()), "gain": gains["false_positives"]},
         "false_negatives": {"count": int(matches.missed().sum()), "gain": gains["false_negatives"]},
     }
-    return worst_images(annotations, matches, errors, score, chosen.worst), numbers
+    return worst_images(matches, errors, score, worst), numbers
 
 
 def _listed(outcome: ImageOutcome, annotations: Annotations) -> dict[str, Any]:

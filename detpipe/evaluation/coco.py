@@ -25,8 +25,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from detpipe.evaluation.matches import AREAS, match
-from detpipe.evaluation.pairs import Flags, Floats
+from detpipe.evaluation.matches import AREAS, Matches, match
+from detpipe.evaluation.pairs import Floats
 from detpipe.evaluation.precision_recall import mean_known, precision_by_recall, recall
 from detpipe.evaluation.records import check_annotations, check_detections
 from detpipe.evaluation.reference import count_by_pycocotools
@@ -93,35 +93,31 @@ def evaluate_coco(
         arrays = count_by_pycocotools(annotations, detections, limits)
         counts = Counts(*(np.where(values > -1, values, np.nan) for values in arrays))
     else:
-        counts = count(annotations, detections, limits)
+        counts = count(match(annotations, detections, max_detections=limits[-1]), limits)
+    return coco_metrics(counts, annotations.class_names, limits)
+
+
+def coco_metrics(counts: Counts, class_names: Sequence[str], max_detections: Sequence[int]) -> dict[str, Any]:
+    """Average what :func:`evaluate_coco` returns."""
     metrics: dict[str, Any] = precisions(counts)
     for index, limit in enumerate(max_detections):
         metrics[f"AR{limit}"] = mean(counts.recall[:, :, _ALL, index])
     metrics.update({name: mean(counts.recall[:, :, area, -1]) for name, area in _RECALLS.items()})
-    metrics["per_class"] = per_class(annotations, counts)
+    metrics["per_class"] = per_class(counts, class_names)
     return metrics
 
 
-def count(
-    annotations: Annotations, detections: DetectionArrays, max_detections: Sequence[int], forgiven: Flags | None = None
-) -> Counts:
-    """Match detections with objects, and follow precision over recall.
+def count(matches: Matches, max_detections: Sequence[int]) -> Counts:
+    """Follow precision over recall.
 
     Args:
-        annotations: the ground truth of I images.
-        detections: D detections, in any order.
+        matches: of all ranges of sizes, with the largest of ``max_detections``.
         max_detections: M numbers, rising: the best detections of a class in an image that count.
-        forgiven: ``[D]``, detections that are not false positives if they match nothing.
 
     Returns:
         Precision and recall.
-
-    Raises:
-        ValueError: detection arrays of different lengths.
-        DataError: no images, or a fault in a record, which it names.
     """
     precision, found = [], []
-    matches = match(annotations, detections, max_detections=max_detections[-1], forgiven=forgiven)
     for area in range(len(AREAS)):
         precision.append(precision_by_recall(matches, area).transpose(0, 2, 1))
         found.append(np.stack([recall(matches, area, most) for most in max_detections], axis=-1))
@@ -133,9 +129,9 @@ def precisions(counts: Counts) -> dict[str, float]:
     return {name: mean(counts.precision[iou, :, :, area]) for name, (iou, area) in PRECISIONS.items()}
 
 
-def per_class(annotations: Annotations, counts: Counts) -> dict[str, float]:
+def per_class(counts: Counts, class_names: Sequence[str]) -> dict[str, float]:
     """Average precision by class name."""
-    return {name: mean(counts.precision[:, :, k, _ALL]) for k, name in enumerate(annotations.class_names)}
+    return {name: mean(counts.precision[:, :, k, _ALL]) for k, name in enumerate(class_names)}
 
 
 def mean(values: Floats) -> float:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.evaluation.matches import Matches, match
+from detpipe.evaluation.matches import Matches, match, match_voc
 from detpipe.evaluation.pairs import Floats, Integers
 from detpipe.evaluation.precision_recall import RECALL_LEVELS, average_precision, class_counts, mean_known
-from detpipe.evaluation.voc import ELEVEN_LEVELS, match_voc
+from detpipe.evaluation.voc import ELEVEN_LEVELS
 from detpipe.types import Annotations, DetectionArrays
 
 Weights = npt.NDArray[np.int32]
@@ -39,6 +39,7 @@ def compare(
     seed: int = 0,
     confidence: float = 0.95,
     most: int = 100,
+    matched: Mapping[str, Matches] | None = None,
 ) -> dict[str, Any]:
     """Compare runs with the first of them.
 
@@ -50,6 +51,7 @@ def compare(
         seed: of the draws; equal seeds give equal intervals.
         confidence: the part of the draws inside an interval, above 0 and below 1.
         most: for ``"coco"``: so many detections of a class in an image count.
+        matched: the matches of the runs by these rules, where they are known.
 
     Returns:
         ``baseline``, the name of the first run; ``resamples``, ``seed`` and ``confidence``; and ``runs``, each with ``name``,
@@ -71,12 +73,12 @@ def compare(
     names, base = annotations.class_names, np.zeros(0)
     records: list[dict[str, Any]] = []
     for name, detections in runs.items():
-        coco = protocol == "coco"
-        matches = (
-            match(annotations, detections, areas=["all"], max_detections=most)
-            if coco
-            else match_voc(annotations, detections)
-        )
+        if matched is not None:
+            matches = matched[name]
+        elif protocol == "coco":
+            matches = match(annotations, detections, areas=["all"], max_detections=most)
+        else:
+            matches = match_voc(annotations, detections)
         values = weighted_precision(matches, draws, _LEVELS[protocol])
         if not records:
             base = values

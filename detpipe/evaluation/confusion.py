@@ -12,11 +12,11 @@ import numpy.typing as npt
 from detpipe.evaluation.matches import ignored_objects, take_best
 from detpipe.evaluation.pairs import overlapping_pairs
 from detpipe.evaluation.records import (
-    box_image_ids,
     canonical_order,
     check_annotations,
     check_detections,
     image_ranks,
+    object_ranks,
     rank_in_run,
 )
 from detpipe.types import Annotations, DetectionArrays
@@ -49,7 +49,7 @@ def detection_confusion(
     order = np.flatnonzero(found.scores >= score_threshold)
     order = order[np.lexsort((-found.scores[order], found.image_ids[order]))]
     images, labels = image_ranks(annotations, found.image_ids[order]), found.labels[order]
-    object_images = image_ranks(annotations, box_image_ids(annotations))
+    object_images = object_ranks(annotations)
     crowd = annotations.iscrowd
     pairs = overlapping_pairs(
         found.boxes[order], images, annotations.boxes, object_images, crowd, minimum=min(iou_threshold, 1 - 1e-10)

@@ -33,7 +33,6 @@ import numpy.typing as npt
 from detpipe.evaluation.matches import Matches
 from detpipe.evaluation.pairs import Flags, Floats, Integers, overlapping_pairs
 from detpipe.evaluation.precision_recall import average_precision, mean_known
-from detpipe.types import Annotations
 
 FALSE_POSITIVES = ("classification", "localization", "both", "duplicate", "background")
 ERROR_TYPES = (*FALSE_POSITIVES, "missed")
@@ -61,12 +60,11 @@ class Errors:
         return dict(zip(ERROR_TYPES, [*numbers, int(self.missed.sum())], strict=True))
 
 
-def find_errors(annotations: Annotations, matches: Matches, threshold: int = 0) -> Errors:
+def find_errors(matches: Matches, threshold: int = 0) -> Errors:
     """Tell the type of each false positive, and which objects are missed.
 
     Args:
-        annotations: the ground truth of B objects.
-        matches: of the same ground truth with D detections.
+        matches: of B objects with D detections.
         threshold: index of the IoU threshold of 0.5.
 
     Returns:
@@ -78,7 +76,7 @@ def find_errors(annotations: Annotations, matches: Matches, threshold: int = 0) 
     if matches.thresholds[threshold] != FOREGROUND:
         raise ValueError(f"error types need matches at an IoU of {FOREGROUND}, got {matches.thresholds[threshold]}")
     false = np.flatnonzero(matches.false(0, threshold))
-    own, own_object, other, other_object = _largest_overlaps(annotations, matches, false)
+    own, own_object, other, other_object = _largest_overlaps(matches, false)
     conditions = [
         (own >= BACKGROUND) & (own <= FOREGROUND),
         other >= FOREGROUND,
@@ -95,21 +93,19 @@ def find_errors(annotations: Annotations, matches: Matches, threshold: int = 0) 
     return Errors(kinds, targets, missed)
 
 
-def _largest_overlaps(
-    annotations: Annotations, matches: Matches, rows: Integers
-) -> tuple[Floats, Integers, Floats, Integers]:
+def _largest_overlaps(matches: Matches, rows: Integers) -> tuple[Floats, Integers, Floats, Integers]:
     """For some detections: [R] IoU with and row of the object overlapped most, of its own class and of the others."""
     counted = np.flatnonzero(~matches.object_ignored[0])
     pairs = overlapping_pairs(
         matches.detections.boxes[rows],
         matches.images[rows],
-        annotations.boxes[counted],
+        matches.annotations.boxes[counted],
         matches.object_images[counted],
         np.zeros(len(counted), np.bool_),
         minimum=BACKGROUND,
     )
     objects = counted[pairs.objects]
-    same = matches.detections.labels[rows][pairs.found] == annotations.labels[objects]
+    same = matches.detections.labels[rows][pairs.found] == matches.labels[objects]
     results: list[npt.NDArray] = []
     for chosen in (same, ~same):
         found, iou, which = pairs.found[chosen], pairs.iou[chosen], objects[chosen]

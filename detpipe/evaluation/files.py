@@ -12,70 +12,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import UNSET
 
 from detpipe.evaluation.records import box_sizes, canonical_order, check_detections
+from detpipe.support.coco_file import COCOFile, read_coco_file
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write
-from detpipe.support.strict_json import load_json, optional_flag, require, require_numbers, shorten
+from detpipe.support.strict_json import load_json, require, require_numbers, shorten
 from detpipe.types import Annotations, DetectionArrays, Federation
 
 FREQUENCIES = ("r", "c", "f")
 _NEGATIVE, _NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"
-
-
-def is_federated(images: dict[int, dict[str, Any]]) -> bool:
-    """Whether any image lists classes that it was searched for without finding them."""
-    return any(_NEGATIVE in image for image in images.values())
-
-
-def read_federation(
-    images: dict[int, dict[str, Any]], categories: dict[int, dict[str, Any]], label_of: dict[int, int], path: str
-) -> Federation:
-    """Read the fields of a federated data set.
-
-    Args:
-        images: the records of the file by id.
-        categories: the records of the file by id.
-        label_of: category id -> label.
-        path: of the file, for messages.
-
-    Returns:
-        The classes of each image, and how frequent each class is.
-
-    Raises:
-        DataError: a field is missing or of the wrong kind, or names a category that the file does not have.
-    """
-    frequencies = []
-    for key in label_of:
-        where = f"{path}: category id {key}"
-        frequency = require(categories[key], "frequency", str, where)
-        if frequency not in FREQUENCIES:
-            raise DataError(
-                f"{where}: the field 'frequency' is {frequency!r}: expected one of {', '.join(FREQUENCIES)}"
-            )
-        frequencies.append(frequency)
-    return Federation(
-        negative=_pairs(images, _NEGATIVE, label_of, path),
-        not_exhaustive=_pairs(images, _NOT_EXHAUSTIVE, label_of, path),
-        frequencies=tuple(frequencies),
-    )
-
-
-def _pairs(images: dict[int, dict[str, Any]], field: str, label_of: dict[int, int], path: str) -> npt.NDArray[np.int64]:
-    pairs: list[tuple[int, int]] = []
-    for key, image in images.items():
-        where = f"{path}: image id {key}"
-        for category in require(image, field, list, where):
-            if type(category) is not int or category not in label_of:
-                raise DataError(f"{where}: the field {field!r} lists {category!r}, which is no category id of the file")
-            pairs.append((key, label_of[category]))
-    return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def read_coco_annotations(path: str | os.PathLike[str]) -> Annotations:
@@ -96,18 +48,68 @@ def read_coco_annotations(path: str | os.PathLike[str]) -> Annotations:
         DataError: a file that is cut off or malformed; a missing key or field; a number that is not finite; a category,
             image or annotation id twice; a category or image id that is not listed; a box of negative size.
     """
-    data = load_json(path)
-    categories = _by_id(require(data, "categories", list, f"{path}"), "category", f"{path}")
-    images = _by_id(require(data, "images", list, f"{path}"), "image", f"{path}")
-    names = [require(categories[key], "name", str, f"{path}: category id {key}") for key in sorted(categories)]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path}: the category name {twice!r} occurs more than once: give each category its own name")
-    annotations = _packed(Path(path), images, dict(zip(sorted(categories), names, strict=True)), data)
-    if not is_federated(images):
-        return annotations
-    label_of = {category: k for k, category in enumerate(annotations.category_ids, start=1)}
-    return replace(annotations, federation=read_federation(images, categories, label_of, f"{path}"))
+    file = read_coco_file(path)
+    box_ids, xywh = file.boxes["id"], file.xywh
+    faults = [fault.message for fault in file.faults]
+    for b in np.flatnonzero(~np.isfinite(xywh).all(1) | (xywh[:, 2:] < 0).any(1)).tolist():
+        found = f"annotation id {box_ids[b]}: field bbox is {xywh[b].tolist()}"
+        faults.append(f"{found}: expected finite numbers, width and height of at least 0")
+    if faults:
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise DataError(f"{path}: {faults[0]}{more}; correct the file")
+    order = np.argsort(file.box_image, kind="stable")
+    names = zip(file.images["file_name"], file.images["id"], strict=True)
+    without_area = np.isnan(file.area)
+    return Annotations(
+        root=Path(path),
+        file_names=np.array([str(name or key) for name, key in names], dtype=np.str_),
+        image_ids=file.image_ids,
+        sizes=file.sizes.astype(np.int32),
+        offsets=np.concatenate(([0], np.cumsum(np.bincount(file.box_image, minlength=len(file.image_ids))))).astype(
+            np.int64
+        ),
+        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)[order],
+        labels=file.labels[order],
+        iscrowd=file.iscrowd[order],
+        difficult=file.difficult[order],
+        area=np.where(without_area, xywh[:, 2] * xywh[:, 3], file.area)[order],
+        class_names=tuple(file.categories["name"]),
+        category_ids=file.category_ids,
+        federation=_federation(file, f"{path}"),
+        counts={
+            "images read": file.images_read,
+            "boxes read": file.boxes_read,
+            "areas taken from boxes": int(without_area.sum()),
+            **file.counts,
+        },
+    )
+
+
+def _federation(file: COCOFile, path: str) -> Federation | None:
+    """The fields of a federated data set; None if no image lists classes that it was searched for without finding them."""
+    if all(values is UNSET for values in file.images[_NEGATIVE]):
+        return None
+    for key, frequency in zip(file.category_ids, file.categories["frequency"], strict=True):
+        if frequency not in FREQUENCIES:
+            found = "missing" if frequency is UNSET else shorten(frequency)
+            raise DataError(
+                f"{path}: category id {key}: the field 'frequency' is {found}: expected one of {', '.join(FREQUENCIES)}"
+            )
+    pairs = [_pairs(file, field, path) for field in (_NEGATIVE, _NOT_EXHAUSTIVE)]
+    return Federation(*pairs, frequencies=tuple(file.categories["frequency"]))
+
+
+def _pairs(file: COCOFile, field: str, path: str) -> npt.NDArray[np.int64]:
+    """[M, 2] image id and label of the classes that the images list in a field."""
+    label_of = {category: k for k, category in enumerate(file.category_ids, start=1)}
+    pairs: list[tuple[int, int]] = []
+    for key, categories in zip(file.image_ids.tolist(), file.images[field], strict=True):
+        where = f"{path}: image id {key}"
+        for category in require({} if categories is UNSET else {field: categories}, field, list, where):
+            if type(category) is not int or category not in label_of:
+                raise DataError(f"{where}: the field {field!r} lists {category!r}, which is no category id of the file")
+            pairs.append((key, label_of[category]))
+    return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def read_detections(path: str | os.PathLike[str], annotations: Annotations) -> DetectionArrays:
@@ -181,74 +183,8 @@ def _result_lines(detections: DetectionArrays, annotations: Annotations) -> Iter
     yield "[]\n" if separator == "[\n" else "\n]\n"
 
 
-def _by_id(records: list, kind: str, path: str) -> dict[int, dict[str, Any]]:
-    """Index records by their id, which must be there and unique."""
-    by_id: dict[int, dict[str, Any]] = {}
-    for i, record in enumerate(records):
-        key = require(record, "id", int, f"{path}: {kind} {i} of the list")
-        if key in by_id:
-            label = {"image": "file_name", "category": "name", "annotation": "image_id"}[kind]
-            both = " and ".join(shorten(one.get(label)) for one in (by_id[key], record))
-            raise DataError(f"{path}: {kind} id {key} is used twice ({label} {both}): ids must be unique")
-        by_id[key] = record
-    return by_id
-
-
-def _packed(path: Path, images: dict[int, dict], names: dict[int, str], data: dict) -> Annotations:
-    """Check the annotations one by one and sort them by image, in the order of the file within an image."""
-    records = _by_id(require(data, "annotations", list, f"{path}"), "annotation", f"{path}")
-    position = {image_id: i for i, image_id in enumerate(images)}
-    label_of = {category: k for k, category in enumerate(names, start=1)}
-    count = len(records)
-    owner, labels = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    boxes, area = np.zeros((count, 4)), np.zeros(count)
-    iscrowd, difficult = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
-    for i, (key, record) in enumerate(records.items()):
-        where = f"{path}: annotation id {key}"
-        image_id, category = require(record, "image_id", int, where), require(record, "category_id", int, where)
-        if image_id not in position:
-            raise DataError(f"{where}: image_id {image_id} is not among the images of the file")
-        if category not in label_of:
-            raise DataError(f"{where}: category_id {category} is not among the categories of the file")
-        owner[i], labels[i], boxes[i] = position[image_id], label_of[category], _read_box(record, where)
-        area[i] = _read_area(record, where)
-        iscrowd[i], difficult[i] = optional_flag(record, "iscrowd", where), optional_flag(record, "difficult", where)
-    order = np.argsort(owner, kind="stable")
-    sizes = [_read_size(image, f"{path}: image id {key}") for key, image in images.items()]
-    without_area = sum("area" not in record for record in records.values())
-    return Annotations(
-        root=path,
-        file_names=np.array([str(image.get("file_name", key)) for key, image in images.items()], dtype=np.str_),
-        image_ids=np.array(list(images), np.int64),
-        sizes=np.array(sizes, np.int32).reshape(-1, 2),
-        offsets=np.concatenate(([0], np.cumsum(np.bincount(owner, minlength=len(images))))).astype(np.int64),
-        boxes=boxes[order],
-        labels=labels[order],
-        iscrowd=iscrowd[order],
-        difficult=difficult[order],
-        area=area[order],
-        class_names=tuple(names.values()),
-        category_ids=tuple(names),
-        counts={"images read": len(images), "boxes read": count, "areas taken from boxes": without_area},
-    )
-
-
 def _read_box(record: dict[str, Any], where: str) -> tuple[float, float, float, float]:
     x, y, width, height = require_numbers(record, "bbox", 4, where)
     if width < 0 or height < 0:
         raise DataError(f"{where}: the field 'bbox' is {shorten(record['bbox'])}: expected width and height >= 0")
     return x, y, x + width, y + height
-
-
-def _read_area(record: dict[str, Any], where: str) -> float:
-    if "area" not in record:
-        return record["bbox"][2] * record["bbox"][3]
-    area = require(record, "area", float, where)
-    if area < 0:
-        raise DataError(f"{where}: the field 'area' is {area}: expected square pixels, 0 or more")
-    return area
-
-
-def _read_size(image: dict[str, Any], where: str) -> tuple[int, int]:
-    height, width = (require(image, side, int, where) if side in image else 0 for side in ("height", "width"))
-    return height, width

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.evaluation.coco import count, mean, per_class, precisions
+from detpipe.evaluation.matches import match
 from detpipe.evaluation.records import box_image_ids, check_annotations, check_detections, image_ranks, rank_in_run
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations, DetectionArrays
@@ -60,14 +61,15 @@ def evaluate_lvis(annotations: Annotations, detections: DetectionArrays, max_det
     forgiven = np.isin(
         _keys(annotations, detections.image_ids, detections.labels), _keys(annotations, *federation.not_exhaustive.T)
     )
-    counts = count(annotations, detections, [max_detections], forgiven)
+    matches = match(annotations, detections, max_detections=max_detections, forgiven=forgiven)
+    counts = count(matches, [max_detections])
     metrics: dict[str, Any] = precisions(counts)
     for letter, name in _FREQUENCIES.items():
         classes = np.array([frequency == letter for frequency in federation.frequencies], np.bool_)
         metrics[name] = mean(counts.precision[:, :, classes, 0])
     for area, name in enumerate(("AR", "ARs", "ARm", "ARl")):
         metrics[name] = mean(counts.recall[:, :, area, -1])
-    metrics["per_class"] = per_class(annotations, counts)
+    metrics["per_class"] = per_class(counts, annotations.class_names)
     return metrics
 
 

@@ -1,6 +1,6 @@
-"""Which detection found which object, by COCO's rules, for every IoU threshold and object size at once.
+"""Which detection found which object, by COCO's rules for every IoU threshold and object size at once, or by VOC's.
 
-Best score first, each detection of an image and class takes the free object that it overlaps most; of equal overlaps the
+COCO's: best score first, each detection of an image and class takes the free object that it overlaps most; of equal overlaps the
 later object. It takes an ignored object (a crowd region, a difficult object, one outside of the range of sizes) only where
 no other is left, and is then ignored itself, as is what finds nothing and lies outside of the range of sizes. A crowd region
 is never used up. Equal to what pycocotools computes image by image; here all images and classes take one step together.
@@ -13,18 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from detpipe.evaluation.pairs import Flags, Floats, Integers, Pairs, overlapping_pairs
 from detpipe.evaluation.records import (
-    box_image_ids,
     box_sizes,
     canonical_rows,
     check_annotations,
     check_detections,
     image_ranks,
+    object_ranks,
     rank_in_run,
 )
 from detpipe.types import Annotations, DetectionArrays
@@ -44,33 +45,45 @@ class Matches:
     """What was found, for each range of sizes and IoU threshold.
 
     Args:
+        annotations: the ground truth of I images with B objects.
         detections: the D detections that count, class by class, best score first.
-        images: ``[D]`` rank of the image of each.
-        labels: ``[B]`` in 1..K, of the objects, in the order of the annotations.
-        object_images: ``[B]`` rank of the image of each object.
         object_ignored: ``[A, B]`` objects that need not be found.
         objects: ``[A, T, D]`` row of the object that the detection took, or -1.
         ignored: ``[A, T, D]`` detections that are neither right nor wrong.
         areas: A names of ranges of sizes.
         thresholds: ``[T]`` IoU.
-        image_count: I.
-        num_classes: K.
     """
 
+    annotations: Annotations
     detections: DetectionArrays
-    images: Integers
-    labels: Integers
-    object_images: Integers
     object_ignored: Flags
     objects: npt.NDArray[np.int32]
     ignored: Flags
     areas: tuple[str, ...]
     thresholds: Floats
-    image_count: int
-    num_classes: int
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.detections.labels)
+
+    @property
+    def labels(self) -> Integers:
+        """``[B]`` in 1..K, of the objects."""
+        return self.annotations.labels
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.annotations.num_classes
+
+    @cached_property
+    def images(self) -> Integers:
+        """``[D]`` rank of the image of each detection."""
+        return image_ranks(self.annotations, self.detections.image_ids)
+
+    @cached_property
+    def object_images(self) -> Integers:
+        """``[B]`` rank of the image of each object."""
+        return object_ranks(self.annotations)
 
     def class_slice(self, label: int) -> slice:
         """Where the detections of a class lie; labels count from 1."""
@@ -133,36 +146,71 @@ def match(
     levels = np.asarray(thresholds, np.float64)
     if not len(levels) or not ((levels > 0) & (levels <= 1)).all():
         raise ValueError(f"IoU thresholds must be above 0 and at most 1, got {levels.tolist()}")
-    check_annotations(annotations)
-    check_detections(annotations, detections)
-    rows = canonical_rows(detections)
+    rows, ranks = _class_order(annotations, detections)
+    rows, ranks = rows[ranks < max_detections], ranks[ranks < max_detections]
     found = detections.take(rows)
-    group = image_ranks(annotations, found.image_ids) * (annotations.num_classes + 1) + found.labels
-    ranks = rank_in_run(group)
-    order = np.argsort(-found.scores, kind="stable")
-    order = order[np.argsort(found.labels[order], kind="stable")]
-    order = order[ranks[order] < max_detections]
-    found, group, ranks, rows = found.take(order), group[order], ranks[order], rows[order]
-    object_images = image_ranks(annotations, box_image_ids(annotations))
-    object_group = object_images * (annotations.num_classes + 1) + annotations.labels
-    least = min(float(levels.min()), _ALMOST_ONE)
-    pairs = overlapping_pairs(found.boxes, group, annotations.boxes, object_group, annotations.iscrowd, minimum=least)
+    pairs = _class_pairs(annotations, found, min(float(levels.min()), _ALMOST_ONE), annotations.iscrowd)
     ignored = ignored_objects(annotations, areas)
     objects = take_best(pairs, ranks, levels, annotations.iscrowd, ignored)
     pardoned = (objects < 0) & (np.False_ if forgiven is None else forgiven[rows])
-    return Matches(
-        detections=found,
-        images=image_ranks(annotations, found.image_ids),
-        labels=annotations.labels,
-        object_images=object_images,
-        object_ignored=ignored,
-        objects=objects,
-        ignored=_ignored_detections(objects, ignored, box_sizes(found.boxes).prod(axis=1), areas) | pardoned,
-        areas=tuple(areas),
-        thresholds=levels,
-        image_count=len(annotations),
-        num_classes=annotations.num_classes,
-    )
+    lost = _ignored_detections(objects, ignored, box_sizes(found.boxes).prod(axis=1), areas) | pardoned
+    return Matches(annotations, found, ignored, objects, lost, tuple(areas), levels)
+
+
+def match_voc(
+    annotations: Annotations, detections: DetectionArrays, iou_threshold: float = 0.5, strict: bool = False
+) -> Matches:
+    """Match by VOC's rules: a detection is compared with the one object of its class and image that it overlaps most.
+
+    If that object (the first of several) is difficult or a crowd region, the detection is ignored; if a better scored detection has
+    taken it, this one is a false positive, whatever else it overlaps.
+
+    Args:
+        annotations: the ground truth of I images.
+        detections: in pixels of the original images, in any order; all of them count.
+        iou_threshold: the overlap that makes a match, above 0, at most 1.
+        strict: a match must exceed the threshold instead of reaching it.
+
+    Returns:
+        The matches, of one range of sizes and one threshold.
+
+    Raises:
+        DataError: no images, or a fault in a record, which it names.
+    """
+    rows, _ = _class_order(annotations, detections)
+    found = detections.take(rows)
+    least = float(np.nextafter(iou_threshold, 2)) if strict else iou_threshold
+    pairs = _class_pairs(annotations, found, least, np.zeros(len(annotations.labels), np.bool_))
+    best = np.full(len(rows), -1, np.int32)
+    by_overlap = np.lexsort((-pairs.objects, pairs.iou, pairs.found))  # the last of each detection is its best
+    best[pairs.found[by_overlap]] = pairs.objects[by_overlap]
+    ignored = ignored_objects(annotations)
+    forgiven = np.append(ignored[0], False)[best]
+    rivals = np.flatnonzero((best >= 0) & ~forgiven)
+    rivals = rivals[np.argsort(best[rivals], kind="stable")]
+    best[rivals[rank_in_run(best[rivals].astype(np.int64)) > 0]] = -1
+    levels = np.array([iou_threshold])
+    return Matches(annotations, found, ignored, best[None, None], forgiven[None, None], ("all",), levels)
+
+
+def _class_order(annotations: Annotations, detections: DetectionArrays) -> tuple[Integers, Integers]:
+    """Check the records; rows of the detections, class by class, best score first, and their ranks in class and image: [D]."""
+    check_annotations(annotations)
+    check_detections(annotations, detections)
+    rows = canonical_rows(detections)
+    labels = detections.labels[rows]
+    ranks = rank_in_run(detections.image_ids[rows], labels)
+    order = np.argsort(-detections.scores[rows], kind="stable")
+    order = order[np.argsort(labels[order], kind="stable")]
+    return rows[order], ranks[order]
+
+
+def _class_pairs(annotations: Annotations, found: DetectionArrays, minimum: float, crowd: Flags) -> Pairs:
+    """Detections and objects of one class and image that overlap enough."""
+    classes = annotations.num_classes + 1
+    groups = image_ranks(annotations, found.image_ids) * classes + found.labels
+    object_groups = object_ranks(annotations) * classes + annotations.labels
+    return overlapping_pairs(found.boxes, groups, annotations.boxes, object_groups, crowd, minimum)
 
 
 def ignored_objects(annotations: Annotations, areas: Sequence[str] = ("all",)) -> Flags:

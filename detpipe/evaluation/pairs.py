@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-_BLOCK = 1 << 20  # pairs that are looked at together, so that memory stays small whatever the groups' size
+_BLOCK = 1 << 17  # pairs that are looked at together, so that memory stays small whatever the groups' size
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def overlapping_pairs(
         starts = np.cumsum(counts[rows]) - counts[rows]
         within = np.arange(len(pair_rows)) - np.repeat(starts, counts[rows])
         pair_objects = order[first[pair_rows] + within]
-        iou = _intersection_over_union(found_rects[pair_rows], object_rects[pair_objects], crowd[pair_objects])
+        iou = _intersection_over_union(found_rects[:, pair_rows], object_rects[:, pair_objects], crowd[pair_objects])
         keep = iou >= minimum
         parts.append((pair_rows[keep], pair_objects[keep], iou[keep]))
     if not parts:
@@ -85,13 +85,13 @@ def _blocks(counts: Integers) -> Iterator[Integers]:
 
 
 def _rectangles(boxes: Floats) -> Floats:
-    """``[N, 5]``: x1, y1, and x2, y2, area from the widths that a file gave, as COCO's evaluators compute them."""
+    """``[5, N]``: x1, y1, and x2, y2, area from the widths that a file gave, as COCO's evaluators compute them."""
     sizes = box_sizes(boxes)
-    return np.concatenate((boxes[:, :2], boxes[:, :2] + sizes, sizes.prod(axis=1, keepdims=True)), axis=1)
+    return np.concatenate((boxes[:, :2], boxes[:, :2] + sizes, sizes.prod(axis=1, keepdims=True)), axis=1).T.copy()
 
 
 def _intersection_over_union(one: Floats, other: Floats, crowd: Flags) -> Floats:
-    size = np.minimum(one[:, 2:4], other[:, 2:4]) - np.maximum(one[:, :2], other[:, :2])
-    shared = size.clip(min=0).prod(axis=1)
-    union = np.where(crowd, one[:, 4], one[:, 4] + other[:, 4] - shared)
+    size = np.minimum(one[2:4], other[2:4]) - np.maximum(one[:2], other[:2])
+    shared = size.clip(min=0).prod(axis=0)
+    union = np.where(crowd, one[4], one[4] + other[4] - shared)
     return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)

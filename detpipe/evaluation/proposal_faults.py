@@ -7,12 +7,15 @@ Correct boxes, good or weak, must fail all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.evaluation.proposal_recall import Floats, boxes_of, counted, evaluate_recall, overlap
+from detpipe.evaluation.matches import ignored_objects
+from detpipe.evaluation.pairs import Floats, overlapping_pairs
+from detpipe.evaluation.proposal_recall import boxes_of, evaluate_recall
 from detpipe.types import Annotations
 
 Proposals = Mapping[int, npt.NDArray[np.floating]]
@@ -76,12 +79,14 @@ def likely_faults(annotations: Annotations, proposals: Proposals, images: int = 
         One sentence for each mistake that the boxes look like, with the recall as it is and without the mistake, the likeliest
         first; empty where they look right.
     """
-    rows = [row for row in range(len(annotations)) if len(counted(annotations, row))]
+    wanted = ~ignored_objects(annotations)[0]
+    places = [np.flatnonzero(wanted[start:end]) + start for start, end in pairwise(annotations.offsets.tolist())]
+    rows = [row for row, place in enumerate(places) if len(place)]
     if len(rows) > images:
         rows = [rows[index] for index in np.linspace(0, len(rows) - 1, images).astype(int)]
     sample = _Sample(
         [boxes_of(annotations, row, proposals)[:MOST_BOXES] for row in rows],
-        [annotations.boxes[counted(annotations, row)] for row in rows],
+        [annotations.boxes[places[row]] for row in rows],
         [(float(annotations.sizes[row, 1]), float(annotations.sizes[row, 0])) for row in rows],
     )
     if not sum(map(len, sample.boxes)):
@@ -232,8 +237,7 @@ def _other_images(sample: _Sample, before: float, explained: bool) -> list[str]:
 
 def _recall(sample: _Sample, boxes: list[Floats]) -> float:
     """Part of the objects that some box overlaps by half."""
-    hits = [
-        overlap(some, objects).max(axis=0, initial=0) >= 0.5
-        for some, objects in zip(boxes, sample.objects, strict=True)
-    ]
-    return float(np.concatenate(hits).mean())
+    groups, owners = (np.repeat(np.arange(len(some)), list(map(len, some))) for some in (boxes, sample.objects))
+    objects, crowd = np.concatenate(sample.objects), np.zeros(len(owners), np.bool_)
+    pairs = overlapping_pairs(np.concatenate(boxes), groups, objects, owners, crowd, minimum=0.5)
+    return len(np.unique(pairs.objects)) / len(objects)

@@ -1,20 +1,17 @@
 """How many objects proposals find: recall, average recall, and best overlap.
 
-Matching is COCO's, for proposals without classes: in their order, each takes the free object that it overlaps most, if by
-enough (Lin et al., "Microsoft COCO", 2014; average recall as in Hosang et al., "What Makes for Effective Detection Proposals?",
-2015). Equal to pycocotools with ``useCats=0``. Average best overlap: Uijlings et al., "Selective Search", 2013, section 5.
+Matching is COCO's (:mod:`detpipe.evaluation.matches`), for proposals without classes, best first (Lin et al., "Microsoft COCO",
+2014; average recall as in Hosang et al., "What Makes for Effective Detection Proposals?", 2015). Equal to pycocotools
+with ``useCats=0``. Average best overlap: Uijlings et al., "Selective Search", 2013, section 5.
 
 Crowd regions and objects that are marked as difficult are not counted.
 
 Shapes: T thresholds, A size ranges, P proposals and G objects of an image, O objects of the data set, V numbers of boxes.
-
-People read it as a table, and as a picture.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,17 +19,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.support.errors import DataError, UsageError
-from detpipe.support.files import atomic_write
+from detpipe.evaluation.matches import AREAS, IOU_THRESHOLDS, ignored_objects, take_best
+from detpipe.evaluation.pairs import Floats, Pairs, overlapping_pairs
+from detpipe.evaluation.table import aligned, plain
+from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-
 MAX_BOXES = (10, 30, 100, 300, 1000, 2000)
-IOUS = np.linspace(0.5, 0.95, 10)
-SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}  # square pixels, both ends in
-_NEVER = np.iinfo(np.int64).max
+IOUS = IOU_THRESHOLDS
+SIZES = tuple(AREAS)[1:]
+_NEVER = np.iinfo(np.int32).max
+_IMAGES = 128  # that are matched together
 
 
 @dataclass(frozen=True)
@@ -67,26 +64,28 @@ class ProposalRecall:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it; NaN becomes None."""
-        return {
-            "images": self.num_images,
-            "objects": self.num_objects,
-            "boxes_per_image": self.boxes_per_image,
-            "ious": self.ious.round(2).tolist(),
-            "max_boxes": list(self.max_boxes),
-            "recall": _plain(self.recall),
-            "average_recall": _plain(self.average_recall),
-            "average_recall_by_size": {name: _plain(rows.mean(axis=0)) for name, rows in self.recall_by_size.items()},
-            "average_best_overlap": _plain(self.best_overlap),
-            "mean_average_best_overlap": _plain(self.mean_best_overlap),
-            "by_class": {
-                name: {
-                    "recall_50": _plain(rows[0]),
-                    "average_recall": _plain(rows.mean(axis=0)),
-                    "average_best_overlap": _plain(self.best_overlap_by_class[name]),
-                }
-                for name, rows in self.recall_by_class.items()
-            },
-        }
+        return plain(
+            {
+                "images": self.num_images,
+                "objects": self.num_objects,
+                "boxes_per_image": self.boxes_per_image,
+                "ious": self.ious.round(2),
+                "max_boxes": self.max_boxes,
+                "recall": self.recall,
+                "average_recall": self.average_recall,
+                "average_recall_by_size": {name: rows.mean(axis=0) for name, rows in self.recall_by_size.items()},
+                "average_best_overlap": self.best_overlap,
+                "mean_average_best_overlap": self.mean_best_overlap,
+                "by_class": {
+                    name: {
+                        "recall_50": rows[0],
+                        "average_recall": rows.mean(axis=0),
+                        "average_best_overlap": self.best_overlap_by_class[name],
+                    }
+                    for name, rows in self.recall_by_class.items()
+                },
+            }
+        )
 
 
 def evaluate_recall(
@@ -112,37 +111,70 @@ def evaluate_recall(
     """
     if not max_boxes or list(max_boxes) != sorted(set(max_boxes)) or max_boxes[0] < 1:
         raise ValueError(f"max_boxes must be positive and ascending, got {list(max_boxes)}")
-    ranks: dict[str, list[Ints]] = {name: [] for name in ("all", *SIZES)}
-    overlaps: list[Floats] = []
-    labels: list[Ints] = []
-    boxes_in_all = 0
+    ranks = [np.zeros((len(AREAS), len(IOUS), 0), np.int32)]
+    overlaps = [np.zeros((len(max_boxes), 0))]
+    boxes_in_all, part = 0, list[Floats]()
     for row in range(len(annotations)):
         boxes = boxes_of(annotations, row, proposals)
-        rows = counted(annotations, row)
-        objects, area = annotations.boxes[rows], annotations.area[rows]
         boxes_in_all += len(boxes)
-        iou = overlap(boxes[: max_boxes[-1]], objects)
-        ranks["all"].append(match(iou))
-        for name, (low, high) in SIZES.items():
-            ranks[name].append(match(iou[:, (area >= low) & (area <= high)]))
-        overlaps.append(np.stack([iou[:count].max(axis=0, initial=0.0) for count in max_boxes]))
-        labels.append(annotations.labels[rows])
+        part.append(boxes[: max_boxes[-1]])
+        if len(part) == _IMAGES or row + 1 == len(annotations):
+            found = _find(annotations.subset(np.arange(row + 1 - len(part), row + 1)), part, max_boxes)
+            ranks.append(found[0])
+            overlaps.append(found[1])
+            part = []
         if progress is not None:
             progress(row + 1, len(annotations))
-    rank, best, label = _join(ranks["all"], len(IOUS)), _join(overlaps, len(max_boxes)), _join(labels)
-    of_class = {name: label == number for number, name in enumerate(annotations.class_names, start=1)}
+    rank, best, ignored = (
+        np.concatenate(ranks, axis=2),
+        np.concatenate(overlaps, axis=1),
+        ignored_objects(annotations, tuple(AREAS)),
+    )
+    counted = ~ignored[0]
+    of_class = {
+        name: counted & (annotations.labels == label) for label, name in enumerate(annotations.class_names, start=1)
+    }
     return ProposalRecall(
         ious=IOUS,
         max_boxes=tuple(max_boxes),
-        recall=_recall(rank, max_boxes),
-        recall_by_size={name: _recall(_join(ranks[name], len(IOUS)), max_boxes) for name in SIZES},
-        recall_by_class={name: _recall(rank[:, chosen], max_boxes) for name, chosen in of_class.items()},
-        best_overlap=_mean(best),
+        recall=_recall(rank[0][:, counted], max_boxes),
+        recall_by_size={
+            name: _recall(rank[area][:, ~ignored[area]], max_boxes) for area, name in enumerate(AREAS) if area
+        },
+        recall_by_class={name: _recall(rank[0][:, chosen], max_boxes) for name, chosen in of_class.items()},
+        best_overlap=_mean(best[:, counted]),
         best_overlap_by_class={name: _mean(best[:, chosen]) for name, chosen in of_class.items()},
         num_images=len(annotations),
-        num_objects=len(label),
+        num_objects=int(counted.sum()),
         boxes_per_image=boxes_in_all / max(1, len(annotations)),
     )
+
+
+def _find(
+    annotations: Annotations, boxes: list[Floats], max_boxes: Sequence[int]
+) -> tuple[npt.NDArray[np.int32], Floats]:
+    """Match the boxes of some images; a cut of the boxes cuts the matches, so that one pass serves every number of them.
+
+    Returns:
+        ``[A, T, B]`` the place of the box that took an object, a very large number where none did; ``[V, B]`` best overlaps.
+    """
+    counts, objects = [len(part) for part in boxes], len(annotations.boxes)
+    images = np.repeat(np.arange(len(boxes)), counts)
+    owners = np.repeat(np.arange(len(boxes)), np.diff(annotations.offsets))
+    crowd = annotations.iscrowd
+    pairs = overlapping_pairs(np.concatenate(boxes), images, annotations.boxes, owners, crowd, np.finfo(float).tiny)
+    places = np.concatenate([np.arange(count) for count in counts])
+    close = pairs.iou >= IOUS[0]
+    strong = Pairs(pairs.found[close], pairs.objects[close], pairs.iou[close])
+    taken = take_best(strong, places, IOUS, crowd, ignored_objects(annotations, tuple(AREAS)))
+    ranks = np.full((*taken.shape[:2], objects), _NEVER, np.int32)
+    area, level, box = np.nonzero(taken >= 0)
+    ranks[area, level, taken[area, level, box]] = places[box]
+    best = np.zeros((len(max_boxes), objects))
+    for row, most in enumerate(max_boxes):
+        kept = places[pairs.found] < most
+        np.maximum.at(best[row], pairs.objects[kept], pairs.iou[kept])
+    return ranks, best
 
 
 def boxes_of(annotations: Annotations, row: int, proposals: Mapping[int, npt.NDArray[np.floating]]) -> Floats:
@@ -157,74 +189,13 @@ def boxes_of(annotations: Annotations, row: int, proposals: Mapping[int, npt.NDA
     return boxes
 
 
-def counted(annotations: Annotations, row: int) -> Ints:
-    """Return which rows of the boxes are objects of an image that count: neither crowd nor difficult."""
-    rows = np.arange(annotations.offsets[row], annotations.offsets[row + 1])
-    return rows[~(annotations.iscrowd[rows] | annotations.difficult[rows])]
-
-
-def overlap(boxes: Floats, objects: Floats) -> Floats:
-    """Compute the intersection over union of ``[P, 4]`` and ``[G, 4]``, rounded as pycocotools does: ``[P, G]``."""
-    # from x, y, width and height, as there
-    start, end = boxes[:, None, :2], (boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]))[:, None]
-    other_start, other_end = objects[:, :2], objects[:, :2] + (objects[:, 2:] - objects[:, :2])
-    sides = np.maximum(np.minimum(end, other_end) - np.maximum(start, other_start), 0)
-    shared = sides[..., 0] * sides[..., 1]
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)[:, None]
-    both = area + (objects[:, 2:] - objects[:, :2]).prod(axis=1) - shared
-    return np.divide(shared, both, out=np.zeros_like(shared), where=both > 0)
-
-
-def match(iou: Floats) -> Ints:
-    """Match proposals with objects at every threshold.
-
-    A cut of the proposals cuts the matches, so that one pass serves every number of boxes.
-
-    Args:
-        iou: ``[P, G]`` of an image, best proposals first.
-
-    Returns:
-        ``[T, G]`` the place of the proposal that took an object, a very large number for an object that none took.
-
-    Example:
-        >>> match(np.array([[0.6, 0.7], [0.6, 0.0]]))[0].tolist()
-        [1, 0]
-    """
-    places = np.full((len(IOUS), iou.shape[1]), _NEVER)
-    thresholds = np.minimum(IOUS, 1 - 1e-10)[:, None]
-    for proposal in np.flatnonzero((iou >= thresholds[0]).any(axis=1)):
-        fits = (places == _NEVER) & (iou[proposal] >= thresholds)
-        # of equal overlaps the last object, as in pycocotools
-        chosen = iou.shape[1] - 1 - np.where(fits, iou[proposal], -1.0)[:, ::-1].argmax(axis=1)
-        taken = np.flatnonzero(fits.any(axis=1))
-        places[taken, chosen[taken]] = proposal
-    return places
-
-
-def _join(parts: list[Any], rows: int | None = None) -> Any:
-    """Put what belongs to the objects of all images side by side: ``[rows, O]``, or ``[O]``."""
-    empty = np.zeros(0 if rows is None else (rows, 0), np.int64)
-    return np.concatenate([empty, *parts], axis=-1)
-
-
-def _recall(rank: Ints, max_boxes: Sequence[int]) -> Floats:
+def _recall(rank: npt.NDArray[np.int32], max_boxes: Sequence[int]) -> Floats:
     """``[T, O]`` -> ``[T, V]``."""
-    if not rank.shape[1]:
-        return np.full((len(rank), len(max_boxes)), np.nan)
-    return np.stack([(rank < count).mean(axis=1) for count in max_boxes], axis=1)
+    return np.stack([_mean(rank < count) for count in max_boxes], axis=1)
 
 
-def _mean(best: Floats) -> Floats:
+def _mean(best: npt.NDArray[Any]) -> Floats:
     return best.mean(axis=1) if best.shape[1] else np.full(len(best), np.nan)
-
-
-def _plain(values: Floats) -> Any:
-    if values.ndim > 1:
-        return [_plain(row) for row in values]
-    return [None if math.isnan(value) else value for value in values.tolist()]
-
-
-COLORS = ("#2f6fde", "#e4572e", "#2ca25f", "#8e5bc9", "#d99a1c", "#4fb3bf", "#c2457e", "#6b6b6b")
 
 
 def recall_table(reports: Mapping[str, ProposalRecall], markdown: bool = False) -> str:
@@ -248,7 +219,7 @@ def recall_table(reports: Mapping[str, ProposalRecall], markdown: bool = False) 
         values += [by_size[:, -1].mean() for by_size in report.recall_by_size.values()]
         values += [report.best_overlap[-1], report.mean_best_overlap[-1]]
         rows.append([name, f"{report.boxes_per_image:.0f}", *map(_number, values)])
-    return _markdown(rows) if markdown else _aligned(rows)
+    return aligned(rows, markdown)
 
 
 def class_table(report: ProposalRecall, most: int = 20) -> str:
@@ -269,73 +240,8 @@ def class_table(report: ProposalRecall, most: int = 20) -> str:
         values = of_class[0, -1], of_class[:, -1].mean(), report.best_overlap_by_class[name][-1]
         rows.append([name, *map(_number, values)])
     left = f"\n... and {len(found) - most} classes more" if len(found) > most else ""
-    return _aligned(rows) + left
-
-
-def plot_recall(reports: Mapping[str, ProposalRecall], out: str | os.PathLike[str], title: str = "") -> None:
-    """Plot recall against IoU, and against the number of boxes, for all sources in one PNG.
-
-    Args:
-        reports: name of the source -> its recall, all with the same numbers of boxes.
-        out: the PNG, written so that it is complete when it is visible.
-        title: such as the name of the data.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("matplotlib, which draws curves, is not installed: pip install 'detpipe[train]'") from error
-    figure = Figure(figsize=(14.5, 4.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    by_iou, by_count, average = figure.subplots(1, 3)
-    most = next(iter(reports.values())).max_boxes[-1]
-    for index, (name, report) in enumerate(reports.items()):
-        style = {
-            "color": COLORS[index % len(COLORS)],
-            "marker": "os^Dv<>P"[index % 8],
-            "markersize": 4,
-            "linewidth": 1.6,
-        }
-        by_iou.plot(report.ious, report.recall[:, -1], label=name, **style)
-        by_count.plot(report.max_boxes, report.recall[0], label=name, **style)
-        average.plot(report.max_boxes, report.average_recall, label=name, **style)
-    by_iou.set_title(f"recall with {most} boxes", loc="left")
-    by_iou.set_xlabel("IoU that counts as found")
-    by_count.set_title("recall at IoU .5", loc="left")
-    average.set_title("average recall, IoU .5 to .95", loc="left")
-    for axes in (by_count, average):
-        axes.set_xscale("log")
-        axes.set_xticks(report.max_boxes, [str(count) for count in report.max_boxes])
-        axes.minorticks_off()
-        axes.set_xlabel("boxes an image")
-    for axes in (by_iou, by_count, average):
-        axes.set_ylim(0, 1)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*by_iou.get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside right center")
-    with atomic_write(out) as temporary:
-        figure.savefig(temporary, format="png")
+    return aligned(rows) + left
 
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}".removeprefix("0")
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, f"| --- |{' ---: |' * (len(rows[0]) - 1)}")
-    return "\n".join(lines)

@@ -84,6 +84,11 @@ def box_image_ids(annotations: Annotations) -> npt.NDArray[np.int64]:
     return np.repeat(annotations.image_ids, np.diff(annotations.offsets))
 
 
+def object_ranks(annotations: Annotations) -> npt.NDArray[np.int64]:
+    """Return ``[B]``, the number of the image that each box of the ground truth lies in, see :func:`image_ranks`."""
+    return image_ranks(annotations, box_image_ids(annotations))
+
+
 def box_sizes(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Recover the width and height that a file gave.
 

@@ -1,9 +1,12 @@
-"""Metrics as plain text for a terminal or a log."""
+"""Numbers for a terminal, a log or a page: metrics and other tables as text, and what JSON can hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from detpipe.evaluation.protocols import PROTOCOLS
 from detpipe.support.terminal import printable
@@ -97,3 +100,29 @@ def _columns(per_class: Mapping[str, float]) -> list[str]:
     columns = max(1, min(len(cells), (_WIDTH + 3) // (longest + 10)))
     height = -(-len(cells) // columns)
     return ["   ".join(cells[row::height]) for row in range(height)]
+
+
+def aligned(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
+    """Lay out rows of cells, the first the head: the first column left-aligned, the others right-aligned; or as Markdown."""
+    if markdown:
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([lines[0], f"| --- |{' ---: |' * (len(rows[0]) - 1)}", *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in rows
+    ]
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
+
+
+def plain(value: Any) -> Any:
+    """Turn what numpy holds into what JSON can hold; NaN and infinities become None."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

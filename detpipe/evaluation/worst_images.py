@@ -14,8 +14,6 @@ from detpipe.evaluation.error_types import FALSE_POSITIVES, Errors
 from detpipe.evaluation.matches import Matches
 from detpipe.evaluation.pairs import Floats, Integers
 from detpipe.evaluation.precision_recall import average_precision, class_counts
-from detpipe.evaluation.records import image_ranks
-from detpipe.types import Annotations
 
 _BLOCK = 1 << 21  # images times true positives that are looked at together
 
@@ -51,14 +49,11 @@ class ImageOutcome:
     found_states: tuple[str, ...]
 
 
-def worst_images(
-    annotations: Annotations, matches: Matches, errors: Errors, score: float, count: int
-) -> list[ImageOutcome]:
+def worst_images(matches: Matches, errors: Errors, score: float, count: int) -> list[ImageOutcome]:
     """Choose the images that cost most AP50.
 
     Args:
-        annotations: the ground truth.
-        matches: of it, at an IoU of 0.5.
+        matches: of which the first threshold is an IoU of 0.5.
         errors: of the matches.
         score: detections below it are not listed, and find nothing.
         count: at most so many images; those that cost nothing are left out.
@@ -67,19 +62,17 @@ def worst_images(
         The outcomes, most costly first.
     """
     costs = image_costs(matches)
-    row_of_rank = np.empty(len(annotations), np.int64)
-    row_of_rank[image_ranks(annotations, annotations.image_ids)] = np.arange(len(annotations))
+    row_of_rank = np.argsort(matches.annotations.image_ids)
     order = np.argsort(-costs, kind="stable")[:count]
     return [
-        _outcome(annotations, matches, errors, score, rank, int(row_of_rank[rank]), float(costs[rank]))
+        _outcome(matches, errors, score, rank, int(row_of_rank[rank]), float(costs[rank]))
         for rank in order.tolist()
         if costs[rank] > 0
     ]
 
 
-def _outcome(
-    annotations: Annotations, matches: Matches, errors: Errors, score: float, rank: int, row: int, cost: float
-) -> ImageOutcome:
+def _outcome(matches: Matches, errors: Errors, score: float, rank: int, row: int, cost: float) -> ImageOutcome:
+    annotations = matches.annotations
     kept = matches.detections.scores >= score
     rows = np.flatnonzero(kept & (matches.images == rank))
     rows = rows[np.argsort(-matches.detections.scores[rows], kind="stable")]
@@ -116,7 +109,7 @@ def image_costs(matches: Matches, threshold: int = 0) -> Floats:
         objects were found with the best score of all, less the mean AP as it is. 0 or more.
     """
     objects = matches.object_counts()
-    gains = np.zeros(matches.image_count)
+    gains = np.zeros(len(matches.annotations))
     false, missed = matches.false(0, threshold), matches.missed(0, threshold)
     for label in (np.flatnonzero(objects) + 1).tolist():
         rows = matches.class_slice(label)

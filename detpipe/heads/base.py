@@ -7,37 +7,54 @@ glimpses of a RoI, M points of the outline of one, D detections of an image.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detpipe import boxes as box_ops
 from detpipe import matching
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
-from detpipe.stages import Losses, RoIHead
+from detpipe.stages import Losses, RoIHead, check_tensor
 from detpipe.types import Detection, Features, GlimpsedDetection, Target
 
-ROIS_PER_PASS = 4096  # at inference; bounds the memory of pooled features
+ROIS_PER_PASS = 4096  # of :func:`in_parts`; bounds the memory of pooled features
+Results = TypeVar("Results")
 
 
 class Found(NamedTuple):
     """What a head says about boxes."""
 
-    scores: Tensor  # [N, P, K] in 0..1
+    scores: Tensor  # [N, P, K] in 0..1, of the foreground classes
     boxes: Tensor  # [N, P, B, 4] xyxy
-    glimpses: Tensor  # [N, P, T, M, 2] (x, y): outlines of where it looked beside the proposal, in order; T may be 0
+    # [N, P, T, M, 2] (x, y): outlines of where it looked beside the proposal, in order; None for a head that looks nowhere else
+    glimpses: Tensor | None = None
+
+    @classmethod
+    def of(cls, logits: Tensor, deltas: Tensor, boxes: Tensor, glimpses: Tensor | None = None) -> Found:
+        """Turn outputs of a network into scores and boxes, in float32.
+
+        Args:
+            logits: ``[N, P, K + 1]``, the background first.
+            deltas: ``[N, P, B, 4]``.
+            boxes: ``[N, P, 4]`` xyxy, what the deltas refine.
+            glimpses: where the head looked.
+        """
+        refined = box_ops.decode(deltas.float(), boxes[:, :, None].float())
+        return cls(F.softmax(logits.float(), dim=-1)[..., 1:], refined, glimpses)
 
 
 class ProposalHead(RoIHead, ABC):
     """A head that is trained on sampled proposals, and classifies and refines all of them to detect.
 
+    A subclass has :meth:`losses` and :meth:`detect`; :mod:`detpipe.heads.toolkit` has what they are written with.
+
     Args:
         num_classes: K, foreground classes; there is one output more for the background.
         strides: image pixels a cell of each level that the pooler shall use.
-        fc: widths of the shared fully connected layers.
         sampler: which RoIs are trained on.
         postprocess: what becomes a detection.
 
@@ -46,22 +63,20 @@ class ProposalHead(RoIHead, ABC):
             from and where the head looked; False unless set.
 
     Raises:
-        ValueError: ``num_classes`` below 1, no layer in ``fc``, or no level in ``strides``.
+        ValueError: ``num_classes`` below 1, or no level in ``strides``.
     """
 
     def __init__(
         self,
         num_classes: int,
         strides: dict[str, int],
-        fc: Sequence[int],
-        sampler: RoISampler,
-        postprocess: Postprocess,
+        sampler: RoISampler = RoISampler(),  # noqa: B008 (frozen)
+        postprocess: Postprocess = Postprocess(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        if num_classes < 1 or not fc or min(fc) < 1 or not strides:
+        if num_classes < 1 or not strides:
             raise ValueError(
-                f"expected num_classes >= 1, at least one layer in fc and one level in strides; got {num_classes=}, "
-                f"{fc=}, {strides=}"
+                f"expected num_classes >= 1 and at least one level in strides; got {num_classes=}, {strides=}"
             )
         self.num_classes, self.strides = num_classes, dict(strides)
         self.sampler, self.postprocess = sampler, postprocess
@@ -71,11 +86,35 @@ class ProposalHead(RoIHead, ABC):
     def losses(
         self, features: Features, rois: RoITargets, image_sizes: list[tuple[int, int]], targets: list[Target]
     ) -> Losses:
-        """Compute the losses on sampled RoIs; names other than ``loss_*`` are numbers to log, without gradient."""
+        """Compute the losses on sampled RoIs.
+
+        Args:
+            features: level name -> ``[N, C, H_l, W_l]``.
+            rois: S RoIs of each image; where ``rois.valid`` is False, a unit box stands in that must not count.
+            image_sizes: height and width of each image inside the padded batch.
+            targets: N targets.
+
+        Returns:
+            Scalars: those named ``loss_*`` are trained on, others are numbers to log, without gradient.
+        """
 
     @abstractmethod
-    def detect(self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]]) -> Found:
-        """Classify and refine boxes ``[N, P, 4]``, which are finite and have an area."""
+    def detect(self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]], valid: Tensor) -> Found:
+        """Classify and refine boxes.
+
+        All boxes of an image come in one call, so that they may look at each other; :func:`in_parts` keeps the memory of what
+        is pooled for each box bounded.
+
+        Args:
+            features: level name -> ``[N, C, H_l, W_l]``.
+            boxes: ``[N, P, 4]`` xyxy in pixels of the batch, finite and with an area.
+            image_sizes: height and width of each image inside the padded batch.
+            valid: ``[N, P]`` bool, False where a unit box stands in, since an image has fewer than P. What is said about it is
+                dropped; what is said about others must not depend on it. An image may have no valid box.
+
+        Returns:
+            Scores and boxes for all P.
+        """
 
     def forward(
         self,
@@ -96,7 +135,7 @@ class ProposalHead(RoIHead, ABC):
             In training ``[]`` and the losses; else N detections and ``{}``.
 
         Raises:
-            ValueError: training without targets.
+            ValueError: training without targets, or a subclass found what has another shape than :class:`Found` says.
         """
         if self.training:
             if targets is None:
@@ -105,21 +144,55 @@ class ProposalHead(RoIHead, ABC):
         boxes, present = matching.pad(proposals)
         valid = present & box_ops.valid(boxes)
         boxes = box_ops.fill(boxes, valid)
-        found = self._detect_in_parts(features, boxes, image_sizes)
+        found = self.detect(features, boxes, image_sizes, valid)
+        self._check(found, *valid.shape)
         detections, rows = self.postprocess.select(found.scores, found.boxes, valid, image_sizes)
         if not self.return_glimpses:
             return detections, {}
+        glimpses = boxes.new_zeros((*valid.shape, 0, 4, 2)) if found.glimpses is None else found.glimpses
         glimpsed = [
-            GlimpsedDetection(**detection, proposals=boxes[image, kept], glimpses=found.glimpses[image, kept])
+            GlimpsedDetection(**detection, proposals=boxes[image, kept], glimpses=glimpses[image, kept])
             for image, (detection, kept) in enumerate(zip(detections, rows, strict=True))
         ]
         return list[Detection](glimpsed), {}
 
-    def _detect_in_parts(self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]]) -> Found:
-        """Detect, a bounded number of RoIs at a time."""
-        size = max(1, ROIS_PER_PASS // len(boxes))
-        parts = [self.detect(features, part, image_sizes) for part in boxes.split(size, dim=1)]
-        return Found(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
+    def _check(self, found: object, images: int, proposals: int) -> None:
+        if not isinstance(found, Found):
+            raise ValueError(
+                f"{type(self).__name__}.detect must return Found(scores, boxes), got {type(found).__name__}"
+            )
+        where, classes = f"{type(self).__name__}.detect", self.num_classes
+        check_tensor(where, "scores", found.scores, "N, P, K", (images, proposals, classes))
+        count = 1 if getattr(found.boxes, "shape", ())[2:3] == (1,) else classes
+        check_tensor(where, "boxes", found.boxes, "N, P, K or 1, 4", (images, proposals, count, 4))
+
+
+def in_parts(function: Callable[[Tensor], Results], boxes: Tensor) -> Results:
+    """Call a function on boxes, a bounded number at a time: what it keeps of one part, it need not keep of all.
+
+    Args:
+        function: ``[N, p, 4]`` -> a tensor ``[N, p, ...]``, or a tuple of such and None; what it says about a box must not depend
+            on the others.
+        boxes: ``[N, P, 4]``.
+
+    Returns:
+        As the function does, for all P.
+
+    Example:
+        >>> in_parts(lambda part: part.sum(-1), torch.ones(2, 3, 4)).shape
+        torch.Size([2, 3])
+    """
+    size = max(1, ROIS_PER_PASS // max(1, len(boxes)))
+    parts = [function(part) for part in boxes.split(size, dim=1)]
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    first = parts[0]
+    if first is None or isinstance(first, Tensor):
+        return None if first is None else torch.cat(list(parts), dim=1)
+    joined = [_joined(values) for values in zip(*parts, strict=True)]
+    return type(first)(*joined) if hasattr(first, "_fields") else tuple(joined)
 
 
 def outlines(boxes: Tensor) -> Tensor:

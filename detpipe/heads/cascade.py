@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 
 from detpipe import boxes as box_ops
 from detpipe.boxes import DELTA_WEIGHTS, DeltaWeights
-from detpipe.heads.base import Found, ProposalHead, outlines
-from detpipe.heads.layers import hidden_layers, output_layers
+from detpipe.heads.base import Found, ProposalHead, in_parts, outlines
+from detpipe.heads.layers import box_outputs, hidden_layers, output_layers
 from detpipe.heads.objective import box_losses
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
@@ -94,7 +95,7 @@ class CascadeHead(ProposalHead):
         sampler: RoISampler = RoISampler(),  # noqa: B008 (frozen)
         postprocess: Postprocess = Postprocess(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(num_classes, strides, fc, sampler, postprocess)
+        super().__init__(num_classes, strides, sampler, postprocess)
         self.pooler = RoIAlign(7) if pooler is None else pooler
         self.later = later
         height, width = self.pooler.output_size
@@ -118,8 +119,13 @@ class CascadeHead(ProposalHead):
                 rois = self.sampler.rematch(boxes, rois.valid, targets, self.later.ious[index])
         return losses
 
-    def detect(self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]]) -> Found:
+    def detect(
+        self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]], valid: Tensor | None = None
+    ) -> Found:
         """Classify and refine boxes ``[N, P, 4]``; the glimpses are the boxes that later stages start from."""
+        return in_parts(partial(self._detect, features, image_sizes), boxes)
+
+    def _detect(self, features: Features, image_sizes: list[tuple[int, int]], boxes: Tensor) -> Found:
         scores, seen = [], []
         for index, stage in enumerate(self._stages()):
             if index:
@@ -155,9 +161,8 @@ class Stage(nn.Module):
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """``[N, P, C, h, w]`` -> logits ``[N, P, K + 1]`` and deltas ``[N, P, 1, 4]``."""
-        hidden = self.shared(pooled.flatten(0, 1))
-        logits, deltas = self.classifier(hidden), self.regressor(hidden)
-        return logits.unflatten(0, pooled.shape[:2]), deltas.unflatten(0, pooled.shape[:2])[:, :, None]
+        hidden = self.shared(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2])
+        return box_outputs(self.classifier, self.regressor, hidden)
 
 
 def _scaled(factor: float) -> DeltaWeights:

@@ -27,7 +27,7 @@ from detpipe import boxes as box_ops
 from detpipe.heads.objective import box_losses, of_label
 from detpipe.heads.sampling import RoITargets
 from detpipe.stages import Losses
-from detpipe.support.processes import common_count, common_mean
+from detpipe.support.processes import count_per_rank, mean_over_ranks
 
 Baseline = Literal["roi", "batch", "none"]
 BackgroundReward = Literal["none", "probability"]
@@ -249,7 +249,7 @@ class Reinforce(GlimpseEstimator):
         """
         means, actions, counted = means.float(), actions.detach().float(), counts.float()
         returns = returns.detach().float() * counted
-        rois = common_count(counted.sum())
+        rois = count_per_rank(counted.sum())
         advantages = self._advantages(returns, counted)
         score = (actions - means) / self.sigma**2
         log_probability = -(actions - means).square().sum((-1, -2)) / (2 * self.sigma**2)
@@ -264,9 +264,9 @@ class Reinforce(GlimpseEstimator):
         if self.baseline == "roi":  # the mean of the others: r_i - (sum - r_i) / (n - 1)
             returns = (returns - returns.mean(0)) * (self.episodes / (self.episodes - 1))
         elif self.baseline == "batch":
-            returns = (returns - common_mean(returns.mean(0).sum(), counted.sum())) * counted
+            returns = (returns - mean_over_ranks(returns.mean(0).sum(), counted.sum())) * counted
         if self.standardize:
-            mean_square = common_mean(returns.square().mean(0).sum(), counted.sum())
+            mean_square = mean_over_ranks(returns.square().mean(0).sum(), counted.sum())
             returns = returns / mean_square.sqrt().clamp(min=LEAST_SPREAD)
         return returns
 

@@ -9,15 +9,14 @@ N images, P proposals an image, S sampled RoIs an image, K foreground classes, B
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detpipe import boxes as box_ops
-from detpipe.heads.base import Found, ProposalHead
+from detpipe.heads.base import Found, ProposalHead, in_parts
 from detpipe.heads.glimpse import Glimpse, GlimpseSettings, Kind
-from detpipe.heads.layers import hidden_layers, output_layers
+from detpipe.heads.layers import box_outputs, hidden_layers, output_layers
 from detpipe.heads.objective import box_losses
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
@@ -63,7 +62,7 @@ class FastRCNNHead(ProposalHead):
         postprocess: Postprocess = Postprocess(),  # noqa: B008 (frozen)
         glimpse: GlimpseSettings | Kind | None = None,
     ) -> None:
-        super().__init__(num_classes, strides, fc, sampler, postprocess)
+        super().__init__(num_classes, strides, sampler, postprocess)
         self.class_agnostic = class_agnostic
         self.pooler = RoIAlign(7) if pooler is None else pooler
         height, width = self.pooler.output_size
@@ -98,22 +97,22 @@ class FastRCNNHead(ProposalHead):
             losses |= self.glimpse.statistics(theta, rois.valid)
         return losses
 
-    def detect(self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]]) -> Found:
+    def detect(
+        self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]], valid: Tensor | None = None
+    ) -> Found:
         """Classify and refine boxes ``[N, P, 4]``; the outline of the transform is the only glimpse."""
-        logits, deltas, theta = self._predict(features, boxes)
-        refined = box_ops.decode(deltas.float(), boxes[:, :, None].float())
-        outline = boxes.new_zeros((*boxes.shape[:2], 0, 4, 2))
+        logits, deltas, theta = in_parts(partial(self._predict, features), boxes)
+        outline = None
         if self.glimpse is not None and theta is not None and self.return_glimpses:
             outline = self.glimpse.outline(theta, boxes)[:, :, None]
-        return Found(F.softmax(logits.float(), dim=-1)[..., 1:], refined, outline)
+        return Found.of(logits, deltas, boxes, outline)
 
     def _predict(self, features: Features, rois: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         pooled, theta = self.pooler(features, rois, self.strides), None  # [N, P, C, h, w]
         if self.glimpse is not None:
             pooled, theta = self.glimpse(features, rois, pooled, self.strides)
-        hidden = self.shared(pooled.flatten(0, 1))
-        logits, deltas = self.classifier(hidden), self.regressor(hidden)
-        return logits.unflatten(0, rois.shape[:2]), deltas.unflatten(0, rois.shape[:2]).unflatten(-1, (-1, 4)), theta
+        hidden = self.shared(pooled.flatten(0, 1)).unflatten(0, rois.shape[:2])
+        return *box_outputs(self.classifier, self.regressor, hidden), theta
 
 
 def _widen(shared: nn.Sequential, times: int) -> None:

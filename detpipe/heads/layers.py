@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
 
 from detpipe.stages import mark_class_outputs
 
@@ -24,7 +24,12 @@ def hidden_layers(width: int, widths: Sequence[int]) -> nn.Sequential:
 
     Returns:
         ``[R, C, h, w]`` -> ``[R, widths[-1]]``.
+
+    Raises:
+        ValueError: no layer, or one without width.
     """
+    if not widths or min(widths) < 1:
+        raise ValueError(f"expected at least one layer in fc, of width 1 or more; got fc={list(widths)}")
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise([width, *widths]):
         layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
@@ -51,3 +56,18 @@ def output_layers(width: int, num_classes: int, class_agnostic: bool) -> tuple[n
     if not class_agnostic:
         mark_class_outputs(regressor, background=0, each=4)
     return classifier, regressor
+
+
+def box_outputs(classifier: nn.Module, regressor: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Ask the classifier and the regressor about the RoIs of each image.
+
+    Args:
+        classifier: ``[R, width]`` -> ``[R, K + 1]``.
+        regressor: ``[R, width]`` -> ``[R, 4 B]``.
+        hidden: ``[N, P, width]``.
+
+    Returns:
+        logits ``[N, P, K + 1]`` and deltas ``[N, P, B, 4]``.
+    """
+    shape, flat = hidden.shape[:2], hidden.flatten(0, 1)
+    return classifier(flat).unflatten(0, shape), regressor(flat).unflatten(0, shape).unflatten(-1, (-1, 4))

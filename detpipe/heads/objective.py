@@ -19,8 +19,8 @@ from torch import Tensor
 from detpipe import boxes as box_ops
 from detpipe.boxes import DELTA_WEIGHTS, DeltaWeights
 from detpipe.heads.sampling import RoITargets
-from detpipe.stages import Losses
-from detpipe.support.processes import common_count
+from detpipe.stages import Losses, check_tensor
+from detpipe.support.processes import count_per_rank
 
 
 def box_losses(
@@ -39,9 +39,14 @@ def box_losses(
 
     Returns:
         ``loss_classifier`` and ``loss_box_reg``, float32 scalars.
+
+    Raises:
+        ValueError: logits or deltas of another shape.
     """
+    check_tensor("box_losses", "logits", logits, "N, S, K + 1", (*targets.labels.shape, None))
+    check_tensor("box_losses", "deltas", deltas, "N, S, B, 4", (*targets.labels.shape, None, 4))
     logits, deltas = logits.float(), deltas.float()
-    count = common_count(targets.valid.sum())
+    count = count_per_rank(targets.valid.sum())
     entropy = F.cross_entropy(logits.flatten(0, 1), targets.labels.flatten(), reduction="none")
     loss_classifier = (entropy * targets.valid.flatten()).sum() / count
     chosen = of_label(deltas, targets.labels)

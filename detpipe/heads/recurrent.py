@@ -29,13 +29,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detpipe import boxes as box_ops
-from detpipe.heads.base import Found, ProposalHead, outlines
+from detpipe.heads.base import Found, ProposalHead, in_parts, outlines
 from detpipe.heads.estimators import Episodes, GlimpseEstimator, Reinforce, Walk
-from detpipe.heads.layers import hidden_layers, output_layers
+from detpipe.heads.layers import box_outputs, hidden_layers, output_layers
 from detpipe.heads.objective import box_losses
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
@@ -124,7 +123,7 @@ class AttentionalHead(ProposalHead):
         glimpses: GlimpseSequence = GlimpseSequence(),
         estimator: GlimpseEstimator | None = None,
     ) -> None:
-        super().__init__(num_classes, strides, fc, sampler, postprocess)
+        super().__init__(num_classes, strides, sampler, postprocess)
         self.class_agnostic, self.glimpses = class_agnostic, glimpses
         self.estimator = Reinforce() if estimator is None else estimator
         if pooler is None:
@@ -170,13 +169,16 @@ class AttentionalHead(ProposalHead):
         losses |= self.estimator.losses(Episodes(rois, walk, logits, deltas, most, again, self._outputs))
         return losses | self._statistics(walk, rois.valid)
 
-    def detect(self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]]) -> Found:
+    def detect(
+        self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]], valid: Tensor | None = None
+    ) -> Found:
         """Classify and refine boxes ``[N, P, 4]``; the glimpses are those after the proposal."""
+        return in_parts(partial(self._detect, features), boxes)
+
+    def _detect(self, features: Features, boxes: Tensor) -> Found:
         walk = self._walk(features, boxes, _stay)
         logits, deltas = self._outputs(walk.evidence, boxes.shape[:2])
-        refined = box_ops.decode(deltas.float(), boxes[:, :, None].float())
-        seen = torch.stack(walk.boxes, dim=2)[:, :, 1:]
-        return Found(F.softmax(logits.float(), dim=-1)[..., 1:], refined, outlines(seen))
+        return Found.of(logits, deltas, boxes, outlines(torch.stack(walk.boxes, dim=2)[:, :, 1:]))
 
     def _walk(
         self,
@@ -216,8 +218,7 @@ class AttentionalHead(ProposalHead):
         return self.glimpses.step * self.policy(hidden).float().reshape(*shape, 4)
 
     def _outputs(self, evidence: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        logits, deltas = self.classifier(evidence), self.regressor(evidence)
-        return logits.unflatten(0, shape), deltas.unflatten(0, shape).unflatten(-1, (-1, 4))
+        return box_outputs(self.classifier, self.regressor, evidence.unflatten(0, shape))
 
     def _again(
         self,

@@ -10,7 +10,7 @@ import numpy as np
 
 from detpipe.datasets.statistics import Resize, box_sizes
 from detpipe.pictures.figures import new_figure, plain_axes, save_figure
-from detpipe.pictures.visualize import class_color
+from detpipe.pictures.visualize import plot_color
 from detpipe.types import Annotations
 
 _MOST_CLASSES = 40  # bars that fit
@@ -35,7 +35,7 @@ def plot_classes(splits: Mapping[str, Annotations], out: Path) -> None:
     for k, split in enumerate(splits):
         values = [counts[word].get(split, 0) for word in shown]
         places = np.arange(len(shown)) + (k - (len(splits) - 1) / 2) * height
-        bars = axes.barh(places, values, height, label=f"{split} ({len(splits[split].boxes)})", color=_color(k))
+        bars = axes.barh(places, values, height, label=f"{split} ({len(splits[split].boxes)})", color=plot_color(3 + k))
         axes.bar_label(bars, padding=2, fontsize=7)
     axes.set_yticks(range(len(shown)), shown, fontsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
@@ -72,7 +72,7 @@ def plot_boxes(annotations: Annotations, name: str, anchors: Sequence[int], resi
     _histogram(panels[2], shares, "side as part of the image's")
     _histogram(panels[3], sides[:, 1] / sides[:, 0], "height / width", logarithmic=True)
     per_image = np.diff(a.offsets)
-    panels[4].hist(per_image, bins=np.arange(0, min(per_image.max(), 60) + 2) - 0.5, color=_color(0))
+    panels[4].hist(per_image, bins=np.arange(0, min(per_image.max(), 60) + 2) - 0.5, color=plot_color(3))
     panels[4].set_xlabel("boxes in an image")
     panels[4].set_ylabel("images")
     _centers(panels[5], a, image)
@@ -92,7 +92,7 @@ def plot_images(splits: Mapping[str, Annotations], out: Path) -> None:
     for k, (name, a) in enumerate(splits.items()):
         sizes, count = np.unique(a.sizes, axis=0, return_counts=True)
         axes.scatter(
-            sizes[:, 1], sizes[:, 0], s=12 + 300 * count / count.sum(), alpha=0.5, color=_color(k), linewidths=0,
+            sizes[:, 1], sizes[:, 0], s=12 + 300 * count / count.sum(), alpha=0.5, color=plot_color(3 + k), linewidths=0,
             label=f"{name}: {len(a)} images, {len(sizes)} sizes",
         )  # fmt: skip
     limit = 1.08 * max(int(a.sizes.max(initial=1)) for a in splits.values())
@@ -127,7 +127,7 @@ def _histogram(axes: Any, values: Any, label: str, logarithmic: bool = False) ->
         axes.set_xticks([], minor=True)
     else:
         bins = np.linspace(0, max(high, 1e-9), 40)
-    axes.hist(values, bins=bins, color=_color(0))
+    axes.hist(values, bins=bins, color=plot_color(3))
     axes.set_xlabel(label)
     axes.set_ylabel("boxes")
 
@@ -138,10 +138,6 @@ def _ticks(low: float, high: float) -> list[float]:
     steps = (1, 2, 5) if len(decades) <= 3 else (1,)
     found = [step * 10.0**decade for decade in decades for step in steps]
     return [tick for tick in found if low / 1.05 <= tick <= high * 1.05] or [float(f"{(low * high) ** 0.5:.2g}")]
-
-
-def _color(index: int) -> tuple[float, ...]:
-    return tuple(part / 255 for part in class_color(3 + index))
 
 
 def _finish(figure: Any, out: Path, panels: list[Any]) -> None:

@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+COLORS = (
+    "#2f6fde",
+    "#e4572e",
+    "#2ca25f",
+    "#8e5bc9",
+    "#d99a1c",
+    "#4fb3bf",
+    "#c2457e",
+    "#6b6b6b",
+)  # of lines side by side
+
 
 def new_figure(width: float, height: float, drawn: str) -> Figure:
     """Make a figure.

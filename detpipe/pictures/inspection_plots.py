@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from detpipe.pictures.figures import new_figure, plain_axes, save_figure
-from detpipe.pictures.visualize import SLIMMEST, class_color
+from detpipe.pictures.visualize import SLIMMEST, plot_color
 
 
 def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], counts: Sequence[int], out: Path) -> None:
@@ -27,8 +27,9 @@ def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], co
     for axes, (name, values) in zip(panels, gates.items(), strict=True):
         for index, row in enumerate(values.numpy()):
             if not np.isnan(row).any():
-                color = [part / 255 for part in class_color(index + 1)]
-                axes.plot(row, color=color, linewidth=0.9, label=f"{class_names[index]} ({counts[index]})")
+                axes.plot(
+                    row, color=plot_color(index + 1), linewidth=0.9, label=f"{class_names[index]} ({counts[index]})"
+                )
         axes.set_xlim(0, values.shape[1] - 1)
         seen = values[~values.isnan().any(dim=1)]
         apart = float((seen.amax(0) - seen.amin(0)).max())
@@ -55,8 +56,7 @@ def plot_branches(branches: Mapping[str, Tensor], shares: Sequence[float], objec
     axes = figure.subplots()
     for index, share in enumerate(shares):
         values = [float(weights[index, -1]) for weights in branches.values()]
-        color = [part / 255 for part in class_color(index + 1)]
-        axes.plot(values, "o-", color=color, markersize=4, label=f"object is {share:.0%} of the side")
+        axes.plot(values, "o-", color=plot_color(index + 1), markersize=4, label=f"object is {share:.0%} of the side")
     axes.axhline(1 / next(iter(branches.values())).shape[1], color="#888888", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(branches)), list(branches), rotation=60, ha="right", fontsize=7)
     axes.set_ylabel("weight")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detpipe.pictures.figures import new_figure, save_figure
 from detpipe.pictures.inspection_plots import shown_ratio
-from detpipe.pictures.visualize import class_color
+from detpipe.pictures.visualize import plot_color
 from detpipe.regions.superpixel_pooling import segment
 
 Pixels = npt.NDArray[np.float64]  # [H, W, 3] in 0..1
@@ -103,7 +103,7 @@ def _shaded(pixels: Pixels, labels: npt.NDArray[np.integer]) -> Pixels:
     gray = np.repeat(pixels.mean(2, keepdims=True), 3, axis=2)
     for label in np.unique(labels).tolist():
         if label:
-            color = np.array(_IGNORED if label < 0 else [part / 255 for part in class_color(label)])
+            color = np.array(_IGNORED if label < 0 else plot_color(label))
             there = (labels == label)[..., None]
             gray = np.where(there, (1 - _SHADE) * gray + _SHADE * color, gray)
     return gray

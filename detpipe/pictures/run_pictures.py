@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,17 +92,28 @@ class ValidationPicture(Callback):
 
 
 class Curves(Callback):
-    """Draw ``curves.png`` from what is logged, after every epoch; needs matplotlib.
+    """Draw ``curves.png`` from what is logged, after epochs and at the end; needs matplotlib.
 
     Args:
         folder: the run folder.
+        pause: seconds between two drawings, so that short epochs do not wait for pictures.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, pause: float = 20.0) -> None:
+        self.folder, self.pause = folder, pause
+        self._last = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw, unless that was a moment ago."""
+        if time.monotonic() - self._last >= self.pause:
+            self._draw(trainer)
+            self._last = time.monotonic()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw."""
+        self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
             return
         if trainer.logger is not None:

@@ -63,6 +63,12 @@ def class_color(label: int) -> Color:
     return PALETTE[(label - 1) % len(PALETTE)]
 
 
+def plot_color(label: int) -> tuple[float, float, float]:
+    """The color of a class as matplotlib takes it, 0..1."""
+    red, green, blue = class_color(label)
+    return red / 255, green / 255, blue / 255
+
+
 def draw(
     image: Tensor,
     boxes: Tensor,
@@ -202,7 +208,8 @@ def save_png(path: str | os.PathLike[str], image: Tensor) -> None:
     """
     _check_image(image)
     with atomic_write(path) as temporary:
-        Image.fromarray(image.cpu().permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+        picture = Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
+        picture.save(temporary, format="PNG", compress_level=1)  # a fourth of the time of 6, a quarter larger
 
 
 def _check(

@@ -5,6 +5,6 @@ Needs neither PyTorch nor Lightning.
 
 from detpipe.proposal_files.converters import convert
 from detpipe.proposal_files.store import ProposalStore, write_store
-from detpipe.proposal_files.store_writer import ProposalWriter
+from detpipe.proposal_files.store_format import ProposalWriter
 
 __all__ = ["ProposalStore", "ProposalWriter", "convert", "write_store"]

@@ -1,4 +1,7 @@
-"""Read proposals from files of arrays: MATLAB, detectron2's and mmdetection's pickles, numpy."""
+"""Read proposals from files of arrays: MATLAB, detectron2's and mmdetection's pickles, numpy.
+
+Arguments and errors are those of `raw_proposals.Reader`.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +35,6 @@ def read_mat(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
     counted from 1, and a cell array ``images`` of names; without it the order is that of ``--images``. Or one file an
     image, or a folder of them, with the matrix ``boxes`` of x1, y1, x2, y2 counted from 1 (``selective_search_IJCV``);
     the file's name, without ``_boxes`` at its end, is the image's.
-
-    Args:
-        path: a file, or a folder of files with one image each.
-        known: the images, for a file without names.
-        tally: decides about entries that are no boxes.
-
-    Returns:
-        The proposals.
-
-    Raises:
-        DataError: a file cannot be read or holds something else.
     """
     if path.is_dir():
         files = sorted(path.glob("*.mat"))
@@ -66,17 +58,6 @@ def read_detectron2(path: Path, known: KnownImages | None, tally: Tally) -> RawF
     """Read a pickle with ``ids``, ``boxes``, ``objectness_logits`` and maybe ``bbox_mode`` (0 corners, 1 sides).
 
     Detectron's older names ``indexes`` and ``scores`` are read as well. Logits are kept as they are.
-
-    Args:
-        path: the pickle.
-        known: not needed.
-        tally: decides about entries that are no boxes.
-
-    Returns:
-        The proposals.
-
-    Raises:
-        DataError: the file cannot be read or holds something else.
     """
     return _detectron2(load_plain_pickle(path), path, tally)
 
@@ -85,17 +66,6 @@ def read_mmdetection(path: Path, known: KnownImages | None, tally: Tally) -> Raw
     """Read a pickle: a list of ``[P, 4]`` or ``[P, 5]`` in the order of an annotation file, or path -> such an array.
 
     The values may also be dicts with ``bboxes`` and ``scores``, as of mmdetection 3.
-
-    Args:
-        path: the pickle.
-        known: the images, for a list.
-        tally: decides about entries that are no boxes.
-
-    Returns:
-        The proposals.
-
-    Raises:
-        DataError: the file cannot be read or holds something else.
     """
     return _mmdetection(load_plain_pickle(path), path, known, tally)
 
@@ -109,19 +79,7 @@ def read_pickle(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
 
 
 def read_numpy(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
-    """Read a ``.npz`` file with one array an image: image id -> ``[P, 4]`` x1, y1, x2, y2, or ``[P, 5]`` with scores.
-
-    Args:
-        path: the file; its arrays are read one at a time.
-        known: not needed.
-        tally: decides about entries that are no boxes.
-
-    Returns:
-        The proposals.
-
-    Raises:
-        DataError: the file cannot be read or holds something else.
-    """
+    """Read a ``.npz`` file with one array an image: image id -> ``[P, 4]`` x1, y1, x2, y2, or ``[P, 5]`` with scores."""
     with _open_npz(path) as archive:
         names = list(archive.files)
     return RawFile("xyxy", "either", _npz_images(names, path, tally), len(names))
@@ -130,11 +88,7 @@ def read_numpy(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
 @contextmanager
 def _open_npz(path: Path) -> Iterator[Any]:
     refuse_special(path)
-    try:
-        file = path.open("rb")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file: check the path") from error
-    with file:
+    with path.open("rb") as file:
         if file.read(6) == b"\x93NUMPY":
             raise DataError(f"{path}: holds a single array; expected a .npz file with one array for each image id")
         try:
@@ -189,8 +143,6 @@ def _load_mat(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: reading .mat files needs scipy: pip install scipy") from error
     try:
         return loadmat(str(path), appendmat=False)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file: check the path") from error
     except NotImplementedError as error:
         raise DataError(
             f"{path}: a MATLAB 7.3 file (HDF5), which is not read: save it again in MATLAB with -v7"

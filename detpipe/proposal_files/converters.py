@@ -16,7 +16,6 @@ get scores that fall evenly from 1, so that the order stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +26,12 @@ from detpipe.proposal_files.array_readers import read_detectron2, read_mat, read
 from detpipe.proposal_files.box_checks import Array, explain, find_faults
 from detpipe.proposal_files.box_orders import CONVENTIONS, starts_before_first, to_edges
 from detpipe.proposal_files.known_images import KnownImages, plain_id, read_known_images
-from detpipe.proposal_files.raw_proposals import OnBad, RawFile, RawImage, Tally
+from detpipe.proposal_files.raw_proposals import OnBad, RawFile, RawImage, Reader, Tally
 from detpipe.proposal_files.store import ProposalStore
-from detpipe.proposal_files.store_writer import ProposalWriter
+from detpipe.proposal_files.store_format import ProposalWriter
 from detpipe.proposal_files.table_readers import read_coco, read_csv
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.suggest import did_you_mean
-
-Reader = Callable[[Path, KnownImages | None, Tally], RawFile]
 
 FORMATS: dict[str, Reader] = {
     "mat": read_mat,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
+from msgspec import UNSET
+
+from detpipe.support.coco_file import read_coco_images
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
-from detpipe.support.strict_json import load_json, require, shorten
 
 Naming = Literal["id", "file", "either"]
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"))
@@ -21,11 +23,18 @@ class KnownImages:
         ids: in the order of the annotation file.
         file_names: of the same images; None where unknown.
         sizes: id -> (height, width) in pixels.
+        written: what the file has for an id -> the id, where text is numbered; None: they are the same.
     """
 
-    def __init__(self, ids: list[str], file_names: list[str | None], sizes: dict[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        ids: list[str],
+        file_names: list[str | None],
+        sizes: dict[str, tuple[int, int]],
+        written: dict[str, str] | None = None,
+    ) -> None:
         self.ids, self.sizes = ids, sizes
-        self._ids = frozenset(ids)
+        self._ids = {image_id: image_id for image_id in ids} if written is None else written
         self._by_file: dict[str, str | None] = {}  # path, name and stem of a file -> id; None where several have it
         for name, image_id in zip(file_names, ids, strict=True):
             for form in _forms(name) if name is not None else (image_id,):
@@ -43,11 +52,11 @@ class KnownImages:
             The id, or None if there is no such image, or several files of that name.
         """
         if naming != "file" and name in self._ids:
-            return name
+            return self._ids[name]
         if naming == "id":
             return None
         found = (self._by_file.get(form) for form in _forms(name))
-        return next((image_id for image_id in found if image_id is not None), name if name in self._ids else None)
+        return next((image_id for image_id in found if image_id is not None), self._ids.get(name))
 
 
 def plain_id(name: str, naming: Naming) -> str:
@@ -85,19 +94,15 @@ def read_known_images(path: str | Path) -> KnownImages:
     path = Path(path)
     if path.suffix.lower() != ".json":
         return _read_list(path)
-    records = require(load_json(path), "images", list, str(path))
-    ids, names, sizes = [], [], {}
-    for row, record in enumerate(records):
-        where = f"{path}: images[{row}]"
-        image_id = record.get("id") if isinstance(record, dict) else None
-        if type(image_id) not in (int, str):
-            raise DataError(f"{where}: id must be a whole number or text, got {shorten(image_id)}")
-        ids.append(str(image_id))
-        names.append(require(record, "file_name", str, where) if "file_name" in record else None)
-        if "height" in record and "width" in record:
-            sizes[ids[-1]] = _size(record, where)
-    _refuse_repeats(ids, path)
-    return KnownImages(ids, names, sizes)
+    images, numbers = read_coco_images(path)
+    ids = list(map(str, numbers.tolist()))
+    names = [None if name is UNSET else name for name in images["file_name"]]
+    sizes = {
+        key: (int(height), int(width))
+        for key, height, width in zip(ids, images["height"], images["width"], strict=True)
+        if height not in (None, UNSET) and width not in (None, UNSET)
+    }
+    return KnownImages(ids, names, sizes, dict(zip(map(str, images["id"]), ids, strict=True)))
 
 
 def _read_list(path: Path) -> KnownImages:
@@ -121,13 +126,6 @@ def _refuse_repeats(ids: Iterable[str], path: Path) -> None:
         if image_id in seen:
             raise DataError(f"{path}: image id {image_id} is there twice; each image must have an id of its own")
         seen.add(image_id)
-
-
-def _size(record: dict[str, Any], where: str) -> tuple[int, int]:
-    height, width = require(record, "height", int, where), require(record, "width", int, where)
-    if not (0 < height < 2**31 and 0 < width < 2**31):
-        raise DataError(f"{where}: height and width must be above 0, got {height} and {width}")
-    return height, width
 
 
 def _forms(name: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.proposal_files.store_writer import ProposalWriter
+from detpipe.proposal_files.store_format import ProposalWriter
 from detpipe.support.errors import DataError, DetpipeError
 from detpipe.support.resumable import Journal, Work, run
 

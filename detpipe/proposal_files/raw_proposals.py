@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -82,6 +82,26 @@ class RawFile:
     naming: Naming
     images: Iterable[RawImage]
     total: int | None = None
+
+
+class Reader(Protocol):
+    """What reads one format."""
+
+    def __call__(self, path: Path, known: KnownImages | None, tally: Tally, /) -> RawFile:
+        """Open a file.
+
+        Args:
+            path: the file.
+            known: the images of the data set, needed where the file does not name them.
+            tally: decides about entries that are no boxes.
+
+        Returns:
+            The proposals, an image's in the order of the file.
+
+        Raises:
+            DataError: the file cannot be read, or holds something else.
+        """
+        ...
 
 
 class Groups:

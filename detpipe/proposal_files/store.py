@@ -10,7 +10,6 @@ Whether a store belongs to the images that it is used for is told in one line fo
 from __future__ import annotations
 
 import mmap
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,98 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.proposal_files.box_checks import TOLERANCE, find_faults, reaches_beyond
-from detpipe.proposal_files.store_format import content_hash, image_digest, read_header
-from detpipe.proposal_files.store_writer import ProposalWriter
+from detpipe.proposal_files.store_format import ProposalWriter, content_hash, damaged, image_digest, read_header
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 
 SHOWN = 5  # images that a line names
-
-
-def missing(store: ProposalStore, names: list[str], total: int) -> str:
-    """Say which images have no entry.
-
-    Args:
-        store: the store.
-        names: the ids that it has not.
-        total: how many were wanted.
-
-    Returns:
-        The line.
-    """
-    first = names[0]
-    near = next((form for form in (first.lstrip("0"), first.zfill(6), first.zfill(12)) if form in store), None)
-    cause = "is the store of another data set or split?"
-    if near is not None:
-        cause = f"the store names images otherwise ({near!r} for {first!r}): convert again with --images FILE.json"
-    shown = f"the first are {_first(names)}" if len(names) > 1 else _first(names)
-    return f"{store.path}: no proposals for {len(names)} of {total} images: {shown} ({examples(store)}); {cause}"
-
-
-def other_frame(store: ProposalStore, names: list[str], made: npt.NDArray[Any], given: npt.NDArray[Any]) -> list[str]:
-    """Find images of another size than those that the boxes were made for.
-
-    Args:
-        store: the store.
-        names: N ids that it has.
-        made: ``[N, 2]`` height and width that the store knows, zeros where unknown.
-        given: ``[N, 2]`` height and width of the data set's images.
-
-    Returns:
-        One line, or none.
-    """
-    bad = np.flatnonzero((made[:, 0] > 0) & (made != given).any(axis=1)).tolist()
-    if not bad:
-        return []
-    shown = [f"{names[i]!r} ({_size(made[i])}, the data has {_size(given[i])})" for i in bad[:SHOWN]]
-    return [
-        f"{store.path}: {len(bad)} of {len(names)} images have another size (height x width) than those that the proposals "
-        f"were made for: {', '.join(shown)}; make the proposals from these images"
-    ]
-
-
-def outside(store: ProposalStore, names: list[str], extents: npt.NDArray[Any], given: npt.NDArray[Any]) -> list[str]:
-    """Find images whose boxes reach beyond them.
-
-    Args:
-        store: the store.
-        names: N ids that it has.
-        extents: ``[N, 4]`` least x1, least y1, greatest x2, greatest y2 of each image's boxes.
-        given: ``[N, 2]`` height and width of the data set's images.
-
-    Returns:
-        One line, or none.
-    """
-    bad = np.flatnonzero(reaches_beyond(extents, given)).tolist()
-    if not bad:
-        return []
-    shown = []
-    for i in bad[:SHOWN]:
-        boxes = store[names[i]].boxes
-        first = int(np.argmax(reaches_beyond(boxes, given[i])))
-        shown.append(f"{names[i]!r} (box {first} is {boxes[first].tolist()}, the image {_size(given[i])})")
-    cause = "are they of other images or of resized ones?"
-    if not reaches_beyond(extents[:, [1, 0, 3, 2]], given).any():
-        cause = "with x and y swapped all would lie inside: convert again with --boxes yxyx, yxyx0 or yxyx1"
-    return [
-        f"{store.path}: {len(bad)} of {len(names)} images (height x width) have boxes (x1, y1, x2, y2) that reach more than "
-        f"{TOLERANCE:g} pixel beyond them: {', '.join(shown)}; {cause}"
-    ]
-
-
-def examples(store: ProposalStore) -> str:
-    """Say how many images a store has, with a few of its ids."""
-    names = [name for name, _ in zip(store, range(3), strict=False)]
-    return f"it has {len(store)} images" + (f", such as {', '.join(map(repr, names))}" if names else "")
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:SHOWN]))
-
-
-def _size(size: npt.NDArray[Any]) -> str:
-    return f"{size[0]} x {size[1]}"
-
 
 __all__ = ["ProposalRecord", "ProposalStore", "ProposalWriter", "write_store"]
 
@@ -153,16 +65,19 @@ class ProposalStore(Mapping[str, ProposalRecord]):
             with self.path.open("rb") as file:
                 file_bytes = file.seek(0, 2)
                 file.seek(0)
-                self._description, self._layout = read_header(file, self.path, file_bytes)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._description, places = read_header(file, self.path, file_bytes)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
             raise DataError(f"{self.path}: no such file: check the path") from error
         except IsADirectoryError as error:
             raise DataError(f"{self.path}: is a folder: name the store in it") from error
-        ends = [self._whole("offsets", row)[0] for row in (0, len(self))]
-        id_ends = [self._whole("id_offsets", row)[0] for row in (0, len(self))]
-        if ends != [0, self._layout.boxes] or id_ends != [0, self._layout.id_bytes]:
-            raise self._damaged("its index does not fit its arrays")
+        arrays = {name: place.view(mapped) for name, place in places.items()}  # nothing is read before it is asked for
+        self._offsets, self._boxes, self._scores = arrays["offsets"], arrays["boxes"], arrays["scores"]
+        self._id_offsets, self._id_bytes = arrays["id_offsets"], arrays["id_bytes"]
+        self._sizes, self._extents = arrays["sizes"], arrays["extents"]
+        for offsets, rows in ((self._offsets, self._boxes), (self._id_offsets, self._id_bytes)):
+            if offsets[0] != 0 or offsets[-1] != len(rows):
+                raise damaged(self.path, "its index does not fit its arrays")
 
     @classmethod
     def open(cls, path: str | Path) -> ProposalStore:
@@ -192,10 +107,10 @@ class ProposalStore(Mapping[str, ProposalRecord]):
     @property
     def num_boxes(self) -> int:
         """How many boxes all images have together."""
-        return self._layout.boxes
+        return len(self._boxes)
 
     def __len__(self) -> int:
-        return self._layout.images
+        return len(self._sizes)
 
     def __iter__(self) -> Iterator[str]:
         return (self._name(row).decode() for row in range(len(self)))
@@ -204,10 +119,7 @@ class ProposalStore(Mapping[str, ProposalRecord]):
         return self._find(image_id) is not None
 
     def __getitem__(self, image_id: str) -> ProposalRecord:
-        row = self._find(image_id)
-        if row is None:
-            raise KeyError(f"{self.path}: no proposals for image {image_id!r} ({examples(self)})")
-        return self._record(row)
+        return self._record(self._row(image_id))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ProposalStore) and self.content_hash == other.content_hash
@@ -238,18 +150,15 @@ class ProposalStore(Mapping[str, ProposalRecord]):
         Raises:
             KeyError: the store has no such image.
         """
-        row = self._find(image_id)
-        if row is None:
-            raise KeyError(f"{self.path}: no proposals for image {image_id!r} ({examples(self)})")
-        return self._size(row)
+        return self._size(self._row(image_id))
 
     def box_counts(self) -> npt.NDArray[np.int64]:
         """Return the number of boxes of each image, in the order of the ids: ``[I]``."""
-        return np.diff(self._array("offsets", "<i8", len(self) + 1))
+        return np.diff(self._offsets)
 
     def num_sizes(self) -> int:
         """How many images have a known size."""
-        return int((self._array("sizes", "<i4", 2 * len(self))[::2] > 0).sum())
+        return int((self._sizes[:, 0] > 0).sum())
 
     def check(self, image_ids: Iterable[str], sizes: Any = None) -> list[str]:
         """Compare the store with the images that it shall be used for.
@@ -271,21 +180,20 @@ class ProposalStore(Mapping[str, ProposalRecord]):
         for name in wanted:
             _require_text(name)
         rows = self._rows()
-        there = [place for place, name in enumerate(wanted) if name in rows]
         lines = []
-        if len(there) < len(wanted):
-            lines.append(missing(self, [name for name in wanted if name not in rows], len(wanted)))
+        absent = [name for name in wanted if name not in rows]
+        if absent:
+            lines.append(self._missing(absent, len(wanted)))
         if sizes is None:
             return lines
         given = np.asarray(sizes).reshape(-1, 2)
         if len(given) != len(wanted):
             raise ValueError(f"sizes must be [{len(wanted)}, 2], one for each image, got {list(np.shape(sizes))}")
+        there = [place for place, name in enumerate(wanted) if name in rows]
         names = [wanted[place] for place in there]
         chosen = np.array([rows[name] for name in names], dtype=np.int64)
-        made = self._array("sizes", "<i4", 2 * len(self)).reshape(-1, 2)[chosen]
-        extents = self._array("extents", "<f4", 4 * len(self)).reshape(-1, 4)[chosen]
-        lines += other_frame(self, names, made, given[there])
-        return lines + outside(self, names, extents, given[there])
+        lines += self._other_frame(names, self._sizes[chosen], given[there])
+        return lines + self._outside(names, self._extents[chosen], given[there])
 
     def verify(self) -> None:
         """Read the whole store and check everything that it says about itself.
@@ -295,19 +203,28 @@ class ProposalStore(Mapping[str, ProposalRecord]):
         """
         rows = self._rows()
         digests = []
-        extents = self._array("extents", "<f4", 4 * len(self)).reshape(-1, 4)
         for name, row in rows.items():
             boxes, scores = self._record(row)
             if find_faults(boxes.astype(np.float64), scores.astype(np.float64)) or (np.diff(scores) > 0).any():
-                raise self._damaged(f"image {name!r} has boxes that are not finite, of negative size, or not in order")
+                raise damaged(
+                    self.path, f"image {name!r} has boxes that are not finite, of negative size, or not in order"
+                )
             if len(boxes) and not np.array_equal(
-                extents[row], np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
+                self._extents[row], np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
             ):
-                raise self._damaged(f"image {name!r}: its extent {extents[row].tolist()} is not that of its boxes")
+                raise damaged(
+                    self.path, f"image {name!r}: its extent {self._extents[row].tolist()} is not that of its boxes"
+                )
             digests.append(image_digest(name.encode(), self._size(row) or (0, 0), boxes, scores))
         found = content_hash(self.source, self.settings, digests)
         if found != self.content_hash:
-            raise self._damaged(f"its content has the hash {found[:12]}..., not {self.content_hash[:12]}...")
+            raise damaged(self.path, f"its content has the hash {found[:12]}..., not {self.content_hash[:12]}...")
+
+    def _row(self, image_id: str) -> int:
+        row = self._find(image_id)
+        if row is None:
+            raise KeyError(f"{self.path}: no proposals for image {image_id!r} ({self._examples()})")
+        return row
 
     def _find(self, image_id: object) -> int | None:
         """The row of an image, by binary search."""
@@ -322,29 +239,20 @@ class ProposalStore(Mapping[str, ProposalRecord]):
         return None
 
     def _name(self, row: int) -> bytes:
-        start, end = self._whole("id_offsets", row, 2)
-        if not 0 <= start < end <= self._layout.id_bytes:
-            raise self._damaged(f"the id of entry {row} lies outside the ids")
-        first = self._layout.starts["id_bytes"]
-        return self._map[first + start : first + end]
+        start, end = self._id_offsets[row : row + 2].tolist()
+        if not 0 <= start < end <= len(self._id_bytes):
+            raise damaged(self.path, f"the id of entry {row} lies outside the ids")
+        return self._id_bytes[start:end].tobytes()
 
     def _record(self, row: int) -> ProposalRecord:
-        start, end = self._whole("offsets", row, 2)
-        if not 0 <= start <= end <= self._layout.boxes:
-            raise self._damaged(f"the boxes of image {self._name(row).decode()!r} lie outside the boxes")
-        boxes = self._array("boxes", "<f4", 4 * (end - start), 16 * start).reshape(-1, 4)
-        return ProposalRecord(boxes, self._array("scores", "<f4", end - start, 4 * start))
+        start, end = self._offsets[row : row + 2].tolist()
+        if not 0 <= start <= end <= len(self._boxes):
+            raise damaged(self.path, f"the boxes of image {self._name(row).decode()!r} lie outside the boxes")
+        return ProposalRecord(self._boxes[start:end].copy(), self._scores[start:end].copy())
 
     def _size(self, row: int) -> tuple[int, int] | None:
-        height, width = struct.unpack_from("<ii", self._map, self._layout.starts["sizes"] + 8 * row)
+        height, width = self._sizes[row].tolist()
         return (height, width) if height > 0 else None
-
-    def _whole(self, name: str, row: int, count: int = 1) -> tuple[int, ...]:
-        return struct.unpack_from(f"<{count}q", self._map, self._layout.starts[name] + 8 * row)
-
-    def _array(self, name: str, kind: str, count: int, skip: int = 0) -> npt.NDArray[Any]:
-        """A copy of a part of an array: the map itself is read-only and would have to outlive it."""
-        return np.frombuffer(self._map, kind, count, self._layout.starts[name] + skip).copy()
 
     def _rows(self) -> dict[str, int]:
         """All ids and their rows."""
@@ -352,14 +260,60 @@ class ProposalStore(Mapping[str, ProposalRecord]):
         for row in range(1, len(names)):
             if names[row] <= names[row - 1]:
                 fault = "twice" if names[row] == names[row - 1] else "out of order"
-                raise self._damaged(f"the image id {names[row].decode(errors='replace')!r} (entry {row}) is {fault}")
+                raise damaged(
+                    self.path, f"the image id {names[row].decode(errors='replace')!r} (entry {row}) is {fault}"
+                )
         try:
             return {name.decode(): row for row, name in enumerate(names)}
         except UnicodeDecodeError as error:
-            raise self._damaged(f"an image id is not UTF-8 text ({error.object!r})") from error
+            raise damaged(self.path, f"an image id is not UTF-8 text ({error.object!r})") from error
 
-    def _damaged(self, reason: str) -> DataError:
-        return DataError(f"{self.path}: damaged: {reason}; copy or write it again")
+    def _examples(self) -> str:
+        names = [name for name, _ in zip(self, range(3), strict=False)]
+        return f"it has {len(self)} images" + (f", such as {', '.join(map(repr, names))}" if names else "")
+
+    def _missing(self, names: list[str], total: int) -> str:
+        """Say which of the images that are wanted have no entry, with the likely cause."""
+        first, shown = names[0], ", ".join(map(repr, names[:SHOWN]))
+        near = next((form for form in (first.lstrip("0"), first.zfill(6), first.zfill(12)) if form in self), None)
+        cause = "is the store of another data set or split?"
+        if near is not None:
+            cause = f"the store names images otherwise ({near!r} for {first!r}): convert again with --images FILE.json"
+        shown = f"the first are {shown}" if len(names) > 1 else shown
+        return f"{self.path}: no proposals for {len(names)} of {total} images: {shown} ({self._examples()}); {cause}"
+
+    def _other_frame(self, names: list[str], made: npt.NDArray[Any], given: npt.NDArray[Any]) -> list[str]:
+        """Find images whose height and width [N, 2] are not those that the boxes were made for."""
+        bad = np.flatnonzero((made[:, 0] > 0) & (made != given).any(axis=1)).tolist()
+        if not bad:
+            return []
+        shown = [f"{names[i]!r} ({_text(made[i])}, the data has {_text(given[i])})" for i in bad[:SHOWN]]
+        return [
+            f"{self.path}: {len(bad)} of {len(names)} images have another size (height x width) than those that the proposals "
+            f"were made for: {', '.join(shown)}; make the proposals from these images"
+        ]
+
+    def _outside(self, names: list[str], extents: npt.NDArray[Any], given: npt.NDArray[Any]) -> list[str]:
+        """Find images of height and width [N, 2] whose boxes, of the extents [N, 4], reach beyond them."""
+        bad = np.flatnonzero(reaches_beyond(extents, given)).tolist()
+        if not bad:
+            return []
+        shown = []
+        for i in bad[:SHOWN]:
+            boxes = self[names[i]].boxes
+            first = int(np.argmax(reaches_beyond(boxes, given[i])))
+            shown.append(f"{names[i]!r} (box {first} is {boxes[first].tolist()}, the image {_text(given[i])})")
+        cause = "are they of other images or of resized ones?"
+        if not reaches_beyond(extents[:, [1, 0, 3, 2]], given).any():
+            cause = "with x and y swapped all would lie inside: convert again with --boxes yxyx, yxyx0 or yxyx1"
+        return [
+            f"{self.path}: {len(bad)} of {len(names)} images (height x width) have boxes (x1, y1, x2, y2) that reach more than "
+            f"{TOLERANCE:g} pixel beyond them: {', '.join(shown)}; {cause}"
+        ]
+
+
+def _text(size: npt.NDArray[Any]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def write_store(

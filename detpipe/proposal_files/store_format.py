@@ -1,4 +1,4 @@
-"""The file format of proposal stores, version 1: a safetensors file with an index inside.
+"""The file format of proposal stores, version 1, and what writes it: a safetensors file with an index inside.
 
 Why safetensors: the package depends on it already, reading it runs no code, and its JSON header says where each array
 lies, so that a file of gigabytes is mapped into memory and read from any language. Arrow IPC offers the same for one
@@ -17,28 +17,36 @@ Layout (I images, T boxes, B bytes of ids; little-endian, as safetensors demands
 Metadata: ``format`` ("detpipe.proposals"), ``version``, ``source``, ``settings`` (JSON) and ``content_hash``. The hash is
 the SHA-256 of version, source, settings and, in the order of the ids, the SHA-256 of each image's id, size, boxes and
 scores. Readers ignore arrays and metadata that they do not know; the version rises when they could misread a file.
+
+The bytes of a store depend on its content alone, neither on the order of adding nor on time or machine.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import re
 import struct
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
+from detpipe.proposal_files.box_checks import explain, find_faults, read_boxes, read_scores
 from detpipe.support.errors import DataError
+from detpipe.support.files import atomic_write
 
 FORMAT, VERSION = "detpipe.proposals", 1
 SUFFIX = ".safetensors"
-ITEM_BYTES = {"I64": 8, "F32": 4, "I32": 4, "U8": 1}
+_DTYPES = {kind: np.dtype(name) for kind, name in (("I64", "<i8"), ("F32", "<f4"), ("I32", "<i4"), ("U8", "u1"))}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -53,21 +61,16 @@ class Description:
     version: int = VERSION
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How much a store holds, and where.
+class Place(NamedTuple):
+    """Where an array lies in a file."""
 
-    Args:
-        images: I.
-        boxes: T.
-        id_bytes: B.
-        starts: name of the array -> its first byte, counted from the start of the file.
-    """
+    start: int  # its first byte
+    dtype: np.dtype[Any]
+    shape: list[int]
 
-    images: int
-    boxes: int
-    id_bytes: int
-    starts: dict[str, int]
+    def view(self, content: mmap.mmap) -> npt.NDArray[Any]:
+        """The array in a file that is mapped into memory, read-only."""
+        return np.frombuffer(content, self.dtype, prod(self.shape), self.start).reshape(self.shape)
 
 
 def arrays(images: int, boxes: int, id_bytes: int) -> dict[str, tuple[str, list[int]]]:
@@ -167,7 +170,7 @@ def build_header(description: Description, images: int, boxes: int, id_bytes: in
     }
     start = 0
     for name, (kind, shape) in arrays(images, boxes, id_bytes).items():
-        end = start + ITEM_BYTES[kind] * prod(shape)
+        end = start + _DTYPES[kind].itemsize * prod(shape)
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -175,7 +178,7 @@ def build_header(description: Description, images: int, boxes: int, id_bytes: in
     return struct.pack("<Q", len(text)) + text
 
 
-def read_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[Description, Layout]:
+def read_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[Description, dict[str, Place]]:
     """Read and check what stands before the arrays.
 
     Args:
@@ -184,7 +187,7 @@ def read_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[Descriptio
         file_bytes: its length.
 
     Returns:
-        What the store says about itself, and where its arrays lie.
+        What the store says about itself, and where its arrays lie, by name.
 
     Raises:
         DataError: the file is something else, is cut off or damaged, or was written by a newer version.
@@ -214,7 +217,7 @@ def _read_metadata(header: dict[str, Any], path: Path) -> Description:
         raise _foreign(path, f"it is a safetensors file of another kind (format {kind!r}, arrays: {names})")
     version = metadata.get("version", "")
     if not (isinstance(version, str) and version.isascii() and version.isdigit() and int(version) > 0):
-        raise _damaged(path, f"its version is {version!r}, not a whole number")
+        raise damaged(path, f"its version is {version!r}, not a whole number")
     if int(version) > VERSION:
         raise DataError(
             f"{path}: a proposal store of version {version}, but this program reads versions up to {VERSION}: "
@@ -226,13 +229,13 @@ def _read_metadata(header: dict[str, Any], path: Path) -> Description:
     except (TypeError, ValueError, RecursionError):
         settings = None
     if not isinstance(source, str) or not isinstance(settings, dict):
-        raise _damaged(path, "its source or settings cannot be read")
+        raise damaged(path, "its source or settings cannot be read")
     if not isinstance(digest, str) or not _HASH.fullmatch(digest):
-        raise _damaged(path, f"its content_hash is {digest!r}, not 64 hexadecimal digits")
+        raise damaged(path, f"its content_hash is {digest!r}, not 64 hexadecimal digits")
     return Description(source, settings, digest, int(version))
 
 
-def _read_layout(header: dict[str, Any], path: Path, first: int, file_bytes: int) -> Layout:
+def _read_layout(header: dict[str, Any], path: Path, first: int, file_bytes: int) -> dict[str, Place]:
     found: dict[str, tuple[str, list[int], list[int]]] = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -240,25 +243,25 @@ def _read_layout(header: dict[str, Any], path: Path, first: int, file_bytes: int
         parts = entry if isinstance(entry, dict) else {}
         kind, shape, place = parts.get("dtype"), parts.get("shape"), parts.get("data_offsets")
         if not isinstance(kind, str) or not _whole(shape) or not _whole(place) or len(place) != 2:
-            raise _damaged(path, f"the header's entry of the array {name!r} cannot be read")
+            raise damaged(path, f"the header's entry of the array {name!r} cannot be read")
         found[name] = (kind, shape, place)
     end = max([0, *(places[1] for _, _, places in found.values())])
     if file_bytes < first + end:
         raise _cut_off(path, file_bytes, str(first + end))
     if file_bytes > first + end:
-        raise _damaged(path, f"it has {file_bytes} bytes, {file_bytes - first - end} more than its header says")
+        raise damaged(path, f"it has {file_bytes} bytes, {file_bytes - first - end} more than its header says")
     images, boxes, id_bytes = (
         found[name][1][0] if name in found and found[name][1] else 0 for name in ("sizes", "boxes", "id_bytes")
     )
-    starts = {}
+    places = {}
     for name, (kind, shape) in arrays(images, boxes, id_bytes).items():
         if name not in found:
-            raise _damaged(path, f"the array {name!r} is missing")
+            raise damaged(path, f"the array {name!r} is missing")
         found_kind, found_shape, (start, stop) = found[name]
-        if found_kind != kind or found_shape != shape or stop - start != ITEM_BYTES[kind] * prod(shape):
-            raise _damaged(path, f"the array {name!r} is {found_kind} {found_shape}, expected {kind} {shape}")
-        starts[name] = first + start
-    return Layout(images, boxes, id_bytes, starts)
+        if found_kind != kind or found_shape != shape or stop - start != _DTYPES[kind].itemsize * prod(shape):
+            raise damaged(path, f"the array {name!r} is {found_kind} {found_shape}, expected {kind} {shape}")
+        places[name] = Place(first + start, _DTYPES[kind], shape)
+    return places
 
 
 def _whole(values: Any) -> TypeGuard[list[int]]:
@@ -282,5 +285,180 @@ def _cut_off(path: Path, has: int, needs: str) -> DataError:
     return DataError(f"{path}: cut off: it has {has} bytes of {needs}; copy or write it again")
 
 
-def _damaged(path: Path, reason: str) -> DataError:
+def damaged(path: Path, reason: str) -> DataError:
+    """The error for content that is not as the format demands."""
     return DataError(f"{path}: damaged: {reason}; copy or write it again")
+
+
+class _Entry(NamedTuple):
+    start: int  # first byte of its boxes in the temporary file; its scores follow
+    count: int
+    size: tuple[int, int]
+    extent: bytes
+    digest: bytes
+
+
+class ProposalWriter:
+    """Writes a proposal store image by image, in any order; nothing appears under its name before `close`.
+
+    The boxes go to a nameless temporary file beside the target, of which nothing is left when the process dies; `close` copies
+    them in the order of the ids. The index that stays in memory is about 500 bytes an image.
+
+    As a context manager it closes at the end of the block, and drops everything after an exception.
+
+    Args:
+        path: the store to write, ``*.safetensors``; an existing one is replaced.
+        source: the name of what made the boxes, such as ``"selective_search"``.
+        settings: its settings, as JSON can hold them.
+
+    Raises:
+        ValueError: another suffix, an empty source, or settings that JSON cannot hold.
+
+    Example:
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = Path(folder.name) / "boxes.safetensors"
+        >>> with ProposalWriter(path, source="by hand", settings={}) as writer:
+        ...     writer.add("139", [[0, 0, 10, 20]], [0.5])
+        >>> path.is_file()
+        True
+        >>> folder.cleanup()
+    """
+
+    def __init__(self, path: str | Path, source: str, settings: dict[str, Any]) -> None:
+        self.path = Path(path)
+        if self.path.suffix != SUFFIX:
+            raise ValueError(f"{self.path}: the name of a proposal store must end in {SUFFIX}")
+        if not isinstance(source, str) or not source or not _is_utf8(source):
+            raise ValueError(f"{self.path}: source must name what made the boxes, got {source!r}")
+        canonical_settings(settings)
+        self.source, self.settings = source, settings
+        self._entries: dict[bytes, _Entry] = {}
+        self._end = 0
+        self._boxes: BinaryIO | None = None
+        self._done = False
+
+    def __enter__(self) -> ProposalWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id.encode() in self._entries
+
+    def add(self, image_id: str, boxes: Any, scores: Any, size: tuple[int, int] | None = None) -> None:
+        """Add the boxes of one image.
+
+        Args:
+            image_id: COCO's number in decimal, or VOC's file stem.
+            boxes: ``[P, 4]`` xyxy, continuous pixel edges in the frame of the image file.
+            scores: ``[P]``; boxes are sorted by descending score, those with equal scores keep their order.
+            size: height and width of the image in pixels, None where unknown; with it, use of the store for other
+                images or a resized frame is found out, and boxes that reach beyond the image are refused.
+
+        Raises:
+            DataError: an id twice, a wrong shape, a number that is not finite, or a box of negative size; the store,
+                the image, the box and its value are named, and the image is not added.
+            ValueError: the writer was closed before.
+        """
+        if self._done:
+            raise ValueError(f"{self.path}: the writer is closed; make another one for another store")
+        name = _encode_id(image_id, self.path)
+        where = f"{self.path}: image {image_id!r}"
+        if name in self._entries:
+            raise DataError(f"{where}: added twice; a store has one entry for each image")
+        numbers = read_boxes(boxes, where)
+        values = read_scores(scores, len(numbers), where)
+        known = _read_size(size, where)
+        for reason, rows in find_faults(numbers, values, known).items():
+            row = int(np.flatnonzero(rows)[0])
+            raise DataError(f"{where}: box {row} {explain(reason, numbers[row], float(values[row]), known)}")
+        stored_scores = values.astype("<f4") + np.float32(0)  # no negative zeros, which hash differently
+        order = np.argsort(-stored_scores, kind="stable")
+        stored, stored_scores = numbers.astype("<f4")[order] + np.float32(0), stored_scores[order]
+        extent = np.zeros(4, dtype="<f4")
+        if len(stored):
+            extent = np.concatenate([stored[:, :2].min(axis=0), stored[:, 2:].max(axis=0)])
+        digest = image_digest(name, known or (0, 0), stored, stored_scores)
+        file = self._open()
+        file.write(stored.tobytes())
+        file.write(stored_scores.tobytes())
+        self._entries[name] = _Entry(self._end, len(stored), known or (0, 0), extent.tobytes(), digest)
+        self._end += 20 * len(stored)
+
+    def close(self) -> None:
+        """Write the store under its name; nothing happens if that was done or given up before.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written to; what was under the name stays.
+        """
+        if self._done:
+            return
+        names = sorted(self._entries)
+        digest = content_hash(self.source, self.settings, (self._entries[name].digest for name in names))
+        description = Description(self.source, self.settings, digest)
+        try:
+            with atomic_write(self.path) as temporary, temporary.open("wb") as file:
+                file.write(build_header(description, len(names), self._end // 20, sum(map(len, names))))
+                for part in self._parts(names):
+                    file.write(part)
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Drop what was added; the store is not written."""
+        if self._boxes is not None:
+            self._boxes.close()
+        self._boxes = None
+        self._entries, self._end, self._done = {}, 0, True
+
+    def _open(self) -> BinaryIO:
+        if self._boxes is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._boxes = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 (closed by close and abort)
+        return self._boxes
+
+    def _parts(self, names: list[bytes]) -> Iterator[bytes]:
+        """The arrays in the order of `arrays`, piece by piece."""
+        entries = [self._entries[name] for name in names]
+        yield np.fromiter(accumulate((e.count for e in entries), initial=0), dtype="<i8").tobytes()
+        yield np.fromiter(accumulate(map(len, names), initial=0), dtype="<i8").tobytes()
+        yield b"".join(entry.extent for entry in entries)
+        yield b"".join(struct.pack("<ii", *entry.size) for entry in entries)
+        for first, length in ((0, 16), (16, 4)):  # bytes of a box, then of a score
+            for entry in entries:
+                if entry.count:
+                    file = self._open()
+                    file.seek(entry.start + first * entry.count)
+                    yield file.read(length * entry.count)
+        yield b"".join(names)
+
+
+def _encode_id(image_id: Any, path: Path) -> bytes:
+    if not isinstance(image_id, str) or not image_id or not _is_utf8(image_id):
+        raise DataError(f"{path}: an image id must be text that is not empty, such as '139', got {image_id!r}")
+    return image_id.encode()
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_size(size: Any, where: str) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    if len(size) != 2 or not all(isinstance(side, int | np.integer) and 0 < side < 2**31 for side in size):
+        raise DataError(f"{where}: size must be height and width in pixels, got {size!r}")
+    return int(size[0]), int(size[1])

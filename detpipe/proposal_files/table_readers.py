@@ -1,4 +1,4 @@
-"""Read proposals from text: COCO's result files and CSV tables."""
+"""Read proposals from text: COCO's result files and CSV tables; arguments and errors are those of `raw_proposals.Reader`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,7 @@ _CORNERS, _SIDES = ("x1", "y1", "x2", "y2"), ("x", "y", "width", "height")
 
 
 def read_coco(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
-    """Read a result file: a list of ``{"image_id", "bbox": [x, y, width, height], "score"}``; categories are ignored.
-
-    Args:
-        path: the JSON file; it is held in memory as a whole.
-        known: not needed.
-        tally: decides about faulty records.
-
-    Returns:
-        The proposals, an image's in the order of the file.
-
-    Raises:
-        DataError: the file cannot be read, is no list, or has a faulty record.
-    """
+    """Read a result file: a list of ``{"image_id", "bbox": [x, y, width, height], "score"}``; categories are ignored."""
     records = load_json(path)
     if isinstance(records, dict) and "annotations" in records:
         raise DataError(
@@ -58,17 +46,8 @@ def read_coco(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
 def read_csv(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
     """Read a table with the columns image_id, x1, y1, x2, y2 (or x, y, width, height) and, if it has them, scores.
 
-    Args:
-        path: the file, UTF-8, comma separated. The first line may name the columns, which then may stand in any order
-            and among others; without it they are image_id, x1, y1, x2, y2[, score].
-        known: not needed.
-        tally: decides about faulty lines.
-
-    Returns:
-        The proposals, an image's in the order of the file.
-
-    Raises:
-        DataError: the file cannot be read, lacks a column, or has a faulty line.
+    The file is UTF-8, comma separated. The first line may name the columns, which then may stand in any order and among others;
+    without it they are image_id, x1, y1, x2, y2[, score].
     """
     refuse_special(path)
     with _readable(path), path.open(newline="", encoding="utf-8-sig") as file:
@@ -133,8 +112,6 @@ def _is_number(text: str) -> bool:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file: check the path") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8 text: this is not a CSV file") from error
     except csv.Error as error:

@@ -31,7 +31,7 @@ from detpipe.proposals.rpn_objective import AnchorTargets, RPNObjective
 from detpipe.proposals.rpn_selection import NotFiniteError, ProposalSelection
 from detpipe.stages import ImageList, Losses, ProposalSource
 from detpipe.support.errors import DataError, NonFiniteStepError, TrainingError
-from detpipe.support.processes import common_count, shared_anywhere
+from detpipe.support.processes import any_sharing_rank, count_per_rank
 from detpipe.types import Features, Target
 
 CACHED_GRIDS = 32  # shapes of batches whose anchors are kept
@@ -196,14 +196,14 @@ class RPN(ProposalSource):
             if targets is None:
                 raise DataError(f"{message}and the weights for NaN") from error
             failed = NonFiniteStepError(f"{message}or lower optimizer.lr or set trainer.gradient_clip_val", what)
-        stop = targets is not None and shared_anywhere(failed is not None, anchors.device)
+        stop = targets is not None and any_sharing_rank(failed is not None, anchors.device)
         if stop or found is None:  # the other processes would wait for the losses of this one
             raise failed or TrainingError("stopped, since proposals of the RPN are not finite in another process")
         return found
 
     def _losses(self, logits: Tensor, deltas: Tensor, sampled: AnchorTargets) -> Losses:
         """Compare ``[N, S]`` logits and ``[N, S, 4]`` deltas with what they should be."""
-        count = common_count(sampled.valid.sum())
+        count = count_per_rank(sampled.valid.sum())
         entropy = F.binary_cross_entropy_with_logits(logits, sampled.positive.to(logits), reduction="none")
         distance = F.smooth_l1_loss(deltas, sampled.deltas, reduction="none", beta=self.objective.beta)
         return {

@@ -20,7 +20,7 @@ from detpipe import images as frames
 from detpipe.optimization import LRSchedule, Optimizer, configure
 from detpipe.stages import Backbone, mark_class_outputs
 from detpipe.support.errors import UsageError
-from detpipe.support.processes import from_all, mean_factor, sharing_counts
+from detpipe.support.processes import gather_objects, mean_factor, sharing_counts
 from detpipe.types import Features
 
 AUXILIARY_WEIGHT = 0.4
@@ -164,7 +164,7 @@ class ImageClassifier(LightningModule):
         """Log loss and accuracy over all images: the hits are counted, so no batch size changes the quotient."""
         names = ["loss", *(f"top{k}" for k in TOP)]
         counted = torch.stack([torch.zeros(1 + len(names)), *(part.cpu() for part in self._validated)]).double().sum(0)
-        images, *sums = torch.stack(from_all(counted)).sum(0).tolist()
+        images, *sums = torch.stack(gather_objects(counted)).sum(0).tolist()
         self.log_dict({f"val/{name}": value / images for name, value in zip(names, sums, strict=True)}, prog_bar=True)
 
     def predict_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:

@@ -35,7 +35,7 @@ from detpipe.roi_pooling import RoIAlign, RoIPooler
 from detpipe.roi_pooling.layouts import to_rois
 from detpipe.stages import Backbone, Losses, mark_class_outputs
 from detpipe.support.errors import DataError
-from detpipe.support.processes import common_weight, from_all, is_repeat, sharing_counts
+from detpipe.support.processes import gather_objects, is_repeat, sharing_counts, weight_per_rank
 from detpipe.types import Target
 
 ROIS_PER_PASS = 4096  # at inference; bounds the memory of pooled features
@@ -195,7 +195,7 @@ class RegionClassifier(LightningModule):
             label_smoothing=self.label_smoothing,
         )
         # the entropies are weighted already: their sum is divided by that of the weights, as in torch's own mean
-        total = common_weight(weights.sum())
+        total = weight_per_rank(weights.sum())
         return {"loss_classifier": (entropy * truth.valid.flatten()).sum() / total.where(total > 0, 1.0)}
 
     @torch.no_grad()
@@ -249,7 +249,7 @@ class RegionClassifier(LightningModule):
         Raises:
             DataError: there is no region that counts.
         """
-        parts = from_all(
+        parts = gather_objects(
             torch.stack([torch.zeros(3, self.num_classes), *(part.cpu() for part in self._validated)]).double().sum(0)
         )
         regions, hits, losses = torch.stack(parts).sum(0)

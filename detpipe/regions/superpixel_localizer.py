@@ -36,7 +36,7 @@ from detpipe.regions.superpixel_pooling import Localization, Localized, Superpix
 from detpipe.regions.superpixels import Segmentation, Segmenter
 from detpipe.stages import Backbone, Losses
 from detpipe.support.errors import DataError
-from detpipe.support.processes import MeanValues, from_all, is_repeat, mean_factor, sharing_counts
+from detpipe.support.processes import MeanValues, gather_objects, is_repeat, mean_factor, sharing_counts
 from detpipe.types import Target
 
 Batch = tuple[list[Tensor], list[Target]]
@@ -181,7 +181,7 @@ class SuperpixelLocalizer(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log mean IoU over all pixels: with the classes found, with the true ones given, and of background alone."""
         names = [str(label) for label in range(1, self.num_classes + 1)]
-        parts = from_all(self.confusion)
+        parts = gather_objects(self.confusion)
         self.confusion = {
             name: np.sum([part[name] for part in parts if name in part], axis=0)
             for name in ("mIoU", "mIoU_classes_given")

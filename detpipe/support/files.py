@@ -13,8 +13,10 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import filelock
 
 from detpipe.support.errors import DataError, DetpipeError
 
@@ -37,6 +39,29 @@ def refuse_special(path: str | os.PathLike[str], kind: type[DetpipeError] = Data
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise kind(f"{path}: is a pipe, a device or a socket; give a regular file")
+
+
+@contextmanager
+def sole_writer(path: str | os.PathLike[str], busy: DetpipeError) -> Iterator[None]:
+    """Keep other processes from what this one writes, by a lock on the file ``PATH.lock``, which is removed in the end.
+
+    The lock of a process that ends in whatever way is free again.
+
+    Args:
+        path: of the file or folder, in a folder that exists.
+        busy: raised where another process has the lock.
+    """
+    lock = filelock.FileLock(f"{os.fspath(path)}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise busy from error
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):  # Windows removes no open file
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager
@@ -73,14 +98,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = _temporary_name(path)
     try:
         yield temporary
-        _synchronize(temporary)
+        synchronize(temporary)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)  # a full disk is told without the file that did not fit
         raise
-    _synchronize(path.parent)
+    synchronize(path.parent)
 
 
 @contextmanager
@@ -160,7 +185,7 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def _synchronize(path: Path) -> None:
+def synchronize(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

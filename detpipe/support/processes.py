@@ -2,7 +2,7 @@
 
 PyTorch averages the gradients of the processes. A loss that each divides by its own count of samples then differs from the loss of
 one process with all the images, wherever counts differ: an image with few proposals, a last batch that is smaller. So a training
-step divides by `common_count`, the mean count of all processes: the averaged gradients are those of the whole batch. A process
+step divides by `count_per_rank`, the mean count of all processes: the averaged gradients are those of the whole batch. A process
 for which a last batch holds no image takes part with one that another has too, and nothing of it counts.
 
 Two things are not exact: norms that look at the batch see that of their process, and parts of other packages (torchvision's RPN and
@@ -37,7 +37,7 @@ def is_first() -> bool:
     )
 
 
-def share() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """Tell which part of the work is this process'.
 
     Returns:
@@ -53,7 +53,7 @@ def is_repeat(targets: Sequence[Mapping[str, Any]]) -> bool:
 
 @contextmanager
 def sharing_counts(counted: bool = True) -> Iterator[None]:
-    """Within it `common_count` and the others speak of all processes; all of them must enter it, and make the same calls.
+    """Within it `count_per_rank` and the others speak of all processes; all of them must enter it, and make the same calls.
 
     Args:
         counted: False where the batch of this process is a repeat: it then adds nothing to any count. Its loss must not count
@@ -67,7 +67,7 @@ def sharing_counts(counted: bool = True) -> Iterator[None]:
         _weight = before
 
 
-def common_count(count: Tensor) -> Tensor:
+def count_per_rank(count: Tensor) -> Tensor:
     """Say by what each process shall divide its sum, so that the mean over processes is a mean over all samples.
 
     Args:
@@ -79,8 +79,8 @@ def common_count(count: Tensor) -> Tensor:
     return _total(count[None])[0].clamp(min=1) / _size()
 
 
-def common_weight(weight: Tensor) -> Tensor:
-    """As `common_count`, of samples that count differently: the mean weight of all processes, which may be 0.
+def weight_per_rank(weight: Tensor) -> Tensor:
+    """As `count_per_rank`, of samples that count differently: the mean weight of all processes, which may be 0.
 
     Args:
         weight: scalar, the sum over the samples of this process.
@@ -91,7 +91,7 @@ def common_weight(weight: Tensor) -> Tensor:
     return _total(weight[None])[0] / _size()
 
 
-def common_mean(total: Tensor, count: Tensor) -> Tensor:
+def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
     """Average over the samples of all processes.
 
     Args:
@@ -116,10 +116,10 @@ def mean_factor(images: int, device: torch.device) -> Tensor:
         float32 scalar: 1 where all have equally many, 0 for a repeat.
     """
     count = torch.tensor(float(images), device=device)
-    return count * (1.0 if _weight is None else _weight) / common_count(count)
+    return count * (1.0 if _weight is None else _weight) / count_per_rank(count)
 
 
-def anywhere(condition: bool, device: torch.device) -> bool:
+def any_rank(condition: bool, device: torch.device) -> bool:
     """Tell whether a condition holds in any process; all of them must ask.
 
     Args:
@@ -129,9 +129,9 @@ def anywhere(condition: bool, device: torch.device) -> bool:
     return bool(largest(int(condition), device))
 
 
-def shared_anywhere(condition: bool, device: torch.device) -> bool:
-    """As `anywhere` within `sharing_counts`; elsewhere the condition of this process, so that none waits for another."""
-    return condition if _weight is None else anywhere(condition, device)
+def any_sharing_rank(condition: bool, device: torch.device) -> bool:
+    """As `any_rank` within `sharing_counts`; elsewhere the condition of this process, so that none waits for another."""
+    return condition if _weight is None else any_rank(condition, device)
 
 
 def largest(value: int, device: torch.device) -> int:
@@ -148,7 +148,7 @@ def largest(value: int, device: torch.device) -> int:
     return int(answer)
 
 
-def from_all(value: T) -> list[T]:
+def gather_objects(value: T) -> list[T]:
     """Collect a small object of each process; all of them must call.
 
     Args:
@@ -188,7 +188,7 @@ class MeanValues:
         Returns:
             The means by name, the same everywhere.
         """
-        parts = from_all({name: (total.item(), self._images[name]) for name, total in self._sums.items()})
+        parts = gather_objects({name: (total.item(), self._images[name]) for name, total in self._sums.items()})
         names = dict.fromkeys(name for part in parts for name in part)
         totals = {
             name: [sum(column) for column in zip(*(p[name] for p in parts if name in p), strict=True)] for name in names

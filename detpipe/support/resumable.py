@@ -7,7 +7,6 @@ shows that there was a kill.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import multiprocessing
 import os
@@ -19,10 +18,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from detpipe.support.errors import DataError
+from detpipe.support.files import sole_writer
 
 _HEAD = struct.Struct("<II")  # bytes of an entry, their checksum
 _AHEAD = 4  # items that each process has waiting
@@ -63,9 +64,10 @@ class Journal(Generic[Result]):
         magic = f"detpipe.{what}.journal 2 ".encode()
         first = magic + plan.encode() + b"\n"
         self._start = len(first)
-        self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115 (closed by close)
-        try:
-            lock(self._file.fileno(), path, remedy)
+        busy = DataError(f"{path}: another process is writing it; wait for it, or {remedy}")
+        with ExitStack() as stack:
+            stack.enter_context(sole_writer(path, busy))
+            self._file: BinaryIO = stack.enter_context(open(path, "a+b"))
             self._file.seek(0)
             found = self._file.read(len(first))
             if found != first and first.startswith(found):  # new, or killed within its first line
@@ -78,9 +80,7 @@ class Journal(Generic[Result]):
                 if not line.startswith(magic) or not line.endswith(b"\n"):
                     raise DataError(f"{path}: this is no journal of {what}; move it away, or {remedy}")
                 raise DataError(refuse(line[len(magic) :].decode(errors="replace").strip()))
-        except BaseException:
-            self.close()
-            raise
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Journal[Result]:
         return self
@@ -90,7 +90,7 @@ class Journal(Generic[Result]):
 
     def close(self) -> None:
         """Close the file, which stays."""
-        self._file.close()
+        self._stack.close()
 
     def add(self, part: Result) -> None:
         """Append a finished part; it is on its way to the disk when this returns, and survives a kill."""
@@ -115,18 +115,6 @@ class Journal(Generic[Result]):
         """Close and delete it, once what it was kept for is written."""
         self.path.unlink()
         self.close()
-
-
-def lock(descriptor: int, path: Path, remedy: str) -> None:
-    """Keep other processes out of an open file or folder until it is closed.
-
-    Raises:
-        DataError: another process has it.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError(f"{path}: another process is writing it; wait for it, or {remedy}") from error
 
 
 def run(

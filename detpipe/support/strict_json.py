@@ -153,26 +153,6 @@ def require_numbers(record: Any, field: str, count: int, where: str) -> list[flo
     return [float(v) for v in values]
 
 
-def optional_flag(record: dict[str, Any], field: str, where: str) -> bool:
-    """Return ``record[field]`` as a bool: 0, 1, true or false; False where the field is absent.
-
-    Args:
-        record: a parsed JSON object.
-        field: the name of the field, such as ``"iscrowd"``.
-        where: the start of the message.
-
-    Returns:
-        The flag.
-
-    Raises:
-        DataError: the field is there and holds anything else.
-    """
-    value = record.get(field, False)
-    if type(value) not in (int, bool) or value not in (0, 1):
-        _refuse(field, value, "0 or 1", where)
-    return bool(value)
-
-
 def shorten(value: Any, limit: int = 60) -> str:
     """Return ``repr(value)``, cut to ``limit`` characters, for a message of one line."""
     text = repr(value)

@@ -1,7 +1,8 @@
 """Which classes configurations and checkpoints may name: decided by name alone, before anything is imported.
 
 Allowed are the classes of this package that a model or its data are built of, and by name those of Lightning whose arguments are
-data. No function is allowed, so that nothing can be called that a file names. ``--trust MODULE`` adds a user's own.
+data, and those that torchvision's RPN and RoI heads are built of. No function is allowed, so that nothing can be called that a
+file names. ``--trust MODULE`` adds a user's own.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
+import detpipe
 from detpipe.support.errors import UsageError
 
 _PARTS = (  # modules and folders of this package
     "attention backbones datasets demo detector heads optimization proposals regions roi_pooling spatial_transformer types"
 )
-_LIGHTNING = {
+_OTHERS = {
     "lightning.pytorch.callbacks": "BatchSizeFinder DeviceStatsMonitor EarlyStopping EMAWeightAveraging LearningRateFinder "
     "GradientAccumulationScheduler LearningRateMonitor ModelCheckpoint ModelSummary OnExceptionCheckpoint RichModelSummary "
     "RichProgressBar SpikeDetection StochasticWeightAveraging Timer TQDMProgressBar WeightAveraging",
@@ -34,6 +36,11 @@ _LIGHTNING = {
     "TorchSyncBatchNorm",
     "lightning.pytorch.plugins.environments": "KubeflowEnvironment LightningEnvironment LSFEnvironment MPIEnvironment "
     "SLURMEnvironment TorchElasticEnvironment",
+    "torchvision.models.detection.roi_heads": "RoIHeads",
+    "torchvision.models.detection.rpn": "RegionProposalNetwork RPNHead",
+    "torchvision.models.detection.anchor_utils": "AnchorGenerator",
+    "torchvision.models.detection.faster_rcnn": "FastRCNNConvFCHead FastRCNNPredictor TwoMLPHead",
+    "torchvision.ops": "MultiScaleRoIAlign",
 }
 _LINE = re.compile(r"^(?P<data>@dataclass.*\n)?class (?P<name>[A-Z]\w*)|^    def (?P<method>\w+)|^\S", re.MULTILINE)
 GIVEN: list[str] = []  # modules of the command line
@@ -56,7 +63,7 @@ def policy() -> tuple[tuple[str, ...], tuple[str, ...]]:
                 denied.append(".".join((*places, name, found["method"])))
             elif not found["method"] and (name := found["name"] if known or found["data"] else None):
                 allowed += [".".join((*places[:depth], name)) for depth in range(1, len(places) + 1)]
-    for module, names in _LIGHTNING.items():
+    for module, names in _OTHERS.items():
         for kind in (getattr(import_module(module), name) for name in names.split()):
             path = f"{kind.__module__}.{kind.__qualname__}"
             places = kind.__module__.split(".")
@@ -92,8 +99,9 @@ def where_classes_are(value: Any) -> Any:
         return {key: where_classes_are(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [where_classes_are(entry) for entry in value]
-    if isinstance(value, str) and value.startswith("detpipe.") and value not in policy()[0]:
-        return _homes().get(value.rpartition(".")[2], value)
+    if isinstance(value, str) and value.startswith("detpipe."):
+        name = value.rpartition(".")[2]
+        return f"detpipe.{name}" if name in detpipe.__all__ else _homes().get(name, value)
     return value
 
 
@@ -111,6 +119,9 @@ def only_allowed(trust: Sequence[str] = ()) -> Iterator[None]:
     from jsonargparse import _common, _optionals
 
     check_trust(trust)
+    _declare_modules()
+    for name in (*GIVEN, *trust):
+        _import(name)
     with _lock:
         if _active and {*trust} <= _active[-1]:
             yield
@@ -182,6 +193,32 @@ def check_trust(modules: Sequence[str]) -> None:
             raise UsageError(f"--trust {name}: expected the name of a module, such as my_head for my_head.py")
         if runs_code(name):
             raise UsageError(f"--trust {name}: refused, since {name} can run any code; name your own module")
+
+
+@cache
+def _declare_modules() -> None:
+    """Say which arguments of torchvision's RoI heads are modules, which it leaves open: only modules are built for them."""
+    from torch import nn
+    from torchvision.models.detection.roi_heads import RoIHeads
+
+    RoIHeads.__init__.__annotations__.update(dict.fromkeys(("box_roi_pool", "box_head", "box_predictor"), nn.Module))
+
+
+def _import(name: str) -> None:
+    """Import what is trusted, so that its classes have short names; of a module that is absent, none can be named.
+
+    Raises:
+        UsageError: its code fails.
+    """
+    try:
+        import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise UsageError(f"--trust {name}: its import failed: {error}") from error
+        if "." in name and error.name == name:  # a class, maybe, of the module before it
+            _import(name.rpartition(".")[0])
+    except Exception as error:
+        raise UsageError(f"--trust {name}: its import failed: {type(error).__name__}: {error}") from error
 
 
 def _load(text: str, loader: Any) -> Any:

@@ -106,11 +106,11 @@ class ValidationNumbers(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers, for the checkpoint."""
-        return {"metrics": json.dumps(self.metrics)}
+        return {"metrics": dict(self.metrics)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the numbers of a checkpoint."""
-        self.metrics = json.loads(state_dict["metrics"])
+        self.metrics = _numbers(state_dict)
 
     @classmethod
     def stored(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +122,12 @@ class ValidationNumbers(Callback):
         Returns:
             The numbers by name, without ``val/``, and ``epoch``; nothing before the first validation.
         """
-        return json.loads(checkpoint["callbacks"].get(cls.__qualname__, {"metrics": "{}"})["metrics"])
+        return _numbers(checkpoint["callbacks"].get(cls.__qualname__, {}))
+
+
+def _numbers(state: dict[str, Any]) -> dict[str, Any]:
+    found = state.get("metrics", {})
+    return json.loads(found) if isinstance(found, str) else found  # text in checkpoints of before
 
 
 class Accuracy(ValidationNumbers):
@@ -168,7 +173,7 @@ class MeanAveragePrecision(ValidationNumbers):
         assert self._evaluator is not None
         self.metrics = self._evaluator.compute()
         self.metrics["epoch"] = trainer.current_epoch
-        images = len(set().union(*processes.from_all(self._seen)))
+        images = len(set().union(*processes.gather_objects(self._seen)))
         if images < len(self._evaluator.annotations):
             self.metrics["images"] = images
         for name in ("AP", "AP50"):
@@ -306,7 +311,7 @@ class StopOnNonFinite(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check the loss; all processes stop at the same step."""
         bad = not torch.isfinite(loss)
-        if processes.anywhere(bad, loss.device):
+        if processes.any_rank(bad, loss.device):
             if not bad:
                 raise TrainingError(
                     f"step {trainer.global_step}: stopped, since the loss is not finite in another process"

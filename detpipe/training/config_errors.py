@@ -19,6 +19,10 @@ from detpipe.support.suggest import did_you_mean
 from detpipe.training.allowed import runs_code
 
 _LONGEST = 600
+_SIGNATURES = {  # of stages, whose place other modules may take
+    "ProposalSource": ", whose forward takes (images, features, targets)",
+    "RoIHead": ", whose forward takes (features, proposals, image_sizes, targets)",
+}
 _KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -151,7 +155,7 @@ def _wrong_class(match: re.Match[str], parser: ArgumentParser | None, at: str) -
     known = sorted(_subclass_names(parser, at))
     near = did_you_mean(name.rpartition(".")[2], known)
     if match["other"]:
-        what = f"{name!r} is not a {match['base']}"
+        what = f"{name!r} is not a {match['base']}{_SIGNATURES.get(match['base'], '')}"
     elif match["full"]:
         what = f"class {name!r} cannot be used ({match['why'].strip()})"
     else:
@@ -165,8 +169,7 @@ def _not_allowed(name: str, parser: ArgumentParser | None, at: str) -> str:
     package, _, rest = name.partition(".")
     ours = package == "detpipe"
     near = did_you_mean(name.rpartition(".")[2], sorted(_subclass_names(parser, at))) if ours else ""
-    module = name.rpartition(".")[0] if ours or package in ("lightning", "torch") else package
-    trust = f"; if you trust its code, give --trust {module}" if rest and not near else ""
+    trust = f"; if you trust its code, give --trust {name.rpartition('.')[0]}" if rest and not near else ""
     return f"class {name!r} is not one of detpipe's{near or trust}"
 
 

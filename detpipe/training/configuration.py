@@ -139,6 +139,12 @@ class CommandCLI(LightningCLI, ABC):
     def follow_data(self) -> None:
         """Let settings of the model follow those of the data that cannot be linked, for they lie at any depth."""
 
+    def _dump_config(self) -> None:
+        """What Lightning gives to ``save_hyperparameters``: as it does it, without parsing once more what has been parsed."""
+        if not hasattr(self, "config_dump"):
+            text = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False, skip_validation=True)
+            self.config_dump = yaml.safe_load(text)
+
     def check_sizes(self) -> None:
         """Refuse data that resize images for a model that would resize them again.
 
@@ -162,7 +168,7 @@ class CommandCLI(LightningCLI, ABC):
 
     def reusable(self) -> str:
         """The configuration as text that trains the same model again, without what belongs to one run."""
-        text = self.parser.dump(self.config, skip_link_targets=True, skip_unset=False)
+        text = self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, skip_validation=True)
         settings = yaml.safe_load(text)
         return yaml.safe_dump({k: v for k, v in settings.items() if k not in ONE_RUN}, sort_keys=False)
 

@@ -127,7 +127,7 @@ def add_region_model(parser: ArgumentParser) -> None:
     import detpipe.backbones  # noqa: F401  (short names work for classes that are imported)
 
     parser.add_argument("--num_classes", type=int)
-    parser.add_subclass_arguments(LightningModule, "model")
+    parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False)
     parser.link_arguments("num_classes", "model.init_args.num_classes")
 
 
@@ -138,7 +138,7 @@ def add_model(parser: ArgumentParser) -> None:
     import detpipe.proposals  # noqa: F401  (short names work for classes that are imported)
 
     parser.add_argument("--num_classes", type=int)
-    parser.add_class_arguments(TwoStageDetector, "model")
+    parser.add_class_arguments(TwoStageDetector, "model", fail_untyped=False)
     parser.link_arguments("num_classes", "model.head.init_args.num_classes")
     link_stages(parser)
 
@@ -148,5 +148,5 @@ def add_classifier(parser: ArgumentParser) -> None:
     import detpipe.backbones  # noqa: F401  (short names work for classes that are imported)
 
     parser.add_argument("--num_classes", type=int)
-    parser.add_class_arguments(ImageClassifier, "model")
+    parser.add_class_arguments(ImageClassifier, "model", fail_untyped=False)
     parser.link_arguments("num_classes", "model.num_classes")

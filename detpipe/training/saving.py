@@ -246,7 +246,7 @@ class StopOnSignal(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the batches that every process has: only there can they agree."""
-        self._batches = min(processes.from_all(int(sum(trainer.num_val_batches))))
+        self._batches = min(processes.gather_objects(int(sum(trainer.num_val_batches))))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -258,7 +258,7 @@ class StopOnSignal(Callback):
         """
         if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.total.completed:
             return
-        if batch_idx >= self._batches or not processes.anywhere(self.received > 0, pl_module.device):
+        if batch_idx >= self._batches or not processes.any_rank(self.received > 0, pl_module.device):
             return
         if self.saves is not None and trainer.global_step > self.saves.saved_step:
             self.saves.save(trainer, "validation")

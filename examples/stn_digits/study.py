@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from detpipe.datasets.in_threads import usable_cores
+from detpipe.datasets.workers import usable_cores
 from detpipe.support.errors import TrainingError, UsageError
 from detpipe.support.files import atomic_write, remove_orphans
 from detpipe.training import run_folder

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import runs
 from datasets.builders import coco_content, voc_object, write_coco, write_csv, write_voc, write_yolo
+from datasets.layout_cases import LAYOUTS
 from datasets.shard_cases import files_in, pack
 from test_configs import SHORT
 
@@ -50,6 +51,11 @@ def make_shards(root: Path) -> Path:
     return pack(files_in(root / "files"), root / "shards")
 
 
+def make_plain(root: Path) -> Path:
+    """XML beside the images, no splits."""
+    return next(case for case in LAYOUTS if case.name == "xml beside images").write(root)
+
+
 def pasted(shown: str, command: str) -> list[str]:
     """The words of a command among what was printed, continued lines joined."""
     [line] = [line for line in shown.replace(" \\\n", " ").splitlines() if line.startswith(f"  detpipe {command} ")]
@@ -58,8 +64,15 @@ def pasted(shown: str, command: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("make", "options"),
-    [(make_voc, []), (make_coco, []), (make_yolo, []), (make_table, ["--skip-bad"]), (make_shards, [])],
-    ids=["voc", "coco", "yolo", "table with a fault", "shards"],
+    [
+        (make_voc, []),
+        (make_coco, []),
+        (make_yolo, []),
+        (make_table, ["--skip-bad"]),
+        (make_shards, []),
+        (make_plain, []),
+    ],
+    ids=["voc", "coco", "yolo", "table with a fault", "shards", "xml without splits"],
 )
 def test_the_printed_commands_train_and_report(
     make: Callable[[Path], Path],

@@ -63,6 +63,8 @@ def test_info_says_of_shards_what_it_says_of_files(
 ) -> None:
     expected = told(["info", str(files), "-o", str(tmp_path / "one")], capsys).replace(str(tmp_path / "one"), "OUT")
     found = told(["info", str(shards), "-o", str(tmp_path / "two")], capsys).replace(str(tmp_path / "two"), "OUT")
+    (first, found), (_, expected) = (shown.split("\n", 1) for shown in (found, expected))  # how it is read
+    assert first == "read as shards: 2 folders of shards"
     assert found.partition("to train on")[0] == expected.partition("to train on")[0]
     assert "configs/data/shards.yaml" in found.partition("to train on")[2]
     assert "train: 11 images, 4 boxes, 3 classes" in found

@@ -20,10 +20,9 @@ from detpipe import cli
 from detpipe.commands.data_shards import read_bytes, run_shards
 from detpipe.datasets import COCO, Shards
 from detpipe.datasets.formats.recognize import open_split
+from detpipe.datasets.shards import write
 from detpipe.datasets.shards.index import ARRAYS, INDEX, read_index
-from detpipe.datasets.shards.journal import JOURNAL, WorkFolder
-from detpipe.datasets.shards.making import Sharding, make_shards
-from detpipe.datasets.shards.tar_files import Contents, Place, Written
+from detpipe.datasets.shards.write import PLAN, Contents, Sharding, finished_shards, make_shards, work_folder
 from detpipe.proposal_files import write_store
 from detpipe.support.errors import DataError, UsageError
 
@@ -80,7 +79,7 @@ def test_any_number_of_workers_makes_the_same_files(table: Path, tmp_path: Path)
 SLOW = f"""
 import sys, time
 sys.path.insert(0, {str(TOOL.parents[1])!r})
-from detpipe.datasets.shards.tar_files import Contents
+from detpipe.datasets.shards.write import Contents
 read = Contents.read
 def slow(self, row):
     time.sleep(0.06)
@@ -208,13 +207,13 @@ def test_foreign_folders_are_left_alone(table: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"notes\.txt: is not of shards that are being made: move it away"):
         run_shards([str(table), "-o", str(tmp_path / "other")])
     (work / "notes.txt").rename(work / "shard-000000.tar")
-    with pytest.raises(DataError, match="holds shards, but no journal of ours"):
+    with pytest.raises(DataError, match="holds shards, but not the plan that they were made by"):
         run_shards([str(table), "-o", str(tmp_path / "other")])
-    (work / JOURNAL).write_text("dear diary\n")
-    with pytest.raises(DataError, match="this is no journal of shards"):
+    (work / PLAN).write_text("dear diary\n")
+    with pytest.raises(DataError, match="other data or settings"):
         run_shards([str(table), "-o", str(tmp_path / "other")])
     assert (work / "shard-000000.tar").read_text() == "x"
-    work.joinpath(JOURNAL).unlink()
+    work.joinpath(PLAN).unlink()
     work.joinpath("shard-000000.tar").unlink()
     work.rmdir()
     work.write_text("x")
@@ -225,15 +224,16 @@ def test_foreign_folders_are_left_alone(table: Path, tmp_path: Path) -> None:
 def test_other_settings_do_not_go_on(table: Path, tmp_path: Path) -> None:
     a = tiny_annotations(tmp_path / "data", 6)
     folder = tmp_path / "out"
-    with WorkFolder(folder, "x" * 64, ["shard-000000.tar"]):
+    with work_folder(folder, "x" * 64):
         pass
     with pytest.raises(DataError, match=r"out\.partial: an interrupted run left it with other data or settings"):
         make_shards(a, folder, "train")
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
-    with WorkFolder(tmp_path / "out", "x", ["shard-000000.tar"]), pytest.raises(DataError, match="another process is"):
-        WorkFolder(tmp_path / "out", "x", ["shard-000000.tar"])
+    again = work_folder(tmp_path / "out", "x")
+    with work_folder(tmp_path / "out", "x"), pytest.raises(DataError, match=r"out\.partial: another process is"):
+        again.__enter__()
 
 
 def test_what_a_killed_writer_left_does_not_end_up_among_shards(
@@ -243,7 +243,7 @@ def test_what_a_killed_writer_left_does_not_end_up_among_shards(
     a, sharding = tiny_annotations(tmp_path / "data", 6), Sharding(images_per_shard=2)
     make_shards(a, tmp_path / "whole", "train", sharding=sharding)
     with monkeypatch.context() as change:
-        change.setattr("detpipe.datasets.shards.making.write_all", lambda *_: iter(()))
+        change.setattr("detpipe.datasets.shards.write.write_all", lambda *_: {})
         with pytest.raises(KeyError):
             make_shards(a, tmp_path / "out", "train", sharding=sharding)
     left = tmp_path / "out.partial" / f"shard-000001.tar.partial-{os.getppid()}-0123abcd"
@@ -252,45 +252,42 @@ def test_what_a_killed_writer_left_does_not_end_up_among_shards(
     assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("cut", [1, 10, 60])
-def test_a_line_of_the_journal_that_was_cut_short_counts_as_not_written(tmp_path: Path, cut: int) -> None:
-    names = [f"shard-{n:06d}.tar" for n in range(3)]
-    written = [Written(n, 4, "0" * 64, [n], [Place(512, 9, 7)], [], [(n, "why", "what")]) for n in range(3)]
-    with WorkFolder(tmp_path / "out", "plan", names) as work:
-        for one, name in zip(written, names, strict=True):
-            (work.path / name).write_bytes(b"1234")
-            work.add(one)
-    path = tmp_path / "out.partial" / JOURNAL
-    content = path.read_bytes()
-    path.write_bytes(content[:-cut])
-    with WorkFolder(tmp_path / "out", "plan", names) as work:
-        assert work.done == {0: written[0], 1: written[1]}
-        work.add(written[2])
-    assert path.read_bytes() == content
-    changed = bytearray(content)
-    changed[-30] ^= 1
-    path.write_bytes(changed)
-    (tmp_path / "out.partial" / names[0]).unlink()
-    (tmp_path / "out.partial" / names[1]).write_bytes(b"12345")
-    with WorkFolder(tmp_path / "out", "plan", names) as work:
-        assert work.done == {}  # gone, of another length, and of a damaged line
+def test_only_a_shard_that_is_as_its_sidecar_says_counts_as_written(tmp_path: Path) -> None:
+    a, sharding = tiny_annotations(tmp_path / "data", 8), Sharding(images_per_shard=2)
+    make_shards(a, tmp_path / "whole", "train", sharding=sharding)
+    with pytest.MonkeyPatch.context() as change:
+        change.setattr(write, "write_index", None)  # a run that ends before it has an index
+        with pytest.raises(TypeError):
+            make_shards(a, tmp_path / "out", "train", sharding=sharding)
+    work = tmp_path / "out.partial"
+    assert [*finished_shards(work, 4)] == [0, 1, 2, 3]
+    (work / "shard-000000.tar").unlink()
+    (work / "shard-000001.tar").write_bytes(b"x" + (work / "shard-000001.tar").read_bytes())
+    (work / "shard-000002.json").write_text((work / "shard-000002.json").read_text()[:-1])
+    assert [*finished_shards(work, 4)] == [3]
+    times = {path.name: path.stat().st_mtime_ns for path in work.glob("*.tar")}
+    assert make_shards(a, tmp_path / "out", "train", sharding=sharding).there == 1
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
+    made = tmp_path / "out" / "shard-000003.tar"
+    assert made.stat().st_mtime_ns == times[made.name]
 
 
 def test_a_run_that_was_killed_before_the_rename_only_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = tiny_annotations(tmp_path / "data", 6)
 
-    def killed(_: WorkFolder) -> None:
+    def killed(*_: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as change:
-        change.setattr(WorkFolder, "finish", killed)
+        change.setattr(write, "_finish", killed)
         with pytest.raises(KeyboardInterrupt):
             make_shards(a, tmp_path / "out", "train", sharding=Sharding(images_per_shard=2))
     partial = content_of(tmp_path / "out.partial")
-    monkeypatch.setattr("detpipe.datasets.shards.making.write_all", None)  # nothing is left to write
+    monkeypatch.setattr("detpipe.datasets.shards.write.write_all", None)  # nothing is left to write
     made = make_shards(a, tmp_path / "out", "train", sharding=Sharding(images_per_shard=2))
     assert made.there == 3
-    assert content_of(tmp_path / "out") == {name: data for name, data in partial.items() if name != JOURNAL}
+    own = {PLAN, *(f"shard-{number:06d}.json" for number in range(3))}
+    assert content_of(tmp_path / "out") == {name: data for name, data in partial.items() if name not in own}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -359,7 +356,7 @@ def test_an_image_that_changes_while_shards_are_made_is_refused(
 ) -> None:
     a = tiny_annotations(tmp_path / "data", 3)
     lengths = np.array([(a.root / str(name)).stat().st_size for name in a.file_names])
-    monkeypatch.setattr("detpipe.datasets.shards.making._file_lengths", lambda _: lengths + np.array([0, 1, 0]))
+    monkeypatch.setattr("detpipe.datasets.shards.write.file_lengths", lambda _: lengths + np.array([0, 1, 0]))
     with pytest.raises(DataError, match=r"001\.png: has \d+ bytes, but had \d+ when the shards were planned"):
         make_shards(a, tmp_path / "out", "train", sharding=Sharding(skip=True))
 

@@ -17,8 +17,7 @@ from lightning import LightningModule
 from PIL import Image
 
 from detpipe import cli
-from detpipe.commands.region_training import RegionCLI
-from detpipe.commands.training import add_arguments
+from detpipe.commands.training import RegionCLI, add_arguments
 from detpipe.demo import Demo, DemoScenes
 from detpipe.regions.region_classifier import RegionClassifier
 from detpipe.support.errors import CheckpointError

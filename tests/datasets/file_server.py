@@ -1,4 +1,4 @@
-"""A web server on localhost that misbehaves as it is told."""
+"""A web server on localhost that misbehaves as it is told, and an object store in memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 
 @dataclass
@@ -88,3 +92,32 @@ def serving(**changes: Any) -> Iterator[Behavior]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Store(MemoryFileSystem):
+    """What is in it, and where each file was opened."""
+
+    protocol = "s3"
+    store: dict[str, Any] = {}  # noqa: RUF012 (fsspec's own way)
+    asked: list[str] = []  # noqa: RUF012
+    errors: list[Exception] = []  # noqa: RUF012 (of the next times that a file is opened)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("s3://").strip("/")
+
+    def _open(self, path: str, *arguments: Any, **options: Any) -> Any:
+        if options.get("mode", arguments[0] if arguments else "rb") == "rb":
+            self.asked.append(path)
+            if self.errors:
+                raise self.errors.pop(0)
+        return super()._open(path, *arguments, **options)
+
+
+def bucket(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> type[_Store]:
+    """Let ``s3://`` be a store in memory with these files."""
+    kind = type("Store", (_Store,), {"store": {}, "pseudo_dirs": [""], "asked": [], "errors": []})
+    monkeypatch.setitem(_registry, "s3", kind)
+    for path, content in files.items():
+        kind().pipe_file(path, content)
+    return kind

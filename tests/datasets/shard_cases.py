@@ -11,7 +11,7 @@ from PIL import Image
 
 from detpipe.datasets import COCO, Augment, Loader, Shards
 from detpipe.datasets.shards.index import KEYS
-from detpipe.datasets.shards.making import Made, Sharding, make_shards
+from detpipe.datasets.shards.write import Made, Sharding, make_shards
 from detpipe.types import Annotations
 
 from .builders import coco_content, write_coco

@@ -78,7 +78,7 @@ def dealt(monkeypatch: pytest.MonkeyPatch, batches: EpochBatches, size: int, epo
     """The batches of each of several processes."""
     parts = []
     for rank in range(size):
-        monkeypatch.setattr("detpipe.datasets.batches.share", lambda rank=rank: (rank, size))
+        monkeypatch.setattr("detpipe.datasets.batches.rank_and_size", lambda rank=rank: (rank, size))
         parts.append(batches.batches(epoch))
         assert len(batches) == len(parts[-1])
     monkeypatch.undo()
@@ -164,7 +164,7 @@ def test_an_image_that_only_keeps_a_process_busy_is_marked(
     batches = EpochBatches(np.full((images, 2), 16, dtype=np.int32), 1 if images == 4 else 2)
     marked, counted = [], []
     for rank in range(3):
-        monkeypatch.setattr("detpipe.datasets.batches.share", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr("detpipe.datasets.batches.rank_and_size", lambda rank=rank: (rank, 3))
         keys = [key for batch in batches for key in batch]
         marked.append(sum(isinstance(key, Repeat) for key in keys))
         counted += [index for key in keys if not isinstance(key, Repeat) for index in key[1:]]

@@ -140,16 +140,16 @@ def test_row_12_splits_with_other_classes(tmp_path: Path, categories: list, diff
 
 def test_row_39_a_label_beyond_the_classes_is_an_error_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, folder = write_coco(tmp_path)
-    from detpipe.datasets.formats import coco_json
+    from detpipe.datasets.formats import coco
 
     def with_fewer_classes(records: Any, faults: Any) -> Annotations:
         records.class_names = records.class_names[:2]
         return build_annotations(records, faults)
 
-    monkeypatch.setattr(coco_json, "build_annotations", with_fewer_classes)
+    monkeypatch.setattr(coco, "build_annotations", with_fewer_classes)
     for on_bad in ("error", "skip"):
         with pytest.raises(DataError, match=r"instances_train\.json: annotation id 102 .*label 3 is outside 1\.\.2"):
-            coco_json.load_coco(path, folder, on_bad)
+            coco.load_coco(path, folder, on_bad)
 
 
 def test_classes_are_known_right_after_construction_without_reading_the_training_split(tmp_path: Path) -> None:

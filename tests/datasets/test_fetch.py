@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets import fetch as module
-from detpipe.datasets.fetch import Patience, RemoteFile, fetch
+from detpipe.datasets.fetch import Patience, RemoteFile, fetch, read_url
 from detpipe.support.errors import DownloadError
+from detpipe.support.files import sole_writer
 
-from .file_server import Behavior, serving
+from .file_server import Behavior, bucket, serving
 
 CONTENT = bytes(range(256)) * 4000  # about 1 MB, more than what a socket holds back
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -277,7 +278,8 @@ def test_a_disk_that_gets_full_keeps_what_arrived(server: Behavior, tmp_path: Pa
 
 
 def test_two_processes_do_not_write_the_same_file(server: Behavior, tmp_path: Path) -> None:
-    with module._locked(tmp_path / "data.bin.part"), pytest.raises(DownloadError, match="another process is fetching"):
+    held = sole_writer(tmp_path / "data.bin.part", DownloadError("held"))
+    with held, pytest.raises(DownloadError, match="another process is fetching"):
         fetch(remote(server), tmp_path, QUICK)
 
 
@@ -294,3 +296,45 @@ def test_waits_get_longer(server: Behavior, tmp_path: Path, monkeypatch: pytest.
     server.statuses = [503] * 4
     fetch(remote(server), tmp_path, Patience(attempts=5, wait=2))
     assert waits == [2, 4, 8, 16]
+
+
+STORED = RemoteFile("s3://bucket/x/data.bin", len(CONTENT), "sha256", SHA256)
+
+
+def test_a_file_of_an_object_store_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bucket(monkeypatch, {"bucket/x/data.bin": CONTENT})
+    store.errors = [RuntimeError("try again"), ConnectionError("gone")]
+    partial(tmp_path, CONTENT[:300_000])
+    assert fetch(STORED, tmp_path, QUICK).read_bytes() == CONTENT
+    assert store.asked == ["/bucket/x/data.bin"] * 3
+    assert names(tmp_path) == ["data.bin"]
+    (tmp_path / "other").mkdir()
+    partial(tmp_path / "other", b"x" * 300_000)
+    assert fetch(STORED, tmp_path / "other", QUICK).read_bytes() == CONTENT  # the first piece was of another file
+    assert read_url(STORED.url, len(CONTENT), "") == CONTENT
+    with pytest.raises(DownloadError, match=r"more than 5 bytes"):
+        read_url(STORED.url, 5, "")
+
+
+def test_faults_of_an_object_store_name_the_file_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = bucket(monkeypatch, {"bucket/x/data.bin": CONTENT[:1000]})
+    cases: list[tuple[list[Exception], str]] = [
+        ([], r"s3://bucket/x/data\.bin: expected 1024000 bytes, but the server offers 1000 of type a stored file"),
+        ([FileNotFoundError("x")], r"s3://bucket/x/data\.bin: there is no such file; see its home page"),
+        ([PermissionError("Forbidden")], r"data\.bin: may not be read \(Forbidden\); s3fs found other credentials"),
+        ([RuntimeError("no\nroute")] * 3, r"cannot be read \(RuntimeError: no route\); 0 of 1024000 bytes are there"),
+        ([ImportError("x")], r"needs a package that is not installed: pip install s3fs"),
+    ]
+    for errors, message in cases:
+        store.errors = errors
+        with pytest.raises(DownloadError, match=message):
+            fetch(STORED, tmp_path, QUICK)
+        assert store.errors == []
+
+
+def test_a_web_server_does_not_lead_to_an_object_store(server: Behavior, tmp_path: Path) -> None:
+    server.redirects = {"/x/data.bin": "s3://bucket/x/data.bin"}
+    with pytest.raises(DownloadError, match=r"only http://|302"):
+        fetch(remote(server), tmp_path, QUICK)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from detpipe.datasets import ImageFolder, Loader, Views
-from detpipe.datasets.labeled_images import PackedNames
+from detpipe.datasets.classification import PackedNames
 from detpipe.support.errors import DataError
 
 from .builders import picture

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,13 @@ from pycocotools.coco import COCO as Reference
 
 from detpipe.datasets import COCO, VOC
 from detpipe.datasets.masks import BoxMasks, COCOMasks, VOCMasks, majority_mask, open_masks, voc_mask
-from detpipe.datasets.segmentations import coco_mask, run_lengths
+from detpipe.datasets.segmentations import draw_masks, run_lengths
 from detpipe.demo import Demo, DemoScenes
 from detpipe.regions.superpixels import Segmentation, Segmenter
 from detpipe.support.errors import DataError
-from detpipe.types import Target
+from detpipe.types import Annotations, Segmentations, Target
 
 from .builders import coco_content, voc_object, write_coco, write_voc
-
-LABELS = {1: 1, 7: 2, 90: 3}
 
 
 def write_png(path: Path, values: np.ndarray, mode: str = "P") -> Path:
@@ -38,8 +35,25 @@ def polygon(x1: float, y1: float, x2: float, y2: float) -> list[list[float]]:
     return [[x1, y1, x2, y1, x2, y2, x1, y2]]
 
 
-def record(number: int, category: int, segmentation: Any, **fields: Any) -> dict[str, Any]:
-    return {"id": number, "category_id": category, "segmentation": segmentation, "iscrowd": 0, **fields}
+def drawn(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
+    """The mask of one object, the fifth of its file."""
+    whole = np.array([[0.0, 0, size[1], size[0]]])
+    a = Annotations(
+        root=Path(),
+        file_names=np.array(["a.jpg"]),
+        image_ids=np.array([1]),
+        sizes=np.array([size], dtype=np.int32),
+        offsets=np.array([0, 1]),
+        boxes=whole,
+        labels=np.array([1]),
+        iscrowd=np.array([False]),
+        difficult=np.array([False]),
+        area=np.array([1.0]),
+        class_names=("cat",),
+        category_ids=(1,),
+        segmentations=Segmentations.pack([json.dumps(segmentation).encode()], np.array([5]), "a.json"),
+    )
+    return draw_masks(a, 0)[0]
 
 
 def test_voc_values_are_classes_and_255_is_ignored(tmp_path: Path) -> None:
@@ -97,21 +111,6 @@ def test_masks_of_several_years(tmp_path: Path) -> None:
     assert (masks.read(*data.dataset("val")[(0, 0)]) == -1).all()
 
 
-def test_small_objects_lie_over_large_ones_and_crowds_under_both() -> None:
-    records = [
-        record(1, 7, polygon(4, 2, 8, 6)),
-        record(2, 1, polygon(0, 0, 10, 8)),
-        record(3, 90, {"size": [10, 20], "counts": [0, 200]}, iscrowd=1),
-    ]
-    mask = coco_mask(records, (10, 20), LABELS)
-    expected = np.full((10, 20), -1)
-    expected[:8, :10] = 1
-    expected[2:6, 4:8] = 2
-    assert (mask == expected).all()
-    assert (coco_mask(records[::-1], (10, 20), LABELS) == expected).all()
-    assert not coco_mask([], (10, 20), LABELS).any()
-
-
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
 def test_real_segmentations_are_decoded_as_by_pycocotools(shared_data: Path, split: str) -> None:
@@ -145,7 +144,7 @@ def test_real_segmentations_are_decoded_as_by_pycocotools(shared_data: Path, spl
     [
         ([[1, 2, 3]], "a polygon is at least 3 points x, y"),
         ([[1, 2, 3, 4, 5, 6, 7]], "a polygon is at least 3 points x, y"),
-        ([[1, 2, 3, 4, 5, math.nan]], "a polygon is at least 3 points x, y"),
+        ([[1, 2, 3, 4, 5, None]], "a polygon is at least 3 points x, y"),
         ([[1, 2, 3, 4, 5, 1e9]], "each within 100000 pixels"),
         ([["a"] * 6], "could not convert string"),
         ([], "expected polygons, or counts and size"),
@@ -162,13 +161,9 @@ def test_real_segmentations_are_decoded_as_by_pycocotools(shared_data: Path, spl
     ],
 )
 def test_segmentations_that_cannot_be_used(segmentation: Any, reason: str) -> None:
-    with pytest.raises(DataError, match=rf"annotation id 5: segmentation .* cannot be read \(.*{reason}"):
-        coco_mask([record(5, 1, segmentation)], (10, 20), LABELS)
-
-
-def test_a_category_that_is_not_known() -> None:
-    with pytest.raises(DataError, match=r"annotation id 5: category_id 2 is not known"):
-        coco_mask([record(5, 2, polygon(0, 0, 4, 4))], (10, 20), LABELS)
+    match = rf"a\.json: annotation id 5 \(image a\.jpg\): segmentation .* cannot be read \(.*{reason}"
+    with pytest.raises(DataError, match=match):
+        drawn(segmentation, (10, 20))
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -178,9 +173,9 @@ def test_run_lengths_are_those_of_pycocotools() -> None:
         cover = (random.random((50, 37)) < density).astype(np.uint8)
         counts = reference_masks.encode(np.asfortranarray(cover))["counts"].decode()
         segmentation = {"size": [50, 37], "counts": counts}
-        assert (coco_mask([record(1, 1, segmentation)], (50, 37), LABELS) == cover).all()
+        assert (drawn(segmentation, (50, 37)) == cover).all()
         segmentation["counts"] = run_lengths(counts)
-        assert (coco_mask([record(1, 1, segmentation)], (50, 37), LABELS) == cover).all()
+        assert (drawn(segmentation, (50, 37)) == cover).all()
 
 
 def test_masks_of_a_coco_file(tmp_path: Path) -> None:
@@ -197,16 +192,19 @@ def test_masks_of_a_coco_file(tmp_path: Path) -> None:
     assert mask[30, 50] == 0
     assert not masks.read(*dataset[(0, 2)]).any()  # an image without objects
     content["annotations"][1]["segmentation"] = [[1, 2]]  # of the second image
+    data = COCO(str(tmp_path))
     write_coco(tmp_path, content, "val2017")
-    with pytest.raises(DataError, match=r"instances_val2017\.json: annotation id 101: segmentation .* cannot be read"):
+    with pytest.raises(DataError, match=r"instances_val2017\.json: annotation id 101 .* cannot be read"):
         open_masks(data, "val").read(*dataset[(0, 1)])
     del content["annotations"][1]["segmentation"]
+    data = COCO(str(tmp_path))
     write_coco(tmp_path, content, "val2017")
     with pytest.raises(DataError, match=r"instances_val2017\.json: annotation id 101 has no segmentation, but others"):
         open_masks(data, "val")
     for annotation in content["annotations"]:
         annotation.pop("segmentation", None)
     path, _ = write_coco(tmp_path, content, "val2017")
+    data = COCO(str(tmp_path))
     assert "segmentation" not in json.dumps(content)
     masks = open_masks(data, "val")
     assert isinstance(masks, BoxMasks)

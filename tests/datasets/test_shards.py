@@ -16,7 +16,8 @@ from jsonargparse import ArgumentParser
 
 from detpipe.datasets import VOC, Augment, DetectionData, Loader, Shards
 from detpipe.datasets.shards.index import read_index
-from detpipe.datasets.shards.making import Sharding, make_shards
+from detpipe.datasets.shards.read import ShardFiles
+from detpipe.datasets.shards.write import Sharding, make_shards
 from detpipe.proposal_files import write_store
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
@@ -129,7 +130,7 @@ def test_every_image_comes_exactly_once(
     seen: dict[str, list[list[list[int]]]] = {"train": [], "val": []}
     for rank in range(ranks):
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr("detpipe.datasets.batches.share", lambda rank=rank: (rank, ranks))
+            monkeypatch.setattr("detpipe.datasets.batches.rank_and_size", lambda rank=rank: (rank, ranks))
             loaders = {"train": data.train_dataloader(), "val": data.val_dataloader()}
             if count < ranks:  # an evaluation that some processes have no image for is refused
                 with pytest.raises(DataError, match=f"{count} images cannot be shared among {ranks} processes"):
@@ -176,13 +177,13 @@ def test_a_dataset_can_be_sent_to_another_process(tmp_path: Path) -> None:
     assert torch.equal(copy[0, 1][0], image)
 
 
-def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
     tiny_shards(tmp_path, 20, 1)
-    monkeypatch.setattr("detpipe.datasets.shards.reading._OPEN", 2)
     data = shards_in(tmp_path / "shards", augment=None, window=20)
+    files: ShardFiles = data.contents("train")  # type: ignore[assignment]
+    files.most_open = 2
     for _ in range(2):
         assert sum(len(images) for images, _ in data.train_dataloader()) == 20
-    files = data.contents("train").files  # type: ignore[attr-defined]
     assert len(files._open) == 2
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save
 
 from detpipe.datasets import Shards
 from detpipe.datasets.shards.index import ARRAYS, INDEX, read_index
-from detpipe.datasets.shards.verifying import verify_shards
+from detpipe.datasets.shards.read import verify_shards
 from detpipe.support.errors import DataError
 
 from .shard_cases import files_in, pack, shards_in, tiny_shards
@@ -92,6 +92,16 @@ def test_rows_23_and_33_a_shard_that_changes_later_names_itself_and_the_image(pa
         DataError, match=rf"{path.name} \(4\.jpg\): the file of image id 14 at byte \d+ is damaged or changed"
     ):
         list(data.train_dataloader())
+
+
+def test_row_23_unreadable_images_are_left_out_and_counted_where_they_may_be_skipped(packed: Path) -> None:
+    shards = read_index(packed / "train")
+    spoil(packed / "train" / shards.shards[int(shards.shard[4])].name, int(shards.images.offset[4]) + 100)
+    data = shards_in(packed, on_bad="skip")
+    left = data.annotations("train")
+    assert sorted(left.image_ids.tolist()) == sorted(set(shards.annotations.image_ids.tolist()) - {14})
+    assert left.counts["images skipped: unreadable"] == 1
+    assert sum(len(images) for images, _ in data.train_dataloader()) == len(left)
 
 
 @pytest.mark.parametrize("when", ["before it is opened", "after it was opened"])

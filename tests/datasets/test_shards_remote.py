@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pickle
@@ -13,13 +12,13 @@ import pytest
 import torch
 
 from detpipe.datasets import Loader, Shards
+from detpipe.datasets.fetch import Patience, read_url
 from detpipe.datasets.shards.index import ARRAYS, INDEX
-from detpipe.datasets.shards.making import Sharding, make_shards
-from detpipe.datasets.shards.remote import ShardCache
-from detpipe.datasets.web import Patience, read_url
+from detpipe.datasets.shards.remote import ShardCache, lock_of
+from detpipe.datasets.shards.write import Sharding, make_shards
 from detpipe.support.errors import DataError, DownloadError
 
-from .file_server import Behavior, serving
+from .file_server import Behavior, bucket, serving
 from .shard_cases import AUGMENT, files_in, pack, shards_in, tiny_annotations
 
 QUICK = Patience(attempts=2, timeout=30.0, wait=0.0)
@@ -27,9 +26,9 @@ QUICK = Patience(attempts=2, timeout=30.0, wait=0.0)
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    from detpipe.datasets import fetch, web
+    from detpipe.datasets import fetch
 
-    for function in (web.read_url, fetch.fetch):
+    for function in (fetch.read_url, fetch.fetch):
         names = function.__defaults__ or ()
         changed = tuple(QUICK if isinstance(value, Patience) else value for value in names)
         monkeypatch.setattr(function, "__defaults__", changed)
@@ -94,6 +93,18 @@ def test_batches_are_those_of_local_shards_and_each_shard_is_fetched_once(
     assert server.requests == [(f"/set/train/{INDEX}", None)]  # another run has all the rest
 
 
+def test_batches_from_an_object_store_are_those_of_local_shards(
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = bucket(monkeypatch, content_of(local))
+    loader, cache = Loader(batch_size=3, num_workers=0), ShardCache(str(tmp_path / "cache"))
+    data = Shards("s3://set", loader=loader, cache=cache, augment=AUGMENT)
+    same(batches(data, 0), batches(shards_in(local), 0))
+    assert Counter(store.asked) == dict.fromkeys(
+        [f"/set/train/{INDEX}", f"/set/train/{ARRAYS}", *(f"/set/train/shard-{n:06d}.tar" for n in range(6))], 1
+    )
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_folder_never_holds_more_than_it_may(workers: int, tmp_path: Path) -> None:
@@ -131,13 +142,13 @@ def test_what_comes_at_the_same_time_is_counted_whole(server: Behavior, local: P
     """Of a shard that is being fetched only a part is there, but all of it will be."""
     from detpipe.datasets.shards import remote as module
 
-    files = remote(server, tmp_path).contents("train").files  # type: ignore[attr-defined]
+    files: Any = remote(server, tmp_path).contents("train")
     first, second, third = files.shards.shards[:3]
-    opened = files._opener(0)[1]
+    opened = files.opener(0)[1]
     cache = ShardCache(str(tmp_path / "cache"), (first.bytes + second.bytes + 1) / 1e9)
     module._make_room(cache, module._folder(cache, second))  # and nothing of it has arrived
     assert opened.exists()
-    with module._alone(cache.path / "locks" / module._folder(cache, second).name):
+    with module.lock_of(cache, module._folder(cache, second).name):
         module._make_room(cache, module._folder(cache, third))
     assert not opened.exists()
     assert module._folder(cache, second).exists()
@@ -147,17 +158,15 @@ def test_the_shard_that_was_opened_least_lately_goes_first_and_one_in_use_stays(
     server: Behavior, local: Path, tmp_path: Path
 ) -> None:
     data = remote(server, tmp_path)
-    files = data.contents("train").files  # type: ignore[attr-defined]
-    opened = [files._opener(number)[1] for number in (0, 1, 2)]
+    files: Any = data.contents("train")
+    opened = [files.opener(number)[1] for number in (0, 1, 2)]
     for age, path in zip((30, 10, 20), opened, strict=True):
         os.utime(path.parent, (1000 - age, 1000 - age))
     sizes = [path.stat().st_size for path in opened]
-    lock = tmp_path / "cache" / "locks" / opened[0].parent.name
     small = ShardCache(str(tmp_path / "cache"), (sum(sizes) + 1) / 1e9)
-    files._opener.cache = small
-    with lock.open("r+b") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        files._opener(3)
+    files.opener.cache = small
+    with lock_of(small, opened[0].parent.name):
+        files.opener(3)
     assert [path.exists() for path in opened] == [True, True, False]
 
 

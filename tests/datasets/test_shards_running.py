@@ -24,8 +24,8 @@ from together import start, succeed
 from detpipe import cli
 from detpipe.datasets import Loader, Shards
 from detpipe.datasets.shards.index import Places, Shard, read_index, write_index
-from detpipe.datasets.shards.making import Sharding, make_shards
-from detpipe.datasets.shards.reading import ShardFiles
+from detpipe.datasets.shards.read import ShardFiles
+from detpipe.datasets.shards.write import Sharding, make_shards
 from detpipe.evaluation.coco import evaluate_coco
 
 from .shard_cases import files_in, pack, shards_in, tiny_annotations, tiny_shards
@@ -34,14 +34,14 @@ from .test_datamodule import hashes
 DYING = """
 import os, signal, sys, time
 from datasets.shard_cases import shards_in
-from detpipe.datasets.shards.reading import ShardFiles
+from detpipe.datasets.shards.read import ShardFiles
 data = shards_in(sys.argv[1], workers=1, augment=None)
 read = ShardFiles.read
-def dying(self, row, places, what):
+def dying(self, row):
     if row == 7:
         time.sleep(2)  # what was read before arrives; a batch that is just being sent would end in an EOFError
         os.kill(os.getpid(), signal.SIGKILL)
-    return read(self, row, places, what)
+    return read(self, row)
 ShardFiles.read = dying
 for images, targets in data.train_dataloader():
     pass

@@ -3,16 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets.formats.recognize import open_split
 from detpipe.datasets.joining import join
-from detpipe.datasets.stratify import divide, improve, stratified_parts
+from detpipe.datasets.stratify import divide, divide_by_content, improve, stratified_parts
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
+from .builders import voc_object, write_voc
 from .random_sets import make
 
 
@@ -121,3 +123,59 @@ def test_joining_takes_each_image_once(tmp_path: Path) -> None:
     assert alone.file_names.tolist() == ["c.png"]
     with pytest.raises(DataError, match="the splits to be pooled have other classes"):
         join([a, make(tmp_path / "y", ["c.png"], [(7, 7)], [boxes], category_ids=(1, 7))])
+
+
+def images_in(a: Annotations, rows: npt.NDArray[np.int64]) -> set[bytes]:
+    return {(a.root / str(a.file_names[row])).read_bytes() for row in rows.tolist()}
+
+
+def test_content_decides_and_not_names_order_or_layout(tmp_path: Path) -> None:
+    objects = [[voc_object("cat")], [voc_object("dog"), voc_object("cat")], [], [voc_object("dog")]]
+    voc = write_voc(tmp_path / "voc", {f"im{i:02}": objects[i % 4] for i in range(20)})
+    data = open_split(str(voc), "train").annotations("val")
+    names = [f"im{i:02}.jpg" for i in range(20)]
+    other = (
+        tmp_path / "other"
+    )  # the same images under other names, in another order and layout, with the classes the other way
+    for i, name in enumerate(names):
+        path = other / f"z{99 - i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((voc / "JPEGImages" / name).read_bytes())
+        lines = {"cat": "1 .2 .2 .1 .1\n", "dog": "0 .2 .2 .1 .1\n"}
+        path.with_suffix(".txt").write_text(
+            "".join(lines[name] for name in ("cat", "dog") if name in "".join(objects[i % 4]))
+        )
+    (other / "classes.txt").write_text("dog\ncat\n")
+    again = open_split(str(other), "all").annotations("val")
+    shares = {"train": 0.6, "val": 0.25, "test": 0.15}
+    first, second = divide_by_content(data, shares), divide_by_content(again, shares)
+    for name in shares:
+        assert images_in(data, first[name]) == images_in(again, second[name])
+    assert sorted(np.concatenate(list(first.values())).tolist()) == list(range(20))
+
+
+def test_equal_images_stay_together_whatever_their_length(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {f"im{i}": [voc_object("dog")] for i in range(8)})
+    images = root / "JPEGImages"
+    (images / "im1.jpg").write_bytes((images / "im0.jpg").read_bytes())
+    for i, end in ((2, b"x"), (3, b"x"), (4, b"y")):  # the same but for what is behind the first 64 KiB
+        (images / f"im{i}.jpg").write_bytes((images / "im2.jpg").read_bytes()[:600] + bytes(2**16) + end)
+    a = open_split(str(root), "train").annotations("val")
+    apart = 0
+    for seed in range(8):
+        parts = divide_by_content(a, {"x": 0.5, "y": 0.5}, seed=seed)
+        part = {int(row): name for name, rows in parts.items() for row in rows}
+        assert part[0] == part[1]
+        assert part[2] == part[3]
+        apart += part[2] != part[4]
+    assert apart
+
+
+def test_no_part_is_left_without_images_or_objects(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"a": [voc_object()], "b": [voc_object()] * 3, "c": [], "d": [voc_object()]})
+    a = open_split(str(root), "train").annotations("val")
+    for shares in ({"train": 0.8, "val": 0.2}, {"train": 0.98, "val": 0.01, "test": 0.01}):
+        parts = divide_by_content(a, shares)
+        assert all(len(a.subset(rows).boxes) for rows in parts.values())
+    with pytest.raises(DataError, match=r"4 images are too few for 5 parts"):
+        divide_by_content(a, dict.fromkeys("vwxyz", 0.2))

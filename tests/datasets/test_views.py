@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from detpipe.datasets.views import Views, center_square
+from detpipe.datasets.classification import Views, center_square
 
 
 def gradient(height: int, width: int) -> torch.Tensor:

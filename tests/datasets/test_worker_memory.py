@@ -13,7 +13,7 @@ import torch
 
 from detpipe.datasets import COCO, Loader, load_coco
 from detpipe.datasets.dataset import DetectionDataset
-from detpipe.datasets.handover import collate
+from detpipe.datasets.workers import collate
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import pickle
 import re
-import subprocess
-import sys
 from dataclasses import fields, replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -19,9 +16,10 @@ import psutil
 import pytest
 import runs
 import torch
+from together import start
 from torch.utils.data import DataLoader, Dataset
 
-from detpipe.datasets import DetectionDataset, Loader, handover
+from detpipe.datasets import DetectionDataset, Loader, workers
 from detpipe.demo import Demo, DemoScenes
 from detpipe.types import Annotations
 
@@ -58,16 +56,9 @@ def test_a_worker_that_is_killed_or_hangs_stops_the_run(
     run = tmp_path / "run"
     arguments = ["train", runs.CONFIG, *runs.options(demo_root, epochs=3), "--output", str(run)]
     loader = ["--data.loader.num_workers", "1", "--data.loader.timeout", "3"]
-    root = str(Path(runs.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINING, kind, *arguments, *loader],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 1, done.stderr
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("detpipe: error:")]
+    ((status, _, errors),) = start(TRAINING, [kind, *arguments, *loader], 1, 240)
+    assert status == 1, errors
+    [line] = [line for line in errors.splitlines() if line.startswith("detpipe: error:")]
     assert re.search(message, line), line
     assert "checkpoints are intact" in line
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 3  # the first epoch, whole
@@ -201,14 +192,14 @@ def test_row_34_workers_that_are_not_forked_share_the_arrays_too(start: str, tmp
 def test_what_is_shared_goes_with_its_arrays_and_other_pickles_are_whole(tmp_path: Path) -> None:
     large = many_boxes(tmp_path)
     ForkingPickler.dumps(large)
-    kept = len(handover._shared)
+    kept = len(workers._shared)
     assert kept >= 6
     plain = pickle.dumps(large)
     assert len(plain) > large.boxes.nbytes
     assert np.array_equal(pickle.loads(plain).boxes, large.boxes)
-    first = handover._shared[id(large.boxes)][1]
+    first = workers._shared[id(large.boxes)][1]
     ForkingPickler.dumps(large)
-    assert handover._shared[id(large.boxes)][1] is first
+    assert workers._shared[id(large.boxes)][1] is first
     del large
     gc.collect()
-    assert len(handover._shared) <= kept - 6
+    assert len(workers._shared) <= kept - 6

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from detpipe.evaluation import evaluate_coco, evaluate_voc
 from detpipe.evaluation.comparison import compare, draw_images, weighted_precision
-from detpipe.evaluation.matches import match
+from detpipe.evaluation.matches import match, match_voc
 from detpipe.evaluation.precision_recall import mean_known
-from detpipe.evaluation.voc import match_voc
 from detpipe.types import Annotations, DetectionArrays
 
 from .builders import found, jittered, perfect, truth
@@ -138,6 +137,8 @@ def test_a_better_run_is_better_in_every_draw_and_equal_seeds_agree() -> None:
     assert undecided["low"] < 0 < undecided["high"]
     assert set(result["runs"][2]["per_class"]) == {"a", "b", "c"}
     assert compare(annotations, runs, resamples=100, seed=4) == result
+    matched = {name: match(annotations, detections) for name, detections in runs.items()}  # of all sizes
+    assert compare(annotations, runs, resamples=100, seed=4, matched=matched) == result
     assert compare(annotations, runs, resamples=100, seed=5) != result
 
 

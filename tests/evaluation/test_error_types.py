@@ -24,7 +24,7 @@ FAR = (500, 500, 600, 600)
 
 def outcome(annotations: Annotations, rows: list[tuple]) -> tuple[dict[str, int], dict[str, float]]:
     matches = match(annotations, found(rows), [0.5], ["all"])
-    errors = find_errors(annotations, matches)
+    errors = find_errors(matches)
     return {name: n for name, n in errors.counts().items() if n}, error_gains(matches, errors)
 
 
@@ -127,7 +127,7 @@ def test_ignored_objects_are_neither_missed_nor_a_reason() -> None:
 def test_perfect_detections_have_no_errors() -> None:
     annotations = truth([(5, 1, (0, 0, 50, 50)), (9, 2, (1, 1, 20, 20))], [9, 5], "ab")
     matches = match(annotations, perfect(annotations), [0.5])
-    errors = find_errors(annotations, matches)
+    errors = find_errors(matches)
     assert set(errors.counts().values()) == {0}
     assert tuple(errors.counts()) == ERROR_TYPES
     assert gains_of(error_gains(matches, errors)) == {}
@@ -137,7 +137,7 @@ def test_perfect_detections_have_no_errors() -> None:
 def test_another_threshold_is_refused() -> None:
     annotations = truth([(1, 1, BOX)], [1])
     with pytest.raises(ValueError, match=r"at an IoU of 0\.5, got 0\.75"):
-        find_errors(annotations, match(annotations, found([]), [0.5, 0.75]), 1)
+        find_errors(match(annotations, found([]), [0.5, 0.75]), 1)
 
 
 # The same, object by object in plain Python, from the paper's definitions; greedy matches as COCO's evaluator has them.
@@ -255,7 +255,7 @@ def slow_gains(annotations: Annotations, detections: DetectionArrays) -> tuple[d
 
 def assert_as_slow(annotations: Annotations, detections: DetectionArrays) -> None:
     matches = match(annotations, detections, [0.5], ["all"])
-    errors = find_errors(annotations, matches)
+    errors = find_errors(matches)
     counts, gains = slow_gains(annotations, matches.detections)
     assert errors.counts() == counts
     ours = error_gains(matches, errors)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from together import succeed
 from torch import Tensor
 
 from detpipe.evaluation import evaluate_coco, evaluate_lvis, evaluate_voc
@@ -214,14 +212,13 @@ def test_faulty_batches_are_refused_and_leave_nothing_behind() -> None:
 
 
 PROGRAM = """
-import json, pickle, sys
+import json, sys
 from datetime import timedelta
 import torch
 from evaluation.test_metrics import by_image, dataset, fed, make, searched
-rank, size, store, out, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
-torch.distributed.init_process_group(
-    "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
-)
+kind = sys.argv[1]
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 annotations, found = dataset()
 annotations = searched(annotations)
 parts = by_image(annotations, found)
@@ -237,33 +234,22 @@ try:
     answer = metric.compute()
 except Exception as error:
     answer = {"error": f"{type(error).__name__}: {error}"}
-open(f"{out}.{rank}", "w").write(json.dumps(answer))
+print(json.dumps(answer))
 torch.distributed.destroy_process_group()
 """
 
 
-def run(kind: str, size: int, folder: Path) -> list[dict[str, Any]]:
+def run(kind: str, size: int) -> list[dict[str, Any]]:
     """What each of several processes computes; they start from images dealt out in turns, the last round padded."""
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        arguments = [str(Path(place) / "store"), str(Path(place) / "out"), kind]
-        command = [sys.executable, "-c", PROGRAM]
-        tests = Path(__file__).resolve().parents[1]
-        processes = [
-            subprocess.Popen([*command, str(rank), str(size), *arguments], cwd=tests, stderr=subprocess.PIPE, text=True)
-            for rank in range(size)
-        ]
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-        return [json.loads(Path(f"{arguments[1]}.{rank}").read_text()) for rank in range(size)]
+    return [json.loads(text.splitlines()[-1]) for text in succeed(PROGRAM, [kind], size, 120)]
 
 
 @pytest.mark.parametrize(("kind", "size"), [("coco", 2), ("coco", 4), ("voc", 4)])
-def test_any_number_of_processes_gives_the_same_bits(kind: str, size: int, tmp_path: Path) -> None:
+def test_any_number_of_processes_gives_the_same_bits(kind: str, size: int) -> None:
     """Thirteen images: the last round is padded with images that others have seen; each counts once."""
     annotations, found = dataset()
     want = json.loads(json.dumps(whole(kind, annotations, found)))
-    assert run(kind, size, tmp_path) == [want] * size
+    assert run(kind, size) == [want] * size
 
 
 def rounded(found: DetectionArrays, which: np.ndarray) -> DetectionArrays:
@@ -276,12 +262,12 @@ def rounded(found: DetectionArrays, which: np.ndarray) -> DetectionArrays:
     )
 
 
-def test_processes_with_other_precisions_keep_every_bit(tmp_path: Path) -> None:
+def test_processes_with_other_precisions_keep_every_bit() -> None:
     """The second one's images, every other one, come as float32; image 0 is there twice, and the first process' counts."""
     annotations, found = dataset()
     want = evaluate_coco(annotations, rounded(found, np.isin(found.image_ids, annotations.image_ids[1::2])))
     assert want != evaluate_coco(annotations, rounded(found, np.ones(len(found.scores), bool)))
-    assert run("mixed", 2, tmp_path) == [json.loads(json.dumps(want))] * 2
+    assert run("mixed", 2) == [json.loads(json.dumps(want))] * 2
 
 
 def test_batches_of_other_precisions_keep_every_bit() -> None:
@@ -301,12 +287,12 @@ def test_batches_of_other_precisions_keep_every_bit() -> None:
     assert fed(metric, half).compute() == evaluate_coco(annotations, exact)
 
 
-def test_a_process_without_an_image_and_one_with_a_fault(tmp_path: Path) -> None:
+def test_a_process_without_an_image_and_one_with_a_fault() -> None:
     annotations, found = dataset()
     subset = annotations.subset(np.arange(3))
     want = evaluate_coco(subset, found.take(np.isin(found.image_ids, annotations.image_ids[:3])))
-    assert run("few", 4, tmp_path) == [json.loads(json.dumps(want))] * 4
-    answers = run("bad", 2, tmp_path)
+    assert run("few", 4) == [json.loads(json.dumps(want))] * 4
+    answers = run("bad", 2)
     assert answers[0] == answers[1]
     assert "DataError" in answers[0]["error"]
     assert "score is nan" in answers[0]["error"]

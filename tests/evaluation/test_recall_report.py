@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detpipe.evaluation.proposal_recall import ProposalRecall, class_table, evaluate_recall, plot_recall, recall_table
+from detpipe.evaluation.proposal_recall import ProposalRecall, class_table, evaluate_recall, recall_table
+from detpipe.pictures.recall_plot import plot_recall
 from evaluation.test_proposal_recall import annotations_of
 
 SIZES_AND_OVERLAPS = ["ARs", "ARm", "ARl", "ABO", "MABO"]

@@ -189,9 +189,17 @@ def test_training_without_targets():
         make()(features, proposals, SIZES)
 
 
-@pytest.mark.parametrize("arguments", [{"num_classes": 0}, {"fc": []}, {"fc": [0]}, {"strides": {}}])
-def test_bad_arguments(arguments):
-    with pytest.raises(ValueError, match="expected num_classes >= 1"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 0}, "expected num_classes >= 1 and at least one level in strides; got num_classes=0"),
+        ({"strides": {}}, "expected num_classes >= 1 and at least one level in strides; .* strides={}"),
+        ({"fc": []}, r"expected at least one layer in fc, of width 1 or more; got fc=\[\]"),
+        ({"fc": [0]}, r"expected at least one layer in fc, of width 1 or more; got fc=\[0\]"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
         FastRCNNHead(**{"in_channels": 4, "num_classes": 2, "strides": STRIDES, **arguments})
 
 

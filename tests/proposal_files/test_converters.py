@@ -463,10 +463,13 @@ def test_mat_files_without_boxes_or_names(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"images": [{"id": None}]}, r"images\[0\]: id must be a whole number or text, got None"),
+        ({"images": [{"id": None}]}, r"images\[0\]: field id must be a whole number or text, got None"),
         ({"images": [{"id": 1}, {"id": 1}]}, "image id 1 is there twice"),
-        ({"images": [{"id": 1, "height": 0, "width": 5}]}, "height and width must be above 0"),
-        ({"images": 3}, "the field 'images' is 3"),
+        (
+            {"images": [{"id": 1, "height": 0, "width": 5}]},
+            "image id 1 .None.: field height must be .* above 0, got 0",
+        ),
+        ({"images": 3}, "images must be a list of objects, got 3"),
         ([], "expected an object"),
     ],
 )

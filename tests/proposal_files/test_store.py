@@ -54,7 +54,7 @@ def rewrite(path: Path, header: dict, arrays: bytes) -> None:
 def place(path: Path, name: str) -> int:
     """The first byte of an array."""
     with path.open("rb") as file:
-        return read_header(file, path, path.stat().st_size)[1].starts[name]
+        return read_header(file, path, path.stat().st_size)[1][name].start
 
 
 def overwrite(path: Path, position: int, content: bytes) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from detpipe.support.files import atomic_folder, atomic_remove, atomic_write, remove_orphans
+from detpipe.support.errors import DataError
+from detpipe.support.files import atomic_folder, atomic_remove, atomic_write, remove_orphans, sole_writer
 
 
 def names(folder: Path) -> list[str]:
@@ -249,3 +250,54 @@ def test_folder_is_renamed_before_it_is_deleted(tmp_path, monkeypatch):
     assert not (tmp_path / "demo").exists()
     assert remove_orphans(tmp_path) == seen
     assert names(tmp_path) == []
+
+
+HOLD = """
+import sys, time
+from detpipe.support.errors import DataError
+from detpipe.support.files import sole_writer
+with sole_writer(sys.argv[1], DataError("busy")):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_writer_is_free_when_its_process_was_killed(tmp_path):
+    busy = DataError("another one writes a")
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "a"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(DataError, match="another one writes a"), sole_writer(tmp_path / "a", busy):
+            pass
+        process.kill()
+    with sole_writer(tmp_path / "a", busy):
+        assert os.listdir(tmp_path) == ["a.lock"]
+    assert os.listdir(tmp_path) == []
+
+
+WITHOUT_FCNTL = """
+import sys
+sys.modules["fcntl"] = None
+import detpipe.datasets
+from detpipe.support.errors import DataError
+from detpipe.support.files import sole_writer
+for time in range(2):  # free again the second time
+    with sole_writer(sys.argv[1], DataError("busy")):
+        try:
+            with sole_writer(sys.argv[1], DataError("busy")):
+                print("both")
+        except DataError as error:
+            print(error)
+"""
+
+
+def test_the_data_layer_works_without_fcntl(tmp_path):
+    """As on Windows."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_FCNTL, tmp_path / "a"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.stdout == "busy\nbusy\n", ended.stderr
+    assert os.listdir(tmp_path) == []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from detpipe.support.errors import DataError
-from detpipe.support.strict_json import load_json, optional_flag, require, require_numbers, shorten
+from detpipe.support.strict_json import load_json, require, require_numbers, shorten
 
 
 def test_sound_json_is_read(tmp_path: Path) -> None:
@@ -101,13 +101,6 @@ def test_lists_of_numbers() -> None:
     for bad in ([1, 2, 3], [1, 2, 3, True], [1, 2, 3, float("nan")], [1, 2, 3, "4"], 5):
         with pytest.raises(DataError, match="here: the field 'bbox' is"):
             require_numbers({"bbox": bad}, "bbox", 4, "here")
-
-
-def test_flags() -> None:
-    assert [optional_flag(r, "f", "here") for r in ({}, {"f": 0}, {"f": 1}, {"f": True})] == [False, False, True, True]
-    for bad in (2, -1, "1", None, 1.0, [1]):
-        with pytest.raises(DataError, match=r"here: the field 'f' is .*expected 0 or 1"):
-            optional_flag({"f": bad}, "f", "here")
 
 
 def test_long_values_are_cut() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,7 @@ def test_limited_validation_is_evaluated_on_the_images_that_were_seen(demo_root:
     assert sum(len(found["labels"]) for found in detections.values()) > 0
     assert average.metrics["AP"] == average.metrics["AP50"] == pytest.approx(1.0)
     assert trainer.callback_metrics["val/AP"] == pytest.approx(1.0)
-    assert json.loads(average.state_dict()["metrics"]) == average.metrics
+    assert average.state_dict()["metrics"] == average.metrics
 
 
 def test_pictures_show_the_validation_images_and_no_more_than_asked(demo_root: Path, tmp_path: Path) -> None:
@@ -250,3 +249,17 @@ def test_a_last_step_in_the_middle_of_an_epoch_is_validated(demo_root: Path, tmp
         trainer = trainer_of(cli, tmp_path, ValidateLastStep(), counting, max_steps=last_step)
         trainer.fit(cli.model, datamodule=cli.datamodule)
         assert (trainer.global_step, len(counted)) == (last_step, validations)
+
+
+@pytest.mark.parametrize(
+    "kept", [{"AP": 0.5, "epoch": 1}, '{"AP": 0.5, "epoch": 1}'], ids=["numbers", "text, as before"]
+)
+def test_numbers_come_back_from_a_checkpoint(kept: Any) -> None:
+    assert MeanAveragePrecision.stored({"callbacks": {"MeanAveragePrecision": {"metrics": kept}}}) == {
+        "AP": 0.5,
+        "epoch": 1,
+    }
+    assert MeanAveragePrecision.stored({"callbacks": {}}) == {}
+    callback = MeanAveragePrecision()
+    callback.load_state_dict({"metrics": kept})
+    assert callback.state_dict() == {"metrics": {"AP": 0.5, "epoch": 1}}

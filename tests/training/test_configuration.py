@@ -9,7 +9,7 @@ import yaml
 
 import detpipe
 from detpipe.commands import training
-from detpipe.commands.region_training import RegionCLI
+from detpipe.commands.training import RegionCLI
 from detpipe.datasets import DetectionData
 from detpipe.demo.dataset import Demo
 from detpipe.support.errors import DetpipeError, UsageError

@@ -62,6 +62,10 @@ def with_callback(name: str, **settings: Any) -> dict[str, Any]:
     return {"trainer": {"callbacks": [{"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": settings}]}}
 
 
+def with_box_head(box_head: Any) -> dict[str, Any]:
+    return {"class_path": "torchvision.models.detection.roi_heads.RoIHeads", "init_args": {"box_head": box_head}}
+
+
 SYMPY = {
     "class_path": "sympy.Lambda",
     "init_args": {"signature": "x", "expr": "__import__('os').system('touch MARKER')"},
@@ -92,6 +96,18 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a stage as text": ({"model": {"head": f"{EVIL}.X"}}, f"model.head: class '{EVIL}.X' is not one of detpipe's"),
     "a stage as JSON in text": ({"model": {"head": json.dumps(SPEC)}}, f"'{EVIL}.X' is not one of detpipe's"),
     "inside of a stage": ({"model": {"head": {"init_args": {"pooler": SPEC}}}}, f"'{EVIL}.X' is not one of detpipe's"),
+    "inside of a stage of torchvision": (
+        {"model": {"head": with_box_head(SPEC)}},
+        f"model.head.box_head: class '{EVIL}.X' is not one of detpipe's",
+    ),
+    "a function inside of a stage of torchvision": (
+        {"model": {"head": with_box_head("torchvision.ops.nms")}},
+        "model.head.box_head: class 'torchvision.ops.nms' is not one of detpipe's",
+    ),
+    "no module inside of a stage of torchvision": (
+        {"model": {"head": with_box_head({"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "x"}})}},
+        "model.head.box_head: 'lightning.pytorch.loggers.CSVLogger' is not a Module",
+    ),
     "settings": ({"model": {"optimizer": SPEC}}, f"'{EVIL}.X'"),
     "data": ({"data": f"{EVIL}.X"}, f"'{EVIL}.X' is not one of detpipe's"),
     "a logger": ({"trainer": {"logger": SPEC}}, f"'{EVIL}.X'"),
@@ -388,11 +404,52 @@ def test_trust_works_for_every_command(
     sys.modules.pop("my_head", None)
 
 
+OWN_MODULE = """
+from detpipe.heads import FastRCNNHead
+
+class ShortNamedHead(FastRCNNHead):
+    def __init__(self, in_channels, num_classes, strides, width=8):  # without types
+        super().__init__(in_channels, num_classes, strides, fc=[width])
+"""
+
+
+def test_classes_of_trusted_modules_have_short_names_and_need_no_types(
+    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short_named.py").write_text(OWN_MODULE)
+    Path("own.yaml").write_text("model: {head: {class_path: ShortNamedHead, init_args: {width: 12}}}\n")
+    own = [option for option in runs.options(demo_root, epochs=1) if "model.head" not in option]
+    own = [option for option in own if option not in ("[16]", "16", "0.01")]
+    assert cli.main(["train", runs.CONFIG, "own.yaml", *own, "--output", "run", "--trust", "short_named"]) == 0
+    assert "class_path: short_named.ShortNamedHead" in Path("run/config.yaml").read_text()
+    detector, _ = load_detector("run/best.ckpt", trust=("short_named",))
+    assert detector.head.classifier.in_features == 12
+    sys.modules.pop("short_named", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import no_such_package_of_a_test", "No module named 'no_such_package_of_a_test'"),
+        ("x = 1 / 0", "ZeroDivisionError: division by zero"),
+        ("def x(:", "SyntaxError: "),
+    ],
+)
+def test_what_is_wrong_with_a_trusted_module_is_told(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken_of_a_test.py").write_text(text)
+    assert cli.main(["train", runs.CONFIG, "--trust", "broken_of_a_test"]) == 2
+    assert f"--trust broken_of_a_test: its import failed: {message}" in capsys.readouterr().err
+
+
 def test_short_names_of_lightning_are_the_paths_that_are_allowed() -> None:
     """A short name is resolved to another path than that of the class, such as that of a package which hands it on."""
     from jsonargparse._util import get_import_path
 
     given, _ = allowed.policy()
-    for module, names in allowed._LIGHTNING.items():
+    for module, names in allowed._OTHERS.items():
         for name in names.split():
             assert get_import_path(getattr(importlib.import_module(module), name)) in given, name

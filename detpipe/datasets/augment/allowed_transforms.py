@@ -7,83 +7,51 @@ from __future__ import annotations
 
 from detpipe.support.suggest import did_you_mean
 
-PIXELS = (  # change colors only
-    *(
-        "AdditiveNoise",
-        "AdvancedBlur",
-        "AutoContrast",
-        "Blur",
-        "CLAHE",
-        "ChannelDropout",
-        "ChannelShuffle",
-        "ColorJitter",
-    ),
-    *("Defocus", "Downscale", "Emboss", "Equalize", "FancyPCA", "GaussNoise", "GaussianBlur", "HEStain"),
-    *("HueSaturationValue", "ISONoise", "Illumination", "ImageCompression", "InvertImg", "MedianBlur", "MotionBlur"),
-    *("MultiplicativeNoise", "NoOp", "PixelDropout", "PlanckianJitter", "PlasmaBrightnessContrast", "PlasmaShadow"),
-    *("Posterize", "RGBShift", "RandomBrightnessContrast", "RandomFog", "RandomGamma", "RandomGravel", "RandomRain"),
-    *(
-        "RandomShadow",
-        "RandomSnow",
-        "RandomSunFlare",
-        "RandomToneCurve",
-        "RingingOvershoot",
-        "SaltAndPepper",
-        "Sharpen",
-    ),
-    *("ShotNoise", "Solarize", "Spatter", "Superpixels", "ToGray", "ToSepia", "UnsharpMask", "ZoomBlur"),
+_PIXELS = (  # change colors only
+    "AdditiveNoise AdvancedBlur AutoContrast Blur CLAHE ChannelDropout ChannelShuffle ColorJitter Defocus Downscale "
+    "Emboss Equalize FancyPCA GaussNoise GaussianBlur HEStain HueSaturationValue ISONoise Illumination "
+    "ImageCompression InvertImg MedianBlur MotionBlur MultiplicativeNoise NoOp PixelDropout PlanckianJitter "
+    "PlasmaBrightnessContrast PlasmaShadow Posterize RGBShift RandomBrightnessContrast RandomFog RandomGamma "
+    "RandomGravel RandomRain RandomShadow RandomSnow RandomSunFlare RandomToneCurve RingingOvershoot SaltAndPepper "
+    "Sharpen ShotNoise Solarize Spatter Superpixels ToGray ToSepia UnsharpMask ZoomBlur"
 )
-FRAMES = (  # map the image by flips, shifts, scales, rotations or a perspective, and the boxes with it
-    *("Affine", "CenterCrop", "Crop", "CropAndPad", "D4", "HorizontalFlip", "LongestMaxSize", "Pad", "PadIfNeeded"),
-    *("Perspective", "RandomCrop", "RandomCropFromBorders", "RandomResizedCrop", "RandomRotate90", "RandomScale"),
-    *(
-        "RandomSizedCrop",
-        "Resize",
-        "Rotate",
-        "SafeRotate",
-        "SmallestMaxSize",
-        "SquareSymmetry",
-        "Transpose",
-        "VerticalFlip",
-    ),
+_FRAMES = (  # map the image by flips, shifts, scales, rotations or a perspective, and the boxes with it
+    "Affine CenterCrop Crop CropAndPad D4 HorizontalFlip LongestMaxSize Pad PadIfNeeded Perspective RandomCrop "
+    "RandomCropFromBorders RandomResizedCrop RandomRotate90 RandomScale RandomSizedCrop Resize Rotate SafeRotate "
+    "SmallestMaxSize SquareSymmetry Transpose VerticalFlip"
 )
+PIXELS, FRAMES = tuple(_PIXELS.split()), tuple(_FRAMES.split())
 ALLOWED = tuple(sorted(PIXELS + FRAMES))
 
-_WARPS = "bends the image, and boxes follow only roughly"
-_HIDES = "hides parts of objects, and boxes do not tell"
-_OTHERS = "needs other images or data than the image"
-_COMPOSES = "holds other transforms; list them themselves, each with its p"
-_VOLUMES = "is for volumes"
-_TYPES = "changes the type of the image, which stays uint8 until the network"
-_SPECTRA = "is for spectrograms"
-REFUSED = {
-    **dict.fromkeys(("ElasticTransform", "GridDistortion", "GridElasticDeform", "OpticalDistortion"), _WARPS),
-    **dict.fromkeys(
-        ("PiecewiseAffine", "ThinPlateSpline", "ChromaticAberration", "GlassBlur", "Morphological"), _WARPS
+_REFUSED = {
+    "bends the image, and boxes follow only roughly": (
+        "ElasticTransform GridDistortion GridElasticDeform OpticalDistortion PiecewiseAffine ThinPlateSpline "
+        "ChromaticAberration GlassBlur Morphological"
     ),
-    **dict.fromkeys(("CoarseDropout", "ConstrainedCoarseDropout", "Erasing", "GridDropout", "MaskDropout"), _HIDES),
-    **dict.fromkeys(("CropNonEmptyMaskIfExists", "RandomCropNearBBox"), _OTHERS),
-    "XYMasking": _HIDES,
-    **dict.fromkeys(
-        ("FDA", "HistogramMatching", "PixelDistributionAdaptation", "OverlayElements", "TextImage"), _OTHERS
+    "hides parts of objects, and boxes do not tell": (
+        "CoarseDropout ConstrainedCoarseDropout Erasing GridDropout MaskDropout XYMasking"
     ),
-    **dict.fromkeys(("CenterCrop3D", "CoarseDropout3D", "CubicSymmetry", "Pad3D", "PadIfNeeded3D"), _VOLUMES),
-    **dict.fromkeys(("RandomCrop3D", "ToTensor3D"), _VOLUMES),
-    **dict.fromkeys(("FromFloat", "Normalize", "ToFloat", "ToTensorV2", "ToRGB"), _TYPES),
-    **dict.fromkeys(("FrequencyMasking", "TimeMasking", "TimeReverse"), _SPECTRA),
-    **dict.fromkeys(
-        ("Compose", "OneOf", "OneOrOther", "RandomOrder", "ReplayCompose", "SelectiveChannelTransform"), _COMPOSES
+    "needs other images or data than the image": (
+        "CropNonEmptyMaskIfExists RandomCropNearBBox FDA HistogramMatching PixelDistributionAdaptation OverlayElements "
+        "TextImage"
     ),
-    **dict.fromkeys(("Sequential", "SomeOf"), _COMPOSES),
-    **dict.fromkeys(
-        ("AtLeastOneBBoxRandomCrop", "BBoxSafeRandomCrop", "RandomSizedBBoxSafeCrop"),
-        "reads boxes by rules of its own; set safe_crop instead",
+    "is for volumes": "CenterCrop3D CoarseDropout3D CubicSymmetry Pad3D PadIfNeeded3D RandomCrop3D ToTensor3D",
+    "changes the type of the image, which stays uint8 until the network": (
+        "FromFloat Normalize ToFloat ToTensorV2 ToRGB"
     ),
-    "Lambda": "runs code of the configuration",
-    "Mosaic": "needs other images; set combine.mosaic instead",
-    "RandomGridShuffle": "moves pieces of objects, and boxes do not follow",
-    "ShiftScaleRotate": "is an old name; use Affine instead",
+    "is for spectrograms": "FrequencyMasking TimeMasking TimeReverse",
+    "holds other transforms; list them themselves, each with its p": (
+        "Compose OneOf OneOrOther RandomOrder ReplayCompose SelectiveChannelTransform Sequential SomeOf"
+    ),
+    "reads boxes by rules of its own; set safe_crop instead": (
+        "AtLeastOneBBoxRandomCrop BBoxSafeRandomCrop RandomSizedBBoxSafeCrop"
+    ),
+    "runs code of the configuration": "Lambda",
+    "needs other images; set combine.mosaic instead": "Mosaic",
+    "moves pieces of objects, and boxes do not follow": "RandomGridShuffle",
+    "is an old name; use Affine instead": "ShiftScaleRotate",
 }
+REFUSED = {name: why for why, names in _REFUSED.items() for name in names.split()}
 
 
 def check_name(name: str) -> None:

@@ -16,7 +16,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from detpipe.datasets.augment.settings import Combine, Degrade, Photometric, SafeCrop, Transform
+from detpipe.datasets.augment.settings import (
+    Combine,
+    Degrade,
+    Photometric,
+    SafeCrop,
+    Transform,
+    check_parts,
+    check_range,
+)
 from detpipe.types import RGB, PixelType, Target
 
 if TYPE_CHECKING:
@@ -78,13 +86,9 @@ class Augment:
     transforms: tuple[Transform, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("flip", "vertical_flip", "crop", "color", "min_visibility"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+        check_parts(self, "", "flip", "vertical_flip", "crop", "color", "min_visibility")
         if self.scale_jitter is not None:
-            object.__setattr__(self, "scale_jitter", tuple(self.scale_jitter))  # a list could not be hashed
-            if len(self.scale_jitter) != 2 or not 0.1 <= self.scale_jitter[0] <= self.scale_jitter[1] <= 10:
-                raise ValueError(f"scale_jitter must be [smallest, largest] within 0.1..10, got {self.scale_jitter}")
+            check_range(self, "", "scale_jitter", 0.1, 10)
         object.__setattr__(self, "transforms", tuple(self.transforms))
 
     @property
@@ -141,7 +145,7 @@ class Augment:
         """
         # take seconds to import, and only training needs them
         from detpipe.datasets.augment import steps  # isort: skip (it keeps albumentations from the network)
-        from detpipe.datasets.augment.mix import combined
+        from detpipe.datasets.augment.mix import combine
         from detpipe.datasets.augment.sample import finish, scene_of
 
         now = scene_of(image, target)
@@ -149,7 +153,7 @@ class Augment:
             if neighbors is None:
                 raise ValueError("combine needs the other images of the set: give neighbors")
             draws = np.random.SeedSequence(seed, spawn_key=(1,))
-            now = combined(self.combine, now, neighbors, draws, self.min_visibility)
+            now = combine(self.combine, now, neighbors, draws, self.min_visibility)
         now = steps.run(steps.build_steps(self), now, seed)
         return finish(now, self.min_visibility)
 

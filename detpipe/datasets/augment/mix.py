@@ -20,8 +20,7 @@ import torch
 
 from detpipe.boxes import iou
 from detpipe.datasets.augment.augmentation import Neighbors
-from detpipe.datasets.augment.rectangles import Rectangle, areas, clipped, moved, resized
-from detpipe.datasets.augment.sample import Scene, pool, scene_of
+from detpipe.datasets.augment.sample import Rectangle, Scene, areas, clip, move, pool, resize, scene_of
 from detpipe.datasets.augment.settings import Combine, CopyPaste, Mosaic
 
 Masks = npt.NDArray[np.bool_]  # [A, H, W]
@@ -30,7 +29,7 @@ _OF_OBJECT = 0.5  # IoU from which a proposal is taken to be of a pasted object,
 _FEWEST = 4  # pixels: an object that shows fewer is not pasted
 
 
-def pasted(
+def paste(
     settings: CopyPaste,
     scene: Scene,
     neighbors: Neighbors,
@@ -60,12 +59,12 @@ def pasted(
         raise ValueError("copy_paste needs instance masks; use data with segmentations, or set copy_paste to null")
     other, masks = scene_of(*neighbors.read(index)), neighbors.masks(index)
     if random.random() < settings.flip:
-        other, masks = _flipped(other), masks[:, :, ::-1]
+        other, masks = _flip(other), masks[:, :, ::-1]
     objects = other.take(other.rows < other.objects)
     chosen = _choose(objects, settings.objects, random)
     factor = random.uniform(*settings.scale)
     source, goal = _place(other.size, scene.size, factor, random)
-    covers, share = _moved(masks[objects.rows], source, goal, scene.size)
+    covers, share = _move(masks[objects.rows], source, goal, scene.size)
     pixels = np.sum(covers, axis=(1, 2))
     chosen &= (share >= max(min_visibility, 1e-9)) & (pixels >= _FEWEST)
     if not chosen.any():
@@ -79,7 +78,7 @@ def pasted(
     image = scene.image.copy()
     u1, v1, u2, v2 = goal
     cover = union[v1:v2, u1:u2]
-    image[v1:v2, u1:u2][cover] = resized(other.image, source, goal)[cover]
+    image[v1:v2, u1:u2][cover] = resize(other.image, source, goal)[cover]
     return pool([_below(scene, neighbors.masks(neighbors.index), union), above], image)
 
 
@@ -113,14 +112,14 @@ def _place(
     return (x[0], y[0], x[1], y[1]), (u[0], v[0], u[1], v[1])
 
 
-def _flipped(scene: Scene) -> Scene:
+def _flip(scene: Scene) -> Scene:
     width = scene.size[1]
     boxes = scene.boxes.copy()
     boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
     return replace(scene, image=np.ascontiguousarray(scene.image[:, ::-1]), boxes=boxes)
 
 
-def _moved(
+def _move(
     masks: Masks, source: Rectangle, goal: Rectangle, size: tuple[int, int]
 ) -> tuple[Masks, npt.NDArray[np.float64]]:
     """Masks [A, H, W] in the frame of the goal, and the part [A] of each that the window has."""
@@ -128,7 +127,7 @@ def _moved(
     u1, v1, u2, v2 = goal
     for cover, mask in zip(covers, masks, strict=True):
         bytes_ = np.ascontiguousarray(mask).view(np.uint8) * np.uint8(255)
-        cover[v1:v2, u1:u2] = resized(bytes_, source, goal) > 127
+        cover[v1:v2, u1:u2] = resize(bytes_, source, goal) > 127
     x1, y1, x2, y2 = source
     inside, whole = np.sum(masks[:, y1:y2, x1:x2], axis=(1, 2)), np.sum(masks, axis=(1, 2))
     return covers, inside / whole.clip(min=1)
@@ -136,22 +135,19 @@ def _moved(
 
 def _above(objects: Scene, covers: Masks, proposals: Scene, source: Rectangle, goal: Rectangle) -> Scene:
     """The pasted objects, and the proposals that move with them, in the frame of the goal."""
-    boxes = clipped(moved(objects.boxes, source, goal), goal)
+    boxes = clip(move(objects.boxes, source, goal), goal)
     cut = np.asarray(objects.share < 1)  # what is left of an object need not reach to the sides of its box
     if cut.any():
-        boxes[cut] = clipped_each(boxes[cut], _extents(covers[cut]))
+        boxes[cut] = clip_each(boxes[cut], _extents(covers[cut]))
     overlap = iou(torch.from_numpy(proposals.boxes), torch.from_numpy(objects.boxes)).numpy()
-    along = proposals.take(np.any(overlap >= _OF_OBJECT, axis=1))
-    whole = moved(along.boxes, source, goal)
-    beside = clipped(whole, goal)
-    left = areas(beside) / areas(whole).clip(min=1e-12)
+    along = _cut(proposals.take(np.any(overlap >= _OF_OBJECT, axis=1)), source, goal)
     return Scene(
         objects.image,
         objects.target,
-        np.concatenate([boxes, beside]),
+        np.concatenate([boxes, along.boxes]),
         np.concatenate([objects.rows, along.rows]),
-        np.concatenate([objects.share, along.share * left]),
-    ).take(np.concatenate([areas(boxes), areas(beside)]) > 0)
+        np.concatenate([objects.share, along.share]),
+    ).take(np.concatenate([areas(boxes), areas(along.boxes)]) > 0)
 
 
 def _below(scene: Scene, masks: Masks, union: npt.NDArray[np.bool_]) -> Scene:
@@ -167,7 +163,7 @@ def _below(scene: Scene, masks: Masks, union: npt.NDArray[np.bool_]) -> Scene:
         if rest:
             before, after = _extents(mask[None])[0], _extents(left[None])[0]
             shrunk = np.where(after == before, boxes[place], after)  # sides that are still reached stay as annotated
-            boxes[place] = clipped_each(shrunk[None], boxes[place][None])[0]
+            boxes[place] = clip_each(shrunk[None], boxes[place][None])[0]
     return replace(scene, boxes=boxes, share=share).take((share > 0) & (areas(boxes) > 0))
 
 
@@ -189,7 +185,7 @@ def _extents(masks: Masks) -> npt.NDArray[np.float64]:
     return np.stack(ends, axis=1).astype(np.float64)
 
 
-def clipped_each(boxes: npt.NDArray[np.float64], frames: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def clip_each(boxes: npt.NDArray[np.float64], frames: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Cut each of the boxes [A, 4] off at a frame of its own [A, 4]."""
     low, high = np.tile(frames[:, :2], 2), np.tile(frames[:, 2:], 2)
     return boxes.clip(low, high)
@@ -198,7 +194,7 @@ def clipped_each(boxes: npt.NDArray[np.float64], frames: npt.NDArray[np.float64]
 _WEIGHTS = (0.2, 0.8)  # beyond, an image is hardly seen, but its boxes are trained
 
 
-def combined(
+def combine(
     settings: Combine,
     scene: Scene,
     neighbors: Neighbors,
@@ -226,7 +222,7 @@ def combined(
     random = streams[0]
     if settings.copy_paste is not None and random.random() < settings.copy_paste.p:
         [index] = draw_others(random, neighbors, 1)
-        scene = pasted(settings.copy_paste, scene, neighbors, index, random, min_visibility)
+        scene = paste(settings.copy_paste, scene, neighbors, index, random, min_visibility)
     random = streams[1]
     if settings.mosaic is not None and random.random() < settings.mosaic.p and min(scene.size) > 1:
         others = [scene_of(*neighbors.read(index)) for index in draw_others(random, neighbors, 3)]
@@ -235,7 +231,7 @@ def combined(
     if settings.mixup is not None and random.random() < settings.mixup.p:
         weight = float(np.clip(random.beta(settings.mixup.alpha, settings.mixup.alpha), *_WEIGHTS))
         [index] = draw_others(random, neighbors, 1)
-        scene = mixed(scene, scene_of(*neighbors.read(index)), weight, random)
+        scene = mix_up(scene, scene_of(*neighbors.read(index)), weight, random)
     return scene
 
 
@@ -246,16 +242,7 @@ def draw_others(random: np.random.Generator, neighbors: Neighbors, count: int) -
 
 
 def mosaic(settings: Mosaic, scenes: Sequence[Scene], random: np.random.Generator) -> Scene:
-    """Put four images together; the first comes to a random quadrant.
-
-    Args:
-        settings: where the quadrants meet, and how far images are enlarged.
-        scenes: four.
-        random: decides every draw.
-
-    Returns:
-        The scene, of the size of the first; boxes are cut off at the edge of their quadrant.
-    """
+    """Put four images together, the first into a random quadrant; the size is that of the first, boxes end at their quadrant."""
     height, width = scenes[0].size
     parts = random.uniform(*settings.center, size=2)
     x = min(width - 1, max(1, round(width * parts[0])))
@@ -266,23 +253,13 @@ def mosaic(settings: Mosaic, scenes: Sequence[Scene], random: np.random.Generato
     for scene, place in zip(scenes, random.permutation(4).tolist(), strict=True):
         goal = quadrants[place]
         source = _window(scene.size, goal, random.uniform(*settings.zoom), random)
-        image[goal[1] : goal[3], goal[0] : goal[2]] = resized(scene.image, source, goal)
+        image[goal[1] : goal[3], goal[0] : goal[2]] = resize(scene.image, source, goal)
         pieces.append(_cut(scene, source, goal))
     return pool(pieces, image)
 
 
-def mixed(scene: Scene, other: Scene, weight: float, random: np.random.Generator) -> Scene:
-    """Blend another image into a scene.
-
-    Args:
-        scene: whose size stays.
-        other: is resized to fit into it, whole and at a random place.
-        weight: of the first image where both are, 0 to 1.
-        random: decides the place.
-
-    Returns:
-        The scene, with the boxes of both.
-    """
+def mix_up(scene: Scene, other: Scene, weight: float, random: np.random.Generator) -> Scene:
+    """Blend another image, resized to fit in whole at a random place, into a scene whose size stays; the boxes of both are kept."""
     height, width = scene.size
     h, w = other.size
     factor = min(height / h, width / w)
@@ -291,7 +268,7 @@ def mixed(scene: Scene, other: Scene, weight: float, random: np.random.Generator
     source, goal = (0, 0, other.size[1], other.size[0]), (x, y, x + w, y + h)
     image = scene.image.copy()
     below = image[y : y + h, x : x + w].astype(np.float32)
-    blend = below * weight + resized(other.image, source, goal).astype(np.float32) * (1 - weight)
+    blend = below * weight + resize(other.image, source, goal).astype(np.float32) * (1 - weight)
     image[y : y + h, x : x + w] = np.rint(blend).astype(np.uint8) if image.dtype == np.uint8 else blend
     return pool([scene, _cut(other, source, goal)], image)
 
@@ -308,8 +285,8 @@ def _window(size: tuple[int, int], goal: Rectangle, zoom: float, random: np.rand
 
 def _cut(scene: Scene, source: Rectangle, goal: Rectangle) -> Scene:
     """Move the boxes of a scene into a rectangle of another frame, and cut them off at its edge."""
-    whole = moved(scene.boxes, source, goal)
-    boxes = clipped(whole, goal)
+    whole = move(scene.boxes, source, goal)
+    boxes = clip(whole, goal)
     left = areas(boxes)
     share = scene.share * np.minimum(1, left / areas(whole).clip(min=1e-12))
     return Scene(scene.image, scene.target, boxes, scene.rows, share).take(left > 0)

@@ -2,6 +2,9 @@
 
 What is said of an object (label, flags) never goes through a transform: boxes carry the row where it stands. So labels keep all
 their digits, and boxes that several images brought together keep what is theirs.
+
+Images and boxes move by the same maps of one rectangle of whole pixels, ``x1, y1, x2, y2`` with right and lower edge excluded, onto
+another. Importing this module imports OpenCV.
 """
 
 from __future__ import annotations
@@ -10,12 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from detpipe.types import Target
+
+Rectangle = tuple[int, int, int, int]
+Pixels = npt.NDArray[Any]  # uint8, or float32 in 0..1
+Boxes = npt.NDArray[np.float64]
+
+GROUND = (124, 116, 104)  # RGB, the mean color of ImageNet: what a network calls zero
+
+cv2.setNumThreads(0)  # data workers are what runs in parallel; threads of OpenCV do not survive a fork
 
 _LEAST = 0.01  # pixels: a box with a smaller side has left the image
 _ROUNDING = 1e-6
@@ -34,7 +46,7 @@ class Scene:
         share: ``[M]`` the part of each box that earlier steps have left of it, 0 to 1.
     """
 
-    image: npt.NDArray[Any]
+    image: Pixels
     target: Target
     boxes: npt.NDArray[np.float64]
     rows: npt.NDArray[np.int64]
@@ -78,7 +90,7 @@ def scene_of(image: Tensor, target: Target) -> Scene:
     return Scene(pixels, target, boxes[rows], rows, np.ones(len(rows)))
 
 
-def pool(scenes: Sequence[Scene], image: npt.NDArray[Any]) -> Scene:
+def pool(scenes: Sequence[Scene], image: Pixels) -> Scene:
     """Bring the objects and proposals of several scenes together, in their order.
 
     Args:
@@ -151,3 +163,67 @@ def finish(scene: Scene, min_visibility: float) -> tuple[Tensor, Target]:
 
 def _area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+
+
+def resize(image: Pixels, source: Rectangle, goal: Rectangle) -> Pixels:
+    """Cut out a rectangle and resize it.
+
+    Args:
+        image: ``[H, W, C]`` or ``[H, W]``, uint8 or float32.
+        source: inside the image.
+        goal: whose size is wanted.
+
+    Returns:
+        ``[h, w, C]`` or ``[h, w]`` of the same type, as large as the goal; averaged where it shrinks.
+    """
+    x1, y1, x2, y2 = source
+    u1, v1, u2, v2 = goal
+    shrinks = (u2 - u1) * (v2 - v1) < (x2 - x1) * (y2 - y1)
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    cut, size = image[y1:y2, x1:x2], (u2 - u1, v2 - v1)
+    # OpenCV averages no more than four channels, and drops the axis of a single one
+    parts = [cut] if cut.ndim == 2 else [cut[:, :, k : k + 4] for k in range(0, cut.shape[2], 4)]
+    out = [np.asarray(cv2.resize(part, size, interpolation=interpolation), dtype=image.dtype) for part in parts]
+    if cut.ndim == 2:
+        return out[0]
+    return out[0].reshape(*size[::-1], -1) if len(out) == 1 else np.dstack(out)
+
+
+def ground(image: Pixels) -> Pixels:
+    """What an image is filled up with, a value a channel: the mean color, its three values repeated.
+
+    Args:
+        image: ``[H, W, C]``.
+
+    Returns:
+        ``[C]`` of the same type.
+    """
+    color = np.array([GROUND[k % 3] for k in range(image.shape[2])])
+    return (color if image.dtype == np.uint8 else color / 255).astype(image.dtype)
+
+
+def move(boxes: Boxes, source: Rectangle, goal: Rectangle) -> Boxes:
+    """Move boxes as :func:`resize` moves pixels.
+
+    Args:
+        boxes: ``[M, 4]`` xyxy in the frame of the source, which may reach beyond it.
+        source: mapped onto the goal.
+        goal: in another frame.
+
+    Returns:
+        ``[M, 4]`` in the frame of the goal, not clipped.
+    """
+    start, length = np.array(source[:2]), np.subtract(source[2:], source[:2])
+    to, reach = np.array(goal[:2]), np.subtract(goal[2:], goal[:2])
+    return (boxes - np.tile(start, 2)) * np.tile(reach / length, 2) + np.tile(to, 2)
+
+
+def areas(boxes: Boxes) -> npt.NDArray[np.float64]:
+    """Areas ``[M]`` of boxes ``[M, 4+]``; 0 where a box has no size."""
+    return (boxes[:, 2:4] - boxes[:, :2]).clip(min=0).prod(1)
+
+
+def clip(boxes: Boxes, frame: Rectangle | Boxes) -> Boxes:
+    """Cut boxes ``[M, 4]`` off at a rectangle; those outside are left without a size."""
+    x1, y1, x2, y2 = frame
+    return boxes.clip([x1, y1, x1, y1], [x2, y2, x2, y2])

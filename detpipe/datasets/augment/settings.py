@@ -38,13 +38,13 @@ class SafeCrop:
     ratio: Range = (0.5, 2.0)
 
     def __post_init__(self) -> None:
-        _check_parts(self, "safe_crop", "p", "min_visibility")
+        check_parts(self, "safe_crop.", "p", "min_visibility")
         if self.min_visibility == 0:
             raise ValueError(
                 "safe_crop.min_visibility must be above 0, or nothing is promised; for plain cuts set crop"
             )
-        _check_range(self, "safe_crop", "scale", 0.05, 1)
-        _check_range(self, "safe_crop", "ratio", 0.1, 10)
+        check_range(self, "safe_crop.", "scale", 0.05, 1)
+        check_range(self, "safe_crop.", "ratio", 0.1, 10)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Photometric:
     gray: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_parts(self, "photometric", "p", "brightness", "contrast", "saturation", "gray")
+        check_parts(self, "photometric.", "p", "brightness", "contrast", "saturation", "gray")
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"photometric.hue must lie in 0..0.5, got {self.hue}")
 
@@ -88,7 +88,7 @@ class Degrade:
     jpeg: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_parts(self, "degrade", "blur", "noise", "jpeg")
+        check_parts(self, "degrade.", "blur", "noise", "jpeg")
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ class Mosaic:
     zoom: Range = (1.0, 1.5)
 
     def __post_init__(self) -> None:
-        _check_parts(self, "mosaic", "p")
-        _check_range(self, "mosaic", "center", 0.1, 0.9)
-        _check_range(self, "mosaic", "zoom", 1, 4)
+        check_parts(self, "mosaic.", "p")
+        check_range(self, "mosaic.", "center", 0.1, 0.9)
+        check_range(self, "mosaic.", "zoom", 1, 4)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class MixUp:
     alpha: float = 8.0
 
     def __post_init__(self) -> None:
-        _check_parts(self, "mixup", "p")
+        check_parts(self, "mixup.", "p")
         if not 0.1 <= self.alpha <= 1000:
             raise ValueError(f"mixup.alpha must lie in 0.1..1000, got {self.alpha}")
 
@@ -156,10 +156,10 @@ class CopyPaste:
     flip: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_parts(self, "copy_paste", "p", "objects", "flip")
+        check_parts(self, "copy_paste.", "p", "objects", "flip")
         if self.objects == 0:
             raise ValueError("copy_paste.objects must be above 0; for no copy-paste set copy_paste to null")
-        _check_range(self, "copy_paste", "scale", 0.1, 4)
+        check_range(self, "copy_paste.", "scale", 0.1, 4)
 
 
 @dataclass(frozen=True)
@@ -212,14 +212,16 @@ class Transform:
         return hash((self.name, json.dumps(self.arguments, sort_keys=True)))
 
 
-def _check_parts(settings: object, owner: str, *names: str) -> None:
+def check_parts(settings: object, owner: str, *names: str) -> None:
+    """Refuse probabilities and strengths outside of 0 to 1; ``owner``, such as ``"mosaic."``, stands before their names."""
     for name in names:
         if not 0 <= getattr(settings, name) <= 1:
-            raise ValueError(f"{owner}.{name} must lie in 0..1, got {getattr(settings, name)}")
+            raise ValueError(f"{owner}{name} must lie in 0..1, got {getattr(settings, name)}")
 
 
-def _check_range(settings: object, owner: str, name: str, least: float, most: float) -> None:
+def check_range(settings: object, owner: str, name: str, least: float, most: float) -> None:
+    """Refuse what is no ``[smallest, largest]`` within two numbers, and make it a tuple: a list could not be hashed."""
     value = tuple(getattr(settings, name))
-    object.__setattr__(settings, name, value)  # a list could not be hashed
+    object.__setattr__(settings, name, value)
     if len(value) != 2 or not least <= value[0] <= value[1] <= most:
-        raise ValueError(f"{owner}.{name} must be [smallest, largest] within {least}..{most}, got {list(value)}")
+        raise ValueError(f"{owner}{name} must be [smallest, largest] within {least}..{most}, got {list(value)}")

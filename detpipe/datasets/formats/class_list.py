@@ -1,7 +1,7 @@
 """A file beside annotations that cannot say themselves what their classes are: order and ids, classes without objects.
 
 VOC's XML and tables of boxes only name the classes that occur. Where ``detpipe.json`` lies beside them, written by
-:mod:`detpipe.datasets.formats.writers`, ``class_names: auto`` means what it says::
+:mod:`detpipe.datasets.formats.voc` and :mod:`~detpipe.datasets.formats.csv`, ``class_names: auto`` means what it says::
 
     {"class_names": ["cat", "dog", "owl"], "category_ids": [1, 7, 90], "one_based": true}
 """

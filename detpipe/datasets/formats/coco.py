@@ -1,23 +1,51 @@
-"""Data in COCO layout: the official folders, or any annotation file with its image folder.
+"""Data in COCO layout: the official folders, those of labeling tools and hubs, or any annotation file with its image folder.
 
 ::
 
-    root/
-      annotations/instances_train2017.json     a split is named by what stands between instances_ and .json
-      train2017/000000000009.jpg               and its images lie in the folder of that name
+    annotations/instances_SPLIT.json   images in SPLIT/ or images/SPLIT/
+    SPLIT/_annotations.coco.json       images beside it; any other name of the file does as well
+    annotations/SPLIT.json, SPLIT.json images in the first of SPLIT, images/SPLIT, images, data or the folder itself that has some
+    labels.json                        a name that says nothing of the split: it is called by the folder of its images
 """
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import UNSET
+
 from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.formats.coco_json import load_coco
-from detpipe.datasets.segmentations import read_segmentations
+from detpipe.datasets.decode import image_size
+from detpipe.datasets.faults import Collected, Faults, Policy
+from detpipe.datasets.formats.export import (
+    Images,
+    Names,
+    Splits,
+    Written,
+    file_name_of,
+    new_folder,
+    number,
+    rows_of,
+    totals,
+    transfer,
+)
+from detpipe.datasets.formats.folders import take_split
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
+from detpipe.datasets.records import Records, build_annotations
+from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations, Segmentations
+
+_DEPTH = 2  # folders below the root in which annotation files are looked for
+_SPLITS = 50  # a folder with more JSON files has one an image
+_PLAIN = ("labels", "annotations", "_annotations", "_annotations.coco", "instances", "coco")  # say nothing of the split
 
 
 @dataclass(frozen=True)
@@ -41,8 +69,8 @@ class COCO(DetectionData):
         train: the training split: a name such as ``train2017``, or ``annotations`` and ``images`` for other files.
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals`` and ``resize`` of
-            :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
+            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     def __init__(
@@ -57,14 +85,15 @@ class COCO(DetectionData):
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
 
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the annotation file of a split."""
         annotations, images = self.files(split)
-        return load_coco(annotations, images, self.on_bad)
+        noted = Faults(annotations, faults or self.on_bad, self.allow_links)
+        return _load(annotations, images, noted, self.reads_outlines(split))
 
-    def segmentations(self, split: Split) -> Segmentations:
-        """Read the annotation file again, for polygons and run lengths."""
-        return read_segmentations(self.files(split)[0], self.annotations(split))
+    def split_names(self) -> tuple[str, ...]:
+        """The splits that are found in the folder."""
+        return tuple(find_splits(Path(self.root)))
 
     def files(self, split: Split) -> tuple[Path, Path]:
         """The annotation file and the image folder of a split.
@@ -72,18 +101,292 @@ class COCO(DetectionData):
         Raises:
             DataError: there is no such split.
         """
-        root, files = Path(self.root), self.splits[split]
+        root = Path(self.root)
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; the argument root must name the folder of the COCO data")
-        if files is None:
-            raise DataError(f"no {split} split: set the argument {split} to the name of one, such as val2017")
+        files = self.source_of(split, "the name of one")
         if isinstance(files, COCOFiles):
             return root / files.annotations, root / files.images
-        annotations, images = root / "annotations" / f"instances_{files}.json", root / files
-        if not annotations.is_file():
-            found = sorted(p.stem.removeprefix("instances_") for p in root.glob("annotations/instances_*.json"))
+        found = find_splits(root)
+        name = take_split(root, files, found)
+        if name is None:
+            wanted = root / "annotations" / f"instances_{files}.json"
             raise DataError(
-                f"{annotations}: no such file, wanted for {split}={files!r}; splits found in {root}: "
-                f"{', '.join(found) or 'none'}; name one of them, or give the annotations and images of {split} apart"
+                f"{wanted}: no such file, wanted for {split}={files!r}; splits found in {root}: "
+                f"{', '.join(sorted(found)) or 'none'}; name one of them, or give the annotations and images of {split} apart"
             )
-        return annotations, images
+        return root / found[name].annotations, root / found[name].images
+
+
+class _ImageName(msgspec.Struct):
+    file_name: str
+
+
+class _Content(msgspec.Struct):
+    """What tells a COCO annotation file from other JSON."""
+
+    images: list[_ImageName]
+    annotations: msgspec.Raw
+    categories: msgspec.Raw
+
+
+def find_splits(root: Path) -> dict[str, COCOFiles]:
+    """Find the splits of a folder in COCO layout; where there are official files, others are not looked at.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        Split -> its files, relative to the root; empty if there are none.
+    """
+    official = sorted(root.glob("annotations/instances_*.json"))
+    if official:
+        found: dict[str, COCOFiles] = {}
+        for path in official:
+            name = path.stem.removeprefix("instances_")
+            places = [name, f"images/{name}"]
+            images = next((place for place in places if (root / place).is_dir()), name)
+            found[name] = COCOFiles(f"annotations/{path.name}", images)
+        return found
+    contents = {path: first for path in _json_files(root, _DEPTH) if (first := _first_image(path)) is not None}
+    count = Counter(path.parent for path in contents)
+    found = {}
+    for path, first in contents.items():
+        name, images = _place(root, path, first, count[path.parent] == 1)
+        place = path.relative_to(root)
+        name = str(place.with_suffix("")) if name in found else name
+        found[name] = COCOFiles(place.as_posix(), images.relative_to(root).as_posix())
+    return found
+
+
+def _json_files(folder: Path, depth: int) -> list[Path]:
+    """The JSON files in a folder and in those below it, by name."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    files = [Path(entry.path) for entry in entries if entry.name.lower().endswith(".json") and entry.is_file()]
+    files = files if len(files) <= _SPLITS else []
+    below = [Path(entry.path) for entry in entries if depth and not entry.name.startswith(".") and entry.is_dir()]
+    return files + [file for inner in below for file in _json_files(inner, depth - 1)]
+
+
+def _first_image(path: Path) -> str | None:
+    """The first file name of an annotation file, "" if it has no images; None if it is no COCO file."""
+    try:
+        images = msgspec.json.decode(path.read_bytes().removeprefix(BYTE_ORDER_MARK), type=_Content).images
+    except (msgspec.MsgspecError, OSError, RecursionError):
+        return None
+    return images[0].file_name if images else ""
+
+
+def _place(root: Path, path: Path, first: str, alone: bool) -> tuple[str, Path]:
+    """The name of the split of an annotation file, which may be the only one of its folder, and the folder of its images."""
+    beside, stem = path.parent, path.stem.removeprefix("instances_")
+    bases = [beside] if beside == root else [beside, beside.parent]
+    places = [base / part for base in bases for part in (stem, f"images/{stem}", "images", "data", ".")]
+    places = [place for place in places if place.is_dir()]
+    images = next((place for place in places if find_image(place, first)), places[0])
+    if alone and images == beside and (beside != root or stem in _PLAIN):
+        return beside.resolve().name, images
+    if stem not in _PLAIN:
+        return stem, images
+    return (images if beside == root or beside.name == "annotations" else beside).name, images
+
+
+def load_coco(
+    json_path: str | Path, image_root: str | Path, on_bad: Policy = "error", segmentations: bool = False
+) -> Annotations:
+    """Read one COCO annotation file and check it against its images.
+
+    Category ids become the labels 1..K in ascending order of the ids; images without annotations stay in. A missing ``iscrowd``
+    is 0, a missing ``area`` is the area of the box, a missing size is read from the image. VOC's ``difficult``, where a file
+    has it, is kept. File names may have backslashes, or folders before them that are not there. Ids and the root category of
+    hubs: see :func:`~detpipe.support.coco_file.read_coco_file`.
+
+    Args:
+        json_path: the annotation file.
+        image_root: the folder that each ``file_name`` is relative to.
+        on_bad: ``"error"`` refuses a file with any faulty record; ``"skip"`` leaves these records out and counts them.
+        segmentations: whether the outlines of the objects are read as well.
+
+    Returns:
+        The annotations of all images, in the order of the file.
+
+    Raises:
+        DataError: for anything wrong, naming the file, the record, the field and its value.
+    """
+    return _load(Path(json_path), Path(image_root), Faults(json_path, on_bad), segmentations)
+
+
+def _load(json_path: Path, image_root: Path, faults: Faults, segmentations: bool) -> Annotations:
+    file = read_coco_file(json_path, segmentations, strict=faults.collects)
+    if not image_root.is_dir():
+        raise DataError(f"{image_root}: no such image folder; it should hold the images of {json_path}")
+    for fault in file.faults:
+        if fault.level != "box":
+            getattr(faults, fault.level)(fault.reason, fault.message)
+    file_names = _file_names(file.images["file_name"], image_root)
+    keep_image, sized = _check_images(file, file_names, image_root, faults)
+    for fault in file.faults:
+        if fault.level == "box":
+            faults.box(fault.reason, fault.message)
+    rows = np.flatnonzero((keep_image & sized)[file.box_image])
+    faults.skipped["boxes skipped: image skipped"] += file.orphans + len(file.labels) - len(rows)
+    names = [file_names[i] for i in np.flatnonzero(keep_image).tolist()]
+    xywh, box_image = file.xywh[rows], (np.cumsum(keep_image) - 1)[file.box_image[rows]]
+    ids = file.boxes["id"]
+    records = Records(
+        root=image_root,
+        folders=[image_root],
+        file_names=names,
+        image_ids=file.image_ids[keep_image],
+        sizes=file.sizes[keep_image],
+        box_image=box_image,
+        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+        labels=file.labels[rows],
+        iscrowd=file.iscrowd[rows],
+        difficult=file.difficult[rows],
+        area=file.area[rows],
+        class_names=tuple(file.categories["name"]),
+        category_ids=file.category_ids,
+        name_box=lambda b: f"annotation id {ids[rows[b]]} (image {names[box_image[b]]}): bbox {xywh[b].tolist()}",
+        images_read=file.images_read,
+        boxes_read=file.boxes_read,
+        counts=file.counts,
+        segmentations=_segmentations(file, json_path).take(rows) if segmentations else None,
+    )
+    return build_annotations(records, faults)
+
+
+def _file_names(names: list[Any], folder: Path) -> list[str]:
+    """File names as the images are called in the folder; what is not there, or is there for several, stays as it is."""
+    names = ["" if name is UNSET else name for name in names]
+    if not any("/" in name or "\\" in name for name in names):
+        return names
+    found = [find_image(folder, name) or name for name in names]
+    count = Counter(found)
+    return [new if count[new] == 1 else name for name, new in zip(names, found, strict=True)]
+
+
+def _check_images(
+    file: COCOFile, names: list[str], folder: Path, faults: Faults
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Note the images that lack a name or a size, and read sizes that no record has.
+
+    Returns:
+        [I] which images to keep, and those whose size is known: those of missing files, which are kept to be named, are not.
+    """
+    keep = np.ones(len(names), dtype=bool)
+    known = file.sizes > 0
+    for i in np.flatnonzero(~known.all(1) | np.array([not name for name in names], dtype=bool)).tolist():
+        absent = [field for field, there in zip(("height", "width"), known[i].tolist(), strict=True) if not there]
+        missing = "file_name" if not names[i] else absent[0] if len(absent) == 1 else None
+        if missing is not None:
+            keep[i] = False
+            named = f"image id {file.images['id'][i]} ({names[i] or None})"
+            faults.image(f"bad {missing}", f"{named}: field {missing} is missing")
+        elif find_image(folder, names[i]) == names[i]:
+            try:
+                file.sizes[i] = image_size(folder / names[i])
+            except DataError as error:
+                keep[i] = False
+                faults.image("unreadable", str(error))
+    return keep, np.all(file.sizes > 0, axis=1)
+
+
+def _segmentations(file: COCOFile, path: Path) -> Segmentations:
+    """The outlines of all boxes of a file; an empty one is none."""
+    texts = [b"" if raw is UNSET else bytes(raw) for raw in file.boxes["segmentation"]]
+    texts = [b"" if len(text) < 9 and b"".join(text.split()) in (b"[]", b"{}", b"null") else text for text in texts]
+    numbered = any(isinstance(one, str) for one in file.boxes["id"])
+    return Segmentations.pack(texts, None if numbered else np.array(file.boxes["id"], dtype=np.int64), str(path))
+
+
+def write_coco(
+    splits: Splits, folder: str | Path, images: Images = "copy", source: ImageFiles = PLAIN_FILES
+) -> Written:
+    """Write a data set in COCO layout: ``annotations/instances_SPLIT.json`` and ``SPLIT/``.
+
+    VOC's ``difficult`` goes along as a field of that name, which COCO's own tools pass over.
+
+    Args:
+        splits: name -> annotations.
+        folder: a new folder.
+        images: ``"copy"``, ``"link"`` or ``"none"``: then the file names stay relative to the folder of the source.
+        source: where the images are.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: the folder is there already, or images cannot be linked.
+    """
+    remarks: list[str] = []
+    with new_folder(folder, splits) as out:
+        (out / "annotations").mkdir()
+        for split, a in splits.items():
+            name = file_name_of(split)
+            if images == "none":
+                names = a.file_names.tolist()
+                remarks.append(f"file names of {name} are relative to {a.root}")
+            else:
+                names = Names(flat=False).of(split, a)
+                (out / name).mkdir()
+            transfer(image_paths(a), [out / name / file_name for file_name in names], images, source)
+            if list(a.category_ids) != sorted(a.category_ids):
+                remarks.append(f"the classes of {name} are numbered by ascending category id, no longer in their order")
+            (out / "annotations" / f"instances_{name}.json").write_bytes(msgspec.json.encode(coco_content(a, names)))
+    return Written(Path(folder), tuple(map(file_name_of, splits)), *totals(splits), tuple(remarks))
+
+
+def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
+    """What an annotation file holds.
+
+    Args:
+        annotations: of a split.
+        names: [I] the file names to write.
+
+    Returns:
+        Its images, annotations, numbered from 1, and categories; segmentations are text, for msgspec to write.
+    """
+    a = annotations
+    images = [
+        {"id": int(a.image_ids[i]), "file_name": name, "height": int(a.sizes[i, 0]), "width": int(a.sizes[i, 1])}
+        for i, name in enumerate(names)
+    ]
+    boxes = []
+    for i in range(len(a)):
+        for b in rows_of(a, i):
+            x1, y1, x2, y2 = a.boxes[b].tolist()
+            record = {
+                "id": b + 1,
+                "image_id": int(a.image_ids[i]),
+                "category_id": a.category_ids[int(a.labels[b]) - 1],
+                "bbox": [number(x1), number(y1), number(x2 - x1), number(y2 - y1)],
+                "area": number(a.area[b]),
+                "iscrowd": int(a.iscrowd[b]),
+            }
+            more: dict[str, Any] = {"difficult": 1} if a.difficult[b] else {}
+            if a.segmentations is not None and a.segmentations[b]:
+                more["segmentation"] = msgspec.Raw(a.segmentations[b])
+            boxes.append(record | more)
+    categories = [{"id": key, "name": name} for key, name in zip(a.category_ids, a.class_names, strict=True)]
+    return {"images": images, "annotations": boxes, "categories": categories}
+
+
+def find_image(folder: Path, name: str) -> str | None:
+    """Find an image file whose name has backslashes, or folders before it that are not there.
+
+    Args:
+        folder: of the images.
+        name: as in an annotation file.
+
+    Returns:
+        Its path from the folder with forward slashes: the name, or the longest end of it that is there; None if none is.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if not name or "\0" in name or parts[0] == "" or parts[0].endswith(":") or ".." in parts:
+        return None
+    ends = [name, *("/".join(parts[k:]) for k in range(len(parts)))]
+    return next((end for end in ends if end and (folder / end).is_file()), None)

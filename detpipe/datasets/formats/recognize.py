@@ -1,33 +1,186 @@
-"""Recognize the layout of a data set by what lies in its folder, for commands that only need its images and boxes."""
+"""Recognize the layout of a data set by what lies in its folder, for commands that only need its images and boxes.
+
+Each format finds its own splits (`find_splits` of its file); here they are only asked in turn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import OnBad
+from detpipe.datasets.fetch import is_remote
+from detpipe.datasets.formats import coco, csv, voc, voc_folders, yolo
 from detpipe.datasets.formats.class_list import read_class_list
-from detpipe.datasets.formats.coco import COCO, COCOFiles
-from detpipe.datasets.formats.csv import NAME as CSV_NAME
-from detpipe.datasets.formats.csv import CSVBoxes, CSVFormat, splits_of
-from detpipe.datasets.formats.csv_table import Table
-from detpipe.datasets.formats.voc import VOC, VOCFormat, find_class_names
-from detpipe.datasets.formats.yolo import YOLO
+from detpipe.datasets.formats.folders import ALL, find_split, in_order, is_image
 from detpipe.datasets.formats.yolo_yaml import NAME as YOLO_NAME
-from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
 from detpipe.datasets.shards.dataset import Shards
 from detpipe.datasets.shards.index import ARRAYS, INDEX
-from detpipe.datasets.shards.remote import is_remote
-from detpipe.support.errors import UsageError
+from detpipe.support.errors import DataError, UsageError
 
 Layout = Literal["voc", "coco", "coco file", "yolo", "csv", "shards"]
+FOLDERS = tuple(layout for layout in get_args(Layout) if layout != "coco file")  # what a folder can be read as
 EXPECTED = (
-    "expected a folder in VOC layout (ImageSets/Main/SPLIT.txt), COCO layout (annotations/instances_SPLIT.json) or YOLO layout "
-    f"({YOLO_NAME}), a COCO annotation file (*.json), a table of boxes (*.csv, or a folder with {CSV_NAME}), or shards (a folder "
-    f"with SPLIT/{INDEX}, or its web address)"
+    "expected a folder in VOC layout (XML beside the images or in a sister folder, with or without ImageSets/Main/SPLIT.txt), "
+    "COCO layout (annotations/instances_SPLIT.json, or a file of annotations in each split) or YOLO layout "
+    f"({YOLO_NAME}, obj.data or classes.txt), a COCO annotation file (*.json), a table of boxes (*.csv, or a folder with "
+    f"{csv.NAME}), or shards (a folder with SPLIT/{INDEX}, or its web address)"
 )
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout of folders.
+
+    Args:
+        title: how messages call it.
+        find: folder -> its splits; empty if the layout is another.
+        says: folder and its splits -> where the annotations are, in half a line.
+    """
+
+    title: str
+    find: Callable[[Path], Mapping[str, Any]]
+    says: Callable[[Path, Any], str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies at a path.
+
+    Args:
+        layout: of the data.
+        splits: their names; none for a COCO annotation file, a table without a column ``split``, or shards on a server.
+        says: how it is read, in one line.
+    """
+
+    layout: Layout
+    splits: tuple[str, ...]
+    says: str
+
+
+def _find_shards(root: Path) -> dict[str, Path]:
+    """The folders of splits; those that are only begun are none. A folder of one split is that split."""
+    if _is_split(root):
+        return {root.name: root}
+    return {file.parent.name: file.parent for file in sorted(root.glob(f"*/{INDEX}")) if _is_split(file.parent)}
+
+
+def _is_split(path: Path) -> bool:
+    return (path / INDEX).is_file() and (path / ARRAYS).is_file()
+
+
+def _find_coco(root: Path) -> dict[str, coco.COCOFiles]:
+    found = coco.find_splits(root)
+    return {name: found[name] for name in in_order(found)}
+
+
+def _says_coco(_: Path, splits: Mapping[str, coco.COCOFiles]) -> str:
+    first = next(iter(splits.values()))
+    more = f" (and of {len(splits) - 1} more splits)" if len(splits) > 1 else ""
+    return f"{first.annotations} of the images in {first.images}{more}"
+
+
+FORMATS: dict[Layout, Format] = {
+    "coco": Format("COCO", _find_coco, _says_coco),
+    "voc": Format("VOC", voc.find_splits, voc_folders.says_layout),
+    "yolo": Format("YOLO", yolo.find_splits, lambda root, _: yolo.says_layout(root)),
+    "csv": Format("a table of boxes", csv.find_splits, csv.says_layout),
+    "shards": Format("shards", _find_shards, lambda root, splits: f"{len(splits)} folders of shards"),
+}
+_FILES: dict[str, Layout] = {".json": "coco file", ".csv": "csv", ".yaml": "yolo", ".yml": "yolo", ".data": "yolo"}
+
+
+def recognize(data: str, option: str = "--data ", layout: Layout | None = None) -> Found:
+    """Say in which layout a data set is, and which splits it has.
+
+    Args:
+        data: as for `open_split`.
+        option: what a message calls it.
+        layout: which of the layouts of a folder is meant; None where there is only one.
+
+    Returns:
+        What was found.
+
+    Raises:
+        DetpipeError: there is nothing, it is in no layout that is known or in two that disagree, or a file that names the splits
+            cannot be read.
+    """
+    path = Path(data)
+    if is_remote(data):
+        return Found("shards", (), f"read as shards: {data}")
+    if not path.exists():
+        raise UsageError(f"{option}{data} does not exist; {EXPECTED}")
+    if path.is_file():
+        return _recognize_file(path, f"{option}{data}")
+    found, faults = _ask_all(path, layout)
+    if not found and faults:
+        raise next(iter(faults.values()))
+    if not found:
+        images = (
+            " holds images without any annotation, and" if any(is_image(file.name) for file in path.iterdir()) else ""
+        )
+        other = f" in {FORMATS[layout].title} layout" if layout else ""
+        raise UsageError(f"{option}{data}{images} has no known layout{other}; {EXPECTED}")
+    return _choose(path, found, f"{option}{data}")
+
+
+def _ask_all(path: Path, layout: Layout | None) -> tuple[dict[Layout, Mapping[str, Any]], dict[Layout, DataError]]:
+    """The splits of a folder in each layout that it is in; and why one cannot be read."""
+    found: dict[Layout, Mapping[str, Any]] = {}
+    faults: dict[Layout, DataError] = {}
+    for name, format in FORMATS.items():
+        if layout is not None and layout != name:
+            continue
+        try:
+            splits = format.find(path)
+        except DataError as error:
+            faults[name] = error
+        else:
+            found |= {name: splits} if splits else {}
+    return found, faults
+
+
+def _choose(path: Path, found: dict[Layout, Mapping[str, Any]], named: str) -> Found:
+    """One of several layouts: the first, if the others have the same splits."""
+    first, *others = found
+    for other in others:
+        if len(found[first]) + len(found[other]) > 2 and _usual(found[first]) != _usual(found[other]):
+            both = [
+                f"{_describe(path, layout, found[layout])} ({', '.join(found[layout])})" for layout in (first, other)
+            ]
+            raise UsageError(
+                f"{named} is in two layouts with different splits: {both[0]}, and {both[1]}; choose with --layout {first} or "
+                f"--layout {other}, or keep one of them"
+            )
+    not_as = "".join(f"; not as {_describe(path, other, found[other])}" for other in others)
+    splits = tuple(found[first])
+    names = () if first == "csv" and splits == (ALL,) else splits
+    return Found(first, names, f"read as {_describe(path, first, found[first])}{not_as}")
+
+
+def _usual(splits: Mapping[str, Any]) -> set[str]:
+    """The names of splits, those of one meaning alike."""
+    return {(find_split("val", [name]) and "val") or name.lower() for name in splits}
+
+
+def _describe(path: Path, layout: Layout, splits: Mapping[str, Any]) -> str:
+    format = FORMATS[layout]
+    return f"{format.title}: {format.says(path, splits)}"
+
+
+def _recognize_file(path: Path, named: str) -> Found:
+    layout = _FILES.get(path.suffix.lower())
+    if layout is None:
+        raise UsageError(f"{named} has no known layout; {EXPECTED}")
+    if layout == "coco file":
+        return Found(layout, (), f"read as COCO: {path.name}")
+    if layout == "csv":
+        splits = tuple(csv.find_splits(path))
+        return Found(layout, () if splits == (ALL,) else splits, f"read as a table of boxes: {path.name}")
+    return Found(layout, tuple(yolo.read_yolo(path).splits), f"read as YOLO: {yolo.says_layout(path)}")
 
 
 def open_split(
@@ -38,6 +191,7 @@ def open_split(
     one_based: bool | None = None,
     together: Sequence[str] = (),
     option: str = "--data ",
+    found: Found | None = None,
 ) -> DetectionData:
     """Open one split of a data set; it is the training and the validation split of what is returned.
 
@@ -49,6 +203,7 @@ def open_split(
         one_based: whether VOC's boxes count pixels from 1; None for what the folder says of itself, or else true.
         together: further splits whose classes are to be numbered with those of this one, where none are listed (VOC).
         option: what a message calls ``data``.
+        found: what `recognize` made of the data; None asks it.
 
     Returns:
         The data; ``annotations("val")`` reads the split, ``image_key`` names its images as proposal stores do.
@@ -56,142 +211,68 @@ def open_split(
     Raises:
         UsageError: the layout is not known, or the split or folder that it needs is not given.
     """
-    path, layout = Path(data), known_layout(data, option)
+    found = recognize(data, option) if found is None else found
+    path, layout, splits = Path(data), found.layout, found.splits
     if layout == "coco file":
         if images is None:
             raise UsageError(f"{path} is an annotation file: say with --images where its images are")
-        files = COCOFiles(str(path.resolve()), str(Path(images).resolve()))
-        return COCO(str(path.parent), train=files, val=files, on_bad=on_bad)
-    splits = split_names(data, option)
+        files = coco.COCOFiles(str(path.resolve()), str(Path(images).resolve()))
+        return coco.COCO(str(path.parent), train=files, val=files, on_bad=on_bad)
+    if split is None and splits == (ALL,):
+        split = ALL
     if split is None and splits:
         names = f"{', '.join(splits[:8])}{', ...' if len(splits) > 8 else ''}"
         raise UsageError(f"{option}{data} has several splits: name one with --split; there are {names}")
     if layout == "csv":
-        table = _table(path)
-        folder = "." if images is None else str(Path(images).resolve())
-        chosen = split if splits and split is not None else table.name
-        format = CSVFormat(file=table.name, images=folder)
-        return CSVBoxes(str(table.parent), train=chosen, val=chosen, format=format, on_bad=on_bad)
+        return _open_table(path, split or ALL, images, on_bad)
     if split is None and is_remote(data):
         raise UsageError(f"{option}{data}: a server is not asked which splits it has: name one with --split")
     if split is None:
         raise UsageError(f"{option}{data} has no splits; {EXPECTED}")
     if layout == "coco":
-        return COCO(data, train=split, val=split, on_bad=on_bad)
+        return coco.COCO(data, train=split, val=split, on_bad=on_bad)
     if layout == "yolo":
-        return YOLO(data, train=split, val=split, on_bad=on_bad)
+        return yolo.YOLO(data, train=split, val=split, on_bad=on_bad)
     if layout == "shards":
         root = data if is_remote(data) or not _is_split(path) else str(path.parent)
         return Shards(root, train=split, val=split)
     return _open_voc(data, split, on_bad, one_based, together)
 
 
-def _open_voc(data: str, split: str, on_bad: OnBad, one_based: bool | None, together: Sequence[str]) -> VOC:
+def _open_table(path: Path, split: str, images: str | None, on_bad: OnBad) -> csv.CSVBoxes:
+    root, file = (path.parent, path.name) if path.is_file() else (path, csv.NAME)
+    folder = "." if images is None else str(Path(images).resolve())
+    tables = list(dict.fromkeys(part.table for part in csv.find_splits(path).values()))
+    names = list(csv.find_classes(tables)) if len(tables) > 1 else "auto"
+    format = csv.CSVFormat(class_names=names, file=file, images=folder)
+    return csv.CSVBoxes(str(root), train=split, val=split, format=format, on_bad=on_bad)
+
+
+def _open_voc(data: str, split: str, on_bad: OnBad, one_based: bool | None, together: Sequence[str]) -> voc.VOC:
     names: list[str] | Literal["auto"] = "auto"
     if together:
-        names = list(find_class_names(data, list(dict.fromkeys([split, *together]))))
+        names = list(voc.find_class_names(data, list(dict.fromkeys([split, *together]))))
     if one_based is None:
         known = read_class_list(Path(data))
         one_based = known is None or known.one_based
-    format = VOCFormat(class_names=names, one_based=one_based)
-    return VOC(data, train=split, val=split, format=format, on_bad=on_bad)
+    format = voc.VOCFormat(class_names=names, one_based=one_based)
+    return voc.VOC(data, train=split, val=split, format=format, on_bad=on_bad)
 
 
 def known_layout(data: str, option: str = "--data ") -> Layout:
-    """The layout of a data set.
-
-    Args:
-        data: as for `open_split`.
-        option: what a message calls it.
-
-    Returns:
-        The layout.
-
-    Raises:
-        UsageError: there is nothing, or it is in no layout that is known.
-    """
-    if is_remote(data):
-        return "shards"
-    if not Path(data).exists():
-        raise UsageError(f"{option}{data} does not exist; {EXPECTED}")
-    layout = layout_of(Path(data))
-    if layout is None:
-        raise UsageError(f"{option}{data} has no known layout; {EXPECTED}")
-    return layout
+    """The layout of a data set; arguments and errors are those of `recognize`."""
+    return recognize(data, option).layout
 
 
 def layout_of(path: Path) -> Layout | None:
     """The layout of a folder or file; None if it is in none that is known."""
     if path.is_file():
-        kinds: dict[str, Layout] = {".json": "coco file", ".csv": "csv", ".yaml": "yolo", ".yml": "yolo"}
-        return kinds.get(path.suffix.lower())
-    if is_coco(path):
-        return "coco"
-    if is_voc(path):
-        return "voc"
-    if (path / YOLO_NAME).is_file():
-        return "yolo"
-    if (path / CSV_NAME).is_file():
-        return "csv"
-    return "shards" if _is_split(path) or _shard_folders(path) else None
-
-
-def is_voc(path: Path) -> bool:
-    """Whether a folder is in VOC layout, or holds folders that are."""
-    return any(path.glob("ImageSets/Main")) or any(path.glob("*/ImageSets/Main"))
-
-
-def is_coco(path: Path) -> bool:
-    """Whether a folder is in COCO layout."""
-    return any(path.glob("annotations/instances_*.json"))
+        return _FILES.get(path.suffix.lower())
+    found, faults = _ask_all(path, None)
+    layouts: list[Layout] = [*found, *faults]
+    return layouts[0] if layouts else None
 
 
 def split_names(data: str, option: str = "--data ") -> tuple[str, ...]:
-    """The splits of a data set.
-
-    Args:
-        data: as for `open_split`.
-        option: what a message calls it.
-
-    Returns:
-        Their names; none for a COCO annotation file, a table without a column ``split``, or shards on a server.
-
-    Raises:
-        DetpipeError: the layout is not known, or the file that names the splits cannot be read.
-    """
-    path, layout = Path(data), known_layout(data, option)
-    if layout == "coco file":
-        return ()
-    if layout == "coco":
-        return tuple(file.stem.removeprefix("instances_") for file in sorted(path.glob("annotations/instances_*.json")))
-    if layout == "yolo":
-        return tuple(read_yolo_yaml(path).splits)
-    if layout == "shards":
-        return (path.name,) if _is_split(path) else tuple(folder.name for folder in _shard_folders(path))
-    if layout == "csv":
-        return splits_of(Table(_table(path)))
-    names = _voc_lists(path)
-    for folder in sorted(path.glob("*/ImageSets/Main")):
-        year = folder.parents[1].name.removeprefix("VOC")
-        names += [f"{year}:{name}" for name in _voc_lists(folder.parents[1])]
-    return tuple(names)
-
-
-def _is_split(path: Path) -> bool:
-    """Whether a folder holds the shards of a split."""
-    return (path / INDEX).is_file() and (path / ARRAYS).is_file()
-
-
-def _shard_folders(path: Path) -> list[Path]:
-    """The folders of splits in a folder of shards; those that are only begun are none."""
-    return [file.parent for file in sorted(path.glob(f"*/{INDEX}")) if _is_split(file.parent)]
-
-
-def _voc_lists(folder: Path) -> list[str]:
-    """The lists of a folder in VOC layout, without those of one class (``cat_train`` beside ``train``)."""
-    names = [file.stem for file in sorted(folder.glob("ImageSets/Main/*.txt"))]
-    return [name for name in names if not ("_" in name and name.rpartition("_")[2] in names)]
-
-
-def _table(path: Path) -> Path:
-    return path / CSV_NAME if path.is_dir() else path
+    """The splits of a data set, as in `Found`; arguments and errors are those of `recognize`."""
+    return recognize(data, option).splits

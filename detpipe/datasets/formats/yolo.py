@@ -7,10 +7,7 @@
       images/train/a.jpg
       labels/train/a.txt          see below; a missing or empty one is an image without objects
 
-The images of a split lie in folders, which are searched to their end, or are listed; each has a label file.
-
-The labels of ``.../images/train/a.jpg`` are in ``.../labels/train/a.txt``: the last folder called ``images`` is exchanged.
-Where there is none, ``a.txt`` is beside ``a.jpg``.
+Which images and label files a split has: see yolo_images.py.
 
 A label file has a line an object, in parts of the width and height of the image.
 
@@ -18,166 +15,53 @@ A label file has a line an object, in parts of the width and height of the image
 
     2 0.5 0.25 0.1 0.2            class, x and y of the center, width, height
     2 0.1 0.1 0.4 0.1 0.4 0.3     class and the points of a polygon, three at least: its bounding box is taken
+
+With ``kpt_shape`` in ``data.yaml`` a line has a box and then that many keypoints, which are checked and left out.
+
+Writing. Numbers have all the digits of a double, so that boxes come back within 1e-9 pixels. ``data.yaml`` has no ``path``, since
+other programs take that to be relative to where they are started.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import yaml
 from tqdm import tqdm
 
 from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names, image_size
-from detpipe.datasets.faults import Faults, Policy
-from detpipe.datasets.formats.yolo_yaml import YOLOFile, read_yolo_yaml
+from detpipe.datasets.decode import IMAGE_SUFFIXES, image_size
+from detpipe.datasets.faults import Collected, Faults, Policy
+from detpipe.datasets.formats.export import (
+    Images,
+    Names,
+    Splits,
+    Written,
+    check_suffixes,
+    file_name_of,
+    new_folder,
+    one_class_list,
+    own_area,
+    rows_of,
+    totals,
+    transfer,
+)
+from detpipe.datasets.formats.outline_files import write_outlines
+from detpipe.datasets.formats.yolo_images import ImageFinder, ListedImage, label_path
+from detpipe.datasets.formats.yolo_yaml import NAME, find_file, has_labels, read_yolo
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.datasets.records import RecordBuilder, build_annotations, read_number
 from detpipe.datasets.stored_proposals import file_key
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import shorten
 from detpipe.types import Annotations
-
-
-@dataclass(frozen=True)
-class ListedImage:
-    """An image of a split; it need not exist.
-
-    Args:
-        image_id: its number in the split, from 1.
-        file_name: relative to the root, with forward slashes.
-        image: path of the image.
-        labels: path of its label file.
-    """
-
-    image_id: int
-    file_name: str
-    image: Path
-    labels: Path
-
-
-def label_path(image: Path) -> Path:
-    """The label file of an image, whether or not it exists."""
-    folders = list(image.parts[:-1])
-    if "images" in folders:
-        folders[len(folders) - 1 - folders[::-1].index("images")] = "labels"
-    return Path(*folders, f"{image.stem}.txt")
-
-
-class ImageFinder:
-    """Collects the images of a split.
-
-    Args:
-        file: what ``data.yaml`` says.
-        split: the splits that are read in turn.
-        faults: where images that cannot be used are noted.
-
-    Attributes:
-        root: the folder that file names are relative to: that of the layout, unless images lie beside it.
-        folders: where images may lie.
-        found: the images.
-        orphans: label files without an image.
-        lines: how many images were listed, those that cannot be used included.
-    """
-
-    def __init__(self, file: YOLOFile, split: tuple[str, ...], faults: Faults) -> None:
-        self.faults = faults
-        self.found: list[ListedImage] = []
-        self.orphans: list[Path] = []
-        self.lines = 0
-        self._by_labels: dict[Path, ListedImage] = {}
-        entries = [_locate(file, name, entry) for name in split for entry in file.entries(name)]
-        self.root = _root(file.root, [path for path in entries if path.is_dir()])
-        self.folders = [path if path.is_dir() else self.root for path in entries]
-        for path in entries:
-            if path.is_dir():
-                self._folder(path)
-            else:
-                self._list(path)
-        if not self.lines:
-            raise DataError(f"{file.path}: the split {', '.join(split)} has no images ({' '.join(IMAGE_SUFFIXES)})")
-        if self.found and not any(item.labels.is_file() for item in self.found):
-            raise DataError(
-                f"{file.path}: none of the {len(self.found)} images of {', '.join(split)} has a label file; looked for "
-                f"{self.found[0].labels} and the like; an image without objects may have an empty one"
-            )
-
-    def _folder(self, folder: Path) -> None:
-        first = len(self.found)
-        for path in _walk(folder, set()):
-            self._add(path, str(path))
-        expected = {item.labels for item in self.found}
-        for labels in sorted({item.labels.parent for item in self.found[first:]} - {folder}):
-            if any(item.image.parent == labels for item in self.found[first:]):
-                continue  # labels beside images: other texts may be there
-            files = (path for path in sorted(labels.glob("*.txt")) if path.name != "classes.txt")
-            self.orphans += [path for path in files if path not in expected]
-
-    def _list(self, path: Path) -> None:
-        refuse_special(path)
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read as a list of images ({error})") from error
-        for number, line in enumerate(lines, start=1):
-            name = line.strip()
-            if name:
-                self._add(Path(os.path.normpath(path.parent / name)), f"{path}: line {number}: {name!r}")
-
-    def _add(self, path: Path, where: str) -> None:
-        self.lines += 1
-        name = os.path.relpath(path, self.root).replace(os.sep, "/")
-        if name.startswith("../") or "\0" in name:
-            return self.faults.fatal("leads out of the folder", f"{where} leads out of {self.root}")
-        item = ListedImage(self.lines, name, path, label_path(path))
-        other = self._by_labels.setdefault(item.labels, item)
-        if other is not item and other.image == path:
-            return self.faults.image("listed twice", f"{where} is listed twice")
-        if other is not item:
-            return self.faults.image(
-                "labels of two images", f"{where} and {other.image} have the same label file {item.labels}; rename one"
-            )
-        self.found.append(item)
-        return None
-
-
-def _locate(file: YOLOFile, split: str, entry: str) -> Path:
-    """The folder or list that an entry names."""
-    path = file.root / entry
-    if not path.exists() and entry.startswith("../") and (file.root / entry[3:]).exists():
-        path = file.root / entry[3:]  # as written by Roboflow, whose root is a folder further down
-    if path.is_dir() or (path.is_file() and path.suffix == ".txt"):
-        return Path(os.path.normpath(path))
-    problem = "is neither a folder nor a .txt list" if path.exists() else "does not exist"
-    raise DataError(f"{file.path}: {split} is {entry!r}, but {path} {problem}; entries are relative to {file.root}")
-
-
-def _root(root: Path, folders: list[Path]) -> Path:
-    """The root, or the innermost folder that holds it and all images."""
-    if all(not os.path.relpath(folder, root).startswith("..") for folder in folders):
-        return root
-    return Path(os.path.commonpath([os.path.abspath(path) for path in (root, *folders)]))
-
-
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """All images in a folder and those below it, by name; hidden files are none, no folder is entered twice."""
-    status = folder.stat()
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    images = set(image_names(entry.name for entry in visible))
-    for entry in visible:
-        if entry.is_dir():
-            yield from _walk(folder / entry.name, seen)
-        elif entry.name in images:
-            yield folder / entry.name
-
 
 _FIELDS = ("x", "y", "width", "height")
 _ROUNDING = 1e-6  # what six digits can be beyond 0..1
@@ -189,11 +73,13 @@ class LabelReader:
     Args:
         built: takes the objects.
         faults: where lines that cannot be used are noted.
+        points: how many keypoints each line has behind the box, and how many numbers each; None: lines are boxes or polygons.
     """
 
-    def __init__(self, built: RecordBuilder, faults: Faults) -> None:
+    def __init__(self, built: RecordBuilder, faults: Faults, points: tuple[int, int] | None = None) -> None:
         self.built, self.class_names = built, built.class_names
         self.faults = faults
+        self.points = points
         self.boxes_read = 0
         self.polygons = 0
 
@@ -249,22 +135,34 @@ class LabelReader:
         return int(value) + 1
 
     def _box(self, texts: list[str], where: str) -> tuple[float, ...] | None:
-        polygon = len(texts) >= 6 and len(texts) % 2 == 0
-        if len(texts) != 4 and not polygon:
+        polygon = self.points is None and len(texts) >= 6 and len(texts) % 2 == 0
+        expected = "class, x, y, width and height, or class and the x and y of three points or more"
+        wrong = len(texts) != 4 and not polygon
+        if self.points is not None:
+            count, numbers_each = self.points
+            wrong = len(texts) != 4 + count * numbers_each
+            expected = (
+                f"class, x, y, width, height and {count} points of {numbers_each} numbers, {5 + count * numbers_each} in all, "
+                "by the kpt_shape of the data set"
+            )
+        if wrong:
+            more = (
+                "; a confidence or an angle behind the box is not read"
+                if self.points is None and len(texts) == 5
+                else ""
+            )
             self.faults.box(
-                "wrong number of values",
-                f"{where}: has {len(texts) + 1} values: expected class, x, y, width and height, or class and the x and y of "
-                "three points or more",
+                "wrong number of values", f"{where}: has {len(texts) + 1} values: expected {expected}{more}"
             )
             return None
         numbers: list[float] = []
         for i, text in enumerate(texts):
-            field = f"{'xy'[i % 2]} of point {i // 2 + 1}" if polygon else _FIELDS[i]
+            field, bounded = self._field(i, polygon)
             value = read_number(text)
             if value is None or not math.isfinite(value):
                 self.faults.box("not a number", f"{where}: {field} must be a finite number, got {shorten(text)}")
                 return None
-            if not -_ROUNDING <= value <= 1 + _ROUNDING:
+            if bounded and not -_ROUNDING <= value <= 1 + _ROUNDING:
                 self.faults.box(
                     "outside 0..1",
                     f"{where}: {field} is {text}: expected 0 to 1, a part of the image's width or height",
@@ -272,7 +170,16 @@ class LabelReader:
                 return None
             numbers.append(value)
         self.polygons += polygon
-        return _bounds(numbers) if polygon else _corners(numbers)
+        return _bounds(numbers) if polygon else _corners(numbers[:4])
+
+    def _field(self, i: int, polygon: bool) -> tuple[str, bool]:
+        """What the i-th number behind the class is called, and whether it is a part of the width or height."""
+        if polygon:
+            return f"{'xy'[i % 2]} of point {i // 2 + 1}", True
+        if i < 4 or self.points is None:
+            return _FIELDS[i], True
+        point, k = divmod(i - 4, self.points[1])
+        return f"{('x', 'y', 'visibility')[k]} of point {point + 1}", k < 2
 
 
 def _corners(numbers: Sequence[float]) -> tuple[float, ...]:
@@ -289,12 +196,12 @@ class YOLO(DetectionData):
     """Detection data in YOLO's text layout.
 
     Args:
-        root: the folder with ``data.yaml``, or such a file under any name.
-        train: the training split: a key of ``data.yaml``, or several.
-        val: the validation split, in the same way.
+        root: the folder with ``data.yaml``, ``obj.data`` or ``classes.txt``, or such a file under any name.
+        train: the training split: a key of the file, or several; where it names no splits a folder such as ``train``, or ``all``.
+        val: the validation split, in the same way; ``val``, ``valid`` and ``validation`` are the same.
         test: the split for the final test, in the same way; none by default.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals`` and ``resize`` of
-            :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
+            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
             In a proposal store an image is called by its file, relative to the root.
     """
 
@@ -312,12 +219,13 @@ class YOLO(DetectionData):
         self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
 
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the images and labels of a split."""
-        keys = self.splits[split]
-        if not keys:
-            raise DataError(f"no {split} split: set the argument {split} to a key of data.yaml, such as {split}")
-        return load_yolo(self.root, keys, self.on_bad)
+        return _load(self.root, self.source_of(split, "a key of data.yaml"), faults or self.on_bad, self.allow_links)
+
+    def split_names(self) -> tuple[str, ...]:
+        """The splits that the root holds."""
+        return tuple(read_yolo(self.root).splits)
 
 
 def load_yolo(root: str | Path, split: str | Sequence[str], on_bad: Policy = "error") -> Annotations:
@@ -327,8 +235,8 @@ def load_yolo(root: str | Path, split: str | Sequence[str], on_bad: Policy = "er
     ``image_id``. Their sizes are read from their headers. Polygons become their bounding boxes and are counted.
 
     Args:
-        root: the folder with ``data.yaml``, or such a file under any name.
-        split: a key of ``data.yaml``, or several, which are read in turn.
+        root: the folder with ``data.yaml``, ``obj.data`` or ``classes.txt``, or such a file under any name.
+        split: a key of the file, or a folder where it names no splits; or several, which are read in turn.
         on_bad: ``"error"`` refuses a split with any faulty record; ``"skip"`` leaves these records out and counts them.
 
     Returns:
@@ -337,12 +245,39 @@ def load_yolo(root: str | Path, split: str | Sequence[str], on_bad: Policy = "er
     Raises:
         DataError: for anything wrong, naming the file, the line, the field and its value.
     """
-    file = read_yolo_yaml(root)
+    return _load(root, split, on_bad)
+
+
+def find_splits(root: Path) -> dict[str, tuple[str, ...]]:
+    """Find the splits of a folder in YOLO layout.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        name -> folders and lists of images, relative to the root; nothing if the layout is another.
+
+    Raises:
+        DataError: the layout is YOLO's, but what describes it cannot be read, or does not say what the classes are.
+    """
+    found = find_file(root)
+    if found is None or found.suffix.lower() in (".json", ".txt"):
+        return read_yolo(root).splits if has_labels(root) else {}
+    return read_yolo(root).splits
+
+
+def says_layout(root: Path) -> str:
+    """Say in which layout a folder is, in half a line: "data.yaml"."""
+    return read_yolo(root).says()
+
+
+def _load(root: str | Path, split: str | Sequence[str], on_bad: Policy, allow_links: bool = False) -> Annotations:
+    file = read_yolo(root)
     splits = (split,) if isinstance(split, str) else tuple(split)
-    faults = Faults(f"{file.path} ({', '.join(splits)})", on_bad)
+    faults = Faults(f"{file.path} ({', '.join(splits)})", on_bad, allow_links)
     finder = ImageFinder(file, splits, faults)
     built = RecordBuilder(file.class_names, file.category_ids)
-    reader = LabelReader(built, faults)
+    reader = LabelReader(built, faults, file.points)
     for item in tqdm(finder.found, desc="reading labels", unit="image", disable=None, leave=False):
         size = _size(item, faults)
         if size is None:
@@ -373,3 +308,119 @@ def _skip(labels: Path, reader: LabelReader) -> None:
     count = len(reader.lines(labels) or ())
     reader.boxes_read += count
     reader.faults.skipped["boxes skipped: image skipped"] += count
+
+
+Flags = Literal["refuse", "drop", "leave out"]
+
+
+def write_yolo(
+    splits: Splits,
+    folder: str | Path,
+    images: Images = "copy",
+    flags: Flags = "refuse",
+    source: ImageFiles = PLAIN_FILES,
+) -> Written:
+    """Write a data set in YOLO layout.
+
+    Args:
+        splits: name -> annotations, whose classes are the same. The only one that begins with ``train``, ``val`` or ``test``
+            goes by that key.
+        folder: a new folder.
+        images: ``"copy"``, ``"link"`` or ``"none"``.
+        flags: of crowd regions and difficult objects, which the layout cannot tell from others: ``"refuse"`` to write them,
+            ``"drop"`` the flag, so that they become ordinary objects, or ``"leave out"`` these boxes.
+        source: where the images are.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: the folder is there already, classes differ, or there are flags.
+    """
+    names, ids = one_class_list(splits)
+    check_suffixes(splits, IMAGE_SUFFIXES, "YOLO")
+    splits, remarks = _without_flags(splits, flags)
+    remarks += _losses(splits)
+    keys = _keys(list(splits))
+    renamed = 0
+    with new_folder(folder, splits) as out:
+        content: dict[str, object] = {key: f"images/{file_name_of(split)}" for split, key in keys.items()}
+        content["names"] = dict(enumerate(names))
+        if list(ids) != list(range(len(ids))):
+            content["category_ids"] = list(ids)
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        (out / NAME).write_text(text, encoding="utf-8")
+        for split, a in splits.items():
+            naming = Names(flat=False)
+            targets = [out / "images" / file_name_of(split) / name for name in naming.of(split, a)]
+            transfer(image_paths(a), targets, images, source)
+            for i, target in enumerate(targets):
+                path = out / label_path(target.relative_to(out))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(_label_lines(a, i), encoding="utf-8")
+            named = [target.relative_to(out).as_posix() for target in targets]
+            remarks += write_outlines(out, keys[split], a, named)
+            renamed += naming.renamed
+    if renamed:
+        remarks.append(f"{renamed} images are renamed: others have the same name but for the suffix")
+    return Written(Path(folder), tuple(keys.values()), *totals(splits), tuple(remarks))
+
+
+def _keys(splits: list[str]) -> dict[str, str]:
+    """Split -> its key in data.yaml."""
+    kinds = {split: next((kind for kind in ("train", "val", "test") if split.startswith(kind)), "") for split in splits}
+    count = Counter(kinds.values())
+    return {split: kind if kind and count[kind] == 1 else file_name_of(split) for split, kind in kinds.items()}
+
+
+def _without_flags(splits: Splits, flags: Flags) -> tuple[Splits, list[str]]:
+    if flags not in ("refuse", "drop", "leave out"):
+        raise ValueError(f"flags must be 'refuse', 'drop' or 'leave out', got {flags!r}")
+    crowd = sum(int(a.iscrowd.sum()) for a in splits.values())
+    difficult = sum(int(a.difficult.sum()) for a in splits.values())
+    if not crowd + difficult:
+        return splits, []
+    which = f"{crowd} crowd regions and {difficult} difficult objects"
+    if flags == "refuse":
+        raise DataError(
+            f"{which} are flagged, which YOLO layout cannot hold: --drop-flags writes them as ordinary objects, --drop-flagged "
+            "leaves them out"
+        )
+    if flags == "leave out":
+        return {name: _unflagged(a) for name, a in splits.items()}, [f"{which} are left out"]
+    return splits, [f"{which} are written as ordinary objects: their flags are dropped"]
+
+
+def _unflagged(a: Annotations) -> Annotations:
+    """Without the boxes that are flagged."""
+    keep = ~(a.iscrowd | a.difficult)
+    return replace(
+        a,
+        offsets=np.concatenate([[0], np.cumsum(keep)])[a.offsets],
+        boxes=a.boxes[keep],
+        labels=a.labels[keep],
+        iscrowd=a.iscrowd[keep],
+        difficult=a.difficult[keep],
+        area=a.area[keep],
+        segmentations=None if a.segmentations is None else a.segmentations.take(np.flatnonzero(keep)),
+    )
+
+
+def _losses(splits: Splits) -> list[str]:
+    remarks = []
+    if any(not np.array_equal(a.image_ids, np.arange(1, len(a) + 1)) for a in splits.values()):
+        remarks.append("image ids are not kept: images are numbered by the order of their names")
+    areas = sum(int(own_area(a).sum()) for a in splits.values())
+    if areas:
+        remarks.append(f"areas of {areas} boxes, which are not those of the boxes, are not kept")
+    return remarks
+
+
+def _label_lines(a: Annotations, image: int) -> str:
+    height, width = a.sizes[image].tolist()
+    lines = []
+    for b in rows_of(a, image):
+        x1, y1, x2, y2 = a.boxes[b].tolist()
+        numbers = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+        lines.append(f"{int(a.labels[b]) - 1} {' '.join(map(repr, numbers))}\n")
+    return "".join(lines)

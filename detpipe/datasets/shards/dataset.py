@@ -18,41 +18,36 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from detpipe.datasets.augment.augmentation import Augment
 from detpipe.datasets.batches import Locality
-from detpipe.datasets.datamodule import DEFAULT_LOADER, DetectionData, Loader, Split
+from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.dataset import Contents, Proposals
 from detpipe.datasets.faults import Collected, Faults, Policy
+from detpipe.datasets.fetch import is_remote
 from detpipe.datasets.records import check_pixels
-from detpipe.datasets.resize import Resize
 from detpipe.datasets.shards.index import INDEX, KEYS, ShardSet, check_files, read_index
-from detpipe.datasets.shards.reading import ShardFiles, ShardImages, ShardProposals
-from detpipe.datasets.shards.remote import ShardCache, is_remote, open_remote
+from detpipe.datasets.shards.read import ShardFiles, ShardProposals
+from detpipe.datasets.shards.remote import ShardCache, open_remote
 from detpipe.support.errors import DataError
-from detpipe.types import Annotations, Range
+from detpipe.types import Annotations
 
 
 class Shards(DetectionData):
     """Detection data in shards, as ``detpipe data shards`` writes them.
 
     Args:
-        root: the folder that holds a folder for each split; a path, or an address that begins with http:// or https://.
+        root: the folder that holds a folder for each split; a path, or an address that begins with http://,
+            https://, s3:// or gs://.
         train: the training split, the name of its folder.
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
         window: shards whose images are shuffled together, and read at the same time.
-        loader: how images are loaded and batched.
-        augment: what is done to training images and their boxes; null for nothing.
-        seed: decides the order of the batches and every draw of the augmentation, with the epoch.
-        proposals: split -> proposal store, whose boxes then ride in the targets of that split in place of those in the shards; see
-            :class:`detpipe.PrecomputedProposals`.
-        resize: to which size images are brought by the data workers; null leaves it to the detector.
         cache: where shards of an address are kept, and how many of them.
-        channels: as for other data.
-        range: as for other data.
+        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`; boxes of a store in ``proposals``
+            take the place of those in the shards.
     """
 
     def __init__(
@@ -62,16 +57,10 @@ class Shards(DetectionData):
         val: str = "val",
         test: str | None = None,
         window: int = 8,
-        loader: Loader = DEFAULT_LOADER,
-        augment: Augment | None = None,
-        seed: int = 0,
-        proposals: dict[str, str] | None = None,
-        resize: Resize | None = None,
         cache: ShardCache = ShardCache(),  # noqa: B008 (frozen)
-        channels: int = 3,
-        range: Range = None,
+        **common: Any,
     ) -> None:
-        super().__init__(loader, augment, seed, proposals=proposals, resize=resize, channels=channels, range=range)
+        super().__init__(**common)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         self.root = str(root)
@@ -80,7 +69,7 @@ class Shards(DetectionData):
         self._files: dict[Split, ShardFiles] = {}
         self._key: str | None = None
 
-    def load(self, split: Split) -> Annotations:
+    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the index of a split, and look whether its shards are there, if it is not on a server."""
         name = self.splits[split]
         if name is None:
@@ -89,8 +78,8 @@ class Shards(DetectionData):
             files = open_remote(self.root, name, self.cache, self.window)
         else:
             files = ShardFiles(self._read_local(split, name))
-        if isinstance(self.on_bad, Collected) and self.on_bad.decode:
-            files = without_unreadable(files, self.on_bad)
+        if faults is not None and faults.decode:
+            files = without_unreadable(files, faults)
         self._use_keys(files.shards)
         self._files[split] = files
         return files.shards.annotations
@@ -110,7 +99,7 @@ class Shards(DetectionData):
     def contents(self, split: Split) -> Contents:
         """The image files of a split, in its shards."""
         self.annotations(split)
-        return ShardImages(self._files[split])
+        return self._files[split]
 
     def locality(self, split: Split) -> Locality:
         """Which images of a split share a shard."""
@@ -139,25 +128,18 @@ class Shards(DetectionData):
 
 
 def without_unreadable(files: ShardFiles, policy: Policy) -> ShardFiles:
-    """Read and decode every image of a split.
-
-    Args:
-        files: the split.
-        policy: what is done about images that cannot be read.
-
-    Returns:
-        The split without them, which are counted.
+    """Read and decode every image of a split, and leave those out, and count them, of which that fails.
 
     Raises:
-        DataError: no image is left.
+        DataError: the policy is to stop at such an image, or no image is left.
     """
-    shards, contents = files.shards, ShardImages(files)
+    shards = files.shards
     a, faults = shards.annotations, Faults(str(shards.folder), policy)
     lock = threading.Lock()  # images are decoded in threads, and open shards belong to one of them at a time
 
     def read(row: int) -> tuple[str, bytes]:
         with lock:
-            return contents.name(row), contents.read(row)
+            return files.name(row), files.read(row)
 
     readable = check_pixels(range(len(a)), read, a.sizes, faults)
     faults.check()
@@ -171,4 +153,4 @@ def without_unreadable(files: ShardFiles, policy: Policy) -> ShardFiles:
     lost = len(a.boxes) - len(kept.annotations.boxes)
     for name, n in {**faults.skipped, "boxes skipped: image skipped": lost}.items():
         counts[name] = counts.get(name, 0) + n
-    return files.of(kept)
+    return ShardFiles(kept, files.opener, files.most_open, files.where)

@@ -120,11 +120,6 @@ class ShardSet:
         )
 
 
-def sample_key(row: int) -> str:
-    """What an image is called in its shard."""
-    return f"{row:09d}"
-
-
 def write_index(made: ShardSet) -> None:
     """Write index and arrays; the index comes last, so that shards with one are complete."""
     a = made.annotations
@@ -276,14 +271,7 @@ def _annotations(folder: Path, index: dict[str, Any], arrays: dict[str, npt.NDAr
     return Annotations(
         root=folder,
         file_names=np.array(names, dtype=np.str_),
-        image_ids=arrays["image_ids"],
-        sizes=arrays["sizes"],
-        offsets=arrays["offsets"],
-        boxes=arrays["boxes"],
-        labels=arrays["labels"],
-        iscrowd=arrays["iscrowd"],
-        difficult=arrays["difficult"],
-        area=arrays["area"],
+        **{name: arrays[name] for name in _PACKED},  # type: ignore[arg-type]
         class_names=tuple(map(str, require(index, "class_names", list, where))),
         category_ids=tuple(map(int, require(index, "category_ids", list, where))),
         counts=dict(require(index, "counts", dict, where)),

@@ -1,4 +1,4 @@
-"""Shards on a web server: fetched when they are first read, and kept in a folder that holds only so many of them.
+"""Shards on a server or in an object store: fetched when they are first read, and kept in a folder that holds only so many.
 
 ::
 
@@ -12,20 +12,18 @@ when room is needed; who has it open can go on reading, and its place on the dis
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from detpipe.datasets.fetch import RemoteFile, fetch
+import filelock
+
+from detpipe.datasets.fetch import RemoteFile, fetch, read_url
 from detpipe.datasets.shards.index import ARRAYS, INDEX, Shard, ShardSet, read_index, require_sha256
-from detpipe.datasets.shards.reading import Opened, ShardFiles
-from detpipe.datasets.web import read_url
+from detpipe.datasets.shards.read import Opened, ShardFiles, open_to_read
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write
 from detpipe.support.strict_json import load_json, require
@@ -66,11 +64,6 @@ class ShardCache:
     def limit(self) -> int:
         """Bytes."""
         return int(self.gigabytes * 1e9)
-
-
-def is_remote(root: str) -> bool:
-    """Whether a root is a web address instead of a folder."""
-    return root.startswith(("http://", "https://"))
 
 
 def open_remote(root: str, split: str, cache: ShardCache, window: int) -> ShardFiles:
@@ -119,21 +112,21 @@ class RemoteShards:
         shard = self._shards[number]
         folder = _folder(self.cache, shard)
         path = folder / shard.name
-        with _alone(self.cache.path / "locks" / folder.name):
+        with lock_of(self.cache, folder.name):
             if not path.is_file() or path.stat().st_size != shard.bytes:
                 path.unlink(missing_ok=True)
                 _make_room(self.cache, folder)
                 remote = RemoteFile(f"{self.address}/{shard.name}", shard.bytes, "sha256", shard.sha256)
                 fetch(remote, folder, advice=_ADVICE, progress=False)
             os.utime(folder)  # opened last
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC), path
+            return open_to_read(path), path
 
 
 def _fetch_index(address: str, cache: ShardCache) -> ShardSet:
     """Fetch index and arrays of a split; arrays that are there already are not fetched again."""
     name = hashlib.sha256(address.encode()).hexdigest()
     folder = cache.path / "splits" / name
-    with _alone(cache.path / "locks" / name):
+    with lock_of(cache, name):
         content = read_url(f"{address}/{INDEX}", _MOST, _ADVICE)
         with atomic_write(folder / INDEX) as temporary:
             temporary.write_bytes(content)
@@ -168,7 +161,7 @@ def _make_room(cache: ShardCache, coming: Path) -> None:
 
     A folder counts as large as its shard will be from here on, so that several that come at the same time have room.
     """
-    with _alone(cache.path / "locks" / "room"):
+    with lock_of(cache, "room"):
         coming.mkdir(parents=True, exist_ok=True)
         os.utime(coming)
         kept = sorted((folder.stat().st_mtime_ns, folder) for folder in coming.parent.iterdir())
@@ -176,10 +169,9 @@ def _make_room(cache: ShardCache, coming: Path) -> None:
         for _, folder in kept:
             if total <= cache.limit:
                 break
-            with _alone(cache.path / "locks" / folder.name, wait=False) as mine:  # not what is coming: that is locked
-                if mine:
-                    shutil.rmtree(folder)
-                    total -= _bytes(folder)
+            with suppress(filelock.Timeout), lock_of(cache, folder.name).acquire(timeout=0):  # what is coming is locked
+                shutil.rmtree(folder)
+                total -= _bytes(folder)
 
 
 def _folder(cache: ShardCache, shard: Shard) -> Path:
@@ -190,17 +182,8 @@ def _bytes(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-@contextmanager
-def _alone(lock: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock among processes; whether it was got, which without waiting it may not be."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    file: Any = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(file)
+def lock_of(cache: ShardCache, name: str) -> filelock.BaseFileLock:
+    """What one process of all that use the folder can hold at a time; it is free when that one ends in whatever way."""
+    folder = cache.path / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(folder / name)

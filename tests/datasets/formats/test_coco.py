@@ -63,7 +63,10 @@ FILE_FAULTS = {
     "row 9, id twice": (copy("categories", 0, name="x"), ["category id 7", "there twice"]),
     "row 9, name twice": (copy("categories", 0, id=8), ["category id 8", "'dog'", "there twice"]),
     "row 9, no name": (drop("categories", 0, "name"), ["category id 7", "name must be text"]),
-    "row 9, id of text": (edit("categories", 0, id="7"), ["categories[0]", "id must be a whole number", "'7'"]),
+    "row 9, id of another kind": (
+        edit("categories", 0, id=7.5),
+        ["categories[0]", "id must be a whole number or text", "7.5"],
+    ),
     "row 9, none": (lambda c: c["categories"].clear(), ["categories is empty"]),
     "row 29, absolute": (edit("images", 0, file_name="/etc/passwd"), ["image id 10", "'/etc/passwd'", "leads out"]),
     "row 29, parent": (edit("images", 0, file_name="../../x.jpg"), ["image id 10", "'../../x.jpg'", "leads out"]),
@@ -101,7 +104,8 @@ BOX_FAULTS = {
     "three numbers": (spoil(bbox=[1, 2, 3]), "bad bbox", ["id 101", "[1, 2, 3]"]),
     "text number": (spoil(bbox=[1, 2, "3", 4]), "bad bbox", ["id 101", "'3'"]),
     "row 4, huge": (spoil(bbox=[1, 2, 10**400, 4]), "bad bbox", ["id 101", "4 numbers"]),
-    "id of text": (spoil(id="x"), "bad id", ["annotations[1]", "whole number", "'x'"]),
+    "id of another kind": (spoil(id=[1]), "bad id", ["annotations[1]", "whole number or text", "[1]"]),
+    "id of text that no image has": (spoil(image_id="x"), "bad image_id", ["id 101", "field image_id is x"]),
     "id beyond 64 bits": (spoil(image_id=2**70), "bad image_id", ["id 101", str(2**70)]),
     "row 7": (spoil(id=100), "duplicate id", ["annotation id 100 is there twice"]),
     "row 10, category": (spoil(category_id=999), "bad category_id", ["id 101", "999", "90"]),
@@ -135,7 +139,17 @@ IMAGE_FAULTS = {
     "row 3, width": (drop("images", 0, "width"), "bad width", ["image id 10", "(0.jpg)", "width is missing"]),
     "zero height": (edit("images", 0, height=0), "bad height", ["image id 10", "height must be", "0"]),
     "no name": (drop("images", 0, "file_name"), "bad file_name", ["image id 10", "file_name is missing"]),
-    "id of text": (edit("images", 0, id="10"), "bad id", ["images[0]", "id must be", "'10'"]),
+    "id of another kind": (edit("images", 0, id=True), "bad id", ["images[0]", "id must be", "True"]),
+    "width of a part of a pixel": (
+        edit("images", 0, width=60.5),
+        "bad width",
+        ["image id 10", "width must be", "60.5"],
+    ),
+    "no size, no file": (
+        lambda c: c["images"].__setitem__(0, {"id": 10, "file_name": "gone.jpg"}),
+        "file missing",
+        ["image id 10", "gone.jpg", "is missing"],
+    ),
     "row 22": (edit("images", 0, file_name="gone.jpg"), "file missing", ["image id 10", "gone.jpg", "is missing"]),
     "row 22, folder": (edit("images", 0, file_name="sub/gone.jpg"), "file missing", ["image id 10", "sub/gone.jpg"]),
 }
@@ -283,7 +297,10 @@ RECORD_FAULTS: list[Callable[[dict[str, Any]], Any]] = [
 @given(faults=st.lists(st.integers(0, len(RECORD_FAULTS)), min_size=1, max_size=30))
 def test_p6_read_is_used_plus_skipped(tmp_path: Path, faults: list[int]) -> None:
     content = coco_content()
-    content["images"] += [{"id": 1, "file_name": "gone.jpg", "height": 9, "width": 9}, {"id": 2, "file_name": "1.jpg"}]
+    content["images"] += [
+        {"id": 1, "file_name": "gone.jpg", "height": 9, "width": 9},
+        {"id": 2, "file_name": "1.jpg", "height": 9},
+    ]
     content["annotations"].append({"id": 1, "image_id": 10, "category_id": 1, "bbox": [1, 1, 3, 3]})
     for b, fault in enumerate(faults):
         annotation = {"id": 1000 + b, "image_id": 10, "category_id": 1, "bbox": [1, 1, 3, 3]}

@@ -1,12 +1,14 @@
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from detpipe.datasets import COCO, VOC, YOLO, CSVBoxes
 from detpipe.datasets.formats.class_list import ClassList, write_class_list
-from detpipe.datasets.formats.recognize import is_coco, is_voc, layout_of, open_split, split_names
+from detpipe.datasets.formats.folders import find_split
+from detpipe.datasets.formats.recognize import layout_of, open_split, recognize, split_names
 from detpipe.support.errors import DataError, UsageError
 
 from ..builders import HEADER, coco_content, picture, voc_object, write_coco, write_csv, write_voc, write_yolo
@@ -91,8 +93,7 @@ def test_what_has_no_layout(tmp_path):
         ) as caught:
             open_split(str(path), "val")
         assert one_line(caught)
-        assert not is_voc(path)
-        assert not is_coco(path)
+        assert layout_of(path) is None
 
 
 def test_splits_that_are_there_are_named_where_none_is_given(tmp_path):
@@ -107,7 +108,9 @@ def test_splits_that_are_there_are_named_where_none_is_given(tmp_path):
         open_split(str(coco), None)
     for number in range(9):
         (coco / "annotations" / f"instances_part{number}.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"there are part0, part1, part2, part3, part4, part5, part6, part7, \.\.\.$"):
+    with pytest.raises(
+        UsageError, match=r"there are val2017, part0, part1, part2, part3, part4, part5, part6, \.\.\.$"
+    ):
         open_split(str(coco), None)
 
 
@@ -137,8 +140,7 @@ def test_layouts_are_recognized(tmp_path):
     (tmp_path / "keypoints" / "annotations").mkdir(parents=True)
     (tmp_path / "keypoints" / "annotations" / "person_val.json").write_text(json.dumps({}))
     folders = ("voc", "years", "coco", "keypoints")
-    assert [is_voc(tmp_path / name) for name in folders] == [True, True, False, False]
-    assert [is_coco(tmp_path / name) for name in folders] == [False, False, True, False]
+    assert [layout_of(tmp_path / name) for name in folders] == ["voc", "voc", "coco", None]
 
 
 def test_a_yolo_folder_or_file(tmp_path):
@@ -151,9 +153,8 @@ def test_a_yolo_folder_or_file(tmp_path):
         assert keys(opened) == ["images/val/v.jpg"]
     with pytest.raises(UsageError, match=r"has several splits: name one with --split; there are train, val$"):
         open_split(str(tmp_path), None)
-    (tmp_path / "data.yaml").write_text("names: [cat]\n")
-    with pytest.raises(UsageError, match="has no splits"):
-        open_split(str(tmp_path), None)
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\n")  # the folders then say what the splits are
+    assert split_names(str(tmp_path)) == ("train", "val")
 
 
 def test_a_table(tmp_path, monkeypatch):
@@ -213,3 +214,45 @@ def test_every_layout_has_its_sign(tmp_path):
     assert [layout_of(tmp_path / name) for name in ("voc", "coco", "yolo", "csv")] == ["voc", "coco", "yolo", "csv"]
     assert layout_of(tmp_path / "voc" / "Annotations") is None
     assert layout_of(tmp_path / "csv" / "a.jpg") is None
+
+
+def test_two_layouts_in_one_folder(tmp_path: Path) -> None:
+    write_voc(tmp_path, split="train")
+    write_coco(tmp_path, split="train")
+    found = recognize(str(tmp_path))  # of the same splits: one is read, and that is said
+    assert (found.layout, found.splits) == ("coco", ("train",))
+    assert "; not as VOC: XML in Annotations of the images in JPEGImages, lists in ImageSets/Main" in found.says
+    assert recognize(str(tmp_path), layout="voc").says.startswith("read as VOC")
+    write_voc(tmp_path, split="val")
+    with pytest.raises(
+        UsageError, match=r"two layouts with different splits: COCO: .*\(train\), and VOC: .*--layout voc"
+    ) as caught:
+        recognize(str(tmp_path))
+    assert one_line(caught)
+    with pytest.raises(UsageError, match="has no known layout in YOLO layout; expected"):
+        recognize(str(tmp_path), layout="yolo")
+
+
+def test_images_without_annotations_are_said_to_be_so(tmp_path: Path) -> None:
+    picture(20, 30).save(tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_text("a picture of a cat")  # no label
+    with pytest.raises(UsageError, match="holds images without any annotation, and has no known layout; expected"):
+        recognize(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "found"),
+    [
+        ("val", ["train", "valid"], "valid"),
+        ("validation", ["val", "train"], "val"),
+        ("valid", ["Validation"], "Validation"),
+        ("val", ["valid", "validation"], None),
+        ("val", ["val", "valid"], "val"),
+        ("train", ["Training", "test"], "Training"),
+        ("all", ["default"], "default"),
+        ("all", ["train", "val"], None),
+        ("train", ["train2017"], None),
+    ],
+)
+def test_usual_names_of_a_split_are_understood(wanted: str, known: list[str], found: str | None) -> None:
+    assert find_split(wanted, known) == found

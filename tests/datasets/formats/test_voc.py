@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from detpipe.datasets import VOC, VOCFormat, load_voc
+from detpipe.datasets.formats import voc
 from detpipe.support.errors import DataError
 
 from ..builders import picture, voc_object, write_voc
@@ -215,3 +216,139 @@ def test_real_fixture_of_voc(shared_data: Path) -> None:
     a = load_voc(shared_data / "loader_fixtures" / "pascal", "train")
     assert a.boxes.tolist() == [[47, 239, 195, 371], [7, 11, 352, 498]]
     assert [a.class_names[label - 1] for label in a.labels] == ["dog", "person"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [
+        ("big5", "貓"),
+        *[(encoding, "猫") for encoding in ("gbk", "GB2312", "utf-16", "utf-8", "gb18030", "UTF-7")],
+        *[(encoding, "ネコ") for encoding in ("euc-jp", "shift_jis", "iso-2022-jp")],
+        *[("euc-kr", "고양이"), ("latin-1", "Kätzchen"), ("iso-8859-1", "ä"), ("windows-1252", "Kätz€"), ("koi8-r", "кот")],
+    ],
+)  # fmt: skip
+def test_an_xml_is_read_in_the_encoding_that_it_declares(tmp_path: Path, encoding: str, name: str) -> None:
+    root = write_voc(tmp_path, {"a": [voc_object(name)]})
+    path = root / "Annotations" / "a.xml"
+    text = path.read_text(encoding="utf-8")
+    path.write_bytes(f'<?xml version="1.0" encoding="{encoding}"?>\n{text}'.encode(encoding))
+    assert load_voc(root, "train", "auto").class_names == (name,)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "says"),
+    [
+        ('<?xml version="1.0" encoding="gbk"?><annotation>\x80\xff</annotation>', "annotation unreadable", "is not in gbk"),
+        ('<?xml version="1.0" encoding="klingon"?><annotation/>', "annotation unreadable", "unknown encoding: klingon"),
+        ('<?xml version="1.0" encoding="hex"?><annotation/>', "annotation unreadable", "'hex'"),
+        ("<annotation>\xe4</annotation>", "annotation unreadable", "not well-formed"),
+        ("", "annotation unreadable", "no element found"),
+        ("<html><body/></html>", "no annotation", "its root is 'html', expected 'annotation'"),
+        ("<annotations><image/></annotations>", "no annotation", "its root is 'annotations'"),
+    ],
+)  # fmt: skip
+def test_an_xml_that_annotates_nothing_is_named(tmp_path: Path, content: str, kind: str, says: str) -> None:
+    root = write_voc(tmp_path)
+    (root / "Annotations" / "a.xml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError) as caught:
+        load_voc(root, "train", ["cat", "dog"])
+    assert "a.xml: " in str(caught.value)
+    assert says in str(caught.value)
+    assert load_voc(root, "train", ["cat", "dog"], on_bad="skip").counts[f"images skipped: {kind}"] == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_declaration_that_the_file_itself_contradicts(tmp_path: Path, encoding: str) -> None:
+    root = write_voc(tmp_path, {"a": [voc_object("Kätzchen")]})
+    path = root / "Annotations" / "a.xml"
+    path.write_text(f'<?xml version="1.0" encoding="{encoding}"?>{path.read_text("utf-8")}', "utf-8")
+    assert load_voc(root, "train", "auto").class_names == ("Kätzchen",)
+
+
+def test_entities_are_refused_in_every_encoding(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    for encoding in ("gbk", "utf-7", "utf-16"):
+        (root / "Annotations" / "a.xml").write_bytes(
+            f'<?xml version="1.0" encoding="{encoding}"?>{BOMB}'.encode(encoding)
+        )
+        with pytest.raises(DataError, match=r"a\.xml: refused, it declares an XML entity"):
+            load_voc(root, "train", ["cat", "dog"])
+
+
+def test_sizes_may_be_written_with_decimals_or_be_empty(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    for old, new in (("<width>60", "<width>60.0"), ("<height>40", "<height>")):
+        xml = root / "Annotations" / "a.xml"
+        xml.write_text(xml.read_text().replace(old, new))
+        assert load_voc(root, "train", ["cat", "dog"]).sizes[0].tolist() == [40, 60]
+
+
+def test_of_images_with_one_name_the_xml_decides(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    picture(40, 60).save(root / "JPEGImages" / "a.png")
+    with pytest.raises(
+        DataError, match=r"a\.xml: is the annotation of a\.jpg and a\.png, and its filename 'wrong-name' is neither"
+    ):
+        load_voc(root, "train", ["cat", "dog"])
+    xml = root / "Annotations" / "a.xml"
+    xml.write_text(xml.read_text().replace("wrong-name", "C:\\pictures\\a.png"))
+    assert load_voc(root, "train", ["cat", "dog"]).file_names[0] == "JPEGImages/a.png"
+    (root / "ImageSets" / "Main" / "train.txt").write_text("a.jpg\nb\n")  # or the list
+    assert load_voc(root, "train", ["cat", "dog"]).file_names[0] == "JPEGImages/a.jpg"
+
+
+def test_lists_with_suffixes_name_what_is_missing(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    (root / "ImageSets" / "Main" / "train.txt").write_text("a.jpg\nb.png\nz.bmp\n")
+    picture(40, 60).save(root / "JPEGImages" / "b.bmp")
+    (root / "JPEGImages" / "b.jpg").unlink()
+    with pytest.raises(DataError, match=r"z\.xml: no such annotation file"):
+        load_voc(root, "train", ["cat", "dog"])
+    (root / "Annotations" / "z.xml").write_text("<annotation/>")
+    with pytest.raises(DataError, match=r"z\.bmp: no such image file"):
+        load_voc(root, "train", ["cat", "dog"])
+    names = load_voc(root, "train", ["cat", "dog"], on_bad="skip").file_names.tolist()
+    assert names == ["JPEGImages/a.jpg", "JPEGImages/b.bmp"]
+
+
+def test_without_lists_each_image_has_an_xml_and_each_xml_an_image(tmp_path: Path) -> None:
+    for stem in "abc":
+        picture(40, 60).save(tmp_path / f"{stem}.jpg")
+        (tmp_path / f"{stem}.xml").write_text(f"<annotation>{voc_object()}</annotation>")
+    (tmp_path / "a.xml").unlink()
+    (tmp_path / "b.jpg").unlink()
+    with pytest.raises(DataError) as caught:
+        load_voc(tmp_path, "all", "auto")
+    assert "a.xml: no such annotation file" in str(caught.value)
+    assert "b.xml: has no size, and its image: " in str(caught.value)
+    a = load_voc(tmp_path, "all", "auto", on_bad="skip")
+    assert a.file_names.tolist() == ["c.jpg"]
+    assert a.counts["images read"] == 3
+
+
+def test_each_xml_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_voc(tmp_path, {"a": [voc_object("lynx")]}, "train")
+    write_voc(tmp_path, {"b": [voc_object("lynx")]}, "val")
+    parsed: list[str] = []
+    read = voc.read_xml
+    monkeypatch.setattr(voc, "read_xml", lambda path: (parsed.append(path.name), read(path))[1])
+    for class_names in (None, "auto"):
+        VOC(str(tmp_path), format=VOCFormat(class_names=class_names)).setup("fit")
+        assert sorted(parsed) == ["a.xml", "b.xml"]
+        parsed.clear()
+
+
+def test_the_classes_are_vocs_unless_others_occur(tmp_path: Path) -> None:
+    write_voc(tmp_path, {"a": [voc_object("dog")]}, "train")
+    write_voc(tmp_path, {"b": [voc_object("cat")]}, "val")
+    assert VOC(str(tmp_path)).num_classes == 20
+    assert VOC(str(tmp_path), train="gone").num_classes == 20  # evaluated alone
+    write_voc(tmp_path, {"a": [voc_object("dog")], "c": [voc_object("lynx")], "d": [voc_object("cat")]}, "train")
+    assert VOC(str(tmp_path)).class_names == ("cat", "dog", "lynx")
+
+
+def test_a_split_that_is_not_there_is_told_what_is(tmp_path: Path) -> None:
+    picture(40, 60).save(tmp_path / "a.jpg")
+    (tmp_path / "a.xml").write_text(f"<annotation>{voc_object('lynx')}</annotation>")
+    with pytest.raises(DataError, match=r"wanted for the split 'train'; make it .*'all'.*split: \{val: 0\.2\}"):
+        VOC(str(tmp_path)).annotations("train")

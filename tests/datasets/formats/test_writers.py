@@ -15,8 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO as PycocotoolsCOCO
 
+from detpipe.datasets.formats.coco import write_coco
+from detpipe.datasets.formats.csv import write_csv
+from detpipe.datasets.formats.export import Written
 from detpipe.datasets.formats.recognize import open_split, split_names
-from detpipe.datasets.formats.writers import Written, write_coco, write_csv, write_voc, write_yolo
+from detpipe.datasets.formats.voc import write_voc
+from detpipe.datasets.formats.yolo import write_yolo
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 from PIL import Image
 
 from detpipe.datasets import YOLO, load_yolo
-from detpipe.datasets.formats.yolo import label_path
+from detpipe.datasets.formats.recognize import split_names
+from detpipe.datasets.formats.yolo_images import label_path
 from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
 from detpipe.support.errors import DataError
 
@@ -270,3 +272,87 @@ def test_the_data_set_reads_its_splits(tmp_path: Path) -> None:
     assert target["boxes"].tolist() == [[0, 0, 30, 40], [0, 0, 60, 40]]
     with pytest.raises(DataError, match="no test split: set the argument test"):
         data.annotations("test")
+
+
+BOX = "0 0.8 0.8 0.1 0.1"
+POSES: list[tuple[list[int], str, str]] = [  # kpt_shape, what is behind the box, what is wrong with it
+    ([4, 2], "0.77 0.77 0.83 0.77 0.83 0.83 0.77 0.83", ""),
+    ([3, 2], "0.1 0.1 0.9 0.9 0 0", ""),  # as many numbers as a polygon of five points
+    ([1, 3], "0.1 0.1 2", ""),
+    ([2, 3], "0.1 0.1 2 0 0 0", ""),
+    (
+        [2, 3],
+        "0.1 0.1 2 0 0",
+        "has 10 values: expected class, x, y, width, height and 2 points of 3 numbers, 11 in all",
+    ),
+    ([4, 2], "", "has 5 values"),
+    ([1, 2], "0.1 0.1 2", "has 8 values"),
+    ([1, 2], "0.1 nan", "y of point 1 must be a finite number, got 'nan'"),
+    ([1, 3], "0.1 0.1 yes", "visibility of point 1 must be a finite number, got 'yes'"),
+    ([2, 2], "0.1 0.1 0.2 7", "y of point 2 is 7: expected 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(("shape", "points", "wrong"), POSES, ids=str)
+def test_keypoints_stand_behind_the_box(tmp_path: Path, shape: list[int], points: str, wrong: str) -> None:
+    write_yolo(tmp_path, {"a": f"{BOX} {points}\n"}, kpt_shape=shape)
+    if wrong:
+        with pytest.raises(DataError, match=re.escape(f"labels/train/a.txt: line 1: {wrong}")):
+            load_yolo(tmp_path, "train")
+        return
+    a = load_yolo(tmp_path, "train")
+    np.testing.assert_allclose(a.boxes, [[45, 30, 51, 34]])
+    assert "boxes from polygons" not in a.counts
+
+
+@pytest.mark.parametrize("shape", [4, [4], [0, 2], [4, 5], "4, 2", [4.0, 2]], ids=str)
+def test_a_shape_of_keypoints_that_cannot_be(tmp_path: Path, shape: Any) -> None:
+    write_yolo(tmp_path, kpt_shape=shape)
+    with pytest.raises(
+        DataError, match=r"data\.yaml: kpt_shape must be the number of points and 2 or 3 numbers a point"
+    ):
+        load_yolo(tmp_path, "train")
+
+
+def test_a_confidence_or_an_angle_is_named(tmp_path: Path) -> None:
+    write_yolo(tmp_path, {"a": "0 .5 .5 .1 .1 .9\n"})
+    with pytest.raises(DataError, match=r"has 6 values: .*; a confidence or an angle behind the box is not read"):
+        load_yolo(tmp_path, "train")
+
+
+def test_names_of_classes_are_wanted_where_nothing_says_them(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    with pytest.raises(
+        DataError, match=r"labels in labels/train of .* write .*classes\.txt with a name a line"
+    ) as caught:
+        split_names(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n\n")
+    assert split_names(str(tmp_path)) == ("train",)
+    (tmp_path / "obj.names").write_text("dog\ncat\n")
+    with pytest.raises(DataError, match=r"classes\.txt, obj\.names may each describe the data set: name the one"):
+        load_yolo(tmp_path, "train")
+    assert load_yolo(tmp_path / "obj.names", "train").class_names == ("dog", "cat")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"obj.data": "names = obj.names\n"}, r"obj\.data: names is 'obj\.names', but there is no such list"),
+        ({"obj.data": "classes = 3\nnames = obj.names\n", "obj.names": "cat\n"}, r"classes is '3', but .*obj\.names has 1"),
+        ({"obj.data": "names = n\ntrain = data/gone.txt\n", "n": "cat\ndog\n"}, r"train is 'data/gone\.txt', .* does not exist"),
+        ({"a.yaml": "names: [cat]\n", "b.yaml": "names: [dog]\n"}, r"a\.yaml, b\.yaml may each describe"),
+        ({"notes.json": '{"categories": [{"id": 0}]}'}, r"notes\.json: categories must list the classes"),
+        ({"classes.txt": "cat\ncat\n"}, r"classes\.txt: names must be distinct"),
+        ({"d.yml": "names: {0: cat, '0': dog}\n"}, r"d\.yml, line 1: key '0' is given twice"),
+        ({"d.yml": "names: {a: cat}\n"}, r"d\.yml: the keys of names must be 0 to 0 in order"),
+    ],
+)  # fmt: skip
+def test_faults_of_what_describes_a_folder(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_yolo(tmp_path, "train")

@@ -1,0 +1,215 @@
+"""Where the images of a written data set go, under which names, and what all writers share.
+
+Each writer takes splits, ``name -> Annotations``, and makes a new folder that is complete when it is visible. What a layout
+cannot hold is said in the result, and refused where it would change what a box means:
+
+============  =====  =======================  ===================  ===============
+              COCO   VOC                      YOLO                 CSV
+============  =====  =======================  ===================  ===============
+image ids     yes    in ``<detpipe>``         no                   yes
+class order   by id  in ``detpipe.json``      yes                  detpipe.json
+category ids  yes    in ``detpipe.json``      in ``data.yaml``     detpipe.json
+crowd         yes    in ``<detpipe>``         refused or dropped   yes
+difficult     yes    yes                      refused or dropped   yes
+area          yes    in ``<detpipe>``         no, that of the box  yes
+segmentation  yes    in a file beside it      in a file beside it  beside it
+============  =====  =======================  ===================  ===============
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from detpipe.datasets.image_files import ImageFiles, image_paths
+from detpipe.support.errors import DataError
+from detpipe.support.files import atomic_folder
+from detpipe.types import Annotations
+
+Images = Literal["copy", "link", "none"]
+Splits = Mapping[str, Annotations]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a writer did.
+
+    Args:
+        folder: the data set.
+        splits: their names in it.
+        images: how many there are, all splits together.
+        boxes: how many there are.
+        remarks: what could not be kept as it was.
+    """
+
+    folder: Path
+    splits: tuple[str, ...]
+    images: int
+    boxes: int
+    remarks: tuple[str, ...] = ()
+
+
+@contextmanager
+def new_folder(folder: str | Path, splits: Splits) -> Iterator[Path]:
+    """Yield a folder to write to, which becomes ``folder`` when all is written.
+
+    Raises:
+        DataError: there is something under that name, or there is nothing to write.
+    """
+    path = Path(folder)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise DataError(f"{path} is there already: name a new folder, or remove it first")
+    if not splits or not all(splits):
+        raise DataError(f"{path}: expected at least one split, each with a name, got {list(splits)}")
+    with atomic_folder(path) as temporary:
+        yield temporary
+    if not path.is_dir():
+        raise DataError(f"{path} could not be made")
+
+
+def file_name_of(split: str) -> str:
+    """A split's name as part of a file name: ``2007:trainval`` -> ``2007_trainval``."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in split)
+
+
+def one_class_list(splits: Splits) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Class names and category ids, on which all splits must agree.
+
+    Raises:
+        DataError: they do not, or a name cannot be written.
+    """
+    first = next(iter(splits.values()))
+    for name, a in splits.items():
+        if (a.class_names, a.category_ids) != (first.class_names, first.category_ids):
+            raise DataError(
+                f"the split {name!r} has other classes than {next(iter(splits))!r}, but this layout has one list for all; "
+                "convert the splits apart, or make their classes equal"
+            )
+    for name in first.class_names:
+        if name != name.strip() or not name.isprintable():
+            raise DataError(
+                f"the class name {name!r} begins or ends with a space or has a line break: rename the class"
+            )
+    return first.class_names, first.category_ids
+
+
+def plain_names(annotations: Annotations) -> list[str]:
+    """The file names of a split without the folders that all of them share, fit for every layout."""
+    paths = [PurePosixPath(str(name)).parts for name in annotations.file_names]
+    folders = list(zip(*{parts[:-1] for parts in paths}, strict=False))  # of all images, level by level
+    shared = next((level for level, names in enumerate(folders) if len(set(names)) > 1), len(folders))
+    return ["/".join(map(_fit, parts[shared:])) for parts in paths]
+
+
+def _fit(part: str) -> str:
+    """A file or folder name that survives lists, tables and folders that are searched."""
+    name = "".join(letter if letter.isprintable() and letter not in '\\:"' else "_" for letter in part).strip()
+    return f"_{name}" if name.startswith(".") or not name else name
+
+
+class Names:
+    """Gives each image a name of its own: no two share the name without its suffix.
+
+    Args:
+        flat: whether folders become part of the name.
+    """
+
+    def __init__(self, flat: bool) -> None:
+        self.flat = flat
+        self.renamed = 0
+        self._owner: dict[str, Path] = {}  # name without suffix -> image
+
+    def of(self, split: str, annotations: Annotations) -> list[str]:
+        """The names of the images of a split."""
+        sources = image_paths(annotations)
+        return [self._name(file_name_of(split), n, s) for n, s in zip(plain_names(annotations), sources, strict=True)]
+
+    def _name(self, split: str, name: str, source: Path) -> str:
+        wanted = PurePosixPath(name.replace("/", "__") if self.flat else name)
+        source = Path(os.path.normpath(source))
+        candidates = [wanted, wanted.with_name(f"{split}__{wanted.name}")]
+        number = 2
+        while True:
+            for candidate in candidates:
+                if self._owner.setdefault(str(candidate.with_suffix("")), source) == source:
+                    self.renamed += candidate != wanted
+                    return str(candidate)
+            candidates = [wanted.with_name(f"{split}__{wanted.stem}_{number}{wanted.suffix}")]
+            number += 1
+
+
+def check_suffixes(splits: Splits, allowed: Sequence[str], layout: str) -> None:
+    """Refuse images that a layout cannot name.
+
+    Raises:
+        DataError: there are such images.
+    """
+    wrong = [p for a in splits.values() for p in image_paths(a) if p.suffix.lower() not in allowed]
+    if wrong:
+        raise DataError(
+            f"{wrong[0]}: {layout} layout has images that end in {', '.join(allowed)}, but {len(wrong)} do not: convert them first"
+        )
+
+
+def transfer(sources: Sequence[Path], targets: Sequence[Path], how: Images, files: ImageFiles) -> None:
+    """Put images in place.
+
+    Args:
+        sources: the paths of the images.
+        targets: where they go; folders are made.
+        how: ``"copy"``, ``"link"`` (another name for the same file, on the same disk), or ``"none"``, which does nothing.
+        files: where the images are.
+
+    Raises:
+        DataError: the files cannot be linked.
+    """
+    if how not in ("copy", "link", "none"):
+        raise ValueError(f"images must be 'copy', 'link' or 'none', got {how!r}")
+    pairs = list(zip(sources, targets, strict=True)) if how != "none" else []
+    for source, target in tqdm(pairs, desc="images", unit="image", disable=None, leave=False):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            continue  # the same image in another split
+        (files.copy if how == "copy" else files.link)(source, target)
+
+
+def rows_of(annotations: Annotations, image: int) -> range:
+    """The rows of the boxes of an image."""
+    return range(int(annotations.offsets[image]), int(annotations.offsets[image + 1]))
+
+
+def own_area(annotations: Annotations) -> npt.NDArray[np.bool_]:
+    """[B] whether the area is another than that of the box, as that of a segmentation is."""
+    boxes = annotations.boxes
+    plain = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return ~np.isclose(annotations.area, plain, rtol=1e-12, atol=0)
+
+
+def ids_are_kept(splits: Splits) -> tuple[bool, list[str]]:
+    """Whether image ids are worth writing, and what is to be said: not where they count from 1, not where splits share some."""
+    counted = [np.array_equal(a.image_ids, np.arange(1, len(a) + 1)) for a in splits.values()]
+    if all(counted):
+        return False, []
+    ids = np.concatenate([a.image_ids for a in splits.values()])
+    if len(np.unique(ids)) < len(ids):
+        return False, ["image ids are not kept: several splits use the same"]
+    return True, []
+
+
+def number(value: float) -> int | float:
+    """A whole number as such, which is easier to read; what is nearer to one than 1e-9 is rounding."""
+    whole = round(value)
+    return whole if abs(value - whole) < 1e-9 and (whole or not value) else float(value)
+
+
+def totals(splits: Splits) -> tuple[int, int]:
+    """Images and boxes of all splits."""
+    return sum(map(len, splits.values())), sum(len(a.boxes) for a in splits.values())

@@ -1,0 +1,337 @@
+"""Finds which folders hold the images and annotations of a data set that has one annotation file an image, and its splits.
+
+::
+
+    train/a.jpg  train/a.xml                beside each other
+    images/train/a.jpg  labels/train/a.txt  in sister folders, at any depth
+    images/a.jpg  annotations/xmls/a.xml    folders of other names too: what belongs together has the same names in it
+
+A split is called by the folder that says so (``train``, ``valid``, ``test2007``, ``default``, ``data``); where none does, all
+images are one split, ``all``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
+from detpipe.support.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+ALL = "all"  # what the only split of a data set without splits is called
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "frames")
+LABEL_FOLDERS = ("labels", "label", "annotations", "annotation", "anns", "ann", "xmls", "xml", "txt")
+_SAME_SPLIT = (("val", "valid", "validation"), ("train", "training"), ("test", "testing"))
+_SPLIT = re.compile(r"(train|training|trainval|val|valid|validation|test|testing|dev|eval)([^a-z].*)?")
+_SPLIT_WORDS = ("default", "data")  # of tools that have no splits, but a folder in their place
+_WORD = f"({'|'.join((*IMAGE_FOLDERS, *LABEL_FOLDERS))})"
+_WORDS = re.compile(rf"^{_WORD}$|^{_WORD}[ _-]+|[ _-]+{_WORD}$", re.IGNORECASE)
+_LONGEST_NAME = 4096  # bytes of a path in a list
+_DEEPEST = 8  # levels of folders below the root
+
+
+@dataclass
+class Folder:
+    """What lies in a folder.
+
+    Args:
+        images: name without suffix -> file names of images, more than one where only suffixes differ.
+        labels: name without suffix -> file name of an annotation file.
+    """
+
+    images: dict[str, list[str]] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of images and the folder of their annotations, which may be the same.
+
+    Args:
+        images: path of the folder.
+        labels: path of the folder.
+        split: what it is a part of.
+        only_labeled: whether images without an annotation file belong to another split.
+    """
+
+    images: Path
+    labels: Path
+    split: str
+    only_labeled: bool = False
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its suffix; hidden files are none."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def list_folder(folder: Path, suffix: str = "") -> Folder:
+    """List the images of a folder, and its files that end in a suffix.
+
+    Raises:
+        DataError: it cannot be listed.
+    """
+    try:
+        return _sorted_out(os.listdir(folder), suffix)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
+
+
+def _sorted_out(names: Iterable[str], suffix: str) -> Folder:
+    found = Folder()
+    visible = sorted(name for name in names if not name.startswith("."))
+    images = set(image_names(visible))
+    for name in visible:
+        stem, own = os.path.splitext(name)
+        if name in images:
+            found.images.setdefault(stem, []).append(name)
+        elif suffix and own.lower() == suffix:
+            found.labels[stem] = name
+    return found
+
+
+def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
+    """List a folder and all below it, by their parts relative to it; hidden ones are left out, none is entered twice.
+
+    Nothing is listed where no file ends in the suffix.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    names: dict[tuple[str, ...], list[str]] = {}
+    seen: set[tuple[int, int]] = set()
+    waiting: list[tuple[str, ...]] = [()]
+    while waiting:
+        parts = waiting.pop()
+        path = root.joinpath(*parts)
+        try:
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in seen or len(parts) > _DEEPEST:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                inside = [(entry.name, entry.is_dir()) for entry in entries]
+        except OSError as error:
+            raise DataError(f"{path}: cannot be listed ({error.strerror or error})") from error
+        names[parts] = [name for name, is_folder in inside if not is_folder]
+        below = sorted((name for name, is_folder in inside if is_folder and not name.startswith(".")), reverse=True)
+        waiting += [(*parts, name) for name in below]
+    if not any(name.lower().endswith(suffix) for listed in names.values() for name in listed):
+        return {}
+    return {parts: _sorted_out(listed, suffix) for parts, listed in names.items()}
+
+
+class Entries:
+    """Finds what paths in lists and descriptions mean on this machine; folders are listed once."""
+
+    def __init__(self) -> None:
+        self._names: dict[
+            Path, dict[str, str]
+        ] = {}  # folder -> name in small letters, for images without suffix too -> name
+
+    def find(self, folder: Path, entry: str) -> Path | None:
+        """Find a file or folder: where its first folders are not there, the longest end of the path that is.
+
+        Args:
+            folder: that relative paths begin in.
+            entry: as it stands in a file; it may have backslashes, other capitals, or another suffix of images.
+
+        Returns:
+            The path; None if nothing is there.
+        """
+        if "\0" in entry or not entry:
+            return None
+        if (folder / entry).exists():
+            return folder / entry
+        parts = [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        ends = [parts[k:] for k in range(len(parts))]
+        exact = (path for end in ends if (path := folder.joinpath(*end)).exists())
+        return next(exact, None) or next(filter(None, (self._loosely(folder, end) for end in ends)), None)
+
+    def _loosely(self, folder: Path, parts: Sequence[str]) -> Path | None:
+        path = folder
+        for part in parts:
+            names = self._list(path)
+            name = names.get(part.lower()) or (names.get(_stem(part)) if is_image(part) else None)
+            if name is None:
+                return None
+            path = path / name
+        return path
+
+    def _list(self, folder: Path) -> dict[str, str]:
+        if folder not in self._names:
+            names = sorted(os.listdir(folder)) if folder.is_dir() else []
+            images = {_stem(name): name for name in image_names(names) if is_image(name)}
+            self._names[folder] = images | {name.lower(): name for name in names}
+        return self._names[folder]
+
+
+def _stem(name: str) -> str:
+    """What an image is looked for by if its suffix is another."""
+    return f"{os.path.splitext(name)[0].lower()}/"
+
+
+def find_places(root: Path, suffix: str) -> list[Place]:
+    """Find the folders of images whose annotation files, called as the images, lie beside them or in another folder.
+
+    Args:
+        root: of the data set.
+        suffix: of the annotation files, such as ".xml".
+
+    Returns:
+        The places: those of training, of validation and of test splits, then others, by the path of their images.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    folders = list_folders(root, suffix)
+    pairs = _pairs(folders)
+    shared = Counter(images for images, _ in pairs)
+    named = [split_of(images) or split_of(labels) for images, labels in pairs]
+    places = [
+        Place(root.joinpath(*images), root.joinpath(*labels), name or ALL, shared[images] > 1)
+        for (images, labels), name in zip(pairs, named, strict=True)
+    ]
+    return sorted(places, key=lambda place: (_rank(place.split), place.images, place.labels))
+
+
+def _rank(split: str) -> int:
+    """Training, validation and test splits come in this order, others behind them."""
+    beginnings = ("train", "val", "test")
+    return next((k for k, word in enumerate(beginnings) if split.lower().startswith(word)), len(beginnings))
+
+
+def _pairs(folders: dict[tuple[str, ...], Folder]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The folders of images and annotations that belong together."""
+    by_name: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)  # names without image and label words
+    holders: dict[str, list[tuple[str, ...]]] = defaultdict(list)  # name of an annotation file -> folders
+    for parts, folder in folders.items():
+        if folder.labels:
+            by_name[_plain(parts)].append(parts)
+            for stem in folder.labels:
+                holders[stem].append(parts)
+    found: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    for parts, folder in folders.items():
+        count = Counter({other: len(folder.images.keys() & folders[other].labels) for other in by_name[_plain(parts)]})
+        if not any(count.values()):
+            count = Counter(other for stem in folder.images for other in holders.get(stem, ()))
+            if count and len(parts) < max(len(other) for other in count) and not _plain(parts):
+                by_split = [other for other in count if split_of(other)]
+                found += [(parts, other) for other in by_split]  # images together, annotations by splits
+                if by_split:
+                    continue
+        best = max(count, key=lambda other: (count[other], _common(parts, other), [*other]), default=None)
+        if best is not None and count[best]:
+            found.append((parts, best))
+    return found
+
+
+def _plain(parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(part for part in map(_without_words, map(str.lower, parts)) if part)
+
+
+def _without_words(part: str) -> str:
+    """``images`` -> nothing, ``train_images`` and ``labels-train`` -> ``train``."""
+    return _WORDS.sub("", part)
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many parts two paths share at their begin."""
+    differ = (k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
+
+
+def find_lists(folder: Path, images: Iterable[str]) -> dict[str, Path]:
+    """Find lists of images in a folder: text files that are called as splits and begin with the name of an image.
+
+    Args:
+        folder: that is looked at.
+        images: names of images without folders and suffixes.
+
+    Returns:
+        split -> list.
+    """
+    known = set(images)
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.txt")):
+        if split_of((path.stem,)) and path.is_file():
+            with path.open("rb") as stream:
+                first = stream.readline(_LONGEST_NAME).decode("utf-8-sig", errors="replace").strip()
+            name = first.replace("\\", "/").rpartition("/")[2]
+            if name in known or (is_image(name) and os.path.splitext(name)[0] in known):
+                found[path.stem] = path
+    return dict(sorted(found.items(), key=lambda item: _rank(item[0])))
+
+
+def split_of(parts: Sequence[str]) -> str:
+    """What the parts of a path say of the split; empty if nothing."""
+    for part in parts:
+        name = _without_words(part)
+        if _SPLIT.fullmatch(name.lower()):
+            return name
+    return parts[-1] if parts and parts[-1].lower() in _SPLIT_WORDS else ""
+
+
+def find_split(name: str, known: Iterable[str]) -> str | None:
+    """Find a split by its name or another usual one: ``val`` is ``valid`` and ``validation``, and the only split is ``all``.
+
+    Args:
+        name: that is asked for.
+        known: the splits that are there.
+
+    Returns:
+        What the data set calls it; None if it has none, or several that may be meant.
+    """
+    names = list(known)
+    if name in names:
+        return name
+    lower = name.lower()
+    same = next((group for group in _SAME_SPLIT if lower in group), (lower,))
+    found = [other for other in names if other.lower() in same]
+    found = found or [other for other in names if other.rpartition(":")[2].lower() in same]  # of one folder of several
+    if not found and lower == ALL:
+        found = names
+    return found[0] if len(found) == 1 else None
+
+
+def take_split(root: Path, name: str, known: Iterable[str]) -> str | None:
+    """As `find_split`; that another name is taken is said in a line of the log."""
+    found = find_split(name, known)
+    if found not in (None, name):
+        _log.warning("%s: there is no split %r; its split %r is read", root, name, found)
+    return found
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort the names of splits: those of training, of validation and of test splits, then others in their order."""
+    return sorted(names, key=_rank)
+
+
+def says_folders(root: Path, places: Sequence[Place], what: str) -> str:
+    """Say where annotations are: "XML beside the images in train, valid"."""
+    beside = [place for place in places if place.images == place.labels]
+    apart = [place for place in places if place.images != place.labels]
+    parts = []
+    if beside:
+        parts.append(f"{what} beside the images in {_listed(root, beside)}")
+    if apart:
+        place = apart[0]
+        more = f" (and {len(apart) - 1} more folders)" if len(apart) > 1 else ""
+        parts.append(f"{what} in {_name(root, place.labels)} of the images in {_name(root, place.images)}{more}")
+    return " and ".join(parts)
+
+
+def _listed(root: Path, places: Sequence[Place]) -> str:
+    names = list(dict.fromkeys(_name(root, place.images) for place in places))
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _name(root: Path, folder: Path) -> str:
+    return "the folder" if folder == root else folder.relative_to(root).as_posix()

@@ -1,0 +1,109 @@
+"""Outlines of objects in layouts that only have boxes, for conversions that shall not lose them.
+
+Beside such a data set lies a file, ``segmentations_SPLIT.json``, with a list an image, in the order of its boxes, of what COCO
+calls ``segmentation``, or null::
+
+    {"JPEGImages/a.jpg": [[[1, 2, 9, 2, 9, 8]], null], "JPEGImages/b.jpg": [{"size": [40, 60], "counts": "..."}]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec import Raw
+
+from detpipe.datasets.formats.yolo_images import LabelFolders
+from detpipe.support.errors import DataError
+from detpipe.support.strict_json import load_json, shorten
+from detpipe.types import Annotations, Segmentations
+
+
+def write_outlines(folder: Path, split: str, annotations: Annotations, names: Sequence[str]) -> list[str]:
+    """Write the file beside a layout that has boxes only; none if there are no outlines.
+
+    Args:
+        folder: the root of the data set.
+        split: its name.
+        annotations: of the split.
+        names: [I] of the images as they will be read.
+
+    Returns:
+        What is to be said of it.
+    """
+    outlines, offsets = annotations.segmentations, annotations.offsets.tolist()
+    if outlines is None:
+        return []
+    content = {
+        name: [Raw(outlines[b] or b"null") for b in range(offsets[i], offsets[i + 1])]
+        for i, name in enumerate(names)
+        if outlines.offsets[offsets[i]] < outlines.offsets[offsets[i + 1]]
+    }
+    if not content:
+        return []
+    path = folder / f"segmentations_{split}.json"
+    path.write_bytes(msgspec.json.encode(content))
+    count = sum(bool(outlines[b]) for b in range(len(outlines)))
+    return [f"{split}: {count} segmentations are in {path.name}, for a conversion back; this layout has boxes only"]
+
+
+def read_outlines(folder: Path, split: str, annotations: Annotations) -> Segmentations | None:
+    """Read the file beside a layout that has boxes only.
+
+    Args:
+        folder: the root of the data set.
+        split: its name.
+        annotations: of the split.
+
+    Returns:
+        The outlines; None where there is no such file.
+
+    Raises:
+        DataError: it does not fit the boxes.
+    """
+    path = folder / f"segmentations_{split}.json"
+    if not path.is_file():
+        return None
+    content = load_json(path)
+    found: list[bytes] = []
+    for i, name in enumerate(annotations.file_names.tolist()):
+        count = int(annotations.offsets[i + 1] - annotations.offsets[i])
+        here = content.get(name, [None] * count) if type(content) is dict else None
+        if type(here) is not list or len(here) != count:
+            raise DataError(
+                f"{path}: {name!r} has {count} boxes, but here {shorten(here)}; the boxes were changed since: remove the file, and "
+                "outlines are not kept"
+            )
+        found += [b"" if one is None else msgspec.json.encode(one) for one in here]
+    return Segmentations.pack(found, source=str(path))
+
+
+def yolo_outlines(annotations: Annotations) -> Segmentations:
+    """Read the polygons of YOLO's label files.
+
+    Args:
+        annotations: of a split.
+
+    Returns:
+        A polygon where a line is one.
+
+    Raises:
+        DataError: a file has other lines than it had, or some were left out as faulty.
+    """
+    a = annotations
+    found: list[bytes] = []
+    labels = LabelFolders(a.root)
+    for i, name in enumerate(a.file_names.tolist()):
+        path = labels.path(a.root / name)
+        lines = [line.split() for line in path.read_text(encoding="utf-8-sig").split("\n")] if path.is_file() else []
+        lines = [values for values in lines if values]
+        if len(lines) != a.offsets[i + 1] - a.offsets[i]:
+            raise DataError(
+                f"{path}: has {len(lines)} lines, of which some are faulty: mend them, or polygons would be lost"
+            )
+        height, width = a.sizes[i].tolist()
+        for values in lines:
+            polygon = [float(text) * (height if k % 2 else width) for k, text in enumerate(values[1:])]
+            found.append(msgspec.json.encode([polygon]) if len(polygon) > 4 else b"")
+    return Segmentations.pack(found)

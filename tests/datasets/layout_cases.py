@@ -1,0 +1,199 @@
+"""The layouts that labeling tools and hubs write, each with the same images and boxes.
+
+A case says where the files go; what is in them is the same for all: ``SCENES``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CLASSES = ("ball", "box")
+SCENES = {
+    "a": [("ball", 10, 20, 40, 60)],
+    "b 1": [("box", 5, 5, 30, 25), ("ball", 50, 40, 90, 70)],
+    "c": [],
+    "d": [("box", 20, 10, 80, 70)],
+}
+WIDTH, HEIGHT = 100, 80
+STEMS = tuple(SCENES)
+SPLITS = {"train": STEMS[:2], "valid": STEMS[2:3], "test": STEMS[3:]}
+
+
+def picture(path: Path, stem: str) -> None:
+    """An image whose content tells the stem, in the format of its suffix."""
+    pixels = np.full((HEIGHT, WIDTH, 3), 40 + 20 * STEMS.index(stem), np.uint8)
+    for name, x1, y1, x2, y2 in SCENES[stem]:
+        pixels[y1:y2, x1:x2] = (220, 60, 60) if name == "ball" else (60, 60, 220)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def xml(stem: str, file_name: str = "") -> str:
+    """An annotation, counted from 1; some tools write decimals."""
+    objects = "".join(
+        f"<object><name>{name}</name><difficult>0</difficult><bndbox><xmin>{x1 + 1}.00</xmin><ymin>{y1 + 1}.00</ymin>"
+        f"<xmax>{x2}.00</xmax><ymax>{y2}.00</ymax></bndbox></object>"
+        for name, x1, y1, x2, y2 in SCENES[stem]
+    )
+    size = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
+    return f"<annotation><filename>{file_name or f'{stem}.jpg'}</filename>{size}{objects}</annotation>"
+
+
+def lines(stem: str) -> str:
+    """Labels of YOLO."""
+    return "".join(
+        f"{CLASSES.index(name)} {(x1 + x2) / 2 / WIDTH} {(y1 + y2) / 2 / HEIGHT} {(x2 - x1) / WIDTH} {(y2 - y1) / HEIGHT}\n"
+        for name, x1, y1, x2, y2 in SCENES[stem]
+    )
+
+
+def rows(stems: tuple[str, ...]) -> str:
+    """Rows of a table, an image without objects with empty columns."""
+    table = ["filename,width,height,class,xmin,ymin,xmax,ymax"]
+    for stem in stems:
+        file = f"{stem}.jpg"
+        table += [f"{file},{WIDTH},{HEIGHT},{label},{x1},{y1},{x2},{y2}" for label, x1, y1, x2, y2 in SCENES[stem]]
+        table += [f"{file},{WIDTH},{HEIGHT},,,,,"] if not SCENES[stem] else []
+    return "\n".join(table) + "\n"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files of a data set go.
+
+    Args:
+        name: of the case.
+        layout: as which it is recognized.
+        images: of each image, with ``{split}`` and ``{stem}``.
+        labels: of each annotation, with the same.
+        splits: name -> stems, as they are recognized.
+        says: what the line says, in which it is told how the data are read.
+        files: further files.
+    """
+
+    name: str
+    layout: str
+    images: str
+    labels: str
+    splits: dict[str, tuple[str, ...]]
+    says: str
+    files: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def write(self, root: Path) -> Path:
+        """Write the data set; returns its root."""
+        content: Callable[[str], str] = lines if self.labels.endswith(".txt") else xml
+        for split, stems in self.splits.items():
+            for stem in stems:
+                picture(root / self.images.format(split=split, stem=stem), stem)
+                if self.labels:
+                    text(root / self.labels.format(split=split, stem=stem), content(stem))
+        for name, content_of in self.files.items():
+            text(root / name, content_of)
+        return root
+
+
+def text(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+ALL = {"all": STEMS}
+TWO = {"train": STEMS[:2], "val": STEMS[2:]}
+NAMES = "ball\nbox\n"
+LISTED = "".join(f"{stem}\n" for stem in STEMS)
+
+LAYOUTS = [
+    # XML
+    Layout("xml beside images in splits", "voc", "{split}/{stem}.jpg", "{split}/{stem}.xml", SPLITS, "train, valid, test"),
+    Layout("xml beside images", "voc", "{stem}.jpg", "{stem}.xml", ALL, "XML beside the images in the folder"),
+    Layout("xml in a sister folder", "voc", "images/{stem}.png", "annotations/{stem}.xml", ALL, "XML in annotations"),
+    Layout("xml in labels", "voc", "data/{stem}.jpg", "labels/{stem}.xml", {"data": STEMS}, "XML in labels"),
+    Layout("capitals", "voc", "Images/{stem}.JPG", "Labels/{stem}.XML", ALL, "XML in Labels of the images in Images"),
+    Layout("bmp and a list", "voc", "JPEGImages/{stem}.bmp", "Annotations/{stem}.xml", {"train": STEMS}, "lists in ImageSets/Main",
+           {"ImageSets/Main/train.txt": LISTED}),
+    Layout("a default list", "voc", "JPEGImages/{stem}.jpg", "Annotations/{stem}.xml", {"default": STEMS}, "XML in Annotations",
+           {"ImageSets/Main/default.txt": LISTED}),
+    Layout("lists with suffixes of other images", "voc", "JPEGImages/{stem}.webp", "Annotations/{stem}.xml", TWO, "lists in",
+           {"ImageSets/Main/train.txt": "a.jpg\nb 1.jpg\n",
+           "ImageSets/Main/val.txt": "JPEGImages/c.jpg\nC:\\x\\JPEGImages\\d.jpg\n"}),
+    Layout("lists of images in folders", "voc", "JPEGImages/sub/{stem}.jpg", "Annotations/sub/{stem}.xml", {"train": STEMS},
+           "lists",
+           {"ImageSets/Main/train.txt": "".join(f"sub/{stem}\n" for stem in STEMS)}),
+    Layout("lists beside other folders", "voc", "images/{stem}.tif", "xml/{stem}.xml", {"val": STEMS}, "XML in xml",
+           {"imagesets/val.txt": LISTED}),
+    Layout("a folder further down", "voc", "My Set/JPEGImages/{stem}.jpg", "My Set/Annotations/{stem}.xml",
+           {"train": STEMS}, "lists in My Set/ImageSets/Main", {"My Set/ImageSets/Main/train.txt": LISTED}),
+    Layout("splits in both folders", "voc", "images/{split}/{stem}.jpg", "annotations/{split}/{stem}.xml", TWO,
+           "annotations/train"),
+    Layout("splits of images only", "voc", "images/{split}/{stem}.jpg", "annotations/{stem}.xml", TWO, "XML in annotations"),
+    Layout("splits of annotations only", "voc", "img/{stem}.jpg", "ann/{split}/{stem}.xml", TWO, "XML in ann/train"),
+    Layout("folders in splits", "voc", "{split}/images/{stem}.jpg", "{split}/xmls/{stem}.xml", TWO, "train/xmls"),
+    Layout("split and word in one name", "voc", "{split}_images/{stem}.jpg", "{split}_annotations/{stem}.xml", TWO,
+           "train_annotations"),
+    Layout("xml a folder deeper", "voc", "images/{stem}.jpg", "annotations/xmls/{stem}.xml", ALL, "XML in annotations/xmls"),
+    Layout("xml in a folder of the images", "voc", "{stem}.jpg", "Bounding boxes/{stem}.xml", ALL, "XML in Bounding boxes"),
+    Layout("folders that are no splits", "voc", "Äpfel {split}/{stem}.jpg", "Äpfel {split}/{stem}.xml", ALL, "Äpfel all"),
+    Layout("other words for splits", "voc", "{split}/{stem}.jpeg", "{split}/{stem}.xml",
+           {"Training": STEMS[:2], "Validation": STEMS[2:]}, "XML beside the images in Training, Validation"),
+    Layout("lists beside the folders", "voc", "images/{stem}.jpg", "annotations/{stem}.xml", TWO, "lists in the folder", {
+        "train.txt": "a.jpg\nimages/b 1.jpg\n", "val.txt": "c\nd\n", "readme.txt": "a\n", "test notes.txt": "none\n"}),
+    # YOLO
+    Layout("classes.txt", "yolo", "images/{stem}.jpg", "labels/{stem}.txt", ALL, "classes.txt, labels in labels", {
+        "classes.txt": NAMES, "notes.json": json.dumps({"categories": [{"id": 1, "name": "box"}, {"id": 0, "name": "ball"}]})}),
+    Layout("notes.json", "yolo", "images/{stem}.jpg", "labels/{stem}.txt", ALL, "notes.json",
+           {"notes.json": json.dumps({"categories": [{"id": 1, "name": "box"}, {"id": 0, "name": "ball"}]})}),
+    Layout("labels beside images", "yolo", "{stem}.png", "{stem}.txt", ALL, "labels beside the images", {"classes.txt": NAMES}),
+    Layout("labels beside images called images", "yolo", "Images/{stem}.JPG", "Images/{stem}.txt", ALL,
+           "beside the images in Images",
+           {"Images/classes.txt": NAMES + "\n"}),
+    Layout("capitals of labels", "yolo", "Images/{split}/{stem}.jpg", "Labels/{split}/{stem}.txt", TWO, "Labels/train",
+           {"Labels/classes.txt": NAMES}),
+    Layout("sister folder of any name", "yolo", "frames of a video/{stem}.jpg", "obj/{stem}.txt", ALL, "labels in obj",
+           {"obj.names": NAMES}),
+    Layout("hub with darknet labels", "yolo", "{split}/{stem}.jpg", "{split}/{stem}.txt", SPLITS, "labels beside",
+           {f"{split}/_darknet.labels": NAMES for split in SPLITS}),
+    Layout("lists without a file that names them", "yolo", "images/{stem}.jpg", "labels/{stem}.txt", TWO, "classes.txt", {
+        "classes.txt": NAMES, "train.txt": "./images/a.jpg\n./images/b 1.jpg\n", "val.txt": "images/c.jpg\nimages/d.jpg\n"}),
+    Layout("a folder of its own", "yolo", "set v1/{split}/images/{stem}.jpg", "set v1/{split}/labels/{stem}.txt", TWO,
+           "my.yaml", {"set v1/my.yaml": "train: train/images\nval: val/images\nnames: [ball, box]\n"}),
+    Layout("obj.data", "yolo", "obj_train_data/{stem}.jpg", "obj_train_data/{stem}.txt", {"train": STEMS}, "obj.data", {
+        "obj.data": "classes = 2\n# made by hand\nnames = data/obj.names\ntrain = data/train.txt\nbackup = backup/\n",
+        "obj.names": NAMES, "train.txt": "".join(f"data/obj_train_data/{stem}.jpg\n" for stem in STEMS)}),
+    Layout("capitals and suffixes of another machine", "yolo", "Obj_Train_Data/{stem}.png", "Obj_Train_Data/{stem}.txt",
+           {"train": STEMS}, "obj.data", {"obj.data": "names = data/OBJ.names\ntrain = data/Train.txt\n", "obj.names": NAMES,
+                        "train.txt": "".join(f"data\\obj_train_data\\{stem}.JPG\n" for stem in STEMS)}),
+    Layout("yaml of another machine", "yolo", "images/{split}/{stem}.jpg", "labels/{split}/{stem}.txt", {"val": STEMS},
+           "dataset.yaml",
+           {"dataset.yaml": "path: /somewhere/else\nval: ./images/val/\nnames:\n  '1': box\n  '0': ball\n"}),
+    Layout("yaml a folder further down", "yolo", "{split}/images/{stem}.jpg", "{split}/labels/{stem}.txt", SPLITS, "data.yaml", {
+        "data.yaml": "train: ../train/images\nvalid: ../valid/images\ntest: ../test/images\nnc: 2\nnames: [ball, box]\n",
+        "hyp.yaml": "lr: 0.1\n"}),
+    Layout("yaml without splits", "yolo", "images/{split}/{stem}.jpg", "labels/{split}/{stem}.txt", TWO,
+           "my.yml, labels in labels/train",
+           {"my.yml": "names: {1: box, 0: ball}\n"}),
+    Layout("lists with paths of other machines", "yolo", "images/{split}/{stem}.jpg", "labels/{split}/{stem}.txt", TWO,
+           "data.yaml", {
+        "data.yaml": "path: C:\\data\ntrain: lists/train.txt\nval: /content/lists/val.txt\nnames: [ball, box]\n",
+        "lists/train.txt": "D:\\set\\images\\train\\a.jpg\n..\\images\\train\\b 1.jpg\n",
+        "lists/val.txt": "/content/set/images/val/c.jpg\n../images/val/d.jpg\n"}),
+    # tables
+    Layout("tables in splits", "csv", "{split}/{stem}.jpg", "", TWO, "train/_annotations.csv", {
+        f"{split}/_annotations.csv": rows(stems) for split, stems in TWO.items()}),
+    Layout("tables beside a folder of images", "csv", "images/{stem}.jpg", "", TWO, "train_labels.csv", {
+        "train_labels.csv": rows(TWO["train"]), "val_labels.csv": rows(TWO["val"])}),
+    Layout("table with paths of another machine", "csv", "pictures/{stem}.jpg", "", ALL, "boxes.csv", {
+        "boxes.csv": rows(STEMS).replace("a.jpg", "C:\\work\\Pictures\\a.jpg").replace("c.jpg", "/mnt/set/pictures/c.jpg")}),
+    Layout("table of another name", "csv", "pictures/{stem}.jpg", "", ALL, "boxes.csv", {
+        "boxes.csv": rows(STEMS), "prices.csv": "name,price\nball,1\n"}),
+    Layout("tables of splits in folders", "csv", "{split}/{stem}.jpg", "", TWO, "train.csv, val.csv", {
+        "train.csv": rows(TWO["train"]), "val.csv": rows(TWO["val"])}),
+]  # fmt: skip
