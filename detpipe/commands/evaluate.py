@@ -92,11 +92,7 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     split = config.split or ("test" if getattr(data, "splits", {}).get("test") else "val")
     annotations = data.annotations(split)
     checkpoint.check_class_names(description, annotations.class_names, config.ckpt_path)
-    if data.pixels != description.pixels:
-        raise UsageError(
-            f"checkpoint {config.ckpt_path} was trained on {description.pixels}, the data give {data.pixels}; set channels and "
-            "range of the data as in RUN/config.yaml"
-        )
+    checkpoint.check_pixels(description, data.pixels, config.ckpt_path)
     checkpoint.load_weights(cli.model, stored, config.ckpt_path)
     others = read_runs(report, annotations)
     results = Path(config.detections_out or run / f"{split}_detections.json")

@@ -16,7 +16,7 @@ from detpipe.datasets.augment.augmentation import Augment
 from detpipe.datasets.batches import EpochBatches, Locality
 from detpipe.datasets.classes import Classes, select_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
-from detpipe.datasets.faults import SHOWN, Collected, OnBad
+from detpipe.datasets.faults import SHOWN, Collected, OnBad, Policy, Skip
 from detpipe.datasets.formats.class_list import compare_classes
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.sampling import Presence, Sampling
@@ -181,11 +181,6 @@ class DetectionData(LightningDataModule, ABC):
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
         self.channels, self.pixels = channels, PixelType(channels, range)
-        if on_bad == "skip" and isinstance(self.pixels.range, tuple):
-            raise ValueError(
-                f"on_bad 'skip' looks at images before their range is known, got range {list(self.pixels.range)}; set on_bad to "
-                "'error', or range to null or 'dtype'"
-            )
         if augment is not None:
             augment.check(self.pixels)
         self.loader = loader
@@ -239,6 +234,10 @@ class DetectionData(LightningDataModule, ABC):
                 compare_classes(other, known, split, loaded)
             self._annotations[split] = loaded
         return self._annotations[split]
+
+    def policy(self, faults: Collected | None) -> Policy:
+        """What `load` does at a faulty record: what takes all faults, if it is given, else what ``on_bad`` says."""
+        return faults or ("error" if self.on_bad == "error" else Skip(self.pixels))
 
     def _loaded(self, split: Split, faults: Collected | None) -> Annotations:
         annotations = self.load(split) if faults is None else self.load(split, faults)

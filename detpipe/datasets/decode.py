@@ -121,21 +121,21 @@ def read_reduced(
     return _read(path, content, least, pixels)
 
 
-def decoded_size(path: str | Path, content: bytes | None = None) -> tuple[int, int]:
-    """Decode an image file of any channels, to know that it can be.
+def decoded_size(path: str | Path, content: bytes | None = None, pixels: PixelType | None = None) -> tuple[int, int]:
+    """Decode an image file, to know that it can be.
 
     Args:
         path: as for `read_image`.
         content: as for `read_image`.
+        pixels: as for `read_image`; None takes any channels that it has, at 8 bits.
 
     Returns:
         Height and width of the upright picture.
 
     Raises:
-        DataError: if the file is missing, is not an image, ends early, is too large, or has pixels without a fixed range; the
-            message names the path.
+        DataError: as for `read_image`.
     """
-    return _read(path, content, None, None).size
+    return _read(path, content, None, pixels).size
 
 
 def _read(path: str | Path, content: bytes | None, least: tuple[int, int] | None, pixels: PixelType | None) -> Reduced:

@@ -309,7 +309,7 @@ def check_pixels(
     def look(row: int) -> DataError | None:
         try:
             name, content = open_image(row)
-            height, width = decoded_size(name, content)
+            height, width = decoded_size(name, content, faults.pixels)
             check_size(name, (height, width), tuple(sizes[row].tolist()))
         except DataError as error:
             return error

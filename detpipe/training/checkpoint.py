@@ -294,6 +294,24 @@ def check_class_names(description: Description, class_names: tuple[str, ...], pa
     )
 
 
+def check_pixels(description: Description, pixels: PixelType, path: str | Path) -> None:
+    """Refuse a checkpoint that was trained on images of other channels or values.
+
+    Args:
+        description: of the checkpoint.
+        pixels: of the data.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if pixels != description.pixels:
+        raise CheckpointError(
+            f"checkpoint {path} was trained on {description.pixels}, the data give {pixels}; set channels and range of the data as "
+            "in RUN/config.yaml"
+        )
+
+
 def settings_by_key(value: Any, key: str = "") -> dict[str, Any]:
     """Flatten a configuration.
 

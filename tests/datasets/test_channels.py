@@ -20,7 +20,7 @@ from detpipe.datasets import YOLO, Augment, Loader, Resize
 from detpipe.datasets.augment.settings import Combine, Degrade, MixUp, Mosaic, Photometric, SafeCrop, Transform
 from detpipe.images import normalize, to_batch, to_picture
 from detpipe.stages import Backbone
-from detpipe.support.errors import CheckpointError, UsageError
+from detpipe.support.errors import CheckpointError, DataError, UsageError
 from detpipe.training.models import load_detector
 from detpipe.types import PixelType
 
@@ -245,8 +245,17 @@ def test_damaged_images_are_skipped_whatever_their_channels(tmp_path: Path) -> N
     path.write_bytes(path.read_bytes()[:500])
     assert len(data.annotations("train")) == 4
     assert len(data.annotations("val")) == 3
-    with pytest.raises(ValueError, match="on_bad 'skip' looks at images before their range is known"):
-        dataset(tmp_path, "four_16", None, (0, 4095), on_bad="skip")
+
+
+def test_images_are_skipped_that_cannot_be_read_as_the_data_say(tmp_path: Path) -> None:
+    dataset(tmp_path, "five", None)
+    folder = tmp_path / "five" / "images" / "train"
+    (folder / "train0.tif").write_bytes((folder / "train0.tif").read_bytes()[:500])
+    annotations = dataset(tmp_path, "five", None, (-1, 1), on_bad="skip").annotations("train")
+    assert len(annotations) == 4  # floating point has a white point by its range alone
+    assert annotations.counts["images skipped: unreadable"] == 1
+    with pytest.raises(DataError, match="range"):
+        dataset(tmp_path, "five", None, on_bad="skip").annotations("train")
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -146,7 +146,7 @@ def test_processes_share_the_steps_of_one(monkeypatch: pytest.MonkeyPatch, plan:
     several, parts = EpochBatches(SIZES, 4, 7, plan=plan), []
     for rank in range(size):
         with monkeypatch.context() as patch:
-            patch.setattr("detpipe.datasets.batches.share", lambda rank=rank: (rank, size))
+            patch.setattr("detpipe.datasets.batches.rank_and_size", lambda rank=rank: (rank, size))
             parts.append(list(several))
             assert len(several) == len(parts[-1])
     steps = list(one)
