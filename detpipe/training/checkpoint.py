@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from detpipe.backbones.weights import MOST, tensor_parts
-from detpipe.support.errors import CheckpointError, TrainingError
+from detpipe.support.errors import CheckpointError, TrainingError, UsageError
 from detpipe.support.files import atomic_write, refuse_special
 from detpipe.support.strict_json import shorten
 from detpipe.support.untrusted import check_saved, check_tree, plain_parts
@@ -303,10 +303,10 @@ def check_pixels(description: Description, pixels: PixelType, path: str | Path) 
         path: of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: they differ.
+        UsageError: they differ.
     """
     if pixels != description.pixels:
-        raise CheckpointError(
+        raise UsageError(
             f"checkpoint {path} was trained on {description.pixels}, the data give {pixels}; set channels and range of the data as "
             "in RUN/config.yaml"
         )

@@ -250,11 +250,11 @@ def test_damaged_images_are_skipped_whatever_their_channels(tmp_path: Path) -> N
 def test_images_are_skipped_that_cannot_be_read_as_the_data_say(tmp_path: Path) -> None:
     dataset(tmp_path, "five", None)
     folder = tmp_path / "five" / "images" / "train"
-    (folder / "train0.tif").write_bytes((folder / "train0.tif").read_bytes()[:500])
+    (folder / "train0.npy").write_bytes((folder / "train0.npy").read_bytes()[:500])
     annotations = dataset(tmp_path, "five", None, (-1, 1), on_bad="skip").annotations("train")
     assert len(annotations) == 4  # floating point has a white point by its range alone
     assert annotations.counts["images skipped: unreadable"] == 1
-    with pytest.raises(DataError, match="range"):
+    with pytest.raises(DataError, match="images skipped: unreadable: 5"):
         dataset(tmp_path, "five", None, on_bad="skip").annotations("train")
 
 

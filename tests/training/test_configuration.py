@@ -321,7 +321,7 @@ def test_later_files_win_over_earlier_ones_and_options_over_both(tmp_path: Path)
 def test_another_class_keeps_what_both_take(tmp_path: Path) -> None:
     config = parse(overlay(tmp_path, "data: {class_path: VOC, init_args: {root: x}}"))
     assert config.data.class_path == "detpipe.VOC"
-    assert config.data.init_args.loader.batch_size == 8
+    assert config.data.init_args.loader.batch_size == 4
     assert "scenes" not in config.data.init_args
 
 
