@@ -93,7 +93,7 @@ def test_splits_agree_on_chosen_classes_in_each_format(tmp_path: Path) -> None:
         assert set(data.annotations("val").labels.tolist()) == {1}
 
 
-@pytest.mark.parametrize("layout", ["voc", "yolo", "csv"])
+@pytest.mark.parametrize("layout", ["coco", "voc", "yolo", "csv"])
 def test_linked_images_are_read_if_that_is_allowed(layout: str, tmp_path: Path) -> None:
     sound(layout, tmp_path / "set")
     image = tmp_path / "set" / FIRST[layout]

@@ -236,7 +236,7 @@ def open_split(
     if layout == "shards":
         root = data if is_remote(data) or not _is_split(path) else str(path.parent)
         return Shards(root, train=split, val=split)
-    return _open_voc(data, split, on_bad, one_based, together)
+    return _open_voc(data, split, on_bad, one_based, together, splits)
 
 
 def _open_table(path: Path, split: str, images: str | None, on_bad: OnBad) -> csv.CSVBoxes:
@@ -248,8 +248,12 @@ def _open_table(path: Path, split: str, images: str | None, on_bad: OnBad) -> cs
     return csv.CSVBoxes(str(root), train=split, val=split, format=format, on_bad=on_bad)
 
 
-def _open_voc(data: str, split: str, on_bad: OnBad, one_based: bool | None, together: Sequence[str]) -> voc.VOC:
+def _open_voc(
+    data: str, split: str, on_bad: OnBad, one_based: bool | None, together: Sequence[str], splits: Sequence[str]
+) -> voc.VOC:
     names: list[str] | Literal["auto"] = "auto"
+    if not together and split in splits and not voc.VOCSource(Path(data), split, "skip").occurring():
+        together = splits  # images without objects do not say which classes there are
     if together:
         names = list(voc.find_class_names(data, list(dict.fromkeys([split, *together]))))
     if one_based is None:

@@ -141,13 +141,18 @@ class VOCSource:
             self._texts = [_read(item) for item in self.listed]
         return self._texts
 
-    def class_names(self) -> tuple[str, ...]:
-        """As `find_class_names`."""
+    def occurring(self) -> tuple[str, ...]:
+        """The names of objects, sorted; those of ``detpipe.json`` in its order."""
         known = read_class_list(self.root)
         if known:
             return known.class_names
         names = {element.name for text in self.texts() if isinstance(text, ImageText) for element in text.objects}
-        if not names - {""}:
+        return tuple(sorted(names - {""}))
+
+    def class_names(self) -> tuple[str, ...]:
+        """As `find_class_names`."""
+        names = self.occurring()
+        if not names:
             self.faults.check()
             where = self.split if isinstance(self.split, str) else list(self.split)
             unread = [str(text) for text in self.texts() if isinstance(text, UnreadableXML)]
@@ -155,7 +160,7 @@ class VOCSource:
             raise DataError(
                 f"{self.root}: no object with a class name in {where}; class_names 'auto' has nothing to read{more}"
             )
-        return tuple(sorted(names - {""}))
+        return names
 
     def load(self, class_names: Sequence[str] | Literal["auto"], one_based: bool, keep_difficult: bool) -> Annotations:
         """As `load_voc`."""

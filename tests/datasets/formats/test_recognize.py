@@ -181,6 +181,9 @@ def test_classes_of_voc_are_numbered_for_all_splits_together(tmp_path):
     write_voc(tmp_path, {"b": [voc_object("cat")]}, "val")
     assert open_split(str(tmp_path), "train").class_names == ("dog",)
     assert open_split(str(tmp_path), "train", together=("train", "val")).class_names == ("cat", "dog")
+    write_voc(tmp_path, {"c": []}, "test")  # does not say which classes there are
+    empty = open_split(str(tmp_path), "test")
+    assert (empty.class_names, len(empty.annotations("val"))) == (("cat", "dog"), 1)
 
 
 def test_voc_counts_from_what_it_says_of_itself_or_what_is_asked_for(tmp_path):
