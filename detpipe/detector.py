@@ -82,7 +82,7 @@ class TwoStageDetector(LightningModule):
         """Detect objects, in training mode too.
 
         Args:
-            images: N tensors ``[3, H_i, W_i]`` RGB, uint8 in 0..255 or floating point in 0..1.
+            images: N tensors ``[C, H_i, W_i]``, of three channels RGB, uint8 in 0..255 or floating point in 0..1.
             targets: only needed by a source that takes its ``proposals`` from them, in pixels of the images.
 
         Returns:
@@ -94,7 +94,7 @@ class TwoStageDetector(LightningModule):
         """Compute the losses, in evaluation mode too.
 
         Args:
-            images: N tensors ``[3, H_i, W_i]`` RGB, uint8 in 0..255 or floating point in 0..1.
+            images: N tensors ``[C, H_i, W_i]``, of three channels RGB, uint8 in 0..255 or floating point in 0..1.
             targets: N targets with ``boxes`` and ``labels``, in pixels of the images.
 
         Returns:

@@ -61,14 +61,14 @@ def scale_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
 
 
 def normalize(image: Tensor, pixel_format: PixelFormat) -> Tensor:
-    """Turn an RGB image, or a batch of equal size, into what a network expects.
+    """Turn an image, or a batch of equal size, into what a network expects.
 
     Args:
-        image: ``[..., 3, H, W]`` RGB, uint8 in 0..255 or floating point in 0..1.
+        image: ``[..., C, H, W]``, of three channels RGB, uint8 in 0..255 or floating point in 0..1.
         pixel_format: of the backbone.
 
     Returns:
-        ``[..., 3, H, W]`` floating point in the backbone's channel order.
+        ``[..., C, H, W]`` floating point in the backbone's channel order.
 
     Raises:
         TypeError: the image is neither uint8 nor floating point.
@@ -85,13 +85,13 @@ def normalize(image: Tensor, pixel_format: PixelFormat) -> Tensor:
     rows = image.movedim(-3, -1).flatten(-2) if _channels_last(image) else None
     if rows is None:
         image.sub_(mean[:, None, None]).div_(std[:, None, None])
-    else:  # [..., H, W * 3]: a row at a time, since vector code wants more than three values
+    else:  # [..., H, W * C]: a row at a time, since vector code wants more than three values
         rows.sub_(mean.repeat(image.shape[-1])).div_(std.repeat(image.shape[-1]))
     return image
 
 
 def _channels_last(image: Tensor) -> bool:
-    """Whether the three channels of a pixel lie side by side in memory, and pixels row by row, as decoders give them."""
+    """Whether the channels of a pixel lie side by side in memory, and pixels row by row, as decoders give them."""
     return image.movedim(-3, -1).is_contiguous()
 
 
@@ -99,16 +99,38 @@ def to_pixels(image: Tensor, pixel_format: PixelFormat) -> Tensor:
     """Turn what a network expects back into an RGB image: the inverse of :func:`normalize`.
 
     Args:
-        image: ``[3, H, W]`` floating point, normalized.
+        image: ``[C, H, W]`` floating point, normalized; C is 3, or 1 of grey.
         pixel_format: of the backbone.
 
     Returns:
         ``[3, H, W]`` uint8 RGB, rounded to whole values and clipped to 0..255.
+
+    Raises:
+        ValueError: other channels, which have no colors.
     """
+    if image.shape[0] not in (1, 3):
+        raise ValueError(
+            f"boxes and superpixels are made of the colors of an image, which one of {image.shape[0]} channels does not have; "
+            "give 1 or 3 channels, or another source of proposals"
+        )
     mean, std = (box_ops.constants(values, image) for values in (pixel_format.mean, pixel_format.std))
     image = (image * std[:, None, None] + mean[:, None, None]) * (255.0 / pixel_format.value_range)
     image = image.round().clamp(0, 255).to(torch.uint8)
-    return image.flip(0) if pixel_format.channel_order == "bgr" else image
+    return image.flip(0) if pixel_format.channel_order == "bgr" else to_picture(image)
+
+
+def to_picture(image: Tensor) -> Tensor:
+    """Make an image of any channels one that can be shown.
+
+    Args:
+        image: ``[C, H, W]`` uint8, or floating point in 0..1.
+
+    Returns:
+        ``[3, H, W]`` uint8: the first three channels, or the first as grey where there are fewer.
+    """
+    if image.is_floating_point():
+        image = (image * 255).round().clamp(0, 255).to(torch.uint8)
+    return image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
 
 
 def to_batch(
@@ -123,8 +145,8 @@ def to_batch(
     """Normalize, resize and pad images into one batch.
 
     Args:
-        images: N tensors ``[3, H_i, W_i]`` RGB, uint8 in 0..255 or floating point in 0..1.
-        pixel_format: of the backbone.
+        images: N tensors ``[C, H_i, W_i]``, of three channels RGB, uint8 in 0..255 or floating point in 0..1.
+        pixel_format: of the backbone, which says C.
         min_size: see :func:`resized_size`.
         max_size: see :func:`resized_size`.
         divisor: height and width of the batch are multiples of it; the coarsest stride.
@@ -133,7 +155,7 @@ def to_batch(
         dtype: of the batch, that of the backbone; None keeps that of the first image, the default one of uint8.
 
     Returns:
-        ``tensors`` ``[N, 3, H, W]`` and ``image_sizes``, height and width of each picture inside it. In memory the channels of
+        ``tensors`` ``[N, C, H, W]`` and ``image_sizes``, height and width of each picture inside it. In memory the channels of
         ``tensors`` come last, if they do in every image.
 
     Raises:
@@ -141,10 +163,10 @@ def to_batch(
     """
     if not len(images):
         raise ValueError("expected at least one image, got an empty list")
-    resized, canvases = [], []
+    resized, canvases, channels = [], [], pixel_format.channels
     for index, image in enumerate(images):
-        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-            raise ValueError(f"images[{index}] must be [3, H, W] with H, W > 0, got {list(image.shape)}")
+        if image.ndim != 3 or image.shape[0] != channels or 0 in image.shape:
+            raise ValueError(f"images[{index}] must be [{channels}, H, W] with H, W > 0, got {list(image.shape)}")
         canvas: Size = (image.shape[1], image.shape[2])
         content = contents[index] if contents is not None else None
         if content is None:
@@ -159,14 +181,14 @@ def to_batch(
     height, width = (-(-max(canvas[axis] for canvas in canvases) // divisor) * divisor for axis in (0, 1))
     layout = torch.channels_last if all(image.stride(0) == 1 for image in resized) else torch.contiguous_format
     kind = {"dtype": dtype or resized[0].dtype, "device": resized[0].device}
-    batch = torch.empty((len(resized), 3, height, width), memory_format=layout, **kind).zero_()
+    batch = torch.empty((len(resized), channels, height, width), memory_format=layout, **kind).zero_()
     for row, image in zip(batch, resized, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
     return ImageList(batch, [(image.shape[1], image.shape[2]) for image in resized])
 
 
 def _resize(image: Tensor, size: Size) -> Tensor:
-    """Resize ``[3, H, W]`` floating point bilinearly, smoothed where it shrinks."""
+    """Resize ``[C, H, W]`` floating point bilinearly, smoothed where it shrinks."""
     if size == tuple(image.shape[1:]):
         return image
     shrinks = size[0] < image.shape[1]
@@ -177,7 +199,7 @@ def picture_sizes(images: Sequence[Tensor], contents: Sequence[Size | None] | No
     """The height and width of the pictures in images as passed.
 
     Args:
-        images: N tensors ``[3, H_i, W_i]``.
+        images: N tensors ``[C, H_i, W_i]``.
         contents: see :func:`contents_of`.
 
     Returns:

@@ -54,7 +54,7 @@ class Backbone(LightningModule, ABC):
     Attributes:
         out_channels: C, the same at every level.
         strides: image pixels a cell for each level, finest first: declared, never guessed from shapes.
-        pixel_format: what the network expects of its pixels.
+        pixel_format: what the network expects of its pixels, and how many channels an image has.
         new_layers: names of modules that are not of the network that weights are for, such as projections.
     """
 
@@ -90,7 +90,7 @@ class Backbone(LightningModule, ABC):
         """Compute features.
 
         Args:
-            images: ``[N, 3, H, W]`` normalized, padded at the right and the bottom.
+            images: ``[N, C, H, W]`` normalized, padded at the right and the bottom.
 
         Returns:
             level name -> ``[N, C, H / stride, W / stride]``, rounded up.

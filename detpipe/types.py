@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -59,14 +59,17 @@ class PixelFormat:
     """How a network expects its pixels; belongs to the backbone, because it comes with the weights.
 
     Args:
-        mean: subtracted from each channel, in ``value_range`` units, in ``channel_order``.
+        mean: subtracted from each of the C channels, in ``value_range`` units, in ``channel_order``.
         std: divides each channel after the subtraction, in ``value_range`` units, in ``channel_order``.
-        channel_order: ``"rgb"`` or ``"bgr"``.
+        channel_order: ``"rgb"`` or ``"bgr"``, of three channels; others keep the order of the images.
         value_range: the value of a white pixel before normalization: 1.0 or 255.0.
+
+    Raises:
+        ValueError: an argument outside these choices.
     """
 
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     channel_order: str = "rgb"
     value_range: float = 1.0
 
@@ -75,8 +78,77 @@ class PixelFormat:
             raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {self.channel_order!r}")
         if not self.value_range > 0:
             raise ValueError(f"value_range must be positive (1.0 or 255.0), got {self.value_range}")
-        if len(self.mean) != 3 or len(self.std) != 3 or any(s <= 0 for s in self.std):
-            raise ValueError(f"mean and std need three values each, std positive; got mean {self.mean}, std {self.std}")
+        if not self.mean or len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
+            raise ValueError(
+                f"mean and std need a value a channel each, three for RGB, std positive; got mean {self.mean}, std {self.std}"
+            )
+        if self.channel_order == "bgr" and self.channels != 3:
+            raise ValueError(f"channel_order 'bgr' is one of three channels, mean and std have {self.channels}")
+
+    @property
+    def channels(self) -> int:
+        """C, how many channels the network takes."""
+        return len(self.mean)
+
+    def spread(self, channels: int) -> PixelFormat:
+        """The format of a network whose weights were spread over other channels.
+
+        Args:
+            channels: C; one has the mean over all, others are repeated in order.
+
+        Returns:
+            Mean and std of C values, as :func:`detpipe.backbones.input_channels.spread_weight` spreads weights.
+
+        Example:
+            >>> PixelFormat(mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0)).spread(4).mean
+            (0.1, 0.2, 0.3, 0.1)
+        """
+        if channels == self.channels:
+            return self
+        mean, std = (
+            (sum(values) / len(values),) if channels == 1 else tuple(values[k % len(values)] for k in range(channels))
+            for values in (self.mean, self.std)
+        )
+        return replace(self, mean=mean, std=std, channel_order="rgb")
+
+
+Range = tuple[float, float] | Literal["dtype"] | None
+
+
+@dataclass(frozen=True)
+class PixelType:
+    """What image files are read as: ``[channels, H, W]``, 8 bits or floating point.
+
+    Args:
+        channels: C. One is grey, three are RGB; other numbers are planes as they lie in the file.
+        range: which values of the files are black and white. None: all that 8 or 16 bits hold, and images are uint8, of 16 bits
+            the high byte. ``"dtype"``: the same, in floating point 0..1 at full depth. Two values, such as ``[0, 4095]``: these, in
+            floating point 0..1; values beyond are clipped.
+
+    Raises:
+        ValueError: an argument outside these choices.
+    """
+
+    channels: int = 3
+    range: Range = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.channels, bool) or not 1 <= self.channels <= MOST_CHANNELS:
+            raise ValueError(f"channels must lie in 1..{MOST_CHANNELS}, got {self.channels}")
+        if self.range is None or self.range == "dtype":
+            return
+        if isinstance(self.range, str) or len(self.range) != 2 or not self.range[0] < self.range[1]:
+            raise ValueError(f"range must be null, 'dtype' or [black, white], such as [0, 65535], got {self.range!r}")
+        object.__setattr__(self, "range", (float(self.range[0]), float(self.range[1])))
+
+    @property
+    def white(self) -> float:
+        """The value of a white pixel in images."""
+        return 255 if self.range is None else 1.0
+
+
+MOST_CHANNELS = 256
+RGB = PixelType()  # what images are unless the data say otherwise
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from torchvision.ops import StochasticDepth
 
 from detpipe.backbones.checkpointed_graph import CheckpointedGraph
+from detpipe.backbones.input_channels import set_input_channels
 from detpipe.backbones.regime import Regime, drop_path_rates
 from detpipe.backbones.weights import load_weights
 from detpipe.stages import depths_of
@@ -55,7 +56,7 @@ class Body(ABC):
 
     @abstractmethod
     def maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C_l, H_l, W_l]``."""
+        """Compute the levels: ``[N, C, H, W]`` -> level name -> ``[N, C_l, H_l, W_l]``."""
 
     def depths(self) -> dict[str, int]:
         """Tell how deep each parameter of the network lies; those that were put in later are left out."""
@@ -74,6 +75,7 @@ class TorchvisionBody(Body):
         levels: level name -> where it is cut.
         weights: a local file, the name of torchvision weights, or None.
         regime: its paths are dropped, and statistics that its normalization does not keep may be missing from the weights.
+        in_channels: C of the images.
 
     Raises:
         UsageError: an unknown network, node or name of weights.
@@ -81,7 +83,7 @@ class TorchvisionBody(Body):
         ValueError: levels without nodes, or a network without paths to drop.
     """
 
-    def __init__(self, name: str, levels: Levels, weights: str | None, regime: Regime) -> None:
+    def __init__(self, name: str, levels: Levels, weights: str | None, regime: Regime, in_channels: int = 3) -> None:
         known = models.list_models(module=models)
         if name not in known:
             raise UsageError(
@@ -94,10 +96,11 @@ class TorchvisionBody(Body):
                 f"got {list(levels)}"
             )
         self.strides = {level: cut.stride for level, cut in levels.items()}
-        self.pixel_format = PixelFormat()
+        self.pixel_format = PixelFormat().spread(in_channels)
         options = {"aux_logits": True, "init_weights": True} if name in ("inception_v3", "googlenet") else {}
         full = models.get_model(name, weights=None, **options)
         _drop_paths(full, name, regime.drop_path)
+        set_input_channels(full, in_channels)
         self.network = self._traced = _cut(full, name, {cut.node: level for level, cut in levels.items()})
         if weights is not None:
             load_weights(
@@ -106,7 +109,7 @@ class TorchvisionBody(Body):
         self._checkpointed: CheckpointedGraph | None = None
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C_l, H_l, W_l]``."""
+        """Compute the levels: ``[N, C, H, W]`` -> level name -> ``[N, C_l, H_l, W_l]``."""
         if self._checkpointed is None or not self.network.training or not torch.is_grad_enabled():
             return self.network(images)
         return self._checkpointed(images)

@@ -42,7 +42,7 @@ class CheckpointedGraph:
         return CheckpointedGraph, (self.network,)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute ``[N, 3, H, W]`` -> name -> ``[N, C, H', W']``."""
+        """Compute ``[N, C, H, W]`` -> name -> ``[N, C, H', W']``."""
         kept: dict[fx.Node, Any] = {}
         value: Any = images
         for part in self.parts:

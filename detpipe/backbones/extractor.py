@@ -15,6 +15,7 @@ from torch import Tensor
 
 from detpipe.attention.base import Attention
 from detpipe.backbones.bodies import Body, Level, TorchvisionBody
+from detpipe.backbones.input_channels import check_channels, format_of
 from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
 from detpipe.backbones.regime import Regime, convert_norm, find_modules, freeze
 from detpipe.backbones.timm_body import TimmBody
@@ -41,12 +42,14 @@ class Extractor(ProjectedBackbone):
             downloads once: torchvision's (``DEFAULT``, ``IMAGENET1K_V1``), or for timm ``DEFAULT`` or a tag
             (``fb_in22k``). A file holds the whole network or, for timm, its features; the classifier and what lies beyond the
             last level may be missing or of other shapes, and everything else must fit.
-        pixel_format: what the weights expect; None takes torchvision's, or what timm says of the network.
+        pixel_format: what the weights expect; None takes torchvision's, or what timm says of the network. One of three channels
+            is spread over ``in_channels``.
         out_channels: project every level to this width; None keeps the width, for a single level; "own" lets each level
             keep its own, for an FPN.
         padding: zeros added on every side before the network, in pixels.
         regime: how it is trained. Frozen normalization, the default, is advised with pretrained weights and small batches.
             ``frozen`` names modules of ``body``, such as ``features.0``; ``drop_path`` is that of the network's last block.
+        in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
 
     Raises:
         UsageError: an unknown network, level, node or module (near names are listed), or timm is not installed.
@@ -69,6 +72,7 @@ class Extractor(ProjectedBackbone):
         out_channels: Width = None,
         padding: int = 0,
         regime: Regime = Regime(norm="frozen"),  # noqa: B008 (frozen)
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         if not levels:
@@ -76,9 +80,9 @@ class Extractor(ProjectedBackbone):
         if padding < 0:
             raise ValueError(f"padding must not be negative, got {padding}")
         kind = TimmBody if network.startswith(TIMM) else TorchvisionBody
-        body: Body = kind(network.removeprefix(TIMM), levels, weights, regime)
+        body: Body = kind(network.removeprefix(TIMM), levels, weights, regime, check_channels(in_channels))
         self.name, self.padding, self.strides = network, padding, body.strides
-        self.pixel_format = pixel_format or body.pixel_format
+        self.pixel_format = format_of(pixel_format or body.pixel_format, in_channels)
         self.body = convert_norm(body.network, regime.norm)
         self._body = body
         self._frozen = find_modules(self.body, regime.frozen)
@@ -88,7 +92,7 @@ class Extractor(ProjectedBackbone):
         self.train()  # a new module is in training mode, its frozen parts must not be
 
     def forward(self, images: Tensor) -> Features:
-        """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C, H_l, W_l]``.
+        """Compute the levels: ``[N, C, H, W]`` -> level name -> ``[N, C, H_l, W_l]``.
 
         Raises:
             ValueError: the images are smaller than the coarsest stride, or so small that nothing is left of a level.
@@ -134,8 +138,9 @@ class Extractor(ProjectedBackbone):
     def _probe(self) -> dict[str, int]:
         """Measure the width of each level, and hold the declared strides against what the network does."""
         self.eval()
+        channels = self.pixel_format.channels
         try:
-            small, large = (self._maps(torch.zeros(1, 3, side, side)) for side in PROBES)
+            small, large = (self._maps(torch.zeros(1, channels, side, side)) for side in PROBES)
         except (AssertionError, RuntimeError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(

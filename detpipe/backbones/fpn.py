@@ -85,7 +85,7 @@ class FPN(Backbone):
         return dict(self._roi_strides)
 
     def forward(self, images: Tensor) -> Features:
-        """Compute the pyramid: ``[N, 3, H, W]`` -> level name -> ``[N, C, ceil(H / stride), ceil(W / stride)]``."""
+        """Compute the pyramid: ``[N, C, H, W]`` -> level name -> ``[N, C, ceil(H / stride), ceil(W / stride)]``."""
         features = self.backbone(images)
         levels = self.pyramid({level: features[level] for level in self.backbone.strides})
         return dict(zip(self.strides, levels.values(), strict=True))

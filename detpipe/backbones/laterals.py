@@ -84,7 +84,7 @@ class ProjectedBackbone(Backbone, ABC):
         """Refuse images without a whole cell of the coarsest level.
 
         Args:
-            images: ``[N, 3, H, W]``.
+            images: ``[N, C, H, W]``.
 
         Raises:
             ValueError: H or W is smaller than the coarsest stride.

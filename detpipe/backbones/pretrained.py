@@ -16,6 +16,7 @@ from torchvision import models
 
 from detpipe.attention.base import Attention
 from detpipe.attention.choice import open_gates
+from detpipe.backbones.input_channels import spread_weights
 from detpipe.backbones.weights import SUFFIXES, download, read_state
 from detpipe.stages import Backbone
 from detpipe.support.errors import CheckpointError, UsageError
@@ -71,6 +72,7 @@ def load_pretrained(
     foreign = translate(state)
     tensors = state if foreign is None else foreign.tensors
     own = {name: value for name, value in network.state_dict().items() if not name.startswith("laterals.")}
+    tensors = spread_weights(tensors, own)
     optional = _gate_names(network) if wanted.new_gates else set()
     if optional & set(tensors):
         raise CheckpointError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from detpipe.attention.choice import GATINGS, by_stage
+from detpipe.backbones.input_channels import check_channels
 from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
 from detpipe.backbones.pretrained import Pretrained, load_pretrained
 from detpipe.backbones.regime import Regime, checkpointed, convert_norm, drop_path_rates, freeze, names_within
@@ -54,6 +55,7 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         out_channels: as in :class:`~detpipe.backbones.laterals.Laterals`.
         weights: a file, or a name of weights.
         regime: normalization, frozen stages, checkpointing, drop path.
+        in_channels: C of the images; weights of three channels are spread over others.
 
     Raises:
         ValueError: an argument outside its choices.
@@ -73,14 +75,15 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         out_channels: Width,
         weights: str | Pretrained | None,
         regime: Regime,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         _check(depth, levels, output_stride)
         self.depth, self.groups, self.group_width = depth, groups, group_width
         self.attention = by_stage(attention, LEVELS, (*GATINGS, "sk"))
         self.levels = tuple(level for level in LEVELS if level in levels)
-        self.regime, self.pixel_format = regime, PixelFormat()
-        self.stem = make_stem(variant.stem)
+        self.regime, self.pixel_format = regime, PixelFormat().spread(check_channels(in_channels))
+        self.stem = make_stem(variant.stem, in_channels)
         self.stages = nn.ModuleDict()
         self.strides: dict[str, int] = {}
         widths = self._build(variant, output_stride)
@@ -98,7 +101,7 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         """Name of torchvision's network of this architecture without attention, None where it has none."""
 
     def forward(self, images: Tensor) -> Features:
-        """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C, ceil(H / stride), ceil(W / stride)]``.
+        """Compute the levels: ``[N, C, H, W]`` -> level name -> ``[N, C, ceil(H / stride), ceil(W / stride)]``.
 
         Raises:
             ValueError: images smaller than the coarsest stride.

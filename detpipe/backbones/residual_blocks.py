@@ -124,10 +124,9 @@ class Bottleneck(nn.Module):
         return _add(self, x)
 
 
-def make_stem(stem: Stem) -> nn.Sequential:
-    """Build the layers before the first stage: ``[N, 3, H, W]`` -> ``[N, 64, ceil(H / 4), ceil(W / 4)]``."""
+def make_stem(stem: Stem, channels: int = 3) -> nn.Sequential:
+    """Build the layers before the first stage: ``[N, C, H, W]`` -> ``[N, 64, ceil(H / 4), ceil(W / 4)]``."""
     steps: dict[str, nn.Module] = {}
-    channels = 3
     for number, width in enumerate(STEMS[stem], start=1):
         side = 7 if stem == "single" else 3
         stride = 2 if number == 1 else 1

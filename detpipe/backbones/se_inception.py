@@ -32,6 +32,7 @@ from detpipe.backbones.inception_blocks import (
     smallest_side,
 )
 from detpipe.backbones.inception_weights import load_inception
+from detpipe.backbones.input_channels import set_input_channels
 from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
 from detpipe.backbones.pretrained import Pretrained
 from detpipe.backbones.regime import Regime, checkpointed, convert_norm, freeze, names_within
@@ -61,6 +62,7 @@ class SEInceptionV3(ProjectedBackbone):
             torchvision weights (``DEFAULT``), or ``timm/NAME``, such as ``timm/inception_v3.tv_in1k``. Only ours have gates; with
             others give ``Pretrained(..., new_gates=True)``, and they start almost open ("eca": half open).
         regime: normalization, frozen stages (of stem, c2 to c5), checkpointing; no drop path, for want of shortcuts.
+        in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
 
     Attributes:
         offsets: level -> by how many pixels the middle of cell (i, j) lies right of (j + .5) * stride and below (i + .5) * stride.
@@ -89,6 +91,7 @@ class SEInceptionV3(ProjectedBackbone):
         auxiliary_classes: int | None = None,
         weights: str | Pretrained | None = None,
         regime: Regime = Regime(),  # noqa: B008 (frozen)
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         _check(levels, auxiliary_classes, regime)
@@ -96,7 +99,7 @@ class SEInceptionV3(ProjectedBackbone):
         built = tuple(STAGES)[: list(STAGES).index(self.levels[-1]) + 1]
         self.regime, self.frozen, self.padded = regime, names_within(regime.frozen, built), padded
         # -1..1, which torchvision's transform_input makes of its usual format
-        self.pixel_format = PixelFormat(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        self.pixel_format = PixelFormat(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).spread(in_channels)
         self.strides = {level: STRIDES[level] for level in self.levels}
         paddings = best_paddings(self.levels) if padded else {}
         self.offsets = {level: offset(level, paddings) for level in self.levels}
@@ -107,6 +110,7 @@ class SEInceptionV3(ProjectedBackbone):
             gate = None if kind is None else partial(make_gating, kind, reduction=reduction)
             stages[stage] = build_stage(stage, paddings, gate)
         self.stem = stages.pop("stem")
+        set_input_channels(self.stem, in_channels)
         self.stages = nn.ModuleDict(stages)
         self.auxiliary_classes = auxiliary_classes
         self.auxiliary = None if auxiliary_classes is None else InceptionAux(WIDTHS["c4"], auxiliary_classes)
@@ -121,7 +125,7 @@ class SEInceptionV3(ProjectedBackbone):
         """Compute the levels.
 
         Args:
-            images: ``[N, 3, H, W]`` in -1..1.
+            images: ``[N, C, H, W]`` in -1..1.
 
         Returns:
             level name -> ``[N, C, ceil(H / stride), ceil(W / stride)]``; fewer cells without ``padded``.
@@ -135,7 +139,7 @@ class SEInceptionV3(ProjectedBackbone):
         """Compute the levels and the auxiliary classifier, everything once.
 
         Args:
-            images: ``[N, 3, H, W]`` in -1..1, of at least 257 pixels, without ``padded`` 299.
+            images: ``[N, C, H, W]`` in -1..1, of at least 257 pixels, without ``padded`` 299.
 
         Returns:
             What :meth:`forward` returns, and logits ``[N, auxiliary_classes]``.

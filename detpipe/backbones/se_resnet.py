@@ -35,6 +35,7 @@ class SEResNet(ResidualNetwork):
             never downloads): ours, torchvision's or timm's; the name of
             torchvision weights of the plain network (``DEFAULT``), or ``timm/NAME``, such as ``timm/seresnet50.ra2_in1k``.
         regime: normalization, frozen stages (of stem, c2 to c5), checkpointing, drop path.
+        in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
 
     Raises:
         ValueError: an argument outside these choices, or a reduction that is larger than the channels.
@@ -58,8 +59,11 @@ class SEResNet(ResidualNetwork):
         out_channels: Width = None,
         weights: str | Pretrained | None = None,
         regime: Regime = Regime(),  # noqa: B008 (frozen)
+        in_channels: int = 3,
     ) -> None:
-        super().__init__(depth, 1, 64, attention, variant, levels, output_stride, out_channels, weights, regime)
+        super().__init__(
+            depth, 1, 64, attention, variant, levels, output_stride, out_channels, weights, regime, in_channels
+        )
 
     @property
     def torchvision_name(self) -> str | None:
@@ -80,6 +84,7 @@ class SEResNeXt(ResidualNetwork):
             keep its own, for an FPN.
         weights: as of :class:`SEResNet`, such as ``timm/seresnext50_32x4d.racm_in1k``.
         regime: normalization, frozen stages (of stem, c2 to c5), checkpointing, drop path.
+        in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
 
     Raises:
         ValueError: an argument outside these choices, or a reduction that is larger than the channels.
@@ -103,6 +108,7 @@ class SEResNeXt(ResidualNetwork):
         out_channels: Width = None,
         weights: str | Pretrained | None = None,
         regime: Regime = Regime(),  # noqa: B008 (frozen)
+        in_channels: int = 3,
     ) -> None:
         depths = [depth for depth in BLOCKS if is_deep(depth)]
         found = re.fullmatch(r"(\d+)_(\d+)x(\d+)d", size)
@@ -111,7 +117,9 @@ class SEResNeXt(ResidualNetwork):
                 f"size must be DEPTH_GROUPSxWIDTHd with a depth of {depths}, such as '50_32x4d', got {size!r}"
             )
         depth, groups, width = (int(number) for number in found.groups())
-        super().__init__(depth, groups, width, attention, variant, levels, output_stride, out_channels, weights, regime)
+        super().__init__(
+            depth, groups, width, attention, variant, levels, output_stride, out_channels, weights, regime, in_channels
+        )
 
     @property
     def torchvision_name(self) -> str | None:

@@ -29,6 +29,7 @@ class SKNet(ResidualNetwork):
             keep its own, for an FPN.
         weights: a local file (ours or timm's), or ``timm/skresnext50_32x4d.ra_in1k``, which is SKNet-50.
         regime: normalization, frozen stages (of stem, c2 to c5), checkpointing, drop path.
+        in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
 
     Raises:
         ValueError: an argument outside these choices.
@@ -51,10 +52,11 @@ class SKNet(ResidualNetwork):
         out_channels: Width = None,
         weights: str | Pretrained | None = None,
         regime: Regime = Regime(),  # noqa: B008 (frozen)
+        in_channels: int = 3,
     ) -> None:
         if depth not in (26, 50, 101):
             raise ValueError(f"depth must be one of [26, 50, 101], got {depth}")
-        super().__init__(depth, 32, 4, "sk", variant, levels, output_stride, out_channels, weights, regime)
+        super().__init__(depth, 32, 4, "sk", variant, levels, output_stride, out_channels, weights, regime, in_channels)
 
     @property
     def torchvision_name(self) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detpipe.backbones.bodies import Body, Level, Levels
+from detpipe.backbones.input_channels import spread_weights
 from detpipe.backbones.regime import Regime, recomputed
 from detpipe.backbones.weights import SUFFIXES, can_be_missing, download, read_state, refuse_differences
 from detpipe.support.errors import UsageError
@@ -34,6 +35,7 @@ class TimmBody(Body):
         levels: names c1 to c6, of strides 2 to 64, or level name -> where it is cut; nodes are modules that timm lists.
         weights: a local file, ``DEFAULT``, the tag of pretrained weights, or None.
         regime: its paths are dropped, and statistics that its normalization does not keep may be missing from the weights.
+        in_channels: C of the images.
 
     Raises:
         UsageError: timm is not installed; an unknown network, level, node or name of weights.
@@ -42,23 +44,25 @@ class TimmBody(Body):
             other images.
     """
 
-    def __init__(self, name: str, levels: Levels, weights: str | None, regime: Regime) -> None:
+    def __init__(self, name: str, levels: Levels, weights: str | None, regime: Regime, in_channels: int = 3) -> None:
         timm, self.name = _timm(name), name
         _check_name(timm, name)
         source = _source(timm, name, weights)
-        full = timm.create_model(name)
+        channels = {} if in_channels == 3 else {"in_chans": in_channels}
+        full = timm.create_model(name, **channels)
         places = _places(full, name)
         self._indices = _places_of(levels, places, name)
         declared = levels if isinstance(levels, Mapping) else {level: places[i] for level, i in self._indices.items()}
         self.strides = {level: cut.stride for level, cut in declared.items()}
-        self.pixel_format = _pixel_format(timm, name)
+        self.pixel_format = _pixel_format(timm, name).spread(in_channels)
         self._depths = _depths(timm, full)
         self._used = sorted(set(self._indices.values()))
         options = {key: value for key, value in ANY_SIZE.items() if key in inspect.signature(type(full)).parameters}
+        options |= channels
         self.network = _features(timm, name, self._used, regime.drop_path, options)
         coarsest = (max(self.strides.values()), max(place.stride for place in places))
-        self.multiple = _multiple(self.network, name, coarsest)
-        _leave_out_the_rest(self.network, places[self._used[-1]].node, self.multiple)
+        self.multiple = _multiple(self.network, name, coarsest, in_channels)
+        _leave_out_the_rest(self.network, places[self._used[-1]].node, self.multiple, in_channels)
         self._channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
         if source is not None:
             state = download(f"timm/{source}", lambda: timm.create_model(source, pretrained=True).state_dict())
@@ -67,7 +71,7 @@ class TimmBody(Body):
             _load(self.network, full, read_state(weights), weights, name, regime)
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute the levels: ``[N, 3, H, W]`` -> level name -> ``[N, C_l, H_l, W_l]``."""
+        """Compute the levels: ``[N, C, H, W]`` -> level name -> ``[N, C_l, H_l, W_l]``."""
         found = dict(zip(self._used, self.network(images), strict=True))
         if self._channels_last:
             found = {index: features.permute(0, 3, 1, 2) for index, features in found.items()}
@@ -223,29 +227,29 @@ def _features(
     return network
 
 
-def _multiple(network: nn.Module, name: str, strides: Iterable[int]) -> int:
+def _multiple(network: nn.Module, name: str, strides: Iterable[int], channels: int) -> int:
     """Find what the sides of images must be multiples of: networks of patches, and some pyramids, take whole cells only."""
-    refusal = _refusal(network, *ODD)
+    refusal = _refusal(network, channels, *ODD)
     if refusal is None:
         return 1
     for stride in strides:
-        refusal = _refusal(network, 3 * stride, 5 * stride)
+        refusal = _refusal(network, channels, 3 * stride, 5 * stride)
         if refusal is None:
             return stride
     raise ValueError(f"timm/{name} does not take images of any size: {refusal}; give a network that does")
 
 
 @torch.no_grad()
-def _refusal(network: nn.Module, height: int, width: int) -> str | None:
+def _refusal(network: nn.Module, channels: int, height: int, width: int) -> str | None:
     """Why a network does not take an image of a size; None if it does."""
     try:
-        network.eval()(torch.zeros(1, 3, height, width))
+        network.eval()(torch.zeros(1, channels, height, width))
     except (AssertionError, RuntimeError) as error:
         return str(error).partition("\n")[0] or type(error).__name__
     return None
 
 
-def _leave_out_the_rest(network: nn.Module, last: str, multiple: int) -> None:
+def _leave_out_the_rest(network: nn.Module, last: str, multiple: int, channels: int) -> None:
     """Drop blocks beyond the last level, which timm leaves in some networks, and train nothing else that has no effect."""
     sequence, _, index = last.rpartition(".")
     if isinstance(blocks := getattr(network, sequence, None), nn.Sequential):
@@ -253,7 +257,7 @@ def _leave_out_the_rest(network: nn.Module, last: str, multiple: int) -> None:
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     side = -(-max(ODD) // multiple) * multiple
     with torch.enable_grad():
-        sums = [features.sum() for features in network.eval()(torch.zeros(1, 3, side, side))]
+        sums = [features.sum() for features in network.eval()(torch.zeros(1, channels, side, side))]
         gradients = torch.autograd.grad(sums, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
@@ -271,9 +275,10 @@ def _load(
     )
     foreign = sorted(given[key] for key in given.keys() - known.keys())
     both = needed.keys() & given.keys()
-    unequal = sorted(given[key] for key in both if own[needed[key]].shape != state[given[key]].shape)
+    spread = spread_weights({key: state[given[key]] for key in both}, {key: own[needed[key]] for key in both})
+    unequal = sorted(given[key] for key in both if own[needed[key]].shape != spread[key].shape)
     refuse_differences(weights, f"timm/{name}", missing, foreign, unequal)
-    network.load_state_dict({needed[key]: state[given[key]] for key in both}, strict=False)
+    network.load_state_dict({needed[key]: spread[key] for key in both}, strict=False)
 
 
 def _plain(key: str) -> str:

@@ -81,7 +81,7 @@ class ViTPyramid(Backbone):
         return dict(self._roi_strides)
 
     def forward(self, images: Tensor) -> Features:
-        """Compute the pyramid: ``[N, 3, H, W]`` -> level name -> ``[N, C, H_l, W_l]``."""
+        """Compute the pyramid: ``[N, C, H, W]`` -> level name -> ``[N, C, H_l, W_l]``."""
         features = self.backbone(images)[self._level]
         maps = {name: level(features) for name, level in self.levels.items()}
         for name in self.strides.keys() - maps.keys():  # at most one

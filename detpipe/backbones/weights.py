@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
+from detpipe.backbones.input_channels import spread_weights
 from detpipe.support.errors import CheckpointError, UsageError
 from detpipe.support.files import refuse_special
 from detpipe.support.suggest import did_you_mean
@@ -47,6 +48,7 @@ def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str, s
             )
         state = download(weights, lambda: known[weights].get_state_dict(progress=True, check_hash=True))
     own = full.state_dict()
+    state = spread_weights(state, own)
     foreign = sorted(set(state) - set(own))
     needed = set(body.state_dict())
     missing = sorted(key for key in needed - set(state) if not can_be_missing(key, statistics))

@@ -14,6 +14,7 @@ from detpipe import images as frames
 from detpipe.proposals import RPN
 from detpipe.support.errors import UsageError
 from detpipe.training.models import load_detector
+from detpipe.types import RGB
 
 
 class CheckpointProposals:
@@ -31,7 +32,11 @@ class CheckpointProposals:
     name = "rpn"
 
     def __init__(self, path: str, device: str = "auto") -> None:
-        self.detector, _ = load_detector(path)
+        self.detector, description = load_detector(path)
+        if description.pixels != RGB:
+            raise UsageError(
+                f"{path} is of images of {description.pixels}; boxes are proposed for 8-bit RGB alone, predict with the detector"
+            )
         if not isinstance(self.detector.proposals, RPN):
             raise UsageError(
                 f"{path} has no region proposal network but {type(self.detector.proposals).__name__}; name that source instead"

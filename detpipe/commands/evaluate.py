@@ -13,6 +13,7 @@ from detpipe.commands.evaluation_report import ReportOptions, check_options, rea
 from detpipe.commands.parser import Parser
 from detpipe.evaluation.analysis import AnalysisSettings
 from detpipe.evaluation.coco import MAX_DETECTIONS
+from detpipe.images import to_picture
 from detpipe.support.errors import UsageError
 from detpipe.support.files import atomic_write
 
@@ -91,6 +92,7 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     split = config.split or ("test" if getattr(data, "splits", {}).get("test") else "val")
     annotations = data.annotations(split)
     checkpoint.check_class_names(description, annotations.class_names, config.ckpt_path)
+    checkpoint.check_pixels(description, data.pixels, config.ckpt_path)
     checkpoint.load_weights(cli.model, stored, config.ckpt_path)
     others = read_runs(report, annotations)
     results = Path(config.detections_out or run / f"{split}_detections.json")
@@ -128,7 +130,7 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     if report.out is not None:
         runs = {report.run_name or run.resolve().name: detections, **others}
         dataset = data.dataset(split)  # which knows where images are: not all data are files of their own
-        print(f"report {write_report(report, annotations, runs, lambda row: dataset.read(row)[0])}")
+        print(f"report {write_report(report, annotations, runs, lambda row: to_picture(dataset.read(row)[0]))}")
     return 0
 
 

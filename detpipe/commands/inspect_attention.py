@@ -27,6 +27,7 @@ from detpipe.support.errors import UsageError
 from detpipe.support.files import atomic_write
 from detpipe.support.terminal import say
 from detpipe.training.models import load_detector
+from detpipe.types import RGB
 
 SHARES = (0.25, 0.5, 1.0)
 
@@ -46,6 +47,10 @@ def run_inspect(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     paths = find_images(options.images)
     detector, description = load_detector(options.checkpoint)
+    if description.pixels != RGB:
+        raise UsageError(
+            f"{options.checkpoint} is of images of {description.pixels}; attention is drawn on 8-bit RGB alone"
+        )
     boxes = choose_proposals(detector, options, paths, description)
     modules = attention_modules(detector.backbone)
     if not modules:

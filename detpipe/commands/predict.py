@@ -24,9 +24,10 @@ from tqdm import tqdm
 from detpipe.commands.given_proposals import Boxes, advice, open_boxes
 from detpipe.commands.parser import Parser
 from detpipe.datasets import read_image
-from detpipe.datasets.decode import IMAGE_SUFFIXES
+from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
 from detpipe.detector import TwoStageDetector
 from detpipe.heads import ProposalHead
+from detpipe.images import to_picture
 from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.proposals import PrecomputedProposals
 from detpipe.support.errors import DataError, UsageError
@@ -36,7 +37,7 @@ from detpipe.training.checkpoint import Description
 from detpipe.training.models import load_detector, load_region_classifier
 from detpipe.types import Detection, GlimpsedDetection, Target
 
-Look = Callable[[Path, Tensor], Detection]  # path and [3, H, W] uint8 RGB -> what is found there, on the CPU
+Look = Callable[[Path, Tensor], Detection]  # path and image as `read_image` gives it -> what is found there, on the CPU
 
 
 def predict(arguments: Sequence[str]) -> int:
@@ -64,7 +65,7 @@ def predict(arguments: Sequence[str]) -> int:
         return detect(detector, image, proposals, options.score_threshold)
 
     out = Path(options.output)
-    report = _look_at(images, look, description.class_names, out, "detections", options.checkpoint)
+    report = _look_at(images, look, description, out, "detections", options.checkpoint)
     if options.show_glimpses:
         say(f"glimpses: {glimpse_pictures.write_page(out, report['images'])}")
     return _ended(report, "detections", "unreadable", out)
@@ -97,19 +98,20 @@ def classify(arguments: Sequence[str]) -> int:
         return {"boxes": boxes, "labels": found["labels"].cpu(), "scores": found["scores"].cpu()}
 
     out = Path(options.output)
-    report = _look_at(images, look, description.class_names, out, "regions", options.checkpoint)
+    report = _look_at(images, look, description, out, "regions", options.checkpoint)
     return _ended(report, "regions", "failed", out)
 
 
 def _look_at(
-    images: Sequence[Path], look: Look, class_names: Sequence[str], out: Path, kind: str, checkpoint: str
+    images: Sequence[Path], look: Look, description: Description, out: Path, kind: str, checkpoint: str
 ) -> dict[str, Any]:
     """Look at images one by one, draw what is found, and write ``KIND.json``; what cannot be read is named and left out."""
-    report: dict[str, Any] = {"checkpoint": checkpoint, "class_names": list(class_names), "images": [], "failed": []}
+    class_names = list(description.class_names)
+    report: dict[str, Any] = {"checkpoint": checkpoint, "class_names": class_names, "images": [], "failed": []}
     rows = list(zip(images, drawing_names(images, out), strict=True))
     for path, name in tqdm(rows, unit="image", disable=not sys.stderr.isatty()):
         try:
-            image = read_image(path)
+            image = read_image(path, pixels=description.pixels)
             found = look(path, image)
         except (DataError, OSError) as error:
             tqdm.write(printable(f"skipped: {error}"), file=sys.stderr)
@@ -136,7 +138,7 @@ def detect(detector: TwoStageDetector, image: Tensor, proposals: Tensor | None, 
 
     Args:
         detector: in evaluation mode.
-        image: ``[3, H, W]`` uint8 RGB.
+        image: ``[C, H, W]`` as :func:`detpipe.datasets.read_image` reads it.
         proposals: ``[P, 4]`` xyxy in pixels of the image, for a detector that takes precomputed ones; else None.
         score_threshold: detections below it are left out.
 
@@ -165,7 +167,11 @@ def find_images(names: Sequence[str]) -> list[Path]:
     for name in map(Path, names):
         refuse_special(name, UsageError)
         if name.is_dir():
-            inside = sorted(p for p in name.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            by_folder: dict[Path, list[str]] = {}
+            for path in name.rglob("*"):
+                if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                    by_folder.setdefault(path.parent, []).append(path.name)
+            inside = sorted(folder / file for folder, files in by_folder.items() for file in image_names(files))
             if not inside:
                 raise UsageError(f"folder {name} holds no image ({', '.join(IMAGE_SUFFIXES)})")
             paths.update(dict.fromkeys(inside))
@@ -214,6 +220,7 @@ def _ask_for_glimpses(detector: TwoStageDetector, checkpoint: str) -> None:
 
 
 def _draw(image: Tensor, found: Detection, class_names: Sequence[str]) -> Tensor:
+    image = to_picture(image)
     if "glimpses" in found:
         return glimpse_pictures.draw_glimpses(image, cast(GlimpsedDetection, found), class_names)
     return visualize.draw(image, found["boxes"], found["labels"], class_names, found["scores"])

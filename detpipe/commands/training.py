@@ -26,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from detpipe.commands.backbone_export import WEIGHTS, export_backbone
 from detpipe.datasets import ClassificationData, DetectionData
+from detpipe.datasets.sampling import describe_sampling
 from detpipe.datasets.stored_proposals import StoredProposals
 from detpipe.evaluation.proposal_faults import recall_note
 from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
@@ -35,6 +36,7 @@ from detpipe.regions.superpixel_localizer import SuperpixelLocalizer
 from detpipe.support.errors import DataError, UsageError
 from detpipe.training import callbacks, checkpoint, resume, run_folder
 from detpipe.training.configuration import CLI, CommandCLI, quiet
+from detpipe.types import RGB
 
 REGION_MODELS = (RegionClassifier, SuperpixelLocalizer)  # short names work for classes that are imported
 
@@ -151,6 +153,7 @@ def build(
     check(cli.model)
     for split in ("train", "val"):
         print(cli.datamodule.describe(split))
+    print(describe_sampling(cli.datamodule.loader.sampling, cli.datamodule), end="")
     return cli
 
 
@@ -212,10 +215,11 @@ def add_arguments(parser: LightningArgumentParser) -> None:
 
 
 def _describe(cli: CommandCLI, proposals: dict[str, Any] | None = None) -> checkpoint.Description:
-    """What checkpoints shall say about the model and the classes."""
+    """What checkpoints shall say about the model, the classes and the images."""
     names = tuple(cli.datamodule.class_names)
     ids = tuple(getattr(cli.datamodule, "category_ids", range(len(names))))
-    return checkpoint.Description(checkpoint.describe_model(cli.config.model), names, ids, proposals)
+    pixels = getattr(cli.datamodule, "pixels", RGB)
+    return checkpoint.Description(checkpoint.describe_model(cli.config.model), names, ids, proposals, pixels)
 
 
 def _report_recall(data: Any) -> None:

@@ -28,7 +28,9 @@ from detpipe.datasets.formats.voc import VOC, VOCFormat, load_voc
 from detpipe.datasets.formats.yolo import YOLO, load_yolo
 from detpipe.datasets.image_folder import ImageFolder
 from detpipe.datasets.resize import Resize
+from detpipe.datasets.sampling import Sampling
 from detpipe.datasets.shards.dataset import Shards
+from detpipe.types import PixelType
 
 __all__ = [
     "COCO",
@@ -49,8 +51,10 @@ __all__ = [
     "MixUp",
     "Mosaic",
     "Photometric",
+    "PixelType",
     "Resize",
     "SafeCrop",
+    "Sampling",
     "Shards",
     "Transform",
     "VOCFormat",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,14 +10,29 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
+from detpipe.datasets.sampling import Plan
 from detpipe.support.errors import DataError
 from detpipe.support.processes import rank_and_size
 
-Key = tuple[int, int]  # epoch, index: what a dataset needs to draw the same augmentation in any worker
+# epoch, index, and where the epoch has the image again, how often before: what a dataset needs to draw the same augmentation in
+# any worker
+Key = tuple[int, ...]
 
 
-class Repeat(tuple[int, int]):
+class Repeat(tuple[int, ...]):
     """The key of an image that keeps a process busy while others have it: it must not count a second time."""
+
+
+_AGAIN = 2
+
+
+def draws_again(again: Sequence[int]) -> tuple[int, ...]:
+    """What decides the draws of an image that an epoch has again, beside seed, epoch and index: apart from those of its size.
+
+    Args:
+        again: what a key has after the index.
+    """
+    return (_AGAIN, *again) if again else ()
 
 
 _POOL = 32  # batches that are shuffled together before they are sorted by shape
@@ -63,6 +78,9 @@ class EpochBatches(Sampler[list[Key]]):
     are dealt out in turns, so that every image comes once, and some processes may have a batch less; batches are halved until each
     process has one, since what follows an evaluation is done together.
 
+    With a `Plan`, an epoch of training has some images several times, each time with draws of its own. Where classes take turns,
+    batches are cut from the turns in order, whatever the shapes.
+
     With a `Locality`, the files of a few shards at a time are shuffled (training) or sorted by size (evaluation), those of the next
     after them; batches are shuffled within their pool. Where all shards are in one window, batches are as without it.
 
@@ -73,6 +91,10 @@ class EpochBatches(Sampler[list[Key]]):
         training: whether to shuffle; False for evaluation.
         smallest: an incomplete last batch with fewer images for each process is left out of training.
         locality: which images lie together; None where it does not matter.
+        plan: which images an epoch of training has, and how often; None for each once.
+
+    Raises:
+        ValueError: a batch size below 1, or classes that take turns with a locality of several windows.
     """
 
     def __init__(
@@ -83,9 +105,12 @@ class EpochBatches(Sampler[list[Key]]):
         training: bool = True,
         smallest: int = 1,
         locality: Locality | None = None,
+        plan: Plan | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.plan = plan if training else None
+        self._length = len(sizes) if self.plan is None else self.plan.length  # images an epoch
         self.smallest = smallest
         self.sizes = sizes
         self.batch_size = batch_size
@@ -95,6 +120,11 @@ class EpochBatches(Sampler[list[Key]]):
         self._done = (0, 0)  # an epoch, and how many of its batches the next iteration leaves out
         everywhere = locality is None or int(locality.windows().max(initial=0)) == 0
         self.locality = None if everywhere else locality
+        if self.locality is not None and self.plan is not None and self.plan.factors is None:
+            raise ValueError(
+                "loader.sampling.class_balanced takes images from everywhere, but only those of window shards are read together; "
+                "set window to the number of shards, or take repeat_factor"
+            )
         self._evaluation = [] if training else self._same_size_batches()
 
     @property
@@ -117,7 +147,7 @@ class EpochBatches(Sampler[list[Key]]):
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The indices of every batch of an epoch that is this process' to load."""
-        return [batch for batch, _ in self._dealt(epoch)]
+        return [[index for index, _ in batch] for batch, _ in self._dealt(epoch)]
 
     def __iter__(self) -> Iterator[list[Key]]:
         return self._keys(self.epoch)
@@ -126,20 +156,21 @@ class EpochBatches(Sampler[list[Key]]):
         stopped, done = self._done  # looked at with the first batch, since PyTorch makes iterators that it never uses
         self._done = (0, 0)
         for batch, repeated in islice(self._dealt(epoch), done if epoch == stopped else 0, None):
-            yield [Repeat((epoch, index)) if repeated else (epoch, index) for index in batch]  # there may be millions
+            keys = ((epoch, index, copy) if copy else (epoch, index) for index, copy in batch)  # there may be millions
+            yield [Repeat(key) if repeated else key for key in keys]
 
     def __len__(self) -> int:
         rank, size = rank_and_size()
         if not self.training:
             return len(self._evaluation_batches(rank, size))
-        whole, rest = divmod(len(self.sizes), self.batch_size * size)
+        whole, rest = divmod(self._length, self.batch_size * size)
         return whole + (rest >= self._least(size))
 
-    def _dealt(self, epoch: int) -> list[tuple[list[int], bool]]:
-        """The batches of this process, and whether each is a repeat."""
+    def _dealt(self, epoch: int) -> list[tuple[list[tuple[int, int]], bool]]:
+        """The batches of this process, of images and how often each came before, and whether each is a repeat."""
         rank, size = rank_and_size()
         if not self.training:
-            return [(batch, False) for batch in self._evaluation_batches(rank, size)]
+            return [([(index, 0) for index in batch], False) for batch in self._evaluation_batches(rank, size)]
         return [
             (batch[rank::size], False) if rank < len(batch) else ([batch[rank % len(batch)]], True)
             for batch in self._shuffled_batches(epoch, size)
@@ -158,20 +189,24 @@ class EpochBatches(Sampler[list[Key]]):
         """The fewest images of a last batch of all processes."""
         return 1 if self.smallest <= 1 else min(self.smallest, self.batch_size) * processes
 
-    def _shuffled_batches(self, epoch: int, processes: int) -> list[list[int]]:
+    def _shuffled_batches(self, epoch: int, processes: int) -> list[list[tuple[int, int]]]:
         batch_size = self.batch_size * processes
         random = np.random.default_rng((self.seed, epoch))
-        order = random.permutation(len(self.sizes))
+        order = random.permutation(len(self.sizes)) if self.plan is None else self.plan.draw(random)
         if self.locality is not None:
             windows = self.locality.windows(random)
             order = order[np.argsort(windows[order], kind="stable")]
+        drawn = np.column_stack([order, _times_before(order)])
+        in_turns = self.plan is not None and self.plan.factors is None
         aspect = self.sizes[:, 0] / self.sizes[:, 1]
         area = self.sizes.astype(np.int64).prod(1)
-        pools: list[list[list[int]]] = []
+        pools: list[list[list[tuple[int, int]]]] = []
         for start in range(0, len(order), _POOL * batch_size):
-            pool = order[start : start + _POOL * batch_size]
-            pool = pool[np.lexsort((area[pool], aspect[pool]))]  # stable: images of one shape stay shuffled
-            pools.append([pool[i : i + batch_size].tolist() for i in range(0, len(pool), batch_size)])
+            pool = drawn[start : start + _POOL * batch_size]
+            if not in_turns:  # stable: images of one shape stay shuffled
+                pool = pool[np.lexsort((area[pool[:, 0]], aspect[pool[:, 0]]))]
+            pairs: list[tuple[int, int]] = [(index, copy) for index, copy in pool.tolist()]
+            pools.append([pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)])
         if pools and len(pools[-1][-1]) < self._least(processes):
             pools[-1].pop()
         if self.locality is None:
@@ -185,3 +220,12 @@ class EpochBatches(Sampler[list[Key]]):
         changes = np.flatnonzero((np.diff(keys[order], axis=0) != 0).any(1)) + 1
         groups = np.split(order, changes)
         return [g[i : i + self.batch_size].tolist() for g in groups for i in range(0, len(g), self.batch_size)]
+
+
+def _times_before(order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How often each entry stands before its place: [7, 3, 7, 7] -> [0, 0, 1, 2]."""
+    by_image = np.argsort(order, kind="stable")
+    counts = np.bincount(order)
+    before = np.empty_like(order)
+    before[by_image] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return before

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets.augment.augmentation import reseed
-from detpipe.datasets.batches import Key
+from detpipe.datasets.batches import Key, draws_again
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.faults import OnBad
+from detpipe.datasets.sampling import Presence
 from detpipe.support.terminal import printable
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ class LabeledImageDataset(Dataset[Sample]):
         """Read one image.
 
         Args:
-            key: the epoch and the index of the image.
+            key: the epoch and the index of the image, and where the epoch has it again, how often before.
 
         Returns:
             The view, ``[3, size, size]`` uint8 RGB, its label, and the file name.
@@ -222,9 +223,9 @@ class LabeledImageDataset(Dataset[Sample]):
         Raises:
             DataError: if the image cannot be read; the message names it.
         """
-        epoch, index = key
+        epoch, index, *again = key
         image = read_image(self.images.path(index))
-        seed = (self.seed, epoch, index)
+        seed = (self.seed, epoch, index, *draws_again(again))
         view = self.views.training(image, seed) if self.training else self.views.evaluation(image)
         return view, int(self.images.labels[index]), self.images.names[index]
 
@@ -342,10 +343,19 @@ class ClassificationData(LightningDataModule, ABC):
         """Batches of the validation split, every image once, in an order that never changes, its center."""
         return self._dataloader("val", training=False)
 
+    def presence(self, split: LabeledSplit) -> Presence:
+        """Which class is in which image of a split."""
+        images = self.images(split)
+        labels = np.asarray(images.labels, dtype=np.int64)
+        return Presence(len(images), np.arange(len(images)), labels, tuple(images.class_names))
+
     def describe(self, split: LabeledSplit) -> str:
         """One line about a split: images, classes, and everything that was left out."""
         return printable(f"{split}: {self.images(split).describe()}")
 
     def _dataloader(self, split: LabeledSplit, training: bool) -> DataLoader:
         sizes = np.broadcast_to(np.int32(self.views.size), (len(self.images(split)), 2))
-        return self.loader.load(self.dataset(split, training), sizes, self.seed, training, collate_labeled, _SMALLEST)
+        dataset = self.dataset(split, training)
+        return self.loader.load(
+            dataset, sizes, self.seed, training, collate_labeled, _SMALLEST, presence=self.presence(split)
+        )

@@ -16,16 +16,17 @@ from detpipe.datasets.augment.augmentation import Augment
 from detpipe.datasets.batches import EpochBatches, Locality
 from detpipe.datasets.classes import Classes, select_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
-from detpipe.datasets.faults import SHOWN, Collected, OnBad
+from detpipe.datasets.faults import SHOWN, Collected, OnBad, Policy, Skip
 from detpipe.datasets.formats.class_list import compare_classes
 from detpipe.datasets.resize import Resize
+from detpipe.datasets.sampling import Presence, Sampling
 from detpipe.datasets.segmentations import check_segmentations
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.datasets.stratify import divide_annotations
 from detpipe.datasets.workers import PackedBatch, collate
 from detpipe.support.errors import DataError
 from detpipe.support.terminal import printable
-from detpipe.types import Annotations
+from detpipe.types import Annotations, PixelType, Range
 
 Split = Literal["train", "val", "test"]
 _CLASSES_SHOWN = 10
@@ -54,6 +55,7 @@ class Loader:
         num_workers: processes that load images; 0 loads in the main process. The batches do not depend on it.
         timeout: seconds to wait for a batch before a hanging worker is an error; 0 waits forever.
         pin_memory: page-locked memory for faster copies to a GPU; null means where CUDA is available.
+        sampling: how often training images of rare classes come; null for each image once an epoch.
     """
 
     batch_size: int = 8
@@ -61,6 +63,7 @@ class Loader:
     num_workers: int = 2
     timeout: float = 0.0
     pin_memory: bool | None = None
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or (self.eval_batch_size is not None and self.eval_batch_size < 1):
@@ -79,6 +82,7 @@ class Loader:
         collate_fn: Callable[[list[Any]], Any],
         smallest: int = 1,
         locality: Locality | None = None,
+        presence: Presence | None = None,
     ) -> LateLoader:
         """Batch a split.
 
@@ -90,14 +94,23 @@ class Loader:
             collate_fn: makes a batch of samples.
             smallest: a training batch of fewer images is left out.
             locality: which images lie together and are read together; None where it does not matter.
+            presence: which classes are in which images; only needed where ``sampling`` asks.
 
         Returns:
             The batches.
+
+        Raises:
+            ValueError: ``sampling`` without presence, or one that the locality does not allow.
         """
+        plan = None
+        if training and self.sampling is not None:
+            if presence is None:
+                raise ValueError("loader.sampling needs the classes of the images: give presence, or set it to null")
+            plan = self.sampling.plan(presence)
         batch_size = self.batch_size if training else self.eval_batch_size or self.batch_size
         return LateLoader(
             dataset,
-            batch_sampler=EpochBatches(sizes, batch_size, seed, training, smallest, locality),
+            batch_sampler=EpochBatches(sizes, batch_size, seed, training, smallest, locality, plan),
             num_workers=self.num_workers,
             collate_fn=collate_fn,
             pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
@@ -135,6 +148,9 @@ class DetectionData(LightningDataModule, ABC):
         proposals: split -> proposal store, whose boxes then ride in the targets of that split; see
             :class:`detpipe.PrecomputedProposals`.
         resize: to which size images are brought by the data workers; null leaves it to the detector.
+        channels: of images, and of the first layer of the backbone: 1 is grey, 3 are RGB; others must be those of the files.
+        range: the values of black and white in the files, such as ``[0, 65535]``; ``dtype`` takes all that a file's type holds.
+            Images are then floating point at full depth. Null: 8 bits, of 16 bits the high byte.
         split: ``{val: 0.2}`` or ``{val: 0.1, test: 0.1}``: these shares of the training split become the validation and test split,
             with equal shares of every class; decided by the content of the images, so that it is the same for everyone, and
             equal images stay together. Null: each split is what its own argument names.
@@ -153,6 +169,8 @@ class DetectionData(LightningDataModule, ABC):
         on_bad: OnBad = "error",
         proposals: dict[str, str] | None = None,
         resize: Resize | None = None,
+        channels: int = 3,
+        range: Range = None,
         split: dict[str, float] | None = None,
         classes: Classes | None = None,
         allow_links: bool = False,
@@ -162,8 +180,9 @@ class DetectionData(LightningDataModule, ABC):
             raise ValueError(f"seed must not be negative, got {seed}")
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
-        if augment is not None and augment.transforms:
-            augment.check()
+        self.channels, self.pixels = channels, PixelType(channels, range)
+        if augment is not None:
+            augment.check(self.pixels)
         self.loader = loader
         self.augment = augment
         self.resize = resize
@@ -215,6 +234,10 @@ class DetectionData(LightningDataModule, ABC):
                 compare_classes(other, known, split, loaded)
             self._annotations[split] = loaded
         return self._annotations[split]
+
+    def policy(self, faults: Collected | None) -> Policy:
+        """What `load` does at a faulty record: what takes all faults, if it is given, else what ``on_bad`` says."""
+        return faults or ("error" if self.on_bad == "error" else Skip(self.pixels))
 
     def _loaded(self, split: Split, faults: Collected | None) -> Annotations:
         annotations = self.load(split) if faults is None else self.load(split, faults)
@@ -333,9 +356,8 @@ class DetectionData(LightningDataModule, ABC):
         if augment is not None and augment.combine.masks:
             self._read_masks(split)
         resize = self.resize if augmented or self.resize is None else self.resize.for_evaluation()
-        return DetectionDataset(
-            self.annotations(split), augment, self.seed, self.proposals(split), self.contents(split), resize
-        )
+        proposals, contents = self.proposals(split), self.contents(split)
+        return DetectionDataset(self.annotations(split), augment, self.seed, proposals, contents, resize, self.pixels)
 
     def reads_outlines(self, split: Split) -> bool:
         """Whether `load` is to read the outlines of the objects as well, if the data set has some."""
@@ -369,7 +391,7 @@ class DetectionData(LightningDataModule, ABC):
         check_segmentations(annotations)
 
     def train_dataloader(self) -> DataLoader:
-        """Batches ``(list of [3, H, W] uint8, list of targets)``, shuffled and augmented by (seed, epoch)."""
+        """Batches ``(list of [C, H, W], list of targets)``, shuffled and augmented by (seed, epoch)."""
         return self._dataloader("train", training=True)
 
     def val_dataloader(self) -> DataLoader:
@@ -406,11 +428,18 @@ class DetectionData(LightningDataModule, ABC):
         remarks += [f"{key}: {n}" for key, n in a.counts.items() if n and ("clipped" in key or "skipped" in key)]
         return printable("; ".join([f"{split}: {len(a)} images, {len(a.boxes)} boxes ({', '.join(shown)})", *remarks]))
 
+    def presence(self, split: Split) -> Presence:
+        """Which classes are in which images of a split."""
+        return Presence.of(self.annotations(split))
+
     def _any_split(self) -> Annotations:
         """A split that has been read, else the validation split, which is the quickest to read."""
         return next(iter(self._annotations.values())) if self._annotations else self.annotations("val")
 
     def _dataloader(self, split: Split, training: bool) -> DataLoader:
         dataset = self.dataset(split, augmented=training)
-        sizes, locality = self.annotations(split).sizes, self.locality(split)
-        return self.loader.load(dataset, sizes, self.seed, training, collate, locality=locality)
+        annotations, locality = self.annotations(split), self.locality(split)
+        presence = self.presence(split) if training and self.loader.sampling is not None else None
+        return self.loader.load(
+            dataset, annotations.sizes, self.seed, training, collate, locality=locality, presence=presence
+        )

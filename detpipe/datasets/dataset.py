@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from detpipe.datasets.augment.augmentation import Augment, Neighbors
-from detpipe.datasets.batches import Key, Repeat
+from detpipe.datasets.batches import Key, Repeat, draws_again
 from detpipe.datasets.decode import read_reduced
 from detpipe.datasets.records import check_size
 from detpipe.datasets.resize import Resize, resample
@@ -22,7 +22,7 @@ from detpipe.datasets.segmentations import draw_masks
 from detpipe.datasets.workers import share_with_workers
 from detpipe.images import Size, targets_to_batch
 from detpipe.support.errors import DataError
-from detpipe.types import Annotations, Segmentations, Target
+from detpipe.types import RGB, Annotations, PixelType, Segmentations, Target
 
 share_with_workers(Annotations, Segmentations)
 
@@ -58,10 +58,11 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         proposals: precomputed boxes by image id, which then ride in the target as ``proposals``.
         contents: where the image files are, if not at their names.
         resize: to which size images are brought, after the augmentation; None leaves them as they are.
+        pixels: the channels and values of images.
 
     Raises:
         DataError: the augmentation needs more images, or instance masks that the annotations do not have.
-        ValueError: a transform of the augmentation has arguments that it does not take.
+        ValueError: a transform of the augmentation has arguments that it does not take, or is not for such pixels.
     """
 
     def __init__(
@@ -72,15 +73,17 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         proposals: Proposals | None = None,
         contents: Contents | None = None,
         resize: Resize | None = None,
+        pixels: PixelType = RGB,
     ) -> None:
         if augment is not None:
-            _check(augment, annotations)
+            _check(augment, annotations, pixels)
         self.annotations = annotations
         self.augment = augment
         self.seed = seed
         self.proposals = proposals
         self.contents = contents
         self.resize = resize
+        self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -89,16 +92,17 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         """Read one image.
 
         Args:
-            key: the epoch and the index of the image; a `Repeat` marks its target as ``repeated``.
+            key: the epoch and the index of the image, and where the epoch has it again, how often before; a `Repeat` marks its
+                target as ``repeated``.
 
         Returns:
-            The image, ``[3, H, W]`` uint8 RGB, channels last in memory, and its target.
+            The image, ``[C, H, W]`` uint8 or float32 in 0..1, channels last in memory, and its target.
 
         Raises:
             DataError: if the image, or one that is combined with it, cannot be read, or is not of the annotated size.
         """
-        epoch, index = key
-        draws = (self.seed, epoch, index)
+        epoch, index, *again = key
+        draws = (self.seed, epoch, index, *draws_again(again))
         height, width = self.annotations.sizes[index].tolist()
         side, near = 0, (height, width)
         if self.resize is not None:
@@ -136,7 +140,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             path, content = self.annotations.root / str(self.annotations.file_names[index]), None
         else:
             path, content = self.contents.name(index), self.contents.read(index)
-        decoded = read_reduced(path, size, content)
+        decoded = read_reduced(path, size, content, self.pixels)
         check_size(path, decoded.size, (height, width))
         image = resample(decoded.pixels, size, (height / decoded.factor, width / decoded.factor))
         return image, targets_to_batch([self.target(index)], [(height, width)], [size])[0]
@@ -160,7 +164,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         return target
 
 
-def _check(augment: Augment, annotations: Annotations) -> None:
+def _check(augment: Augment, annotations: Annotations, pixels: PixelType) -> None:
     """Find before the first image what an augmentation lacks."""
     combine = augment.combine
     if len(annotations) < combine.images:
@@ -169,8 +173,7 @@ def _check(augment: Augment, annotations: Annotations) -> None:
         raise DataError(
             f"{annotations.root}: augment.combine.copy_paste needs instance masks, and the annotations have none; set it to null"
         )
-    if augment.transforms:
-        augment.check()
+    augment.check(pixels)
 
 
 def start_worker(_: int) -> None:

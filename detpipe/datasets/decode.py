@@ -1,4 +1,4 @@
-"""Image files to 3 x 8-bit RGB by one written rule, whichever library decodes them.
+"""Image files to tensors by one written rule, whichever library decodes them: 3 x 8-bit RGB, unless other pixels are asked for.
 
 JPEGs are decoded by simplejpeg where it is installed (extra ``fast``), else by torchvision, both quicker than Pillow and with the
 same pixels; everything else by Pillow.
@@ -9,11 +9,13 @@ whole picture.
 
 The rules, the same for every format and scale:
 
-1. EXIF orientation is applied, so that boxes belong to the picture as it is looked at. `image_size` agrees with it.
-2. Grey becomes three equal channels, CMYK and palette colors are converted, an alpha channel is dropped.
-3. 16-bit values are scaled to 8 bits (the high byte is kept), never clipped. Formats without a fixed white point
-   (32-bit integers, floating point) are refused.
-4. The first frame of an animation is taken.
+1. EXIF orientation is applied, so that boxes belong to the picture as it is looked at. `image_size` agrees with it. What Pillow
+   has turned already (TIFF) is not turned again.
+2. Grey becomes three equal channels, CMYK and palette colors are converted, an alpha channel is dropped. Where one channel is
+   wanted, colors become grey (ITU-R 601); any other number of channels must be that of the file.
+3. 16-bit values are scaled to 8 bits (the high byte is kept), never clipped, or with a ``range`` to 0..1 at full depth. Formats
+   without a fixed white point (32-bit integers, floating point) are refused unless there is a range of two values.
+4. The first frame of an animation is taken; grey pages of a TIFF are channels where neither one nor three are wanted.
 5. A header that announces more than `MAX_PIXELS` pixels is refused before anything is decoded.
 6. A file that ends early is refused: no half-grey pictures.
 """
@@ -21,8 +23,9 @@ The rules, the same for every format and scale:
 from __future__ import annotations
 
 import io
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -36,53 +39,68 @@ import torchvision.io
 from PIL import Image
 from torch import Tensor
 
+from detpipe.datasets.planes import (
+    ADVICE,
+    MAX_PIXELS,
+    ORIENTATION,
+    Planes,
+    Refused,
+    check_pixels,
+    convert,
+    is_npy,
+    is_tiff,
+    pillow_planes,
+    read_header,
+    read_planes,
+)
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
+from detpipe.types import RGB, PixelType
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Reduced", "decoded_size", "image_format", "image_names", "image_size"]
+__all__ += ["read_image", "read_reduced"]
+
+# of files found by looking, as Pillow knows them; a format that this Pillow was built without is an error when it is read
 IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".bmp",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".ppm",
-)  # of files found by looking
-_ORIENTATION = 0x0112  # EXIF tag
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo"),
+    *(".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".avif", ".avifs"),
+    *(".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+    ".npy",
+)
 _TURNED = (5, 6, 7, 8)  # orientations that exchange height and width
 _LEAST_REDUCED = 16  # pixels: below it, two scales of libjpeg may give pictures of one size
-_ADVICE = "replace the file, or set on_bad to 'skip' to leave it out and count it"
 
 
 class Reduced(NamedTuple):
     """A picture decoded at a part of its scale."""
 
-    pixels: Tensor  # [3, ceil(H / factor), ceil(W / factor)] uint8 RGB, upright; in memory the channels come last
+    pixels: Tensor  # [C, ceil(H / factor), ceil(W / factor)], upright; in memory the channels come last
     size: tuple[int, int]  # H, W: height and width of the upright picture in its file
     factor: int  # 1, 2, 4 or 8: pixel (x, y) covers [x * factor, (x + 1) * factor) x [y * factor, ...) of the file
 
 
-def read_image(path: str | Path, content: bytes | None = None) -> Tensor:
+def read_image(path: str | Path, content: bytes | None = None, pixels: PixelType = RGB) -> Tensor:
     """Decode an image file.
 
     Args:
-        path: a JPEG, PNG, or any other format that Pillow reads.
+        path: a JPEG, PNG, NPY, or any other format that Pillow reads; TIFF of any number of channels.
         content: the bytes of the file, where they lie elsewhere, such as in a shard; messages name the path all the same.
+        pixels: the channels and values that are wanted.
 
     Returns:
-        ``[3, H, W]`` uint8 RGB, upright (EXIF orientation applied).
+        ``[C, H, W]``, upright (EXIF orientation applied): uint8, or float32 in 0..1 where ``pixels`` has a range.
 
     Raises:
-        DataError: if the file is missing, is not an image, ends early, is too large, or has pixels without a fixed
-            range; the message names the path.
+        DataError: if the file is missing, is not an image, ends early, is too large, has pixels without a fixed range, or other
+            channels than are wanted; the message names the path.
     """
-    return _read(path, content, None).pixels.contiguous()
+    return _read(path, content, None, pixels).pixels.contiguous()
 
 
-def read_reduced(path: str | Path, least: tuple[int, int], content: bytes | None = None) -> Reduced:
+def read_reduced(
+    path: str | Path, least: tuple[int, int], content: bytes | None = None, pixels: PixelType = RGB
+) -> Reduced:
     """Decode an image file at the smallest scale that has no fewer pixels than are wanted.
 
     Only a JPEG in grey or in YCbCr has smaller scales; a picture that EXIF turns or mirrors has those that divide its sides,
@@ -92,6 +110,7 @@ def read_reduced(path: str | Path, least: tuple[int, int], content: bytes | None
         path: as for `read_image`.
         least: height and width that the upright picture shall have at least.
         content: as for `read_image`.
+        pixels: as for `read_image`.
 
     Returns:
         The pixels, the size in the file, and by how much they differ.
@@ -99,32 +118,54 @@ def read_reduced(path: str | Path, least: tuple[int, int], content: bytes | None
     Raises:
         DataError: as for `read_image`.
     """
-    return _read(path, content, least)
+    return _read(path, content, least, pixels)
 
 
-def _read(path: str | Path, content: bytes | None, least: tuple[int, int] | None) -> Reduced:
-    if content is None:
-        refuse_special(path)
-    try:
+def decoded_size(path: str | Path, content: bytes | None = None, pixels: PixelType | None = None) -> tuple[int, int]:
+    """Decode an image file, to know that it can be.
+
+    Args:
+        path: as for `read_image`.
+        content: as for `read_image`.
+        pixels: as for `read_image`; None takes any channels that it has, at 8 bits.
+
+    Returns:
+        Height and width of the upright picture.
+
+    Raises:
+        DataError: as for `read_image`.
+    """
+    return _read(path, content, None, pixels).size
+
+
+def _read(path: str | Path, content: bytes | None, least: tuple[int, int] | None, pixels: PixelType | None) -> Reduced:
+    """Decode a file; without ``pixels``, with the channels that it has, at 8 bits."""
+    with _named(path, content, "decoded"):
         data = Path(path).read_bytes() if content is None else content
-        with _quiet(), Image.open(io.BytesIO(data)) as image:
-            _check_pixels(image, path)
-            orientation = image.getexif().get(_ORIENTATION, 1)
-            size = (image.height, image.width)
-            factor = 1
-            if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
-                factor = 1 if least is None else _factor(size, least, orientation)
-                pixels = _decode_jpeg(data, image, factor)
-            else:
-                pixels = torch.from_numpy(_to_rgb(image, path)).permute(2, 0, 1)
-    except (DataError, MemoryError):
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image file; check the image folder and the file name") from error
-    except Exception as error:  # decoders raise anything from struct.error to SyntaxError on damaged files
-        raise DataError(f"{path}: cannot be decoded as an image ({_reason(error)}); {_ADVICE}") from error
-    height, width = size[::-1] if orientation in _TURNED else size
-    return Reduced(_upright(pixels, orientation), (height, width), factor)
+        wide = read_planes(data, pixels or RGB)
+        found, size, factor = (wide, wide.values.shape[:2], 1) if wide else _decode(data, least, pixels or RGB)
+        height, width = size[::-1] if found.orientation in _TURNED else size
+        values = convert(found.values, found.alpha, pixels or PixelType(found.values.shape[2]))
+        image = _upright(torch.from_numpy(values).permute(2, 0, 1), found.orientation)
+        return Reduced(image, (height, width), factor)
+
+
+def _decode(data: bytes, least: tuple[int, int] | None, pixels: PixelType) -> tuple[Planes, tuple[int, int], int]:
+    """What Pillow reads, a JPEG at the smallest scale that is large enough; the size as stored, and the factor of the scale."""
+    with Image.open(io.BytesIO(data)) as image:
+        check_pixels(image.height, image.width)
+        size = (image.height, image.width)
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+            orientation = image.getexif().get(ORIENTATION, 1)
+            factor = 1 if least is None else _factor(size, least, orientation)
+            values = _decode_jpeg(data, image, factor)
+            if image.mode == "L" and pixels.channels != 3:
+                values = values[:, :, :1]
+            return Planes(values, False, orientation), size, factor
+        found = pillow_planes(image, pixels)
+        # Pillow turns a TIFF when it is loaded, and forgets its orientation
+        orientation = image.getexif().get(ORIENTATION, 1)
+        return found._replace(orientation=orientation), (image.height, image.width), 1
 
 
 def image_size(path: str | Path, content: bytes | None = None) -> tuple[int, int]:
@@ -142,19 +183,37 @@ def image_size(path: str | Path, content: bytes | None = None) -> tuple[int, int
     Raises:
         DataError: if the file is missing, is not an image or is too large; the message names the path.
     """
-    if content is None:
-        refuse_special(path)
-    try:
-        with _quiet(), Image.open(path if content is None else io.BytesIO(content)) as image:
-            _check_pixels(image, path)
-            width, height = image.size
-            return (width, height) if image.getexif().get(_ORIENTATION, 1) in _TURNED else (height, width)
-    except (DataError, MemoryError):
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image file; check the image folder and the file name") from error
-    except Exception as error:  # as above
-        raise DataError(f"{path}: cannot be read as an image ({_reason(error)}); {_ADVICE}") from error
+    with _named(path, content, "read"), open(path, "rb") if content is None else io.BytesIO(content) as stream:
+        header = read_header(stream)
+        stream.seek(0)
+        if header is not None:
+            (height, width), orientation = (header.height, header.width), header.orientation
+            check_pixels(height, width)
+        else:
+            with Image.open(stream) as image:
+                check_pixels(image.height, image.width)
+                (width, height), orientation = image.size, image.getexif().get(ORIENTATION, 1)
+        return (width, height) if orientation in _TURNED else (height, width)
+
+
+def image_names(names: Iterable[str]) -> list[str]:
+    """Choose the images among the files of a folder.
+
+    Args:
+        names: of the files of one folder.
+
+    Returns:
+        Those with a suffix of `IMAGE_SUFFIXES`, in order; without ``.npy`` beside another image of the same stem, as a program
+        that keeps decoded images leaves it.
+
+    Example:
+        >>> image_names(["a.JPG", "a.npy", "b.npy", "b.txt"])
+        ['a.JPG', 'b.npy']
+    """
+    found = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    arrays = {name for name in found if name.lower().endswith(".npy")}
+    others = {os.path.splitext(name)[0] for name in found if name not in arrays}
+    return [name for name in found if name not in arrays or os.path.splitext(name)[0] not in others]
 
 
 def image_format(content: bytes) -> str:
@@ -163,6 +222,10 @@ def image_format(content: bytes) -> str:
     Args:
         content: of a file that `image_size` could read.
     """
+    if is_npy(content):
+        return "NPY"
+    if is_tiff(content):
+        return "TIFF"
     with _quiet(), Image.open(io.BytesIO(content)) as image:
         return image.format or "img"
 
@@ -175,13 +238,22 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _check_pixels(image: Image.Image, path: str | Path) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise DataError(
-            f"{path}: the header announces {width} x {height} = {width * height} pixels, more than the limit of "
-            f"{MAX_PIXELS}; {_ADVICE}"
-        )
+@contextmanager
+def _named(path: str | Path, content: bytes | None, done: str) -> Iterator[None]:
+    """Let every error name the file."""
+    if content is None:
+        refuse_special(path)
+    try:
+        with _quiet():
+            yield
+    except (DataError, MemoryError):
+        raise
+    except Refused as error:
+        raise DataError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such image file; check the image folder and the file name") from error
+    except Exception as error:  # decoders raise anything from struct.error to SyntaxError on damaged files
+        raise DataError(f"{path}: cannot be {done} as an image ({_reason(error)}); {ADVICE}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -212,38 +284,25 @@ def _jpeg_decoder() -> Literal["simplejpeg", "torchvision", "pillow"]:
     return "torchvision" if hasattr(torchvision.io, "decode_jpeg") else "pillow"
 
 
-def _decode_jpeg(data: bytes, image: Image.Image, factor: int) -> Tensor:
-    """[3, ceil(H / factor), ceil(W / factor)]; the bytes, and Pillow's look at them."""
+def _decode_jpeg(data: bytes, image: Image.Image, factor: int) -> npt.NDArray[np.uint8]:
+    """[ceil(H / factor), ceil(W / factor), 3]; the bytes, and Pillow's look at them."""
     decoder = _jpeg_decoder()
     if decoder == "simplejpeg":
         import simplejpeg
 
         least = {"min_height": -(-image.height // factor), "min_width": -(-image.width // factor), "min_factor": 1.0}
         try:
-            pixels = simplejpeg.decode_jpeg(
+            return simplejpeg.decode_jpeg(
                 data, "RGB", fastdct=False, fastupsample=False, **(least if factor > 1 else {})
             )
-            return torch.from_numpy(pixels).permute(2, 0, 1)
         except ValueError:  # it is strict about harmless remarks of libjpeg too: the verdict is Pillow's
             decoder = "pillow"
     if decoder == "torchvision" and factor == 1:
         raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return cast(Tensor, torchvision.io.decode_jpeg(raw, mode=torchvision.io.ImageReadMode.RGB))
+        pixels = cast(Tensor, torchvision.io.decode_jpeg(raw, mode=torchvision.io.ImageReadMode.RGB))
+        return pixels.permute(1, 2, 0).numpy()
     if factor > 1:
         image.draft(None, (image.width // factor, image.height // factor))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def _to_rgb(image: Image.Image, path: str | Path) -> npt.NDArray[np.uint8]:
-    """[H, W, 3]; decoding happens here, so that a file that ends early raises here."""
-    sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    if sixteen_bit:
-        grey = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise DataError(
-            f"{path}: pixel mode {image.mode!r} has no fixed white point; convert the file to 8 or 16 bits a channel"
-        )
     return np.array(image.convert("RGB"))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from detpipe.support.errors import DataError
+from detpipe.types import PixelType
 
 OnBad = Literal["error", "skip"]
 SHOWN = 20  # faults that a message lists before it only gives the total
@@ -43,7 +44,18 @@ class Collected:
     faults: list[Fault] = field(default_factory=list)
 
 
-Policy = OnBad | Collected
+@dataclass(frozen=True)
+class Skip:
+    """The policy ``"skip"`` where it is known what images are read as: those that cannot be are left out too.
+
+    Args:
+        pixels: the channels and values of the images.
+    """
+
+    pixels: PixelType
+
+
+Policy = OnBad | Skip | Collected
 
 
 class Faults:
@@ -52,15 +64,19 @@ class Faults:
     Args:
         source: the annotation file or folder that messages name.
         on_bad: ``"error"`` raises at `check` if there was any fault; ``"skip"`` counts a faulty record by its reason,
-            and raises only for what must never be skipped (`fatal`); a `Collected` takes all faults, and nothing raises.
+            and raises only for what must never be skipped (`fatal`), and so does a `Skip`; a `Collected` takes all faults, and
+            nothing raises.
         allow_links: whether images may lie outside of the folder of the data set, by links or by names in lists.
     """
 
     def __init__(self, source: str | Path, on_bad: Policy, allow_links: bool = False) -> None:
-        if not isinstance(on_bad, Collected) and on_bad not in ("error", "skip"):
+        if not isinstance(on_bad, Skip | Collected) and on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
         self.source = source
-        self.on_bad = on_bad
+        self.pixels = (
+            on_bad.pixels if isinstance(on_bad, Skip) else None
+        )  # what images are read as; None if any will do
+        self.on_bad: OnBad | Collected = "skip" if isinstance(on_bad, Skip) else on_bad
         self.allow_links = allow_links
         self.skipped: Counter[str] = Counter()  # "boxes skipped: zero or negative size" -> how many
         self._messages: list[str] = []

@@ -170,7 +170,8 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir()
+    name = entry.name.lower()  # an array beside an image is how a program keeps it decoded
+    return name.endswith(IMAGE_SUFFIXES) and not name.endswith(".npy") and not entry.is_dir()
 
 
 def _readable(images: LabeledImages, faults: Faults) -> LabeledImages:

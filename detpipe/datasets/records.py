@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.datasets.decode import read_image
+from detpipe.datasets.decode import decoded_size
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.workers import look_at_images
 from detpipe.support.errors import DataError
@@ -309,7 +309,7 @@ def check_pixels(
     def look(row: int) -> DataError | None:
         try:
             name, content = open_image(row)
-            height, width = read_image(name, content).shape[1:]
+            height, width = decoded_size(name, content, faults.pixels)
             check_size(name, (height, width), tuple(sizes[row].tolist()))
         except DataError as error:
             return error

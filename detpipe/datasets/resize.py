@@ -158,12 +158,12 @@ class Resize:
         """Resize an image with its boxes, proposals and areas, and pad it if the policy says so.
 
         Args:
-            image: ``[3, H, W]`` uint8 RGB.
+            image: ``[C, H, W]`` uint8, or floating point in 0..1.
             target: boxes in pixels of the image; not changed.
             min_size: as drawn, or :attr:`evaluation_size`.
 
         Returns:
-            The new image ``[3, H', W']`` uint8, channels last in memory, and its target with ``content_size``.
+            The new image ``[C, H', W']`` of the same type, channels last in memory, and its target with ``content_size``.
         """
         old = (image.shape[1], image.shape[2])
         new = self.content_size(old, min_size)
@@ -177,29 +177,31 @@ def pad(image: Tensor, side: int) -> Tensor:
     """Put a picture into the top left corner of a square of the mean color.
 
     Args:
-        image: ``[3, H, W]`` uint8, H and W at most ``side``.
+        image: ``[C, H, W]`` uint8, or floating point in 0..1; H and W at most ``side``.
         side: of the square, in pixels.
 
     Returns:
-        ``[3, side, side]`` uint8, channels last in memory.
+        ``[C, side, side]`` of the same type, channels last in memory; the three values of the color are repeated.
     """
-    canvas = torch.tensor(PADDING, dtype=torch.uint8).repeat(side, side, 1)
+    color = torch.tensor([PADDING[k % 3] for k in range(image.shape[0])])
+    color = color / 255 if image.is_floating_point() else color
+    canvas = color.to(image.dtype).repeat(side, side, 1)
     canvas[: image.shape[1], : image.shape[2]] = image.permute(1, 2, 0)
     return canvas.permute(2, 0, 1)
 
 
 def resample(image: Tensor, size: Size, extent: tuple[float, float] | None = None) -> Tensor:
-    """Resize 8-bit pixels bilinearly, smoothed where they shrink, to within one gray level of the same in floating point.
+    """Resize pixels bilinearly, smoothed where they shrink; 8-bit ones to within one gray level of the same in floating point.
 
     Args:
-        image: ``[3, H, W]`` uint8; fastest where the channels come last in memory.
+        image: ``[C, H, W]`` uint8 or floating point; fastest where the channels come last in memory.
         size: new height and width.
         extent: height and width of the part of the image that becomes the whole new one, from its top left corner; above H - 1
             and W - 1, and above the new size. The last row and column of a picture decoded at a smaller scale may lie outside
             the file in part.
 
     Returns:
-        ``[3, h, w]`` uint8, channels last in memory if they were.
+        ``[C, h, w]`` of the same type, channels last in memory if they were.
     """
     shape = (image.shape[1], image.shape[2])
     if size == shape and extent in (None, shape):
@@ -233,5 +235,5 @@ def _by_axis(image: Tensor, size: Size, scales: tuple[float, float] | None) -> T
         rows = moved.reshape(1, -1, 1, moved.shape[2])
         rows = _interpolate(rows, (1, size[axis]), None if scales is None else (1.0, scales[axis]))
         out = rows.reshape(*moved.shape[:2], size[axis]).movedim(2, 1 + axis)
-    out = out.round().to(torch.uint8)
+    out = out.round().to(torch.uint8) if image.dtype == torch.uint8 else out
     return out.permute(1, 2, 0).contiguous().permute(2, 0, 1) if last else out.contiguous()

@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -41,19 +41,21 @@ class PackedBatch:
     """A batch on its way.
 
     Args:
-        pixels: ``[B]`` uint8, the images one after the other, row by row, three channels a pixel.
+        pixels: ``[B]`` of the type of the images, one after the other, row by row, the channels of a pixel side by side.
         sizes: N times height and width.
         targets: N targets, with arrays in place of tensors.
+        channels: C of each image.
     """
 
     pixels: Tensor
     sizes: list[tuple[int, int]]
     targets: list[dict[str, Any]]
+    channels: int = 3
 
     def unpack(self) -> Batch:
-        """N images ``[3, H_i, W_i]`` uint8, channels last in memory, and N targets; no pixels are copied."""
-        parts = self.pixels.split([3 * height * width for height, width in self.sizes])
-        images = [p.view(h, w, 3).permute(2, 0, 1) for p, (h, w) in zip(parts, self.sizes, strict=True)]
+        """N images ``[C, H_i, W_i]``, channels last in memory, and N targets; no pixels are copied."""
+        parts = self.pixels.split([self.channels * height * width for height, width in self.sizes])
+        images = [p.view(h, w, self.channels).permute(2, 0, 1) for p, (h, w) in zip(parts, self.sizes, strict=True)]
         targets = [
             {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in target.items()}
             for target in self.targets
@@ -62,7 +64,7 @@ class PackedBatch:
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, all pixels by one copy; the data loader calls this where it is to pin."""
-        images, targets = PackedBatch(self.pixels.pin_memory(), self.sizes, self.targets).unpack()
+        images, targets = replace(self, pixels=self.pixels.pin_memory()).unpack()
         pinned = [{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in target.items()} for target in targets]
         return images, [cast(Target, target) for target in pinned]
 
@@ -71,7 +73,7 @@ def collate(samples: list[tuple[Tensor, Target]]) -> Batch | PackedBatch:
     """Keep the images of a batch apart: they are padded, and resized where the data have not, together on the device.
 
     Args:
-        samples: pairs of image, ``[3, H, W]`` uint8, and target.
+        samples: pairs of image, ``[C, H, W]`` uint8 or floating point, and target.
 
     Returns:
         In the main process the images and their targets, in the same order; in a data worker both packed.
@@ -86,21 +88,21 @@ def pack(images: list[Tensor], targets: list[Target]) -> PackedBatch:
     """Copy images into shared memory, once.
 
     Args:
-        images: N images ``[3, H_i, W_i]`` uint8.
+        images: N images ``[C, H_i, W_i]`` of one type.
         targets: N targets.
 
     Returns:
         The packed batch.
     """
-    total = sum(image.numel() for image in images)
+    total, channels, dtype = sum(image.numel() for image in images), images[0].shape[0], images[0].dtype
     # as torch's default_collate does: written where the main process will read it
-    pixels = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(total))
+    pixels = torch.empty(0, dtype=dtype).set_(torch.UntypedStorage._new_shared(total * dtype.itemsize))
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     parts = pixels.split([image.numel() for image in images])
     for part, image in zip(parts, images, strict=True):
-        part.view(image.shape[1], image.shape[2], 3).copy_(image.permute(1, 2, 0))
+        part.view(image.shape[1], image.shape[2], channels).copy_(image.permute(1, 2, 0))
     arrays = [{k: v.numpy() if isinstance(v, Tensor) else v for k, v in target.items()} for target in targets]
-    return PackedBatch(pixels, sizes, arrays)
+    return PackedBatch(pixels, sizes, arrays, channels)
 
 
 _shared: dict[int, tuple[weakref.ref[Any], Tensor]] = {}  # by the id of an array that is alive

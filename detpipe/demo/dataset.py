@@ -306,5 +306,5 @@ class Demo(DetectionData):
         root = write_demo(Path(self.root), self.scenes)
         if self.layout == "coco":
             annotations = root / "coco" / "annotations" / f"instances_{split}.json"
-            return load_coco(annotations, root / "coco" / split, faults or self.on_bad)
-        return load_voc(root / "voc", split, CLASS_NAMES, on_bad=faults or self.on_bad)
+            return load_coco(annotations, root / "coco" / split, self.policy(faults))
+        return load_voc(root / "voc", split, CLASS_NAMES, on_bad=self.policy(faults))

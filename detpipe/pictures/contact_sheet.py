@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from detpipe.images import to_picture
 from detpipe.pictures.visualize import IGNORED_COLOR, NARROWEST, class_color, draw, fit, font
 from detpipe.types import Target
 
@@ -20,7 +21,7 @@ def draw_target(image: Tensor, target: Target, class_names: Sequence[str], min_s
     """Draw what is annotated in an image: crowd regions and difficult objects gray, and named so.
 
     Args:
-        image: ``[3, H, W]`` uint8 RGB.
+        image: ``[C, H, W]`` uint8, or floating point in 0..1.
         target: with boxes and labels in its frame.
         class_names: [K].
         min_side: as for :func:`detpipe.pictures.visualize.draw`.
@@ -41,7 +42,7 @@ def draw_target(image: Tensor, target: Target, class_names: Sequence[str], min_s
         IGNORED_COLOR if flagged else class_color(label)
         for flagged, label in zip((crowd | difficult).tolist(), labels.tolist(), strict=True)
     ]
-    return draw(image, boxes, shifted, names, colors=colors, min_side=min_side)
+    return draw(to_picture(image), boxes, shifted, names, colors=colors, min_side=min_side)
 
 
 def contact_sheet(

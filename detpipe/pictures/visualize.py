@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.utils import draw_bounding_boxes
 
+from detpipe.images import to_picture
 from detpipe.pictures.curves import plot_curves
 from detpipe.support.errors import UsageError
 from detpipe.support.files import atomic_write
@@ -158,7 +159,7 @@ def comparison_grid(
     """Show each image twice: with its ground truth on the left, with what was detected on the right.
 
     Args:
-        images: N images, [3, H, W] uint8 RGB, each of its own size.
+        images: N images, [C, H, W] uint8 or floating point in 0..1, each of its own size.
         targets: N targets in the frames of their images. Crowd regions and difficult objects are gray.
         detections: N detections in the same frames.
         class_names: [K], the name of label 1 first.
@@ -295,7 +296,7 @@ def _pair(
     renderer: Renderer,
 ) -> Image.Image:
     """One image with its truth and its detections, and a line above that says what is seen."""
-    panel, scale = fit(image, panel_side)
+    panel, scale = fit(to_picture(image), panel_side)
     boxes, labels = target.get("boxes", torch.zeros(0, 4)).cpu(), target.get("labels", torch.zeros(0).long()).cpu()
     ignored = torch.zeros(len(boxes), dtype=torch.bool)
     for flag in (target.get("iscrowd"), target.get("difficult")):

@@ -21,10 +21,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from detpipe.backbones.weights import MOST, tensor_parts
-from detpipe.support.errors import CheckpointError, TrainingError
+from detpipe.support.errors import CheckpointError, TrainingError, UsageError
 from detpipe.support.files import atomic_write, refuse_special
 from detpipe.support.strict_json import shorten
 from detpipe.support.untrusted import check_saved, check_tree, plain_parts
+from detpipe.types import RGB, PixelType
 
 FORMAT = 1
 KEY = "detpipe"
@@ -42,6 +43,7 @@ class Description:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     proposals: dict[str, Any] | None = None  # source and settings of the store that the training boxes came from
+    pixels: PixelType = RGB  # what the images were read as
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only, so that safe loading takes them."""
@@ -51,6 +53,7 @@ class Description:
             "class_names": list(self.class_names),
             "category_ids": list(self.category_ids),
             "proposals": self.proposals,
+            "pixels": plain(vars(self.pixels)),
         }
 
 
@@ -189,7 +192,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
 
 def _description(entry: dict[str, Any], path: Path) -> Description:
     try:
-        check_tree([entry["model"], entry.get("proposals")], _MOST_SETTINGS, _plain_parts)
+        check_tree([entry["model"], entry.get("proposals"), entry.get("pixels")], _MOST_SETTINGS, _plain_parts)
     except ValueError as error:
         raise CheckpointError(f"checkpoint {path}: its description is none: {error}") from error
     model, names, ids = entry["model"], entry["class_names"], entry["category_ids"]
@@ -199,7 +202,11 @@ def _description(entry: dict[str, Any], path: Path) -> Description:
         raise CheckpointError(
             f"checkpoint {path}: its class_names and category_ids are no lists of text and of numbers"
         )
-    return Description(model, tuple(names), tuple(ids), entry.get("proposals"))
+    try:
+        pixels = PixelType(**(entry.get("pixels") or {}))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path}: its pixels are none: {error}") from error
+    return Description(model, tuple(names), tuple(ids), entry.get("proposals"), pixels)
 
 
 def _is_list_of(kind: type, value: Any) -> bool:
@@ -285,6 +292,24 @@ def check_class_names(description: Description, class_names: tuple[str, ...], pa
         f"checkpoint {path} knows {len(own)} classes, the data have {len(class_names)}"
         f"{'; they differ in ' + ', '.join(differing) if differing else ''}; give data with the classes of training"
     )
+
+
+def check_pixels(description: Description, pixels: PixelType, path: str | Path) -> None:
+    """Refuse a checkpoint that was trained on images of other channels or values.
+
+    Args:
+        description: of the checkpoint.
+        pixels: of the data.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        UsageError: they differ.
+    """
+    if pixels != description.pixels:
+        raise UsageError(
+            f"checkpoint {path} was trained on {description.pixels}, the data give {pixels}; set channels and range of the data as "
+            "in RUN/config.yaml"
+        )
 
 
 def settings_by_key(value: Any, key: str = "") -> dict[str, Any]:

@@ -29,6 +29,7 @@ from detpipe.training.allowed import only_allowed
 from detpipe.training.config_errors import explain
 from detpipe.training.saving import CheckpointSettings
 from detpipe.training.trainer import DEFAULTS
+from detpipe.types import RGB
 
 STAGES = (backbones, demo, heads, proposals)  # short names work for classes that are imported
 
@@ -127,12 +128,16 @@ class CommandCLI(LightningCLI, ABC):
     def instantiate_classes(self) -> None:
         """Build model and data; what their constructors refuse, or does not fit together, is an error in the configuration."""
         try:
+            self.follow_data()
             super().instantiate_classes()
             self.check_sizes()
         except DetpipeError:
             raise
         except (ValueError, TypeError) as error:
             raise UsageError(explain(str(error))) from error
+
+    def follow_data(self) -> None:
+        """Let settings of the model follow those of the data that cannot be linked, for they lie at any depth."""
 
     def _dump_config(self) -> None:
         """What Lightning gives to ``save_hyperparameters``: as it does it, without parsing once more what has been parsed."""
@@ -144,11 +149,16 @@ class CommandCLI(LightningCLI, ABC):
         """Refuse data that resize images for a model that would resize them again.
 
         Raises:
-            ValueError: the data resize images, which only detectors know of.
+            ValueError: the data resize images, or give others than 8-bit RGB, which only detectors know of.
         """
         if getattr(self.datamodule, "resize", None) is not None:
             raise ValueError(
                 f"data.init_args.resize: {type(self.model).__name__} resizes images itself; remove resize, or set it to null"
+            )
+        if (pixels := getattr(self.datamodule, "pixels", RGB)) != RGB:
+            raise ValueError(
+                f"data.init_args.channels and range: {type(self.model).__name__} takes 8-bit RGB alone, got {pixels}; leave "
+                "them out"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -174,12 +184,37 @@ class CLI(CommandCLI):
         parser.link_arguments("data.num_classes", "model.head.init_args.num_classes", apply_on="instantiate")
         link_stages(parser)
 
+    def follow_data(self) -> None:
+        """Give a backbone, or the one that a pyramid is built on, the number of channels of the images.
+
+        Raises:
+            ValueError: it is told another number.
+        """
+        channels = self.config.data.get("init_args", {}).get("channels", 3)
+        settings = self.config.model.backbone.get("init_args") or {}
+        while isinstance(settings.get("backbone"), jsonargparse.Namespace):
+            settings = settings["backbone"].get("init_args") or {}
+        if "in_channels" not in settings:
+            return
+        if settings["in_channels"] not in (3, channels):
+            raise ValueError(
+                f"model.backbone.in_channels is {settings['in_channels']}, but data.init_args.channels is {channels}; remove "
+                "in_channels, which follows the data"
+            )
+        settings["in_channels"] = channels
+
     def check_sizes(self) -> None:
         """Refuse data that resize images for evaluation to another size than the detector those of elsewhere.
 
         Raises:
-            ValueError: the sizes differ; both are named.
+            ValueError: the sizes differ, or the channels of data and backbone; both are named.
         """
+        taken = self.model.backbone.pixel_format.channels
+        if taken != self.datamodule.channels:
+            raise ValueError(
+                f"data.init_args.channels is {self.datamodule.channels}, but {type(self.model.backbone).__name__} takes images of "
+                f"{taken} channels; give it an argument in_channels, or set channels to {taken}"
+            )
         if self.datamodule.resize is not None:
             self.datamodule.resize.check_detector(self.model.min_size, self.model.max_size)
 

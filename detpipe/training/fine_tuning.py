@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from detpipe.backbones.input_channels import spread_weights
 from detpipe.support.errors import CheckpointError
 from detpipe.training import checkpoint
 
@@ -31,8 +32,8 @@ def load_fitting(model: nn.Module, path: str | Path, class_names: Sequence[str])
         CheckpointError: the checkpoint cannot be read, or nothing in it fits.
     """
     stored, description = checkpoint.read(path)
-    given: Mapping[str, Tensor] = stored["state_dict"]
     own = model.state_dict()
+    given: Mapping[str, Tensor] = spread_weights(stored["state_dict"], own)
     outputs = dict(_class_outputs(model))
     kept = [name for name in class_names if name in description.class_names]
     taken, missing, shapes = {}, [], []

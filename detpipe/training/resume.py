@@ -28,7 +28,10 @@ CHANGES: dict[
     "schedule": ("model.lr_scheduler", "trainer.max_epochs", "trainer.max_steps"),
     "batch_size": ("data.loader.batch_size",),
     "seed": ("seed_everything",),
-    "data": ("data.content", "data.augment", "data.resize", "data.views", "data.proposals"),
+    "data": (
+        *("data.content", "data.augment", "data.resize", "data.views", "data.proposals"),
+        *("data.channels", "data.range", "data.loader.sampling"),
+    ),
     "precision": ("trainer.precision",),
     "accumulation": ("trainer.accumulate_grad_batches",),
     "devices": ("processes",),
@@ -37,6 +40,8 @@ CHANGES: dict[
     "ema": ("ema",),
     "model": ("model",),
 }
+# settings that older checkpoints do not name -> what they were
+ADDED = {"data.channels": 3, "data.range": None, "data.loader.sampling": None}
 # changes after which an epoch has other batches
 OTHER_BATCHES = ("batch_size", "seed", "data", "accumulation", "devices", "limits")
 
@@ -183,7 +188,7 @@ def check_changes(stored: dict[str, Any], now: Mapping[str, Any], accepted: Sequ
     missing = object()
     lines: dict[str, list[str]] = {}
     for key in sorted({*before, *now}):
-        was, is_now = before.get(key, missing), now.get(key, missing)
+        was, is_now = before.get(key, _added(key, missing)), now.get(key, missing)
         if was != is_now:
             told = "other images or boxes" if key == "data.content" else f"was {_told(was)}, is {_told(is_now)}"
             lines.setdefault(_change(key), []).append(f"{key} {told}")
@@ -204,6 +209,10 @@ def check_changes(stored: dict[str, Any], now: Mapping[str, Any], accepted: Sequ
 
 def _change(key: str) -> str:
     return next((name for name, keys in CHANGES.items() if any(key == k or key.startswith(f"{k}.") for k in keys)), "")
+
+
+def _added(key: str, otherwise: Any) -> Any:
+    return 3 if key.endswith(".in_channels") and key.startswith("model.backbone.") else ADDED.get(key, otherwise)
 
 
 def _told(value: Any) -> str:

@@ -10,8 +10,9 @@ import torch
 from PIL import Image, ImageOps
 
 from detpipe.datasets import decode
-from detpipe.datasets.decode import image_size, read_image, read_reduced
+from detpipe.datasets.decode import decoded_size, image_names, image_size, read_image, read_reduced
 from detpipe.support.errors import DataError
+from detpipe.types import PixelType
 
 from .builders import picture
 
@@ -31,21 +32,108 @@ def png_header(path: Path, width: int, height: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_exif_orientation_is_applied_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int, suffix: str, decoder: str
-) -> None:
-    path = tmp_path / f"x.{suffix}"
-    exif = Image.Exif()
+# format of Pillow, mode, options of saving: whatever may hold an orientation, and what cannot
+ORIENTED = {
+    "jpeg": ("JPEG", "RGB", {}),
+    "grey_jpeg": ("JPEG", "L", {}),
+    "cmyk_jpeg": ("JPEG", "CMYK", {}),
+    "mpo": ("MPO", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}),
+    "png": ("PNG", "RGB", {}),
+    "png_16": ("PNG", "I;16", {}),
+    "palette_png": ("PNG", "P", {}),
+    "webp": ("WEBP", "RGB", {"lossless": True}),
+    "avif": ("AVIF", "RGB", {}),
+    "jp2": ("JPEG2000", "RGB", {}),
+    "tiff": ("TIFF", "RGB", {}),
+    "tiff_lzw": ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+    "tiff_deflate": ("TIFF", "RGBA", {"compression": "tiff_adobe_deflate"}),
+    "tiff_jpeg": ("TIFF", "RGB", {"compression": "jpeg"}),
+    "tiff_16": ("TIFF", "I;16", {}),
+    "tiff_16_lzw": ("TIFF", "I;16", {"compression": "tiff_lzw"}),
+    "tiff_bits": ("TIFF", "1", {"compression": "group4"}),
+    "tiff_grey": ("TIFF", "L", {}),
+}
+
+
+def oriented(folder: Path, case: str, orientation: int, size: tuple[int, int] = (40, 60)) -> Path:
+    """A file whose picture is as large as ``size``, stored turned or mirrored."""
+    kind, mode, options = ORIENTED[case]
+    if not (kind in Image.SAVE or (Image.init() and kind in Image.SAVE)):
+        pytest.skip(f"this Pillow writes no {kind}")
+    image = picture(*size)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    exif, path = Image.Exif(), folder / f"{case}_{orientation}"
     exif[0x0112] = orientation
-    picture(24, 40).save(path, exif=exif)
+    with path.open("wb") as file:
+        (image if mode == "I;16" else image.convert(mode)).save(file, kind, exif=exif, **options)
+    return path
+
+
+def upright(path: Path) -> np.ndarray:
+    with Image.open(
+        io.BytesIO(path.read_bytes())
+    ) as image:  # Pillow 13 maps a grey TIFF by its name with its sides exchanged
+        turned = ImageOps.exif_transpose(image)
+        if turned.mode.startswith("I;16"):
+            return np.repeat((np.asarray(turned) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+        return np.asarray(turned.convert("RGB"))
+
+
+@pytest.mark.parametrize("case", ORIENTED)
+def test_every_orientation_of_every_format_is_that_of_exif_transpose(tmp_path: Path, case: str) -> None:
+    for orientation in range(1, 9):
+        path = oriented(tmp_path, case, orientation)
+        expected = upright(path)
+        read = [read_image(path), read_image(path, path.read_bytes()), read_reduced(path, expected.shape[:2]).pixels]
+        for image in read:
+            np.testing.assert_array_equal(
+                image.permute(1, 2, 0).numpy(), expected, err_msg=f"orientation {orientation}"
+            )
+        sizes = [
+            image_size(path),
+            image_size(path, path.read_bytes()),
+            decoded_size(path),
+            read_reduced(path, (5, 5)).size,
+        ]
+        assert sizes == [expected.shape[:2]] * 4, f"orientation {orientation}"
+        grey = read_image(path, pixels=PixelType(1))
+        assert grey.shape == (1, *expected.shape[:2])
+
+
+def test_lossless_formats_agree_on_every_orientation(tmp_path: Path) -> None:
+    for orientation in range(1, 9):
+        images = [read_image(oriented(tmp_path, case, orientation)) for case in ("png", "webp", "tiff", "tiff_lzw")]
+        assert all(torch.equal(image, images[0]) for image in images), orientation
+        deep = [
+            read_image(oriented(tmp_path, case, orientation))
+            for case in ("png_16", "tiff_16", "tiff_16_lzw", "tiff_grey")
+        ]
+        assert all(torch.equal(image, deep[0]) for image in deep), orientation
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_decoder_of_jpegs_applies_the_orientation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
+) -> None:
     monkeypatch.setattr(decode, "_jpeg_decoder", lambda: decoder)
-    image = read_image(path)
-    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), by_pillow(path))
-    assert image_size(path) == tuple(image.shape[1:])
-    assert (image.shape[1] > image.shape[2]) == (orientation >= 5)
+    for orientation in range(1, 9):
+        path = oriented(tmp_path, "jpeg", orientation)
+        np.testing.assert_array_equal(read_image(path).permute(1, 2, 0).numpy(), upright(path))
+
+
+def test_an_orientation_in_xmp_counts_as_pillow_counts_it(tmp_path: Path) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    for name, options in {"x.jpg": {"xmp": xmp}, "x.webp": {"xmp": xmp}, "x.tif": {"tiffinfo": {700: xmp}}}.items():
+        picture(40, 60).save(tmp_path / name, **options)
+        expected = upright(tmp_path / name)
+        np.testing.assert_array_equal(read_image(tmp_path / name).permute(1, 2, 0).numpy(), expected, err_msg=name)
+        assert image_size(tmp_path / name) == expected.shape[:2], name
+
+
+def test_names_of_images_are_found_in_either_case_and_stored_arrays_are_not_doubles() -> None:
+    names = ["a.avif", "B.JFIF", "c.jp2", "d.JPE", "e.pjpeg", "f.TIFF", "g.npy", "f.npy", "h.txt", "i.json"]
+    assert image_names(names) == names[:7]
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_the_file_of_pretrained_weights_is_not_needed_to_load() -> None:
 
 def test_a_checkpoint_holds_plain_data_only(trained: Path) -> None:
     entry = stored(trained)[checkpoint.KEY]
-    assert set(entry) == {"format", "model", "class_names", "category_ids", "proposals"}
+    assert set(entry) == {"format", "model", "class_names", "category_ids", "pixels", "proposals"}
     assert (entry["format"], entry["class_names"]) == (checkpoint.FORMAT, list("0123456789"))
 
 

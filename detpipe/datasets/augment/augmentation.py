@@ -25,7 +25,7 @@ from detpipe.datasets.augment.settings import (
     check_parts,
     check_range,
 )
-from detpipe.types import Target
+from detpipe.types import RGB, PixelType, Target
 
 if TYPE_CHECKING:
     import albumentations
@@ -40,7 +40,7 @@ class Neighbors:
     Args:
         count: of the images of the set.
         index: of this image, which is never its own neighbor.
-        read: an index -> image ``[3, H, W]`` uint8 and its target, as in the files; errors are passed on.
+        read: an index -> image ``[C, H, W]`` and its target, as in the files; errors are passed on.
         masks: an index -> ``[G, H, W]`` bool, a mask for each box of the target; None where there are none.
     """
 
@@ -102,15 +102,27 @@ class Augment:
         cut = 1 / (1 - 2 * LARGEST_CROP) if self.crop else 1.0
         return cut * max(1.0, self.scale_jitter[1] if self.scale_jitter else 1.0)
 
-    def check(self) -> None:
-        """Build what is imported late, so that its faults are found before the first image.
+    def check(self, pixels: PixelType = RGB) -> None:
+        """Find what images cannot be done, or what is imported late is told wrongly, before the first image.
+
+        Args:
+            pixels: the channels and values of the images.
 
         Raises:
-            ValueError: a transform of the configuration has arguments that it does not take.
+            ValueError: a change of colors where there are none; a transform of the configuration that has arguments that it does
+                not take, or that does not take such images.
         """
-        from detpipe.datasets.augment.steps import build_steps
+        jpeg = self.degrade is not None and self.degrade.jpeg > 0 and pixels.channels != 1
+        for key, needs_colors in (("color", self.color), ("photometric", self.photometric), ("degrade.jpeg", jpeg)):
+            if needs_colors and pixels.channels != 3:
+                raise ValueError(
+                    f"augment.{key} is for RGB images, but channels is {pixels.channels}; set it to "
+                    f"{'null' if key == 'photometric' else 0}"
+                )
+        if self.transforms:
+            from detpipe.datasets.augment.steps import try_steps
 
-        build_steps(self)
+            try_steps(self, pixels)
 
     def __call__(
         self, image: Tensor, target: Target, seed: int | Sequence[int], neighbors: Neighbors | None = None
@@ -118,13 +130,13 @@ class Augment:
         """Transform one image with everything that belongs to it.
 
         Args:
-            image: ``[3, H, W]`` uint8.
+            image: ``[C, H, W]`` uint8, or float32 in 0..1.
             target: boxes in pixels of the image, and what else is known of them; not changed.
             seed: non-negative numbers that decide every draw, such as (seed, epoch, index).
             neighbors: where other images come from; only needed for ``combine``.
 
         Returns:
-            The new image ``[3, H', W']`` uint8, channels last in memory, and its target. Boxes, and all that is said of them, and
+            The new image ``[C, H', W']`` of the same type, channels last in memory, and its target. Boxes, what is said of them and
             proposals are those that are still visible, of all images that were combined, those of this image first;
             ``image_id`` and ``file_name`` stay. The area shrinks and grows with the box.
 

@@ -269,7 +269,7 @@ def mix_up(scene: Scene, other: Scene, weight: float, random: np.random.Generato
     image = scene.image.copy()
     below = image[y : y + h, x : x + w].astype(np.float32)
     blend = below * weight + resize(other.image, source, goal).astype(np.float32) * (1 - weight)
-    image[y : y + h, x : x + w] = np.rint(blend).astype(np.uint8)
+    image[y : y + h, x : x + w] = np.rint(blend).astype(np.uint8) if image.dtype == np.uint8 else blend
     return pool([scene, _cut(other, source, goal)], image)
 
 

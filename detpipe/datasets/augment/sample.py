@@ -22,7 +22,7 @@ from torch import Tensor
 from detpipe.types import Target
 
 Rectangle = tuple[int, int, int, int]
-Pixels = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[Any]  # uint8, or float32 in 0..1
 Boxes = npt.NDArray[np.float64]
 
 GROUND = (124, 116, 104)  # RGB, the mean color of ImageNet: what a network calls zero
@@ -39,14 +39,14 @@ class Scene:
     """An image, and the boxes that are in it now: objects and proposals in one stack of M, so that both move alike.
 
     Args:
-        image: ``[H, W, 3]`` uint8 RGB.
+        image: ``[H, W, C]`` uint8, or float32 in 0..1.
         target: what is known of the objects and proposals, with boxes as they were in their image file; not changed.
         boxes: ``[M, 4]`` xyxy where they are now; they may reach beyond the image, so that what is lost can be measured.
         rows: ``[M]`` which object of the target each box is, 0..G-1; G and more for proposals.
         share: ``[M]`` the part of each box that earlier steps have left of it, 0 to 1.
     """
 
-    image: npt.NDArray[np.uint8]
+    image: Pixels
     target: Target
     boxes: npt.NDArray[np.float64]
     rows: npt.NDArray[np.int64]
@@ -76,7 +76,7 @@ def scene_of(image: Tensor, target: Target) -> Scene:
     """Begin with one image.
 
     Args:
-        image: ``[3, H, W]`` uint8.
+        image: ``[C, H, W]`` uint8, or float32 in 0..1.
         target: boxes in pixels of the image. They are clipped to it; those outside are left out.
 
     Returns:
@@ -90,12 +90,12 @@ def scene_of(image: Tensor, target: Target) -> Scene:
     return Scene(pixels, target, boxes[rows], rows, np.ones(len(rows)))
 
 
-def pool(scenes: Sequence[Scene], image: npt.NDArray[np.uint8]) -> Scene:
+def pool(scenes: Sequence[Scene], image: Pixels) -> Scene:
     """Bring the objects and proposals of several scenes together, in their order.
 
     Args:
         scenes: at least one, all boxes in the frame of the image.
-        image: ``[H, W, 3]`` what is seen of all of them.
+        image: ``[H, W, C]`` what is seen of all of them.
 
     Returns:
         The scene. Its ``image_id`` and ``file_name`` are those of the first.
@@ -138,7 +138,7 @@ def finish(scene: Scene, min_visibility: float) -> tuple[Tensor, Target]:
         min_visibility: boxes of which less than this part is left of what was annotated are removed, 0 to 1.
 
     Returns:
-        The image ``[3, H, W]`` uint8, and its target; the area shrinks and grows with the box.
+        The image ``[C, H, W]``, and its target; the area shrinks and grows with the box.
     """
     height, width = scene.size
     inside = scene.boxes.clip(0, [width, height, width, height])
@@ -169,18 +169,37 @@ def resize(image: Pixels, source: Rectangle, goal: Rectangle) -> Pixels:
     """Cut out a rectangle and resize it.
 
     Args:
-        image: ``[H, W, 3]`` or ``[H, W]``.
+        image: ``[H, W, C]`` or ``[H, W]``, uint8 or float32.
         source: inside the image.
         goal: whose size is wanted.
 
     Returns:
-        ``[h, w, 3]`` or ``[h, w]``, as large as the goal; averaged where it shrinks.
+        ``[h, w, C]`` or ``[h, w]`` of the same type, as large as the goal; averaged where it shrinks.
     """
     x1, y1, x2, y2 = source
     u1, v1, u2, v2 = goal
     shrinks = (u2 - u1) * (v2 - v1) < (x2 - x1) * (y2 - y1)
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(image[y1:y2, x1:x2], (u2 - u1, v2 - v1), interpolation=interpolation), dtype=np.uint8)
+    cut, size = image[y1:y2, x1:x2], (u2 - u1, v2 - v1)
+    # OpenCV averages no more than four channels, and drops the axis of a single one
+    parts = [cut] if cut.ndim == 2 else [cut[:, :, k : k + 4] for k in range(0, cut.shape[2], 4)]
+    out = [np.asarray(cv2.resize(part, size, interpolation=interpolation), dtype=image.dtype) for part in parts]
+    if cut.ndim == 2:
+        return out[0]
+    return out[0].reshape(*size[::-1], -1) if len(out) == 1 else np.dstack(out)
+
+
+def ground(image: Pixels) -> Pixels:
+    """What an image is filled up with, a value a channel: the mean color, its three values repeated.
+
+    Args:
+        image: ``[H, W, C]``.
+
+    Returns:
+        ``[C]`` of the same type.
+    """
+    color = np.array([GROUND[k % 3] for k in range(image.shape[2])])
+    return (color if image.dtype == np.uint8 else color / 255).astype(image.dtype)
 
 
 def move(boxes: Boxes, source: Rectangle, goal: Rectangle) -> Boxes:

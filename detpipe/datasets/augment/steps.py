@@ -12,7 +12,7 @@ import os
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or the import asks the network for a newer version
 
-from detpipe.datasets.augment.sample import GROUND, Rectangle, Scene, areas, clip, move, resize  # isort: skip
+from detpipe.datasets.augment.sample import Pixels, Rectangle, Scene, areas, clip, ground, move, resize  # isort: skip
 
 import inspect
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ from albumentations.core.type_definitions import Targets
 from detpipe.datasets.augment.augmentation import LARGEST_CROP, Augment, reseed
 from detpipe.datasets.augment.settings import Degrade, Photometric, SafeCrop, Transform
 from detpipe.support.suggest import did_you_mean
+from detpipe.types import RGB, PixelType
 
 Step = albumentations.BasicTransform
 
@@ -69,6 +70,36 @@ def build_steps(augment: Augment) -> tuple[Step, ...]:
     return tuple(steps)
 
 
+def try_steps(augment: Augment, pixels: PixelType) -> None:
+    """Build the steps, and try those of the configuration where images are not what albumentations has in mind.
+
+    Args:
+        augment: what may happen to an image.
+        pixels: the channels and values of the images.
+
+    Raises:
+        ValueError: a transform has arguments that it does not take, or does not take such images.
+    """
+    build_steps(augment)
+    if pixels == RGB:
+        return
+    image = np.random.default_rng(0).random((96, 128, pixels.channels), dtype=np.float32)
+    if pixels.range is None:
+        image = (image * 255).astype(np.uint8)
+    for transform in augment.transforms:
+        step = named_step(Transform(transform.name, {**transform.arguments, "p": 1.0}))
+        try:
+            out = step(image=image, bboxes=np.zeros((0, 7)))["image"]
+            reason = "" if out.dtype == image.dtype and out.shape[2:] == image.shape[2:] else "it makes other ones"
+        except Exception as error:  # albumentations' and OpenCV's
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if reason:
+            raise ValueError(
+                f"transforms: {transform.name} does not take images of {pixels.channels} channels and {image.dtype}: {reason}; "
+                "leave it out"
+            )
+
+
 def run(steps: Sequence[Step], scene: Scene, seed: int | Sequence[int]) -> Scene:
     """Do one step after another.
 
@@ -81,17 +112,18 @@ def run(steps: Sequence[Step], scene: Scene, seed: int | Sequence[int]) -> Scene
         The scene after them; its boxes lie inside the image.
 
     Raises:
-        ValueError: a step did not return an RGB image of bytes.
+        ValueError: a step did not return an image of the same channels and type.
     """
     reseed(steps, seed)
     image, rows = scene.image, _stack(scene)
+    channels, dtype = image.shape[2], image.dtype
     for step in steps:
         out = step(image=image, bboxes=rows)
         image = out["image"]
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        if image.dtype != dtype or image.ndim != 3 or image.shape[2] != channels or 0 in image.shape:
             raise ValueError(
-                f"transforms: {type(step).__name__} made an image of {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]; "
-                "change its arguments"
+                f"transforms: {type(step).__name__} made an image of {image.dtype} {list(image.shape)}, expected {dtype} "
+                f"[H, W, {channels}]; change its arguments"
             )
         rows = _inside(np.asarray(out["bboxes"], dtype=np.float64).reshape(-1, rows.shape[1]))
     height, width = image.shape[:2]
@@ -220,13 +252,11 @@ class Zoom(albumentations.DualTransform):
         whole, window = (0, 0, width, height), (x, y, x + w, y + h)
         return {"source": whole, "goal": window} if factor < 1 else {"source": window, "goal": whole}
 
-    def apply(
-        self, img: npt.NDArray[np.uint8], source: Rectangle, goal: Rectangle, **params: Any
-    ) -> npt.NDArray[np.uint8]:
-        """Resize the source rectangle of ``[H, W, 3]`` into the goal rectangle of a grey image."""
+    def apply(self, img: Pixels, source: Rectangle, goal: Rectangle, **params: Any) -> Pixels:
+        """Resize the source rectangle of ``[H, W, C]`` into the goal rectangle of a grey image."""
         u1, v1, u2, v2 = goal
         out = np.empty_like(img)
-        out[:] = GROUND
+        out[:] = ground(img)
         out[v1:v2, u1:u2] = resize(img, source, goal)
         return out
 
@@ -277,8 +307,8 @@ class SafeCropStep(albumentations.DualTransform):
         x, y = self.py_random.randint(0, width - w), self.py_random.randint(0, height - h)
         return x, y, x + w, y + h
 
-    def apply(self, img: npt.NDArray[np.uint8], window: Any, **params: Any) -> npt.NDArray[np.uint8]:
-        """Cut the window out of ``[H, W, 3]``."""
+    def apply(self, img: Pixels, window: Any, **params: Any) -> Pixels:
+        """Cut the window out of ``[H, W, C]``."""
         if window is None:
             return img
         x1, y1, x2, y2 = window

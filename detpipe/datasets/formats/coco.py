@@ -88,7 +88,7 @@ class COCO(DetectionData):
     def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the annotation file of a split."""
         annotations, images = self.files(split)
-        noted = Faults(annotations, faults or self.on_bad, self.allow_links)
+        noted = Faults(annotations, self.policy(faults), self.allow_links)
         return _load(annotations, images, noted, self.reads_outlines(split))
 
     def split_names(self) -> tuple[str, ...]:

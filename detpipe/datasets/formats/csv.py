@@ -167,9 +167,7 @@ class CSVBoxes(DetectionData):
         """Read the rows of a split."""
         names = self.source_of(split, "a value of the column split, or a .csv file")
         tables = _tables(self.root, names, self.format.file)
-        return _load(
-            tables, Path(self.root) / self.format.images, self._names(), faults or self.on_bad, self.allow_links
-        )
+        return _load(tables, Path(self.root) / self.format.images, self._names(), self.policy(faults), self.allow_links)
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""

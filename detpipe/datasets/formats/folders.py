@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from detpipe.datasets.decode import IMAGE_SUFFIXES
+from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
 from detpipe.support.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -86,11 +86,13 @@ def list_folder(folder: Path, suffix: str = "") -> Folder:
 
 def _sorted_out(names: Iterable[str], suffix: str) -> Folder:
     found = Folder()
-    for name in sorted(names):
+    visible = sorted(name for name in names if not name.startswith("."))
+    images = set(image_names(visible))
+    for name in visible:
         stem, own = os.path.splitext(name)
-        if is_image(name):
+        if name in images:
             found.images.setdefault(stem, []).append(name)
-        elif suffix and own.lower() == suffix and not name.startswith("."):
+        elif suffix and own.lower() == suffix:
             found.labels[stem] = name
     return found
 
@@ -166,7 +168,7 @@ class Entries:
     def _list(self, folder: Path) -> dict[str, str]:
         if folder not in self._names:
             names = sorted(os.listdir(folder)) if folder.is_dir() else []
-            images = {_stem(name): name for name in names if is_image(name)}
+            images = {_stem(name): name for name in image_names(names) if is_image(name)}
             self._names[folder] = images | {name.lower(): name for name in names}
         return self._names[folder]
 

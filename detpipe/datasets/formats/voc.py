@@ -255,7 +255,7 @@ class VOC(DetectionData):
 
     def _open(self, split: Split, faults: Collected | None = None) -> VOCSource:
         lists = self.source_of(split, "a list in ImageSets/Main")
-        return VOCSource(Path(self.root), lists, faults or self.on_bad, self.allow_links)
+        return VOCSource(Path(self.root), lists, self.policy(faults), self.allow_links)
 
     def _names(self, split: Split) -> tuple[str, ...]:
         """The class names of all splits: those of the training split where they are not given."""

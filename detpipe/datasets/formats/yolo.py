@@ -221,7 +221,7 @@ class YOLO(DetectionData):
 
     def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the images and labels of a split."""
-        return _load(self.root, self.source_of(split, "a key of data.yaml"), faults or self.on_bad, self.allow_links)
+        return _load(self.root, self.source_of(split, "a key of data.yaml"), self.policy(faults), self.allow_links)
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""

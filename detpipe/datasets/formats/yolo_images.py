@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from detpipe.datasets.decode import IMAGE_SUFFIXES
+from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.formats.folders import IMAGE_FOLDERS, LABEL_FOLDERS, Entries, find_places, list_folder
 from detpipe.datasets.formats.yolo_yaml import LABELS, YOLOFile
@@ -214,10 +214,11 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     seen.add(_key(folder))
     with os.scandir(folder) as entries:
         visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    images = set(image_names(entry.name for entry in visible))
     for entry in visible:
         if entry.is_dir():
             yield from _walk(folder / entry.name, seen)
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+        elif entry.name in images:
             yield folder / entry.name
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from detpipe.datasets.batches import Locality
 from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.dataset import Contents, Proposals
-from detpipe.datasets.faults import Collected, Faults, Policy
+from detpipe.datasets.faults import Collected, Faults
 from detpipe.datasets.fetch import is_remote
 from detpipe.datasets.records import check_pixels
 from detpipe.datasets.shards.index import INDEX, KEYS, ShardSet, check_files, read_index
@@ -78,8 +78,9 @@ class Shards(DetectionData):
             files = open_remote(self.root, name, self.cache, self.window)
         else:
             files = ShardFiles(self._read_local(split, name))
-        if faults is not None and faults.decode:
-            files = without_unreadable(files, faults)
+        noted = Faults(str(files.shards.folder), self.policy(faults))
+        if noted.decodes:
+            files = without_unreadable(files, noted)
         self._use_keys(files.shards)
         self._files[split] = files
         return files.shards.annotations
@@ -127,14 +128,14 @@ class Shards(DetectionData):
         self.image_key = KEYS[shards.key]
 
 
-def without_unreadable(files: ShardFiles, policy: Policy) -> ShardFiles:
+def without_unreadable(files: ShardFiles, faults: Faults) -> ShardFiles:
     """Read and decode every image of a split, and leave those out, and count them, of which that fails.
 
     Raises:
         DataError: the policy is to stop at such an image, or no image is left.
     """
     shards = files.shards
-    a, faults = shards.annotations, Faults(str(shards.folder), policy)
+    a = shards.annotations
     lock = threading.Lock()  # images are decoded in threads, and open shards belong to one of them at a time
 
     def read(row: int) -> tuple[str, bytes]:

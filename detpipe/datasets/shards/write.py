@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.datasets.decode import image_format, image_size, read_image
+from detpipe.datasets.decode import decoded_size, image_format, image_size
 from detpipe.datasets.records import SizeError, check_size
 from detpipe.datasets.shards.index import (
     ARRAYS,
@@ -353,7 +353,7 @@ class Contents:
             )
         try:
             decode = self.sharding.decode
-            height, width = read_image(path, content).shape[1:] if decode else image_size(path, content)
+            height, width = decoded_size(path, content) if decode else image_size(path, content)
             check_size(path, (height, width), tuple(a.sizes[row].tolist()))
         except SizeError as error:
             raise BadImageError("size differs from the annotation", str(error)) from error

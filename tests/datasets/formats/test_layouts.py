@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from detpipe.datasets import VOC, YOLO, CSVBoxes, DetectionData
+from detpipe.datasets.formats.folders import Entries, list_folder
 from detpipe.datasets.formats.recognize import open_split, recognize
 from detpipe.types import Annotations
 
@@ -50,3 +51,11 @@ def test_the_data_module_takes_usual_names_of_splits(case: Layout, tmp_path: Pat
     assert set(boxes(data.annotations("train"))) == set(case.splits["train"])
     assert set(boxes(data.annotations("val"))) == set(case.splits.get("val", case.splits.get("valid", ())))
     assert data.class_names == CLASSES
+
+
+def test_an_array_beside_an_image_is_its_copy(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.npy", "b.npy", ".c.npy", "a.xml"):
+        (tmp_path / name).touch()
+    found = list_folder(tmp_path, ".xml")
+    assert (found.images, found.labels) == ({"a": ["a.jpg"], "b": ["b.npy"]}, {"a": "a.xml"})
+    assert Entries().find(tmp_path, "a.png") == tmp_path / "a.jpg"

@@ -311,8 +311,8 @@ def test_the_same_image_in_two_lists_of_voc_is_written_once(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("layout", ["voc", "yolo"])
 def test_images_that_a_layout_cannot_name_are_refused(tmp_path: Path, layout: str) -> None:
-    a = make(tmp_path / "source", ["a.dib"], [(9, 9)], [[]])
-    with pytest.raises(DataError, match=rf"a\.dib: {layout.upper()} layout has images that end in .*, but 1 do not"):
+    a = make(tmp_path / "source", ["a.pcx"], [(9, 9)], [[]])
+    with pytest.raises(DataError, match=rf"a\.pcx: {layout.upper()} layout has images that end in .*, but 1 do not"):
         WRITERS[layout]({"train": a}, tmp_path / "out")
 
 

@@ -1,0 +1,255 @@
+"""Channels and depth of image files: what is read as it is, what is converted, what is refused by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detpipe.datasets.decode import decoded_size, image_format, image_size, read_image, read_reduced
+from detpipe.support.errors import DataError
+from detpipe.types import PixelFormat, PixelType
+
+from .builders import picture
+
+tifffile = pytest.importorskip("tifffile")
+
+SIZE = (20, 30)
+FULL = PixelType(3, "dtype")
+
+
+def numbers(channels: int, dtype: type = np.uint16, most: int = 65535) -> np.ndarray:
+    """[H, W, channels] of many values."""
+    values = np.random.default_rng(channels).integers(0, most + 1, (*SIZE, channels))
+    values[0, 0], values[0, 1] = 0, most
+    return values.astype(dtype)
+
+
+def as_npy(array: np.ndarray, path: Path, **_: object) -> None:
+    np.save(path, array)
+
+
+def as_tiff(array: np.ndarray, path: Path, **options: object) -> None:
+    planar = options.get("planarconfig") == "separate"
+    tifffile.imwrite(path, np.moveaxis(array, 2, 0) if planar else array, **options)
+
+
+def as_pages(array: np.ndarray, path: Path) -> None:
+    first, *more = (Image.fromarray(array[:, :, k]) for k in range(array.shape[2]))
+    first.save(path, save_all=True, append_images=more)
+
+
+def as_opencv(array: np.ndarray, path: Path, *options: int) -> None:
+    order = [2, 1, 0, 3][: array.shape[2]] if array.shape[2] > 1 else [0]
+    assert cv2.imwrite(str(path), array[:, :, order], list(options))
+
+
+CONTIG = {"photometric": "minisblack", "planarconfig": "contig"}
+SEPARATE = {"photometric": "minisblack", "planarconfig": "separate"}
+# name of the file, channels, type, how it is written
+DEEP: dict[str, tuple[int, type, Callable[[np.ndarray, Path], None]]] = {
+    "grey.npy": (1, np.uint16, as_npy),
+    "two.npy": (2, np.uint16, as_npy),
+    "nine.npy": (9, np.uint16, as_npy),
+    "bytes.npy": (4, np.uint8, as_npy),
+    "grey.png": (1, np.uint16, as_opencv),
+    "rgb.png": (3, np.uint16, as_opencv),
+    "rgba.png": (4, np.uint16, as_opencv),
+    "grey.tif": (1, np.uint16, as_opencv),
+    "rgb.tif": (3, np.uint16, as_opencv),
+    "lzw.tif": (3, np.uint16, lambda a, p: as_opencv(a, p, cv2.IMWRITE_TIFF_COMPRESSION, 5)),
+    "rgba.tif": (4, np.uint16, as_opencv),
+    "two.tif": (2, np.uint16, lambda a, p: as_tiff(a, p, **CONTIG)),
+    "five.tif": (5, np.uint16, lambda a, p: as_tiff(a, p, **CONTIG)),
+    "bytes.tif": (8, np.uint8, lambda a, p: as_tiff(a, p, **CONTIG)),
+    "planar.tif": (4, np.uint16, lambda a, p: as_tiff(a, p, **SEPARATE)),
+    "zip.tif": (6, np.uint16, lambda a, p: as_tiff(a, p, **SEPARATE, compression="zlib")),
+    "tiles.tif": (4, np.uint16, lambda a, p: as_tiff(a, p, **CONTIG, tile=(16, 16))),
+    "big.tif": (5, np.uint16, lambda a, p: as_tiff(a, p, **CONTIG, bigtiff=True)),
+    "pages.tif": (4, np.uint8, as_pages),
+    "deep_pages.tif": (5, np.uint16, as_pages),
+    "rgba8.tif": (4, np.uint8, lambda a, p: Image.fromarray(a).save(p)),
+    "rgba8.png": (4, np.uint8, lambda a, p: Image.fromarray(a).save(p)),
+    "cmyk8.tif": (4, np.uint8, lambda a, p: _banded("CMYK", a, p)),
+    "la8.png": (2, np.uint8, lambda a, p: _banded("LA", a, p)),
+}
+
+
+def _banded(mode: str, array: np.ndarray, path: Path) -> None:
+    Image.frombytes(mode, SIZE[::-1], array.tobytes()).save(path)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_every_channel_is_read_at_full_depth(tmp_path: Path, name: str) -> None:
+    count, dtype, write = DEEP[name]
+    most = int(np.iinfo(dtype).max)
+    array, path = numbers(count, dtype, most), tmp_path / name
+    write(array, path)
+    expected = torch.from_numpy((array / np.float32(most)).astype(np.float32)).permute(2, 0, 1)
+    for limits in ("dtype", (0, most)):
+        image = read_image(path, pixels=PixelType(count, limits))
+        assert image.dtype == torch.float32
+        assert image.is_contiguous()
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
+    # without a range 8 bits: the high byte
+    eight = torch.from_numpy((array >> 8 if most > 255 else array).astype(np.uint8)).permute(2, 0, 1)
+    assert torch.equal(read_image(path, pixels=PixelType(count)), eight)
+    assert torch.equal(read_image(path, path.read_bytes(), PixelType(count)), eight)
+    assert image_size(path) == image_size(path, path.read_bytes()) == decoded_size(path) == SIZE
+    reduced = read_reduced(path, (5, 5), pixels=PixelType(count))
+    assert (reduced.size, reduced.factor) == (SIZE, 1)
+    assert image_format(path.read_bytes()) == {".npy": "NPY", ".tif": "TIFF", ".png": "PNG"}[path.suffix]
+    if count not in (1, 3):
+        with pytest.raises(DataError, match=rf"{name}: has {count} channels.*, but channels is {count + 3}"):
+            read_image(path, pixels=PixelType(count + 3))
+
+
+def test_a_range_is_stretched_and_clipped(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([[0, 1000, 2000, 3000, 9000]], dtype=np.uint16))
+    image = read_image(tmp_path / "x.npy", pixels=PixelType(1, (1000, 3000)))
+    assert image.tolist() == [[[0, 0, 0.5, 1, 1]]]
+    for dtype in (np.int32, np.int64, np.float32, np.float64, np.uint32, np.int16):
+        values = np.array([[-5, 0, 50, 100]])
+        np.save(tmp_path / "y.npy", values.astype(dtype))
+        expected = [0, 0, 0.5, 1] if np.dtype(dtype).kind != "u" else [1, 0, 0.5, 1]  # -5 is a large number there
+        assert read_image(tmp_path / "y.npy", pixels=PixelType(1, (0, 100)))[0, 0].tolist() == expected, dtype
+        tifffile.imwrite(tmp_path / "y.tif", values.astype(dtype))
+        assert read_image(tmp_path / "y.tif", pixels=PixelType(1, (0, 100)))[0, 0].tolist() == expected, dtype
+        for limits in (None, "dtype"):
+            for name in ("y.npy", "y.tif"):
+                with pytest.raises(
+                    DataError, match=rf"{name}: pixel mode .* no fixed white point; convert .* or set range"
+                ):
+                    read_image(tmp_path / name, pixels=PixelType(1, limits))
+
+
+def test_grey_and_rgb_are_converted_and_nothing_else(tmp_path: Path) -> None:
+    image = picture(20, 30)
+    for name in ("x.png", "x.jpg", "x.tif", "x.bmp"):
+        image.save(tmp_path / name)
+        with Image.open(tmp_path / name) as stored:
+            expected = np.asarray(stored.convert("L"))
+        np.testing.assert_array_equal(
+            read_image(tmp_path / name, pixels=PixelType(1))[0].numpy(), expected, err_msg=name
+        )
+    np.save(tmp_path / "x.npy", np.asarray(image))
+    assert torch.equal(read_image(tmp_path / "x.npy"), read_image(tmp_path / "x.png"))
+    np.save(tmp_path / "grey.npy", np.asarray(image.convert("L")))
+    assert torch.equal(read_image(tmp_path / "grey.npy")[2], torch.from_numpy(np.array(image.convert("L"))))
+    deep = numbers(3)
+    np.save(tmp_path / "deep.npy", deep)
+    grey = read_image(tmp_path / "deep.npy", pixels=PixelType(1, "dtype"))[0].numpy()
+    np.testing.assert_allclose(grey, deep @ [0.299, 0.587, 0.114] / 65535, atol=2e-5)
+    np.save(tmp_path / "four.npy", numbers(4, np.uint8, 255))
+    for name, channels, count in (("x.jpg", 4, 3), ("x.png", 2, 3), ("four.npy", 3, 4), ("four.npy", 1, 4)):
+        with pytest.raises(DataError, match=rf"{name}: has {count} channels.*, but channels is {channels}; convert"):
+            read_image(tmp_path / name, pixels=PixelType(channels))
+
+
+def test_a_planar_tiff_is_not_cut_to_its_first_plane(tmp_path: Path) -> None:
+    as_tiff(numbers(4), tmp_path / "x.tif", **SEPARATE)
+    for pixels in (PixelType(), PixelType(1)):
+        with pytest.raises(DataError, match=r"x\.tif: has 4 channels, but channels is"):
+            read_image(tmp_path / "x.tif", pixels=pixels)
+
+
+def test_a_range_that_a_file_cannot_fill_is_refused(tmp_path: Path) -> None:
+    picture(20, 30).save(tmp_path / "x.jpg")
+    with pytest.raises(DataError, match=r"x\.jpg: pixels of uint8 end at 255, but range is \[0, 65535\]; .* 'dtype'"):
+        read_image(tmp_path / "x.jpg", pixels=PixelType(3, (0, 65535)))
+    np.save(tmp_path / "x.npy", np.full((2, 3), np.nan))
+    with pytest.raises(DataError, match=r"x\.npy: has pixels that are not a number"):
+        read_image(tmp_path / "x.npy", pixels=PixelType(1, (0, 1)))
+
+
+def test_a_jpeg_of_one_channel_or_in_floating_point_is_decoded_at_a_part_of_its_scale(tmp_path: Path) -> None:
+    picture(64, 96).save(tmp_path / "x.jpg")
+    whole = read_reduced(tmp_path / "x.jpg", (16, 24))
+    grey = read_reduced(tmp_path / "x.jpg", (16, 24), pixels=PixelType(1))
+    assert (grey.factor, grey.size, grey.pixels.shape) == (4, (64, 96), (1, 16, 24))
+    deep = read_reduced(tmp_path / "x.jpg", (16, 24), pixels=FULL)
+    torch.testing.assert_close(deep.pixels, whole.pixels / 255)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_planes_are_turned_too(tmp_path: Path, orientation: int) -> None:
+    array = numbers(5)
+    tag = [(274, "H", 1, orientation, False)]
+    tifffile.imwrite(tmp_path / "x.tif", array, **CONTIG, extratags=tag)
+    turned = np.rot90(array, {1: 0, 3: 2, 6: 3}[orientation])
+    image = read_image(tmp_path / "x.tif", pixels=PixelType(5, "dtype"))
+    torch.testing.assert_close(image, torch.from_numpy((turned / 65535).astype(np.float32)).permute(2, 0, 1))
+    assert image_size(tmp_path / "x.tif") == decoded_size(tmp_path / "x.tif") == turned.shape[:2]
+
+
+HEADER = "{{'descr': '{}', 'fortran_order': {}, 'shape': {}, }}"
+
+
+def npy(descr: str, shape: tuple[int, ...], content: bytes = b"", fortran: bool = False) -> bytes:
+    text = HEADER.format(descr, fortran, shape).ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + content
+
+
+FAULTS = {
+    "objects": (npy("|O", (2, 2), b"\x80\x04]."), "is an array of object"),
+    "complex": (npy("<c8", (2, 2), bytes(32)), "is an array of complex64"),
+    "flat": (npy("|u1", (4,), bytes(4)), r"is an array of shape \[4\]; expected \[H, W\]"),
+    "volume": (npy("|u1", (2, 2, 2, 2), bytes(16)), r"is an array of shape \[2, 2, 2, 2\]"),
+    "first": (
+        npy("|u1", (3, 300, 400), bytes(360000)),
+        r"is an array of shape \[3, 300, 400\]; expected .* C up to 256",
+    ),
+    "empty": (npy("|u1", (0, 4)), r"is an array of shape \[0, 4\]"),
+    "bomb": (npy("|u1", (20_000, 20_000), bytes(10)), "400000000 pixels, more than the limit"),
+    "deep": (npy("|u1", (10_000, 10_000, 100)), "10000 x 10000 x 100 = 10000000000 values, more than the limit"),
+    "cut": (npy("<u2", (4, 4), bytes(31)), "ends early: 31 bytes of 32"),
+    "columns": (npy("|u1", (4, 4), bytes(16), True), "stored column by column"),
+    "text": (b"\x93NUMPY\x01\x00" + b"what", "cannot be .* as an image"),
+    "code": (npy("|u1'+exit()+'", (2, 2), bytes(4)), "cannot be .* as an image"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_arrays_that_are_no_images_are_refused_unpickled(tmp_path: Path, case: str) -> None:
+    content, message = FAULTS[case]
+    path = tmp_path / f"{case}.npy"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{case}\.npy: .*{message}"):
+        read_image(path)
+    if case not in ("cut", "deep"):
+        with pytest.raises(DataError, match=rf"{case}\.npy: .*{message}"):
+            image_size(path)
+
+
+@pytest.mark.parametrize("name", ["rgb.png", "rgb.tif", "lzw.tif", "five.tif", "zip.tif", "deep_pages.tif", "nine.npy"])
+def test_a_deep_file_that_ends_early_is_refused(tmp_path: Path, name: str) -> None:
+    count, dtype, write = DEEP[name]
+    write(numbers(count, dtype), tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    for part in (0.1, 0.5, 0.95):
+        with pytest.raises(DataError, match=name):
+            read_image(tmp_path / name, data[: int(len(data) * part)], PixelType(count, "dtype"))
+
+
+def test_a_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_tiff(numbers(5), tmp_path / "x.tif", **CONTIG)
+    monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
+    with pytest.raises(DataError, match=r"x\.tif: .*pip install 'detpipe\[tiff\]'"):
+        read_image(tmp_path / "x.tif", pixels=PixelType(5))
+    assert image_size(tmp_path / "x.tif") == SIZE
+
+
+def test_settings_are_checked() -> None:
+    for channels in (0, -1, 257, True):
+        with pytest.raises(ValueError, match=r"channels must lie in 1\.\.256"):
+            PixelType(channels)
+    for limits in ((1, 1), (5, 2), (1,), "file"):
+        with pytest.raises(ValueError, match="range must be null, 'dtype' or"):
+            PixelType(3, limits)
+    assert PixelFormat().spread(1).mean == (pytest.approx(0.449),)
+    assert PixelFormat().spread(5).std == (0.229, 0.224, 0.225, 0.229, 0.224)
+    with pytest.raises(ValueError, match="'bgr' is one of three channels"):
+        PixelFormat((0.5,), (0.5,), "bgr")
