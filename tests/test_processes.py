@@ -379,6 +379,7 @@ def test_the_first_process_is_known_before_they_meet(name: str, monkeypatch: pyt
     assert not processes.is_first()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_two_processes_ends_with_the_weights_of_an_undisturbed_one(
     demo_root: Path, tmp_path: Path
 ) -> None:

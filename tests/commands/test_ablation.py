@@ -37,6 +37,7 @@ def results(first: list[float], second: list[float]) -> dict[str, list[Result]]:
     }
 
 
+@pytest.mark.slow
 def test_a_study_is_trained_once(
     demo_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

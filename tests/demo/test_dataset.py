@@ -190,6 +190,7 @@ def test_a_killed_generation_leaves_nothing_under_the_final_name(tmp_path):
     assert names(tmp_path) == ["demo"]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_agree(root, tmp_path):
     writers = [start_writer(tmp_path / "demo", train=6) for _ in range(2)]
     for writer in writers:

@@ -46,6 +46,7 @@ def peaks():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["RoIAlign 2 x 2", "RoIAlign adaptive", "RoI max pooling", "precise", "rotated"])
 def test_takes_at_most_twice_what_torchvision_takes(name, peaks):
     peer, ours = peaks[name]

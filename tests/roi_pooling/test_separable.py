@@ -85,6 +85,7 @@ def test_are_proper_operators(boxes):
         torch.library.opcheck(ops.separable_weight_grad.default, (grad, rows, *maps, y.cell, x.cell, other, axis))
 
 
+@pytest.mark.slow
 def test_differentiable_any_number_of_times():
     table, chosen, y, x = operands(boxes=2, bins=(1, 2), taps=(2, 2), channels=2)
     leaves = [leaf.clone().requires_grad_() for leaf in (table.rows, y.weight, x.weight)]

@@ -43,12 +43,14 @@ def failures() -> dict[str, str]:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("name", triton_checks.CHECKS)
 def test_in_the_interpreter(name: str, failures: dict[str, str]) -> None:
     assert name not in failures, failures[name]
 
 
 @needs_triton
+@pytest.mark.slow
 def test_all_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     made = run_as_script("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     separable = ["_adjoint_kernel", "_pool_kernel", "_strips_kernel", "_weight_grad_kernel"]

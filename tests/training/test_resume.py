@@ -50,14 +50,14 @@ def compare(command: list[str], folder: Path, known: dict[tuple[str, ...], Path]
 
 
 CASES = [  # accumulated batches, workers, more options, hook and call at which the kill comes
-    (1, 0, EVERY_STEP, ("on_train_batch_start", 4)),
-    (1, 2, ["--checkpoint.every_n_steps", "3"], ("on_train_batch_start", 8)),
-    (3, 2, EVERY_STEP, ("on_train_batch_start", 13)),
     (1, 0, [*EVERY_STEP, "--ema", "0.9", "--trainer.val_check_interval", "3"], ("on_train_batch_start", 9)),
-    (1, 0, [*EVERY_STEP, "--trainer.max_epochs", "-1", "--trainer.max_steps", "11"], ("on_train_epoch_end", 0)),
+    (3, 2, EVERY_STEP, ("on_train_batch_start", 13)),
 ]
 SLOW = [
-    *((1, 2, EVERY_STEP, ("on_train_batch_start", step)) for step in range(1, 12)),
+    (1, 0, EVERY_STEP, ("on_train_batch_start", 4)),
+    (1, 2, ["--checkpoint.every_n_steps", "3"], ("on_train_batch_start", 8)),
+    (1, 0, [*EVERY_STEP, "--trainer.max_epochs", "-1", "--trainer.max_steps", "11"], ("on_train_epoch_end", 0)),
+    *((1, 2, EVERY_STEP, ("on_train_batch_start", step)) for step in range(1, 12, 2)),
     *((3, 0, EVERY_STEP, ("on_train_batch_start", batch)) for batch in (1, 16, 17, 22)),
     *((1, 0, EVERY_STEP, ("on_train_batch_end", step)) for step in (0, 5, 11)),
 ]
@@ -96,9 +96,9 @@ def test_p1_a_killed_run_ends_as_an_undisturbed_one(
     ("name", "at", "workers", "status", "step"),
     [
         ("SIGTERM", ("on_train_batch_start", 2), 2, 143, 3),
-        ("SIGUSR1", ("on_train_batch_end", 7), 0, 143, 8),
+        pytest.param("SIGUSR1", ("on_train_batch_end", 7), 0, 143, 8, marks=pytest.mark.slow),
         ("SIGINT", ("on_train_batch_end", 5), 0, 130, 6),  # met in the validation, which is run again
-        ("SIGHUP", ("on_train_batch_start", 0), 0, 129, 1),
+        pytest.param("SIGHUP", ("on_train_batch_start", 0), 0, 129, 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_a_run_after_its_step(

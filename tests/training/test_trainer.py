@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from detpipe import cli
 from detpipe.support.errors import TrainingError, UsageError
+from detpipe.training import callbacks
 from detpipe.training.callbacks import AveragedWeights, StepSeed
 from detpipe.training.checkpoint import AtomicCheckpointIO
 from detpipe.training.trainer import DEFAULTS, MetricsTable, build_trainer
@@ -280,17 +281,13 @@ def test_an_average_of_many_steps_follows_its_decay() -> None:
 
 
 def test_early_stopping_ends_a_training(demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from detpipe.training import callbacks
-
     class MeanAveragePrecision(callbacks.MeanAveragePrecision):
         def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             self.metrics = {"AP": 0.5, "AP50": 0.5, "epoch": trainer.current_epoch}
             pl_module.log("val/AP", 0.5)
 
-    from detpipe.commands import training
-
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "MeanAveragePrecision", MeanAveragePrecision)
+        patched.setattr(callbacks, "MeanAveragePrecision", MeanAveragePrecision)
         assert train(demo_root, tmp_path / "run", "--early_stopping", "2", epochs=8) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 3
     assert "ended after epoch 2: 2 validations brought no better val/AP" in capsys.readouterr().out
