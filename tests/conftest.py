@@ -12,6 +12,12 @@ import torch
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_collection_finish() -> None:
+    """Leave what there is before the first test out of every collection of cycles."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed() -> None:
     """Each test starts from the same random state and leaves the cores to its neighbors."""

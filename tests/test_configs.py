@@ -114,6 +114,7 @@ def test_the_main_job_takes_at_most_30_tflop(demo_root: Path, capsys: pytest.Cap
     assert parse(path).trainer.max_epochs * gflop / 1000 <= 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes", "want"),
     [
@@ -137,6 +138,7 @@ def test_heads_are_changed_as_their_headers_show(name: str, changes: list[str], 
     assert value == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", BACKBONES, ids=name_of)
 def test_a_backbone_takes_the_place_of_se_resnet(path: Path, demo_root: Path, tmp_path: Path) -> None:
     if "timm/" in path.read_text():
@@ -188,6 +190,7 @@ def test_a_proposal_source_takes_the_place_of_the_rpn(path: Path, demo_root: Pat
     assert found["boxes"].shape[1] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_a_source_follows_every_data_overlay(path: Path) -> None:
     source = parse(runs.CONFIGS / "fast_rcnn_squeezenet.yaml", path).model.proposals
@@ -326,6 +329,7 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
     assert set(result["per_class"]) == {"cat", "dog"}
 
 
+@pytest.mark.slow
 def test_strong_augmentation_follows_every_data_set(demo_root: Path, tmp_path: Path) -> None:
     base = runs.CONFIGS / "fast_rcnn_se.yaml"
     for overlay in OVERLAYS:

@@ -76,7 +76,12 @@ def test_anchors_and_grids_are_float32_in_every_precision() -> None:
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("fast_rcnn_se", "pyramid", "reinforce")  # the others are as long, and share most with one of these
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_float64(name: str, demo_root: Path, tmp_path: Path) -> None:
     assert train(name, "64-true", demo_root, tmp_path / "run") == 0
     assert {value.dtype for value in runs.weights(tmp_path / "run" / "best.ckpt").values()} <= {

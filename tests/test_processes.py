@@ -221,6 +221,7 @@ def short(demo_root: Path, output: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_configurations_train_and_validate_with_two_processes(demo_root: Path, tmp_path: Path) -> None:
     """A learned source and a classic one, a head that learns by reward, and a model that is no detector; each is trained by one
     process in ``test_configs.py``."""

@@ -76,6 +76,7 @@ def test_a_study_is_trained_once(
     assert (out / "none_0" / "result.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named(demo_root: Path, tmp_path: Path) -> None:
     study = write(tmp_path, STUDY.replace("attention: null", "attention: nul"))
     with pytest.raises(TrainingError, match=r"a run failed: detpipe: error: .*attention.*; its log is .*none_0\.log$"):

@@ -435,6 +435,7 @@ def toy():
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arm", "low", "high"), [("T=1", 0.4, 0.6), ("T=2 reinforce", 0.9, 1.0), ("T=2 pathwise", 0.9, 1.0)]
 )

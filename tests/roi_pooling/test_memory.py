@@ -54,6 +54,7 @@ def test_takes_at_most_twice_what_torchvision_takes(name, peaks):
     assert result < ours < 2 * peer, f"{name}: {ours:.0f} MiB, torchvision's {peer:.0f} MiB"
 
 
+@pytest.mark.slow
 def test_superpixels_need_no_map_at_their_resolution(peaks):
     peer, ours = peaks["superpixels"]
     assert ours < peer / 10, f"{ours:.0f} MiB; the features at the labels' resolution take {peer:.0f} MiB"
