@@ -252,15 +252,18 @@ def _open_voc(
     data: str, split: str, on_bad: OnBad, one_based: bool | None, together: Sequence[str], splits: Sequence[str]
 ) -> voc.VOC:
     names: list[str] | Literal["auto"] = "auto"
-    if not together and split in splits and not voc.VOCSource(Path(data), split, "skip").occurring():
-        together = splits  # images without objects do not say which classes there are
     if together:
         names = list(voc.find_class_names(data, list(dict.fromkeys([split, *together]))))
     if one_based is None:
         known = read_class_list(Path(data))
         one_based = known is None or known.one_based
     format = voc.VOCFormat(class_names=names, one_based=one_based)
-    return voc.VOC(data, train=split, val=split, format=format, on_bad=on_bad)
+    opened = voc.VOC(data, train=split, val=split, format=format, on_bad=on_bad)
+    if (
+        not together and split in splits[1:] + splits[:-1] and not opened.occurring()
+    ):  # they do not say which classes there are
+        return _open_voc(data, split, on_bad, one_based, splits, ())
+    return opened
 
 
 def known_layout(data: str, option: str = "--data ") -> Layout:

@@ -245,13 +245,17 @@ class VOC(DetectionData):
     def load(self, split: Split, faults: Collected | None = None) -> Annotations:
         """Read the lists and XML files of a split."""
         names, options = self._names(split), self.format
-        opened = self._sources.pop(split, None)
+        opened = self._sources.pop("train" if self.splits[split] == self.splits["train"] else split, None)
         source = opened if opened is not None and faults is None else self._open(split, faults)
         return source.load(names, options.one_based, options.keep_difficult)
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""
         return tuple(find_splits(Path(self.root))) if Path(self.root).is_dir() else ()
+
+    def occurring(self) -> tuple[str, ...]:
+        """The names of the objects of the training split, sorted; its XML files are parsed once, for these and for the boxes."""
+        return self._training_source("train").occurring()
 
     def _open(self, split: Split, faults: Collected | None = None) -> VOCSource:
         lists = self.source_of(split, "a list in ImageSets/Main")
@@ -271,7 +275,8 @@ class VOC(DetectionData):
     def _training_source(self, split: Split) -> VOCSource:
         """The training split, which names the classes; who evaluates another alone may lack it, where VOC's 20 are expected."""
         try:
-            self._sources["train"] = self._open("train")
+            if "train" not in self._sources:
+                self._sources["train"] = self._open("train")
         except DataError:
             if split == "train" or self.format.class_names == "auto":
                 raise
