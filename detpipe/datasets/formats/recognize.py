@@ -259,9 +259,7 @@ def _open_voc(
         one_based = known is None or known.one_based
     format = voc.VOCFormat(class_names=names, one_based=one_based)
     opened = voc.VOC(data, train=split, val=split, format=format, on_bad=on_bad)
-    if (
-        not together and split in splits[1:] + splits[:-1] and not opened.occurring()
-    ):  # they do not say which classes there are
+    if not together and split in splits and len(splits) > 1 and not opened.occurring():  # no image of it has objects
         return _open_voc(data, split, on_bad, one_based, splits, ())
     return opened
 
