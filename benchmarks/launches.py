@@ -5,7 +5,7 @@ allocated, are left out. Each is put down to the stage whose file called it; one
 operation that it belongs to. An operator of detpipe's own counts once, whatever it launches. What would make the host wait for a
 GPU is listed: numbers, masks and indices that are read back, and copies to a GPU that are not ``non_blocking``.
 
-On ``cuda`` without a GPU, tensors are fake: they have shapes and devices, but no values. A step that waits for a value then ends with
+On ``cuda`` without a GPU, tensors are fake: they have shapes and devices, but no values. A step that waits for a value ends with
 an error that shows where. Detection has results of unknown length, so that it is counted with values only: on a CPU or a real GPU.
 """
 
@@ -187,9 +187,7 @@ def detect_once(detector: TwoStageDetector, batch: Batch, device: str) -> Launch
     return launches
 
 
-def count(
-    configs: Sequence[str], images: int, size: tuple[int, int], device: str, detection: bool = False
-) -> Launches:
+def count(configs: Sequence[str], images: int, size: tuple[int, int], device: str, detection: bool = False) -> Launches:
     """Count a training step, or detection, of a configuration.
 
     Args:

@@ -141,7 +141,9 @@ class _Overlaps:
         self.rows, self.columns = ([grid.size[axis] for grid in grids] for axis in (0, 1))
         self.x = _shared(_joined([grid.x for grid in grids], 1), self.boxes[..., 0::2])  # [N, G, A, W] pixels
         self.y = _shared(_joined([grid.y for grid in grids], 1), self.boxes[..., 1::2])  # [N, G, A, H]
-        x, y = (torch.stack([edges[:, 0] for edges in level]) for level in zip(*((g.x, g.y) for g in grids), strict=True))
+        x, y = (
+            torch.stack([edges[:, 0] for edges in level]) for level in zip(*((g.x, g.y) for g in grids), strict=True)
+        )
         area = (x[..., 1] - x[..., 0]) * (y[..., 1] - y[..., 0])  # [L, A]
         self.area = self._spread(list(area.unsqueeze(-1)), self.columns)  # [A, W]
         self.areas = box_ops.area(self.boxes)[..., None, None] + self.area  # [N, G, A, W]
