@@ -6,7 +6,8 @@ operation that it belongs to. An operator of detpipe's own counts once, whatever
 GPU is listed: numbers, masks and indices that are read back, and copies to a GPU that are not ``non_blocking``.
 
 On ``cuda`` without a GPU, tensors are fake: they have shapes and devices, but no values. A step that waits for a value ends with
-an error that shows where. Detection has results of unknown length, so that it is counted with values only: on a CPU or a real GPU.
+an error that shows where. PyTorch has no backward pass without a driver, and detection has results of unknown length: both are
+counted with values, on a CPU or a real GPU.
 """
 
 from __future__ import annotations
@@ -57,7 +58,18 @@ STAGES = {
 }
 PACKAGE = str(Path(__file__).resolve().parents[1] / "detpipe") + "/"
 # tensors that are only allocated, or that share memory with another
-WITHOUT_KERNEL = ("empty", "new_empty", "detach", "alias", "lift", "_unsafe_view", "_reshape_alias", "sym_", "resize_")
+WITHOUT_KERNEL = (
+    "device",
+    "empty",
+    "new_empty",
+    "detach",
+    "alias",
+    "lift",
+    "_unsafe_view",
+    "_reshape_alias",
+    "sym_",
+    "resize_",
+)
 WAITS = (
     *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "nms"),
     *("_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
@@ -172,7 +184,9 @@ def train_once(detector: TwoStageDetector, batch: Batch, device: str) -> Launche
         launches = Launches(device)
         # in one thread, which the mode is active in
         with launches if counting else nullcontext(), torch.autograd.set_multithreading_enabled(False):
-            total_loss(detector.losses(*batch)).backward()
+            loss = total_loss(detector.losses(*batch))
+            if device == "cpu" or torch.cuda.is_available():
+                loss.backward()
         detector.zero_grad(set_to_none=True)
     return launches
 
@@ -204,8 +218,10 @@ def count(configs: Sequence[str], images: int, size: tuple[int, int], device: st
     classes = detector.head.num_classes
     if device == "cpu" or torch.cuda.is_available():
         return run(detector.to(device), make_batch(images, size, 4, classes, device), device)
-    with FakeTensorMode() as fake:
-        move(detector, lambda value: fake.from_tensor(value).to(device))
+    fake = FakeTensorMode()
+    move(detector, fake.from_tensor)
+    with fake:
+        move(detector, lambda value: value.to(device))
         batch = make_batch(images, size, 4, classes, "cpu")
         moved = [image.to(device) for image in batch[0]], [{k: v.to(device) for k, v in t.items()} for t in batch[1]]
         return run(detector, moved, device)

@@ -130,6 +130,10 @@ class Glimpse(nn.Module):
         torch.Size([1, 1, 8, 5, 5])
     """
 
+    centers: Tensor  # [h s, w s, 2] of the samples, in the frame of a box
+    edge: Tensor  # [M, 2] its outline
+    probes: Tensor  # [3, 2] its center, and halfway to the right and to the bottom
+
     def __init__(
         self,
         in_channels: int,
@@ -143,6 +147,11 @@ class Glimpse(nn.Module):
             raise ValueError(f"samples must be at least 1, got {samples}")
         self.output_size, self.settings, self.samples, self.levels = output_size, settings, samples, levels
         self.grid = settings.grid()
+        h, w = output_size
+        self.register_buffer("centers", cell_centers((h * samples, w * samples)), persistent=False)
+        self.register_buffer("edge", _edge(), persistent=False)
+        probes = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, 0.5]])
+        self.register_buffer("probes", probes, persistent=False)
         width = in_channels * output_size[0] * output_size[1]
         self.localization = Localization(width, self.grid, settings.hidden, settings.step)
         self.gain = nn.Parameter(torch.zeros(in_channels)) if settings.fuse == "sum" else None
@@ -166,7 +175,8 @@ class Glimpse(nn.Module):
         weigh_maps = self.gain is not None and sum(values.numel() for values in maps.values()) < pooled.numel()
         if weigh_maps:  # the same, and fewer products than weighing what is seen
             maps = {level: self._weighed(values) for level, values in maps.items()}
-        seen = pool_points(maps, self._points(theta, boxes), self._around(theta, boxes), strides, self.levels)
+        around = boxes if len(strides) == 1 else self._around(theta, boxes)  # chooses the level
+        seen = pool_points(maps, self._points(theta, boxes), around, strides, self.levels)
         if self.settings.fuse == "sum":
             joined = pooled + (seen if weigh_maps else self._weighed(seen))
         else:
@@ -181,7 +191,7 @@ class Glimpse(nn.Module):
     def _points(self, theta: Tensor, boxes: Tensor) -> Tensor:
         """Where each sample of each bin is read: ``[N, P, h, w, S, 2]`` in image pixels."""
         (h, w), s = self.output_size, self.samples
-        grid = self.grid(theta, (h * s, w * s)).unflatten(0, boxes.shape[:2])  # [N, P, h s, w s, 2]
+        grid = self.grid.warp(theta, self.centers).unflatten(0, boxes.shape[:2])  # [N, P, h s, w s, 2]
         bins = grid.unflatten(3, (w, s)).unflatten(2, (h, s)).transpose(3, 4).flatten(4, 5)
         return from_frames(bins, boxes)
 
@@ -202,11 +212,7 @@ class Glimpse(nn.Module):
         Returns:
             ``[N, P, M, 2]`` (x, y) in image pixels, clockwise from the upper left; M = 32.
         """
-        edge = cell_centers((1, EDGE_POINTS), theta.device)[0, :, 0] - 1 / EDGE_POINTS  # from -1 on, without 1
-        one = torch.ones_like(edge)
-        sides = ((edge, -one), (one, edge), (-edge, one), (-one, -edge))
-        points = torch.cat([torch.stack(side, dim=-1) for side in sides])
-        warped = self.grid.warp(theta.flatten(0, 1), points).unflatten(0, boxes.shape[:2])
+        warped = self.grid.warp(theta.flatten(0, 1), self.edge).unflatten(0, boxes.shape[:2])
         return from_frames(warped, boxes)
 
     @torch.no_grad()
@@ -221,13 +227,11 @@ class Glimpse(nn.Module):
             ``glimpse_shift``, the mean distance of the glimpse's center from the box's, in halves of the box, and
             ``glimpse_scale``, the geometric mean of the glimpse's size over the box's: scalars, 0 and 1 without boxes.
         """
-        probes = theta.new_tensor([[0.0, 0.0], [0.5, 0.0], [0.0, 0.5]], dtype=torch.float32)
-        center, right, down = self.grid.warp(theta.flatten(0, 1), probes).unbind(1)
+        center, right, down = self.grid.warp(theta.flatten(0, 1), self.probes).unbind(1)
         (a, b), (c, d) = ((2 * (right - center)).unbind(1), (2 * (down - center)).unbind(1))
+        log_scale = (a * d - b * c).abs().clamp(min=1e-6).log() / 2
         weight = counts.flatten().float()
-        total = weight.sum().clamp(min=1)
-        shift = (center.norm(dim=1) * weight).sum() / total
-        log_scale = ((a * d - b * c).abs().clamp(min=1e-6).log() / 2 * weight).sum() / total
+        shift, log_scale = (torch.stack((center.norm(dim=1), log_scale)) * weight).sum(1) / weight.sum().clamp(min=1)
         return {"glimpse_shift": shift, "glimpse_scale": log_scale.exp()}
 
 
@@ -256,6 +260,13 @@ class Localization(nn.Module):
         return torch.lerp(self.identity.to(theta).expand_as(theta), theta, self.step)
 
 
+def _edge() -> Tensor:
+    """The outline of a frame, ``[M, 2]``, clockwise from the upper left."""
+    edge = cell_centers((1, EDGE_POINTS))[0, :, 0] - 1 / EDGE_POINTS  # from -1 on, without 1
+    one = torch.ones_like(edge)
+    return torch.cat([torch.stack(side, dim=-1) for side in ((edge, -one), (one, edge), (-edge, one), (-one, -edge))])
+
+
 def from_frames(points: Tensor, boxes: Tensor) -> Tensor:
     """Take points of the frames of boxes to image pixels.
 
@@ -269,4 +280,4 @@ def from_frames(points: Tensor, boxes: Tensor) -> Tensor:
     boxes = boxes.to(points.dtype)
     center, half = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) / 2
     shape = (*boxes.shape[:2], *(1,) * (points.ndim - 3), 2)
-    return center.reshape(shape) + points * half.reshape(shape)
+    return torch.addcmul(center.reshape(shape), points, half.reshape(shape))

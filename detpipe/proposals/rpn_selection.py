@@ -122,10 +122,9 @@ class ProposalSelection:
             boxes = boxes.masked_fill(~keep.gather(1, order)[..., None], 0.0)
             return [*boxes], [*scores]
         found = keep.sum(dim=1).clamp(max=count).tolist()
-        # copies, so that what is dropped is freed
         return (
-            [row[:number].clone() for row, number in zip(boxes, found, strict=True)],
-            [row[:number].clone() for row, number in zip(scores, found, strict=True)],
+            [row[:number] for row, number in zip(boxes, found, strict=True)],
+            [row[:number] for row, number in zip(scores, found, strict=True)],
         )
 
 
