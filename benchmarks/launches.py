@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -92,20 +93,30 @@ class Launches(TorchDispatchMode):
         self.waits: Counter[tuple[str, str]] = Counter()
         self._numbers: list[int] = []  # of the autograd nodes that forward operations have made, with their stages
         self._stages: list[str] = []
+        self._made = _MadeOnDevice(self)
+
+    def __enter__(self) -> Launches:
+        """Begin to count."""
+        self._made.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """End."""
+        super().__exit__(*error)
+        self._made.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         """Count an operation, and run it."""
         kwargs = kwargs or {}
         name = func.__name__.partition(".")[0]
-        on_device = self._touches((args, kwargs))
+        on_device, node = self._touches((args, kwargs)), torch._C._current_autograd_node()
         if on_device and self._waits(func, args, kwargs):
-            self.waits[self._stage(), name] += 1
+            self.waits[self.stage() if node is None else "backward", name] += 1
         result = func(*args, **kwargs)
         if not (on_device or self._touches(result)) or func.is_view or name.startswith(WITHOUT_KERNEL):
             return result
-        node = torch._C._current_autograd_node()
         if node is None:
-            stage = self._stage()
+            stage = self.stage()
             self._numbers.append(torch.autograd._get_sequence_nr())
             self._stages.append(stage)
             self.forward[stage] += 1
@@ -139,7 +150,7 @@ class Launches(TorchDispatchMode):
         return args[0].device.type == "cpu" or not (kwargs.get("non_blocking") or args[2:] == (True,))
 
     @staticmethod
-    def _stage() -> str:
+    def stage() -> str:
         """The stage of the innermost part of detpipe that is running, and serves one stage only."""
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
@@ -150,6 +161,22 @@ class Launches(TorchDispatchMode):
                     return stage
             frame = frame.f_back
         return "elsewhere"
+
+
+class _MadeOnDevice(TorchFunctionMode):
+    """Notes numbers of Python that become a tensor on the device, which no dispatch mode sees."""
+
+    def __init__(self, launches: Launches) -> None:
+        super().__init__()
+        self.launches = launches
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor):
+            given = args[func is Tensor.new_tensor] if args else None
+            if result.device.type == self.launches.device != "cpu" and not isinstance(given, Tensor):
+                self.launches.waits[self.launches.stage(), func.__name__] += 1
+        return result
 
 
 def make_batch(images: int, size: tuple[int, int], objects: int, classes: int, device: str) -> Batch:

@@ -274,8 +274,9 @@ def _scaled(values: Sequence[Tensor], factors: Sequence[tuple[float, ...]]) -> S
 
 def _of_rows(numbers: Sequence[tuple[float, ...]], values: Sequence[Tensor]) -> Tensor:
     """Repeat the numbers of each tensor for its rows, without waiting for their device: ``[rows of all, ...]``."""
-    counts = torch.tensor([len(rows) for rows in values])
-    repeated = torch.tensor(numbers, dtype=values[0].dtype).repeat_interleave(counts, dim=0)
+    counts = [len(rows) for rows in values]
+    each = torch.tensor(numbers, dtype=values[0].dtype)
+    repeated = each.repeat_interleave(torch.tensor(counts), dim=0, output_size=sum(counts))
     return repeated.to(values[0].device, non_blocking=True)
 
 
