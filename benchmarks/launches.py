@@ -31,9 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detpipe.commands.training import add_arguments
 from detpipe.detector import TwoStageDetector, total_loss
-from detpipe.training.configuration import CLI
 from detpipe.types import Target
 
 Batch = tuple[list[Tensor], list[Target]]
@@ -238,6 +236,9 @@ def count(configs: Sequence[str], images: int, size: tuple[int, int], device: st
         device: ``"cpu"`` or ``"cuda"``; tensors are fake where there is no GPU.
         detection: count detection in the place of a training step.
     """
+    from detpipe.commands.training import add_arguments  # needs all that training needs
+    from detpipe.training.configuration import CLI
+
     torch.manual_seed(0)
     cli = CLI([*map(str, configs)], add_arguments)
     detector, run = cli.model, detect_once if detection else train_once
