@@ -8,6 +8,7 @@ B rows of M boxes.
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def keep_best(boxes: Tensor, iou: float, groups: Tensor | None = None) -> Tensor
 
 
 def _keep_best(boxes: Tensor, groups: Tensor | None, iou: float) -> Tensor:
-    if boxes.is_cuda and importlib.util.find_spec("triton") is not None:
+    if boxes.is_cuda and _triton_is_installed():
         from detpipe.nms import kernels
 
         return kernels.keep_best(boxes, groups, iou)
@@ -53,6 +54,11 @@ def _keep_best(boxes: Tensor, groups: Tensor | None, iou: float) -> Tensor:
         best = _nms(found.double() + apart[:, None], iou)
         kept[row[best], column[best]] = True
     return kept
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _nms(boxes: Tensor, iou: float) -> Tensor:
