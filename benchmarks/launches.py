@@ -115,7 +115,7 @@ class Launches(TorchDispatchMode):
             return result
         if node is None:
             stage = self.stage()
-            self._numbers.append(torch.autograd._get_sequence_nr())
+            self._numbers.append(torch.autograd._get_sequence_nr())  # pyright: ignore[reportPrivateImportUsage]
             self._stages.append(stage)
             self.forward[stage] += 1
         else:  # the node took its number just before its operation ran
@@ -140,9 +140,9 @@ class Launches(TorchDispatchMode):
             return any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1])
         devices = {leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
         if name == "_to_copy":
-            target = kwargs.get("device")
-            crosses = target is not None and torch.device(target).type not in devices
-            return crosses and not (kwargs.get("non_blocking") and torch.device(target).type != "cpu")
+            target = "" if kwargs.get("device") is None else torch.device(kwargs["device"]).type
+            crosses = target != "" and target not in devices
+            return crosses and (target == "cpu" or not kwargs.get("non_blocking"))
         if name != "copy_" or len(devices) == 1:
             return False
         return args[0].device.type == "cpu" or not (kwargs.get("non_blocking") or args[2:] == (True,))
@@ -250,9 +250,7 @@ def count(configs: Sequence[str], images: int, size: tuple[int, int], device: st
     move(detector, fake.from_tensor)
     with fake:
         move(detector, lambda value: value.to(device))
-        batch = make_batch(images, size, 4, classes, "cpu")
-        moved = [image.to(device) for image in batch[0]], [{k: v.to(device) for k, v in t.items()} for t in batch[1]]
-        return run(detector, moved, device)
+        return run(detector, make_batch(images, size, 4, classes, device), device)
 
 
 def table(columns: dict[str, Launches]) -> str:

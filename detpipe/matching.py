@@ -85,6 +85,7 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
     Raises:
         ValueError: a target lacks ``boxes`` or ``labels``, or they differ in length.
     """
+    boxes_of, labels_of = [], []
     for index, target in enumerate(targets):
         if "boxes" not in target or "labels" not in target:
             raise ValueError(f"targets[{index}] needs 'boxes' and 'labels' in training, got {sorted(target)}")
@@ -94,10 +95,15 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
                 f"targets[{index}]: boxes must be [G, 4] and labels [G], "
                 f"got {list(boxes.shape)} and {list(labels.shape)}"
             )
+        boxes_of.append(boxes)
+        labels_of.append(labels)
     flagged = any("iscrowd" in target or "difficult" in target for target in targets)
-    columns = [[target["boxes"] for target in targets], [target["labels"] for target in targets]]
-    columns += [[_flags(target, name) for target in targets] for name in ("iscrowd", "difficult") if flagged]
-    (boxes, labels, *found), present = _pad_alike(columns)
+    flags = [
+        [_flags(target, name, labels) for target, labels in zip(targets, labels_of, strict=True)]
+        for name in ("iscrowd", "difficult")
+        if flagged
+    ]
+    (boxes, labels, *found), present = _pad_alike([boxes_of, labels_of, *flags])
     if not flagged:
         none = torch.zeros_like(present)
         return GroundTruth(boxes, labels, present, none, none, any_ignored=False)
@@ -109,8 +115,8 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
     return GroundTruth(boxes, labels, present & ~ignored, crowd, difficult & ~crowd, maybe)
 
 
-def _flags(target: Target, name: str) -> Tensor:
-    return target[name].bool() if name in target else torch.zeros_like(target["labels"], dtype=torch.bool)
+def _flags(target: Target, name: str, labels: Tensor) -> Tensor:
+    return target[name].bool() if name in target else torch.zeros_like(labels, dtype=torch.bool)
 
 
 def assign(

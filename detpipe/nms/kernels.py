@@ -7,7 +7,7 @@ B rows of M boxes, W words for M bits.
 """
 
 # Triton annotates its functions as they are on the host; compiled, its loops and tensors are something else.
-# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
