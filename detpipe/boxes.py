@@ -50,8 +50,8 @@ def image_sides(image_sizes: Sequence[tuple[int, int]], like: Tensor) -> tuple[T
     Returns:
         ``[N, 1]`` each.
     """
-    if len(set(image_sizes)) == 1:
-        [(height, width)] = set(image_sizes)
+    if len({tuple(size) for size in image_sizes}) == 1:
+        height, width = image_sizes[0]
         return like.new_full((len(image_sizes), 1), height), like.new_full((len(image_sizes), 1), width)
     sizes = torch.tensor([tuple(size) for size in image_sizes], dtype=like.dtype).reshape(-1, 2, 1)
     heights, widths = sizes.to(like.device, non_blocking=True).unbind(1)

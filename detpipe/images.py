@@ -191,8 +191,12 @@ def to_batch(
 
 def _stacked(images: Sequence[Tensor], contents: Sequence[Size | None] | None) -> Sequence[Tensor]:
     """Put images of one kind, size and content into one tensor, so that as many operations serve any number of them."""
-    alike = {(image.shape, image.dtype, image.stride(0) == 1) for image in images}
-    if len(images) == 1 or len(alike) > 1 or (contents is not None and len(set(contents)) > 1):
+    own = contents or [None] * len(images)
+    alike = {
+        (image.shape, image.dtype, image.stride(0) == 1, content and tuple(content))
+        for image, content in zip(images, own, strict=True)
+    }
+    if len(images) == 1 or len(alike) > 1:
         return images
     if images[0].stride(0) == 1:  # the channels of a pixel lie side by side, and stay so
         return [torch.stack([image.movedim(0, -1) for image in images]).movedim(-1, 1)]
