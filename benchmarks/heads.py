@@ -115,16 +115,26 @@ def detect(head: ProposalHead, data: tuple[Features, list[Tensor], list[Target]]
     head.eval()
     with torch.inference_mode():
         start = time.perf_counter()
-        head.detect(features, boxes, [SIZE] * IMAGES, torch.ones(boxes.shape[:2], dtype=torch.bool))
+        head.detect(
+            features, boxes, [SIZE] * IMAGES, torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+        )
         wait()
         return time.perf_counter() - start
 
 
-def in_turns(measure: Callable[..., float], pair: Sequence[ProposalHead], data: Any, turns: int) -> str:
-    """Milliseconds of the first head, and by how much longer it takes than the second."""
+def in_turns(
+    measure: Callable[..., float], pair: Sequence[ProposalHead], data: Any, turns: int
+) -> tuple[float, tuple[float, float, float]]:
+    """Seconds of the first head, and how many times as long as the second it takes: quartiles."""
     seconds = [[measure(head, data) for head in pair] for _ in range(turns + 1)][1:]
     low, middle, high = statistics.quantiles([first / second for first, second in seconds], n=4)
-    milliseconds = 1000 * statistics.median(first for first, _ in seconds)
+    return statistics.median(first for first, _ in seconds), (low, middle, high)
+
+
+def cell(seconds: float, ratios: tuple[float, float, float]) -> str:
+    """Write what `in_turns` found."""
+    low, middle, high = ratios
+    milliseconds = 1000 * seconds
     return f"{milliseconds:{'.0f' if milliseconds >= 100 else '.3g'}} | **{middle:.2f}** ({low:.2f} to {high:.2f})"
 
 
@@ -160,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pair = [head.to(device), plain(head.pooler).to(device)]
         sizes = (sum(parameter.numel() for parameter in one.parameters()) / 1e6 for one in pair)
         cells = [name, " (".join(f"{size:.2f}" for size in sizes) + ")"]
-        cells += [in_turns(measure, pair, data, options.turns) for measure in (step, detect)]
+        cells += [cell(*in_turns(measure, pair, data, options.turns)) for measure in (step, detect)]
         cells.append(" (".join(f"{kept_memory(one, partial(step, one, data)):.0f}" for one in pair) + ")")
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0

@@ -39,10 +39,15 @@ from torchvision.ops import roi_pool as peer_pool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detpipe.roi_pooling import roi_align, roi_max_pool
+from torchvision.ops import MultiScaleRoIAlign
 
-SCALE, BINS = 1 / 16, 7
-Operator = Callable[[Tensor, Tensor], Tensor]
+from detpipe.roi_pooling import RoIAlign, precise_roi_pool, roi_align, roi_max_pool
+
+STRIDE, BINS = 16, 7
+SCALE = 1 / STRIDE
+PYRAMID = (4, 8, 16, 32)
+Features = list[Tensor]  # one map, or those of a pyramid
+Operator = Callable[[Features, Tensor], Tensor]
 
 
 class Case(NamedTuple):
@@ -51,42 +56,60 @@ class Case(NamedTuple):
     images: int
     rois: int  # of each image
     channels: int
-    height: int = 50
+    height: int = 50  # of the map, in cells of 16 pixels
     width: int = 68
 
 
 CASES = {"standard": Case(2, 512, 256), "tiny": Case(1, 8, 256), "large": Case(8, 2000, 512)}
 
 
-def _peer_deterministic(features: Tensor, boxes: Tensor) -> Tensor:
+def _peer_deterministic(features: Features, boxes: Tensor) -> Tensor:
     path = importlib.import_module("torchvision.ops.roi_align")._roi_align
     with torch.compiler.set_stance("force_eager"):
-        return path(features, boxes, SCALE, BINS, BINS, 2, True)
+        return path(features[0], boxes, SCALE, BINS, BINS, 2, True)
+
+
+def _peer_pyramid(features: Features, boxes: Tensor) -> Tensor:
+    names = [str(stride) for stride in PYRAMID]
+    size = (features[0].shape[2] * PYRAMID[0], features[0].shape[3] * PYRAMID[0])
+    own = list(boxes[:, 1:].split(len(boxes) // len(features[0])))  # as many boxes in each image
+    pool = MultiScaleRoIAlign(names, BINS, 2)
+    return pool(dict(zip(names, features, strict=True)), own, [size] * len(own))
+
+
+def _pyramid(features: Features, boxes: Tensor) -> Tensor:
+    names = [str(stride) for stride in PYRAMID]
+    return RoIAlign(BINS, 2)(dict(zip(names, features, strict=True)), boxes, dict(zip(names, PYRAMID, strict=True)))
 
 
 # name -> torchvision's, detpipe's
-OPERATORS: dict[str, tuple[Operator, Operator]] = {
+OPERATORS: dict[str, tuple[Operator | None, Operator]] = {
     "RoIAlign 2 x 2": (
-        lambda features, boxes: peer_align(features, boxes, BINS, SCALE, 2, aligned=True),
-        lambda features, boxes: roi_align(features, boxes, BINS, SCALE, 2),
+        lambda features, boxes: peer_align(features[0], boxes, BINS, SCALE, 2, aligned=True),
+        lambda features, boxes: roi_align(features[0], boxes, BINS, SCALE, 2),
     ),
     "RoIAlign 2 x 2, contiguous": (
-        lambda features, boxes: peer_align(features, boxes, BINS, SCALE, 2, aligned=True),
-        lambda features, boxes: roi_align(features, boxes, BINS, SCALE, 2).contiguous(),
+        lambda features, boxes: peer_align(features[0], boxes, BINS, SCALE, 2, aligned=True),
+        lambda features, boxes: roi_align(features[0], boxes, BINS, SCALE, 2).contiguous(),
     ),
     "RoIAlign adaptive": (
-        lambda features, boxes: peer_align(features, boxes, BINS, SCALE, 0, aligned=True),
-        lambda features, boxes: roi_align(features, boxes, BINS, SCALE, 0),
+        lambda features, boxes: peer_align(features[0], boxes, BINS, SCALE, 0, aligned=True),
+        lambda features, boxes: roi_align(features[0], boxes, BINS, SCALE, 0),
     ),
     "RoI max pooling": (
-        lambda features, boxes: peer_pool(features, boxes, BINS, SCALE),
-        lambda features, boxes: roi_max_pool(features, boxes, BINS, SCALE),
+        lambda features, boxes: peer_pool(features[0], boxes, BINS, SCALE),
+        lambda features, boxes: roi_max_pool(features[0], boxes, BINS, SCALE),
     ),
-    "deterministic": (_peer_deterministic, lambda features, boxes: roi_align(features, boxes, BINS, SCALE, 2)),
+    "RoIAlign of a pyramid": (_peer_pyramid, _pyramid),
+    "precise": (None, lambda features, boxes: precise_roi_pool(features[0], boxes, BINS, SCALE)),  # no peer has it
+    "deterministic": (
+        _peer_deterministic,
+        lambda features, boxes: roi_align(features[0], boxes, BINS, SCALE, 2),
+    ),
 }
 
 
-def make_operands(case: Case, spread: str, device: str) -> tuple[Tensor, Tensor]:
+def make_operands(case: Case, spread: str, device: str, name: str = "") -> tuple[Features, Tensor]:
     """Draw features and boxes.
 
     Args:
@@ -94,14 +117,20 @@ def make_operands(case: Case, spread: str, device: str) -> tuple[Tensor, Tensor]
         spread: "proposals": sides log-uniform from 16 to 480 pixels, centers anywhere, so that some reach over the border;
             "uniform": two corners anywhere in the image, which makes large boxes.
         device: where to put them.
+        name: of the operator, whether it takes a pyramid.
 
     Returns:
-        ``[N, C, H, W]`` and ``[R, 5]``.
+        Maps ``[N, C, H, W]``, and ``[R, 5]``.
     """
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(case.images, case.channels, case.height, case.width, generator=generator)
+    height, width = case.height * STRIDE, case.width * STRIDE
+    strides = PYRAMID if "pyramid" in name else (STRIDE,)
+    features = [
+        torch.randn(case.images, case.channels, height // stride, width // stride, generator=generator)
+        for stride in strides
+    ]
     count = case.images * case.rois
-    extent = torch.tensor([case.width, case.height]) / SCALE
+    extent = torch.tensor([width, height])
     if spread == "uniform":
         corners = (torch.rand(count, 2, 2, generator=generator) * extent).sort(dim=1).values
         boxes = torch.cat((corners[:, 0], torch.maximum(corners[:, 1], corners[:, 0] + 4)), dim=1)
@@ -110,19 +139,20 @@ def make_operands(case: Case, spread: str, device: str) -> tuple[Tensor, Tensor]
         center = torch.rand(count, 2, generator=generator) * extent
         boxes = torch.cat((center - half, center + half), dim=1)
     image = torch.arange(case.images).repeat_interleave(case.rois)
-    return features.to(device), torch.cat((image[:, None], boxes), dim=1).to(device)
+    rois = torch.cat((image[:, None], boxes), dim=1).to(device)
+    return [level.to(device) for level in features], rois
 
 
-def run(operator: Operator, features: Tensor, boxes: Tensor) -> tuple[float, float]:
+def run(operator: Operator, features: Features, boxes: Tensor) -> tuple[float, float]:
     """Time one forward and one backward pass, in seconds."""
-    leaf = features.clone().requires_grad_()
-    wait = torch.cuda.synchronize if features.is_cuda else (lambda: None)
+    leaves = [level.clone().requires_grad_() for level in features]
+    wait = torch.cuda.synchronize if boxes.is_cuda else (lambda: None)
     wait()
     start = time.perf_counter()
-    pooled = operator(leaf, boxes)
+    pooled = operator(leaves, boxes)
     wait()
     middle = time.perf_counter()
-    grad = torch.ones(pooled.shape, device=features.device)
+    grad = torch.ones(pooled.shape, device=boxes.device)
     wait()
     resumed = time.perf_counter()
     pooled.backward(grad)
@@ -132,9 +162,10 @@ def run(operator: Operator, features: Tensor, boxes: Tensor) -> tuple[float, flo
 
 def peak_memory(name: str, case: Case, spread: str, device: str, which: int) -> int:
     """Measure the bytes that forward and backward take above their operands."""
-    features, boxes = make_operands(case, spread, device)
+    features, boxes = make_operands(case, spread, device, name)
     operator = OPERATORS[name][which]
-    run(operator, *make_operands(CASES["tiny"], spread, device))  # what is loaded or compiled at the first call
+    assert operator is not None
+    run(operator, *make_operands(CASES["tiny"], spread, device, name))  # what is loaded or compiled at the first call
     if device != "cpu":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -174,35 +205,63 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / min(seconds)
 
 
-def measure(name: str, case_name: str, spread: str, options: argparse.Namespace, bandwidth: float) -> str:
-    """Let the two take turns, and write a row of the table."""
-    case = CASES[case_name]
-    features, boxes = make_operands(case, spread, options.device)
+class Measured(NamedTuple):
+    """What was measured of an operator, torchvision's first; None where it has none, or where there is no such figure."""
+
+    forward: tuple[float | None, float]  # seconds, medians
+    both: tuple[float | None, float]
+    peaks: tuple[int | None, int | None]  # bytes
+    floors: tuple[float, float]  # seconds of a copy of the bytes that must be moved, forward and both
+
+    def ratio(self, both: bool) -> float | None:
+        """How many times as fast detpipe is."""
+        peer, own = self.both if both else self.forward
+        return None if peer is None else peer / own
+
+
+def measure(
+    name: str, case_name: str, spread: str, options: argparse.Namespace, bandwidth: float, memory: bool = True
+) -> Measured:
+    """Let the two take turns."""
+    case, contestants = CASES[case_name], [which for which in (0, 1) if OPERATORS[name][which] is not None]
+    features, boxes = make_operands(case, spread, options.device, name)
     repeats = options.repeats * (10 if case_name == "tiny" else 1)
     seconds: list[list[tuple[float, float]]] = [[], []]
     for index in range(repeats + 1):
-        for which in (0, 1) if index % 2 else (1, 0):
-            timed = run(OPERATORS[name][which], features, boxes)
+        for which in contestants if index % 2 else contestants[::-1]:
+            operator = OPERATORS[name][which]
+            assert operator is not None
+            timed = run(operator, features, boxes)
             if index:  # the first is warm-up
                 seconds[which].append(timed)
-    forward = [statistics.median(one[0] for one in own) for own in seconds]
-    both = [statistics.median(sum(one) for one in own) for own in seconds]
+    forward = [statistics.median(one[0] for one in own) if own else None for own in seconds]
+    both = [statistics.median(sum(one) for one in own) if own else None for own in seconds]
+    peaks = [
+        peak_in_own_process(name, case_name, options, spread, which) if memory and which in contestants else None
+        for which in (0, 1)
+    ]
+    assert forward[1] is not None
+    assert both[1] is not None
     pooled = case.images * case.rois * BINS**2 * case.channels * 4
-    moved = features.nbytes + pooled
-    shares = [moved / forward[1] / bandwidth, 2 * moved / both[1] / bandwidth]
-    peaks = [peak_in_own_process(name, case_name, options, spread, which) for which in (0, 1)]
+    floor = (sum(level.nbytes for level in features) + pooled) / bandwidth
+    return Measured((forward[0], forward[1]), (both[0], both[1]), (peaks[0], peaks[1]), (floor, 2 * floor))
+
+
+def row(name: str, where: str, measured: Measured) -> str:
+    """Write a row of the table."""
+    (peer, own), (peer_both, own_both), peaks = measured.forward, measured.both, measured.peaks
     memory = "not measured"
     if peaks[0] is not None and peaks[1] is not None:
         memory = f"{peaks[0] / 2**20:.0f} / {peaks[1] / 2**20:.0f} = {peaks[1] / peaks[0]:.2f}"
     cells = (
-        f"{case_name}, {spread}",
+        where,
         name,
-        f"{forward[0] * 1e3:.1f} / {forward[1] * 1e3:.1f}",
-        f"{forward[0] / forward[1]:.2f}",
-        f"{both[0] * 1e3:.1f} / {both[1] * 1e3:.1f}",
-        f"{both[0] / both[1]:.2f}",
+        f"{'' if peer is None else f'{peer * 1e3:.1f} / '}{own * 1e3:.1f}",
+        "" if peer is None else f"{peer / own:.2f}",
+        f"{'' if peer_both is None else f'{peer_both * 1e3:.1f} / '}{own_both * 1e3:.1f}",
+        "" if peer_both is None else f"{peer_both / own_both:.2f}",
         memory,
-        f"{shares[0]:.0%} / {shares[1]:.0%}",
+        f"{measured.floors[0] / own:.0%} / {measured.floors[1] / own_both:.0%}",
     )
     return "| " + " | ".join(cells) + " |"
 
@@ -267,7 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in options.operators:
                 if name == "deterministic" and case_name == "large":
                     continue  # torchvision's path would take more than 50 GB
-                print(measure(name, case_name, spread, options, bandwidth), flush=True)
+                measured = measure(name, case_name, spread, options, bandwidth)
+                print(row(name, f"{case_name}, {spread}", measured), flush=True)
     return 0
 
 

@@ -16,7 +16,9 @@ What differs, because the designs do:
    is left is two programs for equal work: read this ratio for what detpipe's own code costs.
 3. Torchvision's box layer has outputs for the background too (4 (K + 1), detpipe 4 K), it interpolates images even
    where the size stays, its smooth L1 loss has beta 1/9 (detpipe 1), and its RoIAlign is not shifted by half a pixel.
-4. Torchvision's head computes the RoIs that it could sample, detpipe's always the full number, padded where an image
+4. With ``--backbone resnet50_fpn`` both have a proposal network and a pyramid, of the same sizes, and normalization with stored
+   statistics; their weights are random and not the same. The third contestant is left out.
+5. Torchvision's head computes the RoIs that it could sample, detpipe's always the full number, padded where an image
    has fewer, and detpipe also compares proposals with crowd regions. The table shows the numbers of boxes.
 
 Memory is reported on CUDA only: the highest allocation during a step above what was held before it. On a CPU the
@@ -47,10 +49,10 @@ from torchvision.ops import MultiScaleRoIAlign
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detpipe.backbones import Extractor, Level, SEResNet
+from detpipe.backbones import FPN, Extractor, Level, Regime, SEResNet
 from detpipe.detector import TwoStageDetector, total_loss
 from detpipe.heads import FastRCNNHead, RoISampler
-from detpipe.proposals import DenseGrid
+from detpipe.proposals import RPN, Anchors, DenseGrid
 from detpipe.roi_pooling import RoIAlign
 from detpipe.stages import Backbone
 from detpipe.types import Target
@@ -190,9 +192,36 @@ def _peer(name: str, network: nn.Module, channels: int, options: argparse.Namesp
     return Contestant(name, model, model, model.rpn, head)
 
 
+def _pyramids(options: argparse.Namespace) -> list[Contestant]:
+    """Faster R-CNN with a ResNet-50 pyramid, detpipe's and torchvision's."""
+    sizes = {"min_size": min(options.image_size), "max_size": max(options.image_size)}
+    body = SEResNet(50, attention=None, levels=["c2", "c3", "c4", "c5"], out_channels="own", regime=Regime("frozen"))
+    backbone = FPN(body, 256, "max_pool")
+    rpn = RPN(256, backbone.strides, Anchors([[scale] for scale in SCALES], RATIOS))
+    pooler, sampler = RoIAlign(POOLED, sampling_ratio=2), RoISampler(rois_per_image=options.rois)
+    head = FastRCNNHead(256, NUM_CLASSES, backbone.roi_strides, pooler, options.widths, sampler=sampler)
+    ours = TwoStageDetector(backbone, rpn, head, **sizes)
+    model = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None,
+        weights_backbone=None,
+        num_classes=NUM_CLASSES + 1,
+        trainable_backbone_layers=5,
+        box_batch_size_per_image=options.rois,
+        **sizes,
+    )
+    assert isinstance(model.roi_heads.box_head, nn.Module)
+    found = [Contestant(OURS, ours, ours.losses, ours.proposals, head.shared)]
+    return [*found, Contestant(PEER, model, model, model.rpn, model.roi_heads.box_head)]
+
+
 def make_contestants(options: argparse.Namespace) -> list[Contestant]:
     """Build detpipe, torchvision, and torchvision on dense boxes, with the same first weights in the backbone."""
     torch.manual_seed(options.seed)
+    if options.backbone == "resnet50_fpn":
+        contestants = _pyramids(options)
+        for contestant in contestants:
+            contestant.model.to(options.device).train()
+        return contestants
     backbone = _backbone(options.backbone, options.weights)
     networks = {name: _peer_network(options.backbone, backbone) for name in (PEER, DENSE_PEER)}
     contestants = [_ours(backbone, options)]
@@ -303,7 +332,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One training step of detpipe against torchvision's FasterRCNN.")
     parser.add_argument("--steps", type=int, default=30, help="measured steps of each (30)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before these (3)")
-    parser.add_argument("--backbone", choices=["squeezenet", "se_resnet18"], default="squeezenet")
+    parser.add_argument("--backbone", choices=["squeezenet", "se_resnet18", "resnet50_fpn"], default="squeezenet")
     parser.add_argument("--weights", metavar="FILE", help="of SqueezeNet 1.1; random ones by default")
     parser.add_argument("--image-size", type=int, nargs=2, default=[480, 640], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch", type=int, default=4, help="images a step (4)")

@@ -15,7 +15,9 @@ dimensions, and makes no copy to the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,24 @@ def constants(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.stack([like.new_full((), value) for value in values])
 
 
+def image_sides(image_sizes: Sequence[tuple[int, int]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the heights and widths of images on a tensor's device, without waiting for it.
+
+    Args:
+        image_sizes: height and width of each of N images.
+        like: gives dtype and device.
+
+    Returns:
+        ``[N, 1]`` each.
+    """
+    if len({tuple(size) for size in image_sizes}) == 1:
+        height, width = image_sizes[0]
+        return like.new_full((len(image_sizes), 1), height), like.new_full((len(image_sizes), 1), width)
+    sizes = torch.tensor([tuple(size) for size in image_sizes], dtype=like.dtype).reshape(-1, 2, 1)
+    heights, widths = sizes.to(like.device, non_blocking=True).unbind(1)
+    return heights, widths
+
+
 def area(boxes: Tensor) -> Tensor:
     """Compute the area of each box.
 
@@ -51,7 +71,8 @@ def area(boxes: Tensor) -> Tensor:
         >>> area(torch.tensor([[0.0, 0.0, 4.0, 3.0]]))
         tensor([12.])
     """
-    return (boxes[..., 2] - boxes[..., 0]).clamp(min=0) * (boxes[..., 3] - boxes[..., 1]).clamp(min=0)
+    size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
+    return size[..., 0] * size[..., 1]
 
 
 def intersection(boxes: Tensor, others: Tensor) -> Tensor:
@@ -114,14 +135,11 @@ def clip(boxes: Tensor, height: Tensor | float, width: Tensor | float) -> Tensor
     Returns:
         ``[..., 4]``; a box wholly outside becomes one of area 0 on the border.
     """
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    zero = boxes.new_zeros(())
-    height, width = (
-        size.to(boxes) if isinstance(size, Tensor) else boxes.new_full((), size) for size in (height, width)
-    )
-    x1, x2 = (torch.minimum(torch.maximum(x, zero), width) for x in (x1, x2))
-    y1, y2 = (torch.minimum(torch.maximum(y, zero), height) for y in (y1, y2))
-    return torch.stack((x1, y1, x2, y2), dim=-1)
+    if isinstance(height, Tensor) and isinstance(width, Tensor):
+        limit = torch.stack((width, height, width, height), dim=-1).to(boxes)
+        return torch.minimum(boxes.clamp(min=0), limit)
+    x, y = boxes[..., 0::2].clamp(0, float(width)), boxes[..., 1::2].clamp(0, float(height))
+    return torch.stack((x, y), dim=-1).flatten(-2)
 
 
 def fill(boxes: Tensor, present: Tensor) -> Tensor:
@@ -138,7 +156,8 @@ def fill(boxes: Tensor, present: Tensor) -> Tensor:
         >>> fill(torch.zeros(1, 4), torch.tensor([False]))
         tensor([[0., 0., 1., 1.]])
     """
-    return torch.where(present[..., None], boxes, constants((0.0, 0.0, 1.0, 1.0), boxes))
+    unit = torch.nn.functional.pad(boxes.new_ones(2), (2, 0))
+    return torch.where(present[..., None], boxes, unit)
 
 
 def valid(boxes: Tensor, min_size: float = 0.0) -> Tensor:
@@ -151,8 +170,8 @@ def valid(boxes: Tensor, min_size: float = 0.0) -> Tensor:
     Returns:
         ``[...]`` bool.
     """
-    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
-    return torch.isfinite(boxes).all(-1) & (width > min_size) & (height > min_size)
+    size = boxes[..., 2:] - boxes[..., :2]
+    return ((size > min_size) & (size < math.inf)).all(-1)  # an edge that is not finite makes a size that is not
 
 
 def encode(boxes: Tensor, references: Tensor, weights: DeltaWeights = DELTA_WEIGHTS) -> Tensor:
@@ -172,8 +191,8 @@ def encode(boxes: Tensor, references: Tensor, weights: DeltaWeights = DELTA_WEIG
     """
     box_size, box_center = _size_and_center(boxes)
     size, center = _size_and_center(references)
-    deltas = torch.cat(((box_center - center) / size, torch.log(box_size / size)), dim=-1)
-    return deltas * constants(weights, deltas)
+    shift, scale = (box_center - center) / size, torch.log(box_size / size)
+    return torch.cat((_each(operator.mul, shift, weights[:2]), _each(operator.mul, scale, weights[2:])), dim=-1)
 
 
 def decode(deltas: Tensor, references: Tensor, weights: DeltaWeights = DELTA_WEIGHTS) -> Tensor:
@@ -188,12 +207,21 @@ def decode(deltas: Tensor, references: Tensor, weights: DeltaWeights = DELTA_WEI
         ``[..., 4]`` xyxy in pixels, not clipped.
     """
     size, center = _size_and_center(references)
-    deltas = deltas / constants(weights, deltas)
-    center = center + deltas[..., :2] * size
-    half = torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SCALE)) * size / 2
+    shift = _each(operator.truediv, deltas[..., :2], weights[:2])
+    scale = _each(operator.truediv, deltas[..., 2:], weights[2:])
+    center = center + shift * size
+    half = torch.exp(scale.clamp(max=MAX_LOG_SCALE)) * size / 2
     return torch.cat((center - half, center + half), dim=-1)
 
 
 def _size_and_center(boxes: Tensor) -> tuple[Tensor, Tensor]:
     size = boxes[..., 2:] - boxes[..., :2]
     return size, boxes[..., :2] + size / 2
+
+
+def _each(operation: Callable[[Tensor, Any], Tensor], pairs: Tensor, weights: Sequence[float]) -> Tensor:
+    """Multiply or divide ``[..., 2]`` by a number each; by one for both where they are equal, which needs no tensor."""
+    first, second = weights
+    if first != second:
+        return operation(pairs, constants(weights, pairs))
+    return pairs if first == 1 else operation(pairs, first)

@@ -238,13 +238,13 @@ def _widths(stage: nn.Module, features: Features) -> Iterator[None]:
 
 
 @contextmanager
-def _mode(training: bool, *stages: nn.Module) -> Iterator[None]:
+def _mode(training: bool, source: nn.Module, head: nn.Module) -> Iterator[None]:
     """Tell stages whether to return losses or detections, but leave the layers inside (dropout, norms) as they are."""
-    before = [stage.training for stage in stages]
-    for stage in stages:
-        stage.training = training
+    before = source.training, head.training
+    source.training = head.training = training
+    vars(source)["fills_up"] = getattr(head, "drops_empty", False)
     try:
         yield
     finally:
-        for stage, mode in zip(stages, before, strict=True):
-            stage.training = mode
+        source.training, head.training = before
+        del vars(source)["fills_up"]

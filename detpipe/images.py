@@ -10,7 +10,7 @@ Padding is added at the right and the bottom, with the value that normalization 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +167,8 @@ def to_batch(
     for index, image in enumerate(images):
         if image.ndim != 3 or image.shape[0] != channels or 0 in image.shape:
             raise ValueError(f"images[{index}] must be [{channels}, H, W] with H, W > 0, got {list(image.shape)}")
-        canvas: Size = (image.shape[1], image.shape[2])
+    for index, image in enumerate(_stacked(images, contents)):  # [C, H, W], or all of one size as [N, C, H, W]
+        canvas: Size = (image.shape[-2], image.shape[-1])
         content = contents[index] if contents is not None else None
         if content is None:
             canvas = resized_size(canvas, min_size, max_size)
@@ -175,24 +176,41 @@ def to_batch(
         elif not (0 < content[0] <= canvas[0] and 0 < content[1] <= canvas[1]):
             raise ValueError(f"content_size of images[{index}] must lie within its {canvas}, got {tuple(content)}")
         else:
-            image = normalize(image, pixel_format)[:, : content[0], : content[1]]
+            image = normalize(image, pixel_format)[..., : content[0], : content[1]]
         resized.append(image)
         canvases.append(canvas)
     height, width = (-(-max(canvas[axis] for canvas in canvases) // divisor) * divisor for axis in (0, 1))
-    layout = torch.channels_last if all(image.stride(0) == 1 for image in resized) else torch.contiguous_format
+    layout = torch.channels_last if all(image.stride(-3) == 1 for image in resized) else torch.contiguous_format
     kind = {"dtype": dtype or resized[0].dtype, "device": resized[0].device}
-    batch = torch.empty((len(resized), channels, height, width), memory_format=layout, **kind).zero_()
-    for row, image in zip(batch, resized, strict=True):
-        row[:, : image.shape[1], : image.shape[2]] = image
-    return ImageList(batch, [(image.shape[1], image.shape[2]) for image in resized])
+    batch = torch.empty((len(images), channels, height, width), memory_format=layout, **kind).zero_()
+    for row, image in zip(batch if resized[0].ndim == 3 else [batch], resized, strict=True):
+        row[..., : image.shape[-2], : image.shape[-1]] = image
+    sizes = [(image.shape[-2], image.shape[-1]) for image in resized]
+    return ImageList(batch, sizes if len(sizes) == len(images) else sizes * len(images))
+
+
+def _stacked(images: Sequence[Tensor], contents: Sequence[Size | None] | None) -> Sequence[Tensor]:
+    """Put images of one kind, size and content into one tensor, so that as many operations serve any number of them."""
+    own = contents or [None] * len(images)
+    alike = {
+        (image.shape, image.dtype, image.stride(0) == 1, content and tuple(content))
+        for image, content in zip(images, own, strict=True)
+    }
+    if len(images) == 1 or len(alike) > 1:
+        return images
+    if images[0].stride(0) == 1:  # the channels of a pixel lie side by side, and stay so
+        return [torch.stack([image.movedim(0, -1) for image in images]).movedim(-1, 1)]
+    return [torch.stack(list(images))]
 
 
 def _resize(image: Tensor, size: Size) -> Tensor:
-    """Resize ``[C, H, W]`` floating point bilinearly, smoothed where it shrinks."""
-    if size == tuple(image.shape[1:]):
+    """Resize ``[..., C, H, W]`` floating point bilinearly, smoothed where it shrinks."""
+    if size == tuple(image.shape[-2:]):
         return image
-    shrinks = size[0] < image.shape[1]
-    return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=shrinks)[0]
+    shrinks = size[0] < image.shape[-2]
+    batch = image if image.ndim == 4 else image[None]
+    resized = F.interpolate(batch, size, mode="bilinear", align_corners=False, antialias=shrinks)
+    return resized if image.ndim == 4 else resized[0]
 
 
 def picture_sizes(images: Sequence[Tensor], contents: Sequence[Size | None] | None = None) -> list[Size]:
@@ -237,17 +255,33 @@ def targets_to_batch(targets: Sequence[Target], old: Sequence[Size], new: Sequen
     Returns:
         N new targets; the ones given are left as they are.
     """
-    moved = []
-    for target, before, after in zip(targets, old, new, strict=True):
-        changed = Target()
-        if "boxes" in target:
-            changed["boxes"] = scale_boxes(target["boxes"], before, after)
-        if "proposals" in target:
-            changed["proposals"] = scale_boxes(target["proposals"], before, after)
-        if "area" in target:
-            changed["area"] = target["area"] * (after[0] * after[1] / (before[0] * before[1]))
-        moved.append(cast(Target, {**target, **changed}))
-    return moved
+    moved = [cast(dict[str, Any], {**target}) for target in targets]
+    factors = [(after[1] / before[1], after[0] / before[0]) for before, after in zip(old, new, strict=True)]
+    areas = [(b[0] * b[1] / (a[0] * a[1]),) for a, b in zip(old, new, strict=True)]
+    for key, own in (("boxes", factors), ("proposals", factors), ("area", areas)):
+        having = [index for index, target in enumerate(moved) if key in target]
+        scaled = _scaled([moved[index][key] for index in having], [own[index] for index in having])
+        for index, values in zip(having, scaled, strict=True):
+            moved[index][key] = values
+    return cast(list[Target], moved)
+
+
+def _scaled(values: Sequence[Tensor], factors: Sequence[tuple[float, ...]]) -> Sequence[Tensor]:
+    """Multiply the numbers of each tensor by its factors in turn (x, y, x, y), all tensors at once."""
+    if all(factor == 1 for own in factors for factor in own):
+        return values
+    joined, each = torch.cat(list(values)), _of_rows(factors, values)
+    numbers = joined.unflatten(-1, (-1, each.shape[1]))
+    each = each.reshape(len(each), *(1,) * (numbers.ndim - 2), each.shape[1])
+    return (numbers * each).flatten(-2).split([len(rows) for rows in values])
+
+
+def _of_rows(numbers: Sequence[tuple[float, ...]], values: Sequence[Tensor]) -> Tensor:
+    """Repeat the numbers of each tensor for its rows, without waiting for their device: ``[rows of all, ...]``."""
+    counts = [len(rows) for rows in values]
+    each = torch.tensor(numbers, dtype=values[0].dtype)
+    repeated = each.repeat_interleave(torch.tensor(counts), dim=0, output_size=sum(counts))
+    return repeated.to(values[0].device, non_blocking=True)
 
 
 def detections_to_images(
@@ -264,17 +298,23 @@ def detections_to_images(
         N new detections, inside the images: rounding of the scale is clipped off. Their ``proposals`` and ``glimpses``, if
         any, are moved too, and may reach beyond the images.
     """
-    moved = []
-    for found, old, new in zip(detections, batch, images, strict=True):
-        boxes = box_ops.clip(scale_boxes(found["boxes"], old, new), *new)
-        one = Detection(boxes=boxes, scores=found["scores"], labels=found["labels"])
-        if "glimpses" in found:
-            seen = cast(GlimpsedDetection, found)
-            factors = box_ops.constants((new[1] / old[1], new[0] / old[0]), seen["glimpses"])
-            proposals = scale_boxes(seen["proposals"], old, new)
-            one = GlimpsedDetection(**one, proposals=proposals, glimpses=seen["glimpses"] * factors)
-        moved.append(one)
-    return moved
+    if not detections:
+        return []
+    factors = [(new[1] / old[1], new[0] / old[0]) for old, new in zip(batch, images, strict=True)]
+    boxes = _scaled([found["boxes"] for found in detections], factors)
+    height, width = _of_rows(images, boxes).unbind(1)
+    clipped = box_ops.clip(torch.cat(list(boxes)), height, width).split([len(rows) for rows in boxes])
+    moved = [
+        Detection(boxes=own, scores=found["scores"], labels=found["labels"])
+        for own, found in zip(clipped, detections, strict=True)
+    ]
+    if "glimpses" not in detections[0]:
+        return moved
+    seen = cast(Sequence[GlimpsedDetection], detections)
+    proposals = _scaled([found["proposals"] for found in seen], factors)
+    glimpses = _scaled([found["glimpses"] for found in seen], factors)
+    both = zip(moved, proposals, glimpses, strict=True)
+    return [GlimpsedDetection(**one, proposals=rows, glimpses=outlines) for one, rows, outlines in both]
 
 
 def detections_to_files(

@@ -32,6 +32,7 @@ class GroundTruth:
     valid: Tensor  # [N, G] bool: an object to be found
     crowd: Tensor  # [N, G] bool: a region of many objects
     difficult: Tensor  # [N, G] bool: an object that does not count
+    any_ignored: bool = True  # False where there is certainly neither a crowd nor a difficult object
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,23 @@ def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Returns:
         ``[N, P, ...]`` with the longest P_i, filled with zeros, and ``[N, P]`` bool, True where a row has an entry.
     """
-    sizes = torch.tensor([len(row) for row in rows])
-    present = torch.arange(max(len(row) for row in rows)) < sizes[:, None]
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), present.to(rows[0].device, non_blocking=True)
+    [padded], present = _pad_alike([rows])
+    return padded, present
+
+
+def _pad_alike(columns: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """Pad several lists of N tensors, whose lengths are those of the first list: in as many operations for any N."""
+    lengths = [len(row) for row in columns[0]]
+    images, most, device = len(lengths), max(lengths), columns[0][0].device
+    if min(lengths) == most:
+        stacked = [torch.stack(list(rows)) for rows in columns]
+        return stacked, torch.ones((images, most), dtype=torch.bool, device=device)
+    sizes, place = torch.tensor(lengths)[:, None], torch.arange(most)
+    present = place < sizes
+    index = torch.where(present, sizes.cumsum(0) - sizes + place, sum(lengths))  # what is absent: the zeros at the end
+    index, present = (values.to(device, non_blocking=True) for values in (index, present))
+    zeros = [rows[0].new_zeros((1, *rows[0].shape[1:])) for rows in columns]
+    return [torch.cat((*rows, zero))[index] for rows, zero in zip(columns, zeros, strict=True)], present
 
 
 def gather_targets(targets: Sequence[Target]) -> GroundTruth:
@@ -70,7 +85,7 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
     Raises:
         ValueError: a target lacks ``boxes`` or ``labels``, or they differ in length.
     """
-    boxes_of, labels_of, crowd_of, difficult_of = [], [], [], []
+    boxes_of, labels_of = [], []
     for index, target in enumerate(targets):
         if "boxes" not in target or "labels" not in target:
             raise ValueError(f"targets[{index}] needs 'boxes' and 'labels' in training, got {sorted(target)}")
@@ -80,13 +95,28 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
                 f"targets[{index}]: boxes must be [G, 4] and labels [G], "
                 f"got {list(boxes.shape)} and {list(labels.shape)}"
             )
-        none = torch.zeros_like(labels, dtype=torch.bool)
         boxes_of.append(boxes)
         labels_of.append(labels)
-        crowd_of.append(target.get("iscrowd", none).bool())
-        difficult_of.append(target.get("difficult", none).bool())
-    (boxes, present), (labels, _), (crowd, _), (difficult, _) = map(pad, (boxes_of, labels_of, crowd_of, difficult_of))
-    return GroundTruth(boxes, labels, present & ~crowd & ~difficult, crowd & present, difficult & present & ~crowd)
+    flagged = any("iscrowd" in target or "difficult" in target for target in targets)
+    flags = [
+        [_flags(target, name, labels) for target, labels in zip(targets, labels_of, strict=True)]
+        for name in ("iscrowd", "difficult")
+        if flagged
+    ]
+    (boxes, labels, *found), present = _pad_alike([boxes_of, labels_of, *flags])
+    if not flagged:
+        none = torch.zeros_like(present)
+        return GroundTruth(boxes, labels, present, none, none, any_ignored=False)
+    crowd, difficult = found
+    ignored = crowd | difficult
+    maybe = not ignored.is_cpu or bool(
+        ignored.any()
+    )  # a look costs nothing on a CPU; elsewhere it waits for the device
+    return GroundTruth(boxes, labels, present & ~ignored, crowd, difficult & ~crowd, maybe)
+
+
+def _flags(target: Target, name: str, labels: Tensor) -> Tensor:
+    return target[name].bool() if name in target else torch.zeros_like(labels, dtype=torch.bool)
 
 
 def assign(
@@ -118,13 +148,16 @@ def assign(
         return Assignment(none, present & low, torch.zeros_like(present, dtype=torch.int64), overlap)
     overlaps = box_ops.iou(proposals, truth.boxes)  # [N, P, G]
     overlap, matched = overlaps.masked_fill(~truth.valid[:, None], -1.0).max(dim=-1)
+    foreground = present & (overlap >= positive_iou)
     overlap = overlap.clamp(min=0)
-    in_crowd = box_ops.coverage(proposals, truth.boxes).masked_fill(~truth.crowd[:, None], 0.0).amax(-1)
-    on_difficult = overlaps.masked_fill(~truth.difficult[:, None], 0.0).amax(-1)
-    ignored = (in_crowd >= ignore_overlap) | (on_difficult >= ignore_overlap)
-    foreground = present & (overlap >= positive_iou) & truth.valid.any(-1, keepdim=True)
     low, high = negative_iou
-    background = present & ~foreground & ~ignored & (overlap >= low) & (overlap < high)
+    background = present & ~foreground & (overlap < high)
+    if low > 0:
+        background &= overlap >= low
+    if truth.any_ignored:
+        in_crowd = box_ops.coverage(proposals, truth.boxes).masked_fill(~truth.crowd[:, None], 0.0).amax(-1)
+        on_difficult = overlaps.masked_fill(~truth.difficult[:, None], 0.0).amax(-1)
+        background &= (in_crowd < ignore_overlap) & (on_difficult < ignore_overlap)
     return Assignment(foreground, background, matched, overlap)
 
 

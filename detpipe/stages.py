@@ -102,7 +102,12 @@ class ProposalSource(LightningModule, ABC):
 
     A module of another library that takes the same three arguments, such as torchvision's ``RegionProposalNetwork``, counts as
     a subclass.
+
+    Attributes:
+        fills_up: whether it may give more boxes than it found, those beyond without an area; set for a call, by what the head says.
     """
+
+    fills_up: bool = False
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
@@ -128,7 +133,12 @@ class RoIHead(LightningModule, ABC):
     """Features and boxes to detections; fits ``FasterRCNN.roi_heads``.
 
     A module of another library that takes the same four arguments, such as torchvision's ``RoIHeads``, counts as a subclass.
+
+    Attributes:
+        drops_empty: whether it leaves out proposals without an area, as if they were not there.
     """
+
+    drops_empty: bool = False
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:

@@ -229,6 +229,17 @@ def test_too_few_outputs_for_the_classes_are_named():
         detector.losses(IMAGES, targets)
 
 
+@pytest.mark.parametrize("drops", [True, False])
+def test_a_source_is_told_whether_the_head_drops_boxes_without_area(drops):
+    detector, told = make(), []
+    assert detector.head.drops_empty
+    detector.head.drops_empty = drops
+    detector.proposals.register_forward_pre_hook(lambda source, _inputs: told.append(source.fills_up))
+    detector.losses([torch.rand(3, 48, 64)], some_targets()[:1])
+    assert told == [drops]
+    assert not detector.proposals.fills_up
+
+
 def test_modes_are_restored_after_an_error():
     detector = make(PrecomputedProposals()).eval()
     before = modes(detector)

@@ -8,6 +8,10 @@ deep stem and averaging shortcut: He et al. 2018, arXiv 1812.01187, section 4.
 Deviations:
 1. Bottlenecks have their stride in the 3 x 3 convolution, as torchvision's, unless ``stride_in_1x1`` is set, as in the papers.
 2. ``output_stride`` replaces the strides of late stages by dilation (Chen et al. 2017, arXiv 1706.05587), for small images.
+3. ``padding`` moves the cells. Every convolution here is padded by half of its kernel, so that cell k of stride s is centered on
+   the first of its own pixels, s k + .5, while anchors and RoI pooling take the middle, s k + s / 2: 3.5 pixels further at stride
+   8. With ``padding`` of s / 2 the image is padded by as much, the first cell of each axis is left out, and the others lie half
+   a pixel from there. A pyramid has no padding that does this for all of its levels.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -56,6 +61,7 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         weights: a file, or a name of weights.
         regime: normalization, frozen stages, checkpointing, drop path.
         in_channels: C of the images; weights of three channels are spread over others.
+        padding: zeros added on every side, in pixels: half of a level's stride centers its cells, 0 leaves them.
 
     Raises:
         ValueError: an argument outside its choices.
@@ -76,6 +82,7 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         weights: str | Pretrained | None,
         regime: Regime,
         in_channels: int = 3,
+        padding: int = 0,
     ) -> None:
         super().__init__()
         _check(depth, levels, output_stride)
@@ -87,6 +94,12 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         self.stages = nn.ModuleDict()
         self.strides: dict[str, int] = {}
         widths = self._build(variant, output_stride)
+        if padding and any(2 * padding != stride for stride in self.strides.values()):
+            raise ValueError(
+                f"padding must be half of the stride of every level, which only levels of one stride have, or 0; got {padding} "
+                f"for the strides {self.strides}"
+            )
+        self.padding = padding
         self.laterals = Laterals(widths, out_channels)
         _initialize(self, zero_branches=regime.norm != "frozen")
         convert_norm(self, regime.norm)
@@ -108,12 +121,12 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         """
         self.check_size(images)
         features = {}
-        x = self.stem(images)
+        x = self.stem(F.pad(images, [self.padding] * 4) if self.padding else images)
         for level, stage in self.stages.items():
             for block in stage:  # pyright: ignore[reportGeneralTypeIssues]
                 x = checkpointed(block, x) if self.regime.checkpointing else block(x)
             if level in self.levels:
-                features[level] = x
+                features[level] = x[..., 1:, 1:] if self.padding else x
         return self.laterals(features)
 
     def train(self, mode: bool = True) -> ResidualNetwork:

@@ -36,6 +36,8 @@ class SEResNet(ResidualNetwork):
             torchvision weights of the plain network (``DEFAULT``), or ``timm/NAME``, such as ``timm/seresnet50.ra2_in1k``.
         regime: normalization, frozen stages (of stem, c2 to c5), checkpointing, drop path.
         in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
+        padding: zeros added on every side, in pixels: half of a level's stride centers its cells on the pixels that anchors and
+            RoI pooling take them for, half a pixel off; 0 leaves them.
 
     Raises:
         ValueError: an argument outside these choices, or a reduction that is larger than the channels.
@@ -60,9 +62,11 @@ class SEResNet(ResidualNetwork):
         weights: str | Pretrained | None = None,
         regime: Regime = Regime(),  # noqa: B008 (frozen)
         in_channels: int = 3,
+        padding: int = 0,
     ) -> None:
+        images = (in_channels, padding)
         super().__init__(
-            depth, 1, 64, attention, variant, levels, output_stride, out_channels, weights, regime, in_channels
+            depth, 1, 64, attention, variant, levels, output_stride, out_channels, weights, regime, *images
         )
 
     @property
@@ -85,6 +89,8 @@ class SEResNeXt(ResidualNetwork):
         weights: as of :class:`SEResNet`, such as ``timm/seresnext50_32x4d.racm_in1k``.
         regime: normalization, frozen stages (of stem, c2 to c5), checkpointing, drop path.
         in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
+        padding: zeros added on every side, in pixels: half of a level's stride centers its cells on the pixels that anchors and
+            RoI pooling take them for, half a pixel off; 0 leaves them.
 
     Raises:
         ValueError: an argument outside these choices, or a reduction that is larger than the channels.
@@ -109,6 +115,7 @@ class SEResNeXt(ResidualNetwork):
         weights: str | Pretrained | None = None,
         regime: Regime = Regime(),  # noqa: B008 (frozen)
         in_channels: int = 3,
+        padding: int = 0,
     ) -> None:
         depths = [depth for depth in BLOCKS if is_deep(depth)]
         found = re.fullmatch(r"(\d+)_(\d+)x(\d+)d", size)
@@ -117,8 +124,9 @@ class SEResNeXt(ResidualNetwork):
                 f"size must be DEPTH_GROUPSxWIDTHd with a depth of {depths}, such as '50_32x4d', got {size!r}"
             )
         depth, groups, width = (int(number) for number in found.groups())
+        images = (in_channels, padding)
         super().__init__(
-            depth, groups, width, attention, variant, levels, output_stride, out_channels, weights, regime, in_channels
+            depth, groups, width, attention, variant, levels, output_stride, out_channels, weights, regime, *images
         )
 
     @property

@@ -30,6 +30,7 @@ class SKNet(ResidualNetwork):
         weights: a local file (ours or timm's), or ``timm/skresnext50_32x4d.ra_in1k``, which is SKNet-50.
         regime: normalization, frozen stages (of stem, c2 to c5), checkpointing, drop path.
         in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
+        padding: as of :class:`~detpipe.backbones.se_resnet.SEResNet`.
 
     Raises:
         ValueError: an argument outside these choices.
@@ -53,10 +54,12 @@ class SKNet(ResidualNetwork):
         weights: str | Pretrained | None = None,
         regime: Regime = Regime(),  # noqa: B008 (frozen)
         in_channels: int = 3,
+        padding: int = 0,
     ) -> None:
         if depth not in (26, 50, 101):
             raise ValueError(f"depth must be one of [26, 50, 101], got {depth}")
-        super().__init__(depth, 32, 4, "sk", variant, levels, output_stride, out_channels, weights, regime, in_channels)
+        rest = (variant, levels, output_stride, out_channels, weights, regime, in_channels, padding)
+        super().__init__(depth, 32, 4, "sk", *rest)
 
     @property
     def torchvision_name(self) -> str | None:

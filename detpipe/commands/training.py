@@ -23,6 +23,7 @@ from typing import Any
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import nn
 
 from detpipe.commands.backbone_export import WEIGHTS, export_backbone
 from detpipe.datasets import ClassificationData, DetectionData
@@ -34,10 +35,12 @@ from detpipe.regions.image_classifier import ImageClassifier
 from detpipe.regions.region_classifier import RegionClassifier
 from detpipe.regions.superpixel_localizer import SuperpixelLocalizer
 from detpipe.support.errors import DataError, UsageError
+from detpipe.support.processes import is_first
 from detpipe.training import callbacks, checkpoint, resume, run_folder
 from detpipe.training.configuration import CLI, CommandCLI, quiet
 from detpipe.types import RGB
 
+LEAST_IMAGES = 8  # that the statistics of batch normalization need; Wu and He 2018, arXiv 1803.08494, figure 1
 REGION_MODELS = (RegionClassifier, SuperpixelLocalizer)  # short names work for classes that are imported
 
 
@@ -188,7 +191,30 @@ def fit(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
         settings=config.as_dict(),
         config=cli.reusable(),
     )
+    warning = small_batches(cli.model, cli.datamodule.loader.batch_size)
+    if warning is not None and is_first():
+        print(warning, file=sys.stderr)
     return run_folder.fit(cli.model, cli.datamodule, run_folder.choose_folder(config.output, cli.name), task, options)
+
+
+def small_batches(model: nn.Module, images: int) -> str | None:
+    """Warn where batch normalization is trained on fewer images than its statistics need.
+
+    Args:
+        model: in training mode, except for what is frozen.
+        images: of a batch, on one device.
+
+    Returns:
+        One line, or None. Statistics of all processes (``sync``) are not looked at.
+    """
+    kinds = (nn.BatchNorm2d, nn.BatchNorm1d)
+    if images >= LEAST_IMAGES or not any(isinstance(part, kinds) and part.training for part in model.modules()):
+        return None
+    return (
+        f"warning: batch normalization is trained on {images} images a device; with fewer than {LEAST_IMAGES} give another, "
+        "--model.backbone.init_args.regime.norm group, or with pretrained weights frozen; or --data.loader.batch_size "
+        f"{LEAST_IMAGES}"
+    )
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:

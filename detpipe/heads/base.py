@@ -66,6 +66,8 @@ class ProposalHead(RoIHead, ABC):
         ValueError: ``num_classes`` below 1, or no level in ``strides``.
     """
 
+    drops_empty = True
+
     def __init__(
         self,
         num_classes: int,

@@ -173,5 +173,4 @@ def _scaled(factor: float) -> DeltaWeights:
 def _refine(deltas: Tensor, boxes: Tensor, weights: DeltaWeights, image_sizes: list[tuple[int, int]]) -> Tensor:
     """Apply deltas ``[N, P, 1, 4]`` to boxes ``[N, P, 4]``, and clip them to their images."""
     moved = box_ops.decode(deltas[:, :, 0].float(), boxes.float(), weights)
-    heights, widths = moved.new_tensor(image_sizes).reshape(len(boxes), 2, 1).unbind(1)
-    return box_ops.clip(moved, heights, widths)
+    return box_ops.clip(moved, *box_ops.image_sides(image_sizes, moved))

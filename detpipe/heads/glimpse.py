@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ Kind = Literal["affine", "attention", "projective", "tps"]
 Fusion = Literal["sum", "concat", "max"]
 LARGEST_PERSPECTIVE = 0.4  # below it every homography is exact within the box
 EDGE_POINTS = 8  # of an outline, on each side: thin-plate splines bend
+OUTLINE = 4 * EDGE_POINTS  # M
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ class Glimpse(nn.Module):
         torch.Size([1, 1, 8, 5, 5])
     """
 
+    points: Tensor  # [h s w s + M + 3, 2] of the frame of a box, see _points_of_frame
+
     def __init__(
         self,
         in_channels: int,
@@ -143,6 +146,8 @@ class Glimpse(nn.Module):
             raise ValueError(f"samples must be at least 1, got {samples}")
         self.output_size, self.settings, self.samples, self.levels = output_size, settings, samples, levels
         self.grid = settings.grid()
+        self._exact = _points_of_frame(output_size[0] * samples, output_size[1] * samples)
+        self.register_buffer("points", self._exact.float(), persistent=False)
         width = in_channels * output_size[0] * output_size[1]
         self.localization = Localization(width, self.grid, settings.hidden, settings.step)
         self.gain = nn.Parameter(torch.zeros(in_channels)) if settings.fuse == "sum" else None
@@ -166,7 +171,8 @@ class Glimpse(nn.Module):
         weigh_maps = self.gain is not None and sum(values.numel() for values in maps.values()) < pooled.numel()
         if weigh_maps:  # the same, and fewer products than weighing what is seen
             maps = {level: self._weighed(values) for level, values in maps.items()}
-        seen = pool_points(maps, self._points(theta, boxes), self._around(theta, boxes), strides, self.levels)
+        around = boxes if len(strides) == 1 else self._around(theta, boxes)  # chooses the level
+        seen = pool_points(maps, self._points(theta, boxes), around, strides, self.levels)
         if self.settings.fuse == "sum":
             joined = pooled + (seen if weigh_maps else self._weighed(seen))
         else:
@@ -181,8 +187,8 @@ class Glimpse(nn.Module):
     def _points(self, theta: Tensor, boxes: Tensor) -> Tensor:
         """Where each sample of each bin is read: ``[N, P, h, w, S, 2]`` in image pixels."""
         (h, w), s = self.output_size, self.samples
-        grid = self.grid(theta, (h * s, w * s)).unflatten(0, boxes.shape[:2])  # [N, P, h s, w s, 2]
-        bins = grid.unflatten(3, (w, s)).unflatten(2, (h, s)).transpose(3, 4).flatten(4, 5)
+        grid = self.grid.warp(theta, self.points[: h * s * w * s]).unflatten(0, boxes.shape[:2])
+        bins = grid.unflatten(2, (h, s, w, s)).transpose(3, 4).flatten(4, 5)
         return from_frames(bins, boxes)
 
     @torch.no_grad()
@@ -202,12 +208,14 @@ class Glimpse(nn.Module):
         Returns:
             ``[N, P, M, 2]`` (x, y) in image pixels, clockwise from the upper left; M = 32.
         """
-        edge = cell_centers((1, EDGE_POINTS), theta.device)[0, :, 0] - 1 / EDGE_POINTS  # from -1 on, without 1
-        one = torch.ones_like(edge)
-        sides = ((edge, -one), (one, edge), (-edge, one), (-one, -edge))
-        points = torch.cat([torch.stack(side, dim=-1) for side in sides])
-        warped = self.grid.warp(theta.flatten(0, 1), points).unflatten(0, boxes.shape[:2])
+        warped = self.grid.warp(theta.flatten(0, 1), self.points[-OUTLINE - 3 : -3]).unflatten(0, boxes.shape[:2])
         return from_frames(warped, boxes)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move to another device or type; points follow from their exact form, and never to half precision."""
+        super()._apply(fn, recurse)
+        self.points = self._exact.to(self.points.device, torch.promote_types(self.points.dtype, torch.float32))
+        return self
 
     @torch.no_grad()
     def statistics(self, theta: Tensor, counts: Tensor) -> dict[str, Tensor]:
@@ -221,13 +229,11 @@ class Glimpse(nn.Module):
             ``glimpse_shift``, the mean distance of the glimpse's center from the box's, in halves of the box, and
             ``glimpse_scale``, the geometric mean of the glimpse's size over the box's: scalars, 0 and 1 without boxes.
         """
-        probes = theta.new_tensor([[0.0, 0.0], [0.5, 0.0], [0.0, 0.5]], dtype=torch.float32)
-        center, right, down = self.grid.warp(theta.flatten(0, 1), probes).unbind(1)
+        center, right, down = self.grid.warp(theta.flatten(0, 1), self.points[-3:]).unbind(1)
         (a, b), (c, d) = ((2 * (right - center)).unbind(1), (2 * (down - center)).unbind(1))
+        log_scale = (a * d - b * c).abs().clamp(min=1e-6).log() / 2
         weight = counts.flatten().float()
-        total = weight.sum().clamp(min=1)
-        shift = (center.norm(dim=1) * weight).sum() / total
-        log_scale = ((a * d - b * c).abs().clamp(min=1e-6).log() / 2 * weight).sum() / total
+        shift, log_scale = (torch.stack((center.norm(dim=1), log_scale)) * weight).sum(1) / weight.sum().clamp(min=1)
         return {"glimpse_shift": shift, "glimpse_scale": log_scale.exp()}
 
 
@@ -256,6 +262,16 @@ class Localization(nn.Module):
         return torch.lerp(self.identity.to(theta).expand_as(theta), theta, self.step)
 
 
+def _points_of_frame(height: int, width: int) -> Tensor:
+    """The samples of a glimpse, row by row, its outline, clockwise from the upper left, and three points that tell its place."""
+    centers = cell_centers((height, width), dtype=torch.float64).flatten(0, 1)
+    edge = cell_centers((1, EDGE_POINTS), dtype=torch.float64)[0, :, 0] - 1 / EDGE_POINTS  # from -1 on, without 1
+    one = torch.ones_like(edge)
+    sides = [torch.stack(side, dim=-1) for side in ((edge, -one), (one, edge), (-edge, one), (-one, -edge))]
+    center_right_down = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, 0.5]], dtype=torch.float64)
+    return torch.cat((centers, *sides, center_right_down))
+
+
 def from_frames(points: Tensor, boxes: Tensor) -> Tensor:
     """Take points of the frames of boxes to image pixels.
 
@@ -269,4 +285,4 @@ def from_frames(points: Tensor, boxes: Tensor) -> Tensor:
     boxes = boxes.to(points.dtype)
     center, half = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) / 2
     shape = (*boxes.shape[:2], *(1,) * (points.ndim - 3), 2)
-    return center.reshape(shape) + points * half.reshape(shape)
+    return torch.addcmul(center.reshape(shape), points, half.reshape(shape))

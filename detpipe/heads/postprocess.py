@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torchvision.ops import nms
 
 from detpipe import boxes as box_ops
+from detpipe.nms import keep_best
 from detpipe.types import Detection
 
 
@@ -70,7 +70,7 @@ class Postprocess:
         Returns:
             N detections, best first, and N tensors ``[D]`` int64 in 0..P-1.
         """
-        images, proposals, classes = scores.shape
+        _, proposals, classes = scores.shape
         count = min(self.candidates_per_image, proposals * classes)
         scores = scores.float().masked_fill(~valid[..., None], -1.0).flatten(1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
@@ -79,24 +79,21 @@ class Postprocess:
         flat = boxes.flatten(1, 2)
         index = row if boxes.shape[2] == 1 else order
         chosen = flat.gather(1, index[..., None].expand(-1, -1, 4)).float()
-        heights, widths = scores.new_tensor(image_sizes).reshape(images, 2, 1).unbind(1)
-        chosen = box_ops.clip(chosen, heights, widths)
+        chosen = box_ops.clip(chosen, *box_ops.image_sides(image_sizes, chosen))
         keep = (scores > self.score_threshold) & box_ops.valid(chosen)
         return self._suppress(scores, chosen, label + 1, row, keep)
 
     def _suppress(
         self, scores: Tensor, boxes: Tensor, labels: Tensor, rows: Tensor, keep: Tensor
     ) -> tuple[list[Detection], list[Tensor]]:
-        image, column = keep.nonzero(as_tuple=True)
-        scores, boxes, labels, rows = (values[image, column] for values in (scores, boxes, labels, rows))
-        if len(boxes):
-            group = image * (labels.max() + 1) + labels
-            apart = boxes.double() + (group * (boxes.max().double() + 1))[:, None]
-            kept = nms(apart, scores.double(), self.nms_iou)  # best first
-            image, scores, boxes, labels, rows = (values[kept] for values in (image, scores, boxes, labels, rows))
+        exact = boxes.double().masked_fill(~keep[..., None], 0.0)
+        keep = keep & keep_best(exact, self.nms_iou, labels)
+        first = keep.byte().argsort(dim=1, descending=True, stable=True)[:, : self.detections_per_image]
+        scores, labels, rows = (values.gather(1, first) for values in (scores, labels, rows))
+        boxes = boxes.gather(1, first[..., None].expand(-1, -1, 4))
         found, sources = [], []
-        for index in range(len(keep)):
-            best = (image == index).nonzero()[: self.detections_per_image, 0]
-            found.append(Detection(boxes=boxes[best], scores=scores[best], labels=labels[best]))
-            sources.append(rows[best])
+        for image, count in enumerate(keep.sum(1).clamp(max=first.shape[1]).tolist()):
+            best = Detection(boxes=boxes[image, :count], scores=scores[image, :count], labels=labels[image, :count])
+            found.append(best)
+            sources.append(rows[image, :count])
         return found, sources

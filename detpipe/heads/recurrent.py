@@ -39,6 +39,7 @@ from detpipe.heads.objective import box_losses
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool, RoIPooler
+from detpipe.spatial_transformer.base import bounded
 from detpipe.stages import Losses
 from detpipe.types import Features, Target
 
@@ -73,8 +74,10 @@ class GlimpseSequence:
 
     def bounded(self, actions: Tensor) -> Tensor:
         """Keep actions ``[..., 4]`` within the limits; differentiable, and the same near zero."""
-        limits = box_ops.constants((self.max_shift, self.max_shift, self.max_log_scale, self.max_log_scale), actions)
-        return limits * torch.tanh(actions / limits)
+        if self.max_shift == self.max_log_scale:
+            return bounded(actions, self.max_shift)
+        shift, log_scale = actions.split(2, dim=-1)
+        return torch.cat((bounded(shift, self.max_shift), bounded(log_scale, self.max_log_scale)), dim=-1)
 
     def boxes(self, actions: Tensor, rois: Tensor) -> Tensor:
         """Take actions ``[..., 4]`` to boxes ``[..., 4]``, relative to RoIs ``[..., 4]``; differentiable."""

@@ -100,7 +100,9 @@ class RPN(ProposalSource):
 
         Returns:
             N boxes tensors ``[P_i, 4]`` xyxy in pixels of the batch, best first, without gradient; in training
-            ``loss_objectness`` and ``loss_rpn_box_reg``, else no losses.
+            ``loss_objectness`` and ``loss_rpn_box_reg``, else no losses. Where the head leaves boxes without area out
+            (``fills_up``), training on a GPU gives as many boxes for each image, and the host does not wait for it; what is not
+            finite then makes the losses NaN.
 
         Raises:
             ValueError: training without targets, a level that is missing or does not have its stride.
@@ -117,13 +119,15 @@ class RPN(ProposalSource):
         sparse = self.head.computes_less_at(maps, sampled.index.shape[1])
         with torch.no_grad() if sparse else nullcontext():
             logits, deltas = (output.float() for output in self.head(maps))
-        boxes, _ = self._select(logits, deltas, grids, anchors, images, targets)
+        fill_up = self.fills_up and not logits.is_cpu
+        nothing = 0 * (logits.detach().sum() + deltas.detach().sum()) if fill_up else 0  # NaN if any is not finite
+        boxes, _ = self._select(logits, deltas, grids, anchors, images, targets, fill_up)
         if sparse:
             logits, deltas = (output.float() for output in self.head.at(maps, sampled.index))
         else:
             logits = logits.gather(1, sampled.index)
             deltas = deltas.gather(1, sampled.index[..., None].expand(-1, -1, 4))
-        return boxes, self._losses(logits, deltas, sampled)
+        return boxes, {name: loss + nothing for name, loss in self._losses(logits, deltas, sampled).items()}
 
     @torch.no_grad()
     def propose(self, images: ImageList, features: Features) -> tuple[list[Tensor], list[Tensor]]:
@@ -182,12 +186,16 @@ class RPN(ProposalSource):
         anchors: Tensor,
         images: ImageList,
         targets: Sequence[Target] | None,
+        fill_up: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:
         training = self.training and (not self.frozen or self.selection.frozen_as == "training")
         sizes = [len(grid) for grid in grids]
+        candidates = (logits.detach(), deltas.detach(), anchors, sizes, images.image_sizes, training)
+        if fill_up:
+            return self.selection(*candidates, fill_up)
         found, failed = None, None
         try:
-            found = self.selection(logits.detach(), deltas.detach(), anchors, sizes, images.image_sizes, training)
+            found = self.selection(*candidates)
         except NotFiniteError as error:
             target = Target() if targets is None else targets[error.image]
             name = target.get("file_name", target.get("image_id", f"{error.image} of the batch"))

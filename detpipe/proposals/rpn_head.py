@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_AROUND = (-1, 0, 1)
-
 
 class RPNHead(nn.Module):
     """Score anchors and refine their boxes.
@@ -63,14 +61,13 @@ class RPNHead(nn.Module):
             logits ``[N, P]`` and deltas ``[N, P, 4]``.
         """
         weight, bias = self._outputs()
-        logits, deltas = [], []
+        levels = []
         for level in features:
             for conv in self.convs:
                 level = F.relu_(conv(level))
-            outputs = F.conv2d(level, weight, bias).permute(0, 2, 3, 1)  # [N, H, W, 5 A]
-            logits.append(outputs[..., : self.per_cell].flatten(1))
-            deltas.append(outputs[..., self.per_cell :].reshape(len(outputs), -1, 4))
-        return torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
+            levels.append(F.conv2d(level, weight, bias).permute(0, 2, 3, 1).flatten(1, 2))
+        outputs = levels[0] if len(levels) == 1 else torch.cat(levels, dim=1)  # [N, cells, 5 A]
+        return outputs[..., : self.per_cell].flatten(1), outputs[..., self.per_cell :].reshape(len(outputs), -1, 4)
 
     def computes_less_at(self, features: Sequence[Tensor], anchors: int) -> bool:
         """Tell whether `at` is the cheaper way to train on this many anchors of each image."""
@@ -87,21 +84,11 @@ class RPNHead(nn.Module):
         Returns:
             logits ``[N, S]`` and deltas ``[N, S, 4]``, as `forward` has them there.
         """
-        sizes = [level.shape[2] * level.shape[3] for level in features]
-        starts = [0, *accumulate(sizes)]
-        cell = torch.div(index, self.per_cell, rounding_mode="floor").flatten()
-        image = torch.arange(len(index), device=index.device).repeat_interleave(index.shape[1])
-        level_of = sum((cell >= start for start in starts[1:-1]), start=torch.zeros_like(cell))
-        order = level_of.argsort(stable=True)
-        counts = level_of.bincount(minlength=len(sizes)).tolist() if len(sizes) > 1 else [len(cell)]
-        patches = [  # of levels without an anchor too: they stay in the graph, as other processes expect
-            _patches(level, image[rows], cell[rows] - start)
-            for level, start, rows in zip(features, starts, order.split(counts), strict=False)
-        ]
+        patches = _patches(features, torch.div(index, self.per_cell, rounding_mode="floor"))
         kernel = self.convs[0].get_parameter("weight").permute(0, 2, 3, 1).flatten(1)  # [C', 9 C]
-        hidden = F.relu_(F.linear(torch.cat(patches), kernel, self.convs[0].get_parameter("bias")))
+        hidden = F.relu_(F.linear(patches, kernel, self.convs[0].get_parameter("bias")))
         weight, bias = self._outputs()
-        outputs = F.linear(hidden, weight.flatten(1), bias)[order.argsort()]  # [N * S, 5 A]
+        outputs = F.linear(hidden, weight.flatten(1), bias)  # [N * S, 5 A]
         anchor = (index % self.per_cell).flatten()[:, None]
         logits = outputs[:, : self.per_cell].gather(1, anchor)
         deltas = outputs[:, self.per_cell :].unflatten(1, (-1, 4)).gather(1, anchor[..., None].expand(-1, 1, 4))
@@ -116,22 +103,35 @@ class RPNHead(nn.Module):
         return weight, bias
 
 
-def _patches(level: Tensor, image: Tensor, cell: Tensor) -> Tensor:
-    """Cut out the 3 x 3 cells around some cells.
+def _patches(levels: Sequence[Tensor], cell: Tensor) -> Tensor:
+    """Cut out the 3 x 3 cells around some cells, without asking the device how many of them each level has.
 
     Args:
-        level: ``[N, C, H, W]``.
-        image: ``[M]`` which image.
-        cell: ``[M]`` which cell, ``row * W + column``.
+        levels: ``[N, C, H, W]`` each.
+        cell: ``[N, S]`` which cell, one level after the other: ``start + row * W + column``.
 
     Returns:
-        ``[M, 9 * C]``, zeros beyond the border; by row, column and channel.
+        ``[N * S, 9 * C]``, zeros beyond the border; by row, column and channel.
     """
-    height, width = level.shape[2:]
-    around = torch.tensor(_AROUND, device=cell.device)
-    row = (torch.div(cell, width, rounding_mode="floor")[:, None] + around)[:, :, None]  # [M, 3, 1]
-    column = (cell[:, None] % width + around)[:, None, :]  # [M, 1, 3]
-    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)  # [M, 3, 3]
-    where = (image[:, None, None] * height + row.clamp(0, height - 1)) * width + column.clamp(0, width - 1)
-    table = level.permute(0, 2, 3, 1).reshape(-1, level.shape[1])  # a view of a channels-last map
-    return (F.embedding(where, table) * inside[..., None]).flatten(1)
+    sizes = [(level.shape[2], level.shape[3]) for level in levels]
+    starts = accumulate((height * width for height, width in sizes[:-1]), initial=0)
+    table = torch.tensor([(start, *size) for start, size in zip(starts, sizes, strict=True)]).T.contiguous()
+    table = table.to(cell.device, non_blocking=True)  # [3, L]
+    level_of = torch.bucketize(cell, table[0, 1:], right=True)
+    start, height, width = table[:, level_of, None, None]  # [N, S, 1, 1] each
+    around = torch.arange(-1, 2, device=cell.device)
+    own = cell[..., None, None] - start
+    row, column = torch.div(own, width, rounding_mode="floor") + around[:, None], own % width + around
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)  # [N, S, 3, 3]
+    image = torch.arange(len(cell), device=cell.device).view(-1, 1, 1, 1)
+    where = (image * height + row) * width + column
+    total = None
+    for index, level in enumerate(
+        levels
+    ):  # one without an anchor too: it stays in the graph, as other processes expect
+        seen = inside & (level_of == index)[..., None, None]
+        cells = level.permute(0, 2, 3, 1).reshape(-1, level.shape[1])  # a view of a channels-last map
+        patches = F.embedding(where.where(seen, 0), cells) * seen[..., None]
+        total = patches if total is None else total + patches
+    assert total is not None
+    return total.flatten(0, 1).flatten(1)

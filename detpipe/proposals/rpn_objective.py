@@ -17,7 +17,7 @@ N images, G ground truths of the fullest image, P anchors of an image, S of them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,8 @@ from detpipe.proposals.anchors import AnchorGrid
 from detpipe.types import Target
 
 ROUNDING = 5e-7
-BLOCK = 2**20  # overlaps computed at a time; bounds memory when there are many objects
+BLOCK = {"cpu": 2**20}  # overlaps computed at a time, which stay in the cache of a CPU ...
+LARGE_BLOCK = 2**27  # ... and elsewhere: bounds memory when there are many objects
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas: those of a proposal network are not scaled
 
 
@@ -121,58 +122,65 @@ class RPNObjective:
         Returns:
             positive and negative ``[N, P]`` bool, disjoint; what is neither is ignored.
         """
-        counted = [_Overlaps(grid, truth) for grid in grids]
-        quality = None
+        overlaps = _Overlaps(grids, truth)
+        best = overlaps.best()
+        positive = best >= _share(self.positive_iou) * (1 - ROUNDING)
+        negative = best < _share(self.negative_iou) * (1 - ROUNDING)
         if self.allow_low_quality and truth.boxes.shape[1]:
-            quality = torch.stack([level.peak.amax(-1) for level in counted]).amax(0)  # [N, G]
-        has_ignored = bool((truth.crowd | truth.difficult).any())
-        positives, negatives = [], []
-        for level in counted:
-            best = level.best()
-            positive = best >= _share(self.positive_iou) * (1 - ROUNDING)
-            negative = best < _share(self.negative_iou) * (1 - ROUNDING)
-            if quality is not None:
-                positive |= level.attains(quality)
-            if has_ignored:
-                negative &= ~level.ignored(self.ignore_overlap)
-            # [N, A, H, W] -> [N, H * W * A]
-            positives.append(positive.permute(0, 2, 3, 1).flatten(1))
-            negatives.append((negative & ~positive).permute(0, 2, 3, 1).flatten(1))
-        return torch.cat(positives, dim=1), torch.cat(negatives, dim=1)
+            positive |= overlaps.is_closest()
+        if truth.any_ignored:
+            negative &= ~overlaps.ignored(self.ignore_overlap)
+        return positive, negative & ~positive
 
 
 class _Overlaps:
-    """How the anchors of one level overlap the objects."""
+    """How the anchors overlap the objects. The columns W of all levels lie side by side, and so do their rows H."""
 
-    def __init__(self, grid: AnchorGrid, truth: GroundTruth) -> None:
-        boxes = truth.boxes.float()
-        self.truth = truth
-        self.x = _shared(grid.x, boxes[..., 0::2])  # [N, G, A, W] pixels
-        self.y = _shared(grid.y, boxes[..., 1::2])  # [N, G, A, H]
-        width, height = (edges[:, 0, 1] - edges[:, 0, 0] for edges in (grid.x, grid.y))
-        self.area = width * height  # [A]
-        self.areas = box_ops.area(boxes)[..., None] + self.area  # [N, G, A]
-        self.share = self.x * _inverse(self.areas, truth.valid)  # [N, G, A, W] times y: shared / (area + area)
-        self.peak = self.share.amax(-1) * self.y.amax(-1)  # [N, G, A]
+    def __init__(self, grids: Sequence[AnchorGrid], truth: GroundTruth) -> None:
+        self.boxes, self.truth = truth.boxes.float(), truth
+        self.rows, self.columns = ([grid.size[axis] for grid in grids] for axis in (0, 1))
+        self.x = _shared(_joined([grid.x for grid in grids], 1), self.boxes[..., 0::2])  # [N, G, A, W] pixels
+        self.y = _shared(_joined([grid.y for grid in grids], 1), self.boxes[..., 1::2])  # [N, G, A, H]
+        x, y = (
+            torch.stack([edges[:, 0] for edges in level]) for level in zip(*((g.x, g.y) for g in grids), strict=True)
+        )
+        area = (x[..., 1] - x[..., 0]) * (y[..., 1] - y[..., 0])  # [L, A]
+        self.area = self._spread(list(area.unsqueeze(-1)), self.columns)  # [A, W]
+        self.areas = box_ops.area(self.boxes)[..., None, None] + self.area  # [N, G, A, W]
+        self.share = self.x * _inverse(self.areas, truth.valid)  # times y: shared / (area + area)
 
     def best(self) -> Tensor:
-        """Find the highest shared / (area + area) of each anchor with an object that counts: ``[N, A, H, W]``."""
-        return _highest_product(self.y, self.share)
+        """Find the highest shared / (area + area) of each anchor with an object that counts: ``[N, P]``."""
+        return self._of_anchors(_highest_product, self.y, self.share)
 
-    def attains(self, quality: Tensor) -> Tensor:
-        """Find the anchors whose overlap with some object is ``quality`` ``[N, G]``, if above 0: ``[N, A, H, W]`` bool."""
-        least = quality[..., None].clamp(min=torch.finfo(quality.dtype).tiny) * (1 - 2 * ROUNDING)
-        shape = (self.peak >= least)[..., None]  # [N, G, A, 1]
-        row = shape & (self.y >= self.y.amax(-1, keepdim=True) * (1 - ROUNDING))
-        column = self.share >= self.share.amax(-1, keepdim=True) * (1 - ROUNDING)
-        pairs = torch.matmul(row.permute(0, 2, 3, 1).float(), column.permute(0, 2, 1, 3).float())  # counts of objects
-        return pairs > 0
+    def is_closest(self) -> Tensor:
+        """Find the anchors whose overlap with some object is the highest of all with it, if above 0: ``[N, P]`` bool."""
+        widest = [level.amax(-1, keepdim=True) for level in self.share.split(self.columns, -1)]  # L of [N, G, A, 1]
+        highest = [level.amax(-1, keepdim=True) for level in self.y.split(self.rows, -1)]
+        peak = _joined(widest, -1) * _joined(highest, -1)  # [N, G, A, L]
+        least = peak.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(peak.dtype).tiny) * (1 - 2 * ROUNDING)
+        attained = list((peak >= least).unsqueeze(-2).unbind(-1))
+        row = self.y >= self._spread(highest, self.rows) * (1 - ROUNDING)
+        row &= self._spread(attained, self.rows)
+        column = self.share >= self._spread(widest, self.columns) * (1 - ROUNDING)
+        return self._of_anchors(_objects_in_both, row.float(), column.float()) > 0
 
     def ignored(self, overlap: float) -> Tensor:
-        """Find the anchors inside crowd regions or on difficult objects: ``[N, A, H, W]`` bool."""
+        """Find the anchors inside crowd regions or on difficult objects: ``[N, P]`` bool."""
         inside = _inverse(self.area.expand_as(self.areas), self.truth.crowd) / overlap
         upon = _inverse(self.areas, self.truth.difficult) / _share(overlap)
-        return _highest_product(self.y, self.x * (inside + upon)) >= 1 - ROUNDING
+        return self._of_anchors(_highest_product, self.y, self.x * (inside + upon)) >= 1 - ROUNDING
+
+    def _spread(self, levels: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+        """Repeat a value a level, ``[..., 1]`` each, for its rows or columns."""
+        wide = [level.expand(*level.shape[:-1], count) for level, count in zip(levels, counts, strict=True)]
+        return _joined(wide, -1)
+
+    def _of_anchors(self, product: Callable[[Tensor, Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
+        """Let a product of rows and columns say something about each anchor: ``[N, P]``."""
+        levels = zip(y.split(self.rows, -1), x.split(self.columns, -1), strict=True)
+        # [N, A, H, W] -> [N, H * W * A]
+        return _joined([product(*level).permute(0, 2, 3, 1).flatten(1) for level in levels], 1)
 
 
 def sample(positive: Tensor, negative: Tensor, size: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
@@ -214,17 +222,28 @@ def _shared(edges: Tensor, others: Tensor) -> Tensor:
 
 
 def _inverse(areas: Tensor, wanted: Tensor) -> Tensor:
-    """``[N, G, A]`` and ``[N, G]`` bool -> ``[N, G, A, 1]``: 1 / area where wanted, else 0."""
-    return (wanted[..., None] / areas)[..., None]
+    """``[N, G, A, W]`` and ``[N, G]`` bool -> ``[N, G, A, W]``: 1 / area where wanted, else 0."""
+    return wanted[..., None, None] / areas
+
+
+def _joined(levels: Sequence[Tensor], dim: int) -> Tensor:
+    return levels[0] if len(levels) == 1 else torch.cat(list(levels), dim=dim)
+
+
+def _objects_in_both(row: Tensor, column: Tensor) -> Tensor:
+    """``[N, G, A, H]`` and ``[N, G, A, W]`` of 0 and 1 -> ``[N, A, H, W]``, for how many of the G both are 1."""
+    return torch.matmul(row.permute(0, 2, 3, 1), column.permute(0, 2, 1, 3))
 
 
 def _highest_product(y: Tensor, x: Tensor) -> Tensor:
     """``[N, G, A, H]`` and ``[N, G, A, W]``, at least 0 -> ``[N, A, H, W]``, the highest of the G outer products."""
     images, objects, shapes, height = y.shape
-    highest = y.new_zeros((images, shapes, height, x.shape[-1]))
-    step = max(1, BLOCK // max(1, highest.numel()))
+    size = images * shapes * height * x.shape[-1]
+    step = max(1, BLOCK.get(y.device.type, LARGE_BLOCK) // max(1, size))
+    highest = None
     for start in range(0, objects, step):
         part = slice(start, start + step)
         products = y[:, part, ..., None] * x[:, part, :, None]
-        torch.maximum(highest, products.amax(1) if step > 1 else products[:, 0], out=highest)
-    return highest
+        best = products.amax(1) if step > 1 else products[:, 0]
+        highest = best if highest is None else torch.maximum(highest, best, out=highest)
+    return y.new_zeros((images, shapes, height, x.shape[-1])) if highest is None else highest

@@ -16,12 +16,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms
+from torch.nn.functional import pad
 
 from detpipe import boxes as box_ops
+from detpipe.nms import keep_best
 
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas
-BOXES_PER_CALL = 20_000  # of suppression on an accelerator; bounds its memory, which is quadratic
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class ProposalSelection:
         level_sizes: Sequence[int],
         image_sizes: Sequence[tuple[int, int]],
         training: bool,
+        fill_up: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Select proposals.
 
@@ -76,12 +77,14 @@ class ProposalSelection:
             level_sizes: how many of the P anchors each level has.
             image_sizes: height and width of each image inside the batch; boxes are clipped to it.
             training: which of the two numbers count.
+            fill_up: give every image as many boxes, those that are missing without an area, and look at no value: nothing waits
+                for the device.
 
         Returns:
             N boxes ``[P_i, 4]``, best first, and their N logits ``[P_i]``.
 
         Raises:
-            NotFiniteError: a logit or delta of a candidate is NaN or infinite.
+            NotFiniteError: a logit or delta of a candidate is NaN or infinite; not with ``fill_up``.
         """
         phase = 0 if training else 1
         starts = [0, *accumulate(level_sizes)]
@@ -92,53 +95,36 @@ class ProposalSelection:
         index = torch.cat([found.indices + start for found, start in zip(best, starts, strict=False)], dim=1)
         scores = torch.cat([found.values for found in best], dim=1)  # [N, M]
         deltas = deltas.gather(1, index[..., None].expand(-1, -1, 4))
-        _refuse_non_finite(scores, deltas)
+        if not fill_up:
+            _refuse_non_finite(scores, deltas)
         boxes = box_ops.decode(deltas, anchors[index], WEIGHTS)
-        heights, widths = _sides(image_sizes, boxes)
-        boxes = box_ops.clip(boxes, heights, widths)
+        boxes = box_ops.clip(boxes, *box_ops.image_sides(image_sizes, boxes))
         keep = box_ops.valid(boxes, self.min_size)
-        keep &= self._survivors(boxes * keep[..., None], scores, [found.values.shape[1] for found in best], image_sizes)
-        return self._gather(boxes, scores, keep, self.post_nms_top_n[phase])
+        keep &= self._survivors(boxes * keep[..., None], [found.values.shape[1] for found in best])
+        return self._gather(boxes, scores, keep, self.post_nms_top_n[phase], fill_up)
 
-    def _survivors(
-        self, boxes: Tensor, scores: Tensor, counts: list[int], image_sizes: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """Suppress within each image and level: ``[N, M]`` bool. Boxes of area 0 neither suppress nor matter."""
-        images, candidates = scores.shape
-        kept = torch.zeros_like(scores, dtype=torch.bool)
-        if scores.is_cpu:  # the time of a call is quadratic: one for each group
-            for image in range(images):
-                start = 0
-                for count in counts:
-                    group = slice(start, start + count)
-                    kept[image, start + nms(boxes[image, group], scores[image, group], self.nms_iou)] = True
-                    start += count
-            return kept
-        # one call for many groups, moved apart in float64, where the shift is exact
-        group = torch.repeat_interleave(
-            torch.arange(len(counts), device=boxes.device),
-            torch.tensor(counts, device=boxes.device),
-            output_size=candidates,
-        )
-        shift = (torch.arange(images, device=boxes.device)[:, None] * len(counts) + group) * (
-            1.0 + _longest(image_sizes)
-        )
-        apart = boxes.double() + shift[..., None]
-        step = max(1, BOXES_PER_CALL // max(1, candidates))
-        for start in range(0, images, step):
-            part = slice(start, start + step)
-            rows = nms(apart[part].flatten(0, 1), scores[part].flatten().double(), self.nms_iou)
-            kept.view(-1)[start * candidates + rows] = True
-        return kept
+    def _survivors(self, boxes: Tensor, counts: list[int]) -> Tensor:
+        """Suppress within each image and level, best first: ``[N, M]`` bool. Boxes of area 0 neither suppress nor matter."""
+        missing = [max(counts) - count for count in counts]
+        levels = [
+            pad(level, (0, 0, 0, more)) if more else level
+            for level, more in zip(boxes.split(counts, dim=1), missing, strict=True)
+        ]
+        kept = keep_best(torch.stack(levels, dim=1).flatten(0, 1), self.nms_iou).unflatten(0, (-1, len(counts)))
+        return torch.cat([kept[:, level, :count] for level, count in enumerate(counts)], dim=1)
 
-    def _gather(self, boxes: Tensor, scores: Tensor, keep: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    def _gather(
+        self, boxes: Tensor, scores: Tensor, keep: Tensor, count: int, fill_up: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         order = scores.masked_fill(~keep, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
         boxes, scores = boxes.gather(1, order[..., None].expand(-1, -1, 4)), scores.gather(1, order)
+        if fill_up:
+            boxes = boxes.masked_fill(~keep.gather(1, order)[..., None], 0.0)
+            return [*boxes], [*scores]
         found = keep.sum(dim=1).clamp(max=count).tolist()
-        # copies, so that what is dropped is freed
         return (
-            [row[:number].clone() for row, number in zip(boxes, found, strict=True)],
-            [row[:number].clone() for row, number in zip(scores, found, strict=True)],
+            [row[:number] for row, number in zip(boxes, found, strict=True)],
+            [row[:number] for row, number in zip(scores, found, strict=True)],
         )
 
 
@@ -164,13 +150,3 @@ def _refuse_non_finite(scores: Tensor, deltas: Tensor) -> None:
         if wrong.any():
             image = int(wrong.any(dim=1).nonzero()[0])
             raise NotFiniteError(image, what, values[image].flatten()[wrong[image]][0].item())
-
-
-def _longest(image_sizes: Sequence[tuple[int, int]]) -> float:
-    return float(max((max(size) for size in image_sizes), default=0))
-
-
-def _sides(image_sizes: Sequence[tuple[int, int]], like: Tensor) -> tuple[Tensor, Tensor]:
-    sizes = torch.tensor([tuple(size) for size in image_sizes], dtype=like.dtype).reshape(-1, 2, 1)
-    heights, widths = sizes.to(like.device, non_blocking=True).unbind(1)
-    return heights, widths

@@ -49,7 +49,7 @@ class Grid(nn.Module, ABC):
                 f"got {list(theta.shape)} {theta.dtype}"
             )
         theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
-        known = theta.isfinite().all(dim=1, keepdim=True)
+        known = (theta.abs() < math.inf).all(dim=1, keepdim=True)
         theta = torch.where(known, theta, self.identity(theta.device, theta.dtype)).clamp(-LARGEST, LARGEST)
         return self._warp(theta, points.to(theta))
 

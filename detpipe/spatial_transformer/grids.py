@@ -50,16 +50,15 @@ class AffineGrid(Grid):
         return torch.eye(2, 3, device=device, dtype=dtype).flatten()
 
     def _warp(self, theta: Tensor, points: Tensor) -> Tensor:
-        a11, a12, a13, a21, a22, a23 = columns(theta, points)
-        return _affine(points, *self._bounded(a11, a12, a13), *self._bounded(a22, a21, a23))
-
-    def _bounded(self, same: Tensor, other: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bound how a coordinate depends on itself, on the other one, and its shift."""
-        return (
-            same if self.max_change is None else 1 + bounded(same - 1, self.max_change),
-            bounded(other, self.max_change),
-            bounded(shift, self.max_shift),
-        )
+        matrix = theta.unflatten(1, (2, 3))
+        if self.max_change is not None or self.max_shift is not None:
+            same = torch.eye(2, 3, device=theta.device, dtype=theta.dtype)
+            change, shift = (matrix - same).split((2, 1), dim=-1)
+            matrix = same + torch.cat((bounded(change, self.max_change), bounded(shift, self.max_shift)), dim=-1)
+        # element-wise, so that autocast and reduced matrix products cannot touch it
+        one = torch.ones_like(points[..., :1])
+        matrix = matrix.reshape(len(theta), *(1,) * (points.ndim - 1), 2, 3)
+        return (matrix * torch.cat((points, one), dim=-1).unsqueeze(-2)).sum(-1)
 
 
 class SimilarityGrid(Grid):

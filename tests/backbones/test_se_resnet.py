@@ -242,3 +242,29 @@ def test_bad_sizes_and_variants():
         SKNet(18)
     with pytest.raises(ValueError, match=r"stem must be one of .* got 'wide'"):
         Variant(stem="wide")
+
+
+def center_of_field(backbone: SEResNet, level: str, cell: int, side: int = 128) -> float:
+    """Where the pixels lie on average that a cell depends on, weighed by its squared gradients on noise."""
+    total = torch.zeros(side)
+    for _ in range(6):
+        images = torch.randn(1, 3, side, side, requires_grad=True)
+        value = backbone(images)[level][0, :, cell, cell].square().sum()
+        [gradient] = torch.autograd.grad(value, images)
+        total += gradient.square().sum((0, 1, 2))
+    return float((total * (torch.arange(side) + 0.5)).sum() / total.sum())
+
+
+@pytest.mark.parametrize(("padding", "center"), [(0, 8 * 8 + 0.5), (4, 8 * 8 + 4.5)])
+def test_padding_centers_cells(padding: int, center: float) -> None:
+    torch.manual_seed(0)
+    backbone = SEResNet(18, attention=None, levels=["c3"], output_stride=8, padding=padding).eval()
+    assert center_of_field(backbone, "c3", 8) == pytest.approx(center, abs=1)
+    for side in (64, 72, 100):  # as many cells with padding as without
+        assert backbone(torch.zeros(1, 3, side, side + 8))["c3"].shape[2:] == (-(-side // 8), -(-(side + 8) // 8))
+
+
+def test_padding_is_half_of_every_stride() -> None:
+    SEResNet(18, levels=["c3", "c4"], output_stride=8, out_channels=8, padding=4)
+    with pytest.raises(ValueError, match="padding must be half of the stride of every level"):
+        SEResNet(18, levels=["c2", "c3"], out_channels=8, padding=4)

@@ -7,6 +7,7 @@ from torch import nn
 
 from detpipe.heads import FastRCNNHead, Glimpse, GlimpseSettings, RoISampler
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool
+from detpipe.spatial_transformer import cell_centers
 
 STRIDES = {"c3": 8, "c4": 16}
 SIZES = [(60, 80), (64, 96)]
@@ -150,6 +151,20 @@ def test_glimpses_wholly_outside_the_map_are_zero():
         {"c3": torch.rand(1, 4, 4, 4)}, torch.tensor([[[0.0, 0, 16, 16]]]), torch.zeros(1, 1, 4, 3, 3), {"c3": 8}
     )
     assert (seen.features[:, :, 4:] == 0).all()
+
+
+def test_points_of_the_frame_are_never_in_half_precision():
+    glimpse = Glimpse(4, (3, 7), samples=2)
+    points = glimpse.points.clone()
+    assert torch.equal(points[: 6 * 14].unflatten(0, (6, 14)), cell_centers((6, 14)))
+    for dtype, kept in (
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+    ):
+        assert glimpse.to(dtype).points.dtype == kept
+        torch.testing.assert_close(glimpse.points.float(), points, rtol=0, atol=0)
+    assert "points" not in glimpse.state_dict()
 
 
 def test_detections_carry_the_frame_on_request():

@@ -295,6 +295,17 @@ def test_what_is_not_finite_is_refused_by_name(value):
         rpn.eval()(batch(), features)
 
 
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_as_on_a_gpu_nothing_is_looked_at(value, monkeypatch):
+    rpn, features = make(selection=ProposalSelection((40, 40), (35, 35))), pyramid(3, ONE)
+    rpn.fills_up = True
+    features["c4"][1, 0, 0, 0] += value
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    boxes, losses = rpn(batch(), features, targets())
+    assert [found.shape for found in boxes] == [(35, 4)] * 3
+    assert all(bool(loss.isfinite()) == (value == 0) for loss in losses.values())
+
+
 def test_wrong_inputs():
     rpn = make(THREE)
     with pytest.raises(ValueError, match="needs targets"):

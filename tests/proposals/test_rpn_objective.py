@@ -70,7 +70,7 @@ def names(positive, negative) -> list[str]:
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("block", [1, 2**20])
 def test_assignment_equals_a_slow_loop(low_quality, whole, block, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setitem(module.BLOCK, "cpu", block)
     settings = RPNObjective(positive_iou=0.5, negative_iou=0.25, allow_low_quality=low_quality, ignore_overlap=0.4)
     seen = set()
     for _ in range(6):

@@ -61,21 +61,21 @@ def test_selection_equals_a_slow_loop(training, min_size):
         torch.testing.assert_close(found, torch.tensor([box for _, box in pairs]).view(-1, 4), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("per_call", [1, 50, 10**6])
-def test_moved_apart_in_one_call_equals_one_call_a_group(per_call, monkeypatch):
-    monkeypatch.setattr(module, "BOXES_PER_CALL", per_call)
+def test_filled_up_it_has_the_same_boxes_and_then_some_without_area():
     logits, deltas, anchors = inputs(3)
+    logits[0, 3] = torch.nan  # nobody looks
     sizes = [*SIZES, (70, 90)]
-    selection = ProposalSelection((20, 8), (100, 100), nms_iou=0.3)
-    kept = []
-    for groups in (True, False):
-        with monkeypatch.context() as patch:
-            if not groups:  # as on an accelerator
-                patch.setattr(torch.Tensor, "is_cpu", False)
-            kept.append(selection(logits, deltas, anchors, LEVELS, sizes, training=True))
-    for got, want in zip(kept[0][0], kept[1][0], strict=True):
-        assert len(got) > 5
-        assert torch.equal(got, want)
+    selection = ProposalSelection((20, 8), (25, 100), nms_iou=0.3)
+    filled, _ = selection(logits, deltas, anchors, LEVELS, sizes, training=True, fill_up=True)
+    logits[0, 3] = 0.0
+    deltas[0, 3] = torch.nan
+    filled = [selection(logits, deltas, anchors, LEVELS, sizes, True, fill_up=True)[0][0], *filled[1:]]
+    deltas[0, 3], anchors[3] = 0.0, torch.tensor([0.0, 0.0, 1e-4, 1e-4])  # one that is dropped
+    found, _ = selection(logits, deltas, anchors, LEVELS, sizes, training=True)
+    for got, want in zip(filled, found, strict=True):
+        assert 5 < len(want) <= len(got) == 25
+        assert torch.equal(got[: len(want)], want)
+        assert not got[len(want) :].any()
 
 
 def test_boxes_of_different_levels_do_not_suppress_each_other():

@@ -1,0 +1,73 @@
+"""Non-maximum suppression of many groups of boxes in one call, as a mask of fixed size: nothing waits for the device.
+
+torchvision's ``nms`` returns as many rows as are left, which a GPU has to tell the host first.
+
+B rows of M boxes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+
+def keep_best(boxes: Tensor, iou: float, groups: Tensor | None = None) -> Tensor:
+    """Go through the boxes of each row in order, and drop those that overlap one that was kept.
+
+    Args:
+        boxes: ``[B, M, 4]`` xyxy, float32 or float64, best first. One without area is not kept, and drops none.
+        iou: a box is dropped above this IoU.
+        groups: ``[B, M]`` int64; of a row, only boxes of one group drop each other. None: all.
+
+    Returns:
+        ``[B, M]`` bool.
+
+    Example:
+        >>> boxes = torch.tensor([[[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 4.0, 3.0], [9.0, 9.0, 9.0, 9.0]]])
+        >>> keep_best(boxes, 0.5)
+        tensor([[ True, False, False]])
+    """
+    return torch.ops.detpipe.keep_best(boxes, groups, iou)
+
+
+def _keep_best(boxes: Tensor, groups: Tensor | None, iou: float) -> Tensor:
+    if boxes.is_cuda and _triton_is_installed():
+        from detpipe.nms import kernels
+
+        return kernels.keep_best(boxes, groups, iou)
+    kept = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+    row, column = (boxes[..., 2:] > boxes[..., :2]).all(-1).nonzero(as_tuple=True)
+    found = boxes[row, column]
+    if groups is None:  # the time of a call is quadratic: one for each row
+        first = 0
+        for index, count in enumerate(row.bincount(minlength=len(boxes)).tolist()):
+            part = slice(first, first + count)
+            kept[index, column[part][_nms(found[part], iou)]] = True
+            first += count
+    elif len(found):  # moved apart in float64, where the shift is exact
+        group = groups[row, column]
+        apart = (row * (group.max() + 1) + group) * (found.max().double() + 1)
+        best = _nms(found.double() + apart[:, None], iou)
+        kept[row[best], column[best]] = True
+    return kept
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _nms(boxes: Tensor, iou: float) -> Tensor:
+    return nms(boxes, torch.arange(len(boxes), 0, -1, dtype=boxes.dtype, device=boxes.device), iou)
+
+
+# what torch.library.custom_op does, without the import of the compiler at its first call
+torch.library.define("detpipe::keep_best", "(Tensor boxes, Tensor? groups, float iou) -> Tensor")
+torch.library.impl("detpipe::keep_best", "default", _keep_best)
+torch.library.register_fake(
+    "detpipe::keep_best", lambda boxes, _groups, _iou: boxes.new_empty(boxes.shape[:2], dtype=torch.bool)
+)
