@@ -1,4 +1,4 @@
-"""Scores and boxes to detections: threshold, non-maximum suppression for each class, the best of what is left.
+"""Scores and boxes to detections: threshold, suppression for each class, the best of what is left.
 
 One call serves the whole batch. Boxes of different images and classes are moved apart in float64, where the shift is
 exact, so that an image's detections do not depend on its neighbors in the batch.
@@ -7,12 +7,16 @@ exact, so that an image's detections do not depend on its neighbors in the batch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
 from torchvision.ops import nms
 
 from detpipe import boxes as box_ops
+from detpipe.heads.suppression import Kept, box_fusion, soft_nms
 from detpipe.types import Detection
+
+Suppression = Literal["nms", "soft_nms", "box_fusion"]
 
 
 @dataclass(frozen=True)
@@ -21,24 +25,33 @@ class Postprocess:
 
     Args:
         score_threshold: a detection's score exceeds it.
-        nms_iou: of two boxes of one class with a higher IoU the lower-scoring one is dropped.
+        nms_iou: of two boxes of one class with a higher IoU the lower-scoring one is dropped; of box_fusion, both become one.
         detections_per_image: keep at most this many.
         candidates_per_image: at most this many (box, class) pairs of an image, the best, enter suppression.
+        suppression: nms; soft_nms, which lowers scores by the overlap with better boxes instead of dropping them; box_fusion,
+            which takes the mean of boxes of one class that overlap, weighted with their scores.
+        sigma: of soft_nms, in squared IoU: scores fall with ``exp(-IoU^2 / sigma)``.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: a number outside its range, or an unknown suppression.
     """
 
     score_threshold: float = 0.05
     nms_iou: float = 0.5
     detections_per_image: int = 100
     candidates_per_image: int = 1000
+    suppression: Suppression = "nms"
+    sigma: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.score_threshold < 1 or not 0 < self.nms_iou <= 1:
             raise ValueError(f"score_threshold must be in 0..1 and nms_iou in (0, 1], got {self}")
         if min(self.detections_per_image, self.candidates_per_image) < 1:
             raise ValueError(f"detections_per_image and candidates_per_image must be positive, got {self}")
+        if self.suppression not in get_args(Suppression) or self.sigma <= 0:
+            raise ValueError(
+                f"suppression must be one of {', '.join(get_args(Suppression))} and sigma positive, got {self}"
+            )
 
     def __call__(
         self, scores: Tensor, boxes: Tensor, valid: Tensor, image_sizes: list[tuple[int, int]]
@@ -82,7 +95,23 @@ class Postprocess:
         heights, widths = scores.new_tensor(image_sizes).reshape(images, 2, 1).unbind(1)
         chosen = box_ops.clip(chosen, heights, widths)
         keep = (scores > self.score_threshold) & box_ops.valid(chosen)
-        return self._suppress(scores, chosen, label + 1, row, keep)
+        if self.suppression == "nms":
+            return self._suppress(scores, chosen, label + 1, row, keep)
+        if self.suppression == "soft_nms":
+            kept = soft_nms(chosen, scores, label + 1, keep, self.sigma, self.detections_per_image)
+        else:
+            kept = box_fusion(chosen, scores, label + 1, keep, self.nms_iou)
+        return self._found(kept, row)
+
+    def _found(self, kept: Kept, rows: Tensor) -> tuple[list[Detection], list[Tensor]]:
+        found, sources = [], []
+        for boxes, scores, labels, row, index in zip(
+            kept.boxes, kept.scores, kept.labels, rows, kept.index, strict=True
+        ):
+            best = (scores > self.score_threshold).nonzero()[: self.detections_per_image, 0]
+            found.append(Detection(boxes=boxes[best], scores=scores[best], labels=labels[best]))
+            sources.append(row[index[best]])
+        return found, sources
 
     def _suppress(
         self, scores: Tensor, boxes: Tensor, labels: Tensor, rows: Tensor, keep: Tensor
