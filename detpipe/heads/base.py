@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from detpipe import boxes as box_ops
 from detpipe import matching
+from detpipe.boxes import DELTA_WEIGHTS, DeltaWeights
+from detpipe.heads.objective import ClassLoss, Objective, box_losses
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.stages import Losses, RoIHead, check_tensor
@@ -34,7 +35,15 @@ class Found(NamedTuple):
     glimpses: Tensor | None = None
 
     @classmethod
-    def of(cls, logits: Tensor, deltas: Tensor, boxes: Tensor, glimpses: Tensor | None = None) -> Found:
+    def of(
+        cls,
+        logits: Tensor,
+        deltas: Tensor,
+        boxes: Tensor,
+        glimpses: Tensor | None = None,
+        classes: ClassLoss = ClassLoss(),  # noqa: B008 (frozen)
+        quality: Tensor | None = None,
+    ) -> Found:
         """Turn outputs of a network into scores and boxes, in float32.
 
         Args:
@@ -42,9 +51,16 @@ class Found(NamedTuple):
             deltas: ``[N, P, B, 4]``.
             boxes: ``[N, P, 4]`` xyxy, what the deltas refine.
             glimpses: where the head looked.
+            classes: what the logits are trained on.
+            quality: ``[N, P, B]`` logits of the IoU of the refined boxes, which scores are multiplied with.
         """
         refined = box_ops.decode(deltas.float(), boxes[:, :, None].float())
-        return cls(F.softmax(logits.float(), dim=-1)[..., 1:], refined, glimpses)
+        return cls(rank(classes.probabilities(logits)[..., 1:], quality), refined, glimpses)
+
+
+def rank(scores: Tensor, quality: Tensor | None) -> Tensor:
+    """Multiply scores ``[N, P, K]`` with the IoU that logits ``[N, P, B]`` predict, if there are any."""
+    return scores if quality is None else scores * quality.float().sigmoid()
 
 
 class ProposalHead(RoIHead, ABC):
@@ -57,8 +73,10 @@ class ProposalHead(RoIHead, ABC):
         strides: image pixels a cell of each level that the pooler shall use.
         sampler: which RoIs are trained on.
         postprocess: what becomes a detection.
+        objective: which losses.
 
     Attributes:
+        classes_seen: ``[K]``, how many RoIs of each class were trained on; None unless the objective needs it.
         return_glimpses: whether detections are :class:`detpipe.types.GlimpsedDetection`, with the proposal that each came
             from and where the head looked; False unless set.
 
@@ -74,6 +92,7 @@ class ProposalHead(RoIHead, ABC):
         strides: dict[str, int],
         sampler: RoISampler = RoISampler(),  # noqa: B008 (frozen)
         postprocess: Postprocess = Postprocess(),  # noqa: B008 (frozen)
+        objective: Objective = Objective(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         if num_classes < 1 or not strides:
@@ -81,7 +100,10 @@ class ProposalHead(RoIHead, ABC):
                 f"expected num_classes >= 1 and at least one level in strides; got {num_classes=}, {strides=}"
             )
         self.num_classes, self.strides = num_classes, dict(strides)
-        self.sampler, self.postprocess = sampler, postprocess
+        self.sampler, self.postprocess, self.objective = sampler, postprocess, objective
+        self.classes_seen: Tensor | None
+        counts = torch.zeros(num_classes, dtype=torch.int64) if objective.classes.kind == "seesaw" else None
+        self.register_buffer("classes_seen", counts)
         self.return_glimpses = False
 
     @abstractmethod
@@ -99,6 +121,17 @@ class ProposalHead(RoIHead, ABC):
         Returns:
             Scalars: those named ``loss_*`` are trained on, others are numbers to log, without gradient.
         """
+
+    def box_losses(
+        self,
+        rois: RoITargets,
+        logits: Tensor,
+        deltas: Tensor,
+        weights: DeltaWeights = DELTA_WEIGHTS,
+        quality: Tensor | None = None,
+    ) -> Losses:
+        """Compute the losses that the objective names; arguments as of :func:`detpipe.heads.objective.box_losses`."""
+        return box_losses(rois, logits, deltas, weights, self.objective, self.classes_seen, quality)
 
     @abstractmethod
     def detect(self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]], valid: Tensor) -> Found:
@@ -142,7 +175,11 @@ class ProposalHead(RoIHead, ABC):
         if self.training:
             if targets is None:
                 raise ValueError("the head is in training mode and needs targets; call eval() to detect")
-            return [], self.losses(features, self.sampler(proposals, targets), image_sizes, targets)
+            rois = self.sampler(proposals, targets)
+            if self.classes_seen is not None:
+                index = (rois.labels - 1).clamp(min=0).flatten()
+                self.classes_seen.index_add_(0, index, rois.foreground.flatten().to(torch.int64))
+            return [], self.losses(features, rois, image_sizes, targets)
         boxes, present = matching.pad(proposals)
         valid = present & box_ops.valid(boxes)
         boxes = box_ops.fill(boxes, valid)

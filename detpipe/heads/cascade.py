@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detpipe import boxes as box_ops
 from detpipe.boxes import DELTA_WEIGHTS, DeltaWeights
-from detpipe.heads.base import Found, ProposalHead, in_parts, outlines
-from detpipe.heads.layers import box_outputs, hidden_layers, output_layers
-from detpipe.heads.objective import box_losses
+from detpipe.heads.base import Found, ProposalHead, in_parts, outlines, rank
+from detpipe.heads.layers import box_outputs, hidden_layers, output_layers, quality_layer
+from detpipe.heads.objective import Objective
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.roi_pooling import RoIAlign, RoIPooler
@@ -72,6 +71,7 @@ class CascadeHead(ProposalHead):
         later: the stages after the first; the first one is trained on what the sampler says.
         sampler: which RoIs are trained on.
         postprocess: what becomes a detection.
+        objective: which losses; the quality is of the last stage's boxes.
 
     Raises:
         ValueError: ``num_classes`` below 1, no layer in ``fc``, or no level in ``strides``.
@@ -94,14 +94,16 @@ class CascadeHead(ProposalHead):
         later: LaterStages = LaterStages(),
         sampler: RoISampler = RoISampler(),  # noqa: B008 (frozen)
         postprocess: Postprocess = Postprocess(),  # noqa: B008 (frozen)
+        objective: Objective = Objective(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(num_classes, strides, sampler, postprocess)
+        super().__init__(num_classes, strides, sampler, postprocess, objective)
         self.pooler = RoIAlign(7) if pooler is None else pooler
         self.later = later
         height, width = self.pooler.output_size
         factors = (1.0, *later.delta_factors)
         width = in_channels * height * width
         self.stages = nn.ModuleList(Stage(width, fc, num_classes, _scaled(factor)) for factor in factors)
+        self.quality = quality_layer(fc[-1], num_classes, True, objective.quality)
 
     def losses(
         self, features: Features, rois: RoITargets, image_sizes: list[tuple[int, int]], targets: list[Target]
@@ -110,11 +112,13 @@ class CascadeHead(ProposalHead):
         losses: Losses = {}
         for index, stage in enumerate(self._stages()):
             factor = 1.0 if index == 0 else self.later.loss_weights[index - 1]
-            logits, deltas = stage(self.pooler(features, rois.rois, self.strides))
-            suffix = "" if index == 0 else f"_{index + 1}"
-            found = box_losses(rois, logits, deltas, stage.delta_weights)
+            hidden = stage.hidden(self.pooler(features, rois.rois, self.strides))
+            logits, deltas = stage.outputs(hidden)
+            suffix, is_last = "" if index == 0 else f"_{index + 1}", index + 1 == len(self.stages)
+            quality = self.quality(hidden) if is_last and self.quality is not None else None
+            found = self.box_losses(rois, logits, deltas, stage.delta_weights, quality)
             losses |= {f"{name}{suffix}": factor * value for name, value in found.items()}
-            if index + 1 < len(self.stages):
+            if not is_last:
                 boxes = _refine(deltas.detach(), rois.rois, stage.delta_weights, image_sizes)
                 rois = self.sampler.rematch(boxes, rois.valid, targets, self.later.ious[index])
         return losses
@@ -126,16 +130,18 @@ class CascadeHead(ProposalHead):
         return in_parts(partial(self._detect, features, image_sizes), boxes)
 
     def _detect(self, features: Features, image_sizes: list[tuple[int, int]], boxes: Tensor) -> Found:
-        scores, seen = [], []
+        scores, seen, hidden = [], [], boxes
         for index, stage in enumerate(self._stages()):
             if index:
                 boxes = box_ops.fill(boxes, box_ops.valid(boxes))
                 seen.append(boxes)
-            logits, deltas = stage(self.pooler(features, boxes, self.strides))
-            scores.append(F.softmax(logits.float(), dim=-1)[..., 1:])
+            hidden = stage.hidden(self.pooler(features, boxes, self.strides))
+            logits, deltas = stage.outputs(hidden)
+            scores.append(self.objective.classes.probabilities(logits)[..., 1:])
             boxes = _refine(deltas, boxes, stage.delta_weights, image_sizes)
         glimpses = torch.stack(seen, dim=2) if seen else boxes[:, :, None][:, :, :0]
-        return Found(torch.stack(scores).mean(0), boxes[:, :, None], outlines(glimpses))
+        quality = None if self.quality is None else self.quality(hidden)
+        return Found(rank(torch.stack(scores).mean(0), quality), boxes[:, :, None], outlines(glimpses))
 
     def _stages(self) -> Iterator[Stage]:
         for stage in self.stages:
@@ -161,7 +167,14 @@ class Stage(nn.Module):
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """``[N, P, C, h, w]`` -> logits ``[N, P, K + 1]`` and deltas ``[N, P, 1, 4]``."""
-        hidden = self.shared(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2])
+        return self.outputs(self.hidden(pooled))
+
+    def hidden(self, pooled: Tensor) -> Tensor:
+        """``[N, P, C, h, w]`` -> ``[N, P, width]``."""
+        return self.shared(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2])
+
+    def outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """``[N, P, width]`` -> logits and deltas."""
         return box_outputs(self.classifier, self.regressor, hidden)
 
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from detpipe import boxes as box_ops
-from detpipe.heads.objective import box_losses, of_label
+from detpipe.heads.base import ProposalHead
+from detpipe.heads.objective import ClassLoss, of_label
 from detpipe.heads.sampling import RoITargets
 from detpipe.stages import Losses
 from detpipe.support.processes import count_per_rank, mean_over_ranks
@@ -68,6 +69,7 @@ class Episodes:
     # state after the first glimpse; detached from features and state; with a graph for so many glimpses
     again: Callable[..., tuple[RoITargets, Walk]]
     outputs: Callable[[Tensor, Sequence[int]], tuple[Tensor, Tensor]]  # evidence, [N, S] -> logits and deltas
+    head: ProposalHead  # whose objective counts
 
 
 class PolicyLoss(NamedTuple):
@@ -150,7 +152,7 @@ class Pathwise(GlimpseEstimator):
             again, probe = episodes.again(PROBE_ROIS, PROBE_DRAWS, detached=True)
         if not probe.means[0].requires_grad:  # the policy is frozen
             return {}
-        parts = box_losses(again, *episodes.outputs(probe.evidence, again.labels.shape))
+        parts = episodes.head.box_losses(again, *episodes.outputs(probe.evidence, again.labels.shape))
         total = torch.stack(list(parts.values())).sum() * again.valid.sum()  # of RoIs: each has its own gradient
         [gradient] = torch.autograd.grad(total, probe.means[0])
         spread = gradient.unflatten(1, (PROBE_DRAWS, -1)).var(1).mean(-1)  # [N, PROBE_ROIS]
@@ -212,18 +214,18 @@ class Reinforce(GlimpseEstimator):
         """Run the other n - 1 episodes of the RoIs that can earn a reward, and make the loss of the policy of all n."""
         rois, walk = episodes.rois, episodes.walk
         counts = rois.valid if self.background_reward == "probability" else rois.foreground
-        size = counts.shape[1]
+        size, classes = counts.shape[1], episodes.head.objective.classes
         if self.background_reward == "none":  # foreground comes first in a sample: the rest need not be looked at
             size = min(size, episodes.most_foreground)
         means, actions = (
             [torch.stack(values, dim=2)[:, :size]] for values in (walk.means, walk.actions)
         )  # [N, F, A, 4]
-        returns, others = [reward(rois, episodes.logits, episodes.deltas)[:, :size]], self.episodes - 1
+        returns, others = [reward(rois, episodes.logits, episodes.deltas, classes)[:, :size]], self.episodes - 1
         if others:
             looks = len(walk.means) if self.through_time else 0  # what follows the last action needs no gradient
             again, more = episodes.again(size, others, with_graph=looks)
             with torch.no_grad():
-                earned = reward(again, *episodes.outputs(more.evidence, again.labels.shape))
+                earned = reward(again, *episodes.outputs(more.evidence, again.labels.shape), classes)
                 returns += earned.unflatten(1, (others, size)).unbind(1)
             for kept, new in ((means, more.means), (actions, more.actions)):
                 kept += torch.stack(new, dim=2).unflatten(1, (others, size)).unbind(1)
@@ -272,18 +274,19 @@ class Reinforce(GlimpseEstimator):
 
 
 @torch.no_grad()
-def reward(rois: RoITargets, logits: Tensor, deltas: Tensor) -> Tensor:
+def reward(rois: RoITargets, logits: Tensor, deltas: Tensor, classes: ClassLoss = ClassLoss()) -> Tensor:  # noqa: B008 (frozen)
     """Compute what an episode earns at its end: P(true class) x IoU of the predicted box with the object; P alone for background.
 
     Args:
         rois: S RoIs of each image.
         logits: ``[N, S, K + 1]``.
         deltas: ``[N, S, B, 4]``.
+        classes: what the logits are trained on.
 
     Returns:
         ``[N, S]`` in 0..1.
     """
-    probability = logits.float().softmax(-1).gather(-1, rois.labels[..., None])[..., 0]
+    probability = classes.probabilities(logits).gather(-1, rois.labels[..., None])[..., 0]
     predicted = box_ops.decode(of_label(deltas.float(), rois.labels), rois.rois)
     overlap = box_ops.iou(predicted[..., None, :], rois.boxes[..., None, :])[..., 0, 0]
     return probability * torch.where(rois.labels > 0, overlap, torch.ones_like(overlap))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from detpipe.heads.base import Found, ProposalHead, in_parts
 from detpipe.heads.glimpse import Glimpse, GlimpseSettings, Kind
-from detpipe.heads.layers import box_outputs, hidden_layers, output_layers
-from detpipe.heads.objective import box_losses
+from detpipe.heads.layers import box_outputs, hidden_layers, output_layers, quality_layer
+from detpipe.heads.objective import Objective
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.roi_pooling import RoIAlign, RoIPooler
@@ -38,6 +38,7 @@ class FastRCNNHead(ProposalHead):
         sampler: which RoIs are trained on.
         postprocess: what becomes a detection.
         glimpse: a second look at the map: a kind of transform, or :class:`GlimpseSettings`; None for none.
+        objective: which losses.
 
     Raises:
         ValueError: ``num_classes`` below 1, no layer in ``fc``, no level in ``strides``, or an unknown kind of glimpse.
@@ -61,13 +62,15 @@ class FastRCNNHead(ProposalHead):
         sampler: RoISampler = RoISampler(),  # noqa: B008 (frozen)
         postprocess: Postprocess = Postprocess(),  # noqa: B008 (frozen)
         glimpse: GlimpseSettings | Kind | None = None,
+        objective: Objective = Objective(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(num_classes, strides, sampler, postprocess)
+        super().__init__(num_classes, strides, sampler, postprocess, objective)
         self.class_agnostic = class_agnostic
         self.pooler = RoIAlign(7) if pooler is None else pooler
         height, width = self.pooler.output_size
         self.shared = hidden_layers(in_channels * height * width, fc)
         self.classifier, self.regressor = output_layers(fc[-1], num_classes, class_agnostic)
+        self.quality = quality_layer(fc[-1], num_classes, class_agnostic, objective.quality)
         self.glimpse = None
         if glimpse is not None:
             settings = glimpse if isinstance(glimpse, GlimpseSettings) else GlimpseSettings(glimpse)
@@ -91,8 +94,8 @@ class FastRCNNHead(ProposalHead):
         self, features: Features, rois: RoITargets, image_sizes: list[tuple[int, int]], targets: list[Target]
     ) -> Losses:
         """Compute ``loss_classifier`` and ``loss_box_reg``; with a glimpse also where it looks, to log it."""
-        logits, deltas, theta = self._predict(features, rois.rois)
-        losses = box_losses(rois, logits, deltas)
+        logits, deltas, theta, quality = self._predict(features, rois.rois)
+        losses = self.box_losses(rois, logits, deltas, quality=quality)
         if self.glimpse is not None and theta is not None:
             losses |= self.glimpse.statistics(theta, rois.valid)
         return losses
@@ -101,18 +104,19 @@ class FastRCNNHead(ProposalHead):
         self, features: Features, boxes: Tensor, image_sizes: list[tuple[int, int]], valid: Tensor | None = None
     ) -> Found:
         """Classify and refine boxes ``[N, P, 4]``; the outline of the transform is the only glimpse."""
-        logits, deltas, theta = in_parts(partial(self._predict, features), boxes)
+        logits, deltas, theta, quality = in_parts(partial(self._predict, features), boxes)
         outline = None
         if self.glimpse is not None and theta is not None and self.return_glimpses:
             outline = self.glimpse.outline(theta, boxes)[:, :, None]
-        return Found.of(logits, deltas, boxes, outline)
+        return Found.of(logits, deltas, boxes, outline, self.objective.classes, quality)
 
-    def _predict(self, features: Features, rois: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _predict(self, features: Features, rois: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         pooled, theta = self.pooler(features, rois, self.strides), None  # [N, P, C, h, w]
         if self.glimpse is not None:
             pooled, theta = self.glimpse(features, rois, pooled, self.strides)
         hidden = self.shared(pooled.flatten(0, 1)).unflatten(0, rois.shape[:2])
-        return *box_outputs(self.classifier, self.regressor, hidden), theta
+        quality = None if self.quality is None else self.quality(hidden)
+        return *box_outputs(self.classifier, self.regressor, hidden), theta, quality
 
 
 def _widen(shared: nn.Sequential, times: int) -> None:

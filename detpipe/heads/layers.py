@@ -58,6 +58,18 @@ def output_layers(width: int, num_classes: int, class_agnostic: bool) -> tuple[n
     return classifier, regressor
 
 
+def quality_layer(width: int, num_classes: int, class_agnostic: bool, weight: float) -> nn.Linear | None:
+    """Make the layer that predicts the IoU of refined boxes, ``[R, width]`` -> logits ``[R, B]``; None without a weight."""
+    if weight == 0:
+        return None
+    layer = nn.Linear(width, 1 if class_agnostic else num_classes)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    if not class_agnostic:
+        mark_class_outputs(layer, background=0, each=1)
+    return layer
+
+
 def box_outputs(classifier: nn.Module, regressor: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Ask the classifier and the regressor about the RoIs of each image.
 

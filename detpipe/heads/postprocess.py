@@ -1,4 +1,4 @@
-"""Scores and boxes to detections: threshold, non-maximum suppression for each class, the best of what is left.
+"""Scores and boxes to detections: threshold, suppression for each class, the best of what is left.
 
 One call serves the whole batch. Boxes of different images and classes are moved apart in float64, where the shift is
 exact, so that an image's detections do not depend on its neighbors in the batch.
@@ -7,12 +7,16 @@ exact, so that an image's detections do not depend on its neighbors in the batch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from detpipe import boxes as box_ops
+from detpipe.heads.suppression import Kept, box_fusion, soft_nms
 from detpipe.nms import keep_best
 from detpipe.types import Detection
+
+Suppression = Literal["nms", "soft_nms", "box_fusion"]
 
 
 @dataclass(frozen=True)
@@ -21,24 +25,33 @@ class Postprocess:
 
     Args:
         score_threshold: a detection's score exceeds it.
-        nms_iou: of two boxes of one class with a higher IoU the lower-scoring one is dropped.
+        nms_iou: of two boxes of one class with a higher IoU the lower-scoring one is dropped; of box_fusion, both become one.
         detections_per_image: keep at most this many.
         candidates_per_image: at most this many (box, class) pairs of an image, the best, enter suppression.
+        suppression: nms; soft_nms, which lowers scores by the overlap with better boxes instead of dropping them; box_fusion,
+            which takes the mean of boxes of one class that overlap, weighted with their scores.
+        sigma: of soft_nms, in squared IoU: scores fall with ``exp(-IoU^2 / sigma)``.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: a number outside its range, or an unknown suppression.
     """
 
     score_threshold: float = 0.05
     nms_iou: float = 0.5
     detections_per_image: int = 100
     candidates_per_image: int = 1000
+    suppression: Suppression = "nms"
+    sigma: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.score_threshold < 1 or not 0 < self.nms_iou <= 1:
             raise ValueError(f"score_threshold must be in 0..1 and nms_iou in (0, 1], got {self}")
         if min(self.detections_per_image, self.candidates_per_image) < 1:
             raise ValueError(f"detections_per_image and candidates_per_image must be positive, got {self}")
+        if self.suppression not in get_args(Suppression) or self.sigma <= 0:
+            raise ValueError(
+                f"suppression must be one of {', '.join(get_args(Suppression))} and sigma positive, got {self}"
+            )
 
     def __call__(
         self, scores: Tensor, boxes: Tensor, valid: Tensor, image_sizes: list[tuple[int, int]]
@@ -81,19 +94,24 @@ class Postprocess:
         chosen = flat.gather(1, index[..., None].expand(-1, -1, 4)).float()
         chosen = box_ops.clip(chosen, *box_ops.image_sides(image_sizes, chosen))
         keep = (scores > self.score_threshold) & box_ops.valid(chosen)
-        return self._suppress(scores, chosen, label + 1, row, keep)
+        if self.suppression == "nms":
+            kept = self._nms(chosen, scores, label + 1, keep)
+        elif self.suppression == "soft_nms":
+            kept = soft_nms(chosen, scores, label + 1, keep, self.sigma, self.detections_per_image)
+        else:
+            kept = box_fusion(chosen, scores, label + 1, keep, self.nms_iou)
+        found, sources = [], []
+        counts = (kept.scores > self.score_threshold).sum(1).clamp(max=self.detections_per_image).tolist()
+        for boxes, scores, labels, rows, count in zip(
+            kept.boxes, kept.scores, kept.labels, row.gather(1, kept.index), counts, strict=True
+        ):
+            found.append(Detection(boxes=boxes[:count], scores=scores[:count], labels=labels[:count]))
+            sources.append(rows[:count])
+        return found, sources
 
-    def _suppress(
-        self, scores: Tensor, boxes: Tensor, labels: Tensor, rows: Tensor, keep: Tensor
-    ) -> tuple[list[Detection], list[Tensor]]:
+    def _nms(self, boxes: Tensor, scores: Tensor, labels: Tensor, keep: Tensor) -> Kept:
         exact = boxes.double().masked_fill(~keep[..., None], 0.0)
         keep = keep & keep_best(exact, self.nms_iou, labels)
         first = keep.byte().argsort(dim=1, descending=True, stable=True)[:, : self.detections_per_image]
-        scores, labels, rows = (values.gather(1, first) for values in (scores, labels, rows))
-        boxes = boxes.gather(1, first[..., None].expand(-1, -1, 4))
-        found, sources = [], []
-        for image, count in enumerate(keep.sum(1).clamp(max=first.shape[1]).tolist()):
-            best = Detection(boxes=boxes[image, :count], scores=scores[image, :count], labels=labels[image, :count])
-            found.append(best)
-            sources.append(rows[image, :count])
-        return found, sources
+        scores = scores.masked_fill(~keep, -1.0).gather(1, first)
+        return Kept(boxes.gather(1, first[..., None].expand(-1, -1, 4)), scores, labels.gather(1, first), first)

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from detpipe import boxes as box_ops
 from detpipe.heads.base import Found, ProposalHead, in_parts, outlines
 from detpipe.heads.estimators import Episodes, GlimpseEstimator, Reinforce, Walk
-from detpipe.heads.layers import box_outputs, hidden_layers, output_layers
-from detpipe.heads.objective import box_losses
+from detpipe.heads.layers import box_outputs, hidden_layers, output_layers, quality_layer
+from detpipe.heads.objective import Objective
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool, RoIPooler
@@ -99,6 +99,7 @@ class AttentionalHead(ProposalHead):
         postprocess: what becomes a detection.
         glimpses: how many, and how far from the proposal.
         estimator: how the policy learns; None is :class:`Reinforce` with its defaults.
+        objective: which losses.
 
     Raises:
         ValueError: ``num_classes`` below 1, no layer in ``fc``, no level in ``strides``, or an estimator that needs
@@ -125,8 +126,9 @@ class AttentionalHead(ProposalHead):
         postprocess: Postprocess = Postprocess(),  # noqa: B008 (frozen)
         glimpses: GlimpseSequence = GlimpseSequence(),
         estimator: GlimpseEstimator | None = None,
+        objective: Objective = Objective(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(num_classes, strides, sampler, postprocess)
+        super().__init__(num_classes, strides, sampler, postprocess, objective)
         self.class_agnostic, self.glimpses = class_agnostic, glimpses
         self.estimator = Reinforce() if estimator is None else estimator
         if pooler is None:
@@ -140,6 +142,7 @@ class AttentionalHead(ProposalHead):
         height, width = pooler.output_size
         self.shared = hidden_layers(in_channels * height * width, fc)
         self.classifier, self.regressor = output_layers(fc[-1], num_classes, class_agnostic)
+        self.quality = quality_layer(fc[-1], num_classes, class_agnostic, objective.quality)
         if glimpses.length > 1:
             self.recurrent = nn.ModuleList(nn.Linear(width, width, bias=False) for width in fc)
             self.policy = nn.Linear(fc[-1], 4)
@@ -164,12 +167,12 @@ class AttentionalHead(ProposalHead):
         """Compute ``loss_classifier`` and ``loss_box_reg``, what the estimator adds, and where it looks, to log it."""
         walk = self._walk(features, rois.rois, self.estimator.act)
         logits, deltas = self._outputs(walk.evidence, rois.labels.shape)
-        losses = box_losses(rois, logits, deltas)
+        losses = self.box_losses(rois, logits, deltas, quality=self._quality(walk.evidence, rois.labels.shape))
         if self.glimpses.length == 1:
             return losses
         most = max(1, int(self.sampler.rois_per_image * self.sampler.positive_fraction))
         again = partial(self._again, features, rois, walk)
-        losses |= self.estimator.losses(Episodes(rois, walk, logits, deltas, most, again, self._outputs))
+        losses |= self.estimator.losses(Episodes(rois, walk, logits, deltas, most, again, self._outputs, self))
         return losses | self._statistics(walk, rois.valid)
 
     def detect(
@@ -181,7 +184,9 @@ class AttentionalHead(ProposalHead):
     def _detect(self, features: Features, boxes: Tensor) -> Found:
         walk = self._walk(features, boxes, _stay)
         logits, deltas = self._outputs(walk.evidence, boxes.shape[:2])
-        return Found.of(logits, deltas, boxes, outlines(torch.stack(walk.boxes, dim=2)[:, :, 1:]))
+        glimpses = outlines(torch.stack(walk.boxes, dim=2)[:, :, 1:])
+        quality = self._quality(walk.evidence, boxes.shape[:2])
+        return Found.of(logits, deltas, boxes, glimpses, self.objective.classes, quality)
 
     def _walk(
         self,
@@ -222,6 +227,9 @@ class AttentionalHead(ProposalHead):
 
     def _outputs(self, evidence: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         return box_outputs(self.classifier, self.regressor, evidence.unflatten(0, shape))
+
+    def _quality(self, evidence: Tensor, shape: Sequence[int]) -> Tensor | None:
+        return None if self.quality is None else self.quality(evidence).unflatten(0, shape)
 
     def _again(
         self,

@@ -17,7 +17,8 @@ RoIPooler, RoIAlign features and ``[N, P, 4]`` -> ``[N, P, C, h, w]``
 hidden_layers       ``[R, C, h, w]`` -> ``[R, width]``
 output_layers       the classifier ``[R, width]`` -> ``[R, K + 1]`` and the regressor ``[R, width]`` -> ``[R, 4 B]``
 box_outputs         both of ``[N, P, width]``: logits ``[N, P, K + 1]`` and deltas ``[N, P, B, 4]``
-box_losses          ``loss_classifier`` and ``loss_box_reg`` of RoIs, logits and deltas
+box_losses          ``loss_classifier`` and ``loss_box_reg`` of RoIs, logits and deltas; ``self.box_losses`` by the head's objective
+Objective           which losses: ClassLoss, BoxLoss, the hardest RoIs, and a quality that ranks
 of_label            the box of each RoI's label: ``[N, S, B, 4]`` -> ``[N, S, 4]``
 mark_class_outputs  which rows of a layer belong to classes, so that fine-tuning takes them over class by class
 pad                 N tensors ``[P_i, ...]`` -> ``[N, P, ...]`` and their mask
@@ -32,7 +33,7 @@ from __future__ import annotations
 from detpipe import boxes as box_ops
 from detpipe.heads.base import Found, ProposalHead, in_parts, outlines
 from detpipe.heads.layers import box_outputs, hidden_layers, output_layers
-from detpipe.heads.objective import box_losses, of_label
+from detpipe.heads.objective import BoxLoss, ClassLoss, Objective, box_losses, of_label
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.matching import pad
@@ -41,10 +42,13 @@ from detpipe.stages import Losses, mark_class_outputs
 from detpipe.types import Detection, Features, Target
 
 __all__ = [
+    "BoxLoss",
+    "ClassLoss",
     "Detection",
     "Features",
     "Found",
     "Losses",
+    "Objective",
     "Postprocess",
     "ProposalHead",
     "RoIAlign",

@@ -50,7 +50,7 @@ def _keep_best(boxes: Tensor, groups: Tensor | None, iou: float) -> Tensor:
             first += count
     elif len(found):  # moved apart in float64, where the shift is exact
         group = groups[row, column]
-        apart = (row * (group.max() + 1) + group) * (found.max().double() + 1)
+        apart = (row * (group.max() + 1) + group) * (found.max().double() - found.min().double() + 1)
         best = _nms(found.double() + apart[:, None], iou)
         kept[row[best], column[best]] = True
     return kept

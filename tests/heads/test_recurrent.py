@@ -292,7 +292,9 @@ def test_the_variance_of_the_pathwise_gradient_is_that_between_draws(monkeypatch
     monkeypatch.setattr(head.estimator, "act", recording)
     outputs = head._outputs(walk.evidence, rois.labels.shape)
     again = partial(head._again, features, rois, walk)
-    got = head.estimator.losses(Episodes(rois, walk, *outputs, 2, again, head._outputs))["glimpse_gradient_variance"]
+    got = head.estimator.losses(Episodes(rois, walk, *outputs, 2, again, head._outputs, head))[
+        "glimpse_gradient_variance"
+    ]
     noise = [step.detach().unflatten(1, (estimators.PROBE_DRAWS, estimators.PROBE_ROIS)) for step in drawn]
     variances = []
     for n, r in rois.foreground[:, : estimators.PROBE_ROIS].nonzero().tolist():
