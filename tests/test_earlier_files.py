@@ -62,17 +62,28 @@ def test_a_store_and_shards_are_read() -> None:
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        ("detpipe.datasets.voc.VOC", "detpipe.VOC"),
-        ("detpipe.datasets.demo.Demo", "detpipe.Demo"),
-        ("detpipe.datasets.shards.Shards", "detpipe.Shards"),
-        ("detpipe.classifier.ImageClassifier", "detpipe.ImageClassifier"),
-        ("detpipe.heads.superpixel_pooling.Localization", "detpipe.Localization"),
-        ("detpipe.superpixels.Segmentation", "detpipe.Segmentation"),
+        ("detpipe.datasets.voc.VOC", "detpipe.datasets.formats.voc.VOC"),
+        ("detpipe.VOC", "detpipe.datasets.formats.voc.VOC"),
+        ("detpipe.datasets.demo.Demo", "detpipe.demo.dataset.Demo"),
+        ("detpipe.datasets.Demo", "detpipe.demo.dataset.Demo"),
+        ("detpipe.datasets.shards.Shards", "detpipe.datasets.shards.dataset.Shards"),
+        ("detpipe.classifier.ImageClassifier", "detpipe.regions.image_classifier.ImageClassifier"),
+        ("detpipe.heads.superpixel_pooling.Localization", "detpipe.regions.superpixel_pooling.Localization"),
+        ("detpipe.superpixels.Segmentation", "detpipe.regions.superpixels.Segmentation"),
         ("detpipe.datasets.augment_settings.Mosaic", "detpipe.datasets.augment.settings.Mosaic"),
-        ("detpipe.nowhere.Unknown", "detpipe.nowhere.Unknown"),
+        ("detpipe.Level", "detpipe.Level"),  # several have this name
+        ("detpipe.backbones.extractor.Level", "detpipe.backbones.bodies.Level"),
+        ("detpipe.nonsense.FastRCNNHead", "detpipe.nonsense.FastRCNNHead"),
         ("my_head.VOC", "my_head.VOC"),
     ],
 )
 def test_class_paths_lead_to_where_the_class_is(before: str, now: str) -> None:
     settings = where_classes_are({"class_path": before, "init_args": {"of": [before]}})
     assert settings == {"class_path": now, "init_args": {"of": [now]}}
+
+
+@pytest.mark.parametrize("path", ["detpipe.nonsense.FastRCNNHead", "detpipe.heads.nonsense.FastRCNNHead"])
+def test_a_path_that_never_was_is_refused_with_the_right_one(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(FILES / "config.yaml"), "--model.head.class_path", path]) == 2
+    message = f"class '{path}' is not one of detpipe's; it is detpipe.heads.fast_rcnn.FastRCNNHead"
+    assert message in capsys.readouterr().err

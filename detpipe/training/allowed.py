@@ -18,8 +18,8 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-import detpipe
 from detpipe.support.errors import UsageError
+from detpipe.support.strict_yaml import parse_yaml
 
 _PARTS = (  # modules and folders of this package
     "attention backbones datasets demo detector heads optimization proposals regions roi_pooling spatial_transformer types"
@@ -42,48 +42,82 @@ _OTHERS = {
     "torchvision.models.detection.faster_rcnn": "FastRCNNConvFCHead FastRCNNPredictor TwoMLPHead",
     "torchvision.ops": "MultiScaleRoIAlign",
 }
-_LINE = re.compile(r"^(?P<data>@dataclass.*\n)?class (?P<name>[A-Z]\w*)|^    def (?P<method>\w+)|^\S", re.MULTILINE)
+_MOVED = {  # modules that configurations and checkpoints of earlier versions name -> where their classes are
+    "backbones.extractor": "backbones.bodies",
+    "classifier": "regions.image_classifier",
+    "datasets.augment_settings": "datasets.augment.settings",
+    "datasets.coco": "datasets.formats.coco",
+    "datasets.csv_boxes": "datasets.formats.csv",
+    "datasets.demo": "demo.dataset",
+    "datasets.demo_digits": "demo.digits",
+    "datasets.labeled_images": "datasets.classification",
+    "datasets.transforms": "datasets.augment.augmentation",
+    "datasets.views": "datasets.classification",
+    "datasets.voc": "datasets.formats.voc",
+    "datasets.yolo": "datasets.formats.yolo",
+    "heads.superpixel_pooling": "regions.superpixel_pooling",
+    "region_classifier": "regions.region_classifier",
+    "region_context": "regions.region_context",
+    "superpixel_localizer": "regions.superpixel_localizer",
+    "superpixels": "regions.superpixels",
+}
+_LINE = re.compile(r"^class (?P<name>[A-Z]\w*)|^    def (?P<method>\w+)|^\S", re.MULTILINE)
 GIVEN: list[str] = []  # modules of the command line
 _active: list[set[str]] = []  # what is trusted where parsers are restricted
 _lock = RLock()  # the settings are those of the process
 
 
 @cache
+def _classes() -> dict[str, list[str]]:
+    """The path of each class of this package that may be named -> its methods."""
+    classes: dict[str, list[str]] = {}
+    root = Path(__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        places = file.relative_to(root.parent).with_suffix("").parts
+        path = ""
+        for found in _LINE.finditer(file.read_text(encoding="utf-8") if places[1] in _PARTS.split() else ""):
+            if found["method"] and path:
+                classes[path].append(f"{path}.{found['method']}")
+            elif not found["method"]:
+                path = ".".join((*places, found["name"])) if found["name"] else ""
+                classes.update({path: []} if path else {})
+    return classes
+
+
+def _shortened(path: str, least: int = 1) -> list[str]:
+    """The paths of a class by its module and the packages around that."""
+    *places, name = path.split(".")
+    return [".".join((*places[:depth], name)) for depth in range(least, len(places) + 1)]
+
+
+@cache
 def policy() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The import paths that are allowed, and those below them that are not: methods, which are functions."""
-    allowed: list[str] = []
-    denied: list[str] = []
-    root = Path(__file__).parents[1]
-    for file in root.rglob("*.py"):
-        places = file.relative_to(root.parent).with_suffix("").parts
-        part, name = places[1], None
-        known = part in _PARTS.split()
-        for found in _LINE.finditer(file.read_text(encoding="utf-8") if known or part == "commands" else ""):
-            if found["method"] and name:
-                denied.append(".".join((*places, name, found["method"])))
-            elif not found["method"] and (name := found["name"] if known or found["data"] else None):
-                allowed += [".".join((*places[:depth], name)) for depth in range(1, len(places) + 1)]
+    allowed = [path for home in _classes() for path in _shortened(home)]
+    denied = [method for methods in _classes().values() for method in methods]
     for module, names in _OTHERS.items():
         for kind in (getattr(import_module(module), name) for name in names.split()):
             path = f"{kind.__module__}.{kind.__qualname__}"
-            places = kind.__module__.split(".")
-            allowed += [
-                f"{module}.{kind.__name__}",
-                *(".".join((*places[:n], kind.__name__)) for n in range(2, len(places) + 1)),
-            ]
+            allowed += [f"{module}.{kind.__name__}", *_shortened(path, least=2)]
             denied += [f"{path}.{name}" for name, value in vars(kind).items() if inspect.isroutine(value)]
     return tuple(allowed), tuple(denied)
 
 
 @cache
 def _homes() -> dict[str, str]:
-    """Where each class of this package is whose name no other has."""
-    homes: dict[str, list[str]] = {}
-    for path in policy()[0]:
-        if path.startswith("detpipe."):
-            homes.setdefault(path.rpartition(".")[2], []).append(path)
-    longest = {name: max(paths, key=len) for name, paths in homes.items()}
-    return {name: path for name, path in longest.items() if all(path.startswith(p[: -len(name)]) for p in homes[name])}
+    """Each path that names one class of this package, or did so in an earlier version -> the path of its module."""
+    homes: dict[str, set[str]] = {}
+    for home in _classes():
+        module, _, name = home.removeprefix("detpipe.").rpartition(".")
+        olds = [f"detpipe.{old}.{name}" for old, now in _MOVED.items() if now == module]
+        for path in (path for one in (home, *olds) for path in _shortened(one)):
+            homes.setdefault(path, set()).add(home)
+    return {path: min(found) for path, found in homes.items() if len(found) == 1}
+
+
+def paths_of(name: str) -> list[str]:
+    """The paths of all classes of this package that have a name, such as ``FastRCNNHead``."""
+    return [path for path in _classes() if path.endswith(f".{name}")]
 
 
 def where_classes_are(value: Any) -> Any:
@@ -93,16 +127,13 @@ def where_classes_are(value: Any) -> Any:
         value: of a configuration, or the whole of it.
 
     Returns:
-        The same with other paths; what names no class is as it was.
+        The same with other paths; what is no path that a class has or had is as it was.
     """
     if isinstance(value, dict):
         return {key: where_classes_are(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [where_classes_are(entry) for entry in value]
-    if isinstance(value, str) and value.startswith("detpipe."):
-        name = value.rpartition(".")[2]
-        return f"detpipe.{name}" if name in detpipe.__all__ else _homes().get(name, value)
-    return value
+    return _homes().get(value, value) if isinstance(value, str) else value
 
 
 @contextmanager
@@ -223,7 +254,5 @@ def _import(name: str) -> None:
 
 def _load(text: str, loader: Any) -> Any:
     """Parse the text of a value, or of a configuration."""
-    from detpipe.support.strict_yaml import parse_yaml
-
     parse_yaml(text, "configuration", UsageError)
     return where_classes_are(loader(text))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 from jsonargparse import ArgumentParser
 
 from detpipe.support.suggest import did_you_mean
-from detpipe.training.allowed import runs_code
+from detpipe.training.allowed import paths_of, runs_code
 
 _LONGEST = 600
 _SIGNATURES = {  # of stages, whose place other modules may take
@@ -167,8 +167,10 @@ def _not_allowed(name: str, parser: ArgumentParser | None, at: str) -> str:
     if runs_code(name):
         return f"class {name!r} is not allowed, since a configuration must not run code"
     package, _, rest = name.partition(".")
-    ours = package == "detpipe"
-    near = did_you_mean(name.rpartition(".")[2], sorted(_subclass_names(parser, at))) if ours else ""
+    last = name.rpartition(".")[2]
+    near = f"; it is {' or '.join(paths_of(last))}" if package == "detpipe" and paths_of(last) else ""
+    if package == "detpipe" and not near:
+        near = did_you_mean(last, sorted(_subclass_names(parser, at)))
     trust = f"; if you trust its code, give --trust {name.rpartition('.')[0]}" if rest and not near else ""
     return f"class {name!r} is not one of detpipe's{near or trust}"
 
