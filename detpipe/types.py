@@ -243,14 +243,7 @@ class Annotations:
         return len(self.class_names)
 
     def subset(self, rows: npt.NDArray[np.int64]) -> Annotations:
-        """Keep some of the images.
-
-        Args:
-            rows: ``[J]`` indices into the I images.
-
-        Returns:
-            Their annotations, in the order of ``rows``.
-        """
+        """Keep some of the images, by the rows ``[J]`` of the I images, in that order."""
         offsets: list[int] = self.offsets.tolist()
         spans = [np.arange(offsets[row], offsets[row + 1]) for row in rows.tolist()]
         boxes = np.concatenate([np.zeros(0, dtype=np.int64), *spans])
@@ -279,12 +272,5 @@ class DetectionArrays:
     labels: npt.NDArray[np.int64]  # [D] in 1..K
 
     def take(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> DetectionArrays:
-        """Keep some of the detections.
-
-        Args:
-            rows: indices, whose order is kept, or ``[D]`` bool.
-
-        Returns:
-            These detections.
-        """
+        """Keep some of the detections, by indices, whose order is kept, or ``[D]`` bool."""
         return DetectionArrays(self.image_ids[rows], self.boxes[rows], self.scores[rows], self.labels[rows])

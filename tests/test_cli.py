@@ -100,7 +100,7 @@ def test_unknown_command_is_a_usage_error_with_a_suggestion(capsys: pytest.Captu
     assert cli.main(["trian"]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
-        f"detpipe: error: unknown command 'trian': expected {', '.join(cli.COMMANDS)}; did you mean 'train' or 'pretrain'?\n"
+        f"detpipe: error: unknown command 'trian': expected {', '.join(cli.COMMANDS[''])}; did you mean 'train' or 'pretrain'?\n"
     )
     assert captured.out == ""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detpipe.commands.data_source import open_splits, read_split, source_parser
+from detpipe.commands.parser import check_least
 from detpipe.datasets.dataset import DetectionDataset
 from detpipe.pictures.contact_sheet import contact_sheet, draw_target
 from detpipe.pictures.visualize import save_png
@@ -25,17 +26,7 @@ Chosen = list[tuple[str, int]]  # split and row
 
 
 def run_show(arguments: Sequence[str]) -> int:
-    """Draw some images of a data set.
-
-    Args:
-        arguments: ``PATH -o OUT.png`` and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: there is no such data set, it has faults, or no image has what was asked for.
-    """
+    """Draw some images of a data set."""
     parser = source_parser("show", "Draw images with their boxes; crowd regions and difficult objects are gray.")
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT.png|FOLDER", help="one sheet, or a picture an image"
@@ -46,8 +37,8 @@ def run_show(arguments: Sequence[str]) -> int:
         "--classes", nargs="+", default=[], metavar="NAME", help="only images and boxes of these classes"
     )
     options = parser.parse_args(list(arguments))
-    if options.n < 1 or options.seed < 0:
-        raise UsageError(f"-n must be 1 or more and --seed 0 or more, got {options.n} and {options.seed}")
+    check_least(options, 1, "n")
+    check_least(options, 0, "seed")
     opened = open_splits(options)
     splits = {name: read_split(data) for name, data in opened.items()}
     wanted = {name: _labels(a, options.classes) for name, a in splits.items()}
@@ -70,17 +61,7 @@ def run_show(arguments: Sequence[str]) -> int:
 def choose(
     splits: Mapping[str, Annotations], wanted: Mapping[str, npt.NDArray[np.int64]] | None, n: int, seed: int
 ) -> Chosen:
-    """Draw images at random.
-
-    Args:
-        splits: name -> annotations.
-        wanted: name -> labels that an image must have one of; None for any image.
-        n: how many, at most.
-        seed: decides which.
-
-    Returns:
-        The images, in the order of the splits.
-    """
+    """Draw ``n`` images at random, of those that have a box of the wanted labels, in the order of the splits."""
     images: Chosen = []
     for name, a in splits.items():
         rows = np.arange(len(a))

@@ -9,6 +9,7 @@ from typing import Literal
 
 from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, read_outlined, write_layout
 from detpipe.commands.data_source import find_data, new_output, open_splits, source_parser
+from detpipe.commands.parser import check_least
 from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.joining import join
 from detpipe.datasets.statistics import class_shares
@@ -21,17 +22,7 @@ _SHOWN_CLASSES = 40
 
 
 def run_split(arguments: Sequence[str]) -> int:
-    """Divide a data set and write the parts.
-
-    Args:
-        arguments: ``PATH -o FOLDER --parts NAME=SHARE,...`` and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: what users can mend; nothing is written then.
-    """
+    """Divide a data set and write the parts; after an error nothing is written."""
     parser = source_parser("split", "Divide a data set into parts with equal shares of the objects of every class.")
     parser.add_argument(
         "--parts", default="train=.8,val=.1,test=.1", metavar="NAME=SHARE,...", help="(train=.8,val=.1,test=.1)"
@@ -46,8 +37,7 @@ def run_split(arguments: Sequence[str]) -> int:
     add_writing(parser)
     options = parser.parse_args(list(arguments))
     parts = read_parts(options.parts)
-    if options.seed < 0:
-        raise UsageError(f"--seed must be 0 or more, got {options.seed}")
+    check_least(options, 0, "seed")
     folder = new_output(options.output)
     opened = open_splits(options)
     if len(opened) > 1 and not options.split:
@@ -71,17 +61,7 @@ def run_split(arguments: Sequence[str]) -> int:
 
 
 def read_parts(text: str) -> dict[str, float]:
-    """Read ``train=.8,val=.2``.
-
-    Args:
-        text: names with shares that are positive; they are divided by their sum if that is not 1, as in ``train=4,val=1``.
-
-    Returns:
-        name -> share, which add up to 1.
-
-    Raises:
-        UsageError: it is anything else.
-    """
+    """Read names with positive shares, such as ``train=.8,val=.2``; they are divided by their sum if that is not 1."""
     parts: dict[str, float] = {}
     for item in text.split(","):
         name, equals, share = (piece.strip() for piece in item.partition("="))
@@ -101,11 +81,7 @@ def read_parts(text: str) -> dict[str, float]:
 
 
 def named_alike(pool: Annotations, pattern: str) -> list[list[int]]:
-    """The rows of images whose names agree in what a regular expression finds, in its first group if it has one.
-
-    Raises:
-        UsageError: it is no regular expression, or finds nothing in a name.
-    """
+    """The rows of images whose names agree in what a regular expression finds, in its first group if it has one."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -125,14 +101,7 @@ def _layout(options: argparse.Namespace) -> Literal["coco", "voc", "yolo", "csv"
 
 
 def table(parts: Mapping[str, Annotations]) -> str:
-    """Which share of the images and of the objects of each class went where.
-
-    Args:
-        parts: name -> annotations.
-
-    Returns:
-        A line for the images, and a line a class, those with fewest objects last.
-    """
+    """Which share of the images and of the objects of each class went where; classes with fewest objects last."""
     shares = class_shares(parts)
     first = next(iter(parts.values()))
     boxes = {

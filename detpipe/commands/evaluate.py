@@ -15,7 +15,7 @@ from detpipe.evaluation.analysis import AnalysisSettings
 from detpipe.evaluation.coco import MAX_DETECTIONS
 from detpipe.images import to_picture
 from detpipe.support.errors import UsageError
-from detpipe.support.files import atomic_write
+from detpipe.support.files import write_text
 
 _REPORT: dict[str, tuple[type, Any, str]] = {  # of both modes: type, default, help
     "report": (str, None, "folder for a report: report.html, report.json and figures"),
@@ -31,17 +31,7 @@ _MAX_DETECTIONS = "of a class and image, so many detections count by COCO's rule
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Print a table and write what is asked for.
-
-    Args:
-        arguments: of the command; with ``--detections`` a file is evaluated, else a model.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        DetpipeError: what users can mend.
-    """
+    """Print a table and write what is asked for: of a file with ``--detections``, else of a model."""
     own = any(argument.split("=")[0] in ("--detections", "--annotations") for argument in arguments)
     if own or list(arguments) in ([], ["-h"]):
         return _evaluate_file(arguments)
@@ -189,6 +179,5 @@ def _report_options(given: Any, images: str | None, default_name: str) -> Report
 
 def _print(metrics: dict[str, Any], protocol: str, path: str | Path | None) -> None:
     if path is not None:  # before the table, which a closed pipe may end
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(metrics, indent=2) + "\n")
     print(evaluation.format_table(metrics, protocol))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.evaluation.matches import ignored_objects, take_best
-from detpipe.evaluation.pairs import overlapping_pairs
+from detpipe.evaluation.matches import ignored_objects, overlapping_pairs, take_best
 from detpipe.evaluation.records import (
     canonical_order,
     check_annotations,
@@ -34,8 +33,7 @@ def detection_confusion(
         iou_threshold: the overlap that makes a match, above 0, at most 1.
 
     Returns:
-        ``[K + 1, K + 1]``: rows are the truth, columns what was detected. The last row is background that was taken for an
-        object, the last column are objects that were not found; their corner is 0.
+        ``[K + 1, K + 1]``: rows are the truth, columns what was detected, background last; their corner is 0.
 
     Raises:
         DataError: no images, or a fault in a record, which it names.

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.evaluation.matches import ignored_objects
-from detpipe.evaluation.pairs import Floats, overlapping_pairs
+from detpipe.evaluation.matches import Floats, ignored_objects, overlapping_pairs
 from detpipe.evaluation.proposal_recall import boxes_of, evaluate_recall
 from detpipe.types import Annotations
 
@@ -68,12 +67,7 @@ def recall_note(annotations: Annotations, proposals: Proposals, split: str, imag
 
 
 def likely_faults(annotations: Annotations, proposals: Proposals, images: int = LOOKED_AT) -> list[str]:
-    """Try usual mistakes of coordinates.
-
-    Args:
-        annotations: the images and their objects.
-        proposals: for each image id ``[P, 4]`` xyxy in pixels of the image.
-        images: look at no more than this many, evenly spread.
+    """Try usual mistakes of coordinates; arguments are those of :func:`recall_note`.
 
     Returns:
         One sentence for each mistake that the boxes look like, with the recall as it is and without the mistake, the likeliest

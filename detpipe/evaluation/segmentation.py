@@ -76,14 +76,7 @@ def segmentation_scores(confusion: npt.NDArray[np.integer], class_names: Sequenc
 
 
 def all_background(confusion: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """Make the matrix of who calls everything background: the least that a segmentation must be better than.
-
-    Args:
-        confusion: ``[C, C]`` of any prediction.
-
-    Returns:
-        ``[C, C]`` of the same truth.
-    """
+    """Make the matrix ``[C, C]`` of who calls everything background: the least that a segmentation must be better than."""
     blind = np.zeros(confusion.shape, np.int64)
     blind[:, 0] = confusion.sum(1)
     return blind

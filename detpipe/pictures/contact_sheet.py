@@ -18,17 +18,7 @@ _GAP, _CAPTION, _HEADER = 10, 20, 34
 
 
 def draw_target(image: Tensor, target: Target, class_names: Sequence[str], min_side: int = 480) -> Tensor:
-    """Draw what is annotated in an image: crowd regions and difficult objects gray, and named so.
-
-    Args:
-        image: ``[C, H, W]`` uint8, or floating point in 0..1.
-        target: with boxes and labels in its frame.
-        class_names: [K].
-        min_side: as for :func:`detpipe.pictures.visualize.draw`.
-
-    Returns:
-        ``[3, s H, s W]`` uint8.
-    """
+    """Draw what is annotated in an image ``[C, H, W]``, uint8 or 0..1: crowd regions and difficult objects gray, and named so."""
     boxes, labels = target.get("boxes", torch.zeros(0, 4)), target.get("labels", torch.zeros(0, dtype=torch.int64))
     none = torch.zeros(len(boxes), dtype=torch.bool)
     crowd, difficult = target.get("iscrowd", none), target.get("difficult", none)
@@ -48,17 +38,7 @@ def draw_target(image: Tensor, target: Target, class_names: Sequence[str], min_s
 def contact_sheet(
     images: Sequence[Tensor], targets: Sequence[Target], class_names: Sequence[str], title: str = "", side: int = 360
 ) -> Tensor:
-    """Put images with their boxes on one sheet.
-
-    Args:
-        images: ``[3, H, W]`` uint8 RGB each, at least one.
-        targets: one an image, in its frame.
-        class_names: [K].
-        title: stands above.
-        side: the longer side of each picture, pixels.
-
-    Returns:
-        ``[3, H, W]`` uint8.
+    """Put images ``[3, H, W]`` uint8 RGB with their boxes on one sheet, the longer side of each picture ``side`` pixels.
 
     Raises:
         ValueError: there are no images, or not one target for each.

@@ -25,19 +25,7 @@ COLORS = (
 
 
 def new_figure(width: float, height: float, drawn: str) -> Figure:
-    """Make a figure.
-
-    Args:
-        width: in inches.
-        height: in inches.
-        drawn: what is drawn, for the message.
-
-    Returns:
-        The figure.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Make a figure of a size in inches; a UsageError if matplotlib, which draws what is said, is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

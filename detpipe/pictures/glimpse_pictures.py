@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from detpipe.pictures import visualize
-from detpipe.support.files import atomic_write
+from detpipe.support.files import write_text
 from detpipe.types import GlimpsedDetection
 
 PAGE = "glimpses.html"
@@ -72,23 +72,14 @@ def draw_glimpses(image: Tensor, found: GlimpsedDetection, class_names: Sequence
 
 
 def write_page(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
-    """Write the page that shows all pictures of a folder.
-
-    Args:
-        folder: of the pictures.
-        records: of images, with ``file``, ``drawing``, and ``detections``, each with ``label``, ``score`` and ``glimpses``.
-
-    Returns:
-        Its path.
-    """
+    """Write the page that shows all pictures of a folder, of the records that ``detpipe predict`` writes."""
     page = (
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
         f"<title>Glimpses</title><style>{_STYLE}</style><h1>Glimpses</h1>"
         "<p>Dashed: the proposal. Yellow to violet: the glimpses in order, with a dot at the upper left corner of the frame. "
         f"Thick: the box found, in the color of its class.</p>{''.join(map(_section, records))}</html>\n"
     )
-    with atomic_write(folder / PAGE) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(folder / PAGE, page)
     return folder / PAGE
 
 
@@ -111,15 +102,7 @@ def _section(record: dict[str, Any]) -> str:
 
 
 def describe(found: GlimpsedDetection, index: int) -> dict[str, Any]:
-    """Write the proposal and the glimpses of a detection as plain numbers.
-
-    Args:
-        found: detections.
-        index: of one of them.
-
-    Returns:
-        ``proposal``, xyxy, and ``glimpses``, a list of outlines, each a list of (x, y), in pixels of the image.
-    """
+    """Write as plain numbers ``proposal``, xyxy, and ``glimpses``, outlines of (x, y), of a detection in pixels of the image."""
     return {"proposal": found["proposals"][index].tolist(), "glimpses": found["glimpses"][index].tolist()}
 
 

@@ -44,14 +44,7 @@ def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], co
 
 
 def plot_branches(branches: Mapping[str, Tensor], shares: Sequence[float], objects: int, out: Path) -> None:
-    """Draw the mean weight of the widest kernel in each module, a line a scale, as in Li et al. 2019, figure 3.
-
-    Args:
-        branches: module -> ``[S, M]``.
-        shares: S parts of the picture that the object takes up.
-        objects: how many were averaged.
-        out: the PNG.
-    """
+    """Draw the mean weight of the widest kernel in each module, ``[S, M]``, a line a scale, as in Li et al. 2019, figure 3."""
     figure = new_figure(max(6.0, 0.5 * len(branches) + 3), 4.2, "attention")
     axes = figure.subplots()
     for index, share in enumerate(shares):
@@ -67,13 +60,7 @@ def plot_branches(branches: Mapping[str, Tensor], shares: Sequence[float], objec
 
 
 def plot_maps(image: Tensor, maps: Mapping[str, Tensor], out: Path) -> None:
-    """Draw spatial gates over an image, a panel a module, each on its own scale.
-
-    Args:
-        image: ``[3, H, W]`` uint8 RGB.
-        maps: module -> ``[H, W]``.
-        out: the PNG.
-    """
+    """Draw spatial gates ``[H, W]`` over an image ``[3, H, W]`` uint8 RGB, a panel a module, each on its own scale."""
     columns = min(4, len(maps) + 1)
     rows = -(-(len(maps) + 1) // columns)
     height, width = image.shape[1:]

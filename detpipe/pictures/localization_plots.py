@@ -80,13 +80,7 @@ def localization_picture(
 
 
 def boundaries(superpixels: Tensor) -> npt.NDArray[np.bool_]:
-    """Tell which pixels touch another superpixel at their right or lower side.
-
-    Args:
-        superpixels: ``[H, W]``.
-
-    Returns:
-        ``[H, W]``.
+    """Tell which pixels of ``[H, W]`` touch another superpixel at their right or lower side.
 
     Example:
         >>> boundaries(torch.tensor([[0, 0, 1]])).tolist()

@@ -23,27 +23,12 @@ _BLUE, _LINES = "#2456b8", 10  # classes with a curve
 
 
 def require_matplotlib() -> None:
-    """Fail before anything is computed.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Fail before anything is computed if matplotlib is not installed, with a UsageError."""
     new_figure(1, 1, DRAWN)
 
 
 def write_figures(numbers: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what there is to draw.
-
-    Args:
-        numbers: of :func:`~detpipe.evaluation.analysis.analyze`.
-        folder: for the files, which appear when they are complete.
-
-    Returns:
-        The PNG files.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Draw what there is to draw of the numbers of an analysis, as PNG files that appear when they are complete."""
     shown = min(len(numbers["class_names"]), 25) + 1
     figures: dict[str, tuple[float, float, Callable[[Figure, dict[str, Any]], None]]] = {
         "pr_curves": (13, 4.6, _curves),

@@ -201,11 +201,7 @@ def comparison_grid(
 
 
 def save_png(path: str | os.PathLike[str], image: Tensor) -> None:
-    """Write an image, [3, H, W] uint8 RGB, so that the file is complete when it is visible.
-
-    Raises:
-        ValueError: the image has another shape or dtype.
-    """
+    """Write an image, [3, H, W] uint8 RGB, so that the file is complete when it is visible; a ValueError if it is no such image."""
     _check_image(image)
     with atomic_write(path) as temporary:
         picture = Image.fromarray(image.cpu().permute(1, 2, 0).numpy())

@@ -54,21 +54,7 @@ def load_yaml(path: Path, kind: type[DetpipeError], visit: Visit | None = None) 
 
 
 def parse_yaml(text: str, name: str, kind: type[DetpipeError], visit: Visit | None = None) -> Any:
-    """Parse YAML that has been read already, as :func:`load_yaml` does.
-
-    Args:
-        text: the YAML.
-        name: what messages call its source.
-        kind: of the errors.
-        visit: as of :func:`load_yaml`.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        DetpipeError: as of :func:`load_yaml`.
-        yaml.YAMLError: it is no YAML.
-    """
+    """Parse YAML that has been read already, as :func:`load_yaml` does, or raise a YAMLError; ``name`` stands in messages."""
     _check_size(text, name, kind)
     reader = LOADER(text)
     node = reader.get_single_node()

@@ -121,13 +121,9 @@ def paths_of(name: str) -> list[str]:
 
 
 def where_classes_are(value: Any) -> Any:
-    """Give classes of this package the import path of today, where an earlier version had them elsewhere.
+    """Give classes of this package in a configuration, or a part of it, the import path of today.
 
-    Args:
-        value: of a configuration, or the whole of it.
-
-    Returns:
-        The same with other paths; what is no path that a class has or had is as it was.
+    What is no path that a class has, or had in an earlier version, is as it was.
     """
     if isinstance(value, dict):
         return {key: where_classes_are(entry) for key, entry in value.items()}
@@ -138,14 +134,7 @@ def where_classes_are(value: Any) -> Any:
 
 @contextmanager
 def only_allowed(trust: Sequence[str] = ()) -> Iterator[None]:
-    """While it lasts, parsers build only what is allowed, and read no file but those that they are given.
-
-    Args:
-        trust: modules whose classes are allowed as well, beside those of the command line.
-
-    Raises:
-        UsageError: a module that cannot be trusted; see :func:`check_trust`.
-    """
+    """While it lasts, parsers build only what is allowed or ``trust`` names, and read no file but those that they are given."""
     import jsonargparse
     from jsonargparse import _common, _optionals
 
@@ -182,14 +171,7 @@ def only_allowed(trust: Sequence[str] = ()) -> Iterator[None]:
 
 @contextmanager
 def trusted(modules: Sequence[str]) -> Iterator[None]:
-    """Trust modules that the command line names, which may lie in the current folder.
-
-    Args:
-        modules: names of modules, packages or classes.
-
-    Raises:
-        UsageError: see :func:`check_trust`.
-    """
+    """Trust modules, packages or classes that the command line names, which may lie in the current folder."""
     check_trust(modules)
     here = str(Path.cwd())
     GIVEN.extend(modules)
@@ -211,14 +193,7 @@ def runs_code(path: str) -> bool:
 
 
 def check_trust(modules: Sequence[str]) -> None:
-    """Refuse names that cannot be trusted.
-
-    Args:
-        modules: names of modules, packages or classes.
-
-    Raises:
-        UsageError: one is no name of a module, or can run anything.
-    """
+    """Refuse names that cannot be trusted: those of no module, and of what can run anything; a UsageError."""
     for name in modules:
         if not all(part.isidentifier() for part in name.split(".")):
             raise UsageError(f"--trust {name}: expected the name of a module, such as my_head for my_head.py")

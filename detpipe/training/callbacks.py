@@ -90,11 +90,7 @@ class ValidationNumbers(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over what the model has logged, the monitored number first.
-
-        Raises:
-            TrainingError: the monitored number is not there.
-        """
+        """Take over what the model has logged, the monitored number first; a TrainingError if that is not there."""
         logged = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
         if self.monitor not in logged and not trainer.barebones:
             raise TrainingError(
@@ -114,14 +110,7 @@ class ValidationNumbers(Callback):
 
     @classmethod
     def stored(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Read the numbers of a checkpoint.
-
-        Args:
-            checkpoint: Lightning's dict.
-
-        Returns:
-            The numbers by name, without ``val/``, and ``epoch``; nothing before the first validation.
-        """
+        """Read the numbers of Lightning's dict, by name without ``val/``, and ``epoch``; nothing before the first validation."""
         return _numbers(checkpoint["callbacks"].get(cls.__qualname__, {}))
 
 
@@ -146,12 +135,11 @@ class MeanAveragePrecision(ValidationNumbers):
     def __init__(self) -> None:
         super().__init__("val/AP")
         self._evaluator: CocoEvaluator | None = None
-        self._seen: set[int] = set()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last epoch."""
         annotations = trainer.datamodule.annotations("val")  # type: ignore[attr-defined]
-        self._evaluator, self._seen = CocoEvaluator(annotations).to(pl_module.device), set()
+        self._evaluator = CocoEvaluator(annotations).to(pl_module.device)
 
     def on_validation_batch_end(
         self,
@@ -164,18 +152,15 @@ class MeanAveragePrecision(ValidationNumbers):
     ) -> None:
         """Keep the detections of a batch."""
         assert self._evaluator is not None
-        ids = [int(target["image_id"]) for target in batch[1]]  # type: ignore[typeddict-item]
-        self._evaluator.update(outputs, ids)
-        self._seen.update(ids)
+        self._evaluator.update(outputs, [int(target["image_id"]) for target in batch[1]])  # type: ignore[typeddict-item]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate and log."""
         assert self._evaluator is not None
         self.metrics = self._evaluator.compute()
         self.metrics["epoch"] = trainer.current_epoch
-        images = len(set().union(*processes.gather_objects(self._seen)))
-        if images < len(self._evaluator.annotations):
-            self.metrics["images"] = images
+        if self._evaluator.images_seen < len(self._evaluator.annotations):
+            self.metrics["images"] = self._evaluator.images_seen
         for name in ("AP", "AP50"):
             pl_module.log(f"val/{name}", float(self.metrics[name]), prog_bar=True)
 

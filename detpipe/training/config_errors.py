@@ -63,15 +63,7 @@ class _Told(NamedTuple):
 
 
 def explain(message: str, parser: ArgumentParser | None = None) -> str:
-    """Say what a parser's error means in one line.
-
-    Args:
-        message: of jsonargparse, often many lines; one of a level below may have been explained already.
-        parser: that raised it, for the names that it knows.
-
-    Returns:
-        One line, ``KEY: TEXT`` where the error belongs to a key.
-    """
+    """Say what an error of the parser, often of many lines, means in one: ``KEY: TEXT`` where it belongs to a key."""
     told = _explain(message, parser, "")
     line = " ".join((f"{told.key}: {told.text}" if told.key else told.text).split())
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ..."

@@ -16,17 +16,9 @@ _GROUP_PARTS = 2  # of a tensor's name: head.classifier, backbone.stages
 
 
 def load_fitting(model: nn.Module, path: str | Path, class_names: Sequence[str]) -> str:
-    """Load the weights of a checkpoint that fit a model by name and shape.
+    """Load the weights of a checkpoint that fit a model by name and shape, and say in a line what was loaded, and what not.
 
     Outputs of classes (:func:`detpipe.stages.mark_class_outputs`) are taken over by the names of classes; those of new ones stay.
-
-    Args:
-        model: as configured.
-        path: of a checkpoint of a detector, or another model, with any classes, heads and levels.
-        class_names: of the model.
-
-    Returns:
-        One line: how much was loaded, of which classes, and which groups of tensors were not.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or nothing in it fits.

@@ -153,7 +153,7 @@ def test_bad_studies(text: str, message: str, tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"study nowhere\.yaml does not exist"):
         ablation.run_ablate(["nowhere.yaml", "-o", str(tmp_path)])
-    with pytest.raises(UsageError, match="--workers must be at least 1, got 0"):
+    with pytest.raises(UsageError, match="--workers must be 1 or more, got 0"):
         ablation.run_ablate([str(write(tmp_path)), "-o", str(tmp_path), "--workers", "0"])
     with pytest.raises(UsageError, match=r"required: -o.*see 'detpipe ablate --help'"):
         ablation.run_ablate(["study.yaml"])

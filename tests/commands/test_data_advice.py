@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from test_configs import SHORT
 
 from detpipe import cli
 from detpipe.commands.data_advice import next_commands, training_split, validation_split
-from detpipe.commands.data_commands import main
+
+main = partial(cli.run, group="data")
 
 
 def make_voc(root: Path) -> Path:

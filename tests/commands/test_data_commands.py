@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ from datasets.test_unpack import tar_of, zip_of
 from PIL import Image
 
 from detpipe import cli
-from detpipe.commands.data_commands import COMMANDS, main
 from detpipe.commands.data_split import read_parts
 from detpipe.datasets.formats.recognize import open_split, split_names
 from detpipe.support.errors import DataError, UsageError
+
+main = partial(cli.run, group="data")
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_help_and_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         main(["info", str(tmp_path)])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", cli.COMMANDS["data"])
 def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -6,6 +6,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from datasets.builders import coco_content, voc_object, write_coco, write_voc
 from datasets.file_server import Behavior, serving
 
 from detpipe import cli
-from detpipe.commands.data_commands import main
 from detpipe.datasets import public_sets
 from detpipe.datasets.fetch import Patience, RemoteFile
 from detpipe.datasets.formats.recognize import open_split, split_names
 from detpipe.datasets.public_sets import PUBLIC_SETS, Part, install
 from detpipe.support.errors import DownloadError, UsageError
+
+main = partial(cli.run, group="data")
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from datasets.shard_cases import files_in, pack
 from datasets.test_shards_faults import change_arrays, spoil
 
 from detpipe import cli
-from detpipe.commands.data_commands import main
 from detpipe.commands.proposal_making import run_make
 from detpipe.datasets.formats.recognize import known_layout, open_split, split_names
 from detpipe.datasets.image_files import ImageFiles, image_paths
@@ -20,6 +20,8 @@ from detpipe.datasets.shards.index import read_index
 from detpipe.support.errors import DataError, UsageError
 
 from .test_make_shards import content_of
+
+main = partial(cli.run, group="data")
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.evaluation import evaluate_coco, evaluate_voc
+from detpipe.evaluation.coco import mean_known
 from detpipe.evaluation.comparison import compare, draw_images, weighted_precision
 from detpipe.evaluation.matches import match, match_voc
-from detpipe.evaluation.precision_recall import mean_known
 from detpipe.types import Annotations, DetectionArrays
 
 from .builders import found, jittered, perfect, truth

@@ -137,7 +137,7 @@ def test_perfect_detections_have_no_errors() -> None:
 def test_another_threshold_is_refused() -> None:
     annotations = truth([(1, 1, BOX)], [1])
     with pytest.raises(ValueError, match=r"at an IoU of 0\.5, got 0\.75"):
-        find_errors(match(annotations, found([]), [0.5, 0.75]), 1)
+        find_errors(match(annotations, found([]), [0.75, 0.9]))
 
 
 # The same, object by object in plain Python, from the paper's definitions; greedy matches as COCO's evaluator has them.

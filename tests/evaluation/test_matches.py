@@ -11,8 +11,8 @@ from hypothesis import given, settings
 
 from detpipe.evaluation import canonical_order, evaluate_coco, read_coco_annotations, read_detections
 from detpipe.evaluation.calibration import calibrate, calibration_by_class, operating_point
+from detpipe.evaluation.coco import RECALL_LEVELS, mean_known, precision_by_recall, recall
 from detpipe.evaluation.matches import AREAS, IOU_THRESHOLDS, describe_area, match
-from detpipe.evaluation.precision_recall import RECALL_LEVELS, mean_known, precision_by_recall, recall
 from detpipe.evaluation.records import box_sizes
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations, DetectionArrays
@@ -195,7 +195,7 @@ def test_blocks_of_pairs_change_nothing(monkeypatch: pytest.MonkeyPatch, shared_
     annotations = read_coco_annotations(shared_data / "coco_mini" / "annotations" / "instances_val2017.json")
     detections = builders.jittered(annotations, seed=4)
     whole = match(annotations, detections).objects
-    monkeypatch.setattr("detpipe.evaluation.pairs._BLOCK", 7)
+    monkeypatch.setattr("detpipe.evaluation.matches._BLOCK", 7)
     np.testing.assert_array_equal(match(annotations, detections).objects, whole)
 
 

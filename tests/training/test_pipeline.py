@@ -22,7 +22,7 @@ from PIL import Image
 from detpipe import cli
 from detpipe.datasets import read_image
 from detpipe.evaluation import read_coco_annotations, read_detections
-from detpipe.training import callbacks
+from detpipe.training import callbacks, run_folder
 from detpipe.training.models import load_detector
 
 RESULT = re.compile(r"AP (-?\d\.\d{3}) AP50 (-?\d\.\d{3}) checkpoint (\S+)")
@@ -370,3 +370,41 @@ def test_the_way_from_a_configuration_to_the_training_is_short(
     )[1:]
     built = {name for name in entered if name not in ("training/allowed.py", "training/config_errors.py")}
     assert len(built) <= 9, sorted(built)
+
+
+def test_the_way_from_detections_to_the_printed_ap_is_short(
+    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most eight files of ours; the numbers of the best checkpoint are not read from it."""
+    entered: set[str] = set()
+
+    def enter(frame: Any, event: str, _: Any) -> None:
+        if event in ("call", "return"):
+            entered.add(frame.f_code.co_filename.partition("/detpipe/")[2])
+
+    def traced(owner: Any, name: str, to_the_end: bool = False) -> None:
+        method = getattr(owner, name)
+
+        def call(*arguments: Any) -> Any:
+            sys.setprofile(enter)
+            result = method(*arguments)
+            if not to_the_end:
+                sys.setprofile(None)
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("on_validation_batch_end", "on_validation_epoch_end", "on_validation_end"):
+        traced(callbacks.MeanAveragePrecision, name)
+    traced(run_folder, "_ended", to_the_end=True)
+    command = ["train", runs.CONFIG, *runs.options(demo_root, 1), "--trainer.limit_train_batches", "1"]
+    try:
+        assert cli.main([*command, "--output", str(tmp_path / "run")]) == 0
+    finally:
+        sys.setprofile(None)
+    # beside the way: the peak of memory, the file of the summary, and what ends the command
+    walked = entered - {"", "support/allocator.py", "support/files.py", "cli.py"}
+    assert walked == {
+        *("training/callbacks.py", "types.py", "training/run_folder.py", "commands/training.py"),
+        *(f"evaluation/{name}.py" for name in ("metrics", "coco", "matches", "records")),
+    }
