@@ -126,8 +126,8 @@ def read_study(path: Path) -> Study:
     for key in content:
         if key not in KEYS:
             raise UsageError(f"{path}: unknown key {key!r}, expected {', '.join(KEYS)}{did_you_mean(str(key), KEYS)}")
-    given: dict[str, Any] = {"split": "val", **content}
-    base, variants, seeds, split = (given.get(key) for key in ("base", "variants", "seeds", "split"))
+    given: dict[str, Any] = {**dict.fromkeys(("base", "variants", "seeds")), "split": "val", **content}
+    base, variants, seeds, split = given["base"], given["variants"], given["seeds"], given["split"]
     for key, value, sound, expected in (
         (
             "base",
