@@ -82,7 +82,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_run_leaves_everything_in_its_folder(pretrained: Path) -> None:
+def test_a_run_leaves_everything_in_its_folder(pretrained):
     assert {path.name for path in pretrained.iterdir()} == {
         *("config.yaml", "metrics.csv", "tensorboard", "summary.json"),
         *("best.ckpt", "best.ckpt.sha256", "last.ckpt", "last.ckpt.sha256", "curves.png", WEIGHTS),
@@ -95,7 +95,7 @@ def test_a_run_leaves_everything_in_its_folder(pretrained: Path) -> None:
     assert (result["epochs"], result["weights"]) == (2, str(pretrained / WEIGHTS))
 
 
-def test_the_metrics_hold_training_and_validation(pretrained: Path) -> None:
+def test_the_metrics_hold_training_and_validation(pretrained):
     table = rows(pretrained)
     train, val = [[row for row in table if row[key]] for key in ("train/loss", "val/top1")]
     assert [int(row["step"]) for row in train] == list(range(len(train)))
@@ -107,7 +107,7 @@ def test_the_metrics_hold_training_and_validation(pretrained: Path) -> None:
     assert float(val[0]["val/loss"]) > 0
 
 
-def test_validation_counts_every_image_once(pretrained: Path, base: Path) -> None:
+def test_validation_counts_every_image_once(pretrained, base):
     classifier, description = load_classifier(pretrained / "best.ckpt")
     assert description.class_names == tuple("0123456789")
     data = PretrainingCLI([CONFIG, *options(base)], add_arguments).datamodule
@@ -119,9 +119,7 @@ def test_validation_counts_every_image_once(pretrained: Path, base: Path) -> Non
     assert summary(pretrained)["top1"] == pytest.approx(hits / total, abs=1e-6)
 
 
-def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(
-    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(pretrained, tmp_path, capsys):
     again = tmp_path / "again"
     assert cli.main(["pretrain", str(pretrained / "config.yaml"), "--output", str(again)]) == 0
     out = capsys.readouterr().out.rstrip("\n").splitlines()
@@ -146,9 +144,7 @@ class StopAfter(callbacks.StepSeed):
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
-    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(pretrained, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(callbacks, "StepSeed", StopAfter)
@@ -163,7 +159,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
     assert (folder / WEIGHTS).read_bytes() == (pretrained / WEIGHTS).read_bytes()
 
 
-def test_the_exported_weights_say_what_they_are(pretrained: Path) -> None:
+def test_the_exported_weights_say_what_they_are(pretrained):
     with safe_open(pretrained / WEIGHTS, "pt") as file:
         metadata, names = json.loads(file.metadata()[checkpoint.KEY]), list(file.keys())
     assert metadata["class_path"] == "detpipe.SEResNet"
@@ -175,7 +171,7 @@ def test_the_exported_weights_say_what_they_are(pretrained: Path) -> None:
     assert set(names) == {name.removeprefix("backbone.") for name in stored if name.startswith("backbone.")}
 
 
-def test_a_backbone_with_the_exported_weights_gives_equal_features(pretrained: Path) -> None:
+def test_a_backbone_with_the_exported_weights_gives_equal_features(pretrained):
     classifier, _ = load_classifier(pretrained / "best.ckpt")
     backbone = SEResNet(18, levels=["c3"], weights=str(pretrained / WEIGHTS)).eval()
     backbone.to(memory_format=torch.channels_last)  # as classifiers and detectors have it
@@ -185,9 +181,7 @@ def test_a_backbone_with_the_exported_weights_gives_equal_features(pretrained: P
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, "best.ckpt"])
-def test_a_detector_takes_the_weights_of_the_stages_that_it_builds(
-    file: str, pretrained: Path, demo_root: Path
-) -> None:
+def test_a_detector_takes_the_weights_of_the_stages_that_it_builds(file, pretrained, demo_root):
     arguments = [runs.CONFIG, *runs.options(demo_root), "--model.backbone.weights", str(pretrained / file)]
     detector = CLI(arguments, add_arguments).model  # up to c2, projected to another width
     given = runs.weights(pretrained / "best.ckpt")
@@ -196,12 +190,12 @@ def test_a_detector_takes_the_weights_of_the_stages_that_it_builds(
     assert all(torch.equal(value, given[f"backbone.{name}"]) for name, value in own.items())
 
 
-def test_weights_of_another_depth_are_refused(pretrained: Path) -> None:
+def test_weights_of_another_depth_are_refused(pretrained):
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS} does not fit SEResNet: it lacks \d+ tensors"):
         SEResNet(34, levels=["c3"], weights=str(pretrained / WEIGHTS))
 
 
-def test_a_pyramid_exports_the_network_below_it(tmp_path: Path) -> None:
+def test_a_pyramid_exports_the_network_below_it(tmp_path):
     body = SEResNet(18, levels=["c2", "c3"], out_channels="own")
     config = {"class_path": "detpipe.SEResNet", "init_args": {"depth": 18}}
     pyramid = {"class_path": "detpipe.FPN", "init_args": {"backbone": config, "out_channels": 16}}
@@ -222,7 +216,7 @@ OTHER_NETWORKS = {
 
 
 @pytest.mark.parametrize("kind", OTHER_NETWORKS)
-def test_every_kind_of_backbone_takes_what_it_exports(kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_backbone_takes_what_it_exports(kind, tmp_path):
     if kind == "timm":
         pytest.importorskip("timm")
     one = OTHER_NETWORKS[kind](None).to(memory_format=torch.channels_last)
@@ -235,7 +229,7 @@ def test_every_kind_of_backbone_takes_what_it_exports(kind: str, tmp_path: Path)
     assert all(torch.equal(value, one.state_dict()[name]) for name, value in other.state_dict().items())
 
 
-def test_an_extractor_exports_the_names_of_its_network(tmp_path: Path) -> None:
+def test_an_extractor_exports_the_names_of_its_network(tmp_path):
     def network(weights: str | None = None) -> Extractor:
         levels = {"c4": Level("features.12", 16)}
         return Extractor("squeezenet1_1", levels, weights=weights, out_channels=8, padding=8).eval()
@@ -248,7 +242,7 @@ def test_an_extractor_exports_the_names_of_its_network(tmp_path: Path) -> None:
     assert torch.equal(one.body(image)["c4"], other.body(image)["c4"])
 
 
-def test_a_checkpoint_is_rebuilt_alone_and_kinds_are_told_apart(pretrained: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_rebuilt_alone_and_kinds_are_told_apart(pretrained, tmp_path):
     classifier, _ = load_classifier(pretrained / "best.ckpt")
     assert isinstance(classifier, ImageClassifier)
     assert not classifier.training
@@ -264,9 +258,7 @@ def test_a_checkpoint_is_rebuilt_alone_and_kinds_are_told_apart(pretrained: Path
         load_classifier(tmp_path / "detector.ckpt")
 
 
-def test_a_nan_stops_the_run_and_names_the_images(
-    base: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_nan_stops_the_run_and_names_the_images(base, pretrained, monkeypatch, capsys):
     monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda logits, *_, **__: logits.sum() * torch.nan)
     folder = base / "nan"
     assert cli.main(["pretrain", CONFIG, "--output", str(folder), *options(base)]) == 1
@@ -301,17 +293,13 @@ def test_a_nan_stops_the_run_and_names_the_images(
         (["--ckpt_path", "nowhere.ckpt"], 1, "checkpoint nowhere.ckpt does not exist"),
     ],
 )
-def test_mistakes_are_one_line(
-    arguments: list[str], status: int, message: str, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(arguments, status, message, base, capsys):
     assert cli.main(["pretrain", CONFIG, *options(base, *arguments)]) == status
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("detpipe: error:")]
     assert message in line
 
 
-def test_a_checkpoint_of_other_classes_is_refused(
-    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_of_other_classes_is_refused(pretrained, tmp_path, capsys):
     for split in ("train", "val"):
         for name in ("ant", "bee"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -321,7 +309,7 @@ def test_a_checkpoint_of_other_classes_is_refused(
     assert "last.ckpt knows 10 classes, the data have 2" in capsys.readouterr().err
 
 
-def test_a_single_image_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_image_is_too_few(tmp_path, capsys):
     for split in ("train", "val"):
         (tmp_path / split / "ant").mkdir(parents=True)
         picture(20, 20).save(tmp_path / split / "ant" / "1.png")
@@ -329,7 +317,7 @@ def test_a_single_image_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the training split has 1 images; expected at least 2" in capsys.readouterr().err
 
 
-def test_a_single_class_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_class_is_too_few(tmp_path, capsys):
     for name in ("train/ant/1.png", "train/ant/2.png", "val/ant/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         picture(20, 20).save(tmp_path / name)
@@ -337,13 +325,13 @@ def test_a_single_class_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the data have one class, 'ant', and nothing to tell it from" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_not_written_over(pretrained: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_written_over(pretrained, base, capsys):
     assert cli.main(["pretrain", CONFIG, "--output", str(pretrained), *options(base)]) == 1
     assert f"{pretrained} holds a finished run (summary.json)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", [*MODELS, FOLDER / "imagenet.yaml"], ids=lambda path: path.stem)
-def test_a_configuration_says_and_does_what_its_header_shows(path: Path, base: Path) -> None:
+def test_a_configuration_says_and_does_what_its_header_shows(path, base):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     commands = re.findall(r"^#   python tools/pretrain\.py (.*)$", header, re.MULTILINE)
     assert any(str(path.relative_to(runs.CONFIGS.parent)) in command for command in commands)
@@ -372,7 +360,7 @@ def test_a_configuration_says_and_does_what_its_header_shows(path: Path, base: P
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_a_model_runs_two_steps_as_it_is(path: Path, base: Path, tmp_path: Path) -> None:
+def test_a_model_runs_two_steps_as_it_is(path, base, tmp_path):
     limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"]
     arguments = [str(path), *digits(base), *limits, "--data.views.size", "32", "--data.loader.batch_size", "2"]
     output = ["--output", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]

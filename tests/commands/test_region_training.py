@@ -73,7 +73,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_run_leaves_everything_in_its_folder(trained_regions: Path) -> None:
+def test_a_run_leaves_everything_in_its_folder(trained_regions):
     assert {path.name for path in trained_regions.iterdir()} == {
         *("config.yaml", "metrics.csv", "tensorboard", "summary.json", "curves.png", "training.png"),
         *("best.ckpt", "best.ckpt.sha256", "last.ckpt", "last.ckpt.sha256"),
@@ -90,9 +90,7 @@ def test_a_run_leaves_everything_in_its_folder(trained_regions: Path) -> None:
     assert (summary["epochs"], summary["checkpoint"]) == (2, str(trained_regions / "best.ckpt"))
 
 
-def test_the_stored_configuration_trains_again_to_the_bit(
-    trained_regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_stored_configuration_trains_again_to_the_bit(trained_regions, tmp_path, capsys):
     again = tmp_path / "again"
     assert cli.main(["train_regions", str(trained_regions / "config.yaml"), "--output", str(again)]) == 0
     found = RESULT.fullmatch(capsys.readouterr().out.splitlines()[-1])
@@ -115,9 +113,7 @@ class StopAfter(callbacks.StepSeed):
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
-    trained_regions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(trained_regions, tmp_path, monkeypatch, capsys):
     folder, config = tmp_path / "run", str(trained_regions / "config.yaml")
     with monkeypatch.context() as patched:
         patched.setattr(callbacks, "StepSeed", StopAfter)
@@ -129,7 +125,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
     assert [[row[k] for k in keys] for row in rows(folder)] == [[row[k] for k in keys] for row in rows(trained_regions)]
 
 
-def test_a_checkpoint_is_rebuilt_alone_and_scores_as_it_says(trained_regions: Path, demo_root: Path) -> None:
+def test_a_checkpoint_is_rebuilt_alone_and_scores_as_it_says(trained_regions, demo_root):
     model, description = load_region_classifier(trained_regions / "best.ckpt")
     assert isinstance(model, RegionClassifier)
     assert not model.training
@@ -145,7 +141,7 @@ def test_a_checkpoint_is_rebuilt_alone_and_scores_as_it_says(trained_regions: Pa
     assert sum(hits) / len(hits) == pytest.approx(summary["accuracy"], abs=1e-6)
 
 
-def test_kinds_of_checkpoints_are_told_apart(trained_regions: Path, tmp_path: Path) -> None:
+def test_kinds_of_checkpoints_are_told_apart(trained_regions, tmp_path):
     path = trained_regions / "best.ckpt"
     for load, expected in (
         (load_detector, "a detector that 'detpipe train' wrote"),
@@ -168,9 +164,7 @@ def test_kinds_of_checkpoints_are_told_apart(trained_regions: Path, tmp_path: Pa
             load_region_classifier(tmp_path / "other.ckpt")
 
 
-def test_any_model_that_says_what_is_best_can_be_trained(
-    demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_any_model_that_says_what_is_best_can_be_trained(demo_root, tmp_path, capsys):
     arguments = ["train_regions", "--model", f"{__name__}.Constant", "--data", "Demo", *runs.demo(demo_root)]
     arguments += ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
     assert cli.main(arguments) == 2
@@ -228,23 +222,21 @@ class Constant(LightningModule):
         (["--ckpt_path", "nowhere.ckpt"], 1, "checkpoint nowhere.ckpt does not exist"),
     ],
 )
-def test_mistakes_are_one_line(
-    arguments: list[str], status: int, message: str, demo_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(arguments, status, message, demo_root, capsys):
     given = options(demo_root) if "--data" not in arguments and "SEResNet" not in arguments else []
     assert cli.main(["train_regions", CONFIG, *given, *arguments]) == status
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("detpipe: error:")]
     assert message in line
 
 
-def test_an_overlay_of_a_detector_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_overlay_of_a_detector_is_refused(capsys):
     assert cli.main(["train_regions", CONFIG, str(runs.CONFIGS / "data" / "bccd_small.yaml")]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("detpipe: error: model.proposals: unknown key; expected backbone, classification, context,")
 
 
 @pytest.mark.parametrize("path", [Path(CONFIG), OVERLAY], ids=lambda path: path.stem)
-def test_the_header_shows_the_command(path: Path) -> None:
+def test_the_header_shows_the_command(path):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     commands = re.findall(r"^#   python tools/train_regions\.py (.*)$", header, re.MULTILINE)
     assert commands
@@ -257,14 +249,14 @@ def test_the_header_shows_the_command(path: Path) -> None:
         assert (config.data.class_path, config.model.init_args.min_size) == expected
 
 
-def test_the_configuration_runs_as_it_is(demo_root: Path, tmp_path: Path) -> None:
+def test_the_configuration_runs_as_it_is(demo_root, tmp_path):
     limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"]
     sizes = ["--model.min_size", "64", "--model.max_size", "64", "--data.loader.batch_size", "2"]
     arguments = [CONFIG, *runs.demo(demo_root), *limits, *sizes, "--trainer.accelerator", "cpu"]
     assert cli.main(["train_regions", *arguments, "--output", str(tmp_path / "run")]) == 0
 
 
-def test_the_examples_of_the_page_run_as_they_are_written(trained_regions: Path, demo_root: Path) -> None:
+def test_the_examples_of_the_page_run_as_they_are_written(trained_regions, demo_root):
     page = (runs.CONFIGS.parent / "docs" / "region_classifier.md").read_text(encoding="utf-8")
     train, predict = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
@@ -283,7 +275,7 @@ def test_the_examples_of_the_page_run_as_they_are_written(trained_regions: Path,
     assert len(names["labels"]) == 2
 
 
-def test_the_blood_cells_train_as_shown(shared_data: Path, tmp_path: Path) -> None:
+def test_the_blood_cells_train_as_shown(shared_data, tmp_path):
     limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"]
     sizes = ["--model.min_size", "64", "--model.max_size", "96", "--trainer.accelerator", "cpu"]
     arguments = [CONFIG, str(OVERLAY), "--data.root", str(shared_data / "bccd"), *limits, *sizes]

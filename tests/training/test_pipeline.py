@@ -44,14 +44,7 @@ def truth(demo_root: Path) -> Path:
 def evaluate(folder: Path, name: str, *options: str) -> tuple[dict[str, Any], Path]:
     """Evaluate the best checkpoint of a run by the configuration in its folder."""
     numbers, detections = folder.parent / f"{name}.json", folder.parent / f"{name}_detections.json"
-    arguments = [
-        "evaluate",
-        str(folder / "config.yaml"),
-        "--ckpt_path",
-        str(folder / "best.ckpt"),
-        "--json",
-        str(numbers),
-    ]
+    arguments = f"evaluate {folder / 'config.yaml'} --ckpt_path {folder / 'best.ckpt'} --json {numbers}".split()
     assert cli.main([*arguments, "--detections_out", str(detections), *options]) == 0
     return json.loads(numbers.read_text()), detections
 
@@ -64,7 +57,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:
+def test_a_run_leaves_everything_in_its_folder(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
         *("config.yaml", "metrics.csv", "tensorboard", "summary.json"),
@@ -91,7 +84,7 @@ def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:
     assert result["epochs"] == 2
 
 
-def test_the_metrics_hold_training_and_validation(trained: Path) -> None:
+def test_the_metrics_hold_training_and_validation(trained):
     table = rows(trained)
     train, val = [[row for row in table if row[key]] for key in ("train/loss", "val/AP")]
     assert len(train) == 6  # 12 images, 4 a step, 2 epochs
@@ -105,7 +98,7 @@ def test_the_metrics_hold_training_and_validation(trained: Path) -> None:
     assert all(float(row["val/AP50"]) >= float(row["val/AP"]) for row in val)
 
 
-def test_the_best_checkpoint_is_that_of_the_best_epoch(trained: Path) -> None:
+def test_the_best_checkpoint_is_that_of_the_best_epoch(trained):
     scores = [float(row["val/AP"]) for row in rows(trained) if row["val/AP"]]
     result = summary(trained)
     assert result["AP"] == pytest.approx(max(scores), abs=1e-6)
@@ -115,9 +108,7 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch(trained: Path) -> None:
     assert torch.load(trained / "last.ckpt", weights_only=True)["global_step"] == 6
 
 
-def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(trained, tmp_path, capsys):
     again = tmp_path / "again"
     assert cli.main(["train", str(trained / "config.yaml"), "--output", str(again)]) == 0
     last = capsys.readouterr().out.rstrip("\n").splitlines()[-1]
@@ -132,9 +123,7 @@ def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(
     assert (again / "config.yaml").read_text() == (trained / "config.yaml").read_text()
 
 
-def test_another_seed_gives_other_weights_and_no_output_means_a_dated_folder(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_seed_gives_other_weights_and_no_output_means_a_dated_folder(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [str(trained / "config.yaml"), "--seed_everything", "1", "--trainer.max_epochs", "1"]
     assert cli.main(["train", *arguments]) == 0
@@ -158,13 +147,8 @@ class StopAfter(callbacks.StepSeed):
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("same_folder", "workers"), [(True, 0), (False, 2)])
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
-    same_folder: bool,
-    workers: int,
-    trained: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    same_folder, workers, trained, tmp_path, monkeypatch, capsys
+):
     first = tmp_path / "first"
     with monkeypatch.context() as patched:
         patched.setattr(callbacks, "StepSeed", StopAfter)
@@ -174,14 +158,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
     assert torch.load(first / "last.ckpt", weights_only=True)["global_step"] == 3
     second = first if same_folder else tmp_path / "second"
     (first / "last.ckpt.partial-999999999-0123abcd").write_text("what a killed writer left")
-    resume = [
-        "--output",
-        str(second),
-        "--ckpt_path",
-        str(first / "last.ckpt"),
-        "--data.loader.num_workers",
-        str(workers),
-    ]
+    resume = f"--output {second} --ckpt_path {first / 'last.ckpt'} --data.loader.num_workers {workers}".split()
     assert cli.main(["train", str(trained / "config.yaml"), *resume]) == 0
     runs.assert_equal_weights(second / "last.ckpt", trained / "last.ckpt")
     known = [row["val/AP"] for row in rows(trained) if row["val/AP"]]
@@ -195,9 +172,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_resumed_run_of_accumulated_steps_ends_with_the_same_weights(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_of_accumulated_steps_ends_with_the_same_weights(trained, tmp_path, monkeypatch):
     """Three batches an epoch, two for a step."""
     options = [str(trained / "config.yaml"), "--trainer.accumulate_grad_batches", "2"]
     assert cli.main(["train", *options, "--output", str(tmp_path / "undisturbed")]) == 0
@@ -211,7 +186,7 @@ def test_a_resumed_run_of_accumulated_steps_ends_with_the_same_weights(
     runs.assert_equal_weights(last, tmp_path / "undisturbed" / "last.ckpt")
 
 
-def test_a_folder_with_a_finished_run_is_not_used_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_a_finished_run_is_not_used_again(trained, capsys):
     before = sorted((path.name, path.stat().st_mtime_ns) for path in trained.iterdir())
     assert cli.main(["train", str(trained / "config.yaml"), "--output", str(trained)]) == 1
     assert (
@@ -220,7 +195,7 @@ def test_a_folder_with_a_finished_run_is_not_used_again(trained: Path, capsys: p
     assert sorted((path.name, path.stat().st_mtime_ns) for path in trained.iterdir()) == before
 
 
-def test_the_last_step_is_validated_and_saved_in_the_middle_of_an_epoch(trained: Path, tmp_path: Path) -> None:
+def test_the_last_step_is_validated_and_saved_in_the_middle_of_an_epoch(trained, tmp_path):
     folder = tmp_path / "run"
     limit = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "5"]
     assert cli.main(["train", str(trained / "config.yaml"), "--output", str(folder), *limit]) == 0
@@ -228,9 +203,7 @@ def test_the_last_step_is_validated_and_saved_in_the_middle_of_an_epoch(trained:
     assert [int(row["step"]) for row in rows(folder) if row["val/AP"]] == [2, 4]
 
 
-def test_evaluation_repeats_the_numbers_of_training(
-    trained: Path, demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_repeats_the_numbers_of_training(trained, demo_root, tmp_path, capsys):
     numbers, detections = evaluate(trained, "plain")
     expected = {key: value for key, value in summary(trained).items() if key in numbers}
     assert len(expected) == 13
@@ -245,9 +218,7 @@ def test_evaluation_repeats_the_numbers_of_training(
     assert json.loads(again.read_text()) == json.loads((trained.parent / "plain.json").read_text())
 
 
-def test_evaluation_writes_beside_the_checkpoint(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_writes_beside_the_checkpoint(trained, tmp_path, capsys):
     checkpoint = tmp_path / "best.ckpt"
     shutil.copy(trained / "best.ckpt", checkpoint)
     assert cli.main(["evaluate", str(trained / "config.yaml"), "--ckpt_path", str(checkpoint)]) == 0
@@ -259,7 +230,7 @@ def test_evaluation_writes_beside_the_checkpoint(
 
 
 @pytest.mark.parametrize("protocol", ["voc07", "voc10"])
-def test_evaluation_by_another_protocol(protocol: str, trained: Path, demo_root: Path, tmp_path: Path) -> None:
+def test_evaluation_by_another_protocol(protocol, trained, demo_root, tmp_path):
     numbers, detections = evaluate(trained, protocol, "--protocol", protocol)
     assert numbers.keys() == {"mAP", "per_class"}
     files = ["--detections", str(detections), "--annotations", str(truth(demo_root))]
@@ -267,9 +238,7 @@ def test_evaluation_by_another_protocol(protocol: str, trained: Path, demo_root:
     assert json.loads((tmp_path / "out.json").read_text()) == numbers
 
 
-def test_settings_that_are_not_those_of_training_are_named(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_settings_that_are_not_those_of_training_are_named(trained, tmp_path, capsys):
     out = ["--json", str(tmp_path / "a.json"), "--detections_out", str(tmp_path / "b.json")]
     arguments = ["evaluate", str(trained / "config.yaml"), "--ckpt_path", str(trained / "best.ckpt"), *out]
     assert cli.main(arguments) == 0
@@ -283,9 +252,7 @@ def test_settings_that_are_not_those_of_training_are_named(
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 2)])
-def test_evaluation_does_not_depend_on_batch_size_and_workers(
-    batch_size: int, workers: int, trained: Path, demo_root: Path
-) -> None:
+def test_evaluation_does_not_depend_on_batch_size_and_workers(batch_size, workers, trained, demo_root):
     expected, expected_file = evaluate(trained, "reference", "--data.loader.eval_batch_size", "2")
     options = ["--data.loader.eval_batch_size", str(batch_size), "--data.loader.num_workers", str(workers)]
     numbers, file = evaluate(trained, f"batch_{batch_size}_{workers}", *options)
@@ -299,7 +266,7 @@ def test_evaluation_does_not_depend_on_batch_size_and_workers(
     np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-3)
 
 
-def test_evaluation_of_the_training_split(trained: Path, demo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_of_the_training_split(trained, demo_root, capsys):
     _, detections = evaluate(trained, "train_split", "--split", "train")
     assert "train: 12 images" in capsys.readouterr().out
     found = [record for record in json.loads(detections.read_text()) if record["image_id"] == 3]
@@ -311,13 +278,13 @@ def test_evaluation_of_the_training_split(trained: Path, demo_root: Path, capsys
     assert sorted(record["score"] for record in found) == pytest.approx(sorted(expected["scores"].tolist()), abs=1e-5)
 
 
-def test_both_layouts_of_the_demo_set_train_alike(trained: Path, tmp_path: Path) -> None:
+def test_both_layouts_of_the_demo_set_train_alike(trained, tmp_path):
     folder = tmp_path / "voc"
     assert cli.main(["train", str(trained / "config.yaml"), "--output", str(folder), "--data.layout", "voc"]) == 0
     runs.assert_equal_weights(trained / "last.ckpt", folder / "last.ckpt")
 
 
-def test_coco_mini_trains_two_epochs_and_evaluates(shared_data: Path, tmp_path: Path) -> None:
+def test_coco_mini_trains_two_epochs_and_evaluates(shared_data, tmp_path):
     folder = tmp_path / "run"
     arguments = [
         *(runs.CONFIG, "--data", "COCO", "--data.root", str(shared_data / "coco_mini"), "--output", str(folder)),
@@ -334,9 +301,7 @@ def test_coco_mini_trains_two_epochs_and_evaluates(shared_data: Path, tmp_path: 
     assert set(read_detections(detections, annotations).image_ids) <= set(annotations.image_ids)
 
 
-def test_the_way_from_a_configuration_to_the_training_is_short(
-    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_way_from_a_configuration_to_the_training_is_short(demo_root, tmp_path, monkeypatch):
     """Command, run folder, Lightning: each file once, and nothing below calls back up."""
     stacks: list[list[str]] = []
     entered: list[str] = []
@@ -372,9 +337,7 @@ def test_the_way_from_a_configuration_to_the_training_is_short(
     assert len(built) <= 9, sorted(built)
 
 
-def test_the_way_from_detections_to_the_printed_ap_is_short(
-    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_way_from_detections_to_the_printed_ap_is_short(demo_root, tmp_path, monkeypatch):
     """At most eight files of ours; the numbers of the best checkpoint are not read from it."""
     entered: set[str] = set()
 
