@@ -33,16 +33,8 @@ STUDIES = sorted((runs.CONFIGS / "ablation").glob("*.yaml"))
 SOURCES = sorted((runs.CONFIGS / "proposals").glob("*.yaml"))
 SHORT = [
     *("--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.max_steps", "-1"),
-    *(
-        "--trainer.limit_train_batches",
-        "2",
-        "--trainer.limit_val_batches",
-        "1",
-        "--model.min_size",
-        "64",
-        "--model.max_size",
-        "96",
-    ),
+    *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
+    *("--model.min_size", "64", "--model.max_size", "96"),
     *("--data.loader.batch_size", "2", "--data.loader.num_workers", "0"),
 ]
 SCHEDULES = {"voc07": 40_000, "voc0712": 60_000, "coco": 240_000}  # steps of Fast R-CNN
@@ -281,14 +273,8 @@ def test_voc_years_train_together(tmp_path):
 
 def test_the_pyramid_is_linked_to_proposals_and_head(demo_root):
     path = runs.CONFIGS / "faster_rcnn_se_fpn.yaml"
-    extra = [
-        "--model.backbone.extra_levels",
-        "max_pool",
-        "--model.proposals.anchors.sizes",
-        "[[8],[16],[32],[64],[128]]",
-    ]
-    train(tmp_path, path, *runs.demo(demo_root), *extra)
-    detector, _ = load_detector(tmp_path / "run" / "best.ckpt")
+    extra = "--model.backbone.extra_levels max_pool --model.proposals.anchors.sizes [[8],[16],[32],[64],[128]]".split()
+    detector = CLI([str(path), *runs.demo(demo_root), *SHORT, *extra], training.add_arguments).model.eval()
     assert detector.backbone.out_channels == 128
     assert list(detector.proposals.strides) == ["p2", "p3", "p4", "p5", "p6"]
     assert list(detector.head.strides) == ["p2", "p3", "p4", "p5"]
