@@ -273,7 +273,8 @@ def test_voc_years_train_together(tmp_path):
 
 def test_the_pyramid_is_linked_to_proposals_and_head(demo_root):
     path = runs.CONFIGS / "faster_rcnn_se_fpn.yaml"
-    extra = "--model.backbone.extra_levels max_pool --model.proposals.anchors.sizes [[8],[16],[32],[64],[128]]".split()
+    sizes = ["--model.proposals.anchors.sizes", "[[8],[16],[32],[64],[128]]"]
+    extra = ["--model.backbone.extra_levels", "max_pool", *sizes]
     detector = CLI([str(path), *runs.demo(demo_root), *SHORT, *extra], training.add_arguments).model.eval()
     assert detector.backbone.out_channels == 128
     assert list(detector.proposals.strides) == ["p2", "p3", "p4", "p5", "p6"]
