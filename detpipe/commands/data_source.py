@@ -42,6 +42,14 @@ def source_parser(command: str, description: str, skip_bad: bool = True) -> Pars
     return parser
 
 
+def add_data_options(parser: Any, more: str = "") -> None:
+    """Add how a data set is named to a parser of argparse or jsonargparse."""
+    parser.add_argument("--data", type=str, required=True, help=f"{EXPECTED.removeprefix('expected ')}{more}")
+    parser.add_argument("--split", type=str, default=None, help="of the data set, such as trainval, test or val2017")
+    parser.add_argument("--images", type=str, default=None, help="folder of the images, for an annotation file")
+    parser.add_argument("--skip_bad", action="store_true", help="leave out faulty records and images, and count them")
+
+
 def open_splits(options: argparse.Namespace) -> dict[str, DetectionData]:
     """Open the splits that were asked for, all of them if none was named: name -> data, whose validation split it is.
 

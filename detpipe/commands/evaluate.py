@@ -17,17 +17,22 @@ from detpipe.images import to_picture
 from detpipe.support.errors import UsageError
 from detpipe.support.files import write_text
 
-_REPORT: dict[str, tuple[type, Any, str]] = {  # of both modes: type, default, help
-    "report": (str, None, "folder for a report: report.html, report.json and figures"),
-    "compare": (str, None, "other runs for the report, each NAME=DETECTIONS.json"),
-    "run_name": (str, None, "what the report calls this run"),
-    "score_threshold": (float, None, "of confusions and drawings in the report; where F1 is best by default"),
-    "worst": (int, 12, "so many of the worst images in the report"),
-    "resamples": (int, 1000, "draws of images for the intervals of a comparison"),
+# what both modes take: name -> type, default, how many values, help
+_OPTIONS: dict[str, tuple[Any, Any, str | None, str]] = {
+    "max_detections": (
+        int,
+        None,
+        "+",
+        "of a class and image, so many detections count by COCO's rules; 1 10 100 by default",
+    ),
+    "json": (str, None, None, "write the numbers to this file; those of a model lie beside its checkpoint by default"),
+    "report": (str, None, None, "folder for a report: report.html, report.json and figures"),
+    "compare": (str, None, "+", "other runs for the report, each NAME=DETECTIONS.json"),
+    "run_name": (str, None, None, "what the report calls this run"),
+    "score_threshold": (float, None, None, "of confusions and drawings in the report; where F1 is best by default"),
+    "worst": (int, 12, None, "so many of the worst images in the report"),
+    "resamples": (int, 1000, None, "draws of images for the intervals of a comparison"),
 }
-
-
-_MAX_DETECTIONS = "of a class and image, so many detections count by COCO's rules; rising, 1 10 100 by default"
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -46,10 +51,7 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
     parser.add_argument("--detections", required=True, help="JSON in COCO's result format")
     parser.add_argument("--annotations", required=True, help="JSON in COCO's annotation format")
     parser.add_argument("--protocol", choices=evaluation.PROTOCOLS, default="coco")
-    parser.add_argument("--max_detections", type=int, nargs="+", help=_MAX_DETECTIONS)
-    parser.add_argument("--json", help="write the numbers to this file")
-    for name, (kind, default, text) in _REPORT.items():
-        count = "+" if name == "compare" else None
+    for name, (kind, default, count, text) in _OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, nargs=count, default=default, help=text)
     parser.add_argument("--images", help="folder of the images, for the drawings of a report")
     options = parser.parse_args(list(arguments))
@@ -133,27 +135,15 @@ def _limit(trainer: dict[str, Any], split: str) -> Any:
 def _add_arguments(parser: Any) -> None:
     from typing import Literal
 
+    parts = Literal["train", "val", "test"] | None
+    results = "for the detections in COCO's result format; beside the checkpoint by default"
     parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to evaluate")
-    parser.add_argument(
-        "--split",
-        type=Literal["train", "val", "test"] | None,
-        default=None,
-        help="part of the data; test where the configuration names one, else val",
-    )
+    parser.add_argument("--split", type=parts, default=None, help="test where the configuration names one, else val")
     parser.add_argument("--protocol", type=Literal["coco", "voc07", "voc10"], default="coco")
-    parser.add_argument("--max_detections", type=int, nargs="+", default=None, help=_MAX_DETECTIONS)
-    parser.add_argument(
-        "--json", type=str | None, default=None, help="for the numbers; beside the checkpoint by default"
-    )
-    parser.add_argument(
-        "--detections_out",
-        type=str | None,
-        default=None,
-        help="for the detections in COCO's result format; beside the checkpoint by default",
-    )
-    for name, (kind, default, text) in _REPORT.items():
-        if name == "compare":
-            parser.add_argument("--compare", type=kind, nargs="+", default=default, help=text)
+    parser.add_argument("--detections_out", type=str | None, default=None, help=results)
+    for name, (kind, default, count, text) in _OPTIONS.items():
+        if count:
+            parser.add_argument(f"--{name}", type=kind, nargs=count, default=default, help=text)
         else:
             parser.add_argument(f"--{name}", type=kind | None if default is None else kind, default=default, help=text)
 

@@ -18,6 +18,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from detpipe.commands.checkpoint_proposals import CheckpointProposals
+from detpipe.commands.data_source import add_data_options
 from detpipe.commands.parser import check_least, progress
 from detpipe.commands.predict import find_images
 from detpipe.datasets import read_image
@@ -127,12 +128,9 @@ def _source_parser(name: str) -> tuple[ArgumentParser, Callable[[Namespace], Cal
         description="Make boxes for all images of a data set.",
         exit_on_error=False,
     )
-    parser.add_argument("--data", type=str, required=True, help=f"{EXPECTED.removeprefix('expected ')}, or images")
-    parser.add_argument("--split", type=str | None, default=None, help="of the data set, such as trainval or val2017")
-    parser.add_argument("--images", type=str | None, default=None, help="folder of the images, for an annotation file")
+    add_data_options(parser, ", or images")
     parser.add_argument("-o", "--output", type=str, required=True, help=f"the store to write, *{SUFFIX}")
     parser.add_argument("--workers", type=int, default=1, help="processes; the boxes do not depend on it")
-    parser.add_argument("--skip_bad", action="store_true", help="leave out faulty records and images, and count them")
     if Path(name).suffix == ".ckpt":
         parser.add_argument("--device", type=str, default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
         return parser, lambda options: partial(CheckpointProposals, name, options.device)

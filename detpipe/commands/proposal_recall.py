@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from detpipe.commands.data_source import add_data_options
 from detpipe.commands.parser import Parser, progress
 from detpipe.datasets import DetectionData
-from detpipe.datasets.formats.recognize import EXPECTED, open_split
+from detpipe.datasets.formats.recognize import open_split
 from detpipe.datasets.stored_proposals import StoredProposals
 from detpipe.evaluation.proposal_faults import ENOUGH, likely_faults
 from detpipe.evaluation.proposal_recall import (
@@ -103,11 +104,8 @@ def _keep_stored(annotations: Annotations, data: DetectionData, stores: Sequence
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="detpipe proposals recall", description="Measure how many objects the boxes of stores find.")
     parser.add_argument("stores", nargs="+", metavar="STORE", help="one store or several, to be compared")
-    parser.add_argument("--data", required=True, help=EXPECTED.removeprefix("expected "))
-    parser.add_argument("--split", help="of the data set, such as test or val2017")
-    parser.add_argument("--images", help="folder of the images, for an annotation file")
+    add_data_options(parser)
     parser.add_argument("-o", "--output", metavar="FOLDER", help="write recall.json and recall.png there")
     parser.add_argument("--skip_missing", action="store_true", help="leave out images that a store lacks")
-    parser.add_argument("--skip_bad", action="store_true", help="leave out faulty records of the annotations")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     return parser.parse_args(list(arguments))

@@ -104,25 +104,27 @@ def likely_faults(annotations: Annotations, proposals: Proposals, images: int = 
 Undo = Callable[[Floats, tuple[float, float]], Floats]  # [P, 4], (width, height) -> [P, 4]
 
 
+_MISTAKES: dict[str, Undo] = {
+    "x and y are swapped": lambda boxes, size: boxes[:, [1, 0, 3, 2]],
+    "x, y, width, height were taken for x1, y1, x2, y2": lambda boxes, size: np.c_[
+        boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    ],
+    "x1, y1, x2, y2 were taken for x, y, width, height": lambda boxes, size: np.c_[
+        boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    ],
+    "center x, center y, width, height were taken for x1, y1, x2, y2": lambda boxes, size: np.c_[
+        boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
+    ],
+    "the boxes are mirrored left to right": lambda boxes, size: np.c_[
+        size[0] - boxes[:, 2], boxes[:, 1], size[0] - boxes[:, 0], boxes[:, 3]
+    ],
+}
+
+
 def _mistakes(sample: _Sample) -> Iterator[tuple[str, Undo, float]]:
     """List the mistakes that the boxes could hold, what undoes each, and the recall that undoing it must bring."""
-    yield "x and y are swapped", lambda boxes, size: boxes[:, [1, 0, 3, 2]], GAIN
-    yield (
-        "x, y, width, height were taken for x1, y1, x2, y2",
-        lambda boxes, size: np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1),
-        GAIN,
-    )
-    yield (
-        "x1, y1, x2, y2 were taken for x, y, width, height",
-        lambda boxes, size: np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1),
-        GAIN,
-    )
-    yield (
-        "center x, center y, width, height were taken for x1, y1, x2, y2",
-        lambda boxes, size: np.concatenate((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2), axis=1),
-        GAIN,
-    )
-    yield "the boxes are mirrored left to right", _mirror, GAIN
+    for mistake, undo in _MISTAKES.items():
+        yield mistake, undo, GAIN
     if max(float(boxes.max(initial=0)) for boxes in sample.boxes) <= 1.5:
         yield "the boxes are normalized to 0..1", lambda boxes, size: boxes * np.array([*size, *size]), GAIN
     if _covers(sample, lambda boxes, size: boxes):
@@ -137,10 +139,6 @@ def _mistakes(sample: _Sample) -> Iterator[tuple[str, Undo, float]]:
     reach = _reach(sample)
     if reach < 0.9 or reach > 1.1:
         yield f"the boxes are of images {reach:.2f} times as large", lambda boxes, size: boxes / reach, GAIN
-
-
-def _mirror(boxes: Floats, size: tuple[float, float]) -> Floats:
-    return np.stack((size[0] - boxes[:, 2], boxes[:, 1], size[0] - boxes[:, 0], boxes[:, 3]), axis=1)
 
 
 def _undo_shorter_side(side: float) -> Undo:
