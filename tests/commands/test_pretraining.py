@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import runs
@@ -51,15 +47,6 @@ def options(root: Path, *more: str) -> list[str]:
     return [*digits(root), *trainer, *tiny, *more]
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pretraining")
@@ -74,14 +61,6 @@ def pretrained(base: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Lightning ignores interrupts once it has seen one."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_a_run_leaves_everything_in_its_folder(pretrained):
     assert {path.name for path in pretrained.iterdir()} == {
         *("config.yaml", "metrics.csv", "tensorboard", "summary.json"),
@@ -89,21 +68,21 @@ def test_a_run_leaves_everything_in_its_folder(pretrained):
     }
     with Image.open(pretrained / "curves.png") as image:
         assert min(image.size) > 100
-    result = summary(pretrained)
+    result = runs.summary(pretrained)
     assert {"loss", "seconds", "images_per_second", "checkpoint", "weights", "seed", "epoch"} <= result.keys()
     assert 0 <= result["top1"] <= result["top5"] <= 1
     assert (result["epochs"], result["weights"]) == (2, str(pretrained / WEIGHTS))
 
 
 def test_the_metrics_hold_training_and_validation(pretrained):
-    table = rows(pretrained)
+    table = runs.rows(pretrained)
     train, val = [[row for row in table if row[key]] for key in ("train/loss", "val/top1")]
     assert [int(row["step"]) for row in train] == list(range(len(train)))
     assert len(val) == 2
     assert all(float(row["train/top5"]) >= float(row["train/top1"]) for row in train)
     scores = [float(row["val/top1"]) for row in val]
-    assert summary(pretrained)["top1"] == pytest.approx(max(scores), abs=1e-6)
-    assert summary(pretrained)["epoch"] == scores.index(max(scores))
+    assert runs.summary(pretrained)["top1"] == pytest.approx(max(scores), abs=1e-6)
+    assert runs.summary(pretrained)["epoch"] == scores.index(max(scores))
     assert float(val[0]["val/loss"]) > 0
 
 
@@ -116,7 +95,7 @@ def test_validation_counts_every_image_once(pretrained, base):
         for index in range(len(data.images("val"))):
             image, label, _ = data.dataset("val")[0, index]
             hits, total = hits + int(classifier(image[None]).argmax() == label), total + 1
-    assert summary(pretrained)["top1"] == pytest.approx(hits / total, abs=1e-6)
+    assert runs.summary(pretrained)["top1"] == pytest.approx(hits / total, abs=1e-6)
 
 
 def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(pretrained, tmp_path, capsys):
@@ -127,35 +106,25 @@ def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(
     assert match is not None, out[-1]
     assert match[3] == str(again / WEIGHTS)
     assert (float(match[1]), float(match[2])) == pytest.approx(
-        (summary(again)["top1"], summary(again)["top5"]), abs=6e-4
+        (runs.summary(again)["top1"], runs.summary(again)["top5"]), abs=6e-4
     )
     assert re.match(r"train: \d+ images of \d+ classes", out[0])
     runs.assert_equal_weights(pretrained / "last.ckpt", again / "last.ckpt")
     assert (again / WEIGHTS).read_bytes() == (pretrained / WEIGHTS).read_bytes()
 
 
-class StopAfter(callbacks.StepSeed):
-    """Interrupt training, as with the keyboard, in the second epoch."""
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch == 1 and batch_idx == 1:
-            raise KeyboardInterrupt
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(pretrained, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patched:
-        patched.setattr(callbacks, "StepSeed", StopAfter)
-        assert cli.main(["pretrain", str(pretrained / "config.yaml"), "--output", str(folder)]) == 130
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(pretrained, tmp_path, capsys):
+    folder, steps = tmp_path / "run", len(runs.rows(pretrained)) // 2
+    runs.interrupt(["pretrain", str(pretrained / "config.yaml"), "--output", str(folder)], steps)
     assert "interrupted" in capsys.readouterr().err
     assert not (folder / WEIGHTS).exists()
     resume = ["--output", str(folder), "--ckpt_path", str(folder / "last.ckpt"), "--data.loader.num_workers", "2"]
     assert cli.main(["pretrain", str(pretrained / "config.yaml"), *resume]) == 0
     runs.assert_equal_weights(folder / "last.ckpt", pretrained / "last.ckpt")
     keys = ("step", "train/loss", "val/top1", "val/loss")
-    assert [[row[k] for k in keys] for row in rows(folder)] == [[row[k] for k in keys] for row in rows(pretrained)]
+    assert [[row[k] for k in keys] for row in runs.rows(folder)] == [
+        [row[k] for k in keys] for row in runs.rows(pretrained)
+    ]
     assert (folder / WEIGHTS).read_bytes() == (pretrained / WEIGHTS).read_bytes()
 
 
@@ -165,7 +134,7 @@ def test_the_exported_weights_say_what_they_are(pretrained):
     assert metadata["class_path"] == "detpipe.SEResNet"
     assert metadata["init_args"]["depth"] == 18
     assert metadata["num_classes"] == 10
-    assert metadata["top1"] == pytest.approx(summary(pretrained)["top1"], abs=1e-6)
+    assert metadata["top1"] == pytest.approx(runs.summary(pretrained)["top1"], abs=1e-6)
     assert metadata["version"]
     stored = runs.weights(pretrained / "best.ckpt")
     assert set(names) == {name.removeprefix("backbone.") for name in stored if name.startswith("backbone.")}

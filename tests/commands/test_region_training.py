@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from detpipe.commands.training import RegionCLI, add_arguments
 from detpipe.demo import Demo, DemoScenes
 from detpipe.regions.region_classifier import RegionClassifier
 from detpipe.support.errors import CheckpointError
-from detpipe.training import callbacks, checkpoint
+from detpipe.training import checkpoint
 from detpipe.training.models import load_classifier, load_detector, load_region_classifier, load_region_model
 
 CONFIG = str(runs.CONFIGS / "region_classifier.yaml")
@@ -50,11 +46,6 @@ def options(root: Path, *more: str) -> list[str]:
     return [*runs.demo(root), *trainer, *sizes, *network, *more]
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 @pytest.fixture(scope="session")
 def trained_regions(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a tiny training; read it, do not write to it."""
@@ -65,14 +56,6 @@ def trained_regions(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Lightning ignores interrupts once it has seen one."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_a_run_leaves_everything_in_its_folder(trained_regions):
     assert {path.name for path in trained_regions.iterdir()} == {
         *("config.yaml", "metrics.csv", "tensorboard", "summary.json", "curves.png", "training.png"),
@@ -81,8 +64,10 @@ def test_a_run_leaves_everything_in_its_folder(trained_regions):
     for name in ("curves.png", "training.png"):
         with Image.open(trained_regions / name) as image:
             assert min(image.size) > 100
-    summary = json.loads((trained_regions / "summary.json").read_text())
-    scores = [float(row["val/mean_class_accuracy"]) for row in rows(trained_regions) if row["val/mean_class_accuracy"]]
+    summary = runs.summary(trained_regions)
+    scores = [
+        float(row["val/mean_class_accuracy"]) for row in runs.rows(trained_regions) if row["val/mean_class_accuracy"]
+    ]
     assert len(scores) == 2
     assert summary["mean_class_accuracy"] == pytest.approx(max(scores), abs=1e-6)
     assert summary["epoch"] == scores.index(max(scores))
@@ -96,33 +81,23 @@ def test_the_stored_configuration_trains_again_to_the_bit(trained_regions, tmp_p
     found = RESULT.fullmatch(capsys.readouterr().out.splitlines()[-1])
     assert found is not None
     assert found[3] == str(again / "best.ckpt")
-    summary = json.loads((again / "summary.json").read_text())
+    summary = runs.summary(again)
     assert [float(found[1]), float(found[2])] == pytest.approx(
         [summary["mean_class_accuracy"], summary["accuracy"]], abs=6e-4
     )
     runs.assert_equal_weights(trained_regions / "last.ckpt", again / "last.ckpt")
 
 
-class StopAfter(callbacks.StepSeed):
-    """Interrupt training, as with the keyboard, in the second epoch."""
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch == 1 and batch_idx == 1:
-            raise KeyboardInterrupt
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(trained_regions, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(trained_regions, tmp_path, capsys):
     folder, config = tmp_path / "run", str(trained_regions / "config.yaml")
-    with monkeypatch.context() as patched:
-        patched.setattr(callbacks, "StepSeed", StopAfter)
-        assert cli.main(["train_regions", config, "--output", str(folder)]) == 130
+    runs.interrupt(["train_regions", config, "--output", str(folder)])
     assert "interrupted" in capsys.readouterr().err
     assert cli.main(["train_regions", config, "--output", str(folder), "--ckpt_path", str(folder / "last.ckpt")]) == 0
     runs.assert_equal_weights(folder / "last.ckpt", trained_regions / "last.ckpt")
     keys = ("step", "train/loss", "val/accuracy", "val/loss")
-    assert [[row[k] for k in keys] for row in rows(folder)] == [[row[k] for k in keys] for row in rows(trained_regions)]
+    assert [[row[k] for k in keys] for row in runs.rows(folder)] == [
+        [row[k] for k in keys] for row in runs.rows(trained_regions)
+    ]
 
 
 def test_a_checkpoint_is_rebuilt_alone_and_scores_as_it_says(trained_regions, demo_root):
@@ -137,7 +112,7 @@ def test_a_checkpoint_is_rebuilt_alone_and_scores_as_it_says(trained_regions, de
         image, target = data[0, index]
         [found] = model.predict([image], [target["boxes"]])
         hits += (found["labels"] == target["labels"]).tolist()
-    summary = json.loads((trained_regions / "summary.json").read_text())
+    summary = runs.summary(trained_regions)
     assert sum(hits) / len(hits) == pytest.approx(summary["accuracy"], abs=1e-6)
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
-import signal
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +25,6 @@ from detpipe.training.models import load_detector
 RESULT = re.compile(r"AP (-?\d\.\d{3}) AP50 (-?\d\.\d{3}) checkpoint (\S+)")
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def truth(demo_root: Path) -> Path:
     return demo_root / "coco" / "annotations" / "instances_val.json"
 
@@ -47,14 +35,6 @@ def evaluate(folder: Path, name: str, *options: str) -> tuple[dict[str, Any], Pa
     arguments = f"evaluate {folder / 'config.yaml'} --ckpt_path {folder / 'best.ckpt'} --json {numbers}".split()
     assert cli.main([*arguments, "--detections_out", str(detections), *options]) == 0
     return json.loads(numbers.read_text()), detections
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Lightning ignores interrupts once it has seen one."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_leaves_everything_in_its_folder(trained):
@@ -75,7 +55,7 @@ def test_a_run_leaves_everything_in_its_folder(trained):
     for name in ("training.png", "validation.png", "curves.png"):
         with Image.open(trained / name) as picture:
             assert min(picture.size) > 100
-    result = summary(trained)
+    result = runs.summary(trained)
     assert {"AP", "AP50", "AP75", "per_class", "seconds", "images_per_second", "checkpoint"} <= result.keys()
     assert 0 <= result["AP"] <= result["AP50"] <= 1
     assert result["seconds"] > 0
@@ -85,7 +65,7 @@ def test_a_run_leaves_everything_in_its_folder(trained):
 
 
 def test_the_metrics_hold_training_and_validation(trained):
-    table = rows(trained)
+    table = runs.rows(trained)
     train, val = [[row for row in table if row[key]] for key in ("train/loss", "val/AP")]
     assert len(train) == 6  # 12 images, 4 a step, 2 epochs
     assert len(val) == 2
@@ -99,8 +79,8 @@ def test_the_metrics_hold_training_and_validation(trained):
 
 
 def test_the_best_checkpoint_is_that_of_the_best_epoch(trained):
-    scores = [float(row["val/AP"]) for row in rows(trained) if row["val/AP"]]
-    result = summary(trained)
+    scores = [float(row["val/AP"]) for row in runs.rows(trained) if row["val/AP"]]
+    result = runs.summary(trained)
     assert result["AP"] == pytest.approx(max(scores), abs=1e-6)
     assert result["epoch"] == int(np.argmax(scores))
     stored = torch.load(trained / "best.ckpt", weights_only=True)
@@ -115,11 +95,11 @@ def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(
     match = RESULT.fullmatch(last)
     assert match is not None, last
     assert match[3] == str(again / "best.ckpt")
-    assert float(match[1]) == pytest.approx(summary(again)["AP"], abs=5e-4)
-    assert float(match[2]) == pytest.approx(summary(again)["AP50"], abs=5e-4)
+    assert float(match[1]) == pytest.approx(runs.summary(again)["AP"], abs=5e-4)
+    assert float(match[2]) == pytest.approx(runs.summary(again)["AP50"], abs=5e-4)
     for name in ("best.ckpt", "last.ckpt"):
         runs.assert_equal_weights(trained / name, again / name)
-    assert summary(again)["AP"] == summary(trained)["AP"]
+    assert runs.summary(again)["AP"] == runs.summary(trained)["AP"]
     assert (again / "config.yaml").read_text() == (trained / "config.yaml").read_text()
 
 
@@ -133,26 +113,12 @@ def test_another_seed_gives_other_weights_and_no_output_means_a_dated_folder(tra
     assert not torch.equal(first["backbone.stem.conv1.weight"], second["backbone.stem.conv1.weight"])
 
 
-class StopAfter(callbacks.StepSeed):
-    """Interrupt training, as with the keyboard, before a step."""
-
-    step = 4  # one step after the checkpoint of the first epoch, whose trace in the metrics must go
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-
-@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("same_folder", "workers"), [(True, 0), (False, 2)])
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
     same_folder, workers, trained, tmp_path, monkeypatch, capsys
 ):
     first = tmp_path / "first"
-    with monkeypatch.context() as patched:
-        patched.setattr(callbacks, "StepSeed", StopAfter)
-        assert cli.main(["train", str(trained / "config.yaml"), "--output", str(first)]) == 130
+    runs.interrupt(["train", str(trained / "config.yaml"), "--output", str(first)])
     assert "interrupted" in capsys.readouterr().err
     assert not (first / "summary.json").exists()
     assert torch.load(first / "last.ckpt", weights_only=True)["global_step"] == 3
@@ -161,25 +127,21 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
     resume = f"--output {second} --ckpt_path {first / 'last.ckpt'} --data.loader.num_workers {workers}".split()
     assert cli.main(["train", str(trained / "config.yaml"), *resume]) == 0
     runs.assert_equal_weights(second / "last.ckpt", trained / "last.ckpt")
-    known = [row["val/AP"] for row in rows(trained) if row["val/AP"]]
-    assert [row["val/AP"] for row in rows(second) if row["val/AP"]] == (known if same_folder else known[1:])
-    assert len([row for row in rows(second) if row["train/loss"]]) == (6 if same_folder else 3)
+    known = [row["val/AP"] for row in runs.rows(trained) if row["val/AP"]]
+    assert [row["val/AP"] for row in runs.rows(second) if row["val/AP"]] == (known if same_folder else known[1:])
+    assert len([row for row in runs.rows(second) if row["train/loss"]]) == (6 if same_folder else 3)
     best = torch.load(second / "best.ckpt", weights_only=True)
-    assert callbacks.MeanAveragePrecision.stored(best)["AP"] == summary(second)["AP"]
+    assert callbacks.MeanAveragePrecision.stored(best)["AP"] == runs.summary(second)["AP"]
     if same_folder:
-        assert summary(second)["AP"] == summary(trained)["AP"]
+        assert runs.summary(second)["AP"] == runs.summary(trained)["AP"]
         assert not list(first.glob("*.partial-*"))
 
 
-@pytest.mark.usefixtures("interruptible")
-def test_a_resumed_run_of_accumulated_steps_ends_with_the_same_weights(trained, tmp_path, monkeypatch):
+def test_a_resumed_run_of_accumulated_steps_ends_with_the_same_weights(trained, tmp_path):
     """Three batches an epoch, two for a step."""
     options = [str(trained / "config.yaml"), "--trainer.accumulate_grad_batches", "2"]
     assert cli.main(["train", *options, "--output", str(tmp_path / "undisturbed")]) == 0
-    with monkeypatch.context() as patched:
-        patched.setattr(callbacks, "StepSeed", StopAfter)
-        patched.setattr(StopAfter, "step", 3)
-        assert cli.main(["train", *options, "--output", str(tmp_path / "run")]) == 130
+    runs.interrupt(["train", *options, "--output", str(tmp_path / "run")], step=3)
     last = tmp_path / "run" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 2
     assert cli.main(["train", *options, "--output", str(tmp_path / "run"), "--ckpt_path", str(last)]) == 0
@@ -200,12 +162,12 @@ def test_the_last_step_is_validated_and_saved_in_the_middle_of_an_epoch(trained,
     limit = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "5"]
     assert cli.main(["train", str(trained / "config.yaml"), "--output", str(folder), *limit]) == 0
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 5
-    assert [int(row["step"]) for row in rows(folder) if row["val/AP"]] == [2, 4]
+    assert [int(row["step"]) for row in runs.rows(folder) if row["val/AP"]] == [2, 4]
 
 
 def test_evaluation_repeats_the_numbers_of_training(trained, demo_root, tmp_path, capsys):
     numbers, detections = evaluate(trained, "plain")
-    expected = {key: value for key, value in summary(trained).items() if key in numbers}
+    expected = {key: value for key, value in runs.summary(trained).items() if key in numbers}
     assert len(expected) == 13
     assert numbers.pop("per_class") == pytest.approx(expected.pop("per_class"), abs=1e-9)
     assert numbers == pytest.approx(expected, abs=1e-9)
@@ -223,7 +185,7 @@ def test_evaluation_writes_beside_the_checkpoint(trained, tmp_path, capsys):
     shutil.copy(trained / "best.ckpt", checkpoint)
     assert cli.main(["evaluate", str(trained / "config.yaml"), "--ckpt_path", str(checkpoint)]) == 0
     numbers = json.loads((tmp_path / "val_coco.json").read_text())
-    assert numbers["AP"] == pytest.approx(summary(trained)["AP"], abs=1e-9)
+    assert numbers["AP"] == pytest.approx(runs.summary(trained)["AP"], abs=1e-9)
     records = json.loads((tmp_path / "val_detections.json").read_text())
     assert all(set(record) == {"image_id", "category_id", "bbox", "score"} for record in records)
     assert str(tmp_path / "val_detections.json") in capsys.readouterr().out
@@ -292,7 +254,7 @@ def test_coco_mini_trains_two_epochs_and_evaluates(shared_data, tmp_path):
         *("--trainer.limit_train_batches", "2", "--data.augment.flip", "0.5"),
     ]
     assert cli.main(["train", *arguments]) == 0
-    result = summary(folder)
+    result = runs.summary(folder)
     assert len(result["per_class"]) == 80
     numbers, detections = evaluate(folder, "coco_mini")
     assert numbers["AP"] == pytest.approx(result["AP"], abs=1e-9)
