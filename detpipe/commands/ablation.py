@@ -81,6 +81,10 @@ class Run:
         """Whether a result is there."""
         return (self.folder / "result.json").is_file()
 
+    def result(self) -> Result:
+        """The result that is there."""
+        return Result(seed=self.seed, **json.loads((self.folder / "result.json").read_text(encoding="utf-8")))
+
 
 def run_ablate(arguments: Sequence[str]) -> int:
     """Train what is not trained yet, then write ``table.md``, ``results.json`` and ``results.png``.
@@ -101,7 +105,7 @@ def run_ablate(arguments: Sequence[str]) -> int:
     waiting = [run for run in runs if not run.done]
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done; logs in {folder}/VARIANT_SEED.log", flush=True)
     _train(waiting, study.split, options.workers)
-    results = {name: [_result(run) for run in runs if run.variant == name] for name in study.variants}
+    results = {name: [run.result() for run in runs if run.variant == name] for name in study.variants}
     first = {name: folder / f"{name}_{seeds[0]}" for name in study.variants}
     table = results_table(results, seeds, study.split, milliseconds_an_image(first))
     write_text(folder / "table.md", table + "\n")
@@ -214,7 +218,8 @@ def _train_one(run: Run, split: str, threads: int) -> None:
             numbers = run.folder / "test.json"
             _call(["evaluate", *run.arguments, "--ckpt_path", checkpoint, "--json", str(numbers)], threads, output, log)
     found = json.loads(numbers.read_text(encoding="utf-8"))
-    result = {key: found[key] for key in ("AP", "AP50")} | {"parameters": _parameters(run.folder / "best.ckpt")}
+    parameters = _parameters(run.folder / "best.ckpt")
+    result = {key: found[key] for key in ("AP", "AP50")} | {"parameters": parameters}
     summary = json.loads((run.folder / "summary.json").read_text("utf-8"))
     result["peak_memory_mib"] = summary.get("peak_gpu_memory_mib", summary.get("peak_memory_mib"))
     write_text(run.folder / "result.json", json.dumps(result) + "\n")
@@ -234,10 +239,6 @@ def _parameters(checkpoint: Path) -> int:
 
     detector, _ = load_detector(checkpoint)
     return sum(parameter.numel() for parameter in detector.parameters())
-
-
-def _result(run: Run) -> Result:
-    return Result(seed=run.seed, **json.loads((run.folder / "result.json").read_text(encoding="utf-8")))
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

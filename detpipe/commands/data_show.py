@@ -41,7 +41,12 @@ def run_show(arguments: Sequence[str]) -> int:
     check_least(options, 0, "seed")
     opened = open_splits(options)
     splits = {name: read_split(data) for name, data in opened.items()}
-    wanted = {name: _labels(a, options.classes) for name, a in splits.items()}
+    wanted = {
+        name: np.array(
+            [a.class_names.index(word) + 1 for word in options.classes if word in a.class_names], dtype=np.int64
+        )
+        for name, a in splits.items()
+    }
     if options.classes and not any(map(len, wanted.values())):
         known = list(dict.fromkeys(word for a in splits.values() for word in a.class_names))
         raise UsageError(
@@ -71,10 +76,6 @@ def choose(
         images += [(name, row) for row in rows.tolist()]
     places = np.random.default_rng(seed).permutation(len(images))[:n]
     return [images[place] for place in sorted(places.tolist())]
-
-
-def _labels(a: Annotations, classes: Sequence[str]) -> npt.NDArray[np.int64]:
-    return np.array([a.class_names.index(word) + 1 for word in classes if word in a.class_names], dtype=np.int64)
 
 
 def _write(

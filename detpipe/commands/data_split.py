@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -53,7 +52,9 @@ def run_split(arguments: Sequence[str]) -> int:
     together = named_alike(pool, options.group_by) if options.group_by is not None else []
     rows = divide_by_content(pool, parts, source, options.seed, together)
     divided = {name: pool.subset(part) for name, part in rows.items()}
-    written = write_layout(_layout(options), divided, folder, options, source)
+    own = find_data(options).layout
+    layout: Literal["coco", "voc", "yolo", "csv"] = options.to or ("coco" if own in ("coco file", "shards") else own)
+    written = write_layout(layout, divided, folder, options, source)
     more = [f"{repeated} images that several splits name are taken once"] if repeated else []
     say(describe(written, splits, [*more, *fields_left_out(opened)]))
     say(table(divided))
@@ -93,11 +94,6 @@ def named_alike(pool: Annotations, pattern: str) -> list[list[int]]:
             raise UsageError(f"--group-by {pattern!r} finds nothing in the name {name!r}")
         found.setdefault(match[expression.groups and 1], []).append(row)
     return list(found.values())
-
-
-def _layout(options: argparse.Namespace) -> Literal["coco", "voc", "yolo", "csv"]:
-    own = find_data(options).layout
-    return options.to or ("coco" if own in ("coco file", "shards") else own)
 
 
 def table(parts: Mapping[str, Annotations]) -> str:

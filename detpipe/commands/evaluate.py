@@ -96,7 +96,9 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     for setting in checkpoint.differing_settings(description, checkpoint.describe_model(config.model)):
         print(f"note: not as in training: {setting}; RUN/config.yaml has all settings of a run")
     loader = data.eval_dataloader(split)
-    settings = {**cli.trainer_settings, "limit_predict_batches": _limit(cli.trainer_settings, split)}
+    settings = dict(cli.trainer_settings)
+    if settings["limit_predict_batches"] is None:
+        settings["limit_predict_batches"] = settings[f"limit_{split}_batches"]
     trainer = build_trainer(settings, run)
     collector = CocoEvaluator(annotations).to(trainer.strategy.root_device)  # which the processes can gather from
     found = trainer.predict(cli.model, loader) or []  # of this process' batches, of which it may have none
@@ -124,12 +126,6 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
         dataset = data.dataset(split)  # which knows where images are: not all data are files of their own
         print(f"report {write_report(report, annotations, runs, lambda row: to_picture(dataset.read(row)[0]))}")
     return 0
-
-
-def _limit(trainer: dict[str, Any], split: str) -> Any:
-    """How many batches are wanted: by the limit of predictions, else by that of the split."""
-    limit = trainer["limit_predict_batches"]
-    return trainer[f"limit_{split}_batches"] if limit is None else limit
 
 
 def _add_arguments(parser: Any) -> None:

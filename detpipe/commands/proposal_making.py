@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import cv2
 import numpy as np
@@ -56,7 +56,9 @@ def run_make(arguments: Sequence[str]) -> int:
         return 0 if name else 2
     parser, build = _source_parser(name)
     options = parser.parse_args(rest)
-    _check(options)
+    if Path(options.output).suffix != SUFFIX:
+        raise UsageError(f"--output {options.output}: the name of a store must end in {SUFFIX}")
+    check_least(options, 1, "workers")
     # results must not depend on how many processes there are: each computes with one thread
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -141,9 +143,3 @@ def _source_parser(name: str) -> tuple[ArgumentParser, Callable[[Namespace], Cal
     source = find_class(name)
     added = parser.add_class_arguments(cast(type, source), skip={"pixel_format"}, as_group=True)
     return parser, lambda options: partial(source, **{key: options[key] for key in added})
-
-
-def _check(options: Any) -> None:
-    if Path(options.output).suffix != SUFFIX:
-        raise UsageError(f"--output {options.output}: the name of a store must end in {SUFFIX}")
-    check_least(options, 1, "workers")

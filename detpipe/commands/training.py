@@ -71,7 +71,10 @@ def train(arguments: Sequence[str]) -> int:
     if not len(data.annotations("train")):
         raise DataError("the training split has no images")
     _report_recall(data)
-    description = _describe(cli, _source_of(data.proposals("train")))
+    source, proposals = None, data.proposals("train")
+    if isinstance(proposals, StoredProposals):
+        source = {"source": proposals.store.source, "settings": proposals.store.settings}
+    description = _describe(cli, source)
 
     def pictures(folder: Path) -> list[Callback]:
         return [TrainingPicture(folder, names), ValidationPicture(folder, names)]
@@ -201,12 +204,6 @@ def _report_recall(data: Any) -> None:
             print(line)
             for warning in warnings:
                 print(warning, file=sys.stderr)
-
-
-def _source_of(proposals: Any) -> dict[str, Any] | None:
-    if not isinstance(proposals, StoredProposals):
-        return None
-    return {"source": proposals.store.source, "settings": proposals.store.settings}
 
 
 def _watched(model: LightningModule) -> str:

@@ -203,7 +203,8 @@ def comparison_grid(
         _pair(image, target, detection, class_names, score_threshold, panel_side, renderer)
         for image, target, detection in zip(images, targets, detections, strict=True)
     ]
-    return sheet(pairs, pairs_per_row, _header(score_threshold), font_size=17, header=44, gap=16)
+    title = f"left: ground truth      right: detections with a score of at least {score_threshold:g}"
+    return sheet(pairs, pairs_per_row, title, font_size=17, header=44, gap=16)
 
 
 def sheet(panels: Sequence[Image.Image], columns: int, title: str, *, font_size: int, header: int, gap: int) -> Tensor:
@@ -336,10 +337,6 @@ def _pair(
         canvas.paste(Image.fromarray(half.permute(1, 2, 0).numpy()), (left, caption))
         pen.text((left, caption / 2), text, fill=_FAINT, font=font(13), anchor="lm")
     return canvas
-
-
-def _header(score_threshold: float) -> str:
-    return f"left: ground truth      right: detections with a score of at least {score_threshold:g}"
 
 
 def font(size: int) -> Any:

@@ -142,7 +142,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; expected a file such as RUN/best.ckpt")
     try:
-        _check_sums(path)
+        sums = check_sums(path)
+        if sums and _hash(path) not in sums:
+            raise ValueError(f"it does not match its check sum in {path.name}{SUM_SUFFIX}")
         check_saved(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_tree(checkpoint, MOST, tensor_parts)
@@ -303,10 +305,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value if isinstance(value, str | int | float | NoneType) else str(value)
-
-
-def _check_sums(path: Path) -> None:
-    """Compare the file with its side file, if there is one."""
-    sums = check_sums(path)
-    if sums and _hash(path) not in sums:
-        raise ValueError(f"it does not match its check sum in {path.name}{SUM_SUFFIX}")
