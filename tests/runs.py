@@ -29,6 +29,11 @@ MODEL = [
 ]
 
 
+def mostly_slow(paths: list[Path], *quick: str) -> list[Any]:
+    """Cases by file, of which a few stand for all where time is short."""
+    return [path if path.stem in quick else pytest.param(path, marks=pytest.mark.slow) for path in paths]
+
+
 def demo(root: Path) -> list[str]:
     """Options that put the tiny demo set, generated on first use, in place of the demo set."""
     return ["--data.root", str(root), "--data.scenes", str(SCENES)]

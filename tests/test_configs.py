@@ -44,11 +44,6 @@ def name_of(path: Path) -> str:
     return path.stem
 
 
-def mostly_slow(paths: list[Path], *quick: str) -> list[Any]:
-    """Cases by file, of which a few stand for all where time is short."""
-    return [path if path.stem in quick else pytest.param(path, marks=pytest.mark.slow) for path in paths]
-
-
 class Parsed(CLI):
     """A configuration that is parsed, but not built: the data may be missing."""
 
@@ -153,7 +148,7 @@ def test_a_backbone_takes_the_place_of_se_resnet(path, demo_root, tmp_path):
     assert found["boxes"].shape[1] == 4
 
 
-@pytest.mark.parametrize("path", mostly_slow(STUDIES, "attention_demo", "heads_demo"), ids=name_of)
+@pytest.mark.parametrize("path", runs.mostly_slow(STUDIES, "attention_demo", "heads_demo"), ids=name_of)
 def test_variants_of_a_study_differ_in_one_stage_only(path, tmp_path):
     study = ablation.read_study(path)
     stage = path.stem.partition("_")[0].replace("attention", "backbone").replace("heads", "head")
@@ -176,7 +171,7 @@ def test_there_are_backbones():
     )
 
 
-@pytest.mark.parametrize("path", mostly_slow(SOURCES, "selective_search", "store"), ids=name_of)
+@pytest.mark.parametrize("path", runs.mostly_slow(SOURCES, "selective_search", "store"), ids=name_of)
 def test_a_proposal_source_takes_the_place_of_the_rpn(path, demo_root, tmp_path):
     base = runs.CONFIGS / "fast_rcnn_squeezenet.yaml"
     config = parse(base, path)
@@ -283,7 +278,7 @@ def test_the_pyramid_is_linked_to_proposals_and_head(demo_root):
     assert found["boxes"].shape[1] == 4
 
 
-@pytest.mark.parametrize("base", mostly_slow(MODELS, "fast_rcnn_se"), ids=name_of)
+@pytest.mark.parametrize("base", runs.mostly_slow(MODELS, "fast_rcnn_se"), ids=name_of)
 def test_a_voc_folder_of_ones_own(base, tmp_path):
     root = tmp_path / "own"
     write_voc(root, split="train")

@@ -259,7 +259,7 @@ def test_the_command_starts_the_other_process_itself(demo_root, tmp_path):
     assert summary["epochs"] == 2
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_evaluation_is_the_same_with_any_number_of_processes(size, trained, demo_root, tmp_path):
     """Two batches of images, which four processes halve: then single numbers may differ in their last digit."""
 
@@ -325,7 +325,10 @@ sys.exit(cli.main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize("kind", ["nan", "nan proposals", "raised", "killed", "validation", "disk full"])
+@pytest.mark.parametrize(
+    "kind",
+    ["nan", pytest.param("nan proposals", marks=pytest.mark.slow), "raised", "killed", "validation", "disk full"],
+)
 def test_what_stops_one_process_stops_all(kind, demo_root, tmp_path):
     Demo(str(demo_root), scenes=DemoScenes(**runs.SCENES)).annotations("train")
     arguments = ["train", runs.CONFIG, *runs.options(demo_root), "--data.loader.batch_size", "2", *TWO]

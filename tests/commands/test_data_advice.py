@@ -67,11 +67,11 @@ def pasted(shown: str, command: str) -> list[str]:
     ("make", "options"),
     [
         (make_voc, []),
-        (make_coco, []),
-        (make_yolo, []),
+        pytest.param(make_coco, [], marks=pytest.mark.slow),
+        pytest.param(make_yolo, [], marks=pytest.mark.slow),
         (make_table, ["--skip-bad"]),
         (make_shards, []),
-        (make_plain, []),
+        pytest.param(make_plain, [], marks=pytest.mark.slow),
     ],
     ids=["voc", "coco", "yolo", "table with a fault", "shards", "xml without splits"],
 )

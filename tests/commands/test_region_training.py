@@ -224,13 +224,6 @@ def test_the_header_shows_the_command(path):
         assert (config.data.class_path, config.model.init_args.min_size) == expected
 
 
-def test_the_configuration_runs_as_it_is(demo_root, tmp_path):
-    limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"]
-    sizes = ["--model.min_size", "64", "--model.max_size", "64", "--data.loader.batch_size", "2"]
-    arguments = [CONFIG, *runs.demo(demo_root), *limits, *sizes, "--trainer.accelerator", "cpu"]
-    assert cli.main(["train_regions", *arguments, "--output", str(tmp_path / "run")]) == 0
-
-
 def test_the_examples_of_the_page_run_as_they_are_written(trained_regions, demo_root):
     page = (runs.CONFIGS.parent / "docs" / "region_classifier.md").read_text(encoding="utf-8")
     train, predict = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
