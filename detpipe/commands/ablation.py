@@ -87,14 +87,7 @@ class Run:
 
 
 def run_ablate(arguments: Sequence[str]) -> int:
-    """Train what is not trained yet, then write ``table.md``, ``results.json`` and ``results.png``.
-
-    Options that the parser does not know go to every training.
-
-    Raises:
-        UsageError: a study or an argument that is wrong, or a folder whose content would be lost.
-        TrainingError: a run failed; its log is named.
-    """
+    """Train what is not trained yet, then write table, numbers and picture; other options go to every training."""
     options, rest = _parse(arguments)
     study = read_study(Path(options.study))
     seeds = study.seeds if options.seeds is None else tuple(options.seeds)

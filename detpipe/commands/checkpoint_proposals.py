@@ -18,16 +18,7 @@ from detpipe.types import RGB
 
 
 class CheckpointProposals:
-    """Propose boxes by the RPN of a detector.
-
-    Args:
-        path: the checkpoint.
-        device: "auto", or a device of PyTorch.
-
-    Raises:
-        CheckpointError: the file is no checkpoint.
-        UsageError: the detector has no RPN.
-    """
+    """Propose boxes by the RPN of a detector on a device of PyTorch, or "auto"; a UsageError if it has none."""
 
     name = "rpn"
 

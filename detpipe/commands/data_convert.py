@@ -104,16 +104,7 @@ def fields_left_out(opened: Mapping[str, DetectionData]) -> list[str]:
 
 
 def describe(written: Written, splits: Mapping[str, Annotations], more: Sequence[str] = ()) -> str:
-    """Say what was written and what was not.
-
-    Args:
-        written: what a writer did.
-        splits: that were read.
-        more: further remarks.
-
-    Returns:
-        A few lines.
-    """
+    """Say what was written, in a few lines."""
     lines = [
         f"wrote {written.images} images with {written.boxes} boxes to {written.folder} ({', '.join(written.splits)})"
     ]

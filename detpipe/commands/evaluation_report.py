@@ -27,15 +27,7 @@ PAGE, NUMBERS = "report.html", "report.json"
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What users may ask for.
-
-    Args:
-        out: the folder of the report; None: no report.
-        compare: ``NAME=DETECTIONS.json`` of other runs.
-        images: the folder that file names are relative to; None: no drawings, unless the data know it.
-        run_name: of the run that is evaluated.
-        settings: of the analysis.
-    """
+    """What users may ask for: a folder, other runs as ``NAME=DETECTIONS.json``, the folder of images, a name, and settings."""
 
     out: str | None = None
     compare: Sequence[str] = ()
@@ -103,12 +95,7 @@ def write_report(
 ) -> Path:
     """Write figures, drawings, numbers, and last the page, whose path is returned; an earlier report in the folder is replaced.
 
-    Args:
-        options: with a folder to write to.
-        annotations: the ground truth.
-        runs: name -> detections; the first is explained.
-        images: the folder that file names are relative to, or what reads an image by its row in the annotations; None: no
-            drawings.
+    The first of the runs, name -> detections, is explained; images lie in a folder, or are read by their row in the annotations.
     """
     from detpipe.pictures.report_page import report_page  # with what draws boxes, which takes seconds to import
     from detpipe.pictures.visualize import save_png

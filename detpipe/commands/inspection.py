@@ -20,13 +20,7 @@ from detpipe.stages import Backbone
 
 @dataclass(frozen=True)
 class Objects:
-    """Objects to look at, one an entry.
-
-    Args:
-        images: ``[3, H_i, W_i]`` uint8 RGB, the image of each object.
-        boxes: ``[O, 4]`` xyxy in pixels of its image.
-        labels: ``[O]`` int64 in 1..K.
-    """
+    """Objects to look at: the image ``[3, H_i, W_i]`` uint8 RGB of each, ``[O, 4]`` xyxy in its pixels, and ``[O]`` in 1..K."""
 
     images: Sequence[Tensor]
     boxes: Tensor
@@ -73,16 +67,9 @@ def gates_of(backbone: Backbone, images: Sequence[Tensor], min_size: int, max_si
 
 
 def crop_object(image: Tensor, box: Tensor, side: int, share: float) -> Tensor:
-    """Cut out an object with what is around it; beyond the border the image's edge goes on.
+    """Cut out a box ``[4]`` of an image ``[3, H, W]`` uint8 RGB with what is around it: ``[3, side, side]``, edges go on outside.
 
-    Args:
-        image: ``[3, H, W]`` uint8 RGB.
-        box: ``[4]`` xyxy in pixels of the image.
-        side: of the result in pixels.
-        share: of the result's side that the longer side of the box takes up; above 1 zooms into the box.
-
-    Returns:
-        ``[3, side, side]`` uint8 RGB.
+    ``share`` is the part of the side that the longer side of the box takes up; above 1 zooms into the box.
     """
     x1, y1, x2, y2 = box.tolist()
     window = max(x2 - x1, y2 - y1) / share
@@ -103,18 +90,11 @@ def crop_object(image: Tensor, box: Tensor, side: int, share: float) -> Tensor:
 def gates_by_class(
     backbone: Backbone, objects: Objects, side: int, kind: str, share: float = 0.8, batch: int = 16
 ) -> dict[str, Tensor]:
-    """Average the gates of each class over its objects, each seen alone (Hu et al. 2018, figure 5).
-
-    Args:
-        backbone: in evaluation mode.
-        objects: what is cut out.
-        side: of the cut-outs in pixels.
-        kind: which gates: "channel" or "branch"; modules without such gates are left out.
-        share: as of :func:`crop_object`.
-        batch: cut-outs at a time.
+    """Average the gates of each class over its objects, each seen alone in cut-outs (Hu et al. 2018, figure 5).
 
     Returns:
-        name of the attention module -> ``[K, C]`` or ``[K, M, C]``; NaN for a class without objects.
+        name of each attention module with gates of a kind, "channel" or "branch" -> ``[K, C]`` or ``[K, M, C]``; NaN for a class
+        without objects.
     """
     count = int(objects.labels.max())
     sums: dict[str, Tensor] = {}

@@ -113,16 +113,9 @@ def _ended(report: dict[str, Any], kind: str, failed: str, out: Path) -> int:
 
 @torch.inference_mode()
 def detect(detector: TwoStageDetector, image: Tensor, proposals: Tensor | None, score_threshold: float) -> Detection:
-    """Detect objects in one image.
+    """Detect objects in one image ``[C, H, W]``, as `read_image` reads it, with proposals ``[P, 4]`` xyxy or none.
 
-    Args:
-        detector: in evaluation mode.
-        image: ``[C, H, W]`` as :func:`detpipe.datasets.read_image` reads it.
-        proposals: ``[P, 4]`` xyxy in pixels of the image, for a detector that takes precomputed ones; else None.
-        score_threshold: detections below it are left out.
-
-    Returns:
-        The detections, on the CPU; with proposals and glimpses where the head returns them.
+    Detections below the threshold are left out; they are on the CPU, with proposals and glimpses where the head returns them.
     """
     targets: list[Target] | None = None if proposals is None else [{"proposals": proposals.to(detector.device)}]
     [found] = detector([image.to(detector.device)], targets)

@@ -29,12 +29,7 @@ class Calibration:
 
 
 def calibrate(scores: Floats, right: Flags, bins: int = BINS) -> Calibration:
-    """Sort detections into bins of equal width by their score.
-
-    Args:
-        scores: ``[D]`` in 0..1.
-        right: ``[D]``.
-        bins: how many.
+    """Sort detections into bins of equal width by their score ``[D]`` in 0..1; ``right`` is ``[D]``.
 
     Raises:
         ValueError: a score outside of 0..1.

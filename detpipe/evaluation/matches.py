@@ -165,16 +165,8 @@ def match_voc(
     """Match by VOC's rules: a detection is compared with the one object of its class and image that it overlaps most.
 
     If that object (the first of several) is difficult or a crowd region, the detection is ignored; if a better scored detection has
-    taken it, this one is a false positive, whatever else it overlaps.
-
-    Args:
-        annotations: the ground truth of I images.
-        detections: in pixels of the original images, in any order; all of them count.
-        iou_threshold: the overlap that makes a match, above 0, at most 1.
-        strict: a match must exceed the threshold instead of reaching it.
-
-    Returns:
-        The matches, of one range of sizes and one threshold.
+    taken it, this one is a false positive, whatever else it overlaps. All detections count; with ``strict`` a match must exceed the
+    threshold, above 0 and at most 1, instead of reaching it. The matches are of one range of sizes and one threshold.
 
     Raises:
         DataError: no images, or a fault in a record, which it names.
@@ -223,7 +215,7 @@ def ignored_objects(annotations: Annotations, areas: Sequence[str] = ("all",)) -
 
 
 def take_best(pairs: Pairs, ranks: Integers, thresholds: Floats, crowd: Flags, ignored: Flags) -> npt.NDArray[np.int32]:
-    """Let each detection, best first in its group, take the free object that it overlaps most.
+    """Let each detection, best first in its group, take the free object that it overlaps most: ``[A, T, D]`` rows, -1 for none.
 
     Args:
         pairs: detections and objects of the same group that overlap at least by the lowest threshold.
@@ -231,9 +223,6 @@ def take_best(pairs: Pairs, ranks: Integers, thresholds: Floats, crowd: Flags, i
         thresholds: ``[T]`` IoU.
         crowd: ``[B]`` regions that any number of detections may take.
         ignored: ``[A, B]`` objects that are taken only where no other is left.
-
-    Returns:
-        ``[A, T, D]`` rows of objects, -1 for none.
     """
     shape = (len(ignored), len(thresholds))
     limits = np.minimum(thresholds, _ALMOST_ONE)
@@ -305,16 +294,7 @@ def overlapping_pairs(
     crowd: Flags,
     minimum: float,
 ) -> Pairs:
-    """Find every detection and object of one group whose boxes overlap enough.
-
-    Args:
-        boxes: ``[D, 4]`` xyxy of the detections.
-        groups: ``[D]``.
-        object_boxes: ``[B, 4]`` xyxy.
-        object_groups: ``[B]``.
-        crowd: ``[B]`` regions of many objects.
-        minimum: IoU from which a pair is listed, above 0.
-    """
+    """Find every detection and object, xyxy, of one group with an IoU of at least ``minimum``, above 0; ``crowd`` as of `take_best`."""
     order = np.argsort(object_groups, kind="stable")
     in_order = object_groups[order]
     first = np.searchsorted(in_order, groups, side="left")

@@ -34,16 +34,9 @@ class _Sample(NamedTuple):
 
 
 def recall_note(annotations: Annotations, proposals: Proposals, split: str, images: int = 500) -> tuple[str, list[str]]:
-    """Say before training what the boxes of a split can find at best, and what may be wrong with them.
+    """Say in a line what the boxes of a split can find at best, and in lines of warning what may be wrong where that is little.
 
-    Args:
-        annotations: the images and their objects.
-        proposals: for each image id ``[P, 4]`` xyxy in pixels of the image, best first.
-        split: its name.
-        images: look at no more than this many, evenly spread.
-
-    Returns:
-        One line, and lines of warning where recall is low.
+    ``proposals`` are ``[P, 4]`` xyxy in pixels of the image by image id, best first; at most so many images are looked at.
     """
     looked_at = annotations
     if len(annotations) > images:

@@ -109,9 +109,6 @@ def evaluate_recall(
         max_boxes: numbers of boxes an image to look at, ascending.
         progress: called with the number of images done and of all, after each.
 
-    Returns:
-        The measures.
-
     Raises:
         ValueError: ``max_boxes`` are not positive and ascending.
         DataError: an image has no entry, or its boxes are not finite ``[P, 4]``; the image is named.

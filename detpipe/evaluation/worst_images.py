@@ -49,14 +49,7 @@ class ImageOutcome:
 
 
 def worst_images(matches: Matches, errors: Errors, score: float, count: int) -> list[ImageOutcome]:
-    """Choose at most ``count`` images that cost AP50, the most costly first.
-
-    Args:
-        matches: of which the first threshold is an IoU of 0.5.
-        errors: of the matches.
-        score: detections below it are not listed, and find nothing.
-        count: of images.
-    """
+    """Choose at most ``count`` images that cost AP50, the most costly first; detections below a score are not listed."""
     costs = image_costs(matches)
     row_of_rank = np.argsort(matches.annotations.image_ids)
     order = np.argsort(-costs, kind="stable")[:count]

@@ -37,17 +37,7 @@ _PAPER, _INK, _OUTSIDE = (255, 255, 255), (30, 34, 40), (110, 110, 110)
 
 
 def draw_glimpses(image: Tensor, found: GlimpsedDetection, class_names: Sequence[str], shown: int = SHOWN) -> Tensor:
-    """Draw what a head looked at for its best detections.
-
-    Args:
-        image: ``[3, H, W]`` uint8 RGB.
-        found: detections in pixels of ``image``, best first.
-        class_names: [K], the name of label 1 first.
-        shown: at most this many detections have a panel.
-
-    Returns:
-        ``[3, H', W']`` uint8: the image with all detections, and the panels below.
-    """
+    """Draw all detections on an image ``[3, H, W]`` uint8 RGB, and below it panels of what a head looked at for the best of them."""
     whole = visualize.draw(image, found["boxes"], found["labels"], class_names, found["scores"])
     count = min(shown, len(found["scores"]))
     if not count:

@@ -14,14 +14,7 @@ from detpipe.pictures.visualize import SLIMMEST, plot_color
 
 
 def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], counts: Sequence[int], out: Path) -> None:
-    """Draw the mean gate of each channel, a line a class and a panel a module, as in Hu et al. 2018, figure 5.
-
-    Args:
-        gates: module -> ``[K, C]``, NaN for classes without objects.
-        class_names: [K].
-        counts: objects of each class.
-        out: the PNG.
-    """
+    """Draw the mean gate of each channel, ``[K, C]`` by module, NaN for classes without objects, as in Hu et al. 2018, figure 5."""
     figure = new_figure(8.5, 1.9 * len(gates) + 0.9, "attention")
     panels = np.atleast_1d(figure.subplots(len(gates), 1))
     for axes, (name, values) in zip(panels, gates.items(), strict=True):

@@ -149,14 +149,10 @@ def draw_target(
 
 
 def fit(image: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Resize an image to a picture of one size.
-
-    Args:
-        image: [3, H, W] uint8 RGB.
-        side: the longer side, pixels; the shorter one has at least a sixth of it, for which a slimmer image is stretched.
+    """Resize an image [3, H, W] uint8 RGB so that its longer side has so many pixels; the shorter has at least a sixth of that.
 
     Returns:
-        [3, H', W'] uint8, and the factors of x1, y1, x2, y2 of boxes, [4].
+        [3, H', W'] uint8, stretched where it was slimmer, and the factors of x1, y1, x2, y2 of boxes, [4].
     """
     height, width = image.shape[1:]
     scale = side / max(height, width)
@@ -187,9 +183,6 @@ def comparison_grid(
         pairs_per_row: images side by side.
         panel_side: the longer side of each panel, pixels.
         renderer: as in :func:`draw`.
-
-    Returns:
-        [3, H, W] uint8.
 
     Raises:
         ValueError: there are no images, or not one target and one detection for each.

@@ -124,17 +124,14 @@ def run(
     preload: str,
     tell: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Item, Result]]:
-    """Work on items in several processes at a time.
+    """Work on items in several processes at a time, or in this one, and yield each with what was made of it, in any order.
 
     Args:
-        prepare: called once in each process, makes what works on an item; must be picklable.
-        items: picklable.
+        prepare: called once in each process, makes what works on an item; must be picklable, as items are.
+        items: to work on.
         workers: processes; 1 works in this one.
         preload: the module that the processes need, imported once for all.
         tell: called with the number of steps since the last call, from time to time.
-
-    Yields:
-        Each item and what was made of it, in any order.
 
     Raises:
         DataError: a process died; what is finished stays.

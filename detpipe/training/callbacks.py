@@ -31,13 +31,10 @@ def names_of_targets(batch: Batch) -> list[str]:
 
 
 class StepSeed(Callback):
-    """Make every random draw of a training step, and of a validation, a function of the seed and the step alone.
+    """Make every random draw of a training step, and of a validation, a function of the run's seed and the step alone.
 
     It is another one in each process, and for each of the batches whose gradients are accumulated for a step. A resumed run then
     draws what the undisturbed one would have drawn.
-
-    Args:
-        seed: of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -211,15 +208,7 @@ class AveragedWeights(WeightAveraging):
 
 
 class StopEarly(EarlyStopping):
-    """End training when so many validations have brought no better number.
-
-    Args:
-        monitor: the logged number; the highest is the best.
-        patience: validations without a better one.
-
-    Raises:
-        ValueError: ``patience`` below 1.
-    """
+    """End training when so many validations, 1 or more, have brought no better number; the highest is the best."""
 
     def __init__(self, monitor: str, patience: int) -> None:
         if patience < 1:
@@ -279,10 +268,6 @@ class StopOnNonFinite(Callback):
     """Stop before a NaN or an infinity reaches the weights, and say which images caused it (row 36 of the fault matrix).
 
     The batch is stored as ``NONFINITE_BATCH`` in the run folder: images, targets (or labels), file names, step.
-
-    Args:
-        folder: the run folder.
-        file_names: of a batch, for the message.
     """
 
     def __init__(self, folder: Path, file_names: Callable[[Any], list[str]] = names_of_targets) -> None:

@@ -27,14 +27,9 @@ _KINDS = {  # of a model -> its class, what its classes set, and the command tha
 
 
 def load_detector(path: str | Path, trust: Sequence[str] = ()) -> tuple[TwoStageDetector, Description]:
-    """Rebuild a detector from its checkpoint alone.
+    """Rebuild a detector in evaluation mode from its checkpoint, a local file, alone.
 
-    Args:
-        path: a local file.
-        trust: modules whose classes the checkpoint may name too, such as ("my_head",); they are imported, and their code runs.
-
-    Returns:
-        The detector in evaluation mode, and what the checkpoint says about itself.
+    ``trust`` names modules whose classes it may name too, such as ("my_head",); they are imported, and their code runs.
 
     Raises:
         CheckpointError: as of :func:`detpipe.training.checkpoint.read`; or the checkpoint names classes that are not allowed, is of

@@ -56,14 +56,9 @@ class CheckpointSettings:
 
 
 class SaveCheckpoints(Checkpoint):
-    """Write ``best.ckpt`` after a validation that was better than all before, and ``last.ckpt``.
+    """Write ``best.ckpt`` after a validation that was better than all before, and ``last.ckpt``, into the run folder.
 
-    Args:
-        folder: the run folder.
-        numbers: of each validation, with the name of the one of which the highest is the best.
-        settings: how often ``last.ckpt`` is written within an epoch.
-        description: of the model, for every checkpoint.
-        record: entries for every checkpoint: what it was trained with.
+    Every checkpoint carries the description of the model, and the entries of ``record``: what it was trained with.
     """
 
     def __init__(
@@ -94,10 +89,7 @@ class SaveCheckpoints(Checkpoint):
     def save(self, trainer: Trainer, moment: Literal["step", "validation"] | None = None) -> None:
         """Write ``last.ckpt``, in all processes.
 
-        Args:
-            trainer: in training.
-            moment: "step" when the next batch has come and its step has not begun; "validation" while one runs, which is then
-                repeated.
+        The moment is "step" when the next batch has come and its step has not begun; "validation" while one runs: it is repeated.
         """
         for logger in trainer.loggers:
             logger.save()  # rows of the steps that are saved must not be lost either
@@ -195,11 +187,8 @@ class ResumeBatches(Callback):
 class StopOnSignal(Callback):
     """Save when it is time; and after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C finish the step, save, and end.
 
-    All processes save and stop together, whichever of them was asked to. A second Ctrl-C ends at once.
-
-    Args:
-        saves: writes the checkpoints; None where none are wanted.
-        speed: in which the time of saving does not count.
+    All processes save and stop together, whichever of them was asked to. A second Ctrl-C ends at once. The time of saving does not
+    count in ``speed``.
     """
 
     def __init__(self, saves: SaveCheckpoints | None, speed: Throughput) -> None:
