@@ -294,7 +294,7 @@ def overlapping_pairs(
     crowd: Flags,
     minimum: float,
 ) -> Pairs:
-    """Find every detection and object, xyxy, of one group with an IoU of at least ``minimum``, above 0; ``crowd`` as of `take_best`."""
+    """Find every detection and object, xyxy, of one group with an IoU of ``minimum``, above 0, or more; ``crowd`` is [B]."""
     order = np.argsort(object_groups, kind="stable")
     in_order = object_groups[order]
     first = np.searchsorted(in_order, groups, side="left")

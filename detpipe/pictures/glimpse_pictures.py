@@ -37,7 +37,7 @@ _PAPER, _INK, _OUTSIDE = (255, 255, 255), (30, 34, 40), (110, 110, 110)
 
 
 def draw_glimpses(image: Tensor, found: GlimpsedDetection, class_names: Sequence[str], shown: int = SHOWN) -> Tensor:
-    """Draw all detections on an image ``[3, H, W]`` uint8 RGB, and below it panels of what a head looked at for the best of them."""
+    """Draw all detections on an image ``[3, H, W]`` uint8 RGB, and below it panels of where a head looked for the best."""
     whole = visualize.draw(image, found["boxes"], found["labels"], class_names, found["scores"])
     count = min(shown, len(found["scores"]))
     if not count:

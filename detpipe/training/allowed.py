@@ -7,6 +7,7 @@ file names. ``--trust MODULE`` adds a user's own.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
@@ -105,13 +106,15 @@ def policy() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @cache
 def _homes() -> dict[str, str]:
-    """Each path that names one class of this package, or did so in an earlier version -> the path of its module."""
+    """Each path that names one class of this package, or did so in an earlier version -> its public path, or its module's."""
+    text = (Path(__file__).parents[1] / "__init__.py").read_text(encoding="utf-8")
+    public = ast.literal_eval(text.partition("__all__ = ")[2].partition("]")[0] + "]")
     homes: dict[str, set[str]] = {}
     for home in _classes():
         module, _, name = home.removeprefix("detpipe.").rpartition(".")
         olds = [f"detpipe.{old}.{name}" for old, now in _MOVED.items() if now == module]
         for path in (path for one in (home, *olds) for path in _shortened(one)):
-            homes.setdefault(path, set()).add(home)
+            homes.setdefault(path, set()).add(f"detpipe.{name}" if name in public else home)
     return {path: min(found) for path, found in homes.items() if len(found) == 1}
 
 
