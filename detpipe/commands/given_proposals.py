@@ -23,16 +23,9 @@ Boxes = Callable[[Path, Tensor], Tensor]  # path and [3, H, W] uint8 RGB -> [P, 
 
 
 def open_boxes(option: str, images: Sequence[Path], trained_on: dict[str, Any] | None) -> Boxes:
-    """Open what ``--proposals`` names, and see that it has boxes for all images.
+    """Open what ``--proposals`` names, a JSON file, a store, or a source, and see that it has boxes for all images.
 
-    Args:
-        option: a JSON file, a store, or the name of a source.
-        images: the images.
-        trained_on: the source and settings of the boxes that the detector was trained on, if known: a source of this name
-            gets these settings, another one its defaults.
-
-    Raises:
-        DetpipeError: there is no such file or source, the file is no store or JSON of boxes, or lacks an image.
+    A source by which the detector was trained, if known, gets its settings, another one its defaults.
     """
     suffix = Path(option).suffix
     if suffix == SUFFIX:

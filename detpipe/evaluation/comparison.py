@@ -40,14 +40,14 @@ def compare(
     most: int = 100,
     matched: Mapping[str, Matches] | None = None,
 ) -> dict[str, Any]:
-    """Compare runs with the first of them.
+    """Compare runs, name -> detections, with the first of them.
 
     Args:
         annotations: the ground truth of I images, the same for all.
-        runs: name -> detections; two or more.
+        runs: two or more.
         protocol: ``"coco"`` for AP, AP50 and AP75; ``"voc07"`` or ``"voc10"`` for mAP.
         resamples: S draws of I images. More make the ends of the intervals steadier.
-        seed: of the draws; equal seeds give equal intervals.
+        seed: of the draws.
         confidence: the part of the draws inside an interval, above 0 and below 1.
         most: for ``"coco"``: so many detections of a class in an image count.
         matched: the matches of the runs by these rules, where they are known.

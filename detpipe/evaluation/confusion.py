@@ -24,13 +24,7 @@ from detpipe.types import Annotations, DetectionArrays
 def detection_confusion(
     annotations: Annotations, detections: DetectionArrays, score_threshold: float, iou_threshold: float = 0.5
 ) -> npt.NDArray[np.int64]:
-    """Count objects by what they are and what they were taken for.
-
-    Args:
-        annotations: the ground truth of K classes.
-        detections: in pixels of the original images, in any order.
-        score_threshold: detections below it are left out.
-        iou_threshold: the overlap that makes a match, above 0, at most 1.
+    """Count objects by what they are and what they were taken for, by detections of at least a score, at an IoU above 0, at most 1.
 
     Returns:
         ``[K + 1, K + 1]``: rows are the truth, columns what was detected, background last; their corner is 0.

@@ -131,13 +131,13 @@ def match(
     max_detections: int = 100,
     forgiven: Flags | None = None,
 ) -> Matches:
-    """Match detections with objects of their class.
+    """Match detections, in any order, with objects of their class, for ranges of sizes by their name in ``AREAS``.
 
     Args:
         annotations: the ground truth of I images.
-        detections: in pixels of the original images, in any order.
+        detections: in pixels of the original images.
         thresholds: T IoU thresholds, above 0, at most 1.
-        areas: ranges of sizes by their name in ``AREAS``.
+        areas: names in ``AREAS``.
         max_detections: of each class, so many of the best of an image count.
         forgiven: ``[D]``, detections that are neither right nor wrong if they match nothing (LVIS); None for none.
 

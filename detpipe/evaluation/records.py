@@ -86,8 +86,7 @@ def check_detections(annotations: Annotations, detections: DetectionArrays) -> N
 
     Raises:
         ValueError: the arrays do not have the same length, or the boxes are not ``[D, 4]``.
-        DataError: a score or box is not finite, a box is turned inside out, an image id or a label is unknown. Names
-            the first such record, counted from 0.
+        DataError: an unsound record; the first is named, counted from 0.
     """
     count = len(detections.scores)
     shapes = (detections.image_ids.shape, detections.boxes.shape, detections.scores.shape, detections.labels.shape)
@@ -113,12 +112,7 @@ def check_detections(annotations: Annotations, detections: DetectionArrays) -> N
 
 
 def check_annotations(annotations: Annotations) -> None:
-    """Refuse ground truth that cannot be evaluated against.
-
-    Raises:
-        DataError: no images, no classes, an image id or a class name twice, a label outside 1..K, or a box or area that is not
-            sound.
-    """
+    """Refuse ground truth that cannot be evaluated against, with a DataError: of no images or classes, or an unsound record."""
     source = str(annotations.root)
     if len(annotations) == 0:
         raise DataError(f"{source}: the ground truth holds no images: there is nothing to evaluate")

@@ -172,17 +172,10 @@ def comparison_grid(
     panel_side: int = 360,
     renderer: Renderer = "auto",
 ) -> Tensor:
-    """Show each image twice: with its ground truth on the left, with what was detected on the right.
+    """Show N images, each of its own size, twice: with its ground truth on the left, with what was detected on the right.
 
-    Args:
-        images: N images, [C, H, W] uint8 or floating point in 0..1, each of its own size.
-        targets: N targets in the frames of their images. Crowd regions and difficult objects are gray.
-        detections: N detections in the same frames.
-        class_names: [K], the name of label 1 first.
-        score_threshold: detections below it are not shown.
-        pairs_per_row: images side by side.
-        panel_side: the longer side of each panel, pixels.
-        renderer: as in :func:`draw`.
+    Targets and detections are in the frames of the images; crowd regions and difficult objects are gray. The longer side of each
+    panel is ``panel_side`` pixels.
 
     Raises:
         ValueError: there are no images, or not one target and one detection for each.

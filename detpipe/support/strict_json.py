@@ -83,17 +83,9 @@ def paused_collection() -> Iterator[None]:
 
 
 def require(record: Any, field: str, kind: type[T], where: str) -> T:
-    """Return ``record[field]`` if it is there and of the kind asked for.
+    """Return ``record[field]`` if it is there and of the kind asked for; ``where`` starts the message.
 
-    Args:
-        record: a parsed JSON object.
-        field: the name of the field.
-        kind: ``int`` (of 64 bits; a bool is none), ``float`` (any finite number, returned as float), ``str``, ``list``
-            or ``dict``.
-        where: the start of the message, such as ``"train.json: annotation id 7"``.
-
-    Returns:
-        The value, of type ``kind``.
+    A kind is ``int`` (of 64 bits; a bool is none), ``float`` (any finite number, returned as float), ``str``, ``list`` or ``dict``.
 
     Raises:
         DataError: the record is not an object, or the field is missing, of another kind, or not finite.

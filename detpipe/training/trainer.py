@@ -42,14 +42,10 @@ def build_trainer(
     loggers: Sequence[Logger] = (),
     checkpoint_io: CheckpointIO | None = None,
 ) -> Trainer:
-    """Build the trainer of a configuration.
+    """Build the trainer of a configuration: ``settings`` are arguments of ``lightning.Trainer``, with all that they name built.
 
-    Args:
-        settings: arguments of ``lightning.Trainer``, with callbacks, loggers and plugins built.
-        folder: ``default_root_dir``, where the settings give none.
-        callbacks: of the command; a progress bar is added unless the settings have one, or want none.
-        loggers: of the command; left out where ``logger`` is false.
-        checkpoint_io: writes checkpoints, unless the plugins of the settings do.
+    What a command adds: callbacks, a progress bar unless there is one or none is wanted, loggers unless ``logger`` is false, and
+    what writes checkpoints unless the plugins of the settings do; ``folder`` is where Lightning writes if they say nothing.
 
     Raises:
         UsageError: what the trainer refuses, or what would not have an effect.
