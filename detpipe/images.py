@@ -232,16 +232,10 @@ def detections_to_images(
 def detections_to_files(
     detections: Sequence[Detection], targets: Sequence[Target], back: bool = False
 ) -> list[Detection]:
-    """Move detections from images that the data have resized to the image files, where ground truth is kept.
+    """Move detections from images that the data have resized, by their targets, to the image files, where ground truth is kept.
 
-    Args:
-        detections: N detections in pixels of the images as passed.
-        targets: of these images.
-        back: move them the other way, such as to draw them into the images as passed.
-
-    Returns:
-        N detections in pixels of the image files; those of images that the data have not resized, or of which they have cut parts,
-        as they are.
+    Those of images that the data have not resized, or of which they have cut parts, stay as they are; ``back`` is the other way,
+    such as to draw them into the images as passed.
     """
     moved = []
     for found, target in zip(detections, targets, strict=True):

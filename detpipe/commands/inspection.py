@@ -118,8 +118,7 @@ def branches_by_scale(
 ) -> dict[str, Tensor]:
     """Average the weight of each branch over objects and channels, as the object takes up S shares of the cut-out (Li et al. 2019).
 
-    Returns:
-        name of the attention module -> ``[S, M]``. Modules without branches are left out.
+    ``[S, M]`` by name of the attention module; modules without branches are left out.
     """
     one_class = Objects(objects.images, objects.boxes, torch.ones_like(objects.labels))
     found = [gates_by_class(backbone, one_class, side, "branch", share, batch) for share in shares]

@@ -133,16 +133,13 @@ def mean(values: Floats) -> float:
 def average_precision(
     hits: Integers, counted: Integers, objects: Integers, levels: Floats | None = RECALL_LEVELS
 ) -> Floats:
-    """Compute the mean over levels of recall of the best precision from that recall on.
+    """Compute ``[S]``, the mean over levels of recall of the best precision from that recall on; NaN where there is no object.
 
     Args:
         hits: ``[S, n]`` true positives up to and with each true positive, best score first.
         counted: ``[S, n]`` true and false positives up to there.
         objects: ``[S]`` objects to find.
         levels: of recall, rising from 0: COCO's 101 or the 11 of VOC 2007; None: the area under the curve (VOC 2010).
-
-    Returns:
-        ``[S]`` in 0..1; NaN where there is no object.
     """
     recall = hits / np.maximum(objects, 1)[:, None]
     envelope = _envelope(hits, counted)
@@ -165,11 +162,7 @@ def _levels_reached(recall: Floats, levels: Floats) -> Integers:
 
 
 def class_counts(matches: Matches, label: int, area: int = 0, threshold: int = 0) -> tuple[Integers, Integers]:
-    """Count along the detections of a class, best score first.
-
-    Returns:
-        ``[n]`` places of its true positives among the detections of the class; ``[n]`` true and false positives up to each.
-    """
+    """Find ``[n]`` true positives among the detections of a class, best first, and count ``[n]`` true and false ones up to each."""
     rows = matches.class_slice(label)
     ignored = matches.ignored[area, threshold, rows]
     places = np.flatnonzero((matches.objects[area, threshold, rows] >= 0) & ~ignored)

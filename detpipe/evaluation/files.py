@@ -146,11 +146,6 @@ def write_detections(path: str | os.PathLike[str], detections: DetectionArrays, 
     Records are in canonical order, one a line, so that equal sets of detections make equal files; reading them back gives the
     same bits. The file appears under its name only when it is complete.
 
-    Args:
-        path: the JSON file to write.
-        detections: D detections in pixels of the original images.
-        annotations: the ground truth that they belong to.
-
     Raises:
         DataError: a detection that is not sound, named; or a file that cannot be written.
     """

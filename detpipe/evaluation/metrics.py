@@ -68,11 +68,7 @@ class DetectionMetric(Metric, ABC):
         """Compute the numbers by name, of the detections of the images that were seen."""
 
     def update(self, detections: Sequence[Detection], image_ids: Sequence[int]) -> None:
-        """Take the detections of a batch.
-
-        Args:
-            detections: of N images, boxes in pixels of the original images; on any device.
-            image_ids: N ids of the ground truth.
+        """Take the detections of a batch of images, in pixels of the original images, with their ids in the ground truth.
 
         Raises:
             ValueError: detections and ids differ in number, or boxes, scores and labels of an image do.
@@ -231,14 +227,9 @@ class CocoEvaluator(DetectionMetric):
 
 
 class VocEvaluator(DetectionMetric):
-    """VOC's average precision of each class and their mean; see :func:`~detpipe.evaluation.voc.evaluate_voc`.
+    """VOC's average precision of each class and their mean; arguments as of :func:`~detpipe.evaluation.voc.evaluate_voc`.
 
-    Args:
-        annotations: the ground truth of I images.
-        protocol: ``"voc07"``, 11 points, or ``"voc10"``, the area under the curve.
-        iou_threshold: the overlap that makes a match.
-        strict: a match must exceed the threshold instead of reaching it.
-        settings: of torchmetrics, such as ``process_group``.
+    ``settings`` are those of torchmetrics, such as ``process_group``.
     """
 
     def __init__(
@@ -259,12 +250,9 @@ class VocEvaluator(DetectionMetric):
 
 
 class LvisEvaluator(DetectionMetric):
-    """LVIS's numbers, of images that were searched for some classes only; see :func:`~detpipe.evaluation.lvis.evaluate_lvis`.
+    """LVIS's numbers, of images that were searched for some classes only; as :func:`~detpipe.evaluation.lvis.evaluate_lvis`.
 
-    Args:
-        annotations: the ground truth of I images, with its ``federation``.
-        max_detections: how many detections of an image count, over all classes.
-        settings: of torchmetrics, such as ``process_group``.
+    ``settings`` are those of torchmetrics, such as ``process_group``.
     """
 
     def __init__(self, annotations: Annotations, max_detections: int = 300, **settings: Any) -> None:

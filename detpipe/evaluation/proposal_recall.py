@@ -159,8 +159,7 @@ def _find(
 ) -> tuple[npt.NDArray[np.int32], Floats]:
     """Match the boxes of some images; a cut of the boxes cuts the matches, so that one pass serves every number of them.
 
-    Returns:
-        ``[A, T, B]`` the place of the box that took an object, a very large number where none did; ``[V, B]`` best overlaps.
+    ``[A, T, B]`` the place of the box that took an object, a very large number where none did; ``[V, B]`` best overlaps.
     """
     counts, objects = [len(part) for part in boxes], len(annotations.boxes)
     images = np.repeat(np.arange(len(boxes)), counts)

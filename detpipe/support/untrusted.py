@@ -125,15 +125,9 @@ def plain_parts(value: Any) -> Iterable[Any]:
 
 
 def check_tree(value: Any, most: int, parts: Callable[[Any], Iterable[Any]] = plain_parts) -> None:
-    """Refuse containers that are too deep or, where they hold the same ones many times, too large to walk through.
+    """Refuse containers that are too deep, or hold more than ``most`` objects, counted as often as they are reached; a ValueError.
 
-    Args:
-        value: of any type.
-        most: objects in it, counted as often as they are reached.
-        parts: what an object holds.
-
-    Raises:
-        ValueError: it is larger or deeper.
+    ``parts`` tells what an object holds.
     """
     pending, count = [(value, 0)], 1
     while pending:
