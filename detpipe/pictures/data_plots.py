@@ -125,5 +125,4 @@ def _ticks(low: float, high: float) -> list[float]:
 def _finish(figure: Any, out: Path, panels: list[Any]) -> None:
     for axes in panels:
         plain_axes(axes)
-        axes.set_axisbelow(True)
     save_figure(figure, out)

@@ -12,16 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = (
-    "#2f6fde",
-    "#e4572e",
-    "#2ca25f",
-    "#8e5bc9",
-    "#d99a1c",
-    "#4fb3bf",
-    "#c2457e",
-    "#6b6b6b",
-)  # of lines side by side
+# of lines side by side
+COLORS = ("#2f6fde", "#e4572e", "#2ca25f", "#8e5bc9", "#d99a1c", "#4fb3bf", "#c2457e", "#6b6b6b")
 
 
 def new_figure(width: float, height: float, drawn: str) -> Figure:
@@ -37,7 +29,8 @@ def new_figure(width: float, height: float, drawn: str) -> Figure:
 
 
 def plain_axes(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
-    """Draw a faint grid, and no frame at the right and above."""
+    """Draw a faint grid behind everything, and no frame at the right and above."""
+    axes.set_axisbelow(True)
     axes.grid(alpha=0.3, axis=grid)
     axes.spines[["top", "right"]].set_visible(False)
 

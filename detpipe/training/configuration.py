@@ -46,12 +46,8 @@ LINKED = {  # what is not given, but follows something else
 }
 
 
-ONE_RUN = (
-    "output",
-    "ckpt_path",
-    "accept_changes",
-    "init_from",
-)  # options of a training that its config.yaml does not repeat
+# options of a training that its config.yaml does not repeat
+ONE_RUN = ("output", "ckpt_path", "accept_changes", "init_from")
 
 
 class Parser(LightningArgumentParser):

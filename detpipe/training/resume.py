@@ -21,9 +21,8 @@ from detpipe.training import checkpoint
 from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, plain, settings_by_key
 
 RECORD = "detpipe_training"  # entry of a checkpoint: what it was trained with
-CHANGES: dict[
-    str, tuple[str, ...]
-] = {  # what may be accepted -> the settings that it stands for; of several, the first that fits
+# what may be accepted -> the settings that it stands for; of several, the first that fits
+CHANGES: dict[str, tuple[str, ...]] = {
     "lr": ("model.optimizer",),
     "schedule": ("model.lr_scheduler", "trainer.max_epochs", "trainer.max_steps"),
     "batch_size": ("data.loader.batch_size",),
