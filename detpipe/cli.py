@@ -104,7 +104,7 @@ commands:
 
 COMMANDS: dict[
     str, dict[str, str]
-] = {  # what stands before a command, if anything -> command -> its function in detpipe.commands
+] = {  # what stands before a command, if anything -> command -> its function in detpipe.commands, or its full path
     "": {
         "train": "training.train",
         "evaluate": "evaluate.evaluate",
@@ -240,10 +240,10 @@ def run(arguments: Sequence[str], group: str = "") -> int:
         raise UsageError(f"unknown command {command!r}: expected {', '.join(commands)}{near}{more}")
     if command in COMMANDS:
         return run(rest, command)
-    module, function = commands[command].split(".")
+    module, _, function = commands[command].rpartition(".")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
     keep_freed_memory()
-    return getattr(import_module(f"detpipe.commands.{module}"), function)(rest) or 0
+    return getattr(import_module(module if "." in module else f"detpipe.commands.{module}"), function)(rest) or 0
 
 
 def one_line(error: BaseException) -> str:

@@ -43,10 +43,10 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
 
 
 def test_a_tool_runs_from_anywhere(tmp_path):
-    tool = [sys.executable, str(ROOT / "tools" / "train.py"), "nowhere.yaml"]
+    tool = [sys.executable, str(ROOT / "tools" / "data.py"), "chek"]  # which needs no PyTorch to be refused
     done = subprocess.run(tool, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "detpipe: error: configuration nowhere.yaml does not exist\n"
+    assert done.stderr.startswith("detpipe: error: unknown command 'chek': expected check, info, ")
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "predict", "pretrain", "train_regions", "classify", "data"])
@@ -68,6 +68,16 @@ def test_the_tool_that_makes_shards_is_a_command_on_data(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "tools" / "make_shards.py"), run_name="__main__")
     assert (stop.value.code, seen) == (7, [["data", "shards", "a", "--b"]])
+
+
+def test_the_tool_of_the_example_adds_its_command(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "", dict(cli.COMMANDS[""]))
+    monkeypatch.setattr(sys, "argv", ["tools/train_classifier.py", "--help"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / "train_classifier.py"), run_name="__main__")
+    assert stop.value.code == 0
+    assert "usage:" in capsys.readouterr().out
 
 
 def test_no_command_shows_the_help_as_a_mistake(capsys):

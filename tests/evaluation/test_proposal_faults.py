@@ -142,6 +142,7 @@ def test_the_note_before_training():
     assert "no objects" in recall_note(annotations_of([{"boxes": []}]), {1: np.zeros((0, 4))}, "val")[0]
 
 
+@pytest.mark.slow
 def test_real_boxes_of_real_images(shared_data):
     data = open_split(
         str(shared_data / "coco_mini" / "annotations" / "instances_val2017.json"),
