@@ -28,15 +28,7 @@ MAX_LOG_SCALE = math.log(1000.0 / 16.0)  # a box grows by at most this factor in
 
 
 def constants(values: Sequence[float], like: Tensor) -> Tensor:
-    """Put a few numbers on a tensor's device without a copy that waits for the device.
-
-    Args:
-        values: V numbers.
-        like: gives dtype and device.
-
-    Returns:
-        ``[V]``.
-    """
+    """Put a few numbers, ``[V]``, on a tensor's device, in its dtype, without a copy that waits for the device."""
     return torch.stack([like.new_full((), value) for value in values])
 
 
@@ -59,13 +51,7 @@ def image_sides(image_sizes: Sequence[tuple[int, int]], like: Tensor) -> tuple[T
 
 
 def area(boxes: Tensor) -> Tensor:
-    """Compute the area of each box.
-
-    Args:
-        boxes: ``[..., 4]`` xyxy.
-
-    Returns:
-        ``[...]`` square pixels; 0 for a box that is turned inside out.
+    """Compute the area of each box ``[..., 4]``: ``[...]`` square pixels, 0 for a box that is turned inside out.
 
     Example:
         >>> area(torch.tensor([[0.0, 0.0, 4.0, 3.0]]))
@@ -76,15 +62,7 @@ def area(boxes: Tensor) -> Tensor:
 
 
 def intersection(boxes: Tensor, others: Tensor) -> Tensor:
-    """Compute the area that each box shares with each other box.
-
-    Args:
-        boxes: ``[..., P, 4]`` xyxy.
-        others: ``[..., G, 4]`` xyxy, with the same leading dimensions.
-
-    Returns:
-        ``[..., P, G]`` square pixels.
-    """
+    """Compute the area ``[..., P, G]`` that each box ``[..., P, 4]`` shares with each other box ``[..., G, 4]``."""
     top_left = torch.maximum(boxes[..., :, None, :2], others[..., None, :, :2])
     bottom_right = torch.minimum(boxes[..., :, None, 2:], others[..., None, :, 2:])
     size = (bottom_right - top_left).clamp(min=0)
@@ -92,14 +70,11 @@ def intersection(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Compute the intersection over union of each box with each other box.
+    """Compute the IoU ``[..., P, G]`` in 0..1 of each box with each other box; 0 where both areas are 0.
 
     Args:
         boxes: ``[..., P, 4]`` xyxy.
         others: ``[..., G, 4]`` xyxy, with the same leading dimensions.
-
-    Returns:
-        ``[..., P, G]`` in 0..1; 0 where both areas are 0.
 
     Example:
         >>> iou(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.tensor([[1.0, 0.0, 3.0, 2.0]]))
@@ -111,29 +86,15 @@ def iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def coverage(boxes: Tensor, regions: Tensor) -> Tensor:
-    """Compute how much of each box lies inside each region: COCO's overlap with crowd regions.
-
-    Args:
-        boxes: ``[..., P, 4]`` xyxy.
-        regions: ``[..., G, 4]`` xyxy, with the same leading dimensions.
-
-    Returns:
-        ``[..., P, G]`` intersection over the box's own area, in 0..1.
-    """
+    """Compute how much of each box ``[..., P, 4]`` lies inside each region ``[..., G, 4]``: COCO's overlap with crowd regions."""
     shared = intersection(boxes, regions)
     return shared / area(boxes)[..., :, None].clamp(min=torch.finfo(shared.dtype).tiny)
 
 
 def clip(boxes: Tensor, height: Tensor | float, width: Tensor | float) -> Tensor:
-    """Move the corners of boxes into the image.
+    """Move the corners of boxes ``[..., 4]`` into an image; a box wholly outside becomes one of area 0 on the border.
 
-    Args:
-        boxes: ``[..., 4]`` xyxy.
-        height: of the image in pixels, a number or a tensor that broadcasts against ``[...]``.
-        width: likewise.
-
-    Returns:
-        ``[..., 4]``; a box wholly outside becomes one of area 0 on the border.
+    ``height`` and ``width`` are numbers of pixels, or tensors that broadcast against ``[...]``.
     """
     if isinstance(height, Tensor) and isinstance(width, Tensor):
         limit = torch.stack((width, height, width, height), dim=-1).to(boxes)
@@ -143,14 +104,7 @@ def clip(boxes: Tensor, height: Tensor | float, width: Tensor | float) -> Tensor
 
 
 def fill(boxes: Tensor, present: Tensor) -> Tensor:
-    """Put a box of one pixel where there is none, so that every row can be pooled and encoded.
-
-    Args:
-        boxes: ``[..., 4]`` xyxy.
-        present: ``[...]`` bool.
-
-    Returns:
-        ``[..., 4]``: ``[0, 0, 1, 1]`` where not present.
+    """Put ``[0, 0, 1, 1]`` where no box is present, ``[...]`` bool, so that every row can be pooled and encoded.
 
     Example:
         >>> fill(torch.zeros(1, 4), torch.tensor([False]))
@@ -161,15 +115,7 @@ def fill(boxes: Tensor, present: Tensor) -> Tensor:
 
 
 def valid(boxes: Tensor, min_size: float = 0.0) -> Tensor:
-    """Tell which boxes are finite and larger than a size.
-
-    Args:
-        boxes: ``[..., 4]`` xyxy.
-        min_size: width and height must exceed it, in pixels.
-
-    Returns:
-        ``[...]`` bool.
-    """
+    """Tell which boxes ``[..., 4]`` are finite, and wider and higher than ``min_size`` pixels: ``[...]`` bool."""
     size = boxes[..., 2:] - boxes[..., :2]
     return ((size > min_size) & (size < math.inf)).all(-1)  # an edge that is not finite makes a size that is not
 
@@ -196,15 +142,9 @@ def encode(boxes: Tensor, references: Tensor, weights: DeltaWeights = DELTA_WEIG
 
 
 def decode(deltas: Tensor, references: Tensor, weights: DeltaWeights = DELTA_WEIGHTS) -> Tensor:
-    """Apply weighted deltas to reference boxes: the inverse of :func:`encode`.
+    """Apply weighted deltas ``[..., 4]`` to reference boxes: the inverse of :func:`encode`, not clipped.
 
-    Args:
-        deltas: ``[..., 4]``; dw and dh are capped so that a box grows at most 62.5 times.
-        references: ``[..., 4]`` xyxy.
-        weights: the factors that :func:`encode` used.
-
-    Returns:
-        ``[..., 4]`` xyxy in pixels, not clipped.
+    dw and dh are capped so that a box grows at most 62.5 times.
     """
     size, center = _size_and_center(references)
     shift = _each(operator.truediv, deltas[..., :2], weights[:2])

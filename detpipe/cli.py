@@ -62,18 +62,78 @@ examples:
   detpipe pretrain configs/pretrain/se_resnet18.yaml
 """
 
-COMMANDS = {
-    "train": ("detpipe.commands.training", "train"),
-    "evaluate": ("detpipe.commands.evaluate", "evaluate"),
-    "predict": ("detpipe.commands.predict", "predict"),
-    "pretrain": ("detpipe.commands.training", "pretrain"),
-    "train_regions": ("detpipe.commands.training", "train_regions"),
-    "classify": ("detpipe.commands.predict", "classify"),
-    "ablate": ("detpipe.commands.ablation", "run_ablate"),
-    "inspect": ("detpipe.commands.inspect_attention", "run_inspect"),
-    "proposals": ("detpipe.commands.proposal_commands", "main"),
-    "data": ("detpipe.commands.data_commands", "main"),
+PROPOSALS_HELP = """usage: detpipe proposals make|convert|info|recall ...
+
+Region proposals in files: boxes that a detector with precomputed proposals looks at.
+
+commands:
+  make SOURCE --data DATA [--split SPLIT] -o STORE.safetensors
+                        make boxes for all images of a data set or folder
+  convert FILE -o STORE.safetensors
+                        turn Fast R-CNN's .mat, COCO results, detectron2's or mmdetection's pickle, CSV or .npz into a store
+  info STORE.safetensors
+                        how many boxes it holds, what made them, and its hash
+  recall STORE.safetensors ... --data DATA [--split SPLIT] [-o FOLDER]
+                        how many objects the boxes find, as table, JSON and picture
+
+'detpipe proposals COMMAND --help' shows the options of a command.
+"""
+
+DATA_HELP = """usage: detpipe data check|info|show|convert|split|shards PATH ...
+       detpipe data download voc07|voc12|coco2017
+
+A data set of images with boxes. PATH is a folder in VOC, COCO or YOLO layout, a COCO annotation file (*.json, with --images),
+a table with a row a box (*.csv), or shards: a folder that 'detpipe data shards' wrote, or its web address.
+
+commands:
+  check PATH            name every fault in it, and pictures that several splits share
+  info PATH [-o FOLDER]
+                        count and measure images and boxes, draw it, suggest sizes of anchors
+  show PATH -o OUT.png  draw images with their boxes
+  convert PATH --to coco|voc|yolo|csv -o FOLDER
+                        write it in another layout, without loss where that can be
+  split PATH -o FOLDER --parts train=.8,val=.1,test=.1
+                        divide it into parts with equal shares of the objects of every class
+  download voc07|voc12|coco2017 [-o FOLDER]
+                        fetch and unpack a public data set, or go on where that was cut off
+  shards PATH -o FOLDER --workers 8
+                        write it as tar files with an index, to train from without unpacking; --verify compares them
+
+'detpipe data COMMAND --help' shows the options of a command.
+"""
+
+COMMANDS: dict[
+    str, dict[str, str]
+] = {  # what stands before a command, if anything -> command -> its function in detpipe.commands, or its full path
+    "": {
+        "train": "training.train",
+        "evaluate": "evaluate.evaluate",
+        "predict": "predict.predict",
+        "pretrain": "training.pretrain",
+        "train_regions": "training.train_regions",
+        "classify": "predict.classify",
+        "ablate": "ablation.run_ablate",
+        "inspect": "inspect_attention.run_inspect",
+        "proposals": "",
+        "data": "",
+    },
+    "proposals": {
+        "make": "proposal_making.run_make",
+        "convert": "proposal_stores.run_convert",
+        "info": "proposal_stores.run_info",
+        "recall": "proposal_recall.run_recall",
+    },
+    "data": {
+        "check": "data_check.run_check",
+        "info": "data_info.run_info",
+        "show": "data_show.run_show",
+        "convert": "data_convert.run_convert",
+        "split": "data_split.run_split",
+        "download": "data_download.run_download",
+        "shards": "data_shards.run_shards",
+    },
 }
+_HELP = {"": HELP, "proposals": PROPOSALS_HELP, "data": DATA_HELP}
 
 _WORKERS = {  # how PyTorch's messages of data workers begin -> what to do
     "DataLoader worker (pid": "a process that loads images was ended from outside, most often because memory ran out; checkpoints "
@@ -100,10 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     try:
         given, trust = _without_trust(given)
-        if not given or given[0] in ("-h", "--help"):
-            print(HELP, end="")
-            return 0 if given else 2
-        if given[0] == "--version":
+        if given[:1] == ["--version"]:
             from importlib.metadata import version
 
             print(f"detpipe {version('detpipe')}")
@@ -157,11 +214,12 @@ def interrupted() -> int:
     return 130
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str], group: str = "") -> int:
     """Run a command and let its errors through.
 
     Args:
         arguments: the command and its arguments.
+        group: what comes before the command, such as ``data``.
 
     Returns:
         The exit status.
@@ -169,28 +227,27 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         UsageError: there is no such command.
     """
-    command, *rest = arguments
-    if command not in COMMANDS:
+    commands = COMMANDS[group]
+    command, *rest = arguments or [""]
+    if command in ("", "-h", "--help"):
+        print(_HELP[group], end="")
+        return 0 if command else 2
+    if command not in commands:
         from detpipe.support.suggest import did_you_mean
 
-        raise UsageError(
-            f"unknown command {command!r}: expected {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}"
-        )
-    module, function = COMMANDS[command]
+        more = f"; see 'detpipe {group} --help'" if group else ""
+        near = did_you_mean(command, commands)
+        raise UsageError(f"unknown command {command!r}: expected {', '.join(commands)}{near}{more}")
+    if command in COMMANDS:
+        return run(rest, command)
+    module, _, function = commands[command].rpartition(".")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
     keep_freed_memory()
-    return getattr(import_module(module), function)(rest) or 0
+    return getattr(import_module(module if "." in module else f"detpipe.commands.{module}"), function)(rest) or 0
 
 
 def one_line(error: BaseException) -> str:
-    """Say what went wrong in one line.
-
-    Args:
-        error: any exception; one from a data worker carries a traceback in its text.
-
-    Returns:
-        The message of an error that users can mend; with its type and a hint for any other.
-    """
+    """Say what went wrong: the message of an error that users can mend; with its type and a hint for any other."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     message = lines[-1].strip() if lines else ""
     if lines and lines[0].startswith("Caught "):  # raised in a data worker: the last line is "type: message"

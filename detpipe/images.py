@@ -24,15 +24,7 @@ Size = tuple[int, int]  # height, width
 
 
 def resized_size(size: Size, min_size: int, max_size: int) -> Size:
-    """Compute the size of an image after resizing.
-
-    Args:
-        size: height and width in pixels.
-        min_size: wanted length of the shorter side.
-        max_size: the longer side never exceeds it.
-
-    Returns:
-        height and width, at least 1 each.
+    """Compute the size of an image whose shorter side becomes ``min_size``, but the longer at most ``max_size``; at least 1 each.
 
     Example:
         >>> resized_size((480, 640), 600, 1000)
@@ -44,16 +36,7 @@ def resized_size(size: Size, min_size: int, max_size: int) -> Size:
 
 
 def scale_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
-    """Move boxes from an image of one size to the same image at another size.
-
-    Args:
-        boxes: ``[..., 4]`` xyxy in pixels of the old image.
-        old: its height and width.
-        new: height and width after resizing.
-
-    Returns:
-        ``[..., 4]`` xyxy in pixels of the new image.
-    """
+    """Move boxes ``[..., 4]`` xyxy from an image of one size to the same image at another size."""
     if old == new:
         return boxes
     y, x = new[0] / old[0], new[1] / old[1]
@@ -214,15 +197,7 @@ def _resize(image: Tensor, size: Size) -> Tensor:
 
 
 def picture_sizes(images: Sequence[Tensor], contents: Sequence[Size | None] | None = None) -> list[Size]:
-    """The height and width of the pictures in images as passed.
-
-    Args:
-        images: N tensors ``[C, H_i, W_i]``.
-        contents: see :func:`contents_of`.
-
-    Returns:
-        N sizes, without the padding that the data may have added.
-    """
+    """The height and width of the pictures in N images as passed, without the padding that the data may have added."""
     return [
         content or (image.shape[-2], image.shape[-1])
         for image, content in zip(images, contents or [None] * len(images), strict=True)
@@ -230,14 +205,7 @@ def picture_sizes(images: Sequence[Tensor], contents: Sequence[Size | None] | No
 
 
 def contents_of(targets: Sequence[Target] | None) -> list[Size | None] | None:
-    """Where the data have resized images: height and width of the pictures in them.
-
-    Args:
-        targets: N targets, or None where nothing is known of the images.
-
-    Returns:
-        N sizes, None for each image that is still to be resized; or None where all are.
-    """
+    """Where the data have resized images: height and width of the pictures in them, None for one that is still to be resized."""
     if targets is None:
         return None
     contents = [target.get("content_size") for target in targets]
@@ -245,16 +213,7 @@ def contents_of(targets: Sequence[Target] | None) -> list[Size | None] | None:
 
 
 def targets_to_batch(targets: Sequence[Target], old: Sequence[Size], new: Sequence[Size]) -> list[Target]:
-    """Move the boxes, areas and proposals of targets into the frame of the batch.
-
-    Args:
-        targets: N targets in pixels of the images as passed.
-        old: height and width of the images as passed.
-        new: their height and width in the batch.
-
-    Returns:
-        N new targets; the ones given are left as they are.
-    """
+    """Make new targets with boxes, areas and proposals in the frame of the batch, of sizes ``new`` instead of ``old``."""
     moved = [cast(dict[str, Any], {**target}) for target in targets]
     factors = [(after[1] / before[1], after[0] / before[0]) for before, after in zip(old, new, strict=True)]
     areas = [(b[0] * b[1] / (a[0] * a[1]),) for a, b in zip(old, new, strict=True)]
@@ -287,16 +246,9 @@ def _of_rows(numbers: Sequence[tuple[float, ...]], values: Sequence[Tensor]) -> 
 def detections_to_images(
     detections: Sequence[Detection], batch: Sequence[Size], images: Sequence[Size]
 ) -> list[Detection]:
-    """Move detections from the frame of the batch back to the images as passed.
+    """Move detections from the frame of the batch, of sizes there, back to the images as passed, inside of which they are clipped.
 
-    Args:
-        detections: N detections in pixels of the batch.
-        batch: height and width of each image in the batch.
-        images: height and width of the images as passed.
-
-    Returns:
-        N new detections, inside the images: rounding of the scale is clipped off. Their ``proposals`` and ``glimpses``, if
-        any, are moved too, and may reach beyond the images.
+    Their ``proposals`` and ``glimpses``, if any, are moved too, and may reach beyond the images.
     """
     if not detections:
         return []
@@ -320,16 +272,10 @@ def detections_to_images(
 def detections_to_files(
     detections: Sequence[Detection], targets: Sequence[Target], back: bool = False
 ) -> list[Detection]:
-    """Move detections from images that the data have resized to the image files, where ground truth is kept.
+    """Move detections from images that the data have resized, by their targets, to the image files, where ground truth is kept.
 
-    Args:
-        detections: N detections in pixels of the images as passed.
-        targets: of these images.
-        back: move them the other way, such as to draw them into the images as passed.
-
-    Returns:
-        N detections in pixels of the image files; those of images that the data have not resized, or of which they have cut parts,
-        as they are.
+    Those of images that the data have not resized, or of which they have cut parts, stay as they are; ``back`` is the other way,
+    such as to draw them into the images as passed.
     """
     moved = []
     for found, target in zip(detections, targets, strict=True):

@@ -132,14 +132,7 @@ class LRSchedule:
             )
 
     def factor(self, total: int) -> Callable[[int], float]:
-        """Make the function of the step that multiplies the learning rate.
-
-        Args:
-            total: steps of the whole training.
-
-        Returns:
-            step (from 0) -> factor.
-        """
+        """Make the function of the step, from 0, that multiplies the learning rate in a training of so many steps."""
         warmup = round(self.warmup * total)
 
         def factor(step: int) -> float:
@@ -156,20 +149,10 @@ class LRSchedule:
 def configure(
     optimizer: Optimizer, schedule: LRSchedule, steps: float, backbone: nn.Module, *others: nn.Module
 ) -> dict[str, Any]:
-    """Build optimizer and schedule as Lightning takes them; the schedule is stepped after every batch.
-
-    Args:
-        optimizer: how weights are updated.
-        schedule: how the learning rate changes.
-        steps: of the whole training, ``trainer.estimated_stepping_batches``.
-        backbone: as of :meth:`Optimizer.build`.
-        others: updated at ``lr``.
-
-    Returns:
-        What ``configure_optimizers`` returns.
+    """Build optimizer and schedule as ``configure_optimizers`` returns them; the schedule is stepped after every batch.
 
     Raises:
-        UsageError: the number of steps is not finite.
+        UsageError: the number of steps, ``trainer.estimated_stepping_batches``, is not finite.
     """
     if not math.isfinite(steps):
         raise UsageError("training never ends: set trainer.max_epochs or trainer.max_steps, the schedule needs the end")

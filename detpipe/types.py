@@ -168,9 +168,7 @@ class Segmentations:
     """The outlines of the B boxes of a data set as JSON in COCO's format, polygons or run lengths, packed and unchecked."""
 
     text: npt.NDArray[np.uint8]  # [W] UTF-8
-    offsets: npt.NDArray[
-        np.int64
-    ]  # [B + 1] that of box b is text[offsets[b]:offsets[b + 1]], empty where there is none
+    offsets: npt.NDArray[np.int64]  # [B + 1], box b has text[offsets[b]:offsets[b + 1]], empty where there is none
     ids: npt.NDArray[np.int64]  # [B] of the annotations in their file, for messages
     source: str = ""  # that file
 
@@ -229,9 +227,7 @@ class Annotations:
     class_names: tuple[str, ...]  # [K], the name of label 1 first
     category_ids: tuple[int, ...]  # [K], the ids of the annotation file; 1..K where it has none
     federation: Federation | None = None  # None: every image was searched for every class
-    counts: dict[str, int] = field(
-        default_factory=dict
-    )  # "images read", "boxes clipped", "boxes skipped: ..." and the like
+    counts: dict[str, int] = field(default_factory=dict)  # "images read", "boxes clipped", "boxes skipped: ..."
     segmentations: Segmentations | None = None  # only read where something asks for masks
 
     def __len__(self) -> int:
@@ -243,14 +239,7 @@ class Annotations:
         return len(self.class_names)
 
     def subset(self, rows: npt.NDArray[np.int64]) -> Annotations:
-        """Keep some of the images.
-
-        Args:
-            rows: ``[J]`` indices into the I images.
-
-        Returns:
-            Their annotations, in the order of ``rows``.
-        """
+        """Keep some of the images, by the rows ``[J]`` of the I images, in that order."""
         offsets: list[int] = self.offsets.tolist()
         spans = [np.arange(offsets[row], offsets[row + 1]) for row in rows.tolist()]
         boxes = np.concatenate([np.zeros(0, dtype=np.int64), *spans])
@@ -279,12 +268,5 @@ class DetectionArrays:
     labels: npt.NDArray[np.int64]  # [D] in 1..K
 
     def take(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> DetectionArrays:
-        """Keep some of the detections.
-
-        Args:
-            rows: indices, whose order is kept, or ``[D]`` bool.
-
-        Returns:
-            These detections.
-        """
+        """Keep some of the detections, by indices, whose order is kept, or ``[D]`` bool."""
         return DetectionArrays(self.image_ids[rows], self.boxes[rows], self.scores[rows], self.labels[rows])

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import signal
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+
+from detpipe import cli
+from detpipe.training import callbacks
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CONFIG = str(CONFIGS / "fast_rcnn_se.yaml")
@@ -19,6 +27,11 @@ MODEL = [
     *("--model.head.sampler.rois_per_image", "16"),
     *("--model.head.postprocess.score_threshold", "0.01"),
 ]
+
+
+def mostly_slow(paths: list[Path], *quick: str) -> list[Any]:
+    """Cases by file, of which a few stand for all where time is short."""
+    return [path if path.stem in quick else pytest.param(path, marks=pytest.mark.slow) for path in paths]
 
 
 def demo(root: Path) -> list[str]:
@@ -42,3 +55,36 @@ def assert_equal_weights(one: Path, other: Path) -> None:
     first, second = weights(one), weights(other)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """What a finished run says of itself."""
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The metrics of a run."""
+    with (folder / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+class StopAfter(callbacks.StepSeed):
+    """Interrupt training, as with the keyboard, before a step."""
+
+    step = 4  # in the second epoch, after the checkpoint of the first, whose trace in the metrics must go
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Stop, or go on."""
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+
+def interrupt(arguments: list[str], step: int = 4) -> None:
+    """Run a command that an interrupt ends before a step; Lightning ignores interrupts once it has seen one."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(callbacks, "StepSeed", StopAfter)
+        patched.setattr(StopAfter, "step", step)
+        assert cli.main(arguments) == 130
+    signal.signal(signal.SIGINT, before)

@@ -232,7 +232,7 @@ def test_bad_input(
     assert list((tmp_path / "work").glob("runs/*/*")) == []  # no run folder either
 
 
-def test_a_failed_start_leaves_a_folder_of_the_users_own(demo_root: Path, tmp_path: Path) -> None:
+def test_a_failed_start_leaves_a_folder_of_the_users_own(demo_root, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
@@ -240,7 +240,7 @@ def test_a_failed_start_leaves_a_folder_of_the_users_own(demo_root: Path, tmp_pa
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
-def test_numbers_are_not_written_over_a_folder(trained: Path, demo_root: Path, tmp_path: Path) -> None:
+def test_numbers_are_not_written_over_a_folder(trained, demo_root, tmp_path):
     arguments = ["evaluate", str(trained / "config.yaml"), "--ckpt_path", str(trained / "best.ckpt")]
     for option in ("--json", "--detections_out"):
         assert cli.main([*arguments, option, str(tmp_path)]) == 2

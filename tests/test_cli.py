@@ -3,7 +3,6 @@ from __future__ import annotations
 import runpy
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,30 +42,15 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     return fail_with
 
 
-def test_help_answers_at_once_and_without_torch() -> None:
-    code = (
-        "import sys; from detpipe.cli import main; assert main(['--help']) == 0;"
-        "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse'} & set(sys.modules); assert not heavy, heavy"
-    )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert {"train", "evaluate", "predict"} <= set(done.stdout.split())
-    assert min(seconds) < 1
-
-
-def test_a_tool_runs_from_anywhere(tmp_path: Path) -> None:
-    tool = [sys.executable, str(ROOT / "tools" / "train.py"), "nowhere.yaml"]
+def test_a_tool_runs_from_anywhere(tmp_path):
+    tool = [sys.executable, str(ROOT / "tools" / "data.py"), "chek"]  # which needs no PyTorch to be refused
     done = subprocess.run(tool, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "detpipe: error: configuration nowhere.yaml does not exist\n"
+    assert done.stderr.startswith("detpipe: error: unknown command 'chek': expected check, info, ")
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "predict", "pretrain", "train_regions", "classify", "data"])
-def test_each_tool_is_its_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_tool_is_its_command(name, monkeypatch):
     seen: list[list[str]] = []
     monkeypatch.setattr(cli, "main", lambda arguments: seen.append(arguments) or 7)
     monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", "a", "--b"])
@@ -76,7 +60,7 @@ def test_each_tool_is_its_command(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert (stop.value.code, seen) == (7, [[name, "a", "--b"]])
 
 
-def test_the_tool_that_makes_shards_is_a_command_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tool_that_makes_shards_is_a_command_on_data(monkeypatch):
     seen: list[list[str]] = []
     monkeypatch.setattr(cli, "main", lambda arguments: seen.append(arguments) or 7)
     monkeypatch.setattr(sys, "argv", ["tools/make_shards.py", "a", "--b"])
@@ -86,29 +70,37 @@ def test_the_tool_that_makes_shards_is_a_command_on_data(monkeypatch: pytest.Mon
     assert (stop.value.code, seen) == (7, [["data", "shards", "a", "--b"]])
 
 
-def test_no_command_shows_the_help_as_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool_of_the_example_adds_its_command(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "", dict(cli.COMMANDS[""]))
+    monkeypatch.setattr(sys, "argv", ["tools/train_classifier.py", "--help"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / "train_classifier.py"), run_name="__main__")
+    assert stop.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_no_command_shows_the_help_as_a_mistake(capsys):
     assert cli.main([]) == 2
     assert capsys.readouterr().out == cli.HELP
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("detpipe 0.")
 
 
-def test_unknown_command_is_a_usage_error_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_command_is_a_usage_error_with_a_suggestion(capsys):
     assert cli.main(["trian"]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
-        f"detpipe: error: unknown command 'trian': expected {', '.join(cli.COMMANDS)}; did you mean 'train' or 'pretrain'?\n"
+        f"detpipe: error: unknown command 'trian': expected {', '.join(cli.COMMANDS[''])}; did you mean 'train' or 'pretrain'?\n"
     )
     assert captured.out == ""
 
 
 @pytest.mark.parametrize("place", [["--debug", "train"], ["train", "--debug"], ["train", "x.yaml", "--debug"]])
-def test_debug_shows_the_traceback_wherever_it_stands(
-    place: list[str], command: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_debug_shows_the_traceback_wherever_it_stands(place, command, capsys):
     command(DataError("boxes.json: line 3"))
     assert cli.main(place) == 1
     shown = capsys.readouterr().err
@@ -129,13 +121,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(
         (RuntimeError(), 1, "RuntimeError:  (run again with --debug for the traceback)"),
     ],
 )
-def test_an_error_is_one_line_without_a_traceback(
-    error: Exception,
-    status: int,
-    line: str,
-    command: Callable[[BaseException], None],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_an_error_is_one_line_without_a_traceback(error, status, line, command, capsys):
     command(error)
     assert cli.main(["train"]) == status
     assert capsys.readouterr().err == f"detpipe: error: {line}\n"
@@ -148,23 +134,19 @@ def test_an_error_is_one_line_without_a_traceback(
         (ZeroDivisionError("by 0"), "ZeroDivisionError: by 0 (run again with --debug for the traceback)"),
     ],
 )
-def test_an_error_in_a_data_worker_is_the_same_line(error: Exception, line: str) -> None:
+def test_an_error_in_a_data_worker_is_the_same_line(error, line):
     with pytest.raises(type(error), match="Caught") as caught:
         list(DataLoader(Broken(error), num_workers=1))
     assert cli.one_line(caught.value) == line
 
 
-def test_interrupt_ends_with_status_130(
-    command: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_interrupt_ends_with_status_130(command, capsys):
     command(KeyboardInterrupt())
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "\ninterrupted; what was saved before stays\n"
 
 
-def test_the_exit_by_which_lightning_answers_an_interrupt_counts_as_one(
-    command: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_exit_by_which_lightning_answers_an_interrupt_counts_as_one(command, capsys):
     stop = SystemExit(1)
     stop.__context__ = KeyboardInterrupt()
     command(stop)
@@ -176,12 +158,12 @@ def test_the_exit_by_which_lightning_answers_an_interrupt_counts_as_one(
     "command_line",
     [["train", "--help"], ["evaluate", "--help"], ["evaluate", "-h"], ["predict", "-h"], ["pretrain", "-h"]],
 )
-def test_each_command_has_help(command_line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_command_has_help(command_line, capsys):
     assert cli.main(command_line) == 0
     assert "usage:" in capsys.readouterr().out
 
 
-def test_one_line_of_an_error_made_by_torch() -> None:
+def test_one_line_of_an_error_made_by_torch():
     with pytest.raises(RuntimeError) as caught:
         torch.zeros(2) + torch.zeros(3)
     assert "\n" not in cli.one_line(caught.value)

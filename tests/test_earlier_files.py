@@ -23,7 +23,7 @@ EXPECTED = json.loads((FILES / "expected.json").read_text())
 IMAGE = (torch.arange(3 * 64 * 64).reshape(3, 64, 64) * 7919 % 256).to(torch.uint8)
 
 
-def test_a_detector_finds_what_it_found() -> None:
+def test_a_detector_finds_what_it_found():
     detector, description = detpipe.load_detector(FILES / "detector.ckpt")
     assert description.class_names == tuple("0123456789")
     detector.head.postprocess = dataclasses.replace(detector.head.postprocess, score_threshold=0.0)
@@ -32,13 +32,13 @@ def test_a_detector_finds_what_it_found() -> None:
         torch.testing.assert_close(found[key][:5], torch.tensor(want), rtol=1e-4, atol=1e-4)
 
 
-def test_a_region_classifier_says_what_it_said() -> None:
+def test_a_region_classifier_says_what_it_said():
     model, _ = detpipe.load_region_classifier(FILES / "regions.ckpt")
     [logits] = model([IMAGE], [torch.tensor([[4.0, 8.0, 40.0, 50.0], [10.0, 10.0, 30.0, 20.0]])])
     torch.testing.assert_close(logits, torch.tensor(EXPECTED["regions"]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_configuration_trains_and_evaluates(demo_root: Path, tmp_path: Path) -> None:
+def test_a_configuration_trains_and_evaluates(demo_root, tmp_path):
     data = ["--data.root", str(demo_root), "--data.scenes", str(runs.SCENES)]
     train = ["train", str(FILES / "config.yaml"), *data, "--init_from", str(FILES / "detector.ckpt")]
     assert cli.main([*train, "--output", str(tmp_path / "run")]) == 0
@@ -46,7 +46,7 @@ def test_a_configuration_trains_and_evaluates(demo_root: Path, tmp_path: Path) -
     assert cli.main([*evaluate, "--json", str(tmp_path / "a.json"), "--detections_out", str(tmp_path / "d.json")]) == 0
 
 
-def test_a_store_and_shards_are_read() -> None:
+def test_a_store_and_shards_are_read():
     store = detpipe.ProposalStore(FILES / "store.safetensors")
     assert [len(store[name][0]) for name in store] == [93] * 4
     data = detpipe.Shards(str(FILES / "shards"), train="val", val="val")
@@ -63,16 +63,26 @@ def test_a_store_and_shards_are_read() -> None:
     ("before", "now"),
     [
         ("detpipe.datasets.voc.VOC", "detpipe.VOC"),
+        ("detpipe.VOC", "detpipe.VOC"),
         ("detpipe.datasets.demo.Demo", "detpipe.Demo"),
+        ("detpipe.datasets.Demo", "detpipe.Demo"),
         ("detpipe.datasets.shards.Shards", "detpipe.Shards"),
         ("detpipe.classifier.ImageClassifier", "detpipe.ImageClassifier"),
         ("detpipe.heads.superpixel_pooling.Localization", "detpipe.Localization"),
         ("detpipe.superpixels.Segmentation", "detpipe.Segmentation"),
         ("detpipe.datasets.augment_settings.Mosaic", "detpipe.datasets.augment.settings.Mosaic"),
-        ("detpipe.nowhere.Unknown", "detpipe.nowhere.Unknown"),
+        ("detpipe.backbones.extractor.Level", "detpipe.Level"),
+        ("detpipe.nonsense.FastRCNNHead", "detpipe.nonsense.FastRCNNHead"),
         ("my_head.VOC", "my_head.VOC"),
     ],
 )
-def test_class_paths_lead_to_where_the_class_is(before: str, now: str) -> None:
+def test_class_paths_lead_to_where_the_class_is(before, now):
     settings = where_classes_are({"class_path": before, "init_args": {"of": [before]}})
     assert settings == {"class_path": now, "init_args": {"of": [now]}}
+
+
+@pytest.mark.parametrize("path", ["detpipe.nonsense.FastRCNNHead", "detpipe.heads.nonsense.FastRCNNHead"])
+def test_a_path_that_never_was_is_refused_with_the_right_one(path, capsys):
+    assert cli.main(["train", str(FILES / "config.yaml"), "--model.head.class_path", path]) == 2
+    message = f"class '{path}' is not one of detpipe's; it is detpipe.heads.fast_rcnn.FastRCNNHead"
+    assert message in capsys.readouterr().err

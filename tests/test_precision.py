@@ -51,11 +51,11 @@ def train(name: str, precision: str, root: Path, output: Path, *others: str) -> 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", ["fast_rcnn_se", "cascade", "pyramid"])
-def test_bfloat16(name: str, precision: str, demo_root: Path, tmp_path: Path) -> None:
+def test_bfloat16(name, precision, demo_root, tmp_path):
     assert train(name, precision, demo_root, tmp_path / "run") == 0
 
 
-def test_float16_weights_need_sgd(demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_float16_weights_need_sgd(demo_root, tmp_path, capsys):
     assert train("fast_rcnn_se", "16-true", demo_root, tmp_path / "run") == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert "optimizer.name 'adamw' cannot train weights in float16" in line
@@ -63,7 +63,7 @@ def test_float16_weights_need_sgd(demo_root: Path, tmp_path: Path, capsys: pytes
     assert train("fast_rcnn_se", "16-true", demo_root, tmp_path / "sgd", *sgd) == 0
 
 
-def test_anchors_and_grids_are_float32_in_every_precision() -> None:
+def test_anchors_and_grids_are_float32_in_every_precision():
     """In bfloat16 a coordinate of 300 pixels would be off by one."""
     before = torch.get_default_dtype()
     want = [*Anchors(sizes=[32]).grids([(40, 50)], [16]), DenseGrid(scales=[32])._lay(300, 310)]
@@ -82,7 +82,7 @@ QUICK = ("fast_rcnn_se", "pyramid", "reinforce")  # the others are as long, and 
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 )
-def test_float64(name: str, demo_root: Path, tmp_path: Path) -> None:
+def test_float64(name, demo_root, tmp_path):
     assert train(name, "64-true", demo_root, tmp_path / "run") == 0
     assert {value.dtype for value in runs.weights(tmp_path / "run" / "best.ckpt").values()} <= {
         torch.float64,

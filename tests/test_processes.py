@@ -187,7 +187,7 @@ def stored_gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("count", [3, 1])
-def test_gradients_of_two_processes_are_those_of_one(count: int, stored_gradients: Path) -> None:
+def test_gradients_of_two_processes_are_those_of_one(count, stored_gradients):
     """Two images here and one there, or one here and its repeat there: the mean over processes is that over all samples."""
     for name in MODELS:
         if (name, count) == ("classifier", 1):
@@ -222,7 +222,7 @@ def short(demo_root: Path, output: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_configurations_train_and_validate_with_two_processes(demo_root: Path, tmp_path: Path) -> None:
+def test_configurations_train_and_validate_with_two_processes(demo_root, tmp_path):
     """A learned source and a classic one, a head that learns by reward, and a model that is no detector; each is trained by one
     process in ``test_configs.py``."""
     base, small = str(runs.CONFIGS / "fast_rcnn_squeezenet.yaml"), ["64", "--model.max_size", "96"]
@@ -242,7 +242,7 @@ def test_configurations_train_and_validate_with_two_processes(demo_root: Path, t
         assert {"best.ckpt", "last.ckpt", "summary.json", "config.yaml"} <= found
 
 
-def test_the_command_starts_the_other_process_itself(demo_root: Path, tmp_path: Path) -> None:
+def test_the_command_starts_the_other_process_itself(demo_root, tmp_path):
     """As a user calls it: seven images for two processes, in batches of two; said once, evaluated on every image once."""
     scenes = ["--data.root", str(tmp_path / "data"), "--data.scenes", "{train: 7, val: 5, size: 64}"]
     tool = [sys.executable, str(runs.CONFIGS.parent / "tools" / "train.py"), runs.CONFIG, *runs.options(demo_root)]
@@ -259,10 +259,8 @@ def test_the_command_starts_the_other_process_itself(demo_root: Path, tmp_path: 
     assert summary["epochs"] == 2
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_evaluation_is_the_same_with_any_number_of_processes(
-    size: int, trained: Path, demo_root: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_evaluation_is_the_same_with_any_number_of_processes(size, trained, demo_root, tmp_path):
     """Two batches of images, which four processes halve: then single numbers may differ in their last digit."""
 
     def files(name: str) -> list[str]:
@@ -327,8 +325,11 @@ sys.exit(cli.main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize("kind", ["nan", "nan proposals", "raised", "killed", "validation", "disk full"])
-def test_what_stops_one_process_stops_all(kind: str, demo_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    ["nan", pytest.param("nan proposals", marks=pytest.mark.slow), "raised", "killed", "validation", "disk full"],
+)
+def test_what_stops_one_process_stops_all(kind, demo_root, tmp_path):
     Demo(str(demo_root), scenes=DemoScenes(**runs.SCENES)).annotations("train")
     arguments = ["train", runs.CONFIG, *runs.options(demo_root), "--data.loader.batch_size", "2", *TWO]
     output = tmp_path / "run"
@@ -353,7 +354,7 @@ def test_what_stops_one_process_stops_all(kind: str, demo_root: Path, tmp_path: 
         assert all(len(text.split("detpipe: error: ")) == 2 and "Traceback" not in text for _, _, text in answers)
 
 
-def test_who_works_on_what_alone() -> None:
+def test_who_works_on_what_alone():
     assert processes.rank_and_size() == (0, 1)
     assert processes.gather_objects("here") == ["here"]
     assert processes.any_rank(True, torch.device("cpu"))
@@ -372,7 +373,7 @@ def test_who_works_on_what_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"])
-def test_the_first_process_is_known_before_they_meet(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_process_is_known_before_they_meet(name, monkeypatch):
     assert processes.is_first()
     monkeypatch.setenv(name, "0")
     assert processes.is_first()
@@ -381,9 +382,7 @@ def test_the_first_process_is_known_before_they_meet(name: str, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_a_resumed_run_of_two_processes_ends_with_the_weights_of_an_undisturbed_one(
-    demo_root: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_of_two_processes_ends_with_the_weights_of_an_undisturbed_one(demo_root, tmp_path):
     """Twelve images in batches of two and two: the second process breaks off in the second epoch."""
     Demo(str(demo_root), scenes=DemoScenes(**runs.SCENES)).annotations("train")
     train = ["train", runs.CONFIG, *runs.options(demo_root), "--data.loader.batch_size", "2", *TWO, "--output"]

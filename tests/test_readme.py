@@ -17,7 +17,7 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_head_in_torchvision_detector_trains_and_infers() -> None:
+def test_head_in_torchvision_detector_trains_and_infers():
     [code] = [block for block in blocks("python") if "FasterRCNN" in block]
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -29,7 +29,7 @@ def test_head_in_torchvision_detector_trains_and_infers() -> None:
     assert len(statements) <= 10
 
 
-def test_operator_in_a_plain_module() -> None:
+def test_operator_in_a_plain_module():
     [code] = blocks("python", (ROOT / "docs/roi_pooling.md").read_text(encoding="utf-8"))
     names: dict[str, Any] = {}
     exec(compile(code, "roi_pooling.md", "exec"), names)
@@ -40,7 +40,7 @@ def test_operator_in_a_plain_module() -> None:
     assert len([line for line in module.splitlines() if line.strip()]) <= 10
 
 
-def test_attention_in_a_network_of_others() -> None:
+def test_attention_in_a_network_of_others():
     [code] = blocks("python", (ROOT / "docs/attention.md").read_text(encoding="utf-8"))
     names: dict[str, Any] = {}
     exec(compile(code, "attention.md", "exec"), names)
@@ -48,7 +48,7 @@ def test_attention_in_a_network_of_others() -> None:
     assert added == [f"layer{stage}.{block}.attention" for stage, count in ((3, 6), (4, 3)) for block in range(count)]
 
 
-def test_a_spatial_transformer_in_a_plain_network() -> None:
+def test_a_spatial_transformer_in_a_plain_network():
     [code] = blocks("python", (ROOT / "docs/spatial_transformer.md").read_text(encoding="utf-8"))
     names: dict[str, Any] = {}
     exec(compile(code, "spatial_transformer.md", "exec"), names)
@@ -61,7 +61,7 @@ def test_a_spatial_transformer_in_a_plain_network() -> None:
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
 
 
-def test_a_head_that_looks_again() -> None:
+def test_a_head_that_looks_again():
     [code] = blocks("python", (ROOT / "docs/glimpses.md").read_text(encoding="utf-8"))
     names: dict[str, Any] = {}
     exec(compile(code, "glimpses.md", "exec"), names)
@@ -71,14 +71,14 @@ def test_a_head_that_looks_again() -> None:
 
 
 @pytest.mark.parametrize("marker", ["the main job", "the tests"])
-def test_continuous_integration_finds_its_commands(marker: str) -> None:
+def test_continuous_integration_finds_its_commands(marker):
     found = re.findall(rf"^<!-- {marker} -->\n```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     assert len(found) == 1
     assert "pip install" in found[0]
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
-def test_files_and_pages_that_are_named_exist(page: str) -> None:
+def test_files_and_pages_that_are_named_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     named = set(
         re.findall(

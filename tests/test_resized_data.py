@@ -117,9 +117,7 @@ def scores(found: list[Detection], annotations: Annotations) -> dict[str, Any]:
 @pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*LeafSpec:FutureWarning", "ignore:.*custom batch sampler"
 )
-def test_map_does_not_depend_on_who_resizes(
-    detector: TwoStageDetector, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_map_does_not_depend_on_who_resizes(detector, root, monkeypatch):
     by_detector = scores(*predicted(detector, root, None))
     assert by_detector["AP"] > 0.4
     assert by_detector["AP50"] > 0.9
@@ -144,7 +142,7 @@ def test_map_does_not_depend_on_who_resizes(
         "{policy: letterbox, min_size: [64, 96], sampling: range}",
     ],
 )
-def test_a_run_with_resized_data(resize: str, demo_root: Path, tmp_path: Path) -> None:
+def test_a_run_with_resized_data(resize, demo_root, tmp_path):
     options = [*runs.options(demo_root, epochs=1), "--data.resize", resize, "--model.max_size", "96"]
     if "letterbox" in resize:
         options += ["--model.min_size", "96"]

@@ -17,10 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,9 @@ from tqdm import tqdm
 
 from detpipe.commands.ablation_report import Result, plot_results, results_table
 from detpipe.commands.ablation_speed import milliseconds_an_image
-from detpipe.commands.parser import Parser
+from detpipe.commands.parser import Parser, check_least
 from detpipe.support.errors import TrainingError, UsageError
-from detpipe.support.files import atomic_write
+from detpipe.support.files import write_text
 from detpipe.support.strict_json import shorten
 from detpipe.support.strict_yaml import load_yaml
 from detpipe.support.suggest import did_you_mean
@@ -47,14 +48,7 @@ RUN = "import sys; from detpipe.cli import main; sys.exit(main(sys.argv[1:]))"
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared.
-
-    Args:
-        base: configurations, in order.
-        variants: name -> what changes of them; the first is what the others are compared with.
-        seeds: of each variant.
-        split: where AP is measured.
-    """
+    """What is compared: configurations in order, name -> what changes of them (the first is what the others are compared with)."""
 
     base: tuple[Path, ...]
     variants: dict[str, dict[str, Any]]
@@ -87,21 +81,13 @@ class Run:
         """Whether a result is there."""
         return (self.folder / "result.json").is_file()
 
+    def result(self) -> Result:
+        """The result that is there."""
+        return Result(seed=self.seed, **json.loads((self.folder / "result.json").read_text(encoding="utf-8")))
+
 
 def run_ablate(arguments: Sequence[str]) -> int:
-    """Train what is not trained yet, then write ``table.md``, ``results.json`` and ``results.png``.
-
-    Args:
-        arguments: ``STUDY.yaml -o FOLDER [--workers N] [--seeds N ...] [--key.path value ...]``; what the parser does not know
-            goes to every training.
-
-    Returns:
-        0.
-
-    Raises:
-        UsageError: a study or an argument that is wrong, or a folder whose content would be lost.
-        TrainingError: a run failed; its log is named.
-    """
+    """Train what is not trained yet, then write table, numbers and picture; other options go to every training."""
     options, rest = _parse(arguments)
     study = read_study(Path(options.study))
     seeds = study.seeds if options.seeds is None else tuple(options.seeds)
@@ -112,31 +98,20 @@ def run_ablate(arguments: Sequence[str]) -> int:
     waiting = [run for run in runs if not run.done]
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done; logs in {folder}/VARIANT_SEED.log", flush=True)
     _train(waiting, study.split, options.workers)
-    results = {name: [_result(run) for run in runs if run.variant == name] for name in study.variants}
+    results = {name: [run.result() for run in runs if run.variant == name] for name in study.variants}
     first = {name: folder / f"{name}_{seeds[0]}" for name in study.variants}
     table = results_table(results, seeds, study.split, milliseconds_an_image(first))
-    with atomic_write(folder / "table.md") as temporary:
-        temporary.write_text(table + "\n", encoding="utf-8")
-    with atomic_write(folder / "results.json") as temporary:
-        content = {name: [vars(result) for result in found] for name, found in results.items()}
-        temporary.write_text(json.dumps({"split": study.split, "seeds": seeds, "results": content}, indent=2) + "\n")
+    write_text(folder / "table.md", table + "\n")
+    content = {name: [vars(result) for result in found] for name, found in results.items()}
+    numbers = {"split": study.split, "seeds": seeds, "results": content}
+    write_text(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
     plot_results(results, study.split, folder / "results.png")
     say(f"{table}\n\ntable {folder / 'table.md'}\npicture {folder / 'results.png'}")
     return 0
 
 
 def read_study(path: Path) -> Study:
-    """Read a study.
-
-    Args:
-        path: a YAML file as described above.
-
-    Returns:
-        The study; its configurations exist.
-
-    Raises:
-        UsageError: the file is missing or says something else.
-    """
+    """Read a study, whose configurations exist; a UsageError names the key that is missing or wrong."""
     try:
         content = load_yaml(path, UsageError)
     except FileNotFoundError as error:
@@ -148,31 +123,40 @@ def read_study(path: Path) -> Study:
     for key in content:
         if key not in KEYS:
             raise UsageError(f"{path}: unknown key {key!r}, expected {', '.join(KEYS)}{did_you_mean(str(key), KEYS)}")
-    base, variants, seeds = content.get("base"), content.get("variants"), content.get("seeds")
-    if not isinstance(base, list) or not base or not all(isinstance(name, str) for name in base):
-        raise UsageError(f"{path}: base: expected a list of configurations, relative to this file, got {shorten(base)}")
-    if not isinstance(variants, dict) or not variants or not all(_is_variant(*item) for item in variants.items()):
-        raise UsageError(
-            f"{path}: variants: expected name: {{what changes}}, names of letters, digits, _ and -; got {shorten(variants)}"
-        )
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise UsageError(f"{path}: seeds: expected a list of whole numbers, got {shorten(seeds)}")
-    if content.get("split", "val") not in SPLITS:
-        raise UsageError(f"{path}: split: expected one of {', '.join(SPLITS)}, got {shorten(content['split'])}")
+    given: dict[str, Any] = {**dict.fromkeys(("base", "variants", "seeds")), "split": "val", **content}
+    base, variants, seeds, split = given["base"], given["variants"], given["seeds"], given["split"]
+    for key, value, sound, expected in (
+        (
+            "base",
+            base,
+            _is_list(base, lambda name: isinstance(name, str)),
+            "a list of configurations, relative to this file",
+        ),
+        ("variants", variants, _are_variants(variants), "name: {what changes}, names of letters, digits, _ and -"),
+        ("seeds", seeds, _is_list(seeds, lambda seed: type(seed) is int and seed >= 0), "a list of whole numbers"),
+        ("split", split, split in SPLITS, f"one of {', '.join(SPLITS)}"),
+    ):
+        if not sound:
+            raise UsageError(f"{path}: {key}: expected {expected}, got {shorten(value)}")
     files = tuple((path.parent / name).resolve() for name in base)
     for file in files:
         if not file.is_file():
             raise UsageError(f"{path}: base: {file} does not exist")
-    return Study(
-        files, {name: change or {} for name, change in variants.items()}, tuple(seeds), content.get("split", "val")
-    )
+    return Study(files, {name: change or {} for name, change in variants.items()}, tuple(seeds), split)
 
 
-def _is_variant(name: Any, change: Any) -> bool:
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(fits, value))
+
+
+def _are_variants(value: Any) -> bool:
     return (
-        isinstance(name, str)
-        and name.replace("_", "a").replace("-", "a").isalnum()
-        and (change is None or isinstance(change, dict))
+        isinstance(value, dict)
+        and bool(value)
+        and all(
+            isinstance(name, str) and re.fullmatch(r"[\w-]+", name) and (change is None or isinstance(change, dict))
+            for name, change in value.items()
+        )
     )
 
 
@@ -182,8 +166,7 @@ def _runs(study: Study, seed: int, folder: Path, rest: Sequence[str]) -> list[Ru
         overlay = folder / f"{name}.yaml"
         text = yaml.safe_dump(change)
         if not overlay.is_file() or overlay.read_text("utf-8") != text:
-            with atomic_write(overlay) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(overlay, text)
         arguments = (*map(str, study.base), str(overlay), "--seed_everything", str(seed), *rest)
         runs.append(Run(name, seed, folder / f"{name}_{seed}", arguments))
     return runs
@@ -218,8 +201,7 @@ def _train(runs: Sequence[Run], split: str, workers: int) -> None:
 def _train_one(run: Run, split: str, threads: int) -> None:
     if run.folder.exists():
         shutil.rmtree(run.folder)  # what an interrupted start has left
-    with atomic_write(run.marker) as temporary:
-        temporary.write_text(run.asked, encoding="utf-8")
+    write_text(run.marker, run.asked)
     log = run.folder.with_name(f"{run.folder.name}.log")
     with log.open("w", encoding="utf-8") as output:
         _call(["train", *run.arguments, "--output", str(run.folder)], threads, output, log)
@@ -229,11 +211,11 @@ def _train_one(run: Run, split: str, threads: int) -> None:
             numbers = run.folder / "test.json"
             _call(["evaluate", *run.arguments, "--ckpt_path", checkpoint, "--json", str(numbers)], threads, output, log)
     found = json.loads(numbers.read_text(encoding="utf-8"))
-    result = {key: found[key] for key in ("AP", "AP50")} | {"parameters": _parameters(run.folder / "best.ckpt")}
+    parameters = _parameters(run.folder / "best.ckpt")
+    result = {key: found[key] for key in ("AP", "AP50")} | {"parameters": parameters}
     summary = json.loads((run.folder / "summary.json").read_text("utf-8"))
     result["peak_memory_mib"] = summary.get("peak_gpu_memory_mib", summary.get("peak_memory_mib"))
-    with atomic_write(run.folder / "result.json") as temporary:
-        temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    write_text(run.folder / "result.json", json.dumps(result) + "\n")
 
 
 def _call(arguments: Sequence[str], threads: int, output: Any, log: Path) -> None:
@@ -252,10 +234,6 @@ def _parameters(checkpoint: Path) -> int:
     return sum(parameter.numel() for parameter in detector.parameters())
 
 
-def _result(run: Run) -> Result:
-    return Result(seed=run.seed, **json.loads((run.folder / "result.json").read_text(encoding="utf-8")))
-
-
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(
         "detpipe ablate",
@@ -270,6 +248,5 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of those of the study")
     options, rest = parser.parse_known_args(list(arguments))
-    if options.workers < 1:
-        raise UsageError(f"--workers must be at least 1, got {options.workers}")
+    check_least(options, 1, "workers")
     return options, rest

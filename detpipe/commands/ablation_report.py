@@ -13,16 +13,7 @@ from detpipe.pictures.figures import COLORS, new_figure, plain_axes, save_figure
 
 @dataclass(frozen=True)
 class Result:
-    """One run.
-
-    Args:
-        seed: of the run.
-        AP: mean average precision over IoU .50 to .95.
-        AP50: at IoU .50.
-        parameters: of the whole detector.
-        peak_memory_mib: the most memory that training held, on the GPU if it ran there, else of the process; None where the
-            system does not say.
-    """
+    """One run: AP over IoU .50 to .95, AP50, parameters of the detector, most memory of training (None where it is not known)."""
 
     seed: int
     AP: float
@@ -34,17 +25,10 @@ class Result:
 def results_table(
     results: Mapping[str, Sequence[Result]], seeds: Sequence[int], split: str, milliseconds: Mapping[str, float]
 ) -> str:
-    """Write a table in Markdown.
+    """Write a table in Markdown, of each variant's results in the order of the seeds and its milliseconds an image.
 
-    Args:
-        results: variant -> a result for each seed, in the order of ``seeds``; the first variant is what others are compared with.
-        seeds: of the runs.
-        split: where AP was measured.
-        milliseconds: variant -> of an image's detection.
-
-    Returns:
-        Mean and range of AP and AP50, and the mean difference in AP between runs of the same seed. A difference is called one only
-        where it is larger than the range of either variant over the seeds.
+    Mean and range of AP and AP50, and the mean difference in AP between runs of the same seed. A difference is called one only
+    where it is larger than the range of either variant over the seeds.
     """
     first = next(iter(results))
     lines = [
@@ -64,16 +48,7 @@ def results_table(
 
 
 def plot_results(results: Mapping[str, Sequence[Result]], split: str, out: Path) -> None:
-    """Draw each run as a dot and each variant's mean as a line, AP beside AP50.
-
-    Args:
-        results: variant -> its runs.
-        split: where AP was measured.
-        out: the PNG.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Draw each run as a dot and each variant's mean as a line, AP beside AP50."""
     figure = new_figure(2.2 + 1.5 * len(results), 3.8, "results")
     for axes, key in zip(figure.subplots(1, 2), ("AP", "AP50"), strict=True):
         for index, found in enumerate(results.values()):

@@ -19,14 +19,9 @@ TURNS, IMAGES = 5, 4
 
 
 def milliseconds_an_image(folders: Mapping[str, Path]) -> dict[str, float]:
-    """Measure detection, from pixels to boxes.
+    """Measure detection, from pixels to boxes, of the checkpoint in a run folder of each variant.
 
-    Args:
-        folders: variant -> the folder of one of its runs, with ``config.yaml`` and ``best.ckpt``.
-
-    Returns:
-        variant -> milliseconds an image, the median over turns; images are the first of the validation split, one at a time, on
-        a GPU if there is one.
+    The median over turns; images are the first of the validation split, one at a time, on a GPU if there is one.
     """
     quiet()
     data = CLI([str(next(iter(folders.values())) / "config.yaml")], add_arguments).datamodule

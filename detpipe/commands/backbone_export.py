@@ -26,16 +26,9 @@ WEIGHTS = "backbone.safetensors"
 def export_backbone(
     backbone: Backbone, path: str | Path, config: dict[str, Any], facts: dict[str, Any] | None = None
 ) -> Path:
-    """Write the weights of a backbone to a file that ``weights`` of the same backbone takes.
+    """Write the weights of a backbone, or of the network below a pyramid, to a file that ``weights`` of the same backbone takes.
 
-    Args:
-        backbone: with its trained weights; of a pyramid, the network below it is written.
-        path: of the file, complete when it is visible.
-        config: ``class_path`` and ``init_args`` of ``backbone``.
-        facts: what else to say of it, such as its accuracy.
-
-    Returns:
-        The path.
+    ``config`` is its ``class_path`` and ``init_args``; ``facts`` are what else to say of it, such as its accuracy.
     """
     while isinstance(inner := getattr(backbone, "backbone", None), Backbone):
         backbone, config = inner, config["init_args"]["backbone"]
@@ -49,14 +42,7 @@ def export_backbone(
 
 
 def backbone_weights(backbone: Backbone) -> dict[str, Tensor]:
-    """Collect the weights that make sense in another detector.
-
-    Args:
-        backbone: any; an `Extractor` gives those of the network that it cuts, by that network's names.
-
-    Returns:
-        name -> tensor on the CPU, without ``laterals``.
-    """
+    """Collect the weights that make sense in another detector, on the CPU; of an `Extractor` by the names of its network."""
     state = network_state(backbone.state_dict())
     return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
 

@@ -18,16 +18,7 @@ from detpipe.types import RGB
 
 
 class CheckpointProposals:
-    """Propose boxes by the RPN of a detector.
-
-    Args:
-        path: the checkpoint.
-        device: "auto", or a device of PyTorch.
-
-    Raises:
-        CheckpointError: the file is no checkpoint.
-        UsageError: the detector has no RPN.
-    """
+    """Propose boxes by the RPN of a detector on a device of PyTorch, or "auto"; a UsageError if it has none."""
 
     name = "rpn"
 
@@ -52,14 +43,7 @@ class CheckpointProposals:
 
     @torch.inference_mode()
     def propose(self, image: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Propose boxes for one image.
-
-        Args:
-            image: ``[H, W, 3]`` uint8 RGB.
-
-        Returns:
-            Boxes ``[P, 4]`` xyxy in pixels of the image, best first, and scores ``[P]`` in 0..1.
-        """
+        """Propose ``[P, 4]`` xyxy boxes in pixels of an image ``[H, W, 3]`` uint8 RGB, best first, with scores ``[P]`` in 0..1."""
         model, rpn = self.detector, self.detector.proposals
         assert isinstance(rpn, RPN)
         tensor = torch.from_numpy(image).permute(2, 0, 1).to(model.device)

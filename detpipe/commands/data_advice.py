@@ -46,16 +46,7 @@ def anchor_options(anchors: SuggestedAnchors, resize: Resize) -> list[str]:
 
 
 def next_commands(options: argparse.Namespace, names: Sequence[str], model: Sequence[str]) -> str:
-    """Say how to train on a data set, or what it lacks for that.
-
-    Args:
-        options: how it was named on the command line, as by `source_parser`.
-        names: its splits.
-        model: options of the model.
-
-    Returns:
-        Lines that may be pasted.
-    """
+    """Say in lines that may be pasted how to train on the splits of a data set, or what it lacks for that."""
     train = training_split(names)
     val = validation_split(names, train)
     layout = find_data(options).layout

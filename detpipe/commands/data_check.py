@@ -7,38 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detpipe.commands.data_source import find_data, open_splits, source_parser
+from detpipe.commands.parser import check_least
 from detpipe.datasets.checking import Report, check_data
 from detpipe.datasets.unpack import archive_faults
 from detpipe.support.errors import UsageError
-from detpipe.support.files import atomic_write
+from detpipe.support.files import write_text
 from detpipe.support.terminal import say
 
 
 def run_check(arguments: Sequence[str]) -> int:
-    """Print the faults of a data set.
-
-    Args:
-        arguments: ``PATH`` and options.
-
-    Returns:
-        1 if there are faults, 0 if there is nothing but remarks.
-
-    Raises:
-        DetpipeError: there is no such data set.
-    """
+    """Print the faults of a data set; status 1 if there are any, 0 if there is nothing but remarks."""
     parser = source_parser("check", "Name every fault of a data set; exit status 1 if there is one.", skip_bad=False)
     parser.add_argument("--no-decode", action="store_true", help="do not decode the images, only look for their files")
     parser.add_argument("--show", type=int, default=5, metavar="N", help="faults of a kind that are printed (5)")
     parser.add_argument("--json", metavar="FILE", help="write all of them here")
     options = parser.parse_args(list(arguments))
-    if options.show < 0:
-        raise UsageError(f"--show must be 0 or more, got {options.show}")
+    check_least(options, 0, "show")
     if Path(options.data).suffix.lower() in (".zip", ".tar"):
         return _check_archive(Path(options.data))
     report = check_data(open_splits(options), decode=not options.no_decode)
     if options.json:
-        with atomic_write(Path(options.json)) as temporary:
-            temporary.write_text(json.dumps({"data": options.data, **report.as_json()}, indent=1), encoding="utf-8")
+        write_text(options.json, json.dumps({"data": options.data, **report.as_json()}, indent=1))
     say(describe(report, options.show, decoded=not options.no_decode))
     if report.total(serious=True):
         say(advise(report, in_shards=find_data(options).layout == "shards"))
@@ -57,16 +46,7 @@ def _check_archive(path: Path) -> int:
 
 
 def describe(report: Report, shown: int, decoded: bool) -> str:
-    """Put a report into lines.
-
-    Args:
-        report: what was found.
-        shown: faults of a kind that are written out.
-        decoded: whether the images were decoded.
-
-    Returns:
-        The lines.
-    """
+    """Put a report into lines, with so many faults of a kind written out."""
     lines = []
     for split, counts in report.counts.items():
         boxes = f"{counts['boxes used']} of {counts['boxes read']} boxes"
@@ -90,15 +70,7 @@ def describe(report: Report, shown: int, decoded: bool) -> str:
 
 
 def advise(report: Report, in_shards: bool) -> str:
-    """Say what errors mean for a training.
-
-    Args:
-        report: with errors.
-        in_shards: whether the data are shards, whose images are only looked at when they are read.
-
-    Returns:
-        A line.
-    """
+    """Say what errors mean for a training; the images of shards are only looked at when they are read."""
     whole = [kind for kind in report.grouped(True) if kind.startswith("data set")]
     if in_shards:
         when = "refuses these data" if whole else "stops where it reads such an image"

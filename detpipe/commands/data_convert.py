@@ -28,17 +28,7 @@ _ELSEWHERE = ("keypoints", "caption", "attributes")  # of COCO's annotations: re
 
 
 def run_convert(arguments: Sequence[str]) -> int:
-    """Write a data set in another layout.
-
-    Args:
-        arguments: ``PATH --to LAYOUT -o FOLDER`` and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: what users can mend; nothing is written then.
-    """
+    """Write a data set in another layout; after an error nothing is written."""
     parser = source_parser("convert", "Write a data set in another layout.")
     parser.add_argument("--to", required=True, choices=LAYOUTS, help="the layout to write")
     add_writing(parser)
@@ -77,18 +67,7 @@ def write_layout(
     options: argparse.Namespace,
     source: ImageFiles,
 ) -> Written:
-    """Write splits in a layout.
-
-    Args:
-        layout: to write.
-        splits: name -> annotations.
-        folder: a new one.
-        options: what was added by `add_writing`.
-        source: where the images are.
-
-    Returns:
-        What was written.
-    """
+    """Write splits to a new folder in a layout, with the options of `add_writing` and images from ``source``."""
     images: Images = options.image_files
     if layout == "coco":
         return write_coco(splits, folder, images, source)
@@ -101,18 +80,7 @@ def write_layout(
 
 
 def read_outlined(name: str, data: DetectionData) -> Annotations:
-    """Read a split with the outlines of its objects, wherever its layout has them.
-
-    Args:
-        name: of the split.
-        data: one of those that `open_splits` opened.
-
-    Returns:
-        Its annotations.
-
-    Raises:
-        DataError: it has faults, or the outlines do not fit the boxes.
-    """
+    """Read a split with the outlines of its objects, wherever its layout has them; a DataError names what does not fit."""
     data.outlines = True
     a = read_split(data)
     if isinstance(data, COCO | Shards):  # shards keep none
@@ -136,16 +104,7 @@ def fields_left_out(opened: Mapping[str, DetectionData]) -> list[str]:
 
 
 def describe(written: Written, splits: Mapping[str, Annotations], more: Sequence[str] = ()) -> str:
-    """Say what was written and what was not.
-
-    Args:
-        written: what a writer did.
-        splits: that were read.
-        more: further remarks.
-
-    Returns:
-        A few lines.
-    """
+    """Say what was written, in a few lines."""
     lines = [
         f"wrote {written.images} images with {written.boxes} boxes to {written.folder} ({', '.join(written.splits)})"
     ]

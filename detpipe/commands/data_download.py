@@ -12,17 +12,7 @@ from detpipe.support.suggest import did_you_mean
 
 
 def run_download(arguments: Sequence[str]) -> int:
-    """Fetch and unpack a data set.
-
-    Args:
-        arguments: the name of the data set, and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: what users can mend; what was fetched is kept, and running it again goes on from there.
-    """
+    """Fetch and unpack a data set; what was fetched before an error is kept, and running it again goes on from there."""
     options = _parser().parse_args(list(arguments))
     if options.name not in PUBLIC_SETS:
         raise UsageError(
@@ -67,15 +57,7 @@ def _parser() -> Parser:
 
 
 def plan(parts: Sequence[Part], archives: Path) -> str:
-    """Say what will be fetched.
-
-    Args:
-        parts: to be made.
-        archives: where their archives go.
-
-    Returns:
-        A line an archive.
-    """
+    """Say what will be fetched, a line an archive."""
     lines = []
     for remote in (remote for part in parts for remote in part.archives):
         there = archives / remote.name

@@ -9,9 +9,9 @@ from typing import Any
 
 from detpipe.commands.data_advice import anchor_options, next_commands, training_split
 from detpipe.commands.data_source import read_splits, source_parser
+from detpipe.commands.parser import check_least
 from detpipe.datasets.statistics import Resize, SuggestedAnchors, box_sizes, fit, statistics, suggest_anchors
-from detpipe.support.errors import UsageError
-from detpipe.support.files import atomic_write
+from detpipe.support.files import write_text
 from detpipe.support.terminal import say
 from detpipe.types import Annotations
 
@@ -23,17 +23,7 @@ _SHOWN_CLASSES = 20
 
 
 def run_info(arguments: Sequence[str]) -> int:
-    """Print what is in a data set, and draw it.
-
-    Args:
-        arguments: ``PATH`` and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: there is no such data set, or it has faults.
-    """
+    """Print what is in a data set, and draw it."""
     parser = source_parser("info", "Count and measure the images and boxes of a data set.")
     parser.add_argument("-o", "--output", metavar="FOLDER", help="write info.json and pictures there")
     parser.add_argument("--min-size", type=int, default=480, help="shorter side of the images in the detector (480)")
@@ -41,9 +31,7 @@ def run_info(arguments: Sequence[str]) -> int:
     parser.add_argument("--sizes", type=int, default=4, help="how many sizes of anchors to suggest (4)")
     parser.add_argument("--ratios", type=int, default=3, help="how many ratios of anchors to suggest (3)")
     options = parser.parse_args(list(arguments))
-    for name in ("min_size", "max_size", "sizes", "ratios"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}")
+    check_least(options, 1, "min_size", "max_size", "sizes", "ratios")
     resize = Resize(options.min_size, options.max_size)
     splits = read_splits(options)
     facts = {name: statistics(a) for name, a in splits.items()}
@@ -111,15 +99,7 @@ def write(
     anchors: Mapping[str, SuggestedAnchors],
     resize: Resize,
 ) -> None:
-    """Write the statistics as JSON and pictures.
-
-    Args:
-        folder: is made if missing; files of the same names are replaced.
-        splits: name -> annotations.
-        facts: name -> statistics.
-        anchors: name -> what is suggested.
-        resize: that the anchors are for.
-    """
+    """Write the statistics of splits as JSON and pictures, with the anchors suggested for images of that size."""
     from detpipe.pictures.data_plots import plot_boxes, plot_classes, plot_images
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,8 +111,7 @@ def write(
         "splits": facts,
         "anchors": {"min_size": resize.min_size, "max_size": resize.max_size, "splits": suggested},
     }
-    with atomic_write(folder / "info.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_text(folder / "info.json", json.dumps(content, indent=1))
     plot_classes(splits, folder / "classes.png")
     plot_images(splits, folder / "images.png")
     for name, a in splits.items():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from detpipe.commands.data_source import find_data, open_splits, source_parser
+from detpipe.commands.parser import check_least, progress
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.faults import Collected
 from detpipe.datasets.formats.export import file_name_of
@@ -29,14 +27,7 @@ _SHOWN = 5
 def run_shards(arguments: Sequence[str]) -> int:
     """Write the splits of a data set as shards, or compare shards with their index.
 
-    Args:
-        arguments: ``PATH -o FOLDER`` and options, or ``FOLDER --verify``.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: what users can mend; shards that are written stay, and the same command goes on from there.
+    Shards that are written before an error stay, and the same command goes on from there.
     """
     options = _parser().parse_args(list(arguments))
     if options.verify:
@@ -55,23 +46,18 @@ def run_shards(arguments: Sequence[str]) -> int:
     for name, data in opened.items():
         annotations = read_annotations(data, sharding.skip)
         start = time.perf_counter()
-        made = _make(annotations, data, folder / file_name_of(name), name, sharding, stores.get(name))
+        key = next(known for known, function in KEYS.items() if function is data.image_key)
+        with progress(len(annotations), name) as move:
+            made = make_shards(annotations, folder / file_name_of(name), name, key, sharding, stores.get(name), move)
         say(report(made, name, time.perf_counter() - start))
     return 0
 
 
 def read_annotations(data: DetectionData, skip: bool) -> Annotations:
-    """Read the annotations of a split; its images are decoded later, by several processes.
-
-    Args:
-        data: whose validation split is read.
-        skip: whether faulty boxes and images are left out and counted.
-
-    Returns:
-        The annotations.
+    """Read the annotations of a split, whose images are decoded later, by several processes.
 
     Raises:
-        DataError: there are faults, or, where they may be skipped, such as may not.
+        DataError: there are faults, or, where they are to be skipped, such as may not.
     """
     if not skip:
         return data.annotations("val")
@@ -85,16 +71,7 @@ def read_annotations(data: DetectionData, skip: bool) -> Annotations:
 
 
 def report(made: Made, split: str, seconds: float) -> str:
-    """Say what was done.
-
-    Args:
-        made: of a split.
-        split: its name.
-        seconds: that it took.
-
-    Returns:
-        A few lines.
-    """
+    """Say what was made of a split, in a few lines."""
     shards, a = made.shards, made.shards.annotations
     skipped = {name: n for name, n in a.counts.items() if n and "skipped" in name}
     left_out = sum(n for name, n in skipped.items() if name.startswith("images"))
@@ -112,11 +89,7 @@ def report(made: Made, split: str, seconds: float) -> str:
 
 
 def read_bytes(text: str) -> int:
-    """``256MB``, ``1.5GiB`` or ``1000000`` as bytes.
-
-    Raises:
-        UsageError: it is no such size.
-    """
+    """``256MB``, ``1.5GiB`` or ``1000000`` as bytes; a UsageError if it is no such size."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmg]i?|)b?", text.strip().lower())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
@@ -155,12 +128,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sharding(options: argparse.Namespace) -> Sharding:
-    for name in ("images_per_shard", "workers"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-    if options.seed < 0:
-        raise UsageError(f"--seed must be 0 or more, got {options.seed}")
+    check_least(options, 1, "images_per_shard", "workers")
+    check_least(options, 0, "seed")
     return Sharding(
         shard_bytes=read_bytes(options.shard_size),
         images_per_shard=options.images_per_shard,
@@ -196,35 +165,13 @@ def _stores(given: Sequence[str], splits: Sequence[str]) -> Mapping[str, str]:
     return stores
 
 
-def _make(
-    annotations: Annotations, data: DetectionData, folder: Path, split: str, sharding: Sharding, store: str | None
-) -> Made:
-    key = next(name for name, function in KEYS.items() if function is data.image_key)
-    with tqdm(
-        total=len(annotations), desc=split, unit="image", smoothing=0.05, mininterval=0.1 if sys.stderr.isatty() else 30
-    ) as bar:
-        return make_shards(annotations, folder, split, key, sharding, store, _moving(bar))
-
-
-def _moving(bar: tqdm) -> Callable[[int, int], None]:
-    """What moves a bar to the number done, of a total."""
-
-    def move(done: int, total: int) -> None:
-        bar.total = total
-        if not bar.n and done > 1:
-            bar.initial = done  # written by an earlier run: not counted for the time left
-        bar.update(done - bar.n)
-
-    return move
-
-
 def _verify(folder: Path) -> int:
     """Compare the shards of a split, or of all splits of a folder, with their indices."""
     found = [folder] if (folder / INDEX).is_file() else sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
     if not found:
         raise UsageError(f"{folder}: no shards here: expected a folder that 'detpipe data shards' wrote")
     for path in found:
-        with tqdm(desc=path.name, unit="shard", disable=None, leave=False) as bar:
-            shards = verify_shards(path, _moving(bar))
+        with progress(None, path.name, "shard", logged=False) as move:
+            shards = verify_shards(path, move)
         say(f"{path}: {len(shards.shards)} shards with {len(shards.annotations)} images are as they were written")
     return 0

@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detpipe.commands.data_source import open_splits, read_split, source_parser
+from detpipe.commands.parser import check_least
 from detpipe.datasets.dataset import DetectionDataset
-from detpipe.pictures.contact_sheet import contact_sheet, draw_target
-from detpipe.pictures.visualize import save_png
+from detpipe.pictures.contact_sheet import contact_sheet
+from detpipe.pictures.visualize import draw_target, save_png
 from detpipe.support.errors import UsageError
 from detpipe.support.suggest import did_you_mean
 from detpipe.support.terminal import say
@@ -25,17 +26,7 @@ Chosen = list[tuple[str, int]]  # split and row
 
 
 def run_show(arguments: Sequence[str]) -> int:
-    """Draw some images of a data set.
-
-    Args:
-        arguments: ``PATH -o OUT.png`` and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: there is no such data set, it has faults, or no image has what was asked for.
-    """
+    """Draw some images of a data set."""
     parser = source_parser("show", "Draw images with their boxes; crowd regions and difficult objects are gray.")
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT.png|FOLDER", help="one sheet, or a picture an image"
@@ -46,11 +37,16 @@ def run_show(arguments: Sequence[str]) -> int:
         "--classes", nargs="+", default=[], metavar="NAME", help="only images and boxes of these classes"
     )
     options = parser.parse_args(list(arguments))
-    if options.n < 1 or options.seed < 0:
-        raise UsageError(f"-n must be 1 or more and --seed 0 or more, got {options.n} and {options.seed}")
+    check_least(options, 1, "n")
+    check_least(options, 0, "seed")
     opened = open_splits(options)
     splits = {name: read_split(data) for name, data in opened.items()}
-    wanted = {name: _labels(a, options.classes) for name, a in splits.items()}
+    wanted = {
+        name: np.array(
+            [a.class_names.index(word) + 1 for word in options.classes if word in a.class_names], dtype=np.int64
+        )
+        for name, a in splits.items()
+    }
     if options.classes and not any(map(len, wanted.values())):
         known = list(dict.fromkeys(word for a in splits.values() for word in a.class_names))
         raise UsageError(
@@ -70,17 +66,7 @@ def run_show(arguments: Sequence[str]) -> int:
 def choose(
     splits: Mapping[str, Annotations], wanted: Mapping[str, npt.NDArray[np.int64]] | None, n: int, seed: int
 ) -> Chosen:
-    """Draw images at random.
-
-    Args:
-        splits: name -> annotations.
-        wanted: name -> labels that an image must have one of; None for any image.
-        n: how many, at most.
-        seed: decides which.
-
-    Returns:
-        The images, in the order of the splits.
-    """
+    """Draw ``n`` images at random, of those that have a box of the wanted labels, in the order of the splits."""
     images: Chosen = []
     for name, a in splits.items():
         rows = np.arange(len(a))
@@ -90,10 +76,6 @@ def choose(
         images += [(name, row) for row in rows.tolist()]
     places = np.random.default_rng(seed).permutation(len(images))[:n]
     return [images[place] for place in sorted(places.tolist())]
-
-
-def _labels(a: Annotations, classes: Sequence[str]) -> npt.NDArray[np.int64]:
-    return np.array([a.class_names.index(word) + 1 for word in classes if word in a.class_names], dtype=np.int64)
 
 
 def _write(

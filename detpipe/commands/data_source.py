@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from detpipe.commands.parser import Parser
 from detpipe.datasets.datamodule import DetectionData
@@ -18,16 +19,7 @@ from detpipe.types import Annotations
 
 
 def source_parser(command: str, description: str, skip_bad: bool = True) -> Parser:
-    """Make a parser that knows how a data set is named.
-
-    Args:
-        command: of ``detpipe data``.
-        description: of the command.
-        skip_bad: whether faulty records may be left out.
-
-    Returns:
-        The parser, for options of the command.
-    """
+    """Make a parser of ``detpipe data COMMAND`` that knows how a data set is named, and whether faulty records may be left out."""
     parser = Parser(prog=f"detpipe data {command}", description=description)
     also = "" if skip_bad else "; or a .zip or .tar, of which is said whether it may be unpacked"
     parser.add_argument("data", metavar="PATH", help=EXPECTED.removeprefix("expected ") + also)
@@ -51,14 +43,16 @@ def source_parser(command: str, description: str, skip_bad: bool = True) -> Pars
     return parser
 
 
+def add_data_options(parser: Any, more: str = "") -> None:
+    """Add how a data set is named to a parser of argparse or jsonargparse."""
+    parser.add_argument("--data", type=str, required=True, help=f"{EXPECTED.removeprefix('expected ')}{more}")
+    parser.add_argument("--split", type=str, default=None, help="of the data set, such as trainval, test or val2017")
+    parser.add_argument("--images", type=str, default=None, help="folder of the images, for an annotation file")
+    parser.add_argument("--skip_bad", action="store_true", help="leave out faulty records and images, and count them")
+
+
 def open_splits(options: argparse.Namespace) -> dict[str, DetectionData]:
-    """Open the splits that were asked for, all of them if none was named.
-
-    Args:
-        options: what a `source_parser` read.
-
-    Returns:
-        name -> data, whose validation split it is.
+    """Open the splits that were asked for, all of them if none was named: name -> data, whose validation split it is.
 
     Raises:
         DetpipeError: there is no such data set or split.
@@ -89,49 +83,19 @@ def open_splits(options: argparse.Namespace) -> dict[str, DetectionData]:
 
 
 def find_data(options: argparse.Namespace) -> Found:
-    """Recognize the data set that was named on the command line, once for each command.
-
-    Args:
-        options: what a `source_parser` read.
-
-    Returns:
-        Its layout and splits.
-
-    Raises:
-        DetpipeError: as of `recognize`.
-    """
+    """Recognize the data set that was named on the command line, once for each command."""
     if getattr(options, "found", None) is None:
         options.found = recognize(options.data, option="", layout=getattr(options, "layout", None))
     return options.found
 
 
 def read_splits(options: argparse.Namespace) -> dict[str, Annotations]:
-    """Read the splits that were asked for.
-
-    Args:
-        options: what a `source_parser` read.
-
-    Returns:
-        name -> annotations.
-
-    Raises:
-        DetpipeError: there is no such data set or split, or it has faults.
-    """
+    """Read the splits that were asked for."""
     return {name: read_split(data) for name, data in open_splits(options).items()}
 
 
 def read_split(data: DetectionData) -> Annotations:
-    """Read what `open_splits` opened.
-
-    Args:
-        data: one of them.
-
-    Returns:
-        Its annotations.
-
-    Raises:
-        DataError: it has faults; what to do is said in the words of these commands.
-    """
+    """Read what `open_splits` opened; of a fault is said what to do in the words of these commands."""
     try:
         return data.annotations("val")
     except DataError as error:
@@ -146,11 +110,7 @@ def unsplit_name(data: str) -> str:
 
 
 def new_output(path: str) -> Path:
-    """A folder to be made.
-
-    Raises:
-        UsageError: there is something under that name.
-    """
+    """A folder to be made; a UsageError if there is something under that name."""
     folder = Path(path)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"--output {path} is there already: name a new folder, or remove it first")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, read_outlined, write_layout
 from detpipe.commands.data_source import find_data, new_output, open_splits, source_parser
+from detpipe.commands.parser import check_least
 from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.joining import join
 from detpipe.datasets.statistics import class_shares
@@ -21,17 +21,7 @@ _SHOWN_CLASSES = 40
 
 
 def run_split(arguments: Sequence[str]) -> int:
-    """Divide a data set and write the parts.
-
-    Args:
-        arguments: ``PATH -o FOLDER --parts NAME=SHARE,...`` and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: what users can mend; nothing is written then.
-    """
+    """Divide a data set and write the parts; after an error nothing is written."""
     parser = source_parser("split", "Divide a data set into parts with equal shares of the objects of every class.")
     parser.add_argument(
         "--parts", default="train=.8,val=.1,test=.1", metavar="NAME=SHARE,...", help="(train=.8,val=.1,test=.1)"
@@ -46,8 +36,7 @@ def run_split(arguments: Sequence[str]) -> int:
     add_writing(parser)
     options = parser.parse_args(list(arguments))
     parts = read_parts(options.parts)
-    if options.seed < 0:
-        raise UsageError(f"--seed must be 0 or more, got {options.seed}")
+    check_least(options, 0, "seed")
     folder = new_output(options.output)
     opened = open_splits(options)
     if len(opened) > 1 and not options.split:
@@ -63,7 +52,9 @@ def run_split(arguments: Sequence[str]) -> int:
     together = named_alike(pool, options.group_by) if options.group_by is not None else []
     rows = divide_by_content(pool, parts, source, options.seed, together)
     divided = {name: pool.subset(part) for name, part in rows.items()}
-    written = write_layout(_layout(options), divided, folder, options, source)
+    own = find_data(options).layout
+    layout: Literal["coco", "voc", "yolo", "csv"] = options.to or ("coco" if own in ("coco file", "shards") else own)
+    written = write_layout(layout, divided, folder, options, source)
     more = [f"{repeated} images that several splits name are taken once"] if repeated else []
     say(describe(written, splits, [*more, *fields_left_out(opened)]))
     say(table(divided))
@@ -71,17 +62,7 @@ def run_split(arguments: Sequence[str]) -> int:
 
 
 def read_parts(text: str) -> dict[str, float]:
-    """Read ``train=.8,val=.2``.
-
-    Args:
-        text: names with shares that are positive; they are divided by their sum if that is not 1, as in ``train=4,val=1``.
-
-    Returns:
-        name -> share, which add up to 1.
-
-    Raises:
-        UsageError: it is anything else.
-    """
+    """Read names with positive shares, such as ``train=.8,val=.2``; they are divided by their sum if that is not 1."""
     parts: dict[str, float] = {}
     for item in text.split(","):
         name, equals, share = (piece.strip() for piece in item.partition("="))
@@ -101,11 +82,7 @@ def read_parts(text: str) -> dict[str, float]:
 
 
 def named_alike(pool: Annotations, pattern: str) -> list[list[int]]:
-    """The rows of images whose names agree in what a regular expression finds, in its first group if it has one.
-
-    Raises:
-        UsageError: it is no regular expression, or finds nothing in a name.
-    """
+    """The rows of images whose names agree in what a regular expression finds, in its first group if it has one."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -119,20 +96,8 @@ def named_alike(pool: Annotations, pattern: str) -> list[list[int]]:
     return list(found.values())
 
 
-def _layout(options: argparse.Namespace) -> Literal["coco", "voc", "yolo", "csv"]:
-    own = find_data(options).layout
-    return options.to or ("coco" if own in ("coco file", "shards") else own)
-
-
 def table(parts: Mapping[str, Annotations]) -> str:
-    """Which share of the images and of the objects of each class went where.
-
-    Args:
-        parts: name -> annotations.
-
-    Returns:
-        A line for the images, and a line a class, those with fewest objects last.
-    """
+    """Which share of the images and of the objects of each class went where; classes with fewest objects last."""
     shares = class_shares(parts)
     first = next(iter(parts.values()))
     boxes = {

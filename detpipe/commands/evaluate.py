@@ -15,33 +15,28 @@ from detpipe.evaluation.analysis import AnalysisSettings
 from detpipe.evaluation.coco import MAX_DETECTIONS
 from detpipe.images import to_picture
 from detpipe.support.errors import UsageError
-from detpipe.support.files import atomic_write
+from detpipe.support.files import write_text
 
-_REPORT: dict[str, tuple[type, Any, str]] = {  # of both modes: type, default, help
-    "report": (str, None, "folder for a report: report.html, report.json and figures"),
-    "compare": (str, None, "other runs for the report, each NAME=DETECTIONS.json"),
-    "run_name": (str, None, "what the report calls this run"),
-    "score_threshold": (float, None, "of confusions and drawings in the report; where F1 is best by default"),
-    "worst": (int, 12, "so many of the worst images in the report"),
-    "resamples": (int, 1000, "draws of images for the intervals of a comparison"),
+# what both modes take: name -> type, default, how many values, help
+_OPTIONS: dict[str, tuple[Any, Any, str | None, str]] = {
+    "max_detections": (
+        int,
+        None,
+        "+",
+        "of a class and image, so many detections count by COCO's rules; 1 10 100 by default",
+    ),
+    "json": (str, None, None, "write the numbers to this file; those of a model lie beside its checkpoint by default"),
+    "report": (str, None, None, "folder for a report: report.html, report.json and figures"),
+    "compare": (str, None, "+", "other runs for the report, each NAME=DETECTIONS.json"),
+    "run_name": (str, None, None, "what the report calls this run"),
+    "score_threshold": (float, None, None, "of confusions and drawings in the report; where F1 is best by default"),
+    "worst": (int, 12, None, "so many of the worst images in the report"),
+    "resamples": (int, 1000, None, "draws of images for the intervals of a comparison"),
 }
 
 
-_MAX_DETECTIONS = "of a class and image, so many detections count by COCO's rules; rising, 1 10 100 by default"
-
-
 def evaluate(arguments: Sequence[str]) -> int:
-    """Print a table and write what is asked for.
-
-    Args:
-        arguments: of the command; with ``--detections`` a file is evaluated, else a model.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        DetpipeError: what users can mend.
-    """
+    """Print a table and write what is asked for: of a file with ``--detections``, else of a model."""
     own = any(argument.split("=")[0] in ("--detections", "--annotations") for argument in arguments)
     if own or list(arguments) in ([], ["-h"]):
         return _evaluate_file(arguments)
@@ -56,10 +51,7 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
     parser.add_argument("--detections", required=True, help="JSON in COCO's result format")
     parser.add_argument("--annotations", required=True, help="JSON in COCO's annotation format")
     parser.add_argument("--protocol", choices=evaluation.PROTOCOLS, default="coco")
-    parser.add_argument("--max_detections", type=int, nargs="+", help=_MAX_DETECTIONS)
-    parser.add_argument("--json", help="write the numbers to this file")
-    for name, (kind, default, text) in _REPORT.items():
-        count = "+" if name == "compare" else None
+    for name, (kind, default, count, text) in _OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, nargs=count, default=default, help=text)
     parser.add_argument("--images", help="folder of the images, for the drawings of a report")
     options = parser.parse_args(list(arguments))
@@ -104,7 +96,9 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     for setting in checkpoint.differing_settings(description, checkpoint.describe_model(config.model)):
         print(f"note: not as in training: {setting}; RUN/config.yaml has all settings of a run")
     loader = data.eval_dataloader(split)
-    settings = {**cli.trainer_settings, "limit_predict_batches": _limit(cli.trainer_settings, split)}
+    settings = dict(cli.trainer_settings)
+    if settings["limit_predict_batches"] is None:
+        settings["limit_predict_batches"] = settings[f"limit_{split}_batches"]
     trainer = build_trainer(settings, run)
     collector = CocoEvaluator(annotations).to(trainer.strategy.root_device)  # which the processes can gather from
     found = trainer.predict(cli.model, loader) or []  # of this process' batches, of which it may have none
@@ -134,36 +128,18 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _limit(trainer: dict[str, Any], split: str) -> Any:
-    """How many batches are wanted: by the limit of predictions, else by that of the split."""
-    limit = trainer["limit_predict_batches"]
-    return trainer[f"limit_{split}_batches"] if limit is None else limit
-
-
 def _add_arguments(parser: Any) -> None:
     from typing import Literal
 
+    parts = Literal["train", "val", "test"] | None
+    results = "for the detections in COCO's result format; beside the checkpoint by default"
     parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to evaluate")
-    parser.add_argument(
-        "--split",
-        type=Literal["train", "val", "test"] | None,
-        default=None,
-        help="part of the data; test where the configuration names one, else val",
-    )
+    parser.add_argument("--split", type=parts, default=None, help="test where the configuration names one, else val")
     parser.add_argument("--protocol", type=Literal["coco", "voc07", "voc10"], default="coco")
-    parser.add_argument("--max_detections", type=int, nargs="+", default=None, help=_MAX_DETECTIONS)
-    parser.add_argument(
-        "--json", type=str | None, default=None, help="for the numbers; beside the checkpoint by default"
-    )
-    parser.add_argument(
-        "--detections_out",
-        type=str | None,
-        default=None,
-        help="for the detections in COCO's result format; beside the checkpoint by default",
-    )
-    for name, (kind, default, text) in _REPORT.items():
-        if name == "compare":
-            parser.add_argument("--compare", type=kind, nargs="+", default=default, help=text)
+    parser.add_argument("--detections_out", type=str | None, default=None, help=results)
+    for name, (kind, default, count, text) in _OPTIONS.items():
+        if count:
+            parser.add_argument(f"--{name}", type=kind, nargs=count, default=default, help=text)
         else:
             parser.add_argument(f"--{name}", type=kind | None if default is None else kind, default=default, help=text)
 
@@ -189,6 +165,5 @@ def _report_options(given: Any, images: str | None, default_name: str) -> Report
 
 def _print(metrics: dict[str, Any], protocol: str, path: str | Path | None) -> None:
     if path is not None:  # before the table, which a closed pipe may end
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(metrics, indent=2) + "\n")
     print(evaluation.format_table(metrics, protocol))

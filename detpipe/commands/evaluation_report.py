@@ -14,7 +14,7 @@ from detpipe.evaluation.analysis import Analysis, AnalysisSettings, analyze
 from detpipe.evaluation.comparison import COMPARED
 from detpipe.pictures.report_figures import OPTIONAL_FIGURES, require_matplotlib, write_figures
 from detpipe.support.errors import DataError, UsageError
-from detpipe.support.files import atomic_write
+from detpipe.support.files import write_text
 from detpipe.types import Annotations, DetectionArrays
 
 if TYPE_CHECKING:
@@ -27,15 +27,7 @@ PAGE, NUMBERS = "report.html", "report.json"
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What users may ask for.
-
-    Args:
-        out: the folder of the report; None: no report.
-        compare: ``NAME=DETECTIONS.json`` of other runs.
-        images: the folder that file names are relative to; None: no drawings, unless the data know it.
-        run_name: of the run that is evaluated.
-        settings: of the analysis.
-    """
+    """What users may ask for: a folder, other runs as ``NAME=DETECTIONS.json``, the folder of images, a name, and settings."""
 
     out: str | None = None
     compare: Sequence[str] = ()
@@ -45,16 +37,7 @@ class ReportOptions:
 
 
 def check_options(options: ReportOptions, default_name: str) -> None:
-    """Refuse what cannot work before hours are spent on a model.
-
-    Args:
-        options: of the command line.
-        default_name: of the run, where ``options`` have none.
-
-    Raises:
-        UsageError: an option without ``--report``, a number out of range, a name twice, a file or folder that is not
-            there, or matplotlib is not installed.
-    """
+    """Refuse what cannot work before hours are spent on a model: such as a number out of range, or a name twice."""
     settings = options.settings
     if options.out is None:
         given = {"--compare": options.compare, "--images": options.images, "--run_name": options.run_name}
@@ -87,17 +70,7 @@ def check_options(options: ReportOptions, default_name: str) -> None:
 
 
 def parse_runs(given: Sequence[str]) -> dict[str, Path]:
-    """Split ``NAME=FILE``.
-
-    Args:
-        given: of the command line.
-
-    Returns:
-        name -> file, in order.
-
-    Raises:
-        UsageError: a name or a file is missing, or a name occurs twice.
-    """
+    """Split ``NAME=FILE``; a UsageError where one is missing, or a name occurs twice."""
     runs: dict[str, Path] = {}
     for one in given:
         name, separator, path = one.partition("=")
@@ -110,18 +83,7 @@ def parse_runs(given: Sequence[str]) -> dict[str, Path]:
 
 
 def read_runs(options: ReportOptions, annotations: Annotations) -> dict[str, DetectionArrays]:
-    """Read the runs to compare with, also before hours are spent.
-
-    Args:
-        options: of the command line.
-        annotations: the ground truth.
-
-    Returns:
-        name -> detections.
-
-    Raises:
-        DataError: a file that cannot be read, or belongs to another ground truth.
-    """
+    """Read the runs to compare with, also before hours are spent."""
     return {name: evaluation.read_detections(path, annotations) for name, path in parse_runs(options.compare).items()}
 
 
@@ -131,20 +93,9 @@ def write_report(
     runs: Mapping[str, DetectionArrays],
     images: str | Callable[[int], Tensor] | None,
 ) -> Path:
-    """Write figures, drawings, numbers, and last the page.
+    """Write figures, drawings, numbers, and last the page, whose path is returned; an earlier report in the folder is replaced.
 
-    Args:
-        options: with a folder to write to; files of an earlier report in it are replaced.
-        annotations: the ground truth.
-        runs: name -> detections; the first is explained.
-        images: the folder that file names are relative to, or what reads an image by its row in the annotations; None: no
-            drawings.
-
-    Returns:
-        The page.
-
-    Raises:
-        DataError: an image that cannot be read.
+    The first of the runs, name -> detections, is explained; images lie in a folder, or are read by their row in the annotations.
     """
     from detpipe.pictures.report_page import report_page  # with what draws boxes, which takes seconds to import
     from detpipe.pictures.visualize import save_png
@@ -162,10 +113,8 @@ def write_report(
         save_png(out / f"worst_{index:02}_truth.png", drawing.truth)
         save_png(out / f"worst_{index:02}_found.png", drawing.found)
     write_figures(analysis.numbers, out)
-    with atomic_write(out / NUMBERS) as temporary:
-        temporary.write_text(json.dumps(analysis.numbers, allow_nan=False) + "\n", encoding="utf-8")
-    with atomic_write(out / PAGE) as temporary:
-        temporary.write_text(report_page(analysis.numbers, drawings), encoding="utf-8")
+    write_text(out / NUMBERS, json.dumps(analysis.numbers, allow_nan=False) + "\n")
+    write_text(out / PAGE, report_page(analysis.numbers, drawings))
     return out / PAGE
 
 

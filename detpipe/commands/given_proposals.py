@@ -23,19 +23,9 @@ Boxes = Callable[[Path, Tensor], Tensor]  # path and [3, H, W] uint8 RGB -> [P, 
 
 
 def open_boxes(option: str, images: Sequence[Path], trained_on: dict[str, Any] | None) -> Boxes:
-    """Open what ``--proposals`` names, and see that it has boxes for all images.
+    """Open what ``--proposals`` names, a JSON file, a store, or a source, and see that it has boxes for all images.
 
-    Args:
-        option: a JSON file, a store, or the name of a source.
-        images: the images.
-        trained_on: the source and settings of the boxes that the detector was trained on, if known: a source of this name
-            gets these settings, another one its defaults.
-
-    Returns:
-        What gives the boxes of an image.
-
-    Raises:
-        DetpipeError: there is no such file or source, the file is no store or JSON of boxes, or lacks an image.
+    A source by which the detector was trained, if known, gets its settings, another one its defaults.
     """
     suffix = Path(option).suffix
     if suffix == SUFFIX:
@@ -54,15 +44,7 @@ def open_boxes(option: str, images: Sequence[Path], trained_on: dict[str, Any] |
 
 
 def advice(checkpoint: str, trained_on: dict[str, Any] | None) -> str:
-    """Say what to add where a detector needs boxes and none are given.
-
-    Args:
-        checkpoint: its file.
-        trained_on: the source and settings of the boxes that it was trained on, if known.
-
-    Returns:
-        The message.
-    """
+    """Say what to add where a detector of a checkpoint needs boxes and none are given."""
     source = None if trained_on is None else trained_on["source"]
     if source == "union" and trained_on is not None:
         source = "+".join(part["source"] for part in trained_on["settings"].get("sources", []))
@@ -76,17 +58,7 @@ def advice(checkpoint: str, trained_on: dict[str, Any] | None) -> str:
 
 
 def read_proposals(path: Path) -> dict[str, Tensor]:
-    """Read a JSON file of proposals.
-
-    Args:
-        path: JSON, image name or path -> list of ``[x1, y1, x2, y2]``.
-
-    Returns:
-        image name or path -> ``[P, 4]`` float32.
-
-    Raises:
-        DataError: the file is missing or holds something else; the image and the box are named.
-    """
+    """Read a JSON file, image name or path -> list of ``[x1, y1, x2, y2]``; a DataError names the image and the box."""
     content = load_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} must map image names to lists of [x1, y1, x2, y2], got {type(content).__name__}")

@@ -24,7 +24,7 @@ from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
 from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
 from detpipe.support.errors import UsageError
-from detpipe.support.files import atomic_write
+from detpipe.support.files import write_text
 from detpipe.support.terminal import say
 from detpipe.training.models import load_detector
 from detpipe.types import RGB
@@ -33,17 +33,7 @@ SHARES = (0.25, 0.5, 1.0)
 
 
 def run_inspect(arguments: Sequence[str]) -> int:
-    """Draw the attention of a detector's backbone.
-
-    Args:
-        arguments: ``CHECKPOINT IMAGE_OR_FOLDER ... -o FOLDER`` and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: what users can mend.
-    """
+    """Draw the attention of a detector's backbone."""
     options = _parse(arguments)
     paths = find_images(options.images)
     detector, description = load_detector(options.checkpoint)
@@ -71,20 +61,13 @@ def run_inspect(arguments: Sequence[str]) -> int:
         raise UsageError(
             f"no object was found with a score of {options.score_threshold} or more; lower --score_threshold, or give other images"
         )
-    with atomic_write(out / "attention.json") as temporary:
-        temporary.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "attention.json", json.dumps(numbers, indent=1) + "\n")
     say("\n".join(str(path) for path in [*written, out / "attention.json"]))
     return 0
 
 
 def last_of_each_stage(names: Sequence[str]) -> list[str]:
     """Choose a module of each stage: the last of those whose names differ only in the number of the block.
-
-    Args:
-        names: of modules, in the order of the network.
-
-    Returns:
-        Some of them, in their order.
 
     Example:
         >>> last_of_each_stage(["c2.0.attention", "c2.1.attention", "c3.0.attention"])

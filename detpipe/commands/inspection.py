@@ -20,13 +20,7 @@ from detpipe.stages import Backbone
 
 @dataclass(frozen=True)
 class Objects:
-    """Objects to look at, one an entry.
-
-    Args:
-        images: ``[3, H_i, W_i]`` uint8 RGB, the image of each object.
-        boxes: ``[O, 4]`` xyxy in pixels of its image.
-        labels: ``[O]`` int64 in 1..K.
-    """
+    """Objects to look at: the image ``[3, H_i, W_i]`` uint8 RGB of each, ``[O, 4]`` xyxy in its pixels, and ``[O]`` in 1..K."""
 
     images: Sequence[Tensor]
     boxes: Tensor
@@ -34,14 +28,7 @@ class Objects:
 
 
 def attention_modules(network: nn.Module) -> dict[str, Attention]:
-    """Find the attention modules of a network, in its order; of nested ones the outermost.
-
-    Args:
-        network: any module.
-
-    Returns:
-        name -> module.
-    """
+    """Find the attention modules of a network by name, in its order; of nested ones the outermost."""
     found: dict[str, Attention] = {}
     for name, module in network.named_modules():
         if isinstance(module, Attention) and not any(not outer or name.startswith(f"{outer}.") for outer in found):
@@ -51,14 +38,7 @@ def attention_modules(network: nn.Module) -> dict[str, Attention]:
 
 @contextmanager
 def recording(network: nn.Module) -> Iterator[dict[str, Gates]]:
-    """Record the gates of every attention module while the network runs.
-
-    Args:
-        network: any module.
-
-    Yields:
-        name -> gates of the last forward pass, detached, on the CPU.
-    """
+    """Yield name -> gates of every attention module in the last forward pass while it lasts, detached, on the CPU."""
     recorded: dict[str, Gates] = {}
 
     def keeper(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -79,17 +59,7 @@ def recording(network: nn.Module) -> Iterator[dict[str, Gates]]:
 
 @torch.inference_mode()
 def gates_of(backbone: Backbone, images: Sequence[Tensor], min_size: int, max_size: int) -> dict[str, Gates]:
-    """Compute the gates for a batch of images.
-
-    Args:
-        backbone: in evaluation mode.
-        images: N tensors ``[3, H_i, W_i]`` uint8 RGB.
-        min_size: as of the detector.
-        max_size: as of the detector.
-
-    Returns:
-        name of the attention module -> its gates, first dimension N.
-    """
+    """Compute the gates for N images ``[3, H_i, W_i]`` uint8 RGB, resized as by a detector: name -> gates, first dimension N."""
     batch = frames.to_batch(images, backbone.pixel_format, min_size, max_size, max(backbone.strides.values()))
     with recording(backbone) as recorded:
         backbone(batch.tensors.to(backbone.device))
@@ -97,16 +67,9 @@ def gates_of(backbone: Backbone, images: Sequence[Tensor], min_size: int, max_si
 
 
 def crop_object(image: Tensor, box: Tensor, side: int, share: float) -> Tensor:
-    """Cut out an object with what is around it; beyond the border the image's edge goes on.
+    """Cut out a box ``[4]`` of an image ``[3, H, W]`` uint8 RGB with what is around it: ``[3, side, side]``, edges go on outside.
 
-    Args:
-        image: ``[3, H, W]`` uint8 RGB.
-        box: ``[4]`` xyxy in pixels of the image.
-        side: of the result in pixels.
-        share: of the result's side that the longer side of the box takes up; above 1 zooms into the box.
-
-    Returns:
-        ``[3, side, side]`` uint8 RGB.
+    ``share`` is the part of the side that the longer side of the box takes up; above 1 zooms into the box.
     """
     x1, y1, x2, y2 = box.tolist()
     window = max(x2 - x1, y2 - y1) / share
@@ -127,19 +90,11 @@ def crop_object(image: Tensor, box: Tensor, side: int, share: float) -> Tensor:
 def gates_by_class(
     backbone: Backbone, objects: Objects, side: int, kind: str, share: float = 0.8, batch: int = 16
 ) -> dict[str, Tensor]:
-    """Average the gates of each class over its objects, each seen alone (Hu et al. 2018, figure 5).
-
-    Args:
-        backbone: in evaluation mode.
-        objects: what is cut out.
-        side: of the cut-outs in pixels.
-        kind: which gates: "channel" or "branch".
-        share: as of :func:`crop_object`.
-        batch: cut-outs at a time.
+    """Average the gates of each class over its objects, each seen alone in cut-outs (Hu et al. 2018, figure 5).
 
     Returns:
-        name of the attention module -> ``[K, C]`` or ``[K, M, C]``; NaN for a class without objects. Modules without such gates
-        are left out.
+        name of each attention module with gates of a kind, "channel" or "branch" -> ``[K, C]`` or ``[K, M, C]``; NaN for a class
+        without objects.
     """
     count = int(objects.labels.max())
     sums: dict[str, Tensor] = {}
@@ -161,17 +116,9 @@ def gates_by_class(
 def branches_by_scale(
     backbone: Backbone, objects: Objects, side: int, shares: Sequence[float], batch: int = 16
 ) -> dict[str, Tensor]:
-    """Average the weight of each branch over objects and channels, at growing sizes of the object (Li et al. 2019, figure 3).
+    """Average the weight of each branch over objects and channels, as the object takes up S shares of the cut-out (Li et al. 2019).
 
-    Args:
-        backbone: in evaluation mode.
-        objects: what is cut out.
-        side: of the cut-outs in pixels.
-        shares: how much of the cut-out the object takes up, one after the other.
-        batch: cut-outs at a time.
-
-    Returns:
-        name of the attention module -> ``[S, M]`` for S shares. Modules without branches are left out.
+    ``[S, M]`` by name of the attention module; modules without branches are left out.
     """
     one_class = Objects(objects.images, objects.boxes, torch.ones_like(objects.labels))
     found = [gates_by_class(backbone, one_class, side, "branch", share, batch) for share in shares]
@@ -179,17 +126,7 @@ def branches_by_scale(
 
 
 def spatial_maps(backbone: Backbone, image: Tensor, min_size: int, max_size: int) -> dict[str, Tensor]:
-    """Compute the spatial gates of one image, at its own size.
-
-    Args:
-        backbone: in evaluation mode.
-        image: ``[3, H, W]`` uint8 RGB.
-        min_size: as of the detector.
-        max_size: as of the detector.
-
-    Returns:
-        name of the attention module -> ``[H, W]`` in 0..1. Modules without spatial gates are left out.
-    """
+    """Compute the spatial gates of one image ``[3, H, W]`` uint8 RGB: name of the attention module -> ``[H, W]`` in 0..1."""
     height, width = image.shape[1:]
     inner = frames.resized_size((height, width), min_size, max_size)
     step = max(backbone.strides.values())

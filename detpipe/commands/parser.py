@@ -1,14 +1,16 @@
-"""What plain commands share: a parser whose errors are one line, and commands that are groups of others, as ``data check``."""
+"""What the commands share: a parser whose errors are one line, checks of numbers, bars of progress, and how a data set is named."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from importlib import import_module
-from typing import NoReturn
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 from detpipe.support.errors import UsageError
-from detpipe.support.suggest import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,29 +21,32 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see '{self.prog} --help'")
 
 
-def run_one_of(commands: Mapping[str, tuple[str, str]], group: str, text: str, arguments: Sequence[str]) -> int:
-    """Run a command of a group.
+def check_least(options: Any, least: int, *names: str) -> None:
+    """Refuse options that are less than a number; those that were not given, None, are left out."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            option = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} must be {least} or more, got {value}")
 
-    Args:
-        commands: name -> module and function.
-        group: what comes before the name, such as ``data``.
-        text: the help of the group.
-        arguments: the command and its arguments.
 
-    Returns:
-        The exit status.
+@contextmanager
+def progress(
+    total: int | None, name: str | None = None, unit: str = "image", logged: bool = True
+) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of long work, and yield what moves it to the number done, of a total; ``logged``: not on terminals alone."""
+    terminal = sys.stderr.isatty()
+    shown: dict[str, Any] = (
+        {"smoothing": 0.05, "mininterval": 0.1 if terminal else 30}
+        if logged
+        else {"leave": False, "disable": not terminal}
+    )
+    with tqdm(total=total, desc=name, unit=unit, **shown) as bar:
 
-    Raises:
-        UsageError: there is no such command.
-    """
-    command, *rest = arguments or [""]
-    if command in ("", "-h", "--help"):
-        print(text, end="")
-        return 0 if command else 2
-    if command not in commands:
-        raise UsageError(
-            f"unknown command {command!r}: expected {', '.join(commands)}{did_you_mean(command, commands)}; "
-            f"see 'detpipe {group} --help'"
-        )
-    module, function = commands[command]
-    return getattr(import_module(module), function)(rest)
+        def move(done: int, of: int) -> None:
+            bar.total = of
+            if not bar.n and done > 1:
+                bar.initial = done  # done by an earlier run: not counted for the time left
+            bar.update(done - bar.n)
+
+        yield move

@@ -31,7 +31,7 @@ from detpipe.images import to_picture
 from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.proposals import PrecomputedProposals
 from detpipe.support.errors import DataError, UsageError
-from detpipe.support.files import atomic_write, refuse_special
+from detpipe.support.files import refuse_special, write_text
 from detpipe.support.terminal import printable, say
 from detpipe.training.checkpoint import Description
 from detpipe.training.models import load_detector, load_region_classifier
@@ -41,17 +41,7 @@ Look = Callable[[Path, Tensor], Detection]  # path and image as `read_image` giv
 
 
 def predict(arguments: Sequence[str]) -> int:
-    """Detect, draw, and write.
-
-    Args:
-        arguments: ``CHECKPOINT IMAGE_OR_FOLDER ... -o FOLDER`` and options.
-
-    Returns:
-        0, or 1 when no image at all could be read.
-
-    Raises:
-        DetpipeError: what users can mend.
-    """
+    """Detect, draw, and write; status 1 when no image at all could be read."""
     options = _parse_predict(arguments)
     images = find_images(options.images)
     detector, description = load_detector(options.checkpoint)
@@ -72,17 +62,7 @@ def predict(arguments: Sequence[str]) -> int:
 
 
 def classify(arguments: Sequence[str]) -> int:
-    """Classify, draw, and write.
-
-    Args:
-        arguments: ``CHECKPOINT IMAGE_OR_FOLDER ... --boxes BOXES -o FOLDER`` and options.
-
-    Returns:
-        0, or 1 when no image at all could be classified.
-
-    Raises:
-        DetpipeError: what users can mend.
-    """
+    """Classify, draw, and write; status 1 when no image at all could be classified."""
     options = _parse_classify(arguments)
     images = find_images(options.images)
     model, description = load_region_classifier(options.checkpoint)
@@ -121,8 +101,7 @@ def _look_at(
         size = {"width": image.shape[2], "height": image.shape[1]}
         records = _records(found, class_names)
         report["images"].append({"file": str(path), "drawing": name, **size, kind: records})
-    with atomic_write(out / f"{kind}.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(out / f"{kind}.json", json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -134,16 +113,9 @@ def _ended(report: dict[str, Any], kind: str, failed: str, out: Path) -> int:
 
 @torch.inference_mode()
 def detect(detector: TwoStageDetector, image: Tensor, proposals: Tensor | None, score_threshold: float) -> Detection:
-    """Detect objects in one image.
+    """Detect objects in one image ``[C, H, W]``, as `read_image` reads it, with proposals ``[P, 4]`` xyxy or none.
 
-    Args:
-        detector: in evaluation mode.
-        image: ``[C, H, W]`` as :func:`detpipe.datasets.read_image` reads it.
-        proposals: ``[P, 4]`` xyxy in pixels of the image, for a detector that takes precomputed ones; else None.
-        score_threshold: detections below it are left out.
-
-    Returns:
-        The detections, on the CPU; with proposals and glimpses where the head returns them.
+    Detections below the threshold are left out; they are on the CPU, with proposals and glimpses where the head returns them.
     """
     targets: list[Target] | None = None if proposals is None else [{"proposals": proposals.to(detector.device)}]
     [found] = detector([image.to(detector.device)], targets)
@@ -152,17 +124,7 @@ def detect(detector: TwoStageDetector, image: Tensor, proposals: Tensor | None, 
 
 
 def find_images(names: Sequence[str]) -> list[Path]:
-    """List the images that are named, or lie in folders that are.
-
-    Args:
-        names: files, and folders that are searched to any depth.
-
-    Returns:
-        Paths, those of a folder sorted, each once.
-
-    Raises:
-        UsageError: a name does not exist, or a folder holds no image.
-    """
+    """List the images that are named, or lie in folders at any depth, those of a folder sorted, each once; none is a UsageError."""
     paths: dict[Path, None] = {}
     for name in map(Path, names):
         refuse_special(name, UsageError)
@@ -185,20 +147,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
 def choose_proposals(
     detector: TwoStageDetector, options: argparse.Namespace, images: Sequence[Path], description: Description
 ) -> Boxes | None:
-    """Open the boxes that take the place of the detector's own source, if it needs some or some are given.
-
-    Args:
-        detector: its source is replaced where boxes are given.
-        options: with ``checkpoint`` and ``proposals``.
-        images: what boxes are needed for.
-        description: of the checkpoint.
-
-    Returns:
-        What gives the boxes of an image; None for a detector that finds them itself.
-
-    Raises:
-        DetpipeError: boxes are needed and not given, or cannot be opened.
-    """
+    """Open the boxes that take the place of the detector's own source; None if it finds them itself and none are given."""
     precomputed = isinstance(detector.proposals, PrecomputedProposals)
     if options.proposals is None:
         if precomputed:
@@ -227,15 +176,7 @@ def _draw(image: Tensor, found: Detection, class_names: Sequence[str]) -> Tensor
 
 
 def drawing_names(images: Sequence[Path], out: Path) -> list[str]:
-    """Name the drawings after the images, with a number where two would be the same or an image would be lost.
-
-    Args:
-        images: what is drawn on.
-        out: the folder of the drawings.
-
-    Returns:
-        One file name an image.
-    """
+    """Name the drawings after the images, with a number where two would be the same or an image in that folder would be lost."""
     names, used = [], {path.name for path in images if path.parent.resolve() == out.resolve()}
     for path in images:
         name, number = f"{path.stem}.png", 2
@@ -257,11 +198,7 @@ def _records(found: Detection, class_names: Sequence[str]) -> list[dict[str, Any
 
 
 def choose_device(name: str) -> torch.device:
-    """Find a device: CUDA if there is one for ``auto``, else by its name.
-
-    Raises:
-        UsageError: it cannot be used.
-    """
+    """Find a device: CUDA if there is one for ``auto``, else by its name; a UsageError if it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -5,21 +5,21 @@ What is made is kept at once: a run that was killed goes on where it stopped, an
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
 
 from detpipe.commands.checkpoint_proposals import CheckpointProposals
+from detpipe.commands.data_source import add_data_options
+from detpipe.commands.parser import check_least, progress
 from detpipe.commands.predict import find_images
 from detpipe.datasets import read_image
 from detpipe.datasets.formats.recognize import EXPECTED, layout_of, open_split
@@ -49,24 +49,16 @@ class _Parser(ArgumentParser):
 
 
 def run_make(arguments: Sequence[str]) -> int:
-    """Make a store, and print what was done.
-
-    Args:
-        arguments: ``SOURCE --data DATA [--split SPLIT] -o STORE.safetensors`` and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: what users can mend; what is made until then is kept.
-    """
+    """Make a store, and print what was done; what is made until an error is kept."""
     name, *rest = arguments or [""]
     if name in ("", "-h", "--help"):
         print(HELP, end="")
         return 0 if name else 2
     parser, build = _source_parser(name)
     options = parser.parse_args(rest)
-    _check(options)
+    if Path(options.output).suffix != SUFFIX:
+        raise UsageError(f"--output {options.output}: the name of a store must end in {SUFFIX}")
+    check_least(options, 1, "workers")
     # results must not depend on how many processes there are: each computes with one thread
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -78,13 +70,7 @@ def run_make(arguments: Sequence[str]) -> int:
         raise UsageError(f"{name}: {error}; see 'detpipe proposals make {name} --help'") from error
     items, source = find_items(options.data, options.split, options.images, options.skip_bad)
     start = time.perf_counter()
-    with tqdm(total=len(items), unit="image", smoothing=0.05, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
-
-        def progress(done: int, total: int) -> None:
-            if not bar.n and done > 1:
-                bar.initial = done  # made by an earlier run: not counted for the time left
-            bar.update(done - bar.n)
-
+    with progress(len(items)) as move:
         summary = make_store(
             build(options),
             items,
@@ -92,7 +78,7 @@ def run_make(arguments: Sequence[str]) -> int:
             partial(read_pixels, source),
             workers=options.workers,
             on_bad="skip" if options.skip_bad else "error",
-            progress=progress,
+            progress=move,
         )
     say(report(summary, ProposalStore(options.output), time.perf_counter() - start))
     return 0
@@ -101,21 +87,7 @@ def run_make(arguments: Sequence[str]) -> int:
 def find_items(
     data: str, split: str | None, images: str | None = None, skip_bad: bool = False
 ) -> tuple[list[Item], ImageFiles]:
-    """List images with the ids that a store calls them by.
-
-    Args:
-        data: a data set in a layout that is known, or a folder of images, whose ids are the names of
-            the files without suffix.
-        split: of a data set.
-        images: the folder of the images, for an annotation file.
-        skip_bad: leave faulty records of the annotations out.
-
-    Returns:
-        The images, in the order of the data set, and where they are.
-
-    Raises:
-        DetpipeError: there are no such data, or they are faulty.
-    """
+    """List images with the ids that a store calls them by, and where they are; of a plain folder the names without suffix."""
     path = Path(data)
     if path.is_dir() and layout_of(path) is None:
         if split is not None:
@@ -137,16 +109,7 @@ def read_pixels(source: ImageFiles, path: Path) -> npt.NDArray[np.uint8]:
 
 
 def report(summary: Summary, store: ProposalStore, seconds: float) -> str:
-    """Say what was done.
-
-    Args:
-        summary: of the run.
-        store: what it wrote.
-        seconds: that the run took.
-
-    Returns:
-        A few lines.
-    """
+    """Say what was done, in a few lines."""
     kept = summary.images - summary.made
     lines = [
         f"{summary.images} images, {store.num_boxes} boxes ({store.num_boxes / max(1, summary.images):.0f} an image); "
@@ -167,12 +130,9 @@ def _source_parser(name: str) -> tuple[ArgumentParser, Callable[[Namespace], Cal
         description="Make boxes for all images of a data set.",
         exit_on_error=False,
     )
-    parser.add_argument("--data", type=str, required=True, help=f"{EXPECTED.removeprefix('expected ')}, or images")
-    parser.add_argument("--split", type=str | None, default=None, help="of the data set, such as trainval or val2017")
-    parser.add_argument("--images", type=str | None, default=None, help="folder of the images, for an annotation file")
+    add_data_options(parser, ", or images")
     parser.add_argument("-o", "--output", type=str, required=True, help=f"the store to write, *{SUFFIX}")
     parser.add_argument("--workers", type=int, default=1, help="processes; the boxes do not depend on it")
-    parser.add_argument("--skip_bad", action="store_true", help="leave out faulty records and images, and count them")
     if Path(name).suffix == ".ckpt":
         parser.add_argument("--device", type=str, default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
         return parser, lambda options: partial(CheckpointProposals, name, options.device)
@@ -183,10 +143,3 @@ def _source_parser(name: str) -> tuple[ArgumentParser, Callable[[Namespace], Cal
     source = find_class(name)
     added = parser.add_class_arguments(cast(type, source), skip={"pixel_format"}, as_group=True)
     return parser, lambda options: partial(source, **{key: options[key] for key in added})
-
-
-def _check(options: Any) -> None:
-    if Path(options.output).suffix != SUFFIX:
-        raise UsageError(f"--output {options.output}: the name of a store must end in {SUFFIX}")
-    if options.workers < 1:
-        raise UsageError(f"--workers must be 1 or more, got {options.workers}")

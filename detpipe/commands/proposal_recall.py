@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from detpipe.commands.parser import Parser
+from detpipe.commands.data_source import add_data_options
+from detpipe.commands.parser import Parser, progress
 from detpipe.datasets import DetectionData
-from detpipe.datasets.formats.recognize import EXPECTED, open_split
+from detpipe.datasets.formats.recognize import open_split
 from detpipe.datasets.stored_proposals import StoredProposals
 from detpipe.evaluation.proposal_faults import ENOUGH, likely_faults
 from detpipe.evaluation.proposal_recall import (
@@ -26,23 +26,13 @@ from detpipe.evaluation.proposal_recall import (
 from detpipe.pictures.recall_plot import plot_recall
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.support.errors import DataError, UsageError
-from detpipe.support.files import atomic_write
+from detpipe.support.files import write_text
 from detpipe.support.terminal import say
 from detpipe.types import Annotations
 
 
 def run_recall(arguments: Sequence[str]) -> int:
-    """Measure recall; print tables, and on request write ``recall.json`` and ``recall.png``.
-
-    Args:
-        arguments: ``STORE ... --data DATA [--split SPLIT] [-o FOLDER]`` and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: what users can mend.
-    """
+    """Measure recall; print tables, and on request write ``recall.json`` and ``recall.png``."""
     options = _parse(arguments)
     data = open_split(options.data, options.split, options.images, "skip" if options.skip_bad else "error")
     annotations = data.annotations("val")
@@ -59,12 +49,8 @@ def run_recall(arguments: Sequence[str]) -> int:
     proposals = {}
     for name, path in zip(names, options.stores, strict=True):
         proposals[name] = StoredProposals(path, annotations, data.image_key)
-        with tqdm(total=len(annotations), desc=name, unit="image", leave=False, disable=not sys.stderr.isatty()) as bar:
-
-            def progress(done: int, total: int, bar: tqdm = bar) -> None:
-                bar.update(done - bar.n)
-
-            reports[name] = evaluate_recall(annotations, proposals[name], MAX_BOXES, progress)
+        with progress(len(annotations), name, logged=False) as move:
+            reports[name] = evaluate_recall(annotations, proposals[name], MAX_BOXES, move)
     say(f"\n{recall_table(reports, options.markdown)}")
     for name, report in reports.items():
         say(f"\n{name}, with {MAX_BOXES[-1]} boxes, least found classes first\n{class_table(report)}")
@@ -80,26 +66,15 @@ def run_recall(arguments: Sequence[str]) -> int:
     if options.output is not None:
         folder = Path(options.output)
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "recall.json") as temporary:
-            content = {name: report.to_dict() for name, report in reports.items()}
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        content = {name: report.to_dict() for name, report in reports.items()}
+        write_text(folder / "recall.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
         plot_recall(reports, folder / "recall.png", f"{Path(options.data).name} {options.split or ''}".strip())
         say(f"\nsee {folder / 'recall.json'} and {folder / 'recall.png'}")
     return 0
 
 
 def name_stores(stores: Sequence[ProposalStore]) -> list[str]:
-    """Call each store by its source, or by its file where several have one source.
-
-    Args:
-        stores: the stores.
-
-    Returns:
-        Names that differ.
-
-    Raises:
-        UsageError: a store is given twice.
-    """
+    """Call each store by its source, or by its file where several have one source; a store that is given twice is a UsageError."""
     sources = [store.source for store in stores]
     names = [
         store.source if sources.count(store.source) == 1 else f"{store.source} ({store.path.stem})" for store in stores
@@ -129,11 +104,8 @@ def _keep_stored(annotations: Annotations, data: DetectionData, stores: Sequence
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="detpipe proposals recall", description="Measure how many objects the boxes of stores find.")
     parser.add_argument("stores", nargs="+", metavar="STORE", help="one store or several, to be compared")
-    parser.add_argument("--data", required=True, help=EXPECTED.removeprefix("expected "))
-    parser.add_argument("--split", help="of the data set, such as test or val2017")
-    parser.add_argument("--images", help="folder of the images, for an annotation file")
+    add_data_options(parser)
     parser.add_argument("-o", "--output", metavar="FOLDER", help="write recall.json and recall.png there")
     parser.add_argument("--skip_missing", action="store_true", help="leave out images that a store lacks")
-    parser.add_argument("--skip_bad", action="store_true", help="leave out faulty records of the annotations")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     return parser.parse_args(list(arguments))

@@ -51,7 +51,7 @@ class PretrainingCLI(CommandCLI):
     data_type = ClassificationData
 
     def link(self, parser: LightningArgumentParser) -> None:
-        """The classifier follows the classes of the data."""
+        """Let the classifier follow the classes of the data."""
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
 
 
@@ -63,29 +63,21 @@ class RegionCLI(CommandCLI):
     data_type = DetectionData
 
     def link(self, parser: LightningArgumentParser) -> None:
-        """The model follows the classes of the data, if it asks for their number."""
+        """Let the model follow the classes of the data, if it asks for their number."""
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Train, evaluate, and leave everything in a run folder; the last line printed is the result.
-
-    Args:
-        arguments: ``CONFIG.yaml [MORE.yaml ...] [--key.path value ...]``; ``--output FOLDER`` names the run folder,
-            ``--ckpt_path CHECKPOINT`` goes on with a training, ``--init_from CHECKPOINT`` begins with its weights.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        DetpipeError: what users can mend.
-    """
+    """Train, evaluate, and leave everything in a run folder; the last line printed is the result."""
     cli = build(CLI, arguments)
     data, names = cli.datamodule, tuple(cli.datamodule.class_names)
     if not len(data.annotations("train")):
         raise DataError("the training split has no images")
     _report_recall(data)
-    description = _describe(cli, _source_of(data.proposals("train")))
+    source, proposals = None, data.proposals("train")
+    if isinstance(proposals, StoredProposals):
+        source = {"source": proposals.store.source, "settings": proposals.store.settings}
+    description = _describe(cli, source)
 
     def pictures(folder: Path) -> list[Callback]:
         return [TrainingPicture(folder, names), ValidationPicture(folder, names)]
@@ -97,7 +89,7 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def pretrain(arguments: Sequence[str]) -> int:
-    """Train a classifier, and export the weights of its backbone; arguments, status and errors are those of :func:`train`."""
+    """Train a classifier, and export the weights of its backbone."""
     cli = build(PretrainingCLI, arguments)
     data = cli.datamodule
     if not len(data.train_dataloader()):
@@ -120,7 +112,7 @@ def pretrain(arguments: Sequence[str]) -> int:
 
 
 def train_regions(arguments: Sequence[str]) -> int:
-    """Train another model on the data of detectors; arguments, status and errors are those of :func:`train`."""
+    """Train another model on the data of detectors."""
     cli = build(RegionCLI, arguments, _watched)
     for split in ("train", "val"):
         if not len(cli.datamodule.annotations(split)):
@@ -138,19 +130,7 @@ def train_regions(arguments: Sequence[str]) -> int:
 def build(
     kind: type[CommandCLI], arguments: Sequence[str], check: Callable[[Any], object] = lambda model: None
 ) -> CommandCLI:
-    """Build what a configuration says, and print what the data are.
-
-    Args:
-        kind: of model and data.
-        arguments: of the command.
-        check: the model, before the data are read.
-
-    Returns:
-        Model, data and settings.
-
-    Raises:
-        DetpipeError: what users can mend.
-    """
+    """Build what a configuration says, with a check of the model before the data are read, and print what the data are."""
     quiet()
     cli = kind(arguments, add_arguments)
     check(cli.model)
@@ -161,14 +141,7 @@ def build(
 
 
 def fit(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
-    """Train what a configuration has built.
-
-    Args:
-        cli: model, data and settings.
-        task: what is trained, and how it is watched.
-
-    Returns:
-        The run, whose summary is still to be written.
+    """Train what a configuration has built; the summary of the run is still to be written.
 
     Raises:
         SystemExit: after training, in all processes but the first.
@@ -257,12 +230,6 @@ def _report_recall(data: Any) -> None:
             print(line)
             for warning in warnings:
                 print(warning, file=sys.stderr)
-
-
-def _source_of(proposals: Any) -> dict[str, Any] | None:
-    if not isinstance(proposals, StoredProposals):
-        return None
-    return {"source": proposals.store.source, "settings": proposals.store.settings}
 
 
 def _watched(model: LightningModule) -> str:

@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 
 from detpipe.evaluation.calibration import BINS, Calibration, OperatingPoint, calibration_by_class, operating_point
-from detpipe.evaluation.coco import MAX_DETECTIONS, Counts, coco_metrics, count
+from detpipe.evaluation.coco import MAX_DETECTIONS, Counts, coco_metrics, count, mean_known, precision_by_recall
 from detpipe.evaluation.comparison import COMPARED, compare
 from detpipe.evaluation.confusion import detection_confusion
 from detpipe.evaluation.error_types import ERROR_TYPES, error_gains, find_errors
-from detpipe.evaluation.matches import AREAS, Matches, describe_area, match
-from detpipe.evaluation.pairs import Floats
-from detpipe.evaluation.precision_recall import mean_known, precision_by_recall
+from detpipe.evaluation.matches import AREAS, Floats, Matches, describe_area, match
 from detpipe.evaluation.protocols import evaluate
 from detpipe.evaluation.table import plain
 from detpipe.evaluation.worst_images import ImageOutcome, worst_images
@@ -52,12 +50,7 @@ class AnalysisSettings:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found out.
-
-    Args:
-        numbers: everything, as JSON can hold it; None for what cannot be computed.
-        worst: the images that cost most, to be drawn.
-    """
+    """All numbers as JSON can hold them, None for what cannot be computed; and the images that cost most, to be drawn."""
 
     numbers: dict[str, Any]
     worst: list[ImageOutcome]
@@ -66,18 +59,10 @@ class Analysis:
 def analyze(
     annotations: Annotations, runs: Mapping[str, DetectionArrays], settings: AnalysisSettings | None = None
 ) -> Analysis:
-    """Analyze the first of some runs, and compare the others with it.
-
-    Args:
-        annotations: the ground truth.
-        runs: name -> detections, one or more; the first is the one to be understood.
-        settings: what may be chosen.
-
-    Returns:
-        The analysis.
+    """Analyze the first of some runs, name -> detections, and compare the others with it.
 
     Raises:
-        ValueError: no runs, or a protocol whose rules are not known here.
+        ValueError: no runs, or a protocol that runs are not compared by.
         DataError: a fault in a record, which it names.
     """
     chosen = settings or AnalysisSettings()

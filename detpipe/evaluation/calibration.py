@@ -13,23 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detpipe.evaluation.matches import Matches
-from detpipe.evaluation.pairs import Flags, Floats, Integers
+from detpipe.evaluation.matches import Flags, Floats, Integers, Matches
 
 BINS = 10
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A reliability diagram.
-
-    Args:
-        counts: ``[bins]`` detections with a score in each tenth of 0..1.
-        scores: ``[bins]`` their mean score; NaN where there are none.
-        precision: ``[bins]`` the part of them that is right; NaN where there are none.
-        error: the expected calibration error: the mean distance between score and precision, by detection; NaN without
-            detections.
-    """
+    """A reliability diagram of detections in bins by their score; NaN where there are none."""
 
     counts: Integers
     scores: Floats
@@ -38,15 +29,7 @@ class Calibration:
 
 
 def calibrate(scores: Floats, right: Flags, bins: int = BINS) -> Calibration:
-    """Sort detections into bins of equal width by their score.
-
-    Args:
-        scores: ``[D]`` in 0..1.
-        right: ``[D]``.
-        bins: how many.
-
-    Returns:
-        The diagram.
+    """Sort detections into bins of equal width by their score ``[D]`` in 0..1; ``right`` is ``[D]``.
 
     Raises:
         ValueError: a score outside of 0..1.
@@ -67,34 +50,19 @@ def calibrate(scores: Floats, right: Flags, bins: int = BINS) -> Calibration:
     return Calibration(counts, mean_score, precision, error)
 
 
-def calibration_by_class(matches: Matches, threshold: int = 0) -> list[Calibration] | None:
-    """Compute the diagram of all classes together, and of each.
-
-    Args:
-        matches: of a data set.
-        threshold: index of the IoU threshold.
-
-    Returns:
-        K + 1 diagrams, that of all classes first; None where scores lie outside of 0..1, so that they are no probabilities.
-    """
+def calibration_by_class(matches: Matches) -> list[Calibration] | None:
+    """Compute K + 1 diagrams at the first IoU threshold, that of all classes first; None where scores leave 0..1."""
     scores, labels = matches.detections.scores, matches.detections.labels
     if len(scores) and not (scores.min() >= 0 and scores.max() <= 1):
         return None
-    right, counted = matches.true(0, threshold), ~matches.ignored[0, threshold]
+    right, counted = matches.true(), ~matches.ignored[0, 0]
     chosen = [counted, *(counted & (labels == label) for label in range(1, matches.num_classes + 1))]
     return [calibrate(scores[rows], right[rows]) for rows in chosen]
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What remains when detections below a score are dropped; all classes together.
-
-    Args:
-        score: the lowest that is kept.
-        precision: in 0..1; 0 without detections.
-        recall: in 0..1; 0 without objects.
-        f1: their harmonic mean.
-    """
+    """What remains when detections below a score are dropped, all classes together; 0 where there is nothing to count."""
 
     score: float
     precision: float
@@ -102,21 +70,12 @@ class OperatingPoint:
     f1: float
 
 
-def operating_point(matches: Matches, score: float | None = None, threshold: int = 0) -> OperatingPoint:
-    """Count at a score, or at the one with the best F1.
-
-    Args:
-        matches: of a data set.
-        score: detections below it are dropped; None: where F1 is best, the highest of several such scores.
-        threshold: index of the IoU threshold.
-
-    Returns:
-        The point; at a score of 0.5 where there is nothing to choose from.
-    """
-    counted = np.flatnonzero(~matches.ignored[0, threshold])
+def operating_point(matches: Matches, score: float | None = None) -> OperatingPoint:
+    """Count at a score, or at the highest of those with the best F1 (0.5 if there are none), at the first IoU threshold."""
+    counted = np.flatnonzero(~matches.ignored[0, 0])
     order = counted[np.argsort(-matches.detections.scores[counted], kind="stable")]
     scores = matches.detections.scores[order]
-    hits = np.cumsum(matches.true(0, threshold)[order])
+    hits = np.cumsum(matches.true()[order])
     objects = int(matches.object_counts().sum())
     if score is None:
         last = np.flatnonzero(np.append(scores[1:] < scores[:-1], len(scores) > 0))  # of each run of equal scores

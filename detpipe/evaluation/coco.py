@@ -19,19 +19,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from detpipe.evaluation.matches import AREAS, Matches, match
-from detpipe.evaluation.pairs import Floats
-from detpipe.evaluation.precision_recall import mean_known, precision_by_recall, recall
+from detpipe.evaluation.matches import AREAS, Floats, Integers, Matches, match
 from detpipe.evaluation.records import check_annotations, check_detections
 from detpipe.evaluation.reference import count_by_pycocotools
 from detpipe.types import Annotations, DetectionArrays
 
+RECALL_LEVELS: Floats = np.linspace(0.0, 1.0, 101)
 Backend = Literal["detpipe", "pycocotools"]
 _ALL_IOU = slice(None)
 _IOU50, _IOU75 = slice(0, 1), slice(5, 6)  # of .50, .55, .. .95
@@ -65,18 +65,16 @@ def evaluate_coco(
     """Compute COCO's box metrics.
 
     Args:
-        annotations: the ground truth of I images. ``area`` decides over small, medium and large; crowd regions are
-            ignored at intersection over detection area, as COCO does; difficult objects are ignored at IoU (see the
-            module).
+        annotations: the ground truth of I images. ``area`` decides over small, medium and large; crowd regions are ignored at
+            intersection over detection area, difficult objects at IoU (see the module).
         detections: D detections in pixels of the original images, in any order.
         backend: ``"detpipe"``, or ``"pycocotools"``, the reference.
         max_detections: how many detections of a class in an image count, best first: the recalls are named after these
             numbers, and everything else uses the last. Rising, from 1 on.
 
     Returns:
-        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, each in 0..1, and ``per_class``: the AP by class
-        name. Like in COCO, -1.0 means that there is no ground truth to find, and such classes are not part of the
-        means.
+        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, each in 0..1, and ``per_class``: the AP by class name.
+        As in COCO, -1.0 means that there is no ground truth to find; such classes are not part of the means.
 
     Raises:
         ValueError: an unknown backend, ``max_detections`` that do not rise, or detection arrays of different lengths.
@@ -108,15 +106,7 @@ def coco_metrics(counts: Counts, class_names: Sequence[str], max_detections: Seq
 
 
 def count(matches: Matches, max_detections: Sequence[int]) -> Counts:
-    """Follow precision over recall.
-
-    Args:
-        matches: of all ranges of sizes, with the largest of ``max_detections``.
-        max_detections: M numbers, rising: the best detections of a class in an image that count.
-
-    Returns:
-        Precision and recall.
-    """
+    """Follow precision over recall of matches in all ranges of sizes, for M rising numbers of detections of a class in an image."""
     precision, found = [], []
     for area in range(len(AREAS)):
         precision.append(precision_by_recall(matches, area).transpose(0, 2, 1))
@@ -138,3 +128,77 @@ def mean(values: Floats) -> float:
     """Average what was measured; -1.0 where nothing could be."""
     average = float(mean_known(values))
     return -1.0 if math.isnan(average) else average
+
+
+def average_precision(
+    hits: Integers, counted: Integers, objects: Integers, levels: Floats | None = RECALL_LEVELS
+) -> Floats:
+    """Compute ``[S]``, the mean over levels of recall of the best precision from that recall on; NaN where there is no object.
+
+    Args:
+        hits: ``[S, n]`` true positives up to and with each true positive, best score first.
+        counted: ``[S, n]`` true and false positives up to there.
+        objects: ``[S]`` objects to find.
+        levels: of recall, rising from 0: COCO's 101 or the 11 of VOC 2007; None: the area under the curve (VOC 2010).
+    """
+    recall = hits / np.maximum(objects, 1)[:, None]
+    envelope = _envelope(hits, counted)
+    if levels is None:
+        mean = (envelope * np.diff(recall, axis=1, prepend=0.0)).sum(axis=1)
+    else:
+        mean = (envelope * _levels_reached(recall, levels)).sum(axis=1) / len(levels)
+    return np.where(objects > 0, mean, np.nan)
+
+
+def _envelope(hits: Integers, counted: Integers) -> Floats:
+    """``[S, n]`` best precision from each true positive on."""
+    precision = hits / np.maximum(counted, 1)
+    return np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+
+
+def _levels_reached(recall: Floats, levels: Floats) -> Integers:
+    """``[S, n]`` how many levels of recall each true positive is the first to reach."""
+    return np.diff(np.searchsorted(levels, recall, side="right"), axis=1, prepend=0)
+
+
+def class_counts(matches: Matches, label: int, area: int = 0, threshold: int = 0) -> tuple[Integers, Integers]:
+    """Find ``[n]`` true positives among the detections of a class, best first, and count ``[n]`` true and false ones up to each."""
+    rows = matches.class_slice(label)
+    ignored = matches.ignored[area, threshold, rows]
+    places = np.flatnonzero((matches.objects[area, threshold, rows] >= 0) & ~ignored)
+    return places, np.cumsum(~ignored, dtype=np.int64)[places]
+
+
+def precision_by_recall(matches: Matches, area: int = 0) -> Floats:
+    """Compute ``[T, K, R]`` precision at 101 levels of recall, 0 where one is not reached; NaN for classes without an object."""
+    objects = matches.object_counts(area)
+    curves = np.zeros((len(matches.thresholds), matches.num_classes, len(RECALL_LEVELS)))
+    curves[:, objects == 0] = np.nan
+    for label in (np.flatnonzero(objects) + 1).tolist():
+        for t in range(len(matches.thresholds)):
+            places, counted = class_counts(matches, label, area, t)
+            hits = np.arange(1, len(places) + 1)[None]
+            steps = _levels_reached(hits / objects[label - 1], RECALL_LEVELS)
+            reached = np.repeat(_envelope(hits, counted[None])[0], steps[0])
+            curves[t, label - 1, : len(reached)] = reached
+    return curves
+
+
+def recall(matches: Matches, area: int = 0, most: int | None = None) -> Floats:
+    """Compute ``[T, K]``, the part of the objects that the ``most`` best detections of a class in an image find, or all; or NaN."""
+    objects = matches.object_counts(area)
+    counted = np.True_ if most is None else matches.ranks() < most
+    found = np.stack(
+        [
+            np.bincount(matches.detections.labels[matches.true(area, t) & counted] - 1, minlength=matches.num_classes)
+            for t in range(len(matches.thresholds))
+        ]
+    )
+    return np.where(objects > 0, found / np.maximum(objects, 1), np.nan)
+
+
+def mean_known(values: Floats, axis: int | tuple[int, ...] | None = None) -> Floats:
+    """Average what is not NaN; NaN where nothing else is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of an empty mean, which is what NaN says
+        return np.nanmean(values, axis=axis)

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.evaluation.matches import Matches, match, match_voc
-from detpipe.evaluation.pairs import Floats, Integers
-from detpipe.evaluation.precision_recall import RECALL_LEVELS, average_precision, class_counts, mean_known
+from detpipe.evaluation.coco import RECALL_LEVELS, average_precision, class_counts, mean_known
+from detpipe.evaluation.matches import Floats, Integers, Matches, match, match_voc
 from detpipe.evaluation.voc import ELEVEN_LEVELS
 from detpipe.types import Annotations, DetectionArrays
 
@@ -41,23 +40,22 @@ def compare(
     most: int = 100,
     matched: Mapping[str, Matches] | None = None,
 ) -> dict[str, Any]:
-    """Compare runs with the first of them.
+    """Compare runs, name -> detections, with the first of them.
 
     Args:
         annotations: the ground truth of I images, the same for all.
-        runs: name -> detections; two or more.
+        runs: two or more.
         protocol: ``"coco"`` for AP, AP50 and AP75; ``"voc07"`` or ``"voc10"`` for mAP.
         resamples: S draws of I images. More make the ends of the intervals steadier.
-        seed: of the draws; equal seeds give equal intervals.
+        seed: of the draws.
         confidence: the part of the draws inside an interval, above 0 and below 1.
         most: for ``"coco"``: so many detections of a class in an image count.
         matched: the matches of the runs by these rules, where they are known.
 
     Returns:
-        ``baseline``, the name of the first run; ``resamples``, ``seed`` and ``confidence``; and ``runs``, each with ``name``,
-        ``metrics`` (name -> ``value``, ``low``, ``high``), ``difference`` to the first (the same, with ``better``, the part of
-        the draws in which it is above 0; None for the first run) and ``per_class``, ``difference`` in AP of each class, by
-        name. NaN where a class has no objects.
+        ``baseline``, ``resamples``, ``seed``, ``confidence``; and ``runs``, each with ``name``, ``metrics`` (name -> ``value``,
+        ``low``, ``high``), ``difference`` to the first (the same, with ``better``, the part of the draws in which it is above 0;
+        None for the first run) and ``per_class``, ``difference`` in AP by class name. NaN where a class has no objects.
 
     Raises:
         ValueError: fewer than two runs, an unknown protocol, or a number out of range.
@@ -109,16 +107,7 @@ def _record(
 
 
 def draw_images(count: int, resamples: int, seed: int) -> Weights:
-    """Draw images with replacement.
-
-    Args:
-        count: I.
-        resamples: S.
-        seed: equal seeds give equal draws.
-
-    Returns:
-        ``[S, I]`` how often each image was drawn; each row sums to I.
-    """
+    """Draw ``count`` images with replacement: ``[S, I]``, how often each was drawn; each row sums to I."""
     generator = np.random.default_rng(seed)
     draws = np.zeros((resamples, count), np.int32)
     for row in draws:
@@ -127,16 +116,7 @@ def draw_images(count: int, resamples: int, seed: int) -> Weights:
 
 
 def weighted_precision(matches: Matches, weights: Weights, levels: Floats | None = RECALL_LEVELS) -> Floats:
-    """Compute the AP of each class and IoU threshold, with images that count several times or not at all.
-
-    Args:
-        matches: of I images.
-        weights: ``[S, I]`` how often each image counts, by rank.
-        levels: of recall, see :func:`~detpipe.evaluation.precision_recall.average_precision`.
-
-    Returns:
-        ``[S, K, T]`` in 0..1; NaN where no object of a class is left.
-    """
+    """Compute AP ``[S, K, T]`` with images that count as often as ``weights`` ``[S, I]`` say, by rank; NaN without objects."""
     values = np.full((len(weights), matches.num_classes, len(matches.thresholds)), np.nan)
     asked = ~matches.object_ignored[0]
     for label in range(1, matches.num_classes + 1):

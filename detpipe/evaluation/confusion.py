@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.evaluation.matches import ignored_objects, take_best
-from detpipe.evaluation.pairs import overlapping_pairs
+from detpipe.evaluation.matches import ignored_objects, overlapping_pairs, take_best
 from detpipe.evaluation.records import (
     canonical_order,
     check_annotations,
@@ -25,17 +24,10 @@ from detpipe.types import Annotations, DetectionArrays
 def detection_confusion(
     annotations: Annotations, detections: DetectionArrays, score_threshold: float, iou_threshold: float = 0.5
 ) -> npt.NDArray[np.int64]:
-    """Count objects by what they are and what they were taken for.
-
-    Args:
-        annotations: the ground truth of K classes.
-        detections: in pixels of the original images, in any order.
-        score_threshold: detections below it are left out.
-        iou_threshold: the overlap that makes a match, above 0, at most 1.
+    """Count objects by what they are and what they were taken for, by detections of at least a score, at an IoU above 0, at most 1.
 
     Returns:
-        ``[K + 1, K + 1]``: rows are the truth, columns what was detected. The last row is background that was taken for an
-        object, the last column are objects that were not found; their corner is 0.
+        ``[K + 1, K + 1]``: rows are the truth, columns what was detected, background last; their corner is 0.
 
     Raises:
         DataError: no images, or a fault in a record, which it names.

@@ -30,9 +30,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.evaluation.matches import Matches
-from detpipe.evaluation.pairs import Flags, Floats, Integers, overlapping_pairs
-from detpipe.evaluation.precision_recall import average_precision, mean_known
+from detpipe.evaluation.coco import average_precision, mean_known
+from detpipe.evaluation.matches import Flags, Floats, Integers, Matches, overlapping_pairs
 
 FALSE_POSITIVES = ("classification", "localization", "both", "duplicate", "background")
 ERROR_TYPES = (*FALSE_POSITIVES, "missed")
@@ -60,22 +59,15 @@ class Errors:
         return dict(zip(ERROR_TYPES, [*numbers, int(self.missed.sum())], strict=True))
 
 
-def find_errors(matches: Matches, threshold: int = 0) -> Errors:
-    """Tell the type of each false positive, and which objects are missed.
-
-    Args:
-        matches: of B objects with D detections.
-        threshold: index of the IoU threshold of 0.5.
-
-    Returns:
-        The errors.
+def find_errors(matches: Matches) -> Errors:
+    """Tell the type of each false positive, and which objects are missed, at the first threshold of matches.
 
     Raises:
-        ValueError: the threshold is not 0.5.
+        ValueError: that threshold is not 0.5.
     """
-    if matches.thresholds[threshold] != FOREGROUND:
-        raise ValueError(f"error types need matches at an IoU of {FOREGROUND}, got {matches.thresholds[threshold]}")
-    false = np.flatnonzero(matches.false(0, threshold))
+    if matches.thresholds[0] != FOREGROUND:
+        raise ValueError(f"error types need matches at an IoU of {FOREGROUND}, got {matches.thresholds[0]}")
+    false = np.flatnonzero(matches.false())
     own, own_object, other, other_object = _largest_overlaps(matches, false)
     conditions = [
         (own >= BACKGROUND) & (own <= FOREGROUND),
@@ -88,7 +80,7 @@ def find_errors(matches: Matches, threshold: int = 0) -> Errors:
     kinds[false] = np.select(conditions, types, _BOTH)
     targets = np.full(len(matches), -1, np.int64)
     targets[false] = np.select(conditions[:2], [own_object, other_object], -1)
-    missed = matches.missed(0, threshold)
+    missed = matches.missed()
     missed[targets[targets >= 0]] = False
     return Errors(kinds, targets, missed)
 
@@ -118,27 +110,22 @@ def _largest_overlaps(matches: Matches, rows: Integers) -> tuple[Floats, Integer
     return results[0], results[1], results[2], results[3]
 
 
-def error_gains(matches: Matches, errors: Errors, threshold: int = 0) -> dict[str, float]:
+def error_gains(matches: Matches, errors: Errors) -> dict[str, float]:
     """Compute how much AP50 rises when the errors of a type are mended, and no others.
-
-    Args:
-        matches: of a data set.
-        errors: from :func:`find_errors`.
-        threshold: index of the IoU threshold of 0.5.
 
     Returns:
         ``AP50`` as it is; the gain by each of ``ERROR_TYPES``; ``false_positives``, the gain if all of them were left out;
         ``false_negatives``, the gain if only what was found had been asked for. NaN where nothing is left to find.
     """
-    true, labels = matches.true(0, threshold), matches.detections.labels
-    counted = ~matches.ignored[0, threshold]
+    true, labels = matches.true(), matches.detections.labels
+    counted = ~matches.ignored[0, 0]
     objects = matches.object_counts()
     base = _mean_ap(matches, labels, true, counted, objects)
     gains = {"AP50": base}
     for kind, name in enumerate(FALSE_POSITIVES):
         wrong = errors.kinds == kind
         if kind in (_CLASSIFICATION, _LOCALIZATION):
-            mended = _mend(matches, errors.targets, wrong, threshold)
+            mended = _mend(matches, errors.targets, wrong)
         else:
             mended = labels, true, counted & ~wrong
         gains[name] = _mean_ap(matches, *mended, objects) - base
@@ -150,20 +137,16 @@ def error_gains(matches: Matches, errors: Errors, threshold: int = 0) -> dict[st
     return gains
 
 
-def _mend(matches: Matches, targets: Integers, wrong: Flags, threshold: int) -> tuple[Integers, Flags, Flags]:
-    """Give each wrong detection its object; of all that have the same one only the best score stays.
-
-    Returns:
-        [D] labels, [D] true positives, [D] detections that count.
-    """
-    true = matches.true(0, threshold)
-    meant = np.where(wrong, targets, np.where(true, matches.objects[0, threshold], -1))
+def _mend(matches: Matches, targets: Integers, wrong: Flags) -> tuple[Integers, Flags, Flags]:
+    """``[D]`` labels, true positives, and what counts, when each wrong detection gets its object; of one object the best stays."""
+    true = matches.true()
+    meant = np.where(wrong, targets, np.where(true, matches.objects[0, 0], -1))
     rivals = np.flatnonzero(meant >= 0)
     scores = matches.detections.scores[rivals]
     order = rivals[np.lexsort((wrong[rivals], -scores, meant[rivals]))]
     first = np.ones(len(order), np.bool_)
     first[1:] = meant[order[1:]] != meant[order[:-1]]
-    counted = ~matches.ignored[0, threshold]
+    counted = ~matches.ignored[0, 0]
     counted[order[~first]] = False
     labels = matches.detections.labels.copy()
     labels[order] = matches.labels[meant[order]]

@@ -33,13 +33,9 @@ _NEGATIVE, _NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"
 def read_coco_annotations(path: str | os.PathLike[str]) -> Annotations:
     """Read a COCO annotation file as ground truth for evaluation; the images themselves are not needed.
 
-    Classes are numbered by rising category id, gaps closed. ``iscrowd`` and ``difficult`` are 0 where absent. Where
-    ``area`` is absent it is width times height, counted under "areas taken from boxes". ``file_name``, ``width`` and
-    ``height`` of an image may be absent: evaluation does not use them (the name is then the id, the size 0). An LVIS file
-    (``neg_category_ids`` in the images) also gives the ``federation``.
-
-    Args:
-        path: the JSON file.
+    Classes are numbered by rising category id, gaps closed. ``iscrowd`` and ``difficult`` are 0 where absent. Where ``area`` is
+    absent it is width times height, counted under "areas taken from boxes". ``file_name``, ``width`` and ``height`` of an image
+    may be absent (the name is then the id, the size 0). An LVIS file (``neg_category_ids``) also gives the ``federation``.
 
     Returns:
         The ground truth, boxes as the file gives them: neither clipped nor checked against the size of the image.
@@ -113,19 +109,15 @@ def _pairs(file: COCOFile, field: str, path: str) -> npt.NDArray[np.int64]:
 
 
 def read_detections(path: str | os.PathLike[str], annotations: Annotations) -> DetectionArrays:
-    """Read detections from a file in COCO's result format.
+    """Read detections from a file in COCO's result format, in the order of the file.
 
     Args:
         path: the JSON file.
         annotations: the ground truth, whose image ids and category ids the file uses.
 
-    Returns:
-        The detections in the order of the file.
-
     Raises:
-        DataError: a malformed file; a record without one of the fields, with a number that is not finite, a box of
-            negative size, or an image or category id that the ground truth does not have. Names the record, counted
-            from 0.
+        DataError: a malformed file; a record without one of the fields, with a number that is not finite, a box of negative
+            size, or an image or category id that the ground truth does not have. Names the record, counted from 0.
     """
     rows = load_json(path)
     if not isinstance(rows, list):
@@ -151,14 +143,8 @@ def read_detections(path: str | os.PathLike[str], annotations: Annotations) -> D
 def write_detections(path: str | os.PathLike[str], detections: DetectionArrays, annotations: Annotations) -> None:
     """Write detections in COCO's result format, with the image ids and category ids of the annotation file.
 
-    Records are in canonical order, one a line, so that equal sets of detections make equal files. Numbers are written
-    such that reading them back gives the same bits (boxes that were float32, or of a few decimals, included). The file
-    appears under its name only when it is complete.
-
-    Args:
-        path: the JSON file to write.
-        detections: D detections in pixels of the original images.
-        annotations: the ground truth that they belong to.
+    Records are in canonical order, one a line, so that equal sets of detections make equal files; reading them back gives the
+    same bits. The file appears under its name only when it is complete.
 
     Raises:
         DataError: a detection that is not sound, named; or a file that cannot be written.

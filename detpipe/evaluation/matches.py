@@ -5,20 +5,20 @@ later object. It takes an ignored object (a crowd region, a difficult object, on
 no other is left, and is then ignored itself, as is what finds nothing and lies outside of the range of sizes. A crowd region
 is never used up. Equal to what pycocotools computes image by image; here all images and classes take one step together.
 
-A ranges of sizes, T IoU thresholds, D detections, B objects, K classes, I images (numbered by rising id: "rank").
+A ranges of sizes, T IoU thresholds, D detections, B objects, P pairs of both, K classes, I images (numbered by rising id: "rank").
+A group is what may be matched with each other: an image, or a class of an image.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.evaluation.pairs import Flags, Floats, Integers, Pairs, overlapping_pairs
 from detpipe.evaluation.records import (
     box_sizes,
     canonical_rows,
@@ -30,6 +30,10 @@ from detpipe.evaluation.records import (
 )
 from detpipe.types import Annotations, DetectionArrays
 
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
 IOU_THRESHOLDS: Floats = np.linspace(0.5, 0.95, 10)
 AREAS: dict[str, tuple[float, float]] = {  # square pixels, both ends included
     "all": (0.0, 1e10),
@@ -37,6 +41,7 @@ AREAS: dict[str, tuple[float, float]] = {  # square pixels, both ends included
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, 1e10),
 }
+_BLOCK = 1 << 17  # pairs that are looked at together, so that memory stays small whatever the groups' size
 _ALMOST_ONE = 1 - 1e-10  # COCO's: two equal boxes match at a threshold of 1 in spite of rounding
 
 
@@ -126,18 +131,15 @@ def match(
     max_detections: int = 100,
     forgiven: Flags | None = None,
 ) -> Matches:
-    """Match detections with objects of their class.
+    """Match detections, in any order, with objects of their class, for ranges of sizes by their name in ``AREAS``.
 
     Args:
         annotations: the ground truth of I images.
-        detections: in pixels of the original images, in any order.
+        detections: in pixels of the original images.
         thresholds: T IoU thresholds, above 0, at most 1.
-        areas: ranges of sizes by their name in ``AREAS``.
+        areas: names in ``AREAS``.
         max_detections: of each class, so many of the best of an image count.
         forgiven: ``[D]``, detections that are neither right nor wrong if they match nothing (LVIS); None for none.
-
-    Returns:
-        The matches.
 
     Raises:
         ValueError: a threshold out of range, or detection arrays of different lengths.
@@ -163,16 +165,8 @@ def match_voc(
     """Match by VOC's rules: a detection is compared with the one object of its class and image that it overlaps most.
 
     If that object (the first of several) is difficult or a crowd region, the detection is ignored; if a better scored detection has
-    taken it, this one is a false positive, whatever else it overlaps.
-
-    Args:
-        annotations: the ground truth of I images.
-        detections: in pixels of the original images, in any order; all of them count.
-        iou_threshold: the overlap that makes a match, above 0, at most 1.
-        strict: a match must exceed the threshold instead of reaching it.
-
-    Returns:
-        The matches, of one range of sizes and one threshold.
+    taken it, this one is a false positive, whatever else it overlaps. All detections count; with ``strict`` a match must exceed the
+    threshold, above 0 and at most 1, instead of reaching it. The matches are of one range of sizes and one threshold.
 
     Raises:
         DataError: no images, or a fault in a record, which it names.
@@ -214,22 +208,14 @@ def _class_pairs(annotations: Annotations, found: DetectionArrays, minimum: floa
 
 
 def ignored_objects(annotations: Annotations, areas: Sequence[str] = ("all",)) -> Flags:
-    """Tell which objects need not be found.
-
-    Args:
-        annotations: B objects.
-        areas: A names in ``AREAS``.
-
-    Returns:
-        ``[A, B]``: crowd regions, difficult objects, and those outside of the range of sizes.
-    """
+    """Tell which objects need not be found: ``[A, B]`` crowd regions, difficult ones, and those outside of the range of sizes."""
     unasked = annotations.iscrowd | annotations.difficult
     limits = np.array([AREAS[name] for name in areas])
     return unasked | (annotations.area < limits[:, :1]) | (annotations.area > limits[:, 1:])
 
 
 def take_best(pairs: Pairs, ranks: Integers, thresholds: Floats, crowd: Flags, ignored: Flags) -> npt.NDArray[np.int32]:
-    """Let each detection, best first in its group, take the free object that it overlaps most.
+    """Let each detection, best first in its group, take the free object that it overlaps most: ``[A, T, D]`` rows, -1 for none.
 
     Args:
         pairs: detections and objects of the same group that overlap at least by the lowest threshold.
@@ -237,9 +223,6 @@ def take_best(pairs: Pairs, ranks: Integers, thresholds: Floats, crowd: Flags, i
         thresholds: ``[T]`` IoU.
         crowd: ``[B]`` regions that any number of detections may take.
         ignored: ``[A, B]`` objects that are taken only where no other is left.
-
-    Returns:
-        ``[A, T, D]`` rows of objects, -1 for none.
     """
     shape = (len(ignored), len(thresholds))
     limits = np.minimum(thresholds, _ALMOST_ONE)
@@ -286,3 +269,68 @@ def describe_area(name: str) -> str:
     if low == 0:
         return f"up to {high:g} x {high:g} pixels"
     return f"from {low:g} x {low:g} pixels" if high > 1e4 else f"{low:g} x {low:g} to {high:g} x {high:g} pixels"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Detections and objects of the same group, sorted by detection, then by object.
+
+    Args:
+        found: ``[P]`` row of the detection.
+        objects: ``[P]`` row of the object.
+        iou: ``[P]``; with a crowd region the intersection over the detection's area, as COCO does.
+    """
+
+    found: Integers
+    objects: Integers
+    iou: Floats
+
+
+def overlapping_pairs(
+    boxes: Floats,
+    groups: Integers,
+    object_boxes: Floats,
+    object_groups: Integers,
+    crowd: Flags,
+    minimum: float,
+) -> Pairs:
+    """Find every detection and object, xyxy, of one group with an IoU of ``minimum``, above 0, or more; ``crowd`` is [B]."""
+    order = np.argsort(object_groups, kind="stable")
+    in_order = object_groups[order]
+    first = np.searchsorted(in_order, groups, side="left")
+    counts = np.searchsorted(in_order, groups, side="right") - first
+    found_rects, object_rects = _rectangles(boxes), _rectangles(object_boxes)
+    parts: list[tuple[Integers, Integers, Floats]] = []
+    for rows in _blocks(counts):
+        pair_rows = np.repeat(rows, counts[rows])
+        starts = np.cumsum(counts[rows]) - counts[rows]
+        within = np.arange(len(pair_rows)) - np.repeat(starts, counts[rows])
+        pair_objects = order[first[pair_rows] + within]
+        iou = _intersection_over_union(found_rects[:, pair_rows], object_rects[:, pair_objects], crowd[pair_objects])
+        keep = iou >= minimum
+        parts.append((pair_rows[keep], pair_objects[keep], iou[keep]))
+    if not parts:
+        return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    found, objects, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Pairs(found, objects, iou)
+
+
+def _blocks(counts: Integers) -> Iterator[Integers]:
+    """Cut the detections that have any object into runs of about ``_BLOCK`` pairs."""
+    busy = np.flatnonzero(counts)
+    if len(busy):
+        number = np.cumsum(counts[busy]) // _BLOCK
+        yield from np.split(busy, np.flatnonzero(np.diff(number)) + 1)
+
+
+def _rectangles(boxes: Floats) -> Floats:
+    """``[5, N]``: x1, y1, and x2, y2, area from the widths that a file gave, as COCO's evaluators compute them."""
+    sizes = box_sizes(boxes)
+    return np.concatenate((boxes[:, :2], boxes[:, :2] + sizes, sizes.prod(axis=1, keepdims=True)), axis=1).T.copy()
+
+
+def _intersection_over_union(one: Floats, other: Floats, crowd: Flags) -> Floats:
+    size = np.minimum(one[2:4], other[2:4]) - np.maximum(one[:2], other[:2])
+    shared = size.clip(min=0).prod(axis=0)
+    union = np.where(crowd, one[4], one[4] + other[4] - shared)
+    return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)

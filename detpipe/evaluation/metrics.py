@@ -58,28 +58,17 @@ class DetectionMetric(Metric, ABC):
     def __init__(self, annotations: Annotations, **settings: Any) -> None:
         super().__init__(**settings)
         self.annotations = annotations
+        self.images_seen = 0  # by all processes, when the numbers were computed
         self._row_of = {image_id: row for row, image_id in enumerate(annotations.image_ids.tolist())}
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         self._start()
 
     @abstractmethod
     def evaluate(self, annotations: Annotations, detections: DetectionArrays) -> dict[str, Any]:
-        """Compute the numbers of all detections.
-
-        Args:
-            annotations: the ground truth of the images that were seen.
-            detections: of these images, each image once.
-
-        Returns:
-            The numbers by name.
-        """
+        """Compute the numbers by name, of the detections of the images that were seen."""
 
     def update(self, detections: Sequence[Detection], image_ids: Sequence[int]) -> None:
-        """Take the detections of a batch.
-
-        Args:
-            detections: of N images, boxes in pixels of the original images; on any device.
-            image_ids: N ids of the ground truth.
+        """Take the detections of a batch of images, in pixels of the original images, with their ids in the ground truth.
 
         Raises:
             ValueError: detections and ids differ in number, or boxes, scores and labels of an image do.
@@ -98,10 +87,7 @@ class DetectionMetric(Metric, ABC):
             self._batches = 0
 
     def compute(self) -> dict[str, Any]:
-        """Evaluate what all processes have collected.
-
-        Returns:
-            The numbers by name, the same on all processes.
+        """Evaluate what all processes have collected; the numbers by name are the same on all processes.
 
         Raises:
             DataError: no image was seen, a detection is not sound, or an image came twice with other detections, as it does
@@ -111,22 +97,20 @@ class DetectionMetric(Metric, ABC):
             return self._result()
         group = self.process_group
         first = torch.distributed.get_process_group_ranks(group or torch.distributed.group.WORLD)[0]
-        answer: list[Any] = [None]
+        answer: list[Any] = [None, 0]
         if torch.distributed.get_rank() == first:
             try:
-                answer = [self._result()]
+                answer = [self._result(), self.images_seen]
             except Exception as error:  # the others are waiting: all of them shall stop with it
-                answer = [error]
+                answer = [error, 0]
         torch.distributed.broadcast_object_list(answer, src=first, group=group)
         if isinstance(answer[0], Exception):
             raise answer[0]
+        self.images_seen = answer[1]
         return answer[0]
 
     def collected(self) -> tuple[Annotations, DetectionArrays]:
-        """What has been collected: on this process, or on all of them within ``sync_context()``.
-
-        Returns:
-            The ground truth of the images that were seen, and their detections.
+        """Return the ground truth of the images that were seen and their detections, of all processes within ``sync_context()``.
 
         Raises:
             DataError: no image was seen, or an image came twice with other detections.
@@ -166,7 +150,9 @@ class DetectionMetric(Metric, ABC):
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
     def _result(self) -> dict[str, Any]:
-        return self.evaluate(*self.collected())
+        annotations, detections = self.collected()
+        self.images_seen = len(annotations)
+        return self.evaluate(annotations, detections)
 
     def _packed(self, found: Detection, image_id: int) -> Tensor:
         row = self._row_of.get(image_id)
@@ -241,14 +227,9 @@ class CocoEvaluator(DetectionMetric):
 
 
 class VocEvaluator(DetectionMetric):
-    """VOC's average precision of each class and their mean; see :func:`~detpipe.evaluation.voc.evaluate_voc`.
+    """VOC's average precision of each class and their mean; arguments as of :func:`~detpipe.evaluation.voc.evaluate_voc`.
 
-    Args:
-        annotations: the ground truth of I images.
-        protocol: ``"voc07"``, 11 points, or ``"voc10"``, the area under the curve.
-        iou_threshold: the overlap that makes a match.
-        strict: a match must exceed the threshold instead of reaching it.
-        settings: of torchmetrics, such as ``process_group``.
+    ``settings`` are those of torchmetrics, such as ``process_group``.
     """
 
     def __init__(
@@ -269,12 +250,9 @@ class VocEvaluator(DetectionMetric):
 
 
 class LvisEvaluator(DetectionMetric):
-    """LVIS's numbers, of images that were searched for some classes only; see :func:`~detpipe.evaluation.lvis.evaluate_lvis`.
+    """LVIS's numbers, of images that were searched for some classes only; as :func:`~detpipe.evaluation.lvis.evaluate_lvis`.
 
-    Args:
-        annotations: the ground truth of I images, with its ``federation``.
-        max_detections: how many detections of an image count, over all classes.
-        settings: of torchmetrics, such as ``process_group``.
+    ``settings`` are those of torchmetrics, such as ``process_group``.
     """
 
     def __init__(self, annotations: Annotations, max_detections: int = 300, **settings: Any) -> None:

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.evaluation.matches import ignored_objects
-from detpipe.evaluation.pairs import Floats, overlapping_pairs
+from detpipe.evaluation.matches import Floats, ignored_objects, overlapping_pairs
 from detpipe.evaluation.proposal_recall import boxes_of, evaluate_recall
 from detpipe.types import Annotations
 
@@ -35,16 +34,9 @@ class _Sample(NamedTuple):
 
 
 def recall_note(annotations: Annotations, proposals: Proposals, split: str, images: int = 500) -> tuple[str, list[str]]:
-    """Say before training what the boxes of a split can find at best, and what may be wrong with them.
+    """Say in a line what the boxes of a split can find at best, and in lines of warning what may be wrong where that is little.
 
-    Args:
-        annotations: the images and their objects.
-        proposals: for each image id ``[P, 4]`` xyxy in pixels of the image, best first.
-        split: its name.
-        images: look at no more than this many, evenly spread.
-
-    Returns:
-        One line, and lines of warning where recall is low.
+    ``proposals`` are ``[P, 4]`` xyxy in pixels of the image by image id, best first; at most so many images are looked at.
     """
     looked_at = annotations
     if len(annotations) > images:
@@ -68,12 +60,7 @@ def recall_note(annotations: Annotations, proposals: Proposals, split: str, imag
 
 
 def likely_faults(annotations: Annotations, proposals: Proposals, images: int = LOOKED_AT) -> list[str]:
-    """Try usual mistakes of coordinates.
-
-    Args:
-        annotations: the images and their objects.
-        proposals: for each image id ``[P, 4]`` xyxy in pixels of the image.
-        images: look at no more than this many, evenly spread.
+    """Try usual mistakes of coordinates; arguments are those of :func:`recall_note`.
 
     Returns:
         One sentence for each mistake that the boxes look like, with the recall as it is and without the mistake, the likeliest
@@ -110,25 +97,27 @@ def likely_faults(annotations: Annotations, proposals: Proposals, images: int = 
 Undo = Callable[[Floats, tuple[float, float]], Floats]  # [P, 4], (width, height) -> [P, 4]
 
 
+_MISTAKES: dict[str, Undo] = {
+    "x and y are swapped": lambda boxes, size: boxes[:, [1, 0, 3, 2]],
+    "x, y, width, height were taken for x1, y1, x2, y2": lambda boxes, size: np.c_[
+        boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    ],
+    "x1, y1, x2, y2 were taken for x, y, width, height": lambda boxes, size: np.c_[
+        boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    ],
+    "center x, center y, width, height were taken for x1, y1, x2, y2": lambda boxes, size: np.c_[
+        boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
+    ],
+    "the boxes are mirrored left to right": lambda boxes, size: np.c_[
+        size[0] - boxes[:, 2], boxes[:, 1], size[0] - boxes[:, 0], boxes[:, 3]
+    ],
+}
+
+
 def _mistakes(sample: _Sample) -> Iterator[tuple[str, Undo, float]]:
     """List the mistakes that the boxes could hold, what undoes each, and the recall that undoing it must bring."""
-    yield "x and y are swapped", lambda boxes, size: boxes[:, [1, 0, 3, 2]], GAIN
-    yield (
-        "x, y, width, height were taken for x1, y1, x2, y2",
-        lambda boxes, size: np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1),
-        GAIN,
-    )
-    yield (
-        "x1, y1, x2, y2 were taken for x, y, width, height",
-        lambda boxes, size: np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1),
-        GAIN,
-    )
-    yield (
-        "center x, center y, width, height were taken for x1, y1, x2, y2",
-        lambda boxes, size: np.concatenate((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2), axis=1),
-        GAIN,
-    )
-    yield "the boxes are mirrored left to right", _mirror, GAIN
+    for mistake, undo in _MISTAKES.items():
+        yield mistake, undo, GAIN
     if max(float(boxes.max(initial=0)) for boxes in sample.boxes) <= 1.5:
         yield "the boxes are normalized to 0..1", lambda boxes, size: boxes * np.array([*size, *size]), GAIN
     if _covers(sample, lambda boxes, size: boxes):
@@ -143,10 +132,6 @@ def _mistakes(sample: _Sample) -> Iterator[tuple[str, Undo, float]]:
     reach = _reach(sample)
     if reach < 0.9 or reach > 1.1:
         yield f"the boxes are of images {reach:.2f} times as large", lambda boxes, size: boxes / reach, GAIN
-
-
-def _mirror(boxes: Floats, size: tuple[float, float]) -> Floats:
-    return np.stack((size[0] - boxes[:, 2], boxes[:, 1], size[0] - boxes[:, 0], boxes[:, 3]), axis=1)
 
 
 def _undo_shorter_side(side: float) -> Undo:

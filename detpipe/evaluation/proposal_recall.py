@@ -19,8 +19,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.evaluation.matches import AREAS, IOU_THRESHOLDS, ignored_objects, take_best
-from detpipe.evaluation.pairs import Floats, Pairs, overlapping_pairs
+from detpipe.evaluation.matches import (
+    AREAS,
+    IOU_THRESHOLDS,
+    Floats,
+    Pairs,
+    ignored_objects,
+    overlapping_pairs,
+    take_best,
+)
 from detpipe.evaluation.table import aligned, plain
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
@@ -102,9 +109,6 @@ def evaluate_recall(
         max_boxes: numbers of boxes an image to look at, ascending.
         progress: called with the number of images done and of all, after each.
 
-    Returns:
-        The measures.
-
     Raises:
         ValueError: ``max_boxes`` are not positive and ascending.
         DataError: an image has no entry, or its boxes are not finite ``[P, 4]``; the image is named.
@@ -155,8 +159,7 @@ def _find(
 ) -> tuple[npt.NDArray[np.int32], Floats]:
     """Match the boxes of some images; a cut of the boxes cuts the matches, so that one pass serves every number of them.
 
-    Returns:
-        ``[A, T, B]`` the place of the box that took an object, a very large number where none did; ``[V, B]`` best overlaps.
+    ``[A, T, B]`` the place of the box that took an object, a very large number where none did; ``[V, B]`` best overlaps.
     """
     counts, objects = [len(part) for part in boxes], len(annotations.boxes)
     images = np.repeat(np.arange(len(boxes)), counts)
@@ -199,15 +202,10 @@ def _mean(best: npt.NDArray[Any]) -> Floats:
 
 
 def recall_table(reports: Mapping[str, ProposalRecall], markdown: bool = False) -> str:
-    """Lay out the measures of several sources, all with the same numbers of boxes.
+    """Lay out the measures of several sources, by name and with the same numbers of boxes, a line a source.
 
-    Args:
-        reports: name of the source -> its recall.
-        markdown: write a Markdown table.
-
-    Returns:
-        A table with one line a source: boxes an image, recall at IoU .5 and average recall (AR) by number of boxes, AR of
-        small, medium and large objects and best overlaps (ABO; MABO by class) with the most boxes.
+    Boxes an image, recall at IoU .5 and average recall (AR) by number of boxes, AR of small, medium and large objects and best
+    overlaps (ABO; MABO by class) with the most boxes.
     """
     counts = next(iter(reports.values())).max_boxes
     shown = [count for count in counts if count >= 100] or list(counts)
@@ -223,15 +221,7 @@ def recall_table(reports: Mapping[str, ProposalRecall], markdown: bool = False) 
 
 
 def class_table(report: ProposalRecall, most: int = 20) -> str:
-    """Lay out the recall of one source by class, the class that is found least first.
-
-    Args:
-        report: the recall.
-        most: leave out what comes after this many classes.
-
-    Returns:
-        A table of recall at IoU .5, AR and ABO with the most boxes; classes without objects are left out.
-    """
+    """Lay out recall at IoU .5, AR and ABO with the most boxes, for the ``most`` classes with objects that are found least."""
     found = [name for name, rows in report.recall_by_class.items() if not math.isnan(rows[0, -1])]
     found.sort(key=lambda name: report.recall_by_class[name][0, -1])
     rows = [["class", "R50", "AR", "ABO"]]

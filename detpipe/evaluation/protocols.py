@@ -28,19 +28,13 @@ def evaluate(
     Args:
         annotations: the ground truth of I images.
         detections: D detections in pixels of the original images, in any order.
-        protocol: ``"coco"`` (see :func:`~detpipe.evaluation.coco.evaluate_coco`), ``"voc07"`` (11 points) or
-            ``"voc10"`` (area under the curve; for both see :func:`~detpipe.evaluation.voc.evaluate_voc`), or ``"lvis"`` (for
-            images that were searched for some classes only; :func:`~detpipe.evaluation.lvis.evaluate_lvis`).
+        protocol: ``"coco"`` (:func:`~detpipe.evaluation.coco.evaluate_coco`), ``"voc07"`` (11 points) or ``"voc10"`` (area under
+            the curve; :func:`~detpipe.evaluation.voc.evaluate_voc`), or ``"lvis"``
+            (:func:`~detpipe.evaluation.lvis.evaluate_lvis`); each says what it returns, -1.0 where there is nothing to find.
         backend: for ``"coco"``: who counts, ``"detpipe"``, or ``"pycocotools"``, the reference.
         iou_threshold: for VOC: the overlap that makes a match.
         strict: for VOC: the overlap must exceed the threshold instead of reaching it.
-
         max_detections: for ``"coco"``: how many detections of a class in an image count, rising; None: 1, 10 and 100.
-
-    Returns:
-        For ``"coco"`` AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl and per_class; for VOC mAP and
-        per_class; for ``"lvis"`` the six precisions, APr, APc, APf, AR, ARs, ARm, ARl and per_class. A number
-        is -1.0 where there is no ground truth to find.
 
     Raises:
         ValueError: no such protocol, or ``max_detections`` that do not rise or that the protocol has no place for.

@@ -17,16 +17,9 @@ from detpipe.types import Annotations, DetectionArrays
 def canonical_order(detections: DetectionArrays) -> DetectionArrays:
     """Sort detections by image id, label, falling score, falling area, then x1, y1, x2, y2.
 
-    This order is total: detections that it cannot tell apart are equal in every field. Evaluators break ties between
-    equal scores by the order of arrival, which moves AP by some 1e-4; after this sort, arrival has no say. Of equal
-    scores the larger box comes first: any rule would do, and this one gives the published numbers of COCO's evaluation
-    demo and of detectron2 for the same boxes, which were computed in the order of a file.
-
-    Args:
-        detections: D detections in any order.
-
-    Returns:
-        The same detections, sorted.
+    This order is total: detections that it cannot tell apart are equal in every field. Evaluators break ties between equal
+    scores by the order of arrival, which moves AP by some 1e-4; after this sort, arrival has no say. Of equal scores the larger
+    box comes first, which gives the published numbers of COCO's evaluation demo and of detectron2 for the same boxes.
     """
     return detections.take(canonical_rows(detections))
 
@@ -50,14 +43,7 @@ def _full_order(detections: DetectionArrays) -> npt.NDArray[np.int64]:
 
 
 def rank_in_run(*keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Count from 0 within each run of equal keys.
-
-    Args:
-        keys: one or more ``[D]``; a run ends where one of them changes.
-
-    Returns:
-        ``[D]``.
-    """
+    """Count from 0 within each run of equal keys, one or more ``[D]``."""
     size = len(keys[0])
     starts = np.ones(size, np.bool_)
     if size:
@@ -67,15 +53,7 @@ def rank_in_run(*keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def image_ranks(annotations: Annotations, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Number images by rising id, from 0, whatever gaps the ids have.
-
-    Args:
-        annotations: the ground truth that holds the I images.
-        image_ids: ``[D]``, each of them an id of ``annotations``.
-
-    Returns:
-        ``[D]`` in 0..I-1.
-    """
+    """Number ``[D]`` images by rising id, from 0, whatever gaps the ids of the I images have."""
     return np.searchsorted(np.sort(annotations.image_ids), image_ids)
 
 
@@ -90,18 +68,12 @@ def object_ranks(annotations: Annotations) -> npt.NDArray[np.int64]:
 
 
 def box_sizes(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Recover the width and height that a file gave.
+    """Recover the ``[D, 2]`` width and height that a file gave for xyxy boxes.
 
     Files hold widths, arrays hold corners, and ``(x + w) - x`` differs from ``w`` in the last bits: enough to move a
     box of exactly 32 x 32 pixels out of COCO's small objects. So where a width of at most six decimals leads to the
     same corner, that is the one; else it is the difference, which is exact for boxes that were float32. Widths of more
     decimals are had to the last bit or two only: an overlap that equals a threshold exactly may then fall on either side.
-
-    Args:
-        boxes: ``[D, 4]`` xyxy with x2 >= x1 and y2 >= y1.
-
-    Returns:
-        ``[D, 2]`` width, height.
     """
     low, high = boxes[:, :2], boxes[:, 2:]
     difference = high - low
@@ -112,14 +84,9 @@ def box_sizes(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def check_detections(annotations: Annotations, detections: DetectionArrays) -> None:
     """Refuse detections that would be counted wrongly; a NaN score, for one, turns AP into 1.0 in COCO's evaluators.
 
-    Args:
-        annotations: the ground truth that they belong to.
-        detections: D detections.
-
     Raises:
         ValueError: the arrays do not have the same length, or the boxes are not ``[D, 4]``.
-        DataError: a score or box is not finite, a box is turned inside out, an image id or a label is unknown. Names
-            the first such record, counted from 0.
+        DataError: an unsound record; the first is named, counted from 0.
     """
     count = len(detections.scores)
     shapes = (detections.image_ids.shape, detections.boxes.shape, detections.scores.shape, detections.labels.shape)
@@ -145,15 +112,7 @@ def check_detections(annotations: Annotations, detections: DetectionArrays) -> N
 
 
 def check_annotations(annotations: Annotations) -> None:
-    """Refuse ground truth that cannot be evaluated against.
-
-    Args:
-        annotations: I images with B boxes.
-
-    Raises:
-        DataError: no images, no classes, an image id or a class name twice, a label outside 1..K, or a box or area that is not
-            sound.
-    """
+    """Refuse ground truth that cannot be evaluated against, with a DataError: of no images or classes, or an unsound record."""
     source = str(annotations.root)
     if len(annotations) == 0:
         raise DataError(f"{source}: the ground truth holds no images: there is nothing to evaluate")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.evaluation.pairs import Floats
+from detpipe.evaluation.matches import Floats
 from detpipe.evaluation.records import box_image_ids, box_sizes, canonical_order, image_ranks
 from detpipe.types import Annotations, DetectionArrays
 
@@ -24,12 +24,7 @@ from detpipe.types import Annotations, DetectionArrays
 def count_by_pycocotools(
     annotations: Annotations, detections: DetectionArrays, max_detections: Sequence[int]
 ) -> tuple[Floats, Floats]:
-    """Match detections with objects, and follow precision over recall.
-
-    Args:
-        annotations: the ground truth of I images, sound.
-        detections: D detections, sound, in any order.
-        max_detections: M numbers, rising: the best detections of a class in an image that count.
+    """Count the detections of sound records, for M rising numbers of detections of a class in an image.
 
     Returns:
         Precision ``[T, R, K, A]`` at the largest number and recall ``[T, K, A, M]``; -1 where there is nothing to find.

@@ -18,15 +18,9 @@ Ints = npt.NDArray[np.integer]
 
 
 def confusion_matrix(truth: Ints, predicted: Ints, classes: int) -> npt.NDArray[np.int64]:
-    """Count pixels by what they are and what they were taken for.
+    """Count pixels ``[C, C]`` by what they are, rows, and what they were taken for, columns; matrices of images may be added.
 
-    Args:
-        truth: of any shape, whole numbers below C; negative ones are ignored.
-        predicted: of the same shape, 0..C-1.
-        classes: C.
-
-    Returns:
-        ``[C, C]``: rows are the truth, columns what was predicted. Matrices of images may be added.
+    Truth and prediction are whole numbers below C, of one shape; negative ones of the truth are ignored.
 
     Raises:
         ValueError: shapes that differ, or a class out of range.
@@ -46,11 +40,7 @@ def confusion_matrix(truth: Ints, predicted: Ints, classes: int) -> npt.NDArray[
 
 
 def segmentation_scores(confusion: npt.NDArray[np.integer], class_names: Sequence[str]) -> dict[str, Any]:
-    """Compute mean IoU and its parts.
-
-    Args:
-        confusion: ``[C, C]`` from :func:`confusion_matrix`.
-        class_names: [C - 1], without background.
+    """Compute mean IoU and its parts from a matrix ``[C, C]`` and the C - 1 names of the classes without background.
 
     Returns:
         ``mIoU`` in 0..1 over background and the classes that are true or predicted anywhere; ``pixel_accuracy`` in 0..1; and
@@ -76,14 +66,7 @@ def segmentation_scores(confusion: npt.NDArray[np.integer], class_names: Sequenc
 
 
 def all_background(confusion: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """Make the matrix of who calls everything background: the least that a segmentation must be better than.
-
-    Args:
-        confusion: ``[C, C]`` of any prediction.
-
-    Returns:
-        ``[C, C]`` of the same truth.
-    """
+    """Make the matrix ``[C, C]`` of who calls everything background: the least that a segmentation must be better than."""
     blind = np.zeros(confusion.shape, np.int64)
     blind[:, 0] = confusion.sum(1)
     return blind

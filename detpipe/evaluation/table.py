@@ -13,44 +13,35 @@ from detpipe.support.terminal import printable
 
 _WIDTH = 100  # characters a line
 
-_COCO_ROWS = {  # with COCO's numbers of detections, in whose place others may stand
-    "AP": "average precision  IoU .50:.95  all areas      100 detections",
-    "AP50": "average precision  IoU .50      all areas      100 detections",
-    "AP75": "average precision  IoU .75      all areas      100 detections",
-    "APs": "average precision  IoU .50:.95  small, < 32^2  100 detections",
-    "APm": "average precision  IoU .50:.95  medium         100 detections",
-    "APl": "average precision  IoU .50:.95  large, > 96^2  100 detections",
-    "AR1": "average recall     IoU .50:.95  all areas        1 detection",
-    "AR10": "average recall     IoU .50:.95  all areas       10 detections",
-    "AR100": "average recall     IoU .50:.95  all areas      100 detections",
-    "ARs": "average recall     IoU .50:.95  small, < 32^2  100 detections",
-    "ARm": "average recall     IoU .50:.95  medium         100 detections",
-    "ARl": "average recall     IoU .50:.95  large, > 96^2  100 detections",
+_PRECISIONS = {
+    "AP": "IoU .50:.95  all areas    ",
+    "AP50": "IoU .50      all areas    ",
+    "AP75": "IoU .75      all areas    ",
+    "APs": "IoU .50:.95  small, < 32^2",
+    "APm": "IoU .50:.95  medium       ",
+    "APl": "IoU .50:.95  large, > 96^2",
 }
-_LVIS_ROWS = {
-    **{name: row.replace("100 detections", "300 detections an image") for name, row in list(_COCO_ROWS.items())[:6]},
-    "APr": "average precision  IoU .50:.95  rare classes",
-    "APc": "average precision  IoU .50:.95  common classes",
-    "APf": "average precision  IoU .50:.95  frequent classes",
-    "AR": "average recall     IoU .50:.95  all areas      300 detections an image",
-    "ARs": "average recall     IoU .50:.95  small, < 32^2  300 detections an image",
-    "ARm": "average recall     IoU .50:.95  medium         300 detections an image",
-    "ARl": "average recall     IoU .50:.95  large, > 96^2  300 detections an image",
-}
-_ROWS = {
-    "coco": _COCO_ROWS,
-    "lvis": _LVIS_ROWS,
-    "voc07": {"mAP": "mean average precision  11 points (VOC 2007 to 2009)"},
-    "voc10": {"mAP": "mean average precision  area under the curve (VOC 2010 and later)"},
-}
+_FREQUENCIES = {"APr": "rare", "APc": "common", "APf": "frequent"}
+
+
+def _rows(metrics: Mapping[str, Any], protocol: str) -> dict[str, str]:
+    """What each number means, in the order of the lines."""
+    if protocol.startswith("voc"):
+        how = "11 points (VOC 2007 to 2009)" if protocol == "voc07" else "area under the curve (VOC 2010 and later)"
+        return {"mAP": f"mean average precision  {how}"}
+    limits = [int(name[2:]) for name in metrics if name.startswith("AR") and name[2:].isdigit()]
+    most = f"{limits[-1]:>3} detections" if protocol == "coco" else "300 detections an image"
+    rows = {name: f"average precision  {meaning}  {most}" for name, meaning in _PRECISIONS.items()}
+    if protocol == "lvis":
+        rows |= {name: f"average precision  IoU .50:.95  {word} classes" for name, word in _FREQUENCIES.items()}
+        rows["AR"] = f"average recall     {_PRECISIONS['AP']}  {most}"
+    for limit in limits:
+        rows[f"AR{limit}"] = f"average recall     {_PRECISIONS['AP']}  {limit:>3} detection{'' if limit == 1 else 's'}"
+    return rows | {f"AR{size}": f"average recall     {_PRECISIONS[f'AP{size}']}  {most}" for size in "sml"}
 
 
 def format_table(metrics: Mapping[str, Any], protocol: str = "coco") -> str:
-    """Lay out what :func:`~detpipe.evaluation.protocols.evaluate` returned.
-
-    Args:
-        metrics: the numbers, with ``per_class``.
-        protocol: the protocol that they were computed by: one of ``PROTOCOLS``.
+    """Lay out what :func:`~detpipe.evaluation.protocols.evaluate` returned for a protocol.
 
     Returns:
         Lines of at most about 100 characters without a line break at the end: a line for each number, then the AP of
@@ -68,24 +59,10 @@ def format_table(metrics: Mapping[str, Any], protocol: str = "coco") -> str:
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
-    rows = _coco_rows(metrics) if protocol == "coco" else _ROWS[protocol]
+    rows = _rows(metrics, protocol)
     width = max(5, *map(len, rows))
     lines = [f"{name:<{width}}  {_number(metrics[name])}  {meaning}" for name, meaning in rows.items()]
     return "\n".join([*lines, "", "AP of each class", *_columns(metrics["per_class"])])
-
-
-def _coco_rows(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """The rows for the numbers of detections that were counted: names as in ``AR100``."""
-    limits = [int(name[2:]) for name in metrics if name.startswith("AR") and name[2:].isdigit()]
-    rows: dict[str, str] = {}
-    for name, meaning in _COCO_ROWS.items():
-        if name == "AR1":
-            for limit in limits:
-                noun = "detection" if limit == 1 else "detections"
-                rows[f"AR{limit}"] = meaning.replace("  1 detection", f"{limit:>3} {noun}")
-        elif name not in ("AR10", "AR100"):
-            rows[name] = meaning.replace("100 detections", f"{limits[-1]:>3} detections")
-    return rows
 
 
 def _number(value: float) -> str:

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from detpipe.evaluation.coco import average_precision, class_counts
 from detpipe.evaluation.matches import match_voc
-from detpipe.evaluation.precision_recall import average_precision, class_counts
 from detpipe.types import Annotations, DetectionArrays
 
 ELEVEN_LEVELS = np.arange(0.0, 1.1, 0.1)  # of recall
@@ -34,9 +34,7 @@ def evaluate_voc(
     iou_threshold: float = 0.5,
     strict: bool = False,
 ) -> dict[str, Any]:
-    """Compute VOC's average precision of each class and their mean.
-
-    Matches are those of :func:`~detpipe.evaluation.matches.match_voc`; difficult objects are not counted as misses.
+    """Compute VOC's average precision of each class and their mean; difficult objects are not counted as misses.
 
     Args:
         annotations: the ground truth of I images.
@@ -44,8 +42,7 @@ def evaluate_voc(
         protocol: ``"voc07"``, the mean of the best precision at 11 levels of recall, or ``"voc10"``, the area under the
             precision envelope.
         iou_threshold: the overlap that makes a match, above 0, at most 1.
-        strict: a match must exceed the threshold, as in detectron2's ``voc_eval``, instead of reaching it, as in the
-            devkit.
+        strict: a match must exceed the threshold, as in detectron2's ``voc_eval``, instead of reaching it.
 
     Returns:
         ``mAP`` and ``per_class``, the AP by class name, in 0..1; -1.0 for a class without a countable object, and for
@@ -64,7 +61,7 @@ def evaluate_voc(
     objects = matches.object_counts()
     per_class: dict[str, float] = {}
     for label, name in enumerate(annotations.class_names, start=1):
-        places, counted = class_counts(matches, label, 0, 0)
+        places, counted = class_counts(matches, label)
         hits, total = np.arange(1, len(places) + 1), objects[label - 1 : label]
         per_class[name] = float(average_precision(hits[None], counted[None], total, levels)[0]) if total[0] else -1.0
     measured = [ap for ap in per_class.values() if ap >= 0]

@@ -17,17 +17,13 @@ from detpipe.types import Annotations, DetectionArrays
 def read_voc_detections(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], annotations: Annotations, one_based: bool = True
 ) -> DetectionArrays:
-    """Read detections from files named ``comp3_det_test_CLASS.txt`` or ``CLASS.txt``.
+    """Read detections from files named ``comp3_det_test_CLASS.txt`` or ``CLASS.txt``, file after file by class.
 
     Args:
-        source: a folder, of which every ``.txt`` file is read, or a list of files. A class without a file has no
-            detections.
+        source: a folder, of which every ``.txt`` file is read, or a list of files; a class may have none.
         annotations: the ground truth, whose class names and image file names (without folder and suffix) the files use.
         one_based: the files hold the devkit's 1-based inclusive pixels, so that ``x1 = xmin - 1``, ``y1 = ymin - 1``.
             False takes the numbers as they are.
-
-    Returns:
-        The detections, file after file by class.
 
     Raises:
         DataError: no such folder or file, a file whose name holds no class, an image that the ground truth does not

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from detpipe.evaluation.coco import average_precision, class_counts
 from detpipe.evaluation.error_types import FALSE_POSITIVES, Errors
-from detpipe.evaluation.matches import Matches
-from detpipe.evaluation.pairs import Floats, Integers
-from detpipe.evaluation.precision_recall import average_precision, class_counts
+from detpipe.evaluation.matches import Floats, Integers, Matches
 
 _BLOCK = 1 << 21  # images times true positives that are looked at together
 
@@ -50,17 +49,7 @@ class ImageOutcome:
 
 
 def worst_images(matches: Matches, errors: Errors, score: float, count: int) -> list[ImageOutcome]:
-    """Choose the images that cost most AP50.
-
-    Args:
-        matches: of which the first threshold is an IoU of 0.5.
-        errors: of the matches.
-        score: detections below it are not listed, and find nothing.
-        count: at most so many images; those that cost nothing are left out.
-
-    Returns:
-        The outcomes, most costly first.
-    """
+    """Choose at most ``count`` images that cost AP50, the most costly first; detections below a score are not listed."""
     costs = image_costs(matches)
     row_of_rank = np.argsort(matches.annotations.image_ids)
     order = np.argsort(-costs, kind="stable")[:count]
@@ -97,27 +86,23 @@ def _outcome(matches: Matches, errors: Errors, score: float, rank: int, row: int
     )
 
 
-def image_costs(matches: Matches, threshold: int = 0) -> Floats:
-    """Compute what each image costs, all others left as they are.
-
-    Args:
-        matches: of I images.
-        threshold: index of the IoU threshold.
+def image_costs(matches: Matches) -> Floats:
+    """Compute what each image costs, all others left as they are, at the first threshold.
 
     Returns:
-        ``[I]`` by rank of the image: the mean AP at that threshold, if the image had no false positives and its missed
-        objects were found with the best score of all, less the mean AP as it is. 0 or more.
+        ``[I]`` by rank of the image: the mean AP, if the image had no false positives and its missed objects were found with
+        the best score of all, less the mean AP as it is. 0 or more.
     """
     objects = matches.object_counts()
     gains = np.zeros(len(matches.annotations))
-    false, missed = matches.false(0, threshold), matches.missed(0, threshold)
+    false, missed = matches.false(), matches.missed()
     for label in (np.flatnonzero(objects) + 1).tolist():
         rows = matches.class_slice(label)
         wrong = np.flatnonzero(false[rows])
         wrong_images = matches.images[rows][wrong]
         missed_images = matches.object_images[missed & (matches.labels == label)]
         touched = np.union1d(wrong_images, missed_images)
-        places, counted = class_counts(matches, label, 0, threshold)
+        places, counted = class_counts(matches, label)
         hits = np.arange(1, len(places) + 1)
         total = objects[label - 1 : label]
         base = average_precision(hits[None], counted[None], total)[0]

@@ -27,13 +27,10 @@ _COLORS = (_TRAIN, _OTHER, _VAL)  # of scores that are not listed above
 
 
 def plot_curves(metrics_csv: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Plot losses and scores over epochs, two panels in one PNG.
+    """Plot losses and scores over epochs, two panels in one PNG that is complete when it is visible.
 
-    Args:
-        metrics_csv: what Lightning's CSVLogger writes: columns ``epoch``, ``step``, and any of ``train/loss``,
-            ``val/loss``, ``val/AP``, ``val/AP50``, ``val/mAP``, ``val/top1``, ``val/top5``, or else up to three other scores
-            in 0..1 named ``val/...``; most cells of a row are empty.
-        out: the PNG, written so that it is complete when it is visible.
+    The table is what Lightning's CSVLogger writes: columns ``epoch``, ``step``, ``train/loss``, ``val/loss``, and scores in 0..1
+    named ``val/...``, of those that are not known by name up to three; most cells of a row are empty.
 
     Raises:
         DataError: the file is missing, has no rows yet, or a cell is not a number.

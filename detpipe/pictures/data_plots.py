@@ -17,12 +17,7 @@ _MOST_CLASSES = 40  # bars that fit
 
 
 def plot_classes(splits: Mapping[str, Annotations], out: Path) -> None:
-    """Draw how many boxes each class has, a bar a split; the classes with most boxes first.
-
-    Args:
-        splits: name -> annotations.
-        out: the PNG.
-    """
+    """Draw how many boxes each class has, a bar a split; the classes with most boxes first."""
     counts: dict[str, dict[str, int]] = {}
     for split, a in splits.items():
         for label, word in enumerate(a.class_names, start=1):
@@ -47,15 +42,7 @@ def plot_classes(splits: Mapping[str, Annotations], out: Path) -> None:
 
 
 def plot_boxes(annotations: Annotations, name: str, anchors: Sequence[int], resize: Resize, out: Path) -> None:
-    """Draw sizes, shapes and numbers of the boxes of a split.
-
-    Args:
-        annotations: of the split, with at least one box.
-        name: of the split.
-        anchors: sizes that are suggested, in pixels of the resized image.
-        resize: of the detector.
-        out: the PNG.
-    """
+    """Draw sizes, shapes and numbers of the boxes of a split, at least one, with anchors suggested for the resized image."""
     a, sides = annotations, box_sizes(annotations)
     resized = np.sqrt(box_sizes(a, resize).prod(axis=1))
     image = np.repeat(np.arange(len(a)), np.diff(a.offsets))
@@ -81,12 +68,7 @@ def plot_boxes(annotations: Annotations, name: str, anchors: Sequence[int], resi
 
 
 def plot_images(splits: Mapping[str, Annotations], out: Path) -> None:
-    """Draw the sizes of the images: a dot a size, the larger the more images have it.
-
-    Args:
-        splits: name -> annotations.
-        out: the PNG.
-    """
+    """Draw the sizes of the images: a dot a size, the larger the more images have it."""
     figure = new_figure(5.2, 4.6, "data sets")
     axes = figure.subplots()
     for k, (name, a) in enumerate(splits.items()):
@@ -143,5 +125,4 @@ def _ticks(low: float, high: float) -> list[float]:
 def _finish(figure: Any, out: Path, panels: list[Any]) -> None:
     for axes in panels:
         plain_axes(axes)
-        axes.set_axisbelow(True)
     save_figure(figure, out)

@@ -12,32 +12,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = (
-    "#2f6fde",
-    "#e4572e",
-    "#2ca25f",
-    "#8e5bc9",
-    "#d99a1c",
-    "#4fb3bf",
-    "#c2457e",
-    "#6b6b6b",
-)  # of lines side by side
+# of lines side by side
+COLORS = ("#2f6fde", "#e4572e", "#2ca25f", "#8e5bc9", "#d99a1c", "#4fb3bf", "#c2457e", "#6b6b6b")
 
 
 def new_figure(width: float, height: float, drawn: str) -> Figure:
-    """Make a figure.
-
-    Args:
-        width: in inches.
-        height: in inches.
-        drawn: what is drawn, for the message.
-
-    Returns:
-        The figure.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Make a figure of a size in inches; a UsageError if matplotlib, which draws what is said, is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -49,7 +29,8 @@ def new_figure(width: float, height: float, drawn: str) -> Figure:
 
 
 def plain_axes(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
-    """Draw a faint grid, and no frame at the right and above."""
+    """Draw a faint grid behind everything, and no frame at the right and above."""
+    axes.set_axisbelow(True)
     axes.grid(alpha=0.3, axis=grid)
     axes.spines[["top", "right"]].set_visible(False)
 

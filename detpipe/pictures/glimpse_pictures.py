@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from detpipe.pictures import visualize
-from detpipe.support.files import atomic_write
+from detpipe.support.files import write_text
 from detpipe.types import GlimpsedDetection
 
 PAGE = "glimpses.html"
@@ -37,17 +37,7 @@ _PAPER, _INK, _OUTSIDE = (255, 255, 255), (30, 34, 40), (110, 110, 110)
 
 
 def draw_glimpses(image: Tensor, found: GlimpsedDetection, class_names: Sequence[str], shown: int = SHOWN) -> Tensor:
-    """Draw what a head looked at for its best detections.
-
-    Args:
-        image: ``[3, H, W]`` uint8 RGB.
-        found: detections in pixels of ``image``, best first.
-        class_names: [K], the name of label 1 first.
-        shown: at most this many detections have a panel.
-
-    Returns:
-        ``[3, H', W']`` uint8: the image with all detections, and the panels below.
-    """
+    """Draw all detections on an image ``[3, H, W]`` uint8 RGB, and below it panels of where a head looked for the best."""
     whole = visualize.draw(image, found["boxes"], found["labels"], class_names, found["scores"])
     count = min(shown, len(found["scores"]))
     if not count:
@@ -72,23 +62,14 @@ def draw_glimpses(image: Tensor, found: GlimpsedDetection, class_names: Sequence
 
 
 def write_page(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
-    """Write the page that shows all pictures of a folder.
-
-    Args:
-        folder: of the pictures.
-        records: of images, with ``file``, ``drawing``, and ``detections``, each with ``label``, ``score`` and ``glimpses``.
-
-    Returns:
-        Its path.
-    """
+    """Write the page that shows all pictures of a folder, of the records that ``detpipe predict`` writes."""
     page = (
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
         f"<title>Glimpses</title><style>{_STYLE}</style><h1>Glimpses</h1>"
         "<p>Dashed: the proposal. Yellow to violet: the glimpses in order, with a dot at the upper left corner of the frame. "
         f"Thick: the box found, in the color of its class.</p>{''.join(map(_section, records))}</html>\n"
     )
-    with atomic_write(folder / PAGE) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(folder / PAGE, page)
     return folder / PAGE
 
 
@@ -111,15 +92,7 @@ def _section(record: dict[str, Any]) -> str:
 
 
 def describe(found: GlimpsedDetection, index: int) -> dict[str, Any]:
-    """Write the proposal and the glimpses of a detection as plain numbers.
-
-    Args:
-        found: detections.
-        index: of one of them.
-
-    Returns:
-        ``proposal``, xyxy, and ``glimpses``, a list of outlines, each a list of (x, y), in pixels of the image.
-    """
+    """Write as plain numbers ``proposal``, xyxy, and ``glimpses``, outlines of (x, y), of a detection in pixels of the image."""
     return {"proposal": found["proposals"][index].tolist(), "glimpses": found["glimpses"][index].tolist()}
 
 

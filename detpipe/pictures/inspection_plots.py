@@ -14,14 +14,7 @@ from detpipe.pictures.visualize import SLIMMEST, plot_color
 
 
 def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], counts: Sequence[int], out: Path) -> None:
-    """Draw the mean gate of each channel, a line a class and a panel a module, as in Hu et al. 2018, figure 5.
-
-    Args:
-        gates: module -> ``[K, C]``, NaN for classes without objects.
-        class_names: [K].
-        counts: objects of each class.
-        out: the PNG.
-    """
+    """Draw the mean gate of each channel, ``[K, C]`` by module, NaN for classes without objects, as in Hu et al. 2018, figure 5."""
     figure = new_figure(8.5, 1.9 * len(gates) + 0.9, "attention")
     panels = np.atleast_1d(figure.subplots(len(gates), 1))
     for axes, (name, values) in zip(panels, gates.items(), strict=True):
@@ -44,14 +37,7 @@ def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], co
 
 
 def plot_branches(branches: Mapping[str, Tensor], shares: Sequence[float], objects: int, out: Path) -> None:
-    """Draw the mean weight of the widest kernel in each module, a line a scale, as in Li et al. 2019, figure 3.
-
-    Args:
-        branches: module -> ``[S, M]``.
-        shares: S parts of the picture that the object takes up.
-        objects: how many were averaged.
-        out: the PNG.
-    """
+    """Draw the mean weight of the widest kernel in each module, ``[S, M]``, a line a scale, as in Li et al. 2019, figure 3."""
     figure = new_figure(max(6.0, 0.5 * len(branches) + 3), 4.2, "attention")
     axes = figure.subplots()
     for index, share in enumerate(shares):
@@ -67,13 +53,7 @@ def plot_branches(branches: Mapping[str, Tensor], shares: Sequence[float], objec
 
 
 def plot_maps(image: Tensor, maps: Mapping[str, Tensor], out: Path) -> None:
-    """Draw spatial gates over an image, a panel a module, each on its own scale.
-
-    Args:
-        image: ``[3, H, W]`` uint8 RGB.
-        maps: module -> ``[H, W]``.
-        out: the PNG.
-    """
+    """Draw spatial gates ``[H, W]`` over an image ``[3, H, W]`` uint8 RGB, a panel a module, each on its own scale."""
     columns = min(4, len(maps) + 1)
     rows = -(-(len(maps) + 1) // columns)
     height, width = image.shape[1:]

@@ -30,7 +30,7 @@ def localization_picture(
     out: str | Path,
     threshold: float = 0.3,
 ) -> None:
-    """Draw an image with its superpixels, its truth, what was found, and the map of each class that it truly has.
+    """Draw an image with its superpixels, its truth, what was found, and the map of each class that it truly has, at most 8 panels.
 
     Args:
         image: ``[3, H, W]`` uint8 RGB.
@@ -38,12 +38,11 @@ def localization_picture(
         truth: ``[H, W]`` 0 background, 1..K classes, -1 ignored.
         maps: ``[K, H, W]`` in 0..1.
         class_names: [K].
-        out: the PNG. It has at most 8 panels: of many classes the first ones are shown.
+        out: the PNG.
         threshold: lowest score of a class.
 
     Raises:
         ValueError: shapes that do not fit.
-        UsageError: matplotlib is not installed.
     """
     size = tuple(image.shape[1:])
     if tuple(superpixels.shape) != size or truth.shape != size or tuple(maps.shape) != (len(class_names), *size):
@@ -80,13 +79,7 @@ def localization_picture(
 
 
 def boundaries(superpixels: Tensor) -> npt.NDArray[np.bool_]:
-    """Tell which pixels touch another superpixel at their right or lower side.
-
-    Args:
-        superpixels: ``[H, W]``.
-
-    Returns:
-        ``[H, W]``.
+    """Tell which pixels of ``[H, W]`` touch another superpixel at their right or lower side.
 
     Example:
         >>> boundaries(torch.tensor([[0, 0, 1]])).tolist()

@@ -10,16 +10,7 @@ from detpipe.pictures.figures import COLORS, new_figure, plain_axes, save_figure
 
 
 def plot_recall(reports: Mapping[str, ProposalRecall], out: str | os.PathLike[str], title: str = "") -> None:
-    """Plot recall against IoU, and against the number of boxes, for all sources in one PNG.
-
-    Args:
-        reports: name of the source -> its recall, all with the same numbers of boxes.
-        out: the PNG, written so that it is complete when it is visible.
-        title: such as the name of the data.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Plot recall against IoU, and against the number of boxes, for all sources in one PNG that is complete when it is visible."""
     figure = new_figure(14.5, 4.4, "curves")
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")

@@ -12,15 +12,7 @@ SHOWN, LISTED = 25, 10  # classes in the matrix, confusions in words
 
 
 def shown_classes(counts: np.ndarray, limit: int = SHOWN) -> list[int]:
-    """Choose the classes of a matrix that is too large to be read: those with the most confusions, in their order.
-
-    Args:
-        counts: ``[K + 1, K + 1]``, background last.
-        limit: how many.
-
-    Returns:
-        Indices, without background.
-    """
+    """Choose at most so many classes of a matrix ``[K + 1, K + 1]``, background last: those confused most, in order."""
     classes = len(counts) - 1
     if classes <= limit:
         return list(range(classes))

@@ -23,27 +23,12 @@ _BLUE, _LINES = "#2456b8", 10  # classes with a curve
 
 
 def require_matplotlib() -> None:
-    """Fail before anything is computed.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Fail before anything is computed if matplotlib is not installed, with a UsageError."""
     new_figure(1, 1, DRAWN)
 
 
 def write_figures(numbers: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what there is to draw.
-
-    Args:
-        numbers: of :func:`~detpipe.evaluation.analysis.analyze`.
-        folder: for the files, which appear when they are complete.
-
-    Returns:
-        The PNG files.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Draw what there is to draw of the numbers of an analysis, as PNG files that appear when they are complete."""
     shown = min(len(numbers["class_names"]), 25) + 1
     figures: dict[str, tuple[float, float, Callable[[Figure, dict[str, Any]], None]]] = {
         "pr_curves": (13, 4.6, _curves),
@@ -89,8 +74,7 @@ def _curves(figure: Figure, numbers: dict[str, Any]) -> None:
 
 
 def _line(axes: Axes, levels: Any, curve: list[float | None], label: str, color: Any) -> None:
-    values = np.array([np.nan if value is None else value for value in curve])
-    axes.plot(levels, values, color=color, linewidth=1.6, label=label)
+    axes.plot(levels, np.array(curve, np.float64), color=color, linewidth=1.6, label=label)
 
 
 def _sizes(figure: Figure, numbers: dict[str, Any]) -> None:
@@ -142,9 +126,7 @@ def _calibration(figure: Figure, numbers: dict[str, Any]) -> None:
     edges = (np.arange(bins) + 0.5) / bins
     axes.bar(edges, np.array(diagram["counts"]) / total, 0.9 / bins, color="#cfd5dd", label="part of the detections")
     axes.plot([0, 1], [0, 1], color="#6c747e", linestyle="--", linewidth=1)
-    scores, precision = (
-        np.array([np.nan if v is None else v for v in diagram[key]]) for key in ("scores", "precision")
-    )
+    scores, precision = (np.array(diagram[key], np.float64) for key in ("scores", "precision"))
     axes.plot(scores, precision, "o-", color=_BLUE, label="precision")
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="score", ylabel="precision at IoU 0.50")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
@@ -173,7 +155,6 @@ def _comparison(figure: Figure, numbers: dict[str, Any]) -> None:
 def _plain(axes: Axes, title: str, grid: Any = "both") -> None:
     axes.set_title(_cut(title, 90), loc="left", fontsize=10)
     plain_axes(axes, grid)
-    axes.set_axisbelow(True)
 
 
 def _short(value: float | None) -> str:

@@ -28,17 +28,7 @@ def bar(part: float | None, color: str = "#2456b8") -> str:
 
 
 def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """Lay out cells that are escaped already; the first of each row is its heading.
-
-    Args:
-        caption: what the table holds.
-        heads: of the columns.
-        rows: cells; all but the first are numbers or bars.
-        kind: further CSS classes.
-
-    Returns:
-        The table in a box that can be scrolled, by keyboard too.
-    """
+    """Lay out escaped cells in a box that can be scrolled, by keyboard too; the first of each row is its heading."""
     head = "".join(f"<th scope='col'>{one}</th>" for one in heads)
     body = "".join(
         f"<tr><th scope='row'>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows

@@ -23,28 +23,14 @@ _COLORS = {"found": _RIGHT, "right": _RIGHT, "ignored": _IGNORED, **ERROR_COLORS
 
 @dataclass(frozen=True)
 class Drawing:
-    """One image, drawn twice.
-
-    Args:
-        truth: ``[3, H, W]`` uint8 RGB with its objects.
-        found: the same with its detections.
-    """
+    """One image, ``[3, H, W]`` uint8 RGB, drawn twice: with its objects, and with its detections."""
 
     truth: Tensor
     found: Tensor
 
 
 def draw_outcome(image: Tensor, outcome: ImageOutcome, class_names: list[str]) -> Drawing:
-    """Draw an image with its objects, and with its detections.
-
-    Args:
-        image: ``[3, H, W]`` uint8 RGB.
-        outcome: what came of it, boxes in its pixels.
-        class_names: [K], the name of label 1 first.
-
-    Returns:
-        Both drawings, the longer side ``SIDE`` pixels.
-    """
+    """Draw an image ``[3, H, W]`` uint8 RGB with its objects, and with its detections, the longer side ``SIDE`` pixels."""
     panel, factors = visualize.fit(image, SIDE)
     scale = factors.numpy()
     truth = _draw(panel, outcome.boxes * scale, outcome.labels.tolist(), outcome.states, class_names, None)

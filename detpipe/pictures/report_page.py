@@ -30,15 +30,7 @@ _PARTS = {
 
 
 def report_page(numbers: dict[str, Any], drawings: list[Drawing]) -> str:
-    """Write the page.
-
-    Args:
-        numbers: of :func:`~detpipe.evaluation.analysis.analyze`.
-        drawings: one for each of the worst images, or none at all.
-
-    Returns:
-        HTML.
-    """
+    """Write the page of the numbers of an analysis, as HTML, with drawings of each of the worst images or none at all."""
     style, script = (files("detpipe.pictures").joinpath(f"report.{end}").read_text("utf-8") for end in ("css", "js"))
     title = f"Evaluation report: {text(numbers['run'])}"
     links = "".join(f"<li><a href='#{key}'>{name}</a></li>" for key, name in _PARTS.items())

@@ -21,13 +21,7 @@ Batch = tuple[list[Tensor], list[Target]]
 
 
 class TrainingPicture(Callback):
-    """Draw the first images that a run trains on, as they come to the model: augmented, with their boxes.
-
-    Args:
-        folder: the run folder; gets ``training.png``.
-        class_names: of labels 1..K.
-        images: how many are drawn.
-    """
+    """Draw the first images that a run trains on, as they come to the model, augmented, to ``training.png`` in the run folder."""
 
     def __init__(self, folder: Path, class_names: tuple[str, ...], images: int = 12) -> None:
         self.folder, self.class_names, self.images = folder, class_names, images
@@ -48,14 +42,7 @@ class TrainingPicture(Callback):
 
 
 class ValidationPicture(Callback):
-    """Draw truth and detections of a few validation images after every validation epoch.
-
-    Args:
-        folder: the run folder; gets ``validation.png``.
-        class_names: of labels 1..K.
-        images: how many are drawn.
-        score_threshold: detections below it are not drawn.
-    """
+    """Draw truth and detections of a few images after every validation epoch, to ``validation.png`` in the run folder."""
 
     def __init__(
         self, folder: Path, class_names: tuple[str, ...], images: int = 12, score_threshold: float = 0.5

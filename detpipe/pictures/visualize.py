@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -128,15 +128,31 @@ def draw(
     return _draw_torchvision(image, boxes, tags)
 
 
-def fit(image: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Resize an image to a picture of one size.
+def draw_target(
+    image: Tensor, target: Target, class_names: Sequence[str], min_side: int = 480, renderer: Renderer = "auto"
+) -> Tensor:
+    """Draw what is annotated in an image ``[C, H, W]``, uint8 or 0..1: crowd regions and difficult objects gray, and named so."""
+    boxes, labels = target.get("boxes", torch.zeros(0, 4)), target.get("labels", torch.zeros(0, dtype=torch.int64))
+    none = torch.zeros(len(boxes), dtype=torch.bool)
+    crowd, difficult = target.get("iscrowd", none), target.get("difficult", none)
+    names = [
+        *class_names,
+        *(f"{name} (crowd)" for name in class_names),
+        *(f"{name} (difficult)" for name in class_names),
+    ]
+    shifted = labels + len(class_names) * torch.where(crowd, 1, torch.where(difficult, 2, 0))
+    colors = [
+        IGNORED_COLOR if flagged else class_color(label)
+        for flagged, label in zip((crowd | difficult).tolist(), labels.tolist(), strict=True)
+    ]
+    return draw(to_picture(image), boxes, shifted, names, colors=colors, min_side=min_side, renderer=renderer)
 
-    Args:
-        image: [3, H, W] uint8 RGB.
-        side: the longer side, pixels; the shorter one has at least a sixth of it, for which a slimmer image is stretched.
+
+def fit(image: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Resize an image [3, H, W] uint8 RGB so that its longer side has so many pixels; the shorter has at least a sixth of that.
 
     Returns:
-        [3, H', W'] uint8, and the factors of x1, y1, x2, y2 of boxes, [4].
+        [3, H', W'] uint8, stretched where it was slimmer, and the factors of x1, y1, x2, y2 of boxes, [4].
     """
     height, width = image.shape[1:]
     scale = side / max(height, width)
@@ -156,20 +172,10 @@ def comparison_grid(
     panel_side: int = 360,
     renderer: Renderer = "auto",
 ) -> Tensor:
-    """Show each image twice: with its ground truth on the left, with what was detected on the right.
+    """Show N images, each of its own size, twice: with its ground truth on the left, with what was detected on the right.
 
-    Args:
-        images: N images, [C, H, W] uint8 or floating point in 0..1, each of its own size.
-        targets: N targets in the frames of their images. Crowd regions and difficult objects are gray.
-        detections: N detections in the same frames.
-        class_names: [K], the name of label 1 first.
-        score_threshold: detections below it are not shown.
-        pairs_per_row: images side by side.
-        panel_side: the longer side of each panel, pixels.
-        renderer: as in :func:`draw`.
-
-    Returns:
-        [3, H, W] uint8.
+    Targets and detections are in the frames of the images; crowd regions and difficult objects are gray. The longer side of each
+    panel is ``panel_side`` pixels.
 
     Raises:
         ValueError: there are no images, or not one target and one detection for each.
@@ -183,29 +189,30 @@ def comparison_grid(
         _pair(image, target, detection, class_names, score_threshold, panel_side, renderer)
         for image, target, detection in zip(images, targets, detections, strict=True)
     ]
-    columns = min(pairs_per_row, len(pairs))
-    rows = [pairs[k : k + columns] for k in range(0, len(pairs), columns)]
-    gap, header = 16, 44
-    width = max(pair.width for pair in pairs)
-    heights = [max(pair.height for pair in row) for row in rows]
-    text, face = _header(score_threshold), font(17)
-    across = max(columns * (width + gap) + gap, round(face.getlength(text)) + 2 * gap)
+    title = f"left: ground truth      right: detections with a score of at least {score_threshold:g}"
+    return sheet(pairs, pairs_per_row, title, font_size=17, header=44, gap=16)
+
+
+def sheet(panels: Sequence[Image.Image], columns: int, title: str, *, font_size: int, header: int, gap: int) -> Tensor:
+    """Put pictures side by side in at most so many columns under a title, ``[3, H, W]`` uint8; lengths in pixels."""
+    columns = min(columns, len(panels))
+    rows = [panels[k : k + columns] for k in range(0, len(panels), columns)]
+    width = max(panel.width for panel in panels)
+    heights = [max(panel.height for panel in row) for row in rows]
+    face = font(font_size)
+    across = max(columns * (width + gap) + gap, round(face.getlength(title)) + 2 * gap)
     canvas = Image.new("RGB", (across, header + sum(heights) + gap * len(rows)), _PAPER)
-    ImageDraw.Draw(canvas).text((gap, header / 2), text, fill=_INK, font=face, anchor="lm")
+    ImageDraw.Draw(canvas).text((gap, header / 2), title, fill=_INK, font=face, anchor="lm")
     top = header
     for row, height in zip(rows, heights, strict=True):
-        for column, pair in enumerate(row):
-            canvas.paste(pair, (gap + column * (width + gap), top))
+        for column, panel in enumerate(row):
+            canvas.paste(panel, (gap + column * (width + gap), top))
         top += height + gap
     return _to_tensor(canvas)
 
 
 def save_png(path: str | os.PathLike[str], image: Tensor) -> None:
-    """Write an image, [3, H, W] uint8 RGB, so that the file is complete when it is visible.
-
-    Raises:
-        ValueError: the image has another shape or dtype.
-    """
+    """Write an image, [3, H, W] uint8 RGB, so that the file is complete when it is visible; a ValueError if it is no such image."""
     _check_image(image)
     with atomic_write(path) as temporary:
         picture = Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
@@ -297,19 +304,12 @@ def _pair(
 ) -> Image.Image:
     """One image with its truth and its detections, and a line above that says what is seen."""
     panel, scale = fit(to_picture(image), panel_side)
-    boxes, labels = target.get("boxes", torch.zeros(0, 4)).cpu(), target.get("labels", torch.zeros(0).long()).cpu()
-    ignored = torch.zeros(len(boxes), dtype=torch.bool)
-    for flag in (target.get("iscrowd"), target.get("difficult")):
-        if flag is not None:
-            ignored |= flag.cpu()
-    colors = [
-        IGNORED_COLOR if ignore else class_color(label)
-        for ignore, label in zip(ignored.tolist(), labels.tolist(), strict=True)
-    ]
+    truth: dict[str, Any] = {key: value.cpu() for key, value in target.items() if isinstance(value, Tensor)}
+    boxes = truth.get("boxes", torch.zeros(0, 4))
     keep = detection["scores"] >= score_threshold
     found = [detection[key][keep].cpu() for key in ("boxes", "labels", "scores")]
     halves = (
-        draw(panel, boxes * scale, labels, class_names, colors=colors, min_side=0, renderer=renderer),
+        draw_target(panel, cast(Target, {**truth, "boxes": boxes * scale}), class_names, 0, renderer),
         draw(panel, found[0] * scale, found[1], class_names, found[2], min_side=0, renderer=renderer),
     )
     name = Path(target.get("file_name", "")).name
@@ -323,10 +323,6 @@ def _pair(
         canvas.paste(Image.fromarray(half.permute(1, 2, 0).numpy()), (left, caption))
         pen.text((left, caption / 2), text, fill=_FAINT, font=font(13), anchor="lm")
     return canvas
-
-
-def _header(score_threshold: float) -> str:
-    return f"left: ground truth      right: detections with a score of at least {score_threshold:g}"
 
 
 def font(size: int) -> Any:

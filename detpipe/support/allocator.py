@@ -33,8 +33,7 @@ def peak_gpu_memory() -> float | None:
 def keep_freed_memory() -> bool:
     """Keep up to 2 GiB of freed memory in the process, and take more in steps of 256 MiB.
 
-    Returns:
-        Whether the C library took the settings; False where it is not glibc, and nothing changes.
+    False where the C library is not glibc or does not take the settings, and nothing changes.
     """
     if sys.platform != "linux":
         return False

@@ -24,15 +24,7 @@ _ORPHAN = re.compile(r"\.partial-(?P<pid>[0-9]+)-[0-9a-f]{8}$")
 
 
 def refuse_special(path: str | os.PathLike[str], kind: type[DetpipeError] = DataError) -> None:
-    """Refuse what is no file to read: a pipe or a device may wait for ever, or never end.
-
-    Args:
-        path: of a file that is to be read; one that is missing, or a folder, is left to the reader.
-        kind: of the error.
-
-    Raises:
-        DetpipeError: it is a pipe, a device or a socket.
-    """
+    """Refuse what is no file to read: a pipe or a device may wait for ever, or never end. A missing file is left to the reader."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -45,11 +37,7 @@ def refuse_special(path: str | os.PathLike[str], kind: type[DetpipeError] = Data
 def sole_writer(path: str | os.PathLike[str], busy: DetpipeError) -> Iterator[None]:
     """Keep other processes from what this one writes, by a lock on the file ``PATH.lock``, which is removed in the end.
 
-    The lock of a process that ends in whatever way is free again.
-
-    Args:
-        path: of the file or folder, in a folder that exists.
-        busy: raised where another process has the lock.
+    The lock of a process that ends in whatever way is free again; where another process has it, ``busy`` is raised.
     """
     lock = filelock.FileLock(f"{os.fspath(path)}.lock")
     try:
@@ -68,18 +56,11 @@ def sole_writer(path: str | os.PathLike[str], busy: DetpipeError) -> Iterator[No
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path to write to, which becomes ``path`` when the block ends without an exception.
 
-    The file and its folder are synchronized to the disk, so that the new file survives a power cut as well. An
-    exception in the block removes the temporary file and leaves what was under ``path`` as it was. Missing parent
-    folders are made.
+    The file and its folder are synchronized to the disk, so that the new file survives a power cut as well. An exception in the
+    block removes the temporary file and leaves what was under ``path`` as it was. Missing parent folders are made.
 
-    The temporary path does not end in the suffix of ``path``: tell writers that go by the suffix which format you want,
-    and give ``numpy.savez`` an open file, since it appends a suffix to names.
-
-    Args:
-        path: the final name of the file.
-
-    Yields:
-        The temporary path, in the same folder; nothing exists there yet.
+    The temporary path does not end in the suffix of ``path``: tell writers that go by the suffix which format you want, and give
+    ``numpy.savez`` an open file, since it appends a suffix to names.
 
     Raises:
         FileNotFoundError: the block ended without having written to the temporary path.
@@ -108,19 +89,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     synchronize(path.parent)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 file that is complete when it is visible, as of :func:`atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary folder, which becomes ``path`` when the block ends without an exception.
 
-    Where a folder with content has appeared under ``path`` in the meantime, that one stays and this one is dropped: of
-    two processes that write the same folder, the first to finish wins. The files are not synchronized to the disk one
-    by one, so use it for what can be made again.
-
-    Args:
-        path: the final name of the folder. Missing parent folders are made.
-
-    Yields:
-        The temporary folder, beside ``path``.
+    Where a folder with content has appeared under ``path`` in the meantime, that one stays and this one is dropped: of two
+    processes that write the same folder, the first to finish wins. The files are not synchronized to the disk one by one, so use
+    it for what can be made again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,11 +121,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def atomic_remove(path: str | os.PathLike[str]) -> None:
-    """Delete a folder so that it is never seen half deleted: it is renamed first.
-
-    Args:
-        path: an existing folder. What a kill in between leaves is an orphan that ``remove_orphans`` deletes.
-    """
+    """Delete a folder so that it is never seen half deleted: it is renamed first, to what ``remove_orphans`` deletes."""
     path = Path(path)
     doomed = _temporary_name(path)
     os.rename(path, doomed)
@@ -152,17 +129,14 @@ def atomic_remove(path: str | os.PathLike[str]) -> None:
 
 
 def remove_orphans(folder: str | os.PathLike[str], *, sole_writer: bool = False) -> list[Path]:
-    """Delete what writers that were killed left in a folder, and nothing else.
+    """Delete what writers that were killed left in a folder, but not in its subfolders, and return the paths, sorted.
 
     What a running process other than this one is writing stays. Call it before this process writes to the folder.
 
     Args:
-        folder: the folder to clean; its subfolders are left alone. A missing folder is as good as a clean one.
+        folder: to clean; a missing one is as good as a clean one.
         sole_writer: whether no other process can be writing there, since this one holds the folder's lock. A running process
             that has the number of a dead writer is then no reason to keep what that one left.
-
-    Returns:
-        The paths that were deleted, sorted.
     """
     folder = Path(folder)
     if not folder.is_dir():

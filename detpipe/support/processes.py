@@ -38,11 +38,7 @@ def is_first() -> bool:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Tell which part of the work is this process'.
-
-    Returns:
-        Its number from 0 on, and the number of processes; 0 and 1 where it is alone.
-    """
+    """Return the number of this process, from 0 on, and that of all processes; 0 and 1 where it is alone."""
     return (group.get_rank(), group.get_world_size()) if _joined() else (0, 1)
 
 
@@ -70,9 +66,6 @@ def sharing_counts(counted: bool = True) -> Iterator[None]:
 def count_per_rank(count: Tensor) -> Tensor:
     """Say by what each process shall divide its sum, so that the mean over processes is a mean over all samples.
 
-    Args:
-        count: scalar, samples of this process.
-
     Returns:
         float32 scalar: samples of all processes (at least 1) divided by the number of processes.
     """
@@ -80,27 +73,12 @@ def count_per_rank(count: Tensor) -> Tensor:
 
 
 def weight_per_rank(weight: Tensor) -> Tensor:
-    """As `count_per_rank`, of samples that count differently: the mean weight of all processes, which may be 0.
-
-    Args:
-        weight: scalar, the sum over the samples of this process.
-
-    Returns:
-        float32 scalar.
-    """
+    """As `count_per_rank`, of samples that count differently: the mean weight of all processes, which may be 0."""
     return _total(weight[None])[0] / _size()
 
 
 def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
-    """Average over the samples of all processes.
-
-    Args:
-        total: scalar, the sum over the samples of this process; without a gradient.
-        count: scalar, samples of this process.
-
-    Returns:
-        float32 scalar, the same everywhere; 0 where there are none.
-    """
+    """Average over the samples of all processes, from the sum over those of this one; float32 scalar, 0 where there are none."""
     sums = _total(torch.stack((total.float(), count.float())))
     return sums[0] / sums[1].clamp(min=1)
 
@@ -108,24 +86,15 @@ def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
 def mean_factor(images: int, device: torch.device) -> Tensor:
     """Say by what a mean over the images of this process is multiplied, so that the mean over processes is one over all images.
 
-    Args:
-        images: in the batch of this process.
-        device: that the process group can speak to.
-
     Returns:
-        float32 scalar: 1 where all have equally many, 0 for a repeat.
+        float32 scalar on ``device``: 1 where all have equally many, 0 for a repeat.
     """
     count = torch.tensor(float(images), device=device)
     return count * (1.0 if _weight is None else _weight) / count_per_rank(count)
 
 
 def any_rank(condition: bool, device: torch.device) -> bool:
-    """Tell whether a condition holds in any process; all of them must ask.
-
-    Args:
-        condition: in this process.
-        device: that the process group can speak to.
-    """
+    """Tell whether a condition holds in any process; all of them must ask, on a device that the process group can speak to."""
     return bool(largest(int(condition), device))
 
 
@@ -135,12 +104,7 @@ def any_sharing_rank(condition: bool, device: torch.device) -> bool:
 
 
 def largest(value: int, device: torch.device) -> int:
-    """Tell the largest of the numbers of all processes; all of them must ask.
-
-    Args:
-        value: of this process.
-        device: that the process group can speak to.
-    """
+    """Tell the largest of the numbers of all processes; all of them must ask, on a device that the process group can speak to."""
     if not _joined():
         return value
     answer = torch.tensor(value, device=device)
@@ -149,14 +113,7 @@ def largest(value: int, device: torch.device) -> int:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Collect a small object of each process; all of them must call.
-
-    Args:
-        value: anything that can be pickled.
-
-    Returns:
-        The values by process, the same list everywhere.
-    """
+    """Collect a small object of each process, in their order; all of them must call."""
     if not _joined():
         return [value]
     values: list[T] = [value] * group.get_world_size()
@@ -172,22 +129,13 @@ class MeanValues:
         self._images: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Tensor], images: int) -> None:
-        """Note the mean numbers of a batch.
-
-        Args:
-            values: scalars by name.
-            images: how many they are the mean of.
-        """
+        """Note numbers by name, scalars that are means of so many images."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + images * value.detach().float()
             self._images[name] = self._images.get(name, 0) + images
 
     def means(self) -> dict[str, float]:
-        """Average over everything that was noted, weighed by images; all processes must call.
-
-        Returns:
-            The means by name, the same everywhere.
-        """
+        """Average over everything that was noted, weighed by images; all processes must call, and get the same."""
         parts = gather_objects({name: (total.item(), self._images[name]) for name, total in self._sums.items()})
         names = dict.fromkeys(name for part in parts for name in part)
         totals = {

@@ -35,19 +35,16 @@ Work = Callable[[Item, Callable[[], None]], Result]  # an item, and what to call
 
 
 class Journal(Generic[Result]):
-    """An open journal; no other process can open it at the same time.
+    """An open journal of what is made, such as ``"shards"``, by a plan; no other process can open it at the same time.
 
     Args:
         path: of the file.
-        what: is made, such as ``"shards"``.
+        what: is made.
         plan: says what decides about the parts, in one line.
-        pack: a finished part to the bytes of its entry.
-        unpack: the way back.
+        pack: a finished part to the bytes of its entry; ``unpack`` is the way back.
+        unpack: see ``pack``.
         remedy: what else users can do where the file is in use or not ours, such as ``"give another name"``.
         refuse: the message for a journal of another plan, which it gets.
-
-    Raises:
-        DataError: it is of another plan, is no journal, or another process writes it.
     """
 
     def __init__(
@@ -124,17 +121,14 @@ def run(
     preload: str,
     tell: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Item, Result]]:
-    """Work on items in several processes at a time.
+    """Work on items in several processes at a time, or in this one, and yield each with what was made of it, in any order.
 
     Args:
-        prepare: called once in each process, makes what works on an item; must be picklable.
-        items: picklable.
+        prepare: called once in each process, makes what works on an item; must be picklable, as items are.
+        items: to work on.
         workers: processes; 1 works in this one.
         preload: the module that the processes need, imported once for all.
         tell: called with the number of steps since the last call, from time to time.
-
-    Yields:
-        Each item and what was made of it, in any order.
 
     Raises:
         DataError: a process died; what is finished stays.

@@ -35,13 +35,7 @@ class _DuplicateKeyError(Exception):
 
 
 def load_json(path: str | os.PathLike[str]) -> Any:
-    """Parse a JSON file strictly: no NaN or infinity, no key twice in one object.
-
-    Args:
-        path: a UTF-8 file, with or without a byte order mark.
-
-    Returns:
-        What the file holds, as lists, dicts, text, numbers, bools and None.
+    """Parse a UTF-8 JSON file strictly: no NaN or infinity, no key twice in one object.
 
     Raises:
         DataError: the file cannot be read, is not UTF-8, is cut off or malformed (with line and column), holds a number
@@ -51,18 +45,7 @@ def load_json(path: str | os.PathLike[str]) -> Any:
 
 
 def parse_json(text: str, path: str | os.PathLike[str]) -> Any:
-    """Parse JSON that has been read already, as strictly as :func:`load_json`.
-
-    Args:
-        text: the JSON.
-        path: what messages call its source.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        DataError: as for :func:`load_json`, but for reading the file.
-    """
+    """Parse JSON that has been read already from ``path``, as strictly as :func:`load_json`."""
     try:
         with paused_collection():
             return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
@@ -100,17 +83,9 @@ def paused_collection() -> Iterator[None]:
 
 
 def require(record: Any, field: str, kind: type[T], where: str) -> T:
-    """Return ``record[field]`` if it is there and of the kind asked for.
+    """Return ``record[field]`` if it is there and of the kind asked for; ``where`` starts the message.
 
-    Args:
-        record: a parsed JSON object.
-        field: the name of the field.
-        kind: ``int`` (of 64 bits; a bool is none), ``float`` (any finite number, returned as float), ``str``, ``list``
-            or ``dict``.
-        where: the start of the message, such as ``"train.json: annotation id 7"``.
-
-    Returns:
-        The value, of type ``kind``.
+    A kind is ``int`` (of 64 bits; a bool is none), ``float`` (any finite number, returned as float), ``str``, ``list`` or ``dict``.
 
     Raises:
         DataError: the record is not an object, or the field is missing, of another kind, or not finite.
@@ -133,20 +108,7 @@ def require(record: Any, field: str, kind: type[T], where: str) -> T:
 
 
 def require_numbers(record: Any, field: str, count: int, where: str) -> list[float]:
-    """Return ``record[field]`` if it is a list of exactly ``count`` finite numbers.
-
-    Args:
-        record: a parsed JSON object.
-        field: the name of the field, such as ``"bbox"``.
-        count: how many numbers it must hold.
-        where: the start of the message.
-
-    Returns:
-        The numbers as floats.
-
-    Raises:
-        DataError: the field is missing, is not such a list, or holds something that is not a finite number.
-    """
+    """Return ``record[field]`` if it is a list of exactly ``count`` finite numbers; ``where`` starts the message of a DataError."""
     values = require(record, field, list, where)
     if len(values) != count or not all(type(v) in (int, float) and _is_finite(v) for v in values):
         _refuse(field, values, f"{count} finite numbers", where)

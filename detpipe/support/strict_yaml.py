@@ -27,20 +27,12 @@ Visit = Callable[[str, str], None]  # dotted key and place of each entry, to ref
 
 
 def load_yaml(path: Path, kind: type[DetpipeError], visit: Visit | None = None) -> Any:
-    """Read a YAML file.
-
-    Args:
-        path: a UTF-8 file, with or without a byte order mark.
-        kind: of the errors.
-        visit: called with the dotted key of every entry and where it stands.
-
-    Returns:
-        What it holds, as dicts, lists, text, numbers, dates, bools and None.
+    """Read a UTF-8 YAML file, with or without a byte order mark; ``visit`` gets the dotted key of every entry and its place.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DetpipeError: it is no regular file, is no UTF-8 or no YAML, has a tag or gives a key twice, or is larger than any such file
-            has reason to be; file and line are named.
+        DetpipeError: of the kind given: it is no regular file, is no UTF-8 or no YAML, has a tag or gives a key twice, or is
+            larger than any such file has reason to be; file and line are named.
     """
     refuse_special(path, kind)
     if path.is_file() and path.stat().st_size > MOST_BYTES:
@@ -54,21 +46,7 @@ def load_yaml(path: Path, kind: type[DetpipeError], visit: Visit | None = None) 
 
 
 def parse_yaml(text: str, name: str, kind: type[DetpipeError], visit: Visit | None = None) -> Any:
-    """Parse YAML that has been read already, as :func:`load_yaml` does.
-
-    Args:
-        text: the YAML.
-        name: what messages call its source.
-        kind: of the errors.
-        visit: as of :func:`load_yaml`.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        DetpipeError: as of :func:`load_yaml`.
-        yaml.YAMLError: it is no YAML.
-    """
+    """Parse YAML that has been read already, as :func:`load_yaml` does, or raise a YAMLError; ``name`` stands in messages."""
     _check_size(text, name, kind)
     reader = LOADER(text)
     node = reader.get_single_node()

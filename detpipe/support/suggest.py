@@ -7,14 +7,7 @@ from collections.abc import Iterable
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Suggest what a misspelt name could have been.
-
-    Args:
-        name: what was written.
-        known: what could have been written.
-
-    Returns:
-        ``"; did you mean 'a' or 'b'?"``, or an empty string where nothing is near.
+    """Suggest what a misspelt name could have been, or return an empty string where nothing known is near.
 
     Example:
         >>> did_you_mean("reducton", ["reduction", "depth"])

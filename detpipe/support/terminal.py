@@ -8,13 +8,6 @@ from typing import TextIO
 def printable(text: str, kept: str = "") -> str:
     r"""Escape what cannot be printed, such as the escape character, line breaks, and marks that turn the direction of text.
 
-    Args:
-        text: any.
-        kept: characters that stay.
-
-    Returns:
-        The text in one line, but for line breaks that are kept.
-
     Example:
         >>> printable("cat\x1b[2J")
         'cat\\x1b[2J'

@@ -36,15 +36,11 @@ _OPCODES = {  # name -> what it takes besides all above the mark, whether it tak
 
 
 def check_zip(archive: zipfile.ZipFile, size: int, stored: bool = False) -> None:
-    """Refuse a zip file that is larger when unpacked than any honest one, by its directory.
-
-    Args:
-        archive: open, of which nothing has been read.
-        size: of the file in bytes.
-        stored: it must be uncompressed, as PyTorch writes them.
+    """Refuse a zip file of ``size`` bytes that is larger when unpacked than any honest one, by its directory.
 
     Raises:
-        ValueError: it is compressed against the rules, its parts overlap, are too many, or unpack to too much.
+        ValueError: it is compressed though it must be ``stored``, as PyTorch writes them; or its parts overlap, are too many, or
+            unpack to too much.
     """
     parts = archive.infolist()
     unpacked, packed = sum(part.file_size for part in parts), sum(part.compress_size for part in parts)
@@ -58,9 +54,6 @@ def check_zip(archive: zipfile.ZipFile, size: int, stored: bool = False) -> None
 
 def check_saved(path: Path) -> None:
     """Refuse a file of ``torch.save`` that would take much more memory than its size, or whose parts have other check sums.
-
-    Args:
-        path: of the file, of either of PyTorch's formats.
 
     Raises:
         ValueError: see :func:`check_zip` and :func:`check_pickle`.
@@ -83,11 +76,7 @@ def check_saved(path: Path) -> None:
 
 
 def check_pickle(content: Any, size: int) -> None:
-    """Refuse a pickle that would take much more memory than its file, without building anything.
-
-    Args:
-        content: the bytes, or an open map of a file.
-        size: bytes of the file.
+    """Refuse a pickle, bytes or an open map of a file, that would take much more memory than its file, without building anything.
 
     Raises:
         ValueError: it is cut off, holds too many containers or levels, very long integers, or numbers no file needs.
@@ -136,15 +125,9 @@ def plain_parts(value: Any) -> Iterable[Any]:
 
 
 def check_tree(value: Any, most: int, parts: Callable[[Any], Iterable[Any]] = plain_parts) -> None:
-    """Refuse containers that are too deep or, where they hold the same ones many times, too large to walk through.
+    """Refuse containers that are too deep, or hold more than ``most`` objects, counted as often as they are reached; a ValueError.
 
-    Args:
-        value: of any type.
-        most: objects in it, counted as often as they are reached.
-        parts: what an object holds.
-
-    Raises:
-        ValueError: it is larger or deeper.
+    ``parts`` tells what an object holds.
     """
     pending, count = [(value, 0)], 1
     while pending:

@@ -7,6 +7,7 @@ file names. ``--trust MODULE`` adds a user's own.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
@@ -18,8 +19,8 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-import detpipe
 from detpipe.support.errors import UsageError
+from detpipe.support.strict_yaml import parse_yaml
 
 _PARTS = (  # modules and folders of this package
     "attention backbones datasets demo detector heads optimization proposals regions roi_pooling spatial_transformer types"
@@ -42,79 +43,101 @@ _OTHERS = {
     "torchvision.models.detection.faster_rcnn": "FastRCNNConvFCHead FastRCNNPredictor TwoMLPHead",
     "torchvision.ops": "MultiScaleRoIAlign",
 }
-_LINE = re.compile(r"^(?P<data>@dataclass.*\n)?class (?P<name>[A-Z]\w*)|^    def (?P<method>\w+)|^\S", re.MULTILINE)
+_MOVED = {  # modules that configurations and checkpoints of earlier versions name -> where their classes are
+    "backbones.extractor": "backbones.bodies",
+    "classifier": "regions.image_classifier",
+    "datasets.augment_settings": "datasets.augment.settings",
+    "datasets.coco": "datasets.formats.coco",
+    "datasets.csv_boxes": "datasets.formats.csv",
+    "datasets.demo": "demo.dataset",
+    "datasets.demo_digits": "demo.digits",
+    "datasets.labeled_images": "datasets.classification",
+    "datasets.transforms": "datasets.augment.augmentation",
+    "datasets.views": "datasets.classification",
+    "datasets.voc": "datasets.formats.voc",
+    "datasets.yolo": "datasets.formats.yolo",
+    "heads.superpixel_pooling": "regions.superpixel_pooling",
+    "region_classifier": "regions.region_classifier",
+    "region_context": "regions.region_context",
+    "superpixel_localizer": "regions.superpixel_localizer",
+    "superpixels": "regions.superpixels",
+}
+_LINE = re.compile(r"^class (?P<name>[A-Z]\w*)|^    def (?P<method>\w+)|^\S", re.MULTILINE)
 GIVEN: list[str] = []  # modules of the command line
 _active: list[set[str]] = []  # what is trusted where parsers are restricted
 _lock = RLock()  # the settings are those of the process
 
 
 @cache
+def _classes() -> dict[str, list[str]]:
+    """The path of each class of this package that may be named -> its methods."""
+    classes: dict[str, list[str]] = {}
+    root = Path(__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        places = file.relative_to(root.parent).with_suffix("").parts
+        path = ""
+        for found in _LINE.finditer(file.read_text(encoding="utf-8") if places[1] in _PARTS.split() else ""):
+            if found["method"] and path:
+                classes[path].append(f"{path}.{found['method']}")
+            elif not found["method"]:
+                path = ".".join((*places, found["name"])) if found["name"] else ""
+                classes.update({path: []} if path else {})
+    return classes
+
+
+def _shortened(path: str, least: int = 1) -> list[str]:
+    """The paths of a class by its module and the packages around that."""
+    *places, name = path.split(".")
+    return [".".join((*places[:depth], name)) for depth in range(least, len(places) + 1)]
+
+
+@cache
 def policy() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The import paths that are allowed, and those below them that are not: methods, which are functions."""
-    allowed: list[str] = []
-    denied: list[str] = []
-    root = Path(__file__).parents[1]
-    for file in root.rglob("*.py"):
-        places = file.relative_to(root.parent).with_suffix("").parts
-        part, name = places[1], None
-        known = part in _PARTS.split()
-        for found in _LINE.finditer(file.read_text(encoding="utf-8") if known or part == "commands" else ""):
-            if found["method"] and name:
-                denied.append(".".join((*places, name, found["method"])))
-            elif not found["method"] and (name := found["name"] if known or found["data"] else None):
-                allowed += [".".join((*places[:depth], name)) for depth in range(1, len(places) + 1)]
+    allowed = [path for home in _classes() for path in _shortened(home)]
+    denied = [method for methods in _classes().values() for method in methods]
     for module, names in _OTHERS.items():
         for kind in (getattr(import_module(module), name) for name in names.split()):
             path = f"{kind.__module__}.{kind.__qualname__}"
-            places = kind.__module__.split(".")
-            allowed += [
-                f"{module}.{kind.__name__}",
-                *(".".join((*places[:n], kind.__name__)) for n in range(2, len(places) + 1)),
-            ]
+            allowed += [f"{module}.{kind.__name__}", *_shortened(path, least=2)]
             denied += [f"{path}.{name}" for name, value in vars(kind).items() if inspect.isroutine(value)]
     return tuple(allowed), tuple(denied)
 
 
 @cache
 def _homes() -> dict[str, str]:
-    """Where each class of this package is whose name no other has."""
-    homes: dict[str, list[str]] = {}
-    for path in policy()[0]:
-        if path.startswith("detpipe."):
-            homes.setdefault(path.rpartition(".")[2], []).append(path)
-    longest = {name: max(paths, key=len) for name, paths in homes.items()}
-    return {name: path for name, path in longest.items() if all(path.startswith(p[: -len(name)]) for p in homes[name])}
+    """Each path that names one class of this package, or did so in an earlier version -> its public path, or its module's."""
+    text = (Path(__file__).parents[1] / "__init__.py").read_text(encoding="utf-8")
+    public = ast.literal_eval(text.partition("__all__ = ")[2].partition("]")[0] + "]")
+    homes: dict[str, set[str]] = {}
+    for home in _classes():
+        module, _, name = home.removeprefix("detpipe.").rpartition(".")
+        olds = [f"detpipe.{old}.{name}" for old, now in _MOVED.items() if now == module]
+        for path in (path for one in (home, *olds) for path in _shortened(one)):
+            homes.setdefault(path, set()).add(f"detpipe.{name}" if name in public else home)
+    return {path: min(found) for path, found in homes.items() if len(found) == 1}
+
+
+def paths_of(name: str) -> list[str]:
+    """The paths of all classes of this package that have a name, such as ``FastRCNNHead``."""
+    return [path for path in _classes() if path.endswith(f".{name}")]
 
 
 def where_classes_are(value: Any) -> Any:
-    """Give classes of this package the import path of today, where an earlier version had them elsewhere.
+    """Give classes of this package in a configuration, or a part of it, the import path of today.
 
-    Args:
-        value: of a configuration, or the whole of it.
-
-    Returns:
-        The same with other paths; what names no class is as it was.
+    What is no path that a class has, or had in an earlier version, is as it was.
     """
     if isinstance(value, dict):
         return {key: where_classes_are(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [where_classes_are(entry) for entry in value]
-    if isinstance(value, str) and value.startswith("detpipe."):
-        name = value.rpartition(".")[2]
-        return f"detpipe.{name}" if name in detpipe.__all__ else _homes().get(name, value)
-    return value
+    return _homes().get(value, value) if isinstance(value, str) else value
 
 
 @contextmanager
 def only_allowed(trust: Sequence[str] = ()) -> Iterator[None]:
-    """While it lasts, parsers build only what is allowed, and read no file but those that they are given.
-
-    Args:
-        trust: modules whose classes are allowed as well, beside those of the command line.
-
-    Raises:
-        UsageError: a module that cannot be trusted; see :func:`check_trust`.
-    """
+    """While it lasts, parsers build only what is allowed or ``trust`` names, and read no file but those that they are given."""
     import jsonargparse
     from jsonargparse import _common, _optionals
 
@@ -151,14 +174,7 @@ def only_allowed(trust: Sequence[str] = ()) -> Iterator[None]:
 
 @contextmanager
 def trusted(modules: Sequence[str]) -> Iterator[None]:
-    """Trust modules that the command line names, which may lie in the current folder.
-
-    Args:
-        modules: names of modules, packages or classes.
-
-    Raises:
-        UsageError: see :func:`check_trust`.
-    """
+    """Trust modules, packages or classes that the command line names, which may lie in the current folder."""
     check_trust(modules)
     here = str(Path.cwd())
     GIVEN.extend(modules)
@@ -180,14 +196,7 @@ def runs_code(path: str) -> bool:
 
 
 def check_trust(modules: Sequence[str]) -> None:
-    """Refuse names that cannot be trusted.
-
-    Args:
-        modules: names of modules, packages or classes.
-
-    Raises:
-        UsageError: one is no name of a module, or can run anything.
-    """
+    """Refuse names that cannot be trusted: those of no module, and of what can run anything; a UsageError."""
     for name in modules:
         if not all(part.isidentifier() for part in name.split(".")):
             raise UsageError(f"--trust {name}: expected the name of a module, such as my_head for my_head.py")
@@ -223,7 +232,5 @@ def _import(name: str) -> None:
 
 def _load(text: str, loader: Any) -> Any:
     """Parse the text of a value, or of a configuration."""
-    from detpipe.support.strict_yaml import parse_yaml
-
     parse_yaml(text, "configuration", UsageError)
     return where_classes_are(loader(text))

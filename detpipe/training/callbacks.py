@@ -31,13 +31,10 @@ def names_of_targets(batch: Batch) -> list[str]:
 
 
 class StepSeed(Callback):
-    """Make every random draw of a training step, and of a validation, a function of the seed and the step alone.
+    """Make every random draw of a training step, and of a validation, a function of the run's seed and the step alone.
 
     It is another one in each process, and for each of the batches whose gradients are accumulated for a step. A resumed run then
     draws what the undisturbed one would have drawn.
-
-    Args:
-        seed: of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -90,11 +87,7 @@ class ValidationNumbers(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over what the model has logged, the monitored number first.
-
-        Raises:
-            TrainingError: the monitored number is not there.
-        """
+        """Take over what the model has logged, the monitored number first; a TrainingError if that is not there."""
         logged = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
         if self.monitor not in logged and not trainer.barebones:
             raise TrainingError(
@@ -114,14 +107,7 @@ class ValidationNumbers(Callback):
 
     @classmethod
     def stored(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Read the numbers of a checkpoint.
-
-        Args:
-            checkpoint: Lightning's dict.
-
-        Returns:
-            The numbers by name, without ``val/``, and ``epoch``; nothing before the first validation.
-        """
+        """Read the numbers of Lightning's dict, by name without ``val/``, and ``epoch``; nothing before the first validation."""
         return _numbers(checkpoint["callbacks"].get(cls.__qualname__, {}))
 
 
@@ -146,12 +132,11 @@ class MeanAveragePrecision(ValidationNumbers):
     def __init__(self) -> None:
         super().__init__("val/AP")
         self._evaluator: CocoEvaluator | None = None
-        self._seen: set[int] = set()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last epoch."""
         annotations = trainer.datamodule.annotations("val")  # type: ignore[attr-defined]
-        self._evaluator, self._seen = CocoEvaluator(annotations).to(pl_module.device), set()
+        self._evaluator = CocoEvaluator(annotations).to(pl_module.device)
 
     def on_validation_batch_end(
         self,
@@ -164,18 +149,15 @@ class MeanAveragePrecision(ValidationNumbers):
     ) -> None:
         """Keep the detections of a batch."""
         assert self._evaluator is not None
-        ids = [int(target["image_id"]) for target in batch[1]]  # type: ignore[typeddict-item]
-        self._evaluator.update(outputs, ids)
-        self._seen.update(ids)
+        self._evaluator.update(outputs, [int(target["image_id"]) for target in batch[1]])  # type: ignore[typeddict-item]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate and log."""
         assert self._evaluator is not None
         self.metrics = self._evaluator.compute()
         self.metrics["epoch"] = trainer.current_epoch
-        images = len(set().union(*processes.gather_objects(self._seen)))
-        if images < len(self._evaluator.annotations):
-            self.metrics["images"] = images
+        if self._evaluator.images_seen < len(self._evaluator.annotations):
+            self.metrics["images"] = self._evaluator.images_seen
         for name in ("AP", "AP50"):
             pl_module.log(f"val/{name}", float(self.metrics[name]), prog_bar=True)
 
@@ -226,15 +208,7 @@ class AveragedWeights(WeightAveraging):
 
 
 class StopEarly(EarlyStopping):
-    """End training when so many validations have brought no better number.
-
-    Args:
-        monitor: the logged number; the highest is the best.
-        patience: validations without a better one.
-
-    Raises:
-        ValueError: ``patience`` below 1.
-    """
+    """End training when so many validations, 1 or more, have brought no better number; the highest is the best."""
 
     def __init__(self, monitor: str, patience: int) -> None:
         if patience < 1:
@@ -294,10 +268,6 @@ class StopOnNonFinite(Callback):
     """Stop before a NaN or an infinity reaches the weights, and say which images caused it (row 36 of the fault matrix).
 
     The batch is stored as ``NONFINITE_BATCH`` in the run folder: images, targets (or labels), file names, step.
-
-    Args:
-        folder: the run folder.
-        file_names: of a batch, for the message.
     """
 
     def __init__(self, folder: Path, file_names: Callable[[Any], list[str]] = names_of_targets) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 
 from detpipe.backbones.weights import MOST, tensor_parts
 from detpipe.support.errors import CheckpointError, TrainingError, UsageError
-from detpipe.support.files import atomic_write, refuse_special
+from detpipe.support.files import atomic_write, refuse_special, write_text
 from detpipe.support.strict_json import shorten
 from detpipe.support.untrusted import check_saved, check_tree, plain_parts
 from detpipe.types import RGB, PixelType
@@ -67,16 +67,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.prepared: dict[str, dict[str, Any]] = {}  # by path: checkpoints that have been read, and will be loaded
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save a checkpoint, or leave what was there before.
-
-        Args:
-            checkpoint: what Lightning wants to store.
-            path: the final name.
-            storage_options: not supported.
-
-        Raises:
-            TrainingError: the disk is full, or the file cannot be written.
-        """
+        """Save a checkpoint under its final name, or leave what was there before; a TrainingError if it cannot be written."""
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,14 +89,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def check_sums(path: Path) -> list[str]:
-    """Read the SHA-256 sums that a checkpoint may have, by its side file.
-
-    Args:
-        path: of the checkpoint.
-
-    Returns:
-        None or one; more where saves were cut off between the side file and the checkpoint.
-    """
+    """Read the SHA-256 sums in the side file of a checkpoint: none or one; more where saves were cut off between the two files."""
     side = path.with_name(f"{path.name}{SUM_SUFFIX}")
     if not side.is_file():
         return []
@@ -114,8 +98,7 @@ def check_sums(path: Path) -> list[str]:
 
 def write_check_sums(path: Path, sums: Sequence[str]) -> None:
     """Write the side file of a checkpoint, as ``sha256sum`` does."""
-    with atomic_write(path.with_name(f"{path.name}{SUM_SUFFIX}")) as temporary:
-        temporary.write_text("".join(f"{one}  {path.name}\n" for one in sums), encoding="utf-8")
+    write_text(path.with_name(f"{path.name}{SUM_SUFFIX}"), "".join(f"{one}  {path.name}\n" for one in sums))
 
 
 def _keep_previous(path: Path) -> None:
@@ -147,13 +130,7 @@ def _unwritten(path: Path, checkpoint: dict[str, Any], error: Exception) -> str:
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Description]:
-    """Read a checkpoint without running code in it.
-
-    Args:
-        path: a local file.
-
-    Returns:
-        Lightning's dict, and what it says about itself.
+    """Read Lightning's dict of a local checkpoint without running code in it, and what it says about itself.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not a checkpoint of this package.
@@ -165,7 +142,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; expected a file such as RUN/best.ckpt")
     try:
-        _check_sums(path)
+        sums = check_sums(path)
+        if sums and _hash(path) not in sums:
+            raise ValueError(f"it does not match its check sum in {path.name}{SUM_SUFFIX}")
         check_saved(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_tree(checkpoint, MOST, tensor_parts)
@@ -224,10 +203,6 @@ def drop_foreign_paths(checkpoint: dict[str, Any], folder: Path) -> None:
 
     Lightning's ``ModelCheckpoint`` deletes what its state calls the best and the last checkpoint once there is a newer one. A state
     that names any file but ``*.ckpt`` in the checkpoint's own folder loses all of its paths, as after a move of that folder.
-
-    Args:
-        checkpoint: Lightning's dict; changed.
-        folder: that the checkpoint lies in.
     """
     states = checkpoint.get("callbacks")
     for state in states.values() if isinstance(states, dict) else ():
@@ -247,12 +222,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Put a checkpoint's weights into a model.
-
-    Args:
-        model: as configured.
-        checkpoint: Lightning's dict.
-        path: for messages.
+    """Put a checkpoint's weights into a model; ``path`` is for messages.
 
     Raises:
         CheckpointError: the weights are those of another model; some of the differences are named.
@@ -274,16 +244,7 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
 
 
 def check_class_names(description: Description, class_names: tuple[str, ...], path: str | Path) -> None:
-    """Refuse a checkpoint that was trained on other classes.
-
-    Args:
-        description: of the checkpoint.
-        class_names: of the data.
-        path: of the checkpoint, for messages.
-
-    Raises:
-        CheckpointError: the names differ in number, order or spelling.
-    """
+    """Refuse a checkpoint that was trained on classes of another number, order or spelling than those of the data."""
     own = description.class_names
     if own == tuple(class_names):
         return
@@ -295,16 +256,7 @@ def check_class_names(description: Description, class_names: tuple[str, ...], pa
 
 
 def check_pixels(description: Description, pixels: PixelType, path: str | Path) -> None:
-    """Refuse a checkpoint that was trained on images of other channels or values.
-
-    Args:
-        description: of the checkpoint.
-        pixels: of the data.
-        path: of the checkpoint, for messages.
-
-    Raises:
-        UsageError: they differ.
-    """
+    """Refuse a checkpoint that was trained on images of other channels or values than those of the data."""
     if pixels != description.pixels:
         raise UsageError(
             f"checkpoint {path} was trained on {description.pixels}, the data give {pixels}; set channels and range of the data as "
@@ -313,15 +265,7 @@ def check_pixels(description: Description, pixels: PixelType, path: str | Path) 
 
 
 def settings_by_key(value: Any, key: str = "") -> dict[str, Any]:
-    """Flatten a configuration.
-
-    Args:
-        value: of nested keys.
-        key: of the value, for the front of those below it.
-
-    Returns:
-        Dotted key, without ``init_args``, -> value.
-    """
+    """Flatten nested settings: dotted key, without ``init_args``, -> value."""
     if not isinstance(value, dict) or not value:
         return {key: value}
     parts = (
@@ -331,29 +275,14 @@ def settings_by_key(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def differing_settings(description: Description, model: dict[str, Any]) -> list[str]:
-    """Name what a checkpoint was trained with, and is now to be run without.
-
-    Args:
-        description: of the checkpoint.
-        model: what `describe_model` says of the configuration that its weights are loaded into.
-
-    Returns:
-        A line a setting: weights may fit other anchors or strides, and then find nothing.
-    """
+    """Name, a line a setting, what a checkpoint was trained with and is now run without, such as other anchors."""
     before, now = settings_by_key(description.model, "model"), settings_by_key(model, "model")
     common = sorted(before.keys() & now.keys())
     return [f"{key} was {before[key]!r}, is {now[key]!r}" for key in common if before[key] != now[key]]
 
 
 def describe_model(config: Namespace | dict[str, Any]) -> dict[str, Any]:
-    """Turn the parsed configuration of a model into what its checkpoints store.
-
-    Args:
-        config: of ``TwoStageDetector`` or ``ImageClassifier``; or ``class_path`` and ``init_args`` of another model.
-
-    Returns:
-        Plain containers, without the path of pretrained weights, which a checkpoint replaces.
-    """
+    """Turn the parsed configuration of a model into the plain containers that its checkpoints store, without pretrained weights."""
     return without_weights(plain(config.as_dict() if isinstance(config, Namespace) else config))
 
 
@@ -376,10 +305,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value if isinstance(value, str | int | float | NoneType) else str(value)
-
-
-def _check_sums(path: Path) -> None:
-    """Compare the file with its side file, if there is one."""
-    sums = check_sums(path)
-    if sums and _hash(path) not in sums:
-        raise ValueError(f"it does not match its check sum in {path.name}{SUM_SUFFIX}")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 from jsonargparse import ArgumentParser
 
 from detpipe.support.suggest import did_you_mean
-from detpipe.training.allowed import runs_code
+from detpipe.training.allowed import paths_of, runs_code
 
 _LONGEST = 600
 _SIGNATURES = {  # of stages, whose place other modules may take
@@ -63,15 +63,7 @@ class _Told(NamedTuple):
 
 
 def explain(message: str, parser: ArgumentParser | None = None) -> str:
-    """Say what a parser's error means in one line.
-
-    Args:
-        message: of jsonargparse, often many lines; one of a level below may have been explained already.
-        parser: that raised it, for the names that it knows.
-
-    Returns:
-        One line, ``KEY: TEXT`` where the error belongs to a key.
-    """
+    """Say what an error of the parser, often of many lines, means in one: ``KEY: TEXT`` where it belongs to a key."""
     told = _explain(message, parser, "")
     line = " ".join((f"{told.key}: {told.text}" if told.key else told.text).split())
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ..."
@@ -167,8 +159,10 @@ def _not_allowed(name: str, parser: ArgumentParser | None, at: str) -> str:
     if runs_code(name):
         return f"class {name!r} is not allowed, since a configuration must not run code"
     package, _, rest = name.partition(".")
-    ours = package == "detpipe"
-    near = did_you_mean(name.rpartition(".")[2], sorted(_subclass_names(parser, at))) if ours else ""
+    last = name.rpartition(".")[2]
+    near = f"; it is {' or '.join(paths_of(last))}" if package == "detpipe" and paths_of(last) else ""
+    if package == "detpipe" and not near:
+        near = did_you_mean(last, sorted(_subclass_names(parser, at)))
     trust = f"; if you trust its code, give --trust {name.rpartition('.')[0]}" if rest and not near else ""
     return f"class {name!r} is not one of detpipe's{near or trust}"
 

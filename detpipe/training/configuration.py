@@ -46,12 +46,8 @@ LINKED = {  # what is not given, but follows something else
 }
 
 
-ONE_RUN = (
-    "output",
-    "ckpt_path",
-    "accept_changes",
-    "init_from",
-)  # options of a training that its config.yaml does not repeat
+# options of a training that its config.yaml does not repeat
+ONE_RUN = ("output", "ckpt_path", "accept_changes", "init_from")
 
 
 class Parser(LightningArgumentParser):
@@ -146,11 +142,7 @@ class CommandCLI(LightningCLI, ABC):
             self.config_dump = yaml.safe_load(text)
 
     def check_sizes(self) -> None:
-        """Refuse data that resize images for a model that would resize them again.
-
-        Raises:
-            ValueError: the data resize images, or give others than 8-bit RGB, which only detectors know of.
-        """
+        """Refuse what only detectors know of: data that resize images, or give others than 8-bit RGB; a ValueError."""
         if getattr(self.datamodule, "resize", None) is not None:
             raise ValueError(
                 f"data.init_args.resize: {type(self.model).__name__} resizes images itself; remove resize, or set it to null"
@@ -185,11 +177,7 @@ class CLI(CommandCLI):
         link_stages(parser)
 
     def follow_data(self) -> None:
-        """Give a backbone, or the one that a pyramid is built on, the number of channels of the images.
-
-        Raises:
-            ValueError: it is told another number.
-        """
+        """Give a backbone, or the one below a pyramid, the channels of the images; a ValueError if it is told another number."""
         channels = self.config.data.get("init_args", {}).get("channels", 3)
         settings = self.config.model.backbone.get("init_args") or {}
         while isinstance(settings.get("backbone"), jsonargparse.Namespace):
@@ -204,11 +192,7 @@ class CLI(CommandCLI):
         settings["in_channels"] = channels
 
     def check_sizes(self) -> None:
-        """Refuse data that resize images for evaluation to another size than the detector those of elsewhere.
-
-        Raises:
-            ValueError: the sizes differ, or the channels of data and backbone; both are named.
-        """
+        """Refuse data of other channels than the backbone, or resized to another size than by the detector; a ValueError."""
         taken = self.model.backbone.pixel_format.channels
         if taken != self.datamodule.channels:
             raise ValueError(
@@ -232,16 +216,7 @@ def link_stages(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def positional_configs(arguments: Sequence[str]) -> list[str]:
-    """Write leading file names as ``--config`` options, and check every configuration file.
-
-    Args:
-        arguments: as on the command line, ``CONFIG.yaml [MORE.yaml ...] [--key.path value ...]``.
-
-    Returns:
-        Options only.
-
-    Raises:
-        UsageError: a file that does not exist, is no YAML, or gives a key twice.
+    """Write leading file names as ``--config`` options, and check every configuration file, as of :func:`check_file`.
 
     Example:
         >>> positional_configs(["--print_config"])
@@ -262,15 +237,7 @@ def positional_configs(arguments: Sequence[str]) -> list[str]:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a configuration file with what YAML takes without a word: a key given twice, of which it keeps the last.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        UsageError: the file is missing, is no YAML, is empty, gives a key twice, has a tag, or gives what is linked; the
-            line is named.
-    """
+    """Refuse a configuration file that is missing, no YAML or empty, gives a key twice, has a tag, or gives what is linked."""
     if not path.exists() or path.is_dir():
         near = did_you_mean(str(path), [str(other) for other in path.parent.glob("*.yaml")])
         problem = "is a folder; expected a YAML file" if path.is_dir() else "does not exist"

@@ -16,17 +16,9 @@ _GROUP_PARTS = 2  # of a tensor's name: head.classifier, backbone.stages
 
 
 def load_fitting(model: nn.Module, path: str | Path, class_names: Sequence[str]) -> str:
-    """Load the weights of a checkpoint that fit a model by name and shape.
+    """Load the weights of a checkpoint that fit a model by name and shape, and say in a line what was loaded, and what not.
 
     Outputs of classes (:func:`detpipe.stages.mark_class_outputs`) are taken over by the names of classes; those of new ones stay.
-
-    Args:
-        model: as configured.
-        path: of a checkpoint of a detector, or another model, with any classes, heads and levels.
-        class_names: of the model.
-
-    Returns:
-        One line: how much was loaded, of which classes, and which groups of tensors were not.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or nothing in it fits.
@@ -36,20 +28,16 @@ def load_fitting(model: nn.Module, path: str | Path, class_names: Sequence[str])
     given: Mapping[str, Tensor] = spread_weights(stored["state_dict"], own)
     outputs = dict(_class_outputs(model))
     kept = [name for name in class_names if name in description.class_names]
-    taken, missing, shapes = {}, [], []
-    for name, value in own.items():
-        if name not in given:
-            missing.append(name)
-        elif name in outputs:
-            rows = _rows(value, given[name], outputs[name], class_names, description.class_names)
-            if rows is None:
-                shapes.append(name)
-            else:
-                taken[name] = rows
-        elif given[name].shape != value.shape:
+    missing, shapes = [name for name in own if name not in given], list[str]()
+    taken: dict[str, Tensor] = {}
+    for name in (name for name in own if name in given):
+        value: Tensor | None = given[name]
+        if name in outputs:
+            value = _rows(own[name], given[name], outputs[name], class_names, description.class_names)
+        if value is None or value.shape != own[name].shape:
             shapes.append(name)
         else:
-            taken[name] = given[name]
+            taken[name] = value
     if not any(name for name in taken if not name.endswith("num_batches_tracked")):
         raise CheckpointError(
             f"--init_from {path}: none of its {len(given)} tensors fits this model, by name and shape"

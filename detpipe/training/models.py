@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,28 @@ from detpipe.training.checkpoint import Description, load_weights, read, without
 from detpipe.training.config_errors import explain
 from detpipe.training.configuration import link_stages
 
+_KINDS = {  # of a model -> its class, what its classes set, and the command that trains it
+    "a detector": (TwoStageDetector, "model.head.init_args.num_classes", "detpipe train"),
+    "a classifier": (ImageClassifier, "model.num_classes", "detpipe pretrain"),
+    "a region model": (LightningModule, "model.init_args.num_classes", "detpipe train_regions"),
+}
+
 
 def load_detector(path: str | Path, trust: Sequence[str] = ()) -> tuple[TwoStageDetector, Description]:
-    """Rebuild a detector from its checkpoint alone.
+    """Rebuild a detector in evaluation mode from its checkpoint, a local file, alone.
 
-    Args:
-        path: a local file.
-        trust: modules whose classes the checkpoint may name too, such as ("my_head",); they are imported, and their code runs.
-
-    Returns:
-        The detector in evaluation mode, and what the checkpoint says about itself.
+    ``trust`` names modules whose classes it may name too, such as ("my_head",); they are imported, and their code runs.
 
     Raises:
-        CheckpointError: as in :func:`read`; or the checkpoint names classes that are not allowed, or is of another kind of model.
+        CheckpointError: as of :func:`detpipe.training.checkpoint.read`; or the checkpoint names classes that are not allowed, is of
+            another kind of model, or of one that this version cannot build.
     """
-    return _load(path, "a detector", add_model, trust)
+    return _load(path, "a detector", trust)
 
 
 def load_classifier(path: str | Path, trust: Sequence[str] = ()) -> tuple[ImageClassifier, Description]:
     """Rebuild a classifier of whole images from its checkpoint alone; arguments and errors as of :func:`load_detector`."""
-    return _load(path, "a classifier", add_classifier, trust)
+    return _load(path, "a classifier", trust)
 
 
 def load_region_classifier(path: str | Path, trust: Sequence[str] = ()) -> tuple[RegionClassifier, Description]:
@@ -51,64 +53,25 @@ def load_region_classifier(path: str | Path, trust: Sequence[str] = ()) -> tuple
 
 def load_region_model(path: str | Path, trust: Sequence[str] = ()) -> tuple[LightningModule, Description]:
     """Rebuild what ``detpipe train_regions`` trained from its checkpoint; arguments and errors as of :func:`load_detector`."""
-    return _load(path, "a region model", add_region_model, trust)
+    return _load(path, "a region model", trust)
 
 
-def _load(path: str | Path, kind: str, add: Callable[[ArgumentParser], None], trust: Sequence[str]) -> Any:
-    """A model of a kind, and what its checkpoint says about itself."""
+def _load(path: str | Path, kind: str, trust: Sequence[str]) -> Any:
     checkpoint, description = read(path)
-    found, told = _kind(description.model)
-    if found != kind:
-        raise CheckpointError(f"checkpoint {path} is of {told}; {_EXPECTED.get((found, kind), _EXPECTED[kind])}")
-    return rebuild(path, checkpoint, description, add, trust), description
-
-
-def _kind(model: dict[str, Any]) -> tuple[str, str]:
-    """The kind of a model, and what a message calls it."""
-    if "class_path" in model:
-        return "a region model", f"a {str(model['class_path']).rpartition('.')[2]}"
-    return ("a detector", "a detector") if "head" in model else ("a classifier", "a classifier of whole images")
-
-
-_EXPECTED: dict[Any, str] = {
-    "a detector": "expected a detector that 'detpipe train' wrote",
-    "a classifier": "expected one that 'detpipe pretrain' wrote",
-    "a region model": "expected one that 'detpipe train_regions' wrote",
-    ("a classifier", "a detector"): "a detector takes the backbone.safetensors beside it as weights of its backbone",
-}
-
-
-def rebuild(
-    path: str | Path,
-    checkpoint: dict[str, Any],
-    description: Description,
-    add: Callable[[ArgumentParser], None],
-    trust: Sequence[str] = (),
-) -> Any:
-    """Build a model from a checkpoint that has been read.
-
-    Args:
-        path: of the checkpoint, for messages.
-        checkpoint: Lightning's dict.
-        description: what it says about itself.
-        add: lets a parser build the model from ``model`` and ``num_classes``.
-        trust: modules whose classes may be named too.
-
-    Returns:
-        The model in evaluation mode.
-
-    Raises:
-        CheckpointError: it names classes that are not allowed, or its model cannot be built, or the weights do not fit.
-    """
+    _check_kind(path, description.model, kind)
+    kind_of_model, follows, _ = _KINDS[kind]
     parser = ArgumentParser(exit_on_error=False)
-    add(parser)
-    settings = {
-        "model": where_classes_are(without_weights(description.model)),
-        "num_classes": len(description.class_names),
-    }
+    parser.add_argument("--num_classes", type=int)
+    add = parser.add_subclass_arguments if kind_of_model is LightningModule else parser.add_class_arguments
+    add(kind_of_model, "model", fail_untyped=False)
+    parser.link_arguments("num_classes", follows)
+    if kind == "a detector":
+        link_stages(parser)
+    settings = where_classes_are(without_weights(description.model))
     try:
         with only_allowed(trust):
-            model = parser.instantiate(parser.parse_object(settings)).model
+            parsed = parser.parse_object({"model": settings, "num_classes": len(description.class_names)})
+            model = parser.instantiate(parsed).model
     except UsageError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
     except Exception as error:
@@ -119,34 +82,19 @@ def rebuild(
             f"checkpoint {path}: its model cannot be built by this version: {reason or type(error).__name__}"
         ) from error
     load_weights(model, checkpoint, path)
-    return model.eval()
+    return model.eval(), description
 
 
-def add_region_model(parser: ArgumentParser) -> None:
-    """Let a parser build what ``model`` names by its class, with ``num_classes``."""
-    import detpipe.backbones  # noqa: F401  (short names work for classes that are imported)
-
-    parser.add_argument("--num_classes", type=int)
-    parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False)
-    parser.link_arguments("num_classes", "model.init_args.num_classes")
-
-
-def add_model(parser: ArgumentParser) -> None:
-    """Let a parser build a detector from ``model`` and ``num_classes``; the widths of its stages follow each other."""
-    import detpipe.backbones
-    import detpipe.heads
-    import detpipe.proposals  # noqa: F401  (short names work for classes that are imported)
-
-    parser.add_argument("--num_classes", type=int)
-    parser.add_class_arguments(TwoStageDetector, "model", fail_untyped=False)
-    parser.link_arguments("num_classes", "model.head.init_args.num_classes")
-    link_stages(parser)
-
-
-def add_classifier(parser: ArgumentParser) -> None:
-    """Let a parser build a classifier from ``model`` and ``num_classes``."""
-    import detpipe.backbones  # noqa: F401  (short names work for classes that are imported)
-
-    parser.add_argument("--num_classes", type=int)
-    parser.add_class_arguments(ImageClassifier, "model", fail_untyped=False)
-    parser.link_arguments("num_classes", "model.num_classes")
+def _check_kind(path: str | Path, model: dict[str, Any], kind: str) -> None:
+    """Refuse a checkpoint of another kind of model."""
+    found = told = "a detector" if "head" in model else "a classifier"
+    if "class_path" in model:
+        found, told = "a region model", f"a {str(model['class_path']).rpartition('.')[2]}"
+    if found == kind:
+        return
+    expected = f"expected {'a detector' if kind == 'a detector' else 'one'} that '{_KINDS[kind][2]}' wrote"
+    if found == "a classifier":
+        told += " of whole images"
+        if kind == "a detector":
+            expected = "a detector takes the backbone.safetensors beside it as weights of its backbone"
+    raise CheckpointError(f"checkpoint {path} is of {told}; {expected}")

@@ -21,9 +21,8 @@ from detpipe.training import checkpoint
 from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, plain, settings_by_key
 
 RECORD = "detpipe_training"  # entry of a checkpoint: what it was trained with
-CHANGES: dict[
-    str, tuple[str, ...]
-] = {  # what may be accepted -> the settings that it stands for; of several, the first that fits
+# what may be accepted -> the settings that it stands for; of several, the first that fits
+CHANGES: dict[str, tuple[str, ...]] = {
     "lr": ("model.optimizer",),
     "schedule": ("model.lr_scheduler", "trainer.max_epochs", "trainer.max_steps"),
     "batch_size": ("data.loader.batch_size",),
@@ -47,28 +46,13 @@ OTHER_BATCHES = ("batch_size", "seed", "data", "accumulation", "devices", "limit
 
 
 def record(config: Mapping[str, Any], data: LightningDataModule) -> dict[str, Any]:
-    """Note what decides about the weights that a training ends with.
-
-    Args:
-        config: as configured, with all defaults.
-        data: that are trained on.
-
-    Returns:
-        Dotted key -> value, plain containers only.
-    """
+    """Note what of a configuration and its data decides about the weights that a training ends with: dotted key -> value."""
     found = {**settings_by_key(plain(dict(config))), "data.content": fingerprint(data)}
     return {key: value for key, value in found.items() if _change(key)}
 
 
 def fingerprint(data: LightningDataModule) -> str:
-    """Sum up the images and boxes of the training and validation split, wherever they lie; the pixels are not read.
-
-    Args:
-        data: of detectors or classifiers.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Sum up the images and boxes of the training and validation split, wherever they lie; the pixels are not read."""
     read = getattr(data, "annotations", None) or data.images  # type: ignore[attr-defined]
     digest = hashlib.sha256()
     for split in ("train", "val"):
@@ -101,14 +85,7 @@ class Found:
 
 
 def find(path: str, folder: Path | None) -> Found | None:
-    """Read the checkpoint to go on from.
-
-    Args:
-        path: of a checkpoint; or ``"last"``, the newest sound one of the run folder.
-        folder: the run folder, if it is known.
-
-    Returns:
-        The checkpoint; the one before it where ``last.ckpt`` is damaged. None where ``"last"`` finds none.
+    """Read the checkpoint to go on from, of which ``"last"`` is the newest sound one of the run folder, or None.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, and so are those before it.
@@ -145,17 +122,7 @@ def _say(line: str, stream: TextIO | None = None) -> None:
 
 
 def read_accepted(text: str | None) -> tuple[str, ...]:
-    """Read ``--accept_changes``.
-
-    Args:
-        text: names of `CHANGES` with commas between them, or ``all``.
-
-    Returns:
-        The names.
-
-    Raises:
-        UsageError: an unknown name.
-    """
+    """Read ``--accept_changes``: names of `CHANGES` with commas between them, or ``all``; an unknown one is a UsageError."""
     names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
     for name in names:
         if name not in CHANGES and name != "all":
@@ -166,21 +133,12 @@ def read_accepted(text: str | None) -> tuple[str, ...]:
 
 
 def check_changes(stored: dict[str, Any], now: Mapping[str, Any], accepted: Sequence[str], path: Path) -> list[str]:
-    """Compare what a checkpoint was trained with and what is configured, row 43 of the fault matrix.
+    """Compare what a checkpoint was trained with and what is configured (row 43 of the fault matrix); a line an accepted change.
 
     Where accepted changes give an epoch other batches, a checkpoint from within one begins it anew.
 
-    Args:
-        stored: Lightning's dict.
-        now: what :func:`record` says.
-        accepted: names of changes.
-        path: of the checkpoint, for messages.
-
-    Returns:
-        A line for each change that was accepted.
-
     Raises:
-        UsageError: a change that was not accepted; all are listed.
+        UsageError: changes that were not accepted; all are listed.
     """
     before = stored.get(RECORD)
     if not isinstance(before, dict):

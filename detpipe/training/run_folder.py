@@ -28,7 +28,7 @@ from detpipe.pictures.run_pictures import Curves
 from detpipe.support import processes
 from detpipe.support.allocator import peak_gpu_memory, peak_memory
 from detpipe.support.errors import CheckpointError, DataError, TrainingError, UsageError
-from detpipe.support.files import atomic_write, remove_orphans
+from detpipe.support.files import remove_orphans, write_text
 from detpipe.training import callbacks, checkpoint, fine_tuning, resume
 from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, SUM_SUFFIX
 from detpipe.training.saving import CheckpointSettings, ResumeBatches, SaveCheckpoints, StopOnSignal
@@ -94,17 +94,9 @@ class Run:
     summary: dict[str, Any]  # what any run can say about itself
 
     def write_summary(self, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Write ``summary.json``, by which a folder is known to hold a finished run.
-
-        Args:
-            more: what this kind of run says beside its numbers.
-
-        Returns:
-            All that was written.
-        """
+        """Write ``summary.json``, by which a folder is known to hold a finished run, with what more this kind of run says."""
         summary = {**self.numbers, **(more or {}), **self.summary}
-        with atomic_write(self.folder / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
     def result(self, numbers: str) -> str:
@@ -114,17 +106,7 @@ class Run:
 
 
 def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: Task, options: Options) -> Run:
-    """Train a model, or go on with a training, in a run folder.
-
-    Args:
-        model: as configured.
-        data: to train and validate on.
-        folder: of the run.
-        task: how it is watched.
-        options: how it begins, is saved and ends.
-
-    Returns:
-        The run, whose summary is still to be written.
+    """Train a model, or go on with a training, in a run folder; the summary is still to be written.
 
     Raises:
         SystemExit: after training, in all processes but the first.
@@ -140,9 +122,7 @@ def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: T
                 f"{folder} holds a training that has not ended: go on with --ckpt_path last, give another --output, or remove it"
             )
         record = resume.record(options.settings, data)
-        saves = SaveCheckpoints(
-            folder, task.numbers.monitor, options.checkpoint, task.description, {resume.RECORD: record}
-        )
+        saves = SaveCheckpoints(folder, task.numbers, options.checkpoint, task.description, {resume.RECORD: record})
         if options.trainer.get("enable_checkpointing") is False or options.trainer.get("barebones"):
             saves = None
         checkpoint_io = checkpoint.AtomicCheckpointIO()
@@ -159,8 +139,7 @@ def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: T
         elif options.init_from is not None:
             print(fine_tuning.load_fitting(model, options.init_from, task.description.class_names))
         if first:
-            with atomic_write(folder / "config.yaml") as temporary:
-                temporary.write_text(options.config, encoding="utf-8")
+            write_text(folder / "config.yaml", options.config)
             print(f"run folder {folder}")
         if table is not None:
             table.begin(step)
@@ -174,14 +153,7 @@ def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: T
 
 
 def choose_folder(output: str | None, name: str) -> Path:
-    """Choose the folder of a run.
-
-    Args:
-        output: as asked for, or None for ``runs/NAME/DATE-TIME``.
-        name: of the configuration.
-
-    Returns:
-        The folder, which need not exist; in processes that others started, that of the first.
+    """Choose the folder of a run: that asked for, or ``runs/NAME/DATE-TIME``; in processes that others started, that of the first.
 
     Raises:
         DataError: the folder asked for holds a finished run.
@@ -325,7 +297,9 @@ def _ended(
 ) -> Run:
     """Collect what a run has come to."""
     path = next((folder / name for name in (BEST, LAST) if saves is not None and (folder / name).is_file()), None)
-    numbers = task.numbers.metrics if path is None else type(task.numbers).stored(checkpoint.read(path)[0])
+    numbers = task.numbers.metrics
+    if path is not None and path.name == BEST and saves is not None:
+        numbers = saves.best_numbers or type(task.numbers).stored(checkpoint.read(path)[0])
     for name in (PREVIOUS, f"{PREVIOUS}{SUM_SUFFIX}"):
         (folder / name).unlink(missing_ok=True)  # the last one is sound
     for callback in vars(trainer)["callbacks"]:

@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from detpipe.support import processes
 from detpipe.support.errors import StoppedBySignal
-from detpipe.training.callbacks import Throughput
+from detpipe.training.callbacks import Throughput, ValidationNumbers
 from detpipe.training.checkpoint import BEST, KEY, LAST, Description
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
@@ -56,27 +56,24 @@ class CheckpointSettings:
 
 
 class SaveCheckpoints(Checkpoint):
-    """Write ``best.ckpt`` after a validation that was better than all before, and ``last.ckpt``.
+    """Write ``best.ckpt`` after a validation that was better than all before, and ``last.ckpt``, into the run folder.
 
-    Args:
-        folder: the run folder.
-        monitor: the logged number of which the highest is the best.
-        settings: how often ``last.ckpt`` is written within an epoch.
-        description: of the model, for every checkpoint.
-        record: entries for every checkpoint: what it was trained with.
+    Every checkpoint carries the description of the model, and the entries of ``record``: what it was trained with.
     """
 
     def __init__(
         self,
         folder: Path,
-        monitor: str,
+        numbers: ValidationNumbers,
         settings: CheckpointSettings,
         description: Description,
         record: Mapping[str, Any],
     ) -> None:
-        self.folder, self.monitor, self.settings = folder, monitor, settings
+        self.folder, self.numbers, self.settings = folder, numbers, settings
         self.description, self.record = description, record
+        self.monitor = numbers.monitor
         self.best: float | None = None
+        self.best_numbers: dict[str, Any] | None = None  # None: those of a checkpoint of an earlier version
         self.saved_step = 0
         self._time = time.monotonic()
         self._moment: Literal["step", "validation"] | None = None  # of a save that Lightning has no hook for
@@ -92,10 +89,7 @@ class SaveCheckpoints(Checkpoint):
     def save(self, trainer: Trainer, moment: Literal["step", "validation"] | None = None) -> None:
         """Write ``last.ckpt``, in all processes.
 
-        Args:
-            trainer: in training.
-            moment: "step" when the next batch has come and its step has not begun; "validation" while one runs: it is
-                then run again.
+        The moment is "step" when the next batch has come and its step has not begun; "validation" while one runs: it is repeated.
         """
         for logger in trainer.loggers:
             logger.save()  # rows of the steps that are saved must not be lost either
@@ -116,7 +110,7 @@ class SaveCheckpoints(Checkpoint):
             return
         score = float(trainer.callback_metrics[self.monitor])
         if self.best is None or score > self.best:
-            self.best = score
+            self.best, self.best_numbers = score, dict(self.numbers.metrics)
             trainer.save_checkpoint(self.folder / BEST)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,13 +118,13 @@ class SaveCheckpoints(Checkpoint):
         self.save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best number so far."""
-        return {"monitor": self.monitor, "best": self.best}
+        """The best number so far, and the others of its validation."""
+        return {"monitor": self.monitor, "best": self.best, "numbers": self.best_numbers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the best number, where its weights lie in this folder."""
         if state_dict["monitor"] == self.monitor and (self.folder / BEST).is_file():
-            self.best = state_dict["best"]
+            self.best, self.best_numbers = state_dict["best"], state_dict.get("numbers")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Find the best number in checkpoints of earlier versions, which Lightning's callback wrote."""
@@ -193,11 +187,8 @@ class ResumeBatches(Callback):
 class StopOnSignal(Callback):
     """Save when it is time; and after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C finish the step, save, and end.
 
-    All processes save and stop together, whichever of them was asked to. A second Ctrl-C ends at once.
-
-    Args:
-        saves: writes the checkpoints; None where none are wanted.
-        speed: in which the time of saving does not count.
+    All processes save and stop together, whichever of them was asked to. A second Ctrl-C ends at once. The time of saving does not
+    count in ``speed``.
     """
 
     def __init__(self, saves: SaveCheckpoints | None, speed: Throughput) -> None:
@@ -225,11 +216,7 @@ class StopOnSignal(Callback):
         self.received = number
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save and stop between two steps.
-
-        Raises:
-            StoppedBySignal: a signal came.
-        """
+        """Save and stop between two steps; StoppedBySignal if a signal came."""
         if batch_idx % trainer.accumulate_grad_batches:
             return  # in the middle of a step
         step, saves = trainer.global_step, self.saves
@@ -251,11 +238,7 @@ class StopOnSignal(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stop within a validation, which is then repeated.
-
-        Raises:
-            StoppedBySignal: a signal came.
-        """
+        """Stop within a validation, which is then repeated; StoppedBySignal if a signal came."""
         if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.total.completed:
             return
         if batch_idx >= self._batches or not processes.any_rank(self.received > 0, pl_module.device):

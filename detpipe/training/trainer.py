@@ -42,17 +42,10 @@ def build_trainer(
     loggers: Sequence[Logger] = (),
     checkpoint_io: CheckpointIO | None = None,
 ) -> Trainer:
-    """Build the trainer of a configuration.
+    """Build the trainer of a configuration: ``settings`` are arguments of ``lightning.Trainer``, with all that they name built.
 
-    Args:
-        settings: arguments of ``lightning.Trainer``, with callbacks, loggers and plugins built.
-        folder: ``default_root_dir``, where the settings give none.
-        callbacks: of the command; a progress bar is added unless the settings have one, or want none.
-        loggers: of the command; left out where ``logger`` is false.
-        checkpoint_io: writes checkpoints, unless the plugins of the settings do.
-
-    Returns:
-        The trainer.
+    What a command adds: callbacks, a progress bar unless there is one or none is wanted, loggers unless ``logger`` is false, and
+    what writes checkpoints unless the plugins of the settings do; ``folder`` is where Lightning writes if they say nothing.
 
     Raises:
         UsageError: what the trainer refuses, or what would not have an effect.
@@ -139,11 +132,7 @@ class MetricsTable(Logger):
         self._rows: list[dict[str, Any]] = []
 
     def begin(self, first_step: int) -> None:
-        """Take over the rows of earlier steps, and remove others; a line that was cut off by a kill does not stay either.
-
-        Args:
-            first_step: of a run that goes on, which writes the rows of later steps again; 0 for one that begins.
-        """
+        """Take over the rows of earlier steps, none for the first step 0, and drop others and a line that a kill cut off."""
         if not first_step or not self.path.is_file():
             self.path.unlink(missing_ok=True)
             return
@@ -181,11 +170,7 @@ class MetricsTable(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the rows, and wait until they are on the disk.
-
-        Raises:
-            TrainingError: they cannot be written.
-        """
+        """Write the rows, and wait until they are on the disk; a TrainingError if they cannot be written."""
         if not self._rows:
             return
         columns = sorted({*self._columns, *(name for row in self._rows for name in row)})

@@ -38,9 +38,7 @@ def results(first: list[float], second: list[float]) -> dict[str, list[Result]]:
 
 
 @pytest.mark.slow
-def test_a_study_is_trained_once(
-    demo_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_is_trained_once(demo_root, tmp_path, capfd, monkeypatch):
     study, out = write(tmp_path), tmp_path / "out"
     command = ["ablate", str(study), "-o", str(out), *runs.options(demo_root, epochs=1), "--workers", "2"]
     assert cli.main(command) == 0
@@ -77,13 +75,13 @@ def test_a_study_is_trained_once(
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_named(demo_root: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_is_named(demo_root, tmp_path):
     study = write(tmp_path, STUDY.replace("attention: null", "attention: nul"))
     with pytest.raises(TrainingError, match=r"a run failed: detpipe: error: .*attention.*; its log is .*none_0\.log$"):
         ablation.run_ablate([str(study), "-o", str(tmp_path / "out"), "--seeds", "0", *runs.options(demo_root, 1)])
 
 
-def test_the_test_split_is_evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_test_split_is_evaluated(monkeypatch, tmp_path):
     calls: list[list[str]] = []
 
     def call(arguments: list[str], threads: int, output: Any, log: Path) -> None:
@@ -107,7 +105,7 @@ def test_the_test_split_is_evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "| 12 | 321 | 0.500 |" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_a_difference_inside_the_spread_is_called_so() -> None:
+def test_a_difference_inside_the_spread_is_called_so():
     times = {"none": 20.2, "se": 25.6}
     table = results_table(results([0.50, 0.54], [0.51, 0.56]), [0, 1], "val", times)
     assert (
@@ -124,7 +122,7 @@ def test_a_difference_inside_the_spread_is_called_so() -> None:
     assert table.splitlines()[2].endswith("|  |")
 
 
-def test_the_picture(tmp_path: Path) -> None:
+def test_the_picture(tmp_path):
     plot_results(results([0.50, 0.54], [0.51, 0.56]), "val", tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as picture:
         assert min(picture.size) > 200
@@ -145,21 +143,21 @@ def test_the_picture(tmp_path: Path) -> None:
         (STUDY.partition("variants")[0], "variants: expected name"),
     ],
 )
-def test_bad_studies(text: str, message: str, tmp_path: Path) -> None:
+def test_bad_studies(text, message, tmp_path):
     with pytest.raises(UsageError, match=rf"study\.yaml.*{message}"):
         read_study(write(tmp_path, text))
 
 
-def test_bad_arguments(tmp_path: Path) -> None:
+def test_bad_arguments(tmp_path):
     with pytest.raises(UsageError, match=r"study nowhere\.yaml does not exist"):
         ablation.run_ablate(["nowhere.yaml", "-o", str(tmp_path)])
-    with pytest.raises(UsageError, match="--workers must be at least 1, got 0"):
+    with pytest.raises(UsageError, match="--workers must be 1 or more, got 0"):
         ablation.run_ablate([str(write(tmp_path)), "-o", str(tmp_path), "--workers", "0"])
     with pytest.raises(UsageError, match=r"required: -o.*see 'detpipe ablate --help'"):
         ablation.run_ablate(["study.yaml"])
 
 
-def test_the_studies_that_come_along_can_be_read() -> None:
+def test_the_studies_that_come_along_can_be_read():
     studies = sorted((runs.CONFIGS / "ablation").glob("*.yaml"))
     assert studies
     for path in studies:
@@ -171,7 +169,7 @@ def test_the_studies_that_come_along_can_be_read() -> None:
         assert f"python tools/ablate.py configs/ablation/{path.name}" in path.read_text()
 
 
-def test_what_is_trusted_is_trusted_in_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_trusted_is_trusted_in_every_run(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
     from detpipe.training import allowed

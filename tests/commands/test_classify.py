@@ -64,9 +64,7 @@ def classify(model_file: Path, pictures: Path, *more: str, status: int = 0) -> d
     return json.loads((out / "regions.json").read_text())
 
 
-def test_each_box_gets_a_name_in_its_place(
-    model_file: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_box_gets_a_name_in_its_place(model_file, pictures, capsys):
     report, out = classify(model_file, pictures), pictures.parent / "out"
     assert capsys.readouterr().out == f"3 images, 3 regions, 0 failed; see {out / 'regions.json'}\n"
     assert (report["checkpoint"], report["class_names"], report["failed"]) == (str(model_file), ["ant", "bee"], [])
@@ -85,9 +83,7 @@ def test_each_box_gets_a_name_in_its_place(
             assert drawing.width * one["height"] == drawing.height * one["width"]
 
 
-def test_what_cannot_be_classified_is_named_and_the_rest_goes_on(
-    model_file: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_classified_is_named_and_the_rest_goes_on(model_file, pictures, capsys):
     boxes = {"a.png": [*BOXES, [81, 5, 99, 20]], "b.png": BOXES, "a.jpg": BOXES}
     (pictures.parent / "boxes.json").write_text(json.dumps(boxes))
     (pictures / "more" / "a.jpg").write_text("no picture")
@@ -102,7 +98,7 @@ def test_what_cannot_be_classified_is_named_and_the_rest_goes_on(
     assert classify(model_file, pictures, status=1)["images"] == []
 
 
-def test_mistakes_are_one_line(model_file: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(model_file, pictures, capsys):
     boxes, out = str(pictures.parent / "boxes.json"), ["-o", str(pictures.parent / "out")]
     shutil.copy(pictures / "a.png", pictures / "c.png")
     for arguments, status, message in (
@@ -122,22 +118,13 @@ def test_mistakes_are_one_line(model_file: Path, pictures: Path, capsys: pytest.
         assert message in line
 
 
-def test_a_checkpoint_of_something_else_is_refused(
-    model_file: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_of_something_else_is_refused(model_file, pictures, tmp_path, capsys):
     content = torch.load(model_file, weights_only=True)
     content[checkpoint.KEY]["model"] = content[checkpoint.KEY]["model"]["init_args"]["backbone"]
     network = SEResNet(18, levels=["c2"], out_channels=8)
     assert isinstance(network, LightningModule)
     content["state_dict"] = network.state_dict()
     torch.save(content, tmp_path / "network.ckpt")
-    arguments = [
-        str(tmp_path / "network.ckpt"),
-        str(pictures),
-        "--boxes",
-        "selective_search",
-        "-o",
-        str(tmp_path / "out"),
-    ]
+    arguments = f"{tmp_path / 'network.ckpt'} {pictures} --boxes selective_search -o {tmp_path / 'out'}".split()
     assert cli.main(["classify", *arguments]) == 1
     assert "network.ckpt is of a SEResNet; expected one of a RegionClassifier" in capsys.readouterr().err

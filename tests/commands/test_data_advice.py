@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ from test_configs import SHORT
 
 from detpipe import cli
 from detpipe.commands.data_advice import next_commands, training_split, validation_split
-from detpipe.commands.data_commands import main
+
+main = partial(cli.run, group="data")
 
 
 def make_voc(root: Path) -> Path:
@@ -66,21 +67,15 @@ def pasted(shown: str, command: str) -> list[str]:
     ("make", "options"),
     [
         (make_voc, []),
-        (make_coco, []),
-        (make_yolo, []),
+        pytest.param(make_coco, [], marks=pytest.mark.slow),
+        pytest.param(make_yolo, [], marks=pytest.mark.slow),
         (make_table, ["--skip-bad"]),
         (make_shards, []),
-        (make_plain, []),
+        pytest.param(make_plain, [], marks=pytest.mark.slow),
     ],
     ids=["voc", "coco", "yolo", "table with a fault", "shards", "xml without splits"],
 )
-def test_the_printed_commands_train_and_report(
-    make: Callable[[Path], Path],
-    options: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_printed_commands_train_and_report(make, options, tmp_path, capsys, monkeypatch):
     data = make(tmp_path / "my data")  # a name that a shell has to be told in quotes
     assert main(["info", str(data), *options, "--min-size", "64", "--max-size", "96", "--sizes", "2"]) == 0
     shown = capsys.readouterr().out
@@ -96,7 +91,7 @@ def test_the_printed_commands_train_and_report(
     assert (tmp_path / "report" / "report.html").is_file()
 
 
-def test_what_has_no_second_split_is_to_be_divided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_has_no_second_split_is_to_be_divided(tmp_path, capsys):
     write_voc(tmp_path / "voc", {f"im{i}": [voc_object()] for i in range(8)}, "all")
     assert main(["info", str(tmp_path / "voc"), "--skip-bad"]) == 0
     command = pasted(capsys.readouterr().out, "data split")
@@ -111,7 +106,7 @@ def test_what_has_no_second_split_is_to_be_divided(tmp_path: Path, capsys: pytes
     assert "to train on train, validate on val" in capsys.readouterr().out
 
 
-def test_data_without_boxes_have_no_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_without_boxes_have_no_advice(tmp_path, capsys):
     for split in ("train", "val"):
         write_coco(tmp_path, {**coco_content(), "annotations": []}, split)
     assert main(["info", str(tmp_path)]) == 0
@@ -133,12 +128,12 @@ def test_data_without_boxes_have_no_advice(tmp_path: Path, capsys: pytest.Captur
         ([], "", ""),
     ],
 )
-def test_which_splits_are_taken(names: list[str], train: str, val: str) -> None:
+def test_which_splits_are_taken(names, train, val):
     assert training_split(names) == train
     assert validation_split(names, train) == val
 
 
-def test_flags_come_along(tmp_path: Path) -> None:
+def test_flags_come_along(tmp_path):
     make_voc(tmp_path)
     (tmp_path / "table").mkdir()
     table = make_table(tmp_path / "table")

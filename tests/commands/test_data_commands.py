@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ from datasets.test_unpack import tar_of, zip_of
 from PIL import Image
 
 from detpipe import cli
-from detpipe.commands.data_commands import COMMANDS, main
 from detpipe.commands.data_split import read_parts
 from detpipe.datasets.formats.recognize import open_split, split_names
 from detpipe.support.errors import DataError, UsageError
+
+main = partial(cli.run, group="data")
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def voc(tmp_path: Path) -> Path:
     return root
 
 
-def test_help_and_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_help_and_mistakes(capsys, tmp_path):
     assert main(["--help"]) == 0
     assert "check PATH" in capsys.readouterr().out
     assert main([]) == 2
@@ -42,24 +44,22 @@ def test_help_and_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         main(["info", str(tmp_path)])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", cli.COMMANDS["data"])
+def test_each_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"usage: detpipe data {command}" in capsys.readouterr().out
 
 
-def test_the_command_line_knows_it(capsys: pytest.CaptureFixture[str], voc: Path) -> None:
+def test_the_command_line_knows_it(capsys, voc):
     assert cli.main(["data", "check", str(voc), "--no-decode"]) == 0
     assert "0 errors, 0 warnings; images not decoded" in capsys.readouterr().out
     assert cli.main(["data", "check", str(voc), "--split", "test"]) == 1
     assert cli.main(["data", "check"]) == 2
 
 
-def test_check_lists_every_kind_with_the_first_of_each(
-    voc: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_check_lists_every_kind_with_the_first_of_each(voc, capsys, tmp_path):
     write_voc(voc, {"bad": [voc_object(), *[voc_object(box=(5, 5, 5, 9))] * 3, voc_object(difficult="x")]}, "more")
     (voc / "JPEGImages" / "im1.jpg").write_bytes(b"x")
     (voc / "JPEGImages" / "im2.jpg").unlink()
@@ -86,7 +86,7 @@ def test_check_lists_every_kind_with_the_first_of_each(
         main(["check", str(voc), "--show", "-1"])
 
 
-def test_check_says_once_what_several_splits_share(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_says_once_what_several_splits_share(voc, capsys):
     write_voc(voc, {"bad": [voc_object(), voc_object(box=(5, 5, 5, 9))]}, "more")
     (voc / "ImageSets" / "Main" / "most.txt").write_text("bad\nim0\n")
     assert main(["check", str(voc)]) == 1
@@ -95,9 +95,7 @@ def test_check_says_once_what_several_splits_share(voc: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(("name", "status"), [("a.jpg", 0), ("../../evil", 1)])
-def test_check_looks_at_archives_without_unpacking(
-    name: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_looks_at_archives_without_unpacking(name, status, tmp_path, capsys):
     for make in (tar_of, zip_of):
         path = make(
             tmp_path / f"set.{make.__name__[:3]}", {"fine": b"1", name: b"2", "/also": b"3"} if status else {name: b"2"}
@@ -114,7 +112,7 @@ def test_check_looks_at_archives_without_unpacking(
         main(["check", str(tmp_path / "gone.zip")])
 
 
-def test_check_says_what_skipping_would_not_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_says_what_skipping_would_not_help(tmp_path, capsys):
     content = coco_content()
     content["images"].append(dict(content["images"][0]))
     path, _ = write_coco(tmp_path)
@@ -123,7 +121,7 @@ def test_check_says_what_skipping_would_not_help(tmp_path: Path, capsys: pytest.
     assert "training refuses these data; even with on_bad skip" in capsys.readouterr().out
 
 
-def test_a_file_needs_its_images_and_has_no_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_needs_its_images_and_has_no_splits(tmp_path, capsys):
     path, folder = write_coco(tmp_path, split="val2017")
     with pytest.raises(UsageError, match="is an annotation file: say with --images where"):
         main(["check", str(path)])
@@ -135,7 +133,7 @@ def test_a_file_needs_its_images_and_has_no_splits(tmp_path: Path, capsys: pytes
         main(["check", str(tmp_path), "--split", "val2016"])
 
 
-def test_info_counts_measures_and_draws(voc: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_info_counts_measures_and_draws(voc, capsys, tmp_path):
     out = tmp_path / "info"
     assert main(["info", str(voc), "-o", str(out), "--min-size", "80", "--max-size", "200", "--sizes", "2"]) == 0
     shown = capsys.readouterr().out
@@ -150,7 +148,7 @@ def test_info_counts_measures_and_draws(voc: Path, capsys: pytest.CaptureFixture
         main(["info", str(voc), "--min-size", "0"])
 
 
-def test_info_refuses_faults_or_counts_them(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_refuses_faults_or_counts_them(voc, capsys):
     write_voc(voc, {"im0": [voc_object(), voc_object(box=(5, 5, 5, 9))]}, "one")
     with pytest.raises(DataError, match="zero or negative size; correct them, or add --skip-bad to leave"):
         main(["info", str(voc), "--split", "one"])
@@ -158,7 +156,7 @@ def test_info_refuses_faults_or_counts_them(voc: Path, capsys: pytest.CaptureFix
     assert "  boxes skipped: zero or negative size: 1\n" in capsys.readouterr().out
 
 
-def test_info_of_many_classes_and_of_no_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_of_many_classes_and_of_no_boxes(tmp_path, capsys):
     root = write_yolo(tmp_path, {"a": "0 .5 .5 .5 .5"}, names=[f"class {k}" for k in range(30)])
     write_yolo(root, {"b": ""}, "val")
     assert main(["info", str(root), "-o", str(tmp_path / "out")]) == 0
@@ -168,9 +166,7 @@ def test_info_of_many_classes_and_of_no_boxes(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "out" / "boxes_val.png").exists()
 
 
-def test_show_draws_a_sheet_that_follows_the_seed(
-    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_draws_a_sheet_that_follows_the_seed(voc, tmp_path, capsys):
     pixels = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         assert main(["show", str(voc), "-o", str(tmp_path / f"{name}.png"), "-n", "4", "--seed", seed]) == 0
@@ -181,7 +177,7 @@ def test_show_draws_a_sheet_that_follows_the_seed(
     assert pixels[0].shape[1] == 2 * 370 + 10
 
 
-def test_show_writes_a_picture_an_image_of_some_classes(voc: Path, tmp_path: Path) -> None:
+def test_show_writes_a_picture_an_image_of_some_classes(voc, tmp_path):
     out = tmp_path / "pictures"
     assert main(["show", str(voc), "-o", str(out), "--classes", "dog", "-n", "99"]) == 0
     assert sorted(path.name for path in out.iterdir()) == [f"all_JPEGImages_im{i}.png" for i in range(8)]
@@ -199,7 +195,7 @@ def test_show_writes_a_picture_an_image_of_some_classes(voc: Path, tmp_path: Pat
         main(["show", str(voc), "--split", "cats", "-o", str(out), "--classes", "dog"])
 
 
-def test_show_of_splits_with_other_classes(tmp_path: Path) -> None:
+def test_show_of_splits_with_other_classes(tmp_path):
     write_coco(tmp_path, split="train")
     content = coco_content()
     content["categories"].append({"id": 91, "name": "fox"})
@@ -210,7 +206,7 @@ def test_show_of_splits_with_other_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["coco", "voc", "yolo", "csv"])
-def test_convert_writes_each_layout(voc: Path, tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_writes_each_layout(voc, tmp_path, layout, capsys):
     out = tmp_path / "out"
     assert main(["convert", str(voc), "--to", layout, "-o", str(out), "--image-files", "link"]) == 0
     assert f"wrote 12 images with 24 boxes to {out} (all)" in capsys.readouterr().out
@@ -220,7 +216,7 @@ def test_convert_writes_each_layout(voc: Path, tmp_path: Path, layout: str, caps
         main(["convert", str(voc), "--to", layout, "-o", str(out)])
 
 
-def test_convert_says_what_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_says_what_is_not_kept(tmp_path, capsys):
     content = coco_content()
     content["annotations"][0].update(iscrowd=1, segmentation=[[1, 2, 3, 4, 5, 6]])
     content["annotations"][1].update(bbox=[50, 5, 20, 20], keypoints=[1, 2, 2])
@@ -249,7 +245,7 @@ POLYGON, RUNS = [[1, 2, 11, 2.5, 11, 22]], {"size": [40, 60], "counts": [5, 10, 
 
 
 @pytest.mark.parametrize("path", [["coco"], ["voc"], ["csv"], ["yolo"], ["yolo", "voc", "csv", "yolo"]], ids="-".join)
-def test_segmentations_come_back_whatever_the_way(path: list[str], tmp_path: Path) -> None:
+def test_segmentations_come_back_whatever_the_way(path, tmp_path):
     """As they were, to the digit; faulty boxes are left out with theirs, and splits may be divided anew on the way."""
     content = coco_content()
     content["annotations"][0]["segmentation"] = POLYGON
@@ -269,7 +265,7 @@ def test_segmentations_come_back_whatever_the_way(path: list[str], tmp_path: Pat
     assert sorted(kept, key=str) == sorted([POLYGON, RUNS], key=str)
 
 
-def test_segmentations_that_no_longer_fit_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_segmentations_that_no_longer_fit_are_named(tmp_path, capsys):
     content = coco_content()
     content["annotations"][0]["segmentation"] = POLYGON
     write_coco(tmp_path / "coco", content)
@@ -285,7 +281,7 @@ def test_segmentations_that_no_longer_fit_are_named(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "back").exists()
 
 
-def test_polygons_of_yolo_become_segmentations(tmp_path: Path) -> None:
+def test_polygons_of_yolo_become_segmentations(tmp_path):
     root = write_yolo(tmp_path / "yolo", {"a": "0 .1 .1 .5 .1 .5 .75\n1 .5 .5 .5 .5\n", "b": ""})
     assert main(["convert", str(root), "--to", "coco", "-o", str(tmp_path / "coco")]) == 0
     found = json.loads((tmp_path / "coco" / "annotations" / "instances_train.json").read_text())["annotations"]
@@ -297,7 +293,7 @@ def test_polygons_of_yolo_become_segmentations(tmp_path: Path) -> None:
         main(["convert", str(root), "--to", "coco", "-o", str(tmp_path / "other"), "--skip-bad"])
 
 
-def test_real_segmentations_come_back(shared_data: Path, tmp_path: Path) -> None:
+def test_real_segmentations_come_back(shared_data, tmp_path):
     source = shared_data / "coco_mini"
     for step, (layout, given) in enumerate([("voc", source), ("csv", tmp_path / "0"), ("coco", tmp_path / "1")]):
         assert (
@@ -314,7 +310,7 @@ def test_real_segmentations_come_back(shared_data: Path, tmp_path: Path) -> None
         )
 
 
-def test_convert_of_voc_counted_from_0(tmp_path: Path) -> None:
+def test_convert_of_voc_counted_from_0(tmp_path):
     root = write_voc(tmp_path / "voc", {"a": [voc_object(box=(0, 3, 20, 10))]})
     with pytest.raises(DataError, match=r"one_based is on.*; add --zero-based if this data counts from 0"):
         main(["convert", str(root), "--to", "csv", "-o", str(tmp_path / "csv")])
@@ -322,7 +318,7 @@ def test_convert_of_voc_counted_from_0(tmp_path: Path) -> None:
     assert open_split(str(tmp_path / "csv"), "train").annotations("val").boxes.tolist() == [[0, 3, 20, 10]]
 
 
-def test_split_shares_out_the_classes(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_split_shares_out_the_classes(voc, tmp_path, capsys):
     out = tmp_path / "parts"
     assert main(["split", str(voc), "-o", str(out), "--parts", "train=.5,val=.25,test=.25"]) == 0
     shown = capsys.readouterr().out
@@ -342,7 +338,7 @@ def test_split_shares_out_the_classes(voc: Path, tmp_path: Path, capsys: pytest.
         assert [Path(str(n)).name for n in first] == [Path(str(n)).name for n in second]  # by the seed alone
 
 
-def test_split_keeps_groups_and_equal_pictures_together(voc: Path, tmp_path: Path) -> None:
+def test_split_keeps_groups_and_equal_pictures_together(voc, tmp_path):
     (voc / "JPEGImages" / "im3.jpg").write_bytes((voc / "JPEGImages" / "im9.jpg").read_bytes())
     for seed in range(5):
         out = tmp_path / str(seed)
@@ -359,23 +355,12 @@ def test_split_keeps_groups_and_equal_pictures_together(voc: Path, tmp_path: Pat
         main(["split", str(voc), "-o", str(tmp_path / "x"), "--group-by", "("])
 
 
-def test_split_of_a_table_and_of_several_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_split_of_a_table_and_of_several_splits(tmp_path, capsys):
     rows = ["a.jpg,1,2,31,32,dog,one", "b.jpg,3,4,30,30,cat,two"]
     path = write_csv(tmp_path / "csv", rows, f"{HEADER},split")
     with pytest.raises(UsageError, match="has several splits: name those that are to be divided anew with --split"):
         main(["split", str(path), "-o", str(tmp_path / "out"), "--parts", "x=1,y=1"])
-    arguments = [
-        "split",
-        str(path),
-        "-o",
-        str(tmp_path / "out"),
-        "--split",
-        "one",
-        "--split",
-        "two",
-        "--parts",
-        "x=1,y=1",
-    ]
+    arguments = f"split {path} -o {tmp_path / 'out'} --split one --split two --parts x=1,y=1".split()
     assert main(arguments) == 0
     assert "wrote 2 images with 2 boxes" in capsys.readouterr().out
     assert split_names(str(tmp_path / "out")) == ("x", "y")
@@ -399,13 +384,13 @@ def test_split_of_a_table_and_of_several_splits(tmp_path: Path, capsys: pytest.C
         ("=1", "expected NAME=SHARE"),
     ],
 )
-def test_wrong_parts_are_refused(text: str, message: str) -> None:
+def test_wrong_parts_are_refused(text, message):
     with pytest.raises(UsageError, match=rf"--parts {text}: .*{message}"):
         read_parts(text)
     assert read_parts("train=3, val=1") == {"train": 0.75, "val": 0.25}
 
 
-def test_real_blood_cells(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_real_blood_cells(shared_data, tmp_path, capsys):
     root = str(shared_data / "bccd")
     assert main(["check", root, "--split", "train", "--split", "val", "--no-decode"]) == 1
     shown = capsys.readouterr().out

@@ -6,6 +6,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from datasets.builders import coco_content, voc_object, write_coco, write_voc
 from datasets.file_server import Behavior, serving
 
 from detpipe import cli
-from detpipe.commands.data_commands import main
 from detpipe.datasets import public_sets
 from detpipe.datasets.fetch import Patience, RemoteFile
 from detpipe.datasets.formats.recognize import open_split, split_names
 from detpipe.datasets.public_sets import PUBLIC_SETS, Part, install
 from detpipe.support.errors import DownloadError, UsageError
+
+main = partial(cli.run, group="data")
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,7 +98,7 @@ def files_of(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def test_the_known_archives_are_well_formed() -> None:
+def test_the_known_archives_are_well_formed():
     assert set(PUBLIC_SETS) == {"voc07", "voc12", "coco2017"}
     for remote in [remote for wanted in PUBLIC_SETS.values() for part in wanted.parts for remote in part.archives]:
         assert len(remote.checksum) == {"md5": 32, "sha256": 64}[remote.algorithm]
@@ -105,9 +107,7 @@ def test_the_known_archives_are_well_formed() -> None:
         assert remote.url.startswith(("https://thor.robots.ox.ac.uk/", "http://images.cocodataset.org/"))
 
 
-def test_voc_is_laid_out_as_its_configurations_expect(
-    server: Behavior, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_voc_is_laid_out_as_its_configurations_expect(server, tmp_path, capsys):
     out = tmp_path / "data"
     for name in ("voc07", "voc12"):
         assert cli.main(["data", "download", name, "-o", str(out)]) == 0
@@ -125,7 +125,7 @@ def test_voc_is_laid_out_as_its_configurations_expect(
             assert len(open_split(str(root), split).annotations("val"))
 
 
-def test_coco_is_laid_out_as_its_configuration_expects(server: Behavior, tmp_path: Path) -> None:
+def test_coco_is_laid_out_as_its_configuration_expects(server, tmp_path):
     assert main(["download", "coco2017", "-o", str(tmp_path / "data")]) == 0
     settings = yaml.safe_load((ROOT / "configs/data/coco.yaml").read_text())["data"]["init_args"]
     root = tmp_path / settings["root"]
@@ -135,9 +135,7 @@ def test_coco_is_laid_out_as_its_configuration_expects(server: Behavior, tmp_pat
     assert sorted(path.name for path in root.iterdir()) == ["annotations", "train2017", "val2017"]
 
 
-def test_what_is_complete_is_left_alone_and_what_is_missing_is_made(
-    server: Behavior, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_complete_is_left_alone_and_what_is_missing_is_made(server, tmp_path, capsys):
     arguments = ["download", "coco2017", "-o", str(tmp_path)]
     assert main(arguments) == 0
     before = len(server.requests)
@@ -149,7 +147,7 @@ def test_what_is_complete_is_left_alone_and_what_is_missing_is_made(
     assert [path for path, _ in server.requests[before:]] == ["/val2017.zip"]
 
 
-def test_a_folder_with_other_files_is_named_and_left_alone(server: Behavior, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_named_and_left_alone(server, tmp_path):
     mine = tmp_path / "VOCdevkit/VOC2007/JPEGImages/mine.jpg"
     mine.parent.mkdir(parents=True)
     mine.write_text("x")
@@ -161,7 +159,7 @@ def test_a_folder_with_other_files_is_named_and_left_alone(server: Behavior, tmp
     assert server.requests == []
 
 
-def test_a_run_that_was_cut_off_goes_on(server: Behavior, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_was_cut_off_goes_on(server, tmp_path, capsys):
     server.cuts = [None, 1000, 0, 0]
     arguments = ["download", "voc07", "-o", str(tmp_path)]
     assert cli.main(["data", *arguments]) == 1
@@ -176,7 +174,7 @@ def test_a_run_that_was_cut_off_goes_on(server: Behavior, tmp_path: Path, capsys
     assert server.requests[-1] == ("/VOCtest_06-Nov-2007.tar", "bytes=1000-")
 
 
-def test_archives_that_lie_elsewhere_are_used_and_kept(server: Behavior, tmp_path: Path) -> None:
+def test_archives_that_lie_elsewhere_are_used_and_kept(server, tmp_path):
     archives = tmp_path / "archives"
     shutil.copytree(tmp_path / "server", archives)
     assert main(["download", "voc12", "-o", str(tmp_path / "data"), "--archives", str(archives)]) == 0
@@ -187,7 +185,7 @@ def test_archives_that_lie_elsewhere_are_used_and_kept(server: Behavior, tmp_pat
         main(["download", "coco2017", "-o", str(tmp_path / "data"), "--archives", str(archives)])
 
 
-def test_archives_may_be_kept_and_come_from_a_mirror(server: Behavior, tmp_path: Path) -> None:
+def test_archives_may_be_kept_and_come_from_a_mirror(server, tmp_path):
     server.files = {f"/copy{path}": content for path, content in server.files.items()}
     arguments = ["download", "voc12", "-o", str(tmp_path / "data"), "--keep-archives"]
     assert main([*arguments, "--mirror", f"{server.url}/copy/"]) == 0
@@ -196,7 +194,7 @@ def test_archives_may_be_kept_and_come_from_a_mirror(server: Behavior, tmp_path:
         main([*arguments, "--mirror", "file:///somewhere"])
 
 
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
+def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(
         UsageError, match="unknown data set 'voc7': expected voc07, voc12, coco2017; did you mean 'voc07'"
     ):
@@ -205,16 +203,14 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         main(["download"])
 
 
-def test_too_small_a_disk_is_known_before_anything_is_fetched(
-    server: Behavior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_small_a_disk_is_known_before_anything_is_fetched(server, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 9000, 9000))  # type: ignore[attr-defined]
     with pytest.raises(DownloadError, match=r"with archives beside what is unpacked: needs .* left; make room"):
         main(["download", "voc07", "-o", str(tmp_path)])
     assert server.requests == []
 
 
-def test_an_archive_that_lacks_files_leaves_no_folder(server: Behavior, tmp_path: Path) -> None:
+def test_an_archive_that_lacks_files_leaves_no_folder(server, tmp_path):
     [part] = PUBLIC_SETS["voc12"].parts
     more = replace(part, files={**part.files, "JPEGImages/*.jpg": 5})
     with pytest.raises(DownloadError, match="has 1 files JPEGImages"):
@@ -223,7 +219,7 @@ def test_an_archive_that_lacks_files_leaves_no_folder(server: Behavior, tmp_path
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil"])
-def test_row_30_an_evil_archive_leaves_nothing(name: str, tmp_path: Path) -> None:
+def test_row_30_an_evil_archive_leaves_nothing(name, tmp_path):
     path = tmp_path / "archives" / "evil.zip"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
@@ -238,16 +234,14 @@ def test_row_30_an_evil_archive_leaves_nothing(name: str, tmp_path: Path) -> Non
     assert files_of(tmp_path) == ["archives", "archives/evil.zip", "data", "data/sets"]
 
 
-def test_leftovers_of_a_killed_run_are_removed(server: Behavior, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(server, tmp_path):
     left = tmp_path / "VOCdevkit" / "VOC2012.partial-999999999-0123abcd"
     left.mkdir(parents=True)
     assert main(["download", "voc12", "-o", str(tmp_path)]) == 0
     assert sorted(path.name for path in (tmp_path / "VOCdevkit").iterdir()) == ["VOC2012"]
 
 
-def test_interrupting_an_unpacking_leaves_no_folder(
-    server: Behavior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupting_an_unpacking_leaves_no_folder(server, tmp_path, monkeypatch):
     def stopped(*_: Any, **__: Any) -> int:
         raise KeyboardInterrupt
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from datasets.shard_cases import files_in, pack
 from datasets.test_shards_faults import change_arrays, spoil
 
 from detpipe import cli
-from detpipe.commands.data_commands import main
 from detpipe.commands.proposal_making import run_make
 from detpipe.datasets.formats.recognize import known_layout, open_split, split_names
 from detpipe.datasets.image_files import ImageFiles, image_paths
@@ -20,6 +20,8 @@ from detpipe.datasets.shards.index import read_index
 from detpipe.support.errors import DataError, UsageError
 
 from .test_make_shards import content_of
+
+main = partial(cli.run, group="data")
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out.replace(arguments[1], "DATA")
 
 
-def test_splits_are_the_folders_with_an_index(shards: Path) -> None:
+def test_splits_are_the_folders_with_an_index(shards):
     (shards / "test.partial").mkdir()
     assert known_layout(str(shards)) == "shards"
     assert split_names(str(shards)) == ("train", "val")
@@ -58,9 +60,7 @@ def test_splits_are_the_folders_with_an_index(shards: Path) -> None:
         main(["info", str(shards), "--split", "vall"])
 
 
-def test_info_says_of_shards_what_it_says_of_files(
-    files: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_info_says_of_shards_what_it_says_of_files(files, shards, tmp_path, capsys):
     expected = told(["info", str(files), "-o", str(tmp_path / "one")], capsys).replace(str(tmp_path / "one"), "OUT")
     found = told(["info", str(shards), "-o", str(tmp_path / "two")], capsys).replace(str(tmp_path / "two"), "OUT")
     (first, found), (_, expected) = (shown.split("\n", 1) for shown in (found, expected))  # how it is read
@@ -71,7 +71,7 @@ def test_info_says_of_shards_what_it_says_of_files(
     assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
 
 
-def test_show_draws_the_same_pictures(files: Path, shards: Path, tmp_path: Path) -> None:
+def test_show_draws_the_same_pictures(files, shards, tmp_path):
     for name, path in (("one", files), ("two", shards)):
         assert main(["show", str(path), "-o", str(tmp_path / name), "-n", "5", "--classes", "cat", "dog"]) == 0
     drawn = content_of(tmp_path / "one")
@@ -79,7 +79,7 @@ def test_show_draws_the_same_pictures(files: Path, shards: Path, tmp_path: Path)
     assert content_of(tmp_path / "two") == drawn
 
 
-def test_show_leaves_out_proposals_that_ride_along(files: Path, tmp_path: Path) -> None:
+def test_show_leaves_out_proposals_that_ride_along(files, tmp_path):
     store = tmp_path / "boxes.safetensors"
     assert run_make(["dense_grid", "--data", str(files), "--split", "val", "-o", str(store)]) == 0
     given = ["--split", "val", "--proposals", str(store)]
@@ -89,9 +89,7 @@ def test_show_leaves_out_proposals_that_ride_along(files: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("layout", ["coco", "voc", "yolo", "csv"])
-def test_convert_writes_the_same_folder(
-    layout: str, files: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_convert_writes_the_same_folder(layout, files, shards, tmp_path, capsys):
     flags = ["--split", "val"] if layout == "voc" else ["--drop-flags"] if layout == "yolo" else []
     for name, path in (("one", files), ("two", shards)):
         assert main(["convert", str(path), "--to", layout, "-o", str(tmp_path / name), *flags]) == 0
@@ -101,9 +99,7 @@ def test_convert_writes_the_same_folder(
     capsys.readouterr()
 
 
-def test_convert_cannot_link_a_part_of_a_shard(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_convert_cannot_link_a_part_of_a_shard(shards, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["data", "convert", str(shards), "--to", "coco", "-o", str(out), "--image-files", "link"]
     assert cli.main(arguments) == 1
@@ -113,7 +109,7 @@ def test_convert_cannot_link_a_part_of_a_shard(
     assert not out.exists()
 
 
-def test_split_divides_shards(files: Path, shards: Path, tmp_path: Path) -> None:
+def test_split_divides_shards(files, shards, tmp_path):
     for name, path in (("one", files), ("two", shards)):
         options = ["--split", "train", "--split", "val", "--parts", "a=.5,b=.5", "-o", str(tmp_path / name)]
         assert main(["split", str(path), *options]) == 0
@@ -122,14 +118,12 @@ def test_split_divides_shards(files: Path, shards: Path, tmp_path: Path) -> None
     assert sum(map(len, parts)) == 22
 
 
-def test_shards_of_shards_are_refused(shards: Path, tmp_path: Path) -> None:
+def test_shards_of_shards_are_refused(shards, tmp_path):
     with pytest.raises(UsageError, match=r"shards holds shards already: for other ones, bring it into COCO layout"):
         main(["shards", str(shards), "-o", str(tmp_path / "out")])
 
 
-def test_check_says_of_shards_what_it_says_of_files(
-    files: Path, shards: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_says_of_shards_what_it_says_of_files(files, shards, capsys):
     expected, found = ([main(["check", str(path)]), capsys.readouterr().out] for path in (files, shards))
     assert found[0] == expected[0] == 0
     for _, text in (expected, found):
@@ -140,9 +134,7 @@ def test_check_says_of_shards_what_it_says_of_files(
     assert "train/shard-00000" in found[1]
 
 
-def test_check_names_every_image_that_is_damaged(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_names_every_image_that_is_damaged(shards, tmp_path, capsys):
     known = read_index(shards / "train")
     damaged = [0, 4]  # the first has two of the four boxes
     for row in damaged:
@@ -169,9 +161,7 @@ def test_check_names_every_image_that_is_damaged(
     assert "images: unreadable (" in capsys.readouterr().out
 
 
-def test_check_names_a_size_that_differs_and_shards_that_are_missing(
-    shards: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_names_a_size_that_differs_and_shards_that_are_missing(shards, capsys):
     sizes = read_index(shards / "train").annotations.sizes.copy()
     sizes[3] += 5
     change_arrays(shards / "train", sizes=sizes)
@@ -184,14 +174,14 @@ def test_check_names_a_size_that_differs_and_shards_that_are_missing(
     assert "training refuses these data: copy the shards again" in shown
 
 
-def test_check_of_shards_without_a_sound_image(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_shards_without_a_sound_image(shards, capsys):
     for path in shards.glob("train/*.tar"):
         path.write_bytes(bytes(path.stat().st_size))
     assert main(["check", str(shards), "--split", "train"]) == 1
     assert "none of its 11 images can be read" in capsys.readouterr().out
 
 
-def test_proposals_are_made_from_shards(files: Path, shards: Path, tmp_path: Path) -> None:
+def test_proposals_are_made_from_shards(files, shards, tmp_path):
     """By one process and by two, which open the shards for themselves."""
     made = []
     for path, workers in ((files, 1), (shards, 1), (shards, 2)):
@@ -202,9 +192,7 @@ def test_proposals_are_made_from_shards(files: Path, shards: Path, tmp_path: Pat
     assert made[0] == made[1] == made[2]
 
 
-def test_shards_on_a_server(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_on_a_server(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     content = {f"/set/{name}": value for name, value in content_of(shards).items()}
     with serving(files=content) as server:
@@ -218,7 +206,7 @@ def test_shards_on_a_server(
     assert len(list((tmp_path / "table" / "images").rglob("*.jpg"))) == 11
 
 
-def test_image_files_measure_and_read(files: Path, shards: Path) -> None:
+def test_image_files_measure_and_read(files, shards):
     plain, packed = (open_split(str(path), "val") for path in (files, shards))
     source = ImageFiles([plain, packed])
     pairs = list(zip(image_paths(plain.annotations("val")), image_paths(packed.annotations("val")), strict=True))

@@ -55,7 +55,7 @@ def command(given: dict[str, str], *more: str) -> list[str]:
     return ["evaluate", "--detections", given["first"], "--annotations", given["truth"], *more]
 
 
-def test_a_report_of_a_file(given: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_of_a_file(given, capsys):
     out = Path(given["out"])
     assert cli.main(command(given, "--report", str(out))) == 0
     assert capsys.readouterr().out.endswith(f"report {out / 'report.html'}\n")
@@ -70,7 +70,7 @@ def test_a_report_of_a_file(given: dict[str, str], capsys: pytest.CaptureFixture
     assert numbers["data"]["detections"] == len(read_detections(given["first"], annotations).scores)
 
 
-def test_a_report_with_images_and_other_runs(given: dict[str, str]) -> None:
+def test_a_report_with_images_and_other_runs(given):
     out = Path(given["out"])
     others = ["--compare", f"second={given['second']}", f"same={given['first']}", "--resamples", "20"]
     assert cli.main(command(given, "--report", str(out), "--images", given["images"], "--worst", "3", *others)) == 0
@@ -96,20 +96,9 @@ def test_a_report_with_images_and_other_runs(given: dict[str, str]) -> None:
     assert not (out / "comparison.png").exists()  # of the report before
 
 
-def test_options_reach_the_report(given: dict[str, str]) -> None:
+def test_options_reach_the_report(given):
     out = Path(given["out"])
-    more = [
-        "--report",
-        str(out),
-        "--protocol",
-        "voc10",
-        "--score_threshold",
-        "0.7",
-        "--run_name",
-        "mine",
-        "--worst",
-        "0",
-    ]
+    more = f"--report {out} --protocol voc10 --score_threshold 0.7 --run_name mine --worst 0".split()
     assert cli.main(command(given, *more)) == 0
     numbers = json.loads((out / "report.json").read_text())
     assert (numbers["run"], numbers["protocol"], numbers["worst_images"]) == ("mine", "voc10", [])
@@ -119,9 +108,7 @@ def test_options_reach_the_report(given: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("limits", "names"), [(["1", "10", "1000"], ["AR1", "AR10", "AR1000"]), (["2"], ["AR2"])])
-def test_other_numbers_of_detections(
-    given: dict[str, str], limits: list[str], names: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_numbers_of_detections(given, limits, names, capsys):
     out = Path(given["out"])
     others = ["--compare", f"same={given['first']}", "--resamples", "5"]
     assert cli.main(command(given, "--report", str(out), "--max_detections", *limits, *others)) == 0
@@ -157,9 +144,7 @@ def test_other_numbers_of_detections(
         (["--report", "{out}", "--worst", "-1"], "--worst 0 or more, got 1000 and -1"),
     ],
 )
-def test_what_users_get_wrong(
-    given: dict[str, str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_users_get_wrong(given, options, message, capsys):
     assert cli.main(command(given, *(option.format(**given) for option in options))) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -167,7 +152,7 @@ def test_what_users_get_wrong(
     assert not Path(given["out"]).exists()
 
 
-def test_a_fault_in_another_run_names_its_file(given: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_in_another_run_names_its_file(given, capsys):
     Path(given["second"]).write_text('[{"image_id": 999, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]')
     assert cli.main(command(given, "--report", given["out"], "--compare", f"b={given['second']}")) == 1
     shown = capsys.readouterr()
@@ -175,7 +160,7 @@ def test_a_fault_in_another_run_names_its_file(given: dict[str, str], capsys: py
     assert shown.out == ""
 
 
-def test_a_missing_image_is_named(given: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_image_is_named(given, capsys):
     for path in Path(given["images"]).rglob("*.png"):
         path.unlink()
     assert cli.main(command(given, "--report", given["out"], "--images", given["images"])) == 1
@@ -184,9 +169,7 @@ def test_a_missing_image_is_named(given: dict[str, str], capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "{folder}/secret.png", "part/../../secret.png"])
-def test_images_outside_of_the_folder_are_not_shown(
-    given: dict[str, str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_outside_of_the_folder_are_not_shown(given, name, tmp_path, capsys):
     (Path(given["images"]) / "part" / "0.png").rename(tmp_path / "secret.png")
     truth = json.loads(Path(given["truth"]).read_text())
     for image in truth["images"]:
@@ -197,9 +180,7 @@ def test_images_outside_of_the_folder_are_not_shown(
     assert not Path(given["out"]).exists()
 
 
-def test_without_matplotlib_nothing_is_computed(
-    given: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_matplotlib_nothing_is_computed(given, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(command(given, "--report", given["out"])) == 2
     shown = capsys.readouterr()
@@ -212,7 +193,7 @@ def model_command(trained: Path, *more: str) -> list[str]:
     return ["evaluate", str(trained / "config.yaml"), "--ckpt_path", str(trained / "best.ckpt"), *more]
 
 
-def test_a_report_of_a_model(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_of_a_model(trained, tmp_path, capsys):
     out, found = tmp_path / "report", tmp_path / "found.json"
     files = ["--json", str(tmp_path / "numbers.json"), "--detections_out", str(found)]
     assert cli.main(model_command(trained, *files)) == 0
@@ -229,7 +210,7 @@ def test_a_report_of_a_model(trained: Path, tmp_path: Path, capsys: pytest.Captu
     )  # the images are found by themselves
 
 
-def test_a_model_is_not_run_for_a_report_that_cannot_be(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_is_not_run_for_a_report_that_cannot_be(trained, capsys):
     assert cli.main(model_command(trained, "--report", str(trained / "best.ckpt"))) == 2
     assert "is a file; give the name of a folder" in capsys.readouterr().err
     assert cli.main(model_command(trained, "--report", "x", "--compare", "nonsense")) == 2

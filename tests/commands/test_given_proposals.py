@@ -51,12 +51,7 @@ def detections(checkpoint: Path, images: Path, out: Path, *options: str) -> list
     return [record["detections"] for record in json.loads((out / "detections.json").read_text())["images"]]
 
 
-def test_a_store_is_trained_on_and_its_boxes_are_made_again(
-    trained_on_store: tuple[Path, dict[str, str], str],
-    demo_root: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_store_is_trained_on_and_its_boxes_are_made_again(trained_on_store, demo_root, tmp_path, capsys):
     checkpoint, stores, shown = trained_on_store
     for split in ("train", "val"):
         assert f"proposals of {split}: " in shown
@@ -77,9 +72,7 @@ def test_a_store_is_trained_on_and_its_boxes_are_made_again(
     assert sum(map(len, by_store)) > 0
 
 
-def test_low_recall_is_warned_of(
-    demo_root: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_low_recall_is_warned_of(demo_root, trained, tmp_path, capsys):
     stores = make(demo_root, tmp_path, "--scales", "[60]", "--ratios", "[1.0]")
     configs = [runs.CONFIG, str(runs.CONFIGS / "proposals" / "store.yaml"), *runs.demo(demo_root)]
     short = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
@@ -97,7 +90,7 @@ def image_of(height: int, width: int) -> torch.Tensor:
     return torch.zeros(3, height, width, dtype=torch.uint8)
 
 
-def test_a_store_knows_images_by_their_names(tmp_path: Path) -> None:
+def test_a_store_knows_images_by_their_names(tmp_path):
     box = np.array([[1, 2, 3, 4]], np.float32)
     records = [("139", box, [0.5], (8, 9)), ("a.b", box + 1, [0.5]), ("c", box + 2, [0.5])]
     store = write_store(tmp_path / "s.safetensors", records, source="by hand", settings={})
@@ -114,7 +107,7 @@ def test_a_store_knows_images_by_their_names(tmp_path: Path) -> None:
         open_boxes(str(store.path), [Path("q.jpg"), paths[0], Path("r.jpg")], None)
 
 
-def test_settings_of_training_are_used_for_the_same_source_only() -> None:
+def test_settings_of_training_are_used_for_the_same_source_only():
     image = image_of(64, 64)
     trained_on = {"source": "dense_grid", "settings": DenseGrid(scales=[20], ratios=[1.0]).settings}
     expected = DenseGrid(scales=[20], ratios=[1.0]).propose(np.zeros((64, 64, 3), np.uint8))[0]
@@ -124,7 +117,7 @@ def test_settings_of_training_are_used_for_the_same_source_only() -> None:
     np.testing.assert_array_equal(other, DenseGrid().propose(np.zeros((64, 64, 3), np.uint8))[0])
 
 
-def test_a_union_of_training_is_made_again() -> None:
+def test_a_union_of_training_is_made_again():
     part = {"source": "dense_grid", "settings": DenseGrid(scales=[20]).settings}
     trained_on = {"source": "union", "settings": {"sources": [part, part], "max_boxes": 7, "duplicate_iou": 0.5}}
     assert len(open_boxes("dense_grid+dense_grid", [], trained_on)(Path("x"), image_of(64, 64))) == 7
@@ -141,17 +134,17 @@ def test_a_union_of_training_is_made_again() -> None:
         ),
     ],
 )
-def test_what_is_no_source_is_refused(option: str, message: str) -> None:
+def test_what_is_no_source_is_refused(option, message):
     with pytest.raises(UsageError, match=message):
         open_boxes(option, [], None)
 
 
-def test_settings_that_do_not_fit_are_named() -> None:
+def test_settings_that_do_not_fit_are_named():
     with pytest.raises(UsageError, match=r"dense_grid cannot be made with the settings \{'size': 3\}: .*size"):
         open_boxes("dense_grid", [], {"source": "dense_grid", "settings": {"size": 3}})
 
 
-def test_advice_for_boxes_of_unknown_origin() -> None:
+def test_advice_for_boxes_of_unknown_origin():
     assert (
         "c.ckpt was trained on precomputed proposals and needs boxes for the images: add --proposals selective_search"
         in (advice("c.ckpt", None))

@@ -40,7 +40,7 @@ def some_images(count: int = 2) -> list[torch.Tensor]:
     return [torch.randint(0, 255, (3, 64, 96), dtype=torch.uint8) for _ in range(count)]
 
 
-def test_modules_are_found_and_nested_ones_are_not() -> None:
+def test_modules_are_found_and_nested_ones_are_not():
     network = SEResNet(18, {"c2": "scse", "c3": "sk"}, levels=["c3"])
     found = attention_modules(network)
     assert list(found) == [
@@ -50,7 +50,7 @@ def test_modules_are_found_and_nested_ones_are_not() -> None:
     assert [type(module) for module in found.values()] == [ConcurrentSqueezeExcitation] * 2 + [SelectiveKernel] * 2
 
 
-def test_gates_are_those_that_were_applied(backbone: SEResNet) -> None:
+def test_gates_are_those_that_were_applied(backbone):
     [image] = some_images(1)
     found = gates_of(backbone, [image], 64, 96)
     assert list(found) == list(attention_modules(backbone))
@@ -63,7 +63,7 @@ def test_gates_are_those_that_were_applied(backbone: SEResNet) -> None:
     assert not any(module._forward_pre_hooks for module in backbone.modules())
 
 
-def test_gates_by_class_are_means_over_its_objects(backbone: SEResNet) -> None:
+def test_gates_by_class_are_means_over_its_objects(backbone):
     images = some_images(3)
     boxes = torch.tensor([[10.0, 10, 40, 50], [30, 5, 80, 60], [0, 0, 96, 64]])
     found = gates_by_class(backbone, Objects(images, boxes, torch.tensor([1, 3, 1])), 64, "channel", batch=2)
@@ -77,7 +77,7 @@ def test_gates_by_class_are_means_over_its_objects(backbone: SEResNet) -> None:
     torch.testing.assert_close(values[2], alone[1])
 
 
-def test_branch_weights_sum_to_one_at_every_scale(backbone: SEResNet) -> None:
+def test_branch_weights_sum_to_one_at_every_scale(backbone):
     objects = Objects(some_images(), torch.tensor([[10.0, 10, 40, 50], [30, 5, 80, 60]]), torch.tensor([1, 2]))
     found = branches_by_scale(backbone, objects, 64, (0.5, 1.0))
     assert list(found) == ["stages.c4.0.residual.conv1", "stages.c4.1.residual.conv1"]
@@ -87,7 +87,7 @@ def test_branch_weights_sum_to_one_at_every_scale(backbone: SEResNet) -> None:
         assert not torch.allclose(weights[0], weights[1], atol=1e-7)
 
 
-def test_spatial_maps_have_the_size_of_the_image(backbone: SEResNet) -> None:
+def test_spatial_maps_have_the_size_of_the_image(backbone):
     image = torch.randint(0, 255, (3, 50, 77), dtype=torch.uint8)
     maps = spatial_maps(backbone, image, 64, 128)
     assert list(maps) == ["stages.c2.0.attention", "stages.c2.1.attention"]
@@ -96,7 +96,7 @@ def test_spatial_maps_have_the_size_of_the_image(backbone: SEResNet) -> None:
         assert 0 <= values.min() < values.max() <= 1
 
 
-def test_an_object_is_cut_out_at_its_share() -> None:
+def test_an_object_is_cut_out_at_its_share():
     image = torch.zeros(3, 60, 80, dtype=torch.uint8)
     image[:, 20:40, 30:50] = 200  # a square of 20 pixels
     crop = crop_object(image, torch.tensor([30.0, 20, 50, 40]), 40, 0.5)
@@ -109,12 +109,12 @@ def test_an_object_is_cut_out_at_its_share() -> None:
     assert whole.shape == (3, 40, 40)
 
 
-def test_the_last_of_each_stage() -> None:
+def test_the_last_of_each_stage():
     names = ["stages.c2.0.attention", "stages.c2.1.attention", "stages.c3.Mixed_5b.gate", "stages.c3.Mixed_5c.gate"]
     assert last_of_each_stage(names) == ["stages.c2.1.attention", "stages.c3.Mixed_5b.gate", "stages.c3.Mixed_5c.gate"]
 
 
-def test_the_command(demo_root: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(demo_root, trained, tmp_path, capsys):
     pictures = demo_root / "coco" / "val"
     out = tmp_path / "out"
     command = ["inspect", str(trained / "best.ckpt"), str(pictures), "-o", str(out), "--score_threshold", "0.01"]
@@ -130,9 +130,7 @@ def test_the_command(demo_root: Path, trained: Path, tmp_path: Path, capsys: pyt
     assert str(out / "channel_gates.png") in capsys.readouterr().out
 
 
-def test_what_the_command_refuses(
-    demo_root: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_command_refuses(demo_root, trained, tmp_path, capsys, monkeypatch):
     pictures = str(demo_root / "coco" / "val")
     command = ["inspect", str(trained / "best.ckpt"), pictures, "-o", str(tmp_path / "out")]
     assert cli.main([*command, "--score_threshold", "1"]) == 2
@@ -144,7 +142,7 @@ def test_what_the_command_refuses(
     assert "SEResNet, has no attention modules" in capsys.readouterr().err
 
 
-def test_a_detector_that_needs_boxes_is_given_some(demo_root: Path, trained: Path, tmp_path: Path, capsys) -> None:
+def test_a_detector_that_needs_boxes_is_given_some(demo_root, trained, tmp_path, capsys):
     content = torch.load(trained / "best.ckpt", weights_only=True)
     content["detpipe"]["model"]["proposals"] = {"class_path": "detpipe.proposals.PrecomputedProposals", "init_args": {}}
     weights = content["state_dict"]
@@ -160,7 +158,7 @@ def test_a_detector_that_needs_boxes_is_given_some(demo_root: Path, trained: Pat
     assert (out / "channel_gates.png").is_file()
 
 
-def test_pictures_of_every_kind(backbone: SEResNet, tmp_path: Path) -> None:
+def test_pictures_of_every_kind(backbone, tmp_path):
     from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
 
     [image, other] = some_images()
@@ -174,7 +172,7 @@ def test_pictures_of_every_kind(backbone: SEResNet, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (8000, 16)])
-def test_maps_of_slim_images_are_bounded(size: tuple[int, int], tmp_path: Path) -> None:
+def test_maps_of_slim_images_are_bounded(size, tmp_path):
     from detpipe.pictures.inspection_plots import plot_maps
 
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
@@ -185,7 +183,7 @@ def test_maps_of_slim_images_are_bounded(size: tuple[int, int], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kinds", [{"c2": "sse", "c3": "se"}, {"c2": "sk", "c3": "scse"}, {"c2": "cbam", "c3": "sk"}])
-def test_stages_of_other_attention_are_left_out_of_a_picture(kinds, tmp_path: Path, monkeypatch) -> None:
+def test_stages_of_other_attention_are_left_out_of_a_picture(kinds, tmp_path, monkeypatch):
     torch.manual_seed(0)
     backbone = SEResNet(18, kinds, levels=["c3"]).eval()
     detector = TwoStageDetector(
@@ -203,6 +201,6 @@ def test_stages_of_other_attention_are_left_out_of_a_picture(kinds, tmp_path: Pa
         assert stages == [stage for stage, kind in kinds.items() if kind in having]
 
 
-def test_attention_modules_of_a_plain_network() -> None:
+def test_attention_modules_of_a_plain_network():
     assert attention_modules(SEResNet(18, None, levels=["c2"])) == {}
     assert list(attention_modules(ConcurrentSqueezeExcitation(8, 2))) == [""]

@@ -44,7 +44,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("layout", ["coco", "voc", "yolo", "csv"])
-def test_every_layout_can_be_packed(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_layout_can_be_packed(layout, tmp_path, capsys):
     root = tmp_path / "data"
     {"coco": write_coco, "voc": write_voc, "yolo": write_yolo, "csv": write_csv}[layout](root)
     assert cli.main(["data", "shards", str(root), "-o", str(tmp_path / "out"), "--images-per-shard", "2"]) == 0
@@ -62,7 +62,7 @@ def test_every_layout_can_be_packed(layout: str, tmp_path: Path, capsys: pytest.
     assert {str(name): contents.read(row) for row, name in enumerate(shards.file_names)} == raw
 
 
-def test_any_number_of_workers_makes_the_same_files(table: Path, tmp_path: Path) -> None:
+def test_any_number_of_workers_makes_the_same_files(table, tmp_path):
     for name, workers in (("one", 1), ("two", 2), ("three", 3)):
         arguments = [str(table), "-o", str(tmp_path / name), "--shard-size", "30kB", "--workers", str(workers)]
         assert run_shards(arguments) == 0
@@ -138,7 +138,7 @@ def kill_at_random(arguments: list[str], work: Path, workers: int, wait: float) 
 
 
 @pytest.mark.slow
-def test_ten_kills_leave_no_trace(table: Path, tmp_path: Path) -> None:
+def test_ten_kills_leave_no_trace(table, tmp_path):
     """Killed at random moments, the same command always goes on, and ends with the same files."""
     arguments = [str(table), "--images-per-shard", "2"]
     assert run_shards([*arguments, "-o", str(tmp_path / "whole")]) == 0
@@ -177,7 +177,7 @@ def is_running(process: int) -> bool:
     return state != "Z"
 
 
-def test_what_is_there_is_kept_and_said(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_there_is_kept_and_said(table, tmp_path, capsys):
     arguments = [str(table), "-o", str(tmp_path / "out"), "--images-per-shard", "10"]
     assert run_shards(arguments) == 0
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
@@ -192,7 +192,7 @@ def test_what_is_there_is_kept_and_said(table: Path, tmp_path: Path, capsys: pyt
         run_shards(arguments)
 
 
-def test_foreign_folders_are_left_alone(table: Path, tmp_path: Path) -> None:
+def test_foreign_folders_are_left_alone(table, tmp_path):
     out = tmp_path / "out"
     (out / "mine").mkdir(parents=True)
     (out / "mine" / "file").write_text("x")
@@ -221,7 +221,7 @@ def test_foreign_folders_are_left_alone(table: Path, tmp_path: Path) -> None:
         run_shards([str(table), "-o", str(tmp_path / "other")])
 
 
-def test_other_settings_do_not_go_on(table: Path, tmp_path: Path) -> None:
+def test_other_settings_do_not_go_on(table, tmp_path):
     a = tiny_annotations(tmp_path / "data", 6)
     folder = tmp_path / "out"
     with work_folder(folder, "x" * 64):
@@ -230,15 +230,13 @@ def test_other_settings_do_not_go_on(table: Path, tmp_path: Path) -> None:
         make_shards(a, folder, "train")
 
 
-def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+def test_two_runs_at_once_are_refused(tmp_path):
     again = work_folder(tmp_path / "out", "x")
     with work_folder(tmp_path / "out", "x"), pytest.raises(DataError, match=r"out\.partial: another process is"):
         again.__enter__()
 
 
-def test_what_a_killed_writer_left_does_not_end_up_among_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_writer_left_does_not_end_up_among_shards(tmp_path, monkeypatch):
     """Whatever runs under its number by now."""
     a, sharding = tiny_annotations(tmp_path / "data", 6), Sharding(images_per_shard=2)
     make_shards(a, tmp_path / "whole", "train", sharding=sharding)
@@ -252,7 +250,7 @@ def test_what_a_killed_writer_left_does_not_end_up_among_shards(
     assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
 
 
-def test_only_a_shard_that_is_as_its_sidecar_says_counts_as_written(tmp_path: Path) -> None:
+def test_only_a_shard_that_is_as_its_sidecar_says_counts_as_written(tmp_path):
     a, sharding = tiny_annotations(tmp_path / "data", 8), Sharding(images_per_shard=2)
     make_shards(a, tmp_path / "whole", "train", sharding=sharding)
     with pytest.MonkeyPatch.context() as change:
@@ -272,7 +270,7 @@ def test_only_a_shard_that_is_as_its_sidecar_says_counts_as_written(tmp_path: Pa
     assert made.stat().st_mtime_ns == times[made.name]
 
 
-def test_a_run_that_was_killed_before_the_rename_only_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_killed_before_the_rename_only_renames(tmp_path, monkeypatch):
     a = tiny_annotations(tmp_path / "data", 6)
 
     def killed(*_: Path) -> None:
@@ -291,9 +289,7 @@ def test_a_run_that_was_killed_before_the_rename_only_renames(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_rows_23_and_24_a_bad_image_stops_the_run_or_is_counted(
-    tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_23_and_24_a_bad_image_stops_the_run_or_is_counted(tmp_path, workers, capsys):
     data_set = tiny_coco(tmp_path / "data", 40)
     table = data_set / "train"
     (table / "003.png").write_bytes((table / "003.png").read_bytes()[:-30])
@@ -321,7 +317,7 @@ def test_rows_23_and_24_a_bad_image_stops_the_run_or_is_counted(
     assert run_shards([str(tmp_path / "skipping"), "--verify"]) == 0
 
 
-def test_faults_of_annotations_are_counted_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults_of_annotations_are_counted_too(tmp_path, capsys):
     content = coco_content()
     content["annotations"][0]["bbox"] = [5, 5, 0, 0]
     content["images"][1]["width"] = 61
@@ -342,7 +338,7 @@ def test_faults_of_annotations_are_counted_too(tmp_path: Path, capsys: pytest.Ca
         run_shards([str(tmp_path / "data"), "-o", str(tmp_path / "more"), "--skip-bad"])
 
 
-def test_an_image_without_pixels_is_noticed_when_it_is_decoded(tmp_path: Path) -> None:
+def test_an_image_without_pixels_is_noticed_when_it_is_decoded(tmp_path):
     root = write_coco(tmp_path / "data")[1]
     content = (root / "1.jpg").read_bytes()
     (root / "1.jpg").write_bytes(content[:-60])
@@ -351,9 +347,7 @@ def test_an_image_without_pixels_is_noticed_when_it_is_decoded(tmp_path: Path) -
         run_shards([str(tmp_path / "data"), "-o", str(tmp_path / "seen")])
 
 
-def test_an_image_that_changes_while_shards_are_made_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_that_changes_while_shards_are_made_is_refused(tmp_path, monkeypatch):
     a = tiny_annotations(tmp_path / "data", 3)
     lengths = np.array([(a.root / str(name)).stat().st_size for name in a.file_names])
     monkeypatch.setattr("detpipe.datasets.shards.write.file_lengths", lambda _: lengths + np.array([0, 1, 0]))
@@ -361,7 +355,7 @@ def test_an_image_that_changes_while_shards_are_made_is_refused(
         make_shards(a, tmp_path / "out", "train", sharding=Sharding(skip=True))
 
 
-def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+def test_nothing_left_is_an_error(tmp_path):
     a = tiny_annotations(tmp_path / "data", 2)
     for name in a.file_names.tolist():
         (a.root / name).write_bytes(b"x")
@@ -369,7 +363,7 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
         make_shards(a, tmp_path / "out", "train", sharding=Sharding(skip=True))
 
 
-def test_proposals_ride_along(tmp_path: Path) -> None:
+def test_proposals_ride_along(tmp_path):
     for split in ("train", "val"):
         write_coco(tmp_path / "data", split=split)
     records = {str(i): ([[0, 0, i, 5]], [0.5]) for i in range(10, 13)}
@@ -388,7 +382,7 @@ def test_proposals_ride_along(tmp_path: Path) -> None:
     assert read_index(tmp_path / "one" / "val").source == {"source": "x", "settings": {}}
 
 
-def test_splits_get_folders_of_their_own(tmp_path: Path) -> None:
+def test_splits_get_folders_of_their_own(tmp_path):
     write_voc(tmp_path / "kit" / "VOC2007", split="trainval")
     write_voc(tmp_path / "kit" / "VOC2012", split="trainval")
     assert run_shards([str(tmp_path / "kit"), "-o", str(tmp_path / "out"), "--split", "2007:trainval"]) == 0
@@ -399,7 +393,7 @@ def test_splits_get_folders_of_their_own(tmp_path: Path) -> None:
     assert data.annotations("train").file_names[0] == "VOC2007/JPEGImages/a.jpg"
 
 
-def test_verify_names_what_is_wrong(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_what_is_wrong(table, tmp_path, capsys):
     out = tmp_path / "out"
     assert run_shards([str(table), "-o", str(out), "--images-per-shard", "10"]) == 0
     for folder in (out, out / "train"):
@@ -418,7 +412,7 @@ def test_verify_names_what_is_wrong(table: Path, tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("text", "size"), [("256MB", 256_000_000), ("1.5GiB", 3 * 2**29), ("2k", 2000), ("512 kib", 2**19), ("77", 77)]
 )
-def test_sizes_are_read(text: str, size: int) -> None:
+def test_sizes_are_read(text, size):
     assert read_bytes(text) == size
 
 
@@ -434,18 +428,18 @@ def test_sizes_are_read(text: str, size: int) -> None:
         (["/nowhere", "-o", "y"], "/nowhere does not exist"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
+def test_mistakes_are_one_line(arguments, message):
     with pytest.raises(UsageError, match=message):
         run_shards(arguments)
 
 
-def test_settings_out_of_range_are_refused() -> None:
+def test_settings_out_of_range_are_refused():
     for wrong in ({"shard_bytes": 0}, {"images_per_shard": 0}, {"workers": 0}, {"seed": -1}):
         with pytest.raises(ValueError, match="must be at least"):
             Sharding(**wrong)
 
 
-def test_the_tool_is_the_command(tmp_path: Path) -> None:
+def test_the_tool_is_the_command(tmp_path):
     write_coco(tmp_path / "data")
     done = subprocess.run(
         [sys.executable, str(TOOL), str(tmp_path / "data"), "-o", str(tmp_path / "out"), "--workers", "2"],

@@ -56,9 +56,7 @@ def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
     return status, shown
 
 
-def test_a_folder_is_searched_and_nothing_overwrites_anything(
-    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_is_searched_and_nothing_overwrites_anything(trained, pictures, tmp_path, capsys):
     out = tmp_path / "out"
     report = predict(trained, out, str(pictures))
     assert [Path(record["file"]).relative_to(pictures).as_posix() for record in report["images"]] == [
@@ -73,7 +71,7 @@ def test_a_folder_is_searched_and_nothing_overwrites_anything(
 
 
 @pytest.mark.parametrize("size", [(3000, 1), (16, 8000), (1, 1)])
-def test_slim_images_are_drawn(size: tuple[int, int], trained: Path, tmp_path: Path) -> None:
+def test_slim_images_are_drawn(size, trained, tmp_path):
     Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "slim.png")
     [record] = predict(trained, tmp_path / "out", str(tmp_path / "slim.png"))["images"]
     assert (record["width"], record["height"]) == size
@@ -82,9 +80,7 @@ def test_slim_images_are_drawn(size: tuple[int, int], trained: Path, tmp_path: P
         assert max(drawn.size) == max(*size, 480)
 
 
-def test_boxes_are_in_pixels_of_the_image_and_names_are_those_of_the_checkpoint(
-    trained: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_boxes_are_in_pixels_of_the_image_and_names_are_those_of_the_checkpoint(trained, pictures, tmp_path):
     report = predict(trained, tmp_path / "out", str(pictures / "more" / "a.png"))
     [record] = report["images"]
     assert (record["width"], record["height"]) == (96, 80)
@@ -107,9 +103,7 @@ def test_boxes_are_in_pixels_of_the_image_and_names_are_those_of_the_checkpoint(
         assert drawing.width * 80 == drawing.height * 96  # small images are drawn enlarged
 
 
-def test_unreadable_images_are_counted_and_the_rest_goes_on(
-    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreadable_images_are_counted_and_the_rest_goes_on(trained, pictures, tmp_path, capsys):
     (pictures / "a.jpg").write_bytes((pictures / "a.jpg").read_bytes()[:300])
     (pictures / "text.jpg").write_text("no picture")
     report = predict(trained, tmp_path / "out", str(pictures))
@@ -123,21 +117,21 @@ def test_unreadable_images_are_counted_and_the_rest_goes_on(
     assert "Traceback" not in captured.err
 
 
-def test_no_readable_image_at_all_is_a_failure(trained: Path, tmp_path: Path) -> None:
+def test_no_readable_image_at_all_is_a_failure(trained, tmp_path):
     (tmp_path / "x.jpg").write_text("no picture")
     command = ["predict", str(trained / "best.ckpt"), str(tmp_path / "x.jpg"), "-o", str(tmp_path / "out")]
     assert cli.main(command) == 1
     assert json.loads((tmp_path / "out" / "detections.json").read_text())["images"] == []
 
 
-def test_drawings_beside_the_images_do_not_overwrite_them(trained: Path, pictures: Path) -> None:
+def test_drawings_beside_the_images_do_not_overwrite_them(trained, pictures):
     before = (pictures / "more" / "a.png").read_bytes()
     report = predict(trained, pictures / "more", str(pictures))
     assert (pictures / "more" / "a.png").read_bytes() == before
     assert [record["drawing"] for record in report["images"]] == ["a-2.png", "b.png", "a-3.png"]
 
 
-def test_the_score_threshold(trained: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_score_threshold(trained, pictures, tmp_path):
     few = predict(trained, tmp_path / "few", str(pictures), "--score_threshold", "0.2")
     many = predict(trained, tmp_path / "many", str(pictures), "--score_threshold", "0.01")
     counts = [sum(len(record["detections"]) for record in report["images"]) for report in (few, many)]
@@ -145,9 +139,7 @@ def test_the_score_threshold(trained: Path, pictures: Path, tmp_path: Path) -> N
     assert all(one["score"] >= 0.2 for record in few["images"] for one in record["detections"])
 
 
-def test_proposals_of_a_file_are_where_the_detector_looks(
-    with_precomputed: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_proposals_of_a_file_are_where_the_detector_looks(with_precomputed, pictures, tmp_path):
     boxes = {"b.jpg": [[4, 4, 30, 30], [20, 20, 60, 60]], str(pictures / "a.jpg"): [[1, 1, 20.5, 30]], "a": []}
     file = tmp_path / "proposals.json"
     file.write_text(json.dumps(boxes))
@@ -167,16 +159,14 @@ def test_proposals_of_a_file_are_where_the_detector_looks(
         assert len(expected["boxes"]) > 0
 
 
-def test_proposals_take_the_place_of_a_detectors_own(trained: Path, pictures: Path, tmp_path: Path) -> None:
+def test_proposals_take_the_place_of_a_detectors_own(trained, pictures, tmp_path):
     file = tmp_path / "proposals.json"
     file.write_text(json.dumps({"b": []}))
     [record] = predict(trained, tmp_path / "out", str(pictures / "b.jpg"), "--proposals", str(file))["images"]
     assert record["detections"] == []
 
 
-def test_a_detector_of_precomputed_proposals_asks_for_them(
-    with_precomputed: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_detector_of_precomputed_proposals_asks_for_them(with_precomputed, pictures, tmp_path, capsys):
     status, shown = failure([str(with_precomputed), str(pictures), "-o", str(tmp_path / "out")], capsys)
     assert status == 2
     assert (
@@ -185,9 +175,7 @@ def test_a_detector_of_precomputed_proposals_asks_for_them(
     )
 
 
-def test_missing_proposals_are_found_before_anything_is_written(
-    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_proposals_are_found_before_anything_is_written(trained, pictures, tmp_path, capsys):
     file = tmp_path / "proposals.json"
     file.write_text(json.dumps({"a": [[0, 0, 9, 9]]}))
     arguments = [str(trained / "best.ckpt"), str(pictures), "-o", str(tmp_path / "out"), "--proposals", str(file)]
@@ -208,14 +196,14 @@ def test_missing_proposals_are_found_before_anything_is_written(
         ({"a": [["0", 0, 9, 9]]}, "image 'a', box 0"),
     ],
 )
-def test_a_wrong_proposals_file_names_image_and_box(content: Any, message: str, tmp_path: Path) -> None:
+def test_a_wrong_proposals_file_names_image_and_box(content, message, tmp_path):
     path = tmp_path / "proposals.json"
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=rf"proposals\.json.*{message}"):
         read_proposals(path)
 
 
-def test_a_proposals_file_that_is_no_json(tmp_path: Path) -> None:
+def test_a_proposals_file_that_is_no_json(tmp_path):
     (tmp_path / "p.json").write_text('{"a": [[0, 0, NaN, 9]]}')
     with pytest.raises(DataError, match=r"p\.json: line 1"):
         read_proposals(tmp_path / "p.json")
@@ -223,7 +211,7 @@ def test_a_proposals_file_that_is_no_json(tmp_path: Path) -> None:
         read_proposals(tmp_path / "q.json")
 
 
-def test_images_are_found_once_each_in_order(pictures: Path, tmp_path: Path) -> None:
+def test_images_are_found_once_each_in_order(pictures, tmp_path):
     found = find_images([str(pictures / "b.jpg"), str(pictures), str(pictures / "more")])
     assert [path.name for path in found] == ["b.jpg", "a.jpg", "a.png"]
     (tmp_path / "empty").mkdir()
@@ -269,7 +257,7 @@ def test_mistakes_on_the_command_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_output_folder_is_required(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_output_folder_is_required(trained, pictures, capsys):
     status, shown = failure([str(trained / "best.ckpt"), str(pictures)], capsys)
     assert status == 2
     assert "-o/--output" in shown

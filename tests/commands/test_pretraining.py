@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import runs
@@ -51,15 +47,6 @@ def options(root: Path, *more: str) -> list[str]:
     return [*digits(root), *trainer, *tiny, *more]
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pretraining")
@@ -74,40 +61,32 @@ def pretrained(base: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Lightning ignores interrupts once it has seen one."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_a_run_leaves_everything_in_its_folder(pretrained: Path) -> None:
+def test_a_run_leaves_everything_in_its_folder(pretrained):
     assert {path.name for path in pretrained.iterdir()} == {
         *("config.yaml", "metrics.csv", "tensorboard", "summary.json"),
         *("best.ckpt", "best.ckpt.sha256", "last.ckpt", "last.ckpt.sha256", "curves.png", WEIGHTS),
     }
     with Image.open(pretrained / "curves.png") as image:
         assert min(image.size) > 100
-    result = summary(pretrained)
+    result = runs.summary(pretrained)
     assert {"loss", "seconds", "images_per_second", "checkpoint", "weights", "seed", "epoch"} <= result.keys()
     assert 0 <= result["top1"] <= result["top5"] <= 1
     assert (result["epochs"], result["weights"]) == (2, str(pretrained / WEIGHTS))
 
 
-def test_the_metrics_hold_training_and_validation(pretrained: Path) -> None:
-    table = rows(pretrained)
+def test_the_metrics_hold_training_and_validation(pretrained):
+    table = runs.rows(pretrained)
     train, val = [[row for row in table if row[key]] for key in ("train/loss", "val/top1")]
     assert [int(row["step"]) for row in train] == list(range(len(train)))
     assert len(val) == 2
     assert all(float(row["train/top5"]) >= float(row["train/top1"]) for row in train)
     scores = [float(row["val/top1"]) for row in val]
-    assert summary(pretrained)["top1"] == pytest.approx(max(scores), abs=1e-6)
-    assert summary(pretrained)["epoch"] == scores.index(max(scores))
+    assert runs.summary(pretrained)["top1"] == pytest.approx(max(scores), abs=1e-6)
+    assert runs.summary(pretrained)["epoch"] == scores.index(max(scores))
     assert float(val[0]["val/loss"]) > 0
 
 
-def test_validation_counts_every_image_once(pretrained: Path, base: Path) -> None:
+def test_validation_counts_every_image_once(pretrained, base):
     classifier, description = load_classifier(pretrained / "best.ckpt")
     assert description.class_names == tuple("0123456789")
     data = PretrainingCLI([CONFIG, *options(base)], add_arguments).datamodule
@@ -116,12 +95,10 @@ def test_validation_counts_every_image_once(pretrained: Path, base: Path) -> Non
         for index in range(len(data.images("val"))):
             image, label, _ = data.dataset("val")[0, index]
             hits, total = hits + int(classifier(image[None]).argmax() == label), total + 1
-    assert summary(pretrained)["top1"] == pytest.approx(hits / total, abs=1e-6)
+    assert runs.summary(pretrained)["top1"] == pytest.approx(hits / total, abs=1e-6)
 
 
-def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(
-    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(pretrained, tmp_path, capsys):
     again = tmp_path / "again"
     assert cli.main(["pretrain", str(pretrained / "config.yaml"), "--output", str(again)]) == 0
     out = capsys.readouterr().out.rstrip("\n").splitlines()
@@ -129,53 +106,41 @@ def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(
     assert match is not None, out[-1]
     assert match[3] == str(again / WEIGHTS)
     assert (float(match[1]), float(match[2])) == pytest.approx(
-        (summary(again)["top1"], summary(again)["top5"]), abs=6e-4
+        (runs.summary(again)["top1"], runs.summary(again)["top5"]), abs=6e-4
     )
     assert re.match(r"train: \d+ images of \d+ classes", out[0])
     runs.assert_equal_weights(pretrained / "last.ckpt", again / "last.ckpt")
     assert (again / WEIGHTS).read_bytes() == (pretrained / WEIGHTS).read_bytes()
 
 
-class StopAfter(callbacks.StepSeed):
-    """Interrupt training, as with the keyboard, in the second epoch."""
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch == 1 and batch_idx == 1:
-            raise KeyboardInterrupt
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
-    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patched:
-        patched.setattr(callbacks, "StepSeed", StopAfter)
-        assert cli.main(["pretrain", str(pretrained / "config.yaml"), "--output", str(folder)]) == 130
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(pretrained, tmp_path, capsys):
+    folder, steps = tmp_path / "run", len(runs.rows(pretrained)) // 2
+    runs.interrupt(["pretrain", str(pretrained / "config.yaml"), "--output", str(folder)], steps)
     assert "interrupted" in capsys.readouterr().err
     assert not (folder / WEIGHTS).exists()
     resume = ["--output", str(folder), "--ckpt_path", str(folder / "last.ckpt"), "--data.loader.num_workers", "2"]
     assert cli.main(["pretrain", str(pretrained / "config.yaml"), *resume]) == 0
     runs.assert_equal_weights(folder / "last.ckpt", pretrained / "last.ckpt")
     keys = ("step", "train/loss", "val/top1", "val/loss")
-    assert [[row[k] for k in keys] for row in rows(folder)] == [[row[k] for k in keys] for row in rows(pretrained)]
+    assert [[row[k] for k in keys] for row in runs.rows(folder)] == [
+        [row[k] for k in keys] for row in runs.rows(pretrained)
+    ]
     assert (folder / WEIGHTS).read_bytes() == (pretrained / WEIGHTS).read_bytes()
 
 
-def test_the_exported_weights_say_what_they_are(pretrained: Path) -> None:
+def test_the_exported_weights_say_what_they_are(pretrained):
     with safe_open(pretrained / WEIGHTS, "pt") as file:
         metadata, names = json.loads(file.metadata()[checkpoint.KEY]), list(file.keys())
     assert metadata["class_path"] == "detpipe.SEResNet"
     assert metadata["init_args"]["depth"] == 18
     assert metadata["num_classes"] == 10
-    assert metadata["top1"] == pytest.approx(summary(pretrained)["top1"], abs=1e-6)
+    assert metadata["top1"] == pytest.approx(runs.summary(pretrained)["top1"], abs=1e-6)
     assert metadata["version"]
     stored = runs.weights(pretrained / "best.ckpt")
     assert set(names) == {name.removeprefix("backbone.") for name in stored if name.startswith("backbone.")}
 
 
-def test_a_backbone_with_the_exported_weights_gives_equal_features(pretrained: Path) -> None:
+def test_a_backbone_with_the_exported_weights_gives_equal_features(pretrained):
     classifier, _ = load_classifier(pretrained / "best.ckpt")
     backbone = SEResNet(18, levels=["c3"], weights=str(pretrained / WEIGHTS)).eval()
     backbone.to(memory_format=torch.channels_last)  # as classifiers and detectors have it
@@ -185,9 +150,7 @@ def test_a_backbone_with_the_exported_weights_gives_equal_features(pretrained: P
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, "best.ckpt"])
-def test_a_detector_takes_the_weights_of_the_stages_that_it_builds(
-    file: str, pretrained: Path, demo_root: Path
-) -> None:
+def test_a_detector_takes_the_weights_of_the_stages_that_it_builds(file, pretrained, demo_root):
     arguments = [runs.CONFIG, *runs.options(demo_root), "--model.backbone.weights", str(pretrained / file)]
     detector = CLI(arguments, add_arguments).model  # up to c2, projected to another width
     given = runs.weights(pretrained / "best.ckpt")
@@ -196,12 +159,12 @@ def test_a_detector_takes_the_weights_of_the_stages_that_it_builds(
     assert all(torch.equal(value, given[f"backbone.{name}"]) for name, value in own.items())
 
 
-def test_weights_of_another_depth_are_refused(pretrained: Path) -> None:
+def test_weights_of_another_depth_are_refused(pretrained):
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS} does not fit SEResNet: it lacks \d+ tensors"):
         SEResNet(34, levels=["c3"], weights=str(pretrained / WEIGHTS))
 
 
-def test_a_pyramid_exports_the_network_below_it(tmp_path: Path) -> None:
+def test_a_pyramid_exports_the_network_below_it(tmp_path):
     body = SEResNet(18, levels=["c2", "c3"], out_channels="own")
     config = {"class_path": "detpipe.SEResNet", "init_args": {"depth": 18}}
     pyramid = {"class_path": "detpipe.FPN", "init_args": {"backbone": config, "out_channels": 16}}
@@ -222,7 +185,7 @@ OTHER_NETWORKS = {
 
 
 @pytest.mark.parametrize("kind", OTHER_NETWORKS)
-def test_every_kind_of_backbone_takes_what_it_exports(kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_backbone_takes_what_it_exports(kind, tmp_path):
     if kind == "timm":
         pytest.importorskip("timm")
     one = OTHER_NETWORKS[kind](None).to(memory_format=torch.channels_last)
@@ -235,7 +198,7 @@ def test_every_kind_of_backbone_takes_what_it_exports(kind: str, tmp_path: Path)
     assert all(torch.equal(value, one.state_dict()[name]) for name, value in other.state_dict().items())
 
 
-def test_an_extractor_exports_the_names_of_its_network(tmp_path: Path) -> None:
+def test_an_extractor_exports_the_names_of_its_network(tmp_path):
     def network(weights: str | None = None) -> Extractor:
         levels = {"c4": Level("features.12", 16)}
         return Extractor("squeezenet1_1", levels, weights=weights, out_channels=8, padding=8).eval()
@@ -248,7 +211,7 @@ def test_an_extractor_exports_the_names_of_its_network(tmp_path: Path) -> None:
     assert torch.equal(one.body(image)["c4"], other.body(image)["c4"])
 
 
-def test_a_checkpoint_is_rebuilt_alone_and_kinds_are_told_apart(pretrained: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_rebuilt_alone_and_kinds_are_told_apart(pretrained, tmp_path):
     classifier, _ = load_classifier(pretrained / "best.ckpt")
     assert isinstance(classifier, ImageClassifier)
     assert not classifier.training
@@ -264,9 +227,7 @@ def test_a_checkpoint_is_rebuilt_alone_and_kinds_are_told_apart(pretrained: Path
         load_classifier(tmp_path / "detector.ckpt")
 
 
-def test_a_nan_stops_the_run_and_names_the_images(
-    base: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_nan_stops_the_run_and_names_the_images(base, pretrained, monkeypatch, capsys):
     monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda logits, *_, **__: logits.sum() * torch.nan)
     folder = base / "nan"
     assert cli.main(["pretrain", CONFIG, "--output", str(folder), *options(base)]) == 1
@@ -301,17 +262,13 @@ def test_a_nan_stops_the_run_and_names_the_images(
         (["--ckpt_path", "nowhere.ckpt"], 1, "checkpoint nowhere.ckpt does not exist"),
     ],
 )
-def test_mistakes_are_one_line(
-    arguments: list[str], status: int, message: str, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(arguments, status, message, base, capsys):
     assert cli.main(["pretrain", CONFIG, *options(base, *arguments)]) == status
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("detpipe: error:")]
     assert message in line
 
 
-def test_a_checkpoint_of_other_classes_is_refused(
-    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_of_other_classes_is_refused(pretrained, tmp_path, capsys):
     for split in ("train", "val"):
         for name in ("ant", "bee"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -321,7 +278,7 @@ def test_a_checkpoint_of_other_classes_is_refused(
     assert "last.ckpt knows 10 classes, the data have 2" in capsys.readouterr().err
 
 
-def test_a_single_image_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_image_is_too_few(tmp_path, capsys):
     for split in ("train", "val"):
         (tmp_path / split / "ant").mkdir(parents=True)
         picture(20, 20).save(tmp_path / split / "ant" / "1.png")
@@ -329,7 +286,7 @@ def test_a_single_image_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the training split has 1 images; expected at least 2" in capsys.readouterr().err
 
 
-def test_a_single_class_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_class_is_too_few(tmp_path, capsys):
     for name in ("train/ant/1.png", "train/ant/2.png", "val/ant/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         picture(20, 20).save(tmp_path / name)
@@ -337,13 +294,13 @@ def test_a_single_class_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the data have one class, 'ant', and nothing to tell it from" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_not_written_over(pretrained: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_written_over(pretrained, base, capsys):
     assert cli.main(["pretrain", CONFIG, "--output", str(pretrained), *options(base)]) == 1
     assert f"{pretrained} holds a finished run (summary.json)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", [*MODELS, FOLDER / "imagenet.yaml"], ids=lambda path: path.stem)
-def test_a_configuration_says_and_does_what_its_header_shows(path: Path, base: Path) -> None:
+def test_a_configuration_says_and_does_what_its_header_shows(path, base):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     commands = re.findall(r"^#   python tools/pretrain\.py (.*)$", header, re.MULTILINE)
     assert any(str(path.relative_to(runs.CONFIGS.parent)) in command for command in commands)
@@ -371,8 +328,8 @@ def test_a_configuration_says_and_does_what_its_header_shows(path: Path, base: P
         assert weights == f"RUN/{WEIGHTS}"
 
 
-@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_a_model_runs_two_steps_as_it_is(path: Path, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", runs.mostly_slow(MODELS, "se_resnet50"), ids=lambda path: path.stem)
+def test_a_model_runs_two_steps_as_it_is(path, base, tmp_path):
     limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"]
     arguments = [str(path), *digits(base), *limits, "--data.views.size", "32", "--data.loader.batch_size", "2"]
     output = ["--output", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]

@@ -1,11 +1,14 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 
-from detpipe.commands.proposal_commands import main
+from detpipe import cli
 from detpipe.proposal_files.store import ProposalStore, write_store
 from detpipe.support.errors import DataError, UsageError
+
+main = partial(cli.run, group="proposals")
 
 
 @pytest.fixture

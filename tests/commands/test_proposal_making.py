@@ -59,7 +59,7 @@ def make(source: str, data: Path, out: Path, *options: str) -> ProposalStore:
     return ProposalStore(out)
 
 
-def test_a_voc_folder(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_voc_folder(voc, tmp_path, capsys):
     options = ("--split", "train", "--scales", "[8, 16]", "--stride", "4", "--max_boxes", "300")
     store = make("dense_grid", voc, tmp_path / "s.safetensors", *options)
     assert sorted(store) == list("abcde")
@@ -76,7 +76,7 @@ def test_a_voc_folder(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @scikit_image
-def test_a_folder_of_images_by_selective_search(pictures: Path, tmp_path: Path) -> None:
+def test_a_folder_of_images_by_selective_search(pictures, tmp_path):
     options = ("--scales", "[50, 120]", "--color_spaces", "[lab]", "--strategies", "[[size, fill], [color]]")
     store = make("selective_search", pictures, tmp_path / "one.safetensors", *options)
     source = SelectiveSearch(["lab"], [50, 120], [["size", "fill"], ["color"]])
@@ -93,9 +93,7 @@ def test_a_folder_of_images_by_selective_search(pictures: Path, tmp_path: Path) 
 @pytest.mark.slow
 @scikit_image
 @pytest.mark.parametrize("data", ["voc", "pictures"])
-def test_any_number_of_workers_makes_the_same_file(
-    data: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_any_number_of_workers_makes_the_same_file(data, request, tmp_path, capsys):
     source, options = {
         "voc": ("dense_grid", ("--split", "train", "--scales", "[8, 16]")),
         "pictures": ("selective_search", ("--scales", "[50]")),
@@ -108,14 +106,14 @@ def test_any_number_of_workers_makes_the_same_file(
 
 
 @scikit_image
-def test_a_union(pictures: Path, tmp_path: Path) -> None:
+def test_a_union(pictures, tmp_path):
     store = make("dense_grid+selective_search", pictures, tmp_path / "s.safetensors")
     union = make_source("dense_grid+selective_search")
     assert (store.source, store.settings) == ("union", json.loads(json.dumps(union.settings)))
     assert np.array_equal(store["05"].boxes, union.propose(pixels(pictures / "05.png"))[0])
 
 
-def test_a_coco_file_and_folder(tmp_path: Path) -> None:
+def test_a_coco_file_and_folder(tmp_path):
     path, folder = write_coco(tmp_path / "coco", split="val")
     one = make("dense_grid", path, tmp_path / "one.safetensors", "--images", str(folder))
     two = make("dense_grid", tmp_path / "coco", tmp_path / "two.safetensors", "--split", "val")
@@ -123,7 +121,7 @@ def test_a_coco_file_and_folder(tmp_path: Path) -> None:
     assert one.path.read_bytes() == two.path.read_bytes()
 
 
-def test_items_are_called_as_the_data_module_calls_them(voc: Path, pictures: Path, tmp_path: Path) -> None:
+def test_items_are_called_as_the_data_module_calls_them(voc, pictures, tmp_path):
     assert find_items(str(voc), "train")[0] == [(name, voc / "JPEGImages" / f"{name}.jpg") for name in "abcde"]
     assert [item.image_id for item in find_items(str(pictures), None)[0]] == [f"{number:02}" for number in range(12)]
     content = coco_content()
@@ -134,9 +132,7 @@ def test_items_are_called_as_the_data_module_calls_them(voc: Path, pictures: Pat
     assert len(find_items(str(path), None, str(folder), skip_bad=True)[0]) == 3
 
 
-def test_a_broken_image_stops_the_run_or_is_skipped(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_image_stops_the_run_or_is_skipped(pictures, tmp_path, capsys):
     (pictures / "03.png").write_bytes((pictures / "03.png").read_bytes()[:200])
     out = tmp_path / "s.safetensors"
     command = ["dense_grid", "--data", str(pictures), "-o", str(out)]
@@ -159,7 +155,7 @@ def test_a_broken_image_stops_the_run_or_is_skipped(
 
 
 @scikit_image
-def test_an_image_that_is_too_small_is_a_bad_one(pictures: Path, tmp_path: Path) -> None:
+def test_an_image_that_is_too_small_is_a_bad_one(pictures, tmp_path):
     Image.new("RGB", (6, 40)).save(pictures / "small.png")
     out = tmp_path / "s.safetensors"
     command = ["selective_search", "--data", str(pictures), "-o", str(out), "--scales", "[200]", "--skip_bad"]
@@ -169,14 +165,14 @@ def test_an_image_that_is_too_small_is_a_bad_one(pictures: Path, tmp_path: Path)
     assert len(ProposalStore(out)["small"].boxes) == 0
 
 
-def test_two_images_of_one_name_are_refused(pictures: Path, tmp_path: Path) -> None:
+def test_two_images_of_one_name_are_refused(pictures, tmp_path):
     (pictures / "more").mkdir()
     shutil.copy(pictures / "00.png", pictures / "more" / "00.png")
     with pytest.raises(DataError, match="have the same id '00'"):
         run_make(["dense_grid", "--data", str(pictures), "-o", str(tmp_path / "s.safetensors")])
 
 
-def test_other_settings_do_not_go_on_with_what_is_kept(pictures: Path, tmp_path: Path) -> None:
+def test_other_settings_do_not_go_on_with_what_is_kept(pictures, tmp_path):
     (pictures / "03.png").write_text("no image")
     command = ["dense_grid", "--data", str(pictures), "-o", str(tmp_path / "s.safetensors")]
     with pytest.raises(DataError, match="3 images are kept"):
@@ -205,9 +201,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(mistake[0]) for mistake in MISTAKES])
-def test_mistakes_are_said_in_one_line(
-    arguments: list[str], message: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_said_in_one_line(arguments, message, pictures, tmp_path, capsys):
     places = {"D": str(pictures), "O": str(tmp_path / "s.safetensors"), "D/missing": str(pictures / "missing")}
     places["D/00.png"] = str(pictures / "00.png")
     arguments = [places.get(word, word) for word in arguments]
@@ -221,13 +215,13 @@ def test_mistakes_are_said_in_one_line(
     assert not list(tmp_path.glob("*.safetensors*"))
 
 
-def test_an_empty_folder_is_said(tmp_path: Path) -> None:
+def test_an_empty_folder_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="empty holds no image"):
         run_make(["dense_grid", "--data", str(tmp_path / "empty"), "-o", str(tmp_path / "s.safetensors")])
 
 
-def test_what_is_missing_is_said_before_images_are_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_missing_is_said_before_images_are_looked_for(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
     monkeypatch.setitem(sys.modules, "skimage", None)
     out = str(tmp_path / "s.safetensors")
@@ -236,7 +230,7 @@ def test_what_is_missing_is_said_before_images_are_looked_for(monkeypatch: pytes
             run_make([name, "--data", str(tmp_path / "missing"), "-o", out])
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(capsys):
     assert run_make(["--help"]) == 0
     assert "usage: detpipe proposals make SOURCE" in capsys.readouterr().out
     assert run_make([]) == 2
@@ -259,7 +253,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pixel_format" not in shown
 
 
-def test_the_report_names_five_of_many_skipped_images(pictures: Path, tmp_path: Path) -> None:
+def test_the_report_names_five_of_many_skipped_images(pictures, tmp_path):
     store = make("dense_grid", pictures, tmp_path / "s.safetensors")
     summary = Summary(12, 12, 3.0, {str(number): "bad" for number in range(6)})
     lines = report(summary, store, 7.0).splitlines()
@@ -285,7 +279,7 @@ def with_rpn(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "rpn.ckpt"
 
 
-def test_a_checkpoint_gives_its_own_boxes(with_rpn: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_gives_its_own_boxes(with_rpn, pictures, tmp_path):
     for path in sorted(pictures.iterdir())[3:]:
         path.unlink()
     store = make(str(with_rpn), pictures, tmp_path / "s.safetensors", "--device", "cpu")
@@ -310,7 +304,7 @@ def test_a_checkpoint_gives_its_own_boxes(with_rpn: Path, pictures: Path, tmp_pa
         assert (boxes[:, 2:] <= [image.shape[2], image.shape[1]]).all()
 
 
-def test_a_checkpoint_without_an_rpn_or_none_at_all(trained: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_an_rpn_or_none_at_all(trained, pictures, tmp_path):
     rest = ["--data", str(pictures), "-o", str(tmp_path / "s.safetensors"), "--device", "cpu"]
     content = torch.load(trained / "best.ckpt", weights_only=True)
     content[checkpoint.KEY]["model"]["proposals"] = {"class_path": "detpipe.DenseGrid"}
@@ -368,7 +362,7 @@ def kill_at_random(runs: subprocess.Popen[str], journal: Path, seconds: float) -
 
 @pytest.mark.slow
 @scikit_image
-def test_kills_leave_no_trace(pictures: Path, tmp_path: Path) -> None:
+def test_kills_leave_no_trace(pictures, tmp_path):
     """Runs are killed at five random moments; the last one ends with the file of an undisturbed run."""
     options = [
         "selective_search",

@@ -34,9 +34,7 @@ def recall(demo_root: Path, *arguments: str) -> int:
     return cli.main(["proposals", "recall", *arguments, "--data", str(demo_root / "coco"), "--split", "val"])
 
 
-def test_tables_json_and_picture(
-    stores: list[str], demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tables_json_and_picture(stores, demo_root, tmp_path, capsys):
     out = tmp_path / "report"
     assert recall(demo_root, *stores[:2], "-o", str(out)) == 0
     shown = capsys.readouterr()
@@ -54,14 +52,12 @@ def test_tables_json_and_picture(
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
 
 
-def test_markdown(stores: list[str], demo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_markdown(stores, demo_root, capsys):
     assert recall(demo_root, stores[0], "--markdown") == 0
     assert "| right | " in capsys.readouterr().out
 
 
-def test_stores_of_one_source_go_by_their_files(
-    stores: list[str], demo_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stores_of_one_source_go_by_their_files(stores, demo_root, capsys):
     assert recall(demo_root, stores[0], stores[2], "--skip_missing") == 0
     shown = capsys.readouterr().out
     assert "1 of 6 images are not in every store, they are left out" in shown
@@ -69,9 +65,7 @@ def test_stores_of_one_source_go_by_their_files(
     assert "right (part)" in shown
 
 
-def test_bad_input_is_one_line(
-    stores: list[str], demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line(stores, demo_root, tmp_path, capsys):
     def failure(*arguments: str) -> str:
         assert cli.main(["proposals", "recall", *arguments]) in (1, 2)
         [line] = capsys.readouterr().err.splitlines()

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from detpipe.commands.training import RegionCLI, add_arguments
 from detpipe.demo import Demo, DemoScenes
 from detpipe.regions.region_classifier import RegionClassifier
 from detpipe.support.errors import CheckpointError
-from detpipe.training import callbacks, checkpoint
+from detpipe.training import checkpoint
 from detpipe.training.models import load_classifier, load_detector, load_region_classifier, load_region_model
 
 CONFIG = str(runs.CONFIGS / "region_classifier.yaml")
@@ -50,11 +46,6 @@ def options(root: Path, *more: str) -> list[str]:
     return [*runs.demo(root), *trainer, *sizes, *network, *more]
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 @pytest.fixture(scope="session")
 def trained_regions(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a tiny training; read it, do not write to it."""
@@ -65,15 +56,7 @@ def trained_regions(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Lightning ignores interrupts once it has seen one."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_a_run_leaves_everything_in_its_folder(trained_regions: Path) -> None:
+def test_a_run_leaves_everything_in_its_folder(trained_regions):
     assert {path.name for path in trained_regions.iterdir()} == {
         *("config.yaml", "metrics.csv", "tensorboard", "summary.json", "curves.png", "training.png"),
         *("best.ckpt", "best.ckpt.sha256", "last.ckpt", "last.ckpt.sha256"),
@@ -81,8 +64,10 @@ def test_a_run_leaves_everything_in_its_folder(trained_regions: Path) -> None:
     for name in ("curves.png", "training.png"):
         with Image.open(trained_regions / name) as image:
             assert min(image.size) > 100
-    summary = json.loads((trained_regions / "summary.json").read_text())
-    scores = [float(row["val/mean_class_accuracy"]) for row in rows(trained_regions) if row["val/mean_class_accuracy"]]
+    summary = runs.summary(trained_regions)
+    scores = [
+        float(row["val/mean_class_accuracy"]) for row in runs.rows(trained_regions) if row["val/mean_class_accuracy"]
+    ]
     assert len(scores) == 2
     assert summary["mean_class_accuracy"] == pytest.approx(max(scores), abs=1e-6)
     assert summary["epoch"] == scores.index(max(scores))
@@ -90,46 +75,32 @@ def test_a_run_leaves_everything_in_its_folder(trained_regions: Path) -> None:
     assert (summary["epochs"], summary["checkpoint"]) == (2, str(trained_regions / "best.ckpt"))
 
 
-def test_the_stored_configuration_trains_again_to_the_bit(
-    trained_regions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_stored_configuration_trains_again_to_the_bit(trained_regions, tmp_path, capsys):
     again = tmp_path / "again"
     assert cli.main(["train_regions", str(trained_regions / "config.yaml"), "--output", str(again)]) == 0
     found = RESULT.fullmatch(capsys.readouterr().out.splitlines()[-1])
     assert found is not None
     assert found[3] == str(again / "best.ckpt")
-    summary = json.loads((again / "summary.json").read_text())
+    summary = runs.summary(again)
     assert [float(found[1]), float(found[2])] == pytest.approx(
         [summary["mean_class_accuracy"], summary["accuracy"]], abs=6e-4
     )
     runs.assert_equal_weights(trained_regions / "last.ckpt", again / "last.ckpt")
 
 
-class StopAfter(callbacks.StepSeed):
-    """Interrupt training, as with the keyboard, in the second epoch."""
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch == 1 and batch_idx == 1:
-            raise KeyboardInterrupt
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
-    trained_regions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(trained_regions, tmp_path, capsys):
     folder, config = tmp_path / "run", str(trained_regions / "config.yaml")
-    with monkeypatch.context() as patched:
-        patched.setattr(callbacks, "StepSeed", StopAfter)
-        assert cli.main(["train_regions", config, "--output", str(folder)]) == 130
+    runs.interrupt(["train_regions", config, "--output", str(folder)])
     assert "interrupted" in capsys.readouterr().err
     assert cli.main(["train_regions", config, "--output", str(folder), "--ckpt_path", str(folder / "last.ckpt")]) == 0
     runs.assert_equal_weights(folder / "last.ckpt", trained_regions / "last.ckpt")
     keys = ("step", "train/loss", "val/accuracy", "val/loss")
-    assert [[row[k] for k in keys] for row in rows(folder)] == [[row[k] for k in keys] for row in rows(trained_regions)]
+    assert [[row[k] for k in keys] for row in runs.rows(folder)] == [
+        [row[k] for k in keys] for row in runs.rows(trained_regions)
+    ]
 
 
-def test_a_checkpoint_is_rebuilt_alone_and_scores_as_it_says(trained_regions: Path, demo_root: Path) -> None:
+def test_a_checkpoint_is_rebuilt_alone_and_scores_as_it_says(trained_regions, demo_root):
     model, description = load_region_classifier(trained_regions / "best.ckpt")
     assert isinstance(model, RegionClassifier)
     assert not model.training
@@ -141,11 +112,11 @@ def test_a_checkpoint_is_rebuilt_alone_and_scores_as_it_says(trained_regions: Pa
         image, target = data[0, index]
         [found] = model.predict([image], [target["boxes"]])
         hits += (found["labels"] == target["labels"]).tolist()
-    summary = json.loads((trained_regions / "summary.json").read_text())
+    summary = runs.summary(trained_regions)
     assert sum(hits) / len(hits) == pytest.approx(summary["accuracy"], abs=1e-6)
 
 
-def test_kinds_of_checkpoints_are_told_apart(trained_regions: Path, tmp_path: Path) -> None:
+def test_kinds_of_checkpoints_are_told_apart(trained_regions, tmp_path):
     path = trained_regions / "best.ckpt"
     for load, expected in (
         (load_detector, "a detector that 'detpipe train' wrote"),
@@ -168,9 +139,7 @@ def test_kinds_of_checkpoints_are_told_apart(trained_regions: Path, tmp_path: Pa
             load_region_classifier(tmp_path / "other.ckpt")
 
 
-def test_any_model_that_says_what_is_best_can_be_trained(
-    demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_any_model_that_says_what_is_best_can_be_trained(demo_root, tmp_path, capsys):
     arguments = ["train_regions", "--model", f"{__name__}.Constant", "--data", "Demo", *runs.demo(demo_root)]
     arguments += ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
     assert cli.main(arguments) == 2
@@ -228,23 +197,21 @@ class Constant(LightningModule):
         (["--ckpt_path", "nowhere.ckpt"], 1, "checkpoint nowhere.ckpt does not exist"),
     ],
 )
-def test_mistakes_are_one_line(
-    arguments: list[str], status: int, message: str, demo_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(arguments, status, message, demo_root, capsys):
     given = options(demo_root) if "--data" not in arguments and "SEResNet" not in arguments else []
     assert cli.main(["train_regions", CONFIG, *given, *arguments]) == status
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("detpipe: error:")]
     assert message in line
 
 
-def test_an_overlay_of_a_detector_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_overlay_of_a_detector_is_refused(capsys):
     assert cli.main(["train_regions", CONFIG, str(runs.CONFIGS / "data" / "bccd_small.yaml")]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("detpipe: error: model.proposals: unknown key; expected backbone, classification, context,")
 
 
 @pytest.mark.parametrize("path", [Path(CONFIG), OVERLAY], ids=lambda path: path.stem)
-def test_the_header_shows_the_command(path: Path) -> None:
+def test_the_header_shows_the_command(path):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     commands = re.findall(r"^#   python tools/train_regions\.py (.*)$", header, re.MULTILINE)
     assert commands
@@ -257,14 +224,7 @@ def test_the_header_shows_the_command(path: Path) -> None:
         assert (config.data.class_path, config.model.init_args.min_size) == expected
 
 
-def test_the_configuration_runs_as_it_is(demo_root: Path, tmp_path: Path) -> None:
-    limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"]
-    sizes = ["--model.min_size", "64", "--model.max_size", "64", "--data.loader.batch_size", "2"]
-    arguments = [CONFIG, *runs.demo(demo_root), *limits, *sizes, "--trainer.accelerator", "cpu"]
-    assert cli.main(["train_regions", *arguments, "--output", str(tmp_path / "run")]) == 0
-
-
-def test_the_examples_of_the_page_run_as_they_are_written(trained_regions: Path, demo_root: Path) -> None:
+def test_the_examples_of_the_page_run_as_they_are_written(trained_regions, demo_root):
     page = (runs.CONFIGS.parent / "docs" / "region_classifier.md").read_text(encoding="utf-8")
     train, predict = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
@@ -283,7 +243,7 @@ def test_the_examples_of_the_page_run_as_they_are_written(trained_regions: Path,
     assert len(names["labels"]) == 2
 
 
-def test_the_blood_cells_train_as_shown(shared_data: Path, tmp_path: Path) -> None:
+def test_the_blood_cells_train_as_shown(shared_data, tmp_path):
     limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"]
     sizes = ["--model.min_size", "64", "--model.max_size", "96", "--trainer.accelerator", "cpu"]
     arguments = [CONFIG, str(OVERLAY), "--data.root", str(shared_data / "bccd"), *limits, *sizes]

@@ -16,9 +16,7 @@ from .test_comparison import some_truth
 
 
 @pytest.mark.parametrize(("protocol", "others"), [("coco", 0), ("voc10", 2)])
-def test_each_run_is_matched_once_by_the_rules_of_a_protocol(
-    protocol: str, others: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_run_is_matched_once_by_the_rules_of_a_protocol(protocol, others, monkeypatch):
     annotations = some_truth()
     runs = {"one": jittered(annotations, 1, extra=20), "two": jittered(annotations, 2, extra=40)}
     expected = evaluate(annotations, runs["one"], protocol)

@@ -43,7 +43,7 @@ def reference(annotations: Path, rows: list[dict]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_golden_numbers(shared_data: Path, backend: Any) -> None:
+def test_golden_numbers(shared_data, backend):
     folder = shared_data / "golden_eval" / "coco"
     annotations = read_coco_annotations(folder / "instances_val2014_100.json")
     detections = read_detections(folder / "instances_val2014_fakebbox100_results.json", annotations)
@@ -57,7 +57,7 @@ def test_golden_numbers(shared_data: Path, backend: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_crowds_count_as_in_pycocotools_on_the_raw_file(shared_data: Path, tmp_path: Path, backend: Any) -> None:
+def test_crowds_count_as_in_pycocotools_on_the_raw_file(shared_data, tmp_path, backend):
     file = shared_data / "coco_mini" / "annotations" / "instances_val2017.json"
     annotations = read_coco_annotations(file)
     assert annotations.iscrowd.sum() == 7
@@ -90,7 +90,7 @@ def scenes(draw: st.DrawFn) -> tuple:
 
 @settings(deadline=None, max_examples=80)
 @given(scenes(), st.integers(0, 1000))
-def test_both_backends_agree_and_order_does_not_matter(scene: tuple, seed: int) -> None:
+def test_both_backends_agree_and_order_does_not_matter(scene, seed):
     annotations, detections = scene
     ours = flat(evaluate_coco(annotations, detections))
     np.testing.assert_allclose(ours, flat(evaluate_coco(annotations, detections, "pycocotools")), rtol=0, atol=1e-12)
@@ -98,7 +98,7 @@ def test_both_backends_agree_and_order_does_not_matter(scene: tuple, seed: int) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_perfect_detections_score_one_and_empty_classes_minus_one(backend: Any) -> None:
+def test_perfect_detections_score_one_and_empty_classes_minus_one(backend):
     annotations = truth([(5, 1, (0, 0, 50, 50)), (9, 1, (3, 4, 90, 80)), (9, 2, (1, 1, 20, 20))], [9, 5, 7], "abc")
     metrics = evaluate_coco(annotations, perfect(annotations), backend)
     for name in ("AP", "AP50", "AP75", "APs", "APm", "AR100", "ARs", "ARm"):
@@ -108,7 +108,7 @@ def test_perfect_detections_score_one_and_empty_classes_minus_one(backend: Any) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_detections_score_zero(backend: Any) -> None:
+def test_no_detections_score_zero(backend):
     boxes = ((0, 0, 20, 20), (0, 0, 50, 50), (0, 0, 200, 200))
     metrics = evaluate_coco(truth([(0, 1, box) for box in boxes], [0, 1], "ab"), found([]), backend)
     assert [metrics[name] for name in TWELVE] == [0.0] * 12
@@ -116,13 +116,13 @@ def test_no_detections_score_zero(backend: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_objects_at_all_is_not_zero_but_unknown(backend: Any) -> None:
+def test_no_objects_at_all_is_not_zero_but_unknown(backend):
     metrics = evaluate_coco(truth([], [3, 4]), found([(3, 1, 0.5, (0, 0, 9, 9))]), backend)
     assert set(flat(metrics)) == {-1.0}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_annotation_id_zero_is_found(tmp_path: Path, backend: Any) -> None:
+def test_annotation_id_zero_is_found(tmp_path, backend):
     file = tmp_path / "gt.json"
     box = {"image_id": 0, "category_id": 7, "bbox": [1, 2, 40, 40], "area": 1600, "iscrowd": 0}
     data = {"images": [{"id": 0}], "categories": [{"id": 7, "name": "cat"}], "annotations": [{"id": 0, **box}]}
@@ -131,7 +131,7 @@ def test_annotation_id_zero_is_found(tmp_path: Path, backend: Any) -> None:
     assert evaluate_coco(annotations, perfect(annotations), backend)["AP"] == pytest.approx(1.0)
 
 
-def test_a_crowd_swallows_what_lies_inside() -> None:
+def test_a_crowd_swallows_what_lies_inside():
     objects = [(1, 1, (0, 0, 40, 40)), (1, 1, (100, 100, 300, 300))]
     detections = found(
         [(1, 1, 0.9, (150, 150, 170, 170)), (1, 1, 0.8, (120, 110, 140, 150)), (1, 1, 0.5, objects[0][2])]
@@ -141,7 +141,7 @@ def test_a_crowd_swallows_what_lies_inside() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_difficult_object_is_neither_missed_nor_a_false_positive(backend: Any) -> None:
+def test_a_difficult_object_is_neither_missed_nor_a_false_positive(backend):
     plain, hard = (0, 0, 40, 40), (100, 100, 200, 200)
     annotations = truth([(1, 1, plain), (1, 1, hard)], [1], difficult=[1])
     hit, on_hard, inside_hard = (1, 1, 0.5, plain), (1, 1, 0.9, hard), (1, 1, 0.9, (110, 110, 130, 130))
@@ -155,7 +155,7 @@ def test_a_difficult_object_is_neither_missed_nor_a_false_positive(backend: Any)
     assert ap(hit, inside_hard) == pytest.approx(0.5)  # unlike a crowd, it does not cover what lies inside
 
 
-def test_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed(capsys):
     annotations = truth([(1, 1, (0, 0, 40, 40))], [1])
     for backend in BACKENDS:
         evaluate_coco(annotations, perfect(annotations), backend)
@@ -163,7 +163,7 @@ def test_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
-def test_a_score_that_is_not_finite_names_the_record(score: float) -> None:
+def test_a_score_that_is_not_finite_names_the_record(score):
     box = (0.0, 0.0, 4.0, 4.0)
     detections = found([(8, 1, 0.5, box), (8, 1, score, box), (8, 1, score, box)])
     with pytest.raises(DataError, match=r"detection 1 \(image id 8, label 1\): the score is -?(nan|inf).*2 of 3"):
@@ -180,13 +180,13 @@ def test_a_score_that_is_not_finite_names_the_record(score: float) -> None:
         ((8, 0, 0.5, (0, 0, 4, 4)), "the label is 0"),
     ],
 )
-def test_an_unsound_detection_names_the_record(row: tuple, message: str) -> None:
+def test_an_unsound_detection_names_the_record(row, message):
     good = (8, 1, 0.5, (0, 0, 4, 4))
     with pytest.raises(DataError, match=rf"detection 2 .*{message}"):
         evaluate_coco(truth([(8, 1, (0, 0, 4, 4))], [8]), found([good, good, row, row]))
 
 
-def test_unsound_ground_truth_is_refused() -> None:
+def test_unsound_ground_truth_is_refused():
     good = truth([(8, 1, (0, 0, 4, 4)), (9, 1, (0, 0, 4, 4)), (9, 2, (0, 0, 4, 4))], [8, 9], "ab")
     for fault, message in [
         ({"boxes": good.boxes * [1, 1, 1, np.nan]}, "box 0 of image id 8 .8.jpg.: the box is"),
@@ -203,6 +203,6 @@ def test_unsound_ground_truth_is_refused() -> None:
         evaluate_coco(truth([], []), found([]))
 
 
-def test_an_unknown_backend_is_refused() -> None:
+def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'detpipe' or 'pycocotools', got 'torchmetrics'"):
         evaluate_coco(truth([], [1]), found([]), "torchmetrics")  # type: ignore[arg-type]

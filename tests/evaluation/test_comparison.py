@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.evaluation import evaluate_coco, evaluate_voc
+from detpipe.evaluation.coco import mean_known
 from detpipe.evaluation.comparison import compare, draw_images, weighted_precision
 from detpipe.evaluation.matches import match, match_voc
-from detpipe.evaluation.precision_recall import mean_known
 from detpipe.types import Annotations, DetectionArrays
 
 from .builders import found, jittered, perfect, truth
@@ -56,7 +56,7 @@ def coco_numbers(values: np.ndarray) -> list[float]:
 
 @settings(deadline=None, max_examples=60)
 @given(scenes(), st.data())
-def test_weights_are_copies_of_images(scene: tuple, data: st.DataObject) -> None:
+def test_weights_are_copies_of_images(scene, data):
     annotations, detections = scene[0], distinct(scene[1])
     weights = data.draw(st.lists(st.integers(0, 3), min_size=len(annotations), max_size=len(annotations)))
     if not sum(weights):
@@ -70,7 +70,7 @@ def test_weights_are_copies_of_images(scene: tuple, data: st.DataObject) -> None
 
 @settings(deadline=None, max_examples=60)
 @given(scenes())
-def test_without_resampling_it_is_the_number_of_coco_and_of_voc(scene: tuple) -> None:
+def test_without_resampling_it_is_the_number_of_coco_and_of_voc(scene):
     annotations, detections = scene
     once = np.ones((1, len(annotations)), np.int32)
     values = weighted_precision(match(annotations, detections, areas=["all"]), once)[0]
@@ -82,7 +82,7 @@ def test_without_resampling_it_is_the_number_of_coco_and_of_voc(scene: tuple) ->
         assert float(np.nan_to_num(mean_known(values), nan=-1.0)) == pytest.approx(expected["mAP"], abs=1e-12)
 
 
-def test_every_draw_is_the_evaluation_of_its_copies() -> None:
+def test_every_draw_is_the_evaluation_of_its_copies():
     annotations = some_truth()
     runs = [distinct(jittered(annotations, seed), seed) for seed in (1, 2)]
     draws = draw_images(len(annotations), 5, seed=3)
@@ -93,7 +93,7 @@ def test_every_draw_is_the_evaluation_of_its_copies() -> None:
             assert coco_numbers(value[row])[:2] == pytest.approx([expected["AP"], expected["AP50"]], abs=1e-12)
 
 
-def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_change_nothing(monkeypatch):
     annotations = some_truth()
     matches, draws = match(annotations, jittered(annotations, 1), areas=["all"]), draw_images(12, 7, seed=3)
     whole = weighted_precision(matches, draws)
@@ -101,7 +101,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(weighted_precision(matches, draws), whole)
 
 
-def test_draws_are_of_as_many_images_and_follow_the_seed() -> None:
+def test_draws_are_of_as_many_images_and_follow_the_seed():
     draws = draw_images(50, 200, seed=1)
     assert (draws.sum(axis=1) == 50).all()
     np.testing.assert_array_equal(draws, draw_images(50, 200, seed=1))
@@ -109,7 +109,7 @@ def test_draws_are_of_as_many_images_and_follow_the_seed() -> None:
     assert abs((draws == 0).mean() - (1 - 1 / 50) ** 50) < 0.02
 
 
-def test_a_run_against_itself_differs_by_nothing() -> None:
+def test_a_run_against_itself_differs_by_nothing():
     annotations = some_truth()
     run = jittered(annotations, 1)
     result = compare(annotations, {"one": run, "again": run}, resamples=50)
@@ -120,7 +120,7 @@ def test_a_run_against_itself_differs_by_nothing() -> None:
     assert result["runs"][0]["metrics"] == result["runs"][1]["metrics"]
 
 
-def test_a_better_run_is_better_in_every_draw_and_equal_seeds_agree() -> None:
+def test_a_better_run_is_better_in_every_draw_and_equal_seeds_agree():
     annotations = some_truth(40)
     runs = {"poor": jittered(annotations, 1), "perfect": perfect(annotations), "other": jittered(annotations, 2)}
     result = compare(annotations, runs, resamples=100, seed=4)
@@ -142,7 +142,7 @@ def test_a_better_run_is_better_in_every_draw_and_equal_seeds_agree() -> None:
     assert compare(annotations, runs, resamples=100, seed=5) != result
 
 
-def test_voc_protocols_compare_their_map() -> None:
+def test_voc_protocols_compare_their_map():
     annotations = some_truth()
     runs = {"one": jittered(annotations, 1), "two": jittered(annotations, 2)}
     for protocol in ("voc07", "voc10"):
@@ -152,7 +152,7 @@ def test_voc_protocols_compare_their_map() -> None:
             assert run["metrics"]["mAP"]["value"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
     """Of 40 samples of a large population, some 90% of the 90% intervals hold the population's difference."""
     population = some_truth(400, seed=1)
     runs = {"one": distinct(jittered(population, 1), 1), "two": distinct(jittered(population, 2), 2)}
@@ -170,7 +170,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     assert 30 <= inside <= 40
 
 
-def test_time_grows_with_draws_not_with_matching() -> None:
+def test_time_grows_with_draws_not_with_matching():
     annotations = some_truth(300)
     runs = {"one": jittered(annotations, 1), "two": jittered(annotations, 2)}
     begin = time.perf_counter()
@@ -178,7 +178,7 @@ def test_time_grows_with_draws_not_with_matching() -> None:
     assert time.perf_counter() - begin < 30  # a quarter of a second on an idle core; evaluating each anew takes minutes
 
 
-def test_classes_without_objects_are_unknown() -> None:
+def test_classes_without_objects_are_unknown():
     annotations = truth([(1, 1, (0, 0, 9, 9))], [1, 2], "ab")
     run = found([(1, 1, 0.5, (0, 0, 9, 9)), (2, 2, 0.5, (0, 0, 9, 9))])
     result = compare(annotations, {"a": run, "b": run}, resamples=20)
@@ -190,7 +190,7 @@ def test_classes_without_objects_are_unknown() -> None:
     }
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused():
     annotations, run = truth([], [1]), found([])
     for arguments, message in [
         (({"a": run},), "two or more runs, got 1"),

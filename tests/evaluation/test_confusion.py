@@ -15,7 +15,7 @@ from .test_error_types import slow_iou, slow_records
 BOX, FAR, ELSEWHERE = (0, 0, 100, 100), (500, 500, 600, 600), (800, 0, 850, 50)
 
 
-def test_a_case_worked_by_hand() -> None:
+def test_a_case_worked_by_hand():
     annotations = truth([(1, 1, BOX), (1, 2, FAR), (2, 1, BOX)], [1, 2], ["cat", "dog"])
     rows = [
         (1, 1, 0.9, BOX),  # cat found
@@ -29,24 +29,24 @@ def test_a_case_worked_by_hand() -> None:
     assert detection_confusion(annotations, found(rows), 0.95).tolist() == [[0, 0, 2], [0, 0, 1], [0, 0, 0]]
 
 
-def test_a_score_equal_to_the_threshold_counts() -> None:
+def test_a_score_equal_to_the_threshold_counts():
     annotations = truth([(1, 1, BOX)], [1])
     assert detection_confusion(annotations, found([(1, 1, 0.5, BOX)]), 0.5).tolist() == [[1, 0], [0, 0]]
 
 
-def test_ignored_objects_are_not_counted_found_or_not() -> None:
+def test_ignored_objects_are_not_counted_found_or_not():
     annotations = truth([(1, 1, BOX), (1, 2, FAR)], [1], "ab", crowd=[0], difficult=[1])
     assert not detection_confusion(annotations, found([]), 0).any()
     rows = [(1, 2, 0.9, (10, 10, 20, 20)), (1, 1, 0.8, (30, 30, 40, 40)), (1, 1, 0.7, FAR)]
     assert not detection_confusion(annotations, found(rows), 0).any()
 
 
-def test_more_than_a_hundred_detections_of_an_image_count() -> None:
+def test_more_than_a_hundred_detections_of_an_image_count():
     rows = [(1, 1, 0.9, (i, 0, i + 1, 1)) for i in range(150)]
     assert detection_confusion(truth([(1, 1, FAR)], [1]), found(rows), 0.5).tolist() == [[0, 1], [150, 0]]
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused():
     with pytest.raises(ValueError, match="above 0 and at most 1, got 0"):
         detection_confusion(truth([], [1]), found([]), 0.5, 0)
 
@@ -85,7 +85,7 @@ def slow(annotations: Annotations, detections: DetectionArrays, score: float) ->
 
 @settings(deadline=None, max_examples=100)
 @given(scenes())
-def test_it_is_what_the_definition_says(scene: tuple) -> None:
+def test_it_is_what_the_definition_says(scene):
     annotations, detections = scene
     ordered = match(annotations, detections, [0.5]).detections  # ties between scores as everywhere
     for score in (0.0, 0.5):
@@ -101,6 +101,6 @@ def test_it_is_what_the_definition_says(scene: tuple) -> None:
         )
 
 
-def test_perfect_detections_lie_on_the_diagonal() -> None:
+def test_perfect_detections_lie_on_the_diagonal():
     annotations = truth([(5, 1, BOX), (9, 2, (3, 4, 90, 80)), (9, 3, FAR)], [9, 5], "abc")
     assert detection_confusion(annotations, perfect(annotations), 0.0).tolist() == np.diag([1, 1, 1, 0]).tolist()

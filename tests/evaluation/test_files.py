@@ -41,7 +41,7 @@ def write(path: Path, data: Any) -> Path:
     return path
 
 
-def test_a_sound_file_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_sound_file_is_read_as_it_is(tmp_path):
     annotations = read_coco_annotations(write(tmp_path / "gt.json", sound()))
     assert annotations.class_names == ("person", "train", "toothbrush")
     assert annotations.category_ids == (1, 7, 90)
@@ -56,7 +56,7 @@ def test_a_sound_file_is_read_as_it_is(tmp_path: Path) -> None:
     assert annotations.counts["areas taken from boxes"] == 1
 
 
-def test_images_without_objects_and_bare_images_are_read(tmp_path: Path) -> None:
+def test_images_without_objects_and_bare_images_are_read(tmp_path):
     data = sound() | {"annotations": [], "images": [{"id": 4}]}
     annotations = read_coco_annotations(write(tmp_path / "gt.json", data))
     assert annotations.offsets.tolist() == [0, 0]
@@ -97,7 +97,7 @@ def drop(section: str, row: int, field: str) -> Callable[[dict], None]:
         (edit("images", 0, width="64"), "image id 12 .b.jpg.: field width must be .*got '64'"),
     ],
 )
-def test_a_fault_names_file_record_and_field(tmp_path: Path, fault: Callable[[dict], None], message: str) -> None:
+def test_a_fault_names_file_record_and_field(tmp_path, fault, message):
     data = sound()
     fault(data)
     with pytest.raises(DataError, match=rf"gt\.json: {message}") as error:
@@ -106,7 +106,7 @@ def test_a_fault_names_file_record_and_field(tmp_path: Path, fault: Callable[[di
 
 
 @pytest.mark.parametrize("value", [True, 1])
-def test_iscrowd_may_be_true(tmp_path: Path, value: Any) -> None:
+def test_iscrowd_may_be_true(tmp_path, value):
     data = sound()
     data["annotations"][2].update(iscrowd=value, difficult=value)
     annotations = read_coco_annotations(write(tmp_path / "gt.json", data))
@@ -132,13 +132,13 @@ def row(**fields: Any) -> dict[str, Any]:
         ([1, 2], r"expected an object with the field 'image_id', got \[1, 2\]"),
     ],
 )
-def test_a_bad_detection_names_record_and_field(tmp_path: Path, bad: Any, message: str) -> None:
+def test_a_bad_detection_names_record_and_field(tmp_path, bad, message):
     annotations = read_coco_annotations(write(tmp_path / "gt.json", sound()))
     with pytest.raises(DataError, match=rf"dets\.json: record 1: {message}"):
         read_detections(write(tmp_path / "dets.json", [row(), bad, bad]), annotations)
 
 
-def test_a_score_beyond_floats_and_a_nan_are_refused(tmp_path: Path) -> None:
+def test_a_score_beyond_floats_and_a_nan_are_refused(tmp_path):
     annotations = read_coco_annotations(write(tmp_path / "gt.json", sound()))
     file = write(tmp_path / "dets.json", [row(score=float("nan"))])
     with pytest.raises(DataError, match=r"dets\.json: line 1 column \d+: NaN is not a number"):
@@ -150,7 +150,7 @@ def test_a_score_beyond_floats_and_a_nan_are_refused(tmp_path: Path) -> None:
         read_detections(write(file, {"annotations": []}), annotations)
 
 
-def test_files_keep_ids_and_every_bit(tmp_path: Path) -> None:
+def test_files_keep_ids_and_every_bit(tmp_path):
     rng = np.random.default_rng(0)
     annotations = truth([], [12, 3], ["person", "train", "toothbrush"], category_ids=[1, 7, 2**24 + 1])
     corners = rng.uniform(0, 300, (500, 2, 2)).astype(np.float32)
@@ -166,14 +166,14 @@ def test_files_keep_ids_and_every_bit(tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(again, field), getattr(wanted, field))
 
 
-def test_no_detections_make_an_empty_list(tmp_path: Path) -> None:
+def test_no_detections_make_an_empty_list(tmp_path):
     annotations = truth([(3, 1, (0, 0, 4, 4))], [3])
     write_detections(tmp_path / "dets.json", found([]), annotations)
     assert json.loads((tmp_path / "dets.json").read_text()) == []
     assert evaluate_coco(annotations, read_detections(tmp_path / "dets.json", annotations))["AP"] == 0.0
 
 
-def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
     annotations = truth([], [3])
     file = tmp_path / "dets.json"
     write_detections(file, found([(3, 1, 0.5, (0, 0, 4, 4))]), annotations)

@@ -144,7 +144,7 @@ def scenes(draw: st.DrawFn) -> tuple[Annotations, DetectionArrays]:
 
 @settings(deadline=None, max_examples=60)
 @given(scenes(), st.sampled_from([1, 3, 300]), st.integers(0, 1000))
-def test_it_agrees_with_the_rules_taken_one_by_one(scene: tuple, limit: int, seed: int) -> None:
+def test_it_agrees_with_the_rules_taken_one_by_one(scene, limit, seed):
     annotations, detections = scene
     got = evaluate_lvis(annotations, detections, limit)
     want = slow(annotations, detections, limit)
@@ -154,7 +154,7 @@ def test_it_agrees_with_the_rules_taken_one_by_one(scene: tuple, limit: int, see
     assert evaluate_lvis(annotations, shuffled(detections, seed), limit) == got
 
 
-def test_what_was_not_searched_for_does_not_count() -> None:
+def test_what_was_not_searched_for_does_not_count():
     """By hand: a perfect cat; a dog where none was looked for, and one where it is known to be absent."""
     box: Box = (0, 0, 40, 40)
     plain = truth([(1, 1, box), (2, 2, box)], [1, 2, 3], ["cat", "dog"])
@@ -170,7 +170,7 @@ def test_what_was_not_searched_for_does_not_count() -> None:
     assert evaluate(plain, found(stray), "coco")["AP"] == pytest.approx(0.75)
 
 
-def test_the_limit_is_of_the_image_not_of_the_class() -> None:
+def test_the_limit_is_of_the_image_not_of_the_class():
     box: Box = (0, 0, 40, 40)
     annotations = federated(truth([(1, 1, box), (1, 2, box)], [1], "ab"), [], [], "ff")
     rows = found([(1, 1, 0.9, box), (1, 1, 0.8, (50, 50, 60, 60)), (1, 2, 0.7, box)])
@@ -193,7 +193,7 @@ def lvis_file(path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_reading_a_file(tmp_path: Path) -> None:
+def test_reading_a_file(tmp_path):
     annotations = read_coco_annotations(lvis_file(tmp_path / "lvis.json"))
     assert annotations.federation is not None
     assert annotations.federation.negative.tolist() == [[4, 2]]
@@ -217,11 +217,11 @@ def test_reading_a_file(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_faults_of_a_file_are_named(tmp_path: Path, changes: dict, message: str) -> None:
+def test_faults_of_a_file_are_named(tmp_path, changes, message):
     with pytest.raises(DataError, match=message):
         read_coco_annotations(lvis_file(tmp_path / "lvis.json", **changes))
 
 
-def test_without_a_federation_it_is_refused() -> None:
+def test_without_a_federation_it_is_refused():
     with pytest.raises(DataError, match="does not say for which classes each image was searched"):
         evaluate(truth([(1, 1, (0, 0, 4, 4))], [1]), found([]), "lvis")

@@ -2,17 +2,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from detpipe.evaluation import canonical_order, evaluate_coco, read_coco_annotations, read_detections
+from detpipe.evaluation import canonical_order, read_coco_annotations
 from detpipe.evaluation.calibration import calibrate, calibration_by_class, operating_point
+from detpipe.evaluation.coco import RECALL_LEVELS, mean_known, precision_by_recall
 from detpipe.evaluation.matches import AREAS, IOU_THRESHOLDS, describe_area, match
-from detpipe.evaluation.precision_recall import RECALL_LEVELS, mean_known, precision_by_recall, recall
 from detpipe.evaluation.records import box_sizes
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations, DetectionArrays
@@ -88,48 +87,17 @@ def assert_same_matches(annotations: Annotations, detections: DetectionArrays) -
 
 @settings(deadline=None, max_examples=80)
 @given(scenes())
-def test_each_match_is_that_of_pycocotools(scene: tuple) -> None:
+def test_each_match_is_that_of_pycocotools(scene):
     assert_same_matches(*scene)
 
 
-def test_matches_of_real_crowds_are_those_of_pycocotools(shared_data: Path) -> None:
+def test_matches_of_real_crowds_are_those_of_pycocotools(shared_data):
     annotations = read_coco_annotations(shared_data / "coco_mini" / "annotations" / "instances_val2017.json")
     assert annotations.iscrowd.sum() == 7
     assert assert_same_matches(annotations, builders.jittered(annotations, seed=3)) > 2000
 
 
-def assert_equal_to_coco(annotations: Annotations, detections: DetectionArrays) -> None:
-    expected, ours = evaluate_coco(annotations, detections), match(annotations, detections)
-    by_area = [mean_known(precision_by_recall(ours, area), axis=2) for area in range(4)]
-    numbers = {
-        "AP": mean_known(by_area[0]),
-        "AP50": mean_known(by_area[0][0]),
-        "AP75": mean_known(by_area[0][5]),
-        **{f"AP{name}": mean_known(by_area[area]) for area, name in ((1, "s"), (2, "m"), (3, "l"))},
-        "AR100": mean_known(recall(ours)),
-        **{f"AR{name}": mean_known(recall(ours, area)) for area, name in ((1, "s"), (2, "m"), (3, "l"))},
-    }
-    for name, value in numbers.items():
-        assert np.nan_to_num(value, nan=-1.0) == pytest.approx(expected[name], abs=1e-12), name
-    classes = np.nan_to_num(mean_known(by_area[0], axis=0), nan=-1.0)
-    np.testing.assert_allclose(classes, list(expected["per_class"].values()), rtol=0, atol=1e-12)
-
-
-@settings(deadline=None, max_examples=80)
-@given(scenes())
-def test_average_precision_is_that_of_coco(scene: tuple) -> None:
-    assert_equal_to_coco(*scene)
-
-
-def test_golden_numbers(shared_data: Path) -> None:
-    folder = shared_data / "golden_eval" / "coco"
-    annotations = read_coco_annotations(folder / "instances_val2014_100.json")
-    detections = read_detections(folder / "instances_val2014_fakebbox100_results.json", annotations)
-    assert_equal_to_coco(annotations, detections)
-    assert mean_known(precision_by_recall(match(annotations, detections))) == pytest.approx(0.504581, abs=1e-6)
-
-
-def test_curves_are_those_of_pycocotools(shared_data: Path) -> None:
+def test_curves_are_those_of_pycocotools(shared_data):
     annotations = read_coco_annotations(shared_data / "coco_mini" / "annotations" / "instances_val2017.json")
     detections = builders.jittered(annotations, seed=1)
     evaluator = reference_evaluator(annotations, detections, accumulate=True)
@@ -141,7 +109,7 @@ def test_curves_are_those_of_pycocotools(shared_data: Path) -> None:
         np.testing.assert_allclose(curves, expected, rtol=0, atol=1e-12)
 
 
-def test_a_case_worked_by_hand() -> None:
+def test_a_case_worked_by_hand():
     """Two cats; the best detection is wrong, the next two are right: precision 1/2 at recall 1/2, 2/3 at recall 1."""
     annotations = truth([(1, 1, (0, 0, 10, 10)), (1, 1, (20, 0, 30, 10))], [1])
     detections = found(
@@ -155,7 +123,7 @@ def test_a_case_worked_by_hand() -> None:
     np.testing.assert_allclose(precision_by_recall(matches)[:, 0], np.full((10, 101), 2 / 3))
 
 
-def test_of_equal_overlaps_the_later_object_and_of_all_the_one_that_counts() -> None:
+def test_of_equal_overlaps_the_later_object_and_of_all_the_one_that_counts():
     box = (0, 0, 10, 10)
     annotations = truth([(1, 1, box), (1, 1, box), (1, 1, box)], [1], difficult=[2])
     matches = match(annotations, found([(1, 1, 0.9 - i / 10, box) for i in range(4)]))
@@ -163,7 +131,7 @@ def test_of_equal_overlaps_the_later_object_and_of_all_the_one_that_counts() -> 
     assert matches.ignored[0, 0].tolist() == [False, False, True, False]
 
 
-def test_a_crowd_is_never_used_up() -> None:
+def test_a_crowd_is_never_used_up():
     annotations = truth([(1, 1, (0, 0, 100, 100))], [1], crowd=[0])
     matches = match(annotations, found([(1, 1, 0.5, (10, 10, 20, 20))] * 3))
     assert matches.objects[0, 0].tolist() == [0, 0, 0]
@@ -172,7 +140,7 @@ def test_a_crowd_is_never_used_up() -> None:
     assert np.isnan(precision_by_recall(matches)).all()
 
 
-def test_only_the_best_hundred_of_an_image_and_class_count() -> None:
+def test_only_the_best_hundred_of_an_image_and_class_count():
     rows = [(1, 1, i / 200, (0, 0, 10, 10)) for i in range(150)] + [
         (2, 1, 0.01, (0, 0, 9, 9)),
         (1, 2, 0.01, (0, 0, 9, 9)),
@@ -184,22 +152,22 @@ def test_only_the_best_hundred_of_an_image_and_class_count() -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(scenes())
-def test_arrival_order_does_not_matter(scene: tuple) -> None:
+def test_arrival_order_does_not_matter(scene):
     annotations, detections = scene
     one, other = match(annotations, detections), match(annotations, shuffled(detections, 5))
     np.testing.assert_array_equal(one.objects, other.objects)
     np.testing.assert_array_equal(one.detections.boxes, other.detections.boxes)
 
 
-def test_blocks_of_pairs_change_nothing(monkeypatch: pytest.MonkeyPatch, shared_data: Path) -> None:
+def test_blocks_of_pairs_change_nothing(monkeypatch, shared_data):
     annotations = read_coco_annotations(shared_data / "coco_mini" / "annotations" / "instances_val2017.json")
     detections = builders.jittered(annotations, seed=4)
     whole = match(annotations, detections).objects
-    monkeypatch.setattr("detpipe.evaluation.pairs._BLOCK", 7)
+    monkeypatch.setattr("detpipe.evaluation.matches._BLOCK", 7)
     np.testing.assert_array_equal(match(annotations, detections).objects, whole)
 
 
-def test_no_detections_and_no_objects() -> None:
+def test_no_detections_and_no_objects():
     matches = match(truth([(1, 1, (0, 0, 9, 9))], [1]), found([]))
     assert len(matches) == 0
     assert matches.missed().tolist() == [True]
@@ -207,7 +175,7 @@ def test_no_detections_and_no_objects() -> None:
     assert np.isnan(precision_by_recall(match(truth([], [1]), found([])))).all()
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused():
     annotations = truth([(1, 1, (0, 0, 9, 9))], [1])
     with pytest.raises(ValueError, match=r"above 0 and at most 1, got \[0\.0, 0\.5\]"):
         match(annotations, found([]), [0.0, 0.5])
@@ -215,7 +183,7 @@ def test_what_is_refused() -> None:
         match(annotations, found([(1, 1, float("nan"), (0, 0, 9, 9))]))
 
 
-def test_names_of_areas() -> None:
+def test_names_of_areas():
     assert [describe_area(name) for name in AREAS] == [
         "all sizes",
         "up to 32 x 32 pixels",
@@ -224,7 +192,7 @@ def test_names_of_areas() -> None:
     ]
 
 
-def test_calibration_worked_by_hand() -> None:
+def test_calibration_worked_by_hand():
     scores = np.array([0.05, 0.15, 0.15, 0.95, 1.0, 0.95, 0.95])
     right = np.array([0, 1, 0, 1, 1, 1, 0], bool)
     diagram = calibrate(scores, right)
@@ -237,7 +205,7 @@ def test_calibration_worked_by_hand() -> None:
         calibrate(np.array([0.5, 1.5]), np.array([True, True]))
 
 
-def test_calibration_leaves_out_what_is_ignored_and_knows_the_classes() -> None:
+def test_calibration_leaves_out_what_is_ignored_and_knows_the_classes():
     box, crowd = (0, 0, 50, 50), (100, 100, 300, 300)
     annotations = truth([(1, 1, box), (1, 1, crowd)], [1], "ab", crowd=[1])
     rows = [(1, 1, 0.8, box), (1, 1, 0.3, (120, 120, 140, 140)), (1, 2, 0.6, box)]
@@ -247,7 +215,7 @@ def test_calibration_leaves_out_what_is_ignored_and_knows_the_classes() -> None:
     assert calibration_by_class(match(annotations, found([(1, 1, 7.0, box)]))) is None
 
 
-def test_operating_point() -> None:
+def test_operating_point():
     boxes = [(0, 0, 9, 9), (20, 0, 29, 9), (40, 0, 49, 9), (60, 0, 69, 9)]
     annotations = truth([(1, 1, box) for box in boxes], [1])
     wrong = (500, 500, 510, 510)
@@ -262,7 +230,7 @@ def test_operating_point() -> None:
     assert (nothing.score, nothing.precision, nothing.recall, nothing.f1) == (0.5, 0, 0, 0)
 
 
-def test_perfect_detections_leave_nothing() -> None:
+def test_perfect_detections_leave_nothing():
     annotations = truth([(5, 1, (0, 0, 50, 50)), (9, 1, (3, 4, 90, 80)), (9, 2, (1, 1, 20, 20))], [9, 5, 7], "abc")
     matches = match(annotations, perfect(annotations))
     assert matches.true(0, 9).all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,7 +57,7 @@ MISTAKES: list[tuple[str, Change]] = [
 
 
 @pytest.mark.parametrize(("name", "change"), MISTAKES, ids=[name for name, _ in MISTAKES])
-def test_a_mistake_is_named_with_the_recall_that_it_costs(name: str, change: Change) -> None:
+def test_a_mistake_is_named_with_the_recall_that_it_costs(name, change):
     annotations, proposals, sizes = scenes()
     wrong = {image: change(boxes.astype(float), sizes[image]) for image, boxes in proposals.items()}
     first, *others = likely_faults(annotations, wrong)
@@ -67,14 +66,14 @@ def test_a_mistake_is_named_with_the_recall_that_it_costs(name: str, change: Cha
     assert not others
 
 
-def test_another_frame_is_named_though_no_box_reaches_the_border() -> None:
+def test_another_frame_is_named_though_no_box_reaches_the_border():
     annotations, proposals, sizes = scenes()
     wrong = {image: boxes[:24] * (800 / min(sizes[image])) for image, boxes in proposals.items()}
     [fault] = likely_faults(annotations, wrong)
     assert fault.startswith("the boxes are of images resized to a shorter side of 800 pixels")
 
 
-def test_boxes_of_other_images_are_suspected() -> None:
+def test_boxes_of_other_images_are_suspected():
     annotations, proposals, _ = scenes()
     ids = list(proposals)
     wrong = dict(zip(ids, [proposals[image] for image in ids[7:] + ids[:7]], strict=True))
@@ -82,7 +81,7 @@ def test_boxes_of_other_images_are_suspected() -> None:
     assert "the boxes of the next image would find as many objects" in fault
 
 
-def test_pixels_counted_from_one_are_told_by_the_borders() -> None:
+def test_pixels_counted_from_one_are_told_by_the_borders():
     annotations, proposals, _ = scenes()
     [fault] = likely_faults(annotations, {image: np.c_[b[:, :2] + 1, b[:, 2:]] for image, b in proposals.items()})
     assert fault.startswith("pixels are counted from 1")
@@ -114,18 +113,18 @@ def random_boxes(b: np.ndarray, s: tuple[int, int]) -> np.ndarray:
     ],
     ids=["right", "few", "shifted", "none", "small", "medium", "large"],
 )
-def test_right_boxes_are_called_right(change: Change) -> None:
+def test_right_boxes_are_called_right(change):
     annotations, proposals, sizes = scenes()
     assert likely_faults(annotations, {i: change(b.astype(float), sizes[i]) for i, b in proposals.items()}) == []
 
 
-def test_random_boxes_are_at_most_called_independent_of_the_image() -> None:
+def test_random_boxes_are_at_most_called_independent_of_the_image():
     annotations, proposals, sizes = scenes()
     for fault in likely_faults(annotations, {i: random_boxes(b, sizes[i]) for i, b in proposals.items()}):
         assert "boxes that do not depend on the image" in fault
 
 
-def test_the_note_before_training() -> None:
+def test_the_note_before_training():
     annotations, proposals, _ = scenes()
     assert recall_note(annotations, proposals, "train") == (
         "proposals of train: 27 an image, recall at IoU .5 is 1.000",
@@ -143,7 +142,8 @@ def test_the_note_before_training() -> None:
     assert "no objects" in recall_note(annotations_of([{"boxes": []}]), {1: np.zeros((0, 4))}, "val")[0]
 
 
-def test_real_boxes_of_real_images(shared_data: Path) -> None:
+@pytest.mark.slow
+def test_real_boxes_of_real_images(shared_data):
     data = open_split(
         str(shared_data / "coco_mini" / "annotations" / "instances_val2017.json"),
         None,

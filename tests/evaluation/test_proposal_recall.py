@@ -102,7 +102,7 @@ def coco_average_recall(annotations: Annotations, proposals: Boxes, max_boxes: l
 
 @settings(deadline=None, max_examples=60)
 @given(data_sets())
-def test_average_recall_is_that_of_pycocotools(data: tuple[Annotations, Boxes]) -> None:
+def test_average_recall_is_that_of_pycocotools(data):
     annotations, proposals = data
     max_boxes = [1, 3, 10, 30]
     expected = coco_average_recall(annotations, proposals, max_boxes)
@@ -137,7 +137,7 @@ def slow_recall(annotations: Annotations, proposals: Boxes, iou: float, count: i
 
 @settings(deadline=None, max_examples=30)
 @given(data_sets())
-def test_recall_is_that_of_a_slow_loop_for_each_class_too(data: tuple[Annotations, Boxes]) -> None:
+def test_recall_is_that_of_a_slow_loop_for_each_class_too(data):
     annotations, proposals = data
     report = evaluate_recall(annotations, proposals, [5, 40])
     for t in (0, 4, 9):
@@ -149,7 +149,7 @@ def test_recall_is_that_of_a_slow_loop_for_each_class_too(data: tuple[Annotation
                 np.testing.assert_allclose(report.recall_by_class[name][t, v], expected, atol=1e-12)
 
 
-def test_numbers_by_hand() -> None:
+def test_numbers_by_hand():
     # two objects of class a, one of class b; the second proposal fits the first object to 80 of 100 columns
     images = [
         {"boxes": [[0, 0, 100, 100], [200, 200, 300, 300]], "labels": [1, 2]},
@@ -173,21 +173,21 @@ def test_numbers_by_hand() -> None:
     assert (report.num_images, report.num_objects, report.boxes_per_image) == (2, 3, 1.5)
 
 
-def test_crowds_and_difficult_objects_do_not_count() -> None:
+def test_crowds_and_difficult_objects_do_not_count():
     boxes = [[0, 0, 50, 50], [60, 0, 110, 50], [0, 60, 50, 110]]
     images = [{"boxes": boxes, "iscrowd": [True, False, False], "difficult": [False, True, False]}]
     report = evaluate_recall(annotations_of(images), {1: np.array(boxes[2:], np.float32)}, [10])
     assert (report.num_objects, report.recall[0, 0]) == (1, 1.0)
 
 
-def test_sizes_hold_both_their_ends_as_in_coco() -> None:
+def test_sizes_hold_both_their_ends_as_in_coco():
     images = [{"boxes": [[0, 0, 32, 32], [0, 100, 96, 196]]}]
     report = evaluate_recall(annotations_of(images), {1: np.array([[0, 0, 32, 32]], np.float32)}, [10])
     assert {name: rows[0, 0] for name, rows in report.recall_by_size.items()} == {"small": 1, "medium": 0.5, "large": 0}
     assert set(SIZES) == {"small", "medium", "large"}
 
 
-def test_no_objects_and_no_images() -> None:
+def test_no_objects_and_no_images():
     for images in ([], [{"boxes": []}]):
         report = evaluate_recall(annotations_of(images), {1: np.zeros((0, 4), np.float32)})
         assert np.isnan(report.recall).all()
@@ -195,7 +195,7 @@ def test_no_objects_and_no_images() -> None:
         assert json.loads(content)["average_recall"] == [None] * len(MAX_BOXES)
 
 
-def test_progress_tells_each_image() -> None:
+def test_progress_tells_each_image():
     told: list[tuple[int, int]] = []
     annotations = annotations_of([{"boxes": []}, {"boxes": []}])
     empty = np.zeros((0, 4), np.float32)
@@ -211,12 +211,12 @@ def test_progress_tells_each_image() -> None:
         ({1: np.full((1, 4), np.nan)}, r"image 0\.png \(id 1\): proposals must be finite"),
     ],
 )
-def test_bad_proposals_name_their_image(boxes: Boxes, message: str) -> None:
+def test_bad_proposals_name_their_image(boxes, message):
     with pytest.raises(DataError, match=message):
         evaluate_recall(annotations_of([{"boxes": [[0, 0, 9, 9]]}]), boxes)
 
 
 @pytest.mark.parametrize("max_boxes", [[], [0, 5], [5, 3], [3, 3]])
-def test_numbers_of_boxes_must_ascend(max_boxes: list[int]) -> None:
+def test_numbers_of_boxes_must_ascend(max_boxes):
     with pytest.raises(ValueError, match="max_boxes must be positive and ascending"):
         evaluate_recall(annotations_of([]), {}, max_boxes)

@@ -24,7 +24,7 @@ def report(max_boxes: tuple[int, ...] = (1, 100, 2000), found: bool = True) -> P
     return evaluate_recall(annotations, {1: boxes}, max_boxes)
 
 
-def test_a_line_for_each_source() -> None:
+def test_a_line_for_each_source():
     lines = recall_table({"dense": report(), "none": report(found=False)}).splitlines()
     header, dense, none = (line.split() for line in lines)
     assert header == ["source", "boxes", "R50@100", "R50@2000", "AR@100", "AR@2000", *SIZES_AND_OVERLAPS]
@@ -33,11 +33,11 @@ def test_a_line_for_each_source() -> None:
     assert len({len(line) for line in lines}) == 1  # the last column ends where its head ends
 
 
-def test_few_boxes_are_shown_where_no_number_is_large() -> None:
+def test_few_boxes_are_shown_where_no_number_is_large():
     assert "R50@3 " in recall_table({"dense": report((1, 3))})
 
 
-def test_markdown() -> None:
+def test_markdown():
     header, rule, row = recall_table({"dense": report()}, markdown=True).splitlines()
     assert header.startswith("| source | boxes | R50@100 |")
     assert rule.split("|")[1:3] == [" --- ", " ---: "]
@@ -45,7 +45,7 @@ def test_markdown() -> None:
     assert header.count("|") == rule.count("|") == row.count("|")
 
 
-def test_least_found_class_first_and_classes_without_objects_left_out() -> None:
+def test_least_found_class_first_and_classes_without_objects_left_out():
     rows = [line.split() for line in class_table(report()).splitlines()]
     assert rows == [
         ["class", "R50", "AR", "ABO"],
@@ -65,7 +65,7 @@ def count_near(picture: np.ndarray, color: str) -> int:
     return int((np.abs(picture.astype(int) - wanted).max(axis=2) < 12).sum())
 
 
-def test_each_source_is_drawn_in_its_color(tmp_path: Path) -> None:
+def test_each_source_is_drawn_in_its_color(tmp_path):
     blue, red, green = "#2f6fde", "#e4572e", "#2ca25f"
     plot_recall({"one": report(), "two": report(found=False)}, tmp_path / "two.png", title="data val")
     plot_recall({"one": report()}, tmp_path / "one.png")
@@ -75,14 +75,14 @@ def test_each_source_is_drawn_in_its_color(tmp_path: Path) -> None:
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["one.png", "two.png"]
 
 
-def test_nothing_to_find_is_drawn_without_a_line(tmp_path: Path) -> None:
+def test_nothing_to_find_is_drawn_without_a_line(tmp_path):
     nothing = evaluate_recall(annotations_of([{"boxes": []}]), {1: np.zeros((0, 4), np.float32)})
     plot_recall({"none": nothing}, tmp_path / "none.png")
     assert (pixels(tmp_path / "none.png") < 128).any()
     assert "nan" not in recall_table({"none": nothing})
 
 
-def test_matplotlib_is_asked_for_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matplotlib_is_asked_for_in_one_line(tmp_path, monkeypatch):
     import sys
 
     from detpipe.support.errors import UsageError

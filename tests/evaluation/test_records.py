@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +12,7 @@ from detpipe.types import DetectionArrays
 from .builders import found, shuffled, truth
 
 
-def test_widths_of_a_file_come_back_exactly() -> None:
+def test_widths_of_a_file_come_back_exactly():
     rng = np.random.default_rng(0)
     xywh = rng.uniform(0, 1000, (20_000, 4)).round(2)
     corners = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
@@ -22,7 +20,7 @@ def test_widths_of_a_file_come_back_exactly() -> None:
     np.testing.assert_array_equal(box_sizes(corners), xywh[:, 2:])
 
 
-def test_a_box_of_32_by_32_stays_small() -> None:
+def test_a_box_of_32_by_32_stays_small():
     x = 32.02
     assert x + 32.0 - x > 32.0
     box = (x, x, x + 32.0, x + 32.0)
@@ -31,7 +29,7 @@ def test_a_box_of_32_by_32_stays_small() -> None:
     assert evaluate_coco(truth(objects, [1]), found(detections))["APs"] == pytest.approx(0.5)
 
 
-def test_the_order_is_total() -> None:
+def test_the_order_is_total():
     rng = np.random.default_rng(1)
     detections = DetectionArrays(
         rng.integers(0, 3, 400),
@@ -46,17 +44,17 @@ def test_the_order_is_total() -> None:
     assert keys == sorted(keys)
 
 
-def test_of_equal_scores_the_larger_box_comes_first() -> None:
+def test_of_equal_scores_the_larger_box_comes_first():
     small, large = (1, 1, 0.5, (0, 0, 5, 5)), (1, 1, 0.5, (3, 3, 9, 9))
     assert canonical_order(found([small, large])).boxes[0].tolist() == [3, 3, 9, 9]
 
 
-def test_images_are_numbered_by_rising_id() -> None:
+def test_images_are_numbered_by_rising_id():
     annotations = truth([], [70, 5, 2**40])
     assert image_ranks(annotations, np.array([5, 2**40, 70, 5])).tolist() == [0, 2, 1, 0]
 
 
-def test_arrays_of_different_lengths_are_refused() -> None:
+def test_arrays_of_different_lengths_are_refused():
     detections = DetectionArrays(np.zeros(2, np.int64), np.zeros((2, 4)), np.zeros(3), np.ones(2, np.int64))
     with pytest.raises(ValueError, match="got shapes"):
         check_detections(truth([], [0]), detections)
@@ -64,7 +62,7 @@ def test_arrays_of_different_lengths_are_refused() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 4), st.integers(1, 5), st.randoms(use_true_random=False))
-def test_the_quick_sort_is_that_by_all_keys(size: int, images: int, values: int, random: Any) -> None:
+def test_the_quick_sort_is_that_by_all_keys(size, images, values, random):
     """Row for row, equal ones included: with few values for each key, ties of every length come up."""
     rng = np.random.default_rng(random.getrandbits(64))
     corner = rng.integers(0, values, (size, 2)).astype(float) * rng.choice([-1.0, 1.0])

@@ -14,7 +14,7 @@ def pair(seed: int = 0, classes: int = 5, size: tuple[int, ...] = (30, 40)) -> t
     return truth, predicted
 
 
-def test_it_is_what_a_loop_counts() -> None:
+def test_it_is_what_a_loop_counts():
     truth, predicted = pair()
     expected = [[0] * 5 for _ in range(5)]
     for t, p in zip(truth.ravel().tolist(), predicted.ravel().tolist(), strict=True):
@@ -32,7 +32,7 @@ def test_it_is_what_a_loop_counts() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_it_is_what_scikit_learn_computes(seed: int) -> None:
+def test_it_is_what_scikit_learn_computes(seed):
     truth, predicted = pair(seed)
     counted = truth >= 0
     found = confusion_matrix(truth, predicted, 5)
@@ -44,13 +44,13 @@ def test_it_is_what_scikit_learn_computes(seed: int) -> None:
     assert scores["pixel_accuracy"] == pytest.approx(metrics.accuracy_score(truth[counted], predicted[counted]))
 
 
-def test_matrices_of_images_add_up_to_that_of_the_split() -> None:
+def test_matrices_of_images_add_up_to_that_of_the_split():
     truth, predicted = pair(size=(6, 10, 10))
     parts = [confusion_matrix(t, p, 5) for t, p in zip(truth, predicted, strict=True)]
     assert (sum(parts) == confusion_matrix(truth, predicted, 5)).all()
 
 
-def test_classes_without_pixels_are_not_part_of_the_mean() -> None:
+def test_classes_without_pixels_are_not_part_of_the_mean():
     found = confusion_matrix(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]), 4)
     scores = segmentation_scores(found, ["cat", "dog", "owl"])
     assert scores["per_class"] == {"background": 0.5, "cat": pytest.approx(2 / 3), "dog": -1.0, "owl": -1.0}
@@ -60,13 +60,13 @@ def test_classes_without_pixels_are_not_part_of_the_mean() -> None:
     assert segmentation_scores(found, ["cat", "dog", "owl"])["mIoU"] == pytest.approx((1 / 2 + 1 + 0) / 3)
 
 
-def test_nothing_to_count() -> None:
+def test_nothing_to_count():
     found = confusion_matrix(np.full((2, 2), -1), np.zeros((2, 2), int), 2)
     assert segmentation_scores(found, ["a"])["mIoU"] == -1.0
     assert segmentation_scores(found, ["a"])["pixel_accuracy"] == -1.0
 
 
-def test_all_background_is_the_matrix_of_a_prediction_of_zeros() -> None:
+def test_all_background_is_the_matrix_of_a_prediction_of_zeros():
     truth, predicted = pair()
     blind = all_background(confusion_matrix(truth, predicted, 5))
     assert (blind == confusion_matrix(truth, np.zeros_like(truth), 5)).all()
@@ -75,7 +75,7 @@ def test_all_background_is_the_matrix_of_a_prediction_of_zeros() -> None:
     )
 
 
-def test_bad_input() -> None:
+def test_bad_input():
     with pytest.raises(ValueError, match=r"must have one shape, got \(2, 3\) and \(3, 2\)"):
         confusion_matrix(np.zeros((2, 3), int), np.zeros((3, 2), int), 2)
     with pytest.raises(ValueError, match=r"truth must be in 0\.\.1, got 0\.\.255"):

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +38,7 @@ def golden(shared_data: Path) -> tuple[Annotations, DetectionArrays, dict]:
 
 @pytest.mark.parametrize("threshold", [0.5, 0.75])
 @pytest.mark.parametrize(("protocol", "key"), [("voc07", "11pt"), ("voc10", "area")])
-def test_golden_numbers(golden: tuple, protocol: Any, key: str, threshold: float) -> None:
+def test_golden_numbers(golden, protocol, key, threshold):
     annotations, detections, expected = golden
     wanted = expected[f"plus1_iou{threshold}_{key}"]
     metrics = evaluate_voc(annotations, detections, protocol, threshold, strict=True)
@@ -51,7 +50,7 @@ def test_golden_numbers(golden: tuple, protocol: Any, key: str, threshold: float
         assert measured[name] == pytest.approx(ap, abs=1e-9), name
 
 
-def test_average_precision_worked_by_hand() -> None:
+def test_average_precision_worked_by_hand():
     annotations = truth([(1, 1, A), (1, 1, B), (2, 1, C), (2, 1, HARD)], [1, 2], difficult=[3])
     detections = found(
         [
@@ -70,20 +69,20 @@ def test_average_precision_worked_by_hand() -> None:
     assert evaluate_voc(easy, detections, "voc10")["mAP"] != pytest.approx(5 / 9, abs=1e-3)
 
 
-def test_a_second_detection_is_false_even_if_another_object_is_near() -> None:
+def test_a_second_detection_is_false_even_if_another_object_is_near():
     # both detections overlap the first object most; the devkit gives the second one no second choice
     annotations = truth([(1, 1, (0, 0, 10, 10)), (1, 1, (0, 0, 10, 8))], [1])
     detections = found([(1, 1, 0.9, (0, 0, 10, 10)), (1, 1, 0.8, (0, 0, 10, 9.5))])
     assert evaluate_voc(annotations, detections, "voc10")["mAP"] == pytest.approx(0.5)
 
 
-def test_an_overlap_equal_to_the_threshold_matches_unless_strict() -> None:
+def test_an_overlap_equal_to_the_threshold_matches_unless_strict():
     annotations, detections = truth([(1, 1, (0, 0, 10, 10))], [1]), found([(1, 1, 0.9, (0, 0, 10, 5))])
     assert evaluate_voc(annotations, detections, "voc07")["mAP"] == pytest.approx(1.0)
     assert evaluate_voc(annotations, detections, "voc07", strict=True)["mAP"] == 0.0
 
 
-def test_classes_without_countable_objects_are_not_part_of_the_mean() -> None:
+def test_classes_without_countable_objects_are_not_part_of_the_mean():
     objects = [(1, 1, A), (1, 2, HARD), (1, 4, B)]
     annotations = truth(objects, [1], "abcd", difficult=[1])
     detections = found([(1, 1, 0.9, A), (1, 2, 0.9, HARD), (1, 3, 0.9, A)])
@@ -123,7 +122,7 @@ def devkit(annotations: Annotations, detections: DetectionArrays, label: int, th
 
 @settings(deadline=None, max_examples=150)
 @given(scenes())
-def test_equals_the_devkit_written_as_loops(scene: tuple) -> None:
+def test_equals_the_devkit_written_as_loops(scene):
     annotations, detections = scene
     for strict in (False, True):
         threshold = np.nextafter(0.5, 1) if strict else 0.5
@@ -146,14 +145,14 @@ def test_equals_the_devkit_written_as_loops(scene: tuple) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(scenes())
-def test_the_order_of_arrival_does_not_matter(scene: tuple) -> None:
+def test_the_order_of_arrival_does_not_matter(scene):
     annotations, detections = scene
     for protocol in ("voc07", "voc10"):
         once, again = (evaluate_voc(annotations, d, protocol) for d in (detections, shuffled(detections, 1)))
         assert once == again
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_wrong_arguments_are_refused():
     annotations = truth([(1, 1, A)], [1])
     with pytest.raises(ValueError, match="'voc07' or 'voc10', got 'voc12'"):
         evaluate_voc(annotations, found([]), "voc12")  # type: ignore[arg-type]

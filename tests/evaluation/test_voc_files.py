@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from detpipe.evaluation import read_voc_detections
@@ -12,7 +10,7 @@ from .builders import truth
 TRUTH = truth([], [7, 9], ["person", "traffic_light", "light"])  # files 7.jpg and 9.jpg
 
 
-def test_lines_become_continuous_boxes(tmp_path: Path) -> None:
+def test_lines_become_continuous_boxes(tmp_path):
     (tmp_path / "comp3_det_test_traffic_light.txt").write_text("9 0.25 1 1 10 20\n\n7 1e-3 5.5 6 7 8\n")
     (tmp_path / "comp3_det_test_person.txt").write_text("")
     (tmp_path / "light.txt").write_text("7 0.5 2 3 4 5\n")
@@ -34,13 +32,13 @@ def test_lines_become_continuous_boxes(tmp_path: Path) -> None:
         ("7 0.5 1 1 2 two", "expected a name, score"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_a_bad_line_is_named(tmp_path, line, message):
     (tmp_path / "person.txt").write_text(f"7 0.5 1 1 2 2\n{line}\n")
     with pytest.raises(DataError, match=rf"person\.txt: line 2: .*{message}"):
         read_voc_detections(tmp_path, TRUTH)
 
 
-def test_files_that_fit_no_class_or_the_same_are_refused(tmp_path: Path) -> None:
+def test_files_that_fit_no_class_or_the_same_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"expected a folder with a file CLASS\.txt"):
         read_voc_detections(tmp_path / "nowhere", TRUTH)
     (tmp_path / "person.txt").write_text("")

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from detpipe.datasets.statistics import Resize
-from detpipe.pictures.contact_sheet import contact_sheet, draw_target
+from detpipe.pictures.contact_sheet import contact_sheet
 from detpipe.pictures.data_plots import _ticks, plot_boxes, plot_classes, plot_images
-from detpipe.pictures.visualize import IGNORED_COLOR, class_color
+from detpipe.pictures.visualize import IGNORED_COLOR, class_color, draw_target
 from detpipe.types import Annotations, Target
 
 
@@ -30,7 +30,7 @@ def colors_in(image: torch.Tensor) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("flag", ["iscrowd", "difficult"])
-def test_flagged_objects_are_gray(flag: str) -> None:
+def test_flagged_objects_are_gray(flag):
     image = torch.zeros(3, 160, 200, dtype=torch.uint8)
     plain = colors_in(draw_target(image, target(), ["cat", "dog"], min_side=0))
     assert {class_color(1), class_color(2)} <= plain
@@ -40,7 +40,7 @@ def test_flagged_objects_are_gray(flag: str) -> None:
     assert class_color(2) not in flagged
 
 
-def test_a_sheet_holds_every_image_at_its_place() -> None:
+def test_a_sheet_holds_every_image_at_its_place():
     red, blue = (torch.zeros(3, 30, 60, dtype=torch.uint8) for _ in range(2))
     red[0], blue[2] = 255, 255
     empty = target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), iscrowd=torch.zeros(0).bool(),
@@ -75,7 +75,7 @@ def annotations(boxes: int) -> Annotations:
 
 
 @pytest.mark.parametrize("boxes", [1, 300])
-def test_plots_of_few_and_of_many_boxes(tmp_path: Path, boxes: int) -> None:
+def test_plots_of_few_and_of_many_boxes(tmp_path, boxes):
     a = annotations(boxes)
     plot_classes({"train": a, "val": a}, tmp_path / "classes.png")
     plot_boxes(a, "train", [8, 16], Resize(120, 200), tmp_path / "boxes.png")
@@ -86,7 +86,7 @@ def test_plots_of_few_and_of_many_boxes(tmp_path: Path, boxes: int) -> None:
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 
 
-def test_ticks_of_a_logarithmic_axis() -> None:
+def test_ticks_of_a_logarithmic_axis():
     assert _ticks(20, 300) == [20, 50, 100, 200]
     assert _ticks(0.05, 700) == [0.1, 1, 10, 100]
     assert _ticks(3, 4) == [3.5]

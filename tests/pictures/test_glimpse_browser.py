@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -44,7 +43,7 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_every_picture_is_found_whatever_its_name(browser: Any, page_path: Path, width: int) -> None:
+def test_every_picture_is_found_whatever_its_name(browser, page_path, width):
     complaints: list[str] = []
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.on("console", lambda message: complaints.append(message.text))

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -69,7 +68,7 @@ def test_places_on_the_page_are_relative_to_the_proposal():
     assert text == "(+0.75, +0.50) &times; 2.00"
 
 
-def test_the_command_writes_pictures_a_page_and_the_outlines(trained: Path, demo_root: Path, tmp_path: Path, capsys):
+def test_the_command_writes_pictures_a_page_and_the_outlines(trained, demo_root, tmp_path, capsys):
     content = torch.load(trained / "best.ckpt", weights_only=True)
     content[checkpoint.KEY]["model"]["head"]["init_args"]["glimpse"] = {"kind": "affine", "fuse": "max"}
     path = tmp_path / "glimpsing.ckpt"
@@ -115,7 +114,7 @@ def test_the_command_writes_pictures_a_page_and_the_outlines(trained: Path, demo
             assert "glimpses" not in other
 
 
-def test_a_head_that_does_not_tell_is_refused(trained: Path, tmp_path: Path, capsys, monkeypatch):
+def test_a_head_that_does_not_tell_is_refused(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("detpipe.commands.predict.ProposalHead", int)
     image = tmp_path / "a.png"
     Image.new("RGB", (64, 64)).save(image)

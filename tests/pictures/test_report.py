@@ -60,7 +60,7 @@ def drawings(analysis: Any) -> list[report_images.Drawing]:
     return [report_images.draw_outcome(image, outcome, list(EVIL)) for outcome in analysis.worst]
 
 
-def test_names_of_others_stay_names() -> None:
+def test_names_of_others_stay_names():
     analysis = evil_analysis(("<b>run</b>", "</title>"))
     page = Page(report_page(analysis.numbers, drawings(analysis)))
     assert len(page.scripts) == 2  # the data and the code: no name has opened another
@@ -76,7 +76,7 @@ def test_names_of_others_stay_names() -> None:
         assert name in written
 
 
-def test_nothing_is_loaded_from_anywhere() -> None:
+def test_nothing_is_loaded_from_anywhere():
     analysis = evil_analysis()
     page = Page(report_page(analysis.numbers, drawings(analysis)))
     for tag, attributes in page.elements:
@@ -89,7 +89,7 @@ def test_nothing_is_loaded_from_anywhere() -> None:
     assert not re.findall(r"fetch|XMLHttp|import\(|url\(|@import|https?://(?!www\.w3\.org/2000/svg)", code)
 
 
-def test_the_page_is_accessible() -> None:
+def test_the_page_is_accessible():
     analysis = evil_analysis(("one", "two"))
     page = Page(report_page(analysis.numbers, drawings(analysis)))
     ids = [one["id"] for _, one in page.elements if "id" in one]
@@ -105,7 +105,7 @@ def test_the_page_is_accessible() -> None:
     assert all(one.get("scope") for tag, one in page.elements if tag == "th")
 
 
-def test_the_numbers_are_on_the_page() -> None:
+def test_the_numbers_are_on_the_page():
     analysis = evil_analysis(("one", "two"))
     numbers = analysis.numbers
     written = " ".join(Page(report_page(numbers, [])).texts)
@@ -118,7 +118,7 @@ def test_the_numbers_are_on_the_page() -> None:
     assert "give their folder by" in written
 
 
-def test_page_data_holds_the_curves_in_thousandths() -> None:
+def test_page_data_holds_the_curves_in_thousandths():
     numbers = evil_analysis().numbers
     data = page_data(numbers)
     curves = data["runs"][0]["curves"]
@@ -130,7 +130,7 @@ def test_page_data_holds_the_curves_in_thousandths() -> None:
     assert [one["name"] for one in data["calibration"]] == ["all classes", *EVIL]
 
 
-def test_numbers_survive_strict_json_and_are_those_of_the_protocol() -> None:
+def test_numbers_survive_strict_json_and_are_those_of_the_protocol():
     for protocol, key in (("coco", "AP"), ("voc07", "mAP"), ("voc10", "mAP")):
         numbers = evil_analysis(("one", "two"), AnalysisSettings(protocol)).numbers
         assert json.loads(json.dumps(numbers, allow_nan=False)) == numbers
@@ -140,7 +140,7 @@ def test_numbers_survive_strict_json_and_are_those_of_the_protocol() -> None:
     assert plain({"a": [np.float64("nan"), np.int64(2), (1.5, float("inf"))]}) == {"a": [None, 2, [1.5, None]]}
 
 
-def test_numbers_agree_with_each_other() -> None:
+def test_numbers_agree_with_each_other():
     annotations = evil_truth()
     numbers = analyze(annotations, {"one": some_detections(annotations)}).numbers
     assert numbers["metrics"]["AP50"] == pytest.approx(numbers["errors"]["AP50"], abs=1e-12)
@@ -158,7 +158,7 @@ def test_numbers_agree_with_each_other() -> None:
     assert min(costs) > 0
 
 
-def test_a_given_score_is_used(tmp_path: Path) -> None:
+def test_a_given_score_is_used(tmp_path):
     annotations = evil_truth()
     runs = {"one": some_detections(annotations)}
     numbers = analyze(annotations, runs, AnalysisSettings(score_threshold=0.9, worst=2)).numbers
@@ -170,7 +170,7 @@ def test_a_given_score_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["no detections", "no objects", "nothing", "scores above 1"])
-def test_what_cannot_be_computed_is_said(what: str, tmp_path: Path) -> None:
+def test_what_cannot_be_computed_is_said(what, tmp_path):
     annotations = evil_truth()
     detections = some_detections(annotations)
     if what in ("no detections", "nothing"):
@@ -189,7 +189,7 @@ def test_what_cannot_be_computed_is_said(what: str, tmp_path: Path) -> None:
     assert write_figures(analysis.numbers, tmp_path)
 
 
-def test_figures_are_written(tmp_path: Path) -> None:
+def test_figures_are_written(tmp_path):
     written = write_figures(evil_analysis(("one", "two")).numbers, tmp_path)
     names = {"pr_curves", "ap_by_size", "error_types", "confusion", "calibration", "comparison"}
     assert {path.stem for path in written} == names
@@ -198,18 +198,18 @@ def test_figures_are_written(tmp_path: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_figures_of_names_without_a_font_are_written_without_warnings(tmp_path: Path) -> None:
+def test_figures_of_names_without_a_font_are_written_without_warnings(tmp_path):
     annotations = replace(evil_truth(), class_names=("猫", "犬", "馬", "🦓"))
     assert write_figures(analyze(annotations, {"鳥": some_detections(annotations)}).numbers, tmp_path)
 
 
-def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"matplotlib, which draws the figures.*pip install 'detpipe\[train\]'"):
         require_matplotlib()
 
 
-def test_a_drawing_shows_what_came_of_each_box() -> None:
+def test_a_drawing_shows_what_came_of_each_box():
     analysis = evil_analysis()
     image = torch.full((3, 80, 160), 120, dtype=torch.uint8)
     drawing = report_images.draw_outcome(image, analysis.worst[0], list(EVIL))
@@ -222,7 +222,7 @@ def test_a_drawing_shows_what_came_of_each_box() -> None:
     assert report_images.as_data(drawing.truth).startswith("data:image/jpeg;base64,/9j/")
 
 
-def test_large_matrices_show_the_classes_that_are_confused() -> None:
+def test_large_matrices_show_the_classes_that_are_confused():
     counts = np.diag(np.full(41, 9))
     counts[40, 40] = 0
     counts[7, 30] = 3
@@ -232,7 +232,7 @@ def test_large_matrices_show_the_classes_that_are_confused() -> None:
     assert shown_classes(counts, 40) == list(range(40))
 
 
-def test_verdicts() -> None:
+def test_verdicts():
     for low, high, expected in [
         (0.1, 0.2, "better"),
         (-0.2, -0.1, "worse"),
@@ -243,7 +243,7 @@ def test_verdicts() -> None:
         assert verdict({"low": low, "high": high}) == expected
 
 
-def test_pieces() -> None:
+def test_pieces():
     assert (number(0.12345), number(-0.5, 2, sign=True), number(0.5, sign=True)) == ("0.123", "&minus;0.50", "+0.500")
     assert "&ndash;" in number(None)
     assert "&ndash;" in number(-1)

@@ -46,7 +46,7 @@ class Listener:
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_every_control_works_without_complaint(browser: Any, report: Path, width: int) -> None:
+def test_every_control_works_without_complaint(browser, report, width):
     listener = Listener(browser, width)
     page = listener.open(report)
     assert page.title() == "Evaluation report: <b>run</b>"
@@ -77,7 +77,7 @@ def test_every_control_works_without_complaint(browser: Any, report: Path, width
     page.close()
 
 
-def test_the_chart_says_what_the_numbers_say(browser: Any, report: Path) -> None:
+def test_the_chart_says_what_the_numbers_say(browser, report):
     listener = Listener(browser, 1280)
     page = listener.open(report)
     numbers = evil_analysis(("<b>run</b>", "other")).numbers
@@ -100,7 +100,7 @@ def test_the_chart_says_what_the_numbers_say(browser: Any, report: Path) -> None
     page.close()
 
 
-def test_tables_sort_by_keyboard_and_unknown_stays_last(browser: Any, report: Path) -> None:
+def test_tables_sort_by_keyboard_and_unknown_stays_last(browser, report):
     listener = Listener(browser, 1280)
     page = listener.open(report)
 
@@ -126,7 +126,7 @@ def test_tables_sort_by_keyboard_and_unknown_stays_last(browser: Any, report: Pa
     page.close()
 
 
-def test_every_control_is_reached_by_tab_and_has_a_name(browser: Any, report: Path) -> None:
+def test_every_control_is_reached_by_tab_and_has_a_name(browser, report):
     listener = Listener(browser, 1280)
     page = listener.open(report)
     wanted = page.eval_on_selector_all("a, button, select, input, summary, [tabindex]", "all => all.length")
@@ -152,7 +152,7 @@ def test_every_control_is_reached_by_tab_and_has_a_name(browser: Any, report: Pa
     page.close()
 
 
-def test_a_page_with_little_to_show_works_too(browser: Any, tmp_path: Path) -> None:
+def test_a_page_with_little_to_show_works_too(browser, tmp_path):
     numbers = evil_analysis().numbers | {"calibration": None, "comparison": None}
     path = tmp_path / "report.html"
     path.write_text(report_page(numbers, []), encoding="utf-8")

@@ -27,14 +27,14 @@ def page_faults(mode: str) -> tuple[str, int]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
-def test_freed_memory_is_used_again_without_asking_the_system() -> None:
+def test_freed_memory_is_used_again_without_asking_the_system():
     kept, few = page_faults("keep")
     _, many = page_faults("default")
     assert kept == "True"
     assert few * 10 < many
 
 
-def test_memory_of_a_gpu_is_not_said_where_none_is_used() -> None:
+def test_memory_of_a_gpu_is_not_said_where_none_is_used():
     from detpipe.support.allocator import peak_gpu_memory
 
     assert torch.cuda.is_initialized() or peak_gpu_memory() is None
@@ -42,7 +42,7 @@ def test_memory_of_a_gpu_is_not_said_where_none_is_used() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_memory_of_a_gpu() -> None:
+def test_memory_of_a_gpu():
     from detpipe.support.allocator import peak_gpu_memory
 
     torch.zeros(2**24, device="cuda")
@@ -51,7 +51,7 @@ def test_memory_of_a_gpu() -> None:
     assert peak >= 64
 
 
-def test_nothing_happens_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_happens_elsewhere(monkeypatch):
     from detpipe.support import allocator
 
     monkeypatch.setattr(allocator.sys, "platform", "darwin")

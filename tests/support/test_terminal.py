@@ -26,17 +26,17 @@ CLEAR = "cat\x1b[2J\x07\u202edog"  # clears the screen, rings, and turns the dir
         ("\udc80", r"\udc80"),
     ],
 )
-def test_what_a_terminal_would_obey_is_escaped(text: str, shown: str) -> None:
+def test_what_a_terminal_would_obey_is_escaped(text, shown):
     assert printable(text) == shown
     assert printable(shown) == shown
 
 
-def test_lines_stay_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_stay_lines(capsys):
     say(f"one\n{CLEAR}")
     assert capsys.readouterr().out == "one\ncat\\x1b[2J\\x07\\u202edog\n"
 
 
-def test_tables_of_classes() -> None:
+def test_tables_of_classes():
     assert "\x1b" not in format_table({"mAP": 0.5, "per_class": {CLEAR: 0.5, "a": 1.0}}, "voc07")
 
 
@@ -52,9 +52,7 @@ def harmless(text: str) -> bool:
     return bool(text.strip()) and not set(text) & set("\x1b\x07\u202e")
 
 
-def test_the_commands_print_class_names_escaped(
-    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_print_class_names_escaped(tmp_path, trained, capsys):
     data = own_data(tmp_path / "data")
     for arguments in (
         ["data", "info", str(tmp_path / "data")],
@@ -67,7 +65,7 @@ def test_the_commands_print_class_names_escaped(
         assert harmless(captured.out + captured.err), arguments
 
 
-def test_error_lines_and_skipped_files(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_lines_and_skipped_files(trained, tmp_path, capsys):
     image = tmp_path / "a\x1b[2J.png"
     image.write_bytes(b"none")
     assert cli.main(["predict", str(trained / "best.ckpt"), str(image), "-o", str(tmp_path / "out")]) == 1

@@ -75,9 +75,7 @@ class PoisonAt(StepSeed):
         ("gradient", "the gradient of head.classifier.weight is not finite", []),
     ],
 )
-def test_row_36_training_stops_before_a_nan_reaches_the_weights(
-    what: str, told: str, options: list[str], demo_root: Path, tmp_path: Path
-) -> None:
+def test_row_36_training_stops_before_a_nan_reaches_the_weights(what, told, options, demo_root, tmp_path):
     cli, poison = built(demo_root, *options), PoisonAt(2, what)
     trainer = trainer_of(cli, tmp_path, poison, StopOnNonFinite(tmp_path))
     with pytest.raises(TrainingError) as caught:
@@ -97,9 +95,7 @@ def test_row_36_training_stops_before_a_nan_reaches_the_weights(
     assert bool(torch.isnan(batch["images"][0].float()).any()) == (what == "image")
 
 
-def test_row_36_through_the_command(
-    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_row_36_through_the_command(demo_root, tmp_path, monkeypatch, capsys):
     """Status 1, one line, and the batch stays in the run folder even when the first step fails."""
     monkeypatch.setattr(detector, "total_loss", lambda losses: sum(losses.values()) * torch.nan)
     folder = tmp_path / "run"
@@ -111,7 +107,7 @@ def test_row_36_through_the_command(
     assert not list(folder.glob("*.ckpt"))
 
 
-def test_a_finite_run_is_left_alone(demo_root: Path, tmp_path: Path) -> None:
+def test_a_finite_run_is_left_alone(demo_root, tmp_path):
     cli = built(demo_root, "--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1")
     before = state(cli.model)
     trainer_of(cli, tmp_path, StopOnNonFinite(tmp_path)).fit(cli.model, datamodule=cli.datamodule)
@@ -119,7 +115,7 @@ def test_a_finite_run_is_left_alone(demo_root: Path, tmp_path: Path) -> None:
     assert not torch.equal(before["head.classifier.weight"], cli.model.head.classifier.weight)
 
 
-def test_limited_validation_is_evaluated_on_the_images_that_were_seen(demo_root: Path, tmp_path: Path) -> None:
+def test_limited_validation_is_evaluated_on_the_images_that_were_seen(demo_root, tmp_path):
     cli = built(demo_root, "--data.loader.eval_batch_size", "2")
     average = MeanAveragePrecision()
     trainer = trainer_of(cli, tmp_path, average, limit_val_batches=1)
@@ -141,7 +137,7 @@ def test_limited_validation_is_evaluated_on_the_images_that_were_seen(demo_root:
     assert average.state_dict()["metrics"] == average.metrics
 
 
-def test_pictures_show_the_validation_images_and_no_more_than_asked(demo_root: Path, tmp_path: Path) -> None:
+def test_pictures_show_the_validation_images_and_no_more_than_asked(demo_root, tmp_path):
     cli = built(demo_root, "--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1")
     few, all_, one = (ValidationPicture(tmp_path / str(n), cli.datamodule.class_names, images=n) for n in (2, 12, 1))
     trainer_of(cli, tmp_path, few, all_, one).fit(cli.model, datamodule=cli.datamodule)
@@ -152,9 +148,7 @@ def test_pictures_show_the_validation_images_and_no_more_than_asked(demo_root: P
     assert areas[0] < areas[1] < areas[2]
 
 
-def test_pictures_show_the_first_training_images_as_the_model_gets_them(
-    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_show_the_first_training_images_as_the_model_gets_them(demo_root, tmp_path, monkeypatch):
     """Five of twelve images in batches of four, or all of them where there are fewer than are to be drawn; once a run."""
     drawn: dict[int, list[tuple[torch.Tensor, Any]]] = {5: [], 50: []}
     titles = []
@@ -181,7 +175,7 @@ def test_pictures_show_the_first_training_images_as_the_model_gets_them(
             assert min(picture.size) > 200
 
 
-def test_a_sanity_check_draws_nothing(demo_root: Path, tmp_path: Path) -> None:
+def test_a_sanity_check_draws_nothing(demo_root, tmp_path):
     cli = built(demo_root, "--trainer.limit_train_batches", "0", "--trainer.num_sanity_val_steps", "1")
     trainer = trainer_of(cli, tmp_path, ValidationPicture(tmp_path, cli.datamodule.class_names))
     trainer.fit(cli.model, datamodule=cli.datamodule)
@@ -203,7 +197,7 @@ class Draws(StepSeed):
         self.drawn[trainer.global_step] = torch.rand(1).item()
 
 
-def test_the_draws_of_a_step_depend_on_seed_and_step_alone(demo_root: Path, tmp_path: Path) -> None:
+def test_the_draws_of_a_step_depend_on_seed_and_step_alone(demo_root, tmp_path):
     draws = [Draws(0, False), Draws(0, True), Draws(1, False)]
     for one in draws:
         cli = built(demo_root, "--trainer.max_epochs", "1")
@@ -224,7 +218,7 @@ class PartDraws(StepSeed):
         self.drawn.append((trainer.global_step, torch.rand(1).item()))
 
 
-def test_batches_of_an_accumulated_step_draw_for_themselves(demo_root: Path, tmp_path: Path) -> None:
+def test_batches_of_an_accumulated_step_draw_for_themselves(demo_root, tmp_path):
     """Twelve images in batches of four: two batches for the first step of an epoch, one for the second."""
     draws = PartDraws()
     cli = built(demo_root, "--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "2")
@@ -233,7 +227,7 @@ def test_batches_of_an_accumulated_step_draw_for_themselves(demo_root: Path, tmp
     assert len({number for _, number in draws.drawn}) == 6
 
 
-def test_throughput_counts_training_images_only(demo_root: Path, tmp_path: Path) -> None:
+def test_throughput_counts_training_images_only(demo_root, tmp_path):
     cli, speed = built(demo_root), Throughput()
     assert speed.images_per_second == 0
     trainer_of(cli, tmp_path, speed).fit(cli.model, datamodule=cli.datamodule)
@@ -241,7 +235,7 @@ def test_throughput_counts_training_images_only(demo_root: Path, tmp_path: Path)
     assert speed.images_per_second == 24 / speed.seconds
 
 
-def test_a_last_step_in_the_middle_of_an_epoch_is_validated(demo_root: Path, tmp_path: Path) -> None:
+def test_a_last_step_in_the_middle_of_an_epoch_is_validated(demo_root, tmp_path):
     for last_step, validations in ((4, 2), (3, 1)):
         cli = built(demo_root, "--trainer.max_epochs", "-1")
         counted: list[int] = []
@@ -254,7 +248,7 @@ def test_a_last_step_in_the_middle_of_an_epoch_is_validated(demo_root: Path, tmp
 @pytest.mark.parametrize(
     "kept", [{"AP": 0.5, "epoch": 1}, '{"AP": 0.5, "epoch": 1}'], ids=["numbers", "text, as before"]
 )
-def test_numbers_come_back_from_a_checkpoint(kept: Any) -> None:
+def test_numbers_come_back_from_a_checkpoint(kept):
     assert MeanAveragePrecision.stored({"callbacks": {"MeanAveragePrecision": {"metrics": kept}}}) == {
         "AP": 0.5,
         "epoch": 1,

@@ -76,7 +76,7 @@ class Malicious:
         return os.mkdir, (str(self.marker),)
 
 
-def test_row_40_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_row_40_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path):
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 0, "weights": torch.full((200_000,), 0)}, path)
     command = [sys.executable, "-c", KILL_DURING_SAVES, str(path), str(KILLS)]
@@ -88,7 +88,7 @@ def test_row_40_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -
     assert torch.load(path, weights_only=True)["step"] > 0
 
 
-def test_row_41_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+def test_row_41_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path):
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
     with pytest.raises(Exception, match="pickle"):
@@ -97,7 +97,7 @@ def test_row_41_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path: Path)
     assert sorted(found.name for found in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
 
 
-def test_a_detector_is_rebuilt_from_its_checkpoint_alone(trained: Path, demo_root: Path) -> None:
+def test_a_detector_is_rebuilt_from_its_checkpoint_alone(trained, demo_root):
     import runs
 
     from detpipe.commands import training
@@ -117,7 +117,7 @@ def test_a_detector_is_rebuilt_from_its_checkpoint_alone(trained: Path, demo_roo
         assert all(torch.equal(one[key], other[key]) for key in ("boxes", "scores", "labels"))
 
 
-def test_the_file_of_pretrained_weights_is_not_needed_to_load() -> None:
+def test_the_file_of_pretrained_weights_is_not_needed_to_load():
     config = {
         "backbone": {"class_path": "detpipe.Extractor", "init_args": {"weights": "/gone.pth", "padding": 8}},
         "a": (1, Path("x")),
@@ -128,16 +128,14 @@ def test_the_file_of_pretrained_weights_is_not_needed_to_load() -> None:
     assert config["backbone"]["init_args"]["weights"] == "/gone.pth"  # the configuration itself stays
 
 
-def test_a_checkpoint_holds_plain_data_only(trained: Path) -> None:
+def test_a_checkpoint_holds_plain_data_only(trained):
     entry = stored(trained)[checkpoint.KEY]
     assert set(entry) == {"format", "model", "class_names", "category_ids", "pixels", "proposals"}
     assert (entry["format"], entry["class_names"]) == (checkpoint.FORMAT, list("0123456789"))
 
 
 @pytest.mark.parametrize("name", ["foreign_module_of_a_test.Net", "os.system", "detpipes.Net", 7])
-def test_a_foreign_class_is_refused_before_it_is_imported(
-    name: object, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_foreign_class_is_refused_before_it_is_imported(name, trained, tmp_path, monkeypatch):
     (tmp_path / "foreign_module_of_a_test.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     for place in ("backbone", "pooler"):
@@ -151,7 +149,7 @@ def test_a_foreign_class_is_refused_before_it_is_imported(
     assert "foreign_module_of_a_test" not in sys.modules
 
 
-def test_row_44_a_malicious_checkpoint_is_refused_without_a_side_effect(trained: Path, tmp_path: Path) -> None:
+def test_row_44_a_malicious_checkpoint_is_refused_without_a_side_effect(trained, tmp_path):
     marker = tmp_path / "marker"
     for content in (Malicious(marker), {**stored(trained), "more": Malicious(marker)}):
         message = refusal(saved(content, tmp_path))
@@ -162,17 +160,17 @@ def test_row_44_a_malicious_checkpoint_is_refused_without_a_side_effect(trained:
 
 
 @pytest.mark.parametrize("address", ["http://localhost:1/best.ckpt", "https://x/best.ckpt", "s3://bucket/best.ckpt"])
-def test_an_address_is_refused(address: str) -> None:
+def test_an_address_is_refused(address):
     assert "addresses are not loaded, download the file first" in refusal(address)
 
 
-def test_a_missing_checkpoint_and_a_folder(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_and_a_folder(tmp_path):
     assert "does not exist; expected a file such as RUN/best.ckpt" in refusal(tmp_path / "best.ckpt")
     assert "does not exist; expected a file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.99])
-def test_a_checkpoint_that_is_cut_off(part: float, trained: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_cut_off(part, trained, tmp_path):
     content = (trained / "best.ckpt").read_bytes()
     path = tmp_path / "cut.ckpt"
     path.write_bytes(content[: int(len(content) * part)])
@@ -180,7 +178,7 @@ def test_a_checkpoint_that_is_cut_off(part: float, trained: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 3])
-def test_a_flipped_byte_is_noticed(rank: int, trained: Path, tmp_path: Path) -> None:
+def test_a_flipped_byte_is_noticed(rank, trained, tmp_path):
     content = bytearray((trained / "best.ckpt").read_bytes())
     with zipfile.ZipFile(trained / "best.ckpt") as archive:
         part = sorted(archive.infolist(), key=lambda info: -info.file_size)[rank]  # one of the largest tensors
@@ -191,7 +189,7 @@ def test_a_flipped_byte_is_noticed(rank: int, trained: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x80\x02", b"PK\x03\x04", bytes(range(256)) * 8])
-def test_a_file_that_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint(content, tmp_path):
     path = tmp_path / "no.ckpt"
     path.write_bytes(content)
     assert "is damaged or holds more than tensors and plain data" in refusal(path)
@@ -201,13 +199,13 @@ def test_a_file_that_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
     "content",
     [{"state_dict": {}}, {"weight": torch.zeros(1)}, [1], {"detpipe": {"format": 1}}, {"detpipe": 3, "state_dict": {}}],
 )
-def test_a_checkpoint_of_another_program(content: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_program(content, tmp_path):
     assert "is not a checkpoint of detpipe; give one that 'detpipe train' or 'detpipe pretrain' wrote" in refusal(
         saved(content, tmp_path)
     )
 
 
-def test_a_checkpoint_of_another_format_or_without_a_description(trained: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_format_or_without_a_description(trained, tmp_path):
     content = stored(trained)
     content[checkpoint.KEY]["format"] = 99
     assert "has format 99, this version reads format 1" in refusal(saved(content, tmp_path))
@@ -217,7 +215,7 @@ def test_a_checkpoint_of_another_format_or_without_a_description(trained: Path, 
     assert "describes its model by None, expected keys" in refusal(saved(content, tmp_path))
 
 
-def test_a_model_that_this_version_cannot_build(trained: Path, tmp_path: Path) -> None:
+def test_a_model_that_this_version_cannot_build(trained, tmp_path):
     content = stored(trained)
     content[checkpoint.KEY]["model"]["backbone"]["init_args"]["wings"] = 2
     message = refusal(saved(content, tmp_path))
@@ -225,7 +223,7 @@ def test_a_model_that_this_version_cannot_build(trained: Path, tmp_path: Path) -
     assert "wings" in message
 
 
-def test_weights_of_another_model_name_the_differences(trained: Path, tmp_path: Path) -> None:
+def test_weights_of_another_model_name_the_differences(trained, tmp_path):
     content = stored(trained)
     content[checkpoint.KEY]["model"]["head"]["init_args"]["fc"] = [16, 16]
     message = refusal(saved(content, tmp_path))
@@ -241,7 +239,7 @@ def test_weights_of_another_model_name_the_differences(trained: Path, tmp_path: 
     assert "(1 differences: wings is unknown)" in refusal(saved(content, tmp_path))
 
 
-def test_reading_tells_the_classes(trained: Path) -> None:
+def test_reading_tells_the_classes(trained):
     content, description = read(trained / "best.ckpt")
     assert {"state_dict", "optimizer_states", "global_step"} <= set(content)
     assert isinstance(description, Description)
@@ -257,7 +255,7 @@ def test_reading_tells_the_classes(trained: Path) -> None:
         ((), "knows 2 classes, the data have 0"),
     ],
 )
-def test_class_names_that_differ_are_refused(names: tuple[str, ...], message: str) -> None:
+def test_class_names_that_differ_are_refused(names, message):
     description = Description({}, ("cat", "dog"), (1, 2))
     with pytest.raises(CheckpointError) as caught:
         check_class_names(description, names, "best.ckpt")

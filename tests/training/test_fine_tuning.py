@@ -36,9 +36,7 @@ def saved(with_a_box_for_each_class: Path, tmp_path: Path) -> tuple[Path, Descri
     return tmp_path / "other.ckpt", load_detector(tmp_path / "other.ckpt")[1]
 
 
-def test_outputs_of_classes_are_taken_over_by_name(
-    saved: tuple[Path, Description], with_a_box_for_each_class: Path
-) -> None:
+def test_outputs_of_classes_are_taken_over_by_name(saved, with_a_box_for_each_class):
     path, description = saved
     given = runs.weights(path)
     detector, own = load_detector(with_a_box_for_each_class)
@@ -65,9 +63,7 @@ def train(root: Path, folder: Path, *options: str) -> int:
     return cli.main(["train", runs.CONFIG, *runs.options(root, 1), "--output", str(folder), *options])
 
 
-def test_another_head_and_other_levels_take_what_fits(
-    trained: Path, demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_head_and_other_levels_take_what_fits(trained, demo_root, tmp_path, capsys):
     changed = ["--model.head.fc", "[24]", "--model.backbone.levels", "[c2, c3]", "--trainer.limit_train_batches", "1"]
     assert train(demo_root, tmp_path / "run", "--init_from", str(trained / "best.ckpt"), *changed) == 0
     [line] = [one for one in capsys.readouterr().out.splitlines() if one.startswith("from ")]
@@ -80,7 +76,7 @@ def test_another_head_and_other_levels_take_what_fits(
     assert "--init_from" not in (tmp_path / "run" / "config.yaml").read_text()
 
 
-def test_training_begins_with_the_weights(trained: Path, demo_root: Path, tmp_path: Path) -> None:
+def test_training_begins_with_the_weights(trained, demo_root, tmp_path):
     frozen = [
         "--model.optimizer.lr",
         "1e-30",
@@ -100,9 +96,7 @@ def test_training_begins_with_the_weights(trained: Path, demo_root: Path, tmp_pa
     assert stored["global_step"] == 1  # a training of its own, not the rest of the other
 
 
-def test_what_cannot_begin_a_training(
-    trained: Path, demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_begin_a_training(trained, demo_root, tmp_path, capsys):
     best = str(trained / "best.ckpt")
     for options, told, status in (
         (["--init_from", best, "--ckpt_path", best], "--init_from begins a training, --ckpt_path goes on with one", 2),
@@ -118,9 +112,7 @@ def test_what_cannot_begin_a_training(
         load_classifier(best)
 
 
-def test_a_requeued_fine_tuning_goes_on_instead_of_beginning(
-    trained: Path, demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_requeued_fine_tuning_goes_on_instead_of_beginning(trained, demo_root, tmp_path, capsys):
     options = ["--init_from", str(trained / "best.ckpt"), "--ckpt_path", "last"]
     assert train(demo_root, tmp_path / "run", *options) == 0
     shown = capsys.readouterr().out

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
-import signal
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +19,10 @@ from PIL import Image
 from detpipe import cli
 from detpipe.datasets import read_image
 from detpipe.evaluation import read_coco_annotations, read_detections
-from detpipe.training import callbacks
+from detpipe.training import callbacks, run_folder
 from detpipe.training.models import load_detector
 
 RESULT = re.compile(r"AP (-?\d\.\d{3}) AP50 (-?\d\.\d{3}) checkpoint (\S+)")
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def truth(demo_root: Path) -> Path:
@@ -44,27 +32,12 @@ def truth(demo_root: Path) -> Path:
 def evaluate(folder: Path, name: str, *options: str) -> tuple[dict[str, Any], Path]:
     """Evaluate the best checkpoint of a run by the configuration in its folder."""
     numbers, detections = folder.parent / f"{name}.json", folder.parent / f"{name}_detections.json"
-    arguments = [
-        "evaluate",
-        str(folder / "config.yaml"),
-        "--ckpt_path",
-        str(folder / "best.ckpt"),
-        "--json",
-        str(numbers),
-    ]
+    arguments = f"evaluate {folder / 'config.yaml'} --ckpt_path {folder / 'best.ckpt'} --json {numbers}".split()
     assert cli.main([*arguments, "--detections_out", str(detections), *options]) == 0
     return json.loads(numbers.read_text()), detections
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Lightning ignores interrupts once it has seen one."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:
+def test_a_run_leaves_everything_in_its_folder(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
         *("config.yaml", "metrics.csv", "tensorboard", "summary.json"),
@@ -82,7 +55,7 @@ def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:
     for name in ("training.png", "validation.png", "curves.png"):
         with Image.open(trained / name) as picture:
             assert min(picture.size) > 100
-    result = summary(trained)
+    result = runs.summary(trained)
     assert {"AP", "AP50", "AP75", "per_class", "seconds", "images_per_second", "checkpoint"} <= result.keys()
     assert 0 <= result["AP"] <= result["AP50"] <= 1
     assert result["seconds"] > 0
@@ -91,8 +64,8 @@ def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:
     assert result["epochs"] == 2
 
 
-def test_the_metrics_hold_training_and_validation(trained: Path) -> None:
-    table = rows(trained)
+def test_the_metrics_hold_training_and_validation(trained):
+    table = runs.rows(trained)
     train, val = [[row for row in table if row[key]] for key in ("train/loss", "val/AP")]
     assert len(train) == 6  # 12 images, 4 a step, 2 epochs
     assert len(val) == 2
@@ -105,9 +78,9 @@ def test_the_metrics_hold_training_and_validation(trained: Path) -> None:
     assert all(float(row["val/AP50"]) >= float(row["val/AP"]) for row in val)
 
 
-def test_the_best_checkpoint_is_that_of_the_best_epoch(trained: Path) -> None:
-    scores = [float(row["val/AP"]) for row in rows(trained) if row["val/AP"]]
-    result = summary(trained)
+def test_the_best_checkpoint_is_that_of_the_best_epoch(trained):
+    scores = [float(row["val/AP"]) for row in runs.rows(trained) if row["val/AP"]]
+    result = runs.summary(trained)
     assert result["AP"] == pytest.approx(max(scores), abs=1e-6)
     assert result["epoch"] == int(np.argmax(scores))
     stored = torch.load(trained / "best.ckpt", weights_only=True)
@@ -115,26 +88,22 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch(trained: Path) -> None:
     assert torch.load(trained / "last.ckpt", weights_only=True)["global_step"] == 6
 
 
-def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(trained, tmp_path, capsys):
     again = tmp_path / "again"
     assert cli.main(["train", str(trained / "config.yaml"), "--output", str(again)]) == 0
     last = capsys.readouterr().out.rstrip("\n").splitlines()[-1]
     match = RESULT.fullmatch(last)
     assert match is not None, last
     assert match[3] == str(again / "best.ckpt")
-    assert float(match[1]) == pytest.approx(summary(again)["AP"], abs=5e-4)
-    assert float(match[2]) == pytest.approx(summary(again)["AP50"], abs=5e-4)
+    assert float(match[1]) == pytest.approx(runs.summary(again)["AP"], abs=5e-4)
+    assert float(match[2]) == pytest.approx(runs.summary(again)["AP50"], abs=5e-4)
     for name in ("best.ckpt", "last.ckpt"):
         runs.assert_equal_weights(trained / name, again / name)
-    assert summary(again)["AP"] == summary(trained)["AP"]
+    assert runs.summary(again)["AP"] == runs.summary(trained)["AP"]
     assert (again / "config.yaml").read_text() == (trained / "config.yaml").read_text()
 
 
-def test_another_seed_gives_other_weights_and_no_output_means_a_dated_folder(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_seed_gives_other_weights_and_no_output_means_a_dated_folder(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [str(trained / "config.yaml"), "--seed_everything", "1", "--trainer.max_epochs", "1"]
     assert cli.main(["train", *arguments]) == 0
@@ -144,74 +113,42 @@ def test_another_seed_gives_other_weights_and_no_output_means_a_dated_folder(
     assert not torch.equal(first["backbone.stem.conv1.weight"], second["backbone.stem.conv1.weight"])
 
 
-class StopAfter(callbacks.StepSeed):
-    """Interrupt training, as with the keyboard, before a step."""
-
-    step = 4  # one step after the checkpoint of the first epoch, whose trace in the metrics must go
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-
-@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("same_folder", "workers"), [(True, 0), (False, 2)])
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
-    same_folder: bool,
-    workers: int,
-    trained: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    same_folder, workers, trained, tmp_path, monkeypatch, capsys
+):
     first = tmp_path / "first"
-    with monkeypatch.context() as patched:
-        patched.setattr(callbacks, "StepSeed", StopAfter)
-        assert cli.main(["train", str(trained / "config.yaml"), "--output", str(first)]) == 130
+    runs.interrupt(["train", str(trained / "config.yaml"), "--output", str(first)])
     assert "interrupted" in capsys.readouterr().err
     assert not (first / "summary.json").exists()
     assert torch.load(first / "last.ckpt", weights_only=True)["global_step"] == 3
     second = first if same_folder else tmp_path / "second"
     (first / "last.ckpt.partial-999999999-0123abcd").write_text("what a killed writer left")
-    resume = [
-        "--output",
-        str(second),
-        "--ckpt_path",
-        str(first / "last.ckpt"),
-        "--data.loader.num_workers",
-        str(workers),
-    ]
+    resume = f"--output {second} --ckpt_path {first / 'last.ckpt'} --data.loader.num_workers {workers}".split()
     assert cli.main(["train", str(trained / "config.yaml"), *resume]) == 0
     runs.assert_equal_weights(second / "last.ckpt", trained / "last.ckpt")
-    known = [row["val/AP"] for row in rows(trained) if row["val/AP"]]
-    assert [row["val/AP"] for row in rows(second) if row["val/AP"]] == (known if same_folder else known[1:])
-    assert len([row for row in rows(second) if row["train/loss"]]) == (6 if same_folder else 3)
+    known = [row["val/AP"] for row in runs.rows(trained) if row["val/AP"]]
+    assert [row["val/AP"] for row in runs.rows(second) if row["val/AP"]] == (known if same_folder else known[1:])
+    assert len([row for row in runs.rows(second) if row["train/loss"]]) == (6 if same_folder else 3)
     best = torch.load(second / "best.ckpt", weights_only=True)
-    assert callbacks.MeanAveragePrecision.stored(best)["AP"] == summary(second)["AP"]
+    assert callbacks.MeanAveragePrecision.stored(best)["AP"] == runs.summary(second)["AP"]
     if same_folder:
-        assert summary(second)["AP"] == summary(trained)["AP"]
+        assert runs.summary(second)["AP"] == runs.summary(trained)["AP"]
         assert not list(first.glob("*.partial-*"))
 
 
-@pytest.mark.usefixtures("interruptible")
-def test_a_resumed_run_of_accumulated_steps_ends_with_the_same_weights(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_of_accumulated_steps_ends_with_the_same_weights(trained, tmp_path):
     """Three batches an epoch, two for a step."""
     options = [str(trained / "config.yaml"), "--trainer.accumulate_grad_batches", "2"]
     assert cli.main(["train", *options, "--output", str(tmp_path / "undisturbed")]) == 0
-    with monkeypatch.context() as patched:
-        patched.setattr(callbacks, "StepSeed", StopAfter)
-        patched.setattr(StopAfter, "step", 3)
-        assert cli.main(["train", *options, "--output", str(tmp_path / "run")]) == 130
+    runs.interrupt(["train", *options, "--output", str(tmp_path / "run")], step=3)
     last = tmp_path / "run" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 2
     assert cli.main(["train", *options, "--output", str(tmp_path / "run"), "--ckpt_path", str(last)]) == 0
     runs.assert_equal_weights(last, tmp_path / "undisturbed" / "last.ckpt")
 
 
-def test_a_folder_with_a_finished_run_is_not_used_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_a_finished_run_is_not_used_again(trained, capsys):
     before = sorted((path.name, path.stat().st_mtime_ns) for path in trained.iterdir())
     assert cli.main(["train", str(trained / "config.yaml"), "--output", str(trained)]) == 1
     assert (
@@ -220,19 +157,17 @@ def test_a_folder_with_a_finished_run_is_not_used_again(trained: Path, capsys: p
     assert sorted((path.name, path.stat().st_mtime_ns) for path in trained.iterdir()) == before
 
 
-def test_the_last_step_is_validated_and_saved_in_the_middle_of_an_epoch(trained: Path, tmp_path: Path) -> None:
+def test_the_last_step_is_validated_and_saved_in_the_middle_of_an_epoch(trained, tmp_path):
     folder = tmp_path / "run"
     limit = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "5"]
     assert cli.main(["train", str(trained / "config.yaml"), "--output", str(folder), *limit]) == 0
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 5
-    assert [int(row["step"]) for row in rows(folder) if row["val/AP"]] == [2, 4]
+    assert [int(row["step"]) for row in runs.rows(folder) if row["val/AP"]] == [2, 4]
 
 
-def test_evaluation_repeats_the_numbers_of_training(
-    trained: Path, demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_repeats_the_numbers_of_training(trained, demo_root, tmp_path, capsys):
     numbers, detections = evaluate(trained, "plain")
-    expected = {key: value for key, value in summary(trained).items() if key in numbers}
+    expected = {key: value for key, value in runs.summary(trained).items() if key in numbers}
     assert len(expected) == 13
     assert numbers.pop("per_class") == pytest.approx(expected.pop("per_class"), abs=1e-9)
     assert numbers == pytest.approx(expected, abs=1e-9)
@@ -245,21 +180,19 @@ def test_evaluation_repeats_the_numbers_of_training(
     assert json.loads(again.read_text()) == json.loads((trained.parent / "plain.json").read_text())
 
 
-def test_evaluation_writes_beside_the_checkpoint(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_writes_beside_the_checkpoint(trained, tmp_path, capsys):
     checkpoint = tmp_path / "best.ckpt"
     shutil.copy(trained / "best.ckpt", checkpoint)
     assert cli.main(["evaluate", str(trained / "config.yaml"), "--ckpt_path", str(checkpoint)]) == 0
     numbers = json.loads((tmp_path / "val_coco.json").read_text())
-    assert numbers["AP"] == pytest.approx(summary(trained)["AP"], abs=1e-9)
+    assert numbers["AP"] == pytest.approx(runs.summary(trained)["AP"], abs=1e-9)
     records = json.loads((tmp_path / "val_detections.json").read_text())
     assert all(set(record) == {"image_id", "category_id", "bbox", "score"} for record in records)
     assert str(tmp_path / "val_detections.json") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("protocol", ["voc07", "voc10"])
-def test_evaluation_by_another_protocol(protocol: str, trained: Path, demo_root: Path, tmp_path: Path) -> None:
+def test_evaluation_by_another_protocol(protocol, trained, demo_root, tmp_path):
     numbers, detections = evaluate(trained, protocol, "--protocol", protocol)
     assert numbers.keys() == {"mAP", "per_class"}
     files = ["--detections", str(detections), "--annotations", str(truth(demo_root))]
@@ -267,9 +200,7 @@ def test_evaluation_by_another_protocol(protocol: str, trained: Path, demo_root:
     assert json.loads((tmp_path / "out.json").read_text()) == numbers
 
 
-def test_settings_that_are_not_those_of_training_are_named(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_settings_that_are_not_those_of_training_are_named(trained, tmp_path, capsys):
     out = ["--json", str(tmp_path / "a.json"), "--detections_out", str(tmp_path / "b.json")]
     arguments = ["evaluate", str(trained / "config.yaml"), "--ckpt_path", str(trained / "best.ckpt"), *out]
     assert cli.main(arguments) == 0
@@ -283,9 +214,7 @@ def test_settings_that_are_not_those_of_training_are_named(
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 2)])
-def test_evaluation_does_not_depend_on_batch_size_and_workers(
-    batch_size: int, workers: int, trained: Path, demo_root: Path
-) -> None:
+def test_evaluation_does_not_depend_on_batch_size_and_workers(batch_size, workers, trained, demo_root):
     expected, expected_file = evaluate(trained, "reference", "--data.loader.eval_batch_size", "2")
     options = ["--data.loader.eval_batch_size", str(batch_size), "--data.loader.num_workers", str(workers)]
     numbers, file = evaluate(trained, f"batch_{batch_size}_{workers}", *options)
@@ -299,7 +228,7 @@ def test_evaluation_does_not_depend_on_batch_size_and_workers(
     np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-3)
 
 
-def test_evaluation_of_the_training_split(trained: Path, demo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_of_the_training_split(trained, demo_root, capsys):
     _, detections = evaluate(trained, "train_split", "--split", "train")
     assert "train: 12 images" in capsys.readouterr().out
     found = [record for record in json.loads(detections.read_text()) if record["image_id"] == 3]
@@ -311,13 +240,13 @@ def test_evaluation_of_the_training_split(trained: Path, demo_root: Path, capsys
     assert sorted(record["score"] for record in found) == pytest.approx(sorted(expected["scores"].tolist()), abs=1e-5)
 
 
-def test_both_layouts_of_the_demo_set_train_alike(trained: Path, tmp_path: Path) -> None:
+def test_both_layouts_of_the_demo_set_train_alike(trained, tmp_path):
     folder = tmp_path / "voc"
     assert cli.main(["train", str(trained / "config.yaml"), "--output", str(folder), "--data.layout", "voc"]) == 0
     runs.assert_equal_weights(trained / "last.ckpt", folder / "last.ckpt")
 
 
-def test_coco_mini_trains_two_epochs_and_evaluates(shared_data: Path, tmp_path: Path) -> None:
+def test_coco_mini_trains_two_epochs_and_evaluates(shared_data, tmp_path):
     folder = tmp_path / "run"
     arguments = [
         *(runs.CONFIG, "--data", "COCO", "--data.root", str(shared_data / "coco_mini"), "--output", str(folder)),
@@ -325,7 +254,7 @@ def test_coco_mini_trains_two_epochs_and_evaluates(shared_data: Path, tmp_path: 
         *("--trainer.limit_train_batches", "2", "--data.augment.flip", "0.5"),
     ]
     assert cli.main(["train", *arguments]) == 0
-    result = summary(folder)
+    result = runs.summary(folder)
     assert len(result["per_class"]) == 80
     numbers, detections = evaluate(folder, "coco_mini")
     assert numbers["AP"] == pytest.approx(result["AP"], abs=1e-9)
@@ -334,9 +263,7 @@ def test_coco_mini_trains_two_epochs_and_evaluates(shared_data: Path, tmp_path: 
     assert set(read_detections(detections, annotations).image_ids) <= set(annotations.image_ids)
 
 
-def test_the_way_from_a_configuration_to_the_training_is_short(
-    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_way_from_a_configuration_to_the_training_is_short(demo_root, tmp_path, monkeypatch):
     """Command, run folder, Lightning: each file once, and nothing below calls back up."""
     stacks: list[list[str]] = []
     entered: list[str] = []
@@ -370,3 +297,39 @@ def test_the_way_from_a_configuration_to_the_training_is_short(
     )[1:]
     built = {name for name in entered if name not in ("training/allowed.py", "training/config_errors.py")}
     assert len(built) <= 9, sorted(built)
+
+
+def test_the_way_from_detections_to_the_printed_ap_is_short(demo_root, tmp_path, monkeypatch):
+    """At most eight files of ours; the numbers of the best checkpoint are not read from it."""
+    entered: set[str] = set()
+
+    def enter(frame: Any, event: str, _: Any) -> None:
+        if event in ("call", "return"):
+            entered.add(frame.f_code.co_filename.partition("/detpipe/")[2])
+
+    def traced(owner: Any, name: str, to_the_end: bool = False) -> None:
+        method = getattr(owner, name)
+
+        def call(*arguments: Any) -> Any:
+            sys.setprofile(enter)
+            result = method(*arguments)
+            if not to_the_end:
+                sys.setprofile(None)
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("on_validation_batch_end", "on_validation_epoch_end", "on_validation_end"):
+        traced(callbacks.MeanAveragePrecision, name)
+    traced(run_folder, "_ended", to_the_end=True)
+    command = ["train", runs.CONFIG, *runs.options(demo_root, 1), "--trainer.limit_train_batches", "1"]
+    try:
+        assert cli.main([*command, "--output", str(tmp_path / "run")]) == 0
+    finally:
+        sys.setprofile(None)
+    # beside the way: the peak of memory, the file of the summary, and what ends the command
+    walked = entered - {"", "support/allocator.py", "support/files.py", "cli.py"}
+    assert walked == {
+        *("training/callbacks.py", "types.py", "training/run_folder.py", "commands/training.py"),
+        *(f"evaluation/{name}.py" for name in ("metrics", "coco", "matches", "records")),
+    }

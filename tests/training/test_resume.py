@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,10 +19,12 @@ import torch
 from together import start
 
 from detpipe import cli
+from detpipe.commands.training import add_arguments
 from detpipe.demo import Demo, DemoScenes
 from detpipe.support.errors import UsageError
 from detpipe.training import resume
 from detpipe.training.checkpoint import LAST, PREVIOUS, check_sums
+from detpipe.training.configuration import CLI
 
 EVERY_STEP = ["--checkpoint.every_n_steps", "1"]
 
@@ -68,14 +69,8 @@ SLOW = [
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
 def test_p1_a_killed_run_ends_as_an_undisturbed_one(
-    accumulated: int,
-    workers: int,
-    options: list[str],
-    at: tuple[str, int],
-    killed_root: Path,
-    undisturbed: dict[tuple[str, ...], Path],
-    tmp_path: Path,
-) -> None:
+    accumulated, workers, options, at, killed_root, undisturbed, tmp_path
+):
     """Weights, optimizer, averages, numbers, progress and metrics, to the bit; no batch comes twice, and none is left out."""
     command, folder = [*kills.command(killed_root, accumulated, workers), *options], tmp_path / "run"
     assert kills.run([*command, "--output", str(folder)], tmp_path / "log", at) == -signal.SIGKILL
@@ -101,16 +96,7 @@ def test_p1_a_killed_run_ends_as_an_undisturbed_one(
         pytest.param("SIGHUP", ("on_train_batch_start", 0), 0, 129, 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_ends_a_run_after_its_step(
-    name: str,
-    at: tuple[str, int],
-    workers: int,
-    status: int,
-    step: int,
-    killed_root: Path,
-    undisturbed: dict[tuple[str, ...], Path],
-    tmp_path: Path,
-) -> None:
+def test_a_signal_ends_a_run_after_its_step(name, at, workers, status, step, killed_root, undisturbed, tmp_path):
     command, folder, log = kills.command(killed_root, 1, workers), tmp_path / "run", tmp_path / "log"
     assert kills.run([*command, "--output", str(folder)], log, at, getattr(signal, name)) == status
     told = f"detpipe: {name}: stopped after step {step}; saved {folder / LAST}; go on with the same command, --output {folder} and"
@@ -120,7 +106,7 @@ def test_a_signal_ends_a_run_after_its_step(
     assert compare(command, folder, undisturbed) == []
 
 
-def test_a_group_of_processes_that_is_asked_to_end_saves_too(killed_root: Path, tmp_path: Path) -> None:
+def test_a_group_of_processes_that_is_asked_to_end_saves_too(killed_root, tmp_path):
     """As Slurm and a terminal do it: the data workers get the signal as well."""
     command = kills.command(killed_root, 1, 2)
     tool = [
@@ -142,9 +128,7 @@ def test_a_group_of_processes_that_is_asked_to_end_saves_too(killed_root: Path, 
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_slurm_is_asked_to_queue_a_job_again(
-    killed_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slurm_is_asked_to_queue_a_job_again(killed_root, tmp_path, monkeypatch):
     """When the checkpoint is written, and not where something else does it."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "scontrol").write_text(
@@ -167,9 +151,7 @@ def test_slurm_is_asked_to_queue_a_job_again(
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
 
 
-def test_one_command_line_serves_a_job_that_is_queued_again(
-    killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_command_line_serves_a_job_that_is_queued_again(killed_root, tmp_path, capsys):
     command = [*kills.command(killed_root), "--output", str(tmp_path / "run"), "--ckpt_path", "last"]
     assert cli.main([*command, "--trainer.max_epochs", "1"]) == 0
     assert f"no checkpoint in {tmp_path / 'run'}: training starts anew" in capsys.readouterr().out
@@ -196,8 +178,8 @@ def broken_off(killed_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.parametrize("path", ["last", "file"])
 def test_row_42_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    path: str, broken_off: Path, killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    path, broken_off, killed_root, tmp_path, capsys
+):
     folder = tmp_path / "run"
     shutil.copytree(broken_off, folder)
     content = bytearray((folder / LAST).read_bytes())
@@ -212,9 +194,7 @@ def test_row_42_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert f"going on from {folder / PREVIOUS}, step 2" in shown.out
 
 
-def test_a_folder_whose_checkpoints_are_all_damaged(
-    broken_off: Path, killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_whose_checkpoints_are_all_damaged(broken_off, killed_root, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(broken_off, folder)
     for name in (LAST, PREVIOUS):
@@ -244,27 +224,38 @@ CHANGED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def scenes(killed_root: Path) -> Demo:
+    """The data of these runs."""
+    return Demo(str(killed_root), scenes=DemoScenes(**kills.SCENES))
+
+
+class Parsed(CLI):
+    """A configuration that is parsed, but not built."""
+
+    def instantiate_classes(self) -> None:
+        """Leave it at the configuration."""
+
+
 @pytest.mark.parametrize(("name", "options", "told"), CHANGED)
-def test_row_43_a_changed_setting_is_listed_and_refused(
-    name: str,
-    options: list[str],
-    told: str,
-    broken_off: Path,
-    killed_root: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    ckpt = ["--ckpt_path", str(broken_off / LAST)]
-    assert cli.main([*kills.command(killed_root), "--output", str(tmp_path / "run"), *ckpt, *options]) == 2
-    shown = capsys.readouterr().err.splitlines()[-1]
-    assert f"was trained with other settings: {told}" in shown
-    assert shown.endswith(f"or --accept_changes {name}")
+def test_row_43_a_changed_setting_is_listed_and_refused(name, options, told, broken_off, killed_root, scenes):
+    stored = torch.load(broken_off / LAST, weights_only=True)
+    config = Parsed([*kills.command(killed_root)[1:], *options], add_arguments).config
+    now = {**resume.record(config.as_dict(), scenes), "processes": 1}
+    with pytest.raises(UsageError) as caught:
+        resume.check_changes(stored, now, (), broken_off / LAST)
+    assert f"was trained with other settings: {told}" in str(caught.value)
+    assert str(caught.value).endswith(f"or --accept_changes {name}")
+
+
+def test_row_43_through_the_command(broken_off, killed_root, tmp_path, capsys):
+    ckpt = ["--ckpt_path", str(broken_off / LAST), "--model.optimizer.lr", "0.5"]
+    assert cli.main([*kills.command(killed_root), "--output", str(tmp_path / "run"), *ckpt]) == 2
+    assert "settings: model.optimizer.lr was 0.0015, is 0.5. Give" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
-def test_row_43_other_images_are_listed_and_refused(
-    broken_off: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_row_43_other_images_are_listed_and_refused(broken_off, tmp_path, capsys):
     """The same number of images with the same names, another one more, and the same ones in another folder."""
     ckpt = ["--ckpt_path", str(broken_off / LAST), "--output", str(tmp_path / "run")]
     more = [*kills.command(tmp_path / "more"), *ckpt, "--data.scenes", "{train: 19, val: 4, size: 64}"]
@@ -273,9 +264,7 @@ def test_row_43_other_images_are_listed_and_refused(
     assert cli.main([*kills.command(tmp_path / "moved"), *ckpt]) == 0
 
 
-def test_accepted_changes_are_used(
-    broken_off: Path, killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_accepted_changes_are_used(broken_off, killed_root, tmp_path, capsys):
     """A checkpoint would bring back its own learning rate, and one of a training that had ended the rate at its end: 0."""
     folder = tmp_path / "run"
     accepted = [
@@ -303,7 +292,7 @@ def test_accepted_changes_are_used(
     assert stored["global_step"] == 3 + 4 * 9
 
 
-def test_a_longer_training_goes_on_at_the_rate_of_its_schedule(killed_root: Path, tmp_path: Path) -> None:
+def test_a_longer_training_goes_on_at_the_rate_of_its_schedule(killed_root, tmp_path):
     command = kills.command(killed_root)
     first, second = tmp_path / "first", tmp_path / "second"
     assert cli.main([*command, "--output", str(first), "--trainer.max_epochs", "1"]) == 0
@@ -323,14 +312,12 @@ def test_a_longer_training_goes_on_at_the_rate_of_its_schedule(killed_root: Path
 
 
 @pytest.mark.parametrize("text", ["lrr", "lr,dat"])
-def test_an_unknown_change(text: str) -> None:
+def test_an_unknown_change(text):
     with pytest.raises(UsageError, match=r"--accept_changes: unknown change .*; expected lr, schedule, .*did you mean"):
         resume.read_accepted(text)
 
 
-def test_row_50_a_folder_in_which_another_process_trains(
-    killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_row_50_a_folder_in_which_another_process_trains(killed_root, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     program = "import filelock, sys, time\nwith filelock.FileLock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(600)"
@@ -346,7 +333,7 @@ def test_row_50_a_folder_in_which_another_process_trains(
         other.communicate()
 
 
-def test_check_sums_are_those_of_sha256sum(broken_off: Path) -> None:
+def test_check_sums_are_those_of_sha256sum(broken_off):
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum on this machine")
     names = [f"{name}.sha256" for name in (LAST, PREVIOUS)]
@@ -399,13 +386,7 @@ def of_shards(root: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [2, 8])
 @pytest.mark.parametrize("kind", [of_digits, of_regions, of_shards])
-def test_other_trainings_go_on_alike(
-    kind: Callable[[Path], list[str]],
-    batch: int,
-    killed_root: Path,
-    undisturbed: dict[tuple[str, ...], Path],
-    tmp_path: Path,
-) -> None:
+def test_other_trainings_go_on_alike(kind, batch, killed_root, undisturbed, tmp_path):
     short = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1"]
     command, folder = [*kind(killed_root), *short, *EVERY_STEP], tmp_path / "run"
     at = ("on_train_batch_start", batch)
@@ -435,7 +416,7 @@ def both(at: tuple[str, int] | None, rank: str, number: int, arguments: list[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulated", [1, 3])
-def test_two_processes_stop_together_and_go_on(accumulated: int, killed_root: Path, tmp_path: Path) -> None:
+def test_two_processes_stop_together_and_go_on(accumulated, killed_root, tmp_path):
     """Both are killed, or one of them is asked to end."""
     Demo(str(killed_root), scenes=DemoScenes(**kills.SCENES)).annotations("train")
     two = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", *EVERY_STEP]
@@ -451,7 +432,7 @@ def test_two_processes_stop_together_and_go_on(accumulated: int, killed_root: Pa
         assert kills.differences(kills.state(whole), kills.state(folder)) == []
 
 
-def test_another_number_of_processes_is_a_change_and_begins_the_epoch_anew(broken_off: Path) -> None:
+def test_another_number_of_processes_is_a_change_and_begins_the_epoch_anew(broken_off):
     stored = torch.load(broken_off / LAST, weights_only=True)
     now = {**stored[resume.RECORD], "processes": 2}
     with pytest.raises(UsageError, match=r"processes was 1, is 2\. Give .* --accept_changes devices$"):
@@ -464,9 +445,7 @@ def test_another_number_of_processes_is_a_change_and_begins_the_epoch_anew(broke
     assert "does not say which settings" in resume.check_changes(stored, now, (), broken_off / LAST)[0]
 
 
-def test_weights_alone_are_nothing_to_go_on_from(
-    broken_off: Path, killed_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_alone_are_nothing_to_go_on_from(broken_off, killed_root, tmp_path, capsys):
     stored = torch.load(broken_off / LAST, weights_only=True)
     torch.save({key: stored[key] for key in ("state_dict", "detpipe", "global_step")}, tmp_path / "weights.ckpt")
     command = [*kills.command(killed_root), "--output", str(tmp_path / "run")]

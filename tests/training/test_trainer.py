@@ -88,7 +88,7 @@ def _settings_of_torch() -> Any:
 
 
 @pytest.mark.parametrize("name", list(inspect.signature(Trainer).parameters))
-def test_every_option_of_the_trainer_is_honored(name: str, tmp_path: Path) -> None:
+def test_every_option_of_the_trainer_is_honored(name, tmp_path):
     if name in REFUSED:
         settings = {**DEFAULTS, "accelerator": "cpu", "devices": 2, "strategy": "ddp", name: True}
         with pytest.raises(UsageError, match="the data deal their images out"):
@@ -99,7 +99,7 @@ def test_every_option_of_the_trainer_is_honored(name: str, tmp_path: Path) -> No
     assert shown(trainer) == value
 
 
-def test_ours_run_beside_those_of_the_user(tmp_path: Path) -> None:
+def test_ours_run_beside_those_of_the_user(tmp_path):
     settings = {
         "callbacks": [TQDMProgressBar(), ModelCheckpoint(tmp_path)],
         "logger": [LOGGER],
@@ -121,7 +121,7 @@ def test_ours_run_beside_those_of_the_user(tmp_path: Path) -> None:
         assert build_trainer({**CPU, "logger": wanted}, tmp_path, [], [table]).loggers == loggers
 
 
-def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
+def test_what_contradicts_itself_is_refused(tmp_path):
     for wrong in (
         {"enable_checkpointing": False, "callbacks": ModelCheckpoint(tmp_path)},
         {"enable_progress_bar": False, "callbacks": TQDMProgressBar()},
@@ -141,9 +141,7 @@ def overlay(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_callbacks_and_loggers_of_a_configuration_are_used(
-    demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_callbacks_and_loggers_of_a_configuration_are_used(demo_root, tmp_path, capsys):
     path = overlay(
         tmp_path,
         f"""
@@ -172,14 +170,7 @@ trainer:
         with table.open(newline="") as stream:
             assert len([row for row in csv.DictReader(stream) if row["val/AP"]]) == 2
     capsys.readouterr()
-    evaluated = [
-        "evaluate",
-        str(folder / "config.yaml"),
-        "--ckpt_path",
-        str(folder / "best.ckpt"),
-        "--json",
-        str(tmp_path / "a"),
-    ]
+    evaluated = f"evaluate {folder / 'config.yaml'} --ckpt_path {folder / 'best.ckpt'} --json {tmp_path / 'a'}".split()
     assert cli.main([*evaluated, "--trainer.limit_predict_batches", "1", "--data.loader.eval_batch_size", "2"]) == 0
     assert "the numbers are of 2 of 6 images, since trainer limits the batches" in capsys.readouterr().out
     logged = (tmp_path / "logs" / "lightning_logs" / "version_1" / "metrics.csv").read_text()
@@ -196,9 +187,7 @@ trainer:
         (["--trainer.barebones", "true", "--trainer.log_every_n_steps", "10"], set(), " nothing was saved"),
     ],
 )
-def test_what_is_not_validated_or_saved_is_a_training_too(
-    options: list[str], left: set[str], line: str, demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_validated_or_saved_is_a_training_too(options, left, line, demo_root, tmp_path, capsys):
     folder = tmp_path / "run"
     assert train(demo_root, folder, *options, epochs=1) == 0
     shown = capsys.readouterr().out
@@ -207,9 +196,7 @@ def test_what_is_not_validated_or_saved_is_a_training_too(
     assert (folder / "summary.json").is_file()
 
 
-def test_limited_batches_are_said_and_a_profile_is_shown(
-    demo_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_limited_batches_are_said_and_a_profile_is_shown(demo_root, tmp_path, capfd, caplog):
     limits = [
         "--trainer.limit_val_batches",
         "1",
@@ -226,9 +213,7 @@ def test_limited_batches_are_said_and_a_profile_is_shown(
     assert "it/s" not in shown.err
 
 
-def test_averaged_weights_are_validated_saved_and_predicted_with(
-    demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_averaged_weights_are_validated_saved_and_predicted_with(demo_root, tmp_path, capsys):
     seen: list[dict[str, torch.Tensor]] = []
 
     class Steps(StepSeed):
@@ -252,14 +237,7 @@ def test_averaged_weights_are_validated_saved_and_predicted_with(
     best = json.loads((folder / "summary.json").read_text())["AP"]
     assert (
         cli.main(
-            [
-                "evaluate",
-                str(folder / "config.yaml"),
-                "--ckpt_path",
-                str(folder / "best.ckpt"),
-                "--json",
-                str(tmp_path / "a"),
-            ]
+            f"evaluate {folder / 'config.yaml'} --ckpt_path {folder / 'best.ckpt'} --json {tmp_path / 'a'}".split()
         )
         == 0
     )
@@ -269,7 +247,7 @@ def test_averaged_weights_are_validated_saved_and_predicted_with(
         assert "ema must be at least 0 and less than 1" in capsys.readouterr().err
 
 
-def test_an_average_of_many_steps_follows_its_decay() -> None:
+def test_an_average_of_many_steps_follows_its_decay():
     average = AveragedWeights(0.9)
     decays = []
     for step in (0, 10, 200):
@@ -280,7 +258,7 @@ def test_an_average_of_many_steps_follows_its_decay() -> None:
     assert decays == pytest.approx([2 / 11, 12 / 21, 0.9])
 
 
-def test_early_stopping_ends_a_training(demo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_early_stopping_ends_a_training(demo_root, tmp_path, capsys):
     class MeanAveragePrecision(callbacks.MeanAveragePrecision):
         def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             self.metrics = {"AP": 0.5, "AP50": 0.5, "epoch": trainer.current_epoch}
@@ -297,9 +275,7 @@ def test_early_stopping_ends_a_training(demo_root: Path, tmp_path: Path, capsys:
     assert "early_stopping must be at least 1 epoch, got 0" in capsys.readouterr().err
 
 
-def test_row_41_a_disk_that_is_full_is_named_with_what_is_intact(
-    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_row_41_a_disk_that_is_full_is_named_with_what_is_intact(demo_root, tmp_path, monkeypatch, capsys):
     real, saves = torch.save, []
 
     def save(content: Any, path: Any, *arguments: Any, **more: Any) -> None:
@@ -321,7 +297,7 @@ def test_row_41_a_disk_that_is_full_is_named_with_what_is_intact(
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
-def test_the_metrics_table_goes_on_after_a_kill(tmp_path: Path) -> None:
+def test_the_metrics_table_goes_on_after_a_kill(tmp_path):
     table = MetricsTable(tmp_path)
     table.begin(0)
     for step in range(3):

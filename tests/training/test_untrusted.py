@@ -118,7 +118,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CONFIGURATIONS)
-def test_row_45_a_configuration_imports_and_calls_nothing(case: str, tmp_path: Path, marker: Path) -> None:
+def test_row_45_a_configuration_imports_and_calls_nothing(case, tmp_path, marker):
     content, message = CONFIGURATIONS[case]
     path = tmp_path / "overlay.yaml"
     path.write_text(yaml.safe_dump(content).replace("MARKER", str(marker)))
@@ -131,9 +131,7 @@ def test_row_45_a_configuration_imports_and_calls_nothing(case: str, tmp_path: P
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_the_commands_refuse_in_one_line(
-    command: str, tmp_path: Path, marker: Path, demo_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_refuse_in_one_line(command, tmp_path, marker, demo_root, capsys):
     path = tmp_path / "overlay.yaml"
     path.write_text(yaml.safe_dump(CONFIGURATIONS["a callable that compiles text"][0]).replace("MARKER", str(marker)))
     more = ["--ckpt_path", "best.ckpt"] if command == "evaluate" else []
@@ -149,7 +147,7 @@ def test_the_commands_refuse_in_one_line(
 
 @pytest.mark.parametrize("name", ["nested.yaml", "pipe", "http://localhost:1/x.yaml", "file:///etc/hostname"])
 @pytest.mark.parametrize("key", ["model.optimizer", "model.head", "data", "trainer.callbacks"])
-def test_a_configuration_reads_no_other(key: str, name: str, tmp_path: Path, marker: Path, monkeypatch: Any) -> None:
+def test_a_configuration_reads_no_other(key, name, tmp_path, marker, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("nested.yaml").write_text("lr: 0.5\n")
     os.mkfifo("pipe")  # which would be waited for
@@ -161,7 +159,7 @@ def test_a_configuration_reads_no_other(key: str, name: str, tmp_path: Path, mar
         Parsed([runs.CONFIG, "overlay.yaml"], training.add_arguments)
 
 
-def test_callbacks_with_data_for_arguments_are_allowed(tmp_path: Path) -> None:
+def test_callbacks_with_data_for_arguments_are_allowed(tmp_path):
     names = {"EarlyStopping": {"monitor": "val/AP"}, "early_stopping.EarlyStopping": {"monitor": "val/AP"}}
     more = {"LearningRateMonitor": {}, "ModelCheckpoint": {"monitor": "val/AP"}, "RichProgressBar": {}, "Timer": {}}
     for name, settings in {**names, **more}.items():
@@ -174,7 +172,7 @@ def CLI_config(path: Path) -> Any:
     return Parsed([runs.CONFIG, str(path)], training.add_arguments).config
 
 
-def test_every_allowed_name_of_ours_is_a_class_and_no_function_is_allowed() -> None:
+def test_every_allowed_name_of_ours_is_a_class_and_no_function_is_allowed():
     paths, denied = allowed.policy()
     assert {"detpipe.SEResNet", "detpipe.backbones.SEResNet", "detpipe.backbones.se_resnet.SEResNet"} <= {*paths}
     assert {"detpipe.Augment", "detpipe.PixelFormat", "detpipe.datasets.shards.remote.ShardCache"} <= {*paths}
@@ -184,7 +182,7 @@ def test_every_allowed_name_of_ours_is_a_class_and_no_function_is_allowed() -> N
     assert "detpipe.detector.TwoStageDetector.forward" in denied
 
 
-def test_the_settings_of_other_parsers_come_back() -> None:
+def test_the_settings_of_other_parsers_come_back():
     from jsonargparse import _common, _optionals, get_loader
 
     before = (dict(_common.parsing_settings), _optionals._config_read_mode, get_loader("yaml"))
@@ -241,9 +239,7 @@ DESCRIPTIONS: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("case", DESCRIPTIONS)
-def test_a_description_imports_reads_and_fetches_nothing(
-    case: str, trained: Path, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_description_imports_reads_and_fetches_nothing(case, trained, tmp_path, marker, monkeypatch):
     from detpipe.heads import FastRCNNHead
 
     stranger = ModuleType("stranger")  # imported, but not trusted
@@ -261,9 +257,7 @@ def test_a_description_imports_reads_and_fetches_nothing(
 
 
 @pytest.mark.parametrize("weights", ["DEFAULT", "timm/resnet18.a1_in1k", "pipe", {"source": "DEFAULT"}])
-def test_pretrained_weights_of_a_description_are_not_looked_at(
-    weights: Any, trained: Path, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pretrained_weights_of_a_description_are_not_looked_at(weights, trained, tmp_path, marker, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
     content = stored(trained)
@@ -273,7 +267,7 @@ def test_pretrained_weights_of_a_description_are_not_looked_at(
     assert not detector.training
 
 
-def test_a_refusal_says_how_to_trust(trained: Path, tmp_path: Path) -> None:
+def test_a_refusal_says_how_to_trust(trained, tmp_path):
     content = stored(trained)
     content[checkpoint.KEY]["model"]["head"]["class_path"] = "my_head.MyHead"
     assert refusal(content, tmp_path).endswith(
@@ -305,7 +299,7 @@ def state(folder: Path, **changes: Any) -> dict[str, Any]:
         {"dirpath": "/elsewhere"},
     ],
 )
-def test_states_of_callbacks_lose_paths_that_lead_elsewhere(change: dict[str, Any], tmp_path: Path) -> None:
+def test_states_of_callbacks_lose_paths_that_lead_elsewhere(change, tmp_path):
     told = json.loads(json.dumps(change).replace("RUN", str(tmp_path)))
     content = {"callbacks": {KEEP: state(tmp_path, **told), "Other": {"a": 1}}}
     checkpoint.drop_foreign_paths(content, tmp_path)
@@ -313,15 +307,13 @@ def test_states_of_callbacks_lose_paths_that_lead_elsewhere(change: dict[str, An
     assert content["callbacks"] == {KEEP: {"monitor": "val/AP", **empty, "best_k_models": {}}, "Other": {"a": 1}}
 
 
-def test_states_of_callbacks_keep_their_own_paths(tmp_path: Path) -> None:
+def test_states_of_callbacks_keep_their_own_paths(tmp_path):
     content = {"callbacks": {KEEP: state(tmp_path)}}
     checkpoint.drop_foreign_paths(content, tmp_path)
     assert content == {"callbacks": {KEEP: state(tmp_path)}}
 
 
-def test_resuming_deletes_nothing_that_a_checkpoint_names(
-    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_deletes_nothing_that_a_checkpoint_names(demo_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     theirs = ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath", "run/theirs"]
     theirs += [
@@ -361,7 +353,7 @@ def test_resuming_deletes_nothing_that_a_checkpoint_names(
 @pytest.mark.parametrize(
     "name", ["os", "subprocess", "builtins", "jsonargparse", "logging", "functools.partial", "sys"]
 )
-def test_what_runs_anything_cannot_be_trusted(name: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_runs_anything_cannot_be_trusted(name, trained, capsys):
     assert cli.main(["predict", "x.ckpt", "x.jpg", "-o", "out", "--trust", name]) == 2
     assert f"--trust {name}: refused, since {name} can run any code" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="can run any code"):
@@ -369,19 +361,17 @@ def test_what_runs_anything_cannot_be_trusted(name: str, trained: Path, capsys: 
 
 
 @pytest.mark.parametrize("arguments", [["--trust", "my head", "train"], ["train", "--trust"], ["train", "--trust="]])
-def test_a_name_to_trust_is_one(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_to_trust_is_one(arguments, capsys):
     assert cli.main(arguments) == 2
     assert "expected the name of a module" in capsys.readouterr().err
 
 
-def test_trust_beside_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_trust_beside_no_command(capsys):
     assert [cli.main(["--trust", "a", *more]) for more in ([], ["--help"], ["--version"])] == [2, 0, 0]
     assert "--trust MODULE" in capsys.readouterr().out
 
 
-def test_trust_works_for_every_command(
-    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_trust_works_for_every_command(demo_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("my_head.py").write_text(HEAD)
     Path("own.yaml").write_text("model: {head: {class_path: my_head.MyHead}}\n")
@@ -413,9 +403,7 @@ class ShortNamedHead(FastRCNNHead):
 """
 
 
-def test_classes_of_trusted_modules_have_short_names_and_need_no_types(
-    demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_classes_of_trusted_modules_have_short_names_and_need_no_types(demo_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("short_named.py").write_text(OWN_MODULE)
     Path("own.yaml").write_text("model: {head: {class_path: ShortNamedHead, init_args: {width: 12}}}\n")
@@ -436,16 +424,14 @@ def test_classes_of_trusted_modules_have_short_names_and_need_no_types(
         ("def x(:", "SyntaxError: "),
     ],
 )
-def test_what_is_wrong_with_a_trusted_module_is_told(
-    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_wrong_with_a_trusted_module_is_told(text, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("broken_of_a_test.py").write_text(text)
     assert cli.main(["train", runs.CONFIG, "--trust", "broken_of_a_test"]) == 2
     assert f"--trust broken_of_a_test: its import failed: {message}" in capsys.readouterr().err
 
 
-def test_short_names_of_lightning_are_the_paths_that_are_allowed() -> None:
+def test_short_names_of_lightning_are_the_paths_that_are_allowed():
     """A short name is resolved to another path than that of the class, such as that of a package which hands it on."""
     from jsonargparse._util import get_import_path
 

@@ -1,4 +1,4 @@
-"""The ``proposals`` command: turn other programs' files into stores, and say what is in a store."""
+"""The ``proposals convert`` and ``proposals info`` commands: other programs' files into stores, and what is in a store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from detpipe.commands.parser import Parser, run_one_of
+from detpipe.commands.parser import Parser
 from detpipe.proposal_files.box_orders import CONVENTIONS
 from detpipe.proposal_files.converters import FORMATS, convert
 from detpipe.proposal_files.store import ProposalStore
@@ -18,58 +18,9 @@ from detpipe.proposal_files.store_format import SUFFIX
 from detpipe.support.errors import UsageError
 from detpipe.support.terminal import say
 
-HELP = """usage: detpipe proposals make|convert|info|recall ...
-
-Region proposals in files: boxes that a detector with precomputed proposals looks at.
-
-commands:
-  make SOURCE --data DATA [--split SPLIT] -o STORE.safetensors
-                        make boxes for all images of a data set or folder
-  convert FILE -o STORE.safetensors
-                        turn Fast R-CNN's .mat, COCO results, detectron2's or mmdetection's pickle, CSV or .npz into a store
-  info STORE.safetensors
-                        how many boxes it holds, what made them, and its hash
-  recall STORE.safetensors ... --data DATA [--split SPLIT] [-o FOLDER]
-                        how many objects the boxes find, as table, JSON and picture
-
-'detpipe proposals COMMAND --help' shows the options of a command.
-"""
-
-COMMANDS = {
-    "make": ("detpipe.commands.proposal_making", "run_make"),
-    "convert": ("detpipe.commands.proposal_commands", "run_convert"),
-    "info": ("detpipe.commands.proposal_commands", "run_info"),
-    "recall": ("detpipe.commands.proposal_recall", "run_recall"),
-}
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run a command on proposal files.
-
-    Args:
-        arguments: the command and its arguments.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        DetpipeError: what users can mend.
-    """
-    return run_one_of(COMMANDS, "proposals", HELP, arguments)
-
 
 def run_convert(arguments: Sequence[str]) -> int:
-    """Turn a file of proposals into a store, and print what was read and left out.
-
-    Args:
-        arguments: ``FILE -o STORE.safetensors`` and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: what users can mend; nothing is written then.
-    """
+    """Turn a file of proposals into a store, and print what was read and left out; after an error nothing is written."""
     parser = Parser(prog="detpipe proposals convert", description="Turn a file of proposals into a store.")
     parser.add_argument("input", metavar="FILE", help=".mat (or a folder of them), .json, .pkl, .csv or .npz")
     parser.add_argument("-o", "--output", required=True, help=f"the store to write, *{SUFFIX}")
@@ -110,17 +61,7 @@ def run_convert(arguments: Sequence[str]) -> int:
 
 
 def run_info(arguments: Sequence[str]) -> int:
-    """Print what is in a store.
-
-    Args:
-        arguments: ``STORE`` and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: the file is no store, or is damaged.
-    """
+    """Print what is in a store."""
     parser = Parser(prog="detpipe proposals info", description="Say what is in a store of proposals.")
     parser.add_argument("store", metavar="STORE", help=f"*{SUFFIX}")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -147,14 +88,7 @@ def run_info(arguments: Sequence[str]) -> int:
 
 
 def describe(store: ProposalStore) -> dict[str, Any]:
-    """Collect what is worth knowing about a store.
-
-    Args:
-        store: the store.
-
-    Returns:
-        What ``detpipe proposals info --json`` prints.
-    """
+    """Collect what ``detpipe proposals info --json`` prints."""
     counts = store.box_counts()
     return {
         "path": str(store.path),
