@@ -60,14 +60,7 @@ class KnownImages:
 
 
 def plain_id(name: str, naming: Naming) -> str:
-    """Turn a name into an id where no list of images is given.
-
-    Args:
-        name: what a proposal file calls the image.
-        naming: what the name is.
-
-    Returns:
-        The name itself, or, of a path or file name, the stem, as VOC has it.
+    """Turn a name into an id where no list of images is given: of a path or file name the stem, as VOC has it.
 
     Example:
         >>> plain_id("VOC2007/JPEGImages/000005.jpg", "file")
