@@ -66,18 +66,12 @@ class Look:
 
 @torch.no_grad()
 def look(classifier: DigitClassifier, images: Tensor, labels: Tensor) -> Look:
-    """Classify digits and keep what the transformer did; the mode of the classifier stays what it was.
+    """Classify digits and keep, on the CPU, what the transformer did; the mode of the classifier stays what it was.
 
     Args:
-        classifier: with a transformer.
+        classifier: with a transformer, or it is a ValueError.
         images: ``[N, 1, S, S]`` floating point in 0..1.
         labels: ``[N]`` int64 in 0..9.
-
-    Returns:
-        What is to be drawn, on the CPU.
-
-    Raises:
-        ValueError: a classifier without a transformer.
     """
     training = classifier.training
     classifier.eval()
@@ -90,15 +84,7 @@ def look(classifier: DigitClassifier, images: Tensor, labels: Tensor) -> Look:
 
 
 def draw_looks(rows: Mapping[str, Look], title: str) -> Image.Image:
-    """Draw digits in rows, each with the four columns.
-
-    Args:
-        rows: name of the row -> its digits, side by side; where all names are blank, there is no place for them.
-        title: over all.
-
-    Returns:
-        The picture, RGB.
-    """
+    """Draw named rows of digits, each with the four columns, under a title; where all names are blank, they take no place."""
     examples = max(map(len, rows.values()))
     head, label = 2 * LINE + GAP, LABEL if any(name.strip() for name in rows) else GAP
     canvas = Image.new("RGB", (label + examples * (EXAMPLE + 2 * GAP), head + len(rows) * (WIDE + GAP) + GAP), PAPER)
@@ -124,12 +110,7 @@ def save_png(picture: Image.Image, out: Path) -> None:
 
 
 def save_gif(frames: Sequence[Image.Image], out: Path) -> None:
-    """Write pictures of one size as an animation that is repeated; it is complete when it is visible.
-
-    Args:
-        frames: one after the other; the last one stays longer.
-        out: the GIF.
-    """
+    """Write pictures of one size as an animation that is repeated, of which the last one stays longer; complete when visible."""
     first, *rest = [_in_palette(frame, _palette()) for frame in frames]
     durations = [FRAME_MILLISECONDS] * len(rest) + [LAST_MILLISECONDS]
     with atomic_write(out) as temporary:

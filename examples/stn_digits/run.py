@@ -121,20 +121,12 @@ class Run:
         return DistortedDigits(self.distortion, recipe.batch_size, recipe.test_views, self.seed, recipe.split)
 
     def network(self) -> DigitClassifier:
-        """Make the network, with random weights.
-
-        Raises:
-            ValueError: too few parameters.
-        """
+        """Make the network, with random weights; a ValueError for too few parameters."""
         recipe = self.recipe
         return DigitClassifier(self.model, recipe.parameters, recipe.glimpse, recipe.optimizer, recipe.lr_scheduler)
 
     def trained(self) -> DigitClassifier:
-        """Load the network of a finished run.
-
-        Raises:
-            UsageError: the file is none of a finished run.
-        """
+        """Load the network of a finished run; a UsageError where the file is none."""
         network = self.network()
         try:
             network.load_state_dict(load_file(self.file))
@@ -143,11 +135,7 @@ class Run:
         return network.eval()
 
     def result(self) -> Result:
-        """Read the result of a finished run.
-
-        Raises:
-            UsageError: the file is none of a finished run, or one of other settings.
-        """
+        """Read the result of a finished run; a UsageError where the file is none, or one of other settings."""
         try:
             with safe_open(self.file, "pt") as stored:
                 known = json.loads(stored.metadata()[KEY])
@@ -165,17 +153,7 @@ class Run:
 
 
 def train(run: Run) -> Result:
-    """Train and test a network, and write its file; nothing is there before the run has ended.
-
-    Args:
-        run: what to train.
-
-    Returns:
-        What it came to.
-
-    Raises:
-        TrainingError: the weights are no longer finite.
-    """
+    """Train and test a network, and write its file when that has ended; a TrainingError if its weights are no longer finite."""
     seed_everything(run.seed, verbose=False)
     start = time.process_time()
     network, data = run.network(), run.data()
@@ -204,11 +182,7 @@ def train(run: Run) -> Result:
 
 
 def prepare_worker(threads: int) -> None:
-    """Set up a process that trains: its share of the cores, and no advice of Lightning.
-
-    Args:
-        threads: for PyTorch.
-    """
+    """Set up a process that trains: its share of the cores, in threads of PyTorch, and no advice of Lightning."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is under way is finished, then the study ends
     torch.set_num_threads(threads)
     quiet()

@@ -95,9 +95,6 @@ def train_classifier(arguments: Sequence[str]) -> int:
     Args:
         arguments: ``CONFIG.yaml [MORE.yaml ...] [--key value ...]``; ``--output FOLDER`` names the folder.
 
-    Returns:
-        0.
-
     Raises:
         DetpipeError: what users can mend.
     """
@@ -120,17 +117,7 @@ def train_classifier(arguments: Sequence[str]) -> int:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Study, Recipe, str | None]:
-    """Read configurations and options.
-
-    Args:
-        arguments: of the command.
-
-    Returns:
-        What is compared, how it is trained, and the folder that was asked for.
-
-    Raises:
-        UsageError: a key or a value that is wrong.
-    """
+    """Read what is compared, how it is trained, and the folder that was asked for; a UsageError for a wrong key or value."""
     parser = Parser(prog="tools/train_classifier.py", description=DESCRIPTION)
     parser.add_argument("-c", "--config", action="config", help="configurations; later ones win")
     parser.add_argument(
@@ -152,12 +139,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Study, Recipe, str | None]
 def results_table(study: Study, results: Results) -> str:
     """Write the errors as a table in Markdown.
 
-    Args:
-        study: what was compared.
-        results: of each run.
-
-    Returns:
-        A row for each model: parameters, mean error on each distortion with the range over the seeds, mean processor time of a run.
+    A row for each model: parameters, mean error on each distortion with the range over the seeds, mean processor time of a run.
     """
     lines = [
         f"| model | parameters | {' | '.join(study.distortions)} | CPU seconds a run |",
