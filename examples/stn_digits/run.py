@@ -6,13 +6,11 @@ The file appears when the run has ended, so a study that was interrupted knows w
 from __future__ import annotations
 
 import json
-import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from safetensors import SafetensorError, safe_open
@@ -21,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from detpipe.optimization import LRSchedule, Optimizer
 from detpipe.support.errors import TrainingError, UsageError
 from detpipe.support.files import atomic_write
-from detpipe.training.configuration import quiet
 from stn_digits.classifier import OPTIMIZER, SCHEDULE, DigitClassifier, Model
 from stn_digits.digits import DistortedDigits, Distortion
 from stn_digits.pictures import Film
@@ -179,13 +176,6 @@ def train(run: Run) -> Result:
     with atomic_write(run.file) as temporary:
         save_file({name: value.contiguous() for name, value in network.state_dict().items()}, temporary, metadata)
     return result
-
-
-def prepare_worker(threads: int) -> None:
-    """Set up a process that trains: its share of the cores, in threads of PyTorch, and no advice of Lightning."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is under way is finished, then the study ends
-    torch.set_num_threads(threads)
-    quiet()
 
 
 def _film(run: Run, data: DistortedDigits) -> list[Callback]:
