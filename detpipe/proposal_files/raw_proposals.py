@@ -36,36 +36,22 @@ class Tally:
 
 @dataclass(frozen=True)
 class RawImage:
-    """The proposals of one image as a file gave them.
+    """The proposals of one image as a file gave them."""
 
-    Args:
-        name: what the file calls the image.
-        boxes: ``[P, 4]`` in the file's convention.
-        scores: ``[P]``, or None where the file has none: the order says which are best.
-        name_box: row of ``boxes`` -> what messages call it.
-    """
-
-    name: str
-    boxes: Array
-    scores: Array | None
-    name_box: Callable[[int], str] = "box {}".format
+    name: str  # what the file calls the image
+    boxes: Array  # [P, 4] in the file's convention
+    scores: Array | None  # [P]; None where the file has none: the order says which are best
+    name_box: Callable[[int], str] = "box {}".format  # row of the boxes -> what messages call it
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """A file of proposals, open.
+    """A file of proposals, open."""
 
-    Args:
-        convention: how it writes boxes, a key of `box_orders.CONVENTIONS`.
-        naming: what its names of images are.
-        images: the proposals, read while iterating.
-        total: how many images there are, None if that is not known before.
-    """
-
-    convention: str
-    naming: Naming
-    images: Iterable[RawImage]
-    total: int | None = None
+    convention: str  # how it writes boxes, a key of `box_orders.CONVENTIONS`
+    naming: Naming  # what its names of images are
+    images: Iterable[RawImage]  # read while iterating
+    total: int | None = None  # how many images there are, if that is known before
 
 
 # Opens a file of one format. The images of the data set are needed where the file does not name them; the tally decides about

@@ -111,7 +111,7 @@ def canonical_settings(settings: Any) -> str:
     try:
         text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         text.encode()
-        same = isinstance(settings, dict) and json.loads(text) == _plain(settings)
+        same = isinstance(settings, dict) and json.loads(text) == msgspec.to_builtins(settings)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"settings must be a dict that JSON can hold, got {settings!r} ({error})") from error
     if not same:
@@ -231,13 +231,6 @@ def _read_layout(header: dict[str, Any], path: Path, first: int, file_bytes: int
             raise damaged(path, f"the array {name!r} is {entry.dtype} {entry.shape}, expected {kind} {shape}")
         places[name] = Place(first + entry.data_offsets[0], _DTYPES[kind], shape)
     return places
-
-
-def _plain(value: Any) -> Any:
-    """Tuples become lists, as in JSON."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _foreign(path: Path, reason: str) -> DataError:

@@ -42,23 +42,14 @@ FRAME_MILLISECONDS, LAST_MILLISECONDS = 220, 3000
 
 @dataclass(frozen=True)
 class Look:
-    """What a classifier did with some digits.
+    """What a classifier did with N digits."""
 
-    Args:
-        images: ``[N, 1, S, S]`` in 0..1.
-        labels: ``[N]`` in 0..9.
-        outlines: ``[N, M, 2]`` (x, y), -1..1 in the image: around what was sampled, closed, beginning with the upper edge.
-        outputs: ``[N, 1, G, G]``.
-        predicted: ``[N]`` in 0..9.
-        confidence: ``[N]`` in 0..1, of what is predicted.
-    """
-
-    images: Tensor
-    labels: Tensor
-    outlines: Tensor
-    outputs: Tensor
-    predicted: Tensor
-    confidence: Tensor
+    images: Tensor  # [N, 1, S, S] in 0..1
+    labels: Tensor  # [N] in 0..9
+    outlines: Tensor  # [N, M, 2] (x, y), -1..1: around what was sampled, closed, beginning with the upper edge
+    outputs: Tensor  # [N, 1, G, G]
+    predicted: Tensor  # [N] in 0..9
+    confidence: Tensor  # [N] in 0..1, of what is predicted
 
     def __len__(self) -> int:
         return len(self.labels)

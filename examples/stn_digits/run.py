@@ -64,38 +64,23 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """What a run came to."""
 
-    Args:
-        error: percent of the test images that are classified wrongly.
-        parameters: of the network.
-        seconds: of a processor, for training and test: what else runs on the machine adds little to them.
-    """
-
-    error: float
-    parameters: int
-    seconds: float
+    error: float  # percent of the test images that are classified wrongly
+    parameters: int  # of the network
+    seconds: float  # of a processor, for training and test: what else runs on the machine adds little to them
 
 
 @dataclass(frozen=True)
 class Run:
-    """One network, one distortion, one seed.
-
-    Args:
-        distortion: of the digits.
-        model: the kind of network.
-        seed: of its weights, and of the order and distortions in training.
-        recipe: how it is trained.
-        folder: of the study.
-        filmed: whether an animation is made along.
-    """
+    """One network, one distortion, one seed."""
 
     distortion: Distortion
     model: Model
-    seed: int
+    seed: int  # of the weights, and of the order and distortions in training
     recipe: Recipe
-    folder: Path
-    filmed: bool = False
+    folder: Path  # of the study
+    filmed: bool = False  # whether an animation is made along
 
     @property
     def file(self) -> Path:
