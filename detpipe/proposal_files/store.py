@@ -10,7 +10,6 @@ Whether a store belongs to the images that it is used for is told in one line fo
 from __future__ import annotations
 
 import mmap
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -205,8 +204,14 @@ class ProposalStore(Mapping[str, ProposalRecord]):
     def _find(self, image_id: object) -> int | None:
         """The row of an image, by binary search."""
         key = _require_text(image_id).encode("utf-8", "surrogatepass")
-        row = bisect_left(range(len(self)), key, key=self._name)
-        return row if row < len(self) and self._name(row) == key else None
+        low, high = 0, len(self)
+        while low < high:  # unlike bisect's, this search ends where it meets the id
+            middle = (low + high) // 2
+            name = self._name(middle)
+            if name == key:
+                return middle
+            low, high = (middle + 1, high) if name < key else (low, middle)
+        return None
 
     def _name(self, row: int) -> bytes:
         start, end = self._id_offsets[row : row + 2].tolist()
