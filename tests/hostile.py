@@ -90,6 +90,8 @@ PICKLES = {
     + b"q\x01"
     + b"h\x01" * 2000
     + b"l",
+    "arrays of the same bytes": b"(B" + struct.pack("<I", 1_000_000) + b"\0" * 1_000_000 + b"q\x01" + DTYPE + b"q\x020"
+    + (ARRAY + b"(K\x01J" + struct.pack("<i", 1_000_000) + b"\x85h\x02\x89h\x01tb") * 2000 + b"l",
     "many sets": b"(" + b"\x8f" * 4_000_000 + b"l",
     "a far number in the memo": b"Nr" + struct.pack("<I", 400_000_000),
     "tuples in tuples": b"})" + b"\x85" * 1_000_000 + b"Ns",

@@ -6,6 +6,7 @@ N images, C channels, H x W cells, M branches.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.fx
@@ -33,9 +34,15 @@ class Attention(nn.Module, ABC):
 class Gating(Attention):
     """Attention that leaves the shape as it is: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
 
+    domain: ClassVar[str] = "channel"  # what the gates tell apart
+
     @abstractmethod
     def weights(self, features: Tensor) -> Tensor:
         """Compute what the features are multiplied by, in a shape that broadcasts to ``[N, C, H, W]``."""
+
+    def gates(self, features: Tensor) -> Gates:
+        """Compute the gates of ``[N, C, H, W]``, by what they tell apart: see :meth:`Attention.gates`."""
+        return {self.domain: self.weights(features)}
 
     def forward(self, features: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Apply the gates, and add a shortcut in the same pass over memory.
@@ -57,7 +64,7 @@ def gated(features: Tensor, weights: Tensor, shortcut: Tensor | None) -> Tensor:
 
 def squeeze(features: Tensor) -> Tensor:
     """Average each channel, in float32 where the features have half precision: ``[N, C, H, W]`` -> ``[N, C, 1, 1]``."""
-    return _mean(features)
+    return _mean(features)  # found here by its name, which is what torch.fx wraps
 
 
 @torch.fx.wrap  # one node of a traced graph: its choice by data type cannot be traced
@@ -69,25 +76,22 @@ def _mean(features: Tensor) -> Tensor:
 def squeezed_width(channels: int, reduction: int, divisor: int = 8) -> int:
     """Divide channels by a reduction, rounded to a multiple of ``divisor``, halves up, and at least one of it.
 
-    Args:
-        channels: C.
-        reduction: by how much fewer.
-        divisor: what the result is a multiple of; 1 rounds down, as the papers' figures.
-
-    Returns:
-        The width of the hidden layer.
+    A divisor of 1 rounds down, as the papers' figures.
 
     Raises:
-        ValueError: ``channels``, ``reduction`` or ``divisor`` below 1, or ``reduction`` above ``channels``.
+        ValueError: a number below 1, or ``reduction`` above ``channels``.
     """
-    if channels < 1:
-        raise ValueError(f"channels must be at least 1, got {channels}")
+    check_channels(channels)
     if not 1 <= reduction <= channels:
         raise ValueError(f"reduction must be in 1..channels ({channels}), got {reduction}")
     if divisor < 1:
         raise ValueError(f"divisor must be at least 1, got {divisor}")
-    return (
-        max(divisor, int(channels / reduction + divisor / 2) // divisor * divisor)
-        if divisor > 1
-        else channels // reduction
-    )
+    if divisor == 1:
+        return channels // reduction
+    return max(divisor, int(channels / reduction + divisor / 2) // divisor * divisor)
+
+
+def check_channels(channels: int) -> None:
+    """Raise a ValueError where there are no channels."""
+    if channels < 1:
+        raise ValueError(f"channels must be at least 1, got {channels}")

@@ -58,15 +58,7 @@ class CBAM(Gating):
         return channel * self._spatial(features * channel)
 
     def forward(self, features: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """Apply the gates, and add a shortcut in the same pass over memory.
-
-        Args:
-            features: ``[N, C, H, W]``.
-            shortcut: ``[N, C, H, W]`` or None.
-
-        Returns:
-            ``[N, C, H, W]``: the gated features, plus the shortcut if there is one.
-        """
+        """Apply the gates, and add a shortcut in the same pass over memory; see :meth:`Gating.forward`."""
         features = features * self._channel(features)
         return gated(features, self._spatial(features), shortcut)
 

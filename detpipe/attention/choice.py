@@ -18,7 +18,7 @@ from detpipe.attention.squeeze_excitation import (
 from detpipe.support.suggest import did_you_mean
 
 OPEN = 4.0  # a gate of sigmoid(4) = .98; eleven of them in a row leave .82
-GATINGS: dict[str, Callable[[int], Gating]] = {
+GATINGS: dict[str, Callable[..., Gating]] = {
     "se": SqueezeExcitation,
     "sse": SpatialSqueezeExcitation,
     "scse": ConcurrentSqueezeExcitation,
@@ -45,13 +45,8 @@ def make_gating(name: str, channels: int, reduction: int = 16, bias: bool = True
     """
     if name not in GATINGS:
         raise ValueError(f"unknown attention {name!r}: expected one of {list(GATINGS)}{did_you_mean(name, GATINGS)}")
-    if name == "se":
-        return SqueezeExcitation(channels, reduction, bias, divisor)
-    if name == "scse":
-        return ConcurrentSqueezeExcitation(channels, reduction, bias=bias, divisor=divisor)
-    if name == "cbam":
-        return CBAM(channels, reduction, bias=bias, divisor=divisor)
-    return GATINGS[name](channels)
+    squeezing = name in ("se", "scse", "cbam")
+    return GATINGS[name](channels, **({"reduction": reduction, "bias": bias, "divisor": divisor} if squeezing else {}))
 
 
 def by_stage(

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from detpipe.attention.base import Gates, Gating, squeeze
+from detpipe.attention.base import Gating, check_channels, squeeze
 
 
 class ECA(Gating):
@@ -32,8 +32,7 @@ class ECA(Gating):
 
     def __init__(self, channels: int, kernel_size: int | None = None) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        check_channels(channels)
         if kernel_size is None:
             nearest = int(abs(math.log2(channels) + 1) / 2)
             kernel_size = nearest if nearest % 2 else nearest + 1
@@ -45,7 +44,3 @@ class ECA(Gating):
         """Compute the gates: ``[N, C, H, W]`` -> ``[N, C, 1, 1]`` in 0..1."""
         means = squeeze(features).flatten(1)[:, None]  # [N, 1, C]
         return torch.sigmoid(self.conv(means))[:, 0, :, None, None]
-
-    def gates(self, features: Tensor) -> Gates:
-        """Compute the gates: ``[N, C, H, W]`` -> "channel" ``[N, C, 1, 1]`` in 0..1."""
-        return {"channel": self.weights(features)}

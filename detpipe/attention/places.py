@@ -17,21 +17,13 @@ from detpipe.support.suggest import did_you_mean
 
 @dataclass(frozen=True)
 class Place:
-    """Where one attention module goes.
+    """Where one attention module goes."""
 
-    Args:
-        site: full name of the module whose output is gated.
-        block: full name of the block whose branch ends there; None for a module that was named itself.
-        slot: name of the block's own free slot for attention, empty where it has none.
-        channels_last: the module returns ``[N, H, W, C]``.
-        replaced: the module gives its place to the attention instead of being gated.
-    """
-
-    site: str
-    block: str | None = None
-    slot: str = ""
-    channels_last: bool = False
-    replaced: bool = False
+    site: str  # full name of the module whose output is gated
+    block: str | None = None  # full name of the block whose branch ends there; None for a module that was named itself
+    slot: str = ""  # name of the block's own free slot for attention, if it has one
+    channels_last: bool = False  # the module returns [N, H, W, C]
+    replaced: bool = False  # the module gives its place to the attention instead of being gated
 
 
 # class of a block -> the modules that may end its branch before the sum, the first one that the block has being the last

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from detpipe.attention.base import Gates, Gating, squeeze, squeezed_width
+from detpipe.attention.base import Gates, Gating, check_channels, squeeze, squeezed_width
 
 
 class SqueezeExcitation(Gating):
@@ -45,10 +45,6 @@ class SqueezeExcitation(Gating):
         """Compute the gates: ``[N, C, H, W]`` -> ``[N, C, 1, 1]`` in 0..1."""
         return torch.sigmoid(self.excite(torch.relu(self.squeeze(squeeze(features)))))
 
-    def gates(self, features: Tensor) -> Gates:
-        """Compute the gates: ``[N, C, H, W]`` -> "channel" ``[N, C, 1, 1]`` in 0..1."""
-        return {"channel": self.weights(features)}
-
 
 class SpatialSqueezeExcitation(Gating):
     """Multiply each place by a gate in 0..1 computed from its channels (Roy et al. 2018, section 2.2: sSE).
@@ -64,19 +60,16 @@ class SpatialSqueezeExcitation(Gating):
         torch.Size([2, 32, 5, 7])
     """
 
+    domain = "spatial"
+
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        check_channels(channels)
         self.squeeze = nn.Conv2d(channels, 1, 1)
 
     def weights(self, features: Tensor) -> Tensor:
         """Compute the gates: ``[N, C, H, W]`` -> ``[N, 1, H, W]`` in 0..1."""
         return torch.sigmoid(self.squeeze(features))
-
-    def gates(self, features: Tensor) -> Gates:
-        """Compute the gates: ``[N, C, H, W]`` -> "spatial" ``[N, 1, H, W]`` in 0..1."""
-        return {"spatial": self.weights(features)}
 
 
 class ConcurrentSqueezeExcitation(Gating):

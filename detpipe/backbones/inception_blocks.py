@@ -70,14 +70,9 @@ Paddings = Mapping[str, tuple[int, int]]
 
 
 class Unit(nn.Module):
-    """A part of the network, with zeros around its input, and attention to its output.
+    """A part of the network, with zeros around its input, and attention, or None, to its output.
 
-    Zeros suit the pools, too: what comes in is not negative.
-
-    Args:
-        block: the part.
-        padding: zeros before the first and after the last row and column.
-        gate: the attention, or None.
+    Zeros suit the pools, too: what comes in is not negative. ``padding`` is before the first and after the last row and column.
     """
 
     def __init__(self, block: nn.Module, padding: tuple[int, int], gate: nn.Module | None) -> None:
@@ -93,15 +88,9 @@ class Unit(nn.Module):
 
 
 def build_stage(stage: str, paddings: Paddings, make_gate: Callable[[int], nn.Module] | None) -> nn.Sequential:
-    """Build a stage.
+    """Build one of `STAGES`: its parts in their order, by torchvision's names.
 
-    Args:
-        stage: one of `STAGES`.
-        paddings: zeros around the input of each part.
-        make_gate: attention for a number of channels; goes to the output of each Inception block.
-
-    Returns:
-        The parts in their order, by torchvision's names.
+    ``make_gate`` makes attention for a number of channels; it goes to the output of each Inception block.
     """
     units = OrderedDict()
     for name, make in STAGES[stage].items():
@@ -121,11 +110,8 @@ def unpadded_until(level: str) -> Iterator[tuple[str, int]]:
 def best_paddings(levels: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Choose paddings with which every map has ceil(side / stride) cells, as near to their places as can be.
 
-    Args:
-        levels: those that count, finest first.
-
     Returns:
-        Part -> its padding; of all choices the one whose greatest offset, in cells, is the least.
+        Part -> its padding; of all choices the one whose greatest offset at a level, in cells, is the least.
     """
     parts = dict(unpadded_until(levels[-1]))
     halving = [name for name, stride in parts.items() if stride == 2]
@@ -140,15 +126,7 @@ def best_paddings(levels: Sequence[str]) -> dict[str, tuple[int, int]]:
 
 
 def offset(level: str, paddings: Paddings) -> float:
-    """Compute how far cells lie from where RoI pooling takes them to be.
-
-    Args:
-        level: one of c2, c3, c4, c5.
-        paddings: part -> its padding.
-
-    Returns:
-        By how many pixels the middle of cell i lies right of (i + .5) * stride, or below.
-    """
+    """Compute by how many pixels the middle of cell i of a level lies right of (i + .5) * stride, or below."""
     middle, spacing = 0.5, 1  # of the first pixel; pixels from cell to cell
     for name, stride in unpadded_until(level):
         middle += spacing * (1 - paddings.get(name, (0, 0))[0])

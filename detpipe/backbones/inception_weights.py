@@ -13,30 +13,17 @@ from detpipe.stages import Backbone
 
 
 def load_inception(network: Backbone, weights: str | Pretrained) -> None:
-    """Load weights into an :class:`~detpipe.backbones.se_inception.SEInceptionV3`.
+    """Load weights into an :class:`~detpipe.backbones.se_inception.SEInceptionV3`; errors as of :func:`load_pretrained`.
 
     The auxiliary classifier starts anew, as a whole, unless the weights have one of as many classes.
-
-    Args:
-        network: gets the weights; its ``laterals`` keep their own.
-        weights: a local file, a name of torchvision's, or one of these with permission to start gates anew.
-
-    Raises:
-        UsageError: an unknown name.
-        CheckpointError: the file is missing or unreadable, or tensors are missing, unknown, or of other shapes.
     """
     load_pretrained(network, weights, "inception_v3", partial(to_own_names, network=network))
 
 
 def to_own_names(state: Mapping[str, Tensor], network: nn.Module) -> Foreign:
-    """Rename tensors of torchvision's Inception-v3, and complete them by what it does not have.
+    """Rename tensors of torchvision's Inception-v3, or ours, and complete them by what the weights do not have.
 
-    Args:
-        state: a state dict of torchvision's or ours.
-        network: whose auxiliary classifier takes the place of one with other classes, or none.
-
-    Returns:
-        The tensors by our names, and the names of those that the network does not need.
+    The network's auxiliary classifier takes the place of one with other classes, or none.
     """
     own = network.state_dict()
     ours = any(name.startswith("stem.") for name in state)

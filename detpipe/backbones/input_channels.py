@@ -18,25 +18,14 @@ _RGB = 3
 
 
 def check_channels(channels: int) -> int:
-    """Refuse a number of channels that no image has.
-
-    Raises:
-        ValueError: outside 1..256.
-    """
+    """Refuse a number of channels that no image has, by a ValueError."""
     if not 1 <= channels <= MOST_CHANNELS:
         raise ValueError(f"in_channels must lie in 1..{MOST_CHANNELS}, got {channels}")
     return channels
 
 
 def spread_weight(weight: Tensor, channels: int) -> Tensor:
-    """Spread the weights of a first convolution over other channels.
-
-    Args:
-        weight: ``[O, 3, h, w]``, learned on RGB.
-        channels: C.
-
-    Returns:
-        ``[O, C, h, w]``.
+    """Spread the weights ``[O, 3, h, w]`` of a first convolution, learned on RGB, over C channels: ``[O, C, h, w]``.
 
     Example:
         >>> spread_weight(torch.tensor([1.0, 2.0, 4.0]).reshape(1, 3, 1, 1), 1).flatten().tolist()
@@ -52,11 +41,7 @@ def spread_weight(weight: Tensor, channels: int) -> Tensor:
 
 
 def spread_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fit weights that were learned on RGB to a network of other channels.
-
-    Args:
-        given: state dict of the weights.
-        own: state dict of the network; the names are the same.
+    """Fit weights that were learned on RGB to a network of other channels, whose tensors have the same names.
 
     Returns:
         The weights; those whose only difference is that they take 3 channels where the network takes others, spread over these.
@@ -72,14 +57,9 @@ def spread_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> di
 
 
 def set_input_channels(network: nn.Module, channels: int) -> None:
-    """Give a network with random weights a first convolution of other channels, whose outputs are as large.
+    """Give a network with random weights a first convolution of C channels, whose outputs are as large; in place.
 
-    Args:
-        network: changed; nothing is, nor is anything drawn, for three channels.
-        channels: C.
-
-    Raises:
-        ValueError: the first convolution is not one of three channels.
+    For three channels nothing is changed, nor is anything drawn. A ValueError where the first convolution is not one of three.
     """
     if check_channels(channels) == _RGB:
         return
@@ -97,11 +77,7 @@ def set_input_channels(network: nn.Module, channels: int) -> None:
 
 
 def format_of(known: PixelFormat, channels: int) -> PixelFormat:
-    """The pixel format of a network of C channels, from that of RGB, or one that was given for C.
-
-    Raises:
-        ValueError: a format of neither three channels nor C.
-    """
+    """The pixel format for C channels, from that of RGB, or one that was given for C; a ValueError for any other."""
     if known.channels not in (_RGB, channels):
         raise ValueError(f"pixel_format has a mean and std of {known.channels} channels, but in_channels is {channels}")
     return known.spread(channels)

@@ -41,11 +41,7 @@ class Laterals(nn.Module):
 
     @property
     def out_channels(self) -> int:
-        """C of the result.
-
-        Raises:
-            ValueError: the levels keep their own, unequal widths.
-        """
+        """C of the result; a ValueError where the levels keep their own, unequal widths."""
         if len(set(self.level_channels.values())) > 1:
             raise ValueError(
                 f"out_channels 'own' leaves levels of unequal width {self.level_channels}, which only an FPN takes; give a "
@@ -81,14 +77,7 @@ class ProjectedBackbone(Backbone, ABC):
         return dict(self.laterals.level_channels)
 
     def check_size(self, images: Tensor) -> None:
-        """Refuse images without a whole cell of the coarsest level.
-
-        Args:
-            images: ``[N, C, H, W]``.
-
-        Raises:
-            ValueError: H or W is smaller than the coarsest stride.
-        """
+        """Refuse images ``[N, C, H, W]`` without a whole cell of the coarsest level, by a ValueError."""
         level, stride = max(self.strides.items(), key=lambda item: item[1])
         if min(images.shape[-2:]) < stride:
             raise ValueError(

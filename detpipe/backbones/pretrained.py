@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
-from torchvision import models
 
 from detpipe.attention.base import Attention
 from detpipe.attention.choice import open_gates
 from detpipe.backbones.input_channels import spread_weights
-from detpipe.backbones.weights import SUFFIXES, download, read_state
+from detpipe.backbones.weights import SUFFIXES, download, fetch, refuse_differences, timm_tags, timm_with
 from detpipe.stages import Backbone
 from detpipe.support.errors import CheckpointError, UsageError
 from detpipe.support.suggest import did_you_mean
@@ -82,12 +81,12 @@ def load_pretrained(
     missing = sorted(set(own) - set(tensors) - counters - optional)
     unknown = sorted(name for name in set(tensors) - set(own) - counters if not _left_out(name, network, own))
     shapes = sorted(name for name in set(own) & set(tensors) - counters if own[name].shape != tensors[name].shape)
-    for names, problem in ((missing, "lacks"), (unknown, "has unknown"), (shapes, "has other shapes for")):
-        if names:
-            raise CheckpointError(
-                f"{wanted.source} does not fit {type(network).__name__}: it {problem} {len(names)} tensors, "
-                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; {_advice(names, network, problem)}"
-            )
+    advice = "give weights of the same architecture (depth, attention and variant decide)"
+    if missing and set(missing) <= _gate_names(network):
+        advice = (
+            "they are of a network without attention: give attention null, or new_gates true to start the gates anew"
+        )
+    refuse_differences(wanted.source, type(network).__name__, missing, unknown, shapes, advice)
     if wanted.new_gates:
         open_gates(network)
         network.new_layers = (*network.new_layers, *_gates(network))
@@ -97,29 +96,13 @@ def load_pretrained(
 def _fetch(source: str, torchvision_name: str | None) -> dict[str, Tensor]:
     if source.startswith(TIMM) and Path(source).suffix not in SUFFIXES:
         return _from_timm(source.removeprefix(TIMM))
-    if Path(source).suffix in SUFFIXES or "/" in source:
-        return read_state(source)
-    known = {} if torchvision_name is None else models.get_model_weights(torchvision_name).__members__
-    if source not in known:
-        names = (
-            f"{torchvision_name}'s {sorted(known)}" if known else "no name of torchvision's, which has no such network"
-        )
-        raise UsageError(
-            f"unknown weights {source!r}: expected a local file ({', '.join(SUFFIXES)}), {TIMM}NAME, or {names}"
-            f"{did_you_mean(source, known)}"
-        )
-    return download(source, lambda: known[source].get_state_dict(progress=True, check_hash=True))
+    return fetch(source, torchvision_name, f", {TIMM}NAME,")
 
 
 def _from_timm(name: str) -> dict[str, Tensor]:
-    try:
-        import timm
-    except ImportError as error:
-        raise UsageError(f"weights {TIMM}{name} need timm: pip install 'detpipe[timm]'") from error
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise UsageError(f"timm has no network {architecture!r}{did_you_mean(architecture, timm.list_models())}")
-    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    timm = timm_with(architecture, f"weights {TIMM}{name}")
+    tags = timm_tags(timm, architecture)
     if not tags or (tag and tag not in tags):
         raise UsageError(f"timm has no weights {name!r}, of {architecture} it has {tags}{did_you_mean(tag, tags)}")
     return download(f"{TIMM}{name}", lambda: timm.create_model(name, pretrained=True).state_dict())
@@ -146,9 +129,3 @@ def _left_out(name: str, network: nn.Module, own: Mapping[str, Tensor]) -> bool:
     return isinstance(built, nn.ModuleDict) and any(
         name.startswith(f"stages.{stage}.") for stage in ("c2", "c3", "c4", "c5") if stage not in built
     )
-
-
-def _advice(names: Sequence[str], network: nn.Module, problem: str) -> str:
-    if problem == "lacks" and set(names) <= _gate_names(network):
-        return "they are of a network without attention: give attention null, or new_gates true to start the gates anew"
-    return "give weights of the same architecture (depth, attention and variant decide)"

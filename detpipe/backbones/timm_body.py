@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -15,7 +14,16 @@ from torch import Tensor, nn
 from detpipe.backbones.bodies import Body, Level, Levels
 from detpipe.backbones.input_channels import spread_weights
 from detpipe.backbones.regime import Regime, recomputed
-from detpipe.backbones.weights import SUFFIXES, can_be_missing, download, read_state, refuse_differences
+from detpipe.backbones.weights import (
+    SUFFIXES,
+    can_be_missing,
+    download,
+    is_file,
+    read_state,
+    refuse_differences,
+    timm_tags,
+    timm_with,
+)
 from detpipe.support.errors import UsageError
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import PixelFormat
@@ -45,8 +53,11 @@ class TimmBody(Body):
     """
 
     def __init__(self, name: str, levels: Levels, weights: str | None, regime: Regime, in_channels: int = 3) -> None:
-        timm, self.name = _timm(name), name
-        _check_name(timm, name)
+        self.name = name
+        architecture, _, tag = name.partition(".")
+        timm = timm_with(architecture, f"network timm/{name}")
+        if tag and tag not in timm_tags(timm, architecture):
+            raise _unknown_weights(timm, architecture, tag)
         source = _source(timm, name, weights)
         channels = {} if in_channels == 3 else {"in_chans": in_channels}
         full = timm.create_model(name, **channels)
@@ -85,11 +96,7 @@ class TimmBody(Body):
         return {name: self._depths[key] for name, key in plain.items() if key in self._depths}
 
     def checkpoint(self) -> None:
-        """Store activations only between the outermost blocks of the network.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """Store activations only between the outermost blocks of the network; a ValueError if there are none."""
         children = list(self.network.children())
         whole = children[0] if len(children) == 1 else self.network  # timm may wrap the network as it was
         blocks = [block for block in _blocks(whole) if not _hooked_within(block)]
@@ -129,28 +136,8 @@ def _hooked_within(block: nn.Module) -> bool:
     return any(part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block)
 
 
-def _timm(name: str) -> ModuleType:
-    try:
-        import timm
-    except ImportError as error:
-        raise UsageError(f"network timm/{name} needs timm: pip install 'detpipe[timm]'") from error
-    return timm
-
-
-def _check_name(timm: ModuleType, name: str) -> None:
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise UsageError(f"timm has no network {architecture!r}{did_you_mean(architecture, timm.list_models())}")
-    if tag and tag not in _tags(timm, architecture):
-        raise _unknown_weights(timm, architecture, tag)
-
-
-def _tags(timm: ModuleType, architecture: str) -> list[str]:
-    return [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
-
-
 def _unknown_weights(timm: ModuleType, architecture: str, weights: str) -> UsageError:
-    known = _tags(timm, architecture)
+    known = timm_tags(timm, architecture)
     choice = f"DEFAULT, or one of {known}" if known else "nothing else, since timm has none of it"
     return UsageError(
         f"unknown weights {weights!r} of timm's {architecture}: expected a local file ({', '.join(SUFFIXES)}), {choice}"
@@ -160,13 +147,13 @@ def _unknown_weights(timm: ModuleType, architecture: str, weights: str) -> Usage
 
 def _source(timm: ModuleType, name: str, weights: str | None) -> str | None:
     """Find the name of the weights to download; None for a local file or none at all."""
-    if weights is None or Path(weights).suffix in SUFFIXES or "/" in weights:
+    if weights is None or is_file(weights):
         return None
     architecture = name.partition(".")[0]
     config = timm.get_pretrained_cfg(name)
     if weights == "DEFAULT" and config is not None and config.has_weights:
         return name
-    if weights not in _tags(timm, architecture):
+    if weights not in timm_tags(timm, architecture):
         raise _unknown_weights(timm, architecture, weights)
     source = f"{architecture}.{weights}"
     network, given = (timm.get_pretrained_cfg(known) for known in (name, source))

@@ -90,12 +90,7 @@ class ViTPyramid(Backbone):
 
 
 class LayerNorm2d(nn.Module):
-    """Normalize the channels of each cell: ``[N, C, H, W]`` -> ``[N, C, H, W]``.
-
-    Args:
-        channels: C.
-        eps: added to the variance.
-    """
+    """Normalize the channels of each cell: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ _INNER = "backbone."
 
 
 def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str, statistics: bool = True) -> None:
-    """Load weights into a network, of which a part is used.
+    """Load weights into a network of torchvision's, of which a part is used.
 
     Args:
         full: the whole network.
         body: the part that is used; shares its parameters with ``full``.
-        network: torchvision's name of it, for names of weights and messages.
+        network: torchvision's name of it.
         weights: a local file, or the name of torchvision weights (these download).
         statistics: those of batch normalization are needed.
 
@@ -37,16 +38,7 @@ def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str, s
         CheckpointError: the file is missing or unreadable, or a tensor of ``body`` is missing, or one does not fit.
         UsageError: an unknown name of weights.
     """
-    if Path(weights).suffix in SUFFIXES or "/" in weights:
-        state = read_state(weights)
-    else:
-        known = models.get_model_weights(network).__members__
-        if weights not in known:
-            raise UsageError(
-                f"unknown weights {weights!r} of {network}: expected a local file ({', '.join(SUFFIXES)}) or one of "
-                f"{sorted(known)}{did_you_mean(weights, known)}"
-            )
-        state = download(weights, lambda: known[weights].get_state_dict(progress=True, check_hash=True))
+    state = fetch(weights, network)
     own = full.state_dict()
     state = spread_weights(state, own)
     foreign = sorted(set(state) - set(own))
@@ -63,42 +55,65 @@ def can_be_missing(key: str, statistics: bool) -> bool:
     return tensor == "num_batches_tracked" or (not statistics and tensor in ("running_mean", "running_var"))
 
 
-def refuse_differences(
-    weights: str, network: str, missing: Sequence[str], foreign: Sequence[str], unequal: Sequence[str]
-) -> None:
-    """Refuse weights that differ from a network.
-
-    Args:
-        weights: where they come from.
-        network: its name.
-        missing: tensors that the network needs and the weights lack.
-        foreign: tensors that the network does not have.
-        unequal: tensors of other shapes.
+def fetch(weights: str, network: str | None, others: str = "") -> dict[str, Tensor]:
+    """Read weights from a local file, or by the name of those that torchvision has for a network, if it has the network.
 
     Raises:
-        CheckpointError: there are any; names some.
+        UsageError: an unknown name; ``others`` are named as possible, too.
+        CheckpointError: see :func:`read_state` and :func:`download`.
     """
+    if is_file(weights):
+        return read_state(weights)
+    known = {} if network is None else models.get_model_weights(network).__members__
+    if weights not in known:
+        names = f"{network}'s {sorted(known)}" if known else "no name of torchvision's, which has no such network"
+        raise UsageError(
+            f"unknown weights {weights!r}: expected a local file ({', '.join(SUFFIXES)}){others} or {names}"
+            f"{did_you_mean(weights, known)}"
+        )
+    return download(weights, lambda: known[weights].get_state_dict(progress=True, check_hash=True))
+
+
+def is_file(weights: str) -> bool:
+    """Whether weights are named by a path."""
+    return Path(weights).suffix in SUFFIXES or "/" in weights
+
+
+def timm_with(architecture: str, user: str) -> ModuleType:
+    """Import timm for a user of one of its networks; a UsageError where there is no timm, or no such network."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError(f"{user} needs timm: pip install 'detpipe[timm]'") from error
+    if not timm.is_model(architecture):
+        raise UsageError(f"timm has no network {architecture!r}{did_you_mean(architecture, timm.list_models())}")
+    return timm
+
+
+def timm_tags(timm: ModuleType, architecture: str) -> list[str]:
+    """The weights that timm has for a network."""
+    return [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+
+
+def refuse_differences(
+    weights: str,
+    network: str,
+    missing: Sequence[str],
+    foreign: Sequence[str],
+    unequal: Sequence[str],
+    advice: str | None = None,
+) -> None:
+    """Refuse weights that lack tensors of a network, have foreign ones, or ones of unequal shapes, by a CheckpointError."""
     for keys, problem in ((missing, "lacks"), (foreign, "has unknown"), (unequal, "has other shapes for")):
         if keys:
             raise CheckpointError(
                 f"{weights} does not fit {network}: it {problem} {len(keys)} tensors, {', '.join(keys[:5])}"
-                f"{', ...' if len(keys) > 5 else ''}; give weights of {network}"
+                f"{', ...' if len(keys) > 5 else ''}; {advice or f'give weights of {network}'}"
             )
 
 
 def download(name: str, fetch: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Fetch weights over the network, or from where a library has put them before.
-
-    Args:
-        name: of the weights, for the message.
-        fetch: downloads and reads them.
-
-    Returns:
-        tensor name -> tensor.
-
-    Raises:
-        CheckpointError: they cannot be had.
-    """
+    """Fetch weights over the network, or from where a library has put them before; a CheckpointError if they cannot be had."""
     try:
         return fetch()
     except OSError as error:
@@ -160,10 +175,7 @@ def read_state(weights: str | Path) -> dict[str, Tensor]:
 
 
 def network_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Choose what makes sense in another model from the tensors of a backbone.
-
-    Args:
-        state: of a backbone; ``backbone.*`` is one within, in a pyramid or a whole model.
+    """Choose what makes sense in another model from the tensors of a backbone; ``backbone.*`` is one within, as in a pyramid.
 
     Returns:
         Those of the innermost backbone, without ``laterals``; of an `Extractor` by the names of the network that it cuts.

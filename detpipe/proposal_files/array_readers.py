@@ -191,6 +191,7 @@ def _mmdetection(content: Any, path: Path, known: KnownImages | None, tally: Tal
     if isinstance(content, dict):
         names = [str(name) for name in content]
         return RawFile("xyxy", "file", _listed(names, list(content.values()), path, tally), len(names))
+    content = content.tolist() if isinstance(content, np.ndarray) and content.dtype.hasobject else content
     if not isinstance(content, list):
         raise DataError(
             f"{path}: expected a list of arrays [P, 5], a dict of them, or detectron2's dict with ids and boxes, "

@@ -15,18 +15,7 @@ Array = npt.NDArray[np.float64]
 
 
 def read_boxes(boxes: Any, where: str) -> Array:
-    """Take boxes as numbers.
-
-    Args:
-        boxes: ``[P, 4]`` of any real type; an empty list stands for no boxes.
-        where: the start of the message, such as ``"a.safetensors: image '7'"``.
-
-    Returns:
-        ``[P, 4]`` float64.
-
-    Raises:
-        DataError: another shape, or no numbers.
-    """
+    """Take ``[P, 4]`` of any real type, or an empty list, as float64; a DataError that starts with ``where`` refuses the rest."""
     array = _numbers(boxes, f"{where}: boxes")
     if array.shape in ((0,), (0, 0)):
         return np.zeros((0, 4))
@@ -36,19 +25,7 @@ def read_boxes(boxes: Any, where: str) -> Array:
 
 
 def read_scores(scores: Any, count: int, where: str) -> Array:
-    """Take scores as numbers.
-
-    Args:
-        scores: ``[P]`` of any real type.
-        count: P.
-        where: the start of the message.
-
-    Returns:
-        ``[P]`` float64.
-
-    Raises:
-        DataError: another shape or length, or no numbers.
-    """
+    """Take ``[P]`` of any real type as float64; a DataError that starts with ``where`` refuses the rest."""
     array = _numbers(scores, f"{where}: scores")
     if array.ndim != 1 or len(array) != count:
         raise DataError(f"{where}: {count} boxes need scores of shape [{count}], got shape {list(array.shape)}")
@@ -56,12 +33,7 @@ def read_scores(scores: Any, count: int, where: str) -> Array:
 
 
 def find_faults(boxes: Array, scores: Array, size: tuple[int, int] | None = None) -> dict[str, npt.NDArray[np.bool_]]:
-    """Find the boxes that a store cannot hold.
-
-    Args:
-        boxes: ``[P, 4]`` xyxy.
-        scores: ``[P]``.
-        size: height and width of the image, to find boxes that reach beyond it; None where unknown.
+    """Find the boxes ``[P, 4]`` xyxy that a store cannot hold, with a size (height, width) also those beyond the image.
 
     Returns:
         Reason -> ``[P]`` which boxes have it; each box counts for the first of its reasons.
@@ -82,31 +54,13 @@ def find_faults(boxes: Array, scores: Array, size: tuple[int, int] | None = None
 
 
 def reaches_beyond(boxes: npt.NDArray[Any], sizes: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Say which boxes reach more than `TOLERANCE` pixels beyond their image.
-
-    Args:
-        boxes: ``[..., 4]`` xyxy.
-        sizes: ``[..., 2]`` height, width; broadcast against the boxes.
-
-    Returns:
-        ``[...]``.
-    """
+    """Say which boxes ``[..., 4]`` reach more than `TOLERANCE` beyond images of sizes ``[..., 2]`` (height, width): ``[...]``."""
     beyond = (boxes[..., 2] > sizes[..., 1] + TOLERANCE) | (boxes[..., 3] > sizes[..., 0] + TOLERANCE)
     return beyond | (boxes[..., :2] < -TOLERANCE).any(axis=-1)
 
 
 def explain(reason: str, box: Array, score: float, size: tuple[int, int] | None = None) -> str:
-    """Say what is wrong with a box, with its values.
-
-    Args:
-        reason: a key of `find_faults`.
-        box: ``[4]`` xyxy.
-        score: its score.
-        size: height and width of the image.
-
-    Returns:
-        Text that follows the name of the box.
-    """
+    """Say what is wrong with a box ``[4]`` for a reason of `find_faults`, with its values; follows the name of the box."""
     if reason == "score not finite":
         return f"has the score {score}: expected a finite number"
     text = f"is {box.tolist()} (x1, y1, x2, y2)"
@@ -122,9 +76,14 @@ def explain(reason: str, box: Array, score: float, size: tuple[int, int] | None 
     )
 
 
+def as_array(values: Any) -> npt.NDArray[Any]:
+    """Take a sequence, or an array of objects, such as rows, as one array; a ValueError where rows differ in length."""
+    return np.asarray(values.tolist() if isinstance(values, np.ndarray) and values.dtype.hasobject else values)
+
+
 def _numbers(values: Any, what: str) -> Array:
     try:
-        array = np.asarray(values)
+        array = as_array(values)
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{what} are no regular array of numbers ({str(error).splitlines()[0]})") from error
     if array.dtype.kind not in "fiu":

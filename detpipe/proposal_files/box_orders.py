@@ -57,15 +57,7 @@ def to_edges(boxes: npt.NDArray[np.float64], convention: str) -> npt.NDArray[np.
 
 
 def starts_before_first(boxes: npt.NDArray[np.float64], convention: str) -> npt.NDArray[np.bool_]:
-    """Find boxes that start at 0 or less although pixels count from 1: the convention is another one.
-
-    Args:
-        boxes: ``[P, 4]`` in ``convention``.
-        convention: a key of `CONVENTIONS`.
-
-    Returns:
-        ``[P]``, all False where pixels do not count from 1.
-    """
+    """Find boxes ``[P, 4]`` that start at 0 or less although pixels count from 1, so that the convention is another: ``[P]``."""
     if not convention.endswith("1"):
         return np.zeros(len(boxes), dtype=bool)
     return (boxes[:, 0] < 1) | (boxes[:, 1] < 1)

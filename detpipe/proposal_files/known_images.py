@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -60,14 +60,7 @@ class KnownImages:
 
 
 def plain_id(name: str, naming: Naming) -> str:
-    """Turn a name into an id where no list of images is given.
-
-    Args:
-        name: what a proposal file calls the image.
-        naming: what the name is.
-
-    Returns:
-        The name itself, or, of a path or file name, the stem, as VOC has it.
+    """Turn a name into an id where no list of images is given: of a path or file name the stem, as VOC has it.
 
     Example:
         >>> plain_id("VOC2007/JPEGImages/000005.jpg", "file")
@@ -116,16 +109,10 @@ def _read_list(path: Path) -> KnownImages:
             f"{path}: byte {error.start} is not UTF-8 text: expected a .json file or a list of ids"
         ) from error
     ids = [line.split()[0] for line in lines if line.strip()]
-    _refuse_repeats(ids, path)
-    return KnownImages(ids, [None] * len(ids), {})
-
-
-def _refuse_repeats(ids: Iterable[str], path: Path) -> None:
-    seen: set[str] = set()
-    for image_id in ids:
-        if image_id in seen:
+    for image_id, count in Counter(ids).items():
+        if count > 1:
             raise DataError(f"{path}: image id {image_id} is there twice; each image must have an id of its own")
-        seen.add(image_id)
+    return KnownImages(ids, [None] * len(ids), {})
 
 
 def _forms(name: str) -> tuple[str, ...]:

@@ -56,6 +56,9 @@ class Made(NamedTuple):
     scores: npt.NDArray[np.float32]  # [P]
 
 
+_Result = tuple[Made, float] | str  # with the seconds that it took; or the reason why there are no boxes
+
+
 @dataclass
 class Summary:
     """What a run did."""
@@ -131,19 +134,7 @@ def make_store(
 
 
 def open_journal(store: Path, source: str, settings: dict[str, Any]) -> Journal[Made]:
-    """Open the journal of what is made for a store, image by image: ``STORE.partial`` beside it.
-
-    Args:
-        store: that it will become.
-        source: what makes the boxes.
-        settings: its settings, as JSON can hold them.
-
-    Returns:
-        The journal.
-
-    Raises:
-        DataError: it is of another source or other settings, is no journal, or another process writes it.
-    """
+    """Open the journal ``STORE.partial`` of what is made for a store; a DataError if it is of other settings, none, or in use."""
     path = store.with_name(store.name + SUFFIX)
     plan = json.dumps({"source": source, "settings": settings}, sort_keys=True)
 
@@ -169,25 +160,17 @@ def _unpack(content: bytes) -> Made:
     return Made(name, (height, width), boxes, np.frombuffer(content, dtype="<f4", offset=start + 16 * count))
 
 
-def _keep(item: Item, result: _Result | _Failure, on_bad: str, kept: str, summary: Summary) -> Made:
+def _keep(item: Item, result: _Result, on_bad: str, kept: str, summary: Summary) -> Made:
     """Count a result, and say what of it goes into the journal."""
     summary.made += 1
-    if isinstance(result, _Result):
-        summary.seconds += result.seconds
-        return result.made
+    if not isinstance(result, str):
+        made, seconds = result
+        summary.seconds += seconds
+        return made
     if on_bad == "error":
-        raise DataError(f"{item.path}: {result.reason}; {kept}, and the same command goes on from there")
-    summary.skipped[item.image_id] = result.reason
+        raise DataError(f"{item.path}: {result}; {kept}, and the same command goes on from there")
+    summary.skipped[item.image_id] = result
     return Made(item.image_id, (0, 0), np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
-
-
-class _Result(NamedTuple):
-    made: Made
-    seconds: float
-
-
-class _Failure(NamedTuple):
-    reason: str
 
 
 def _check_ids(items: Sequence[Item]) -> None:
@@ -200,20 +183,18 @@ def _check_ids(items: Sequence[Item]) -> None:
         seen[item.image_id] = item.path
 
 
-def _maker(
-    build: Callable[[], Proposer], read: Callable[[Path], npt.NDArray[np.uint8]]
-) -> Work[Item, _Result | _Failure]:
+def _maker(build: Callable[[], Proposer], read: Callable[[Path], npt.NDArray[np.uint8]]) -> Work[Item, _Result]:
     """What makes boxes in a process of its own."""
     source = build()
     return lambda item, step: _make(source, item, read)
 
 
-def _make(source: Proposer, item: Item, read: Callable[[Path], npt.NDArray[np.uint8]]) -> _Result | _Failure:
+def _make(source: Proposer, item: Item, read: Callable[[Path], npt.NDArray[np.uint8]]) -> _Result:
     try:
         start = time.perf_counter()
         image = read(item.path)
         boxes, scores = source.propose(image)
         seconds = time.perf_counter() - start
     except (DetpipeError, ValueError, OSError) as error:
-        return _Failure(f"{type(error).__name__}: {error}" if not str(error) else str(error))
-    return _Result(Made(item.image_id, (image.shape[0], image.shape[1]), boxes, scores), seconds)
+        return str(error) or type(error).__name__
+    return Made(item.image_id, (image.shape[0], image.shape[1]), boxes, scores), seconds

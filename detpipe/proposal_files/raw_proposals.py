@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
-from detpipe.proposal_files.box_checks import Array, read_boxes, read_scores
+from detpipe.proposal_files.box_checks import Array, as_array, read_boxes, read_scores
 from detpipe.proposal_files.known_images import KnownImages, Naming
 from detpipe.support.errors import DataError
 
@@ -19,14 +19,7 @@ OnBad = Literal["error", "skip"]
 
 
 class Tally:
-    """Counts what was read and left out.
-
-    Args:
-        on_bad: ``"error"`` ends at the first fault, ``"skip"`` leaves faulty boxes and images out and counts them.
-
-    Raises:
-        ValueError: ``on_bad`` is neither.
-    """
+    """Counts what was read and left out; ``on_bad`` "error" ends at the first fault, "skip" leaves boxes and images out."""
 
     def __init__(self, on_bad: OnBad) -> None:
         if on_bad not in ("error", "skip"):
@@ -35,16 +28,7 @@ class Tally:
         self.counts: Counter[str] = Counter()
 
     def bad(self, what: str, message: str, count: int = 1) -> None:
-        """Note what cannot be used.
-
-        Args:
-            what: the counter, such as ``"boxes skipped: not finite"``.
-            message: file, record and value of the first of it.
-            count: how many.
-
-        Raises:
-            DataError: under the policy ``"error"``.
-        """
+        """Count under ``what`` what cannot be used; under the policy "error" raise a DataError with the message about its first."""
         if self.on_bad == "error":
             raise DataError(f"{message} (--skip-bad leaves such boxes and images out and counts them)")
         self.counts[what] += count
@@ -52,56 +36,27 @@ class Tally:
 
 @dataclass(frozen=True)
 class RawImage:
-    """The proposals of one image as a file gave them.
+    """The proposals of one image as a file gave them."""
 
-    Args:
-        name: what the file calls the image.
-        boxes: ``[P, 4]`` in the file's convention.
-        scores: ``[P]``, or None where the file has none: the order says which are best.
-        name_box: row of ``boxes`` -> what messages call it.
-    """
-
-    name: str
-    boxes: Array
-    scores: Array | None
-    name_box: Callable[[int], str] = "box {}".format
+    name: str  # what the file calls the image
+    boxes: Array  # [P, 4] in the file's convention
+    scores: Array | None  # [P]; None where the file has none: the order says which are best
+    name_box: Callable[[int], str] = "box {}".format  # row of the boxes -> what messages call it
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """A file of proposals, open.
+    """A file of proposals, open."""
 
-    Args:
-        convention: how it writes boxes, a key of `box_orders.CONVENTIONS`.
-        naming: what its names of images are.
-        images: the proposals, read while iterating.
-        total: how many images there are, None if that is not known before.
-    """
-
-    convention: str
-    naming: Naming
-    images: Iterable[RawImage]
-    total: int | None = None
+    convention: str  # how it writes boxes, a key of `box_orders.CONVENTIONS`
+    naming: Naming  # what its names of images are
+    images: Iterable[RawImage]  # read while iterating
+    total: int | None = None  # how many images there are, if that is known before
 
 
-class Reader(Protocol):
-    """What reads one format."""
-
-    def __call__(self, path: Path, known: KnownImages | None, tally: Tally, /) -> RawFile:
-        """Open a file.
-
-        Args:
-            path: the file.
-            known: the images of the data set, needed where the file does not name them.
-            tally: decides about entries that are no boxes.
-
-        Returns:
-            The proposals, an image's in the order of the file.
-
-        Raises:
-            DataError: the file cannot be read, or holds something else.
-        """
-        ...
+# Opens a file of one format. The images of the data set are needed where the file does not name them; the tally decides about
+# entries that are no boxes. A DataError where the file cannot be read, or holds something else.
+Reader = Callable[[Path, KnownImages | None, Tally], RawFile]
 
 
 class Groups:
@@ -136,20 +91,13 @@ class Groups:
 
 
 def split_columns(values: Any, where: str) -> tuple[Array, Array | None]:
-    """Take an array of boxes, with scores in a fifth column or without.
-
-    Args:
-        values: ``[P, 4]`` or ``[P, 5]``; any array without elements stands for no boxes.
-        where: the start of the message.
-
-    Returns:
-        ``[P, 4]``, and ``[P]`` or None.
+    """Take ``[P, 4]`` boxes, or ``[P, 5]`` with scores, as ``[P, 4]`` and ``[P]`` or None; no elements are no boxes.
 
     Raises:
-        DataError: another shape, or no numbers.
+        DataError: another shape, or no numbers; it starts with ``where``.
     """
     try:
-        table = np.asarray(values)
+        table = as_array(values)
     except ValueError as error:
         raise DataError(f"{where}: expected boxes [P, 4] or [P, 5], got rows of unequal length") from error
     if table.size == 0:
@@ -161,19 +109,7 @@ def split_columns(values: Any, where: str) -> tuple[Array, Array | None]:
 
 
 def by_order(count: int, known: KnownImages | None, path: Path) -> list[str]:
-    """Name the entries of a file that has no names.
-
-    Args:
-        count: how many entries it has.
-        known: the images in the order that the file was made in.
-        path: the file.
-
-    Returns:
-        The ids.
-
-    Raises:
-        DataError: there is no list of images, or one of another length.
-    """
+    """Name the entries of a file that has no names, by a list of as many images; a DataError where there is none."""
     if known is None:
         raise DataError(
             f"{path}: holds {count} lists of boxes in the order of some list of images and does not name them: "

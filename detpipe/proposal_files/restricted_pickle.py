@@ -2,18 +2,17 @@
 
 A pickle is a program: it names functions, and reading it calls them. Here no name that it holds is ever looked up. The
 few that numpy and the containers need stand for functions of this module, and any other name ends the reading before
-anything was called. Not even numpy's own functions are called by the pickle, since they trust what they are given:
-arrays are built from type, shape and bytes, each checked.
+anything was called. Since numpy's own functions trust what they are given, they get types, shapes and bytes that were checked.
 """
 
 from __future__ import annotations
 
 import mmap
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from detpipe.support.untrusted import check_pickle, check_tree, plain_parts
 
 _CALLS = 2**20  # bytes, and twice those of the file, that calls in it may make: each may copy what is there once
 _EACH = 200_000  # objects in any pickle, counted as often as they are reached, and one more for each byte of it
-_LATIN1 = ("latin1", "latin-1", "iso-8859-1")
 
 _HINTS = {
     "torch": "save tensors as numpy arrays (tensor.numpy()) and write the file again",
@@ -37,59 +35,61 @@ class _RefusedError(Exception):
     """The pickle names something that is not admitted."""
 
 
-class _Built:
-    """What a pickle builds in two steps, a call and a state, and what is made of both once all is read."""
+class _Type:
+    """The type of an array: a kind and a number of bytes, such as ``f4``; the order of the bytes follows as its state."""
 
-    __slots__ = ("given", "made", "make", "state")
-
-    def __init__(self, make: Callable[[_Built], Any], *given: Any, state: Any = None) -> None:
-        self.make, self.given, self.state, self.made = make, given, state, None
+    def __init__(self, code: Any = "", *_: Any) -> None:
+        if not isinstance(code, str) or code[:1] not in ("f", "i", "u", "b", "U", "S", "O") or len(code) > 8:
+            raise _RefusedError(f"an array of the type {code!r}")
+        self.dtype = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
-        self.state = state
+        _, order, subtype, fields, *_ = state
+        if subtype is not None or fields is not None or order not in ("<", ">", "|", "="):
+            raise _RefusedError("an array of a structured type")
+        self.dtype = self.dtype.newbyteorder(order)
 
 
-def _type(built: _Built) -> np.dtype[Any]:
-    """Of an array: a kind and a number of bytes, such as ``f4``, and the order of the bytes."""
-    code = built.given[0] if built.given else ""
-    if not isinstance(code, str) or code[:1] not in ("f", "i", "u", "b", "U", "S", "O") or len(code) > 8:
-        raise _RefusedError(f"an array of the type {code!r}")
-    _, order, subtype, fields, *_ = built.state or (3, "=", None, None)
-    if subtype is not None or fields is not None or order not in ("<", ">", "|", "="):
-        raise _RefusedError("an array of a structured type")
-    return np.dtype(code).newbyteorder(order)
+class _Array(np.ndarray[Any, Any]):
+    """An array without elements until its state arrives, which its reader pays for."""
+
+    pay: Callable[[Any], None]
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, fortran, content = state
+        sides, dtype, content = _checked(shape, kind, content)
+        self.__dict__.pop("pay")(content)  # so that there is no second one
+        super().__setstate__((1, sides, dtype, bool(fortran), content))  # pyright: ignore[reportArgumentType]
 
 
-def _array(built: _Built) -> Any:
-    """An array of numbers or text; a list for one of objects."""
-    if built.state is None:
-        raise ValueError("an array without content")
-    _, shape, kind, fortran, content = built.state
+def _checked(shape: Any, kind: Any, content: Any) -> tuple[tuple[int, ...], np.dtype[Any], Any]:
+    """Shape, type, and bytes or list of an array, as numpy may be given them."""
     sides = (shape,) if isinstance(shape, int) else shape
-    if not (isinstance(kind, _Built) and kind.make is _type and isinstance(sides, tuple | list)):
+    if not isinstance(kind, _Type) or not isinstance(sides, tuple | list):
         raise ValueError("an array without type or shape")
     if not all(type(side) is int and side >= 0 for side in sides) or len(sides) > 8:
         raise ValueError(f"an array of shape {sides!r}")
-    dtype = _type(kind)
-    if dtype.hasobject:
+    if kind.dtype.hasobject:
         if not isinstance(content, list) or len(sides) != 1 or len(content) != sides[0]:
             raise ValueError(f"an array of objects of shape {tuple(sides)}, expected a list of them")
-        return _resolve(content)
+        return tuple(sides), kind.dtype, content
     content = content.encode("latin1") if isinstance(content, str) else content
-    size = dtype.itemsize * prod(sides)
-    if not isinstance(content, bytes | bytearray) or not dtype.itemsize or len(content) != size:
+    size = kind.dtype.itemsize * prod(sides)
+    if not isinstance(content, bytes | bytearray) or not kind.dtype.itemsize or len(content) != size:
         raise ValueError(f"an array of shape {tuple(sides)} without its {size} bytes")
-    return np.frombuffer(content, dtype).reshape(sides, order="F" if fortran else "C").copy()
+    return tuple(sides), kind.dtype, bytes(content)
 
 
-def _scalar(built: _Built) -> Any:
-    """One number of numpy's."""
-    return _array(built)[()]
+def _from_buffer(content: Any, kind: Any, shape: Any, order: Any = "C", *_: Any) -> Any:
+    sides, dtype, content = _checked(shape, kind, content)
+    if dtype.hasobject:
+        raise ValueError("an array of objects in the place of bytes")
+    return np.frombuffer(content, dtype).reshape(sides, order="F" if order == "F" else "C").copy()
 
 
 def _encode(text: Any, encoding: Any = "latin1", *_: Any) -> bytes:
     """How old pickles hold bytes."""
-    if not isinstance(text, str) or encoding not in _LATIN1:
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "iso-8859-1"):
         raise _RefusedError(f"text in the encoding {encoding!r}")
     return text.encode("latin1")
 
@@ -106,17 +106,15 @@ def _ndarray(*_: Any) -> NoReturn:
 
 _ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _ndarray,
-    ("numpy", "dtype"): lambda *given: _Built(_type, *given),
+    ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): _encode,
     ("collections", "OrderedDict"): dict,
 }
 for _core in ("numpy.core", "numpy._core"):
     _ADMITTED |= {
-        (f"{_core}.multiarray", "_reconstruct"): lambda *_: _Built(_array),
-        (f"{_core}.multiarray", "scalar"): lambda kind, content: _Built(_scalar, state=(1, (), kind, False, content)),
-        (f"{_core}.numeric", "_frombuffer"): lambda content, kind, shape, order="C", *_: _Built(
-            _array, state=(1, shape, kind, order == "F", content)
-        ),
+        (f"{_core}.multiarray", "_reconstruct"): lambda *_: _Array(0, np.uint8),
+        (f"{_core}.multiarray", "scalar"): lambda kind, content: _from_buffer(content, kind, ())[()],
+        (f"{_core}.numeric", "_frombuffer"): _from_buffer,
     }
 for _module in ("builtins", "__builtin__"):
     _ADMITTED |= {(_module, kind.__name__): kind for kind in (set, frozenset, list, tuple, dict, complex)}
@@ -124,7 +122,11 @@ for _module in ("builtins", "__builtin__"):
 
 
 class _Reader(pickle.Unpickler):
-    _left: int  # bytes that calls may still make
+    """Reads a file of some size, with limits for that size."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        super().__init__(file, encoding="latin1")
+        self._left = _CALLS + 2 * size  # bytes that calls may still make
 
     def find_class(self, module: str, name: str) -> Any:
         build = _ADMITTED.get((module, name))
@@ -133,20 +135,19 @@ class _Reader(pickle.Unpickler):
 
         def limited(*arguments: Any) -> Any:  # a new one each time: what the pickle changes of it is seen by no other
             made = build(*arguments)
-            size = len(made) if hasattr(made, "__len__") else 0
-            self._left -= size if isinstance(made, bytes | bytearray) else 8 * size
-            if self._left < 0:
-                raise ValueError("it makes copies of copies")
+            if isinstance(made, _Array):
+                made.pay = self._pay
+            else:
+                self._pay(made)
             return made
 
         return limited
 
-    def read(self, size: int) -> Any:
-        """Load, with limits for a file of this size."""
-        self._left = _CALLS + 2 * size
-        content = self.load()
-        check_tree(content, _EACH + size, lambda item: [item.state] if isinstance(item, _Built) else plain_parts(item))
-        return _resolve(content)
+    def _pay(self, made: Any) -> None:
+        size = len(made) if hasattr(made, "__len__") else 0
+        self._left -= size if isinstance(made, bytes | bytearray) else getattr(made, "nbytes", 8 * size)
+        if self._left < 0:
+            raise ValueError("it makes copies of copies")
 
     def persistent_load(self, pid: Any) -> NoReturn:
         raise _RefusedError(f"a reference to something outside, {pid!r}")
@@ -159,8 +160,7 @@ def load_plain_pickle(path: str | Path) -> Any:
         path: the file, of any pickle protocol, of Python 2 as well.
 
     Returns:
-        What it holds: dicts, lists, tuples, sets, text, bytes, numbers, None and arrays of numbers or text; an array of
-        objects becomes a list.
+        What it holds: dicts, lists, tuples, sets, text, bytes, numbers, None and arrays of numbers, text or these.
 
     Raises:
         DataError: the file is missing, cut off or damaged, or holds anything else: that is named, and nothing of it
@@ -172,7 +172,9 @@ def load_plain_pickle(path: str | Path) -> Any:
             size = Path(path).stat().st_size
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 check_pickle(content, size)
-            return _Reader(file, encoding="latin1").read(size)
+            read = _Reader(file, size).load()
+            check_tree(read, _EACH + size, _parts)
+            return read
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file: check the path") from error
     except _RefusedError as error:
@@ -188,16 +190,8 @@ def load_plain_pickle(path: str | Path) -> Any:
         ) from error
 
 
-def _resolve(value: Any) -> Any:
-    """Make what was built; what is there several times is made once."""
-    if isinstance(value, _Built) and value.make is not _type:
-        if value.made is None:
-            value.made = value.make(value)
-        return value.made
-    if isinstance(value, dict):
-        return {_resolve(key): _resolve(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return type(value)(_resolve(item) for item in value)
-    if callable(value) or isinstance(value, _Built):
+def _parts(value: Any) -> Iterable[Any]:
+    """What a value holds, where it is one."""
+    if callable(value) or isinstance(value, _Type):
         raise _RefusedError("a type or function in the place of a value")
-    return value
+    return value.tolist() if isinstance(value, np.ndarray) and value.dtype.hasobject else plain_parts(value)

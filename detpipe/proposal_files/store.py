@@ -43,6 +43,12 @@ class ProposalStore(Mapping[str, ProposalRecord]):
     Args:
         path: a file that `ProposalWriter` or ``detpipe proposals convert`` wrote.
 
+    Attributes:
+        source: the name of what made the boxes.
+        settings: those of what made them.
+        content_hash: 64 hexadecimal digits that name the content; `verify` compares them with it.
+        version: of the file format.
+
     Raises:
         DataError: the file is missing, something else, cut off, damaged, or of a newer version.
 
@@ -65,12 +71,14 @@ class ProposalStore(Mapping[str, ProposalRecord]):
             with self.path.open("rb") as file:
                 file_bytes = file.seek(0, 2)
                 file.seek(0)
-                self._description, places = read_header(file, self.path, file_bytes)
+                description, places = read_header(file, self.path, file_bytes)
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
             raise DataError(f"{self.path}: no such file: check the path") from error
         except IsADirectoryError as error:
             raise DataError(f"{self.path}: is a folder: name the store in it") from error
+        self.source, self.settings = description.source, description.settings
+        self.content_hash, self.version = description.content_hash, description.version
         arrays = {name: place.view(mapped) for name, place in places.items()}  # nothing is read before it is asked for
         self._offsets, self._boxes, self._scores = arrays["offsets"], arrays["boxes"], arrays["scores"]
         self._id_offsets, self._id_bytes = arrays["id_offsets"], arrays["id_bytes"]
@@ -83,26 +91,6 @@ class ProposalStore(Mapping[str, ProposalRecord]):
     def open(cls, path: str | Path) -> ProposalStore:
         """Open a store; the same as calling the class."""
         return cls(path)
-
-    @property
-    def source(self) -> str:
-        """The name of what made the boxes."""
-        return self._description.source
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of what made the boxes."""
-        return self._description.settings
-
-    @property
-    def content_hash(self) -> str:
-        """64 hexadecimal digits that name the content; `verify` compares them with it."""
-        return self._description.content_hash
-
-    @property
-    def version(self) -> int:
-        """The version of the file format."""
-        return self._description.version
 
     @property
     def num_boxes(self) -> int:
@@ -139,18 +127,9 @@ class ProposalStore(Mapping[str, ProposalRecord]):
             raise DataError(f"{self.path}: replaced by another store since this process opened it: start again")
 
     def size(self, image_id: str) -> tuple[int, int] | None:
-        """Return the size of the image that boxes were made for.
-
-        Args:
-            image_id: an id of the store.
-
-        Returns:
-            Height and width, or None where the store does not say.
-
-        Raises:
-            KeyError: the store has no such image.
-        """
-        return self._size(self._row(image_id))
+        """Height and width of the image that boxes were made for, None if not known; a KeyError without such an image."""
+        height, width = self._sizes[self._row(image_id)].tolist()
+        return (height, width) if height > 0 else None
 
     def box_counts(self) -> npt.NDArray[np.int64]:
         """Return the number of boxes of each image, in the order of the ids: ``[I]``."""
@@ -196,11 +175,7 @@ class ProposalStore(Mapping[str, ProposalRecord]):
         return lines + self._outside(names, self._extents[chosen], given[there])
 
     def verify(self) -> None:
-        """Read the whole store and check everything that it says about itself.
-
-        Raises:
-            DataError: the content differs from its hash, or is not as the format demands; the image is named.
-        """
+        """Read the whole store and check everything that it says about itself; a DataError names the image at fault."""
         rows = self._rows()
         digests = []
         for name, row in rows.items():
@@ -215,7 +190,7 @@ class ProposalStore(Mapping[str, ProposalRecord]):
                 raise damaged(
                     self.path, f"image {name!r}: its extent {self._extents[row].tolist()} is not that of its boxes"
                 )
-            digests.append(image_digest(name.encode(), self._size(row) or (0, 0), boxes, scores))
+            digests.append(image_digest(name.encode(), self._sizes[row].tolist(), boxes, scores))
         found = content_hash(self.source, self.settings, digests)
         if found != self.content_hash:
             raise damaged(self.path, f"its content has the hash {found[:12]}..., not {self.content_hash[:12]}...")
@@ -230,7 +205,7 @@ class ProposalStore(Mapping[str, ProposalRecord]):
         """The row of an image, by binary search."""
         key = _require_text(image_id).encode("utf-8", "surrogatepass")
         low, high = 0, len(self)
-        while low < high:
+        while low < high:  # unlike bisect's, this search ends where it meets the id
             middle = (low + high) // 2
             name = self._name(middle)
             if name == key:
@@ -249,10 +224,6 @@ class ProposalStore(Mapping[str, ProposalRecord]):
         if not 0 <= start <= end <= len(self._boxes):
             raise damaged(self.path, f"the boxes of image {self._name(row).decode()!r} lie outside the boxes")
         return ProposalRecord(self._boxes[start:end].copy(), self._scores[start:end].copy())
-
-    def _size(self, row: int) -> tuple[int, int] | None:
-        height, width = self._sizes[row].tolist()
-        return (height, width) if height > 0 else None
 
     def _rows(self) -> dict[str, int]:
         """All ids and their rows."""
@@ -338,15 +309,12 @@ def write_store(
         ValueError: what `ProposalWriter` refuses; nothing is written.
     """
     with ProposalWriter(path, source, {} if settings is None else settings) as writer:
-        for row in _as_rows(records):
+        rows: Any = records
+        if isinstance(records, Mapping):
+            rows = ((name, *record) for name, record in records.items())
+        for row in rows:
             writer.add(*row)
     return ProposalStore(path)
-
-
-def _as_rows(records: Any) -> Iterable[tuple[Any, ...]]:
-    if isinstance(records, Mapping):
-        return ((name, boxes, scores) for name, (boxes, scores) in records.items())
-    return records
 
 
 def _require_text(image_id: object) -> str:

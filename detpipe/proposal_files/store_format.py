@@ -26,17 +26,17 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import re
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, TypeGuard
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -48,7 +48,6 @@ FORMAT, VERSION = "detpipe.proposals", 1
 SUFFIX = ".safetensors"
 _DTYPES = {kind: np.dtype(name) for kind, name in (("I64", "<i8"), ("F32", "<f4"), ("I32", "<i4"), ("U8", "u1"))}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,27 @@ class Description:
     settings: dict[str, Any]
     content_hash: str
     version: int = VERSION
+
+
+class _Versioned(msgspec.Struct):
+    version: Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]{0,8}$")]
+
+
+class _Metadata(msgspec.Struct):
+    source: str
+    settings: str
+    content_hash: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Entry(msgspec.Struct):
+    """What the header says about an array."""
+
+    dtype: str
+    shape: list[_Count]
+    data_offsets: tuple[_Count, _Count]
 
 
 class Place(NamedTuple):
@@ -87,21 +107,11 @@ def arrays(images: int, boxes: int, id_bytes: int) -> dict[str, tuple[str, list[
 
 
 def canonical_settings(settings: Any) -> str:
-    """Write settings as JSON that is the same for equal settings.
-
-    Args:
-        settings: a dict of text, finite numbers, bools, None, lists and dicts with text keys.
-
-    Returns:
-        JSON with sorted keys and no spaces.
-
-    Raises:
-        ValueError: the settings are not of that kind, or would be read back as something else.
-    """
+    """Write settings as JSON that is the same for equal settings; a ValueError where they would be read back as something else."""
     try:
         text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         text.encode()
-        same = isinstance(settings, dict) and json.loads(text) == _plain(settings)
+        same = isinstance(settings, dict) and json.loads(text) == msgspec.to_builtins(settings)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"settings must be a dict that JSON can hold, got {settings!r} ({error})") from error
     if not same:
@@ -110,19 +120,9 @@ def canonical_settings(settings: Any) -> str:
 
 
 def image_digest(
-    name: bytes, size: tuple[int, int], boxes: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
+    name: bytes, size: Sequence[int], boxes: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
 ) -> bytes:
-    """Hash one image's entry.
-
-    Args:
-        name: the id in UTF-8.
-        size: height and width, or 0, 0.
-        boxes: ``[P, 4]`` as stored.
-        scores: ``[P]`` as stored.
-
-    Returns:
-        32 bytes.
-    """
+    """Hash one image's entry: its id in UTF-8, height and width or 0, 0, boxes ``[P, 4]`` and scores ``[P]`` as stored."""
     digest = hashlib.sha256(struct.pack("<qqii", len(name), len(boxes), *size) + name)
     digest.update(np.ascontiguousarray(boxes, dtype="<f4").data)
     digest.update(np.ascontiguousarray(scores, dtype="<f4").data)
@@ -130,16 +130,7 @@ def image_digest(
 
 
 def content_hash(source: str, settings: dict[str, Any], digests: Iterable[bytes]) -> str:
-    """Hash a whole store.
-
-    Args:
-        source: the source's name.
-        settings: its settings.
-        digests: `image_digest` of each image, in the order of the ids.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Hash a whole store, of whose images `image_digest` gave the digests in the order of the ids."""
     name, text = source.encode(), canonical_settings(settings).encode()
     whole = hashlib.sha256(struct.pack("<qqq", VERSION, len(name), len(text)) + name + text)
     for digest in digests:
@@ -148,17 +139,7 @@ def content_hash(source: str, settings: dict[str, Any], digests: Iterable[bytes]
 
 
 def build_header(description: Description, images: int, boxes: int, id_bytes: int) -> bytes:
-    """Make what stands before the arrays.
-
-    Args:
-        description: source, settings and hash.
-        images: I.
-        boxes: T.
-        id_bytes: B.
-
-    Returns:
-        The length of the header and the header, a multiple of 8 bytes.
-    """
+    """Make what stands before the arrays of I images, T boxes and B bytes of ids: its length and itself, a multiple of 8 bytes."""
     header: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,
@@ -194,9 +175,7 @@ def read_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[Descriptio
     """
     start = file.read(8)
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or not 2 <= length <= _MAX_HEADER:
-        raise _foreign(path, "it does not start like a safetensors file")
-    text = file.read(min(length, file_bytes))
+    text = file.read(min(length, file_bytes)) if len(start) == 8 and 2 <= length <= _MAX_HEADER else b""
     if text[:1] != b"{":
         raise _foreign(path, "it does not start like a safetensors file")
     if len(text) < length:
@@ -205,74 +184,53 @@ def read_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[Descriptio
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _foreign(path, f"its header is not valid JSON ({error})") from error
-    description = _read_metadata(header, path)
+    description = _read_metadata(header.pop("__metadata__", None), header, path)
     return description, _read_layout(header, path, 8 + length, file_bytes)
 
 
-def _read_metadata(header: dict[str, Any], path: Path) -> Description:
-    metadata = header.get("__metadata__")
-    kind = metadata.get("format") if isinstance(metadata, dict) else None
-    if not isinstance(metadata, dict) or kind != FORMAT:
-        names = ", ".join(sorted(set(header) - {"__metadata__"})[:5]) or "none"
+def _read_metadata(values: Any, arrays: Iterable[str], path: Path) -> Description:
+    kind = values.get("format") if isinstance(values, dict) else None
+    if kind != FORMAT:
+        names = ", ".join(sorted(arrays)[:5]) or "none"
         raise _foreign(path, f"it is a safetensors file of another kind (format {kind!r}, arrays: {names})")
-    version = metadata.get("version", "")
-    if not (isinstance(version, str) and version.isascii() and version.isdigit() and int(version) > 0):
-        raise damaged(path, f"its version is {version!r}, not a whole number")
-    if int(version) > VERSION:
-        raise DataError(
-            f"{path}: a proposal store of version {version}, but this program reads versions up to {VERSION}: "
-            "update detpipe, or write the store again with this one"
-        )
-    source, digest = metadata.get("source"), metadata.get("content_hash")
     try:
-        settings = json.loads(metadata.get("settings", ""))
-    except (TypeError, ValueError, RecursionError):
-        settings = None
-    if not isinstance(source, str) or not isinstance(settings, dict):
-        raise damaged(path, "its source or settings cannot be read")
-    if not isinstance(digest, str) or not _HASH.fullmatch(digest):
-        raise damaged(path, f"its content_hash is {digest!r}, not 64 hexadecimal digits")
-    return Description(source, settings, digest, int(version))
+        version = int(msgspec.convert(values, _Versioned).version)
+        if version > VERSION:
+            raise DataError(
+                f"{path}: a proposal store of version {version}, but this program reads versions up to {VERSION}: "
+                "update detpipe, or write the store again with this one"
+            )
+        metadata = msgspec.convert(values, _Metadata)
+        settings = msgspec.json.decode(metadata.settings, type=dict)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise damaged(path, f"its metadata cannot be read ({error})") from error
+    return Description(metadata.source, settings, metadata.content_hash, version)
 
 
 def _read_layout(header: dict[str, Any], path: Path, first: int, file_bytes: int) -> dict[str, Place]:
-    found: dict[str, tuple[str, list[int], list[int]]] = {}
+    found: dict[str, _Entry] = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        parts = entry if isinstance(entry, dict) else {}
-        kind, shape, place = parts.get("dtype"), parts.get("shape"), parts.get("data_offsets")
-        if not isinstance(kind, str) or not _whole(shape) or not _whole(place) or len(place) != 2:
-            raise damaged(path, f"the header's entry of the array {name!r} cannot be read")
-        found[name] = (kind, shape, place)
-    end = max([0, *(places[1] for _, _, places in found.values())])
+        try:
+            found[name] = msgspec.convert(entry, _Entry)
+        except msgspec.ValidationError as error:
+            raise damaged(path, f"the header's entry of the array {name!r} cannot be read ({error})") from error
+    end = max((entry.data_offsets[1] for entry in found.values()), default=0)
     if file_bytes < first + end:
         raise _cut_off(path, file_bytes, str(first + end))
     if file_bytes > first + end:
         raise damaged(path, f"it has {file_bytes} bytes, {file_bytes - first - end} more than its header says")
     images, boxes, id_bytes = (
-        found[name][1][0] if name in found and found[name][1] else 0 for name in ("sizes", "boxes", "id_bytes")
+        found[name].shape[0] if name in found and found[name].shape else 0 for name in ("sizes", "boxes", "id_bytes")
     )
     places = {}
     for name, (kind, shape) in arrays(images, boxes, id_bytes).items():
         if name not in found:
             raise damaged(path, f"the array {name!r} is missing")
-        found_kind, found_shape, (start, stop) = found[name]
-        if found_kind != kind or found_shape != shape or stop - start != _DTYPES[kind].itemsize * prod(shape):
-            raise damaged(path, f"the array {name!r} is {found_kind} {found_shape}, expected {kind} {shape}")
-        places[name] = Place(first + start, _DTYPES[kind], shape)
+        entry, length = found[name], _DTYPES[kind].itemsize * prod(shape)
+        if (entry.dtype, entry.shape) != (kind, shape) or entry.data_offsets[1] - entry.data_offsets[0] != length:
+            raise damaged(path, f"the array {name!r} is {entry.dtype} {entry.shape}, expected {kind} {shape}")
+        places[name] = Place(first + entry.data_offsets[0], _DTYPES[kind], shape)
     return places
-
-
-def _whole(values: Any) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples become lists, as in JSON."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _foreign(path: Path, reason: str) -> DataError:
@@ -290,7 +248,7 @@ def damaged(path: Path, reason: str) -> DataError:
     return DataError(f"{path}: damaged: {reason}; copy or write it again")
 
 
-class _Entry(NamedTuple):
+class _Added(NamedTuple):
     start: int  # first byte of its boxes in the temporary file; its scores follow
     count: int
     size: tuple[int, int]
@@ -332,7 +290,7 @@ class ProposalWriter:
             raise ValueError(f"{self.path}: source must name what made the boxes, got {source!r}")
         canonical_settings(settings)
         self.source, self.settings = source, settings
-        self._entries: dict[bytes, _Entry] = {}
+        self._entries: dict[bytes, _Added] = {}
         self._end = 0
         self._boxes: BinaryIO | None = None
         self._done = False
@@ -391,7 +349,7 @@ class ProposalWriter:
         file = self._open()
         file.write(stored.tobytes())
         file.write(stored_scores.tobytes())
-        self._entries[name] = _Entry(self._end, len(stored), known or (0, 0), extent.tobytes(), digest)
+        self._entries[name] = _Added(self._end, len(stored), known or (0, 0), extent.tobytes(), digest)
         self._end += 20 * len(stored)
 
     def close(self) -> None:

@@ -65,15 +65,10 @@ class DenseGrid(ProposalSource):
     def forward(
         self, images: ImageList, features: Features, targets: list[Target] | None = None
     ) -> tuple[list[Tensor], Losses]:
-        """Lay the grid over each image.
-
-        Args:
-            images: the padded batch; boxes are clipped to each image inside it.
-            features: not used.
-            targets: not used.
+        """Lay the grid over each image of a padded batch, whatever its pixels.
 
         Returns:
-            N tensors ``[P_i, 4]`` xyxy, ordered by scale, shape, row and column, and no losses.
+            N tensors ``[P_i, 4]`` xyxy, clipped to their images, ordered by scale, shape, row and column, and no losses.
         """
         return [self.boxes(size, images.tensors.device) for size in images.image_sizes], {}
 
@@ -89,10 +84,7 @@ class DenseGrid(ProposalSource):
         }
 
     def propose(self, image: Image) -> tuple[Floats, Floats]:
-        """Propose boxes for one image, for a store; the grid then lies over the image file, not over the resized image.
-
-        Args:
-            image: ``[H, W, 3]``; only its size matters.
+        """Propose boxes for one image ``[H, W, 3]``, for a store; the grid lies over the image file, not over the resized image.
 
         Returns:
             Boxes ``[P, 4]`` xyxy, each once, in an order that spreads the first of them over all scales, shapes and places; and
@@ -103,15 +95,7 @@ class DenseGrid(ProposalSource):
         return boxes.numpy(), torch.linspace(1, 0, len(boxes) + 1)[:-1].numpy()
 
     def boxes(self, size: tuple[int, int], device: torch.device | None = None) -> Tensor:
-        """Compute the boxes of an image of one size.
-
-        Args:
-            size: height and width in pixels.
-            device: where the boxes shall be.
-
-        Returns:
-            ``[P, 4]`` xyxy.
-        """
+        """Compute the boxes ``[P, 4]`` xyxy of an image of a size (height, width)."""
         key = (*size, device or torch.device("cpu"))
         if key not in self._cache:
             if len(self._cache) >= 1000:

@@ -66,14 +66,7 @@ class EdgeBoxes(ImageProposals):
         ximgproc(self.name)
 
     def find(self, image: Image) -> Candidates:
-        """Find edges, and let OpenCV search for boxes.
-
-        Args:
-            image: ``[H, W, 3]`` uint8 RGB.
-
-        Returns:
-            Boxes and scores.
-        """
+        """Find edges, and let OpenCV search for boxes."""
         search = ximgproc(self.name).createEdgeBoxes(
             alpha=self.alpha,
             beta=self.beta,

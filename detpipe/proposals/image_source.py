@@ -63,14 +63,7 @@ class ImageProposals(ProposalSource):
 
     @abstractmethod
     def find(self, image: Image) -> Candidates:
-        """Find boxes.
-
-        Args:
-            image: ``[H, W, 3]`` uint8 RGB, contiguous.
-
-        Returns:
-            Boxes and scores, the same ones for the same image.
-        """
+        """Find boxes in ``[H, W, 3]`` contiguous uint8 RGB, the same ones for the same image."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -111,11 +104,6 @@ class ImageProposals(ProposalSource):
     ) -> tuple[list[Tensor], Losses]:
         """Propose boxes for each image of a batch, from its resized pixels.
 
-        Args:
-            images: the padded batch and the height and width of each image in it.
-            features: not used.
-            targets: not used, but for the names of images in errors.
-
         Returns:
             N tensors ``[P_i, 4]`` xyxy in pixels of the batch, best first, and no losses.
 
@@ -138,13 +126,7 @@ class ImageProposals(ProposalSource):
 def select(
     found: Candidates, size: tuple[int, int], min_size: float = 0.0, max_boxes: int | None = None
 ) -> tuple[Floats, Floats]:
-    """Sort boxes, and leave out what is outside the image, too small, there twice, or too many.
-
-    Args:
-        found: boxes and scores.
-        size: height and width of the image.
-        min_size: least width and height of a box, in pixels.
-        max_boxes: keep the first of these.
+    """Sort boxes, and leave out what is outside an image of a size (height, width), too small, there twice, or too many.
 
     Returns:
         Boxes ``[P, 4]`` float32, best first, and scores ``[P]`` float32. Of equal scores the first one given comes first.

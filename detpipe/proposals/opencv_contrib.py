@@ -10,17 +10,7 @@ from detpipe.support.errors import UsageError
 
 
 def ximgproc(source: str) -> ModuleType:
-    """Return OpenCV's module of extended image processing.
-
-    Args:
-        source: what needs it.
-
-    Returns:
-        ``cv2.ximgproc``.
-
-    Raises:
-        UsageError: the OpenCV that is installed has none; how to install one that has is said.
-    """
+    """Return OpenCV's ``cv2.ximgproc`` for a source; a UsageError says how to install an OpenCV that has it."""
     module = getattr(cv2, "ximgproc", None)
     if module is None:
         raise UsageError(

@@ -65,14 +65,7 @@ class OpenCVSelectiveSearch(ImageProposals):
         ximgproc(self.name)
 
     def find(self, image: Image) -> Candidates:
-        """Let OpenCV find boxes, and order them.
-
-        Args:
-            image: ``[H, W, 3]`` uint8 RGB.
-
-        Returns:
-            Boxes and scores.
-        """
+        """Let OpenCV find boxes, and order them."""
         search = ximgproc(self.name).segmentation.createSelectiveSearchSegmentation()
         search.setBaseImage(np.ascontiguousarray(image[:, :, ::-1]))
         if self.mode == "single":

@@ -55,11 +55,11 @@ class _Pairs(NamedTuple):
 
 
 def group(segmentations: Sequence[Regions], strategies: Sequence[Sequence[str]], area: float) -> Grouping:
-    """Build a hierarchy for each segmentation and each strategy.
+    """Build a hierarchy for each segmentation and each strategy: the similarities, of `SIMILARITIES`, that are added up.
 
     Args:
         segmentations: the first regions, with histograms of equal widths or not.
-        strategies: for each the similarities that are added up, out of `SIMILARITIES`.
+        strategies: one list of similarities each.
         area: of the image in square pixels.
 
     Returns:

@@ -34,16 +34,7 @@ class Regions(NamedTuple):
 
 
 def describe(labels: Ints, color_bins: Image, texture_bins: Image) -> Regions:
-    """Describe the regions of a segmentation.
-
-    Args:
-        labels: ``[H, W]`` the region of each pixel, numbered from 0 without gaps.
-        color_bins: ``[H, W, C]`` as made by :func:`quantize_color`.
-        texture_bins: ``[H, W, 4 * C]`` as made by :func:`quantize_texture`.
-
-    Returns:
-        The regions.
-    """
+    """Describe the regions of labels ``[H, W]``, numbered from 0 without gaps, by bins ``[H, W, C]`` and ``[H, W, 4 * C]``."""
     count = int(labels.max()) + 1
     return Regions(
         np.bincount(labels.ravel(), minlength=count).astype(np.float32),
@@ -55,24 +46,14 @@ def describe(labels: Ints, color_bins: Image, texture_bins: Image) -> Regions:
 
 
 def quantize_color(image: Image) -> Image:
-    """Sort values into bins of equal width.
-
-    Args:
-        image: ``[H, W, C]`` in 0..255.
-
-    Returns:
-        ``[H, W, C]`` in 0..COLOR_BINS - 1.
-    """
+    """Sort values ``[H, W, C]`` in 0..255 into bins of equal width, 0..COLOR_BINS - 1."""
     return (image.astype(np.uint16) * COLOR_BINS >> 8).astype(np.uint8)
 
 
 def quantize_texture(image: Image) -> Image:
-    """Sort derivatives in four directions into bins, narrower ones for smaller slopes.
+    """Sort derivatives of ``[H, W, C]`` in four directions into bins, narrower ones for smaller slopes.
 
     The paper takes Gaussian derivatives in eight directions; those of opposite directions differ only in their sign.
-
-    Args:
-        image: ``[H, W, C]`` in 0..255.
 
     Returns:
         ``[H, W, 4 * C]`` in 0..TEXTURE_BINS - 1, for the directions 0, 90, 45 and -45 degrees.
@@ -89,14 +70,7 @@ def quantize_texture(image: Image) -> Image:
 
 
 def bounding_boxes(labels: Ints, count: int) -> Floats:
-    """Find the box around each region.
-
-    Args:
-        labels: ``[H, W]`` the region of each pixel.
-        count: R.
-
-    Returns:
-        ``[R, 4]`` xyxy; zeros for a region without pixels.
+    """Find the box ``[R, 4]`` xyxy around each region of labels ``[H, W]``; zeros for a region without pixels.
 
     Example:
         >>> bounding_boxes(np.array([[0, 1, 1], [0, 0, 1]], np.int32), 2).tolist()
@@ -115,11 +89,7 @@ def bounding_boxes(labels: Ints, count: int) -> Floats:
 
 
 def neighbors(labels: Ints, count: int) -> tuple[Ints, Ints]:
-    """Find the pairs of regions that share a border between two pixels, beside or above each other.
-
-    Args:
-        labels: ``[H, W]`` the region of each pixel.
-        count: R.
+    """Find the pairs of regions of labels ``[H, W]`` that share a border between two pixels, beside or above each other.
 
     Returns:
         ``[E]`` and ``[E]``: the lower and the higher number of each pair, sorted.

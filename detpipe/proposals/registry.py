@@ -22,17 +22,7 @@ SOURCES: dict[str, Callable[..., ImageProposals | DenseGrid]] = {
 
 
 def find_class(name: str) -> Callable[..., ImageProposals | DenseGrid]:
-    """Find a source by its name.
-
-    Args:
-        name: such as "selective_search".
-
-    Returns:
-        The class.
-
-    Raises:
-        UsageError: there is no source of this name.
-    """
+    """Find a source by its name, such as "selective_search"; a UsageError lists those that there are."""
     if name not in SOURCES:
         raise UsageError(
             f"unknown proposal source {name!r}: expected one of {', '.join(SOURCES)}, or several joined by +"
@@ -42,34 +32,13 @@ def find_class(name: str) -> Callable[..., ImageProposals | DenseGrid]:
 
 
 def make_source(names: str) -> OfflineSource:
-    """Make a source with its default settings.
-
-    Args:
-        names: a name, or several joined by "+" for their union.
-
-    Returns:
-        The source.
-
-    Raises:
-        UsageError: there is no source of one of the names, or a package that it needs is missing.
-    """
+    """Make a source with its default settings, or of several names joined by "+" their union; a UsageError if one is unknown."""
     sources = [find_class(name)() for name in names.split("+")]
     return sources[0] if len(sources) == 1 else Union(sources)
 
 
 def remake_source(name: str, settings: dict[str, Any]) -> OfflineSource:
-    """Make a source again from what a store remembers of it.
-
-    Args:
-        name: of the source.
-        settings: as its `settings` gave them.
-
-    Returns:
-        The source.
-
-    Raises:
-        UsageError: there is no source of this name, it has no such settings, or a package that it needs is missing.
-    """
+    """Make a source again from its name and `settings`, as a store remembers them; a UsageError if that cannot be."""
     try:
         if name == Union.name:
             parts = [remake_source(part["source"], part["settings"]) for part in settings["sources"]]

@@ -91,14 +91,7 @@ class SelectiveSearch(ImageProposals):
         self.min_region, self.sigma, self.seed = min_region, sigma, seed
 
     def find(self, image: Image) -> Candidates:
-        """Segment, group, and order the boxes of all regions.
-
-        Args:
-            image: ``[H, W, 3]`` uint8 RGB.
-
-        Returns:
-            Boxes and scores; duplicates of several hierarchies are still there.
-        """
+        """Segment, group, and order the boxes of all regions; duplicates of several hierarchies are still there."""
         segmentations = [part for space in self.color_spaces for part in self._segment(convert(image, space))]
         grouping = group(segmentations, self.strategies, float(image.shape[0] * image.shape[1]))
         return in_random_order(grouping, self.seed)
@@ -119,28 +112,13 @@ def in_random_order(grouping: Grouping, seed: int) -> Candidates:
     """Order regions by their place in the hierarchy times a random number (section 3.4).
 
     Without chance the first boxes would all be large ones, and those that all hierarchies agree on.
-
-    Args:
-        grouping: the regions.
-        seed: of the random numbers.
-
-    Returns:
-        Their boxes and scores.
     """
     chance = np.random.default_rng(seed).random(len(grouping.rank))
     return Candidates(grouping.boxes, (-grouping.rank * chance).astype(np.float32))
 
 
 def convert(image: Image, space: str) -> Image:
-    """Convert an image to a color space.
-
-    Args:
-        image: ``[H, W, 3]`` uint8 RGB.
-        space: one of `COLOR_SPACES`.
-
-    Returns:
-        ``[H, W, C]`` uint8 that uses the whole range 0..255.
-    """
+    """Convert ``[H, W, 3]`` uint8 RGB to one of `COLOR_SPACES`: ``[H, W, C]`` uint8 that uses the whole range 0..255."""
     if space == "rgb":
         return image
     if space == "rgi":

@@ -83,14 +83,7 @@ class Superpixels(ImageProposals):
             ximgproc(f"{self.name} by SEEDS")
 
     def find(self, image: Image) -> Candidates:
-        """Divide the image, and order the boxes.
-
-        Args:
-            image: ``[H, W, 3]`` uint8 RGB.
-
-        Returns:
-            Boxes and scores.
-        """
+        """Divide the image, and order the boxes."""
         color, texture = quantize_color(image), quantize_texture(image)
         divide = _slic if self.method == "slic" else _seeds
         parts = [describe(divide(image, number, self.compactness), color, texture) for number in self.segments]

@@ -76,10 +76,7 @@ class Union(ProposalSource):
         }
 
     def propose(self, image: Image) -> tuple[Floats, Floats]:
-        """Propose boxes for one image.
-
-        Args:
-            image: ``[H, W, 3]`` uint8 RGB.
+        """Propose boxes for one image ``[H, W, 3]`` uint8 RGB.
 
         Returns:
             Boxes ``[P, 4]`` xyxy in pixels of the image, in the order of their turns, and scores ``[P]``: 1 / (turn + 1).
@@ -95,11 +92,6 @@ class Union(ProposalSource):
         self, images: ImageList, features: Features, targets: list[Target] | None = None
     ) -> tuple[list[Tensor], Losses]:
         """Ask all sources.
-
-        Args:
-            images: the padded batch.
-            features: for the sources that need them.
-            targets: for the sources that need them.
 
         Returns:
             N tensors ``[P_i, 4]`` xyxy in pixels of the batch, and the losses of all sources; a name that two sources use gets

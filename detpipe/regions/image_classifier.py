@@ -99,11 +99,7 @@ class ImageClassifier(LightningModule):
         return self._logits(self.backbone(self._normalized(images)))
 
     def losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Compute the losses of training, label smoothing and auxiliary head included.
-
-        Args:
-            images: as of :meth:`forward`.
-            labels: ``[N]`` int64 in 0..K-1.
+        """Compute the losses of training, label smoothing and auxiliary head included, for labels ``[N]`` int64 in 0..K-1.
 
         Returns:
             Scalars to be summed, and the logits ``[N, K]``.
@@ -208,14 +204,6 @@ def top_accuracy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def top_hits(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Tell for each image whether its class is the likeliest, and among the five likeliest.
-
-    Args:
-        logits: ``[N, K]``.
-        labels: ``[N]`` int64 in 0..K-1.
-
-    Returns:
-        ``top1`` and ``top5``, ``[N]`` bool.
-    """
+    """Tell which of logits ``[N, K]`` hit labels ``[N]``: ``top1``, the class is the likeliest, and ``top5``, each ``[N]`` bool."""
     ranked = logits.topk(min(max(TOP), logits.shape[1])).indices == labels[:, None]  # [N, up to 5]
     return {f"top{k}": ranked[:, :k].any(1) for k in TOP}

@@ -200,14 +200,7 @@ class RegionClassifier(LightningModule):
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> list[RegionPrediction]:
-        """Tell the likeliest class of each region.
-
-        Args:
-            images: as of :meth:`forward`, on any device.
-            boxes: as of :meth:`forward`, on any device; always checked.
-
-        Returns:
-            N predictions on the CPU.
+        """Tell the likeliest class of each region, on the CPU; the arguments of :meth:`forward` may be on any device.
 
         Raises:
             ValueError: as of :meth:`forward`, or the model is in training mode.

@@ -38,13 +38,7 @@ class Context:
 
 
 def enlarge(boxes: Tensor, factor: float, height: int, width: int) -> Tensor:
-    """Enlarge boxes about the centers of their visible parts, inside the image.
-
-    Args:
-        boxes: ``[P, 4]`` xyxy.
-        factor: of width and height.
-        height: of the image.
-        width: of the image.
+    """Enlarge boxes ``[P, 4]`` xyxy by a factor about the centers of their visible parts, inside an image of some height and width.
 
     Returns:
         ``[P, 4]`` with a positive size: boxes are at least one pixel wide and high before they are clipped.
@@ -60,12 +54,9 @@ def enlarge(boxes: Tensor, factor: float, height: int, width: int) -> Tensor:
 
 
 def check_regions(images: Sequence[Tensor], boxes: Sequence[Tensor]) -> None:
-    """Refuse images and boxes that cannot be looked at, and say where they are.
+    """Refuse images ``[3, H_i, W_i]`` and boxes ``[P_i, 4]`` xyxy that cannot be looked at, and say where they are.
 
-    Args:
-        images: N tensors ``[3, H_i, W_i]``.
-        boxes: N tensors ``[P_i, 4]`` xyxy in pixels of the images; their values are looked at on the CPU only, where that
-            costs nothing.
+    The values of boxes are looked at on the CPU only, where that costs nothing.
 
     Raises:
         ValueError: another number or shape; or a box that is not finite, has no area, or lies outside of its image.

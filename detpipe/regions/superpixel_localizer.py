@@ -118,14 +118,7 @@ class SuperpixelLocalizer(LightningModule):
         return maps
 
     def superpixels(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Give the superpixels that the maps are constant on.
-
-        Args:
-            images: as of :meth:`forward`.
-
-        Returns:
-            N ``[H_i, W_i]`` int32 from 0, in pixels of the images.
-        """
+        """Give the superpixels that the maps of images are constant on: N ``[H_i, W_i]`` int32 from 0, in pixels of the images."""
         found = []
         for image in images:
             batch = self._batch([image])
@@ -136,14 +129,7 @@ class SuperpixelLocalizer(LightningModule):
         return found
 
     def losses(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Losses:
-        """Compute the losses from the set of classes of each image.
-
-        Args:
-            images: as of :meth:`forward`.
-            targets: N targets, of which ``labels`` is read, as a set; it may be empty.
-
-        Returns:
-            ``loss_global`` and ``loss_superpixels``.
+        """Compute ``loss_global`` and ``loss_superpixels`` from the set of classes of each image, its ``labels``; it may be empty.
 
         Raises:
             ValueError: images and targets of another number, or a label outside 1..K.

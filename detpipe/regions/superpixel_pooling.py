@@ -173,13 +173,10 @@ class SuperpixelPoolingHead(nn.Module):
 
         Args:
             found: what :meth:`forward` has found.
-            present: ``[N, K]`` 1 where the image has the class, 0 where not.
+            present: ``[N, K]`` 1 where the image has the class, 0 where not; another shape is a ValueError.
 
         Returns:
             ``loss_global`` and ``loss_superpixels``.
-
-        Raises:
-            ValueError: ``present`` of another shape.
         """
         if present.shape != found.region_logits.shape:
             raise ValueError(f"present must be {list(found.region_logits.shape)}, got {list(present.shape)}")
@@ -228,7 +225,7 @@ class SuperpixelPoolingHead(nn.Module):
 
 
 def segment(maps: Tensor, threshold: float) -> Tensor:
-    """Give each pixel the class of the highest score, or background where none is high enough.
+    """Give each pixel the class of the highest score, or background where none reaches the threshold.
 
     Args:
         maps: ``[..., K, H, W]`` scores.

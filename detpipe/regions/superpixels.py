@@ -28,12 +28,7 @@ OUTSIDE = -1  # the label of what is padding
 
 
 def slic(image: Image, segments: int = 200, compactness: float = 10.0) -> Ints:
-    """Divide an image into superpixels.
-
-    Args:
-        image: ``[H, W, 3]`` uint8 RGB.
-        segments: how many there shall be, about.
-        compactness: larger values make them more like squares.
+    """Divide an image ``[H, W, 3]`` uint8 RGB into about ``segments`` superpixels; compactness makes them more like squares.
 
     Returns:
         ``[H, W]`` the superpixel of each pixel, numbered from 0 without gaps; the same ones for the same image.
@@ -48,13 +43,7 @@ def slic(image: Image, segments: int = 200, compactness: float = 10.0) -> Ints:
 
 
 def renumber(labels: npt.NDArray[np.integer]) -> Ints:
-    """Number regions from 0 without gaps.
-
-    Args:
-        labels: of any shape.
-
-    Returns:
-        The same regions in the same order of their labels.
+    """Number regions from 0 without gaps, in the same order.
 
     Example:
         >>> renumber(np.array([[7, 7, 2]])).tolist()
@@ -100,11 +89,7 @@ class Segmentation:
 
 
 class Segmenter:
-    """Divides images into superpixels, and remembers those it has seen by their pixels.
-
-    Args:
-        settings: how.
-    """
+    """Divides images into superpixels, and remembers those it has seen by their pixels."""
 
     def __init__(self, settings: Segmentation = Segmentation()) -> None:
         self.settings = settings
@@ -113,13 +98,7 @@ class Segmenter:
         self._bytes = 0
 
     def __call__(self, image: Tensor) -> Ints:
-        """Divide one image.
-
-        Args:
-            image: ``[3, H, W]`` uint8 RGB.
-
-        Returns:
-            ``[H, W]``, from 0 without gaps.
+        """Divide one image ``[3, H, W]`` uint8 RGB: ``[H, W]``, from 0 without gaps.
 
         Raises:
             ValueError: an image of another shape or type.
@@ -138,11 +117,7 @@ class Segmenter:
         return labels
 
     def batch(self, images: ImageList, pixel_format: PixelFormat) -> tuple[Tensor, int]:
-        """Divide the images of a batch.
-
-        Args:
-            images: the normalized, padded batch and the height and width of each image in it.
-            pixel_format: how they were normalized.
+        """Divide the images of a batch that were normalized in a pixel format.
 
         Returns:
             ``[N, H, W]`` int32 on the device of the images, -1 in the padding; and the largest number of superpixels.

@@ -21,9 +21,9 @@ class Grid(nn.Module, ABC):
 
     parameters_count: int  # P, how many numbers describe one transform
 
-    @abstractmethod
     def identity(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Make the parameters ``[P]`` of the transform that leaves every point where it is."""
+        """Make the parameters ``[P]`` of the transform that leaves every point where it is: zeros, for most families."""
+        return torch.zeros(self.parameters_count, device=device, dtype=dtype)
 
     @abstractmethod
     def _warp(self, theta: Tensor, points: Tensor) -> Tensor:
@@ -73,15 +73,7 @@ class Grid(nn.Module, ABC):
 
 
 def cell_centers(size: Sequence[int], device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Compute the points of the identity: the centers of h x w cells.
-
-    Args:
-        size: (h, w).
-        device: of the result.
-        dtype: of the result.
-
-    Returns:
-        ``[h, w, 2]`` (x, y), -1..1.
+    """Compute the points of the identity: the centers of the cells of a size (h, w), ``[h, w, 2]`` (x, y), -1..1.
 
     Example:
         >>> cell_centers((1, 4))
@@ -106,11 +98,7 @@ def bounded(change: Tensor, limit: float | None) -> Tensor:
 
 
 def check_limits(**limits: float | None) -> None:
-    """Refuse bounds that leave nothing to choose.
-
-    Raises:
-        ValueError: a limit that is not positive and finite; its name is that of the argument.
-    """
+    """Refuse bounds that leave nothing to choose, by a ValueError that has the name of the argument."""
     for name, limit in limits.items():
         if limit is not None and not 0 < limit < math.inf:
             raise ValueError(f"{name} must be positive and finite, or None for no limit, got {limit}")

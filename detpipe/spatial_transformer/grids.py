@@ -97,10 +97,6 @@ class SimilarityGrid(Grid):
         self.max_angle, self.max_log_scale, self.max_shift = max_angle, max_log_scale, max_shift
         self.aspect = float(aspect)
 
-    def identity(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Make the parameters of the identity: four zeros."""
-        return torch.zeros(4, device=device, dtype=dtype)
-
     def _warp(self, theta: Tensor, points: Tensor) -> Tensor:
         angle, log_scale, x, y = columns(theta, points)
         angle, scale = bounded(angle, self.max_angle), _scale(log_scale, self.max_log_scale)
@@ -131,10 +127,6 @@ class AttentionGrid(Grid):
         super().__init__()
         check_limits(max_log_scale=max_log_scale, max_shift=max_shift)
         self.max_log_scale, self.max_shift = max_log_scale, max_shift
-
-    def identity(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Make the parameters of the identity: three zeros."""
-        return torch.zeros(3, device=device, dtype=dtype)
 
     def _warp(self, theta: Tensor, points: Tensor) -> Tensor:
         log_scale, x, y = columns(theta, points)

@@ -18,13 +18,10 @@ def cell_steps(grid: Tensor) -> Tensor:
     """Compute how far it is from each point of a grid to the next ones, from its neighbors on both sides.
 
     Args:
-        grid: ``[..., h, w, 2]`` points (x, y), both sizes at least 2.
+        grid: ``[..., h, w, 2]`` points (x, y), both sizes at least 2, or it is a ValueError: a single row does not tell.
 
     Returns:
         ``[..., h, w, 2, 2]``: the step to the right, then the step down, each (x, y).
-
-    Raises:
-        ValueError: a grid of one row or one column, which does not tell.
     """
     if grid.shape[-3] < 2 or grid.shape[-2] < 2:
         raise ValueError(
@@ -55,15 +52,7 @@ def octaves(steps: Tensor, size: tuple[int, int], levels: int) -> Tensor:
 
 
 def halve(maps: Tensor, padding: str) -> Tensor:
-    """Average blocks of 2 x 2 cells; an odd last row or column is paired with what the padding says is beyond it.
-
-    Args:
-        maps: ``[N, C, H, W]``.
-        padding: "zeros" or "border".
-
-    Returns:
-        ``[N, C, ceil(H / 2), ceil(W / 2)]``.
-    """
+    """Average blocks of 2 x 2 cells, an odd last row or column with what the padding, "zeros" or "border", says is beyond."""
     height, width = maps.shape[2:]
     if height % 2 or width % 2:
         maps = functional.pad(
@@ -73,16 +62,9 @@ def halve(maps: Tensor, padding: str) -> Tensor:
 
 
 def in_level(points: Tensor, size: tuple[int, int], halved: tuple[int, int], level: int) -> Tensor:
-    """Express points of the map in coordinates of a halved one, which may reach beyond the right and lower edge.
+    """Express points ``[..., 2]`` of a map of size (H, W) in coordinates of the one that ``level`` halvings made of it.
 
-    Args:
-        points: ``[..., 2]`` (x, y), -1..1 on the map.
-        size: (H, W) of the map.
-        halved: size of the halved map.
-        level: how often it was halved.
-
-    Returns:
-        ``[..., 2]``, -1..1 on the halved map.
+    They may reach beyond the right and lower edge.
     """
     (height, width), (rows, cols) = size, halved
     x, y = points.unbind(dim=-1)

@@ -52,10 +52,6 @@ class ThinPlateSplineGrid(Grid):
         self._exact = _solve(_control_points(points, dtype=torch.float64))
         self.register_buffer("solution", self._exact.float(), persistent=False)  # [K^2 + 3, K^2]
 
-    def identity(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Make the parameters of the identity: 2 K^2 zeros."""
-        return torch.zeros(self.parameters_count, device=device, dtype=dtype)
-
     def _warp(self, theta: Tensor, points: Tensor) -> Tensor:
         offsets = bounded(theta, self.max_offset).unflatten(1, (-1, 2))  # [N, K^2, 2]
         with full_precision(theta):

@@ -87,13 +87,7 @@ class DigitClassifier(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify images.
-
-        Args:
-            images: ``[N, 1, S, S]`` floating point in 0..1, ink is 1; S at least 8.
-
-        Returns:
-            Logits ``[N, 10]``; no softmax is applied.
+        """Classify images ``[N, 1, S, S]``, floating point in 0..1, ink is 1, S from 8 on: logits ``[N, 10]``, without softmax.
 
         Raises:
             ValueError: images of another shape.
@@ -102,13 +96,7 @@ class DigitClassifier(LightningModule):
         return self.head(self.features(seen).flatten(1))
 
     def transform(self, images: Tensor) -> Transformed:
-        """Tell what the transformer makes of images, and where it looks, for pictures.
-
-        Args:
-            images: as of :meth:`forward`.
-
-        Returns:
-            Output ``[N, 1, glimpse, glimpse]``, parameters and grid.
+        """Tell what the transformer makes of images, and where it looks: output ``[N, 1, glimpse, glimpse]``, parameters and grid.
 
         Raises:
             ValueError: images of another shape, or a classifier without a transformer.

@@ -20,7 +20,7 @@ N digits, S pixels a side of the image. The grids are those of :mod:`detpipe.spa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Literal, get_args
 
@@ -106,64 +106,49 @@ class DistortedDigits(LightningDataModule):
 
     def train_dataloader(self) -> TrainingBatches:
         """Make the batches of training."""
-        return TrainingBatches(self)
+        return TrainingBatches(self.train_epoch, len(_digits("train", self.split)[0]), self.batch_size)
 
-    def test_dataloader(self) -> EvaluationBatches:
+    def test_dataloader(self) -> Batches:
         """Make the batches of the test."""
-        return EvaluationBatches(self)
+        count = self.test_views * len(_digits("val", self.split)[0])
+        return Batches(lambda _: self.test_set(), count, self.batch_size)
 
 
-class TrainingBatches:
+class Batches:
     """The batches of an epoch, distorted when they are asked for.
 
     Args:
-        digits: what is batched.
+        make: epoch -> images ``[N, 1, S, S]`` and labels ``[N]``.
+        images: N.
+        size: of a batch.
     """
 
-    def __init__(self, digits: DistortedDigits) -> None:
-        self.digits, self.epoch = digits, 0
+    def __init__(self, make: Callable[[int], tuple[Tensor, Tensor]], images: int, size: int) -> None:
+        self.make, self.images, self.size, self.epoch = make, images, size, 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.images / self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = self.make(self.epoch)
+        return zip(images.split(self.size), labels.split(self.size), strict=True)
+
+
+class TrainingBatches(Batches):
+    """Batches whose epoch Lightning chooses, through what it takes for their sampler."""
 
     @property
     def sampler(self) -> TrainingBatches:
-        """Itself: Lightning looks for ``set_epoch`` on the sampler."""
+        """Itself."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; Lightning calls this."""
+        """Choose the epoch of the next iteration."""
         self.epoch = epoch
-
-    def __len__(self) -> int:
-        return math.ceil(len(_digits("train", self.digits.split)[0]) / self.digits.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return _batches(self.digits.train_epoch(self.epoch), self.digits.batch_size)
-
-
-class EvaluationBatches:
-    """The batches of the test, distorted when they are asked for.
-
-    Args:
-        digits: what is batched.
-    """
-
-    def __init__(self, digits: DistortedDigits) -> None:
-        self.digits = digits
-
-    def __len__(self) -> int:
-        count = self.digits.test_views * len(_digits("val", self.digits.split)[0])
-        return math.ceil(count / self.digits.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return _batches(self.digits.test_set(), self.digits.batch_size)
 
 
 def distort(digits: Tensor, distortion: Distortion, random: Generator) -> Tensor:
-    """Distort each digit in a way of its own.
-
-    Args:
-        digits: ``[N, 1, 32, 32]`` float32 in 0..1, ink is 1; pieces of them are the clutter.
-        distortion: which family.
-        random: every draw comes from here.
+    """Distort each of the digits ``[N, 1, 32, 32]`` float32 in 0..1, ink is 1, in a way of its own; pieces of them are the clutter.
 
     Returns:
         ``[N, 1, S, S]`` in 0..1.
@@ -220,11 +205,6 @@ def _cluttered(images: Tensor, digits: Tensor, random: Generator) -> Tensor:
     places = (to_y + row) * side + to_x + column
     flat = images.flatten(1).scatter_reduce(1, places.flatten(1), pieces.flatten(1), "amax")
     return flat.view_as(images)
-
-
-def _batches(whole: tuple[Tensor, Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    images, labels = whole
-    return zip(images.split(size), labels.split(size), strict=True)
 
 
 def _uniform(shape: tuple[int, ...], limit: float, random: Generator) -> Tensor:

@@ -42,23 +42,14 @@ FRAME_MILLISECONDS, LAST_MILLISECONDS = 220, 3000
 
 @dataclass(frozen=True)
 class Look:
-    """What a classifier did with some digits.
+    """What a classifier did with N digits."""
 
-    Args:
-        images: ``[N, 1, S, S]`` in 0..1.
-        labels: ``[N]`` in 0..9.
-        outlines: ``[N, M, 2]`` (x, y), -1..1 in the image: around what was sampled, closed, beginning with the upper edge.
-        outputs: ``[N, 1, G, G]``.
-        predicted: ``[N]`` in 0..9.
-        confidence: ``[N]`` in 0..1, of what is predicted.
-    """
-
-    images: Tensor
-    labels: Tensor
-    outlines: Tensor
-    outputs: Tensor
-    predicted: Tensor
-    confidence: Tensor
+    images: Tensor  # [N, 1, S, S] in 0..1
+    labels: Tensor  # [N] in 0..9
+    outlines: Tensor  # [N, M, 2] (x, y), -1..1: around what was sampled, closed, beginning with the upper edge
+    outputs: Tensor  # [N, 1, G, G]
+    predicted: Tensor  # [N] in 0..9
+    confidence: Tensor  # [N] in 0..1, of what is predicted
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,18 +57,12 @@ class Look:
 
 @torch.no_grad()
 def look(classifier: DigitClassifier, images: Tensor, labels: Tensor) -> Look:
-    """Classify digits and keep what the transformer did; the mode of the classifier stays what it was.
+    """Classify digits and keep, on the CPU, what the transformer did; the mode of the classifier stays what it was.
 
     Args:
-        classifier: with a transformer.
+        classifier: with a transformer, or it is a ValueError.
         images: ``[N, 1, S, S]`` floating point in 0..1.
         labels: ``[N]`` int64 in 0..9.
-
-    Returns:
-        What is to be drawn, on the CPU.
-
-    Raises:
-        ValueError: a classifier without a transformer.
     """
     training = classifier.training
     classifier.eval()
@@ -90,15 +75,7 @@ def look(classifier: DigitClassifier, images: Tensor, labels: Tensor) -> Look:
 
 
 def draw_looks(rows: Mapping[str, Look], title: str) -> Image.Image:
-    """Draw digits in rows, each with the four columns.
-
-    Args:
-        rows: name of the row -> its digits, side by side; where all names are blank, there is no place for them.
-        title: over all.
-
-    Returns:
-        The picture, RGB.
-    """
+    """Draw named rows of digits, each with the four columns, under a title; where all names are blank, they take no place."""
     examples = max(map(len, rows.values()))
     head, label = 2 * LINE + GAP, LABEL if any(name.strip() for name in rows) else GAP
     canvas = Image.new("RGB", (label + examples * (EXAMPLE + 2 * GAP), head + len(rows) * (WIDE + GAP) + GAP), PAPER)
@@ -124,12 +101,7 @@ def save_png(picture: Image.Image, out: Path) -> None:
 
 
 def save_gif(frames: Sequence[Image.Image], out: Path) -> None:
-    """Write pictures of one size as an animation that is repeated; it is complete when it is visible.
-
-    Args:
-        frames: one after the other; the last one stays longer.
-        out: the GIF.
-    """
+    """Write pictures of one size as an animation that is repeated, of which the last one stays longer; complete when visible."""
     first, *rest = [_in_palette(frame, _palette()) for frame in frames]
     durations = [FRAME_MILLISECONDS] * len(rest) + [LAST_MILLISECONDS]
     with atomic_write(out) as temporary:

@@ -6,13 +6,11 @@ The file appears when the run has ended, so a study that was interrupted knows w
 from __future__ import annotations
 
 import json
-import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from safetensors import SafetensorError, safe_open
@@ -21,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from detpipe.optimization import LRSchedule, Optimizer
 from detpipe.support.errors import TrainingError, UsageError
 from detpipe.support.files import atomic_write
-from detpipe.training.configuration import quiet
 from stn_digits.classifier import OPTIMIZER, SCHEDULE, DigitClassifier, Model
 from stn_digits.digits import DistortedDigits, Distortion
 from stn_digits.pictures import Film
@@ -67,38 +64,23 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """What a run came to."""
 
-    Args:
-        error: percent of the test images that are classified wrongly.
-        parameters: of the network.
-        seconds: of a processor, for training and test: what else runs on the machine adds little to them.
-    """
-
-    error: float
-    parameters: int
-    seconds: float
+    error: float  # percent of the test images that are classified wrongly
+    parameters: int  # of the network
+    seconds: float  # of a processor, for training and test: what else runs on the machine adds little to them
 
 
 @dataclass(frozen=True)
 class Run:
-    """One network, one distortion, one seed.
-
-    Args:
-        distortion: of the digits.
-        model: the kind of network.
-        seed: of its weights, and of the order and distortions in training.
-        recipe: how it is trained.
-        folder: of the study.
-        filmed: whether an animation is made along.
-    """
+    """One network, one distortion, one seed."""
 
     distortion: Distortion
     model: Model
-    seed: int
+    seed: int  # of the weights, and of the order and distortions in training
     recipe: Recipe
-    folder: Path
-    filmed: bool = False
+    folder: Path  # of the study
+    filmed: bool = False  # whether an animation is made along
 
     @property
     def file(self) -> Path:
@@ -121,20 +103,12 @@ class Run:
         return DistortedDigits(self.distortion, recipe.batch_size, recipe.test_views, self.seed, recipe.split)
 
     def network(self) -> DigitClassifier:
-        """Make the network, with random weights.
-
-        Raises:
-            ValueError: too few parameters.
-        """
+        """Make the network, with random weights; a ValueError for too few parameters."""
         recipe = self.recipe
         return DigitClassifier(self.model, recipe.parameters, recipe.glimpse, recipe.optimizer, recipe.lr_scheduler)
 
     def trained(self) -> DigitClassifier:
-        """Load the network of a finished run.
-
-        Raises:
-            UsageError: the file is none of a finished run.
-        """
+        """Load the network of a finished run; a UsageError where the file is none."""
         network = self.network()
         try:
             network.load_state_dict(load_file(self.file))
@@ -143,11 +117,7 @@ class Run:
         return network.eval()
 
     def result(self) -> Result:
-        """Read the result of a finished run.
-
-        Raises:
-            UsageError: the file is none of a finished run, or one of other settings.
-        """
+        """Read the result of a finished run; a UsageError where the file is none, or one of other settings."""
         try:
             with safe_open(self.file, "pt") as stored:
                 known = json.loads(stored.metadata()[KEY])
@@ -165,17 +135,7 @@ class Run:
 
 
 def train(run: Run) -> Result:
-    """Train and test a network, and write its file; nothing is there before the run has ended.
-
-    Args:
-        run: what to train.
-
-    Returns:
-        What it came to.
-
-    Raises:
-        TrainingError: the weights are no longer finite.
-    """
+    """Train and test a network, and write its file when that has ended; a TrainingError if its weights are no longer finite."""
     seed_everything(run.seed, verbose=False)
     start = time.process_time()
     network, data = run.network(), run.data()
@@ -201,17 +161,6 @@ def train(run: Run) -> Result:
     with atomic_write(run.file) as temporary:
         save_file({name: value.contiguous() for name, value in network.state_dict().items()}, temporary, metadata)
     return result
-
-
-def prepare_worker(threads: int) -> None:
-    """Set up a process that trains: its share of the cores, and no advice of Lightning.
-
-    Args:
-        threads: for PyTorch.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is under way is finished, then the study ends
-    torch.set_num_threads(threads)
-    quiet()
 
 
 def _film(run: Run, data: DistortedDigits) -> list[Callback]:

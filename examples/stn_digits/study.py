@@ -11,18 +11,17 @@ in the same folder goes on with the runs that are not finished.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from detpipe.datasets.workers import usable_cores
-from detpipe.support.errors import TrainingError, UsageError
+from detpipe.support import resumable
+from detpipe.support.errors import UsageError
 from detpipe.support.files import atomic_write, remove_orphans
+from detpipe.support.resumable import Work
 from detpipe.training import run_folder
 from detpipe.training.allowed import only_allowed
 from detpipe.training.config_errors import explain
@@ -30,7 +29,7 @@ from detpipe.training.configuration import Parser, positional_configs, quiet
 from stn_digits.classifier import Model
 from stn_digits.digits import Distortion
 from stn_digits.pictures import draw_looks, look, save_png
-from stn_digits.run import Recipe, Result, Run, prepare_worker, train
+from stn_digits.run import Recipe, Result, Run, train
 
 DESCRIPTION = "Classify distorted digits with and without spatial transformers, and tabulate the errors."
 Results = dict[tuple[Distortion, Model, int], Result]  # of each model, distortion and seed
@@ -66,7 +65,7 @@ class Study:
         models: its rows.
         seeds: of each model on each distortion.
         animation: of a training, made if it is one of the study; null for none.
-        workers: runs at a time, each in a process of its own; the processor's cores are shared among them.
+        workers: runs at a time, each in a process of its own with one thread.
 
     Raises:
         ValueError: nothing to compare, something twice, or a number below its least.
@@ -95,9 +94,6 @@ def train_classifier(arguments: Sequence[str]) -> int:
     Args:
         arguments: ``CONFIG.yaml [MORE.yaml ...] [--key value ...]``; ``--output FOLDER`` names the folder.
 
-    Returns:
-        0.
-
     Raises:
         DetpipeError: what users can mend.
     """
@@ -120,17 +116,7 @@ def train_classifier(arguments: Sequence[str]) -> int:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Study, Recipe, str | None]:
-    """Read configurations and options.
-
-    Args:
-        arguments: of the command.
-
-    Returns:
-        What is compared, how it is trained, and the folder that was asked for.
-
-    Raises:
-        UsageError: a key or a value that is wrong.
-    """
+    """Read what is compared, how it is trained, and the folder that was asked for; a UsageError for a wrong key or value."""
     parser = Parser(prog="tools/train_classifier.py", description=DESCRIPTION)
     parser.add_argument("-c", "--config", action="config", help="configurations; later ones win")
     parser.add_argument(
@@ -152,12 +138,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Study, Recipe, str | None]
 def results_table(study: Study, results: Results) -> str:
     """Write the errors as a table in Markdown.
 
-    Args:
-        study: what was compared.
-        results: of each run.
-
-    Returns:
-        A row for each model: parameters, mean error on each distortion with the range over the seeds, mean processor time of a run.
+    A row for each model: parameters, mean error on each distortion with the range over the seeds, mean processor time of a run.
     """
     lines = [
         f"| model | parameters | {' | '.join(study.distortions)} | CPU seconds a run |",
@@ -202,7 +183,8 @@ def _check(runs: Sequence[Run]) -> None:
 
 def _train(runs: Sequence[Run], workers: int) -> None:
     start = time.perf_counter()
-    for number, (run, result) in enumerate(_trained(runs, min(workers, len(runs))), start=1):
+    results = resumable.run(partial(_prepare, train), runs, workers, "stn_digits.run")
+    for number, (run, result) in enumerate(results, start=1):
         left = (time.perf_counter() - start) / number * (len(runs) - number)
         print(
             f"{number} of {len(runs)}: {run.distortion} {run.model} seed {run.seed}: error {result.error:.2f} %; "
@@ -211,24 +193,10 @@ def _train(runs: Sequence[Run], workers: int) -> None:
         )
 
 
-def _trained(runs: Sequence[Run], workers: int) -> Iterator[tuple[Run, Result]]:
-    """Train, in this process if one at a time, and yield what is finished."""
-    if workers <= 1:
-        for run in runs:
-            yield run, train(run)
-        return
-    fresh = multiprocessing.get_context("spawn")  # a forked process would inherit PyTorch's threads half alive
-    pool = ProcessPoolExecutor(workers, fresh, prepare_worker, (max(1, usable_cores() // workers),))
-    try:
-        futures = {pool.submit(train, run): run for run in runs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise TrainingError(
-            "a process of the study was killed; the runs that are finished stay, start it again"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _prepare(work: Callable[[Run], Result]) -> Work[Run, Result]:
+    """What trains in a process of its own, without advice of Lightning."""
+    quiet()
+    return lambda run, step: work(run)
 
 
 def _write_results(study: Study, recipe: Recipe, results: Results, folder: Path) -> None:

@@ -156,6 +156,127 @@ def test_can_be_traced(make):
     torch.testing.assert_close(traced.half()(half), attention.half()(half), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("attention", "layers", "factors"),
+    [
+        (SqueezeExcitation(16), ["excite"], (0.0, 0.5, 1.0)),
+        (SpatialSqueezeExcitation(16), ["squeeze"], (0.0, 0.5, 1.0)),
+        (ECA(16), ["conv"], (0.0, 0.5, 1.0)),
+        (CBAM(16), ["excite", "spatial"], (0.0, 0.25, 1.0)),
+    ],
+    ids=["se", "sse", "eca", "cbam"],
+)
+def test_gates_decide_the_output(attention, layers, factors):
+    features = torch.rand(2, 16, 3, 4)
+    for logit, factor in zip((-1e4, 0.0, 1e4), factors, strict=True):
+        for layer in map(attention.get_submodule, layers):
+            if layer.bias is None:
+                torch.nn.init.constant_(layer.weight, logit)
+            else:
+                torch.nn.init.zeros_(layer.weight)
+                torch.nn.init.constant_(layer.bias, logit)
+        torch.testing.assert_close(attention(features), factor * features)
+
+
+TWO = {"fc1": "squeeze", "fc2": "excite"}
+KERNELS = {"attn.fc_reduce": "squeeze", "attn.bn": "norm", "attn.fc_select": "select"}
+KERNELS |= {f"paths.{i}.conv": f"branches.{i}.0" for i in range(3)} | {
+    f"paths.{i}.bn": f"branches.{i}.1" for i in range(3)
+}
+MODULE = {"channel.fc1": "squeeze", "channel.fc2": "excite", "spatial.conv.conv": "spatial", "spatial.conv.bn": "norm"}
+PEERS = [
+    *(
+        (
+            "timm.layers",
+            "SEModule",
+            {"channels": c, "rd_ratio": 1 / r, "bias": bias},
+            TWO,
+            SqueezeExcitation(c, r, bias),
+        )
+        for c, r in ((64, 16), (96, 4), (24, 2))
+        for bias in (True, False)
+    ),
+    *(
+        (
+            "torchvision.ops",
+            "SqueezeExcitation",
+            {"input_channels": c, "squeeze_channels": w},
+            TWO,
+            SqueezeExcitation(c, c // w),
+        )
+        for c, w in ((64, 8), (96, 24))
+    ),
+    *(("timm.layers", "EcaModule", {"channels": c}, {"conv": "conv"}, ECA(c)) for c in (16, 64, 256)),
+    *(
+        (
+            *("timm.layers.cbam", "CbamModule"),
+            {"channels": c, "rd_ratio": 1 / r, "spatial_kernel_size": k, "mlp_bias": bias},
+            *(MODULE, CBAM(c, r, k, bias, divisor=1, batch_norm=True)),
+        )
+        for c, r, k in ((64, 16, 7), (32, 4, 3))
+        for bias in (True, False)
+    ),
+    *(
+        (
+            *("timm.layers", "SelectiveKernel"),
+            {"in_channels": 96, "rd_channels": 32, "groups": 8, "split_input": False, **theirs},
+            *(KERNELS, SelectiveKernel(96, 96, **{"groups": 8, **ours})),
+        )
+        for ours, theirs in (
+            ({}, {}),
+            ({"stride": 2}, {"stride": 2}),
+            ({"dilation": 2}, {"dilation": 2}),
+            ({"branches": 3}, {"kernel_size": [3, 5, 7]}),
+            ({"split_input": True}, {"split_input": True}),
+            (
+                {"split_input": True, "branches": 3, "groups": 1},
+                {"split_input": True, "kernel_size": [3, 5, 7], "groups": 1},
+            ),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("library", "kind", "arguments", "names", "ours"), PEERS)
+def test_equals_what_others_have_built(library, kind, arguments, names, ours):
+    peer = getattr(pytest.importorskip(library), kind)(**arguments).eval()
+    for tensor in (
+        tensor
+        for module in peer.modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for tensor in module.state_dict().values()
+    ):
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 2)
+    renamed = {}
+    for key, value in peer.state_dict().items():
+        layer, _, tensor = key.rpartition(".")
+        renamed[f"{names[layer]}.{tensor}"] = value
+    ours.eval().load_state_dict(renamed)
+    features = 5 * torch.randn(2, arguments.get("channels", arguments.get("input_channels", 96)), 5, 7)
+    torch.testing.assert_close(ours(features), peer(features), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        *((make, (0,), "channels must be at least 1, got 0") for make in (SqueezeExcitation, SpatialSqueezeExcitation)),
+        *((make, (0,), "channels must be at least 1, got 0") for make in (ConcurrentSqueezeExcitation, ECA, CBAM)),
+        *(
+            (make, (16, reduction), rf"reduction must be in 1..channels \(16\), got {reduction}")
+            for make in (SqueezeExcitation, ConcurrentSqueezeExcitation, CBAM)
+            for reduction in (0, 17)
+        ),
+        *((ECA, (16, size), f"kernel_size must be odd and at least 1, got {size}") for size in (0, 2, -1)),
+        *((CBAM, (16, 4, size), f"kernel_size must be odd and at least 1, got {size}") for size in (0, 2, -1)),
+        (ConcurrentSqueezeExcitation, (16, 2, "mean"), "combine must be 'sum' or 'max', got 'mean'"),
+    ],
+)
+def test_bad_arguments(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(*arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_squeeze_keeps_the_type_and_does_not_overflow(dtype):
     squeezed = squeeze(torch.full((2, 3, 40, 50), 256.0, dtype=dtype))  # sums of 512,000

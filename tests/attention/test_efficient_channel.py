@@ -35,30 +35,3 @@ def test_kernel_is_next_to_equation_12(channels):
     (size,) = ECA(channels).conv.kernel_size
     assert size % 2 == 1
     assert abs(size - (math.log2(channels) + 1) / 2) <= 1 + 1e-9
-
-
-@pytest.mark.parametrize(("weight", "factor"), [(-1e4, 0.0), (0.0, 0.5), (1e4, 1.0)])
-def test_gates_decide_the_output(weight, factor):
-    attention, features = ECA(16), torch.rand(2, 16, 3, 4)
-    torch.nn.init.constant_(attention.conv.weight, weight)
-    torch.testing.assert_close(attention(features), factor * features)
-
-
-@pytest.mark.parametrize("channels", [16, 64, 256])
-def test_equals_timm(channels):
-    layers = pytest.importorskip("timm.layers")
-    peer, ours = layers.EcaModule(channels).eval(), ECA(channels)
-    ours.load_state_dict(peer.state_dict())
-    features = 5 * torch.randn(2, channels, 5, 7)
-    torch.testing.assert_close(ours(features), peer(features), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kernel_size", [0, 2, -1])
-def test_bad_kernel(kernel_size):
-    with pytest.raises(ValueError, match=f"kernel_size must be odd and at least 1, got {kernel_size}"):
-        ECA(16, kernel_size)
-
-
-def test_no_channels():
-    with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
-        ECA(0)

@@ -1,7 +1,5 @@
-import copy
 import os
 import pickle
-import socket
 
 import pytest
 import torch
@@ -20,14 +18,6 @@ from detpipe.types import PixelFormat
 
 CAFFE = PixelFormat(mean=(103.939, 116.779, 123.68), std=(1, 1, 1), channel_order="bgr", value_range=255.0)
 SQUEEZE = {"c4": Level("features.12", 16)}
-
-
-@pytest.fixture
-def _offline(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket, "socket", refuse)
 
 
 @pytest.mark.parametrize(
@@ -103,65 +93,6 @@ def test_frozen_modules_keep_their_weights_and_no_others():
         Extractor("squeezenet1_1", SQUEEZE, regime=Regime(frozen=("features.O",)))
 
 
-def test_frozen_modules_keep_their_statistics():
-    regime = Regime(norm="batch", frozen=("conv1", "bn1", "layer1"))
-    backbone = Extractor("resnet18", {"c4": Level("layer3", 16)}, regime=regime)
-    for fresh in (True, False):
-        if not fresh:
-            backbone.eval().train()
-        before = copy.deepcopy(backbone.body.state_dict())
-        backbone(torch.randn(2, 3, 64, 64))
-        moved = {key for key, value in backbone.body.state_dict().items() if not torch.equal(value, before[key])}
-        assert any(key.startswith("layer2") and "running_mean" in key for key in moved)
-        assert not any(key.startswith(("bn1", "layer1")) for key in moved)
-
-
-@pytest.mark.parametrize(("norm", "kind"), [("group", nn.GroupNorm), ("sync", nn.SyncBatchNorm)])
-def test_other_norms(norm, kind):
-    backbone = Extractor("resnet18", {"c4": Level("layer3", 16)}, regime=Regime(norm=norm))
-    norms = [module for module in backbone.modules() if "Norm" in type(module).__name__]
-    assert len(norms) == 15
-    assert all(isinstance(module, kind) for module in norms)
-    backbone(torch.randn(2, 3, 64, 64))["c4"].square().sum().backward()
-    assert all(parameter.grad is not None for parameter in backbone.parameters())
-
-
-NETWORKS = {
-    "resnet18": ("layer3", 16, 0.0),
-    "mobilenet_v3_small": ("features.8", 16, 0.0),
-    "squeezenet1_1": ("features.12", 16, 0.0),
-    "efficientnet_b0": ("features.5", 16, 0.3),
-}
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_checkpointing_changes_nothing_but_memory(network):
-    node, stride, drop_path = NETWORKS[network]
-    plain, other = (
-        Extractor(network, {"c": Level(node, stride)}, regime=Regime(drop_path=drop_path, checkpointing=checkpointing))
-        for checkpointing in (False, True)
-    )
-    other.load_state_dict(plain.state_dict())
-    images = torch.randn(2, 3, 96, 64)
-
-    def step(backbone):
-        sizes = {}
-        torch.manual_seed(1)
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: sizes.update({t.data_ptr(): t.numel()}) or t, lambda t: t
-        ):
-            maps = backbone(images)
-        maps["c"].square().mean().backward()
-        gradients = {name: parameter.grad for name, parameter in backbone.named_parameters()}
-        return (maps, gradients, backbone.state_dict()), sum(sizes.values())
-
-    (expected, stored), (got, stored_less) = step(plain), step(copy.deepcopy(other))
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
-    assert stored_less < 0.5 * stored
-    other.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(other.eval()(images), plain.eval()(images))
-
-
 def test_drop_path_is_what_is_given():
     for rate in (0.0, 0.4):  # torchvision's own default for this network is 0.2
         backbone = Extractor("efficientnet_b0", {"c3": Level("features.3", 8)}, regime=Regime("frozen", drop_path=rate))
@@ -173,16 +104,6 @@ def test_drop_path_is_what_is_given():
         assert same == (rate == 0)
     with pytest.raises(ValueError, match="drop_path: torchvision's resnet18 has no paths to drop"):
         Extractor("resnet18", {"c4": Level("layer3", 16)}, regime=Regime(drop_path=0.1))
-
-
-@pytest.mark.parametrize(("network", "node"), [("resnet18", "layer2"), ("convnext_tiny", "features.3")])
-@torch.no_grad()
-def test_images_of_any_size(network, node):
-    backbone = Extractor(network, {"c3": Level(node, 8)}).eval()
-    for size in ((64, 64), (65, 333), (101, 67), (1333, 70)):
-        shape = backbone(torch.zeros(1, 3, *size))["c3"].shape[2:]
-        for cells, side in zip(shape, size, strict=True):
-            assert side // 8 <= cells <= -(-side // 8)
 
 
 def test_images_that_are_too_small():
@@ -249,7 +170,9 @@ def test_unknown_names_get_a_suggestion():
         Extractor("resnet_18", SQUEEZE)
     with pytest.raises(UsageError, match=r"squeezenet1_1 has no node 'feature\.12'; did you mean 'features\.12"):
         Extractor("squeezenet1_1", {"c4": Level("feature.12", 16)})
-    with pytest.raises(UsageError, match=r"unknown weights 'IMAGENET_V1' of squeezenet1_1.*'IMAGENET1K_V1'"):
+    with pytest.raises(
+        UsageError, match=r"unknown weights 'IMAGENET_V1'.*squeezenet1_1's .*; did you mean 'IMAGENET1K_V1'"
+    ):
         Extractor("squeezenet1_1", SQUEEZE, weights="IMAGENET_V1")
 
 
@@ -258,29 +181,6 @@ def test_unknown_names_get_a_suggestion():
 def test_a_missing_file_is_named_and_an_address_is_not_followed(weights):
     with pytest.raises(CheckpointError, match=r"weights (file \S+ does not exist|\S+: addresses are not loaded)"):
         Extractor("squeezenet1_1", SQUEEZE, weights=weights)
-
-
-def test_weights_that_do_not_fit(tmp_path):
-    state = models.squeezenet1_1(weights=None).state_dict()
-    path = str(tmp_path / "weights.pth")
-
-    torch.save(models.resnet18(weights=None).state_dict(), path)
-    with pytest.raises(
-        CheckpointError, match=r"weights.pth does not fit squeezenet1_1: it lacks 50 tensors, features\.0"
-    ):
-        Extractor("squeezenet1_1", SQUEEZE, path)
-
-    torch.save({key: value for key, value in state.items() if not key.startswith("features.12")}, path)
-    with pytest.raises(CheckpointError, match=r"lacks 6 tensors, features\.12\.expand1x1\.bias"):
-        Extractor("squeezenet1_1", SQUEEZE, path)
-
-    torch.save({**state, "extra.weight": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"has unknown 1 tensors, extra\.weight"):
-        Extractor("squeezenet1_1", SQUEEZE, path)
-
-    torch.save({**state, "features.0.weight": torch.zeros(64, 3, 5, 5)}, path)
-    with pytest.raises(CheckpointError, match=r"has other shapes for 1 tensors, features\.0\.weight"):
-        Extractor("squeezenet1_1", SQUEEZE, path)
 
 
 def test_weights_beyond_the_cut_may_be_missing_or_of_another_class_count(tmp_path):

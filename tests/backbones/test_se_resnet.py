@@ -59,16 +59,6 @@ def test_declared_strides_are_the_real_ones(output_stride, size):
         assert features[level].shape == (2, 8, -(-size[0] // stride), -(-size[1] // stride))
 
 
-@pytest.mark.parametrize("make", [SEResNet, SEResNeXt, SKNet])
-@pytest.mark.parametrize("size", [(64, 64), (65, 333), (224, 225), (600, 1000), (800, 1333), (1333, 1333)])
-def test_images_of_any_size(make, size):
-    with torch.device("meta"):
-        backbone = make(levels=LEVELS, out_channels="own").eval()
-        features = backbone(torch.zeros(1, 3, *size))
-    for level, stride in backbone.strides.items():
-        assert features[level].shape == (1, backbone.level_channels[level], *(-(-side // stride) for side in size))
-
-
 def test_dilation_keeps_the_weights_of_the_strided_network():
     plain, dilated = (SEResNet(50, levels=["c5"], output_stride=stride) for stride in (32, 8))
     dilated.load_state_dict(plain.state_dict())
@@ -79,34 +69,6 @@ def test_levels_come_finest_first_and_no_stage_is_built_in_vain():
     backbone = SEResNet(18, levels=["c4", "c2"], out_channels=16)
     assert list(backbone.strides) == list(backbone(torch.zeros(1, 3, 32, 32))) == ["c2", "c4"]
     assert list(backbone.stages) == ["c2", "c3", "c4"]
-
-
-@pytest.mark.parametrize("frozen", [(), ("stem",), ("c3", "c2"), ("stem", "c2", "c3", "c4", "c5")])
-def test_frozen_stages_keep_weights_and_statistics(frozen):
-    backbone = SEResNet(18, levels=["c5"], regime=Regime(frozen=frozen))
-    stages = {"stem": backbone.stem, **backbone.stages}
-    for fresh in (True, False):
-        if not fresh:
-            backbone.eval().train()
-        before = {name: {k: v.clone() for k, v in stage.state_dict().items()} for name, stage in stages.items()}
-        optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1)
-        output = backbone(torch.rand(2, 3, 64, 64))["c5"]
-        if len(frozen) < 5:
-            optimizer.zero_grad()
-            output.square().sum().backward()
-            optimizer.step()
-        for name, stage in stages.items():
-            same = [torch.equal(value, before[name][key]) for key, value in stage.state_dict().items()]
-            assert all(same) == (name in frozen), (name, fresh)
-
-
-def test_frozen_batch_norm_keeps_its_statistics_and_live_does_not():
-    for kind in ("frozen", "batch"):
-        backbone = SEResNet(18, levels=["c2"], regime=Regime(norm=kind)).train()
-        before = backbone.stem.norm1.running_mean.clone()
-        backbone(torch.rand(2, 3, 32, 32))
-        assert torch.equal(backbone.stem.norm1.running_mean, before) == (kind == "frozen")
-        assert any(name == "stem.norm1.weight" for name, _ in backbone.named_parameters()) == (kind == "batch")
 
 
 def test_a_frozen_norm_does_not_leave_branches_at_zero():
@@ -120,25 +82,6 @@ def test_group_norm_has_no_statistics():
     assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
     one = torch.rand(1, 3, 32, 32)
     torch.testing.assert_close(backbone.train()(one)["c2"], backbone.eval()(one)["c2"])
-
-
-def test_checkpointing_changes_nothing_but_memory():
-    torch.manual_seed(0)
-    plain = random_norms(SEResNet(18, levels=["c3", "c5"], out_channels=8))
-    saving = SEResNet(18, levels=["c3", "c5"], out_channels=8, regime=Regime(checkpointing=True))
-    saving.load_state_dict(plain.state_dict())
-    images, stored = torch.rand(2, 3, 64, 64), []
-    for backbone in (plain, saving):
-        numbers = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, n=numbers: n.append(t.numel()) or t, lambda t: t):
-            loss = sum(level.square().mean() for level in backbone(images).values())
-        loss.backward()
-        stored.append(sum(numbers))
-    assert stored[1] < stored[0] / 2
-    for (name, one), other in zip(plain.named_parameters(), saving.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, msg=name)
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(value, saving.state_dict()[name], msg=name)
 
 
 def test_drop_path_leaves_out_branches_in_training_only():

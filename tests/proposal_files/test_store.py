@@ -319,11 +319,12 @@ def test_foreign_files_are_refused(tmp_path):
     ("change", "message"),
     [
         ({"version": "2"}, "store of version 2, but this program reads versions up to 1: update detpipe"),
-        ({"version": "x"}, "its version is 'x'"),
+        ({"version": "x"}, r"Expected `str` .*version"),
         ({"format": "other"}, "of another kind .format 'other'"),
-        ({"settings": "[1"}, "source or settings cannot be read"),
-        ({"settings": "[1]"}, "source or settings cannot be read"),
-        ({"content_hash": "12"}, "content_hash is '12'"),
+        ({"settings": "{1"}, r"metadata cannot be read \(JSON is malformed"),
+        ({"settings": "[1]"}, r"metadata cannot be read \(Expected `object`, got `array`"),
+        ({"source": None}, r"metadata cannot be read \(Expected `str`, got `null` - at `\$\.source`"),
+        ({"content_hash": "12"}, r"Expected `str` matching .* at `\$\.content_hash`"),
     ],
 )
 def test_bad_metadata_is_named(store, change, message):

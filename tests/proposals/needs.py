@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
+
+from detpipe.boxes import iou
 
 Image = npt.NDArray[np.uint8]
 
@@ -51,3 +56,21 @@ def odd_images() -> dict[str, Image]:
         "smallest": noise(8, 8),
         "strided": planted(PLACES[0])[::2, ::-2],
     }
+
+
+def best_overlap(boxes: np.ndarray, box: tuple[int, int, int, int]) -> float:
+    """The IoU of a box with the one of ``boxes`` that fits best."""
+    return iou(torch.tensor([box], dtype=torch.float32), torch.from_numpy(boxes)).max().item()
+
+
+def is_the_same_every_time(make: Callable[[], Any]) -> None:
+    """Twice in one instance, and in a new one that has seen other images before."""
+    image, source, other = planted(PLACES[0]), make(), make()
+    boxes, scores = source.propose(image)
+    other.propose(planted(PLACES[1], seed=5))
+    for again in (source, other):
+        assert np.array_equal(again.propose(image)[0], boxes)
+        assert np.array_equal(again.propose(image)[1], scores)
+    assert len(boxes) > 0
+    flipped = np.ascontiguousarray(image[:, ::-1])[:, ::-1]  # the same pixels behind negative strides
+    assert np.array_equal(source.propose(flipped)[0], boxes)

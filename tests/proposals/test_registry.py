@@ -53,15 +53,6 @@ def test_settings_hold_every_argument_but_the_pixel_format(name):
 
 
 @each_source
-def test_what_a_store_remembers_makes_the_source_again(name):
-    source = make_source(name)
-    again = remake_source(name, json.loads(json.dumps(source.settings)))
-    assert again.settings == source.settings
-    image = planted(PLACES[0])
-    assert all(np.array_equal(a, b) for a, b in zip(source.propose(image), again.propose(image), strict=True))
-
-
-@each_source
 def test_builders_travel_to_other_processes(name):
     build = pickle.loads(pickle.dumps(partial(make_source, name)))
     assert build().name == name

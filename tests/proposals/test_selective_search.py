@@ -1,5 +1,3 @@
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -10,55 +8,14 @@ from detpipe.heads import FastRCNNHead, Postprocess
 from detpipe.proposals import SelectiveSearch
 from detpipe.proposals.region_grouping import Grouping
 from detpipe.proposals.selective_search import COLOR_SPACES, convert, in_random_order
-from detpipe.support.errors import DataError, UsageError
 
 from .needs import PLACES, planted, scikit_image
-from .recall import recall
-from .source_checks import (
-    finds_planted_objects,
-    is_the_same_every_time,
-    settings_make_the_source_again,
-    takes_any_image,
-)
-
-
-@scikit_image
-def test_planted_objects_are_found():
-    finds_planted_objects(SelectiveSearch())
-
-
-@scikit_image
-@pytest.mark.parametrize("space", COLOR_SPACES)
-def test_one_color_space_and_one_strategy_find_them_too(space):
-    finds_planted_objects(SelectiveSearch([space], strategies=[["size", "fill"]]))
-
-
-@scikit_image
-def test_odd_images():
-    takes_any_image(SelectiveSearch())
-    takes_any_image(SelectiveSearch(["gray"], [1, 500], min_region=1, max_boxes=5, min_size=0))
 
 
 @scikit_image
 def test_a_constant_image_is_one_box():
     boxes, _ = SelectiveSearch().propose(np.full((30, 50, 3), 128, np.uint8))
     assert [0, 0, 50, 30] in boxes.tolist()
-
-
-@scikit_image
-def test_the_same_every_time():
-    is_the_same_every_time(SelectiveSearch)
-    settings_make_the_source_again(
-        SelectiveSearch(["rgb", "gray"], [30, 80.5], [["color"], ["fill", "size"]], 20, 0.6, 99, 2)
-    )
-
-
-@scikit_image
-def test_the_seed_changes_the_order_alone():
-    image = planted(PLACES[0])
-    one, other = (SelectiveSearch(max_boxes=None, seed=seed).propose(image)[0] for seed in (0, 1))
-    assert not np.array_equal(one, other)
-    assert np.array_equal(np.unique(one, axis=0), np.unique(other, axis=0))
 
 
 @scikit_image
@@ -70,14 +27,6 @@ def test_more_strategies_and_spaces_add_boxes_and_lose_none():
     cut, scores = SelectiveSearch(["hsv", "lab"], [50, 90], [["color"], ["size", "fill"]], max_boxes=20).propose(image)
     assert np.array_equal(cut, many[:20])
     assert len(scores) == 20
-
-
-@scikit_image
-def test_an_image_that_is_too_small():
-    with pytest.raises(
-        DataError, match="7 x 40 pixels is too small for selective_search, which needs at least 8 pixels"
-    ):
-        SelectiveSearch().propose(np.zeros((40, 7, 3), np.uint8))
 
 
 def test_the_order_is_the_rank_times_chance():
@@ -113,41 +62,6 @@ def test_colors_by_hand():
     assert dark.tolist() == np.zeros((2, 2, 3)).tolist()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"color_spaces": ["hvs"]}, "color_spaces: unknown 'hvs'.*did you mean 'hsv'"),
-        ({"color_spaces": []}, r"color_spaces must be a list of at least one of rgb, hsv, lab, rgi, gray; got \[\]"),
-        ({"color_spaces": "hsv"}, "color_spaces must be a list .* got 'hsv'"),
-        ({"strategies": []}, "strategies must be a list of at least one of color, texture, size, fill"),
-        ({"strategies": [[]]}, "strategies must be a list"),
-        ({"strategies": ["size"]}, "strategies must be a list .* got 'size'"),
-        ({"strategies": [["size", "shape"]]}, "strategies: unknown 'shape'"),
-        ({"scales": []}, r"expected scales and sigma above 0.*scales=\[\]"),
-        ({"scales": [50, 0]}, r"scales=\[50, 0\]"),
-        ({"sigma": 0}, "sigma=0"),
-        ({"sigma": float("nan")}, "sigma=nan"),
-        ({"min_region": 0}, "min_region=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"max_boxes": 0}, "max_boxes must be positive or null, got 0"),
-        ({"min_size": -1}, "min_size must be 0 or more pixels, got -1"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        SelectiveSearch(**arguments)
-    assert "\n" not in str(caught.value)
-
-
-def test_without_scikit_image_the_package_to_install_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
-    monkeypatch.setitem(sys.modules, "skimage", None)
-    with pytest.raises(
-        UsageError, match=r"^selective_search needs scikit-image, .* pip install 'detpipe\[proposals\]'$"
-    ):
-        SelectiveSearch()
-
-
 @scikit_image
 def test_in_a_detector_it_serves_training_and_detection():
     backbone = SEResNet(18, levels=["c3"])
@@ -167,13 +81,3 @@ def test_in_a_detector_it_serves_training_and_detection():
         assert len(each["boxes"]) > 0
         assert (each["boxes"] >= 0).all()
         assert (each["boxes"][:, 2:] <= torch.tensor([140, 100])).all()
-
-
-@scikit_image
-def test_recall_on_blood_cells(shared_data):
-    assert recall(SelectiveSearch(), "bccd", shared_data) > 0.8
-
-
-@scikit_image
-def test_recall_on_photographs(shared_data):
-    assert recall(SelectiveSearch(), "coco_mini", shared_data) > 0.6

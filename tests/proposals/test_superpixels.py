@@ -7,42 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detpipe.proposals import Superpixels
-from detpipe.proposals.superpixels import METHODS, _pairs, _possible, _renumber, _seeds, _slic
-from detpipe.support.errors import DataError, UsageError
+from detpipe.proposals.superpixels import _pairs, _possible, _seeds, _slic
 
 from .needs import PLACES, contrib, planted, scikit_image
-from .recall import recall
-from .source_checks import (
-    finds_planted_objects,
-    is_the_same_every_time,
-    settings_make_the_source_again,
-    takes_any_image,
-)
 
 each_method = pytest.mark.parametrize(
     "method", [pytest.param("slic", marks=scikit_image), pytest.param("seeds", marks=contrib)]
 )
-
-
-def test_all_methods_are_tested():
-    assert METHODS == ("slic", "seeds")
-
-
-@each_method
-def test_planted_objects_are_found(method):
-    finds_planted_objects(Superpixels(method=method))
-
-
-@each_method
-def test_odd_images(method):
-    takes_any_image(Superpixels(method=method))
-    takes_any_image(Superpixels([2, 3000], method, min_size=0, max_boxes=7))
-
-
-@each_method
-def test_the_same_every_time(method):
-    is_the_same_every_time(lambda: Superpixels([50, 100], method))
-    settings_make_the_source_again(Superpixels([40], method, 5.0, pairs=False, max_boxes=70, min_size=6, seed=2))
 
 
 @each_method
@@ -112,52 +83,6 @@ def test_pairs_by_hand():
     assert _pairs(regions).tolist() == [[0, 0, 3, 2], [0, 0, 2, 2], [0, 0, 3, 2]]  # 0+1, 0+2, 1+2
 
 
-def test_numbers_without_gaps():
-    assert _renumber(np.array([[5, 9], [7, 5]])).tolist() == [[0, 2], [1, 0]]
-
-
-@scikit_image
-def test_the_seed_changes_the_order_alone():
-    image = planted(PLACES[0])
-    one, other = (Superpixels([50], max_boxes=None, seed=seed).propose(image)[0] for seed in (0, 1))
-    assert not np.array_equal(one, other)
-    assert np.array_equal(np.unique(one, axis=0), np.unique(other, axis=0))
-
-
-@scikit_image
-def test_an_image_that_is_too_small():
-    with pytest.raises(DataError, match="40 x 7 pixels is too small for superpixels, which needs at least 8 pixels"):
-        Superpixels().propose(np.zeros((7, 40, 3), np.uint8))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"method": "slik"}, "method must be one of slic, seeds, got 'slik'.*did you mean 'slic'"),
-        ({"segments": []}, r"expected segments of at least 2.*segments=\[\]"),
-        ({"segments": [50, 1]}, r"segments=\[50, 1\]"),
-        ({"compactness": 0}, "compactness=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"max_boxes": 0}, "max_boxes must be positive or null, got 0"),
-        ({"min_size": -1}, "min_size must be 0 or more pixels, got -1"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        Superpixels(**arguments)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_is_missing_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
-    monkeypatch.setitem(sys.modules, "skimage", None)
-    with pytest.raises(UsageError, match=r"^superpixels needs scikit-image, .* pip install 'detpipe\[proposals\]'$"):
-        Superpixels()
-    monkeypatch.delattr(cv2, "ximgproc", raising=False)
-    with pytest.raises(UsageError, match=r"^superpixels by SEEDS needs OpenCV's extra modules \(cv2.ximgproc\), which"):
-        Superpixels(method="seeds")
-
-
 @contrib
 def test_each_method_needs_its_own_package_only(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
@@ -168,9 +93,3 @@ def test_each_method_needs_its_own_package_only(monkeypatch):
 def test_slic_needs_no_extra_modules(monkeypatch):
     monkeypatch.delattr(cv2, "ximgproc", raising=False)
     assert len(Superpixels([50]).propose(planted(PLACES[0]))[0]) > 0
-
-
-@each_method
-@pytest.mark.parametrize(("data", "floor"), [("bccd", 0.8), ("coco_mini", 0.4)])
-def test_recall(method, data, floor, shared_data):
-    assert recall(Superpixels([50, 200, 800], method), data, shared_data) > floor

@@ -18,8 +18,7 @@ from detpipe.stages import ProposalSource
 from detpipe.support.errors import DataError
 from detpipe.types import PixelFormat
 
-from .needs import PLACES, planted, scikit_image
-from .source_checks import best_overlap, is_the_same_every_time
+from .needs import PLACES, best_overlap, is_the_same_every_time, planted, scikit_image
 
 IMAGES = ImageList(torch.zeros(2, 3, 64, 96), [(64, 96), (40, 50)])
 
