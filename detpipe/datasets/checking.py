@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from detpipe.datasets.datamodule import DetectionData
-from detpipe.datasets.faults import Collected, Fault
+from detpipe.datasets.datamodule import DetectionData, image_files
+from detpipe.datasets.faults import Fault
 from detpipe.datasets.formats.class_list import class_differences
 from detpipe.datasets.image_files import ImageFiles, image_paths
 from detpipe.support.errors import DataError
@@ -72,17 +72,17 @@ def check_data(splits: Mapping[str, DetectionData], decode: bool = True) -> Repo
     faults: dict[str, list[Fault]] = {}
     read: dict[str, Annotations] = {}
     for name, data in splits.items():
-        collected = Collected(decode)
+        collected = data.faults("collect", decode)
         try:
             read[name] = data.annotations("val", collected)
             counts[name] = read[name].counts
         except DataError as error:
-            collected.faults.append(Fault("data set: cannot be read", str(error)))
-        faults[name] = collected.faults
+            collected.found.append(Fault("data set: cannot be read", str(error)))
+        faults[name] = collected.found
         if name in read:
             faults[name] += _repeated_boxes(read[name])
     _compare_class_lists(read, faults)
-    _compare_images(read, faults, ImageFiles(splits[name] for name in read))
+    _compare_images(read, faults, image_files(splits[name] for name in read))
     return Report(counts, faults)
 
 

@@ -21,7 +21,6 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detpipe.datasets.augment.augmentation import reseed
 from detpipe.datasets.batches import Key, draws_again
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.decode import read_image
@@ -85,6 +84,8 @@ class Views:
         Returns:
             ``[3, size, size]`` uint8.
         """
+        from detpipe.datasets.augment.steps import reseed  # imports albumentations
+
         steps = _training(self)
         reseed(steps, seed)
         return _applied(steps, image)

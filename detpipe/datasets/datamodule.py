@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -16,8 +16,9 @@ from detpipe.datasets.augment.augmentation import Augment
 from detpipe.datasets.batches import EpochBatches, Locality
 from detpipe.datasets.classes import Classes, select_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
-from detpipe.datasets.faults import SHOWN, Collected, OnBad, Policy, Skip
+from detpipe.datasets.faults import SHOWN, Faults, OnBad
 from detpipe.datasets.formats.class_list import compare_classes
+from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.sampling import Presence, Sampling
 from detpipe.datasets.segmentations import check_segmentations
@@ -158,7 +159,6 @@ class DetectionData(LightningDataModule, ABC):
         allow_links: whether links and names in lists may lead to images outside of the folder of the data set.
     """
 
-    splits: Mapping[Split, Any] = {}  # what each split is read from, of a subclass that has one argument a split
     image_key: ImageKey = staticmethod(coco_key)  # what a proposal store calls an image
 
     def __init__(
@@ -200,12 +200,12 @@ class DetectionData(LightningDataModule, ABC):
         self.allow_links = allow_links
 
     @abstractmethod
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the annotations of a split.
 
         Args:
             split: ``"train"``, ``"val"`` or ``"test"``.
-            faults: takes all faults in place of ``on_bad``, so that nothing is raised for them.
+            faults: takes all faults, in place of `faults` of the data set.
 
         Returns:
             The checked annotations.
@@ -214,7 +214,7 @@ class DetectionData(LightningDataModule, ABC):
             DataError: if the data are faulty, or there is no such split.
         """
 
-    def annotations(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def annotations(self, split: Split, faults: Faults | None = None) -> Annotations:
         """The annotations of a split, read once.
 
         Args:
@@ -235,41 +235,19 @@ class DetectionData(LightningDataModule, ABC):
             self._annotations[split] = loaded
         return self._annotations[split]
 
-    def policy(self, faults: Collected | None) -> Policy:
-        """What `load` does at a faulty record: what takes all faults, if it is given, else what ``on_bad`` says."""
-        return faults or ("error" if self.on_bad == "error" else Skip(self.pixels))
+    def faults(self, policy: Literal["error", "skip", "collect"] | None = None, decode: bool = True) -> Faults:
+        """What takes the faults of a split, as ``on_bad`` says unless another policy is given; images are read as in training."""
+        return Faults(policy or self.on_bad, self.pixels, self.allow_links, decode)
 
-    def _loaded(self, split: Split, faults: Collected | None) -> Annotations:
+    def _loaded(self, split: Split, faults: Faults | None) -> Annotations:
         annotations = self.load(split) if faults is None else self.load(split, faults)
         return annotations if self.classes is None else select_classes(annotations, self.classes)
 
-    def _divided(self, split: Split, faults: Collected | None) -> Annotations:
+    def _divided(self, split: Split, faults: Faults | None) -> Annotations:
         """A part of the training split; all of them are made at once."""
         parts = divide_annotations(self._loaded("train", faults), self.shares)
         self._annotations.update(cast(dict[Split, Annotations], parts))
         return self._annotations[split]
-
-    def source_of(self, split: Split, what: str) -> Any:
-        """What a split is read from: its argument; the only split that is there, if it is to be divided and none is named.
-
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            what: the argument expects.
-
-        Raises:
-            DataError: the argument is null.
-        """
-        source = self.splits[split]
-        if not source:
-            raise DataError(f"no {split} split: set the argument {split} to {what}, such as {split}")
-        if self.shares and split == "train" and source in ("train", "train2017"):  # as it is by default
-            names = self.split_names()
-            return names[0] if len(names) == 1 else source
-        return source
-
-    def split_names(self) -> tuple[str, ...]:
-        """The splits that the data set holds, by the names that its arguments take; empty where they are not known."""
-        return ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -443,3 +421,54 @@ class DetectionData(LightningDataModule, ABC):
         return self.loader.load(
             dataset, annotations.sizes, self.seed, training, collate, locality=locality, presence=presence
         )
+
+
+class FolderData(DetectionData):
+    """Base of data sets that lie in a folder, with an argument that names what each split is read from.
+
+    Args:
+        root: the folder.
+        train: the training split.
+        val: the validation split.
+        test: the split for the final test.
+        common: of `DetectionData`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train: str | list[str] = "train",
+        val: str | list[str] = "val",
+        test: str | list[str] | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.root = str(root)
+        self.splits: dict[Split, Any] = {"train": train, "val": val, "test": test}
+
+    @abstractmethod
+    def split_names(self) -> tuple[str, ...]:
+        """The splits that the data set holds, by the names that its arguments take."""
+
+    def source_of(self, split: Split, what: str) -> Any:
+        """What a split is read from: its argument; the only split that is there, if it is to be divided and none is named.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+            what: the argument expects.
+
+        Raises:
+            DataError: the argument is null.
+        """
+        source = self.splits[split]
+        if not source:
+            raise DataError(f"no {split} split: set the argument {split} to {what}, such as {split}")
+        if self.shares and split == "train" and source in ("train", "train2017"):  # as it is by default
+            names = self.split_names()
+            return names[0] if len(names) == 1 else source
+        return source
+
+
+def image_files(splits: Iterable[DetectionData]) -> ImageFiles:
+    """The image files of the validation splits of some data, whether they lie in shards or not."""
+    return ImageFiles((data.annotations("val"), data.contents("val")) for data in splits)

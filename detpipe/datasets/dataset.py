@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detpipe.datasets.augment.augmentation import Augment, Neighbors
+from detpipe.datasets.annotations import check_size
+from detpipe.datasets.augment.augmentation import Augment
+from detpipe.datasets.augment.settings import Neighbors
 from detpipe.datasets.batches import Key, Repeat, draws_again
 from detpipe.datasets.decode import read_reduced
-from detpipe.datasets.records import check_size
 from detpipe.datasets.resize import Resize, resample
 from detpipe.datasets.segmentations import draw_masks
 from detpipe.datasets.workers import share_with_workers
@@ -142,6 +143,8 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             path, content = self.contents.name(index), self.contents.read(index)
         decoded = read_reduced(path, size, content, self.pixels)
         check_size(path, decoded.size, (height, width))
+        if size == (height, width):
+            return decoded.pixels, self.target(index)
         image = resample(decoded.pixels, size, (height / decoded.factor, width / decoded.factor))
         return image, targets_to_batch([self.target(index)], [(height, width)], [size])[0]
 

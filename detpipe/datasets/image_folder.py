@@ -123,7 +123,8 @@ def read_image_folder(
     Raises:
         DataError: a class without images, or names of images that are no files.
     """
-    faults, others = Faults(root / split, on_bad), Counter[str]()
+    faults, others = Faults(on_bad), Counter[str]()
+    faults.source = root / split
     names: list[str] = []
     labels: list[int] = []
     empty: list[str] = []

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.faults import Collected
+from detpipe.datasets.faults import Faults
 from detpipe.datasets.formats.coco import load_coco
 from detpipe.datasets.formats.voc import load_voc
 from detpipe.demo.scenes import CLASS_NAMES, Scene, compose_scene, load_stock
@@ -299,12 +299,12 @@ class Demo(DetectionData):
         """Generate the set unless it is there; Lightning calls this in one process only."""
         write_demo(self.root, self.scenes)
 
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the annotations of a split, generating the set first where it is missing."""
         if split == "test":
             raise DataError("no test split: the demo set has train and val only")
         root = write_demo(Path(self.root), self.scenes)
         if self.layout == "coco":
             annotations = root / "coco" / "annotations" / f"instances_{split}.json"
-            return load_coco(annotations, root / "coco" / split, self.policy(faults))
-        return load_voc(root / "voc", split, CLASS_NAMES, on_bad=self.policy(faults))
+            return load_coco(annotations, root / "coco" / split, faults=faults or self.faults())
+        return load_voc(root / "voc", split, CLASS_NAMES, faults=faults or self.faults())

@@ -14,8 +14,9 @@ from datasets.test_shards_faults import change_arrays, spoil
 from detpipe import cli
 from detpipe.commands.data_commands import main
 from detpipe.commands.proposal_making import run_make
+from detpipe.datasets.datamodule import image_files
 from detpipe.datasets.formats.recognize import known_layout, open_split, split_names
-from detpipe.datasets.image_files import ImageFiles, image_paths
+from detpipe.datasets.image_files import image_paths
 from detpipe.datasets.shards.index import read_index
 from detpipe.support.errors import DataError, UsageError
 
@@ -220,7 +221,7 @@ def test_shards_on_a_server(
 
 def test_image_files_measure_and_read(files: Path, shards: Path) -> None:
     plain, packed = (open_split(str(path), "val") for path in (files, shards))
-    source = ImageFiles([plain, packed])
+    source = image_files([plain, packed])
     pairs = list(zip(image_paths(plain.annotations("val")), image_paths(packed.annotations("val")), strict=True))
     assert len(pairs) == 11
     for own, inside in pairs:

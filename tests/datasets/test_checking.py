@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from detpipe.datasets.checking import Report, check_data, equal_files
-from detpipe.datasets.faults import Collected, Faults
+from detpipe.datasets.faults import Faults
 from detpipe.datasets.formats.recognize import open_split
 from detpipe.datasets.image_files import PLAIN_FILES
 from detpipe.support.errors import DataError
@@ -40,10 +40,11 @@ def test_a_sound_set_has_nothing_to_say(tmp_path: Path) -> None:
 
 
 def test_the_policies_still_raise() -> None:
-    with pytest.raises(ValueError, match="on_bad must be 'error' or 'skip', got 'collect'"):
-        Faults("x", "collect")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="on_bad must be 'error' or 'skip', got 'ignore'"):
+        Faults("ignore")  # type: ignore[arg-type]
     for on_bad in ("error", "skip"):
-        faults = Faults("x", on_bad)
+        faults = Faults(on_bad)
+        faults.source = "x"
         faults.fatal("reason", "message")
         faults.remark("kind", "not looked at")
         with pytest.raises(DataError, match=r"^x: message; correct the annotations$"):
@@ -51,8 +52,7 @@ def test_the_policies_still_raise() -> None:
 
 
 def test_collecting_writes_down_every_message_and_raises_nothing() -> None:
-    collected = Collected(decode=False)
-    faults = Faults("x", collected)
+    faults = Faults("collect", decode=False)
     for number in range(30):
         faults.box("size", f"box {number}", alike="same")
     faults.image("missing", "image")
@@ -60,12 +60,12 @@ def test_collecting_writes_down_every_message_and_raises_nothing() -> None:
     faults.remark("boxes: clipped", "a little")
     faults.check()
     assert (faults.collects, faults.decodes) == (True, False)
-    assert len(collected.faults) == 33
-    assert collected.faults[29].message == "box 29"
-    assert [fault.kind for fault in collected.faults[29:]] == [
+    assert len(faults.found) == 33
+    assert faults.found[29].message == "box 29"
+    assert [fault.kind for fault in faults.found[29:]] == [
         "boxes: size", "images: missing", "data set: twice", "boxes: clipped",
     ]  # fmt: skip
-    assert [fault.serious for fault in collected.faults[29:]] == [True, True, True, False]
+    assert [fault.serious for fault in faults.found[29:]] == [True, True, True, False]
 
 
 def test_every_fault_of_coco_at_once(tmp_path: Path) -> None:

@@ -8,53 +8,18 @@ Every draw is decided by the seed that is given, such as (seed, epoch, index).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from detpipe.datasets.augment.settings import (
-    Combine,
-    Degrade,
-    Photometric,
-    SafeCrop,
-    Transform,
-    check_parts,
-    check_range,
-)
+from detpipe.datasets.augment.settings import LARGEST_CROP, AugmentSettings, Neighbors
 from detpipe.types import RGB, PixelType, Target
 
-if TYPE_CHECKING:
-    import albumentations
-
-_NOTHING = Combine()
-
 
 @dataclass(frozen=True)
-class Neighbors:
-    """The set that an image belongs to, for what takes several images.
-
-    Args:
-        count: of the images of the set.
-        index: of this image, which is never its own neighbor.
-        read: an index -> image ``[C, H, W]`` and its target, as in the files; errors are passed on.
-        masks: an index -> ``[G, H, W]`` bool, a mask for each box of the target; None where there are none.
-    """
-
-    count: int
-    index: int
-    read: Callable[[int], tuple[Tensor, Target]]
-    masks: Callable[[int], npt.NDArray[np.bool_]] | None = None
-
-
-LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
-
-
-@dataclass(frozen=True)
-class Augment:
+class Augment(AugmentSettings):
     """What may happen to a training image, its boxes and its proposals; docs/augmentation.md shows it.
 
     Args:
@@ -72,24 +37,6 @@ class Augment:
         combine: mosaic, mix-up and copy-paste, which take several images.
         transforms: transforms of albumentations by name, in their order.
     """
-
-    flip: float = 0.5
-    scale_jitter: tuple[float, float] | None = None
-    crop: float = 0.0
-    color: float = 0.0
-    min_visibility: float = 0.25
-    vertical_flip: float = 0.0
-    safe_crop: SafeCrop | None = None
-    photometric: Photometric | None = None
-    degrade: Degrade | None = None
-    combine: Combine = _NOTHING
-    transforms: tuple[Transform, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_parts(self, "", "flip", "vertical_flip", "crop", "color", "min_visibility")
-        if self.scale_jitter is not None:
-            check_range(self, "", "scale_jitter", 0.1, 10)
-        object.__setattr__(self, "transforms", tuple(self.transforms))
 
     @property
     def magnification(self) -> float:
@@ -156,17 +103,3 @@ class Augment:
             now = combine(self.combine, now, neighbors, draws, self.min_visibility)
         now = steps.run(steps.build_steps(self), now, seed)
         return finish(now, self.min_visibility)
-
-
-def reseed(
-    steps: Sequence[albumentations.BasicTransform | albumentations.BaseCompose], seed: int | Sequence[int]
-) -> None:
-    """Draw an own seed for every transform; costs tens of microseconds.
-
-    Args:
-        steps: which get other seeds.
-        seed: non-negative numbers that decide them.
-    """
-    seeds = np.random.SeedSequence(seed).generate_state(len(steps))
-    for step, own in zip(steps, seeds.tolist(), strict=True):
-        step.set_random_seed(own)

@@ -19,9 +19,8 @@ import numpy.typing as npt
 import torch
 
 from detpipe.boxes import iou
-from detpipe.datasets.augment.augmentation import Neighbors
 from detpipe.datasets.augment.sample import Rectangle, Scene, areas, clip, move, pool, resize, scene_of
-from detpipe.datasets.augment.settings import Combine, CopyPaste, Mosaic
+from detpipe.datasets.augment.settings import Combine, CopyPaste, Mosaic, Neighbors
 
 Masks = npt.NDArray[np.bool_]  # [A, H, W]
 

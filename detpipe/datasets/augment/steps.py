@@ -24,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from albumentations.core.type_definitions import Targets
 
-from detpipe.datasets.augment.augmentation import LARGEST_CROP, Augment, reseed
-from detpipe.datasets.augment.settings import Degrade, Photometric, SafeCrop, Transform
+from detpipe.datasets.augment.settings import LARGEST_CROP, AugmentSettings, Degrade, Photometric, SafeCrop, Transform
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import RGB, PixelType
 
@@ -39,7 +38,7 @@ _BLUR, _NOISE, _JPEG = (0.4, 2.0), (0.02, 0.1), (30, 90)
 
 
 @lru_cache(maxsize=8)
-def build_steps(augment: Augment) -> tuple[Step, ...]:
+def build_steps(augment: AugmentSettings) -> tuple[Step, ...]:
     """Build what is done to a single image, once a process.
 
     Args:
@@ -70,7 +69,7 @@ def build_steps(augment: Augment) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def try_steps(augment: Augment, pixels: PixelType) -> None:
+def try_steps(augment: AugmentSettings, pixels: PixelType) -> None:
     """Build the steps, and try those of the configuration where images are not what albumentations has in mind.
 
     Args:
@@ -130,6 +129,13 @@ def run(steps: Sequence[Step], scene: Scene, seed: int | Sequence[int]) -> Scene
     places = rows[:, 4].astype(np.int64)
     boxes = rows[:, :4] * np.array([width, height] * 2)
     return Scene(image, scene.target, boxes, scene.rows[places], rows[:, 6].copy())
+
+
+def reseed(steps: Sequence[Step], seed: int | Sequence[int]) -> None:
+    """Draw an own seed for every transform from non-negative numbers; costs tens of microseconds."""
+    seeds = np.random.SeedSequence(seed).generate_state(len(steps))
+    for step, own in zip(steps, seeds.tolist(), strict=True):
+        step.set_random_seed(own)
 
 
 def _stack(scene: Scene) -> npt.NDArray[np.float64]:

@@ -84,15 +84,13 @@ def write_class_list(folder: Path, classes: ClassList) -> None:
 
 
 def ids_of(class_names: Sequence[str], known: ClassList | None) -> tuple[int, ...]:
-    """The category ids of some classes: those that a class list gives them, 1..K where there is none.
+    """The category ids of some classes: those that the list of the data set gives them, 1..K where there is none.
 
-    Args:
-        class_names: [K].
-        known: of the data set.
-
-    Returns:
-        [K].
+    Raises:
+        DataError: the classes are not distinct, or there are none.
     """
+    if not class_names or len(set(class_names)) != len(class_names):
+        raise DataError(f"class_names must be distinct and at least one, got {list(class_names)}")
     ids = dict(zip(known.class_names, known.category_ids, strict=True)) if known else {}
     if set(class_names) <= set(ids):
         return tuple(ids[name] for name in class_names)

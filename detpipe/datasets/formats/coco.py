@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import UNSET
 
-from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.decode import image_size
-from detpipe.datasets.faults import Collected, Faults, Policy
+from detpipe.datasets.annotations import AnnotationBuilder, leaves_folder
+from detpipe.datasets.datamodule import FolderData, Split
+from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats.export import (
     Images,
     Names,
@@ -36,9 +36,8 @@ from detpipe.datasets.formats.export import (
     totals,
     transfer,
 )
-from detpipe.datasets.formats.folders import take_split
+from detpipe.datasets.formats.folders import Entries, take_split
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
-from detpipe.datasets.records import Records, build_annotations
 from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations, Segmentations
@@ -61,7 +60,7 @@ class COCOFiles:
     images: str
 
 
-class COCO(DetectionData):
+class COCO(FolderData):
     """Detection data in COCO layout.
 
     Args:
@@ -81,15 +80,13 @@ class COCO(DetectionData):
         test: str | COCOFiles | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
-        self.root = str(root)
+        super().__init__(root, **common)
         self.splits = {"train": train, "val": val, "test": test}
 
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the annotation file of a split."""
         annotations, images = self.files(split)
-        noted = Faults(annotations, self.policy(faults), self.allow_links)
-        return _load(annotations, images, noted, self.reads_outlines(split))
+        return load_coco(annotations, images, segmentations=self.reads_outlines(split), faults=faults or self.faults())
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that are found in the folder."""
@@ -186,7 +183,9 @@ def _place(root: Path, path: Path, first: str, alone: bool) -> tuple[str, Path]:
     bases = [beside] if beside == root else [beside, beside.parent]
     places = [base / part for base in bases for part in (stem, f"images/{stem}", "images", "data", ".")]
     places = [place for place in places if place.is_dir()]
-    images = next((place for place in places if find_image(place, first)), places[0])
+    there = [place for place in places if not leaves_folder(first) and Entries().find(place, first)]
+    exact = [place for place in there if (place / first).is_file()]
+    images = next(iter([*exact, *there]), places[0])
     if alone and images == beside and (beside != root or stem in _PLAIN):
         return beside.resolve().name, images
     if stem not in _PLAIN:
@@ -195,20 +194,25 @@ def _place(root: Path, path: Path, first: str, alone: bool) -> tuple[str, Path]:
 
 
 def load_coco(
-    json_path: str | Path, image_root: str | Path, on_bad: Policy = "error", segmentations: bool = False
+    json_path: str | Path,
+    image_root: str | Path,
+    on_bad: OnBad = "error",
+    segmentations: bool = False,
+    faults: Faults | None = None,
 ) -> Annotations:
     """Read one COCO annotation file and check it against its images.
 
     Category ids become the labels 1..K in ascending order of the ids; images without annotations stay in. A missing ``iscrowd``
     is 0, a missing ``area`` is the area of the box, a missing size is read from the image. VOC's ``difficult``, where a file
-    has it, is kept. File names may have backslashes, or folders before them that are not there. Ids and the root category of
-    hubs: see :func:`~detpipe.support.coco_file.read_coco_file`.
+    has it, is kept. File names may have backslashes, other capitals or suffixes, or folders before them that are not there. Ids
+    and the root category of hubs: see :func:`~detpipe.support.coco_file.read_coco_file`.
 
     Args:
         json_path: the annotation file.
         image_root: the folder that each ``file_name`` is relative to.
         on_bad: ``"error"`` refuses a file with any faulty record; ``"skip"`` leaves these records out and counts them.
         segmentations: whether the outlines of the objects are read as well.
+        faults: takes all faults, in place of ``on_bad``.
 
     Returns:
         The annotations of all images, in the order of the file.
@@ -216,83 +220,55 @@ def load_coco(
     Raises:
         DataError: for anything wrong, naming the file, the record, the field and its value.
     """
-    return _load(Path(json_path), Path(image_root), Faults(json_path, on_bad), segmentations)
-
-
-def _load(json_path: Path, image_root: Path, faults: Faults, segmentations: bool) -> Annotations:
+    json_path, image_root = Path(json_path), Path(image_root)
+    faults = faults or Faults(on_bad)
+    faults.source = json_path
     file = read_coco_file(json_path, segmentations, strict=faults.collects)
     if not image_root.is_dir():
         raise DataError(f"{image_root}: no such image folder; it should hold the images of {json_path}")
     for fault in file.faults:
-        if fault.level != "box":
-            getattr(faults, fault.level)(fault.reason, fault.message)
-    file_names = _file_names(file.images["file_name"], image_root)
-    keep_image, sized = _check_images(file, file_names, image_root, faults)
-    for fault in file.faults:
-        if fault.level == "box":
-            faults.box(fault.reason, fault.message)
-    rows = np.flatnonzero((keep_image & sized)[file.box_image])
-    faults.skipped["boxes skipped: image skipped"] += file.orphans + len(file.labels) - len(rows)
-    names = [file_names[i] for i in np.flatnonzero(keep_image).tolist()]
-    xywh, box_image = file.xywh[rows], (np.cumsum(keep_image) - 1)[file.box_image[rows]]
-    ids = file.boxes["id"]
-    records = Records(
-        root=image_root,
-        folders=[image_root],
-        file_names=names,
-        image_ids=file.image_ids[keep_image],
-        sizes=file.sizes[keep_image],
-        box_image=box_image,
-        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
-        labels=file.labels[rows],
-        iscrowd=file.iscrowd[rows],
-        difficult=file.difficult[rows],
-        area=file.area[rows],
-        class_names=tuple(file.categories["name"]),
-        category_ids=file.category_ids,
-        name_box=lambda b: f"annotation id {ids[rows[b]]} (image {names[box_image[b]]}): bbox {xywh[b].tolist()}",
-        images_read=file.images_read,
-        boxes_read=file.boxes_read,
-        counts=file.counts,
-        segmentations=_segmentations(file, json_path).take(rows) if segmentations else None,
-    )
-    return build_annotations(records, faults)
+        getattr(faults, fault.level)(fault.reason, fault.message)
+    built = AnnotationBuilder(faults, file.categories["name"], file.category_ids)
+    names = _file_names(file.images["file_name"], image_root)
+    keep = _check_images(file, names, image_root, built)
+    rows = np.flatnonzero(keep[file.box_image])
+    faults.boxes_of_skipped_image(file.orphans + len(file.labels) - len(rows))
+    xywh, ids, box_image = file.xywh[rows], file.boxes["id"], file.box_image[rows]
+    built.file_names = [names[i] for i in np.flatnonzero(keep).tolist()]
+    built.image_ids, built.sizes = file.image_ids[keep], file.sizes[keep]
+    built.box_image = (np.cumsum(keep) - 1)[box_image]
+    built.boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    built.labels, built.area = file.labels[rows], file.area[rows]
+    built.iscrowd, built.difficult = file.iscrowd[rows], file.difficult[rows]
+    built.name_box = lambda b: f"annotation id {ids[rows[b]]} (image {names[box_image[b]]}): bbox {xywh[b].tolist()}"
+    built.segmentations = _segmentations(file, json_path).take(rows) if segmentations else None
+    built.images_read, built.boxes_read, built.counts = file.images_read, file.boxes_read, file.counts
+    return built.build(image_root, [image_root])
 
 
 def _file_names(names: list[Any], folder: Path) -> list[str]:
     """File names as the images are called in the folder; what is not there, or is there for several, stays as it is."""
+    entries = Entries()
     names = ["" if name is UNSET else name for name in names]
-    if not any("/" in name or "\\" in name for name in names):
-        return names
-    found = [find_image(folder, name) or name for name in names]
+    found = [entries.find_image(folder, name) for name in names]
     count = Counter(found)
     return [new if count[new] == 1 else name for name, new in zip(names, found, strict=True)]
 
 
-def _check_images(
-    file: COCOFile, names: list[str], folder: Path, faults: Faults
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Note the images that lack a name or a size, and read sizes that no record has.
-
-    Returns:
-        [I] which images to keep, and those whose size is known: those of missing files, which are kept to be named, are not.
-    """
+def _check_images(file: COCOFile, names: list[str], folder: Path, built: AnnotationBuilder) -> npt.NDArray[np.bool_]:
+    """[I] which images to keep: not those that lack a name, or a size that their file does not tell either."""
     keep = np.ones(len(names), dtype=bool)
     known = file.sizes > 0
     for i in np.flatnonzero(~known.all(1) | np.array([not name for name in names], dtype=bool)).tolist():
         absent = [field for field, there in zip(("height", "width"), known[i].tolist(), strict=True) if not there]
         missing = "file_name" if not names[i] else absent[0] if len(absent) == 1 else None
+        where = f"image id {file.images['id'][i]}"
         if missing is not None:
-            keep[i] = False
-            named = f"image id {file.images['id'][i]} ({names[i] or None})"
-            faults.image(f"bad {missing}", f"{named}: field {missing} is missing")
-        elif find_image(folder, names[i]) == names[i]:
-            try:
-                file.sizes[i] = image_size(folder / names[i])
-            except DataError as error:
-                keep[i] = False
-                faults.image("unreadable", str(error))
-    return keep, np.all(file.sizes > 0, axis=1)
+            built.faults.image(f"bad {missing}", f"{where} ({names[i] or None}): field {missing} is missing")
+        size = built.size_in_file(folder, names[i], where) if missing is None else None
+        keep[i] = size is not None
+        file.sizes[i] = size or 0
+    return keep
 
 
 def _segmentations(file: COCOFile, path: Path) -> Segmentations:
@@ -373,20 +349,3 @@ def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
             boxes.append(record | more)
     categories = [{"id": key, "name": name} for key, name in zip(a.category_ids, a.class_names, strict=True)]
     return {"images": images, "annotations": boxes, "categories": categories}
-
-
-def find_image(folder: Path, name: str) -> str | None:
-    """Find an image file whose name has backslashes, or folders before it that are not there.
-
-    Args:
-        folder: of the images.
-        name: as in an annotation file.
-
-    Returns:
-        Its path from the folder with forward slashes: the name, or the longest end of it that is there; None if none is.
-    """
-    parts = name.replace("\\", "/").split("/")
-    if not name or "\0" in name or parts[0] == "" or parts[0].endswith(":") or ".." in parts:
-        return None
-    ends = [name, *("/".join(parts[k:]) for k in range(len(parts)))]
-    return next((end for end in ends if end and (folder / end).is_file()), None)

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.faults import Collected, Faults, Policy
+from detpipe.datasets.annotations import AnnotationBuilder
+from detpipe.datasets.datamodule import FolderData, Split
+from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
 from detpipe.datasets.formats.csv_table import RowReader, Table, is_table, normal_name, quoted
 from detpipe.datasets.formats.export import (
@@ -44,7 +45,6 @@ from detpipe.datasets.formats.export import (
 from detpipe.datasets.formats.folders import ALL, IMAGE_FOLDERS, split_of, take_split
 from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
-from detpipe.datasets.records import build_annotations
 from detpipe.datasets.stored_proposals import file_key
 from detpipe.support.errors import DataError
 from detpipe.support.suggest import did_you_mean
@@ -131,7 +131,7 @@ class CSVFormat:
 _USUAL = CSVFormat()
 
 
-class CSVBoxes(DetectionData):
+class CSVBoxes(FolderData):
     """Detection data in a table with a row a box.
 
     Args:
@@ -157,17 +157,14 @@ class CSVBoxes(DetectionData):
         format: CSVFormat = _USUAL,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
-        self.root = str(root)
-        self.splits = {"train": train, "val": val, "test": test}
+        super().__init__(root, train, val, test, **common)
         self.format = format
         self._class_names: tuple[str, ...] | None = None
 
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the rows of a split."""
-        names = self.source_of(split, "a value of the column split, or a .csv file")
-        tables = _tables(self.root, names, self.format.file)
-        return _load(tables, Path(self.root) / self.format.images, self._names(), self.policy(faults), self.allow_links)
+        images = Path(self.root) / self.format.images
+        return load_csv(self._tables(split), images, self._names(), faults=faults or self.faults())
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""
@@ -178,19 +175,26 @@ class CSVBoxes(DetectionData):
         """The class names of all splits, those of the training split's tables for ``auto``."""
         if self._class_names is None:
             names = self.format.class_names
-            source = (
-                self.source_of("train", "a value of the column split, or a .csv file") if self.splits["train"] else []
-            )
-            tables = _tables(self.root, source, self.format.file)
+            tables = self._tables("train") if names == "auto" and self.splits["train"] else []
             self._class_names = find_classes([path for path, _ in tables]) if names == "auto" else tuple(names)
         return self._class_names
+
+    def _tables(self, split: Split) -> list[tuple[Path, str | None]]:
+        """The files of a split, each with what its column ``split`` must hold."""
+        folder, names = Path(self.root), self.source_of(split, "a value of the column split, or a .csv file")
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; the argument root must name the folder of the tables")
+        listed = [names] if isinstance(names, str) else names
+        file = self.format.file
+        return [(folder / n, None) if n.lower().endswith(".csv") else _find(folder, n, file) for n in listed]
 
 
 def load_csv(
     tables: str | Path | Sequence[tuple[str | Path, str | None]],
     images: str | Path | None = None,
     class_names: Sequence[str] | Literal["auto"] = "auto",
-    on_bad: Policy = "error",
+    on_bad: OnBad = "error",
+    faults: Faults | None = None,
 ) -> Annotations:
     """Read a table of boxes, or some of its rows, and check it against its images.
 
@@ -203,6 +207,7 @@ def load_csv(
         class_names: the classes of labels 1..K in order; ``"auto"`` for those of ``detpipe.json`` beside the first table, or
             else those that occur, sorted.
         on_bad: ``"error"`` refuses a table with any faulty row; ``"skip"`` leaves these rows out and counts them.
+        faults: takes all faults, in place of ``on_bad``.
 
     Returns:
         The annotations, images in the order in which they are named.
@@ -210,27 +215,17 @@ def load_csv(
     Raises:
         DataError: for anything wrong, naming the file, the line, the column and its value.
     """
-    return _load(tables, images, class_names, on_bad)
-
-
-def _load(
-    tables: str | Path | Sequence[tuple[str | Path, str | None]],
-    images: str | Path | None,
-    class_names: Sequence[str] | Literal["auto"],
-    on_bad: Policy,
-    allow_links: bool = False,
-) -> Annotations:
     wanted = [(tables, None)] if isinstance(tables, str | Path) else list(tables)
     paths = [Path(path) for path, _ in wanted]
     folder = paths[0].parent if images is None else Path(images)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such image folder; it should hold the images of {paths[0]}")
     splits = [split for _, split in wanted if split is not None]
-    faults = Faults(f"{paths[0]} ({', '.join(splits)})" if splits else paths[0], on_bad, allow_links)
+    faults = faults or Faults(on_bad)
+    faults.source = f"{paths[0]} ({', '.join(splits)})" if splits else paths[0]
     names = find_classes(paths) if class_names == "auto" else tuple(class_names)
-    if not names or len(set(names)) != len(names):
-        raise DataError(f"class_names must be distinct and at least one, got {list(names)}")
-    reader = RowReader(names, folder, faults)
+    built = AnnotationBuilder(faults, names, ids_of(names, read_class_list(paths[0].parent)))
+    reader = RowReader(built, folder)
     read: dict[Path, Table] = {}
     for path, (_, split) in zip(paths, wanted, strict=True):
         table = read[path] if path in read else read.setdefault(path, Table(path))
@@ -242,8 +237,8 @@ def _load(
             raise DataError(
                 f"{path}: no row of the split {split!r}; there are {', '.join(known)}{did_you_mean(split, known)}"
             )
-    ids = ids_of(names, read_class_list(paths[0].parent))
-    return build_annotations(reader.records(ids), faults)
+    reader.finish()
+    return built.build(folder, [folder])
 
 
 def find_classes(paths: Sequence[Path]) -> tuple[str, ...]:
@@ -286,15 +281,6 @@ def _prefix(table: Table, folder: Path) -> str:
         if place.is_relative_to(folder) and any((place / name).is_file() for name in names):
             return "" if place == folder else f"{place.relative_to(folder).as_posix()}/"
     return ""
-
-
-def _tables(root: str, names: str | list[str], file: str) -> list[tuple[Path, str | None]]:
-    """The files of a split, each with what its column ``split`` must hold."""
-    folder = Path(root)
-    if not folder.is_dir():
-        raise DataError(f"{root}: no such folder; the argument root must name the folder of the tables")
-    listed = [names] if isinstance(names, str) else names
-    return [(folder / name, None) if name.lower().endswith(".csv") else _find(folder, name, file) for name in listed]
 
 
 def _find(folder: Path, name: str, file: str) -> tuple[Path, str | None]:

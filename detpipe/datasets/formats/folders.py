@@ -20,8 +20,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from detpipe.datasets.annotations import leaves_folder
 from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
 from detpipe.support.errors import DataError
+from detpipe.support.files import refuse_special
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +67,25 @@ class Place:
     labels: Path
     split: str
     only_labeled: bool = False
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """An image of a split, with the file of its annotations; neither need exist.
+
+    Args:
+        image_id: its number in the split, from 1.
+        file_name: relative to the root, with forward slashes.
+        image: path of the image.
+        labels: path of the annotation file.
+        named_alike: all images of the folder that have this name, where only suffixes differ and nothing chose one.
+    """
+
+    image_id: int
+    file_name: str
+    image: Path
+    labels: Path
+    named_alike: tuple[str, ...] = ()
 
 
 def is_image(name: str) -> bool:
@@ -129,12 +150,15 @@ def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
 
 
 class Entries:
-    """Finds what paths in lists and descriptions mean on this machine; folders are listed once."""
+    """Finds what names in annotations, lists and descriptions mean on this machine; folders are listed once."""
 
     def __init__(self) -> None:
-        self._names: dict[
-            Path, dict[str, str]
-        ] = {}  # folder -> name in small letters, for images without suffix too -> name
+        self._listed: dict[Path, tuple[set[str], dict[str, str]]] = {}
+
+    def holds(self, folder: Path, name: str) -> bool:
+        """Whether a file of a folder, or below it, is called exactly so."""
+        inner, _, base = name.rpartition("/")
+        return base in self._list(folder / inner)[0]
 
     def find(self, folder: Path, entry: str) -> Path | None:
         """Find a file or folder: where its first folders are not there, the longest end of the path that is.
@@ -148,34 +172,55 @@ class Entries:
         """
         if "\0" in entry or not entry:
             return None
-        if (folder / entry).exists():
+        if self.holds(folder, entry) or (folder / entry).exists():
             return folder / entry
         parts = [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", "..")]
         ends = [parts[k:] for k in range(len(parts))]
-        exact = (path for end in ends if (path := folder.joinpath(*end)).exists())
+        exact = (folder.joinpath(*end) for end in ends if self.holds(folder, "/".join(end)))
         return next(exact, None) or next(filter(None, (self._loosely(folder, end) for end in ends)), None)
+
+    def find_image(self, folder: Path, name: str) -> str:
+        """The name of an image in a folder as its file is called; what is not there, or leads out, stays as it is."""
+        if not name or leaves_folder(name) or self.holds(folder, name):
+            return name
+        found = self.find(folder, name)
+        return name if found is None else found.relative_to(folder).as_posix()
 
     def _loosely(self, folder: Path, parts: Sequence[str]) -> Path | None:
         path = folder
         for part in parts:
-            names = self._list(path)
+            names = self._list(path)[1]
             name = names.get(part.lower()) or (names.get(_stem(part)) if is_image(part) else None)
             if name is None:
                 return None
             path = path / name
         return path
 
-    def _list(self, folder: Path) -> dict[str, str]:
-        if folder not in self._names:
+    def _list(self, folder: Path) -> tuple[set[str], dict[str, str]]:
+        """The names in a folder; and name in small letters, for images without suffix too -> name."""
+        if folder not in self._listed:
             names = sorted(os.listdir(folder)) if folder.is_dir() else []
             images = {_stem(name): name for name in image_names(names) if is_image(name)}
-            self._names[folder] = images | {name.lower(): name for name in names}
-        return self._names[folder]
+            self._listed[folder] = set(names), images | {name.lower(): name for name in names}
+        return self._listed[folder]
 
 
 def _stem(name: str) -> str:
     """What an image is looked for by if its suffix is another."""
     return f"{os.path.splitext(name)[0].lower()}/"
+
+
+def read_text(path: Path, what: str) -> str:
+    """Read a file of text; ``what`` is expected, such as "a list of images".
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    refuse_special(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as {what} ({error})") from error
 
 
 def find_places(root: Path, suffix: str) -> list[Place]:

@@ -20,6 +20,7 @@ from detpipe.datasets.formats.yolo_yaml import NAME as YOLO_NAME
 from detpipe.datasets.shards.dataset import Shards
 from detpipe.datasets.shards.index import ARRAYS, INDEX
 from detpipe.support.errors import DataError, UsageError
+from detpipe.types import RGB, PixelType
 
 Layout = Literal["voc", "coco", "coco file", "yolo", "csv", "shards"]
 FOLDERS = tuple(layout for layout in get_args(Layout) if layout != "coco file")  # what a folder can be read as
@@ -192,6 +193,7 @@ def open_split(
     together: Sequence[str] = (),
     option: str = "--data ",
     found: Found | None = None,
+    pixels: PixelType = RGB,
 ) -> DetectionData:
     """Open one split of a data set; it is the training and the validation split of what is returned.
 
@@ -204,6 +206,7 @@ def open_split(
         together: further splits whose classes are to be numbered with those of this one, where none are listed (VOC).
         option: what a message calls ``data``.
         found: what `recognize` made of the data; None asks it.
+        pixels: the channels and values of the images.
 
     Returns:
         The data; ``annotations("val")`` reads the split, ``image_key`` names its images as proposal stores do.
@@ -213,43 +216,50 @@ def open_split(
     """
     found = recognize(data, option) if found is None else found
     path, layout, splits = Path(data), found.layout, found.splits
+    read_as: dict[str, Any] = {"channels": pixels.channels, "range": pixels.range}
+    common = {"on_bad": on_bad, **read_as}
     if layout == "coco file":
         if images is None:
             raise UsageError(f"{path} is an annotation file: say with --images where its images are")
         files = coco.COCOFiles(str(path.resolve()), str(Path(images).resolve()))
-        return coco.COCO(str(path.parent), train=files, val=files, on_bad=on_bad)
+        return coco.COCO(str(path.parent), train=files, val=files, **common)
     if split is None and splits == (ALL,):
         split = ALL
     if split is None and splits:
         names = f"{', '.join(splits[:8])}{', ...' if len(splits) > 8 else ''}"
         raise UsageError(f"{option}{data} has several splits: name one with --split; there are {names}")
     if layout == "csv":
-        return _open_table(path, split or ALL, images, on_bad)
+        return _open_table(path, split or ALL, images, common)
     if split is None and is_remote(data):
         raise UsageError(f"{option}{data}: a server is not asked which splits it has: name one with --split")
     if split is None:
         raise UsageError(f"{option}{data} has no splits; {EXPECTED}")
     if layout == "coco":
-        return coco.COCO(data, train=split, val=split, on_bad=on_bad)
+        return coco.COCO(data, train=split, val=split, **common)
     if layout == "yolo":
-        return yolo.YOLO(data, train=split, val=split, on_bad=on_bad)
+        return yolo.YOLO(data, train=split, val=split, **common)
     if layout == "shards":
         root = data if is_remote(data) or not _is_split(path) else str(path.parent)
-        return Shards(root, train=split, val=split)
-    return _open_voc(data, split, on_bad, one_based, together, splits)
+        return Shards(root, train=split, val=split, **read_as)
+    return _open_voc(data, split, common, one_based, together, splits)
 
 
-def _open_table(path: Path, split: str, images: str | None, on_bad: OnBad) -> csv.CSVBoxes:
+def _open_table(path: Path, split: str, images: str | None, common: dict[str, Any]) -> csv.CSVBoxes:
     root, file = (path.parent, path.name) if path.is_file() else (path, csv.NAME)
     folder = "." if images is None else str(Path(images).resolve())
     tables = list(dict.fromkeys(part.table for part in csv.find_splits(path).values()))
     names = list(csv.find_classes(tables)) if len(tables) > 1 else "auto"
     format = csv.CSVFormat(class_names=names, file=file, images=folder)
-    return csv.CSVBoxes(str(root), train=split, val=split, format=format, on_bad=on_bad)
+    return csv.CSVBoxes(str(root), train=split, val=split, format=format, **common)
 
 
 def _open_voc(
-    data: str, split: str, on_bad: OnBad, one_based: bool | None, together: Sequence[str], splits: Sequence[str]
+    data: str,
+    split: str,
+    common: dict[str, Any],
+    one_based: bool | None,
+    together: Sequence[str],
+    splits: Sequence[str],
 ) -> voc.VOC:
     names: list[str] | Literal["auto"] = "auto"
     if together:
@@ -258,9 +268,9 @@ def _open_voc(
         known = read_class_list(Path(data))
         one_based = known is None or known.one_based
     format = voc.VOCFormat(class_names=names, one_based=one_based)
-    opened = voc.VOC(data, train=split, val=split, format=format, on_bad=on_bad)
+    opened = voc.VOC(data, train=split, val=split, format=format, **common)
     if not together and split in splits and len(splits) > 1 and not opened.occurring():  # no image of it has objects
-        return _open_voc(data, split, on_bad, one_based, splits, ())
+        return _open_voc(data, split, common, one_based, splits, ())
     return opened
 
 

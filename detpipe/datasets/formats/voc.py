@@ -32,10 +32,10 @@ from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 
 import numpy as np
 
-from detpipe.datasets.datamodule import DetectionData, Split
+from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.decode import IMAGE_SUFFIXES
-from detpipe.datasets.faults import Collected, Faults, Policy
-from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
+from detpipe.datasets.faults import Faults, OnBad
+from detpipe.datasets.formats.class_list import ClassList, write_class_list
 from detpipe.datasets.formats.export import (
     Images,
     Names,
@@ -53,10 +53,9 @@ from detpipe.datasets.formats.export import (
     transfer,
 )
 from detpipe.datasets.formats.outline_files import write_outlines
-from detpipe.datasets.formats.voc_folders import Listed, find_splits, list_images
-from detpipe.datasets.formats.voc_xml import ImageText, UnreadableXML, XMLReader, read_xml
+from detpipe.datasets.formats.voc_folders import find_splits
+from detpipe.datasets.formats.voc_xml import VOCSource
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
-from detpipe.datasets.records import RecordBuilder, build_annotations
 from detpipe.datasets.stored_proposals import voc_key
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
@@ -74,7 +73,8 @@ def load_voc(
     class_names: ClassNames = None,
     one_based: bool = True,
     keep_difficult: bool = True,
-    on_bad: Policy = "error",
+    on_bad: OnBad = "error",
+    faults: Faults | None = None,
 ) -> Annotations:
     """Read one split of a data set in VOC layout and check it against its images.
 
@@ -92,6 +92,7 @@ def load_voc(
         one_based: whether pixels are counted from 1 (see the module).
         keep_difficult: whether difficult objects are kept, flagged; dropped ones are counted.
         on_bad: ``"error"`` refuses a split with any faulty record; ``"skip"`` leaves these records out and counts them.
+        faults: takes all faults, in place of ``on_bad``.
 
     Returns:
         The annotations of the images of the split.
@@ -100,7 +101,7 @@ def load_voc(
         DataError: for anything wrong, naming the file, the object, the field and its value.
     """
     names = VOC_CLASSES if class_names is None else class_names
-    return VOCSource(Path(root), split, on_bad).load(names, one_based, keep_difficult)
+    return VOCSource(Path(root), split, faults or Faults(on_bad)).load(names, one_based, keep_difficult)
 
 
 def find_class_names(root: str | Path, split: str | Sequence[str]) -> tuple[str, ...]:
@@ -116,75 +117,7 @@ def find_class_names(root: str | Path, split: str | Sequence[str]) -> tuple[str,
     Raises:
         DataError: if the split has no named object.
     """
-    return VOCSource(Path(root), split, "skip").class_names()
-
-
-class VOCSource:
-    """A split whose XML files are parsed once, for the classes that occur and for the boxes.
-
-    Args:
-        root: as for `load_voc`.
-        split: as for `load_voc`.
-        on_bad: as for `load_voc`.
-        allow_links: whether images may lie outside of the root.
-    """
-
-    def __init__(self, root: Path, split: str | Sequence[str], on_bad: Policy, allow_links: bool = False) -> None:
-        self.root, self.split = root, split
-        self.faults = Faults(f"{root} ({split if isinstance(split, str) else ', '.join(split)})", on_bad, allow_links)
-        self.listed, self.images_read = list_images(root, split, self.faults)
-        self._texts: list[ImageText | UnreadableXML] | None = None
-
-    def texts(self) -> list[ImageText | UnreadableXML]:
-        """What the XML files say, in the order of the images."""
-        if self._texts is None:
-            self._texts = [_read(item) for item in self.listed]
-        return self._texts
-
-    def occurring(self) -> tuple[str, ...]:
-        """The names of objects, sorted; those of ``detpipe.json`` in its order."""
-        known = read_class_list(self.root)
-        if known:
-            return known.class_names
-        names = {element.name for text in self.texts() if isinstance(text, ImageText) for element in text.objects}
-        return tuple(sorted(names - {""}))
-
-    def class_names(self) -> tuple[str, ...]:
-        """As `find_class_names`."""
-        names = self.occurring()
-        if not names:
-            self.faults.check()
-            where = self.split if isinstance(self.split, str) else list(self.split)
-            unread = [str(text) for text in self.texts() if isinstance(text, UnreadableXML)]
-            more = f" ({len(unread)} files cannot be read: {unread[0]})" if unread else ""
-            raise DataError(
-                f"{self.root}: no object with a class name in {where}; class_names 'auto' has nothing to read{more}"
-            )
-        return names
-
-    def load(self, class_names: Sequence[str] | Literal["auto"], one_based: bool, keep_difficult: bool) -> Annotations:
-        """As `load_voc`."""
-        names = self.class_names() if class_names == "auto" else tuple(class_names)
-        if not names or len(set(names)) != len(names):
-            raise DataError(f"class_names must be distinct and at least one, got {list(names)}")
-        known = read_class_list(self.root)
-        if known and known.one_based != one_based:
-            raise DataError(
-                f"{self.root}: its detpipe.json says that one_based is {str(known.one_based).lower()}: set it so"
-            )
-        built = RecordBuilder(names, ids_of(names, known))
-        reader = XMLReader(built, one_based, keep_difficult, self.faults)
-        for item, text in zip(self.listed, self.texts(), strict=True):
-            reader.add(item, text)
-        folders = sorted({item.image.parent for item in self.listed})
-        return build_annotations(built.records(self.root, folders, self.images_read, reader.boxes_read), self.faults)
-
-
-def _read(item: Listed) -> ImageText | UnreadableXML:
-    try:
-        return read_xml(item.xml)
-    except UnreadableXML as error:
-        return error
+    return VOCSource(Path(root), split, Faults("skip")).class_names()
 
 
 @dataclass(frozen=True)
@@ -208,7 +141,7 @@ class VOCFormat:
 _OFFICIAL = VOCFormat()
 
 
-class VOC(DetectionData):
+class VOC(FolderData):
     """Detection data in VOC layout.
 
     Args:
@@ -235,14 +168,12 @@ class VOC(DetectionData):
         format: VOCFormat = _OFFICIAL,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
-        self.root = str(root)
-        self.splits = {"train": train, "val": val, "test": test}
+        super().__init__(root, train, val, test, **common)
         self.format = format
         self._class_names: tuple[str, ...] | None = None
         self._sources: dict[Split, VOCSource] = {}
 
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the lists and XML files of a split."""
         names, options = self._names(split), self.format
         opened = self._sources.pop("train" if self.splits[split] == self.splits["train"] else split, None)
@@ -257,9 +188,8 @@ class VOC(DetectionData):
         """The names of the objects of the training split, sorted; its XML files are parsed once, for these and for the boxes."""
         return self._training_source("train").occurring()
 
-    def _open(self, split: Split, faults: Collected | None = None) -> VOCSource:
-        lists = self.source_of(split, "a list in ImageSets/Main")
-        return VOCSource(Path(self.root), lists, self.policy(faults), self.allow_links)
+    def _open(self, split: Split, faults: Faults | None = None) -> VOCSource:
+        return VOCSource(Path(self.root), self.source_of(split, "a list in ImageSets/Main"), faults or self.faults())
 
     def _names(self, split: Split) -> tuple[str, ...]:
         """The class names of all splits: those of the training split where they are not given."""

@@ -24,7 +24,6 @@ other programs take that to be relative to where they are started.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,9 +34,10 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.decode import IMAGE_SUFFIXES, image_size
-from detpipe.datasets.faults import Collected, Faults, Policy
+from detpipe.datasets.annotations import AnnotationBuilder, BadBoxError, read_finite, read_number
+from detpipe.datasets.datamodule import FolderData, Split
+from detpipe.datasets.decode import IMAGE_SUFFIXES
+from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats.export import (
     Images,
     Names,
@@ -52,11 +52,11 @@ from detpipe.datasets.formats.export import (
     totals,
     transfer,
 )
+from detpipe.datasets.formats.folders import ListedImage
 from detpipe.datasets.formats.outline_files import write_outlines
-from detpipe.datasets.formats.yolo_images import ImageFinder, ListedImage, label_path
+from detpipe.datasets.formats.yolo_images import ImageFinder, label_path
 from detpipe.datasets.formats.yolo_yaml import NAME, find_file, has_labels, read_yolo
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
-from detpipe.datasets.records import RecordBuilder, build_annotations, read_number
 from detpipe.datasets.stored_proposals import file_key
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
@@ -68,44 +68,44 @@ _ROUNDING = 1e-6  # what six digits can be beyond 0..1
 
 
 class LabelReader:
-    """Collects the objects of one label file after the other.
+    """Adds the objects of one label file after the other.
 
     Args:
         built: takes the objects.
-        faults: where lines that cannot be used are noted.
         points: how many keypoints each line has behind the box, and how many numbers each; None: lines are boxes or polygons.
     """
 
-    def __init__(self, built: RecordBuilder, faults: Faults, points: tuple[int, int] | None = None) -> None:
-        self.built, self.class_names = built, built.class_names
-        self.faults = faults
-        self.points = points
-        self.boxes_read = 0
+    def __init__(self, built: AnnotationBuilder, points: tuple[int, int] | None = None) -> None:
+        self.built, self.points = built, points
         self.polygons = 0
 
-    def read(self, path: Path, size: tuple[int, int]) -> bool:
-        """Read the labels of the image that is added next; a missing file says that it has no objects.
-
-        Args:
-            path: of the label file.
-            size: height and width of the image.
-
-        Returns:
-            Whether the file can be read, or is missing.
-        """
-        lines = self.lines(path)
+    def add(self, root: Path, item: ListedImage) -> None:
+        """Add an image and its objects; a missing file says that it has none."""
+        size = self.built.size_in_file(root, item.file_name, f"image {item.image_id}")
+        if size is None:
+            return self.skip(item.labels)
+        lines = self.lines(item.labels)
         if lines is None:
-            return False
+            return None
+        (height, width), image = size, self.built.add_image(item.file_name, item.image_id, size)
+        self.built.boxes_read += len(lines)
         for number, values in lines:
-            self.boxes_read += 1
-            where = f"{path}: line {number}"
-            label = self._label(values[0], where)
-            box = label and self._box(values[1:], where)
-            if label and box:
-                (height, width), (x1, y1, x2, y2) = size, box
+            where = f"{item.labels}: line {number}"
+            try:
+                label = self._label(values[0], where)
+                x1, y1, x2, y2 = self._box(values[1:], where)
+            except BadBoxError as bad:
+                self.built.faults.box(*bad.args)
+            else:
                 pixels = (x1 * width, y1 * height, x2 * width, y2 * height)
-                self.built.add_box(len(self.built.images), pixels, label, f"{where}: box {shorten(' '.join(values))}")
-        return True
+                self.built.add_box(image, pixels, label, f"{where}: box {shorten(' '.join(values))}")
+        return None
+
+    def skip(self, labels: Path) -> None:
+        """Count the boxes of an image that is left out."""
+        count = len(self.lines(labels) or ())
+        self.built.boxes_read += count
+        self.built.faults.boxes_of_skipped_image(count)
 
     def lines(self, path: Path) -> list[tuple[int, list[str]]] | None:
         """The numbers and values of the lines that are not empty; None, and a fault, if the file cannot be read."""
@@ -115,26 +115,21 @@ class LabelReader:
         except FileNotFoundError:
             return []
         except (OSError, UnicodeDecodeError, DataError) as error:
-            self.faults.image("labels unreadable", f"{path}: cannot be read as text ({error})")
-            return None
+            return self.built.faults.image("labels unreadable", f"{path}: cannot be read as text ({error})")
         split = ((number, line.split()) for number, line in enumerate(text.split("\n"), start=1))
         return [(number, values) for number, values in split if values]
 
-    def _label(self, text: str, where: str) -> int | None:
-        value = read_number(text)
+    def _label(self, text: str, where: str) -> int:
+        value, names = read_number(text), self.built.class_names
         if value is None or not value.is_integer():  # an infinity is none, and NaN is none
-            self.faults.box("bad class", f"{where}: class must be a whole number, got {shorten(text)}")
-            return None
-        if not 0 <= value < len(self.class_names):
-            known = shorten(", ".join(self.class_names), 100).strip("'")
-            self.faults.box(
-                "class out of range",
-                f"{where}: class is {shorten(text)}: expected 0 to {len(self.class_names) - 1} ({known})",
-            )
-            return None
+            raise BadBoxError("bad class", f"{where}: class must be a whole number, got {shorten(text)}")
+        if not 0 <= value < len(names):
+            known = shorten(", ".join(names), 100).strip("'")
+            expected = f"expected 0 to {len(names) - 1} ({known})"
+            raise BadBoxError("class out of range", f"{where}: class is {shorten(text)}: {expected}")
         return int(value) + 1
 
-    def _box(self, texts: list[str], where: str) -> tuple[float, ...] | None:
+    def _box(self, texts: list[str], where: str) -> tuple[float, ...]:
         polygon = self.points is None and len(texts) >= 6 and len(texts) % 2 == 0
         expected = "class, x, y, width and height, or class and the x and y of three points or more"
         wrong = len(texts) != 4 and not polygon
@@ -146,40 +141,28 @@ class LabelReader:
                 "by the kpt_shape of the data set"
             )
         if wrong:
-            more = (
-                "; a confidence or an angle behind the box is not read"
-                if self.points is None and len(texts) == 5
-                else ""
-            )
-            self.faults.box(
-                "wrong number of values", f"{where}: has {len(texts) + 1} values: expected {expected}{more}"
-            )
-            return None
-        numbers: list[float] = []
-        for i, text in enumerate(texts):
-            field, bounded = self._field(i, polygon)
-            value = read_number(text)
-            if value is None or not math.isfinite(value):
-                self.faults.box("not a number", f"{where}: {field} must be a finite number, got {shorten(text)}")
-                return None
-            if bounded and not -_ROUNDING <= value <= 1 + _ROUNDING:
-                self.faults.box(
-                    "outside 0..1",
-                    f"{where}: {field} is {text}: expected 0 to 1, a part of the image's width or height",
-                )
-                return None
-            numbers.append(value)
+            six = self.points is None and len(texts) == 5
+            more = "; a confidence or an angle behind the box is not read" if six else ""
+            text = f"{where}: has {len(texts) + 1} values: expected {expected}{more}"
+            raise BadBoxError("wrong number of values", text)
+        numbers = [self._number(i, text, polygon, where) for i, text in enumerate(texts)]
         self.polygons += polygon
         return _bounds(numbers) if polygon else _corners(numbers[:4])
 
-    def _field(self, i: int, polygon: bool) -> tuple[str, bool]:
-        """What the i-th number behind the class is called, and whether it is a part of the width or height."""
+    def _number(self, i: int, text: str, polygon: bool, where: str) -> float:
+        """The i-th number behind the class; most are parts of the width or height."""
         if polygon:
-            return f"{'xy'[i % 2]} of point {i // 2 + 1}", True
-        if i < 4 or self.points is None:
-            return _FIELDS[i], True
-        point, k = divmod(i - 4, self.points[1])
-        return f"{('x', 'y', 'visibility')[k]} of point {point + 1}", k < 2
+            field, bounded = f"{'xy'[i % 2]} of point {i // 2 + 1}", True
+        elif i < 4 or self.points is None:
+            field, bounded = _FIELDS[i], True
+        else:
+            point, k = divmod(i - 4, self.points[1])
+            field, bounded = f"{('x', 'y', 'visibility')[k]} of point {point + 1}", k < 2
+        value = read_finite(text, where, field)
+        if bounded and not -_ROUNDING <= value <= 1 + _ROUNDING:
+            expected = "expected 0 to 1, a part of the image's width or height"
+            raise BadBoxError("outside 0..1", f"{where}: {field} is {text}: {expected}")
+        return value
 
 
 def _corners(numbers: Sequence[float]) -> tuple[float, ...]:
@@ -192,7 +175,7 @@ def _bounds(numbers: Sequence[float]) -> tuple[float, ...]:
     return min(x), min(y), max(x), max(y)
 
 
-class YOLO(DetectionData):
+class YOLO(FolderData):
     """Detection data in YOLO's text layout.
 
     Args:
@@ -215,20 +198,20 @@ class YOLO(DetectionData):
         test: str | list[str] | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
-        self.root = str(root)
-        self.splits = {"train": train, "val": val, "test": test}
+        super().__init__(root, train, val, test, **common)
 
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the images and labels of a split."""
-        return _load(self.root, self.source_of(split, "a key of data.yaml"), self.policy(faults), self.allow_links)
+        return load_yolo(self.root, self.source_of(split, "a key of data.yaml"), faults=faults or self.faults())
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""
         return tuple(read_yolo(self.root).splits)
 
 
-def load_yolo(root: str | Path, split: str | Sequence[str], on_bad: Policy = "error") -> Annotations:
+def load_yolo(
+    root: str | Path, split: str | Sequence[str], on_bad: OnBad = "error", faults: Faults | None = None
+) -> Annotations:
     """Read one split of a data set in YOLO layout and check it against its images.
 
     Images are numbered 1, 2, ... in the order of the split (folders by name), skipped ones included; that number is the
@@ -238,6 +221,7 @@ def load_yolo(root: str | Path, split: str | Sequence[str], on_bad: Policy = "er
         root: the folder with ``data.yaml``, ``obj.data`` or ``classes.txt``, or such a file under any name.
         split: a key of the file, or a folder where it names no splits; or several, which are read in turn.
         on_bad: ``"error"`` refuses a split with any faulty record; ``"skip"`` leaves these records out and counts them.
+        faults: takes all faults, in place of ``on_bad``.
 
     Returns:
         The annotations of the images of the split.
@@ -245,7 +229,23 @@ def load_yolo(root: str | Path, split: str | Sequence[str], on_bad: Policy = "er
     Raises:
         DataError: for anything wrong, naming the file, the line, the field and its value.
     """
-    return _load(root, split, on_bad)
+    file = read_yolo(root)
+    splits = (split,) if isinstance(split, str) else tuple(split)
+    faults = faults or Faults(on_bad)
+    faults.source = f"{file.path} ({', '.join(splits)})"
+    finder = ImageFinder(file, splits, faults)
+    built = AnnotationBuilder(faults, file.class_names, file.category_ids)
+    built.images_read = finder.lines + len(finder.orphans)
+    reader = LabelReader(built, file.points)
+    for item in tqdm(finder.found, desc="reading labels", unit="image", disable=None, leave=False):
+        reader.add(finder.root, item)
+    for labels in finder.orphans:
+        faults.image("file missing", f"{labels}: there is no image of this name for these labels")
+        reader.skip(labels)
+    built.counts = {"boxes from polygons": reader.polygons} if reader.polygons else {}
+    longer = np.array(built.sizes, dtype=np.int64).reshape(-1, 2)[np.array(built.box_image, dtype=np.int64)]
+    rounding = 1e-6 * longer.max(axis=1, initial=1)[:, None]  # six digits, as most tools write
+    return built.build(finder.root, finder.folders, rounding)
 
 
 def find_splits(root: Path) -> dict[str, tuple[str, ...]]:
@@ -269,45 +269,6 @@ def find_splits(root: Path) -> dict[str, tuple[str, ...]]:
 def says_layout(root: Path) -> str:
     """Say in which layout a folder is, in half a line: "data.yaml"."""
     return read_yolo(root).says()
-
-
-def _load(root: str | Path, split: str | Sequence[str], on_bad: Policy, allow_links: bool = False) -> Annotations:
-    file = read_yolo(root)
-    splits = (split,) if isinstance(split, str) else tuple(split)
-    faults = Faults(f"{file.path} ({', '.join(splits)})", on_bad, allow_links)
-    finder = ImageFinder(file, splits, faults)
-    built = RecordBuilder(file.class_names, file.category_ids)
-    reader = LabelReader(built, faults, file.points)
-    for item in tqdm(finder.found, desc="reading labels", unit="image", disable=None, leave=False):
-        size = _size(item, faults)
-        if size is None:
-            _skip(item.labels, reader)
-        elif reader.read(item.labels, size):
-            built.add_image(item.file_name, item.image_id, size)
-    for labels in finder.orphans:
-        faults.image("file missing", f"{labels}: there is no image of this name for these labels")
-        _skip(labels, reader)
-    records = built.records(finder.root, finder.folders, finder.lines + len(finder.orphans), reader.boxes_read)
-    longer = records.sizes[records.box_image].max(axis=1, initial=1)[:, None]
-    records.clip_tolerance = 1e-6 * longer  # six digits, as most tools write
-    records.counts = {"boxes from polygons": reader.polygons} if reader.polygons else {}
-    return build_annotations(records, faults)
-
-
-def _size(item: ListedImage, faults: Faults) -> tuple[int, int] | None:
-    """Height and width; None, and a fault, where the file has none."""
-    try:
-        return image_size(item.image)
-    except DataError as error:
-        faults.image("unreadable" if item.image.exists() else "file missing", f"image {item.image_id}: {error}")
-        return None
-
-
-def _skip(labels: Path, reader: LabelReader) -> None:
-    """Count the boxes of an image that is left out."""
-    count = len(reader.lines(labels) or ())
-    reader.boxes_read += count
-    reader.faults.skipped["boxes skipped: image skipped"] += count
 
 
 Flags = Literal["refuse", "drop", "leave out"]

@@ -8,32 +8,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
 from detpipe.datasets.faults import Faults
-from detpipe.datasets.formats.folders import IMAGE_FOLDERS, LABEL_FOLDERS, Entries, find_places, list_folder
+from detpipe.datasets.formats.folders import (
+    IMAGE_FOLDERS,
+    LABEL_FOLDERS,
+    Entries,
+    ListedImage,
+    find_places,
+    list_folder,
+    read_text,
+)
 from detpipe.datasets.formats.yolo_yaml import LABELS, YOLOFile
 from detpipe.support.errors import DataError
-from detpipe.support.files import refuse_special
-
-
-@dataclass(frozen=True)
-class ListedImage:
-    """An image of a split; it need not exist.
-
-    Args:
-        image_id: its number in the split, from 1.
-        file_name: relative to the root, with forward slashes.
-        image: path of the image.
-        labels: path of its label file.
-    """
-
-    image_id: int
-    file_name: str
-    image: Path
-    labels: Path
 
 
 def label_path(image: Path) -> Path:
@@ -143,12 +132,7 @@ class ImageFinder:
             self.orphans += [path for path in files if path not in expected]
 
     def _list(self, path: Path) -> None:
-        refuse_special(path)
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read as a list of images ({error})") from error
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_text(path, "a list of images").splitlines(), start=1):
             name = line.strip()
             if name:
                 self._add(self._listed(path.parent, name), f"{path}: line {number}: {name!r}")

@@ -29,11 +29,11 @@ from detpipe.datasets.formats.folders import (
     find_lists,
     find_places,
     list_folder,
+    read_text,
     says_folders,
     take_split,
 )
 from detpipe.support.errors import DataError
-from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import load_json, shorten
 from detpipe.support.strict_yaml import MOST_BYTES, load_yaml
 from detpipe.support.suggest import did_you_mean
@@ -215,11 +215,7 @@ def _read_darknet(path: Path) -> YOLOFile:
 
 
 def _lines(path: Path) -> list[str]:
-    refuse_special(path)
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text ({error})") from error
+    return [line.strip() for line in read_text(path, "text").rstrip().splitlines()]
 
 
 def _listed_names(path: Path) -> tuple[str, ...]:

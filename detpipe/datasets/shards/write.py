@@ -25,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from detpipe.datasets.annotations import SizeError, check_size
 from detpipe.datasets.decode import decoded_size, image_format, image_size
-from detpipe.datasets.records import SizeError, check_size
 from detpipe.datasets.shards.index import (
     ARRAYS,
     INDEX,

@@ -148,7 +148,7 @@ IMAGE_FAULTS = {
     "no size, no file": (
         lambda c: c["images"].__setitem__(0, {"id": 10, "file_name": "gone.jpg"}),
         "file missing",
-        ["image id 10", "gone.jpg", "is missing"],
+        ["image id 10", "gone.jpg", "no such image file"],
     ),
     "row 22": (edit("images", 0, file_name="gone.jpg"), "file missing", ["image id 10", "gone.jpg", "is missing"]),
     "row 22, folder": (edit("images", 0, file_name="sub/gone.jpg"), "file missing", ["image id 10", "sub/gone.jpg"]),

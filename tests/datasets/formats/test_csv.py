@@ -211,7 +211,7 @@ def test_class_names_that_are_given(tmp_path: Path) -> None:
     path = write_csv(tmp_path)
     assert load_csv(path, class_names=["dog", "cat", "owl"]).labels.tolist() == [1, 2]
     with pytest.raises(
-        DataError, match=r"line 3: column 'label' is 'cat', which is not among the classes \(dog, cats\); did"
+        DataError, match=r"line 3: column 'label' is 'cat', which is not among class_names \(dog, cats\); did"
     ):
         load_csv(path, class_names=["dog", "cats"])
     with pytest.raises(DataError, match="class_names must be distinct"):

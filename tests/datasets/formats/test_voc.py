@@ -1,10 +1,13 @@
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
-from detpipe.datasets import VOC, VOCFormat, load_voc
-from detpipe.datasets.formats import voc
+import detpipe
+from detpipe.datasets import VOC, Loader, VOCFormat, load_voc
+from detpipe.datasets.formats import voc_xml
 from detpipe.support.errors import DataError
 
 from ..builders import picture, voc_object, write_voc
@@ -84,7 +87,7 @@ def test_row_14_clipped_and_counted(tmp_path: Path) -> None:
 
 def test_an_unknown_class_is_reported_once_with_its_number(tmp_path: Path) -> None:
     root = write_voc(tmp_path, {"a": [voc_object("zebra")] * 30})
-    with pytest.raises(DataError, match=r"'zebra' is not among class_names .*'auto' \(and 29 more like it\)"):
+    with pytest.raises(DataError, match=r"'zebra', which is not among class_names .*'auto' \(and 29 more like it\)"):
         load_voc(root, "train")
 
 
@@ -330,12 +333,34 @@ def test_each_xml_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_voc(tmp_path, {"a": [voc_object("lynx")]}, "train")
     write_voc(tmp_path, {"b": [voc_object("lynx")]}, "val")
     parsed: list[str] = []
-    read = voc.read_xml
-    monkeypatch.setattr(voc, "read_xml", lambda path: (parsed.append(path.name), read(path))[1])
+    read = voc_xml.read_xml
+    monkeypatch.setattr(voc_xml, "read_xml", lambda path: (parsed.append(path.name), read(path))[1])
     for class_names in (None, "auto"):
         VOC(str(tmp_path), format=VOCFormat(class_names=class_names)).setup("fit")
         assert sorted(parsed) == ["a.xml", "b.xml"]
         parsed.clear()
+
+
+def test_few_files_lie_between_xml_and_the_batch_of_a_training_step(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    data = VOC(str(tmp_path), val="train", loader=Loader(batch_size=2, num_workers=0))
+    package, entered = Path(str(detpipe.__file__)).parent, dict[str, None]()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if event == "call" and path.is_relative_to(package) and (entered or name == "read_xml"):
+            entered.setdefault(path.relative_to(package).as_posix())
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        data.annotations("train")
+        images, targets = next(iter(data.train_dataloader()))
+    finally:
+        sys.setprofile(before)
+    assert len(images) == len(targets) == 2
+    assert next(iter(entered)) == "datasets/formats/voc_xml.py"
+    assert len(entered) <= 12, list(entered)
 
 
 def test_the_classes_are_vocs_unless_others_occur(tmp_path: Path) -> None:
