@@ -114,11 +114,7 @@ class AnnotationBuilder:
             return self.faults.image(reason, f"{where}: {error}")
 
     def label(self, name: str, where: str, field: str) -> int:
-        """The label 1..K of a class.
-
-        Raises:
-            BadBoxError: there is no such class.
-        """
+        """The label 1..K of a class; `BadBoxError` if there is no such class."""
         if name in self.label_of:
             return self.label_of[name]
         known = shorten(", ".join(self.class_names), 300).strip("'")
@@ -285,11 +281,7 @@ def read_number(text: str) -> float | None:
 
 
 def read_finite(text: str, where: str, field: str) -> float:
-    """Read a finite number of a box.
-
-    Raises:
-        BadBoxError: it is none.
-    """
+    """Read a finite number of a box, or raise `BadBoxError`."""
     value = read_number(text)
     if value is None or not math.isfinite(value):
         got = shorten(text) if text else "nothing, but other columns of the box are filled"
@@ -298,22 +290,14 @@ def read_finite(text: str, where: str, field: str) -> float:
 
 
 def read_flag(text: str, where: str, name: str, field: str) -> bool:
-    """Read the flag ``name`` of a box, which messages call ``field``.
-
-    Raises:
-        BadBoxError: it is neither 0 nor 1.
-    """
+    """Read the flag ``name`` of a box, which messages call ``field``, or raise `BadBoxError`."""
     if text.lower() not in _FLAGS:
         raise BadBoxError(f"bad {name}", f"{where}: {field} must be 0 or 1, got {shorten(text)}")
     return _FLAGS[text.lower()]
 
 
 def read_area(text: str, where: str, field: str) -> float:
-    """Read the area of a box, NaN where there is none.
-
-    Raises:
-        BadBoxError: it is no number of at least 0.
-    """
+    """Read the area of a box, NaN where there is none, or raise `BadBoxError`."""
     value = read_number(text) if text else math.nan
     if value is None or (text and not 0 <= value < math.inf):
         raise BadBoxError("bad area", f"{where}: {field} must be a number of at least 0, got {shorten(text)}")
@@ -369,14 +353,9 @@ def check_pixels(
 ) -> _Chosen:
     """Decode images once and note those that a run would stumble over.
 
-    Args:
-        images: the rows of those that are decoded.
-        open_image: row -> what a message calls the image, and its bytes if it is no file of its own; called by several threads.
-        sizes: [I, 2] height and width in the annotations.
-        faults: more are added; they say what images are read as.
-
-    Returns:
-        [I] whether an image can be used, as far as it was looked at.
+    [I] whether an image can be used, as far as it was looked at. ``images`` are the rows of those that are decoded, ``sizes`` [I,
+    2] height and width in the annotations. ``open_image`` gives what a message calls an image, and its bytes if it is no file of
+    its own; several threads call it.
     """
 
     def look(row: int) -> DataError | None:
@@ -401,11 +380,7 @@ class SizeError(DataError):
 
 
 def check_size(path: str | Path, found: tuple[int, int], annotated: tuple[int, ...]) -> None:
-    """Compare height and width of a decoded, upright image with its annotation.
-
-    Raises:
-        SizeError: if they differ; with a hint if they are swapped.
-    """
+    """Compare height and width of a decoded, upright image with its annotation; `SizeError`, with a hint if they are swapped."""
     if tuple(found) == tuple(annotated):
         return
     swapped = (

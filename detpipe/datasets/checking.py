@@ -22,22 +22,13 @@ from detpipe.types import Annotations
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """What was found."""
 
-    Args:
-        counts: split -> images and boxes that were read, used, clipped and skipped.
-        faults: split -> its faults; those of several splits have their names joined.
-    """
-
-    counts: dict[str, dict[str, int]]
-    faults: dict[str, list[Fault]]
+    counts: dict[str, dict[str, int]]  # split -> images and boxes that were read, used, clipped and skipped
+    faults: dict[str, list[Fault]]  # split -> its faults; those of several splits have their names joined
 
     def grouped(self, serious: bool) -> dict[str, list[str]]:
-        """Messages by kind, the kind with most faults first; one that several splits share is said once.
-
-        Args:
-            serious: those that make data unusable, or those that are only worth a look.
-        """
+        """Messages by kind, the kind with most faults first; one that several splits share is said once."""
         groups: dict[str, dict[str, list[str]]] = defaultdict(dict)  # kind -> message -> splits
         for split, faults in self.faults.items():
             for fault in faults:
@@ -59,14 +50,9 @@ class Report:
 
 
 def check_data(splits: Mapping[str, DetectionData], decode: bool = True) -> Report:
-    """Read all splits of a data set and write down all that is wrong with them.
+    """Read the validation split of each named data set, as training would, and write down all that is wrong with them.
 
-    Args:
-        splits: name -> data, whose validation split is looked at.
-        decode: whether every image is decoded, which finds damaged ones and those of another size than annotated.
-
-    Returns:
-        The report.
+    ``decode`` decides whether every image is decoded, which finds damaged ones and those of another size than annotated.
     """
     counts: dict[str, dict[str, int]] = {}
     faults: dict[str, list[Fault]] = {}
@@ -185,18 +171,10 @@ def _warn(faults: dict[str, list[Fault]], where: str, kind: str, names: Sequence
 def equal_files(
     paths: Sequence[Path], source: ImageFiles, damaged: Callable[[Path, DataError], None] | None = None
 ) -> list[list[Path]]:
-    """Find images whose files have the same content.
+    """Find images whose files have the same content: groups of two and more, in the order of their first.
 
-    Args:
-        paths: of images; only files of equal length are read.
-        source: where they are.
-        damaged: told of an image that cannot be read, which is then like no other; None raises.
-
-    Returns:
-        Groups of two and more, in the order of their first.
-
-    Raises:
-        DataError: an image cannot be read.
+    Only files of equal length are read. ``damaged`` is told of an image that cannot be read, which is then like no other; where
+    it is None that is a DataError.
     """
     by_size: dict[int, list[Path]] = defaultdict(list)
     for path in paths:

@@ -33,18 +33,10 @@ class Classes:
 
 
 def select_classes(annotations: Annotations, classes: Classes) -> Annotations:
-    """Rename, merge and keep classes.
+    """Rename, merge and keep classes; all images stay, and how many boxes were left out is counted.
 
-    Args:
-        annotations: of a split.
-        classes: what to do.
-
-    Returns:
-        All images, with the boxes of the classes that are kept; how many boxes were left out is counted. A merged class has the
-        category id of the class whose name it took, or of the first that was renamed.
-
-    Raises:
-        DataError: a class is named that is not there.
+    A merged class has the category id of the class whose name it took, or of the first that was renamed. A DataError names a
+    class that is not there.
     """
     a, rename = annotations, classes.rename or {}
     _check(list(rename), a.class_names, "rename", str(a.root))

@@ -96,14 +96,7 @@ class Views:
 
 
 def center_square(image: Tensor) -> Tensor:
-    """Cut the largest square from the middle, so that a strip of an image is never resized as a whole.
-
-    Args:
-        image: ``[3, H, W]``.
-
-    Returns:
-        ``[3, min(H, W), min(H, W)]``, a view.
-    """
+    """Cut the largest square from the middle of ``[3, H, W]``, a view, so that a strip of an image is never resized as a whole."""
     height, width = image.shape[1:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -232,14 +225,7 @@ class LabeledImageDataset(Dataset[Sample]):
 
 
 def collate_labeled(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
-    """Stack views of one size.
-
-    Args:
-        samples: triples of view, label and name.
-
-    Returns:
-        Images ``[N, 3, size, size]`` uint8 in the channels-last memory format, labels ``[N]`` int64, and the names.
-    """
+    """Stack views: ``[N, 3, size, size]`` uint8 in the channels-last memory format, labels ``[N]`` int64, and file names."""
     images, labels, names = zip(*samples, strict=True)
     stacked = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     return stacked, torch.tensor(labels), list(names)
@@ -277,30 +263,10 @@ class ClassificationData(LightningDataModule, ABC):
 
     @abstractmethod
     def load(self, split: LabeledSplit) -> LabeledImages:
-        """List the images of a split.
-
-        Args:
-            split: ``"train"`` or ``"val"``.
-
-        Returns:
-            The checked images.
-
-        Raises:
-            DataError: if the data are faulty.
-        """
+        """List the images of ``"train"`` or ``"val"``, checked; a DataError if the data are faulty."""
 
     def images(self, split: LabeledSplit) -> LabeledImages:
-        """The images of a split, listed once.
-
-        Args:
-            split: ``"train"`` or ``"val"``.
-
-        Returns:
-            The images.
-
-        Raises:
-            DataError: if the data are faulty.
-        """
+        """The images of ``"train"`` or ``"val"``, listed once; a DataError if the data are faulty."""
         if split not in self._images:
             self._images[split] = self.load(split)
         return self._images[split]
@@ -322,15 +288,7 @@ class ClassificationData(LightningDataModule, ABC):
             self.images(split)
 
     def dataset(self, split: LabeledSplit, training: bool = False) -> LabeledImageDataset:
-        """The views of a split; for single images, batches come from the loaders.
-
-        Args:
-            split: ``"train"`` or ``"val"``.
-            training: draw views at random; False for the center.
-
-        Returns:
-            A data set with the keys ``(epoch, index)``.
-        """
+        """The views of a split, by ``(epoch, index)``, drawn at random for training; batches come from the loaders."""
         return LabeledImageDataset(self.images(split), self.views, self.seed, training)
 
     def train_dataloader(self) -> DataLoader:

@@ -344,11 +344,7 @@ class DetectionData(LightningDataModule, ABC):
     def with_outlines(self, split: Split) -> Annotations:
         """The annotations of a split with the outlines of its objects, read once more if they were read without.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-
-        Returns:
-            The annotations; ``segmentations`` is None if the layout has boxes only.
+        ``segmentations`` is None if the layout has boxes only.
         """
         if self.annotations(split).segmentations is None and not self.outlines:
             self.outlines = True
@@ -377,11 +373,7 @@ class DetectionData(LightningDataModule, ABC):
         return self.eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """As :meth:`eval_dataloader`, from the test split.
-
-        Raises:
-            DataError: if no ``test`` split was given.
-        """
+        """As :meth:`eval_dataloader`, from the test split; a DataError if none was given."""
         return self.eval_dataloader("test")
 
     def eval_dataloader(self, split: Split) -> DataLoader:
@@ -424,15 +416,7 @@ class DetectionData(LightningDataModule, ABC):
 
 
 class FolderData(DetectionData):
-    """Base of data sets that lie in a folder, with an argument that names what each split is read from.
-
-    Args:
-        root: the folder.
-        train: the training split.
-        val: the validation split.
-        test: the split for the final test.
-        common: of `DetectionData`.
-    """
+    """Base of data sets that lie in a folder, with an argument that names what each split is read from."""
 
     def __init__(
         self,
@@ -453,12 +437,7 @@ class FolderData(DetectionData):
     def source_of(self, split: Split, what: str) -> Any:
         """What a split is read from: its argument; the only split that is there, if it is to be divided and none is named.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            what: the argument expects.
-
-        Raises:
-            DataError: the argument is null.
+        A DataError says that the argument expects ``what`` where it is null.
         """
         source = self.splits[split]
         if not source:

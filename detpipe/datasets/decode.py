@@ -122,18 +122,9 @@ def read_reduced(
 
 
 def decoded_size(path: str | Path, content: bytes | None = None, pixels: PixelType | None = None) -> tuple[int, int]:
-    """Decode an image file, to know that it can be.
+    """Decode an image file, to know that it can be: height and width of the upright picture.
 
-    Args:
-        path: as for `read_image`.
-        content: as for `read_image`.
-        pixels: as for `read_image`; None takes any channels that it has, at 8 bits.
-
-    Returns:
-        Height and width of the upright picture.
-
-    Raises:
-        DataError: as for `read_image`.
+    Arguments and errors are those of `read_image`; ``pixels=None`` takes any channels that it has, at 8 bits.
     """
     return _read(path, content, None, pixels).size
 
@@ -217,11 +208,7 @@ def image_names(names: Iterable[str]) -> list[str]:
 
 
 def image_format(content: bytes) -> str:
-    """The format of an image file, as Pillow calls it: ``"JPEG"``, ``"PNG"``.
-
-    Args:
-        content: of a file that `image_size` could read.
-    """
+    """The format of an image file that `image_size` could read, as Pillow calls it: ``"JPEG"``, ``"PNG"``."""
     if is_npy(content):
         return "NPY"
     if is_tiff(content):

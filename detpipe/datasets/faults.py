@@ -18,17 +18,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with a data set.
+    """Something wrong with a data set."""
 
-    Args:
-        kind: what faults are counted by, such as "boxes: zero or negative size".
-        message: names the record, the field and the value.
-        serious: whether the data cannot be used like this; else it is only worth a look.
-    """
-
-    kind: str
-    message: str
-    serious: bool = True
+    kind: str  # what faults are counted by, such as "boxes: zero or negative size"
+    message: str  # names the record, the field and the value
+    serious: bool = True  # whether the data cannot be used like this; else it is only worth a look
 
 
 class Faults:
@@ -96,11 +90,7 @@ class Faults:
             self.found.append(Fault(kind, message, serious=False))
 
     def check(self) -> None:
-        """Raise what was noted, unless it may be skipped.
-
-        Raises:
-            DataError: the first faults and their total, each with its record, field and value.
-        """
+        """Raise a DataError of the first faults and their total, each with record, field and value, unless they may be skipped."""
         if self._fatal:
             raise DataError(summary(str(self.source), self._fatal, len(self._fatal), "correct the annotations"))
         if self._messages and self.policy == "error":

@@ -37,11 +37,7 @@ class ImageFiles:
         return path.stat().st_size if packed is None else packed[0].size(packed[1])
 
     def read(self, path: Path, length: int = -1) -> bytes:
-        """The bytes of an image file, or the first of them.
-
-        Raises:
-            DataError: it lies in a shard that is missing or damaged, or is no regular file.
-        """
+        """The bytes of an image file, or the first of them; a DataError if its shard is damaged, or it is no regular file."""
         packed = self._packed.get(os.path.abspath(path))
         if packed is not None:
             return packed[0].read(packed[1])[: length if length >= 0 else None]
@@ -62,11 +58,7 @@ class ImageFiles:
             shutil.copyfile(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        """Give an image file a second name, on the same disk.
-
-        Raises:
-            DataError: that cannot be done.
-        """
+        """Give an image file a second name, on the same disk, or raise a DataError."""
         if source in self:
             raise DataError(f"{self.name(source)}: cannot be linked, it is a part of a shard: copy the images instead")
         try:

@@ -76,16 +76,9 @@ class ImageFolder(ClassificationData):
 
 
 def find_classes(folder: Path) -> tuple[str, ...]:
-    """List the class folders of a split; hidden ones are none.
+    """List the class folders of a split, sorted by code points; hidden ones are none.
 
-    Args:
-        folder: of the split.
-
-    Returns:
-        Their names, sorted by code points.
-
-    Raises:
-        DataError: the folder is missing, holds images beside the class folders, a link that leads nowhere, or no class folder.
+    A DataError if the folder is missing, holds images beside the class folders, a link that leads nowhere, or no class folder.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {_LAYOUT}")
@@ -108,20 +101,10 @@ def find_classes(folder: Path) -> tuple[str, ...]:
 def read_image_folder(
     root: Path, split: str, class_names: tuple[str, ...], on_bad: OnBad, present: Sequence[str]
 ) -> LabeledImages:
-    """List the images of a split.
+    """List the images of a split, class by class, sorted by name within each; ``present`` are the classes that have a folder.
 
-    Args:
-        root: the folder of the set.
-        split: name of the split's folder.
-        class_names: [K] of labels 0..K-1.
-        on_bad: ``"skip"`` decodes every image, and leaves unreadable ones out and counts them.
-        present: the classes that have a folder.
-
-    Returns:
-        The images, class by class, sorted by name within each.
-
-    Raises:
-        DataError: a class without images, or names of images that are no files.
+    ``on_bad="skip"`` decodes every image, and leaves unreadable ones out and counts them. A DataError for a class without images,
+    or names of images that are no files.
     """
     faults, others = Faults(on_bad), Counter[str]()
     faults.source = root / split

@@ -15,14 +15,8 @@ from detpipe.types import Annotations, Segmentations
 def join(splits: Sequence[Annotations]) -> tuple[Annotations, int]:
     """Pool splits; an image file that several of them name is taken once, from the first.
 
-    Args:
-        splits: at least one, with the same classes.
-
-    Returns:
-        All images in their order, numbered anew from 1 if ids repeat; and how many repeated images were left out.
-
-    Raises:
-        DataError: the splits have other classes.
+    All images in their order, numbered anew from 1 if ids repeat; and how many repeated images were left out. A DataError if the
+    splits have other classes.
     """
     first = splits[0]
     for other in splits[1:]:

@@ -45,17 +45,9 @@ class Masks(ABC):
 
     @abstractmethod
     def read(self, image: Tensor, target: Target) -> Mask:
-        """Read or make the mask of one image.
+        """Read or make the mask ``[H, W]`` of an image ``[3, H, W]`` uint8 RGB as in its file, nothing augmented.
 
-        Args:
-            image: ``[3, H, W]`` uint8 RGB as in its file, nothing augmented.
-            target: what the data set says of it.
-
-        Returns:
-            ``[H, W]``.
-
-        Raises:
-            DataError: there is none, or it does not fit the image; the file is named.
+        A DataError names the file if there is none, or it does not fit the image.
         """
 
 
@@ -94,14 +86,7 @@ def open_masks(data: DetectionData, split: Split, kind: Kind = "auto") -> Masks:
 
 
 class VOCMasks(Masks):
-    """Palette PNGs in ``SegmentationClass``.
-
-    Args:
-        annotations: of the split.
-
-    Raises:
-        DataError: an image has no mask.
-    """
+    """Palette PNGs in ``SegmentationClass``; a DataError if an image of the split has none."""
 
     def __init__(self, annotations: Annotations) -> None:
         self.root, self.classes = annotations.root, annotations.num_classes
@@ -120,14 +105,7 @@ class VOCMasks(Masks):
 
 
 class COCOMasks(Masks):
-    """Polygons and run lengths of an annotation file.
-
-    Args:
-        annotations: of the split, with segmentations.
-
-    Raises:
-        DataError: an annotation has no segmentation.
-    """
+    """Polygons and run lengths of an annotation file; a DataError if an annotation has none."""
 
     def __init__(self, annotations: Annotations) -> None:
         outlines = annotations.segmentations
@@ -174,18 +152,9 @@ class BoxMasks(Masks):
 
 
 def voc_mask(path: str | Path, size: tuple[int, int], classes: int) -> Mask:
-    """Read a segmentation mask of VOC.
+    """Read a segmentation mask of VOC, ``[H, W]``: a palette (or gray) PNG whose values are classes 0..K; 255 is ignored.
 
-    Args:
-        path: a palette (or gray) PNG whose values are classes; 255 is ignored.
-        size: height and width of the image.
-        classes: K.
-
-    Returns:
-        ``[H, W]``.
-
-    Raises:
-        DataError: the file is missing, is not such a PNG, is of another size, or has a class that is not known.
+    A DataError if the file is missing, is not such a PNG, is of another size than the image, or has a class that is not known.
     """
     try:
         with Image.open(path) as png:

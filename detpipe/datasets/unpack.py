@@ -32,17 +32,11 @@ _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplem
 
 @dataclass(frozen=True)
 class Limits:
-    """What an archive may hold.
+    """What an archive may hold."""
 
-    Args:
-        members: files and folders.
-        ratio: bytes unpacked for each byte of the archive.
-        length: characters of a name.
-    """
-
-    members: int = 500_000
-    ratio: float = 50.0
-    length: int = 500
+    members: int = 500_000  # files and folders
+    ratio: float = 50.0  # bytes unpacked for each byte of the archive
+    length: int = 500  # characters of a name
 
 
 _USUAL = Limits()
@@ -111,15 +105,7 @@ def unpack(archive: str | Path, folder: str | Path, inner: str = "", limits: Lim
 
 
 def archive_faults(archive: str | Path, limits: Limits = _USUAL) -> list[Fault]:
-    """Look at an archive without unpacking it.
-
-    Args:
-        archive: a ``.zip``, or a ``.tar`` that is not compressed.
-        limits: what it may hold.
-
-    Returns:
-        All that `unpack` would refuse it for.
-    """
+    """All that `unpack` would refuse a ``.zip``, or an uncompressed ``.tar``, for; nothing is unpacked."""
     archive = Path(archive)
     try:
         with _open(archive) as opened:

@@ -92,18 +92,10 @@ DEFAULT_SCENES = DemoScenes()
 
 
 def write_demo(root: str | os.PathLike[str], scenes: DemoScenes = DEFAULT_SCENES) -> Path:
-    """Generate the demo set, unless it is there.
+    """Generate the demo set in a folder, unless it is there, which is returned as a path.
 
-    The folder appears under its name only when it is complete; of two processes that generate it at once, the first to
-    finish wins. A set of other scenes, or by another version of the generator, is replaced, provided that the folder
-    holds nothing else.
-
-    Args:
-        root: the folder of the set.
-        scenes: what to generate.
-
-    Returns:
-        ``root`` as a path.
+    The folder appears under its name only when it is complete; of two processes that generate it at once, the first to finish
+    wins. A set of other scenes, or by another version of the generator, is replaced, provided that the folder holds nothing else.
 
     Raises:
         DataError: ``root`` exists and is not a demo set, or holds other files besides.
@@ -130,8 +122,7 @@ def write_demo(root: str | os.PathLike[str], scenes: DemoScenes = DEFAULT_SCENES
 def _made_with(root: Path) -> tuple[int, DemoScenes] | None:
     """The generator's version and the scenes of the set in a folder, None where there is no folder or an empty one.
 
-    Raises:
-        DataError: the folder is something else, or its marker is damaged.
+    A DataError if the folder is something else, or its marker is damaged.
     """
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return None

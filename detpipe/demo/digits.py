@@ -73,17 +73,9 @@ class DemoDigits(ClassificationData):
 
 
 def write_digits(root: str | Path, demo: str | Path, scenes: DemoScenes = DEFAULT_SCENES) -> Path:
-    """Cut the digits out of the demo scenes, unless that has been done.
+    """Cut the digits out of the demo scenes, generated where they are missing, unless that has been done; the folder as a path.
 
     The folder appears under its name only when it is complete.
-
-    Args:
-        root: the folder of the crops.
-        demo: the folder of the demo set, which is generated where it is missing.
-        scenes: what the demo set is made of.
-
-    Returns:
-        ``root`` as a path.
 
     Raises:
         DataError: ``root`` exists and is something else, or was made of other scenes.
@@ -145,14 +137,7 @@ def _cut(demo: Path, folder: Path, split: str) -> int:
 
 
 def window(box: list[float], size: int) -> tuple[int, int, int]:
-    """Choose the square around a digit, with context, inside a square image.
-
-    Args:
-        box: ``[x1, y1, x2, y2]`` in pixels.
-        size: side of the image.
-
-    Returns:
-        x, y of the top left corner, and the side; moved inwards where it would leave the image.
+    """The square around a digit's box xyxy, with context: x, y and side, moved inwards where it would leave a square image.
 
     Example:
         >>> window([10, 20, 30, 60], 160)

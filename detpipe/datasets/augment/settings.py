@@ -247,18 +247,13 @@ class AugmentSettings:
 
 @dataclass(frozen=True)
 class Neighbors:
-    """The set that an image belongs to, for what takes several images.
+    """The set that an image belongs to, for what takes several images."""
 
-    Args:
-        count: of the images of the set.
-        index: of this image, which is never its own neighbor.
-        read: an index -> image ``[C, H, W]`` and its target, as in the files; errors are passed on.
-        masks: an index -> ``[G, H, W]`` bool, a mask for each box of the target; None where there are none.
-    """
-
-    count: int
-    index: int
+    count: int  # of the images of the set
+    index: int  # of this image, which is never its own neighbor
+    # an index -> image ``[C, H, W]`` and its target, as in the files; errors are passed on
     read: Callable[[int], tuple[Tensor, Target]]
+    # an index -> ``[G, H, W]`` bool, a mask for each box of the target; None where there are none
     masks: Callable[[int], npt.NDArray[np.bool_]] | None = None
 
 

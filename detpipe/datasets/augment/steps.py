@@ -39,17 +39,7 @@ _BLUR, _NOISE, _JPEG = (0.4, 2.0), (0.02, 0.1), (30, 90)
 
 @lru_cache(maxsize=8)
 def build_steps(augment: AugmentSettings) -> tuple[Step, ...]:
-    """Build what is done to a single image, once a process.
-
-    Args:
-        augment: what may happen to an image.
-
-    Returns:
-        The steps, in their order.
-
-    Raises:
-        ValueError: a transform of the configuration has arguments that it does not take.
-    """
+    """Build what is done to an image, in its order, once a process; a ValueError for arguments that a transform does not take."""
     steps: list[Step] = [albumentations.HorizontalFlip(p=augment.flip)]
     if augment.vertical_flip:
         steps.append(albumentations.VerticalFlip(p=augment.vertical_flip))
@@ -72,12 +62,7 @@ def build_steps(augment: AugmentSettings) -> tuple[Step, ...]:
 def try_steps(augment: AugmentSettings, pixels: PixelType) -> None:
     """Build the steps, and try those of the configuration where images are not what albumentations has in mind.
 
-    Args:
-        augment: what may happen to an image.
-        pixels: the channels and values of the images.
-
-    Raises:
-        ValueError: a transform has arguments that it does not take, or does not take such images.
+    A ValueError if a transform has arguments that it does not take, or does not take such images.
     """
     build_steps(augment)
     if pixels == RGB:
@@ -100,18 +85,9 @@ def try_steps(augment: AugmentSettings, pixels: PixelType) -> None:
 
 
 def run(steps: Sequence[Step], scene: Scene, seed: int | Sequence[int]) -> Scene:
-    """Do one step after another.
+    """Do one step after another, every draw decided by non-negative numbers; the boxes of the result lie inside the image.
 
-    Args:
-        steps: to be done.
-        scene: before them.
-        seed: non-negative numbers that decide every draw.
-
-    Returns:
-        The scene after them; its boxes lie inside the image.
-
-    Raises:
-        ValueError: a step did not return an image of the same channels and type.
+    A ValueError if a step did not return an image of the same channels and type.
     """
     reseed(steps, seed)
     image, rows = scene.image, _stack(scene)
@@ -162,17 +138,7 @@ def _inside(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def named_step(transform: Transform) -> Step:
-    """Build a transform of a configuration, whose name was checked before.
-
-    Args:
-        transform: name and arguments.
-
-    Returns:
-        The step.
-
-    Raises:
-        ValueError: arguments that it does not take; near names are listed.
-    """
+    """Build a transform of a configuration, whose name was checked before; a ValueError for what it does not take."""
     name, kind = transform.name, getattr(albumentations, transform.name)
     known = [*inspect.signature(kind.__init__).parameters][1:]
     for argument in transform.arguments:
@@ -193,14 +159,7 @@ def named_step(transform: Transform) -> Step:
 
 
 def color_jitter(strength: float) -> albumentations.ColorJitter:
-    """Change brightness, contrast, saturation and, by less, the hue.
-
-    Args:
-        strength: 0 to 1; 0.4 means a factor of 0.6 to 1.4.
-
-    Returns:
-        A transform that is always applied.
-    """
+    """Change brightness, contrast and saturation, by a factor of 0.6 to 1.4 for a strength of 0.4, and by less the hue."""
     change, hue = (1 - strength, 1 + strength), (-_HUE * strength, _HUE * strength)
     return albumentations.ColorJitter(change, change, change, hue, p=1.0)
 
@@ -233,13 +192,10 @@ def degrading_steps(settings: Degrade) -> list[Step]:
 
 
 class Zoom(albumentations.DualTransform):
-    """Zoom the content of an image without changing the size of the image.
+    """Zoom the content of an image without changing its size, by a factor whose logarithm is uniform.
 
-    Zooming in cuts a random window and enlarges it to the image; zooming out shrinks the image and puts it at a random
-    place. Both are a map of one rectangle of whole pixels onto another, so the boxes move exactly as the pixels do.
-
-    Args:
-        scale: smallest and largest zoom factor; the logarithm of the factor is uniform.
+    Zooming in cuts a random window and enlarges it; zooming out shrinks the image and puts it at a random place. Both map one
+    rectangle of whole pixels onto another, so the boxes move exactly as the pixels do.
     """
 
     _targets = (Targets.IMAGE, Targets.BBOXES)
@@ -280,11 +236,8 @@ class Zoom(albumentations.DualTransform):
 class SafeCropStep(albumentations.DualTransform):
     """Cut a random window of whole pixels that keeps an object.
 
-    Boxes come as ``[M, 7]``: x1, y1, x2, y2 in image sizes, place, kind, and the share that is left of them.
-
-    Args:
-        settings: what is promised.
-        min_visibility: of the whole augmentation; the larger of both is promised.
+    What is promised is the larger visibility of its settings and of the whole augmentation. Boxes come as ``[M, 7]``: x1, y1, x2,
+    y2 in image sizes, place, kind, and the share that is left of them.
     """
 
     _targets = (Targets.IMAGE, Targets.BBOXES)

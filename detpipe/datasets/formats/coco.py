@@ -93,11 +93,7 @@ class COCO(FolderData):
         return tuple(find_splits(Path(self.root)))
 
     def files(self, split: Split) -> tuple[Path, Path]:
-        """The annotation file and the image folder of a split.
-
-        Raises:
-            DataError: there is no such split.
-        """
+        """The annotation file and the image folder of a split; a DataError if there is no such split."""
         root = Path(self.root)
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; the argument root must name the folder of the COCO data")
@@ -128,13 +124,9 @@ class _Content(msgspec.Struct):
 
 
 def find_splits(root: Path) -> dict[str, COCOFiles]:
-    """Find the splits of a folder in COCO layout; where there are official files, others are not looked at.
+    """Find the splits of a folder in COCO layout: name -> files, relative to the root; empty if there are none.
 
-    Args:
-        root: the folder.
-
-    Returns:
-        Split -> its files, relative to the root; empty if there are none.
+    Where there are official files, others are not looked at.
     """
     official = sorted(root.glob("annotations/instances_*.json"))
     if official:
@@ -317,14 +309,9 @@ def write_coco(
 
 
 def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
-    """What an annotation file holds.
+    """What an annotation file holds: images of these file names, annotations, numbered from 1, and categories.
 
-    Args:
-        annotations: of a split.
-        names: [I] the file names to write.
-
-    Returns:
-        Its images, annotations, numbered from 1, and categories; segmentations are text, for msgspec to write.
+    Segmentations are text, for msgspec to write.
     """
     a = annotations
     images = [

@@ -56,29 +56,17 @@ NAME = "annotations.csv"
 
 @dataclass(frozen=True)
 class CSVSplit:
-    """A split.
+    """A split."""
 
-    Args:
-        table: path of its table.
-        value: what the column ``split`` holds in its rows; None: all rows are of it.
-    """
-
-    table: Path
-    value: str | None
+    table: Path  # path of its table
+    value: str | None  # what the column ``split`` holds in its rows; None: all rows are of it
 
 
 def find_splits(root: Path) -> dict[str, CSVSplit]:
-    """Find the splits of a folder with tables of boxes.
+    """Find the splits of a folder with tables of boxes, or of a table; nothing if there is no table of boxes.
 
-    Args:
-        root: the folder; or a table, for the values of its column ``split``.
-
-    Returns:
-        name -> split: the values of the column ``split`` of ``annotations.csv`` or the only table, ``all`` where it has none;
-        or the tables, by their names or those of their folders; nothing if there is no table of boxes.
-
-    Raises:
-        DataError: the table cannot be read.
+    They are the values of the column ``split`` of ``annotations.csv`` or the only table, ``all`` where it has none; or the
+    tables, by their names or those of their folders. A DataError if the table cannot be read.
     """
     if root.is_file() or (root / NAME).is_file():
         return _of_column(root if root.is_file() else root / NAME)
@@ -242,16 +230,9 @@ def load_csv(
 
 
 def find_classes(paths: Sequence[Path]) -> tuple[str, ...]:
-    """The classes of tables.
+    """The classes of tables: those of ``detpipe.json`` beside the first of them, or else those that occur, sorted.
 
-    Args:
-        paths: of the tables.
-
-    Returns:
-        Those of ``detpipe.json`` beside the first of them, or else those that occur, sorted.
-
-    Raises:
-        DataError: a table cannot be read, or none names a class.
+    A DataError if a table cannot be read, or none names a class.
     """
     known = read_class_list(paths[0].parent) if paths else None
     if known:

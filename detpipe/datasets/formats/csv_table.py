@@ -64,32 +64,18 @@ _NEEDED = ("file_name", "x1", "y1", "label")
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
+    """A line of the table."""
 
-    Args:
-        line: its number in the file, from 1.
-        values: what its columns hold, by the first of their names above; spaces around are gone.
-        broken: what is wrong with the line as a whole; its values cannot be trusted.
-    """
-
-    line: int
-    values: dict[str, str]
-    broken: str = ""
+    line: int  # its number in the file, from 1
+    values: dict[str, str]  # what its columns hold, by the first of their names above; spaces around are gone
+    broken: str = ""  # what is wrong with the line as a whole; its values cannot be trusted
 
 
 class Table:
-    """The rows of a file.
+    """The rows of a file that are not empty, and what the file calls each of its columns.
 
-    Args:
-        path: of the file.
-
-    Attributes:
-        columns: meaning -> what the file calls it.
-        header: all columns of the file.
-        rows: those that are not empty.
-
-    Raises:
-        DataError: the file cannot be read, or lacks columns.
+    ``columns`` maps a meaning to what the file calls it, ``header`` is all columns. A DataError if the file cannot be read, or
+    lacks columns.
     """
 
     def __init__(self, path: Path) -> None:
@@ -193,12 +179,7 @@ def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[
 
 
 class RowReader:
-    """Adds the images and boxes of one table after the other.
-
-    Args:
-        built: takes the images and boxes.
-        folder: what file names are relative to.
-    """
+    """Adds the images and boxes of one table after the other; file names are relative to a folder."""
 
     def __init__(self, built: AnnotationBuilder, folder: Path) -> None:
         self.built, self.folder, self.faults = built, folder, built.faults
@@ -215,15 +196,9 @@ class RowReader:
         self.boxed: set[str] = set()  # file names with boxes
 
     def read(self, table: Table, split: str | None, prefix: str = "") -> int:
-        """Read the rows of a split.
+        """Read the rows whose column ``split`` holds a value, or all rows; how many there were.
 
-        Args:
-            table: the rows.
-            split: what their column ``split`` holds; None reads all rows.
-            prefix: the folder that file names are relative to, below that of the images.
-
-        Returns:
-            How many rows there were.
+        ``prefix`` is the folder that file names are relative to, below that of the images.
         """
         other: dict[str, str] = {}  # file name -> another split that it is in
         rows = 0

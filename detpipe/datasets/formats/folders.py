@@ -41,50 +41,32 @@ _DEEPEST = 8  # levels of folders below the root
 
 @dataclass
 class Folder:
-    """What lies in a folder.
+    """What lies in a folder."""
 
-    Args:
-        images: name without suffix -> file names of images, more than one where only suffixes differ.
-        labels: name without suffix -> file name of an annotation file.
-    """
-
+    # name without suffix -> file names of images, more than one where only suffixes differ
     images: dict[str, list[str]] = field(default_factory=dict)
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)  # name without suffix -> file name of an annotation file
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of images and the folder of their annotations, which may be the same.
+    """A folder of images and the folder of their annotations, which may be the same."""
 
-    Args:
-        images: path of the folder.
-        labels: path of the folder.
-        split: what it is a part of.
-        only_labeled: whether images without an annotation file belong to another split.
-    """
-
-    images: Path
-    labels: Path
-    split: str
-    only_labeled: bool = False
+    images: Path  # path of the folder
+    labels: Path  # path of the folder
+    split: str  # what it is a part of
+    only_labeled: bool = False  # whether images without an annotation file belong to another split
 
 
 @dataclass(frozen=True)
 class ListedImage:
-    """An image of a split, with the file of its annotations; neither need exist.
+    """An image of a split, with the file of its annotations; neither need exist."""
 
-    Args:
-        image_id: its number in the split, from 1.
-        file_name: relative to the root, with forward slashes.
-        image: path of the image.
-        labels: path of the annotation file.
-        named_alike: all images of the folder that have this name, where only suffixes differ and nothing chose one.
-    """
-
-    image_id: int
-    file_name: str
-    image: Path
-    labels: Path
+    image_id: int  # its number in the split, from 1
+    file_name: str  # relative to the root, with forward slashes
+    image: Path  # path of the image
+    labels: Path  # path of the annotation file
+    # all images of the folder that have this name, where only suffixes differ and nothing chose one
     named_alike: tuple[str, ...] = ()
 
 
@@ -94,11 +76,7 @@ def is_image(name: str) -> bool:
 
 
 def list_folder(folder: Path, suffix: str = "") -> Folder:
-    """List the images of a folder, and its files that end in a suffix.
-
-    Raises:
-        DataError: it cannot be listed.
-    """
+    """List the images of a folder, and its files that end in a suffix; a DataError if it cannot be listed."""
     try:
         return _sorted_out(os.listdir(folder), suffix)
     except OSError as error:
@@ -121,10 +99,7 @@ def _sorted_out(names: Iterable[str], suffix: str) -> Folder:
 def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
     """List a folder and all below it, by their parts relative to it; hidden ones are left out, none is entered twice.
 
-    Nothing is listed where no file ends in the suffix.
-
-    Raises:
-        DataError: a folder cannot be listed.
+    Nothing is listed where no file ends in the suffix. A DataError if a folder cannot be listed.
     """
     names: dict[tuple[str, ...], list[str]] = {}
     seen: set[tuple[int, int]] = set()
@@ -161,14 +136,9 @@ class Entries:
         return base in self._list(folder / inner)[0]
 
     def find(self, folder: Path, entry: str) -> Path | None:
-        """Find a file or folder: where its first folders are not there, the longest end of the path that is.
+        """Find a file or folder: where its first folders are not there, the longest end of the path that is; None if nothing is.
 
-        Args:
-            folder: that relative paths begin in.
-            entry: as it stands in a file; it may have backslashes, other capitals, or another suffix of images.
-
-        Returns:
-            The path; None if nothing is there.
+        The entry of a list or description may have backslashes, other capitals, or another suffix of images.
         """
         if "\0" in entry or not entry:
             return None
@@ -211,11 +181,7 @@ def _stem(name: str) -> str:
 
 
 def read_text(path: Path, what: str) -> str:
-    """Read a file of text; ``what`` is expected, such as "a list of images".
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Read a file of text, or raise a DataError that says what was expected, such as "a list of images"."""
     refuse_special(path)
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -226,15 +192,7 @@ def read_text(path: Path, what: str) -> str:
 def find_places(root: Path, suffix: str) -> list[Place]:
     """Find the folders of images whose annotation files, called as the images, lie beside them or in another folder.
 
-    Args:
-        root: of the data set.
-        suffix: of the annotation files, such as ".xml".
-
-    Returns:
-        The places: those of training, of validation and of test splits, then others, by the path of their images.
-
-    Raises:
-        DataError: a folder cannot be listed.
+    Those of training, of validation and of test splits come first, then others, by the path of their images.
     """
     folders = list_folders(root, suffix)
     pairs = _pairs(folders)
@@ -294,15 +252,7 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def find_lists(folder: Path, images: Iterable[str]) -> dict[str, Path]:
-    """Find lists of images in a folder: text files that are called as splits and begin with the name of an image.
-
-    Args:
-        folder: that is looked at.
-        images: names of images without folders and suffixes.
-
-    Returns:
-        split -> list.
-    """
+    """Find lists of images in a folder: text files that are called as splits and begin with the name of an image."""
     known = set(images)
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.txt")):
@@ -327,12 +277,7 @@ def split_of(parts: Sequence[str]) -> str:
 def find_split(name: str, known: Iterable[str]) -> str | None:
     """Find a split by its name or another usual one: ``val`` is ``valid`` and ``validation``, and the only split is ``all``.
 
-    Args:
-        name: that is asked for.
-        known: the splits that are there.
-
-    Returns:
-        What the data set calls it; None if it has none, or several that may be meant.
+    What the data set calls it; None if it has none, or several that may be meant.
     """
     names = list(known)
     if name in names:

@@ -34,13 +34,7 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Format:
-    """A layout of folders.
-
-    Args:
-        title: how messages call it.
-        find: folder -> its splits; empty if the layout is another.
-        says: folder and its splits -> where the annotations are, in half a line.
-    """
+    """A layout of folders: how messages call it, its splits, and where the annotations are, in half a line."""
 
     title: str
     find: Callable[[Path], Mapping[str, Any]]
@@ -49,17 +43,12 @@ class Format:
 
 @dataclass(frozen=True)
 class Found:
-    """What lies at a path.
+    """What lies at a path."""
 
-    Args:
-        layout: of the data.
-        splits: their names; none for a COCO annotation file, a table without a column ``split``, or shards on a server.
-        says: how it is read, in one line.
-    """
-
-    layout: Layout
+    layout: Layout  # of the data
+    # their names; none for a COCO annotation file, a table without a column ``split``, or shards on a server
     splits: tuple[str, ...]
-    says: str
+    says: str  # how it is read, in one line
 
 
 def _find_shards(root: Path) -> dict[str, Path]:
@@ -97,17 +86,8 @@ _FILES: dict[str, Layout] = {".json": "coco file", ".csv": "csv", ".yaml": "yolo
 def recognize(data: str, option: str = "--data ", layout: Layout | None = None) -> Found:
     """Say in which layout a data set is, and which splits it has.
 
-    Args:
-        data: as for `open_split`.
-        option: what a message calls it.
-        layout: which of the layouts of a folder is meant; None where there is only one.
-
-    Returns:
-        What was found.
-
-    Raises:
-        DetpipeError: there is nothing, it is in no layout that is known or in two that disagree, or a file that names the splits
-            cannot be read.
+    ``option`` is what a message calls ``data``; ``layout``, which of several is meant. A DetpipeError if there is nothing, it is
+    in no layout that is known or in two that disagree, or a file that names the splits cannot be read.
     """
     path = Path(data)
     if is_remote(data):

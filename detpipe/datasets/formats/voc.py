@@ -105,17 +105,9 @@ def load_voc(
 
 
 def find_class_names(root: str | Path, split: str | Sequence[str]) -> tuple[str, ...]:
-    """Collect the class names that occur in a split, unless the root has a list of them.
+    """Collect the class names that occur in a split, sorted, unless the root has a list of them, whose order is kept.
 
-    Args:
-        root: as for `load_voc`.
-        split: as for `load_voc`.
-
-    Returns:
-        The names, sorted; those of ``detpipe.json`` in its order.
-
-    Raises:
-        DataError: if the split has no named object.
+    Arguments are those of `load_voc`. A DataError if the split has no named object.
     """
     return VOCSource(Path(root), split, Faults("skip")).class_names()
 

@@ -33,30 +33,18 @@ _SUFFIX = ".xml"
 
 @dataclass(frozen=True)
 class VOCSplit:
-    """Where the images and annotations of a split are.
-
-    Args:
-        places: folders of images with those of their annotations.
-        list_file: the names of the images, a line each; None: all images of the places.
-    """
+    """Where the images and annotations of a split are, and the list of the names of its images; without one, all of the places."""
 
     places: tuple[Place, ...]
     list_file: Path | None = None
 
 
 def find_splits(root: Path) -> dict[str, VOCSplit]:
-    """Find the splits of a folder.
+    """Find the splits of a folder with XML files, or of one with folders of years, as VOCdevkit holds VOC2007.
 
-    Args:
-        root: a folder with XML files, or one of folders of years, as VOCdevkit holds VOC2007.
-
-    Returns:
-        name -> split: the lists in ``ImageSets/Main``, without those of one class (``cat_train`` beside ``train``),
-        ``2007:trainval`` for the list of a folder VOC2007, ``trainval`` for that of the only folder of another name; or the
-        folders that hold XML files; nothing if there is neither.
-
-    Raises:
-        DataError: a folder cannot be listed.
+    They are the lists in ``ImageSets/Main``, without those of one class (``cat_train`` beside ``train``), ``2007:trainval`` for
+    the list of a folder VOC2007, ``trainval`` for that of the only folder of another name; or the folders that hold XML files;
+    nothing if there is neither.
     """
     found = {name: VOCSplit(places, path) for name, (path, places) in _lists(root).items()}
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -119,18 +107,10 @@ def _places(folder: Path) -> tuple[Place, ...]:
 
 
 def list_images(root: Path, split: str | Sequence[str], faults: Faults) -> tuple[list[ListedImage], int]:
-    """Find the images of a split.
+    """Find the images of a split: in the order of the lists, by name where there is none, each once; and how many were named.
 
-    Args:
-        root: as for `find_splits`.
-        split: names of splits, ``"2007:trainval"`` for the list of the folder VOC2007, or a path to a ``.txt`` file.
-        faults: where names that occur twice, or lead elsewhere, are noted.
-
-    Returns:
-        The images in the order of the lists, by name where there is none, each once; and how many were named.
-
-    Raises:
-        DataError: if a folder or list is missing, or there is no image.
+    ``split`` are names of splits, ``"2007:trainval"`` for the list of the folder VOC2007, or a path to a ``.txt`` file. A
+    DataError if a folder or list is missing, or there is no image.
     """
     finder = _Finder(root, faults)
     for entry in [split] if isinstance(split, str) else split:

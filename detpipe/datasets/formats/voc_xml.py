@@ -50,19 +50,12 @@ class ObjectText(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageText:
-    """What an XML file says of its image.
+    """What an XML file says of its image."""
 
-    Args:
-        size: texts of height and width, "0" where there is none.
-        image_id: of ``<detpipe>``; None where there is none.
-        file_name: of ``<filename>``, without folders.
-        objects: in their order.
-    """
-
-    size: tuple[str, str]
-    image_id: str | None
-    file_name: str
-    objects: tuple[ObjectText, ...]
+    size: tuple[str, str]  # texts of height and width, "0" where there is none
+    image_id: str | None  # of ``<detpipe>``; None where there is none
+    file_name: str  # of ``<filename>``, without folders
+    objects: tuple[ObjectText, ...]  # in their order
 
 
 class UnreadableXML(NamedTuple):
@@ -112,9 +105,7 @@ def _object(element: Element) -> ObjectText:
 def _as_utf8(content: bytes) -> bytes:
     """The bytes of a file in an encoding that the parser knows: Python knows more of them.
 
-    Raises:
-        LookupError: the declared encoding is not known.
-        UnicodeError: the file is not in the encoding that it declares.
+    LookupError: the declared encoding is not known. UnicodeError: the file is not in the encoding that it declares.
     """
     if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return content.decode("utf-32").partition("?>")[2].encode()
@@ -137,13 +128,7 @@ def _as_utf8(content: bytes) -> bytes:
 
 
 class XMLReader:
-    """Adds the images and boxes of one annotation after the other.
-
-    Args:
-        built: takes the images and boxes.
-        one_based: whether pixels are counted from 1, both ends included.
-        keep_difficult: whether difficult objects are kept, flagged.
-    """
+    """Adds the images and boxes of one annotation after the other; the settings are those of `VOCFormat`."""
 
     def __init__(self, built: AnnotationBuilder, one_based: bool, keep_difficult: bool) -> None:
         self.built, self.faults = built, built.faults

@@ -70,9 +70,7 @@ _ROUNDING = 1e-6  # what six digits can be beyond 0..1
 class LabelReader:
     """Adds the objects of one label file after the other.
 
-    Args:
-        built: takes the objects.
-        points: how many keypoints each line has behind the box, and how many numbers each; None: lines are boxes or polygons.
+    ``points`` is how many keypoints each line has behind the box, and how many numbers each; None: lines are boxes or polygons.
     """
 
     def __init__(self, built: AnnotationBuilder, points: tuple[int, int] | None = None) -> None:
@@ -249,16 +247,9 @@ def load_yolo(
 
 
 def find_splits(root: Path) -> dict[str, tuple[str, ...]]:
-    """Find the splits of a folder in YOLO layout.
+    """Find the splits of a folder in YOLO layout: name -> folders and lists of images, relative to the root.
 
-    Args:
-        root: the folder.
-
-    Returns:
-        name -> folders and lists of images, relative to the root; nothing if the layout is another.
-
-    Raises:
-        DataError: the layout is YOLO's, but what describes it cannot be read, or does not say what the classes are.
+    Nothing if the layout is another. A DataError if what describes it cannot be read, or does not say what the classes are.
     """
     found = find_file(root)
     if found is None or found.suffix.lower() in (".json", ".txt"):

@@ -34,11 +34,7 @@ def label_path(image: Path) -> Path:
 
 
 class LabelFolders:
-    """Finds the label files of images; the folder of labels is looked for once a folder of images.
-
-    Args:
-        root: the folder that holds images and labels.
-    """
+    """Finds the label files of images below a root; the folder of labels is looked for once a folder of images."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -78,17 +74,11 @@ def _sister(folder: Path, k: int) -> Path | None:
 
 
 class ImageFinder:
-    """Collects the images of a split.
-
-    Args:
-        file: what ``data.yaml`` says.
-        split: the splits that are read in turn.
-        faults: where images that cannot be used are noted.
+    """Collects the images of splits, which are read in turn.
 
     Attributes:
         root: the folder that file names are relative to: that of the layout, unless images lie beside it.
         folders: where images may lie.
-        found: the images.
         orphans: label files without an image.
         lines: how many images were listed, those that cannot be used included.
     """

@@ -132,8 +132,7 @@ class Shards(FolderData):
 def without_unreadable(files: ShardFiles, faults: Faults) -> ShardFiles:
     """Read and decode every image of a split, and leave those out, and count them, of which that fails.
 
-    Raises:
-        DataError: the policy is to stop at such an image, or no image is left.
+    A DataError if the policy is to stop at such an image, or no image is left.
     """
     shards = files.shards
     a = shards.annotations
