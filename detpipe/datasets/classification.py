@@ -106,12 +106,12 @@ def center_square(image: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _training(views: Views) -> tuple[albumentations.BasicTransform, ...]:
     # first: it keeps albumentations from the network, and OpenCV from threads that a fork does not survive
-    from detpipe.datasets.augment.steps import color_jitter  # isort: skip
+    from detpipe.datasets.augment.steps import HUE, color_jitter  # isort: skip
     import albumentations  # takes seconds
 
     size = (views.size, views.size)
     crop = albumentations.RandomResizedCrop(size, views.scale, views.ratio, area_for_downscale="image", p=1.0)
-    color = (color_jitter(views.color),) if views.color else ()
+    color = (color_jitter(*[views.color] * 3, HUE * views.color),) if views.color else ()
     return crop, albumentations.HorizontalFlip(p=views.flip), *color
 
 
@@ -139,35 +139,11 @@ DEFAULT_VIEWS = Views()
 
 
 @dataclass(frozen=True)
-class PackedNames:
-    """Text in two arrays: processes share it, which they would not do with a list of text (its counts are written to)."""
-
-    data: npt.NDArray[np.uint8]  # the bytes of all names
-    ends: npt.NDArray[np.int64]  # [I]
-
-    @classmethod
-    def pack(cls, names: Iterable[str]) -> PackedNames:
-        """Pack file names, whatever bytes the file system has in them."""
-        encoded = [os.fsencode(name) for name in names]
-        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self.ends):
-            raise IndexError(f"name {index} of {len(self.ends)}")
-        start = int(self.ends[index - 1]) if index else 0
-        return os.fsdecode(self.data[start : int(self.ends[index])].tobytes())
-
-
-@dataclass(frozen=True)
 class LabeledImages:
     """One split of a classification data set."""
 
     root: Path  # the folder that the names are relative to
-    names: PackedNames  # [I]
+    names: npt.NDArray[np.bytes_]  # [I] as `pack_names` packs them: processes share an array, but not a list of text
     labels: npt.NDArray[np.int32]  # [I] in 0..K-1
     class_names: tuple[str, ...]  # [K]
     counts: dict[str, int] = field(default_factory=dict)  # "images skipped: unreadable" and the like
@@ -177,13 +153,22 @@ class LabeledImages:
 
     def path(self, index: int) -> Path:
         """The file of an image."""
-        return self.root / self.names[index]
+        return self.root / self.name(index)
+
+    def name(self, index: int) -> str:
+        """The name of an image."""
+        return os.fsdecode(self.names[index])
 
     def describe(self) -> str:
         """Images, classes, and everything that was left out, in one line."""
         images = np.bincount(self.labels, minlength=len(self.class_names))
         line = f"{len(self)} images of {int((images > 0).sum())} classes, {images.min()} to {images.max()} of each"
         return "; ".join([line, *(f"{key}: {n}" for key, n in self.counts.items() if n)])
+
+
+def pack_names(names: Iterable[str]) -> npt.NDArray[np.bytes_]:
+    """Pack file names, whatever bytes the file system has in them."""
+    return np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
 
 
 class LabeledImageDataset(Dataset[Sample]):
@@ -221,7 +206,7 @@ class LabeledImageDataset(Dataset[Sample]):
         image = read_image(self.images.path(index))
         seed = (self.seed, epoch, index, *draws_again(again))
         view = self.views.training(image, seed) if self.training else self.views.evaluation(image)
-        return view, int(self.images.labels[index]), self.images.names[index]
+        return view, int(self.images.labels[index]), self.images.name(index)
 
 
 def collate_labeled(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:

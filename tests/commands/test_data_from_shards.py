@@ -15,7 +15,7 @@ from detpipe import cli
 from detpipe.commands.data_commands import main
 from detpipe.commands.proposal_making import run_make
 from detpipe.datasets.datamodule import image_files
-from detpipe.datasets.formats.recognize import known_layout, open_split, split_names
+from detpipe.datasets.formats.recognize import open_split, recognize
 from detpipe.datasets.image_files import image_paths
 from detpipe.datasets.shards.index import read_index
 from detpipe.support.errors import DataError, UsageError
@@ -48,9 +48,9 @@ def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_splits_are_the_folders_with_an_index(shards: Path) -> None:
     (shards / "test.partial").mkdir()
-    assert known_layout(str(shards)) == "shards"
-    assert split_names(str(shards)) == ("train", "val")
-    assert split_names(str(shards / "val")) == ("val",)
+    assert recognize(str(shards)).layout == "shards"
+    assert recognize(str(shards)).splits == ("train", "val")
+    assert recognize(str(shards / "val")).splits == ("val",)
     one, other = (open_split(path, "val").annotations("val") for path in (str(shards), str(shards / "val")))
     assert np.array_equal(one.boxes, other.boxes)
     with pytest.raises(UsageError, match=r"has several splits: name one with --split; there are train, val"):

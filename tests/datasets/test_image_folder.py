@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from detpipe.datasets import ImageFolder, Loader, Views
-from detpipe.datasets.classification import PackedNames
+from detpipe.datasets.classification import LabeledImages, pack_names
 from detpipe.support.errors import DataError
 
 from .builders import picture
@@ -58,14 +58,14 @@ def test_labels_follow_the_sorted_class_folders_of_training(root: Path) -> None:
     assert data.class_names == ("Dog", "cat", "owl")
     assert data.num_classes == 3
     train, val = data.images("train"), data.images("val")
-    assert [train.names[i] for i in range(4)] == [
+    assert [train.name(i) for i in range(4)] == [
         "train/Dog/0.jpg",
         "train/Dog/1.jpg",
         "train/Dog/2.jpg",
         "train/cat/0.jpg",
     ]
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert [(val.names[i], int(val.labels[i])) for i in range(2)] == [("val/cat/7.png", 1), ("val/owl/8.jpg", 2)]
+    assert [(val.name(i), int(val.labels[i])) for i in range(2)] == [("val/cat/7.png", 1), ("val/owl/8.jpg", 2)]
     assert data.describe("train") == "train: 9 images of 3 classes, 3 to 3 of each"
     assert data.describe("val") == "val: 2 images of 2 classes, 0 to 1 of each"
 
@@ -80,7 +80,7 @@ def test_folders_below_a_class_and_every_format_are_read(tmp_path: Path) -> None
     assert data.describe("train") == "train: 6 images of 2 classes, 2 to 4 of each; files that are no images (.txt): 1"
     images = data.images("train")
     expected = ["a/1.JPEG", "a/3.webp", "a/deep/4.bmp", "a/deep/er/2.png"]
-    assert [images.names[i] for i in range(4)] == [f"train/{name}" for name in expected]
+    assert [images.name(i) for i in range(4)] == [f"train/{name}" for name in expected]
     for index in range(len(images)):
         assert data.dataset("train")[0, index][0].shape == (3, 16, 16)
 
@@ -90,7 +90,7 @@ def test_linked_folders_are_followed_but_never_in_circles(root: Path, tmp_path: 
     (tmp_path / "elsewhere/more/back").symlink_to(tmp_path / "elsewhere")
     (root / "train/yak").symlink_to(tmp_path / "elsewhere")
     images = folder(root).images("train")
-    assert [images.names[i] for i in (-2 % len(images), -1 % len(images))] == [
+    assert [images.name(i) for i in (-2 % len(images), -1 % len(images))] == [
         "train/yak/1.jpg",
         "train/yak/more/2.jpg",
     ]
@@ -112,7 +112,7 @@ def test_of_two_ways_to_a_folder_the_first_by_name_is_taken(
 
     monkeypatch.setattr("detpipe.datasets.image_folder.os.scandir", scan)
     images = folder(root).images("train")
-    assert [images.names[i] for i in range(len(images))] == ["train/a/link/1.jpg"]
+    assert [images.name(i) for i in range(len(images))] == ["train/a/link/1.jpg"]
 
 
 def test_class_names_with_spaces_and_unicode(tmp_path: Path) -> None:
@@ -285,21 +285,18 @@ def test_a_class_without_a_readable_image_is_an_error_even_when_faults_are_skipp
         folder(root, on_bad="skip").images("val")
 
 
-def test_packed_names_are_the_names_whatever_bytes_they_have() -> None:
-    names = ["a/b.jpg", "", "ü/日本.png", os.fsdecode(b"\xff\xfe.jpg"), "x" * 300]
-    packed = PackedNames.pack(names)
-    assert [packed[i] for i in range(len(packed))] == names
-    for index in (-1, 5):
-        with pytest.raises(IndexError):
-            packed[index]
-    assert len(PackedNames.pack([])) == 0
+def test_packed_names_are_the_names_whatever_bytes_they_have(tmp_path: Path) -> None:
+    names = ["a/b.jpg", "ü/日本.png", os.fsdecode(b"\xff\xfe.jpg"), "x" * 300]
+    images = LabeledImages(tmp_path, pack_names(names), np.zeros(4, np.int32), ("one",))
+    assert [images.name(i) for i in range(len(images))] == names
+    assert images.path(1) == tmp_path / "ü" / "日本.png"
 
 
 def test_a_split_is_a_handful_of_arrays_that_workers_share(root: Path) -> None:
     """Python objects for each image would be copied into every worker as their counts of references change."""
     dataset = folder(root).dataset("train", training=True)
     names = [f"train/n01440764/n01440764_{number}.JPEG" for number in range(20_000)]
-    large = PackedNames.pack(names)
+    large = pack_names(names)
     object.__setattr__(dataset.images, "names", large)
-    assert len(pickle.dumps(dataset)) < sum(map(len, names)) + 8 * len(names) + 10_000
-    assert pickle.loads(pickle.dumps(dataset)).images.names[19_999] == names[-1]
+    assert len(pickle.dumps(dataset)) < sum(map(len, names)) + 10 * len(names) + 10_000
+    assert pickle.loads(pickle.dumps(dataset)).images.name(19_999) == names[-1]

@@ -33,7 +33,7 @@ Step = albumentations.BasicTransform
 _ATTEMPTS = 50  # as SSD
 _ROUNDING = 1e-9
 CROWD_OR_PROPOSAL, DIFFICULT, OBJECT = 0, 1, 2  # the kinds of boxes
-_HUE = 0.1  # of the strength of the other color changes
+HUE = 0.1  # of the strength of the other color changes
 _BLUR, _NOISE, _JPEG = (0.4, 2.0), (0.02, 0.1), (30, 90)
 
 
@@ -51,11 +51,11 @@ def build_steps(augment: AugmentSettings) -> tuple[Step, ...]:
         steps.append(SafeCropStep(augment.safe_crop, augment.min_visibility))
     steps += [named_step(transform) for transform in augment.transforms]
     if augment.color:
-        steps.append(color_jitter(augment.color))
+        steps.append(color_jitter(*[augment.color] * 3, HUE * augment.color))
     if augment.photometric is not None:
-        steps += photometric_steps(augment.photometric)
+        steps += _photometric_steps(augment.photometric)
     if augment.degrade is not None:
-        steps += degrading_steps(augment.degrade)
+        steps += _degrading_steps(augment.degrade)
     return tuple(steps)
 
 
@@ -158,29 +158,18 @@ def named_step(transform: Transform) -> Step:
     return step
 
 
-def color_jitter(strength: float) -> albumentations.ColorJitter:
-    """Change brightness, contrast and saturation, by a factor of 0.6 to 1.4 for a strength of 0.4, and by less the hue."""
-    change, hue = (1 - strength, 1 + strength), (-_HUE * strength, _HUE * strength)
-    return albumentations.ColorJitter(change, change, change, hue, p=1.0)
+def color_jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float = 1.0) -> Step:
+    """Change brightness, contrast and saturation, each by a factor of 0.6 to 1.4 for a strength of 0.4, and turn the hue."""
+    factors = [(1 - strength, 1 + strength) for strength in (brightness, contrast, saturation)]
+    return albumentations.ColorJitter(*factors, (-hue, hue), p=p)
 
 
-def photometric_steps(settings: Photometric) -> list[Step]:
-    """What changes colors."""
-    jitter = albumentations.ColorJitter(
-        brightness=(1 - settings.brightness, 1 + settings.brightness),
-        contrast=(1 - settings.contrast, 1 + settings.contrast),
-        saturation=(1 - settings.saturation, 1 + settings.saturation),
-        hue=(-settings.hue, settings.hue),
-        p=settings.p,
-    )
-    steps: list[Step] = [jitter]
-    if settings.gray:
-        steps.append(albumentations.ToGray(p=settings.gray))
-    return steps
+def _photometric_steps(s: Photometric) -> list[Step]:
+    jitter = color_jitter(s.brightness, s.contrast, s.saturation, s.hue, s.p)
+    return [jitter, *([albumentations.ToGray(p=s.gray)] if s.gray else [])]
 
 
-def degrading_steps(settings: Degrade) -> list[Step]:
-    """What spoils an image."""
+def _degrading_steps(settings: Degrade) -> list[Step]:
     steps: list[Step] = []
     if settings.blur:
         steps.append(albumentations.GaussianBlur(blur_limit=0, sigma_limit=_BLUR, p=settings.blur))

@@ -24,18 +24,8 @@ from msgspec import UNSET
 from detpipe.datasets.annotations import AnnotationBuilder, leaves_folder
 from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.faults import Faults, OnBad
-from detpipe.datasets.formats.export import (
-    Images,
-    Names,
-    Splits,
-    Written,
-    file_name_of,
-    new_folder,
-    number,
-    rows_of,
-    totals,
-    transfer,
-)
+from detpipe.datasets.formats import export
+from detpipe.datasets.formats.export import Images, Names, Splits, Written
 from detpipe.datasets.formats.folders import Entries, take_split
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
@@ -68,8 +58,7 @@ class COCO(FolderData):
         train: the training split: a name such as ``train2017``, or ``annotations`` and ``images`` for other files.
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
-            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     def __init__(
@@ -291,21 +280,21 @@ def write_coco(
         DataError: the folder is there already, or images cannot be linked.
     """
     remarks: list[str] = []
-    with new_folder(folder, splits) as out:
+    with export.new_folder(folder, splits) as out:
         (out / "annotations").mkdir()
         for split, a in splits.items():
-            name = file_name_of(split)
+            name = export.file_name_of(split)
             if images == "none":
                 names = a.file_names.tolist()
                 remarks.append(f"file names of {name} are relative to {a.root}")
             else:
                 names = Names(flat=False).of(split, a)
                 (out / name).mkdir()
-            transfer(image_paths(a), [out / name / file_name for file_name in names], images, source)
+            export.transfer(image_paths(a), [out / name / file_name for file_name in names], images, source)
             if list(a.category_ids) != sorted(a.category_ids):
                 remarks.append(f"the classes of {name} are numbered by ascending category id, no longer in their order")
             (out / "annotations" / f"instances_{name}.json").write_bytes(msgspec.json.encode(coco_content(a, names)))
-    return Written(Path(folder), tuple(map(file_name_of, splits)), *totals(splits), tuple(remarks))
+    return Written(Path(folder), tuple(map(export.file_name_of, splits)), *export.totals(splits), tuple(remarks))
 
 
 def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
@@ -320,14 +309,14 @@ def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
     ]
     boxes = []
     for i in range(len(a)):
-        for b in rows_of(a, i):
+        for b in export.rows_of(a, i):
             x1, y1, x2, y2 = a.boxes[b].tolist()
             record = {
                 "id": b + 1,
                 "image_id": int(a.image_ids[i]),
                 "category_id": a.category_ids[int(a.labels[b]) - 1],
-                "bbox": [number(x1), number(y1), number(x2 - x1), number(y2 - y1)],
-                "area": number(a.area[b]),
+                "bbox": [export.number(x1), export.number(y1), export.number(x2 - x1), export.number(y2 - y1)],
+                "area": export.number(a.area[b]),
                 "iscrowd": int(a.iscrowd[b]),
             }
             more: dict[str, Any] = {"difficult": 1} if a.difficult[b] else {}

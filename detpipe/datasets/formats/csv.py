@@ -25,23 +25,10 @@ from typing import Any, Literal
 from detpipe.datasets.annotations import AnnotationBuilder
 from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.faults import Faults, OnBad
+from detpipe.datasets.formats import export
 from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
 from detpipe.datasets.formats.csv_table import RowReader, Table, is_table, normal_name, quoted
-from detpipe.datasets.formats.export import (
-    Images,
-    Names,
-    Splits,
-    Written,
-    file_name_of,
-    ids_are_kept,
-    new_folder,
-    number,
-    one_class_list,
-    own_area,
-    rows_of,
-    totals,
-    transfer,
-)
+from detpipe.datasets.formats.export import Images, Names, Splits, Written
 from detpipe.datasets.formats.folders import ALL, IMAGE_FOLDERS, split_of, take_split
 from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
@@ -129,8 +116,7 @@ class CSVBoxes(FolderData):
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
         format: how tables are to be understood: class names, the name of the table, where images are.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
-            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
             In a proposal store an image is called by its file, relative to the images.
     """
 
@@ -301,14 +287,14 @@ def write_csv(
     Raises:
         DataError: the folder is there already, or classes differ.
     """
-    names, ids = one_class_list(splits)
-    keep_ids, remarks = ids_are_kept(splits)
+    names, ids = export.one_class_list(splits)
+    keep_ids, remarks = export.ids_are_kept(splits)
     roots = {str(a.root) for a in splits.values()}
     if images == "none":
         if len(roots) > 1:
             raise DataError(f"the images lie in several folders ({', '.join(sorted(roots))}): copy or link them")
         remarks.append(f"file names are relative to {roots.pop()}")
-    with new_folder(folder, splits) as out:
+    with export.new_folder(folder, splits) as out:
         write_class_list(out, ClassList(names, ids))
         with (out / NAME).open("w", encoding="utf-8", newline="") as stream:
             table = csv.writer(stream, lineterminator="\n")
@@ -316,20 +302,26 @@ def write_csv(
             for split, a in splits.items():
                 files = a.file_names.tolist()
                 if images != "none":
-                    files = [f"images/{file_name_of(split)}/{name}" for name in Names(flat=False).of(split, a)]
-                    transfer(image_paths(a), [out / name for name in files], images, source)
+                    files = [f"images/{export.file_name_of(split)}/{name}" for name in Names(flat=False).of(split, a)]
+                    export.transfer(image_paths(a), [out / name for name in files], images, source)
                 table.writerows(_rows(split, a, files, keep_ids))
                 remarks += write_outlines(out, split, a, files)
-    return Written(Path(folder), tuple(splits), *totals(splits), tuple(remarks))
+    return Written(Path(folder), tuple(splits), *export.totals(splits), tuple(remarks))
 
 
 def _rows(split: str, a: Annotations, files: list[str], keep_ids: bool) -> Iterator[list[object]]:
-    areas = own_area(a)
+    areas = export.own_area(a)
     for i, name in enumerate(files):
         start = [quoted(split), quoted(name), int(a.image_ids[i]) if keep_ids else ""]
-        if not rows_of(a, i):
+        if not export.rows_of(a, i):
             yield [*start, *[""] * 8]
-        for b in rows_of(a, i):
+        for b in export.rows_of(a, i):
             flags = [int(a.difficult[b]), int(a.iscrowd[b])]
-            area = number(a.area[b]) if areas[b] else ""
-            yield [*start, *map(number, a.boxes[b].tolist()), quoted(a.class_names[int(a.labels[b]) - 1]), *flags, area]
+            area = export.number(a.area[b]) if areas[b] else ""
+            yield [
+                *start,
+                *map(export.number, a.boxes[b].tolist()),
+                quoted(a.class_names[int(a.labels[b]) - 1]),
+                *flags,
+                area,
+            ]

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,10 +108,9 @@ def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
         parts = waiting.pop()
         path = root.joinpath(*parts)
         try:
-            status = path.stat()
-            if (status.st_dev, status.st_ino) in seen or len(parts) > _DEEPEST:
+            if folder_key(path) in seen or len(parts) > _DEEPEST:
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            seen.add(folder_key(path))
             with os.scandir(path) as entries:
                 inside = [(entry.name, entry.is_dir()) for entry in entries]
         except OSError as error:
@@ -122,6 +121,30 @@ def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
     if not any(name.lower().endswith(suffix) for listed in names.values() for name in listed):
         return {}
     return {parts: _sorted_out(listed, suffix) for parts, listed in names.items()}
+
+
+def walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
+    """All files in a folder and those below it, by name, links followed; hidden ones are none, and no folder is entered twice."""
+    if folder_key(folder) in seen:
+        return
+    seen.add(folder_key(folder))
+    for entry in visible(folder):
+        if entry.is_dir():
+            yield from walk(entry.path, seen)
+        else:
+            yield entry
+
+
+def visible(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What is not hidden in a folder, by name: of two ways to a folder below it is always the same one that is taken."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def folder_key(folder: str | Path) -> tuple[int, int]:
+    """What tells a folder from others, whatever links lead to it."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 class Entries:

@@ -254,11 +254,6 @@ def _open_voc(
     return opened
 
 
-def known_layout(data: str, option: str = "--data ") -> Layout:
-    """The layout of a data set; arguments and errors are those of `recognize`."""
-    return recognize(data, option).layout
-
-
 def layout_of(path: Path) -> Layout | None:
     """The layout of a folder or file; None if it is in none that is known."""
     if path.is_file():
@@ -266,8 +261,3 @@ def layout_of(path: Path) -> Layout | None:
     found, faults = _ask_all(path, None)
     layouts: list[Layout] = [*found, *faults]
     return layouts[0] if layouts else None
-
-
-def split_names(data: str, option: str = "--data ") -> tuple[str, ...]:
-    """The splits of a data set, as in `Found`; arguments and errors are those of `recognize`."""
-    return recognize(data, option).splits

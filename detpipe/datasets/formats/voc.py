@@ -35,23 +35,9 @@ import numpy as np
 from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.datasets.faults import Faults, OnBad
+from detpipe.datasets.formats import export
 from detpipe.datasets.formats.class_list import ClassList, write_class_list
-from detpipe.datasets.formats.export import (
-    Images,
-    Names,
-    Splits,
-    Written,
-    check_suffixes,
-    file_name_of,
-    ids_are_kept,
-    new_folder,
-    number,
-    one_class_list,
-    own_area,
-    rows_of,
-    totals,
-    transfer,
-)
+from detpipe.datasets.formats.export import Images, Names, Splits, Written
 from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.formats.voc_folders import find_splits
 from detpipe.datasets.formats.voc_xml import VOCSource
@@ -145,8 +131,7 @@ class VOC(FolderData):
         val: the validation split, in the same way; ``val``, ``valid`` and ``validation`` are the same.
         test: the split for the final test, in the same way; none by default.
         format: how the XML files are to be understood: class names, counting from 0 or 1, difficult objects.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
-            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     image_key = staticmethod(voc_key)
@@ -230,32 +215,32 @@ def write_voc(
         DataError: the folder is there already, classes differ, images have a suffix that is not looked for, or an image of two
             splits has other boxes in each.
     """
-    names, ids = one_class_list(splits)
-    check_suffixes(splits, IMAGE_SUFFIXES, "VOC")
+    names, ids = export.one_class_list(splits)
+    export.check_suffixes(splits, IMAGE_SUFFIXES, "VOC")
     wide = all((np.diff(a.boxes.reshape(-1, 2, 2), axis=1) > 1 + 1e-9).all() for a in splits.values())
     from_one = wide if one_based is None else one_based
-    keep_ids, remarks = ids_are_kept(splits)
+    keep_ids, remarks = export.ids_are_kept(splits)
     if not from_one:
         remarks.append("corners count from 0 (boxes of a pixel or less): read them with one_based: false")
     naming = Names(flat=True)
-    with new_folder(folder, splits) as out:
+    with export.new_folder(folder, splits) as out:
         for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
             (out / part).mkdir(parents=True)
         write_class_list(out, ClassList(names, ids, from_one))
         for split, a in splits.items():
             files = naming.of(split, a)
-            transfer(image_paths(a), [out / "JPEGImages" / name for name in files], images, source)
-            areas = own_area(a)
+            export.transfer(image_paths(a), [out / "JPEGImages" / name for name in files], images, source)
+            areas = export.own_area(a)
             for i, name in enumerate(files):
                 tree = _annotation(a, i, name, from_one, keep_ids, areas)
                 tree.write(out / "Annotations" / f"{Path(name).stem}.xml", encoding="utf-8")
             named = [f"JPEGImages/{name}" for name in files]
-            remarks += write_outlines(out, file_name_of(split), a, named)
+            remarks += write_outlines(out, export.file_name_of(split), a, named)
             lines = "".join(f"{Path(name).stem}\n" for name in files)
-            (out / "ImageSets" / "Main" / f"{file_name_of(split)}.txt").write_text(lines, encoding="utf-8")
+            (out / "ImageSets" / "Main" / f"{export.file_name_of(split)}.txt").write_text(lines, encoding="utf-8")
     if naming.renamed:
         remarks.append(f"{naming.renamed} images are renamed: all lie in one folder, and others had their names")
-    return Written(Path(folder), tuple(map(file_name_of, splits)), *totals(splits), tuple(remarks))
+    return Written(Path(folder), tuple(map(export.file_name_of, splits)), *export.totals(splits), tuple(remarks))
 
 
 def _annotation(
@@ -270,7 +255,7 @@ def _annotation(
     _add(root, "segmented", 0)
     if keep_id:
         _add(SubElement(root, "detpipe"), "image_id", int(a.image_ids[image]))
-    for b in rows_of(a, image):
+    for b in export.rows_of(a, image):
         element = SubElement(root, "object")
         _add(element, "name", a.class_names[int(a.labels[b]) - 1])
         _add(element, "pose", "Unspecified")
@@ -279,12 +264,12 @@ def _annotation(
         box = SubElement(element, "bndbox")
         x1, y1, x2, y2 = a.boxes[b].tolist()
         for key, value in zip(("xmin", "ymin", "xmax", "ymax"), (x1 + one_based, y1 + one_based, x2, y2), strict=True):
-            _add(box, key, number(value))
+            _add(box, key, export.number(value))
         if a.iscrowd[b] or areas[b]:
             extra = SubElement(element, "detpipe")
             _add(extra, "iscrowd", int(a.iscrowd[b]))
             if areas[b]:
-                _add(extra, "area", number(a.area[b]))
+                _add(extra, "area", export.number(a.area[b]))
     tree = ElementTree(root)
     indent(tree)
     return tree

@@ -38,20 +38,8 @@ from detpipe.datasets.annotations import AnnotationBuilder, BadBoxError, read_fi
 from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.datasets.faults import Faults, OnBad
-from detpipe.datasets.formats.export import (
-    Images,
-    Names,
-    Splits,
-    Written,
-    check_suffixes,
-    file_name_of,
-    new_folder,
-    one_class_list,
-    own_area,
-    rows_of,
-    totals,
-    transfer,
-)
+from detpipe.datasets.formats import export
+from detpipe.datasets.formats.export import Images, Names, Splits, Written
 from detpipe.datasets.formats.folders import ListedImage
 from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.formats.yolo_images import ImageFinder, label_path
@@ -181,8 +169,7 @@ class YOLO(FolderData):
         train: the training split: a key of the file, or several; where it names no splits a folder such as ``train``, or ``all``.
         val: the validation split, in the same way; ``val``, ``valid`` and ``validation`` are the same.
         test: the split for the final test, in the same way; none by default.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
-            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
             In a proposal store an image is called by its file, relative to the root.
     """
 
@@ -289,14 +276,14 @@ def write_yolo(
     Raises:
         DataError: the folder is there already, classes differ, or there are flags.
     """
-    names, ids = one_class_list(splits)
-    check_suffixes(splits, IMAGE_SUFFIXES, "YOLO")
+    names, ids = export.one_class_list(splits)
+    export.check_suffixes(splits, IMAGE_SUFFIXES, "YOLO")
     splits, remarks = _without_flags(splits, flags)
     remarks += _losses(splits)
     keys = _keys(list(splits))
     renamed = 0
-    with new_folder(folder, splits) as out:
-        content: dict[str, object] = {key: f"images/{file_name_of(split)}" for split, key in keys.items()}
+    with export.new_folder(folder, splits) as out:
+        content: dict[str, object] = {key: f"images/{export.file_name_of(split)}" for split, key in keys.items()}
         content["names"] = dict(enumerate(names))
         if list(ids) != list(range(len(ids))):
             content["category_ids"] = list(ids)
@@ -304,8 +291,8 @@ def write_yolo(
         (out / NAME).write_text(text, encoding="utf-8")
         for split, a in splits.items():
             naming = Names(flat=False)
-            targets = [out / "images" / file_name_of(split) / name for name in naming.of(split, a)]
-            transfer(image_paths(a), targets, images, source)
+            targets = [out / "images" / export.file_name_of(split) / name for name in naming.of(split, a)]
+            export.transfer(image_paths(a), targets, images, source)
             for i, target in enumerate(targets):
                 path = out / label_path(target.relative_to(out))
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -315,14 +302,14 @@ def write_yolo(
             renamed += naming.renamed
     if renamed:
         remarks.append(f"{renamed} images are renamed: others have the same name but for the suffix")
-    return Written(Path(folder), tuple(keys.values()), *totals(splits), tuple(remarks))
+    return Written(Path(folder), tuple(keys.values()), *export.totals(splits), tuple(remarks))
 
 
 def _keys(splits: list[str]) -> dict[str, str]:
     """Split -> its key in data.yaml."""
     kinds = {split: next((kind for kind in ("train", "val", "test") if split.startswith(kind)), "") for split in splits}
     count = Counter(kinds.values())
-    return {split: kind if kind and count[kind] == 1 else file_name_of(split) for split, kind in kinds.items()}
+    return {split: kind if kind and count[kind] == 1 else export.file_name_of(split) for split, kind in kinds.items()}
 
 
 def _without_flags(splits: Splits, flags: Flags) -> tuple[Splits, list[str]]:
@@ -362,7 +349,7 @@ def _losses(splits: Splits) -> list[str]:
     remarks = []
     if any(not np.array_equal(a.image_ids, np.arange(1, len(a) + 1)) for a in splits.values()):
         remarks.append("image ids are not kept: images are numbered by the order of their names")
-    areas = sum(int(own_area(a).sum()) for a in splits.values())
+    areas = sum(int(export.own_area(a).sum()) for a in splits.values())
     if areas:
         remarks.append(f"areas of {areas} boxes, which are not those of the boxes, are not kept")
     return remarks
@@ -371,7 +358,7 @@ def _losses(splits: Splits) -> list[str]:
 def _label_lines(a: Annotations, image: int) -> str:
     height, width = a.sizes[image].tolist()
     lines = []
-    for b in rows_of(a, image):
+    for b in export.rows_of(a, image):
         x1, y1, x2, y2 = a.boxes[b].tolist()
         numbers = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
         lines.append(f"{int(a.labels[b]) - 1} {' '.join(map(repr, numbers))}\n")

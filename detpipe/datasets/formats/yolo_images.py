@@ -7,7 +7,6 @@ in ``.../labels/train/a.txt``: the last folder called ``images`` is exchanged; o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
 from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
@@ -18,8 +17,10 @@ from detpipe.datasets.formats.folders import (
     Entries,
     ListedImage,
     find_places,
+    folder_key,
     list_folder,
     read_text,
+    walk,
 )
 from detpipe.datasets.formats.yolo_yaml import LABELS, YOLOFile
 from detpipe.support.errors import DataError
@@ -111,7 +112,8 @@ class ImageFinder:
 
     def _folder(self, folder: Path) -> None:
         first = len(self.found)
-        for path in _walk(folder, {_key(other) for other in self._others if other != folder}):
+        files = walk(str(folder), {folder_key(other) for other in self._others if other != folder})
+        for path in map(Path, image_names(entry.path for entry in files)):
             if path not in self._paths:  # of a folder that holds this one
                 self._add(path, str(path))
         expected = {item.labels for item in self.found}
@@ -179,23 +181,3 @@ def _root(root: Path, folders: list[Path]) -> Path:
     if all(not os.path.relpath(folder, root).startswith("..") for folder in folders):
         return root
     return Path(os.path.commonpath([os.path.abspath(path) for path in (root, *folders)]))
-
-
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """All images in a folder and those below it, by name; hidden files are none, no folder is entered twice."""
-    if _key(folder) in seen:
-        return
-    seen.add(_key(folder))
-    with os.scandir(folder) as entries:
-        visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    images = set(image_names(entry.name for entry in visible))
-    for entry in visible:
-        if entry.is_dir():
-            yield from _walk(folder / entry.name, seen)
-        elif entry.name in images:
-            yield folder / entry.name
-
-
-def _key(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino

@@ -8,7 +8,7 @@ import pytest
 from detpipe.datasets import COCO, VOC, YOLO, CSVBoxes
 from detpipe.datasets.formats.class_list import ClassList, write_class_list
 from detpipe.datasets.formats.folders import find_split
-from detpipe.datasets.formats.recognize import layout_of, open_split, recognize, split_names
+from detpipe.datasets.formats.recognize import layout_of, open_split, recognize
 from detpipe.support.errors import DataError, UsageError
 
 from ..builders import HEADER, coco_content, picture, voc_object, write_coco, write_csv, write_voc, write_yolo
@@ -147,25 +147,25 @@ def test_a_yolo_folder_or_file(tmp_path):
     write_yolo(tmp_path)
     write_yolo(tmp_path, {"v": "0 .5 .5 .5 .5"}, "val")
     for data in (tmp_path, tmp_path / "data.yaml"):
-        assert split_names(str(data)) == ("train", "val")
+        assert recognize(str(data)).splits == ("train", "val")
         opened = open_split(str(data), "val")
         assert isinstance(opened, YOLO)
         assert keys(opened) == ["images/val/v.jpg"]
     with pytest.raises(UsageError, match=r"has several splits: name one with --split; there are train, val$"):
         open_split(str(tmp_path), None)
     (tmp_path / "data.yaml").write_text("names: [cat, dog]\n")  # the folders then say what the splits are
-    assert split_names(str(tmp_path)) == ("train", "val")
+    assert recognize(str(tmp_path)).splits == ("train", "val")
 
 
 def test_a_table(tmp_path, monkeypatch):
     path = write_csv(tmp_path)
     for data in (tmp_path, path):
-        assert split_names(str(data)) == ()
+        assert recognize(str(data)).splits == ()
         opened = open_split(str(data), None)
         assert isinstance(opened, CSVBoxes)
         assert keys(opened) == ["a.jpg", "b.jpg"]
     write_csv(tmp_path, ["a.jpg,1,2,3,4,dog,one", "b.jpg,1,2,3,4,cat,two"], f"{HEADER},split")
-    assert split_names(str(tmp_path)) == ("one", "two")
+    assert recognize(str(tmp_path)).splits == ("one", "two")
     assert keys(open_split(str(path), "two")) == ["b.jpg"]
     assert open_split(str(path), "two").class_names == ("cat", "dog")
     with pytest.raises(UsageError, match=r"name one with --split; there are one, two$"):
@@ -201,12 +201,12 @@ def test_splits_that_are_there(tmp_path):
     write_voc(tmp_path / "voc", split="train")
     for name in ("val", "cat_train", "part_a"):
         (tmp_path / "voc" / "ImageSets" / "Main" / f"{name}.txt").write_text("a\n")
-    assert split_names(str(tmp_path / "voc")) == ("part_a", "train", "val")
+    assert recognize(str(tmp_path / "voc")).splits == ("part_a", "train", "val")
     path, _ = write_coco(tmp_path / "coco", split="val2017")
-    assert split_names(str(tmp_path / "coco")) == ("val2017",)
-    assert split_names(str(path)) == ()
+    assert recognize(str(tmp_path / "coco")).splits == ("val2017",)
+    assert recognize(str(path)).splits == ()
     with pytest.raises(UsageError, match=r"^.*nowhere does not exist; expected"):
-        split_names(str(tmp_path / "nowhere"), option="")
+        recognize(str(tmp_path / "nowhere"), option="")
 
 
 def test_every_layout_has_its_sign(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from detpipe.datasets import YOLO, load_yolo
-from detpipe.datasets.formats.recognize import split_names
+from detpipe.datasets.formats.recognize import recognize
 from detpipe.datasets.formats.yolo_images import label_path
 from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
 from detpipe.support.errors import DataError
@@ -326,10 +326,10 @@ def test_names_of_classes_are_wanted_where_nothing_says_them(tmp_path: Path) -> 
     with pytest.raises(
         DataError, match=r"labels in labels/train of .* write .*classes\.txt with a name a line"
     ) as caught:
-        split_names(str(tmp_path))
+        recognize(str(tmp_path))
     assert "\n" not in str(caught.value)
     (tmp_path / "classes.txt").write_text("cat\ndog\n\n")
-    assert split_names(str(tmp_path)) == ("train",)
+    assert recognize(str(tmp_path)).splits == ("train",)
     (tmp_path / "obj.names").write_text("dog\ncat\n")
     with pytest.raises(DataError, match=r"classes\.txt, obj\.names may each describe the data set: name the one"):
         load_yolo(tmp_path, "train")
