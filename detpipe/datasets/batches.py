@@ -121,12 +121,7 @@ class EpochBatches(Sampler[list[Key]]):
         self.epoch = epoch
 
     def resume(self, epoch: int, batches: int) -> None:
-        """Leave out the first batches of the next iteration, if it is that of this epoch.
-
-        Args:
-            epoch: in which training was stopped.
-            batches: of this process, that it had been trained on.
-        """
+        """Leave out the first batches, which this process was trained on, of the next iteration, if it is that of this epoch."""
         self._done = (epoch, batches)
 
     def batches(self, epoch: int) -> list[list[int]]:

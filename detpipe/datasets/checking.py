@@ -6,6 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -119,53 +120,27 @@ def _compare_images(read: Mapping[str, Annotations], faults: dict[str, list[Faul
         for name in (name for name, found in named.items() if path in found):
             faults[name].append(Fault("images: unreadable", str(error)))
 
+    def warn(where: str, kind: str, message: str) -> None:
+        faults.setdefault(where, []).append(Fault(kind, message, serious=False))
+
     for group in equal_files(sorted(set().union(*named.values())), source, damaged):
-        members = {name: [path for path in group if path in found] for name, found in named.items()}
-        inside = [name for name, found in members.items() if found]
-        for name in inside:
-            if len(members[name]) > 1:
-                _warn(faults, name, "images: repeated in a split", [source.name(path) for path in members[name]])
-        _leaks(faults, inside, members, named, source)
-    _shared(faults, named)
-
-
-def _leaks(
-    faults: dict[str, list[Fault]],
-    inside: list[str],
-    members: dict[str, list[Path]],
-    named: dict[str, set[Path]],
-    source: ImageFiles,
-) -> None:
-    for k, name in enumerate(inside):
-        for other in inside[k + 1 :]:
-            if named[name] & named[other]:
-                continue  # the same files in two lists: said once, for all of them
-            first = [source.name(members[split][0]) for split in (name, other)]
-            _warn(faults, f"{name} and {other}", "images: the same in several splits", first)
-
-
-def _shared(faults: dict[str, list[Fault]], named: dict[str, set[Path]]) -> None:
-    """Files that two splits name: one may be a part of the other, as VOC's train is of trainval."""
-    names = list(named)
-    for k, name in enumerate(names):
-        for other in names[k + 1 :]:
-            both = named[name] & named[other]
-            smaller, larger = sorted((name, other), key=lambda split: len(named[split]))
-            if both and both == named[smaller]:
-                message = f"all {len(both)} images of {smaller} are in {larger} too"
-                faults.setdefault(f"{name} and {other}", []).append(
-                    Fault("splits: one holds the other", message, False)
-                )
-            elif both:
-                message = f"{len(both)} images are in both, such as {min(both)}"
-                faults.setdefault(f"{name} and {other}", []).append(
-                    Fault("images: the same in several splits", message, False)
-                )
-
-
-def _warn(faults: dict[str, list[Fault]], where: str, kind: str, names: Sequence[str]) -> None:
-    message = f"{' and '.join(names)} are the same picture"
-    faults.setdefault(where, []).append(Fault(kind, message, serious=False))
+        members = {name: [source.name(path) for path in group if path in found] for name, found in named.items()}
+        for name, paths in members.items():
+            if len(paths) > 1:
+                warn(name, "images: repeated in a split", f"{' and '.join(paths)} are the same picture")
+        for name, other in combinations([name for name, paths in members.items() if paths], 2):
+            if not named[name] & named[other]:  # the same files in two lists: said once, for all of them
+                both = f"{members[name][0]} and {members[other][0]} are the same picture"
+                warn(f"{name} and {other}", "images: the same in several splits", both)
+    for name, other in combinations(named, 2):
+        shared = named[name] & named[other]
+        smaller, larger = sorted((name, other), key=lambda split: len(named[split]))
+        if shared and shared == named[smaller]:  # as VOC's train is of trainval
+            all_of_it = f"all {len(shared)} images of {smaller} are in {larger} too"
+            warn(f"{name} and {other}", "splits: one holds the other", all_of_it)
+        elif shared:
+            some = f"{len(shared)} images are in both, such as {min(shared)}"
+            warn(f"{name} and {other}", "images: the same in several splits", some)
 
 
 def equal_files(

@@ -75,15 +75,7 @@ class Views:
             )
 
     def training(self, image: Tensor, seed: int | Sequence[int]) -> Tensor:
-        """Cut, resize, flip and recolor at random.
-
-        Args:
-            image: ``[3, H, W]`` uint8.
-            seed: non-negative numbers that decide every draw, such as (seed, epoch, index).
-
-        Returns:
-            ``[3, size, size]`` uint8.
-        """
+        """Cut, resize, flip and recolor ``[3, H, W]`` uint8 to ``[3, size, size]``, every draw decided by non-negative numbers."""
         from detpipe.datasets.augment.steps import reseed  # imports albumentations
 
         steps = _training(self)
@@ -172,16 +164,10 @@ def pack_names(names: Iterable[str]) -> npt.NDArray[np.bytes_]:
 
 
 class LabeledImageDataset(Dataset[Sample]):
-    """The views of one split, keyed by ``(epoch, index)``.
+    """The views of one split, keyed by ``(epoch, index)``: drawn at random for training, else the center.
 
-    The epoch is part of the key because the view is drawn from (seed, epoch, index): the same in every worker, another
-    one in every epoch.
-
-    Args:
-        images: the split.
-        views: what is seen of an image.
-        seed: decides every draw, with the key.
-        training: draw views at random; False for the center.
+    The epoch is part of the key because the view is drawn from (seed, epoch, index): the same in every worker, another one in
+    every epoch.
     """
 
     def __init__(self, images: LabeledImages, views: Views, seed: int = 0, training: bool = False) -> None:
@@ -191,16 +177,9 @@ class LabeledImageDataset(Dataset[Sample]):
         return len(self.images)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Read one image.
+        """The view of one image, ``[3, size, size]`` uint8 RGB, its label, and the file name; a DataError if it cannot be read.
 
-        Args:
-            key: the epoch and the index of the image, and where the epoch has it again, how often before.
-
-        Returns:
-            The view, ``[3, size, size]`` uint8 RGB, its label, and the file name.
-
-        Raises:
-            DataError: if the image cannot be read; the message names it.
+        The key is the epoch and the index of the image, and where the epoch has it again, how often before.
         """
         epoch, index, *again = key
         image = read_image(self.images.path(index))

@@ -95,13 +95,7 @@ class Loader:
             collate_fn: makes a batch of samples.
             smallest: a training batch of fewer images is left out.
             locality: which images lie together and are read together; None where it does not matter.
-            presence: which classes are in which images; only needed where ``sampling`` asks.
-
-        Returns:
-            The batches.
-
-        Raises:
-            ValueError: ``sampling`` without presence, or one that the locality does not allow.
+            presence: which classes are in which images; a ValueError if ``sampling`` asks for it and it is None.
         """
         plan = None
         if training and self.sampling is not None:
@@ -201,31 +195,16 @@ class DetectionData(LightningDataModule, ABC):
 
     @abstractmethod
     def load(self, split: Split, faults: Faults | None = None) -> Annotations:
-        """Read the annotations of a split.
+        """Read the annotations of a split, checked; a DataError if the data are faulty, or there is no such split.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            faults: takes all faults, in place of `faults` of the data set.
-
-        Returns:
-            The checked annotations.
-
-        Raises:
-            DataError: if the data are faulty, or there is no such split.
+        ``faults`` takes all faults, in place of `faults` of the data set.
         """
 
     def annotations(self, split: Split, faults: Faults | None = None) -> Annotations:
         """The annotations of a split, read once.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            faults: takes all faults when the split is read, as of `load`.
-
-        Returns:
-            The annotations.
-
-        Raises:
-            DataError: if the data are faulty, there is no such split, or its classes are not those of the others.
+        A DataError if the data are faulty, there is no such split, or its classes are not those of the others. ``faults`` is as
+        for `load`.
         """
         if split not in self._annotations:
             known_splits = dict(self._annotations)
@@ -274,16 +253,9 @@ class DetectionData(LightningDataModule, ABC):
             self.dataset("train", augmented=True)  # refuses what the augmentation needs and the data lack
 
     def proposals(self, split: Split) -> Proposals | None:
-        """The precomputed boxes of a split, opened once; None if it has none.
+        """The precomputed boxes of a split, opened once: image id -> ``[P, 4]`` xyxy in pixels of the image file; None without.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-
-        Returns:
-            image id -> ``[P, 4]`` xyxy in pixels of the image file.
-
-        Raises:
-            DataError: the store cannot be read, lacks images of the split, or is of images of other sizes.
+        A DataError if the store cannot be read, lacks images of the split, or is of images of other sizes.
         """
         if split not in self._proposals and split in self.stores:
             self._proposals[split] = StoredProposals(self.stores[split], self.annotations(split), self.image_key)
@@ -292,12 +264,8 @@ class DetectionData(LightningDataModule, ABC):
     def set_proposals(self, split: Split, proposals: Proposals) -> None:
         """Let precomputed boxes ride in the targets of a split, where flips and crops move them too.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            proposals: for each image id ``[P, 4]`` xyxy in pixels of the image file; ``P`` may be 0.
-
-        Raises:
-            DataError: if an image has none, or they are not finite ``[P, 4]`` numbers; the message names the images.
+        For each image id ``[P, 4]`` xyxy in pixels of the image file; ``P`` may be 0. A DataError names images that have none, or
+        boxes that are not finite ``[P, 4]`` numbers.
         """
         faults: list[str] = []
         for image_id in self.annotations(split).image_ids.tolist():
@@ -321,14 +289,9 @@ class DetectionData(LightningDataModule, ABC):
         return None
 
     def dataset(self, split: Split, augmented: bool = False) -> DetectionDataset:
-        """The images of a split; for single images, batches come from the loaders.
+        """The images of a split, by ``(epoch, index)``; batches come from the loaders.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            augmented: whether images and boxes are transformed as for training, else resized as for evaluation.
-
-        Returns:
-            A dataset with the keys ``(epoch, index)``.
+        ``augmented`` transforms images and boxes as for training, else they are resized as for evaluation.
         """
         augment = self.augment if augmented else None
         if augment is not None and augment.combine.masks:

@@ -122,11 +122,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         return image, target
 
     def read(self, index: int) -> tuple[Tensor, Target]:
-        """Read one image as it is in its file, with its target.
-
-        Raises:
-            DataError: if the image cannot be read, or is not of the annotated size.
-        """
+        """Read one image as it is in its file, with its target; errors are those of an item."""
         height, width = self.annotations.sizes[index].tolist()
         return self._read(index, (height, width))
 

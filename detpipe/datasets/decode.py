@@ -101,22 +101,10 @@ def read_image(path: str | Path, content: bytes | None = None, pixels: PixelType
 def read_reduced(
     path: str | Path, least: tuple[int, int], content: bytes | None = None, pixels: PixelType = RGB
 ) -> Reduced:
-    """Decode an image file at the smallest scale that has no fewer pixels than are wanted.
+    """Decode an image file at the smallest scale at which the upright picture has at least a height and width.
 
     Only a JPEG in grey or in YCbCr has smaller scales; a picture that EXIF turns or mirrors has those that divide its sides,
-    since a part of a pixel would come to lie at its left or top.
-
-    Args:
-        path: as for `read_image`.
-        least: height and width that the upright picture shall have at least.
-        content: as for `read_image`.
-        pixels: as for `read_image`.
-
-    Returns:
-        The pixels, the size in the file, and by how much they differ.
-
-    Raises:
-        DataError: as for `read_image`.
+    since a part of a pixel would come to lie at its left or top. Other arguments and errors are those of `read_image`.
     """
     return _read(path, content, least, pixels)
 
@@ -160,19 +148,10 @@ def _decode(data: bytes, least: tuple[int, int] | None, pixels: PixelType) -> tu
 
 
 def image_size(path: str | Path, content: bytes | None = None) -> tuple[int, int]:
-    """Read height and width of the upright picture from the header.
+    """Read height and width of the upright picture from the header, as `read_image` will give them.
 
-    Only a PNG is read to its end, where its orientation may stand.
-
-    Args:
-        path: an image file.
-        content: its bytes, as for `read_image`.
-
-    Returns:
-        Height and width in pixels after the EXIF orientation, as `read_image` will give them.
-
-    Raises:
-        DataError: if the file is missing, is not an image or is too large; the message names the path.
+    Only a PNG is read to its end, where its orientation may stand. ``content`` is the bytes of the file, if they lie elsewhere. A
+    DataError names the path if the file is missing, is not an image or is too large.
     """
     with _named(path, content, "read"), open(path, "rb") if content is None else io.BytesIO(content) as stream:
         header = read_header(stream)
@@ -188,14 +167,9 @@ def image_size(path: str | Path, content: bytes | None = None) -> tuple[int, int
 
 
 def image_names(names: Iterable[str]) -> list[str]:
-    """Choose the images among the files of a folder.
+    """Choose the images among the files of a folder, in order, by the suffixes of `IMAGE_SUFFIXES`.
 
-    Args:
-        names: of the files of one folder.
-
-    Returns:
-        Those with a suffix of `IMAGE_SUFFIXES`, in order; without ``.npy`` beside another image of the same stem, as a program
-        that keeps decoded images leaves it.
+    An ``.npy`` beside another image of the same stem is none: a program that keeps decoded images leaves it.
 
     Example:
         >>> image_names(["a.JPG", "a.npy", "b.npy", "b.txt"])

@@ -92,21 +92,10 @@ def check_url(url: str) -> None:
 def fetch(
     remote: RemoteFile, folder: str | Path, patience: Patience = USUAL, advice: str = MIRROR, progress: bool = True
 ) -> Path:
-    """Fetch a file, or the rest of it, unless it is there already.
+    """Fetch a file into a folder, or the rest of it, unless it is there already; its path.
 
-    Args:
-        remote: the file.
-        folder: where it goes.
-        patience: how long a server is waited for.
-        advice: what to do where there is no such file.
-        progress: whether bars are shown.
-
-    Returns:
-        Its path.
-
-    Raises:
-        DownloadError: no network, no such file, another file than the one that is known, or no space on the disk; what has
-            arrived is kept for the next attempt unless it is of another file.
+    A DownloadError without network or file, which then gives the advice, for another file than the one that is known, or without
+    space on the disk; what has arrived is kept for the next attempt unless it is of another file.
     """
     check_url(remote.url)
     path = Path(folder) / remote.name

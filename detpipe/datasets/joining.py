@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from detpipe.support.errors import DataError
-from detpipe.types import Annotations, Segmentations
+from detpipe.types import BOX_FIELDS, Annotations, Segmentations
 
 
 def join(splits: Sequence[Annotations]) -> tuple[Annotations, int]:
@@ -43,11 +43,7 @@ def join(splits: Sequence[Annotations]) -> tuple[Annotations, int]:
         image_ids=ids if len(np.unique(ids)) == len(ids) else np.arange(1, len(ids) + 1),
         sizes=np.concatenate([a.sizes for a in kept]),
         offsets=np.concatenate([[0], *(a.offsets[1:] + start for a, start in zip(kept, starts[:-1], strict=True))]),
-        boxes=np.concatenate([a.boxes for a in kept]),
-        labels=np.concatenate([a.labels for a in kept]),
-        iscrowd=np.concatenate([a.iscrowd for a in kept]),
-        difficult=np.concatenate([a.difficult for a in kept]),
-        area=np.concatenate([a.area for a in kept]),
+        **{name: np.concatenate([getattr(a, name) for a in kept]) for name in BOX_FIELDS},
         class_names=first.class_names,
         category_ids=first.category_ids,
         segmentations=_joined_outlines(kept),

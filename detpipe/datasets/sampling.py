@@ -16,8 +16,9 @@ Letters: I images, M pairs of an image and a class in it, K classes, L images of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,17 +54,9 @@ class Presence:
         return np.bincount(self.classes, minlength=len(self.names))
 
 
-class _Data(Protocol):
-    """Data whose images may come more often than once an epoch."""
-
-    def presence(self, split: Any) -> Presence:
-        """Which classes are in which images of a split."""
-        ...
-
-
-def describe_sampling(sampling: Sampling | None, data: _Data) -> str:
+def describe_sampling(sampling: Sampling | None, presence: Callable[[Any], Presence]) -> str:
     """One line to be said before training, and its end; empty where each image comes once an epoch."""
-    return "" if sampling is None else f"{printable(sampling.describe(data.presence('train')))}\n"
+    return "" if sampling is None else f"{printable(sampling.describe(presence('train')))}\n"
 
 
 @dataclass(frozen=True)

@@ -124,16 +124,9 @@ def _covered(polygons: list[list[float]], size: tuple[int, int]) -> list[int]:
 
 
 def run_lengths(text: str) -> list[int]:
-    """Decode a compressed run-length encoding.
+    """Decode a compressed run-length encoding: pixels of background, of the object, of background, and so on.
 
-    Args:
-        text: ``counts`` of a segmentation.
-
-    Returns:
-        Pixels of background, of the object, of background, and so on.
-
-    Raises:
-        ValueError: characters that are none of it, or an end in the middle of a count.
+    A ValueError for characters that are none of it, or an end in the middle of a count.
 
     Example:
         >>> run_lengths("52203")

@@ -55,19 +55,12 @@ def divide_by_content(
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Divide the images of a split by what is in them: the same for everyone, whatever files and classes are called or ordered by.
 
-    Args:
-        annotations: of the split.
-        shares: name of a part -> its share of the images; they add up to 1.
-        source: where the images are.
-        seed: decides between what is equally good.
-        together: rows of images that go to one part, beside those whose files are equal.
+    ``shares``, name of a part -> its share of the images, add up to 1; ``seed`` decides between what is equally good;
+    ``together`` are rows of images that go to one part, beside those whose files are equal. Name of the part -> rows of images,
+    ascending, in which each image is once.
 
-    Returns:
-        name of the part -> rows of images, ascending, in which each image is once.
-
-    Raises:
-        ValueError: the shares are not positive or do not add up to 1.
-        DataError: an image cannot be read, or there are too few for the parts.
+    A ValueError for shares that are not positive or do not add up to 1; a DataError if an image cannot be read, or there are too
+    few.
     """
     digests = _digests(image_paths(annotations), source)
     order = np.array(sorted(range(len(annotations)), key=digests.__getitem__), dtype=np.int64)

@@ -150,16 +150,9 @@ def read_coco_file(path: str | os.PathLike[str], segmentations: bool = False, st
     Ids may be whole numbers or text. Text such as "17" is the number; where an image or a category has other text for an id, all
     are numbered. A category without boxes that is the ``supercategory`` of all others, as hubs export it, is left out.
 
-    Args:
-        path: the file.
-        segmentations: whether boxes have their ``segmentation``.
-        strict: whether keys are looked for that an object has twice, also those that are not read: several times as slow.
-
-    Returns:
-        Its records.
-
-    Raises:
-        DataError: the file cannot be read, is no JSON, has a key twice, or one of its three lists is not there.
+    ``segmentations`` lets boxes have their ``segmentation``; ``strict`` looks for keys that an object has twice, also those that
+    are not read, which takes several times as long. A DataError if the file cannot be read, is no JSON, has a key twice, or one
+    of its three lists is not there.
     """
     box = OutlinedBox if segmentations else Box
     parts = _read(Path(path), {"images": Image, "annotations": box, "categories": Category}, strict)

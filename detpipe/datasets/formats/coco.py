@@ -265,19 +265,10 @@ def write_coco(
 ) -> Written:
     """Write a data set in COCO layout: ``annotations/instances_SPLIT.json`` and ``SPLIT/``.
 
-    VOC's ``difficult`` goes along as a field of that name, which COCO's own tools pass over.
-
-    Args:
-        splits: name -> annotations.
-        folder: a new folder.
-        images: ``"copy"``, ``"link"`` or ``"none"``: then the file names stay relative to the folder of the source.
-        source: where the images are.
-
-    Returns:
-        What was written.
-
-    Raises:
-        DataError: the folder is there already, or images cannot be linked.
+    The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
+    :func:`detpipe.datasets.formats.export.transfer`; without images, file names stay relative to the folder of the source. VOC's
+    ``difficult`` goes along as a field of that name, which COCO's own tools pass over. A DataError if the folder is there
+    already, or images cannot be linked.
     """
     remarks: list[str] = []
     with export.new_folder(folder, splits) as out:

@@ -275,17 +275,9 @@ def write_csv(
 ) -> Written:
     """Write a data set as a table of boxes.
 
-    Args:
-        splits: name -> annotations, whose classes are the same.
-        folder: a new folder.
-        images: ``"copy"``, ``"link"`` or ``"none"``: then the file names stay relative to the folder of the source.
-        source: where the images are.
-
-    Returns:
-        What was written.
-
-    Raises:
-        DataError: the folder is there already, or classes differ.
+    The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
+    :func:`detpipe.datasets.formats.export.transfer`; without images, file names stay relative to the folder of the source. A
+    DataError if the folder is there already, or the classes of splits differ.
     """
     names, ids = export.one_class_list(splits)
     keep_ids, remarks = export.ids_are_kept(splits)

@@ -177,6 +177,8 @@ def open_split(
 ) -> DetectionData:
     """Open one split of a data set; it is the training and the validation split of what is returned.
 
+    ``annotations("val")`` reads it, ``image_key`` names its images as proposal stores do.
+
     Args:
         data: a folder in VOC, COCO or YOLO layout, a COCO annotation file, a table of boxes, or shards.
         split: its name, such as "trainval", "2007:trainval" or "val2017"; not used for a file without splits.
@@ -184,15 +186,9 @@ def open_split(
         on_bad: "error" refuses data with any fault; "skip" leaves faulty records out and counts them.
         one_based: whether VOC's boxes count pixels from 1; None for what the folder says of itself, or else true.
         together: further splits whose classes are to be numbered with those of this one, where none are listed (VOC).
-        option: what a message calls ``data``.
+        option: what a message calls ``data``; a UsageError if its layout is not known, or lacks the split or folder that it needs.
         found: what `recognize` made of the data; None asks it.
         pixels: the channels and values of the images.
-
-    Returns:
-        The data; ``annotations("val")`` reads the split, ``image_key`` names its images as proposal stores do.
-
-    Raises:
-        UsageError: the layout is not known, or the split or folder that it needs is not given.
     """
     found = recognize(data, option) if found is None else found
     path, layout, splits = Path(data), found.layout, found.splits

@@ -201,19 +201,10 @@ def write_voc(
 ) -> Written:
     """Write a data set in VOC layout.
 
-    Args:
-        splits: name -> annotations, whose classes are the same.
-        folder: a new folder.
-        images: ``"copy"``, ``"link"`` or ``"none"``.
-        one_based: whether corners count from 1, both ends included; None for that if every box is larger than a pixel.
-        source: where the images are.
-
-    Returns:
-        What was written.
-
-    Raises:
-        DataError: the folder is there already, classes differ, images have a suffix that is not looked for, or an image of two
-            splits has other boxes in each.
+    The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
+    :func:`detpipe.datasets.formats.export.transfer`. Corners count from 1, both ends included, if every box is larger than a
+    pixel, unless ``one_based`` decides. A DataError if the folder is there already, the classes of splits differ, images have a
+    suffix that is not looked for, or an image of two splits has other boxes in each.
     """
     names, ids = export.one_class_list(splits)
     export.check_suffixes(splits, IMAGE_SUFFIXES, "VOC")

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -261,20 +260,11 @@ def write_yolo(
 ) -> Written:
     """Write a data set in YOLO layout.
 
-    Args:
-        splits: name -> annotations, whose classes are the same. The only one that begins with ``train``, ``val`` or ``test``
-            goes by that key.
-        folder: a new folder.
-        images: ``"copy"``, ``"link"`` or ``"none"``.
-        flags: of crowd regions and difficult objects, which the layout cannot tell from others: ``"refuse"`` to write them,
-            ``"drop"`` the flag, so that they become ordinary objects, or ``"leave out"`` these boxes.
-        source: where the images are.
-
-    Returns:
-        What was written.
-
-    Raises:
-        DataError: the folder is there already, classes differ, or there are flags.
+    The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
+    :func:`detpipe.datasets.formats.export.transfer`. The only split that begins with ``train``, ``val`` or ``test`` goes by that
+    key. ``flags`` says of crowd regions and difficult objects, which the layout cannot tell from others: ``"refuse"`` to write
+    them, ``"drop"`` the flag, so that they become ordinary objects, or ``"leave out"`` these boxes. A DataError if the folder is
+    there already, the classes of splits differ, or there are flags that are refused.
     """
     names, ids = export.one_class_list(splits)
     export.check_suffixes(splits, IMAGE_SUFFIXES, "YOLO")
@@ -326,23 +316,9 @@ def _without_flags(splits: Splits, flags: Flags) -> tuple[Splits, list[str]]:
             "leaves them out"
         )
     if flags == "leave out":
-        return {name: _unflagged(a) for name, a in splits.items()}, [f"{which} are left out"]
+        kept = {name: a.keep_boxes(~(a.iscrowd | a.difficult)) for name, a in splits.items()}
+        return kept, [f"{which} are left out"]
     return splits, [f"{which} are written as ordinary objects: their flags are dropped"]
-
-
-def _unflagged(a: Annotations) -> Annotations:
-    """Without the boxes that are flagged."""
-    keep = ~(a.iscrowd | a.difficult)
-    return replace(
-        a,
-        offsets=np.concatenate([[0], np.cumsum(keep)])[a.offsets],
-        boxes=a.boxes[keep],
-        labels=a.labels[keep],
-        iscrowd=a.iscrowd[keep],
-        difficult=a.difficult[keep],
-        area=a.area[keep],
-        segmentations=None if a.segmentations is None else a.segmentations.take(np.flatnonzero(keep)),
-    )
 
 
 def _losses(splits: Splits) -> list[str]:

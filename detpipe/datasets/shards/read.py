@@ -31,13 +31,8 @@ class ShardFiles:
     """The image files of a split, as `detpipe.datasets.dataset.Contents`, in shards that a process opens when it first reads them.
 
     Reading neither moves nor needs a position in a file, so that a forked data worker may go on with the files of its parent; a
-    pickled copy opens its own.
-
-    Args:
-        shards: the split.
-        opener: opens the shard of a number, for which it may fetch it; by default that in the folder of the split.
-        most_open: files that a process keeps open.
-        where: what messages call the folder of the split; by default its path.
+    pickled copy opens its own. ``opener`` opens the shard of a number, for which it may fetch it; by default that in the folder
+    of the split. ``most_open`` files stay open. ``where`` is what messages call the folder; by default its path.
     """
 
     def __init__(
