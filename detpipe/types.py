@@ -257,7 +257,7 @@ class Annotations:
         offsets: list[int] = self.offsets.tolist()
         spans = [np.arange(offsets[row], offsets[row + 1]) for row in rows.tolist()]
         boxes = np.concatenate([np.zeros(0, dtype=np.int64), *spans])
-        images = {name: getattr(self, name)[rows] for name in ("file_names", "image_ids", "sizes")}
+        images: dict[str, Any] = {name: getattr(self, name)[rows] for name in ("file_names", "image_ids", "sizes")}
         return replace(self._with_boxes(boxes, np.cumsum([0, *map(len, spans)])), **images)
 
     def keep_boxes(self, keep: npt.NDArray[np.bool_]) -> Annotations:
@@ -265,7 +265,7 @@ class Annotations:
         return self._with_boxes(np.flatnonzero(keep), np.concatenate([[0], np.cumsum(keep)])[self.offsets])
 
     def _with_boxes(self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> Annotations:
-        boxes = {name: getattr(self, name)[rows] for name in BOX_FIELDS}
+        boxes: dict[str, Any] = {name: getattr(self, name)[rows] for name in BOX_FIELDS}
         segmentations = None if self.segmentations is None else self.segmentations.take(rows)
         return replace(self, offsets=offsets, segmentations=segmentations, **boxes)
 

@@ -130,20 +130,13 @@ class AnnotationBuilder:
     ) -> Annotations:
         """Check files and boxes, leave out or refuse what is faulty, and pack the rest.
 
-        Boxes that stick out of their image are clipped and counted; boxes without size or wholly outside are faults. Where faulty
-        records are skipped, every image is decoded once, so that a damaged one is a counted skip now and not an error later.
+        Boxes that stick out of their image are clipped, and counted if by more than ``clip_tolerance`` pixels, for all or [B, 1];
+        boxes without size or wholly outside are faults. Where faulty records are skipped, every image is decoded once, so that a
+        damaged one is a counted skip now and not an error later. File names are relative to the root; files must lie, links
+        followed, in one of the folders.
 
-        Args:
-            root: the folder that the file names are relative to.
-            folders: the image folders that files may lie in, links followed.
-            clip_tolerance: pixels, for all or [B, 1]: what is less over the border is rounding, and not counted as clipped.
-
-        Returns:
-            The packed annotations; ``counts`` holds images and boxes read, used, clipped and skipped by reason, with
-            read = used + skipped for both.
-
-        Raises:
-            DataError: for faults that may not be skipped, labels outside 1..K, or if nothing is left.
+        ``counts`` of the annotations holds images and boxes read, used, clipped and skipped by reason, with read = used + skipped
+        for both. A DataError for faults that may not be skipped, labels outside 1..K, or if nothing is left.
         """
         faults = self.faults
         self._make_arrays()

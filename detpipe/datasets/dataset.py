@@ -90,17 +90,11 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         return len(self.annotations)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Target]:
-        """Read one image.
+        """Read one image, ``[C, H, W]`` uint8 or float32 in 0..1, channels last in memory, and its target.
 
-        Args:
-            key: the epoch and the index of the image, and where the epoch has it again, how often before; a `Repeat` marks its
-                target as ``repeated``.
-
-        Returns:
-            The image, ``[C, H, W]`` uint8 or float32 in 0..1, channels last in memory, and its target.
-
-        Raises:
-            DataError: if the image, or one that is combined with it, cannot be read, or is not of the annotated size.
+        The key is the epoch and the index of the image, and where the epoch has it again, how often before; a `Repeat` marks its
+        target as ``repeated``. A DataError if the image, or one that is combined with it, cannot be read, or is not of the
+        annotated size.
         """
         epoch, index, *again = key
         draws = (self.seed, epoch, index, *draws_again(again))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,16 +38,17 @@ def join(splits: Sequence[Annotations]) -> tuple[Annotations, int]:
     ]
     ids = np.concatenate([a.image_ids for a in kept])
     starts = np.cumsum([0, *(len(a.boxes) for a in kept)])
+    boxes: dict[str, Any] = {name: np.concatenate([getattr(a, name) for a in kept]) for name in BOX_FIELDS}
     joined = Annotations(
         root=root,
         file_names=np.array([name.replace(os.sep, "/") for name in names], dtype=np.str_),
         image_ids=ids if len(np.unique(ids)) == len(ids) else np.arange(1, len(ids) + 1),
         sizes=np.concatenate([a.sizes for a in kept]),
         offsets=np.concatenate([[0], *(a.offsets[1:] + start for a, start in zip(kept, starts[:-1], strict=True))]),
-        **{name: np.concatenate([getattr(a, name) for a in kept]) for name in BOX_FIELDS},
         class_names=first.class_names,
         category_ids=first.category_ids,
         segmentations=_joined_outlines(kept),
+        **boxes,
     )
     return joined, sum(map(len, splits)) - len(joined)
 

@@ -126,15 +126,10 @@ class Resize:
         return goal if magnification == 1 else (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
 
     def __call__(self, image: Tensor, target: Target, min_size: int) -> tuple[Tensor, Target]:
-        """Resize an image with its boxes, proposals and areas, and pad it if the policy says so.
+        """Resize an image with its boxes, proposals and areas to a ``min_size``, and pad it if the policy says so.
 
-        Args:
-            image: ``[C, H, W]`` uint8, or floating point in 0..1.
-            target: boxes in pixels of the image; not changed.
-            min_size: as drawn, or :attr:`evaluation_size`.
-
-        Returns:
-            The new image ``[C, H', W']`` of the same type, channels last in memory, and its target with ``content_size``.
+        ``[C, H, W]`` uint8, or floating point in 0..1, becomes ``[C, H', W']`` of the same type, channels last in memory; its
+        target, not changed, becomes one with ``content_size``.
         """
         old = (image.shape[1], image.shape[2])
         new = self.content_size(old, min_size)
@@ -159,15 +154,10 @@ def pad(image: Tensor, side: int) -> Tensor:
 def resample(image: Tensor, size: Size, extent: tuple[float, float] | None = None) -> Tensor:
     """Resize pixels bilinearly, smoothed where they shrink; 8-bit ones to within one gray level of the same in floating point.
 
-    Args:
-        image: ``[C, H, W]`` uint8 or floating point; fastest where the channels come last in memory.
-        size: new height and width.
-        extent: height and width of the part of the image that becomes the whole new one, from its top left corner; above H - 1
-            and W - 1, and above the new size. The last row and column of a picture decoded at a smaller scale may lie outside
-            the file in part.
-
-    Returns:
-        ``[C, h, w]`` of the same type, channels last in memory if they were.
+    ``[C, H, W]``, uint8 or floating point, becomes ``[C, h, w]`` of the same type, channels last in memory if they were, which is
+    fastest. ``extent`` is height and width of the part of the image that becomes the whole new one, from its top left corner;
+    above H - 1 and W - 1, and above the new size: the last row and column of a picture decoded at a smaller scale may lie outside
+    the file in part.
     """
     shape = (image.shape[1], image.shape[2])
     if size == shape and extent in (None, shape):

@@ -52,12 +52,8 @@ class Augment(AugmentSettings):
     def check(self, pixels: PixelType = RGB) -> None:
         """Find what images cannot be done, or what is imported late is told wrongly, before the first image.
 
-        Args:
-            pixels: the channels and values of the images.
-
-        Raises:
-            ValueError: a change of colors where there are none; a transform of the configuration that has arguments that it does
-                not take, or that does not take such images.
+        A ValueError for a change of colors where there are none, or a transform that has arguments that it does not take, or that
+        does not take such images.
         """
         jpeg = self.degrade is not None and self.degrade.jpeg > 0 and pixels.channels != 1
         for key, needs_colors in (("color", self.color), ("photometric", self.photometric), ("degrade.jpeg", jpeg)):
@@ -74,21 +70,16 @@ class Augment(AugmentSettings):
     def __call__(
         self, image: Tensor, target: Target, seed: int | Sequence[int], neighbors: Neighbors | None = None
     ) -> tuple[Tensor, Target]:
-        """Transform one image with everything that belongs to it.
+        """Transform one image ``[C, H, W]``, uint8 or float32 in 0..1, with everything that belongs to it.
 
-        Args:
-            image: ``[C, H, W]`` uint8, or float32 in 0..1.
-            target: boxes in pixels of the image, and what else is known of them; not changed.
-            seed: non-negative numbers that decide every draw, such as (seed, epoch, index).
-            neighbors: where other images come from; only needed for ``combine``.
+        The target, whose boxes are in pixels of the image, is not changed. The seed, non-negative numbers such as (seed, epoch,
+        index), decides every draw. ``neighbors`` are where other images come from, for ``combine``: a ValueError if there are
+        none, too few, or none with masks.
 
         Returns:
             The new image ``[C, H', W']`` of the same type, channels last in memory, and its target. Boxes, what is said of them and
             proposals are those that are still visible, of all images that were combined, those of this image first;
             ``image_id`` and ``file_name`` stay. The area shrinks and grows with the box.
-
-        Raises:
-            ValueError: images are to be combined, but there are no neighbors, too few, or none with masks.
         """
         # take seconds to import, and only training needs them
         from detpipe.datasets.augment import steps  # isort: skip (it keeps albumentations from the network)

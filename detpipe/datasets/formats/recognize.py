@@ -175,20 +175,13 @@ def open_split(
     found: Found | None = None,
     pixels: PixelType = RGB,
 ) -> DetectionData:
-    """Open one split of a data set; it is the training and the validation split of what is returned.
+    """Open one split of a data set, of any layout; it is the training and the validation split of what is returned.
 
-    ``annotations("val")`` reads it, ``image_key`` names its images as proposal stores do.
-
-    Args:
-        data: a folder in VOC, COCO or YOLO layout, a COCO annotation file, a table of boxes, or shards.
-        split: its name, such as "trainval", "2007:trainval" or "val2017"; not used for a file without splits.
-        images: the folder of the images, for an annotation file or a table.
-        on_bad: "error" refuses data with any fault; "skip" leaves faulty records out and counts them.
-        one_based: whether VOC's boxes count pixels from 1; None for what the folder says of itself, or else true.
-        together: further splits whose classes are to be numbered with those of this one, where none are listed (VOC).
-        option: what a message calls ``data``; a UsageError if its layout is not known, or lacks the split or folder that it needs.
-        found: what `recognize` made of the data; None asks it.
-        pixels: the channels and values of the images.
+    ``annotations("val")`` reads it, ``image_key`` names its images as proposal stores do. ``images`` is the folder of the images
+    of an annotation file or a table; ``one_based``, whether VOC's boxes count pixels from 1, None for what the folder says of
+    itself, or else true; ``together``, further splits whose classes are to be numbered with those of this one, where none are
+    listed (VOC); ``option``, what a message calls ``data``; ``found``, what `recognize` made of it. A UsageError if the layout is
+    not known, or the split or folder that it needs is not given.
     """
     found = recognize(data, option) if found is None else found
     path, layout, splits = Path(data), found.layout, found.splits

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import yaml
@@ -173,16 +173,6 @@ class YOLO(FolderData):
     """
 
     image_key = staticmethod(file_key)
-
-    def __init__(
-        self,
-        root: str,
-        train: str | list[str] = "train",
-        val: str | list[str] = "val",
-        test: str | list[str] | None = None,
-        **common: Any,
-    ) -> None:
-        super().__init__(root, train, val, test, **common)
 
     def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the images and labels of a split."""

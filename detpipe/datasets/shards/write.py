@@ -116,17 +116,9 @@ def make_shards(
 ) -> Made:
     """Write a split as shards, going on where an earlier run stopped; where the same shards are there already, nothing.
 
-    Args:
-        annotations: the ground truth.
-        folder: a new one.
-        split: what it is called.
-        key: what proposal stores call the images, one of `KEYS`.
-        sharding: how shards are made.
-        proposals: a store whose boxes are to ride along.
-        progress: called with the number of images done and of all, from time to time.
-
-    Raises:
-        DataError: the folder is there with something else, an interrupted run had other data or settings, or an image is bad.
+    ``key`` is what proposal stores call the images, one of `KEYS`; the boxes of the store ``proposals`` ride along. ``progress``
+    is called with the number of images done and of all, from time to time. A DataError if the folder is there with something
+    else, an interrupted run had other data or settings, or an image is bad.
     """
     contents = Contents(annotations, key, sharding, proposals)
     groups = plan_shards(contents)
