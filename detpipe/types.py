@@ -207,6 +207,9 @@ class Segmentations:
         )
 
 
+BOX_FIELDS = ("boxes", "labels", "iscrowd", "difficult", "area")  # of Annotations, [B]
+
+
 @dataclass(frozen=True)
 class Annotations:
     """The ground truth of one split in packed arrays, so that data workers share it instead of copying it.
@@ -243,19 +246,17 @@ class Annotations:
         offsets: list[int] = self.offsets.tolist()
         spans = [np.arange(offsets[row], offsets[row + 1]) for row in rows.tolist()]
         boxes = np.concatenate([np.zeros(0, dtype=np.int64), *spans])
-        return replace(
-            self,
-            file_names=self.file_names[rows],
-            image_ids=self.image_ids[rows],
-            sizes=self.sizes[rows],
-            offsets=np.cumsum([0, *map(len, spans)]),
-            boxes=self.boxes[boxes],
-            labels=self.labels[boxes],
-            iscrowd=self.iscrowd[boxes],
-            difficult=self.difficult[boxes],
-            area=self.area[boxes],
-            segmentations=None if self.segmentations is None else self.segmentations.take(boxes),
-        )
+        images: dict[str, Any] = {name: getattr(self, name)[rows] for name in ("file_names", "image_ids", "sizes")}
+        return replace(self._with_boxes(boxes, np.cumsum([0, *map(len, spans)])), **images)
+
+    def keep_boxes(self, keep: npt.NDArray[np.bool_]) -> Annotations:
+        """Keep some of the boxes, ``[B]`` bool, and all images."""
+        return self._with_boxes(np.flatnonzero(keep), np.concatenate([[0], np.cumsum(keep)])[self.offsets])
+
+    def _with_boxes(self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> Annotations:
+        boxes: dict[str, Any] = {name: getattr(self, name)[rows] for name in BOX_FIELDS}
+        segmentations = None if self.segmentations is None else self.segmentations.take(rows)
+        return replace(self, offsets=offsets, segmentations=segmentations, **boxes)
 
 
 @dataclass(frozen=True)

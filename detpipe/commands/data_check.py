@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from detpipe.commands.data_source import find_data, open_splits, source_parser
 from detpipe.commands.parser import check_least
@@ -13,6 +14,7 @@ from detpipe.datasets.unpack import archive_faults
 from detpipe.support.errors import UsageError
 from detpipe.support.files import write_text
 from detpipe.support.terminal import say
+from detpipe.types import PixelType
 
 
 def run_check(arguments: Sequence[str]) -> int:
@@ -21,8 +23,11 @@ def run_check(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-decode", action="store_true", help="do not decode the images, only look for their files")
     parser.add_argument("--show", type=int, default=5, metavar="N", help="faults of a kind that are printed (5)")
     parser.add_argument("--json", metavar="FILE", help="write all of them here")
+    parser.add_argument("--channels", type=int, default=3, metavar="C", help="data.channels of the training (3)")
+    parser.add_argument("--range", metavar="R", help="data.range of the training: dtype, or black and white as 0,65535")
     options = parser.parse_args(list(arguments))
     check_least(options, 0, "show")
+    options.pixels = _pixels(options.channels, options.range)
     if Path(options.data).suffix.lower() in (".zip", ".tar"):
         return _check_archive(Path(options.data))
     report = check_data(open_splits(options), decode=not options.no_decode)
@@ -32,6 +37,15 @@ def run_check(arguments: Sequence[str]) -> int:
     if report.total(serious=True):
         say(advise(report, in_shards=find_data(options).layout == "shards"))
     return 1 if report.total(serious=True) else 0
+
+
+def _pixels(channels: int, text: str | None) -> PixelType:
+    """What images are read as."""
+    try:
+        limits: Any = text if text in (None, "dtype") else tuple(map(float, text.split(",")))
+        return PixelType(channels, limits)
+    except ValueError as error:
+        raise UsageError(f"--channels {channels}, --range {text}: {error}") from error
 
 
 def _check_archive(path: Path) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
 from detpipe.commands.parser import Parser
-from detpipe.datasets.datamodule import DetectionData
+from detpipe.datasets.datamodule import DetectionData, image_files
 from detpipe.datasets.formats.coco import COCO, write_coco
 from detpipe.datasets.formats.csv import write_csv
 from detpipe.datasets.formats.export import Images, Written, file_name_of
@@ -36,7 +36,7 @@ def run_convert(arguments: Sequence[str]) -> int:
     folder = new_output(options.output)
     opened = open_splits(options)
     splits = {name: read_outlined(name, data) for name, data in opened.items()}
-    source = ImageFiles(opened.values())
+    source = image_files(opened.values())
     written = write_layout(options.to, splits, folder, options, source)
     say(describe(written, splits, fields_left_out(opened)))
     return 0

@@ -11,7 +11,6 @@ from pathlib import Path
 from detpipe.commands.data_source import find_data, open_splits, source_parser
 from detpipe.commands.parser import check_least, progress
 from detpipe.datasets.datamodule import DetectionData
-from detpipe.datasets.faults import Collected
 from detpipe.datasets.formats.export import file_name_of
 from detpipe.datasets.shards.index import INDEX, KEYS
 from detpipe.datasets.shards.read import verify_shards
@@ -61,9 +60,9 @@ def read_annotations(data: DetectionData, skip: bool) -> Annotations:
     """
     if not skip:
         return data.annotations("val")
-    collected = Collected(decode=False)
+    collected = data.faults("collect", decode=False)
     annotations = data.annotations("val", collected)
-    fatal = [fault for fault in collected.faults if fault.kind.startswith("data set:")]
+    fatal = [fault for fault in collected.found if fault.kind.startswith("data set:")]
     if fatal:
         more = f" (and {len(fatal) - 1} more such faults)" if len(fatal) > 1 else ""
         raise DataError(f"{annotations.root}: {fatal[0].message}{more}; correct the annotations")

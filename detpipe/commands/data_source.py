@@ -15,7 +15,7 @@ from detpipe.datasets.formats.recognize import EXPECTED, FOLDERS, Found, open_sp
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.suggest import did_you_mean
 from detpipe.support.terminal import say
-from detpipe.types import Annotations
+from detpipe.types import RGB, Annotations, PixelType
 
 
 def source_parser(command: str, description: str, skip_bad: bool = True) -> Parser:
@@ -72,11 +72,12 @@ def open_splits(options: argparse.Namespace) -> dict[str, DetectionData]:
     chosen = list(dict.fromkeys(names or known)) or [None]
     on_bad: OnBad = "skip" if getattr(options, "skip_bad", False) else "error"
     one_based = False if options.zero_based else None
+    pixels: PixelType = getattr(options, "pixels", RGB)
     together = [name for name in chosen if name is not None]
     say(found.says)
     return {
         name or unsplit_name(options.data): open_split(
-            options.data, name, options.images, on_bad, one_based, together, option="", found=found
+            options.data, name, options.images, on_bad, one_based, together, option="", found=found, pixels=pixels
         )
         for name in chosen
     }

@@ -9,7 +9,7 @@ from typing import Literal
 from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields_left_out, read_outlined, write_layout
 from detpipe.commands.data_source import find_data, new_output, open_splits, source_parser
 from detpipe.commands.parser import check_least
-from detpipe.datasets.image_files import ImageFiles
+from detpipe.datasets.datamodule import image_files
 from detpipe.datasets.joining import join
 from detpipe.datasets.statistics import class_shares
 from detpipe.datasets.stratify import divide_by_content
@@ -48,7 +48,7 @@ def run_split(arguments: Sequence[str]) -> int:
     pool, repeated = join(list(splits.values()))
     if len(pool) < len(parts):
         raise UsageError(f"{options.data} has {len(pool)} images: too few for {len(parts)} parts")
-    source = ImageFiles(opened.values())
+    source = image_files(opened.values())
     together = named_alike(pool, options.group_by) if options.group_by is not None else []
     rows = divide_by_content(pool, parts, source, options.seed, together)
     divided = {name: pool.subset(part) for name, part in rows.items()}

@@ -22,6 +22,7 @@ from detpipe.commands.data_source import add_data_options
 from detpipe.commands.parser import check_least, progress
 from detpipe.commands.predict import find_images
 from detpipe.datasets import read_image
+from detpipe.datasets.datamodule import image_files
 from detpipe.datasets.formats.recognize import EXPECTED, layout_of, open_split
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.proposal_files.offline import Item, Proposer, Summary, make_store
@@ -99,7 +100,7 @@ def find_items(
     annotations = opened.annotations("val")
     paths = image_paths(annotations)
     items = [Item(opened.image_key(annotations, row), path) for row, path in enumerate(paths)]
-    return items, ImageFiles([opened])
+    return items, image_files([opened])
 
 
 def read_pixels(source: ImageFiles, path: Path) -> npt.NDArray[np.uint8]:

@@ -136,7 +136,7 @@ def build(
     check(cli.model)
     for split in ("train", "val"):
         print(cli.datamodule.describe(split))
-    print(describe_sampling(cli.datamodule.loader.sampling, cli.datamodule), end="")
+    print(describe_sampling(cli.datamodule.loader.sampling, cli.datamodule.presence), end="")
     return cli
 
 

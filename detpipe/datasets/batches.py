@@ -27,11 +27,7 @@ _AGAIN = 2
 
 
 def draws_again(again: Sequence[int]) -> tuple[int, ...]:
-    """What decides the draws of an image that an epoch has again, beside seed, epoch and index: apart from those of its size.
-
-    Args:
-        again: what a key has after the index.
-    """
+    """What decides the draws of an image that an epoch has again, beside seed, epoch and index: apart from those of its size."""
     return (_AGAIN, *again) if again else ()
 
 
@@ -40,25 +36,13 @@ _POOL = 32  # batches that are shuffled together before they are sorted by shape
 
 @dataclass(frozen=True)
 class Locality:
-    """Which images lie together in one file, so that few files are read at a time.
+    """Which images lie together in one file, so that few files are read at a time."""
 
-    Args:
-        shard: [I] the number of the file that holds each image, from 0.
-        window: files whose images are shuffled together.
-    """
-
-    shard: npt.NDArray[np.int32]
-    window: int
+    shard: npt.NDArray[np.int32]  # [I] the number of the file that holds each image, from 0
+    window: int  # files whose images are shuffled together
 
     def windows(self, random: np.random.Generator | None = None) -> npt.NDArray[np.int64]:
-        """Choose which files are read together.
-
-        Args:
-            random: shuffles the files; None takes them in their order.
-
-        Returns:
-            [I] the number of the window of each image, in the order in which windows are read.
-        """
+        """[I] the number of the window of each image, in the order in which windows are read: shuffled, or as the files are."""
         count = int(self.shard.max(initial=-1)) + 1
         places = np.arange(count) if random is None else random.permutation(count)
         return places[self.shard] // self.window
@@ -137,12 +121,7 @@ class EpochBatches(Sampler[list[Key]]):
         self.epoch = epoch
 
     def resume(self, epoch: int, batches: int) -> None:
-        """Leave out the first batches of the next iteration, if it is that of this epoch.
-
-        Args:
-            epoch: in which training was stopped.
-            batches: of this process, that it had been trained on.
-        """
+        """Leave out the first batches, which this process was trained on, of the next iteration, if it is that of this epoch."""
         self._done = (epoch, batches)
 
     def batches(self, epoch: int) -> list[list[int]]:

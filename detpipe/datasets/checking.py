@@ -6,14 +6,15 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from detpipe.datasets.datamodule import DetectionData
-from detpipe.datasets.faults import Collected, Fault
+from detpipe.datasets.datamodule import DetectionData, image_files
+from detpipe.datasets.faults import Fault
 from detpipe.datasets.formats.class_list import class_differences
 from detpipe.datasets.image_files import ImageFiles, image_paths
 from detpipe.support.errors import DataError
@@ -22,22 +23,13 @@ from detpipe.types import Annotations
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """What was found."""
 
-    Args:
-        counts: split -> images and boxes that were read, used, clipped and skipped.
-        faults: split -> its faults; those of several splits have their names joined.
-    """
-
-    counts: dict[str, dict[str, int]]
-    faults: dict[str, list[Fault]]
+    counts: dict[str, dict[str, int]]  # split -> images and boxes that were read, used, clipped and skipped
+    faults: dict[str, list[Fault]]  # split -> its faults; those of several splits have their names joined
 
     def grouped(self, serious: bool) -> dict[str, list[str]]:
-        """Messages by kind, the kind with most faults first; one that several splits share is said once.
-
-        Args:
-            serious: those that make data unusable, or those that are only worth a look.
-        """
+        """Messages by kind, the kind with most faults first; one that several splits share is said once."""
         groups: dict[str, dict[str, list[str]]] = defaultdict(dict)  # kind -> message -> splits
         for split, faults in self.faults.items():
             for fault in faults:
@@ -59,30 +51,25 @@ class Report:
 
 
 def check_data(splits: Mapping[str, DetectionData], decode: bool = True) -> Report:
-    """Read all splits of a data set and write down all that is wrong with them.
+    """Read the validation split of each named data set, as training would, and write down all that is wrong with them.
 
-    Args:
-        splits: name -> data, whose validation split is looked at.
-        decode: whether every image is decoded, which finds damaged ones and those of another size than annotated.
-
-    Returns:
-        The report.
+    ``decode`` decides whether every image is decoded, which finds damaged ones and those of another size than annotated.
     """
     counts: dict[str, dict[str, int]] = {}
     faults: dict[str, list[Fault]] = {}
     read: dict[str, Annotations] = {}
     for name, data in splits.items():
-        collected = Collected(decode)
+        collected = data.faults("collect", decode)
         try:
             read[name] = data.annotations("val", collected)
             counts[name] = read[name].counts
         except DataError as error:
-            collected.faults.append(Fault("data set: cannot be read", str(error)))
-        faults[name] = collected.faults
+            collected.found.append(Fault("data set: cannot be read", str(error)))
+        faults[name] = collected.found
         if name in read:
             faults[name] += _repeated_boxes(read[name])
     _compare_class_lists(read, faults)
-    _compare_images(read, faults, ImageFiles(splits[name] for name in read))
+    _compare_images(read, faults, image_files(splits[name] for name in read))
     return Report(counts, faults)
 
 
@@ -133,70 +120,36 @@ def _compare_images(read: Mapping[str, Annotations], faults: dict[str, list[Faul
         for name in (name for name, found in named.items() if path in found):
             faults[name].append(Fault("images: unreadable", str(error)))
 
+    def warn(where: str, kind: str, message: str) -> None:
+        faults.setdefault(where, []).append(Fault(kind, message, serious=False))
+
     for group in equal_files(sorted(set().union(*named.values())), source, damaged):
-        members = {name: [path for path in group if path in found] for name, found in named.items()}
-        inside = [name for name, found in members.items() if found]
-        for name in inside:
-            if len(members[name]) > 1:
-                _warn(faults, name, "images: repeated in a split", [source.name(path) for path in members[name]])
-        _leaks(faults, inside, members, named, source)
-    _shared(faults, named)
-
-
-def _leaks(
-    faults: dict[str, list[Fault]],
-    inside: list[str],
-    members: dict[str, list[Path]],
-    named: dict[str, set[Path]],
-    source: ImageFiles,
-) -> None:
-    for k, name in enumerate(inside):
-        for other in inside[k + 1 :]:
-            if named[name] & named[other]:
-                continue  # the same files in two lists: said once, for all of them
-            first = [source.name(members[split][0]) for split in (name, other)]
-            _warn(faults, f"{name} and {other}", "images: the same in several splits", first)
-
-
-def _shared(faults: dict[str, list[Fault]], named: dict[str, set[Path]]) -> None:
-    """Files that two splits name: one may be a part of the other, as VOC's train is of trainval."""
-    names = list(named)
-    for k, name in enumerate(names):
-        for other in names[k + 1 :]:
-            both = named[name] & named[other]
-            smaller, larger = sorted((name, other), key=lambda split: len(named[split]))
-            if both and both == named[smaller]:
-                message = f"all {len(both)} images of {smaller} are in {larger} too"
-                faults.setdefault(f"{name} and {other}", []).append(
-                    Fault("splits: one holds the other", message, False)
-                )
-            elif both:
-                message = f"{len(both)} images are in both, such as {min(both)}"
-                faults.setdefault(f"{name} and {other}", []).append(
-                    Fault("images: the same in several splits", message, False)
-                )
-
-
-def _warn(faults: dict[str, list[Fault]], where: str, kind: str, names: Sequence[str]) -> None:
-    message = f"{' and '.join(names)} are the same picture"
-    faults.setdefault(where, []).append(Fault(kind, message, serious=False))
+        members = {name: [source.name(path) for path in group if path in found] for name, found in named.items()}
+        for name, paths in members.items():
+            if len(paths) > 1:
+                warn(name, "images: repeated in a split", f"{' and '.join(paths)} are the same picture")
+        for name, other in combinations([name for name, paths in members.items() if paths], 2):
+            if not named[name] & named[other]:  # the same files in two lists: said once, for all of them
+                both = f"{members[name][0]} and {members[other][0]} are the same picture"
+                warn(f"{name} and {other}", "images: the same in several splits", both)
+    for name, other in combinations(named, 2):
+        shared = named[name] & named[other]
+        smaller, larger = sorted((name, other), key=lambda split: len(named[split]))
+        if shared and shared == named[smaller]:  # as VOC's train is of trainval
+            all_of_it = f"all {len(shared)} images of {smaller} are in {larger} too"
+            warn(f"{name} and {other}", "splits: one holds the other", all_of_it)
+        elif shared:
+            some = f"{len(shared)} images are in both, such as {min(shared)}"
+            warn(f"{name} and {other}", "images: the same in several splits", some)
 
 
 def equal_files(
     paths: Sequence[Path], source: ImageFiles, damaged: Callable[[Path, DataError], None] | None = None
 ) -> list[list[Path]]:
-    """Find images whose files have the same content.
+    """Find images whose files have the same content: groups of two and more, in the order of their first.
 
-    Args:
-        paths: of images; only files of equal length are read.
-        source: where they are.
-        damaged: told of an image that cannot be read, which is then like no other; None raises.
-
-    Returns:
-        Groups of two and more, in the order of their first.
-
-    Raises:
-        DataError: an image cannot be read.
+    Only files of equal length are read. ``damaged`` is told of an image that cannot be read, which is then like no other; where
+    it is None that is a DataError.
     """
     by_size: dict[int, list[Path]] = defaultdict(list)
     for path in paths:

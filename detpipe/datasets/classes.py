@@ -33,18 +33,10 @@ class Classes:
 
 
 def select_classes(annotations: Annotations, classes: Classes) -> Annotations:
-    """Rename, merge and keep classes.
+    """Rename, merge and keep classes; all images stay, and how many boxes were left out is counted.
 
-    Args:
-        annotations: of a split.
-        classes: what to do.
-
-    Returns:
-        All images, with the boxes of the classes that are kept; how many boxes were left out is counted. A merged class has the
-        category id of the class whose name it took, or of the first that was renamed.
-
-    Raises:
-        DataError: a class is named that is not there.
+    A merged class has the category id of the class whose name it took, or of the first that was renamed. A DataError names a
+    class that is not there.
     """
     a, rename = annotations, classes.rename or {}
     _check(list(rename), a.class_names, "rename", str(a.root))
@@ -53,25 +45,12 @@ def select_classes(annotations: Annotations, classes: Classes) -> Annotations:
     _check(names, renamed, "keep", str(a.root))
     new_label = np.array([0, *(names.index(name) + 1 if name in names else 0 for name in renamed)], dtype=np.int64)
     ids = [a.category_ids[(a.class_names if name in a.class_names else tuple(renamed)).index(name)] for name in names]
-    keep = new_label[a.labels] > 0
-    rows = np.flatnonzero(keep)
-    counts = dict(a.counts)
-    if len(rows) < len(keep):
-        counts["boxes used"] = len(rows)
-        counts["boxes skipped: class not kept"] = len(keep) - len(rows)
-    return replace(
-        a,
-        offsets=np.concatenate([[0], np.cumsum(keep)])[a.offsets],
-        boxes=a.boxes[rows],
-        labels=new_label[a.labels[rows]],
-        iscrowd=a.iscrowd[rows],
-        difficult=a.difficult[rows],
-        area=a.area[rows],
-        class_names=tuple(names),
-        category_ids=tuple(ids),
-        counts=counts,
-        segmentations=None if a.segmentations is None else a.segmentations.take(rows),
-    )
+    kept = a.keep_boxes(new_label[a.labels] > 0)
+    counts, lost = dict(a.counts), len(a.boxes) - len(kept.boxes)
+    if lost:
+        counts |= {"boxes used": len(kept.boxes), "boxes skipped: class not kept": lost}
+    labels = new_label[kept.labels]
+    return replace(kept, labels=labels, class_names=tuple(names), category_ids=tuple(ids), counts=counts)
 
 
 def _check(wanted: Sequence[str], known: Sequence[str], key: str, root: str) -> None:

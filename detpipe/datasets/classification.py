@@ -21,7 +21,6 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detpipe.datasets.augment.augmentation import reseed
 from detpipe.datasets.batches import Key, draws_again
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.decode import read_image
@@ -76,15 +75,9 @@ class Views:
             )
 
     def training(self, image: Tensor, seed: int | Sequence[int]) -> Tensor:
-        """Cut, resize, flip and recolor at random.
+        """Cut, resize, flip and recolor ``[3, H, W]`` uint8 to ``[3, size, size]``, every draw decided by non-negative numbers."""
+        from detpipe.datasets.augment.steps import reseed  # imports albumentations
 
-        Args:
-            image: ``[3, H, W]`` uint8.
-            seed: non-negative numbers that decide every draw, such as (seed, epoch, index).
-
-        Returns:
-            ``[3, size, size]`` uint8.
-        """
         steps = _training(self)
         reseed(steps, seed)
         return _applied(steps, image)
@@ -95,14 +88,7 @@ class Views:
 
 
 def center_square(image: Tensor) -> Tensor:
-    """Cut the largest square from the middle, so that a strip of an image is never resized as a whole.
-
-    Args:
-        image: ``[3, H, W]``.
-
-    Returns:
-        ``[3, min(H, W), min(H, W)]``, a view.
-    """
+    """Cut the largest square from the middle of ``[3, H, W]``, a view, so that a strip of an image is never resized as a whole."""
     height, width = image.shape[1:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -112,12 +98,12 @@ def center_square(image: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _training(views: Views) -> tuple[albumentations.BasicTransform, ...]:
     # first: it keeps albumentations from the network, and OpenCV from threads that a fork does not survive
-    from detpipe.datasets.augment.steps import color_jitter  # isort: skip
+    from detpipe.datasets.augment.steps import HUE, color_jitter  # isort: skip
     import albumentations  # takes seconds
 
     size = (views.size, views.size)
     crop = albumentations.RandomResizedCrop(size, views.scale, views.ratio, area_for_downscale="image", p=1.0)
-    color = (color_jitter(views.color),) if views.color else ()
+    color = (color_jitter(*[views.color] * 3, HUE * views.color),) if views.color else ()
     return crop, albumentations.HorizontalFlip(p=views.flip), *color
 
 
@@ -145,35 +131,11 @@ DEFAULT_VIEWS = Views()
 
 
 @dataclass(frozen=True)
-class PackedNames:
-    """Text in two arrays: processes share it, which they would not do with a list of text (its counts are written to)."""
-
-    data: npt.NDArray[np.uint8]  # the bytes of all names
-    ends: npt.NDArray[np.int64]  # [I]
-
-    @classmethod
-    def pack(cls, names: Iterable[str]) -> PackedNames:
-        """Pack file names, whatever bytes the file system has in them."""
-        encoded = [os.fsencode(name) for name in names]
-        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self.ends):
-            raise IndexError(f"name {index} of {len(self.ends)}")
-        start = int(self.ends[index - 1]) if index else 0
-        return os.fsdecode(self.data[start : int(self.ends[index])].tobytes())
-
-
-@dataclass(frozen=True)
 class LabeledImages:
     """One split of a classification data set."""
 
     root: Path  # the folder that the names are relative to
-    names: PackedNames  # [I]
+    names: npt.NDArray[np.bytes_]  # [I] as `pack_names` packs them: processes share an array, but not a list of text
     labels: npt.NDArray[np.int32]  # [I] in 0..K-1
     class_names: tuple[str, ...]  # [K]
     counts: dict[str, int] = field(default_factory=dict)  # "images skipped: unreadable" and the like
@@ -183,7 +145,11 @@ class LabeledImages:
 
     def path(self, index: int) -> Path:
         """The file of an image."""
-        return self.root / self.names[index]
+        return self.root / self.name(index)
+
+    def name(self, index: int) -> str:
+        """The name of an image."""
+        return os.fsdecode(self.names[index])
 
     def describe(self) -> str:
         """Images, classes, and everything that was left out, in one line."""
@@ -192,17 +158,16 @@ class LabeledImages:
         return "; ".join([line, *(f"{key}: {n}" for key, n in self.counts.items() if n)])
 
 
+def pack_names(names: Iterable[str]) -> npt.NDArray[np.bytes_]:
+    """Pack file names, whatever bytes the file system has in them."""
+    return np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+
+
 class LabeledImageDataset(Dataset[Sample]):
-    """The views of one split, keyed by ``(epoch, index)``.
+    """The views of one split, keyed by ``(epoch, index)``: drawn at random for training, else the center.
 
-    The epoch is part of the key because the view is drawn from (seed, epoch, index): the same in every worker, another
-    one in every epoch.
-
-    Args:
-        images: the split.
-        views: what is seen of an image.
-        seed: decides every draw, with the key.
-        training: draw views at random; False for the center.
+    The epoch is part of the key because the view is drawn from (seed, epoch, index): the same in every worker, another one in
+    every epoch.
     """
 
     def __init__(self, images: LabeledImages, views: Views, seed: int = 0, training: bool = False) -> None:
@@ -212,33 +177,19 @@ class LabeledImageDataset(Dataset[Sample]):
         return len(self.images)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Read one image.
+        """The view of one image, ``[3, size, size]`` uint8 RGB, its label, and the file name; a DataError if it cannot be read.
 
-        Args:
-            key: the epoch and the index of the image, and where the epoch has it again, how often before.
-
-        Returns:
-            The view, ``[3, size, size]`` uint8 RGB, its label, and the file name.
-
-        Raises:
-            DataError: if the image cannot be read; the message names it.
+        The key is the epoch and the index of the image, and where the epoch has it again, how often before.
         """
         epoch, index, *again = key
         image = read_image(self.images.path(index))
         seed = (self.seed, epoch, index, *draws_again(again))
         view = self.views.training(image, seed) if self.training else self.views.evaluation(image)
-        return view, int(self.images.labels[index]), self.images.names[index]
+        return view, int(self.images.labels[index]), self.images.name(index)
 
 
 def collate_labeled(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
-    """Stack views of one size.
-
-    Args:
-        samples: triples of view, label and name.
-
-    Returns:
-        Images ``[N, 3, size, size]`` uint8 in the channels-last memory format, labels ``[N]`` int64, and the names.
-    """
+    """Stack views: ``[N, 3, size, size]`` uint8 in the channels-last memory format, labels ``[N]`` int64, and file names."""
     images, labels, names = zip(*samples, strict=True)
     stacked = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     return stacked, torch.tensor(labels), list(names)
@@ -276,30 +227,10 @@ class ClassificationData(LightningDataModule, ABC):
 
     @abstractmethod
     def load(self, split: LabeledSplit) -> LabeledImages:
-        """List the images of a split.
-
-        Args:
-            split: ``"train"`` or ``"val"``.
-
-        Returns:
-            The checked images.
-
-        Raises:
-            DataError: if the data are faulty.
-        """
+        """List the images of ``"train"`` or ``"val"``, checked; a DataError if the data are faulty."""
 
     def images(self, split: LabeledSplit) -> LabeledImages:
-        """The images of a split, listed once.
-
-        Args:
-            split: ``"train"`` or ``"val"``.
-
-        Returns:
-            The images.
-
-        Raises:
-            DataError: if the data are faulty.
-        """
+        """The images of ``"train"`` or ``"val"``, listed once; a DataError if the data are faulty."""
         if split not in self._images:
             self._images[split] = self.load(split)
         return self._images[split]
@@ -321,15 +252,7 @@ class ClassificationData(LightningDataModule, ABC):
             self.images(split)
 
     def dataset(self, split: LabeledSplit, training: bool = False) -> LabeledImageDataset:
-        """The views of a split; for single images, batches come from the loaders.
-
-        Args:
-            split: ``"train"`` or ``"val"``.
-            training: draw views at random; False for the center.
-
-        Returns:
-            A data set with the keys ``(epoch, index)``.
-        """
+        """The views of a split, by ``(epoch, index)``, drawn at random for training; batches come from the loaders."""
         return LabeledImageDataset(self.images(split), self.views, self.seed, training)
 
     def train_dataloader(self) -> DataLoader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -16,8 +16,9 @@ from detpipe.datasets.augment.augmentation import Augment
 from detpipe.datasets.batches import EpochBatches, Locality
 from detpipe.datasets.classes import Classes, select_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
-from detpipe.datasets.faults import SHOWN, Collected, OnBad, Policy, Skip
+from detpipe.datasets.faults import SHOWN, Faults, OnBad
 from detpipe.datasets.formats.class_list import compare_classes
+from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.sampling import Presence, Sampling
 from detpipe.datasets.segmentations import check_segmentations
@@ -94,13 +95,7 @@ class Loader:
             collate_fn: makes a batch of samples.
             smallest: a training batch of fewer images is left out.
             locality: which images lie together and are read together; None where it does not matter.
-            presence: which classes are in which images; only needed where ``sampling`` asks.
-
-        Returns:
-            The batches.
-
-        Raises:
-            ValueError: ``sampling`` without presence, or one that the locality does not allow.
+            presence: which classes are in which images; a ValueError if ``sampling`` asks for it and it is None.
         """
         plan = None
         if training and self.sampling is not None:
@@ -158,7 +153,6 @@ class DetectionData(LightningDataModule, ABC):
         allow_links: whether links and names in lists may lead to images outside of the folder of the data set.
     """
 
-    splits: Mapping[Split, Any] = {}  # what each split is read from, of a subclass that has one argument a split
     image_key: ImageKey = staticmethod(coco_key)  # what a proposal store calls an image
 
     def __init__(
@@ -200,32 +194,17 @@ class DetectionData(LightningDataModule, ABC):
         self.allow_links = allow_links
 
     @abstractmethod
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
-        """Read the annotations of a split.
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
+        """Read the annotations of a split, checked; a DataError if the data are faulty, or there is no such split.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            faults: takes all faults in place of ``on_bad``, so that nothing is raised for them.
-
-        Returns:
-            The checked annotations.
-
-        Raises:
-            DataError: if the data are faulty, or there is no such split.
+        ``faults`` takes all faults, in place of `faults` of the data set.
         """
 
-    def annotations(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def annotations(self, split: Split, faults: Faults | None = None) -> Annotations:
         """The annotations of a split, read once.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            faults: takes all faults when the split is read, as of `load`.
-
-        Returns:
-            The annotations.
-
-        Raises:
-            DataError: if the data are faulty, there is no such split, or its classes are not those of the others.
+        A DataError if the data are faulty, there is no such split, or its classes are not those of the others. ``faults`` is as
+        for `load`.
         """
         if split not in self._annotations:
             known_splits = dict(self._annotations)
@@ -235,41 +214,19 @@ class DetectionData(LightningDataModule, ABC):
             self._annotations[split] = loaded
         return self._annotations[split]
 
-    def policy(self, faults: Collected | None) -> Policy:
-        """What `load` does at a faulty record: what takes all faults, if it is given, else what ``on_bad`` says."""
-        return faults or ("error" if self.on_bad == "error" else Skip(self.pixels))
+    def faults(self, policy: Literal["error", "skip", "collect"] | None = None, decode: bool = True) -> Faults:
+        """What takes the faults of a split, as ``on_bad`` says unless another policy is given; images are read as in training."""
+        return Faults(policy or self.on_bad, self.pixels, self.allow_links, decode)
 
-    def _loaded(self, split: Split, faults: Collected | None) -> Annotations:
+    def _loaded(self, split: Split, faults: Faults | None) -> Annotations:
         annotations = self.load(split) if faults is None else self.load(split, faults)
         return annotations if self.classes is None else select_classes(annotations, self.classes)
 
-    def _divided(self, split: Split, faults: Collected | None) -> Annotations:
+    def _divided(self, split: Split, faults: Faults | None) -> Annotations:
         """A part of the training split; all of them are made at once."""
         parts = divide_annotations(self._loaded("train", faults), self.shares)
         self._annotations.update(cast(dict[Split, Annotations], parts))
         return self._annotations[split]
-
-    def source_of(self, split: Split, what: str) -> Any:
-        """What a split is read from: its argument; the only split that is there, if it is to be divided and none is named.
-
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            what: the argument expects.
-
-        Raises:
-            DataError: the argument is null.
-        """
-        source = self.splits[split]
-        if not source:
-            raise DataError(f"no {split} split: set the argument {split} to {what}, such as {split}")
-        if self.shares and split == "train" and source in ("train", "train2017"):  # as it is by default
-            names = self.split_names()
-            return names[0] if len(names) == 1 else source
-        return source
-
-    def split_names(self) -> tuple[str, ...]:
-        """The splits that the data set holds, by the names that its arguments take; empty where they are not known."""
-        return ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -296,16 +253,9 @@ class DetectionData(LightningDataModule, ABC):
             self.dataset("train", augmented=True)  # refuses what the augmentation needs and the data lack
 
     def proposals(self, split: Split) -> Proposals | None:
-        """The precomputed boxes of a split, opened once; None if it has none.
+        """The precomputed boxes of a split, opened once: image id -> ``[P, 4]`` xyxy in pixels of the image file; None without.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-
-        Returns:
-            image id -> ``[P, 4]`` xyxy in pixels of the image file.
-
-        Raises:
-            DataError: the store cannot be read, lacks images of the split, or is of images of other sizes.
+        A DataError if the store cannot be read, lacks images of the split, or is of images of other sizes.
         """
         if split not in self._proposals and split in self.stores:
             self._proposals[split] = StoredProposals(self.stores[split], self.annotations(split), self.image_key)
@@ -314,12 +264,8 @@ class DetectionData(LightningDataModule, ABC):
     def set_proposals(self, split: Split, proposals: Proposals) -> None:
         """Let precomputed boxes ride in the targets of a split, where flips and crops move them too.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            proposals: for each image id ``[P, 4]`` xyxy in pixels of the image file; ``P`` may be 0.
-
-        Raises:
-            DataError: if an image has none, or they are not finite ``[P, 4]`` numbers; the message names the images.
+        For each image id ``[P, 4]`` xyxy in pixels of the image file; ``P`` may be 0. A DataError names images that have none, or
+        boxes that are not finite ``[P, 4]`` numbers.
         """
         faults: list[str] = []
         for image_id in self.annotations(split).image_ids.tolist():
@@ -343,14 +289,9 @@ class DetectionData(LightningDataModule, ABC):
         return None
 
     def dataset(self, split: Split, augmented: bool = False) -> DetectionDataset:
-        """The images of a split; for single images, batches come from the loaders.
+        """The images of a split, by ``(epoch, index)``; batches come from the loaders.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            augmented: whether images and boxes are transformed as for training, else resized as for evaluation.
-
-        Returns:
-            A dataset with the keys ``(epoch, index)``.
+        ``augmented`` transforms images and boxes as for training, else they are resized as for evaluation.
         """
         augment = self.augment if augmented else None
         if augment is not None and augment.combine.masks:
@@ -366,11 +307,7 @@ class DetectionData(LightningDataModule, ABC):
     def with_outlines(self, split: Split) -> Annotations:
         """The annotations of a split with the outlines of its objects, read once more if they were read without.
 
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-
-        Returns:
-            The annotations; ``segmentations`` is None if the layout has boxes only.
+        ``segmentations`` is None if the layout has boxes only.
         """
         if self.annotations(split).segmentations is None and not self.outlines:
             self.outlines = True
@@ -399,11 +336,7 @@ class DetectionData(LightningDataModule, ABC):
         return self.eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """As :meth:`eval_dataloader`, from the test split.
-
-        Raises:
-            DataError: if no ``test`` split was given.
-        """
+        """As :meth:`eval_dataloader`, from the test split; a DataError if none was given."""
         return self.eval_dataloader("test")
 
     def eval_dataloader(self, split: Split) -> DataLoader:
@@ -443,3 +376,41 @@ class DetectionData(LightningDataModule, ABC):
         return self.loader.load(
             dataset, annotations.sizes, self.seed, training, collate, locality=locality, presence=presence
         )
+
+
+class FolderData(DetectionData):
+    """Base of data sets that lie in a folder, with an argument that names what each split is read from."""
+
+    def __init__(
+        self,
+        root: str,
+        train: str | list[str] = "train",
+        val: str | list[str] = "val",
+        test: str | list[str] | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.root = str(root)
+        self.splits: dict[Split, Any] = {"train": train, "val": val, "test": test}
+
+    @abstractmethod
+    def split_names(self) -> tuple[str, ...]:
+        """The splits that the data set holds, by the names that its arguments take."""
+
+    def source_of(self, split: Split, what: str) -> Any:
+        """What a split is read from: its argument; the only split that is there, if it is to be divided and none is named.
+
+        A DataError says that the argument expects ``what`` where it is null.
+        """
+        source = self.splits[split]
+        if not source:
+            raise DataError(f"no {split} split: set the argument {split} to {what}, such as {split}")
+        if self.shares and split == "train" and source in ("train", "train2017"):  # as it is by default
+            names = self.split_names()
+            return names[0] if len(names) == 1 else source
+        return source
+
+
+def image_files(splits: Iterable[DetectionData]) -> ImageFiles:
+    """The image files of the validation splits of some data, whether they lie in shards or not."""
+    return ImageFiles((data.annotations("val"), data.contents("val")) for data in splits)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detpipe.datasets.augment.augmentation import Augment, Neighbors
+from detpipe.datasets.annotations import check_size
+from detpipe.datasets.augment.augmentation import Augment
+from detpipe.datasets.augment.settings import Neighbors
 from detpipe.datasets.batches import Key, Repeat, draws_again
 from detpipe.datasets.decode import read_reduced
-from detpipe.datasets.records import check_size
 from detpipe.datasets.resize import Resize, resample
 from detpipe.datasets.segmentations import draw_masks
 from detpipe.datasets.workers import share_with_workers
@@ -89,17 +90,11 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         return len(self.annotations)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Target]:
-        """Read one image.
+        """Read one image, ``[C, H, W]`` uint8 or float32 in 0..1, channels last in memory, and its target.
 
-        Args:
-            key: the epoch and the index of the image, and where the epoch has it again, how often before; a `Repeat` marks its
-                target as ``repeated``.
-
-        Returns:
-            The image, ``[C, H, W]`` uint8 or float32 in 0..1, channels last in memory, and its target.
-
-        Raises:
-            DataError: if the image, or one that is combined with it, cannot be read, or is not of the annotated size.
+        The key is the epoch and the index of the image, and where the epoch has it again, how often before; a `Repeat` marks its
+        target as ``repeated``. A DataError if the image, or one that is combined with it, cannot be read, or is not of the
+        annotated size.
         """
         epoch, index, *again = key
         draws = (self.seed, epoch, index, *draws_again(again))
@@ -121,11 +116,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         return image, target
 
     def read(self, index: int) -> tuple[Tensor, Target]:
-        """Read one image as it is in its file, with its target.
-
-        Raises:
-            DataError: if the image cannot be read, or is not of the annotated size.
-        """
+        """Read one image as it is in its file, with its target; errors are those of an item."""
         height, width = self.annotations.sizes[index].tolist()
         return self._read(index, (height, width))
 
@@ -142,6 +133,8 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             path, content = self.contents.name(index), self.contents.read(index)
         decoded = read_reduced(path, size, content, self.pixels)
         check_size(path, decoded.size, (height, width))
+        if size == (height, width):
+            return decoded.pixels, self.target(index)
         image = resample(decoded.pixels, size, (height / decoded.factor, width / decoded.factor))
         return image, targets_to_batch([self.target(index)], [(height, width)], [size])[0]
 

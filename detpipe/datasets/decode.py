@@ -39,20 +39,8 @@ import torchvision.io
 from PIL import Image
 from torch import Tensor
 
-from detpipe.datasets.planes import (
-    ADVICE,
-    MAX_PIXELS,
-    ORIENTATION,
-    Planes,
-    Refused,
-    check_pixels,
-    convert,
-    is_npy,
-    is_tiff,
-    pillow_planes,
-    read_header,
-    read_planes,
-)
+from detpipe.datasets import planes
+from detpipe.datasets.planes import MAX_PIXELS, Planes, Refused
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.types import RGB, PixelType
@@ -101,39 +89,18 @@ def read_image(path: str | Path, content: bytes | None = None, pixels: PixelType
 def read_reduced(
     path: str | Path, least: tuple[int, int], content: bytes | None = None, pixels: PixelType = RGB
 ) -> Reduced:
-    """Decode an image file at the smallest scale that has no fewer pixels than are wanted.
+    """Decode an image file at the smallest scale at which the upright picture has at least a height and width.
 
     Only a JPEG in grey or in YCbCr has smaller scales; a picture that EXIF turns or mirrors has those that divide its sides,
-    since a part of a pixel would come to lie at its left or top.
-
-    Args:
-        path: as for `read_image`.
-        least: height and width that the upright picture shall have at least.
-        content: as for `read_image`.
-        pixels: as for `read_image`.
-
-    Returns:
-        The pixels, the size in the file, and by how much they differ.
-
-    Raises:
-        DataError: as for `read_image`.
+    since a part of a pixel would come to lie at its left or top. Other arguments and errors are those of `read_image`.
     """
     return _read(path, content, least, pixels)
 
 
 def decoded_size(path: str | Path, content: bytes | None = None, pixels: PixelType | None = None) -> tuple[int, int]:
-    """Decode an image file, to know that it can be.
+    """Decode an image file, to know that it can be: height and width of the upright picture.
 
-    Args:
-        path: as for `read_image`.
-        content: as for `read_image`.
-        pixels: as for `read_image`; None takes any channels that it has, at 8 bits.
-
-    Returns:
-        Height and width of the upright picture.
-
-    Raises:
-        DataError: as for `read_image`.
+    Arguments and errors are those of `read_image`; ``pixels=None`` takes any channels that it has, at 8 bits.
     """
     return _read(path, content, None, pixels).size
 
@@ -142,10 +109,10 @@ def _read(path: str | Path, content: bytes | None, least: tuple[int, int] | None
     """Decode a file; without ``pixels``, with the channels that it has, at 8 bits."""
     with _named(path, content, "decoded"):
         data = Path(path).read_bytes() if content is None else content
-        wide = read_planes(data, pixels or RGB)
+        wide = planes.read_planes(data, pixels or RGB)
         found, size, factor = (wide, wide.values.shape[:2], 1) if wide else _decode(data, least, pixels or RGB)
         height, width = size[::-1] if found.orientation in _TURNED else size
-        values = convert(found.values, found.alpha, pixels or PixelType(found.values.shape[2]))
+        values = planes.convert(found.values, found.alpha, pixels or PixelType(found.values.shape[2]))
         image = _upright(torch.from_numpy(values).permute(2, 0, 1), found.orientation)
         return Reduced(image, (height, width), factor)
 
@@ -153,58 +120,44 @@ def _read(path: str | Path, content: bytes | None, least: tuple[int, int] | None
 def _decode(data: bytes, least: tuple[int, int] | None, pixels: PixelType) -> tuple[Planes, tuple[int, int], int]:
     """What Pillow reads, a JPEG at the smallest scale that is large enough; the size as stored, and the factor of the scale."""
     with Image.open(io.BytesIO(data)) as image:
-        check_pixels(image.height, image.width)
+        planes.check_pixels(image.height, image.width)
         size = (image.height, image.width)
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
-            orientation = image.getexif().get(ORIENTATION, 1)
+            orientation = image.getexif().get(planes.ORIENTATION, 1)
             factor = 1 if least is None else _factor(size, least, orientation)
             values = _decode_jpeg(data, image, factor)
             if image.mode == "L" and pixels.channels != 3:
                 values = values[:, :, :1]
             return Planes(values, False, orientation), size, factor
-        found = pillow_planes(image, pixels)
+        found = planes.pillow_planes(image, pixels)
         # Pillow turns a TIFF when it is loaded, and forgets its orientation
-        orientation = image.getexif().get(ORIENTATION, 1)
+        orientation = image.getexif().get(planes.ORIENTATION, 1)
         return found._replace(orientation=orientation), (image.height, image.width), 1
 
 
 def image_size(path: str | Path, content: bytes | None = None) -> tuple[int, int]:
-    """Read height and width of the upright picture from the header.
+    """Read height and width of the upright picture from the header, as `read_image` will give them.
 
-    Only a PNG is read to its end, where its orientation may stand.
-
-    Args:
-        path: an image file.
-        content: its bytes, as for `read_image`.
-
-    Returns:
-        Height and width in pixels after the EXIF orientation, as `read_image` will give them.
-
-    Raises:
-        DataError: if the file is missing, is not an image or is too large; the message names the path.
+    Only a PNG is read to its end, where its orientation may stand. ``content`` is the bytes of the file, if they lie elsewhere. A
+    DataError names the path if the file is missing, is not an image or is too large.
     """
     with _named(path, content, "read"), open(path, "rb") if content is None else io.BytesIO(content) as stream:
-        header = read_header(stream)
+        header = planes.read_header(stream)
         stream.seek(0)
         if header is not None:
             (height, width), orientation = (header.height, header.width), header.orientation
-            check_pixels(height, width)
+            planes.check_pixels(height, width)
         else:
             with Image.open(stream) as image:
-                check_pixels(image.height, image.width)
-                (width, height), orientation = image.size, image.getexif().get(ORIENTATION, 1)
+                planes.check_pixels(image.height, image.width)
+                (width, height), orientation = image.size, image.getexif().get(planes.ORIENTATION, 1)
         return (width, height) if orientation in _TURNED else (height, width)
 
 
 def image_names(names: Iterable[str]) -> list[str]:
-    """Choose the images among the files of a folder.
+    """Choose the images among the files of a folder, in order, by the suffixes of `IMAGE_SUFFIXES`.
 
-    Args:
-        names: of the files of one folder.
-
-    Returns:
-        Those with a suffix of `IMAGE_SUFFIXES`, in order; without ``.npy`` beside another image of the same stem, as a program
-        that keeps decoded images leaves it.
+    An ``.npy`` beside another image of the same stem is none: a program that keeps decoded images leaves it.
 
     Example:
         >>> image_names(["a.JPG", "a.npy", "b.npy", "b.txt"])
@@ -217,14 +170,10 @@ def image_names(names: Iterable[str]) -> list[str]:
 
 
 def image_format(content: bytes) -> str:
-    """The format of an image file, as Pillow calls it: ``"JPEG"``, ``"PNG"``.
-
-    Args:
-        content: of a file that `image_size` could read.
-    """
-    if is_npy(content):
+    """The format of an image file that `image_size` could read, as Pillow calls it: ``"JPEG"``, ``"PNG"``."""
+    if planes.is_npy(content):
         return "NPY"
-    if is_tiff(content):
+    if planes.is_tiff(content):
         return "TIFF"
     with _quiet(), Image.open(io.BytesIO(content)) as image:
         return image.format or "img"
@@ -253,7 +202,7 @@ def _named(path: str | Path, content: bytes | None, done: str) -> Iterator[None]
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such image file; check the image folder and the file name") from error
     except Exception as error:  # decoders raise anything from struct.error to SyntaxError on damaged files
-        raise DataError(f"{path}: cannot be {done} as an image ({_reason(error)}); {ADVICE}") from error
+        raise DataError(f"{path}: cannot be {done} as an image ({_reason(error)}); {planes.ADVICE}") from error
 
 
 def _reason(error: Exception) -> str:

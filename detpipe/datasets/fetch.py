@@ -40,17 +40,11 @@ MIRROR = "see its home page, or name another server with --mirror"
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a server is waited for.
+    """How long a server is waited for."""
 
-    Args:
-        attempts: in a row without a byte.
-        timeout: seconds without a byte, after which an attempt has failed.
-        wait: seconds before the second attempt; twice as many before each further one.
-    """
-
-    attempts: int = 5
-    timeout: float = 30.0
-    wait: float = 2.0
+    attempts: int = 5  # in a row without a byte
+    timeout: float = 30.0  # seconds without a byte, after which an attempt has failed
+    wait: float = 2.0  # seconds before the second attempt; twice as many before each further one
 
 
 USUAL = Patience()
@@ -58,19 +52,12 @@ USUAL = Patience()
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on a server.
+    """A file on a server."""
 
-    Args:
-        url: where it is.
-        size: in bytes.
-        algorithm: of the checksum.
-        checksum: in hexadecimal digits.
-    """
-
-    url: str
-    size: int
-    algorithm: Literal["md5", "sha256"]
-    checksum: str
+    url: str  # where it is
+    size: int  # in bytes
+    algorithm: Literal["md5", "sha256"]  # of the checksum
+    checksum: str  # in hexadecimal digits
 
     @property
     def name(self) -> str:
@@ -95,11 +82,7 @@ def is_remote(address: str) -> bool:
 
 
 def check_url(url: str) -> None:
-    """Refuse what is neither a web address nor one of an object store.
-
-    Raises:
-        DownloadError: another scheme, or no server.
-    """
+    """Refuse by a DownloadError what is neither a web address nor one of an object store."""
     if not is_remote(url) or not urlsplit(url).hostname:
         raise DownloadError(
             f"{url}: only http:// and https:// addresses are fetched, and those of stores: s3:// and gs://"
@@ -109,21 +92,10 @@ def check_url(url: str) -> None:
 def fetch(
     remote: RemoteFile, folder: str | Path, patience: Patience = USUAL, advice: str = MIRROR, progress: bool = True
 ) -> Path:
-    """Fetch a file, or the rest of it, unless it is there already.
+    """Fetch a file into a folder, or the rest of it, unless it is there already; its path.
 
-    Args:
-        remote: the file.
-        folder: where it goes.
-        patience: how long a server is waited for.
-        advice: what to do where there is no such file.
-        progress: whether bars are shown.
-
-    Returns:
-        Its path.
-
-    Raises:
-        DownloadError: no network, no such file, another file than the one that is known, or no space on the disk; what has
-            arrived is kept for the next attempt unless it is of another file.
+    A DownloadError without network or file, which then gives the advice, for another file than the one that is known, or without
+    space on the disk; what has arrived is kept for the next attempt unless it is of another file.
     """
     check_url(remote.url)
     path = Path(folder) / remote.name
@@ -153,17 +125,7 @@ def fetch(
 def read_url(url: str, most: int, advice: str, patience: Patience = USUAL) -> bytes:
     """Read a small file whose size and checksum are not known.
 
-    Args:
-        url: the address.
-        most: bytes that it may have.
-        advice: what to do where there is no such file.
-        patience: how long the server is waited for.
-
-    Returns:
-        Its content.
-
-    Raises:
-        DownloadError: no network, no such file, or a larger one.
+    A DownloadError without network or file, which then gives the advice, or if it is larger than ``most`` bytes.
     """
     check_url(url)
     for attempt in range(1, patience.attempts + 1):
@@ -200,16 +162,7 @@ def _verify(path: Path, remote: RemoteFile, advice: str, progress: bool) -> None
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse to begin what cannot end.
-
-    Args:
-        folder: on the disk in question.
-        needed: bytes.
-        what: needs them.
-
-    Raises:
-        DownloadError: there are fewer.
-    """
+    """Refuse to begin what cannot end: a DownloadError if the disk of a folder has fewer bytes than ``what`` needs."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DownloadError(
@@ -277,9 +230,7 @@ def _attempt(stream: IO[bytes], remote: RemoteFile, timeout: float, advice: str,
 def _is_rest(response: HTTPResponse | _Stored, remote: RemoteFile, start: int) -> bool:
     """Whether an answer is what is missing of a file; else it is all of it.
 
-    Raises:
-        AnotherFileError: it is the rest of another file.
-        DownloadError: it is a page in the place of the file, for which what is there is not given up.
+    AnotherFileError: it is the rest of another file. DownloadError: it is a page in the place of the file.
     """
     if isinstance(response, _Stored):
         length, kind, plain = response.size, "a stored file", True
@@ -306,15 +257,10 @@ def _length(response: HTTPResponse) -> int | None:
 
 
 def _open(url: str, start: int, timeout: float, advice: str) -> HTTPResponse | _Stored:
-    """Ask for a file from a byte on.
+    """Ask for a file from a byte on: an answer of status 200 or 206, or an open file of a store.
 
-    Returns:
-        The answer over HTTP, of status 200 or 206, or an open file of a store.
-
-    Raises:
-        CutOffError: another attempt may help.
-        AnotherFileError: the server has nothing from that byte on.
-        DownloadError: it does not have the file.
+    CutOffError if another attempt may help, AnotherFileError if nothing is there from that byte on, DownloadError if there is no
+    such file.
     """
     if urlsplit(url).scheme in _STORES:
         return _Stored(url, start, advice)

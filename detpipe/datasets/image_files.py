@@ -6,30 +6,25 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from detpipe.datasets.dataset import Contents
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.types import Annotations
 
-if TYPE_CHECKING:
-    from detpipe.datasets.datamodule import DetectionData  # which divides its splits by these files
-
 
 class ImageFiles:
     """Reads, measures and copies image files; those of splits in shards have paths too, under which nothing lies on the disk.
 
     Args:
-        splits: data whose validation splits are in shards, or are not; images of no such split are plain files.
+        packed: annotations of splits, and where their image files are if not at their names; other images are plain files.
     """
 
-    def __init__(self, splits: Iterable[DetectionData] = ()) -> None:
+    def __init__(self, packed: Iterable[tuple[Annotations, Contents | None]] = ()) -> None:
         self._packed: dict[str, tuple[Contents, int]] = {}
-        for data in splits:
-            contents = data.contents("val")
+        for split, contents in packed:
             if contents is not None:
-                paths = map(os.path.abspath, image_paths(data.annotations("val")))
+                paths = map(os.path.abspath, image_paths(split))
                 self._packed.update({path: (contents, row) for row, path in enumerate(paths)})
 
     def __contains__(self, path: Path) -> bool:
@@ -42,11 +37,7 @@ class ImageFiles:
         return path.stat().st_size if packed is None else packed[0].size(packed[1])
 
     def read(self, path: Path, length: int = -1) -> bytes:
-        """The bytes of an image file, or the first of them.
-
-        Raises:
-            DataError: it lies in a shard that is missing or damaged, or is no regular file.
-        """
+        """The bytes of an image file, or the first of them; a DataError if its shard is damaged, or it is no regular file."""
         packed = self._packed.get(os.path.abspath(path))
         if packed is not None:
             return packed[0].read(packed[1])[: length if length >= 0 else None]
@@ -67,11 +58,7 @@ class ImageFiles:
             shutil.copyfile(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        """Give an image file a second name, on the same disk.
-
-        Raises:
-            DataError: that cannot be done.
-        """
+        """Give an image file a second name, on the same disk, or raise a DataError."""
         if source in self:
             raise DataError(f"{self.name(source)}: cannot be linked, it is a part of a shard: copy the images instead")
         try:

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from detpipe.datasets.classification import ClassificationData, LabeledImages, LabeledSplit, PackedNames
+from detpipe.datasets.classification import ClassificationData, LabeledImages, LabeledSplit, pack_names
 from detpipe.datasets.decode import IMAGE_SUFFIXES, read_image
 from detpipe.datasets.faults import SHOWN, Faults, OnBad
+from detpipe.datasets.formats.folders import visible, walk
 from detpipe.datasets.workers import look_at_images
 from detpipe.support.errors import DataError
 from detpipe.support.suggest import did_you_mean
@@ -76,30 +77,23 @@ class ImageFolder(ClassificationData):
 
 
 def find_classes(folder: Path) -> tuple[str, ...]:
-    """List the class folders of a split; hidden ones are none.
+    """List the class folders of a split, sorted by code points; hidden ones are none.
 
-    Args:
-        folder: of the split.
-
-    Returns:
-        Their names, sorted by code points.
-
-    Raises:
-        DataError: the folder is missing, holds images beside the class folders, a link that leads nowhere, or no class folder.
+    A DataError if the folder is missing, holds images beside the class folders, a link that leads nowhere, or no class folder.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {_LAYOUT}")
-    visible = _visible(folder)
-    stray = [entry.name for entry in visible if _is_image(entry)]
+    found = visible(folder)
+    stray = [entry.name for entry in found if _is_image(entry)]
     if stray:
         raise DataError(
             f"{folder} holds {len(stray)} images outside class folders, such as {stray[0]}; move each into a folder named "
             "after its class"
         )
-    broken = [entry.path for entry in visible if entry.is_symlink() and not os.path.exists(entry.path)]
+    broken = [entry.path for entry in found if entry.is_symlink() and not os.path.exists(entry.path)]
     if broken:
         raise DataError(f"{broken[0]} is a link that leads nowhere; mend or remove it")
-    classes = tuple(entry.name for entry in visible if entry.is_dir())
+    classes = tuple(entry.name for entry in found if entry.is_dir())
     if not classes:
         raise DataError(f"{folder} holds no class folders; {_LAYOUT}")
     return classes
@@ -108,27 +102,18 @@ def find_classes(folder: Path) -> tuple[str, ...]:
 def read_image_folder(
     root: Path, split: str, class_names: tuple[str, ...], on_bad: OnBad, present: Sequence[str]
 ) -> LabeledImages:
-    """List the images of a split.
+    """List the images of a split, class by class, sorted by name within each; ``present`` are the classes that have a folder.
 
-    Args:
-        root: the folder of the set.
-        split: name of the split's folder.
-        class_names: [K] of labels 0..K-1.
-        on_bad: ``"skip"`` decodes every image, and leaves unreadable ones out and counts them.
-        present: the classes that have a folder.
-
-    Returns:
-        The images, class by class, sorted by name within each.
-
-    Raises:
-        DataError: a class without images, or names of images that are no files.
+    ``on_bad="skip"`` decodes every image, and leaves unreadable ones out and counts them. A DataError for a class without images,
+    or names of images that are no files.
     """
-    faults, others = Faults(root / split, on_bad), Counter[str]()
+    faults, others = Faults(on_bad), Counter[str]()
+    faults.source = root / split
     names: list[str] = []
     labels: list[int] = []
     empty: list[str] = []
     for name in tqdm(present, f"listing {split}", unit="class", disable=None, leave=False):
-        found = sorted(_list_below(root, f"{split}/{name}", faults, others, set()))
+        found = sorted(_list_below(root, f"{split}/{name}", faults, others))
         names += found
         labels += [class_names.index(name)] * len(found)
         empty += [] if found else [name]
@@ -140,33 +125,20 @@ def read_image_folder(
         )
     kinds = ", ".join(suffix or "no suffix" for suffix in sorted(others)[:SHOWN])
     counts = {f"files that are no images ({kinds})": others.total(), **faults.skipped}
-    images = LabeledImages(root, PackedNames.pack(names), np.array(labels, dtype=np.int32), class_names, counts)
+    images = LabeledImages(root, pack_names(names), np.array(labels, dtype=np.int32), class_names, counts)
     return _readable(images, faults) if on_bad == "skip" else images
 
 
-def _list_below(
-    root: Path, folder: str, faults: Faults, others: Counter[str], seen: set[tuple[int, int]]
-) -> Iterator[str]:
-    """All images in a folder and those below it, links followed but no folder entered twice; other files are counted by suffix."""
-    status = (root / folder).stat()
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
-    for entry in _visible(root / folder):
-        if entry.is_dir():
-            yield from _list_below(root, f"{folder}/{entry.name}", faults, others, seen)
-        elif not _is_image(entry):
+def _list_below(root: Path, folder: str, faults: Faults, others: Counter[str]) -> Iterator[str]:
+    """All images in a folder and those below it; other files are counted by suffix."""
+    start = len(os.path.join(root, ""))
+    for entry in walk(os.path.join(root, folder), set()):
+        if not _is_image(entry):
             others[os.path.splitext(entry.name)[1].lower()] += 1
         elif entry.is_file():
-            yield f"{folder}/{entry.name}"
+            yield entry.path[start:].replace(os.sep, "/")
         else:
             faults.image("no file", f"{entry.path} is a link that leads nowhere, or no file but a pipe or the like")
-
-
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    """What is not hidden, by name: of two ways to a folder it is always the same one that is taken."""
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
@@ -196,5 +168,5 @@ def _readable(images: LabeledImages, faults: Faults) -> LabeledImages:
         raise DataError(
             f"{faults.source}: {len(bare)} classes have no readable image: {classes}; the first fault: {bad[0]}"
         )
-    names = PackedNames.pack(images.names[index] for index in keep)
-    return replace(images, names=names, labels=images.labels[keep], counts={**images.counts, **faults.skipped})
+    counts = {**images.counts, **faults.skipped}
+    return replace(images, names=images.names[keep], labels=images.labels[keep], counts=counts)

@@ -5,24 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from detpipe.support.errors import DataError
-from detpipe.types import Annotations, Segmentations
+from detpipe.types import BOX_FIELDS, Annotations, Segmentations
 
 
 def join(splits: Sequence[Annotations]) -> tuple[Annotations, int]:
     """Pool splits; an image file that several of them name is taken once, from the first.
 
-    Args:
-        splits: at least one, with the same classes.
-
-    Returns:
-        All images in their order, numbered anew from 1 if ids repeat; and how many repeated images were left out.
-
-    Raises:
-        DataError: the splits have other classes.
+    All images in their order, numbered anew from 1 if ids repeat; and how many repeated images were left out. A DataError if the
+    splits have other classes.
     """
     first = splits[0]
     for other in splits[1:]:
@@ -43,20 +38,17 @@ def join(splits: Sequence[Annotations]) -> tuple[Annotations, int]:
     ]
     ids = np.concatenate([a.image_ids for a in kept])
     starts = np.cumsum([0, *(len(a.boxes) for a in kept)])
+    boxes: dict[str, Any] = {name: np.concatenate([getattr(a, name) for a in kept]) for name in BOX_FIELDS}
     joined = Annotations(
         root=root,
         file_names=np.array([name.replace(os.sep, "/") for name in names], dtype=np.str_),
         image_ids=ids if len(np.unique(ids)) == len(ids) else np.arange(1, len(ids) + 1),
         sizes=np.concatenate([a.sizes for a in kept]),
         offsets=np.concatenate([[0], *(a.offsets[1:] + start for a, start in zip(kept, starts[:-1], strict=True))]),
-        boxes=np.concatenate([a.boxes for a in kept]),
-        labels=np.concatenate([a.labels for a in kept]),
-        iscrowd=np.concatenate([a.iscrowd for a in kept]),
-        difficult=np.concatenate([a.difficult for a in kept]),
-        area=np.concatenate([a.area for a in kept]),
         class_names=first.class_names,
         category_ids=first.category_ids,
         segmentations=_joined_outlines(kept),
+        **boxes,
     )
     return joined, sum(map(len, splits)) - len(joined)
 

@@ -45,35 +45,18 @@ class Masks(ABC):
 
     @abstractmethod
     def read(self, image: Tensor, target: Target) -> Mask:
-        """Read or make the mask of one image.
+        """Read or make the mask ``[H, W]`` of an image ``[3, H, W]`` uint8 RGB as in its file, nothing augmented.
 
-        Args:
-            image: ``[3, H, W]`` uint8 RGB as in its file, nothing augmented.
-            target: what the data set says of it.
-
-        Returns:
-            ``[H, W]``.
-
-        Raises:
-            DataError: there is none, or it does not fit the image; the file is named.
+        A DataError names the file if there is none, or it does not fit the image.
         """
 
 
 def open_masks(data: DetectionData, split: Split, kind: Kind = "auto") -> Masks:
-    """Find the true masks of a split.
+    """Find the true masks of a split; ``source`` says which they are.
 
-    Args:
-        data: the data set.
-        split: ``"train"``, ``"val"`` or ``"test"``.
-        kind: "auto" takes the masks of the data set, and where it has none "superpixels"; "superpixels" gives each superpixel the
-            class of the box that covers most of it; "boxes" gives each pixel that of its box.
-
-    Returns:
-        The masks; ``source`` says which.
-
-    Raises:
-        ValueError: an unknown kind.
-        DataError: the data set has masks for some images only, or they cannot be read.
+    "auto" takes the masks of the data set, and where it has none "superpixels", which gives each superpixel the class of the box
+    that covers most of it; "boxes" gives each pixel that of its box. A ValueError for another kind; a DataError if the data set
+    has masks for some images only, or they cannot be read.
     """
     if kind not in ("auto", "superpixels", "boxes"):
         raise ValueError(f"kind must be 'auto', 'superpixels' or 'boxes', got {kind!r}")
@@ -94,14 +77,7 @@ def open_masks(data: DetectionData, split: Split, kind: Kind = "auto") -> Masks:
 
 
 class VOCMasks(Masks):
-    """Palette PNGs in ``SegmentationClass``.
-
-    Args:
-        annotations: of the split.
-
-    Raises:
-        DataError: an image has no mask.
-    """
+    """Palette PNGs in ``SegmentationClass``; a DataError if an image of the split has none."""
 
     def __init__(self, annotations: Annotations) -> None:
         self.root, self.classes = annotations.root, annotations.num_classes
@@ -120,14 +96,7 @@ class VOCMasks(Masks):
 
 
 class COCOMasks(Masks):
-    """Polygons and run lengths of an annotation file.
-
-    Args:
-        annotations: of the split, with segmentations.
-
-    Raises:
-        DataError: an annotation has no segmentation.
-    """
+    """Polygons and run lengths of an annotation file; a DataError if an annotation has none."""
 
     def __init__(self, annotations: Annotations) -> None:
         outlines = annotations.segmentations
@@ -149,12 +118,7 @@ class COCOMasks(Masks):
 
 
 class BoxMasks(Masks):
-    """Masks made of boxes.
-
-    Args:
-        whole: each pixel of a box, not each superpixel that it covers most of.
-        why: there are no better ones.
-    """
+    """Masks made of boxes: of each pixel, or of each superpixel that they cover most of; ``why`` there are no better ones."""
 
     def __init__(self, whole: bool, why: str) -> None:
         self.whole = whole
@@ -174,18 +138,9 @@ class BoxMasks(Masks):
 
 
 def voc_mask(path: str | Path, size: tuple[int, int], classes: int) -> Mask:
-    """Read a segmentation mask of VOC.
+    """Read a segmentation mask of VOC, ``[H, W]``: a palette (or gray) PNG whose values are classes 0..K; 255 is ignored.
 
-    Args:
-        path: a palette (or gray) PNG whose values are classes; 255 is ignored.
-        size: height and width of the image.
-        classes: K.
-
-    Returns:
-        ``[H, W]``.
-
-    Raises:
-        DataError: the file is missing, is not such a PNG, is of another size, or has a class that is not known.
+    A DataError if the file is missing, is not such a PNG, is of another size than the image, or has a class that is not known.
     """
     try:
         with Image.open(path) as png:
@@ -219,13 +174,8 @@ def voc_mask(path: str | Path, size: tuple[int, int], classes: int) -> Mask:
 def majority_mask(regions: npt.NDArray[np.integer], boxes: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Mask:
     """Give each region the class of the box that covers most of it, if that is more than half; background otherwise.
 
-    Args:
-        regions: ``[H, W]`` the region of each pixel, from 0.
-        boxes: ``[G, 4]`` xyxy in pixels; a pixel is covered where its center is.
-        labels: ``[G]`` what to write.
-
-    Returns:
-        ``[H, W]``. Of boxes that cover as much, the smaller one counts.
+    ``regions`` is ``[H, W]`` the region of each pixel, from 0; boxes ``[G, 4]`` xyxy cover pixels whose center they hold. Of
+    boxes that cover as much, the smaller one counts.
 
     Example:
         >>> majority_mask(np.array([[0, 0, 0, 1]]), np.array([[1.0, 0.0, 3.0, 1.0]]), np.array([7])).tolist()

@@ -54,27 +54,16 @@ class Planes(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes of a TIFF or NPY file say.
+    """What the first bytes of a TIFF or NPY file say."""
 
-    Args:
-        height: as stored, before the orientation is applied.
-        width: in the same way.
-        samples: values a pixel.
-        bits: of each.
-        orientation: EXIF.
-        color: whether the samples are known to be red, green and blue.
-        floats: whether they are floating point.
-        end: bytes that the file must have at least.
-    """
-
-    height: int
-    width: int
-    samples: int = 1
-    bits: tuple[int, ...] = (8,)
-    orientation: int = 1
-    color: bool = False
-    floats: bool = False
-    end: int = 0
+    height: int  # as stored, before the orientation is applied
+    width: int  # in the same way
+    samples: int = 1  # values a pixel
+    bits: tuple[int, ...] = (8,)  # of each
+    orientation: int = 1  # EXIF
+    color: bool = False  # whether the samples are known to be red, green and blue
+    floats: bool = False  # whether they are floating point
+    end: int = 0  # bytes that the file must have at least
 
 
 def is_npy(start: bytes) -> bool:
@@ -88,14 +77,9 @@ def is_tiff(start: bytes) -> bool:
 
 
 def read_header(stream: BinaryIO) -> Header | None:
-    """Read the header of a TIFF or NPY file; None for others.
+    """Read the header of a TIFF or NPY file from its start; None for others.
 
-    Args:
-        stream: at its start; it is moved.
-
-    Raises:
-        Refused: an NPY that is no image.
-        Exception: a damaged file; whatever the readers raise.
+    `Refused` for an NPY that is no image; for a damaged file whatever the readers raise.
     """
     start = stream.read(16)
     if is_npy(start):
@@ -108,16 +92,9 @@ def read_header(stream: BinaryIO) -> Header | None:
 def read_planes(data: bytes, pixels: PixelType) -> Planes | None:
     """Read a file at the depth that it has, by other means than Pillow's conversion to RGB.
 
-    Args:
-        data: the file.
-        pixels: what is wanted; decides whether pages are planes, and whether more than 8 bits are needed.
-
-    Returns:
-        The pixels; None where Pillow has all that is in the file.
-
-    Raises:
-        Refused: an array that is no image, pages of unequal sizes, a missing library.
-        Exception: a damaged file; whatever the readers raise.
+    None where Pillow has all that is in it. ``pixels`` decides whether pages are planes, and whether more than 8 bits are needed.
+    `Refused` for an array that is no image, pages of unequal sizes, a missing library; for a damaged file whatever the readers
+    raise.
     """
     if is_npy(data):
         return _npy(data)
@@ -133,14 +110,10 @@ def read_planes(data: bytes, pixels: PixelType) -> Planes | None:
 
 
 def pillow_planes(image: Image.Image, pixels: PixelType) -> Planes:
-    """The bands of an image that Pillow opened; decoding happens here, so that a file that ends early raises here.
+    """The bands of an image that Pillow opened, uint8 but for grey of 16 bits and numbers without a white point.
 
-    Args:
-        image: what Pillow has not turned yet is turned by the caller.
-        pixels: what is wanted; neither one nor three channels keep the inks of CMYK, and how opaque a palette's colors are.
-
-    Returns:
-        The pixels, uint8 but for grey of 16 bits and numbers without a white point.
+    Decoding happens here, so that a file that ends early raises here. Neither one nor three channels keep the inks of CMYK, and
+    how opaque a palette's colors are.
     """
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
@@ -157,20 +130,10 @@ def pillow_planes(image: Image.Image, pixels: PixelType) -> Planes:
 
 
 def convert(planes: Values, alpha: bool, pixels: PixelType) -> Values:
-    """Bring decoded pixels to the channels and values that are wanted.
+    """Bring decoded pixels ``[H, W, c]`` to what is wanted: ``[H, W, C]``, uint8, or float32 in 0..1.
 
-    Grey becomes three equal channels, RGB becomes grey (ITU-R 601), an alpha channel is dropped; nothing else is converted.
-
-    Args:
-        planes: ``[H, W, c]``.
-        alpha: whether the last channel is how opaque a pixel is.
-        pixels: what is wanted.
-
-    Returns:
-        ``[H, W, C]``, uint8, or float32 in 0..1.
-
-    Raises:
-        Refused: other channels, values without a fixed white point, or a range that the file cannot fill.
+    Grey becomes three equal channels, RGB becomes grey (ITU-R 601), an alpha channel, the last, is dropped; nothing else is
+    converted. `Refused` for other channels, values without a fixed white point, or a range that the file cannot fill.
     """
     count = planes.shape[2]
     if count != pixels.channels:
@@ -251,11 +214,7 @@ def _npy(data: bytes) -> Planes:
 
 
 def check_pixels(height: int, width: int, channels: int = 1) -> None:
-    """Refuse what would not fit into memory, before anything is decoded.
-
-    Raises:
-        Refused: more than `MAX_PIXELS` pixels, or more than eight times as many values.
-    """
+    """Refuse, before anything is decoded, more than `MAX_PIXELS` pixels, or more than eight times as many values."""
     if width * height > MAX_PIXELS:
         raise Refused(
             f"the header announces {width} x {height} = {width * height} pixels, more than the limit of {MAX_PIXELS}; {ADVICE}"

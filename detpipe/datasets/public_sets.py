@@ -23,34 +23,21 @@ from detpipe.support.files import atomic_folder, remove_orphans
 
 @dataclass(frozen=True)
 class Part:
-    """A folder that archives make.
+    """A folder that archives make."""
 
-    Args:
-        target: the folder, relative to that of all data.
-        inner: what it is called in the archives.
-        archives: that make it together.
-        files: folder in it, or pattern of files -> how many files there must be; then it is complete.
-    """
-
-    target: str
-    inner: str
-    archives: tuple[RemoteFile, ...]
-    files: dict[str, int]
+    target: str  # the folder, relative to that of all data
+    inner: str  # what it is called in the archives
+    archives: tuple[RemoteFile, ...]  # that make it together
+    files: dict[str, int]  # folder in it, or pattern of files -> how many files there must be; then it is complete
 
 
 @dataclass(frozen=True)
 class PublicSet:
-    """A data set.
+    """A data set."""
 
-    Args:
-        parts: its folders.
-        configs: the configurations that read it.
-        page: its home.
-    """
-
-    parts: tuple[Part, ...]
-    configs: tuple[str, ...]
-    page: str
+    parts: tuple[Part, ...]  # its folders
+    configs: tuple[str, ...]  # the configurations that read it
+    page: str  # its home
 
 
 def _read_sets() -> dict[str, PublicSet]:
@@ -70,32 +57,16 @@ PUBLIC_SETS = _read_sets()
 
 
 def from_mirror(part: Part, mirror: str) -> Part:
-    """The same folder made of archives of the same names, sizes and checksums elsewhere.
-
-    Args:
-        part: of a data set.
-        mirror: the address of the folder that holds the archives.
-
-    Raises:
-        DownloadError: it is no web address.
-    """
+    """The same folder made of the same archives, at another address; a DownloadError if it is none."""
     check_url(mirror)
     archives = tuple(replace(remote, url=f"{mirror.rstrip('/')}/{remote.name}") for remote in part.archives)
     return replace(part, archives=archives)
 
 
 def is_complete(part: Part, folder: Path) -> bool:
-    """Whether a folder is there with all its files.
+    """Whether a folder is there with all its files; False if there is no such folder, or an empty one.
 
-    Args:
-        part: of a data set.
-        folder: of all data.
-
-    Returns:
-        True if it is complete, False if there is no such folder, or an empty one.
-
-    Raises:
-        DownloadError: it has other files.
+    A DownloadError if it has other files.
     """
     target = folder / part.target
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -111,15 +82,9 @@ def is_complete(part: Part, folder: Path) -> bool:
 
 
 def check_room(parts: Sequence[Part], folder: Path, archives: Path) -> None:
-    """Refuse to begin where the disk cannot hold what is unpacked and the largest archive beside it.
+    """Refuse by a DownloadError to begin where the disk cannot hold what is unpacked and the largest archive beside it.
 
-    Args:
-        parts: that are to be made one after the other; each is about as large as its archives.
-        folder: of all data; it exists.
-        archives: where archives lie that need not be fetched.
-
-    Raises:
-        DownloadError: there is too little space.
+    Parts are made one after the other, each about as large as its archives; those that lie in ``archives`` need not be fetched.
     """
     made = [sum(remote.size for remote in part.archives) for part in parts]
     there = sum(
@@ -133,21 +98,10 @@ def check_room(parts: Sequence[Part], folder: Path, archives: Path) -> None:
 
 
 def install(part: Part, folder: Path, archives: Path, keep: bool = False) -> int:
-    """Fetch the archives of a folder and unpack them.
+    """Fetch the archives of a folder that is not there yet, unless they lie there, and unpack them; how many files were unpacked.
 
-    The folder appears when it is complete; a run that was cut off goes on with what it has fetched.
-
-    Args:
-        part: of a data set; the folder is not there yet.
-        folder: of all data.
-        archives: the folder where archives are fetched to, or lie already.
-        keep: whether they stay there.
-
-    Returns:
-        How many files were unpacked.
-
-    Raises:
-        DownloadError: see `fetch` and `unpack`; or what was unpacked is not complete.
+    The folder appears when it is complete; a run that was cut off goes on with what it has fetched. A DownloadError as of `fetch`
+    and `unpack`, or if what was unpacked is not complete. ``keep`` leaves the archives.
     """
     target = folder / part.target
     paths = [fetch(remote, archives) for remote in part.archives]

@@ -93,15 +93,7 @@ class Resize:
         return Resize(self.policy, self.evaluation_size, self.max_size)
 
     def check_detector(self, min_size: int, max_size: int) -> None:
-        """Refuse a detector that would bring an image from elsewhere to another size than it is evaluated at.
-
-        Args:
-            min_size: of the detector.
-            max_size: of the detector.
-
-        Raises:
-            ValueError: they are not :attr:`detector_sizes`.
-        """
+        """Refuse by a ValueError a detector that would bring an image from elsewhere to another size than it is evaluated at."""
         wanted = self.detector_sizes
         if (min_size, max_size) != wanted:
             raise ValueError(
@@ -110,14 +102,7 @@ class Resize:
             )
 
     def draw(self, seed: Sequence[int]) -> int:
-        """Choose the ``min_size`` of a training image.
-
-        Args:
-            seed: non-negative numbers that decide it: (seed, epoch, index).
-
-        Returns:
-            One of the sizes, in pixels.
-        """
+        """Choose the ``min_size`` of a training image, in pixels, decided by (seed, epoch, index)."""
         if len(self.sizes) == 1:
             return self.sizes[0]
         random = np.random.default_rng((*seed, _STREAM))
@@ -126,27 +111,13 @@ class Resize:
         return self.sizes[int(random.integers(len(self.sizes)))]
 
     def content_size(self, size: Size, min_size: int) -> Size:
-        """Compute the size of a picture after resizing, without padding.
-
-        Args:
-            size: its height and width.
-            min_size: as drawn.
-
-        Returns:
-            Height and width. Those of a picture that has been resized are what they are.
-        """
+        """Height and width of a picture after resizing, without padding; those of one that has been resized are what they are."""
         return resized_size(size, min_size, self.max_size or min_size)
 
     def size_to_read(self, size: Size, min_size: int, magnification: float = 1.0) -> Size:
-        """Compute how large an image must be read, so that nothing is lost that the detector could see.
+        """How large an image must be read, so that nothing is lost that the detector could see; never above the size of the file.
 
-        Args:
-            size: height and width of the file.
-            min_size: as drawn.
-            magnification: by how much the augmentation may enlarge a part of the picture.
-
-        Returns:
-            Height and width, never above those of the file.
+        ``magnification`` is by how much the augmentation may enlarge a part of the picture.
         """
         goal = self.content_size(size, min_size)
         scale = magnification * max(goal[0] / size[0], goal[1] / size[1])
@@ -155,15 +126,10 @@ class Resize:
         return goal if magnification == 1 else (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
 
     def __call__(self, image: Tensor, target: Target, min_size: int) -> tuple[Tensor, Target]:
-        """Resize an image with its boxes, proposals and areas, and pad it if the policy says so.
+        """Resize an image with its boxes, proposals and areas to a ``min_size``, and pad it if the policy says so.
 
-        Args:
-            image: ``[C, H, W]`` uint8, or floating point in 0..1.
-            target: boxes in pixels of the image; not changed.
-            min_size: as drawn, or :attr:`evaluation_size`.
-
-        Returns:
-            The new image ``[C, H', W']`` of the same type, channels last in memory, and its target with ``content_size``.
+        ``[C, H, W]`` uint8, or floating point in 0..1, becomes ``[C, H', W']`` of the same type, channels last in memory; its
+        target, not changed, becomes one with ``content_size``.
         """
         old = (image.shape[1], image.shape[2])
         new = self.content_size(old, min_size)
@@ -174,14 +140,9 @@ class Resize:
 
 
 def pad(image: Tensor, side: int) -> Tensor:
-    """Put a picture into the top left corner of a square of the mean color.
+    """Put a picture ``[C, H, W]``, uint8 or floating point in 0..1, into the top left corner of a square of the mean color.
 
-    Args:
-        image: ``[C, H, W]`` uint8, or floating point in 0..1; H and W at most ``side``.
-        side: of the square, in pixels.
-
-    Returns:
-        ``[C, side, side]`` of the same type, channels last in memory; the three values of the color are repeated.
+    ``[C, side, side]`` of the same type, channels last in memory; the three values of the color are repeated.
     """
     color = torch.tensor([PADDING[k % 3] for k in range(image.shape[0])])
     color = color / 255 if image.is_floating_point() else color
@@ -193,15 +154,10 @@ def pad(image: Tensor, side: int) -> Tensor:
 def resample(image: Tensor, size: Size, extent: tuple[float, float] | None = None) -> Tensor:
     """Resize pixels bilinearly, smoothed where they shrink; 8-bit ones to within one gray level of the same in floating point.
 
-    Args:
-        image: ``[C, H, W]`` uint8 or floating point; fastest where the channels come last in memory.
-        size: new height and width.
-        extent: height and width of the part of the image that becomes the whole new one, from its top left corner; above H - 1
-            and W - 1, and above the new size. The last row and column of a picture decoded at a smaller scale may lie outside
-            the file in part.
-
-    Returns:
-        ``[C, h, w]`` of the same type, channels last in memory if they were.
+    ``[C, H, W]``, uint8 or floating point, becomes ``[C, h, w]`` of the same type, channels last in memory if they were, which is
+    fastest. ``extent`` is height and width of the part of the image that becomes the whole new one, from its top left corner;
+    above H - 1 and W - 1, and above the new size: the last row and column of a picture decoded at a smaller scale may lie outside
+    the file in part.
     """
     shape = (image.shape[1], image.shape[2])
     if size == shape and extent in (None, shape):

@@ -16,8 +16,9 @@ Letters: I images, M pairs of an image and a class in it, K classes, L images of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,19 +32,12 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Presence:
-    """Which classes are in which images.
+    """Which classes are in which images."""
 
-    Args:
-        images: I, how many there are.
-        rows: ``[M]`` the image of each pair of an image and a class in it, no pair twice.
-        classes: ``[M]`` the class, from 0.
-        names: K names of classes.
-    """
-
-    images: int
-    rows: Indices
-    classes: Indices
-    names: tuple[str, ...]
+    images: int  # I, how many there are
+    rows: Indices  # ``[M]`` the image of each pair of an image and a class in it, no pair twice
+    classes: Indices  # ``[M]`` the class, from 0
+    names: tuple[str, ...]  # K names of classes
 
     @staticmethod
     def of(annotations: Annotations) -> Presence:
@@ -60,42 +54,22 @@ class Presence:
         return np.bincount(self.classes, minlength=len(self.names))
 
 
-class _Data(Protocol):
-    """Data whose images may come more often than once an epoch."""
-
-    def presence(self, split: Any) -> Presence:
-        """Which classes are in which images of a split."""
-        ...
-
-
-def describe_sampling(sampling: Sampling | None, data: _Data) -> str:
+def describe_sampling(sampling: Sampling | None, presence: Callable[[Any], Presence]) -> str:
     """One line to be said before training, and its end; empty where each image comes once an epoch."""
-    return "" if sampling is None else f"{printable(sampling.describe(data.presence('train')))}\n"
+    return "" if sampling is None else f"{printable(sampling.describe(presence('train')))}\n"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an epoch consists of.
+    """What an epoch consists of."""
 
-    Args:
-        presence: of the images.
-        factors: ``[I]`` how often each image comes, on average; None where classes take turns.
-        length: L.
-    """
-
-    presence: Presence
+    presence: Presence  # of the images
+    # ``[I]`` how often each image comes, on average; None where classes take turns
     factors: npt.NDArray[np.float64] | None
-    length: int
+    length: int  # L
 
     def draw(self, random: np.random.Generator) -> Indices:
-        """Draw an epoch.
-
-        Args:
-            random: decides it.
-
-        Returns:
-            ``[L]`` indices of images, in the order in which they come.
-        """
+        """``[L]`` indices of the images of an epoch, in the order in which they come."""
         return self._in_turns(random) if self.factors is None else self._repeated(self.factors, random)
 
     def _repeated(self, factors: npt.NDArray[np.float64], random: np.random.Generator) -> Indices:
@@ -151,17 +125,7 @@ class Sampling:
             raise ValueError(f"loader.sampling.repeat_factor must lie in 0..1, above 0, got {self.repeat_factor}")
 
     def plan(self, presence: Presence) -> Plan:
-        """Plan the epochs of a split.
-
-        Args:
-            presence: of its images.
-
-        Returns:
-            The plan.
-
-        Raises:
-            DataError: there are no objects, where classes are to take turns.
-        """
+        """Plan the epochs of a split; a DataError if there are no objects where classes are to take turns."""
         if self.repeat_factor is None:
             if not len(presence.rows):
                 raise DataError("loader.sampling.class_balanced: no training image has an object; set sampling to null")
@@ -171,11 +135,7 @@ class Sampling:
         return Plan(presence, factors, int(np.ceil(round(float(factors.sum()), 6))))
 
     def class_factors(self, presence: Presence) -> npt.NDArray[np.float64]:
-        """``[K]`` how often an image of each class alone comes; 1 for classes without images.
-
-        Args:
-            presence: of the images.
-        """
+        """``[K]`` how often an image of each class alone comes; 1 for classes without images."""
         fraction = np.maximum(presence.counts, 1) / max(1, presence.images)
         factors = np.maximum(1.0, np.sqrt((self.repeat_factor or 0.0) / fraction))
         return np.where(presence.counts > 0, factors, 1.0)

@@ -27,18 +27,10 @@ _FARTHEST = 100_000  # pixels: a coordinate beyond is no coordinate
 
 
 def draw_masks(annotations: Annotations, index: int) -> npt.NDArray[np.bool_]:
-    """Draw the objects of an image.
+    """Draw the objects of an image: ``[G, H, W]``, a mask a box.
 
-    Args:
-        annotations: with segmentations.
-        index: of the image.
-
-    Returns:
-        ``[G, H, W]``, a mask a box.
-
-    Raises:
-        ValueError: the annotations have no segmentations.
-        DataError: a segmentation cannot be read; file, annotation and image are named.
+    A ValueError if the annotations have no segmentations; a DataError names file, annotation and image of one that cannot be
+    read.
     """
     if annotations.segmentations is None:
         raise ValueError("the annotations have no segmentations")
@@ -55,17 +47,9 @@ def draw_masks(annotations: Annotations, index: int) -> npt.NDArray[np.bool_]:
 
 
 def draw_classes(annotations: Annotations, index: int) -> Mask:
-    """Draw the objects of an image, smaller ones over larger ones; what only a crowd region covers is ignored.
+    """Draw the objects of an image as ``[H, W]``, smaller ones over larger ones; what only a crowd region covers is ignored.
 
-    Args:
-        annotations: with segmentations.
-        index: of the image.
-
-    Returns:
-        ``[H, W]``.
-
-    Raises:
-        DataError: a segmentation cannot be read; file, annotation and image are named.
+    Errors are those of `draw_masks`.
     """
     a, masks = annotations, draw_masks(annotations, index)
     rows = slice(*a.offsets[index : index + 2].tolist())
@@ -79,11 +63,7 @@ def draw_classes(annotations: Annotations, index: int) -> Mask:
 def check_segmentations(annotations: Annotations) -> None:
     """Check that every object has an outline that can be drawn, as copy-paste needs it.
 
-    Args:
-        annotations: with segmentations.
-
-    Raises:
-        DataError: an object has no segmentation, or one that cannot be read; file, annotation and image are named.
+    A DataError names file, annotation and image of those that have none, or one that cannot be read.
     """
     faults: list[str] = []
     offsets = annotations.offsets.tolist()
@@ -144,16 +124,9 @@ def _covered(polygons: list[list[float]], size: tuple[int, int]) -> list[int]:
 
 
 def run_lengths(text: str) -> list[int]:
-    """Decode a compressed run-length encoding.
+    """Decode a compressed run-length encoding: pixels of background, of the object, of background, and so on.
 
-    Args:
-        text: ``counts`` of a segmentation.
-
-    Returns:
-        Pixels of background, of the object, of background, and so on.
-
-    Raises:
-        ValueError: characters that are none of it, or an end in the middle of a count.
+    A ValueError for characters that are none of it, or an end in the middle of a count.
 
     Example:
         >>> run_lengths("52203")

@@ -34,15 +34,7 @@ class Resize:
 
 
 def box_sizes(annotations: Annotations, resize: Resize | None = None) -> npt.NDArray[np.float64]:
-    """Width and height of the boxes.
-
-    Args:
-        annotations: of a split.
-        resize: of the images; None leaves them as they are.
-
-    Returns:
-        ``[B, 2]`` in pixels.
-    """
+    """``[B, 2]`` width and height of the boxes, in pixels of the files, or of the resized images."""
     sides = annotations.boxes[:, 2:] - annotations.boxes[:, :2]
     if resize is None:
         return sides
@@ -56,14 +48,7 @@ def box_sizes(annotations: Annotations, resize: Resize | None = None) -> npt.NDA
 
 
 def statistics(annotations: Annotations) -> dict[str, Any]:
-    """Count and measure a split.
-
-    Args:
-        annotations: of the split.
-
-    Returns:
-        What ``detpipe data info`` prints, fit for JSON; lengths in pixels of the image files.
-    """
+    """Count and measure a split: what ``detpipe data info`` prints, fit for JSON; lengths in pixels of the image files."""
     a = annotations
     sides, per_image = box_sizes(a), np.diff(a.offsets)
     image = np.repeat(np.arange(len(a)), per_image)
@@ -103,32 +88,20 @@ def quantiles(values: npt.NDArray[Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class SuggestedAnchors:
-    """Shapes of anchors.
+    """Shapes of anchors."""
 
-    Args:
-        sizes: square roots of areas, in pixels of the resized image.
-        ratios: height divided by width.
-        iou: mean, over all boxes, of the IoU with the anchor that fits best if it is centered on the box.
-        recall: the part of the boxes whose IoU of that kind is at least 0.7, from where on region proposal networks
-            take an anchor for positive.
-    """
-
-    sizes: tuple[int, ...]
-    ratios: tuple[float, ...]
-    iou: float
+    sizes: tuple[int, ...]  # square roots of areas, in pixels of the resized image
+    ratios: tuple[float, ...]  # height divided by width
+    iou: float  # mean, over all boxes, of the IoU with the anchor that fits best if it is centered on the box
+    # the part of the boxes whose IoU of that kind is at least 0.7, from where on region proposal networks take an anchor for
+    # positive
     recall: float
 
 
 def suggest_anchors(sides: npt.NDArray[np.float64], sizes: int = 4, ratios: int = 3) -> SuggestedAnchors:
-    """Find shapes of anchors that fit boxes: clusters of the logarithms of their sizes and ratios, then moved to fit together.
+    """Find shapes of anchors for boxes ``[B, 2]``, width and height in pixels of the resized image.
 
-    Args:
-        sides: ``[B, 2]`` width and height of at least one box, in pixels of the resized image.
-        sizes: how many sizes.
-        ratios: how many ratios.
-
-    Returns:
-        The anchors, sizes and ratios ascending, and how well they fit.
+    Clusters of the logarithms of their sizes and ratios are moved to fit together. Sizes and ratios are ascending.
     """
     few = sides[:: max(1, len(sides) // _ENOUGH)]
     aspect = np.log(few[:, 1] / few[:, 0])
@@ -143,17 +116,9 @@ def suggest_anchors(sides: npt.NDArray[np.float64], sizes: int = 4, ratios: int 
 def refine(
     sides: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], ratios: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Move sizes and ratios, one at a time, while the mean of the best IoUs grows.
+    """Move the logarithms of sizes and ratios, one at a time, while the mean of the best IoUs with boxes ``[B, 2]`` grows.
 
     Every size has every ratio, so that the means of clusters of either alone are not yet the best of both.
-
-    Args:
-        sides: ``[B, 2]`` width and height.
-        sizes: logarithms.
-        ratios: logarithms.
-
-    Returns:
-        Sizes and ratios, as logarithms.
     """
     values, count = np.concatenate([sizes, ratios]), len(sizes)
 
@@ -176,15 +141,7 @@ def refine(
 
 
 def fit(sides: npt.NDArray[np.float64], sizes: Sequence[float], ratios: Sequence[float]) -> npt.NDArray[np.float64]:
-    """How well anchors fit boxes that they are centered on.
-
-    Args:
-        sides: ``[B, 2]`` width and height.
-        sizes: square roots of the anchors' areas.
-        ratios: height divided by width.
-
-    Returns:
-        ``[B]`` the IoU with the best of all sizes and ratios.
+    """How well anchors fit boxes ``[B, 2]`` that they are centered on: ``[B]`` the IoU with the best of all sizes and ratios.
 
     Example:
         >>> fit(np.array([[10.0, 10.0], [20.0, 10.0]]), [10], [1.0]).tolist()
@@ -200,15 +157,7 @@ def fit(sides: npt.NDArray[np.float64], sizes: Sequence[float], ratios: Sequence
 
 
 def cluster(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
-    """The means of ``count`` clusters of numbers by k-means, started at their quantiles: the same for the same numbers.
-
-    Args:
-        values: ``[B]``, at least one.
-        count: how many clusters; fewer where fewer numbers differ.
-
-    Returns:
-        ``[<= count]`` ascending.
-    """
+    """The means of at most ``count`` clusters of numbers, ascending, by k-means, started at their quantiles: always the same."""
     count = min(count, len(np.unique(values)))
     means = np.quantile(values, (np.arange(count) + 0.5) / count)
     for _ in range(_STEPS):
@@ -225,14 +174,7 @@ def cluster(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float
 
 
 def class_shares(parts: Mapping[str, Annotations]) -> dict[str, dict[str, float]]:
-    """Where the objects of each class went.
-
-    Args:
-        parts: of a data set, with the same classes.
-
-    Returns:
-        class -> part -> its part of the objects of the class; 0 for all where the class has none.
-    """
+    """Where the objects of each class went: class -> part -> its part of the objects; 0 for all where the class has none."""
     first = next(iter(parts.values()))
     counts = {name: np.bincount(a.labels, minlength=a.num_classes + 1)[1:] for name, a in parts.items()}
     total = np.sum(list(counts.values()), axis=0).clip(min=1)

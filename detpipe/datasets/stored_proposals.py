@@ -36,11 +36,7 @@ def file_key(annotations: Annotations, row: int) -> str:
 
 
 class BoxesByImage(Mapping[int, npt.NDArray[np.float32]], ABC):
-    """Boxes of the images of a split, by image id; read when they are asked for.
-
-    Args:
-        annotations: of the split.
-    """
+    """Boxes of the images of a split, by image id; read when they are asked for."""
 
     def __init__(self, annotations: Annotations) -> None:
         self.annotations = annotations
@@ -65,15 +61,9 @@ class BoxesByImage(Mapping[int, npt.NDArray[np.float32]], ABC):
 
 
 class StoredProposals(BoxesByImage):
-    """A store as the boxes of a split.
+    """A store, which may hold other images too, as the boxes of a split; ``key`` is what it calls an image.
 
-    Args:
-        path: the store.
-        annotations: the images; all of them must be in the store, which may hold others too.
-        key: what the store calls an image.
-
-    Raises:
-        DataError: the store cannot be read, lacks images, or is of images of other sizes.
+    A DataError if the store cannot be read, lacks images, or is of images of other sizes.
     """
 
     def __init__(self, path: str | Path, annotations: Annotations, key: ImageKey) -> None:

@@ -55,19 +55,12 @@ def divide_by_content(
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Divide the images of a split by what is in them: the same for everyone, whatever files and classes are called or ordered by.
 
-    Args:
-        annotations: of the split.
-        shares: name of a part -> its share of the images; they add up to 1.
-        source: where the images are.
-        seed: decides between what is equally good.
-        together: rows of images that go to one part, beside those whose files are equal.
+    ``shares``, name of a part -> its share of the images, add up to 1; ``seed`` decides between what is equally good;
+    ``together`` are rows of images that go to one part, beside those whose files are equal. Name of the part -> rows of images,
+    ascending, in which each image is once.
 
-    Returns:
-        name of the part -> rows of images, ascending, in which each image is once.
-
-    Raises:
-        ValueError: the shares are not positive or do not add up to 1.
-        DataError: an image cannot be read, or there are too few for the parts.
+    A ValueError for shares that are not positive or do not add up to 1; a DataError if an image cannot be read, or there are too
+    few.
     """
     digests = _digests(image_paths(annotations), source)
     order = np.array(sorted(range(len(annotations)), key=digests.__getitem__), dtype=np.int64)
@@ -134,19 +127,10 @@ def _fill(parts: list[npt.NDArray[np.int64]], group: npt.NDArray[np.int64], obje
 def stratified_parts(
     annotations: Annotations, shares: Sequence[float], seed: int = 0, groups: npt.NDArray[np.int64] | None = None
 ) -> list[npt.NDArray[np.int64]]:
-    """Divide the images of a split.
+    """Divide the images of a split by shares [P], which add up to 1: P arrays of rows, ascending, in which each image is once.
 
-    Args:
-        annotations: of the split.
-        shares: [P] of the images, which add up to 1.
-        seed: decides between what is equally good.
-        groups: ``[I]`` images of one group go to one part; None: each is a group of its own.
-
-    Returns:
-        P arrays of rows of images, ascending, in which each image is once.
-
-    Raises:
-        ValueError: the shares are not positive or do not add up to 1.
+    Images of one group, of ``[I]``, go to one part; None: each is a group of its own. A ValueError for shares that are not
+    positive or do not add up to 1.
     """
     if not shares or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"shares must be positive and add up to 1, got {list(shares)}")
@@ -162,17 +146,7 @@ def stratified_parts(
 def divide(
     counts: npt.NDArray[np.int64], images: npt.NDArray[np.int64], shares: npt.NDArray[np.float64], seed: int
 ) -> npt.NDArray[np.int64]:
-    """Give every group to a part.
-
-    Args:
-        counts: ``[G, K]`` objects of each class.
-        images: ``[G]`` how many images it has.
-        shares: ``[P]``, which add up to 1.
-        seed: decides between what is equally good.
-
-    Returns:
-        ``[G]`` the part of each group.
-    """
+    """``[G]`` the part of each group, of ``[G, K]`` objects of each class and ``[G]`` images, by shares ``[P]`` of 1."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(counts))
     wanted = shares[:, None] * counts.sum(axis=0)  # [P, K] objects that each part still lacks
@@ -206,18 +180,7 @@ def improve(
     shares: npt.NDArray[np.float64],
     seed: int,
 ) -> npt.NDArray[np.int64]:
-    """Move groups between parts while that lowers the distance to the wanted numbers of objects and images.
-
-    Args:
-        part: ``[G]`` the part of each group.
-        counts: as for `divide`.
-        images: as for `divide`.
-        shares: as for `divide`.
-        seed: decides the order in which groups are looked at.
-
-    Returns:
-        ``[G]`` the part of each group.
-    """
+    """Move groups between parts, ``[G]``, while that lowers the distance to the wanted numbers; other arguments as for `divide`."""
     part = part.copy()
     sizes = np.column_stack([counts, images]).astype(np.float64)  # [G, K + 1]
     total = sizes.sum(axis=0)

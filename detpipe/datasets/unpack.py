@@ -32,17 +32,11 @@ _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplem
 
 @dataclass(frozen=True)
 class Limits:
-    """What an archive may hold.
+    """What an archive may hold."""
 
-    Args:
-        members: files and folders.
-        ratio: bytes unpacked for each byte of the archive.
-        length: characters of a name.
-    """
-
-    members: int = 500_000
-    ratio: float = 50.0
-    length: int = 500
+    members: int = 500_000  # files and folders
+    ratio: float = 50.0  # bytes unpacked for each byte of the archive
+    length: int = 500  # characters of a name
 
 
 _USUAL = Limits()
@@ -60,21 +54,11 @@ class _Member(NamedTuple):
 
 
 def unpack(archive: str | Path, folder: str | Path, inner: str = "", limits: Limits = _USUAL) -> int:
-    """Write what is in a folder of an archive into another.
+    """Write what is in a folder of a ``.zip`` or an uncompressed ``.tar`` into another folder, which exists; how many files.
 
-    Args:
-        archive: a ``.zip``, or a ``.tar`` that is not compressed.
-        folder: it must exist; files of several archives may meet in it, the later replaces the earlier.
-        inner: the folder of the archive, such as ``VOCdevkit/VOC2007``; all of it by default. Members elsewhere are looked at,
-            but not written.
-        limits: what the archive may hold.
-
-    Returns:
-        How many files were written.
-
-    Raises:
-        DownloadError: there is something in the archive that has no business there (nothing is written then), it is damaged,
-            or the disk is full.
+    Files of several archives may meet in it, the later replaces the earlier. ``inner`` is the folder of the archive, such as
+    ``VOCdevkit/VOC2007``, by default all of it; members elsewhere are looked at, but not written. A DownloadError if there is
+    something in the archive that has no business there (nothing is written then), it is damaged, or the disk is full.
     """
     archive, folder = Path(archive), Path(folder)
     prefix = f"{inner.strip('/')}/" if inner else ""
@@ -111,15 +95,7 @@ def unpack(archive: str | Path, folder: str | Path, inner: str = "", limits: Lim
 
 
 def archive_faults(archive: str | Path, limits: Limits = _USUAL) -> list[Fault]:
-    """Look at an archive without unpacking it.
-
-    Args:
-        archive: a ``.zip``, or a ``.tar`` that is not compressed.
-        limits: what it may hold.
-
-    Returns:
-        All that `unpack` would refuse it for.
-    """
+    """All that `unpack` would refuse a ``.zip``, or an uncompressed ``.tar``, for; nothing is unpacked."""
     archive = Path(archive)
     try:
         with _open(archive) as opened:

@@ -38,19 +38,13 @@ _AT_ONCE = 512  # images that are asked for before the first of them is there
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A batch on its way.
+    """A batch on its way."""
 
-    Args:
-        pixels: ``[B]`` of the type of the images, one after the other, row by row, the channels of a pixel side by side.
-        sizes: N times height and width.
-        targets: N targets, with arrays in place of tensors.
-        channels: C of each image.
-    """
-
+    # ``[B]`` of the type of the images, one after the other, row by row, the channels of a pixel side by side
     pixels: Tensor
-    sizes: list[tuple[int, int]]
-    targets: list[dict[str, Any]]
-    channels: int = 3
+    sizes: list[tuple[int, int]]  # N times height and width
+    targets: list[dict[str, Any]]  # N targets, with arrays in place of tensors
+    channels: int = 3  # C of each image
 
     def unpack(self) -> Batch:
         """N images ``[C, H_i, W_i]``, channels last in memory, and N targets; no pixels are copied."""
@@ -70,13 +64,9 @@ class PackedBatch:
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> Batch | PackedBatch:
-    """Keep the images of a batch apart: they are padded, and resized where the data have not, together on the device.
+    """Keep the images ``[C, H, W]`` of a batch apart: they are padded, and resized where the data have not, together on the device.
 
-    Args:
-        samples: pairs of image, ``[C, H, W]`` uint8 or floating point, and target.
-
-    Returns:
-        In the main process the images and their targets, in the same order; in a data worker both packed.
+    In the main process the images and their targets, in the same order; in a data worker both packed.
     """
     images, targets = (list(column) for column in zip(*samples, strict=True))
     if get_worker_info() is None:
@@ -85,15 +75,7 @@ def collate(samples: list[tuple[Tensor, Target]]) -> Batch | PackedBatch:
 
 
 def pack(images: list[Tensor], targets: list[Target]) -> PackedBatch:
-    """Copy images into shared memory, once.
-
-    Args:
-        images: N images ``[C, H_i, W_i]`` of one type.
-        targets: N targets.
-
-    Returns:
-        The packed batch.
-    """
+    """Copy N images ``[C, H_i, W_i]`` of one type into shared memory, once, with their targets."""
     total, channels, dtype = sum(image.numel() for image in images), images[0].shape[0], images[0].dtype
     # as torch's default_collate does: written where the main process will read it
     pixels = torch.empty(0, dtype=dtype).set_(torch.UntypedStorage._new_shared(total * dtype.itemsize))
@@ -117,11 +99,7 @@ class _Mapped(NamedTuple):
 
 
 def share_with_workers(*kinds: type) -> None:
-    """Let processes that are started share the arrays of dataclasses; other ways to pickle them stay as they are.
-
-    Args:
-        kinds: the dataclasses.
-    """
+    """Let processes that are started share the arrays of dataclasses; other ways to pickle them stay as they are."""
     for kind in kinds:
         ForkingPickler.register(kind, _reduce)
 
@@ -157,12 +135,7 @@ def _in_shared_memory(array: npt.NDArray[Any]) -> Tensor:
 def look_at_images(look: Callable[[int], T], rows: Sequence[int]) -> Iterator[T]:
     """Call a function for each image in as many threads as there are cores, since decoders release the interpreter's lock.
 
-    Args:
-        look: what is done with the image of a row; several threads call it at the same time.
-        rows: of the images.
-
-    Yields:
-        What it returns, in the order of the rows.
+    Its results come in the order of the rows.
     """
     with (
         warnings.catch_warnings(),  # the decoder's own, which it sets and takes back in each thread, would stay or be lost

@@ -6,7 +6,7 @@ It is written once, in both::
       demo.json   what the set was made with; its presence says that the set is complete
       CREDITS.txt
       coco/       annotations/instances_{train,val}.json, train/*.jpg, val/*.jpg
-      voc/        Annotations/*.xml, ImageSets/Main/{train,val}.txt, JPEGImages/*.jpg (hard links to those of coco/)
+      voc/        Annotations/*.xml, ImageSets/Main/{train,val}.txt, JPEGImages/*.jpg (hard links to those of coco/), detpipe.json
 
 Both layouts carry the same boxes: they are whole pixels, so that VOC's 1-based inclusive integers lose nothing.
 """
@@ -16,26 +16,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.faults import Collected
+from detpipe.datasets.faults import Faults
+from detpipe.datasets.formats.class_list import CLASS_LIST
 from detpipe.datasets.formats.coco import load_coco
-from detpipe.datasets.formats.voc import load_voc
+from detpipe.datasets.formats.voc import load_voc, write_voc
 from detpipe.demo.scenes import CLASS_NAMES, Scene, compose_scene, load_stock
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.files import atomic_folder, atomic_remove, remove_orphans
 from detpipe.types import Annotations
 
+T = TypeVar("T")
 VERSION = 1  # of the generator: another one makes other scenes
 MARKER = "demo.json"
 JPEG_QUALITY = 92
@@ -92,18 +93,10 @@ DEFAULT_SCENES = DemoScenes()
 
 
 def write_demo(root: str | os.PathLike[str], scenes: DemoScenes = DEFAULT_SCENES) -> Path:
-    """Generate the demo set, unless it is there.
+    """Generate the demo set in a folder, unless it is there, which is returned as a path.
 
-    The folder appears under its name only when it is complete; of two processes that generate it at once, the first to
-    finish wins. A set of other scenes, or by another version of the generator, is replaced, provided that the folder
-    holds nothing else.
-
-    Args:
-        root: the folder of the set.
-        scenes: what to generate.
-
-    Returns:
-        ``root`` as a path.
+    The folder appears under its name only when it is complete; of two processes that generate it at once, the first to finish
+    wins. A set of other scenes, or by another version of the generator, is replaced, provided that the folder holds nothing else.
 
     Raises:
         DataError: ``root`` exists and is not a demo set, or holds other files besides.
@@ -128,22 +121,26 @@ def write_demo(root: str | os.PathLike[str], scenes: DemoScenes = DEFAULT_SCENES
 
 
 def _made_with(root: Path) -> tuple[int, DemoScenes] | None:
-    """The generator's version and the scenes of the set in a folder, None where there is no folder or an empty one.
+    """The generator's version and the scenes of the set in a folder, None where there is no folder or an empty one."""
+    return read_marker(
+        root, MARKER, "a demo set", lambda content: (int(content["version"]), DemoScenes(**content["scenes"]))
+    )
 
-    Raises:
-        DataError: the folder is something else, or its marker is damaged.
+
+def read_marker(root: Path, name: str, what: str, read: Callable[[Any], T]) -> T | None:
+    """What the marker of a folder that was generated says; None where there is no folder or an empty one.
+
+    A DataError if the folder is something else, or its marker is damaged.
     """
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return None
-    marker = root / MARKER
-    remedy = "name another folder (root), or remove this one"
+    marker, remedy = root / name, "name another folder (root), or remove this one"
     if not marker.is_file():
-        raise DataError(f"{root} exists and is not a demo set (it has no {MARKER}): {remedy}")
+        raise DataError(f"{root} exists and is not {what} (it has no {name}): {remedy}")
     try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-        return int(content["version"]), DemoScenes(**content["scenes"])
+        return read(json.loads(marker.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{marker} is not the marker of a demo set ({error!r}): {remedy}") from error
+        raise DataError(f"{marker} is not the marker of {what} ({error!r}): {remedy}") from error
 
 
 def _check_replaceable(root: Path) -> None:
@@ -162,7 +159,7 @@ def _check_replaceable(root: Path) -> None:
 
 def _file_names(scenes: DemoScenes) -> Iterator[str]:
     """The path of every file of a set."""
-    yield from (MARKER, "CREDITS.txt")
+    yield from (MARKER, "CREDITS.txt", f"voc/{CLASS_LIST}")
     for split in SPLITS:
         yield f"coco/annotations/instances_{split}.json"
         yield f"voc/ImageSets/Main/{split}.txt"
@@ -183,8 +180,8 @@ def _generate(folder: Path, root: Path, scenes: DemoScenes) -> None:
             rng = np.random.default_rng(np.random.SeedSequence(scenes.seed, spawn_key=(number, index)))
             made[name] = compose_scene(rng, stocks[split], scenes.size)
         _write_coco(folder / "coco", split, made)
-        _write_voc(folder / "voc", folder / "coco" / split, split, made)
         boxes[split] = sum(len(scene.boxes) for scene in made.values())
+    _write_voc(folder)
     (folder / "CREDITS.txt").write_text(CREDITS, encoding="utf-8")
     marker = {"version": VERSION, "scenes": asdict(scenes), "boxes": boxes, "sha256": _digest(folder, scenes)}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
@@ -223,41 +220,16 @@ def _write_coco(root: Path, split: str, scenes: dict[str, Scene]) -> None:
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _write_voc(root: Path, images: Path, split: str, scenes: dict[str, Scene]) -> None:
-    """Write the XML files and the list of one split, and link to the images that are there already."""
-    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for name, scene in scenes.items():
-        _link(images / f"{name}.jpg", root / "JPEGImages" / f"{name}.jpg")
-        (root / "Annotations" / f"{name}.xml").write_text(_voc_xml(name, scene), encoding="utf-8")
-    names = "".join(f"{name}\n" for name in scenes)
-    (root / "ImageSets" / "Main" / f"{split}.txt").write_text(names, encoding="utf-8")
-
-
-def _voc_xml(name: str, scene: Scene) -> str:
-    """One scene as the VOC development kit writes it: pixels counted from 1, both ends inclusive."""
-    height, width = scene.image.shape[:2]
-    objects = "".join(
-        f"\t<object>\n\t\t<name>{CLASS_NAMES[label - 1]}</name>\n\t\t<pose>Unspecified</pose>\n"
-        f"\t\t<truncated>0</truncated>\n\t\t<difficult>0</difficult>\n\t\t<bndbox>\n"
-        f"\t\t\t<xmin>{x1 + 1}</xmin>\n\t\t\t<ymin>{y1 + 1}</ymin>\n"
-        f"\t\t\t<xmax>{x2}</xmax>\n\t\t\t<ymax>{y2}</ymax>\n\t\t</bndbox>\n\t</object>\n"
-        for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True)
-    )
-    return (
-        f"<annotation>\n\t<folder>JPEGImages</folder>\n\t<filename>{name}.jpg</filename>\n"
-        f"\t<source>\n\t\t<database>detpipe demo set</database>\n\t</source>\n"
-        f"\t<size>\n\t\t<width>{width}</width>\n\t\t<height>{height}</height>\n\t\t<depth>3</depth>\n\t</size>\n"
-        f"\t<segmented>0</segmented>\n{objects}</annotation>\n"
-    )
-
-
-def _link(source: Path, target: Path) -> None:
-    """One file under two names, or a copy on file systems that know no hard links."""
+def _write_voc(folder: Path) -> None:
+    """Write the same splits in VOC layout, over links to the images, or copies on file systems that know no hard links."""
+    splits = {}
+    for split in SPLITS:
+        a = load_coco(folder / "coco" / "annotations" / f"instances_{split}.json", folder / "coco" / split)
+        splits[split] = replace(a, image_ids=np.arange(1, len(a) + 1))
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        write_voc(splits, folder / "voc", "link")
+    except DataError:
+        write_voc(splits, folder / "voc", "copy")
 
 
 def _digest(folder: Path, scenes: DemoScenes) -> str:
@@ -299,12 +271,12 @@ class Demo(DetectionData):
         """Generate the set unless it is there; Lightning calls this in one process only."""
         write_demo(self.root, self.scenes)
 
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the annotations of a split, generating the set first where it is missing."""
         if split == "test":
             raise DataError("no test split: the demo set has train and val only")
         root = write_demo(Path(self.root), self.scenes)
         if self.layout == "coco":
             annotations = root / "coco" / "annotations" / f"instances_{split}.json"
-            return load_coco(annotations, root / "coco" / split, self.policy(faults))
-        return load_voc(root / "voc", split, CLASS_NAMES, on_bad=self.policy(faults))
+            return load_coco(annotations, root / "coco" / split, faults=faults or self.faults())
+        return load_voc(root / "voc", split, CLASS_NAMES, faults=faults or self.faults())

@@ -26,7 +26,7 @@ from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.formats.coco import load_coco
 from detpipe.datasets.image_folder import read_image_folder
-from detpipe.demo.dataset import DEFAULT_SCENES, JPEG_QUALITY, SPLITS, VERSION, DemoScenes, write_demo
+from detpipe.demo.dataset import DEFAULT_SCENES, JPEG_QUALITY, SPLITS, VERSION, DemoScenes, read_marker, write_demo
 from detpipe.demo.scenes import CLASS_NAMES
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_folder, remove_orphans
@@ -73,17 +73,9 @@ class DemoDigits(ClassificationData):
 
 
 def write_digits(root: str | Path, demo: str | Path, scenes: DemoScenes = DEFAULT_SCENES) -> Path:
-    """Cut the digits out of the demo scenes, unless that has been done.
+    """Cut the digits out of the demo scenes, generated where they are missing, unless that has been done; the folder as a path.
 
     The folder appears under its name only when it is complete.
-
-    Args:
-        root: the folder of the crops.
-        demo: the folder of the demo set, which is generated where it is missing.
-        scenes: what the demo set is made of.
-
-    Returns:
-        ``root`` as a path.
 
     Raises:
         DataError: ``root`` exists and is something else, or was made of other scenes.
@@ -110,18 +102,12 @@ def _made_of(scenes: DemoScenes) -> dict[str, Any]:
 
 def _check(root: Path, scenes: DemoScenes) -> None:
     """Refuse a folder that was not made of these scenes."""
-    marker = root / MARKER
-    remedy = "name another folder (root), or remove this one"
-    if not marker.is_file():
-        raise DataError(f"{root} exists and does not hold the demo digits (it has no {MARKER}): {remedy}")
-    try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-        made_of = {key: content[key] for key in _made_of(scenes)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{marker} is not the marker of the demo digits ({error!r}): {remedy}") from error
-    if made_of != _made_of(scenes):
+    wanted = _made_of(scenes)
+    found = read_marker(root, MARKER, "the demo digits", lambda content: {key: content[key] for key in wanted})
+    if found is not None and found != wanted:
         raise DataError(
-            f"{root} holds digits of other scenes, {made_of['scenes']}, than asked for, {asdict(scenes)}: {remedy}"
+            f"{root} holds digits of other scenes, {found['scenes']}, than asked for, {asdict(scenes)}: name another folder "
+            "(root), or remove this one"
         )
 
 
@@ -145,14 +131,7 @@ def _cut(demo: Path, folder: Path, split: str) -> int:
 
 
 def window(box: list[float], size: int) -> tuple[int, int, int]:
-    """Choose the square around a digit, with context, inside a square image.
-
-    Args:
-        box: ``[x1, y1, x2, y2]`` in pixels.
-        size: side of the image.
-
-    Returns:
-        x, y of the top left corner, and the side; moved inwards where it would leave the image.
+    """The square around a digit's box xyxy, with context: x, y and side, moved inwards where it would leave a square image.
 
     Example:
         >>> window([10, 20, 30, 60], 160)

@@ -63,11 +63,7 @@ class Scene:
 def load_stock(seed: int) -> dict[str, Stock]:
     """Load digits and photographs, and part both between ``"train"`` and ``"val"``.
 
-    Args:
-        seed: decides which digits go where. The photographs are cut at the same column always.
-
-    Raises:
-        UsageError: scikit-learn is not installed.
+    The seed decides about digits; photographs are cut at the same column always. A UsageError if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits, load_sample_images
@@ -96,13 +92,7 @@ def load_stock(seed: int) -> dict[str, Stock]:
 
 
 def compose_scene(rng: np.random.Generator, stock: Stock, size: int) -> Scene:
-    """Compose one scene: a photograph, fragments of digits on it, whole digits on top.
-
-    Args:
-        rng: the only source of randomness.
-        stock: the digits and photographs of the split.
-        size: side of the square image, pixels.
-    """
+    """Compose a square scene of ``size`` pixels: a photograph, fragments of digits on it, whole digits on top."""
     canvas = np.pad(_background(rng, stock.photographs, size), ((_SOFT, _SOFT), (_SOFT, _SOFT), (0, 0)), mode="edge")
     for _ in range(rng.integers(FRAGMENTS_PER_SCENE[0], FRAGMENTS_PER_SCENE[1] + 1)):
         ink = _fragment(rng, stock.ink[rng.integers(len(stock.ink))])
@@ -155,10 +145,7 @@ def _fragment(rng: np.random.Generator, ink: Ink) -> Ink:
 def _warp(rng: np.random.Generator, ink: Ink, longer_side: float) -> Ink:
     """Rotate, shear, stretch and scale, then crop to the visible ink and a margin of ``_SOFT`` pixels.
 
-    Args:
-        rng: source of randomness.
-        ink: the digit.
-        longer_side: of the visible ink, pixels, to within the rounding of one pixel on either side.
+    The longer side of the visible ink is in pixels, to within the rounding of one pixel on either side.
     """
     angle = np.deg2rad(rng.uniform(-20, 20))
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

@@ -105,45 +105,25 @@ class Fault(NamedTuple):
 
 @dataclass
 class COCOFile:
-    """What a file holds, every reference resolved; nothing of image files or of the geometry of boxes is checked.
+    """What a file holds, every reference resolved; nothing of image files or of the geometry of boxes is checked."""
 
-    Args:
-        images: field -> [I] its values.
-        image_ids: [I] their ids; 1..I where ids are text.
-        sizes: [I, 2] height and width; 0 where there is none.
-        categories: field -> [K] its values, by ascending id, or in the order of the file where ids are text.
-        category_ids: [K] their ids; 1..K where ids are text.
-        boxes: field -> [B] its values.
-        box_image: [B] the row of the image.
-        labels: [B] in 1..K.
-        xywh: [B, 4].
-        iscrowd: [B].
-        difficult: [B].
-        area: [B] NaN where there is none.
-        images_read: records of images, those that were left out included.
-        boxes_read: records of boxes, those that were left out included.
-        orphans: boxes that were left out because their image was.
-        faults: in the order of the file.
-        counts: what else is to be told of it.
-    """
-
-    images: Columns
-    image_ids: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    categories: Columns
-    category_ids: tuple[int, ...]
-    boxes: Columns
-    box_image: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    xywh: npt.NDArray[np.float64]
-    iscrowd: npt.NDArray[np.bool_]
-    difficult: npt.NDArray[np.bool_]
-    area: npt.NDArray[np.float64]
-    images_read: int
-    boxes_read: int
-    orphans: int
-    faults: list[Fault]
-    counts: dict[str, int]
+    images: Columns  # field -> [I] its values
+    image_ids: npt.NDArray[np.int64]  # [I] their ids; 1..I where ids are text
+    sizes: npt.NDArray[np.int64]  # [I, 2] height and width; 0 where there is none
+    categories: Columns  # field -> [K] its values, by ascending id, or in the order of the file where ids are text
+    category_ids: tuple[int, ...]  # [K] their ids; 1..K where ids are text
+    boxes: Columns  # field -> [B] its values
+    box_image: npt.NDArray[np.int64]  # [B] the row of the image
+    labels: npt.NDArray[np.int64]  # [B] in 1..K
+    xywh: npt.NDArray[np.float64]  # [B, 4]
+    iscrowd: npt.NDArray[np.bool_]  # [B]
+    difficult: npt.NDArray[np.bool_]  # [B]
+    area: npt.NDArray[np.float64]  # [B] NaN where there is none
+    images_read: int  # records of images, those that were left out included
+    boxes_read: int  # records of boxes, those that were left out included
+    orphans: int  # boxes that were left out because their image was
+    faults: list[Fault]  # in the order of the file
+    counts: dict[str, int]  # what else is to be told of it
 
 
 @dataclass
@@ -170,16 +150,9 @@ def read_coco_file(path: str | os.PathLike[str], segmentations: bool = False, st
     Ids may be whole numbers or text. Text such as "17" is the number; where an image or a category has other text for an id, all
     are numbered. A category without boxes that is the ``supercategory`` of all others, as hubs export it, is left out.
 
-    Args:
-        path: the file.
-        segmentations: whether boxes have their ``segmentation``.
-        strict: whether keys are looked for that an object has twice, also those that are not read: several times as slow.
-
-    Returns:
-        Its records.
-
-    Raises:
-        DataError: the file cannot be read, is no JSON, has a key twice, or one of its three lists is not there.
+    ``segmentations`` lets boxes have their ``segmentation``; ``strict`` looks for keys that an object has twice, also those that
+    are not read, which takes several times as long. A DataError if the file cannot be read, is no JSON, has a key twice, or one
+    of its three lists is not there.
     """
     box = OutlinedBox if segmentations else Box
     parts = _read(Path(path), {"images": Image, "annotations": box, "categories": Category}, strict)
@@ -213,16 +186,9 @@ def read_coco_file(path: str | os.PathLike[str], segmentations: bool = False, st
 
 
 def read_coco_images(path: str | os.PathLike[str]) -> tuple[Columns, npt.NDArray[np.int64]]:
-    """Read the images of an annotation file, which need not have boxes.
+    """Read the images of an annotation file, which need not have boxes: their fields, and their ids, 1..I where some are text.
 
-    Args:
-        path: the file.
-
-    Returns:
-        The fields of the images, and their ids: 1..I where some are text in the file.
-
-    Raises:
-        DataError: the file cannot be read, or an image is not as it must be.
+    A DataError if the file cannot be read, or an image is not as it must be.
     """
     images = _read(Path(path), {"images": Image}, strict=False)["images"]
     _drop_repeated_images(images)

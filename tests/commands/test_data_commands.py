@@ -12,7 +12,7 @@ from PIL import Image
 
 from detpipe import cli
 from detpipe.commands.data_split import read_parts
-from detpipe.datasets.formats.recognize import open_split, split_names
+from detpipe.datasets.formats.recognize import open_split, recognize
 from detpipe.support.errors import DataError, UsageError
 
 main = partial(cli.run, group="data")
@@ -324,9 +324,11 @@ def test_split_shares_out_the_classes(voc, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "images       12        6  50.0%        3  25.0%        3  25.0%\n" in shown
     assert "dog           8        4  50.0%        2  25.0%        2  25.0%\n" in shown
-    assert split_names(str(out)) == ("test", "train", "val")  # in the layout that it had
+    assert recognize(str(out)).splits == ("test", "train", "val")  # in the layout that it had
     names = [
-        str(n) for split in split_names(str(out)) for n in open_split(str(out), split).annotations("val").file_names
+        str(n)
+        for split in recognize(str(out)).splits
+        for n in open_split(str(out), split).annotations("val").file_names
     ]
     assert sorted(names) == sorted(f"JPEGImages/im{i}.jpg" for i in range(12))
     assert (
@@ -363,11 +365,11 @@ def test_split_of_a_table_and_of_several_splits(tmp_path, capsys):
     arguments = f"split {path} -o {tmp_path / 'out'} --split one --split two --parts x=1,y=1".split()
     assert main(arguments) == 0
     assert "wrote 2 images with 2 boxes" in capsys.readouterr().out
-    assert split_names(str(tmp_path / "out")) == ("x", "y")
+    assert recognize(str(tmp_path / "out")).splits == ("x", "y")
     with pytest.raises(UsageError, match="has 1 images: too few for 3 parts"):
         main(["split", str(path), "-o", str(tmp_path / "few"), "--split", "one"])
     assert main([*arguments[:-1], "x=99,y=1", "-o", str(tmp_path / "few")]) == 0
-    assert split_names(str(tmp_path / "few")) == ("x", "y")  # no part is left without images
+    assert recognize(str(tmp_path / "few")).splits == ("x", "y")  # no part is left without images
     with pytest.raises(UsageError, match="--seed must be 0 or more"):
         main([*arguments, "--seed", "-1"])
 

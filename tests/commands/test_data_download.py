@@ -18,7 +18,7 @@ from datasets.file_server import Behavior, serving
 from detpipe import cli
 from detpipe.datasets import public_sets
 from detpipe.datasets.fetch import Patience, RemoteFile
-from detpipe.datasets.formats.recognize import open_split, split_names
+from detpipe.datasets.formats.recognize import open_split, recognize
 from detpipe.datasets.public_sets import PUBLIC_SETS, Part, install
 from detpipe.support.errors import DownloadError, UsageError
 
@@ -129,7 +129,7 @@ def test_coco_is_laid_out_as_its_configuration_expects(server, tmp_path):
     assert main(["download", "coco2017", "-o", str(tmp_path / "data")]) == 0
     settings = yaml.safe_load((ROOT / "configs/data/coco.yaml").read_text())["data"]["init_args"]
     root = tmp_path / settings["root"]
-    assert split_names(str(root)) == ("train2017", "val2017")
+    assert recognize(str(root)).splits == ("train2017", "val2017")
     for split in (settings["train"], settings["val"]):
         assert len(open_split(str(root), split).annotations("val")) == 3
     assert sorted(path.name for path in root.iterdir()) == ["annotations", "train2017", "val2017"]

@@ -14,8 +14,9 @@ from datasets.test_shards_faults import change_arrays, spoil
 
 from detpipe import cli
 from detpipe.commands.proposal_making import run_make
-from detpipe.datasets.formats.recognize import known_layout, open_split, split_names
-from detpipe.datasets.image_files import ImageFiles, image_paths
+from detpipe.datasets.datamodule import image_files
+from detpipe.datasets.formats.recognize import open_split, recognize
+from detpipe.datasets.image_files import image_paths
 from detpipe.datasets.shards.index import read_index
 from detpipe.support.errors import DataError, UsageError
 
@@ -49,9 +50,9 @@ def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_splits_are_the_folders_with_an_index(shards):
     (shards / "test.partial").mkdir()
-    assert known_layout(str(shards)) == "shards"
-    assert split_names(str(shards)) == ("train", "val")
-    assert split_names(str(shards / "val")) == ("val",)
+    assert recognize(str(shards)).layout == "shards"
+    assert recognize(str(shards)).splits == ("train", "val")
+    assert recognize(str(shards / "val")).splits == ("val",)
     one, other = (open_split(path, "val").annotations("val") for path in (str(shards), str(shards / "val")))
     assert np.array_equal(one.boxes, other.boxes)
     with pytest.raises(UsageError, match=r"has several splits: name one with --split; there are train, val"):
@@ -208,7 +209,7 @@ def test_shards_on_a_server(shards, tmp_path, capsys, monkeypatch):
 
 def test_image_files_measure_and_read(files, shards):
     plain, packed = (open_split(str(path), "val") for path in (files, shards))
-    source = ImageFiles([plain, packed])
+    source = image_files([plain, packed])
     pairs = list(zip(image_paths(plain.annotations("val")), image_paths(packed.annotations("val")), strict=True))
     assert len(pairs) == 11
     for own, inside in pairs:

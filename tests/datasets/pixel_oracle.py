@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from detpipe.datasets import Augment
-from detpipe.datasets.augment.augmentation import Neighbors
+from detpipe.datasets.augment.settings import Neighbors
 from detpipe.types import Target
 
 FIRST_LABEL = 2**24 + 1  # the next whole number that float32 has is two further

@@ -18,6 +18,7 @@ from detpipe.backbones import FPN, Extractor, Level, SEInceptionV3, SEResNet, SK
 from detpipe.backbones.input_channels import spread_weight
 from detpipe.datasets import YOLO, Augment, Loader, Resize
 from detpipe.datasets.augment.settings import Combine, Degrade, MixUp, Mosaic, Photometric, SafeCrop, Transform
+from detpipe.datasets.checking import check_data
 from detpipe.images import normalize, to_batch, to_picture
 from detpipe.stages import Backbone
 from detpipe.support.errors import CheckpointError, DataError, UsageError
@@ -256,6 +257,24 @@ def test_images_are_skipped_that_cannot_be_read_as_the_data_say(tmp_path: Path) 
     assert annotations.counts["images skipped: unreadable"] == 1
     with pytest.raises(DataError, match="images skipped: unreadable: 5"):
         dataset(tmp_path, "five", None, on_bad="skip").annotations("train")
+
+
+def test_a_check_reads_images_as_training_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(write_set(tmp_path / "set", "grey_16"))
+    fine, dark = ["--channels", "1", "--range", "0,4095"], ["--channels", "1", "--range", "0,70000"]
+    for options, status, says in (
+        ([], 0, "0 errors"),  # grey becomes RGB of 8 bits
+        (fine, 0, "0 errors"),
+        (dark, 1, "pixels of uint16 end at 65535, but range is [0, 70000]"),
+        (["--channels", "4"], 1, "has 1 channels (pages), but channels is 4"),
+        (["--range", "dark"], 2, "--channels 3, --range dark: "),
+    ):
+        assert cli.main(["data", "check", root, *options]) == status
+        assert says in "".join(capsys.readouterr())
+    splits = {"val": dataset(tmp_path, "five", None, (-1, 1)), "half": dataset(tmp_path, "five", None, "dtype")}
+    report = check_data(splits)
+    assert report.counts["val"]["images used"] == 3
+    assert all(message.startswith("half: ") for message in report.grouped(True)["images: unreadable"])
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -10,9 +10,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
 from detpipe.datasets import COCO, VOC, Augment, DetectionData, Loader
-from detpipe.datasets.records import build_annotations
+from detpipe.datasets.annotations import AnnotationBuilder
+from detpipe.datasets.faults import Faults
 from detpipe.support.errors import DataError
-from detpipe.types import Annotations
 
 from .builders import coco_content, write_coco
 
@@ -142,11 +142,11 @@ def test_row_39_a_label_beyond_the_classes_is_an_error_at_load(tmp_path: Path, m
     path, folder = write_coco(tmp_path)
     from detpipe.datasets.formats import coco
 
-    def with_fewer_classes(records: Any, faults: Any) -> Annotations:
-        records.class_names = records.class_names[:2]
-        return build_annotations(records, faults)
+    class FewerClasses(AnnotationBuilder):
+        def __init__(self, faults: Faults, class_names: tuple[str, ...], category_ids: tuple[int, ...]) -> None:
+            super().__init__(faults, class_names[:2], category_ids)
 
-    monkeypatch.setattr(coco, "build_annotations", with_fewer_classes)
+    monkeypatch.setattr(coco, "AnnotationBuilder", FewerClasses)
     for on_bad in ("error", "skip"):
         with pytest.raises(DataError, match=r"instances_train\.json: annotation id 102 .*label 3 is outside 1\.\.2"):
             coco.load_coco(path, folder, on_bad)

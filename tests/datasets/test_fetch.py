@@ -68,17 +68,21 @@ def test_an_empty_file(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
-def test_a_part_is_continued(server: Behavior, tmp_path: Path) -> None:
-    partial(tmp_path, CONTENT[:300_000])
+@pytest.mark.parametrize(
+    ("part", "asked"),
+    [
+        (CONTENT[:300_000], ["bytes=300000-"]),
+        (CONTENT, []),
+        (CONTENT + b"more", [None]),  # nothing beyond the end is asked for
+        (b"x" * 300_000, ["bytes=300000-", None]),  # the file has changed since
+    ],
+    ids=["beginning", "whole", "too long", "of another file"],
+)
+def test_what_an_earlier_run_left_is_used(server: Behavior, tmp_path: Path, part: bytes, asked: list) -> None:
+    partial(tmp_path, part)
     assert fetch(remote(server), tmp_path, QUICK).read_bytes() == CONTENT
-    assert server.requests == [("/x/data.bin", "bytes=300000-")]
+    assert [found for _, found in server.requests] == asked
     assert names(tmp_path) == ["data.bin"]
-
-
-def test_a_part_that_is_whole_needs_no_request(server: Behavior, tmp_path: Path) -> None:
-    partial(tmp_path, CONTENT)
-    assert fetch(remote(server), tmp_path, QUICK).read_bytes() == CONTENT
-    assert server.requests == []
 
 
 def test_cut_connections_go_on_where_they_were(server: Behavior, tmp_path: Path) -> None:
@@ -121,13 +125,6 @@ def test_a_server_without_ranges_begins_anew(server: Behavior, tmp_path: Path) -
     assert fetch(remote(server), tmp_path, QUICK).read_bytes() == CONTENT
 
 
-def test_a_file_that_has_changed_begins_anew(server: Behavior, tmp_path: Path) -> None:
-    partial(tmp_path, b"x" * 300_000)
-    assert fetch(remote(server), tmp_path, QUICK).read_bytes() == CONTENT
-    assert [asked for _, asked in server.requests] == ["bytes=300000-", None]
-    assert names(tmp_path) == ["data.bin"]
-
-
 def test_pieces_of_a_file_that_is_another_are_dropped(server: Behavior, tmp_path: Path) -> None:
     server.files["/x/data.bin"] = CONTENT[:-1] + b"?"
     partial(tmp_path, CONTENT[:300_000])
@@ -135,12 +132,6 @@ def test_pieces_of_a_file_that_is_another_are_dropped(server: Behavior, tmp_path
         fetch(remote(server), tmp_path, QUICK)
     assert [asked for _, asked in server.requests] == ["bytes=300000-", None]
     assert names(tmp_path) == []
-
-
-def test_a_part_that_is_too_long_begins_anew(server: Behavior, tmp_path: Path) -> None:
-    partial(tmp_path, CONTENT + b"more")
-    assert fetch(remote(server), tmp_path, QUICK).read_bytes() == CONTENT
-    assert server.requests == [("/x/data.bin", None)]  # nothing beyond the end is asked for
 
 
 def test_a_file_that_has_become_shorter(server: Behavior, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from detpipe.datasets.classes import Classes
 from detpipe.support.errors import DataError
 
 from .builders import picture, voc_object, write_csv, write_voc, write_yolo
-from .fault_cases import FIRST, sound
+from .fault_cases import FIRST, TEXT, listed, sound
 from .layout_cases import LAYOUTS
 
 MODULES: dict[str, Callable[..., DetectionData]] = {"coco": COCO, "voc": VOC, "yolo": YOLO, "csv": CSVBoxes}
@@ -127,3 +127,31 @@ def test_absolute_lists_are_read_if_that_is_allowed(tmp_path: Path) -> None:
         assert (a.root / str(a.file_names[0])).samefile(outside / "x.jpg")
         assert a.offsets[1] == 1
         assert data.dataset("train")[0, 0][0].shape == (3, 40, 60)
+
+
+@pytest.mark.parametrize("layout", ["coco", "voc", "yolo", "csv"])
+def test_another_suffix_or_capitals_than_the_annotations_name_are_found(layout: str, tmp_path: Path) -> None:
+    sound(layout, tmp_path)
+    image = tmp_path / FIRST[layout]
+    picture(40, 60).save(image.with_suffix(".BMP"))
+    image.unlink()
+    if layout == "yolo":
+        listed("images/train/A.JPG\n")(tmp_path)
+    name = "all" if layout == "csv" else "train"
+    data = MODULES[layout](str(tmp_path), train=name)
+    assert data.annotations("train").file_names[0] == Path(FIRST[layout]).with_suffix(".BMP").as_posix().removeprefix(
+        "train/" if layout == "coco" else ""
+    )
+    assert data.dataset("train")[0, 0][0].shape == (3, 40, 60)
+
+
+@pytest.mark.parametrize("layout", ["coco", "csv"])
+def test_one_file_is_not_two_images_that_are_called_otherwise(layout: str, tmp_path: Path) -> None:
+    sound(layout, tmp_path)
+    first = tmp_path / FIRST[layout]
+    second = first.with_name("1.jpg" if layout == "coco" else "b.jpg")
+    second.unlink()
+    text = tmp_path / TEXT[layout]
+    text.write_text(text.read_text().replace(second.name, first.with_suffix(".png").name))
+    with pytest.raises(DataError, match=rf"{first.with_suffix('.png').name}.*(is missing|no such image file)"):
+        MODULES[layout](str(tmp_path), train="all" if layout == "csv" else "train").annotations("train")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from detpipe.datasets import workers
-from detpipe.datasets.faults import Collected, Faults
-from detpipe.datasets.records import check_pixels
+from detpipe.datasets.annotations import check_pixels
+from detpipe.datasets.faults import Faults
 from detpipe.datasets.workers import look_at_images
 
 from .builders import picture
@@ -77,14 +77,10 @@ def test_faults_are_noted_in_the_order_of_the_images(tmp_path: Path) -> None:
         picture(10 + (row % 5 == 1), 12).save(path)
         if row % 7 == 3:
             path.write_bytes(path.read_bytes()[:100])
-    collected = Collected()
-    readable = check_pixels(
-        range(2, 40), lambda row: (paths[row], None), np.tile([10, 12], (40, 1)), Faults("x", collected)
-    )
+    faults = Faults("collect")
+    readable = check_pixels(range(2, 40), lambda row: (paths[row], None), np.tile([10, 12], (40, 1)), faults)
     bad = [row for row in range(2, 40) if row % 7 == 3 or row % 5 == 1]
     assert np.flatnonzero(~readable).tolist() == bad
-    assert [f"{row}.jpg" in fault.message for row, fault in zip(bad, collected.faults, strict=True)] == [True] * len(
-        bad
-    )
+    assert [f"{row}.jpg" in fault.message for row, fault in zip(bad, faults.found, strict=True)] == [True] * len(bad)
     kinds = ["images: unreadable" if row % 7 == 3 else "images: size differs from the annotation" for row in bad]
-    assert [fault.kind for fault in collected.faults] == kinds
+    assert [fault.kind for fault in faults.found] == kinds

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_images_are_copied_where_there_are_no_hard_links(root, tmp_path, monkeyp
     def refuse(source, target):
         raise OSError("no hard links here")
 
-    monkeypatch.setattr(demo.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     assert contents(write_demo(tmp_path / "demo", SCENES)) == contents(root)
 
 

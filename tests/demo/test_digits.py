@@ -81,7 +81,7 @@ def test_a_folder_of_something_else_or_of_other_scenes_is_refused(base: Path, tm
         DataError, match=r"digits holds digits of other scenes, .*'train': 12.*'train': 13.*: name another"
     ):
         write_digits(base / "digits", base / "demo", DemoScenes(train=13, val=6, size=64))
-    with pytest.raises(DataError, match=r"demo exists and does not hold the demo digits \(it has no digits.json\)"):
+    with pytest.raises(DataError, match=r"demo exists and is not the demo digits \(it has no digits.json\)"):
         write_digits(base / "demo", base / "demo", SCENES)
     (tmp_path / MARKER).write_text("{}")
     with pytest.raises(DataError, match=r"digits.json is not the marker of the demo digits"):

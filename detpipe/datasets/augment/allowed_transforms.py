@@ -55,14 +55,7 @@ REFUSED = {name: why for why, names in _REFUSED.items() for name in names.split(
 
 
 def check_name(name: str) -> None:
-    """Refuse a transform that a configuration may not use; nothing is imported.
-
-    Args:
-        name: as in the configuration.
-
-    Raises:
-        ValueError: it does not keep boxes in step, and the message says why, or it is no transform; near names are listed.
-    """
+    """Refuse by a ValueError, which says why, a transform that a configuration may not use; nothing is imported."""
     if name in ALLOWED:
         return
     if name in REFUSED:

@@ -8,53 +8,18 @@ Every draw is decided by the seed that is given, such as (seed, epoch, index).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from detpipe.datasets.augment.settings import (
-    Combine,
-    Degrade,
-    Photometric,
-    SafeCrop,
-    Transform,
-    check_parts,
-    check_range,
-)
+from detpipe.datasets.augment.settings import LARGEST_CROP, AugmentSettings, Neighbors
 from detpipe.types import RGB, PixelType, Target
 
-if TYPE_CHECKING:
-    import albumentations
-
-_NOTHING = Combine()
-
 
 @dataclass(frozen=True)
-class Neighbors:
-    """The set that an image belongs to, for what takes several images.
-
-    Args:
-        count: of the images of the set.
-        index: of this image, which is never its own neighbor.
-        read: an index -> image ``[C, H, W]`` and its target, as in the files; errors are passed on.
-        masks: an index -> ``[G, H, W]`` bool, a mask for each box of the target; None where there are none.
-    """
-
-    count: int
-    index: int
-    read: Callable[[int], tuple[Tensor, Target]]
-    masks: Callable[[int], npt.NDArray[np.bool_]] | None = None
-
-
-LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
-
-
-@dataclass(frozen=True)
-class Augment:
+class Augment(AugmentSettings):
     """What may happen to a training image, its boxes and its proposals; docs/augmentation.md shows it.
 
     Args:
@@ -73,24 +38,6 @@ class Augment:
         transforms: transforms of albumentations by name, in their order.
     """
 
-    flip: float = 0.5
-    scale_jitter: tuple[float, float] | None = None
-    crop: float = 0.0
-    color: float = 0.0
-    min_visibility: float = 0.25
-    vertical_flip: float = 0.0
-    safe_crop: SafeCrop | None = None
-    photometric: Photometric | None = None
-    degrade: Degrade | None = None
-    combine: Combine = _NOTHING
-    transforms: tuple[Transform, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_parts(self, "", "flip", "vertical_flip", "crop", "color", "min_visibility")
-        if self.scale_jitter is not None:
-            check_range(self, "", "scale_jitter", 0.1, 10)
-        object.__setattr__(self, "transforms", tuple(self.transforms))
-
     @property
     def magnification(self) -> float:
         """By how much a part of the picture may be enlarged compared with the whole, if the result has the size of the whole.
@@ -105,12 +52,8 @@ class Augment:
     def check(self, pixels: PixelType = RGB) -> None:
         """Find what images cannot be done, or what is imported late is told wrongly, before the first image.
 
-        Args:
-            pixels: the channels and values of the images.
-
-        Raises:
-            ValueError: a change of colors where there are none; a transform of the configuration that has arguments that it does
-                not take, or that does not take such images.
+        A ValueError for a change of colors where there are none, or a transform that has arguments that it does not take, or that
+        does not take such images.
         """
         jpeg = self.degrade is not None and self.degrade.jpeg > 0 and pixels.channels != 1
         for key, needs_colors in (("color", self.color), ("photometric", self.photometric), ("degrade.jpeg", jpeg)):
@@ -127,21 +70,16 @@ class Augment:
     def __call__(
         self, image: Tensor, target: Target, seed: int | Sequence[int], neighbors: Neighbors | None = None
     ) -> tuple[Tensor, Target]:
-        """Transform one image with everything that belongs to it.
+        """Transform one image ``[C, H, W]``, uint8 or float32 in 0..1, with everything that belongs to it.
 
-        Args:
-            image: ``[C, H, W]`` uint8, or float32 in 0..1.
-            target: boxes in pixels of the image, and what else is known of them; not changed.
-            seed: non-negative numbers that decide every draw, such as (seed, epoch, index).
-            neighbors: where other images come from; only needed for ``combine``.
+        The target, whose boxes are in pixels of the image, is not changed. The seed, non-negative numbers such as (seed, epoch,
+        index), decides every draw. ``neighbors`` are where other images come from, for ``combine``: a ValueError if there are
+        none, too few, or none with masks.
 
         Returns:
             The new image ``[C, H', W']`` of the same type, channels last in memory, and its target. Boxes, what is said of them and
             proposals are those that are still visible, of all images that were combined, those of this image first;
             ``image_id`` and ``file_name`` stay. The area shrinks and grows with the box.
-
-        Raises:
-            ValueError: images are to be combined, but there are no neighbors, too few, or none with masks.
         """
         # take seconds to import, and only training needs them
         from detpipe.datasets.augment import steps  # isort: skip (it keeps albumentations from the network)
@@ -156,17 +94,3 @@ class Augment:
             now = combine(self.combine, now, neighbors, draws, self.min_visibility)
         now = steps.run(steps.build_steps(self), now, seed)
         return finish(now, self.min_visibility)
-
-
-def reseed(
-    steps: Sequence[albumentations.BasicTransform | albumentations.BaseCompose], seed: int | Sequence[int]
-) -> None:
-    """Draw an own seed for every transform; costs tens of microseconds.
-
-    Args:
-        steps: which get other seeds.
-        seed: non-negative numbers that decide them.
-    """
-    seeds = np.random.SeedSequence(seed).generate_state(len(steps))
-    for step, own in zip(steps, seeds.tolist(), strict=True):
-        step.set_random_seed(own)

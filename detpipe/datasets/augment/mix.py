@@ -19,9 +19,8 @@ import numpy.typing as npt
 import torch
 
 from detpipe.boxes import iou
-from detpipe.datasets.augment.augmentation import Neighbors
 from detpipe.datasets.augment.sample import Rectangle, Scene, areas, clip, move, pool, resize, scene_of
-from detpipe.datasets.augment.settings import Combine, CopyPaste, Mosaic
+from detpipe.datasets.augment.settings import Combine, CopyPaste, Mosaic, Neighbors
 
 Masks = npt.NDArray[np.bool_]  # [A, H, W]
 
@@ -37,23 +36,12 @@ def paste(
     random: np.random.Generator,
     min_visibility: float = 0.0,
 ) -> Scene:
-    """Paste objects of another image.
+    """Paste objects of the image of an index into a scene that is as in its file.
 
-    Args:
-        settings: how many objects, and how they are resized.
-        scene: as in its file.
-        neighbors: where image and masks come from.
-        index: of the image that objects are taken from.
-        random: decides every draw.
-        min_visibility: objects of which less than this part would be seen are not pasted, 0 to 1.
-
-    Returns:
-        The scene: boxes of objects below shrink to what is seen of them, those that are hidden are removed, pasted ones are added,
-        with the proposals of the other image that lie on them, and what is seen of objects that overlap them. Unchanged where the
-        other image has nothing to be pasted.
-
-    Raises:
-        ValueError: there are no masks.
+    Boxes of objects below shrink to what is seen of them, those that are hidden are removed, pasted ones are added, with the
+    proposals of the other image that lie on them, and what is seen of objects that overlap them. Objects of which less than
+    ``min_visibility`` would be seen are not pasted. Unchanged where the other image has nothing to be pasted; a ValueError where
+    there are no masks.
     """
     if neighbors.masks is None:
         raise ValueError("copy_paste needs instance masks; use data with segmentations, or set copy_paste to null")
@@ -201,20 +189,10 @@ def combine(
     seed: np.random.SeedSequence,
     min_visibility: float = 0.0,
 ) -> Scene:
-    """Do copy-paste, mosaic and mix-up, as far as they are drawn.
+    """Do copy-paste, mosaic and mix-up, as far as they are drawn, with a scene that is as in its file; its size stays.
 
-    Args:
-        settings: which of them, and how likely.
-        scene: of the image as in its file.
-        neighbors: where the others come from.
-        seed: decides every draw.
-        min_visibility: objects of which less than this part would be seen are not pasted, 0 to 1.
-
-    Returns:
-        The scene; of the same size.
-
-    Raises:
-        ValueError: the set has too few images, or no masks where they are needed.
+    Objects of which less than ``min_visibility`` would be seen are not pasted. A ValueError if the set has too few images, or no
+    masks where they are needed.
     """
     if neighbors.count < settings.images:
         raise ValueError(settings.too_few(neighbors.count))

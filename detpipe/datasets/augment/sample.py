@@ -36,21 +36,15 @@ _TENSORS = ("boxes", "labels", "iscrowd", "difficult", "area", "proposals")
 
 @dataclass(frozen=True)
 class Scene:
-    """An image, and the boxes that are in it now: objects and proposals in one stack of M, so that both move alike.
+    """An image, and the boxes that are in it now: objects and proposals in one stack of M, so that both move alike."""
 
-    Args:
-        image: ``[H, W, C]`` uint8, or float32 in 0..1.
-        target: what is known of the objects and proposals, with boxes as they were in their image file; not changed.
-        boxes: ``[M, 4]`` xyxy where they are now; they may reach beyond the image, so that what is lost can be measured.
-        rows: ``[M]`` which object of the target each box is, 0..G-1; G and more for proposals.
-        share: ``[M]`` the part of each box that earlier steps have left of it, 0 to 1.
-    """
-
-    image: Pixels
+    image: Pixels  # ``[H, W, C]`` uint8, or float32 in 0..1
+    # what is known of the objects and proposals, with boxes as they were in their image file; not changed
     target: Target
+    # ``[M, 4]`` xyxy where they are now; they may reach beyond the image, so that what is lost can be measured
     boxes: npt.NDArray[np.float64]
-    rows: npt.NDArray[np.int64]
-    share: npt.NDArray[np.float64]
+    rows: npt.NDArray[np.int64]  # ``[M]`` which object of the target each box is, 0..G-1; G and more for proposals
+    share: npt.NDArray[np.float64]  # ``[M]`` the part of each box that earlier steps have left of it, 0 to 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -73,14 +67,9 @@ def boxes_of(target: Target) -> Tensor:
 
 
 def scene_of(image: Tensor, target: Target) -> Scene:
-    """Begin with one image.
+    """Begin with one image ``[C, H, W]``, uint8 or float32 in 0..1, whose memory is not shared.
 
-    Args:
-        image: ``[C, H, W]`` uint8, or float32 in 0..1.
-        target: boxes in pixels of the image. They are clipped to it; those outside are left out.
-
-    Returns:
-        The scene; its image shares memory with nothing.
+    Boxes are in pixels of the image: they are clipped to it, and those outside are left out.
     """
     height, width = image.shape[1:]
     both = torch.cat([boxes_of(target), target.get("proposals", torch.empty(0, 4))]).double().numpy()
@@ -91,17 +80,10 @@ def scene_of(image: Tensor, target: Target) -> Scene:
 
 
 def pool(scenes: Sequence[Scene], image: Pixels) -> Scene:
-    """Bring the objects and proposals of several scenes together, in their order.
+    """Bring the objects and proposals of several scenes together, in their order, into the frame of an image ``[H, W, C]``.
 
-    Args:
-        scenes: at least one, all boxes in the frame of the image.
-        image: ``[H, W, C]`` what is seen of all of them.
-
-    Returns:
-        The scene. Its ``image_id`` and ``file_name`` are those of the first.
-
-    Raises:
-        ValueError: some targets say things that others do not, such as flags or proposals.
+    ``image_id`` and ``file_name`` are those of the first. A ValueError if some targets say things that others do not, such as
+    flags.
     """
     first = scenes[0].target
     target = first.copy()
@@ -131,14 +113,9 @@ def pool(scenes: Sequence[Scene], image: Pixels) -> Scene:
 
 
 def finish(scene: Scene, min_visibility: float) -> tuple[Tensor, Target]:
-    """Clip the boxes, remove those that are hardly seen, and look up what is said of the rest.
+    """Clip the boxes, remove those of which less than ``min_visibility`` (0 to 1) is left, and look up what is said of the rest.
 
-    Args:
-        scene: after all steps.
-        min_visibility: boxes of which less than this part is left of what was annotated are removed, 0 to 1.
-
-    Returns:
-        The image ``[C, H, W]``, and its target; the area shrinks and grows with the box.
+    The image ``[C, H, W]``, and its target; the area shrinks and grows with the box.
     """
     height, width = scene.size
     inside = scene.boxes.clip(0, [width, height, width, height])
@@ -166,16 +143,7 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def resize(image: Pixels, source: Rectangle, goal: Rectangle) -> Pixels:
-    """Cut out a rectangle and resize it.
-
-    Args:
-        image: ``[H, W, C]`` or ``[H, W]``, uint8 or float32.
-        source: inside the image.
-        goal: whose size is wanted.
-
-    Returns:
-        ``[h, w, C]`` or ``[h, w]`` of the same type, as large as the goal; averaged where it shrinks.
-    """
+    """Cut a rectangle out of ``[H, W(, C)]``, uint8 or float32, and resize it to the size of another: averaged where it shrinks."""
     x1, y1, x2, y2 = source
     u1, v1, u2, v2 = goal
     shrinks = (u2 - u1) * (v2 - v1) < (x2 - x1) * (y2 - y1)
@@ -190,29 +158,13 @@ def resize(image: Pixels, source: Rectangle, goal: Rectangle) -> Pixels:
 
 
 def ground(image: Pixels) -> Pixels:
-    """What an image is filled up with, a value a channel: the mean color, its three values repeated.
-
-    Args:
-        image: ``[H, W, C]``.
-
-    Returns:
-        ``[C]`` of the same type.
-    """
+    """What an image ``[H, W, C]`` is filled up with, ``[C]`` of its type: the mean color, its three values repeated."""
     color = np.array([GROUND[k % 3] for k in range(image.shape[2])])
     return (color if image.dtype == np.uint8 else color / 255).astype(image.dtype)
 
 
 def move(boxes: Boxes, source: Rectangle, goal: Rectangle) -> Boxes:
-    """Move boxes as :func:`resize` moves pixels.
-
-    Args:
-        boxes: ``[M, 4]`` xyxy in the frame of the source, which may reach beyond it.
-        source: mapped onto the goal.
-        goal: in another frame.
-
-    Returns:
-        ``[M, 4]`` in the frame of the goal, not clipped.
-    """
+    """Move boxes ``[M, 4]`` xyxy, which may reach beyond the source, into the frame of the goal, as :func:`resize` moves pixels."""
     start, length = np.array(source[:2]), np.subtract(source[2:], source[:2])
     to, reach = np.array(goal[:2]), np.subtract(goal[2:], goal[:2])
     return (boxes - np.tile(start, 2)) * np.tile(reach / length, 2) + np.tile(to, 2)

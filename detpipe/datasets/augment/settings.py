@@ -8,9 +8,15 @@ copy-paste: Ghiasi et al., 2021, arXiv 2012.07177.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
 from detpipe.datasets.augment.allowed_transforms import check_name
+from detpipe.types import Target
 
 Scalar = bool | int | float | str | None
 Value = Scalar | list[Scalar] | list[list[Scalar]]  # what an argument may be: data, never a class or a function
@@ -210,6 +216,45 @@ class Transform:
 
     def __hash__(self) -> int:
         return hash((self.name, json.dumps(self.arguments, sort_keys=True)))
+
+
+_NOTHING = Combine()
+LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """All settings, which `~detpipe.datasets.augment.augmentation.Augment` explains and carries out."""
+
+    flip: float = 0.5
+    scale_jitter: tuple[float, float] | None = None
+    crop: float = 0.0
+    color: float = 0.0
+    min_visibility: float = 0.25
+    vertical_flip: float = 0.0
+    safe_crop: SafeCrop | None = None
+    photometric: Photometric | None = None
+    degrade: Degrade | None = None
+    combine: Combine = _NOTHING
+    transforms: tuple[Transform, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_parts(self, "", "flip", "vertical_flip", "crop", "color", "min_visibility")
+        if self.scale_jitter is not None:
+            check_range(self, "", "scale_jitter", 0.1, 10)
+        object.__setattr__(self, "transforms", tuple(self.transforms))
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The set that an image belongs to, for what takes several images."""
+
+    count: int  # of the images of the set
+    index: int  # of this image, which is never its own neighbor
+    # an index -> image ``[C, H, W]`` and its target, as in the files; errors are passed on
+    read: Callable[[int], tuple[Tensor, Target]]
+    # an index -> ``[G, H, W]`` bool, a mask for each box of the target; None where there are none
+    masks: Callable[[int], npt.NDArray[np.bool_]] | None = None
 
 
 def check_parts(settings: object, owner: str, *names: str) -> None:

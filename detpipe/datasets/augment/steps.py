@@ -24,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from albumentations.core.type_definitions import Targets
 
-from detpipe.datasets.augment.augmentation import LARGEST_CROP, Augment, reseed
-from detpipe.datasets.augment.settings import Degrade, Photometric, SafeCrop, Transform
+from detpipe.datasets.augment.settings import LARGEST_CROP, AugmentSettings, Degrade, Photometric, SafeCrop, Transform
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import RGB, PixelType
 
@@ -34,23 +33,13 @@ Step = albumentations.BasicTransform
 _ATTEMPTS = 50  # as SSD
 _ROUNDING = 1e-9
 CROWD_OR_PROPOSAL, DIFFICULT, OBJECT = 0, 1, 2  # the kinds of boxes
-_HUE = 0.1  # of the strength of the other color changes
+HUE = 0.1  # of the strength of the other color changes
 _BLUR, _NOISE, _JPEG = (0.4, 2.0), (0.02, 0.1), (30, 90)
 
 
 @lru_cache(maxsize=8)
-def build_steps(augment: Augment) -> tuple[Step, ...]:
-    """Build what is done to a single image, once a process.
-
-    Args:
-        augment: what may happen to an image.
-
-    Returns:
-        The steps, in their order.
-
-    Raises:
-        ValueError: a transform of the configuration has arguments that it does not take.
-    """
+def build_steps(augment: AugmentSettings) -> tuple[Step, ...]:
+    """Build what is done to an image, in its order, once a process; a ValueError for arguments that a transform does not take."""
     steps: list[Step] = [albumentations.HorizontalFlip(p=augment.flip)]
     if augment.vertical_flip:
         steps.append(albumentations.VerticalFlip(p=augment.vertical_flip))
@@ -62,23 +51,18 @@ def build_steps(augment: Augment) -> tuple[Step, ...]:
         steps.append(SafeCropStep(augment.safe_crop, augment.min_visibility))
     steps += [named_step(transform) for transform in augment.transforms]
     if augment.color:
-        steps.append(color_jitter(augment.color))
+        steps.append(color_jitter(*[augment.color] * 3, HUE * augment.color))
     if augment.photometric is not None:
-        steps += photometric_steps(augment.photometric)
+        steps += _photometric_steps(augment.photometric)
     if augment.degrade is not None:
-        steps += degrading_steps(augment.degrade)
+        steps += _degrading_steps(augment.degrade)
     return tuple(steps)
 
 
-def try_steps(augment: Augment, pixels: PixelType) -> None:
+def try_steps(augment: AugmentSettings, pixels: PixelType) -> None:
     """Build the steps, and try those of the configuration where images are not what albumentations has in mind.
 
-    Args:
-        augment: what may happen to an image.
-        pixels: the channels and values of the images.
-
-    Raises:
-        ValueError: a transform has arguments that it does not take, or does not take such images.
+    A ValueError if a transform has arguments that it does not take, or does not take such images.
     """
     build_steps(augment)
     if pixels == RGB:
@@ -101,18 +85,9 @@ def try_steps(augment: Augment, pixels: PixelType) -> None:
 
 
 def run(steps: Sequence[Step], scene: Scene, seed: int | Sequence[int]) -> Scene:
-    """Do one step after another.
+    """Do one step after another, every draw decided by non-negative numbers; the boxes of the result lie inside the image.
 
-    Args:
-        steps: to be done.
-        scene: before them.
-        seed: non-negative numbers that decide every draw.
-
-    Returns:
-        The scene after them; its boxes lie inside the image.
-
-    Raises:
-        ValueError: a step did not return an image of the same channels and type.
+    A ValueError if a step did not return an image of the same channels and type.
     """
     reseed(steps, seed)
     image, rows = scene.image, _stack(scene)
@@ -130,6 +105,13 @@ def run(steps: Sequence[Step], scene: Scene, seed: int | Sequence[int]) -> Scene
     places = rows[:, 4].astype(np.int64)
     boxes = rows[:, :4] * np.array([width, height] * 2)
     return Scene(image, scene.target, boxes, scene.rows[places], rows[:, 6].copy())
+
+
+def reseed(steps: Sequence[Step], seed: int | Sequence[int]) -> None:
+    """Draw an own seed for every transform from non-negative numbers; costs tens of microseconds."""
+    seeds = np.random.SeedSequence(seed).generate_state(len(steps))
+    for step, own in zip(steps, seeds.tolist(), strict=True):
+        step.set_random_seed(own)
 
 
 def _stack(scene: Scene) -> npt.NDArray[np.float64]:
@@ -156,17 +138,7 @@ def _inside(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def named_step(transform: Transform) -> Step:
-    """Build a transform of a configuration, whose name was checked before.
-
-    Args:
-        transform: name and arguments.
-
-    Returns:
-        The step.
-
-    Raises:
-        ValueError: arguments that it does not take; near names are listed.
-    """
+    """Build a transform of a configuration, whose name was checked before; a ValueError for what it does not take."""
     name, kind = transform.name, getattr(albumentations, transform.name)
     known = [*inspect.signature(kind.__init__).parameters][1:]
     for argument in transform.arguments:
@@ -186,36 +158,18 @@ def named_step(transform: Transform) -> Step:
     return step
 
 
-def color_jitter(strength: float) -> albumentations.ColorJitter:
-    """Change brightness, contrast, saturation and, by less, the hue.
-
-    Args:
-        strength: 0 to 1; 0.4 means a factor of 0.6 to 1.4.
-
-    Returns:
-        A transform that is always applied.
-    """
-    change, hue = (1 - strength, 1 + strength), (-_HUE * strength, _HUE * strength)
-    return albumentations.ColorJitter(change, change, change, hue, p=1.0)
+def color_jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float = 1.0) -> Step:
+    """Change brightness, contrast and saturation, each by a factor of 0.6 to 1.4 for a strength of 0.4, and turn the hue."""
+    factors = [(1 - strength, 1 + strength) for strength in (brightness, contrast, saturation)]
+    return albumentations.ColorJitter(*factors, (-hue, hue), p=p)
 
 
-def photometric_steps(settings: Photometric) -> list[Step]:
-    """What changes colors."""
-    jitter = albumentations.ColorJitter(
-        brightness=(1 - settings.brightness, 1 + settings.brightness),
-        contrast=(1 - settings.contrast, 1 + settings.contrast),
-        saturation=(1 - settings.saturation, 1 + settings.saturation),
-        hue=(-settings.hue, settings.hue),
-        p=settings.p,
-    )
-    steps: list[Step] = [jitter]
-    if settings.gray:
-        steps.append(albumentations.ToGray(p=settings.gray))
-    return steps
+def _photometric_steps(s: Photometric) -> list[Step]:
+    jitter = color_jitter(s.brightness, s.contrast, s.saturation, s.hue, s.p)
+    return [jitter, *([albumentations.ToGray(p=s.gray)] if s.gray else [])]
 
 
-def degrading_steps(settings: Degrade) -> list[Step]:
-    """What spoils an image."""
+def _degrading_steps(settings: Degrade) -> list[Step]:
     steps: list[Step] = []
     if settings.blur:
         steps.append(albumentations.GaussianBlur(blur_limit=0, sigma_limit=_BLUR, p=settings.blur))
@@ -227,13 +181,10 @@ def degrading_steps(settings: Degrade) -> list[Step]:
 
 
 class Zoom(albumentations.DualTransform):
-    """Zoom the content of an image without changing the size of the image.
+    """Zoom the content of an image without changing its size, by a factor whose logarithm is uniform.
 
-    Zooming in cuts a random window and enlarges it to the image; zooming out shrinks the image and puts it at a random
-    place. Both are a map of one rectangle of whole pixels onto another, so the boxes move exactly as the pixels do.
-
-    Args:
-        scale: smallest and largest zoom factor; the logarithm of the factor is uniform.
+    Zooming in cuts a random window and enlarges it; zooming out shrinks the image and puts it at a random place. Both map one
+    rectangle of whole pixels onto another, so the boxes move exactly as the pixels do.
     """
 
     _targets = (Targets.IMAGE, Targets.BBOXES)
@@ -274,11 +225,8 @@ class Zoom(albumentations.DualTransform):
 class SafeCropStep(albumentations.DualTransform):
     """Cut a random window of whole pixels that keeps an object.
 
-    Boxes come as ``[M, 7]``: x1, y1, x2, y2 in image sizes, place, kind, and the share that is left of them.
-
-    Args:
-        settings: what is promised.
-        min_visibility: of the whole augmentation; the larger of both is promised.
+    What is promised is the larger visibility of its settings and of the whole augmentation. Boxes come as ``[M, 7]``: x1, y1, x2,
+    y2 in image sizes, place, kind, and the share that is left of them.
     """
 
     _targets = (Targets.IMAGE, Targets.BBOXES)

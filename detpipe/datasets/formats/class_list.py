@@ -24,31 +24,15 @@ CLASS_LIST = "detpipe.json"
 
 @dataclass(frozen=True)
 class ClassList:
-    """What a data set says about itself.
+    """What a data set says about itself."""
 
-    Args:
-        class_names: [K], the name of label 1 first.
-        category_ids: [K], what detections are written with.
-        one_based: whether VOC's boxes count pixels from 1, both ends included.
-    """
-
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    one_based: bool = True
+    class_names: tuple[str, ...]  # [K], the name of label 1 first
+    category_ids: tuple[int, ...]  # [K], what detections are written with
+    one_based: bool = True  # whether VOC's boxes count pixels from 1, both ends included
 
 
 def read_class_list(folder: Path) -> ClassList | None:
-    """Read the file of a folder.
-
-    Args:
-        folder: where annotations lie.
-
-    Returns:
-        What it says; None if there is none.
-
-    Raises:
-        DataError: it is damaged, or holds anything else.
-    """
+    """What the file of a folder says, None if there is none; a DataError if it is damaged or holds anything else."""
     path = folder / CLASS_LIST
     if not path.is_file():
         return None
@@ -68,12 +52,7 @@ def read_class_list(folder: Path) -> ClassList | None:
 
 
 def write_class_list(folder: Path, classes: ClassList) -> None:
-    """Write the file of a folder.
-
-    Args:
-        folder: where annotations lie.
-        classes: what to say.
-    """
+    """Write the file of a folder."""
     content = {
         "class_names": list(classes.class_names),
         "category_ids": list(classes.category_ids),
@@ -84,15 +63,12 @@ def write_class_list(folder: Path, classes: ClassList) -> None:
 
 
 def ids_of(class_names: Sequence[str], known: ClassList | None) -> tuple[int, ...]:
-    """The category ids of some classes: those that a class list gives them, 1..K where there is none.
+    """The category ids of some classes: those that the list of the data set gives them, 1..K where there is none.
 
-    Args:
-        class_names: [K].
-        known: of the data set.
-
-    Returns:
-        [K].
+    A DataError if the classes are not distinct, or there are none.
     """
+    if not class_names or len(set(class_names)) != len(class_names):
+        raise DataError(f"class_names must be distinct and at least one, got {list(class_names)}")
     ids = dict(zip(known.class_names, known.category_ids, strict=True)) if known else {}
     if set(class_names) <= set(ids):
         return tuple(ids[name] for name in class_names)
@@ -100,17 +76,7 @@ def ids_of(class_names: Sequence[str], known: ClassList | None) -> tuple[int, ..
 
 
 def compare_classes(name: str, known: Annotations, other_name: str, other: Annotations) -> None:
-    """Refuse two splits that number their classes differently.
-
-    Args:
-        name: of the split that is known.
-        known: its annotations.
-        other_name: of the other split.
-        other: its annotations.
-
-    Raises:
-        DataError: the classes, their ids or their order differ; the differences are named.
-    """
+    """Refuse two splits that number their classes differently; the DataError names the differences."""
     if (known.class_names, known.category_ids) == (other.class_names, other.category_ids):
         return
     differences = class_differences(name, known, other_name, other)

@@ -21,24 +21,13 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import UNSET
 
-from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.decode import image_size
-from detpipe.datasets.faults import Collected, Faults, Policy
-from detpipe.datasets.formats.export import (
-    Images,
-    Names,
-    Splits,
-    Written,
-    file_name_of,
-    new_folder,
-    number,
-    rows_of,
-    totals,
-    transfer,
-)
-from detpipe.datasets.formats.folders import take_split
+from detpipe.datasets.annotations import AnnotationBuilder, leaves_folder
+from detpipe.datasets.datamodule import FolderData, Split
+from detpipe.datasets.faults import Faults, OnBad
+from detpipe.datasets.formats import export
+from detpipe.datasets.formats.export import Images, Names, Splits, Written
+from detpipe.datasets.formats.folders import Entries, take_split
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
-from detpipe.datasets.records import Records, build_annotations
 from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations, Segmentations
@@ -61,7 +50,7 @@ class COCOFiles:
     images: str
 
 
-class COCO(DetectionData):
+class COCO(FolderData):
     """Detection data in COCO layout.
 
     Args:
@@ -69,8 +58,7 @@ class COCO(DetectionData):
         train: the training split: a name such as ``train2017``, or ``annotations`` and ``images`` for other files.
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
-            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     def __init__(
@@ -81,26 +69,20 @@ class COCO(DetectionData):
         test: str | COCOFiles | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
-        self.root = str(root)
+        super().__init__(root, **common)
         self.splits = {"train": train, "val": val, "test": test}
 
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the annotation file of a split."""
         annotations, images = self.files(split)
-        noted = Faults(annotations, self.policy(faults), self.allow_links)
-        return _load(annotations, images, noted, self.reads_outlines(split))
+        return load_coco(annotations, images, segmentations=self.reads_outlines(split), faults=faults or self.faults())
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that are found in the folder."""
         return tuple(find_splits(Path(self.root)))
 
     def files(self, split: Split) -> tuple[Path, Path]:
-        """The annotation file and the image folder of a split.
-
-        Raises:
-            DataError: there is no such split.
-        """
+        """The annotation file and the image folder of a split; a DataError if there is no such split."""
         root = Path(self.root)
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; the argument root must name the folder of the COCO data")
@@ -131,13 +113,9 @@ class _Content(msgspec.Struct):
 
 
 def find_splits(root: Path) -> dict[str, COCOFiles]:
-    """Find the splits of a folder in COCO layout; where there are official files, others are not looked at.
+    """Find the splits of a folder in COCO layout: name -> files, relative to the root; empty if there are none.
 
-    Args:
-        root: the folder.
-
-    Returns:
-        Split -> its files, relative to the root; empty if there are none.
+    Where there are official files, others are not looked at.
     """
     official = sorted(root.glob("annotations/instances_*.json"))
     if official:
@@ -186,7 +164,9 @@ def _place(root: Path, path: Path, first: str, alone: bool) -> tuple[str, Path]:
     bases = [beside] if beside == root else [beside, beside.parent]
     places = [base / part for base in bases for part in (stem, f"images/{stem}", "images", "data", ".")]
     places = [place for place in places if place.is_dir()]
-    images = next((place for place in places if find_image(place, first)), places[0])
+    there = [place for place in places if not leaves_folder(first) and Entries().find(place, first)]
+    exact = [place for place in there if (place / first).is_file()]
+    images = next(iter([*exact, *there]), places[0])
     if alone and images == beside and (beside != root or stem in _PLAIN):
         return beside.resolve().name, images
     if stem not in _PLAIN:
@@ -195,20 +175,25 @@ def _place(root: Path, path: Path, first: str, alone: bool) -> tuple[str, Path]:
 
 
 def load_coco(
-    json_path: str | Path, image_root: str | Path, on_bad: Policy = "error", segmentations: bool = False
+    json_path: str | Path,
+    image_root: str | Path,
+    on_bad: OnBad = "error",
+    segmentations: bool = False,
+    faults: Faults | None = None,
 ) -> Annotations:
     """Read one COCO annotation file and check it against its images.
 
     Category ids become the labels 1..K in ascending order of the ids; images without annotations stay in. A missing ``iscrowd``
     is 0, a missing ``area`` is the area of the box, a missing size is read from the image. VOC's ``difficult``, where a file
-    has it, is kept. File names may have backslashes, or folders before them that are not there. Ids and the root category of
-    hubs: see :func:`~detpipe.support.coco_file.read_coco_file`.
+    has it, is kept. File names may have backslashes, other capitals or suffixes, or folders before them that are not there. Ids
+    and the root category of hubs: see :func:`~detpipe.support.coco_file.read_coco_file`.
 
     Args:
         json_path: the annotation file.
         image_root: the folder that each ``file_name`` is relative to.
         on_bad: ``"error"`` refuses a file with any faulty record; ``"skip"`` leaves these records out and counts them.
         segmentations: whether the outlines of the objects are read as well.
+        faults: takes all faults, in place of ``on_bad``.
 
     Returns:
         The annotations of all images, in the order of the file.
@@ -216,83 +201,55 @@ def load_coco(
     Raises:
         DataError: for anything wrong, naming the file, the record, the field and its value.
     """
-    return _load(Path(json_path), Path(image_root), Faults(json_path, on_bad), segmentations)
-
-
-def _load(json_path: Path, image_root: Path, faults: Faults, segmentations: bool) -> Annotations:
+    json_path, image_root = Path(json_path), Path(image_root)
+    faults = faults or Faults(on_bad)
+    faults.source = json_path
     file = read_coco_file(json_path, segmentations, strict=faults.collects)
     if not image_root.is_dir():
         raise DataError(f"{image_root}: no such image folder; it should hold the images of {json_path}")
     for fault in file.faults:
-        if fault.level != "box":
-            getattr(faults, fault.level)(fault.reason, fault.message)
-    file_names = _file_names(file.images["file_name"], image_root)
-    keep_image, sized = _check_images(file, file_names, image_root, faults)
-    for fault in file.faults:
-        if fault.level == "box":
-            faults.box(fault.reason, fault.message)
-    rows = np.flatnonzero((keep_image & sized)[file.box_image])
-    faults.skipped["boxes skipped: image skipped"] += file.orphans + len(file.labels) - len(rows)
-    names = [file_names[i] for i in np.flatnonzero(keep_image).tolist()]
-    xywh, box_image = file.xywh[rows], (np.cumsum(keep_image) - 1)[file.box_image[rows]]
-    ids = file.boxes["id"]
-    records = Records(
-        root=image_root,
-        folders=[image_root],
-        file_names=names,
-        image_ids=file.image_ids[keep_image],
-        sizes=file.sizes[keep_image],
-        box_image=box_image,
-        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
-        labels=file.labels[rows],
-        iscrowd=file.iscrowd[rows],
-        difficult=file.difficult[rows],
-        area=file.area[rows],
-        class_names=tuple(file.categories["name"]),
-        category_ids=file.category_ids,
-        name_box=lambda b: f"annotation id {ids[rows[b]]} (image {names[box_image[b]]}): bbox {xywh[b].tolist()}",
-        images_read=file.images_read,
-        boxes_read=file.boxes_read,
-        counts=file.counts,
-        segmentations=_segmentations(file, json_path).take(rows) if segmentations else None,
-    )
-    return build_annotations(records, faults)
+        getattr(faults, fault.level)(fault.reason, fault.message)
+    built = AnnotationBuilder(faults, file.categories["name"], file.category_ids)
+    names = _file_names(file.images["file_name"], image_root)
+    keep = _check_images(file, names, image_root, built)
+    rows = np.flatnonzero(keep[file.box_image])
+    faults.boxes_of_skipped_image(file.orphans + len(file.labels) - len(rows))
+    xywh, ids, box_image = file.xywh[rows], file.boxes["id"], file.box_image[rows]
+    built.file_names = [names[i] for i in np.flatnonzero(keep).tolist()]
+    built.image_ids, built.sizes = file.image_ids[keep], file.sizes[keep]
+    built.box_image = (np.cumsum(keep) - 1)[box_image]
+    built.boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    built.labels, built.area = file.labels[rows], file.area[rows]
+    built.iscrowd, built.difficult = file.iscrowd[rows], file.difficult[rows]
+    built.name_box = lambda b: f"annotation id {ids[rows[b]]} (image {names[box_image[b]]}): bbox {xywh[b].tolist()}"
+    built.segmentations = _segmentations(file, json_path).take(rows) if segmentations else None
+    built.images_read, built.boxes_read, built.counts = file.images_read, file.boxes_read, file.counts
+    return built.build(image_root, [image_root])
 
 
 def _file_names(names: list[Any], folder: Path) -> list[str]:
     """File names as the images are called in the folder; what is not there, or is there for several, stays as it is."""
+    entries = Entries()
     names = ["" if name is UNSET else name for name in names]
-    if not any("/" in name or "\\" in name for name in names):
-        return names
-    found = [find_image(folder, name) or name for name in names]
+    found = [entries.find_image(folder, name) for name in names]
     count = Counter(found)
     return [new if count[new] == 1 else name for name, new in zip(names, found, strict=True)]
 
 
-def _check_images(
-    file: COCOFile, names: list[str], folder: Path, faults: Faults
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Note the images that lack a name or a size, and read sizes that no record has.
-
-    Returns:
-        [I] which images to keep, and those whose size is known: those of missing files, which are kept to be named, are not.
-    """
+def _check_images(file: COCOFile, names: list[str], folder: Path, built: AnnotationBuilder) -> npt.NDArray[np.bool_]:
+    """[I] which images to keep: not those that lack a name, or a size that their file does not tell either."""
     keep = np.ones(len(names), dtype=bool)
     known = file.sizes > 0
     for i in np.flatnonzero(~known.all(1) | np.array([not name for name in names], dtype=bool)).tolist():
         absent = [field for field, there in zip(("height", "width"), known[i].tolist(), strict=True) if not there]
         missing = "file_name" if not names[i] else absent[0] if len(absent) == 1 else None
+        where = f"image id {file.images['id'][i]}"
         if missing is not None:
-            keep[i] = False
-            named = f"image id {file.images['id'][i]} ({names[i] or None})"
-            faults.image(f"bad {missing}", f"{named}: field {missing} is missing")
-        elif find_image(folder, names[i]) == names[i]:
-            try:
-                file.sizes[i] = image_size(folder / names[i])
-            except DataError as error:
-                keep[i] = False
-                faults.image("unreadable", str(error))
-    return keep, np.all(file.sizes > 0, axis=1)
+            built.faults.image(f"bad {missing}", f"{where} ({names[i] or None}): field {missing} is missing")
+        size = built.size_in_file(folder, names[i], where) if missing is None else None
+        keep[i] = size is not None
+        file.sizes[i] = size or 0
+    return keep
 
 
 def _segmentations(file: COCOFile, path: Path) -> Segmentations:
@@ -308,47 +265,33 @@ def write_coco(
 ) -> Written:
     """Write a data set in COCO layout: ``annotations/instances_SPLIT.json`` and ``SPLIT/``.
 
-    VOC's ``difficult`` goes along as a field of that name, which COCO's own tools pass over.
-
-    Args:
-        splits: name -> annotations.
-        folder: a new folder.
-        images: ``"copy"``, ``"link"`` or ``"none"``: then the file names stay relative to the folder of the source.
-        source: where the images are.
-
-    Returns:
-        What was written.
-
-    Raises:
-        DataError: the folder is there already, or images cannot be linked.
+    The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
+    :func:`detpipe.datasets.formats.export.transfer`; without images, file names stay relative to the folder of the source. VOC's
+    ``difficult`` goes along as a field of that name, which COCO's own tools pass over. A DataError if the folder is there
+    already, or images cannot be linked.
     """
     remarks: list[str] = []
-    with new_folder(folder, splits) as out:
+    with export.new_folder(folder, splits) as out:
         (out / "annotations").mkdir()
         for split, a in splits.items():
-            name = file_name_of(split)
+            name = export.file_name_of(split)
             if images == "none":
                 names = a.file_names.tolist()
                 remarks.append(f"file names of {name} are relative to {a.root}")
             else:
                 names = Names(flat=False).of(split, a)
                 (out / name).mkdir()
-            transfer(image_paths(a), [out / name / file_name for file_name in names], images, source)
+            export.transfer(image_paths(a), [out / name / file_name for file_name in names], images, source)
             if list(a.category_ids) != sorted(a.category_ids):
                 remarks.append(f"the classes of {name} are numbered by ascending category id, no longer in their order")
             (out / "annotations" / f"instances_{name}.json").write_bytes(msgspec.json.encode(coco_content(a, names)))
-    return Written(Path(folder), tuple(map(file_name_of, splits)), *totals(splits), tuple(remarks))
+    return Written(Path(folder), tuple(map(export.file_name_of, splits)), *export.totals(splits), tuple(remarks))
 
 
 def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
-    """What an annotation file holds.
+    """What an annotation file holds: images of these file names, annotations, numbered from 1, and categories.
 
-    Args:
-        annotations: of a split.
-        names: [I] the file names to write.
-
-    Returns:
-        Its images, annotations, numbered from 1, and categories; segmentations are text, for msgspec to write.
+    Segmentations are text, for msgspec to write.
     """
     a = annotations
     images = [
@@ -357,14 +300,14 @@ def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
     ]
     boxes = []
     for i in range(len(a)):
-        for b in rows_of(a, i):
+        for b in export.rows_of(a, i):
             x1, y1, x2, y2 = a.boxes[b].tolist()
             record = {
                 "id": b + 1,
                 "image_id": int(a.image_ids[i]),
                 "category_id": a.category_ids[int(a.labels[b]) - 1],
-                "bbox": [number(x1), number(y1), number(x2 - x1), number(y2 - y1)],
-                "area": number(a.area[b]),
+                "bbox": [export.number(x1), export.number(y1), export.number(x2 - x1), export.number(y2 - y1)],
+                "area": export.number(a.area[b]),
                 "iscrowd": int(a.iscrowd[b]),
             }
             more: dict[str, Any] = {"difficult": 1} if a.difficult[b] else {}
@@ -373,20 +316,3 @@ def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
             boxes.append(record | more)
     categories = [{"id": key, "name": name} for key, name in zip(a.category_ids, a.class_names, strict=True)]
     return {"images": images, "annotations": boxes, "categories": categories}
-
-
-def find_image(folder: Path, name: str) -> str | None:
-    """Find an image file whose name has backslashes, or folders before it that are not there.
-
-    Args:
-        folder: of the images.
-        name: as in an annotation file.
-
-    Returns:
-        Its path from the folder with forward slashes: the name, or the longest end of it that is there; None if none is.
-    """
-    parts = name.replace("\\", "/").split("/")
-    if not name or "\0" in name or parts[0] == "" or parts[0].endswith(":") or ".." in parts:
-        return None
-    ends = [name, *("/".join(parts[k:]) for k in range(len(parts)))]
-    return next((end for end in ends if end and (folder / end).is_file()), None)

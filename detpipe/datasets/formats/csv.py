@@ -22,29 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.faults import Collected, Faults, Policy
+from detpipe.datasets.annotations import AnnotationBuilder
+from detpipe.datasets.datamodule import FolderData, Split
+from detpipe.datasets.faults import Faults, OnBad
+from detpipe.datasets.formats import export
 from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
 from detpipe.datasets.formats.csv_table import RowReader, Table, is_table, normal_name, quoted
-from detpipe.datasets.formats.export import (
-    Images,
-    Names,
-    Splits,
-    Written,
-    file_name_of,
-    ids_are_kept,
-    new_folder,
-    number,
-    one_class_list,
-    own_area,
-    rows_of,
-    totals,
-    transfer,
-)
+from detpipe.datasets.formats.export import Images, Names, Splits, Written
 from detpipe.datasets.formats.folders import ALL, IMAGE_FOLDERS, split_of, take_split
 from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
-from detpipe.datasets.records import build_annotations
 from detpipe.datasets.stored_proposals import file_key
 from detpipe.support.errors import DataError
 from detpipe.support.suggest import did_you_mean
@@ -56,29 +43,17 @@ NAME = "annotations.csv"
 
 @dataclass(frozen=True)
 class CSVSplit:
-    """A split.
+    """A split."""
 
-    Args:
-        table: path of its table.
-        value: what the column ``split`` holds in its rows; None: all rows are of it.
-    """
-
-    table: Path
-    value: str | None
+    table: Path  # path of its table
+    value: str | None  # what the column ``split`` holds in its rows; None: all rows are of it
 
 
 def find_splits(root: Path) -> dict[str, CSVSplit]:
-    """Find the splits of a folder with tables of boxes.
+    """Find the splits of a folder with tables of boxes, or of a table; nothing if there is no table of boxes.
 
-    Args:
-        root: the folder; or a table, for the values of its column ``split``.
-
-    Returns:
-        name -> split: the values of the column ``split`` of ``annotations.csv`` or the only table, ``all`` where it has none;
-        or the tables, by their names or those of their folders; nothing if there is no table of boxes.
-
-    Raises:
-        DataError: the table cannot be read.
+    They are the values of the column ``split`` of ``annotations.csv`` or the only table, ``all`` where it has none; or the
+    tables, by their names or those of their folders. A DataError if the table cannot be read.
     """
     if root.is_file() or (root / NAME).is_file():
         return _of_column(root if root.is_file() else root / NAME)
@@ -131,7 +106,7 @@ class CSVFormat:
 _USUAL = CSVFormat()
 
 
-class CSVBoxes(DetectionData):
+class CSVBoxes(FolderData):
     """Detection data in a table with a row a box.
 
     Args:
@@ -141,8 +116,7 @@ class CSVBoxes(DetectionData):
         val: the validation split, in the same way.
         test: the split for the final test, in the same way; none by default.
         format: how tables are to be understood: class names, the name of the table, where images are.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
-            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
             In a proposal store an image is called by its file, relative to the images.
     """
 
@@ -157,17 +131,14 @@ class CSVBoxes(DetectionData):
         format: CSVFormat = _USUAL,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
-        self.root = str(root)
-        self.splits = {"train": train, "val": val, "test": test}
+        super().__init__(root, train, val, test, **common)
         self.format = format
         self._class_names: tuple[str, ...] | None = None
 
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the rows of a split."""
-        names = self.source_of(split, "a value of the column split, or a .csv file")
-        tables = _tables(self.root, names, self.format.file)
-        return _load(tables, Path(self.root) / self.format.images, self._names(), self.policy(faults), self.allow_links)
+        images = Path(self.root) / self.format.images
+        return load_csv(self._tables(split), images, self._names(), faults=faults or self.faults())
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""
@@ -178,19 +149,26 @@ class CSVBoxes(DetectionData):
         """The class names of all splits, those of the training split's tables for ``auto``."""
         if self._class_names is None:
             names = self.format.class_names
-            source = (
-                self.source_of("train", "a value of the column split, or a .csv file") if self.splits["train"] else []
-            )
-            tables = _tables(self.root, source, self.format.file)
+            tables = self._tables("train") if names == "auto" and self.splits["train"] else []
             self._class_names = find_classes([path for path, _ in tables]) if names == "auto" else tuple(names)
         return self._class_names
+
+    def _tables(self, split: Split) -> list[tuple[Path, str | None]]:
+        """The files of a split, each with what its column ``split`` must hold."""
+        folder, names = Path(self.root), self.source_of(split, "a value of the column split, or a .csv file")
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; the argument root must name the folder of the tables")
+        listed = [names] if isinstance(names, str) else names
+        file = self.format.file
+        return [(folder / n, None) if n.lower().endswith(".csv") else _find(folder, n, file) for n in listed]
 
 
 def load_csv(
     tables: str | Path | Sequence[tuple[str | Path, str | None]],
     images: str | Path | None = None,
     class_names: Sequence[str] | Literal["auto"] = "auto",
-    on_bad: Policy = "error",
+    on_bad: OnBad = "error",
+    faults: Faults | None = None,
 ) -> Annotations:
     """Read a table of boxes, or some of its rows, and check it against its images.
 
@@ -203,6 +181,7 @@ def load_csv(
         class_names: the classes of labels 1..K in order; ``"auto"`` for those of ``detpipe.json`` beside the first table, or
             else those that occur, sorted.
         on_bad: ``"error"`` refuses a table with any faulty row; ``"skip"`` leaves these rows out and counts them.
+        faults: takes all faults, in place of ``on_bad``.
 
     Returns:
         The annotations, images in the order in which they are named.
@@ -210,27 +189,17 @@ def load_csv(
     Raises:
         DataError: for anything wrong, naming the file, the line, the column and its value.
     """
-    return _load(tables, images, class_names, on_bad)
-
-
-def _load(
-    tables: str | Path | Sequence[tuple[str | Path, str | None]],
-    images: str | Path | None,
-    class_names: Sequence[str] | Literal["auto"],
-    on_bad: Policy,
-    allow_links: bool = False,
-) -> Annotations:
     wanted = [(tables, None)] if isinstance(tables, str | Path) else list(tables)
     paths = [Path(path) for path, _ in wanted]
     folder = paths[0].parent if images is None else Path(images)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such image folder; it should hold the images of {paths[0]}")
     splits = [split for _, split in wanted if split is not None]
-    faults = Faults(f"{paths[0]} ({', '.join(splits)})" if splits else paths[0], on_bad, allow_links)
+    faults = faults or Faults(on_bad)
+    faults.source = f"{paths[0]} ({', '.join(splits)})" if splits else paths[0]
     names = find_classes(paths) if class_names == "auto" else tuple(class_names)
-    if not names or len(set(names)) != len(names):
-        raise DataError(f"class_names must be distinct and at least one, got {list(names)}")
-    reader = RowReader(names, folder, faults)
+    built = AnnotationBuilder(faults, names, ids_of(names, read_class_list(paths[0].parent)))
+    reader = RowReader(built, folder)
     read: dict[Path, Table] = {}
     for path, (_, split) in zip(paths, wanted, strict=True):
         table = read[path] if path in read else read.setdefault(path, Table(path))
@@ -242,21 +211,14 @@ def _load(
             raise DataError(
                 f"{path}: no row of the split {split!r}; there are {', '.join(known)}{did_you_mean(split, known)}"
             )
-    ids = ids_of(names, read_class_list(paths[0].parent))
-    return build_annotations(reader.records(ids), faults)
+    reader.finish()
+    return built.build(folder, [folder])
 
 
 def find_classes(paths: Sequence[Path]) -> tuple[str, ...]:
-    """The classes of tables.
+    """The classes of tables: those of ``detpipe.json`` beside the first of them, or else those that occur, sorted.
 
-    Args:
-        paths: of the tables.
-
-    Returns:
-        Those of ``detpipe.json`` beside the first of them, or else those that occur, sorted.
-
-    Raises:
-        DataError: a table cannot be read, or none names a class.
+    A DataError if a table cannot be read, or none names a class.
     """
     known = read_class_list(paths[0].parent) if paths else None
     if known:
@@ -288,15 +250,6 @@ def _prefix(table: Table, folder: Path) -> str:
     return ""
 
 
-def _tables(root: str, names: str | list[str], file: str) -> list[tuple[Path, str | None]]:
-    """The files of a split, each with what its column ``split`` must hold."""
-    folder = Path(root)
-    if not folder.is_dir():
-        raise DataError(f"{root}: no such folder; the argument root must name the folder of the tables")
-    listed = [names] if isinstance(names, str) else names
-    return [(folder / name, None) if name.lower().endswith(".csv") else _find(folder, name, file) for name in listed]
-
-
 def _find(folder: Path, name: str, file: str) -> tuple[Path, str | None]:
     """The table of a split, and what its column ``split`` must hold."""
     if (folder / file).is_file() or file != NAME:
@@ -322,26 +275,18 @@ def write_csv(
 ) -> Written:
     """Write a data set as a table of boxes.
 
-    Args:
-        splits: name -> annotations, whose classes are the same.
-        folder: a new folder.
-        images: ``"copy"``, ``"link"`` or ``"none"``: then the file names stay relative to the folder of the source.
-        source: where the images are.
-
-    Returns:
-        What was written.
-
-    Raises:
-        DataError: the folder is there already, or classes differ.
+    The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
+    :func:`detpipe.datasets.formats.export.transfer`; without images, file names stay relative to the folder of the source. A
+    DataError if the folder is there already, or the classes of splits differ.
     """
-    names, ids = one_class_list(splits)
-    keep_ids, remarks = ids_are_kept(splits)
+    names, ids = export.one_class_list(splits)
+    keep_ids, remarks = export.ids_are_kept(splits)
     roots = {str(a.root) for a in splits.values()}
     if images == "none":
         if len(roots) > 1:
             raise DataError(f"the images lie in several folders ({', '.join(sorted(roots))}): copy or link them")
         remarks.append(f"file names are relative to {roots.pop()}")
-    with new_folder(folder, splits) as out:
+    with export.new_folder(folder, splits) as out:
         write_class_list(out, ClassList(names, ids))
         with (out / NAME).open("w", encoding="utf-8", newline="") as stream:
             table = csv.writer(stream, lineterminator="\n")
@@ -349,20 +294,26 @@ def write_csv(
             for split, a in splits.items():
                 files = a.file_names.tolist()
                 if images != "none":
-                    files = [f"images/{file_name_of(split)}/{name}" for name in Names(flat=False).of(split, a)]
-                    transfer(image_paths(a), [out / name for name in files], images, source)
+                    files = [f"images/{export.file_name_of(split)}/{name}" for name in Names(flat=False).of(split, a)]
+                    export.transfer(image_paths(a), [out / name for name in files], images, source)
                 table.writerows(_rows(split, a, files, keep_ids))
                 remarks += write_outlines(out, split, a, files)
-    return Written(Path(folder), tuple(splits), *totals(splits), tuple(remarks))
+    return Written(Path(folder), tuple(splits), *export.totals(splits), tuple(remarks))
 
 
 def _rows(split: str, a: Annotations, files: list[str], keep_ids: bool) -> Iterator[list[object]]:
-    areas = own_area(a)
+    areas = export.own_area(a)
     for i, name in enumerate(files):
         start = [quoted(split), quoted(name), int(a.image_ids[i]) if keep_ids else ""]
-        if not rows_of(a, i):
+        if not export.rows_of(a, i):
             yield [*start, *[""] * 8]
-        for b in rows_of(a, i):
+        for b in export.rows_of(a, i):
             flags = [int(a.difficult[b]), int(a.iscrowd[b])]
-            area = number(a.area[b]) if areas[b] else ""
-            yield [*start, *map(number, a.boxes[b].tolist()), quoted(a.class_names[int(a.labels[b]) - 1]), *flags, area]
+            area = export.number(a.area[b]) if areas[b] else ""
+            yield [
+                *start,
+                *map(export.number, a.boxes[b].tolist()),
+                quoted(a.class_names[int(a.labels[b]) - 1]),
+                *flags,
+                area,
+            ]

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -29,14 +28,19 @@ from pathlib import Path, PureWindowsPath
 
 from tqdm import tqdm
 
-from detpipe.datasets.decode import image_size
-from detpipe.datasets.faults import Faults
+from detpipe.datasets.annotations import (
+    AnnotationBuilder,
+    BadBoxError,
+    leaves_folder,
+    read_area,
+    read_finite,
+    read_flag,
+    read_whole,
+)
 from detpipe.datasets.formats.folders import Entries
-from detpipe.datasets.records import RecordBuilder, Records, read_number, read_whole
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import shorten
-from detpipe.support.suggest import did_you_mean
 
 ALIASES = {
     "file_name": ("file_name", "filename", "file", "image", "image_path", "path"),
@@ -60,32 +64,18 @@ _NEEDED = ("file_name", "x1", "y1", "label")
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
+    """A line of the table."""
 
-    Args:
-        line: its number in the file, from 1.
-        values: what its columns hold, by the first of their names above; spaces around are gone.
-        broken: what is wrong with the line as a whole; its values cannot be trusted.
-    """
-
-    line: int
-    values: dict[str, str]
-    broken: str = ""
+    line: int  # its number in the file, from 1
+    values: dict[str, str]  # what its columns hold, by the first of their names above; spaces around are gone
+    broken: str = ""  # what is wrong with the line as a whole; its values cannot be trusted
 
 
 class Table:
-    """The rows of a file.
+    """The rows of a file that are not empty, and what the file calls each of its columns.
 
-    Args:
-        path: of the file.
-
-    Attributes:
-        columns: meaning -> what the file calls it.
-        header: all columns of the file.
-        rows: those that are not empty.
-
-    Raises:
-        DataError: the file cannot be read, or lacks columns.
+    ``columns`` maps a meaning to what the file calls it, ``header`` is all columns. A DataError if the file cannot be read, or
+    lacks columns.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,7 +96,7 @@ class Table:
 
     def column(self, meaning: str) -> str:
         """How a message calls a column."""
-        return self.columns[meaning]
+        return f"column {self.columns.get(meaning)!r}"
 
     def _row(self, line: int, values: list[str], places: dict[str, int]) -> Row:
         if len(values) != len(self.header):
@@ -188,106 +178,97 @@ def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[
         line = reader.line_num + 1
 
 
-_FLAGS = {"": False, "0": False, "1": True, "false": False, "true": True}
-
-
 class RowReader:
-    """Collects the boxes of one table after the other.
+    """Adds the images and boxes of one table after the other; file names are relative to a folder."""
 
-    Args:
-        names: [K] the classes.
-        folder: what file names are relative to.
-        faults: where rows that cannot be used are noted.
-    """
-
-    def __init__(self, names: tuple[str, ...], folder: Path, faults: Faults) -> None:
-        self.names = names
-        self.label_of = {name: label for label, name in enumerate(names, start=1)}
-        self.folder = folder
-        self.faults = faults
+    def __init__(self, built: AnnotationBuilder, folder: Path) -> None:
+        self.built, self.folder, self.faults = built, folder, built.faults
         self.prefix = ""
         self._entries = Entries()
-        self._moved: dict[str, str] = {}  # names that lead out -> what they mean here
-        self.images: dict[str, str] = {}  # file name -> where it is first named, in the order of the tables
+        self._names: dict[tuple[str, str], str] = {}  # prefix and name in the table -> file name
+        self._taken: set[str] = set()
+        self.images: dict[
+            str, tuple[str, int | None]
+        ] = {}  # file name -> where it is first named; its row, if it can be used
         self.ids: dict[str, tuple[int, str]] = {}  # file name -> image id and where it is given
         self.owners: dict[int, str] = {}  # image id -> file name
         self.empty: dict[str, str] = {}  # file name -> the line that says that it has no objects
-        self.boxes: list[tuple[float, ...]] = []  # x1, y1, x2, y2
-        self.box_of: list[tuple[str, int, bool, bool, float]] = []  # file name, label, difficult, crowd, area
-        self.where: list[str] = []
-        self.boxes_read = 0
+        self.boxed: set[str] = set()  # file names with boxes
 
     def read(self, table: Table, split: str | None, prefix: str = "") -> int:
-        """Read the rows of a split.
+        """Read the rows whose column ``split`` holds a value, or all rows; how many there were.
 
-        Args:
-            table: the rows.
-            split: what their column ``split`` holds; None reads all rows.
-            prefix: the folder that file names are relative to, below that of the images.
-
-        Returns:
-            How many rows there were.
+        ``prefix`` is the folder that file names are relative to, below that of the images.
         """
         other: dict[str, str] = {}  # file name -> another split that it is in
         rows = 0
         self.prefix = prefix
-        for row in table.rows:
+        for row in tqdm(table.rows, desc="reading rows", unit="row", disable=None, leave=False):
             if row.broken:
-                self.boxes_read += 1
+                self.built.boxes_read += 1
                 self.faults.box("wrong number of values", f"{table.path}: line {row.line}: {row.broken}")
             elif split is None or row.values["split"] == split:
                 rows += 1
                 self._row(table, row)
             else:
                 other.setdefault(self._name(row), row.values["split"])
-        for name in self.images:
-            if name in other and split is not None:
-                self.faults.fatal(
-                    "image in two splits",
-                    f"{self.images[name]}: {name!r} is in the split {split!r}, but other rows put it into {other[name]!r}",
-                )
+        for name in [name for name in self.images if name in other and split is not None]:
+            self.faults.fatal(
+                "image in two splits",
+                f"{self.images[name][0]}: {name!r} is in the split {split!r}, but other rows put it into {other[name]!r}",
+            )
         return rows
 
     def _name(self, row: Row) -> str:
-        """The image of a row; a path of another machine means the longest end of it that is there."""
-        name = normal_name(row.values["file_name"])
-        if not _leads_out(name):
-            return f"{self.prefix}{name}" if name else ""
-        if name not in self._moved:
-            here = self.folder / self.prefix
-            inside = name.startswith("..") or (self.faults.allow_links and Path(name).is_file())
-            found = (
-                None if inside else self._entries.find(here, name.removeprefix(PureWindowsPath(name).drive).lstrip("/"))
-            )
-            self._moved[name] = name if found is None else found.relative_to(self.folder).as_posix()
-        return self._moved[name]
+        """The image of a row, as its file is called; a path of another machine means the longest end of it that is there."""
+        key = (self.prefix, normal_name(row.values["file_name"]))
+        if key not in self._names:
+            name = self._look_for(key[1]) if key[1] else ""
+            self._names[key] = f"{self.prefix}{key[1]}" if name in self._taken else name  # two names are never one file
+            self._taken.add(name)
+        return self._names[key]
+
+    def _look_for(self, name: str) -> str:
+        if not leaves_folder(name):
+            return self._entries.find_image(self.folder, f"{self.prefix}{name}")
+        kept = name.startswith("..") or (self.faults.allow_links and Path(name).is_file())
+        inner = name.removeprefix(PureWindowsPath(name).drive).lstrip("/")
+        found = None if kept else self._entries.find(self.folder / self.prefix, inner)
+        return name if found is None else found.relative_to(self.folder).as_posix()
 
     def _row(self, table: Table, row: Row) -> None:
-        where = f"{table.path}: line {row.line}"
-        name = self._name(row)
+        where, name = f"{table.path}: line {row.line}", self._name(row)
         ends = ("x1", "y1", "w", "h") if table.sized else ("x1", "y1", "x2", "y2")
         texts = [row.values[meaning] for meaning in ends]
-        self.boxes_read += any(texts) or not name
+        self.built.boxes_read += any(texts) or not name
         if not name:
-            column = table.column("file_name")
-            return self.faults.box(
-                "no image", f"{where}: column {column!r} is empty: expected the name of an image file"
-            )
-        self.images.setdefault(name, where)
+            text = f"{where}: {table.column('file_name')} is empty: expected the name of an image file"
+            return self.faults.box("no image", text)
+        if name not in self.images:
+            size = self.built.size_in_file(self.folder, name, where)
+            self.images[name] = where, None if size is None else self.built.add_image(name, 0, size)
         self._image_id(table, row, name, where)
         if not any(texts):
             self.empty.setdefault(name, where)
             return None
-        values = self._numbers(table, dict(zip(ends, texts, strict=True)), where)
-        label = self._label(table, row.values["label"], where) if values else None
-        flags = [self._flag(table, row, meaning, where) for meaning in ("difficult", "iscrowd")] if label else []
-        area = self._area(table, row, where) if label and None not in flags else None
-        if values and label and area is not None:
-            x1, y1, a, b = values
-            self.boxes.append((x1, y1, x1 + a, y1 + b) if table.sized else (x1, y1, a, b))
-            self.box_of.append((name, label, bool(flags[0]), bool(flags[1]), area))
-            self.where.append(f"{where} ({name}): box {', '.join(texts)}")
-        return None
+        values, image = row.values, self.images[name][1]
+        try:
+            pairs = zip(ends, texts, strict=True)
+            x1, y1, a, b = (read_finite(text, where, table.column(meaning)) for meaning, text in pairs)
+            label = self.built.label(values["label"], where, table.column("label"))
+            difficult, crowd = (
+                read_flag(values.get(flag, ""), where, flag, table.column(flag)) for flag in ("difficult", "iscrowd")
+            )
+            area = read_area(values.get("area", ""), where, table.column("area"))
+        except BadBoxError as bad:
+            return self.faults.box(*bad.args)
+        self.boxed.add(name)
+        if image is None:
+            return self.faults.boxes_of_skipped_image(1)
+        box = (x1, y1, x1 + a, y1 + b) if table.sized else (x1, y1, a, b)
+        return self.built.add_box(
+            image, box, label, f"{where} ({name}): box {', '.join(texts)}", difficult, crowd, area
+        )
 
     def _image_id(self, table: Table, row: Row, name: str, where: str) -> None:
         text = row.values.get("image_id", "")
@@ -295,10 +276,8 @@ class RowReader:
             return None
         image_id = read_whole(text)
         if image_id is None:
-            column = table.column("image_id")
-            return self.faults.fatal(
-                "bad image_id", f"{where}: column {column!r} must be a whole number, got {shorten(text)}"
-            )
+            wrong = f"{where}: {table.column('image_id')} must be a whole number, got {shorten(text)}"
+            return self.faults.fatal("bad image_id", wrong)
         known = self.ids.setdefault(name, (image_id, where))
         owner = self.owners.setdefault(image_id, name)
         if known[0] != image_id or owner != name:
@@ -306,96 +285,19 @@ class RowReader:
             self.faults.fatal("duplicate image id", f"{where}: image_id of {name!r} is {text}, but {was}")
         return None
 
-    def _numbers(self, table: Table, texts: dict[str, str], where: str) -> list[float] | None:
-        values: list[float] = []
-        for meaning, text in texts.items():
-            value = read_number(text)
-            if value is None or not math.isfinite(value):
-                got = shorten(text) if text else "nothing, but other columns of the box are filled"
-                self.faults.box(
-                    "not a number", f"{where}: column {table.column(meaning)!r} must be a finite number, got {got}"
-                )
-                return None
-            values.append(value)
-        return values
-
-    def _label(self, table: Table, text: str, where: str) -> int | None:
-        if text in self.label_of:
-            return self.label_of[text]
-        known = shorten(", ".join(self.names), 300).strip("'")
-        self.faults.box(
-            "unknown class name",
-            f"{where}: column {table.column('label')!r} is {text!r}, which is not among the classes ({known})"
-            f"{did_you_mean(text, self.names)}",
-            alike=f"class {text}",
-        )
-        return None
-
-    def _flag(self, table: Table, row: Row, meaning: str, where: str) -> bool | None:
-        text = row.values.get(meaning, "")
-        if text.lower() not in _FLAGS:
-            self.faults.box(
-                f"bad {meaning}", f"{where}: column {table.column(meaning)!r} must be 0 or 1, got {shorten(text)}"
-            )
-            return None
-        return _FLAGS[text.lower()]
-
-    def _area(self, table: Table, row: Row, where: str) -> float | None:
-        """The area; NaN for that of the box; None for a fault."""
-        text = row.values.get("area", "")
-        value = read_number(text) if text else math.nan
-        if value is None or (text and not 0 <= value < math.inf):
-            column = table.column("area")
-            self.faults.box(
-                "bad area", f"{where}: column {column!r} must be a number of at least 0, got {shorten(text)}"
-            )
-            return None
-        return value
-
-    def records(self, category_ids: tuple[int, ...]) -> Records:
-        """Read the sizes of the images, and turn what was read into arrays."""
-        boxed = {name for name, *_ in self.box_of}
-        for name in sorted(self.empty.keys() & boxed):
-            self.faults.fatal(
-                "box beside none", f"{self.empty[name]}: {name!r} has no objects here, but boxes in other rows"
-            )
-        built = RecordBuilder(self.names, category_ids)
-        taken, rows = set(self.owners), {}  # file name -> row
+    def finish(self) -> None:
+        """Number the images that no row numbers, and note what rows contradict others."""
+        for name in sorted(self.empty.keys() & self.boxed):
+            text = f"{self.empty[name]}: {name!r} has no objects here, but boxes in other rows"
+            self.faults.fatal("box beside none", text)
+        self.built.images_read = len(self.images)
         number = 0
-        for name in tqdm(self.images, desc="reading image sizes", unit="image", disable=None, leave=False):
+        for name, (_, row) in self.images.items():
             number += 1
-            while name not in self.ids and number in taken:
+            while name not in self.ids and number in self.owners:
                 number += 1
-            size = self._size(name)
-            if size:
-                rows[name] = len(built.images)
-                built.add_image(name, self.ids[name][0] if name in self.ids else number, size)
-        for box, (name, label, difficult, crowd, area), where in zip(self.boxes, self.box_of, self.where, strict=True):
-            if name in rows:
-                built.add_box(rows[name], box, label, where, difficult, crowd, area)
-            else:
-                self.faults.skipped["boxes skipped: image skipped"] += 1
-        return built.records(self.folder, [self.folder], len(self.images), self.boxes_read)
-
-    def _size(self, name: str) -> tuple[int, int] | None:
-        """Height and width; None, and a fault, where there is no such image."""
-        if "\0" in name or (_leads_out(name) and not self.faults.allow_links):
-            self.faults.fatal(
-                "leads out of the folder",
-                f"{self.images[name]}: {name!r} leads out of {self.folder}; allow_links: true permits it",
-            )
-            return None
-        path = self.folder / name
-        try:
-            return image_size(path)
-        except DataError as error:
-            reason = "unreadable" if path.exists() else "file missing"
-            self.faults.image(reason, f"{self.images[name]}: {error}")
-            return None
-
-
-def _leads_out(name: str) -> bool:
-    return name.startswith(("../", "/")) or name[1:2] == ":"
+            if row is not None:
+                self.built.image_ids[row] = self.ids[name][0] if name in self.ids else number
 
 
 def normal_name(name: str) -> str:

@@ -40,29 +40,20 @@ Splits = Mapping[str, Annotations]
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer did.
+    """What a writer did."""
 
-    Args:
-        folder: the data set.
-        splits: their names in it.
-        images: how many there are, all splits together.
-        boxes: how many there are.
-        remarks: what could not be kept as it was.
-    """
-
-    folder: Path
-    splits: tuple[str, ...]
-    images: int
-    boxes: int
-    remarks: tuple[str, ...] = ()
+    folder: Path  # the data set
+    splits: tuple[str, ...]  # their names in it
+    images: int  # how many there are, all splits together
+    boxes: int  # how many there are
+    remarks: tuple[str, ...] = ()  # what could not be kept as it was
 
 
 @contextmanager
 def new_folder(folder: str | Path, splits: Splits) -> Iterator[Path]:
     """Yield a folder to write to, which becomes ``folder`` when all is written.
 
-    Raises:
-        DataError: there is something under that name, or there is nothing to write.
+    A DataError if there is something under that name, or there is nothing to write.
     """
     path = Path(folder)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -81,11 +72,7 @@ def file_name_of(split: str) -> str:
 
 
 def one_class_list(splits: Splits) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Class names and category ids, on which all splits must agree.
-
-    Raises:
-        DataError: they do not, or a name cannot be written.
-    """
+    """Class names and category ids; a DataError if splits do not agree on them, or a name cannot be written."""
     first = next(iter(splits.values()))
     for name, a in splits.items():
         if (a.class_names, a.category_ids) != (first.class_names, first.category_ids):
@@ -116,11 +103,7 @@ def _fit(part: str) -> str:
 
 
 class Names:
-    """Gives each image a name of its own: no two share the name without its suffix.
-
-    Args:
-        flat: whether folders become part of the name.
-    """
+    """Gives each image a name of its own: no two share the name without its suffix. ``flat`` makes folders part of the name."""
 
     def __init__(self, flat: bool) -> None:
         self.flat = flat
@@ -147,11 +130,7 @@ class Names:
 
 
 def check_suffixes(splits: Splits, allowed: Sequence[str], layout: str) -> None:
-    """Refuse images that a layout cannot name.
-
-    Raises:
-        DataError: there are such images.
-    """
+    """Refuse by a DataError images that a layout cannot name."""
     wrong = [p for a in splits.values() for p in image_paths(a) if p.suffix.lower() not in allowed]
     if wrong:
         raise DataError(
@@ -160,16 +139,10 @@ def check_suffixes(splits: Splits, allowed: Sequence[str], layout: str) -> None:
 
 
 def transfer(sources: Sequence[Path], targets: Sequence[Path], how: Images, files: ImageFiles) -> None:
-    """Put images in place.
+    """Put images in place, and make folders for them.
 
-    Args:
-        sources: the paths of the images.
-        targets: where they go; folders are made.
-        how: ``"copy"``, ``"link"`` (another name for the same file, on the same disk), or ``"none"``, which does nothing.
-        files: where the images are.
-
-    Raises:
-        DataError: the files cannot be linked.
+    ``"copy"``, ``"link"`` (another name for the same file, on the same disk), or ``"none"``, which does nothing. A DataError if
+    files cannot be linked.
     """
     if how not in ("copy", "link", "none"):
         raise ValueError(f"images must be 'copy', 'link' or 'none', got {how!r}")

@@ -16,12 +16,14 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from detpipe.datasets.annotations import leaves_folder
 from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
 from detpipe.support.errors import DataError
+from detpipe.support.files import refuse_special
 
 _log = logging.getLogger(__name__)
 
@@ -39,32 +41,33 @@ _DEEPEST = 8  # levels of folders below the root
 
 @dataclass
 class Folder:
-    """What lies in a folder.
+    """What lies in a folder."""
 
-    Args:
-        images: name without suffix -> file names of images, more than one where only suffixes differ.
-        labels: name without suffix -> file name of an annotation file.
-    """
-
+    # name without suffix -> file names of images, more than one where only suffixes differ
     images: dict[str, list[str]] = field(default_factory=dict)
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)  # name without suffix -> file name of an annotation file
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of images and the folder of their annotations, which may be the same.
+    """A folder of images and the folder of their annotations, which may be the same."""
 
-    Args:
-        images: path of the folder.
-        labels: path of the folder.
-        split: what it is a part of.
-        only_labeled: whether images without an annotation file belong to another split.
-    """
+    images: Path  # path of the folder
+    labels: Path  # path of the folder
+    split: str  # what it is a part of
+    only_labeled: bool = False  # whether images without an annotation file belong to another split
 
-    images: Path
-    labels: Path
-    split: str
-    only_labeled: bool = False
+
+@dataclass(frozen=True)
+class ListedImage:
+    """An image of a split, with the file of its annotations; neither need exist."""
+
+    image_id: int  # its number in the split, from 1
+    file_name: str  # relative to the root, with forward slashes
+    image: Path  # path of the image
+    labels: Path  # path of the annotation file
+    # all images of the folder that have this name, where only suffixes differ and nothing chose one
+    named_alike: tuple[str, ...] = ()
 
 
 def is_image(name: str) -> bool:
@@ -73,11 +76,7 @@ def is_image(name: str) -> bool:
 
 
 def list_folder(folder: Path, suffix: str = "") -> Folder:
-    """List the images of a folder, and its files that end in a suffix.
-
-    Raises:
-        DataError: it cannot be listed.
-    """
+    """List the images of a folder, and its files that end in a suffix; a DataError if it cannot be listed."""
     try:
         return _sorted_out(os.listdir(folder), suffix)
     except OSError as error:
@@ -100,10 +99,7 @@ def _sorted_out(names: Iterable[str], suffix: str) -> Folder:
 def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
     """List a folder and all below it, by their parts relative to it; hidden ones are left out, none is entered twice.
 
-    Nothing is listed where no file ends in the suffix.
-
-    Raises:
-        DataError: a folder cannot be listed.
+    Nothing is listed where no file ends in the suffix. A DataError if a folder cannot be listed.
     """
     names: dict[tuple[str, ...], list[str]] = {}
     seen: set[tuple[int, int]] = set()
@@ -112,10 +108,9 @@ def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
         parts = waiting.pop()
         path = root.joinpath(*parts)
         try:
-            status = path.stat()
-            if (status.st_dev, status.st_ino) in seen or len(parts) > _DEEPEST:
+            if folder_key(path) in seen or len(parts) > _DEEPEST:
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            seen.add(folder_key(path))
             with os.scandir(path) as entries:
                 inside = [(entry.name, entry.is_dir()) for entry in entries]
         except OSError as error:
@@ -128,49 +123,79 @@ def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
     return {parts: _sorted_out(listed, suffix) for parts, listed in names.items()}
 
 
+def walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
+    """All files in a folder and those below it, by name, links followed; hidden ones are none, and no folder is entered twice."""
+    if folder_key(folder) in seen:
+        return
+    seen.add(folder_key(folder))
+    for entry in visible(folder):
+        if entry.is_dir():
+            yield from walk(entry.path, seen)
+        else:
+            yield entry
+
+
+def visible(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What is not hidden in a folder, by name: of two ways to a folder below it is always the same one that is taken."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def folder_key(folder: str | Path) -> tuple[int, int]:
+    """What tells a folder from others, whatever links lead to it."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
 class Entries:
-    """Finds what paths in lists and descriptions mean on this machine; folders are listed once."""
+    """Finds what names in annotations, lists and descriptions mean on this machine; folders are listed once."""
 
     def __init__(self) -> None:
-        self._names: dict[
-            Path, dict[str, str]
-        ] = {}  # folder -> name in small letters, for images without suffix too -> name
+        self._listed: dict[Path, tuple[set[str], dict[str, str]]] = {}
+
+    def holds(self, folder: Path, name: str) -> bool:
+        """Whether a file of a folder, or below it, is called exactly so."""
+        inner, _, base = name.rpartition("/")
+        return base in self._list(folder / inner)[0]
 
     def find(self, folder: Path, entry: str) -> Path | None:
-        """Find a file or folder: where its first folders are not there, the longest end of the path that is.
+        """Find a file or folder: where its first folders are not there, the longest end of the path that is; None if nothing is.
 
-        Args:
-            folder: that relative paths begin in.
-            entry: as it stands in a file; it may have backslashes, other capitals, or another suffix of images.
-
-        Returns:
-            The path; None if nothing is there.
+        The entry of a list or description may have backslashes, other capitals, or another suffix of images.
         """
         if "\0" in entry or not entry:
             return None
-        if (folder / entry).exists():
+        if self.holds(folder, entry) or (folder / entry).exists():
             return folder / entry
         parts = [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", "..")]
         ends = [parts[k:] for k in range(len(parts))]
-        exact = (path for end in ends if (path := folder.joinpath(*end)).exists())
+        exact = (folder.joinpath(*end) for end in ends if self.holds(folder, "/".join(end)))
         return next(exact, None) or next(filter(None, (self._loosely(folder, end) for end in ends)), None)
+
+    def find_image(self, folder: Path, name: str) -> str:
+        """The name of an image in a folder as its file is called; what is not there, or leads out, stays as it is."""
+        if not name or leaves_folder(name) or self.holds(folder, name):
+            return name
+        found = self.find(folder, name)
+        return name if found is None else found.relative_to(folder).as_posix()
 
     def _loosely(self, folder: Path, parts: Sequence[str]) -> Path | None:
         path = folder
         for part in parts:
-            names = self._list(path)
+            names = self._list(path)[1]
             name = names.get(part.lower()) or (names.get(_stem(part)) if is_image(part) else None)
             if name is None:
                 return None
             path = path / name
         return path
 
-    def _list(self, folder: Path) -> dict[str, str]:
-        if folder not in self._names:
+    def _list(self, folder: Path) -> tuple[set[str], dict[str, str]]:
+        """The names in a folder; and name in small letters, for images without suffix too -> name."""
+        if folder not in self._listed:
             names = sorted(os.listdir(folder)) if folder.is_dir() else []
             images = {_stem(name): name for name in image_names(names) if is_image(name)}
-            self._names[folder] = images | {name.lower(): name for name in names}
-        return self._names[folder]
+            self._listed[folder] = set(names), images | {name.lower(): name for name in names}
+        return self._listed[folder]
 
 
 def _stem(name: str) -> str:
@@ -178,18 +203,19 @@ def _stem(name: str) -> str:
     return f"{os.path.splitext(name)[0].lower()}/"
 
 
+def read_text(path: Path, what: str) -> str:
+    """Read a file of text, or raise a DataError that says what was expected, such as "a list of images"."""
+    refuse_special(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as {what} ({error})") from error
+
+
 def find_places(root: Path, suffix: str) -> list[Place]:
     """Find the folders of images whose annotation files, called as the images, lie beside them or in another folder.
 
-    Args:
-        root: of the data set.
-        suffix: of the annotation files, such as ".xml".
-
-    Returns:
-        The places: those of training, of validation and of test splits, then others, by the path of their images.
-
-    Raises:
-        DataError: a folder cannot be listed.
+    Those of training, of validation and of test splits come first, then others, by the path of their images.
     """
     folders = list_folders(root, suffix)
     pairs = _pairs(folders)
@@ -249,15 +275,7 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def find_lists(folder: Path, images: Iterable[str]) -> dict[str, Path]:
-    """Find lists of images in a folder: text files that are called as splits and begin with the name of an image.
-
-    Args:
-        folder: that is looked at.
-        images: names of images without folders and suffixes.
-
-    Returns:
-        split -> list.
-    """
+    """Find lists of images in a folder: text files that are called as splits and begin with the name of an image."""
     known = set(images)
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.txt")):
@@ -282,12 +300,7 @@ def split_of(parts: Sequence[str]) -> str:
 def find_split(name: str, known: Iterable[str]) -> str | None:
     """Find a split by its name or another usual one: ``val`` is ``valid`` and ``validation``, and the only split is ``all``.
 
-    Args:
-        name: that is asked for.
-        known: the splits that are there.
-
-    Returns:
-        What the data set calls it; None if it has none, or several that may be meant.
+    What the data set calls it; None if it has none, or several that may be meant.
     """
     names = list(known)
     if name in names:

@@ -21,16 +21,9 @@ from detpipe.types import Annotations, Segmentations
 
 
 def write_outlines(folder: Path, split: str, annotations: Annotations, names: Sequence[str]) -> list[str]:
-    """Write the file beside a layout that has boxes only; none if there are no outlines.
+    """Write the file beside a layout that has boxes only; none if there are no outlines. What is to be said of it.
 
-    Args:
-        folder: the root of the data set.
-        split: its name.
-        annotations: of the split.
-        names: [I] of the images as they will be read.
-
-    Returns:
-        What is to be said of it.
+    ``names`` are those of the images as they will be read.
     """
     outlines, offsets = annotations.segmentations, annotations.offsets.tolist()
     if outlines is None:
@@ -49,19 +42,7 @@ def write_outlines(folder: Path, split: str, annotations: Annotations, names: Se
 
 
 def read_outlines(folder: Path, split: str, annotations: Annotations) -> Segmentations | None:
-    """Read the file beside a layout that has boxes only.
-
-    Args:
-        folder: the root of the data set.
-        split: its name.
-        annotations: of the split.
-
-    Returns:
-        The outlines; None where there is no such file.
-
-    Raises:
-        DataError: it does not fit the boxes.
-    """
+    """The outlines of the file beside a layout that has boxes only, None if there is none; a DataError if they do not fit."""
     path = folder / f"segmentations_{split}.json"
     if not path.is_file():
         return None
@@ -80,17 +61,7 @@ def read_outlines(folder: Path, split: str, annotations: Annotations) -> Segment
 
 
 def yolo_outlines(annotations: Annotations) -> Segmentations:
-    """Read the polygons of YOLO's label files.
-
-    Args:
-        annotations: of a split.
-
-    Returns:
-        A polygon where a line is one.
-
-    Raises:
-        DataError: a file has other lines than it had, or some were left out as faulty.
-    """
+    """The polygons of YOLO's label files; a DataError if a file has other lines than it had, or some were left out as faulty."""
     a = annotations
     found: list[bytes] = []
     labels = LabelFolders(a.root)

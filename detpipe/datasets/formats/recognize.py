@@ -20,6 +20,7 @@ from detpipe.datasets.formats.yolo_yaml import NAME as YOLO_NAME
 from detpipe.datasets.shards.dataset import Shards
 from detpipe.datasets.shards.index import ARRAYS, INDEX
 from detpipe.support.errors import DataError, UsageError
+from detpipe.types import RGB, PixelType
 
 Layout = Literal["voc", "coco", "coco file", "yolo", "csv", "shards"]
 FOLDERS = tuple(layout for layout in get_args(Layout) if layout != "coco file")  # what a folder can be read as
@@ -33,13 +34,7 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Format:
-    """A layout of folders.
-
-    Args:
-        title: how messages call it.
-        find: folder -> its splits; empty if the layout is another.
-        says: folder and its splits -> where the annotations are, in half a line.
-    """
+    """A layout of folders: how messages call it, its splits, and where the annotations are, in half a line."""
 
     title: str
     find: Callable[[Path], Mapping[str, Any]]
@@ -48,17 +43,12 @@ class Format:
 
 @dataclass(frozen=True)
 class Found:
-    """What lies at a path.
+    """What lies at a path."""
 
-    Args:
-        layout: of the data.
-        splits: their names; none for a COCO annotation file, a table without a column ``split``, or shards on a server.
-        says: how it is read, in one line.
-    """
-
-    layout: Layout
+    layout: Layout  # of the data
+    # their names; none for a COCO annotation file, a table without a column ``split``, or shards on a server
     splits: tuple[str, ...]
-    says: str
+    says: str  # how it is read, in one line
 
 
 def _find_shards(root: Path) -> dict[str, Path]:
@@ -96,17 +86,8 @@ _FILES: dict[str, Layout] = {".json": "coco file", ".csv": "csv", ".yaml": "yolo
 def recognize(data: str, option: str = "--data ", layout: Layout | None = None) -> Found:
     """Say in which layout a data set is, and which splits it has.
 
-    Args:
-        data: as for `open_split`.
-        option: what a message calls it.
-        layout: which of the layouts of a folder is meant; None where there is only one.
-
-    Returns:
-        What was found.
-
-    Raises:
-        DetpipeError: there is nothing, it is in no layout that is known or in two that disagree, or a file that names the splits
-            cannot be read.
+    ``option`` is what a message calls ``data``; ``layout``, which of several is meant. A DetpipeError if there is nothing, it is
+    in no layout that is known or in two that disagree, or a file that names the splits cannot be read.
     """
     path = Path(data)
     if is_remote(data):
@@ -192,64 +173,62 @@ def open_split(
     together: Sequence[str] = (),
     option: str = "--data ",
     found: Found | None = None,
+    pixels: PixelType = RGB,
 ) -> DetectionData:
-    """Open one split of a data set; it is the training and the validation split of what is returned.
+    """Open one split of a data set, of any layout; it is the training and the validation split of what is returned.
 
-    Args:
-        data: a folder in VOC, COCO or YOLO layout, a COCO annotation file, a table of boxes, or shards.
-        split: its name, such as "trainval", "2007:trainval" or "val2017"; not used for a file without splits.
-        images: the folder of the images, for an annotation file or a table.
-        on_bad: "error" refuses data with any fault; "skip" leaves faulty records out and counts them.
-        one_based: whether VOC's boxes count pixels from 1; None for what the folder says of itself, or else true.
-        together: further splits whose classes are to be numbered with those of this one, where none are listed (VOC).
-        option: what a message calls ``data``.
-        found: what `recognize` made of the data; None asks it.
-
-    Returns:
-        The data; ``annotations("val")`` reads the split, ``image_key`` names its images as proposal stores do.
-
-    Raises:
-        UsageError: the layout is not known, or the split or folder that it needs is not given.
+    ``annotations("val")`` reads it, ``image_key`` names its images as proposal stores do. ``images`` is the folder of the images
+    of an annotation file or a table; ``one_based``, whether VOC's boxes count pixels from 1, None for what the folder says of
+    itself, or else true; ``together``, further splits whose classes are to be numbered with those of this one, where none are
+    listed (VOC); ``option``, what a message calls ``data``; ``found``, what `recognize` made of it. A UsageError if the layout is
+    not known, or the split or folder that it needs is not given.
     """
     found = recognize(data, option) if found is None else found
     path, layout, splits = Path(data), found.layout, found.splits
+    read_as: dict[str, Any] = {"channels": pixels.channels, "range": pixels.range}
+    common = {"on_bad": on_bad, **read_as}
     if layout == "coco file":
         if images is None:
             raise UsageError(f"{path} is an annotation file: say with --images where its images are")
         files = coco.COCOFiles(str(path.resolve()), str(Path(images).resolve()))
-        return coco.COCO(str(path.parent), train=files, val=files, on_bad=on_bad)
+        return coco.COCO(str(path.parent), train=files, val=files, **common)
     if split is None and splits == (ALL,):
         split = ALL
     if split is None and splits:
         names = f"{', '.join(splits[:8])}{', ...' if len(splits) > 8 else ''}"
         raise UsageError(f"{option}{data} has several splits: name one with --split; there are {names}")
     if layout == "csv":
-        return _open_table(path, split or ALL, images, on_bad)
+        return _open_table(path, split or ALL, images, common)
     if split is None and is_remote(data):
         raise UsageError(f"{option}{data}: a server is not asked which splits it has: name one with --split")
     if split is None:
         raise UsageError(f"{option}{data} has no splits; {EXPECTED}")
     if layout == "coco":
-        return coco.COCO(data, train=split, val=split, on_bad=on_bad)
+        return coco.COCO(data, train=split, val=split, **common)
     if layout == "yolo":
-        return yolo.YOLO(data, train=split, val=split, on_bad=on_bad)
+        return yolo.YOLO(data, train=split, val=split, **common)
     if layout == "shards":
         root = data if is_remote(data) or not _is_split(path) else str(path.parent)
-        return Shards(root, train=split, val=split)
-    return _open_voc(data, split, on_bad, one_based, together, splits)
+        return Shards(root, train=split, val=split, **read_as)
+    return _open_voc(data, split, common, one_based, together, splits)
 
 
-def _open_table(path: Path, split: str, images: str | None, on_bad: OnBad) -> csv.CSVBoxes:
+def _open_table(path: Path, split: str, images: str | None, common: dict[str, Any]) -> csv.CSVBoxes:
     root, file = (path.parent, path.name) if path.is_file() else (path, csv.NAME)
     folder = "." if images is None else str(Path(images).resolve())
     tables = list(dict.fromkeys(part.table for part in csv.find_splits(path).values()))
     names = list(csv.find_classes(tables)) if len(tables) > 1 else "auto"
     format = csv.CSVFormat(class_names=names, file=file, images=folder)
-    return csv.CSVBoxes(str(root), train=split, val=split, format=format, on_bad=on_bad)
+    return csv.CSVBoxes(str(root), train=split, val=split, format=format, **common)
 
 
 def _open_voc(
-    data: str, split: str, on_bad: OnBad, one_based: bool | None, together: Sequence[str], splits: Sequence[str]
+    data: str,
+    split: str,
+    common: dict[str, Any],
+    one_based: bool | None,
+    together: Sequence[str],
+    splits: Sequence[str],
 ) -> voc.VOC:
     names: list[str] | Literal["auto"] = "auto"
     if together:
@@ -258,15 +237,10 @@ def _open_voc(
         known = read_class_list(Path(data))
         one_based = known is None or known.one_based
     format = voc.VOCFormat(class_names=names, one_based=one_based)
-    opened = voc.VOC(data, train=split, val=split, format=format, on_bad=on_bad)
+    opened = voc.VOC(data, train=split, val=split, format=format, **common)
     if not together and split in splits and len(splits) > 1 and not opened.occurring():  # no image of it has objects
-        return _open_voc(data, split, on_bad, one_based, splits, ())
+        return _open_voc(data, split, common, one_based, splits, ())
     return opened
-
-
-def known_layout(data: str, option: str = "--data ") -> Layout:
-    """The layout of a data set; arguments and errors are those of `recognize`."""
-    return recognize(data, option).layout
 
 
 def layout_of(path: Path) -> Layout | None:
@@ -276,8 +250,3 @@ def layout_of(path: Path) -> Layout | None:
     found, faults = _ask_all(path, None)
     layouts: list[Layout] = [*found, *faults]
     return layouts[0] if layouts else None
-
-
-def split_names(data: str, option: str = "--data ") -> tuple[str, ...]:
-    """The splits of a data set, as in `Found`; arguments and errors are those of `recognize`."""
-    return recognize(data, option).splits

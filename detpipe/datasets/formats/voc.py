@@ -32,31 +32,16 @@ from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 
 import numpy as np
 
-from detpipe.datasets.datamodule import DetectionData, Split
+from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.decode import IMAGE_SUFFIXES
-from detpipe.datasets.faults import Collected, Faults, Policy
-from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
-from detpipe.datasets.formats.export import (
-    Images,
-    Names,
-    Splits,
-    Written,
-    check_suffixes,
-    file_name_of,
-    ids_are_kept,
-    new_folder,
-    number,
-    one_class_list,
-    own_area,
-    rows_of,
-    totals,
-    transfer,
-)
+from detpipe.datasets.faults import Faults, OnBad
+from detpipe.datasets.formats import export
+from detpipe.datasets.formats.class_list import ClassList, write_class_list
+from detpipe.datasets.formats.export import Images, Names, Splits, Written
 from detpipe.datasets.formats.outline_files import write_outlines
-from detpipe.datasets.formats.voc_folders import Listed, find_splits, list_images
-from detpipe.datasets.formats.voc_xml import ImageText, UnreadableXML, XMLReader, read_xml
+from detpipe.datasets.formats.voc_folders import find_splits
+from detpipe.datasets.formats.voc_xml import VOCSource
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
-from detpipe.datasets.records import RecordBuilder, build_annotations
 from detpipe.datasets.stored_proposals import voc_key
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
@@ -74,7 +59,8 @@ def load_voc(
     class_names: ClassNames = None,
     one_based: bool = True,
     keep_difficult: bool = True,
-    on_bad: Policy = "error",
+    on_bad: OnBad = "error",
+    faults: Faults | None = None,
 ) -> Annotations:
     """Read one split of a data set in VOC layout and check it against its images.
 
@@ -92,6 +78,7 @@ def load_voc(
         one_based: whether pixels are counted from 1 (see the module).
         keep_difficult: whether difficult objects are kept, flagged; dropped ones are counted.
         on_bad: ``"error"`` refuses a split with any faulty record; ``"skip"`` leaves these records out and counts them.
+        faults: takes all faults, in place of ``on_bad``.
 
     Returns:
         The annotations of the images of the split.
@@ -100,91 +87,15 @@ def load_voc(
         DataError: for anything wrong, naming the file, the object, the field and its value.
     """
     names = VOC_CLASSES if class_names is None else class_names
-    return VOCSource(Path(root), split, on_bad).load(names, one_based, keep_difficult)
+    return VOCSource(Path(root), split, faults or Faults(on_bad)).load(names, one_based, keep_difficult)
 
 
 def find_class_names(root: str | Path, split: str | Sequence[str]) -> tuple[str, ...]:
-    """Collect the class names that occur in a split, unless the root has a list of them.
+    """Collect the class names that occur in a split, sorted, unless the root has a list of them, whose order is kept.
 
-    Args:
-        root: as for `load_voc`.
-        split: as for `load_voc`.
-
-    Returns:
-        The names, sorted; those of ``detpipe.json`` in its order.
-
-    Raises:
-        DataError: if the split has no named object.
+    Arguments are those of `load_voc`. A DataError if the split has no named object.
     """
-    return VOCSource(Path(root), split, "skip").class_names()
-
-
-class VOCSource:
-    """A split whose XML files are parsed once, for the classes that occur and for the boxes.
-
-    Args:
-        root: as for `load_voc`.
-        split: as for `load_voc`.
-        on_bad: as for `load_voc`.
-        allow_links: whether images may lie outside of the root.
-    """
-
-    def __init__(self, root: Path, split: str | Sequence[str], on_bad: Policy, allow_links: bool = False) -> None:
-        self.root, self.split = root, split
-        self.faults = Faults(f"{root} ({split if isinstance(split, str) else ', '.join(split)})", on_bad, allow_links)
-        self.listed, self.images_read = list_images(root, split, self.faults)
-        self._texts: list[ImageText | UnreadableXML] | None = None
-
-    def texts(self) -> list[ImageText | UnreadableXML]:
-        """What the XML files say, in the order of the images."""
-        if self._texts is None:
-            self._texts = [_read(item) for item in self.listed]
-        return self._texts
-
-    def occurring(self) -> tuple[str, ...]:
-        """The names of objects, sorted; those of ``detpipe.json`` in its order."""
-        known = read_class_list(self.root)
-        if known:
-            return known.class_names
-        names = {element.name for text in self.texts() if isinstance(text, ImageText) for element in text.objects}
-        return tuple(sorted(names - {""}))
-
-    def class_names(self) -> tuple[str, ...]:
-        """As `find_class_names`."""
-        names = self.occurring()
-        if not names:
-            self.faults.check()
-            where = self.split if isinstance(self.split, str) else list(self.split)
-            unread = [str(text) for text in self.texts() if isinstance(text, UnreadableXML)]
-            more = f" ({len(unread)} files cannot be read: {unread[0]})" if unread else ""
-            raise DataError(
-                f"{self.root}: no object with a class name in {where}; class_names 'auto' has nothing to read{more}"
-            )
-        return names
-
-    def load(self, class_names: Sequence[str] | Literal["auto"], one_based: bool, keep_difficult: bool) -> Annotations:
-        """As `load_voc`."""
-        names = self.class_names() if class_names == "auto" else tuple(class_names)
-        if not names or len(set(names)) != len(names):
-            raise DataError(f"class_names must be distinct and at least one, got {list(names)}")
-        known = read_class_list(self.root)
-        if known and known.one_based != one_based:
-            raise DataError(
-                f"{self.root}: its detpipe.json says that one_based is {str(known.one_based).lower()}: set it so"
-            )
-        built = RecordBuilder(names, ids_of(names, known))
-        reader = XMLReader(built, one_based, keep_difficult, self.faults)
-        for item, text in zip(self.listed, self.texts(), strict=True):
-            reader.add(item, text)
-        folders = sorted({item.image.parent for item in self.listed})
-        return build_annotations(built.records(self.root, folders, self.images_read, reader.boxes_read), self.faults)
-
-
-def _read(item: Listed) -> ImageText | UnreadableXML:
-    try:
-        return read_xml(item.xml)
-    except UnreadableXML as error:
-        return error
+    return VOCSource(Path(root), split, Faults("skip")).class_names()
 
 
 @dataclass(frozen=True)
@@ -208,7 +119,7 @@ class VOCFormat:
 _OFFICIAL = VOCFormat()
 
 
-class VOC(DetectionData):
+class VOC(FolderData):
     """Detection data in VOC layout.
 
     Args:
@@ -220,8 +131,7 @@ class VOC(DetectionData):
         val: the validation split, in the same way; ``val``, ``valid`` and ``validation`` are the same.
         test: the split for the final test, in the same way; none by default.
         format: how the XML files are to be understood: class names, counting from 0 or 1, difficult objects.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
-            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     image_key = staticmethod(voc_key)
@@ -235,14 +145,12 @@ class VOC(DetectionData):
         format: VOCFormat = _OFFICIAL,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
-        self.root = str(root)
-        self.splits = {"train": train, "val": val, "test": test}
+        super().__init__(root, train, val, test, **common)
         self.format = format
         self._class_names: tuple[str, ...] | None = None
         self._sources: dict[Split, VOCSource] = {}
 
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the lists and XML files of a split."""
         names, options = self._names(split), self.format
         opened = self._sources.pop("train" if self.splits[split] == self.splits["train"] else split, None)
@@ -257,9 +165,8 @@ class VOC(DetectionData):
         """The names of the objects of the training split, sorted; its XML files are parsed once, for these and for the boxes."""
         return self._training_source("train").occurring()
 
-    def _open(self, split: Split, faults: Collected | None = None) -> VOCSource:
-        lists = self.source_of(split, "a list in ImageSets/Main")
-        return VOCSource(Path(self.root), lists, self.policy(faults), self.allow_links)
+    def _open(self, split: Split, faults: Faults | None = None) -> VOCSource:
+        return VOCSource(Path(self.root), self.source_of(split, "a list in ImageSets/Main"), faults or self.faults())
 
     def _names(self, split: Split) -> tuple[str, ...]:
         """The class names of all splits: those of the training split where they are not given."""
@@ -294,46 +201,37 @@ def write_voc(
 ) -> Written:
     """Write a data set in VOC layout.
 
-    Args:
-        splits: name -> annotations, whose classes are the same.
-        folder: a new folder.
-        images: ``"copy"``, ``"link"`` or ``"none"``.
-        one_based: whether corners count from 1, both ends included; None for that if every box is larger than a pixel.
-        source: where the images are.
-
-    Returns:
-        What was written.
-
-    Raises:
-        DataError: the folder is there already, classes differ, images have a suffix that is not looked for, or an image of two
-            splits has other boxes in each.
+    The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
+    :func:`detpipe.datasets.formats.export.transfer`. Corners count from 1, both ends included, if every box is larger than a
+    pixel, unless ``one_based`` decides. A DataError if the folder is there already, the classes of splits differ, images have a
+    suffix that is not looked for, or an image of two splits has other boxes in each.
     """
-    names, ids = one_class_list(splits)
-    check_suffixes(splits, IMAGE_SUFFIXES, "VOC")
+    names, ids = export.one_class_list(splits)
+    export.check_suffixes(splits, IMAGE_SUFFIXES, "VOC")
     wide = all((np.diff(a.boxes.reshape(-1, 2, 2), axis=1) > 1 + 1e-9).all() for a in splits.values())
     from_one = wide if one_based is None else one_based
-    keep_ids, remarks = ids_are_kept(splits)
+    keep_ids, remarks = export.ids_are_kept(splits)
     if not from_one:
         remarks.append("corners count from 0 (boxes of a pixel or less): read them with one_based: false")
     naming = Names(flat=True)
-    with new_folder(folder, splits) as out:
+    with export.new_folder(folder, splits) as out:
         for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
             (out / part).mkdir(parents=True)
         write_class_list(out, ClassList(names, ids, from_one))
         for split, a in splits.items():
             files = naming.of(split, a)
-            transfer(image_paths(a), [out / "JPEGImages" / name for name in files], images, source)
-            areas = own_area(a)
+            export.transfer(image_paths(a), [out / "JPEGImages" / name for name in files], images, source)
+            areas = export.own_area(a)
             for i, name in enumerate(files):
                 tree = _annotation(a, i, name, from_one, keep_ids, areas)
                 tree.write(out / "Annotations" / f"{Path(name).stem}.xml", encoding="utf-8")
             named = [f"JPEGImages/{name}" for name in files]
-            remarks += write_outlines(out, file_name_of(split), a, named)
+            remarks += write_outlines(out, export.file_name_of(split), a, named)
             lines = "".join(f"{Path(name).stem}\n" for name in files)
-            (out / "ImageSets" / "Main" / f"{file_name_of(split)}.txt").write_text(lines, encoding="utf-8")
+            (out / "ImageSets" / "Main" / f"{export.file_name_of(split)}.txt").write_text(lines, encoding="utf-8")
     if naming.renamed:
         remarks.append(f"{naming.renamed} images are renamed: all lie in one folder, and others had their names")
-    return Written(Path(folder), tuple(map(file_name_of, splits)), *totals(splits), tuple(remarks))
+    return Written(Path(folder), tuple(map(export.file_name_of, splits)), *export.totals(splits), tuple(remarks))
 
 
 def _annotation(
@@ -348,7 +246,7 @@ def _annotation(
     _add(root, "segmented", 0)
     if keep_id:
         _add(SubElement(root, "detpipe"), "image_id", int(a.image_ids[image]))
-    for b in rows_of(a, image):
+    for b in export.rows_of(a, image):
         element = SubElement(root, "object")
         _add(element, "name", a.class_names[int(a.labels[b]) - 1])
         _add(element, "pose", "Unspecified")
@@ -357,12 +255,12 @@ def _annotation(
         box = SubElement(element, "bndbox")
         x1, y1, x2, y2 = a.boxes[b].tolist()
         for key, value in zip(("xmin", "ymin", "xmax", "ymax"), (x1 + one_based, y1 + one_based, x2, y2), strict=True):
-            _add(box, key, number(value))
+            _add(box, key, export.number(value))
         if a.iscrowd[b] or areas[b]:
             extra = SubElement(element, "detpipe")
             _add(extra, "iscrowd", int(a.iscrowd[b]))
             if areas[b]:
-                _add(extra, "area", number(a.area[b]))
+                _add(extra, "area", export.number(a.area[b]))
     tree = ElementTree(root)
     indent(tree)
     return tree

@@ -14,16 +14,17 @@ from detpipe.datasets.faults import Faults
 from detpipe.datasets.formats.folders import (
     ALL,
     Folder,
+    ListedImage,
     Place,
     find_lists,
     find_places,
     is_image,
     list_folder,
+    read_text,
     says_folders,
     take_split,
 )
 from detpipe.support.errors import DataError
-from detpipe.support.files import refuse_special
 from detpipe.support.suggest import did_you_mean
 
 LAYOUT = "VOC layout is JPEGImages/NAME.jpg, Annotations/NAME.xml and lists of names in ImageSets/Main/SPLIT.txt"
@@ -32,49 +33,18 @@ _SUFFIX = ".xml"
 
 @dataclass(frozen=True)
 class VOCSplit:
-    """Where the images and annotations of a split are.
-
-    Args:
-        places: folders of images with those of their annotations.
-        list_file: the names of the images, a line each; None: all images of the places.
-    """
+    """Where the images and annotations of a split are, and the list of the names of its images; without one, all of the places."""
 
     places: tuple[Place, ...]
     list_file: Path | None = None
 
 
-@dataclass(frozen=True)
-class Listed:
-    """An image that a list names, or that lies in a folder of a split; its files need not exist.
-
-    Args:
-        image_id: its number in the split, from 1.
-        file_name: of the image, relative to the root, with forward slashes.
-        image: path of the image.
-        xml: path of the annotation.
-        named_alike: all images of the folder that have this name, where only suffixes differ.
-    """
-
-    image_id: int
-    file_name: str
-    image: Path
-    xml: Path
-    named_alike: tuple[str, ...] = ()
-
-
 def find_splits(root: Path) -> dict[str, VOCSplit]:
-    """Find the splits of a folder.
+    """Find the splits of a folder with XML files, or of one with folders of years, as VOCdevkit holds VOC2007.
 
-    Args:
-        root: a folder with XML files, or one of folders of years, as VOCdevkit holds VOC2007.
-
-    Returns:
-        name -> split: the lists in ``ImageSets/Main``, without those of one class (``cat_train`` beside ``train``),
-        ``2007:trainval`` for the list of a folder VOC2007, ``trainval`` for that of the only folder of another name; or the
-        folders that hold XML files; nothing if there is neither.
-
-    Raises:
-        DataError: a folder cannot be listed.
+    They are the lists in ``ImageSets/Main``, without those of one class (``cat_train`` beside ``train``), ``2007:trainval`` for
+    the list of a folder VOC2007, ``trainval`` for that of the only folder of another name; or the folders that hold XML files;
+    nothing if there is neither.
     """
     found = {name: VOCSplit(places, path) for name, (path, places) in _lists(root).items()}
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -136,19 +106,11 @@ def _places(folder: Path) -> tuple[Place, ...]:
     return tuple(find_places(folder, _SUFFIX))
 
 
-def list_images(root: Path, split: str | Sequence[str], faults: Faults) -> tuple[list[Listed], int]:
-    """Find the images of a split.
+def list_images(root: Path, split: str | Sequence[str], faults: Faults) -> tuple[list[ListedImage], int]:
+    """Find the images of a split: in the order of the lists, by name where there is none, each once; and how many were named.
 
-    Args:
-        root: as for `find_splits`.
-        split: names of splits, ``"2007:trainval"`` for the list of the folder VOC2007, or a path to a ``.txt`` file.
-        faults: where names that occur twice, or lead elsewhere, are noted.
-
-    Returns:
-        The images in the order of the lists, by name where there is none, each once; and how many were named.
-
-    Raises:
-        DataError: if a folder or list is missing, or there is no image.
+    ``split`` are names of splits, ``"2007:trainval"`` for the list of the folder VOC2007, or a path to a ``.txt`` file. A
+    DataError if a folder or list is missing, or there is no image.
     """
     finder = _Finder(root, faults)
     for entry in [split] if isinstance(split, str) else split:
@@ -221,7 +183,7 @@ class _Finder:
 
     def __init__(self, root: Path, faults: Faults) -> None:
         self.root, self.faults = root, faults
-        self.found: dict[str, Listed] = {}
+        self.found: dict[str, ListedImage] = {}
         self.number = 0
         self._folders: dict[Path, Folder] = {}
 
@@ -252,7 +214,7 @@ class _Finder:
     def add_list(self, part: VOCSplit) -> None:
         """Add the images that a list names."""
         assert part.list_file is not None
-        for line_number, line in enumerate(read_lines(part.list_file), start=1):
+        for line_number, line in enumerate(read_text(part.list_file, "a list of image names").splitlines(), start=1):
             text = self._without_flag(line.strip().replace("\\", "/"), part.places)
             if text:
                 self._add_line(text, part, f"{part.list_file}: line {line_number}: {text!r}")
@@ -306,23 +268,10 @@ class _Finder:
         if file_name in self.found:
             return self.faults.image("listed twice", f"{where} is listed twice")
         alike = tuple(names) if len(names) > 1 else ()
-        self.found[file_name] = Listed(self.number, file_name, image, xml, alike)
+        self.found[file_name] = ListedImage(self.number, file_name, image, xml, alike)
         return None
 
     def _list(self, folder: Path) -> Folder:
         if folder not in self._folders:
             self._folders[folder] = list_folder(folder, _SUFFIX)
         return self._folders[folder]
-
-
-def read_lines(list_file: Path) -> list[str]:
-    """The lines of a list.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    refuse_special(list_file)
-    try:
-        return list_file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{list_file}: cannot be read as a list of image names ({error})") from error

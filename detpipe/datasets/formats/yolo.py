@@ -24,39 +24,26 @@ other programs take that to be relative to where they are started.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import yaml
 from tqdm import tqdm
 
-from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.decode import IMAGE_SUFFIXES, image_size
-from detpipe.datasets.faults import Collected, Faults, Policy
-from detpipe.datasets.formats.export import (
-    Images,
-    Names,
-    Splits,
-    Written,
-    check_suffixes,
-    file_name_of,
-    new_folder,
-    one_class_list,
-    own_area,
-    rows_of,
-    totals,
-    transfer,
-)
+from detpipe.datasets.annotations import AnnotationBuilder, BadBoxError, read_finite, read_number
+from detpipe.datasets.datamodule import FolderData, Split
+from detpipe.datasets.decode import IMAGE_SUFFIXES
+from detpipe.datasets.faults import Faults, OnBad
+from detpipe.datasets.formats import export
+from detpipe.datasets.formats.export import Images, Names, Splits, Written
+from detpipe.datasets.formats.folders import ListedImage
 from detpipe.datasets.formats.outline_files import write_outlines
-from detpipe.datasets.formats.yolo_images import ImageFinder, ListedImage, label_path
+from detpipe.datasets.formats.yolo_images import ImageFinder, label_path
 from detpipe.datasets.formats.yolo_yaml import NAME, find_file, has_labels, read_yolo
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
-from detpipe.datasets.records import RecordBuilder, build_annotations, read_number
 from detpipe.datasets.stored_proposals import file_key
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
@@ -68,44 +55,42 @@ _ROUNDING = 1e-6  # what six digits can be beyond 0..1
 
 
 class LabelReader:
-    """Collects the objects of one label file after the other.
+    """Adds the objects of one label file after the other.
 
-    Args:
-        built: takes the objects.
-        faults: where lines that cannot be used are noted.
-        points: how many keypoints each line has behind the box, and how many numbers each; None: lines are boxes or polygons.
+    ``points`` is how many keypoints each line has behind the box, and how many numbers each; None: lines are boxes or polygons.
     """
 
-    def __init__(self, built: RecordBuilder, faults: Faults, points: tuple[int, int] | None = None) -> None:
-        self.built, self.class_names = built, built.class_names
-        self.faults = faults
-        self.points = points
-        self.boxes_read = 0
+    def __init__(self, built: AnnotationBuilder, points: tuple[int, int] | None = None) -> None:
+        self.built, self.points = built, points
         self.polygons = 0
 
-    def read(self, path: Path, size: tuple[int, int]) -> bool:
-        """Read the labels of the image that is added next; a missing file says that it has no objects.
-
-        Args:
-            path: of the label file.
-            size: height and width of the image.
-
-        Returns:
-            Whether the file can be read, or is missing.
-        """
-        lines = self.lines(path)
+    def add(self, root: Path, item: ListedImage) -> None:
+        """Add an image and its objects; a missing file says that it has none."""
+        size = self.built.size_in_file(root, item.file_name, f"image {item.image_id}")
+        if size is None:
+            return self.skip(item.labels)
+        lines = self.lines(item.labels)
         if lines is None:
-            return False
+            return None
+        (height, width), image = size, self.built.add_image(item.file_name, item.image_id, size)
+        self.built.boxes_read += len(lines)
         for number, values in lines:
-            self.boxes_read += 1
-            where = f"{path}: line {number}"
-            label = self._label(values[0], where)
-            box = label and self._box(values[1:], where)
-            if label and box:
-                (height, width), (x1, y1, x2, y2) = size, box
+            where = f"{item.labels}: line {number}"
+            try:
+                label = self._label(values[0], where)
+                x1, y1, x2, y2 = self._box(values[1:], where)
+            except BadBoxError as bad:
+                self.built.faults.box(*bad.args)
+            else:
                 pixels = (x1 * width, y1 * height, x2 * width, y2 * height)
-                self.built.add_box(len(self.built.images), pixels, label, f"{where}: box {shorten(' '.join(values))}")
-        return True
+                self.built.add_box(image, pixels, label, f"{where}: box {shorten(' '.join(values))}")
+        return None
+
+    def skip(self, labels: Path) -> None:
+        """Count the boxes of an image that is left out."""
+        count = len(self.lines(labels) or ())
+        self.built.boxes_read += count
+        self.built.faults.boxes_of_skipped_image(count)
 
     def lines(self, path: Path) -> list[tuple[int, list[str]]] | None:
         """The numbers and values of the lines that are not empty; None, and a fault, if the file cannot be read."""
@@ -115,26 +100,21 @@ class LabelReader:
         except FileNotFoundError:
             return []
         except (OSError, UnicodeDecodeError, DataError) as error:
-            self.faults.image("labels unreadable", f"{path}: cannot be read as text ({error})")
-            return None
+            return self.built.faults.image("labels unreadable", f"{path}: cannot be read as text ({error})")
         split = ((number, line.split()) for number, line in enumerate(text.split("\n"), start=1))
         return [(number, values) for number, values in split if values]
 
-    def _label(self, text: str, where: str) -> int | None:
-        value = read_number(text)
+    def _label(self, text: str, where: str) -> int:
+        value, names = read_number(text), self.built.class_names
         if value is None or not value.is_integer():  # an infinity is none, and NaN is none
-            self.faults.box("bad class", f"{where}: class must be a whole number, got {shorten(text)}")
-            return None
-        if not 0 <= value < len(self.class_names):
-            known = shorten(", ".join(self.class_names), 100).strip("'")
-            self.faults.box(
-                "class out of range",
-                f"{where}: class is {shorten(text)}: expected 0 to {len(self.class_names) - 1} ({known})",
-            )
-            return None
+            raise BadBoxError("bad class", f"{where}: class must be a whole number, got {shorten(text)}")
+        if not 0 <= value < len(names):
+            known = shorten(", ".join(names), 100).strip("'")
+            expected = f"expected 0 to {len(names) - 1} ({known})"
+            raise BadBoxError("class out of range", f"{where}: class is {shorten(text)}: {expected}")
         return int(value) + 1
 
-    def _box(self, texts: list[str], where: str) -> tuple[float, ...] | None:
+    def _box(self, texts: list[str], where: str) -> tuple[float, ...]:
         polygon = self.points is None and len(texts) >= 6 and len(texts) % 2 == 0
         expected = "class, x, y, width and height, or class and the x and y of three points or more"
         wrong = len(texts) != 4 and not polygon
@@ -146,40 +126,28 @@ class LabelReader:
                 "by the kpt_shape of the data set"
             )
         if wrong:
-            more = (
-                "; a confidence or an angle behind the box is not read"
-                if self.points is None and len(texts) == 5
-                else ""
-            )
-            self.faults.box(
-                "wrong number of values", f"{where}: has {len(texts) + 1} values: expected {expected}{more}"
-            )
-            return None
-        numbers: list[float] = []
-        for i, text in enumerate(texts):
-            field, bounded = self._field(i, polygon)
-            value = read_number(text)
-            if value is None or not math.isfinite(value):
-                self.faults.box("not a number", f"{where}: {field} must be a finite number, got {shorten(text)}")
-                return None
-            if bounded and not -_ROUNDING <= value <= 1 + _ROUNDING:
-                self.faults.box(
-                    "outside 0..1",
-                    f"{where}: {field} is {text}: expected 0 to 1, a part of the image's width or height",
-                )
-                return None
-            numbers.append(value)
+            six = self.points is None and len(texts) == 5
+            more = "; a confidence or an angle behind the box is not read" if six else ""
+            text = f"{where}: has {len(texts) + 1} values: expected {expected}{more}"
+            raise BadBoxError("wrong number of values", text)
+        numbers = [self._number(i, text, polygon, where) for i, text in enumerate(texts)]
         self.polygons += polygon
         return _bounds(numbers) if polygon else _corners(numbers[:4])
 
-    def _field(self, i: int, polygon: bool) -> tuple[str, bool]:
-        """What the i-th number behind the class is called, and whether it is a part of the width or height."""
+    def _number(self, i: int, text: str, polygon: bool, where: str) -> float:
+        """The i-th number behind the class; most are parts of the width or height."""
         if polygon:
-            return f"{'xy'[i % 2]} of point {i // 2 + 1}", True
-        if i < 4 or self.points is None:
-            return _FIELDS[i], True
-        point, k = divmod(i - 4, self.points[1])
-        return f"{('x', 'y', 'visibility')[k]} of point {point + 1}", k < 2
+            field, bounded = f"{'xy'[i % 2]} of point {i // 2 + 1}", True
+        elif i < 4 or self.points is None:
+            field, bounded = _FIELDS[i], True
+        else:
+            point, k = divmod(i - 4, self.points[1])
+            field, bounded = f"{('x', 'y', 'visibility')[k]} of point {point + 1}", k < 2
+        value = read_finite(text, where, field)
+        if bounded and not -_ROUNDING <= value <= 1 + _ROUNDING:
+            expected = "expected 0 to 1, a part of the image's width or height"
+            raise BadBoxError("outside 0..1", f"{where}: {field} is {text}: {expected}")
+        return value
 
 
 def _corners(numbers: Sequence[float]) -> tuple[float, ...]:
@@ -192,7 +160,7 @@ def _bounds(numbers: Sequence[float]) -> tuple[float, ...]:
     return min(x), min(y), max(x), max(y)
 
 
-class YOLO(DetectionData):
+class YOLO(FolderData):
     """Detection data in YOLO's text layout.
 
     Args:
@@ -200,35 +168,24 @@ class YOLO(DetectionData):
         train: the training split: a key of the file, or several; where it names no splits a folder such as ``train``, or ``all``.
         val: the validation split, in the same way; ``val``, ``valid`` and ``validation`` are the same.
         test: the split for the final test, in the same way; none by default.
-        common: what all data sets have: ``loader``, ``augment``, ``seed``, ``on_bad``, ``proposals``, ``resize``, ``split``,
-            ``classes`` and ``allow_links`` of :class:`~detpipe.datasets.datamodule.DetectionData`.
+        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
             In a proposal store an image is called by its file, relative to the root.
     """
 
     image_key = staticmethod(file_key)
 
-    def __init__(
-        self,
-        root: str,
-        train: str | list[str] = "train",
-        val: str | list[str] = "val",
-        test: str | list[str] | None = None,
-        **common: Any,
-    ) -> None:
-        super().__init__(**common)
-        self.root = str(root)
-        self.splits = {"train": train, "val": val, "test": test}
-
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the images and labels of a split."""
-        return _load(self.root, self.source_of(split, "a key of data.yaml"), self.policy(faults), self.allow_links)
+        return load_yolo(self.root, self.source_of(split, "a key of data.yaml"), faults=faults or self.faults())
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""
         return tuple(read_yolo(self.root).splits)
 
 
-def load_yolo(root: str | Path, split: str | Sequence[str], on_bad: Policy = "error") -> Annotations:
+def load_yolo(
+    root: str | Path, split: str | Sequence[str], on_bad: OnBad = "error", faults: Faults | None = None
+) -> Annotations:
     """Read one split of a data set in YOLO layout and check it against its images.
 
     Images are numbered 1, 2, ... in the order of the split (folders by name), skipped ones included; that number is the
@@ -238,6 +195,7 @@ def load_yolo(root: str | Path, split: str | Sequence[str], on_bad: Policy = "er
         root: the folder with ``data.yaml``, ``obj.data`` or ``classes.txt``, or such a file under any name.
         split: a key of the file, or a folder where it names no splits; or several, which are read in turn.
         on_bad: ``"error"`` refuses a split with any faulty record; ``"skip"`` leaves these records out and counts them.
+        faults: takes all faults, in place of ``on_bad``.
 
     Returns:
         The annotations of the images of the split.
@@ -245,20 +203,29 @@ def load_yolo(root: str | Path, split: str | Sequence[str], on_bad: Policy = "er
     Raises:
         DataError: for anything wrong, naming the file, the line, the field and its value.
     """
-    return _load(root, split, on_bad)
+    file = read_yolo(root)
+    splits = (split,) if isinstance(split, str) else tuple(split)
+    faults = faults or Faults(on_bad)
+    faults.source = f"{file.path} ({', '.join(splits)})"
+    finder = ImageFinder(file, splits, faults)
+    built = AnnotationBuilder(faults, file.class_names, file.category_ids)
+    built.images_read = finder.lines + len(finder.orphans)
+    reader = LabelReader(built, file.points)
+    for item in tqdm(finder.found, desc="reading labels", unit="image", disable=None, leave=False):
+        reader.add(finder.root, item)
+    for labels in finder.orphans:
+        faults.image("file missing", f"{labels}: there is no image of this name for these labels")
+        reader.skip(labels)
+    built.counts = {"boxes from polygons": reader.polygons} if reader.polygons else {}
+    longer = np.array(built.sizes, dtype=np.int64).reshape(-1, 2)[np.array(built.box_image, dtype=np.int64)]
+    rounding = 1e-6 * longer.max(axis=1, initial=1)[:, None]  # six digits, as most tools write
+    return built.build(finder.root, finder.folders, rounding)
 
 
 def find_splits(root: Path) -> dict[str, tuple[str, ...]]:
-    """Find the splits of a folder in YOLO layout.
+    """Find the splits of a folder in YOLO layout: name -> folders and lists of images, relative to the root.
 
-    Args:
-        root: the folder.
-
-    Returns:
-        name -> folders and lists of images, relative to the root; nothing if the layout is another.
-
-    Raises:
-        DataError: the layout is YOLO's, but what describes it cannot be read, or does not say what the classes are.
+    Nothing if the layout is another. A DataError if what describes it cannot be read, or does not say what the classes are.
     """
     found = find_file(root)
     if found is None or found.suffix.lower() in (".json", ".txt"):
@@ -269,45 +236,6 @@ def find_splits(root: Path) -> dict[str, tuple[str, ...]]:
 def says_layout(root: Path) -> str:
     """Say in which layout a folder is, in half a line: "data.yaml"."""
     return read_yolo(root).says()
-
-
-def _load(root: str | Path, split: str | Sequence[str], on_bad: Policy, allow_links: bool = False) -> Annotations:
-    file = read_yolo(root)
-    splits = (split,) if isinstance(split, str) else tuple(split)
-    faults = Faults(f"{file.path} ({', '.join(splits)})", on_bad, allow_links)
-    finder = ImageFinder(file, splits, faults)
-    built = RecordBuilder(file.class_names, file.category_ids)
-    reader = LabelReader(built, faults, file.points)
-    for item in tqdm(finder.found, desc="reading labels", unit="image", disable=None, leave=False):
-        size = _size(item, faults)
-        if size is None:
-            _skip(item.labels, reader)
-        elif reader.read(item.labels, size):
-            built.add_image(item.file_name, item.image_id, size)
-    for labels in finder.orphans:
-        faults.image("file missing", f"{labels}: there is no image of this name for these labels")
-        _skip(labels, reader)
-    records = built.records(finder.root, finder.folders, finder.lines + len(finder.orphans), reader.boxes_read)
-    longer = records.sizes[records.box_image].max(axis=1, initial=1)[:, None]
-    records.clip_tolerance = 1e-6 * longer  # six digits, as most tools write
-    records.counts = {"boxes from polygons": reader.polygons} if reader.polygons else {}
-    return build_annotations(records, faults)
-
-
-def _size(item: ListedImage, faults: Faults) -> tuple[int, int] | None:
-    """Height and width; None, and a fault, where the file has none."""
-    try:
-        return image_size(item.image)
-    except DataError as error:
-        faults.image("unreadable" if item.image.exists() else "file missing", f"image {item.image_id}: {error}")
-        return None
-
-
-def _skip(labels: Path, reader: LabelReader) -> None:
-    """Count the boxes of an image that is left out."""
-    count = len(reader.lines(labels) or ())
-    reader.boxes_read += count
-    reader.faults.skipped["boxes skipped: image skipped"] += count
 
 
 Flags = Literal["refuse", "drop", "leave out"]
@@ -322,29 +250,20 @@ def write_yolo(
 ) -> Written:
     """Write a data set in YOLO layout.
 
-    Args:
-        splits: name -> annotations, whose classes are the same. The only one that begins with ``train``, ``val`` or ``test``
-            goes by that key.
-        folder: a new folder.
-        images: ``"copy"``, ``"link"`` or ``"none"``.
-        flags: of crowd regions and difficult objects, which the layout cannot tell from others: ``"refuse"`` to write them,
-            ``"drop"`` the flag, so that they become ordinary objects, or ``"leave out"`` these boxes.
-        source: where the images are.
-
-    Returns:
-        What was written.
-
-    Raises:
-        DataError: the folder is there already, classes differ, or there are flags.
+    The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
+    :func:`detpipe.datasets.formats.export.transfer`. The only split that begins with ``train``, ``val`` or ``test`` goes by that
+    key. ``flags`` says of crowd regions and difficult objects, which the layout cannot tell from others: ``"refuse"`` to write
+    them, ``"drop"`` the flag, so that they become ordinary objects, or ``"leave out"`` these boxes. A DataError if the folder is
+    there already, the classes of splits differ, or there are flags that are refused.
     """
-    names, ids = one_class_list(splits)
-    check_suffixes(splits, IMAGE_SUFFIXES, "YOLO")
+    names, ids = export.one_class_list(splits)
+    export.check_suffixes(splits, IMAGE_SUFFIXES, "YOLO")
     splits, remarks = _without_flags(splits, flags)
     remarks += _losses(splits)
     keys = _keys(list(splits))
     renamed = 0
-    with new_folder(folder, splits) as out:
-        content: dict[str, object] = {key: f"images/{file_name_of(split)}" for split, key in keys.items()}
+    with export.new_folder(folder, splits) as out:
+        content: dict[str, object] = {key: f"images/{export.file_name_of(split)}" for split, key in keys.items()}
         content["names"] = dict(enumerate(names))
         if list(ids) != list(range(len(ids))):
             content["category_ids"] = list(ids)
@@ -352,8 +271,8 @@ def write_yolo(
         (out / NAME).write_text(text, encoding="utf-8")
         for split, a in splits.items():
             naming = Names(flat=False)
-            targets = [out / "images" / file_name_of(split) / name for name in naming.of(split, a)]
-            transfer(image_paths(a), targets, images, source)
+            targets = [out / "images" / export.file_name_of(split) / name for name in naming.of(split, a)]
+            export.transfer(image_paths(a), targets, images, source)
             for i, target in enumerate(targets):
                 path = out / label_path(target.relative_to(out))
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -363,14 +282,14 @@ def write_yolo(
             renamed += naming.renamed
     if renamed:
         remarks.append(f"{renamed} images are renamed: others have the same name but for the suffix")
-    return Written(Path(folder), tuple(keys.values()), *totals(splits), tuple(remarks))
+    return Written(Path(folder), tuple(keys.values()), *export.totals(splits), tuple(remarks))
 
 
 def _keys(splits: list[str]) -> dict[str, str]:
     """Split -> its key in data.yaml."""
     kinds = {split: next((kind for kind in ("train", "val", "test") if split.startswith(kind)), "") for split in splits}
     count = Counter(kinds.values())
-    return {split: kind if kind and count[kind] == 1 else file_name_of(split) for split, kind in kinds.items()}
+    return {split: kind if kind and count[kind] == 1 else export.file_name_of(split) for split, kind in kinds.items()}
 
 
 def _without_flags(splits: Splits, flags: Flags) -> tuple[Splits, list[str]]:
@@ -387,30 +306,16 @@ def _without_flags(splits: Splits, flags: Flags) -> tuple[Splits, list[str]]:
             "leaves them out"
         )
     if flags == "leave out":
-        return {name: _unflagged(a) for name, a in splits.items()}, [f"{which} are left out"]
+        kept = {name: a.keep_boxes(~(a.iscrowd | a.difficult)) for name, a in splits.items()}
+        return kept, [f"{which} are left out"]
     return splits, [f"{which} are written as ordinary objects: their flags are dropped"]
-
-
-def _unflagged(a: Annotations) -> Annotations:
-    """Without the boxes that are flagged."""
-    keep = ~(a.iscrowd | a.difficult)
-    return replace(
-        a,
-        offsets=np.concatenate([[0], np.cumsum(keep)])[a.offsets],
-        boxes=a.boxes[keep],
-        labels=a.labels[keep],
-        iscrowd=a.iscrowd[keep],
-        difficult=a.difficult[keep],
-        area=a.area[keep],
-        segmentations=None if a.segmentations is None else a.segmentations.take(np.flatnonzero(keep)),
-    )
 
 
 def _losses(splits: Splits) -> list[str]:
     remarks = []
     if any(not np.array_equal(a.image_ids, np.arange(1, len(a) + 1)) for a in splits.values()):
         remarks.append("image ids are not kept: images are numbered by the order of their names")
-    areas = sum(int(own_area(a).sum()) for a in splits.values())
+    areas = sum(int(export.own_area(a).sum()) for a in splits.values())
     if areas:
         remarks.append(f"areas of {areas} boxes, which are not those of the boxes, are not kept")
     return remarks
@@ -419,7 +324,7 @@ def _losses(splits: Splits) -> list[str]:
 def _label_lines(a: Annotations, image: int) -> str:
     height, width = a.sizes[image].tolist()
     lines = []
-    for b in rows_of(a, image):
+    for b in export.rows_of(a, image):
         x1, y1, x2, y2 = a.boxes[b].tolist()
         numbers = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
         lines.append(f"{int(a.labels[b]) - 1} {' '.join(map(repr, numbers))}\n")

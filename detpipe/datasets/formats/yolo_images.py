@@ -7,33 +7,23 @@ in ``.../labels/train/a.txt``: the last folder called ``images`` is exchanged; o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
 from detpipe.datasets.faults import Faults
-from detpipe.datasets.formats.folders import IMAGE_FOLDERS, LABEL_FOLDERS, Entries, find_places, list_folder
+from detpipe.datasets.formats.folders import (
+    IMAGE_FOLDERS,
+    LABEL_FOLDERS,
+    Entries,
+    ListedImage,
+    find_places,
+    folder_key,
+    list_folder,
+    read_text,
+    walk,
+)
 from detpipe.datasets.formats.yolo_yaml import LABELS, YOLOFile
 from detpipe.support.errors import DataError
-from detpipe.support.files import refuse_special
-
-
-@dataclass(frozen=True)
-class ListedImage:
-    """An image of a split; it need not exist.
-
-    Args:
-        image_id: its number in the split, from 1.
-        file_name: relative to the root, with forward slashes.
-        image: path of the image.
-        labels: path of its label file.
-    """
-
-    image_id: int
-    file_name: str
-    image: Path
-    labels: Path
 
 
 def label_path(image: Path) -> Path:
@@ -45,11 +35,7 @@ def label_path(image: Path) -> Path:
 
 
 class LabelFolders:
-    """Finds the label files of images; the folder of labels is looked for once a folder of images.
-
-    Args:
-        root: the folder that holds images and labels.
-    """
+    """Finds the label files of images below a root; the folder of labels is looked for once a folder of images."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -89,17 +75,11 @@ def _sister(folder: Path, k: int) -> Path | None:
 
 
 class ImageFinder:
-    """Collects the images of a split.
-
-    Args:
-        file: what ``data.yaml`` says.
-        split: the splits that are read in turn.
-        faults: where images that cannot be used are noted.
+    """Collects the images of splits, which are read in turn.
 
     Attributes:
         root: the folder that file names are relative to: that of the layout, unless images lie beside it.
         folders: where images may lie.
-        found: the images.
         orphans: label files without an image.
         lines: how many images were listed, those that cannot be used included.
     """
@@ -132,7 +112,8 @@ class ImageFinder:
 
     def _folder(self, folder: Path) -> None:
         first = len(self.found)
-        for path in _walk(folder, {_key(other) for other in self._others if other != folder}):
+        files = walk(str(folder), {folder_key(other) for other in self._others if other != folder})
+        for path in map(Path, image_names(entry.path for entry in files)):
             if path not in self._paths:  # of a folder that holds this one
                 self._add(path, str(path))
         expected = {item.labels for item in self.found}
@@ -143,12 +124,7 @@ class ImageFinder:
             self.orphans += [path for path in files if path not in expected]
 
     def _list(self, path: Path) -> None:
-        refuse_special(path)
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read as a list of images ({error})") from error
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_text(path, "a list of images").splitlines(), start=1):
             name = line.strip()
             if name:
                 self._add(self._listed(path.parent, name), f"{path}: line {number}: {name!r}")
@@ -205,23 +181,3 @@ def _root(root: Path, folders: list[Path]) -> Path:
     if all(not os.path.relpath(folder, root).startswith("..") for folder in folders):
         return root
     return Path(os.path.commonpath([os.path.abspath(path) for path in (root, *folders)]))
-
-
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """All images in a folder and those below it, by name; hidden files are none, no folder is entered twice."""
-    if _key(folder) in seen:
-        return
-    seen.add(_key(folder))
-    with os.scandir(folder) as entries:
-        visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    images = set(image_names(entry.name for entry in visible))
-    for entry in visible:
-        if entry.is_dir():
-            yield from _walk(folder / entry.name, seen)
-        elif entry.name in images:
-            yield folder / entry.name
-
-
-def _key(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino

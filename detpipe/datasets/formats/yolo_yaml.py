@@ -29,11 +29,11 @@ from detpipe.datasets.formats.folders import (
     find_lists,
     find_places,
     list_folder,
+    read_text,
     says_folders,
     take_split,
 )
 from detpipe.support.errors import DataError
-from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import load_json, shorten
 from detpipe.support.strict_yaml import MOST_BYTES, load_yaml
 from detpipe.support.suggest import did_you_mean
@@ -48,32 +48,19 @@ _CLASS_FILES = ("classes.txt", "class_names.txt", "names.txt", "predefined_class
 
 @dataclass(frozen=True)
 class YOLOFile:
-    """What ``data.yaml`` says.
+    """What ``data.yaml`` says."""
 
-    Args:
-        path: of the file.
-        root: what the entries of splits are relative to.
-        class_names: [K] of the numbers 0..K-1.
-        category_ids: [K], those numbers unless the file gives others.
-        splits: name -> folders and lists of images.
-        points: n and d of the n points, with d numbers each, behind each box; None where there are none.
-        places: where images and labels were found, if no file says so.
-    """
-
-    path: Path
-    root: Path
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    splits: dict[str, tuple[str, ...]]
+    path: Path  # of the file
+    root: Path  # what the entries of splits are relative to
+    class_names: tuple[str, ...]  # [K] of the numbers 0..K-1
+    category_ids: tuple[int, ...]  # [K], those numbers unless the file gives others
+    splits: dict[str, tuple[str, ...]]  # name -> folders and lists of images
+    # n and d of the n points, with d numbers each, behind each box; None where there are none
     points: tuple[int, int] | None = None
-    places: tuple[Place, ...] = ()
+    places: tuple[Place, ...] = ()  # where images and labels were found, if no file says so
 
     def entries(self, split: str) -> tuple[str, ...]:
-        """Folders and lists of a split.
-
-        Raises:
-            DataError: there is no such split.
-        """
+        """Folders and lists of a split; a DataError if there is no such split."""
         found = take_split(self.path, split, self.splits)
         if found is None:
             known = ", ".join(self.splits) or "none"
@@ -87,16 +74,9 @@ class YOLOFile:
 
 
 def find_file(root: Path) -> Path | None:
-    """Find the file that describes a folder in YOLO layout.
+    """Find the file that describes a folder in YOLO layout; None if there is none, a DataError if there are several.
 
-    Args:
-        root: the folder.
-
-    Returns:
-        ``data.yaml``, the only other YAML file with ``names``, darknet's ``.data`` file, or the list of classes; None if none.
-
-    Raises:
-        DataError: there are several.
+    ``data.yaml``, the only other YAML file with ``names``, darknet's ``.data`` file, or the list of classes.
     """
     files = [path for path in sorted(root.iterdir()) if path.is_file() and not path.name.startswith(".")]
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
@@ -138,16 +118,9 @@ def _class_file(files: Iterable[Path]) -> Path | None:
 
 
 def read_yolo(root: str | Path) -> YOLOFile:
-    """Read what a folder in YOLO layout says of itself.
+    """Read what a folder in YOLO layout, or the file that describes it, says; the splits are folders where no file names them.
 
-    Args:
-        root: the folder, or the file that describes it.
-
-    Returns:
-        What it says; the splits of folders where no file names them.
-
-    Raises:
-        DataError: nothing says what the classes are, or the file says what cannot be.
+    A DataError if nothing says what the classes are, or the file says what cannot be.
     """
     path = Path(root)
     found = find_file(path) if path.is_dir() else path
@@ -215,11 +188,7 @@ def _read_darknet(path: Path) -> YOLOFile:
 
 
 def _lines(path: Path) -> list[str]:
-    refuse_special(path)
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text ({error})") from error
+    return [line.strip() for line in read_text(path, "text").rstrip().splitlines()]
 
 
 def _listed_names(path: Path) -> tuple[str, ...]:
@@ -237,16 +206,9 @@ def _from_notes(path: Path) -> tuple[str, ...]:
 
 
 def read_yolo_yaml(root: str | Path) -> YOLOFile:
-    """Read ``data.yaml`` strictly: no tags, no key twice, class numbers without gaps.
+    """Read ``data.yaml``, of a folder or under any name, strictly: no tags, no key twice, class numbers without gaps.
 
-    Args:
-        root: the folder that holds it, or the file itself under any name.
-
-    Returns:
-        What it says.
-
-    Raises:
-        DataError: it is missing, is no YAML, or says what cannot be; line or key are named.
+    A DataError names line or key if it is missing, is no YAML, or says what cannot be.
     """
     path = Path(root)
     path = path / NAME if path.is_dir() else path

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from detpipe.datasets.annotations import check_pixels
 from detpipe.datasets.batches import Locality
-from detpipe.datasets.datamodule import DetectionData, Split
+from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.dataset import Contents, Proposals
-from detpipe.datasets.faults import Collected, Faults
+from detpipe.datasets.faults import Faults
 from detpipe.datasets.fetch import is_remote
-from detpipe.datasets.records import check_pixels
 from detpipe.datasets.shards.index import INDEX, KEYS, ShardSet, check_files, read_index
 from detpipe.datasets.shards.read import ShardFiles, ShardProposals
 from detpipe.datasets.shards.remote import ShardCache, open_remote
@@ -35,7 +35,7 @@ from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 
-class Shards(DetectionData):
+class Shards(FolderData):
     """Detection data in shards, as ``detpipe data shards`` writes them.
 
     Args:
@@ -60,27 +60,25 @@ class Shards(DetectionData):
         cache: ShardCache = ShardCache(),  # noqa: B008 (frozen)
         **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(root, **common)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
-        self.root = str(root)
         self.splits = {"train": train, "val": val, "test": test}
         self.window, self.cache = window, cache
         self._files: dict[Split, ShardFiles] = {}
         self._key: str | None = None
 
-    def load(self, split: Split, faults: Collected | None = None) -> Annotations:
+    def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the index of a split, and look whether its shards are there, if it is not on a server."""
-        name = self.splits[split]
-        if name is None:
-            raise DataError(f"no {split} split: set the argument {split} to the name of one, a folder in {self.root}")
+        name = self.source_of(split, f"the name of one, a folder in {self.root}")
         if is_remote(self.root):
             files = open_remote(self.root, name, self.cache, self.window)
         else:
             files = ShardFiles(self._read_local(split, name))
-        noted = Faults(str(files.shards.folder), self.policy(faults))
-        if noted.decodes:
-            files = without_unreadable(files, noted)
+        faults = faults or self.faults()
+        faults.source = files.shards.folder
+        if faults.decodes:
+            files = without_unreadable(files, faults)
         self._use_keys(files.shards)
         self._files[split] = files
         return files.shards.annotations
@@ -88,14 +86,17 @@ class Shards(DetectionData):
     def _read_local(self, split: Split, name: str) -> ShardSet:
         root = Path(self.root)
         if not (root / name / INDEX).is_file():
-            found = sorted(path.parent.name for path in root.glob(f"*/{INDEX}"))
             raise DataError(
                 f"{root / name}: no shards here, wanted for {split}={name!r}; splits found in {root}: "
-                f"{', '.join(found) or 'none'}; 'detpipe data shards' writes them"
+                f"{', '.join(self.split_names()) or 'none'}; 'detpipe data shards' writes them"
             )
         shards = read_index(root / name)
         check_files(shards)
         return shards
+
+    def split_names(self) -> tuple[str, ...]:
+        """The splits that the root holds; nothing of a server, which has no list."""
+        return () if is_remote(self.root) else tuple(sorted(p.parent.name for p in Path(self.root).glob(f"*/{INDEX}")))
 
     def contents(self, split: Split) -> Contents:
         """The image files of a split, in its shards."""
@@ -131,8 +132,7 @@ class Shards(DetectionData):
 def without_unreadable(files: ShardFiles, faults: Faults) -> ShardFiles:
     """Read and decode every image of a split, and leave those out, and count them, of which that fails.
 
-    Raises:
-        DataError: the policy is to stop at such an image, or no image is left.
+    A DataError if the policy is to stop at such an image, or no image is left.
     """
     shards = files.shards
     a = shards.annotations

@@ -83,31 +83,18 @@ class Places:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A split in shards.
+    """A split in shards."""
 
-    Args:
-        folder: that holds index and shards.
-        split: what the split was called.
-        key: what proposal stores call its images, one of `KEYS`.
-        annotations: the ground truth; its root is the folder.
-        shards: [S].
-        shard: [I] the number of the shard that holds each image.
-        images: where the image files are.
-        proposals: where the proposals are; None if none ride along.
-        source: who made the proposals with which settings; None without.
-        plan: 64 hexadecimal digits that name what the shards were made of.
-    """
-
-    folder: Path
-    split: str
-    key: str
-    annotations: Annotations
-    shards: tuple[Shard, ...]
-    shard: npt.NDArray[np.int32]
-    images: Places
-    proposals: Places | None
-    source: dict[str, Any] | None
-    plan: str
+    folder: Path  # that holds index and shards
+    split: str  # what the split was called
+    key: str  # what proposal stores call its images, one of `KEYS`
+    annotations: Annotations  # the ground truth; its root is the folder
+    shards: tuple[Shard, ...]  # [S]
+    shard: npt.NDArray[np.int32]  # [I] the number of the shard that holds each image
+    images: Places  # where the image files are
+    proposals: Places | None  # where the proposals are; None if none ride along
+    source: dict[str, Any] | None  # who made the proposals with which settings; None without
+    plan: str  # 64 hexadecimal digits that name what the shards were made of
 
     def subset(self, rows: npt.NDArray[np.intp]) -> ShardSet:
         """Only some images, which lie where they lay."""
@@ -154,25 +141,14 @@ def write_index(made: ShardSet) -> None:
 
 
 def read_plan(folder: Path) -> str:
-    """What the shards of a folder were made of, as `ShardSet.plan`.
-
-    Raises:
-        DataError: there is no index of shards, or one of another version.
-    """
+    """What the shards of a folder were made of, as `ShardSet.plan`; a DataError without index, or for one of another version."""
     return require(_read_json(folder), "plan", str, str(folder / INDEX))
 
 
 def read_index(folder: str | Path) -> ShardSet:
     """Read what is known of a split in shards; the shards themselves are not looked at.
 
-    Args:
-        folder: with an ``index.json``.
-
-    Returns:
-        The split.
-
-    Raises:
-        DataError: index or arrays are missing, damaged, changed, of another version, or contradict each other.
+    A DataError if index or arrays are missing, damaged, changed, of another version, or contradict each other.
     """
     path = Path(folder) / INDEX
     index, where = _read_json(Path(folder)), str(path)
@@ -226,11 +202,7 @@ def _shard(record: Any, where: str) -> Shard:
 
 
 def require_sha256(record: Any, where: str) -> str:
-    """Return the ``sha256`` of a file, of which the name of a folder is made.
-
-    Raises:
-        DataError: it is not 64 lowercase hexadecimal digits.
-    """
+    """The ``sha256`` of a file, of which the name of a folder is made; a DataError if it is not 64 lowercase hexadecimal digits."""
     digits = require(record, "sha256", str, where)
     if not SHA256.fullmatch(digits):
         raise DataError(f"{where}: the field 'sha256' is {shorten(digits)}: expected 64 digits of 0-9 and a-f")
@@ -317,11 +289,7 @@ def _inside(a: Annotations) -> bool:
 
 
 def check_files(made: ShardSet) -> None:
-    """Look whether every shard is there and as long as it was; nothing is read.
-
-    Raises:
-        DataError: shards are missing, cut off or changed; all of them are counted, the first named.
-    """
+    """Look whether every shard is there and as long as it was; a DataError counts those that are not, and names the first."""
     faults = []
     for shard in made.shards:
         path = made.folder / shard.name

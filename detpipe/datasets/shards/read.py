@@ -31,13 +31,8 @@ class ShardFiles:
     """The image files of a split, as `detpipe.datasets.dataset.Contents`, in shards that a process opens when it first reads them.
 
     Reading neither moves nor needs a position in a file, so that a forked data worker may go on with the files of its parent; a
-    pickled copy opens its own.
-
-    Args:
-        shards: the split.
-        opener: opens the shard of a number, for which it may fetch it; by default that in the folder of the split.
-        most_open: files that a process keeps open.
-        where: what messages call the folder of the split; by default its path.
+    pickled copy opens its own. ``opener`` opens the shard of a number, for which it may fetch it; by default that in the folder
+    of the split. ``most_open`` files stay open. ``where`` is what messages call the folder; by default its path.
     """
 
     def __init__(
@@ -67,26 +62,13 @@ class ShardFiles:
         return int(self.shards.images.length[index])
 
     def read(self, index: int) -> bytes:
-        """The bytes of an image file.
-
-        Raises:
-            DataError: as :meth:`read_part`.
-        """
+        """The bytes of an image file; errors are those of :meth:`read_part`."""
         return self.read_part(index, self.shards.images, "file")
 
     def read_part(self, index: int, places: Places, what: str) -> bytes:
-        """Read a part of an image, and compare it with its checksum.
+        """Read a part of an image, which messages call ``what``, and compare it with its checksum.
 
-        Args:
-            index: of the image.
-            places: where that part of every image is.
-            what: the part, for a message.
-
-        Returns:
-            The bytes.
-
-        Raises:
-            DataError: the shard is missing, ends early, or was changed; it is named with the image.
+        A DataError names shard and image if the shard is missing, ends early, or was changed.
         """
         number = int(self.shards.shard[index])
         offset, length = int(places.offset[index]), int(places.length[index])
@@ -136,12 +118,7 @@ def open_to_read(path: Path) -> int:
 
 
 class ShardProposals(BoxesByImage):
-    """The proposals that ride in shards, by image id; read when they are asked for.
-
-    Args:
-        files: the shards.
-        places: where the proposals are in them.
-    """
+    """The proposals that ride in shards, by image id; read when they are asked for."""
 
     def __init__(self, files: ShardFiles, places: Places) -> None:
         super().__init__(files.shards.annotations)
@@ -164,15 +141,8 @@ class ShardProposals(BoxesByImage):
 def verify_shards(folder: str | Path, progress: Callable[[int, int], None] | None = None) -> ShardSet:
     """Compare the shards of a split with their index: hashes, names of members, and where images lie.
 
-    Args:
-        folder: of the split.
-        progress: called with the number of shards done and of all, after each.
-
-    Returns:
-        The split.
-
-    Raises:
-        DataError: a file is missing, damaged or changed, or a tar file has members that are not those of the index.
+    ``progress`` is called with the number of shards done and of all, after each. A DataError if a file is missing, damaged or
+    changed, or a tar file has members that are not those of the index.
     """
     shards = read_index(folder)
     check_files(shards)

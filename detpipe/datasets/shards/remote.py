@@ -67,20 +67,10 @@ class ShardCache:
 
 
 def open_remote(root: str, split: str, cache: ShardCache, window: int) -> ShardFiles:
-    """Fetch what is known of a split, and get ready to fetch its shards.
+    """Fetch what is known of a split, the folder ``split`` of an address, and get ready to fetch its shards when they are read.
 
-    Args:
-        root: the address of the folder that holds a folder for each split.
-        split: the name of that folder.
-        cache: where shards are kept.
-        window: shards whose images are shuffled together.
-
-    Returns:
-        The split, whose shards are fetched when they are read.
-
-    Raises:
-        DownloadError: the server cannot be reached, or has no such split.
-        DataError: what it has is no index of shards, or the cache has no room for two windows.
+    A DownloadError if the server cannot be reached, or has no such split; a DataError if what it has is no index of shards, or
+    the cache has no room for two windows.
     """
     address = f"{root.rstrip('/')}/{split}"
     shards = _fetch_index(address, cache)
@@ -95,13 +85,7 @@ def open_remote(root: str, split: str, cache: ShardCache, window: int) -> ShardF
 
 
 class RemoteShards:
-    """Opens shards that lie on a server.
-
-    Args:
-        address: of the folder of the split.
-        shards: the split.
-        cache: where shards are kept.
-    """
+    """Opens the shards of a split that lie below an address."""
 
     def __init__(self, address: str, shards: ShardSet, cache: ShardCache) -> None:
         self.address, self.cache = address, cache

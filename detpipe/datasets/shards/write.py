@@ -25,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from detpipe.datasets.annotations import SizeError, check_size
 from detpipe.datasets.decode import decoded_size, image_format, image_size
-from detpipe.datasets.records import SizeError, check_size
 from detpipe.datasets.shards.index import (
     ARRAYS,
     INDEX,
@@ -86,13 +86,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Made:
-    """What a run did.
-
-    Args:
-        shards: the split as it is now.
-        there: how many of its shards an earlier run had written.
-        skipped: row, reason and message of each image that was left out.
-    """
+    """What a run did: the split as it is now, how many of its shards were there, and row, reason, message of images left out."""
 
     shards: ShardSet
     there: int
@@ -100,25 +94,15 @@ class Made:
 
 
 class Written(NamedTuple):
-    """A shard that is on the disk.
+    """A shard that is on the disk."""
 
-    Args:
-        number: of the shard.
-        bytes: of the file.
-        sha256: of the file.
-        rows: the images in it, in their order.
-        images: offset, length and CRC-32 of each of their files.
-        proposals: the same of their proposals; empty without.
-        skipped: row, reason and message of each image that was left out.
-    """
-
-    number: int
-    bytes: int
-    sha256: str
-    rows: list[int]
-    images: list[list[int]]
-    proposals: list[list[int]]
-    skipped: list[tuple[int, str, str]]
+    number: int  # of the shard
+    bytes: int  # of the file
+    sha256: str  # of the file
+    rows: list[int]  # the images in it, in their order
+    images: list[list[int]]  # offset, length and CRC-32 of each of their files
+    proposals: list[list[int]]  # the same of their proposals; empty without
+    skipped: list[tuple[int, str, str]]  # row, reason and message of each image that was left out
 
 
 def make_shards(
@@ -130,22 +114,11 @@ def make_shards(
     proposals: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Made:
-    """Write a split as shards, going on where an earlier run stopped.
+    """Write a split as shards, going on where an earlier run stopped; where the same shards are there already, nothing.
 
-    Args:
-        annotations: the ground truth.
-        folder: a new one.
-        split: what it is called.
-        key: what proposal stores call the images, one of `KEYS`.
-        sharding: how shards are made.
-        proposals: a store whose boxes are to ride along.
-        progress: called with the number of images done and of all, from time to time.
-
-    Returns:
-        What was done; where the same shards are there already, nothing.
-
-    Raises:
-        DataError: the folder is there with something else, an interrupted run had other data or settings, or an image is bad.
+    ``key`` is what proposal stores call the images, one of `KEYS`; the boxes of the store ``proposals`` ride along. ``progress``
+    is called with the number of images done and of all, from time to time. A DataError if the folder is there with something
+    else, an interrupted run had other data or settings, or an image is bad.
     """
     contents = Contents(annotations, key, sharding, proposals)
     groups = plan_shards(contents)
@@ -181,8 +154,7 @@ def shard_name(number: int) -> str:
 def work_folder(folder: Path, plan: str) -> Iterator[Path]:
     """Begin or go on with the folder that shards are written in until it becomes ``folder``, for this process alone.
 
-    Raises:
-        DataError: it is of another plan, holds what is not ours, or another process writes it.
+    A DataError if it is of another plan, holds what is not ours, or another process writes it.
     """
     work = folder.with_name(folder.name + SUFFIX)
     if work.exists() and not work.is_dir():
@@ -269,19 +241,10 @@ def _writer(contents: Contents) -> Work[tuple[Path, int, Sequence[int]], Written
 
 
 class Contents:
-    """What goes into the shards of a split.
+    """What goes into the shards of a split; proposals of a store may ride along.
 
-    Args:
-        annotations: the ground truth; its images are read from its root.
-        key: what proposal stores call the images, one of `KEYS`.
-        sharding: whether each image is decoded, and whether bad images are left out and counted.
-        proposals: a store of the images' proposals; None for none.
-
-    Attributes:
-        lengths: [I] bytes of each image file when the shards were planned.
-
-    Raises:
-        DataError: the annotations have what shards cannot keep, or the proposals are of other images.
+    ``lengths`` is [I] the bytes of each image file when the shards were planned. A DataError if the annotations have what shards
+    cannot keep, or the proposals are of other images.
     """
 
     def __init__(
@@ -335,9 +298,7 @@ class Contents:
     def read(self, row: int) -> bytes:
         """The bytes of an image file.
 
-        Raises:
-            BadImageError: it cannot be read, or is not as annotated.
-            DataError: it is not the file that it was.
+        BadImageError: it cannot be read, or is not as annotated. DataError: it is not the file that it was.
         """
         a = self.annotations
         path = a.root / str(a.file_names[row])
@@ -367,22 +328,10 @@ class BadImageError(Exception):
 
 
 def write_shard(path: Path, number: int, rows: Sequence[int], contents: Contents, told: Callable[[], None]) -> Written:
-    """Write a shard; it is complete when it is visible.
+    """Write a shard of the images of some rows, in their order; it is complete when it is visible.
 
-    A plain tar file (ustar), without anything of who wrote it, when and where: its bytes depend on its content alone.
-
-    Args:
-        path: to write; an existing file is replaced.
-        number: of the shard.
-        rows: the images, in the order in which they are to lie.
-        contents: of the split.
-        told: called after each image.
-
-    Returns:
-        What was written.
-
-    Raises:
-        DataError: an image that is bad, unless such are skipped; nothing is written then.
+    A plain tar file (ustar), without anything of who wrote it, when and where: its bytes depend on its content alone. ``told`` is
+    called after each image. A DataError for an image that is bad, unless such are skipped; nothing is written then.
     """
     written = Written(number, 0, "", [], [], [], [])
     with atomic_write(path) as temporary:

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets import Augment
-from detpipe.datasets.augment.augmentation import Neighbors
-from detpipe.datasets.augment.settings import Combine, CopyPaste
+from detpipe.datasets.augment.settings import Combine, CopyPaste, Neighbors
 
 from ..pixel_oracle import FIRST_LABEL, Drawn, check_against_pixels, drawn_images, left, seen, transformed
 

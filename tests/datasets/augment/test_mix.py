@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets import Augment
-from detpipe.datasets.augment.augmentation import Neighbors
 from detpipe.datasets.augment.mix import draw_others
-from detpipe.datasets.augment.settings import Combine, CopyPaste, MixUp, Mosaic, SafeCrop, Transform
+from detpipe.datasets.augment.settings import Combine, CopyPaste, MixUp, Mosaic, Neighbors, SafeCrop, Transform
 
 from ..pixel_oracle import FIRST_LABEL, Drawn, check_against_pixels, drawn_images, extents, left, seen, transformed
 

@@ -1,17 +1,16 @@
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from detpipe.datasets import COCO, VOC, YOLO, CSVBoxes
+from detpipe.datasets import VOC, YOLO, CSVBoxes
 from detpipe.datasets.formats.class_list import ClassList, write_class_list
 from detpipe.datasets.formats.folders import find_split
-from detpipe.datasets.formats.recognize import layout_of, open_split, recognize, split_names
-from detpipe.support.errors import DataError, UsageError
+from detpipe.datasets.formats.recognize import layout_of, open_split, recognize
+from detpipe.support.errors import UsageError
 
-from ..builders import HEADER, coco_content, picture, voc_object, write_coco, write_csv, write_voc, write_yolo
+from ..builders import HEADER, picture, voc_object, write_coco, write_csv, write_voc, write_yolo
 
 
 def keys(data):
@@ -43,17 +42,6 @@ def test_a_voc_folder_with_years(tmp_path):
     assert len(keys(open_split(str(tmp_path), "2012:trainval"))) == 1
     with pytest.raises(UsageError, match=r"name one with --split; there are 2007:trainval, 2012:trainval$"):
         open_split(str(tmp_path), None)
-
-
-def test_a_coco_folder(tmp_path):
-    write_coco(tmp_path, split="train")
-    content = coco_content(((40, 60),))
-    content["annotations"] = content["annotations"][:1]
-    write_coco(tmp_path, content, split="val")
-    data = open_split(str(tmp_path), "val")
-    assert isinstance(data, COCO)
-    assert keys(data) == ["10"]
-    assert keys(open_split(str(tmp_path), "train")) == ["10", "11", "12"]
 
 
 def test_an_annotation_file(tmp_path, monkeypatch):
@@ -114,58 +102,29 @@ def test_splits_that_are_there_are_named_where_none_is_given(tmp_path):
         open_split(str(coco), None)
 
 
-def test_a_split_that_is_not_there_is_named(tmp_path):
-    write_voc(tmp_path / "voc")
-    with pytest.raises(DataError, match="tset"):
-        open_split(str(tmp_path / "voc"), "tset").annotations("val")
-    write_coco(tmp_path / "coco")
-    with pytest.raises(DataError, match="tset"):
-        open_split(str(tmp_path / "coco"), "tset").annotations("val")
-
-
-def test_faults_stop_or_are_left_out(tmp_path):
-    content = coco_content()
-    content["annotations"][0]["bbox"] = [1, 2, -5, 20]
-    path, folder = write_coco(tmp_path, content)
-    with pytest.raises(DataError, match="bbox"):
-        open_split(str(path), None, str(folder)).annotations("val")
-    kept = open_split(str(path), None, str(folder), on_bad="skip").annotations("val")
-    assert len(kept.boxes) == 3
-
-
-def test_layouts_are_recognized(tmp_path):
-    write_voc(tmp_path / "voc")
-    write_voc(tmp_path / "years" / "VOC2007")
-    write_coco(tmp_path / "coco")
-    (tmp_path / "keypoints" / "annotations").mkdir(parents=True)
-    (tmp_path / "keypoints" / "annotations" / "person_val.json").write_text(json.dumps({}))
-    folders = ("voc", "years", "coco", "keypoints")
-    assert [layout_of(tmp_path / name) for name in folders] == ["voc", "voc", "coco", None]
-
-
 def test_a_yolo_folder_or_file(tmp_path):
     write_yolo(tmp_path)
     write_yolo(tmp_path, {"v": "0 .5 .5 .5 .5"}, "val")
     for data in (tmp_path, tmp_path / "data.yaml"):
-        assert split_names(str(data)) == ("train", "val")
+        assert recognize(str(data)).splits == ("train", "val")
         opened = open_split(str(data), "val")
         assert isinstance(opened, YOLO)
         assert keys(opened) == ["images/val/v.jpg"]
     with pytest.raises(UsageError, match=r"has several splits: name one with --split; there are train, val$"):
         open_split(str(tmp_path), None)
     (tmp_path / "data.yaml").write_text("names: [cat, dog]\n")  # the folders then say what the splits are
-    assert split_names(str(tmp_path)) == ("train", "val")
+    assert recognize(str(tmp_path)).splits == ("train", "val")
 
 
 def test_a_table(tmp_path, monkeypatch):
     path = write_csv(tmp_path)
     for data in (tmp_path, path):
-        assert split_names(str(data)) == ()
+        assert recognize(str(data)).splits == ()
         opened = open_split(str(data), None)
         assert isinstance(opened, CSVBoxes)
         assert keys(opened) == ["a.jpg", "b.jpg"]
     write_csv(tmp_path, ["a.jpg,1,2,3,4,dog,one", "b.jpg,1,2,3,4,cat,two"], f"{HEADER},split")
-    assert split_names(str(tmp_path)) == ("one", "two")
+    assert recognize(str(tmp_path)).splits == ("one", "two")
     assert keys(open_split(str(path), "two")) == ["b.jpg"]
     assert open_split(str(path), "two").class_names == ("cat", "dog")
     with pytest.raises(UsageError, match=r"name one with --split; there are one, two$"):
@@ -197,24 +156,16 @@ def test_voc_counts_from_what_it_says_of_itself_or_what_is_asked_for(tmp_path):
     assert (data.class_names, data.category_ids) == (("owl", "cat"), (9, 4))
 
 
-def test_splits_that_are_there(tmp_path):
-    write_voc(tmp_path / "voc", split="train")
-    for name in ("val", "cat_train", "part_a"):
-        (tmp_path / "voc" / "ImageSets" / "Main" / f"{name}.txt").write_text("a\n")
-    assert split_names(str(tmp_path / "voc")) == ("part_a", "train", "val")
-    path, _ = write_coco(tmp_path / "coco", split="val2017")
-    assert split_names(str(tmp_path / "coco")) == ("val2017",)
-    assert split_names(str(path)) == ()
-    with pytest.raises(UsageError, match=r"^.*nowhere does not exist; expected"):
-        split_names(str(tmp_path / "nowhere"), option="")
-
-
 def test_every_layout_has_its_sign(tmp_path):
     write_voc(tmp_path / "voc")
     write_coco(tmp_path / "coco")
     write_yolo(tmp_path / "yolo")
     write_csv(tmp_path / "csv")
-    assert [layout_of(tmp_path / name) for name in ("voc", "coco", "yolo", "csv")] == ["voc", "coco", "yolo", "csv"]
+    write_voc(tmp_path / "years" / "VOC2007")
+    (tmp_path / "keypoints" / "annotations").mkdir(parents=True)
+    (tmp_path / "keypoints" / "annotations" / "person_val.json").write_text("{}")
+    folders = ("voc", "coco", "yolo", "csv", "years", "keypoints")
+    assert [layout_of(tmp_path / name) for name in folders] == ["voc", "coco", "yolo", "csv", "voc", None]
     assert layout_of(tmp_path / "voc" / "Annotations") is None
     assert layout_of(tmp_path / "csv" / "a.jpg") is None
 

@@ -18,7 +18,7 @@ from pycocotools.coco import COCO as PycocotoolsCOCO
 from detpipe.datasets.formats.coco import write_coco
 from detpipe.datasets.formats.csv import write_csv
 from detpipe.datasets.formats.export import Written
-from detpipe.datasets.formats.recognize import open_split, split_names
+from detpipe.datasets.formats.recognize import open_split, recognize
 from detpipe.datasets.formats.voc import write_voc
 from detpipe.datasets.formats.yolo import write_yolo
 from detpipe.support.errors import DataError
@@ -32,7 +32,7 @@ QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(Heal
 
 
 def read(folder: Path, split: str = "train") -> Annotations:
-    assert split in split_names(str(folder))
+    assert split in recognize(str(folder)).splits
     return open_split(str(folder), split).annotations("val")
 
 
@@ -346,9 +346,9 @@ def test_yolo_names_splits_as_other_programs_expect(tmp_path: Path) -> None:
         "names": {0: "cat", 1: "dog"},
         "category_ids": [1, 2],
     }
-    assert written.splits == split_names(str(tmp_path / "yolo")) == ("train", "val", "extra")
+    assert written.splits == recognize(str(tmp_path / "yolo")).splits == ("train", "val", "extra")
     write_yolo({"train1": a, "train2": a}, tmp_path / "two")
-    assert split_names(str(tmp_path / "two")) == ("train1", "train2")
+    assert recognize(str(tmp_path / "two")).splits == ("train1", "train2")
 
 
 def test_ids_that_splits_share_are_not_kept(tmp_path: Path) -> None:
