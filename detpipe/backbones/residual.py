@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from detpipe.attention.choice import GATINGS, by_stage
-from detpipe.backbones.input_channels import check_channels
+from detpipe.backbones.input_channels import check_channels, format_of
 from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
 from detpipe.backbones.pretrained import Pretrained, load_pretrained
 from detpipe.backbones.regime import Regime, checkpointed, convert_norm, drop_path_rates, freeze, names_within
@@ -56,6 +56,7 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         weights: a file, or a name of weights.
         regime: normalization, frozen stages, checkpointing, drop path.
         in_channels: C of the images; weights of three channels are spread over others.
+        pixel_format: what the weights expect; None: torchvision's.
 
     Raises:
         ValueError: an argument outside its choices.
@@ -76,20 +77,21 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         weights: str | Pretrained | None,
         regime: Regime,
         in_channels: int = 3,
+        pixel_format: PixelFormat | None = None,
     ) -> None:
         super().__init__()
         _check(depth, levels, output_stride)
         self.depth, self.groups, self.group_width = depth, groups, group_width
         self.attention = by_stage(attention, LEVELS, (*GATINGS, "sk"))
         self.levels = tuple(level for level in LEVELS if level in levels)
-        self.regime, self.pixel_format = regime, PixelFormat().spread(check_channels(in_channels))
+        self.regime, self.pixel_format = regime, format_of(pixel_format or PixelFormat(), check_channels(in_channels))
         self.stem = make_stem(variant.stem, in_channels)
         self.stages = nn.ModuleDict()
         self.strides: dict[str, int] = {}
         widths = self._build(variant, output_stride)
         self.laterals = Laterals(widths, out_channels)
         _initialize(self, zero_branches=regime.norm != "frozen")
-        convert_norm(self, regime.norm)
+        convert_norm(self, regime.norm, regime.eps)
         if weights is not None:
             load_pretrained(self, weights, self.torchvision_name, to_own_names)
         self.frozen = names_within(regime.frozen, ("stem", *self.stages))

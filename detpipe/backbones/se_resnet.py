@@ -17,6 +17,7 @@ from detpipe.backbones.pretrained import Pretrained
 from detpipe.backbones.regime import Regime
 from detpipe.backbones.residual import BLOCKS, Choice, ResidualNetwork, is_deep
 from detpipe.backbones.residual_blocks import Variant
+from detpipe.types import PixelFormat
 
 
 class SEResNet(ResidualNetwork):
@@ -36,6 +37,7 @@ class SEResNet(ResidualNetwork):
             torchvision weights of the plain network (``DEFAULT``), or ``timm/NAME``, such as ``timm/seresnet50.ra2_in1k``.
         regime: normalization, frozen stages (of stem, c2 to c5), checkpointing, drop path.
         in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
+        pixel_format: what the weights expect of pixels; None: torchvision's, RGB by ImageNet's mean and deviation.
 
     Raises:
         ValueError: an argument outside these choices, or a reduction that is larger than the channels.
@@ -60,10 +62,10 @@ class SEResNet(ResidualNetwork):
         weights: str | Pretrained | None = None,
         regime: Regime = Regime(),  # noqa: B008 (frozen)
         in_channels: int = 3,
+        pixel_format: PixelFormat | None = None,
     ) -> None:
-        super().__init__(
-            depth, 1, 64, attention, variant, levels, output_stride, out_channels, weights, regime, in_channels
-        )
+        choices = (attention, variant, levels, output_stride, out_channels, weights, regime, in_channels, pixel_format)
+        super().__init__(depth, 1, 64, *choices)
 
     @property
     def torchvision_name(self) -> str | None:
@@ -85,6 +87,7 @@ class SEResNeXt(ResidualNetwork):
         weights: as of :class:`SEResNet`, such as ``timm/seresnext50_32x4d.racm_in1k``.
         regime: normalization, frozen stages (of stem, c2 to c5), checkpointing, drop path.
         in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
+        pixel_format: what the weights expect of pixels; None: torchvision's, RGB by ImageNet's mean and deviation.
 
     Raises:
         ValueError: an argument outside these choices, or a reduction that is larger than the channels.
@@ -109,6 +112,7 @@ class SEResNeXt(ResidualNetwork):
         weights: str | Pretrained | None = None,
         regime: Regime = Regime(),  # noqa: B008 (frozen)
         in_channels: int = 3,
+        pixel_format: PixelFormat | None = None,
     ) -> None:
         depths = [depth for depth in BLOCKS if is_deep(depth)]
         found = re.fullmatch(r"(\d+)_(\d+)x(\d+)d", size)
@@ -117,9 +121,8 @@ class SEResNeXt(ResidualNetwork):
                 f"size must be DEPTH_GROUPSxWIDTHd with a depth of {depths}, such as '50_32x4d', got {size!r}"
             )
         depth, groups, width = (int(number) for number in found.groups())
-        super().__init__(
-            depth, groups, width, attention, variant, levels, output_stride, out_channels, weights, regime, in_channels
-        )
+        choices = (attention, variant, levels, output_stride, out_channels, weights, regime, in_channels, pixel_format)
+        super().__init__(depth, groups, width, *choices)
 
     @property
     def torchvision_name(self) -> str | None:

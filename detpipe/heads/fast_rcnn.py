@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from detpipe.heads.base import Found, ProposalHead, in_parts
 from detpipe.heads.glimpse import Glimpse, GlimpseSettings, Kind
-from detpipe.heads.layers import box_outputs, hidden_layers, output_layers
+from detpipe.heads.layers import Convolutions, ResidualStage, box_outputs, hidden_layers, output_layers
 from detpipe.heads.objective import box_losses
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
@@ -33,14 +33,18 @@ class FastRCNNHead(ProposalHead):
         num_classes: K, foreground classes; there is one output more for the background.
         strides: image pixels a cell of each level that the pooler shall use.
         pooler: cuts a small map out of the features for each box.
-        fc: widths of the shared fully connected layers.
+        fc: widths of the shared fully connected layers; may be empty where ``conv`` is a :class:`ResidualStage`.
         class_agnostic: one refined box for all classes instead of one for each.
         sampler: which RoIs are trained on.
         postprocess: what becomes a detection.
         glimpse: a second look at the map: a kind of transform, or :class:`GlimpseSettings`; None for none.
+        conv: layers before the fully connected ones; None for none.
+        extra_outputs: logits after those of the classes that take part in the softmax, and are dropped then: what weights have for
+            classes that do not exist, such as the ten gaps in COCO's ids.
 
     Raises:
-        ValueError: ``num_classes`` below 1, no layer in ``fc``, no level in ``strides``, or an unknown kind of glimpse.
+        ValueError: ``num_classes`` below 1, no layer in ``fc``, no level in ``strides``, an unknown kind of glimpse, or a glimpse
+            with ``conv``.
 
     Example:
         >>> head = FastRCNNHead(8, num_classes=2, strides={"c4": 16}, fc=[16]).eval()
@@ -61,13 +65,23 @@ class FastRCNNHead(ProposalHead):
         sampler: RoISampler = RoISampler(),  # noqa: B008 (frozen)
         postprocess: Postprocess = Postprocess(),  # noqa: B008 (frozen)
         glimpse: GlimpseSettings | Kind | None = None,
+        conv: Convolutions | ResidualStage | None = None,
+        extra_outputs: int = 0,
     ) -> None:
         super().__init__(num_classes, strides, sampler, postprocess)
+        if extra_outputs < 0 or (glimpse is not None and conv is not None):
+            raise ValueError(
+                f"expected extra_outputs of 0 or more, and no glimpse with conv; got {extra_outputs=}, {glimpse=}, {conv=}"
+            )
         self.class_agnostic = class_agnostic
         self.pooler = RoIAlign(7) if pooler is None else pooler
         height, width = self.pooler.output_size
-        self.shared = hidden_layers(in_channels * height * width, fc)
-        self.classifier, self.regressor = output_layers(fc[-1], num_classes, class_agnostic)
+        first, numbers = ([], in_channels * height * width) if conv is None else conv.build(in_channels, (height, width))
+        bare = isinstance(conv, ResidualStage) and not fc
+        self.shared = nn.Sequential(*first, *([nn.Flatten()] if bare else hidden_layers(numbers, fc)))
+        self.classifier, self.regressor = output_layers(
+            numbers if bare else fc[-1], num_classes, class_agnostic, extra_outputs
+        )
         self.glimpse = None
         if glimpse is not None:
             settings = glimpse if isinstance(glimpse, GlimpseSettings) else GlimpseSettings(glimpse)
@@ -83,7 +97,7 @@ class FastRCNNHead(ProposalHead):
             rois: ``[N, P, 4]`` xyxy in pixels of the batch.
 
         Returns:
-            logits ``[N, P, K + 1]`` and deltas ``[N, P, B, 4]``.
+            logits ``[N, P, K + 1]``, and those of extra outputs behind them, and deltas ``[N, P, B, 4]``.
         """
         return self._predict(features, rois)[:2]
 
@@ -105,7 +119,8 @@ class FastRCNNHead(ProposalHead):
         outline = None
         if self.glimpse is not None and theta is not None and self.return_glimpses:
             outline = self.glimpse.outline(theta, boxes)[:, :, None]
-        return Found.of(logits, deltas, boxes, outline)
+        found = Found.of(logits, deltas, boxes, outline)
+        return found._replace(scores=found.scores[..., : self.num_classes])
 
     def _predict(self, features: Features, rois: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         pooled, theta = self.pooler(features, rois, self.strides), None  # [N, P, C, h, w]

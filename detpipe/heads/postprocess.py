@@ -24,6 +24,7 @@ class Postprocess:
         nms_iou: of two boxes of one class with a higher IoU the lower-scoring one is dropped.
         detections_per_image: keep at most this many.
         candidates_per_image: at most this many (box, class) pairs of an image, the best, enter suppression.
+        min_size: width and height of a detection exceed it, in pixels of the batch.
 
     Raises:
         ValueError: a number outside its range.
@@ -33,12 +34,15 @@ class Postprocess:
     nms_iou: float = 0.5
     detections_per_image: int = 100
     candidates_per_image: int = 1000
+    min_size: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.score_threshold < 1 or not 0 < self.nms_iou <= 1:
             raise ValueError(f"score_threshold must be in 0..1 and nms_iou in (0, 1], got {self}")
-        if min(self.detections_per_image, self.candidates_per_image) < 1:
-            raise ValueError(f"detections_per_image and candidates_per_image must be positive, got {self}")
+        if min(self.detections_per_image, self.candidates_per_image) < 1 or self.min_size < 0:
+            raise ValueError(
+                f"detections_per_image and candidates_per_image must be positive, min_size not negative, got {self}"
+            )
 
     def __call__(
         self, scores: Tensor, boxes: Tensor, valid: Tensor, image_sizes: list[tuple[int, int]]
@@ -81,7 +85,7 @@ class Postprocess:
         chosen = flat.gather(1, index[..., None].expand(-1, -1, 4)).float()
         heights, widths = scores.new_tensor(image_sizes).reshape(images, 2, 1).unbind(1)
         chosen = box_ops.clip(chosen, heights, widths)
-        keep = (scores > self.score_threshold) & box_ops.valid(chosen)
+        keep = (scores > self.score_threshold) & box_ops.valid(chosen, self.min_size)
         return self._suppress(scores, chosen, label + 1, row, keep)
 
     def _suppress(

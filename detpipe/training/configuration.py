@@ -216,7 +216,7 @@ class CLI(CommandCLI):
                 f"{taken} channels; give it an argument in_channels, or set channels to {taken}"
             )
         if self.datamodule.resize is not None:
-            self.datamodule.resize.check_detector(self.model.min_size, self.model.max_size)
+            self.datamodule.resize.check_detector(self.model.min_size, self.model.max_size, self.model.resize)
 
 
 def link_stages(parser: jsonargparse.ArgumentParser) -> None:
