@@ -76,7 +76,9 @@ class FastRCNNHead(ProposalHead):
         self.class_agnostic = class_agnostic
         self.pooler = RoIAlign(7) if pooler is None else pooler
         height, width = self.pooler.output_size
-        first, numbers = ([], in_channels * height * width) if conv is None else conv.build(in_channels, (height, width))
+        first, numbers = (
+            ([], in_channels * height * width) if conv is None else conv.build(in_channels, (height, width))
+        )
         bare = isinstance(conv, ResidualStage) and not fc
         self.shared = nn.Sequential(*first, *([nn.Flatten()] if bare else hidden_layers(numbers, fc)))
         self.classifier, self.regressor = output_layers(

@@ -6,7 +6,8 @@ Pyramid Networks", 2017, arXiv 1612.03144, section 4.1.
 Convention: cell (i, j) at stride s is centered on ``((j + offset) * s, (i + offset) * s)``, x before y, in pixels of the
 padded batch. With an offset of .5, the default, that is the middle of the pixels that the cell stands for, as RoI pooling
 here has it. ``offset=0, rounded=True`` gives torchvision's anchors: centered on the cell's top left corner, with corners at
-whole pixels around it, and ``measured=True`` its strides: whole pixels of the batch a cell, by axis. A ratio is height divided by width; anchors of one size have one area.
+whole pixels around it; with ``measured=True`` its strides as well, whole pixels of the batch a cell by axis. A ratio is height
+divided by width; anchors of one size have one area.
 
 A shapes a cell, numbered ratio by ratio and within a ratio size by size; H x W cells. Anchors of a level are ordered by row,
 column and shape, levels follow each other.

@@ -93,8 +93,8 @@ def from_torchvision(model: FasterRCNN) -> TwoStageDetector:
     """Build the same detector of detpipe's stages, with the same weights.
 
     Args:
-        model: a ``FasterRCNN`` of any of torchvision's four constructors, or with a backbone, pyramid, anchors and heads of the user's
-            own, as long as these are torchvision's classes. It is not changed, and shares no tensor with the result.
+        model: a ``FasterRCNN`` of any of torchvision's four constructors, or with any backbone, and a pyramid, anchors and heads
+            of any sizes in torchvision's classes. It is not changed, and shares no tensor with the result.
 
     Returns:
         The detector in evaluation mode; what needed no gradient needs none. Its labels are those of the model.
@@ -185,7 +185,9 @@ def _renamed(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[s
     for name, value in state.items():
         convolution = re.match(r"^roi_heads\.box_head\.(\d+)\.(.*)", name)
         if convolution is not None:
-            renamed[_in_conv_head(settings["head"]["init_args"].get("conv"), int(convolution[1]), convolution[2])] = value
+            renamed[_in_conv_head(settings["head"]["init_args"].get("conv"), int(convolution[1]), convolution[2])] = (
+                value
+            )
             continue
         for pattern, replacement in _NAMES:
             new, found = re.subn(pattern, replacement, name)
@@ -355,7 +357,10 @@ def _proposals(rpn: nn.Module) -> dict[str, Any]:
 
 def _head(heads: nn.Module) -> dict[str, Any]:
     pool, sampler, matcher = heads.box_roi_pool, heads.fg_bg_sampler, heads.proposal_matcher
-    for name, part, kind in (("box_roi_pool", pool, MultiScaleRoIAlign), ("box_predictor", heads.box_predictor, FastRCNNPredictor)):
+    for name, part, kind in (
+        ("box_roi_pool", pool, MultiScaleRoIAlign),
+        ("box_predictor", heads.box_predictor, FastRCNNPredictor),
+    ):
         if type(part) is not kind:
             raise ValueError(f"roi_heads.{name}: {type(part).__name__} has no counterpart; expected {kind.__name__}")
     if tuple(heads.box_coder.weights) != DELTA_WEIGHTS:

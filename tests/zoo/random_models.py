@@ -74,7 +74,7 @@ def shaped_v2() -> FasterRCNN:
     )  # fmt: skip
 
 
-def shaped_mobilenet() -> FasterRCNN:
+def shaped_mobilenet(classes: int = CLASSES) -> FasterRCNN:
     """As fasterrcnn_mobilenet_v3_large_fpn: two levels of stride 32, a threshold of proposals."""
     body = models.mobilenet_v3_small(weights=None, norm_layer=FrozenBatchNorm2d).features
     widths = [body[9].out_channels, body[12].out_channels]
@@ -82,7 +82,7 @@ def shaped_mobilenet() -> FasterRCNN:
     anchors = levels(3, *((16, 32, 64),) * 3)
     return FasterRCNN(
         backbone, rpn_anchor_generator=anchors, rpn_score_thresh=0.2, **TOP, **SIZES,
-        box_head=TwoMLPHead(WIDTH * 49, 32), box_predictor=FastRCNNPredictor(32, CLASSES),
+        box_head=TwoMLPHead(WIDTH * 49, 32), box_predictor=FastRCNNPredictor(32, classes),
     )  # fmt: skip
 
 
@@ -137,14 +137,15 @@ MODELS = (shaped_v1, shaped_v2, shaped_mobilenet, own_backbone, own_pyramid, dil
 
 
 @torch.no_grad()
-def spread(model: FasterRCNN) -> FasterRCNN:
+def spread(model: FasterRCNN, size: tuple[int, int] = (96, 128)) -> FasterRCNN:
     """Give weights and statistics such values that logits and boxes differ from place to place and from class to class."""
     for module in model.modules():
         if hasattr(module, "running_var"):
             module.weight.copy_(torch.empty_like(module.weight).uniform_(0.6, 1.4))
             module.bias.copy_(torch.randn_like(module.bias) * 0.2)
-    images = torch.stack([model.transform.normalize(scene(96, 128, 100 + index)) for index in range(2)])
-    calibrate(model, images)
+    batch, _ = model.transform.eval()([scene(*size, 100 + index) for index in range(2)])
+    images, sizes = batch.tensors, batch.image_sizes
+    calibrate(model, images, sizes)
     model.eval()
     features = _maps(model, images)
     head = model.rpn.head
@@ -153,13 +154,12 @@ def spread(model: FasterRCNN) -> FasterRCNN:
     head.bbox_pred.weight *= 0.35 / deltas.std()
     logits = torch.cat([x.flatten() for x in head(list(features.values()))[0]])
     head.cls_logits.bias -= logits.mean()
-    sizes = [(96, 128)] * 2
     boxes, _ = model.rpn(ImageList(images, sizes), features)
     hidden = model.roi_heads.box_head(model.roi_heads.box_roi_pool(features, boxes, sizes))
     predictor = model.roi_heads.box_predictor
     logits, deltas = predictor(hidden)
     predictor.cls_score.weight *= 2 / (logits - logits.mean(0)).std()
-    predictor.bbox_pred.weight *= 0.8 / (deltas - deltas.mean(0)).std()
+    predictor.bbox_pred.weight *= 0.4 / (deltas - deltas.mean(0)).std()
     logits, deltas = predictor(hidden)
     predictor.cls_score.bias -= logits.mean(0)
     predictor.bbox_pred.bias -= deltas.mean(0)
@@ -171,7 +171,7 @@ def _maps(model: FasterRCNN, images: Tensor) -> dict[str, Tensor]:
     return OrderedDict([("0", features)]) if isinstance(features, Tensor) else features
 
 
-def calibrate(model: FasterRCNN, images: Tensor) -> None:
+def calibrate(model: FasterRCNN, images: Tensor, sizes: list[tuple[int, int]]) -> None:
     """Set statistics to those of images, and a little beside them."""
 
     def measure(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -183,8 +183,9 @@ def calibrate(model: FasterRCNN, images: Tensor) -> None:
     handles = [module.register_forward_pre_hook(measure) for module in norms]
     model.eval()
     features = _maps(model, images)
-    boxes = [torch.rand(50, 4) * 40 + torch.tensor([0.0, 0.0, 50.0, 50.0])] * 2
-    model.roi_heads.box_head(model.roi_heads.box_roi_pool(features, boxes, [(96, 128)] * 2))
+    side = min(sizes[0])
+    boxes = [torch.rand(50, 4) * 0.4 * side + torch.tensor([0.0, 0.0, 0.5 * side, 0.5 * side])] * 2
+    model.roi_heads.box_head(model.roi_heads.box_roi_pool(features, boxes, sizes))
     for handle in handles:
         handle.remove()
     model.roi_heads.box_roi_pool.scales = None  # it keeps those of its first batch
