@@ -1,8 +1,8 @@
 """The layers that box heads share: convolutions and fully connected ones over a pooled map, a classifier, and a box regressor.
 
 Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, sections 2.1 and 2.3: the regressor starts ten times closer to zero.
-Convolutions before the fully connected layers: Wu and He, "Group Normalization", 2018, arXiv 1803.08494, section 4.2. The last stage
-of a residual network in the place of all: He et al., "Deep Residual Learning", 2015, arXiv 1512.03385, appendix A.
+Convolutions before the fully connected layers: Wu and He, "Group Normalization", 2018, arXiv 1803.08494, section 4.2. The last
+stage of a residual network in the place of all: He et al., "Deep Residual Learning", 2015, arXiv 1512.03385, appendix A.
 
 R RoIs, C channels, h x w bins, K foreground classes, B = K boxes a RoI (1 if class-agnostic).
 """

@@ -27,7 +27,7 @@ from detpipe.support.suggest import did_you_mean
 from detpipe.training import checkpoint
 from detpipe.training.checkpoint import Description
 from detpipe.training.models import add_model, load_detector, rebuild
-from detpipe.zoo import detectron2
+from detpipe.zoo.detectron2 import cascade_rcnn_fpn, fast_rcnn_fpn, faster_rcnn_c4, faster_rcnn_fpn, to_own_names
 from detpipe.zoo.torchvision_models import settings_of, state_of
 
 GAP = "N/A"  # what torchvision calls ids that COCO gave to no class
@@ -75,19 +75,19 @@ _TORCHVISION = {  # name -> frozen parts of the backbone, eps of frozen norms
 _DETECTRON2 = {  # name -> data, AP, file, settings
     "faster_rcnn_R_50_FPN_3x": (
         ("COCO", 40.2, "COCO-Detection/faster_rcnn_R_50_FPN_3x/137849458/model_final_280758.pkl"),
-        detectron2.faster_rcnn_fpn,
+        faster_rcnn_fpn,
     ),
     "fast_rcnn_R_50_FPN_1x": (
         ("COCO", 37.8, "COCO-Detection/fast_rcnn_R_50_FPN_1x/137635226/model_final_e5f7ce.pkl"),
-        detectron2.fast_rcnn_fpn,
+        fast_rcnn_fpn,
     ),
     "cascade_mask_rcnn_R_50_FPN_3x": (
         ("COCO", 44.3, "Misc/cascade_mask_rcnn_R_50_FPN_3x/144998488/model_final_480dd8.pkl"),
-        detectron2.cascade_rcnn_fpn,
+        cascade_rcnn_fpn,
     ),
     "faster_rcnn_R_50_C4_voc": (
         ("VOC", 51.9, "PascalVOC-Detection/faster_rcnn_R_50_C4/142202221/model_final_b1acc2.pkl"),
-        detectron2.faster_rcnn_c4,
+        faster_rcnn_c4,
     ),
 }
 
@@ -269,7 +269,7 @@ def _without_gaps(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _detectron2_state(name: str, settings: dict[str, Any], file: Path) -> dict[str, Tensor]:
     try:
-        return detectron2.to_own_names(load_plain_pickle(file), settings)
+        return to_own_names(load_plain_pickle(file), settings)
     except DataError as error:
         raise CheckpointError(str(error)) from error
     except ValueError as error:
