@@ -41,10 +41,11 @@ class FastRCNNHead(ProposalHead):
         conv: layers before the fully connected ones; None for none.
         extra_outputs: logits after those of the classes that take part in the softmax, and are dropped then: what weights have for
             classes that do not exist, such as the ten gaps in COCO's ids.
+        beta: where smooth L1 of weighted deltas turns from quadratic to linear; 1 as published.
 
     Raises:
         ValueError: ``num_classes`` below 1, no layer in ``fc``, no level in ``strides``, an unknown kind of glimpse, or a glimpse
-            with ``conv``.
+            with ``conv``, or a negative number.
 
     Example:
         >>> head = FastRCNNHead(8, num_classes=2, strides={"c4": 16}, fc=[16]).eval()
@@ -67,13 +68,15 @@ class FastRCNNHead(ProposalHead):
         glimpse: GlimpseSettings | Kind | None = None,
         conv: Convolutions | ResidualStage | None = None,
         extra_outputs: int = 0,
+        beta: float = 1.0,
     ) -> None:
         super().__init__(num_classes, strides, sampler, postprocess)
-        if extra_outputs < 0 or (glimpse is not None and conv is not None):
+        if beta < 0 or extra_outputs < 0 or (glimpse is not None and conv is not None):
             raise ValueError(
-                f"expected extra_outputs of 0 or more, and no glimpse with conv; got {extra_outputs=}, {glimpse=}, {conv=}"
+                "expected beta and extra_outputs of 0 or more, and no glimpse with conv; got "
+                f"{beta=}, {extra_outputs=}, {glimpse=}, {conv=}"
             )
-        self.class_agnostic = class_agnostic
+        self.class_agnostic, self.beta = class_agnostic, beta
         self.pooler = RoIAlign(7) if pooler is None else pooler
         height, width = self.pooler.output_size
         first, numbers = (
@@ -108,7 +111,7 @@ class FastRCNNHead(ProposalHead):
     ) -> Losses:
         """Compute ``loss_classifier`` and ``loss_box_reg``; with a glimpse also where it looks, to log it."""
         logits, deltas, theta = self._predict(features, rois.rois)
-        losses = box_losses(rois, logits, deltas)
+        losses = box_losses(rois, logits, deltas, beta=self.beta)
         if self.glimpse is not None and theta is not None:
             losses |= self.glimpse.statistics(theta, rois.valid)
         return losses

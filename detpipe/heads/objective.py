@@ -5,7 +5,7 @@ Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, equations 1 to 3.
 Deviations:
 1. Both losses are sums over the sampled RoIs divided by max(1, their number), so that a batch without any is finite; with
    several processes by the mean number (:mod:`detpipe.support.processes`).
-2. Smooth L1 acts on weighted deltas, see :mod:`detpipe.boxes`.
+2. Smooth L1 acts on weighted deltas, see :mod:`detpipe.boxes`; torchvision has it turn linear at 1/9 of them, detectron2 at 0.
 
 N images, S sampled RoIs an image, K foreground classes, B = K boxes a RoI (1 if class-agnostic).
 """
@@ -28,6 +28,7 @@ def box_losses(
     logits: Tensor,
     deltas: Tensor,
     weights: DeltaWeights = DELTA_WEIGHTS,
+    beta: float = 1.0,
 ) -> Losses:
     """Compute the losses of a stage.
 
@@ -36,6 +37,7 @@ def box_losses(
         logits: ``[N, S, K + 1]``.
         deltas: ``[N, S, B, 4]``.
         weights: factors of dx, dy, dw, dh.
+        beta: where smooth L1 turns from quadratic to linear.
 
     Returns:
         ``loss_classifier`` and ``loss_box_reg``, float32 scalars.
@@ -54,7 +56,7 @@ def box_losses(
     counts = targets.foreground[..., None]
     rois, boxes = box_ops.fill(targets.rois, counts[..., 0]), box_ops.fill(targets.boxes, counts[..., 0])
     wanted = box_ops.encode(boxes, rois, weights)
-    distance = F.smooth_l1_loss(chosen, wanted, reduction="none") * counts
+    distance = F.smooth_l1_loss(chosen, wanted, reduction="none", beta=beta) * counts
     return {"loss_classifier": loss_classifier, "loss_box_reg": distance.sum() / count}
 
 

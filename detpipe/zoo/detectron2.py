@@ -62,7 +62,8 @@ def fast_rcnn_fpn() -> dict[str, Any]:
 def cascade_rcnn_fpn() -> dict[str, Any]:
     """Settings of the boxes of ``Misc/cascade_mask_rcnn_R_50_FPN``."""
     later = {"ious": [0.6, 0.7], "delta_factors": [2.0, 3.0]}
-    head = {"class_path": "CascadeHead", "init_args": {**_head()["init_args"], "later": later}}
+    settings = {name: value for name, value in _head()["init_args"].items() if name != "beta"}
+    head = {"class_path": "CascadeHead", "init_args": {**settings, "later": later}}
     return {**faster_rcnn_fpn(), "proposals": _rpn((2000, 1000), (2000, 1000)), "head": head}
 
 
@@ -99,6 +100,7 @@ def _head() -> dict[str, Any]:
     pooler = {"class_path": "RoIAlign", "init_args": {"output_size": 7, "sampling_ratio": 0, "aligned": True}}
     postprocess = {"score_threshold": 0.05, "nms_iou": 0.5, "detections_per_image": 100, "candidates_per_image": ALL}
     settings = {"pooler": pooler, "fc": [1024, 1024], "sampler": {"rois_per_image": 512}, "postprocess": postprocess}
+    settings["beta"] = 0.0
     return {"class_path": "FastRCNNHead", "init_args": settings}
 
 

@@ -377,6 +377,7 @@ def _head(heads: nn.Module) -> dict[str, Any]:
             "positive_iou": matcher.high_threshold,
             "negative_iou": [0.0, matcher.low_threshold],
         },
+        "beta": 1 / 9,
         "postprocess": {
             "score_threshold": heads.score_thresh,
             "nms_iou": heads.nms_thresh,

@@ -262,3 +262,35 @@ def test_the_four_shapes_in_full(name: str) -> None:
         assert len(wanted["scores"]) > 20
         # among hundreds of boxes with random scores one may lie so near a threshold that rounding decides
         assert_same_detections(given, wanted, pixels=0.05, strays=2)
+
+
+@pytest.mark.slow
+def test_the_losses_of_fine_tuning_are_torchvisions() -> None:
+    """Over 20 steps with the same batches, where all anchors and boxes are trained on, so that nothing is drawn."""
+    torch.manual_seed(2)
+    model = spread(random_models.shaped_v1())
+    model.rpn.fg_bg_sampler.batch_size_per_image, model.rpn.fg_bg_sampler.positive_fraction = 10_000, 1.0
+    model.rpn.nms_thresh, model.rpn._pre_nms_top_n["training"] = 1.0, 40  # rounding decides about none of them
+    model.roi_heads.fg_bg_sampler.batch_size_per_image, model.roi_heads.fg_bg_sampler.positive_fraction = 300, 1.0
+    for parameter in model.backbone.body.conv1.parameters():
+        parameter.requires_grad_(False)
+    detector = from_torchvision(model)
+    model, detector = model.double(), detector.double()  # in 32 bits a box crosses a threshold of matching now and then
+    ours, theirs = (torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 1e-4) for m in (detector, model))
+    given, wanted = [], []
+    for step in range(20):
+        images = [scene(96, 128, 50 + step).double(), scene(128, 96, 80 + step).double()]
+        corners = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(step)) * 40
+        boxes = torch.cat((corners[..., :2], corners[..., :2] + 12 + corners[..., 2:]), dim=-1)
+        targets: Any = [{"boxes": part.double(), "labels": torch.tensor([1, 2, 1 + step % 5])} for part in boxes]
+        for optimizer, losses, curve in (
+            (ours, detector.train().losses(images, targets), given),
+            (theirs, model.train()(images, targets), wanted),
+        ):
+            total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            curve.append(float(total.detach()))
+    assert len(set(wanted)) == 20
+    assert given == pytest.approx(wanted, rel=1e-3)
