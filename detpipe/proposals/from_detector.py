@@ -67,6 +67,8 @@ class FromDetector(ImageProposals):
         super().__init__(max_boxes, min_size, pixel_format)
         if not 0 <= min_score <= 1:
             raise ValueError(f"min_score must be in 0..1, got {min_score}")
+        if not isinstance(detector, str) and not callable(detector) and not hasattr(detector, "detect"):
+            raise ValueError(f"detector must be a name or a module, got {detector!r}")
         self.detector = detector if isinstance(detector, str) else type(detector).__qualname__  # for settings
         self.weights, self.min_score = weights, min_score
         self.network: Any = _build(detector, weights) if isinstance(detector, str) else detector

@@ -142,6 +142,11 @@ def test_bad_names_and_files_are_one_line(weights: Path, tmp_path: Path) -> None
         (UsageError, r"unknown weights 'COCO' of ssdlite\S+ expected .*COCO_V1", lambda: FromDetector(NAME, "COCO")),
         (CheckpointError, r"no\.pth does not exist", lambda: FromDetector(NAME, str(tmp_path / "no.pth"))),
         (CheckpointError, r"do not fit ssd300_vgg16: Missing key", lambda: FromDetector("ssd300_vgg16", str(weights))),
+        (
+            ValueError,
+            r"detector must be a name or a module, got \{'class_path'",
+            lambda: FromDetector({"class_path": "os"}),
+        ),
         (ValueError, r"min_score must be in 0\.\.1, got 2", lambda: FromDetector(Bright(), min_score=2)),
     ]
     for kind, message, make in cases:
