@@ -86,7 +86,8 @@ class TwoStageDetector(LightningModule):
         self.backbone, self.proposals, self.head = backbone, proposals, head
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.min_size, self.max_size = min_size, max_size
-        self.divisor, self.resize = divisor, resize
+        self.divisor = divisor
+        self.resize: frames.ResizeRule = resize
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Detection]:
         """Detect objects, in training mode too.

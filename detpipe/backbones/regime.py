@@ -105,7 +105,7 @@ def convert_norm(network: nn.Module, norm: Norm, eps: float | None = None) -> nn
     if eps is not None:
         for module in network.modules():
             if isinstance(module, nn.GroupNorm) or hasattr(module, "running_var"):  # of whatever library
-                module.eps = eps  # pyright: ignore[reportAttributeAccessIssue]
+                module.eps = eps  # pyright: ignore
     return network
 
 

@@ -305,7 +305,7 @@ def _kept_as_published(arguments: list[str]) -> list[str]:
     name, kept, dropped = None, [], []
     for argument in arguments:
         option, equals, text = argument.partition("=")
-        content = jsonargparse.get_loader("yaml")(text) if option == "--config" and equals else None
+        content: Any = jsonargparse.get_loader("yaml")(text) if option == "--config" and equals else None
         model = content.get("model") if isinstance(content, dict) else None
         if name is not None and isinstance(model, dict):
             source = model.get("proposals")

@@ -241,8 +241,9 @@ def _advice(name: str, entry: Entry) -> str:
 
 def _fill(model: Any, name: str, state: Mapping[str, Tensor], file: Path) -> None:
     """Load torchvision's file, of earlier versions as well, into its own model."""
-    own = model.state_dict()
-    outputs, found = (part.get("roi_heads.box_predictor.cls_score.bias") for part in (own, state))
+    own: dict[str, Tensor] = model.state_dict()
+    bias = "roi_heads.box_predictor.cls_score.bias"
+    outputs, found = own[bias], state.get(bias)
     if found is not None and len(found) != len(outputs):
         raise CheckpointError(
             f"{file} has {len(found)} outputs, {name} has {len(outputs)} (the background is one): it is a model of other classes; "

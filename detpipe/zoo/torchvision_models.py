@@ -137,7 +137,8 @@ def settings_of(model: FasterRCNN) -> dict[str, Any]:
     """
     if not isinstance(model, FasterRCNN):
         raise TypeError(f"expected a torchvision FasterRCNN, got {type(model).__name__}")
-    transform, roi_heads = model.transform, model.roi_heads
+    parts: Any = model  # of classes that modules do not declare
+    transform, roi_heads = parts.transform, parts.roi_heads
     if roi_heads.has_mask() or roi_heads.has_keypoint():
         raise ValueError(f"{type(model).__name__}: masks and keypoints have no counterpart; give a FasterRCNN of boxes")
     if transform.fixed_size is not None or transform._skip_resize:
@@ -205,7 +206,7 @@ def _in_conv_head(conv: Mapping[str, Any] | None, index: int, rest: str) -> str:
     return f"head.shared.{each * count + index - count}.{rest}"
 
 
-def _backbone(model: FasterRCNN, pixels: PixelFormat) -> Any:
+def _backbone(model: Any, pixels: PixelFormat) -> Any:
     """The settings of the backbone, or the backbone itself."""
     backbone, levels = model.backbone, list(model.roi_heads.box_roi_pool.featmap_names)
     found = _pyramid(backbone, pixels, levels) if isinstance(backbone, BackboneWithFPN) else None
@@ -215,7 +216,7 @@ def _backbone(model: FasterRCNN, pixels: PixelFormat) -> Any:
     return WrappedBackbone(network, pixels, levels).eval()
 
 
-def _pyramid(backbone: BackboneWithFPN, pixels: PixelFormat, roi_levels: Sequence[str]) -> dict[str, Any] | None:
+def _pyramid(backbone: Any, pixels: PixelFormat, roi_levels: Sequence[str]) -> dict[str, Any] | None:
     """The settings of `FPN` on a network that is known; None for what it cannot say."""
     body, fpn, norm = backbone.body, backbone.fpn, _norm(backbone.fpn)
     regime = _regime(body) if isinstance(body, IntermediateLayerGetter) else None
@@ -320,7 +321,7 @@ def _stride(level: Tensor) -> int:
     return 2 ** round(torch.tensor(PROBE / level.shape[-1]).log2().item())
 
 
-def _proposals(rpn: nn.Module) -> dict[str, Any]:
+def _proposals(rpn: Any) -> dict[str, Any]:
     anchors, head, sampler, matcher = (
         rpn.anchor_generator, rpn.head, rpn.fg_bg_sampler, rpn.proposal_matcher
     )  # fmt: skip
@@ -351,11 +352,11 @@ def _proposals(rpn: nn.Module) -> dict[str, Any]:
             "score_threshold": rpn.score_thresh,
             "rank_by": "probability",
         },
-        "conv_dims": [block[0].out_channels for block in head.conv],
+        "conv_dims": [block[0].out_channels for block in rpn.head.conv],
     }
 
 
-def _head(heads: nn.Module) -> dict[str, Any]:
+def _head(heads: Any) -> dict[str, Any]:
     pool, sampler, matcher = heads.box_roi_pool, heads.fg_bg_sampler, heads.proposal_matcher
     for name, part, kind in (
         ("box_roi_pool", pool, MultiScaleRoIAlign),
@@ -388,7 +389,7 @@ def _head(heads: nn.Module) -> dict[str, Any]:
     }
 
 
-def _layers(box_head: nn.Module) -> dict[str, Any]:
+def _layers(box_head: Any) -> dict[str, Any]:
     """The convolutions and the widths of fully connected layers."""
     if isinstance(box_head, TwoMLPHead):
         return {"fc": [box_head.fc6.out_features, box_head.fc7.out_features]}
@@ -404,5 +405,5 @@ def _layers(box_head: nn.Module) -> dict[str, Any]:
     return {"fc": fc, "conv": {"widths": [c.out_channels for c in convolutions], "norm": "batch" if norms else None}}
 
 
-def _count(model: FasterRCNN) -> int:
+def _count(model: Any) -> int:
     return model.roi_heads.box_predictor.cls_score.out_features - 1
