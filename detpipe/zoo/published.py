@@ -222,8 +222,15 @@ def _build(name: str, entry: Entry, weights: str | None) -> tuple[TwoStageDetect
     else:
         settings = entry.settings()
         state = _detectron2_state(name, settings, file)
-    description = Description(settings, *classes_of(entry))
+    description = Description(_in_full(settings), *classes_of(entry))
     return rebuild(file, {"state_dict": state}, description, add_model), description
+
+
+def _in_full(settings: Any) -> Any:
+    """Settings with whole class paths, as checkpoints of trainings have them."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: f"detpipe.{value}" if key == "class_path" else _in_full(value) for key, value in settings.items()}
 
 
 def _fetch(name: str, entry: Entry) -> dict[str, Tensor]:

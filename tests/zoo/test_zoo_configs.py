@@ -10,7 +10,7 @@ import pytest
 import runs
 import torch
 import yaml
-from datasets.builders import voc_object, write_voc
+from datasets.builders import coco_content, voc_object, write_coco, write_voc
 from torchvision.models import detection
 
 from detpipe import cli, load_detector
@@ -148,3 +148,33 @@ def test_a_name_that_is_unknown_is_told_before_training(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean 'fasterrcnn_resnet50_fpn'"):
         training.train(arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_published_model_is_evaluated_on_coco_as_the_header_says(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(weights))
+    names, ids = published.classes_of(entries()[SMALL.stem])
+    content = coco_content()
+    content["categories"] = [{"id": number, "name": name} for number, name in zip(ids, names, strict=True)]
+    for split in ("train2017", "val2017"):
+        write_coco(tmp_path / "coco", content, split)
+    assert cli.main(["zoo", SMALL.stem, "-o", str(tmp_path / "ZOO.ckpt")]) == 0
+    header = SMALL.read_text()
+    assert "configs/data/coco.yaml --ckpt_path ZOO.ckpt \\\n#       --model.head.extra_outputs 10\n" in header
+    options = [
+        "--model.head.extra_outputs",
+        "10",
+        "--data.root",
+        str(tmp_path / "coco"),
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    options += ["--data.loader.num_workers", "0", "--json", str(tmp_path / "numbers.json")]
+    arguments = [str(SMALL), str(DATA / "coco.yaml"), "--ckpt_path", str(tmp_path / "ZOO.ckpt"), *options]
+    assert cli.main(["evaluate", *arguments]) == 0
+    told = capsys.readouterr().out
+    assert "AP50" in told
+    # what decides about detections is as published; the rest is how one trains
+    notes = [line for line in told.splitlines() if line.startswith("note: not as in training")]
+    assert all("sampler" in line or "regime.frozen" in line for line in notes)
