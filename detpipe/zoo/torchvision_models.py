@@ -173,10 +173,13 @@ def state_of(model: FasterRCNN, settings: Mapping[str, Any]) -> dict[str, Tensor
 
 def _renamed(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
-    body = {name.removeprefix("backbone.body."): value for name, value in state.items() if "backbone.body." in name}
+    body = {
+        name.removeprefix("backbone.body."): value for name, value in state.items() if name.startswith("backbone.body.")
+    }
     backbone = settings["backbone"]
     if isinstance(backbone, Backbone):
-        renamed |= {f"backbone.network.{n.removeprefix('backbone.')}": v for n, v in state.items() if "backbone." in n}
+        inside = {name for name in state if name.startswith("backbone.")}
+        renamed |= {name.replace("backbone.", "backbone.network.", 1): state[name] for name in inside}
     elif backbone["init_args"]["backbone"]["class_path"] == "SEResNet":
         own = to_own_names(body)
         renamed |= {f"backbone.backbone.{name}": value for name, value in (own.tensors if own else {}).items()}
@@ -226,7 +229,7 @@ def _pyramid(backbone: Any, pixels: PixelFormat, roi_levels: Sequence[str]) -> d
     strides = [_stride(level) for level in _probe(body).values()]
     network = _network(body, strides)
     pooled = {name for name in _probe(backbone) if name in roi_levels}
-    if network is None or {*body.return_layers.values()} != pooled or not _are_octaves(strides):
+    if network is None or len(strides) < 2 or {*body.return_layers.values()} != pooled or not _are_octaves(strides):
         return None
     nodes = [f"{_inside(network)}{node}" for node in body.return_layers]
     own = re.fullmatch(r"resnet\d+", network) is not None

@@ -133,7 +133,16 @@ def dilated() -> FasterRCNN:
     )  # fmt: skip
 
 
-MODELS = (shaped_v1, shaped_v2, shaped_mobilenet, own_backbone, own_pyramid, dilated)
+def one_level() -> FasterRCNN:
+    """A pyramid of a single level of its network."""
+    backbone = BackboneWithFPN(models.resnet18(weights=None), {"layer3": "0"}, [256], WIDTH)
+    return FasterRCNN(
+        backbone, rpn_anchor_generator=levels(2), box_head=TwoMLPHead(WIDTH * 49, 32),
+        box_predictor=FastRCNNPredictor(32, CLASSES), **TOP, **SIZES,
+    )  # fmt: skip
+
+
+MODELS = (shaped_v1, shaped_v2, shaped_mobilenet, own_backbone, own_pyramid, dilated, one_level)
 
 
 @torch.no_grad()
