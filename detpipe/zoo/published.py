@@ -211,6 +211,8 @@ def torchvision_model(name: str, entry: Entry) -> Any:
 
 
 def _build(name: str, entry: Entry, weights: str | None) -> tuple[TwoStageDetector, Description]:
+    if entry.settings is None and weights in ("DEFAULT", "COCO_V1"):  # torchvision's names of its files
+        weights = None
     file = entry.path if weights is None else Path(weights)
     if not file.is_file() and (weights is not None or entry.settings is not None):
         raise CheckpointError(f"weights file {file} does not exist; {_advice(name, entry)}")

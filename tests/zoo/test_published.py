@@ -125,7 +125,7 @@ def test_weights_are_fetched_once(model: FasterRCNN, server: Behavior) -> None:
     detector, description = published.load(NAME)
     assert_same_but_for_gaps(model, detector, description.class_names)
     assert published.find(NAME).path.is_file()
-    published.load(NAME)
+    published.load(NAME, "COCO_V1")
     assert len(server.requests) == 1
 
 
