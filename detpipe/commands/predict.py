@@ -284,7 +284,9 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
     text = "Detect objects in images, draw them, and write them as JSON."
     known = "such as RUN/best.ckpt; its model and class names are used; or a name of 'detpipe zoo'"
     parser = _parser("predict", text, known, "detections")
-    parser.add_argument("--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place"
+    )
     parser.add_argument("--score_threshold", type=float, default=0.5, help="leave out detections below it (default .5)")
     parser.add_argument(
         "--proposals",
