@@ -29,7 +29,7 @@ commands:
   evaluate CONFIG.yaml [MORE.yaml ...] --ckpt_path CHECKPOINT
   evaluate --detections FILE.json --annotations FILE.json --protocol coco|voc07|voc10
                         mean average precision of a model, or of a file of detections
-  predict CHECKPOINT IMAGE_OR_FOLDER ... -o FOLDER
+  predict CHECKPOINT|NAME IMAGE_OR_FOLDER ... -o FOLDER
                         draw detections and write them as JSON
   pretrain CONFIG.yaml [MORE.yaml ...] [--key.path value ...]
                         train a backbone as a classifier on an image folder, export its weights for detectors
@@ -47,6 +47,7 @@ commands:
                         a data set: name its faults, measure and draw it, convert it between layouts, divide it, pack it
   data download voc07|voc12|coco2017
                         fetch and unpack a public data set
+  zoo                   list detectors with published weights, whose names predict takes; zoo NAME -o FILE.ckpt writes one
 
 options:
   --debug               show the whole traceback of an error
@@ -114,6 +115,7 @@ COMMANDS: dict[
         "classify": "predict.classify",
         "ablate": "ablation.run_ablate",
         "inspect": "inspect_attention.run_inspect",
+        "zoo": "zoo.run_zoo",
         "proposals": "",
         "data": "",
     },

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import LightningModule
@@ -21,6 +21,7 @@ from detpipe import images as frames
 from detpipe.optimization import LRSchedule, Optimizer, configure
 from detpipe.stages import (
     Backbone,
+    ImageList,
     Losses,
     ProposalSource,
     RoIHead,
@@ -45,9 +46,12 @@ class TwoStageDetector(LightningModule):
         lr_scheduler: how the learning rate changes.
         min_size: images are resized so that the shorter side has this many pixels ...
         max_size: ... unless the longer side would exceed this.
+        divisor: height and width of a batch are multiples of it; None for the coarsest stride.
+        resize: how images are resized; another library's rule for the weights that it trained.
 
     Raises:
-        ValueError: ``min_size`` or ``max_size`` not positive, or ``min_size`` above ``max_size``.
+        ValueError: ``min_size`` or ``max_size`` not positive, ``min_size`` above ``max_size``, ``divisor`` not positive, or an
+            unknown ``resize``.
 
     Example:
         >>> from detpipe.backbones import SEResNet
@@ -69,14 +73,21 @@ class TwoStageDetector(LightningModule):
         lr_scheduler: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
         min_size: int = 600,
         max_size: int = 1000,
+        divisor: int | None = None,
+        resize: frames.ResizeRule = "detpipe",
     ) -> None:
         super().__init__()
         if not 0 < min_size <= max_size:
             raise ValueError(f"expected 0 < min_size <= max_size, got {min_size=}, {max_size=}")
+        if (divisor is not None and divisor < 1) or resize not in get_args(frames.ResizeRule):
+            choices = ", ".join(get_args(frames.ResizeRule))
+            raise ValueError(f"expected divisor >= 1 or null, and resize of {choices}; got {divisor=}, {resize=}")
         backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
         self.backbone, self.proposals, self.head = backbone, proposals, head
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.min_size, self.max_size = min_size, max_size
+        self.divisor = divisor
+        self.resize: frames.ResizeRule = resize
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Detection]:
         """Detect objects, in training mode too.
@@ -111,12 +122,8 @@ class TwoStageDetector(LightningModule):
         targets: Sequence[Target] | None,
         wanted: Sequence[Literal["detections", "losses"]],
     ) -> tuple[list[Detection], Losses]:
-        divisor = max(self.backbone.strides.values())
         contents = frames.contents_of(targets)
-        dtype = next((parameter.dtype for parameter in self.backbone.parameters()), None)
-        batch = frames.to_batch(
-            images, self.backbone.pixel_format, self.min_size, self.max_size, divisor, contents, dtype
-        )
+        batch = self.to_batch(images, contents)
         sizes = frames.picture_sizes(images, contents)
         moved = None if targets is None else frames.targets_to_batch(targets, sizes, batch.image_sizes)
         features = check_features(self.backbone, self.backbone(batch.tensors), batch.tensors)
@@ -137,6 +144,21 @@ class TwoStageDetector(LightningModule):
             else:
                 detections = frames.detections_to_images(found, batch.image_sizes, sizes)
         return detections, losses
+
+    def to_batch(self, images: Sequence[Tensor], contents: Sequence[frames.Size | None] | None = None) -> ImageList:
+        """Normalize, resize and pad images as the stages see them: :func:`detpipe.images.to_batch` with the detector's settings.
+
+        Args:
+            images: N tensors ``[C, H_i, W_i]``.
+            contents: of pictures that have their final size; see :func:`detpipe.images.contents_of`.
+
+        Returns:
+            The batch.
+        """
+        divisor = self.divisor or max(self.backbone.strides.values())
+        dtype = next((parameter.dtype for parameter in self.backbone.parameters()), None)
+        sizes = (self.min_size, self.max_size)
+        return frames.to_batch(images, self.backbone.pixel_format, *sizes, divisor, contents, dtype, self.resize)
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
         """Compute the loss of a batch and log its parts."""

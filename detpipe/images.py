@@ -9,8 +9,9 @@ Padding is added at the right and the bottom, with the value that normalization 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,15 @@ from detpipe import boxes as box_ops
 from detpipe.types import Detection, GlimpsedDetection, PixelFormat, Target
 
 Size = tuple[int, int]  # height, width
+# how an image is resized: sizes rounded and smoothed where it shrinks; rounded down and never smoothed; .5 rounded up, smoothed,
+# and 8-bit images to whole gray levels, as Pillow does
+ResizeRule = Literal["detpipe", "torchvision", "detectron2"]
 
 
-def resized_size(size: Size, min_size: int, max_size: int) -> Size:
+def resized_size(size: Size, min_size: int, max_size: int, rule: ResizeRule = "detpipe") -> Size:
     """Compute the size of an image whose shorter side becomes ``min_size``, but the longer at most ``max_size``; at least 1 each.
+
+    ``rule`` says how sizes become whole numbers; detectron2's also gives the shorter side in full.
 
     Example:
         >>> resized_size((480, 640), 600, 1000)
@@ -32,6 +38,13 @@ def resized_size(size: Size, min_size: int, max_size: int) -> Size:
     """
     height, width = size
     scale = min(min_size / min(height, width), max_size / max(height, width))
+    if rule == "torchvision":
+        return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+    if rule == "detectron2":  # two steps, each rounded in floating point
+        scale = min_size / min(height, width)
+        sides = (min_size, scale * width) if height < width else (scale * height, min_size)
+        shrink = max_size / max(sides) if max(sides) > max_size else 1.0
+        return max(1, int(sides[0] * shrink + 0.5)), max(1, int(sides[1] * shrink + 0.5))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
@@ -124,6 +137,7 @@ def to_batch(
     divisor: int,
     contents: Sequence[Size | None] | None = None,
     dtype: torch.dtype | None = None,
+    rule: ResizeRule = "detpipe",
 ) -> ImageList:
     """Normalize, resize and pad images into one batch.
 
@@ -136,6 +150,7 @@ def to_batch(
         contents: for each image None, or height and width of the picture in it, if it has its final size already and the rest of
             it is padding; see :func:`contents_of`.
         dtype: of the batch, that of the backbone; None keeps that of the first image, the default one of uint8.
+        rule: how images are resized.
 
     Returns:
         ``tensors`` ``[N, C, H, W]`` and ``image_sizes``, height and width of each picture inside it. In memory the channels of
@@ -154,8 +169,11 @@ def to_batch(
         canvas: Size = (image.shape[-2], image.shape[-1])
         content = contents[index] if contents is not None else None
         if content is None:
-            canvas = resized_size(canvas, min_size, max_size)
-            image = _resize(normalize(image, pixel_format), canvas)
+            canvas = resized_size(canvas, min_size, max_size, rule)
+            if rule == "detectron2":
+                image = normalize(_resize(image, canvas), pixel_format)
+            else:
+                image = _resize(normalize(image, pixel_format), canvas, smooth=rule == "detpipe")
         elif not (0 < content[0] <= canvas[0] and 0 < content[1] <= canvas[1]):
             raise ValueError(f"content_size of images[{index}] must lie within its {canvas}, got {tuple(content)}")
         else:
@@ -186,11 +204,13 @@ def _stacked(images: Sequence[Tensor], contents: Sequence[Size | None] | None) -
     return [torch.stack(list(images))]
 
 
-def _resize(image: Tensor, size: Size) -> Tensor:
-    """Resize ``[..., C, H, W]`` floating point bilinearly, smoothed where it shrinks."""
+def _resize(image: Tensor, size: Size, smooth: bool = True) -> Tensor:
+    """Resize ``[..., C, H, W]`` bilinearly, on request smoothed where it shrinks; uint8 to the nearest gray level."""
     if size == tuple(image.shape[-2:]):
         return image
-    shrinks = size[0] < image.shape[-2]
+    shrinks = smooth and size[0] < image.shape[-2]
+    if image.dtype == torch.uint8:
+        shrinks = smooth  # PyTorch rounds fractions as Pillow does in this case alone
     batch = image if image.ndim == 4 else image[None]
     resized = F.interpolate(batch, size, mode="bilinear", align_corners=False, antialias=shrinks)
     return resized if image.ndim == 4 else resized[0]

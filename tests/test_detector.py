@@ -443,3 +443,22 @@ def test_nothing_is_found_in_the_padding_of_the_data():
     [found] = detector([torch.rand(3, 96, 96)], [target])
     assert len(found["boxes"])
     assert (found["boxes"][:, 2:] <= torch.tensor([56.0, 40.0])).all()
+
+
+def test_a_divisor_of_batches_and_another_librarys_rule():
+    plain = make()
+    other = TwoStageDetector(
+        plain.backbone, plain.proposals, plain.head, min_size=64, max_size=96, divisor=48, resize="torchvision"
+    )
+    image = torch.rand(3, 50, 71)
+    assert plain.to_batch([image]).tensors.shape[2:] == (64, 96)
+    assert plain.to_batch([image]).image_sizes == [(64, 91)]
+    assert other.to_batch([image]).tensors.shape[2:] == (96, 96)
+    assert other.to_batch([image]).image_sizes == [(64, 90)]
+    [found] = other.eval()([image])
+    assert set(found) == {"boxes", "scores", "labels"}
+    for wrong in ({"divisor": 0}, {"resize": "pillow"}):
+        with pytest.raises(
+            ValueError, match="expected divisor >= 1 or null, and resize of detpipe, torchvision, detectron2"
+        ):
+            TwoStageDetector(plain.backbone, plain.proposals, plain.head, **wrong)

@@ -195,3 +195,28 @@ def test_detections_of_resized_images_go_to_the_file_and_back():
     assert all(one is found for one in moved[1:])  # there is no way back from a part, and none is needed
     clipped = detections_to_images([found], [(30, 40)], [(30, 40)])[0]["boxes"]
     torch.testing.assert_close(detections_to_files(moved[:1], targets[:1], back=True)[0]["boxes"], clipped)
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "expected"),
+    [
+        ("torchvision", (375, 500), (800, 1066)),  # 1066.67 is rounded down
+        ("detpipe", (375, 500), (800, 1067)),
+        ("detectron2", (375, 500), (800, 1067)),
+        ("torchvision", (427, 640), (800, 1199)),
+        ("torchvision", (100, 1000), (133, 1333)),
+        ("detectron2", (100, 1000), (133, 1333)),
+        ("torchvision", (1, 4000), (1, 1333)),
+    ],
+)
+def test_rules_of_other_libraries(rule, size, expected):
+    assert resized_size(size, 800, 1333, rule) == expected
+
+
+def test_torchvisions_rule_does_not_smooth():
+    image = torch.zeros(3, 64, 64)
+    image[:, :, ::2] = 1.0  # lines that smoothing turns gray
+    sharp, smooth = (to_batch([image], PLAIN, 31, 31, 1, rule=rule).tensors for rule in ("torchvision", "detpipe"))
+    assert sharp.std() > 2 * smooth.std()
+    wanted = F.interpolate(image[None], (31, 31), mode="bilinear", align_corners=False)
+    assert torch.equal(sharp, wanted)

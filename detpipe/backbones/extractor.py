@@ -83,7 +83,7 @@ class Extractor(ProjectedBackbone):
         body: Body = kind(network.removeprefix(TIMM), levels, weights, regime, check_channels(in_channels))
         self.name, self.padding, self.strides = network, padding, body.strides
         self.pixel_format = format_of(pixel_format or body.pixel_format, in_channels)
-        self.body = convert_norm(body.network, regime.norm)
+        self.body = convert_norm(body.network, regime.norm, regime.eps)
         self._body = body
         self._frozen = find_modules(self.body, regime.frozen)
         self.laterals = Laterals(self._probe(), out_channels)

@@ -16,7 +16,7 @@ p_k is the level of stride 2^k.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -45,6 +45,7 @@ class FPN(Backbone):
             "convolutions" adds two, by 3 x 3 convolutions of stride 2; None adds none. A detector pads its batches to a
             multiple of the coarsest stride.
         norm: after each convolution of the pyramid: "batch" normalization, "group" normalization (32 groups), or None.
+        equal_strides: accept levels of equal stride, as torchvision's detectors on MobileNet have; RoIs are pooled from the first.
 
     Raises:
         ValueError: a backbone of one level, strides that are not rising powers of two, ``out_channels`` below 1 (or not a
@@ -66,14 +67,17 @@ class FPN(Backbone):
         out_channels: int = 256,
         extra_levels: ExtraLevels | None = None,
         norm: Norm | None = None,
+        equal_strides: bool = False,
     ) -> None:
         super().__init__()
-        _check(backbone.strides, out_channels, extra_levels, norm)
+        _check(backbone.strides, out_channels, extra_levels, norm, equal_strides)
         self.backbone, self.out_channels, self.pixel_format = backbone, out_channels, backbone.pixel_format
-        self._roi_strides = {_name(stride): stride for stride in backbone.strides.values()}
+        strides = list(backbone.strides.values())
+        levels = dict(zip(level_names(strides, "p"), strides, strict=True))
+        self._roi_strides = {name: stride for name, stride in levels.items() if name == _name(stride)}
         coarsest = max(backbone.strides.values())
         extra = {None: (), "max_pool": (2,), "convolutions": (2, 4)}[extra_levels]
-        self.strides = {**self._roi_strides, **{_name(coarsest * step): coarsest * step for step in extra}}
+        self.strides = {**levels, **{_name(coarsest * step): coarsest * step for step in extra}}
         widths = [backbone.level_channels[level] for level in backbone.strides]
         self.pyramid = FeaturePyramidNetwork(
             widths, out_channels, _extra_block(extra_levels, out_channels), _norm_layer(norm)
@@ -81,7 +85,7 @@ class FPN(Backbone):
 
     @property
     def roi_strides(self) -> dict[str, int]:
-        """Image pixels a cell of the levels to pool from: those of the backbone, without extra ones."""
+        """Image pixels a cell of the levels to pool from: those of the backbone, the first of equal ones, without extra ones."""
         return dict(self._roi_strides)
 
     def forward(self, images: Tensor) -> Features:
@@ -93,6 +97,20 @@ class FPN(Backbone):
 
 def _name(stride: int) -> str:
     return f"p{stride.bit_length() - 1}"
+
+
+def level_names(strides: Sequence[int], letter: str) -> list[str]:
+    """Name levels by their strides: ``p5``, and ``p5b``, ``p5c`` for more of the same stride.
+
+    Example:
+        >>> level_names([16, 32, 32], "c")
+        ['c4', 'c5', 'c5b']
+    """
+    before = [list(strides[:index]).count(stride) for index, stride in enumerate(strides)]
+    return [
+        f"{letter}{stride.bit_length() - 1}{chr(ord('a') + number) if number else ''}"
+        for stride, number in zip(strides, before, strict=True)
+    ]
 
 
 def _extra_block(extra_levels: ExtraLevels | None, channels: int) -> ExtraFPNBlock | None:
@@ -107,14 +125,16 @@ def _norm_layer(norm: Norm | None) -> Callable[..., nn.Module] | None:
     return nn.BatchNorm2d if norm == "batch" else partial(nn.GroupNorm, GROUPS)
 
 
-def _check(strides: dict[str, int], out_channels: int, extra_levels: str | None, norm: str | None) -> None:
+def _check(
+    strides: dict[str, int], out_channels: int, extra_levels: str | None, norm: str | None, equal_strides: bool
+) -> None:
     if len(strides) < 2:
         raise ValueError(
             f"an FPN needs two levels of its backbone or more, got {list(strides)}; for example levels: [c2, c3, c4, c5]"
         )
     before = 0
     for level, stride in strides.items():
-        if stride <= before or stride & (stride - 1):
+        if stride < before or (stride == before and not equal_strides) or stride & (stride - 1):
             raise ValueError(
                 "an FPN needs levels whose strides are powers of two, each coarser than the one before, but the backbone's "
                 f"are {strides}; leave {level!r} out or change its stride"

@@ -44,6 +44,8 @@ class Regime:
         checkpointing: compute activations a second time in the backward pass instead of storing them.
         drop_path: probability that training leaves out the residual branch of the last block, for each image; it rises
             linearly from the first block on.
+        eps: added to variances by every normalization of batches or groups; None keeps what the network has. 0 is for "frozen"
+            alone.
 
     Raises:
         ValueError: an argument outside these choices.
@@ -53,6 +55,7 @@ class Regime:
     frozen: tuple[str, ...] = ()
     checkpointing: bool = False
     drop_path: float = 0.0
+    eps: float | None = None
 
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
@@ -61,6 +64,8 @@ class Regime:
             raise ValueError(f"frozen must be a list of names, got {self.frozen!r}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in 0..1, below 1, got {self.drop_path}")
+        if self.eps is not None and not (0 < self.eps < 1 or (self.eps == 0 and self.norm == "frozen")):
+            raise ValueError(f"eps must be in 0..1, and 0 for norm 'frozen' alone; got {self.eps} for {self.norm!r}")
         object.__setattr__(self, "frozen", tuple(self.frozen))
 
 
@@ -81,12 +86,13 @@ def drop_path_rates(rate: float, blocks: int) -> list[float]:
     return [round(rate * (index + 1) / blocks, 12) for index in range(blocks)]
 
 
-def convert_norm(network: nn.Module, norm: Norm) -> nn.Module:
+def convert_norm(network: nn.Module, norm: Norm, eps: float | None = None) -> nn.Module:
     """Replace every 2-d batch normalization, in place; weights and bias stay the same parameters.
 
     Args:
         network: frozen normalization in it stays as it is.
         norm: what to have instead; "batch" changes nothing.
+        eps: of every normalization of batches or groups; None leaves it.
 
     Returns:
         The network; a new module only where it is itself a batch normalization.
@@ -94,8 +100,16 @@ def convert_norm(network: nn.Module, norm: Norm) -> nn.Module:
     Raises:
         ValueError: a kind of batch normalization that cannot be replaced without loss.
     """
-    if norm == "batch":
-        return network
+    if norm != "batch":
+        network = _replaced(network, norm)
+    if eps is not None:
+        for module in network.modules():
+            if isinstance(module, nn.GroupNorm) or hasattr(module, "running_var"):  # of whatever library
+                module.eps = eps  # pyright: ignore
+    return network
+
+
+def _replaced(network: nn.Module, norm: Norm) -> nn.Module:
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             converted = _converted(module, norm, name).train(module.training)

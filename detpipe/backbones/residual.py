@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from detpipe.attention.choice import GATINGS, by_stage
-from detpipe.backbones.input_channels import check_channels
+from detpipe.backbones.input_channels import check_channels, format_of
 from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
 from detpipe.backbones.pretrained import Pretrained, load_pretrained
 from detpipe.backbones.regime import Regime, checkpointed, convert_norm, drop_path_rates, freeze, names_within
@@ -62,6 +62,7 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         regime: normalization, frozen stages, checkpointing, drop path.
         in_channels: C of the images; weights of three channels are spread over others.
         padding: zeros added on every side, in pixels: half of a level's stride centers its cells, 0 leaves them.
+        pixel_format: what the weights expect; None: torchvision's.
 
     Raises:
         ValueError: an argument outside its choices.
@@ -83,13 +84,14 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         regime: Regime,
         in_channels: int = 3,
         padding: int = 0,
+        pixel_format: PixelFormat | None = None,
     ) -> None:
         super().__init__()
         _check(depth, levels, output_stride)
         self.depth, self.groups, self.group_width = depth, groups, group_width
         self.attention = by_stage(attention, LEVELS, (*GATINGS, "sk"))
         self.levels = tuple(level for level in LEVELS if level in levels)
-        self.regime, self.pixel_format = regime, PixelFormat().spread(check_channels(in_channels))
+        self.regime, self.pixel_format = regime, format_of(pixel_format or PixelFormat(), check_channels(in_channels))
         self.stem = make_stem(variant.stem, in_channels)
         self.stages = nn.ModuleDict()
         self.strides: dict[str, int] = {}
@@ -102,7 +104,7 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         self.padding = padding
         self.laterals = Laterals(widths, out_channels)
         _initialize(self, zero_branches=regime.norm != "frozen")
-        convert_norm(self, regime.norm)
+        convert_norm(self, regime.norm, regime.eps)
         if weights is not None:
             load_pretrained(self, weights, self.torchvision_name, to_own_names)
         self.frozen = names_within(regime.frozen, ("stem", *self.stages))

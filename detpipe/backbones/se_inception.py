@@ -116,7 +116,7 @@ class SEInceptionV3(ProjectedBackbone):
         self.auxiliary = None if auxiliary_classes is None else InceptionAux(WIDTHS["c4"], auxiliary_classes)
         self.laterals = Laterals({level: WIDTHS[level] for level in self.levels}, out_channels)
         _initialize(self)
-        convert_norm(self, regime.norm)
+        convert_norm(self, regime.norm, regime.eps)
         if weights is not None:
             load_inception(self, weights)
         self.train()  # a new module is in training mode, the batch norm of frozen stages must not be

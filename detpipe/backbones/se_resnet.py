@@ -17,6 +17,7 @@ from detpipe.backbones.pretrained import Pretrained
 from detpipe.backbones.regime import Regime
 from detpipe.backbones.residual import BLOCKS, Choice, ResidualNetwork, is_deep
 from detpipe.backbones.residual_blocks import Variant
+from detpipe.types import PixelFormat
 
 
 class SEResNet(ResidualNetwork):
@@ -38,6 +39,7 @@ class SEResNet(ResidualNetwork):
         in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
         padding: zeros added on every side, in pixels: half of a level's stride centers its cells on the pixels that anchors and
             RoI pooling take them for, half a pixel off; 0 leaves them.
+        pixel_format: what the weights expect of pixels; None: torchvision's, RGB by ImageNet's mean and deviation.
 
     Raises:
         ValueError: an argument outside these choices, or a reduction that is larger than the channels.
@@ -63,11 +65,10 @@ class SEResNet(ResidualNetwork):
         regime: Regime = Regime(),  # noqa: B008 (frozen)
         in_channels: int = 3,
         padding: int = 0,
+        pixel_format: PixelFormat | None = None,
     ) -> None:
-        images = (in_channels, padding)
-        super().__init__(
-            depth, 1, 64, attention, variant, levels, output_stride, out_channels, weights, regime, *images
-        )
+        choices = (attention, variant, levels, output_stride, out_channels, weights, regime)
+        super().__init__(depth, 1, 64, *choices, in_channels, padding, pixel_format)
 
     @property
     def torchvision_name(self) -> str | None:
@@ -91,6 +92,7 @@ class SEResNeXt(ResidualNetwork):
         in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
         padding: zeros added on every side, in pixels: half of a level's stride centers its cells on the pixels that anchors and
             RoI pooling take them for, half a pixel off; 0 leaves them.
+        pixel_format: what the weights expect of pixels; None: torchvision's, RGB by ImageNet's mean and deviation.
 
     Raises:
         ValueError: an argument outside these choices, or a reduction that is larger than the channels.
@@ -116,6 +118,7 @@ class SEResNeXt(ResidualNetwork):
         regime: Regime = Regime(),  # noqa: B008 (frozen)
         in_channels: int = 3,
         padding: int = 0,
+        pixel_format: PixelFormat | None = None,
     ) -> None:
         depths = [depth for depth in BLOCKS if is_deep(depth)]
         found = re.fullmatch(r"(\d+)_(\d+)x(\d+)d", size)
@@ -124,10 +127,8 @@ class SEResNeXt(ResidualNetwork):
                 f"size must be DEPTH_GROUPSxWIDTHd with a depth of {depths}, such as '50_32x4d', got {size!r}"
             )
         depth, groups, width = (int(number) for number in found.groups())
-        images = (in_channels, padding)
-        super().__init__(
-            depth, groups, width, attention, variant, levels, output_stride, out_channels, weights, regime, *images
-        )
+        choices = (attention, variant, levels, output_stride, out_channels, weights, regime)
+        super().__init__(depth, groups, width, *choices, in_channels, padding, pixel_format)
 
     @property
     def torchvision_name(self) -> str | None:

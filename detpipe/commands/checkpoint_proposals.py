@@ -47,8 +47,7 @@ class CheckpointProposals:
         model, rpn = self.detector, self.detector.proposals
         assert isinstance(rpn, RPN)
         tensor = torch.from_numpy(image).permute(2, 0, 1).to(model.device)
-        divisor = max(model.backbone.strides.values())
-        batch = frames.to_batch([tensor], model.backbone.pixel_format, model.min_size, model.max_size, divisor)
+        batch = model.to_batch([tensor])
         [boxes], [scores] = rpn.propose(batch, model.backbone(batch.tensors))
         boxes = frames.scale_boxes(boxes, batch.image_sizes[0], (image.shape[0], image.shape[1]))
         boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([image.shape[1], image.shape[0]] * 2))

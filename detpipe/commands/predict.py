@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from detpipe import zoo
 from detpipe.commands.given_proposals import Boxes, advice, open_boxes
 from detpipe.commands.parser import Parser
 from detpipe.datasets import read_image
@@ -34,7 +35,7 @@ from detpipe.support.errors import DataError, UsageError
 from detpipe.support.files import refuse_special, write_text
 from detpipe.support.terminal import printable, say
 from detpipe.training.checkpoint import Description
-from detpipe.training.models import load_detector, load_region_classifier
+from detpipe.training.models import load_region_classifier
 from detpipe.types import Detection, GlimpsedDetection, Target
 
 Look = Callable[[Path, Tensor], Detection]  # path and image as `read_image` gives it -> what is found there, on the CPU
@@ -44,7 +45,7 @@ def predict(arguments: Sequence[str]) -> int:
     """Detect, draw, and write; status 1 when no image at all could be read."""
     options = _parse_predict(arguments)
     images = find_images(options.images)
-    detector, description = load_detector(options.checkpoint)
+    detector, description = zoo.load(options.checkpoint, options.weights)
     boxes = choose_proposals(detector, options, images, description)
     if options.show_glimpses:
         _ask_for_glimpses(detector, options.checkpoint)
@@ -218,7 +219,11 @@ def _parser(command: str, description: str, checkpoint: str, kind: str) -> Parse
 
 def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
     text = "Detect objects in images, draw them, and write them as JSON."
-    parser = _parser("predict", text, "such as RUN/best.ckpt; its model and class names are used", "detections")
+    known = "such as RUN/best.ckpt; its model and class names are used; or a name of 'detpipe zoo'"
+    parser = _parser("predict", text, known, "detections")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place"
+    )
     parser.add_argument("--score_threshold", type=float, default=0.5, help="leave out detections below it (default .5)")
     parser.add_argument(
         "--proposals",

@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
+from detpipe import zoo
 from detpipe.commands.backbone_export import WEIGHTS, export_backbone
 from detpipe.datasets import ClassificationData, DetectionData
 from detpipe.datasets.sampling import describe_sampling
@@ -155,7 +156,8 @@ def fit(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
     options = run_folder.Options(
         ckpt_path=config.ckpt_path,
         accepted=resume.read_accepted(config.accept_changes),
-        init_from=config.init_from,
+        init_from=config.init_from or config.get("published"),
+        read=zoo.read,
         ema=config.ema,
         early_stopping=config.early_stopping,
         checkpoint=cli.config_init["checkpoint"],
@@ -209,7 +211,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
         "--init_from",
         type=str | None,
         default=None,
-        help="begin with the weights of this checkpoint that fit, of a model with other classes, heads or levels",
+        help="begin with the weights that fit of this checkpoint, or name of 'detpipe zoo', of other classes, heads or levels",
     )
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detpipe.images import Size, resized_size, targets_to_batch
+from detpipe.images import ResizeRule, Size, resized_size, targets_to_batch
 from detpipe.types import Target
 
 PADDING = (124, 116, 104)  # RGB, the mean color of ImageNet
@@ -92,8 +92,22 @@ class Resize:
         """The same policy with the one size of evaluation."""
         return Resize(self.policy, self.evaluation_size, self.max_size)
 
-    def check_detector(self, min_size: int, max_size: int) -> None:
-        """Refuse by a ValueError a detector that would bring an image from elsewhere to another size than it is evaluated at."""
+    def check_detector(self, min_size: int, max_size: int, rule: ResizeRule = "detpipe") -> None:
+        """Refuse a detector that would bring an image from elsewhere to another size than it is evaluated at.
+
+        Args:
+            min_size: of the detector.
+            max_size: of the detector.
+            rule: of the detector.
+
+        Raises:
+            ValueError: they are not :attr:`detector_sizes`, or the rule is another library's, which the data do not follow.
+        """
+        if rule != "detpipe":
+            raise ValueError(
+                f"data.init_args.resize brings images to their size in detpipe's way, but model.resize is {rule!r}; give resize: "
+                "null, or model.resize detpipe"
+            )
         wanted = self.detector_sizes
         if (min_size, max_size) != wanted:
             raise ValueError(

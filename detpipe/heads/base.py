@@ -43,6 +43,7 @@ class Found(NamedTuple):
         glimpses: Tensor | None = None,
         classes: ClassLoss = ClassLoss(),  # noqa: B008 (frozen)
         quality: Tensor | None = None,
+        num_classes: int | None = None,
     ) -> Found:
         """Turn outputs of a network into scores and boxes, in float32.
 
@@ -53,9 +54,11 @@ class Found(NamedTuple):
             glimpses: where the head looked.
             classes: what the logits are trained on.
             quality: ``[N, P, B]`` logits of the IoU of the refined boxes, which scores are multiplied with.
+            num_classes: K, where there are more logits than K + 1, which are dropped after the softmax; None for all.
         """
         refined = box_ops.decode(deltas.float(), boxes[:, :, None].float())
-        return cls(rank(classes.probabilities(logits)[..., 1:], quality), refined, glimpses)
+        scores = classes.probabilities(logits)[..., 1:][..., :num_classes]
+        return cls(rank(scores, quality), refined, glimpses)
 
 
 def rank(scores: Tensor, quality: Tensor | None) -> Tensor:

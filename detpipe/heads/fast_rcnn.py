@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from detpipe.heads.base import Found, ProposalHead, in_parts
 from detpipe.heads.glimpse import Glimpse, GlimpseSettings, Kind
-from detpipe.heads.layers import box_outputs, hidden_layers, output_layers, quality_layer
+from detpipe.heads.layers import (
+    Convolutions,
+    ResidualStage,
+    box_outputs,
+    hidden_layers,
+    output_layers,
+    quality_layer,
+)
 from detpipe.heads.objective import Objective
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
@@ -33,15 +40,19 @@ class FastRCNNHead(ProposalHead):
         num_classes: K, foreground classes; there is one output more for the background.
         strides: image pixels a cell of each level that the pooler shall use.
         pooler: cuts a small map out of the features for each box.
-        fc: widths of the shared fully connected layers.
+        fc: widths of the shared fully connected layers; may be empty where ``conv`` is a :class:`ResidualStage`.
         class_agnostic: one refined box for all classes instead of one for each.
         sampler: which RoIs are trained on.
         postprocess: what becomes a detection.
         glimpse: a second look at the map: a kind of transform, or :class:`GlimpseSettings`; None for none.
+        conv: layers before the fully connected ones; None for none.
+        extra_outputs: logits after those of the classes that take part in the softmax, and are dropped then: what weights have for
+            classes that do not exist, such as the ten gaps in COCO's ids.
         objective: which losses.
 
     Raises:
-        ValueError: ``num_classes`` below 1, no layer in ``fc``, no level in ``strides``, or an unknown kind of glimpse.
+        ValueError: ``num_classes`` below 1, no layer in ``fc``, no level in ``strides``, an unknown kind of glimpse, or a glimpse
+            with ``conv``, or a negative number.
 
     Example:
         >>> head = FastRCNNHead(8, num_classes=2, strides={"c4": 16}, fc=[16]).eval()
@@ -62,15 +73,29 @@ class FastRCNNHead(ProposalHead):
         sampler: RoISampler = RoISampler(),  # noqa: B008 (frozen)
         postprocess: Postprocess = Postprocess(),  # noqa: B008 (frozen)
         glimpse: GlimpseSettings | Kind | None = None,
+        conv: Convolutions | ResidualStage | None = None,
+        extra_outputs: int = 0,
         objective: Objective = Objective(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(num_classes, strides, sampler, postprocess, objective)
+        if extra_outputs < 0 or (glimpse is not None and conv is not None):
+            raise ValueError(
+                "expected extra_outputs of 0 or more, and no glimpse with conv; got "
+                f"{extra_outputs=}, {glimpse=}, {conv=}"
+            )
+        if extra_outputs and objective.classes.kind == "seesaw":
+            raise ValueError(f"the loss seesaw counts classes, and extra_outputs={extra_outputs} have none: give 0")
         self.class_agnostic = class_agnostic
         self.pooler = RoIAlign(7) if pooler is None else pooler
         height, width = self.pooler.output_size
-        self.shared = hidden_layers(in_channels * height * width, fc)
-        self.classifier, self.regressor = output_layers(fc[-1], num_classes, class_agnostic)
-        self.quality = quality_layer(fc[-1], num_classes, class_agnostic, objective.quality)
+        first, numbers = (
+            ([], in_channels * height * width) if conv is None else conv.build(in_channels, (height, width))
+        )
+        bare = isinstance(conv, ResidualStage) and not fc
+        self.shared = nn.Sequential(*first, *([nn.Flatten()] if bare else hidden_layers(numbers, fc)))
+        last = numbers if bare else fc[-1]
+        self.classifier, self.regressor = output_layers(last, num_classes, class_agnostic, extra_outputs)
+        self.quality = quality_layer(last, num_classes, class_agnostic, objective.quality)
         self.glimpse = None
         if glimpse is not None:
             settings = glimpse if isinstance(glimpse, GlimpseSettings) else GlimpseSettings(glimpse)
@@ -86,7 +111,7 @@ class FastRCNNHead(ProposalHead):
             rois: ``[N, P, 4]`` xyxy in pixels of the batch.
 
         Returns:
-            logits ``[N, P, K + 1]`` and deltas ``[N, P, B, 4]``.
+            logits ``[N, P, K + 1]``, and those of extra outputs behind them, and deltas ``[N, P, B, 4]``.
         """
         return self._predict(features, rois)[:2]
 
@@ -108,7 +133,7 @@ class FastRCNNHead(ProposalHead):
         outline = None
         if self.glimpse is not None and theta is not None and self.return_glimpses:
             outline = self.glimpse.outline(theta, boxes)[:, :, None]
-        return Found.of(logits, deltas, boxes, outline, self.objective.classes, quality)
+        return Found.of(logits, deltas, boxes, outline, self.objective.classes, quality, self.num_classes)
 
     def _predict(self, features: Features, rois: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         pooled, theta = self.pooler(features, rois, self.strides), None  # [N, P, C, h, w]

@@ -1,6 +1,8 @@
-"""The layers that box heads share: fully connected ones over a pooled map, a classifier, and a box regressor.
+"""The layers that box heads share: convolutions and fully connected ones over a pooled map, a classifier, and a box regressor.
 
 Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, sections 2.1 and 2.3: the regressor starts ten times closer to zero.
+Convolutions before the fully connected layers: Wu and He, "Group Normalization", 2018, arXiv 1803.08494, section 4.2. The last
+stage of a residual network in the place of all: He et al., "Deep Residual Learning", 2015, arXiv 1512.03385, appendix A.
 
 R RoIs, C channels, h x w bins, K foreground classes, B = K boxes a RoI (1 if class-agnostic).
 """
@@ -8,11 +10,86 @@ R RoIs, C channels, h x w bins, K foreground classes, B = K boxes a RoI (1 if cl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
 
 from detpipe.stages import mark_class_outputs
+
+
+@dataclass(frozen=True)
+class Convolutions:
+    """3 x 3 convolutions before the fully connected layers, each followed by a rectifier.
+
+    Args:
+        widths: of each.
+        norm: "batch" normalization after each, and no bias; None for none.
+
+    Raises:
+        ValueError: no width, one below 1, or an unknown norm.
+    """
+
+    widths: Sequence[int] = (256, 256, 256, 256)
+    norm: Literal["batch"] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1 or self.norm not in ("batch", None):
+            raise ValueError(f"conv: expected widths of 1 or more and norm 'batch' or null, got {self}")
+
+    def build(self, channels: int, size: tuple[int, int]) -> tuple[list[nn.Module], int]:
+        """Make the layers: ``[R, channels, h, w]`` -> ``[R, widths[-1], h, w]``; and how many numbers are in that."""
+        layers: list[nn.Module] = []
+        for before, after in pairwise([channels, *self.widths]):
+            layers.append(nn.Conv2d(before, after, 3, padding=1, bias=self.norm is None))
+            layers += [nn.BatchNorm2d(after)] if self.norm == "batch" else []
+            layers.append(nn.ReLU(inplace=True))
+        _initialize(layers)
+        return layers, self.widths[-1] * size[0] * size[1]
+
+
+@dataclass(frozen=True)
+class ResidualStage:
+    """The last stage of a residual network of bottlenecks, its norms frozen, and the mean of each map.
+
+    Args:
+        width: channels of its maps.
+        blocks: how many bottlenecks there are; the first one halves height and width.
+        stride_in_1x1: by its first convolution, not by that of 3 x 3.
+
+    Raises:
+        ValueError: a width that is no positive multiple of 4, or no block.
+    """
+
+    width: int = 2048
+    blocks: int = 3
+    stride_in_1x1: bool = False
+
+    def __post_init__(self) -> None:
+        if self.width < 4 or self.width % 4 or self.blocks < 1:
+            raise ValueError(f"conv: expected a width that is a multiple of 4, and one block or more, got {self}")
+
+    def build(self, channels: int, size: tuple[int, int]) -> tuple[list[nn.Module], int]:
+        """Make the layers: ``[R, channels, h, w]`` -> ``[R, width, 1, 1]``; and how many numbers are in that."""
+        inner, make = self.width // 4, FrozenBatchNorm2d
+        shortcut = nn.Sequential(nn.Conv2d(channels, self.width, 1, 2, bias=False), make(self.width))
+        layers: list[nn.Module] = [Bottleneck(channels, inner, 2, shortcut, norm_layer=make)]
+        layers += [Bottleneck(self.width, inner, norm_layer=make) for _ in range(self.blocks - 1)]
+        if self.stride_in_1x1:
+            layers[0].conv1.stride, layers[0].conv2.stride = (2, 2), (1, 1)  # pyright: ignore
+        _initialize(layers)
+        return [*layers, nn.AdaptiveAvgPool2d(1)], self.width
+
+
+def _initialize(layers: Sequence[nn.Module]) -> None:
+    for module in (module for layer in layers for module in layer.modules()):
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def hidden_layers(width: int, widths: Sequence[int]) -> nn.Sequential:
@@ -36,18 +113,21 @@ def hidden_layers(width: int, widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def output_layers(width: int, num_classes: int, class_agnostic: bool) -> tuple[nn.Linear, nn.Linear]:
+def output_layers(
+    width: int, num_classes: int, class_agnostic: bool, extra_outputs: int = 0
+) -> tuple[nn.Linear, nn.Linear]:
     """Make the classifier and the box regressor.
 
     Args:
         width: features of a RoI.
         num_classes: K.
         class_agnostic: one box for all classes.
+        extra_outputs: logits after those of the classes.
 
     Returns:
-        ``[R, width]`` -> logits ``[R, K + 1]``, and -> deltas ``[R, 4 B]``.
+        ``[R, width]`` -> logits ``[R, K + 1 + extra_outputs]``, and -> deltas ``[R, 4 B]``.
     """
-    classifier = nn.Linear(width, num_classes + 1)
+    classifier = nn.Linear(width, num_classes + 1 + extra_outputs)
     regressor = nn.Linear(width, 4 * (1 if class_agnostic else num_classes))
     for layer, std in ((classifier, 0.01), (regressor, 0.001)):
         nn.init.normal_(layer.weight, std=std)

@@ -11,7 +11,7 @@ Girshick, "Fast R-CNN", 2015, arXiv 1504.08083, equations 1 to 3. On request in 
 Deviations:
 1. Losses are sums over the sampled RoIs divided by max(1, their number), so that a batch without any is finite; with
    several processes by the mean number (:mod:`detpipe.support.processes`). The quality is divided by the number of objects.
-2. Smooth L1 acts on weighted deltas, see :mod:`detpipe.boxes`.
+2. Smooth L1 acts on weighted deltas, see :mod:`detpipe.boxes`; torchvision has it turn linear at 1/9 of them, detectron2 at 0.
 3. Seesaw's objectness is the background's output, by a sigmoid; the paper adds two outputs.
 4. The hardest RoIs are chosen among the sampled ones, without suppressing those that overlap.
 5. The quality is trained by binary cross-entropy; the paper regresses it.

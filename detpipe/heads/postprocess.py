@@ -31,6 +31,7 @@ class Postprocess:
         suppression: nms; soft_nms, which lowers scores by the overlap with better boxes instead of dropping them; box_fusion,
             which takes the mean of boxes of one class that overlap, weighted with their scores.
         sigma: of soft_nms, in squared IoU: scores fall with ``exp(-IoU^2 / sigma)``.
+        min_size: width and height of a detection exceed it, in pixels of the batch.
 
     Raises:
         ValueError: a number outside its range, or an unknown suppression.
@@ -42,15 +43,17 @@ class Postprocess:
     candidates_per_image: int = 1000
     suppression: Suppression = "nms"
     sigma: float = 0.5
+    min_size: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.score_threshold < 1 or not 0 < self.nms_iou <= 1:
             raise ValueError(f"score_threshold must be in 0..1 and nms_iou in (0, 1], got {self}")
         if min(self.detections_per_image, self.candidates_per_image) < 1:
             raise ValueError(f"detections_per_image and candidates_per_image must be positive, got {self}")
-        if self.suppression not in get_args(Suppression) or self.sigma <= 0:
+        if self.suppression not in get_args(Suppression) or self.sigma <= 0 or self.min_size < 0:
+            choices = ", ".join(get_args(Suppression))
             raise ValueError(
-                f"suppression must be one of {', '.join(get_args(Suppression))} and sigma positive, got {self}"
+                f"suppression must be one of {choices} and sigma positive, min_size not negative, got {self}"
             )
 
     def __call__(
@@ -83,17 +86,18 @@ class Postprocess:
         Returns:
             N detections, best first, and N tensors ``[D]`` int64 in 0..P-1.
         """
-        _, proposals, classes = scores.shape
-        count = min(self.candidates_per_image, proposals * classes)
+        classes = scores.shape[2]
         scores = scores.float().masked_fill(~valid[..., None], -1.0).flatten(1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
+        above = int((scores > self.score_threshold).sum(1).max()) if scores.numel() else 0
+        count = min(self.candidates_per_image, above)
         scores, order = scores[:, :count], order[:, :count]  # [N, M]
         row, label = order // max(classes, 1), order % max(classes, 1)
         flat = boxes.flatten(1, 2)
         index = row if boxes.shape[2] == 1 else order
         chosen = flat.gather(1, index[..., None].expand(-1, -1, 4)).float()
         chosen = box_ops.clip(chosen, *box_ops.image_sides(image_sizes, chosen))
-        keep = (scores > self.score_threshold) & box_ops.valid(chosen)
+        keep = (scores > self.score_threshold) & box_ops.valid(chosen, self.min_size)
         if self.suppression == "nms":
             kept = self._nms(chosen, scores, label + 1, keep)
         elif self.suppression == "soft_nms":

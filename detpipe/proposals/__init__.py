@@ -3,6 +3,7 @@
 from detpipe.proposals.anchors import Anchors
 from detpipe.proposals.dense_grid import DenseGrid
 from detpipe.proposals.edge_boxes import EdgeBoxes
+from detpipe.proposals.from_detector import FromDetector
 from detpipe.proposals.image_source import ImageProposals
 from detpipe.proposals.opencv_selective_search import OpenCVSelectiveSearch
 from detpipe.proposals.precomputed import PrecomputedProposals
@@ -20,6 +21,7 @@ __all__ = [
     "Anchors",
     "DenseGrid",
     "EdgeBoxes",
+    "FromDetector",
     "ImageProposals",
     "OpenCVSelectiveSearch",
     "PrecomputedProposals",

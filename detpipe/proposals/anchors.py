@@ -6,7 +6,8 @@ Pyramid Networks", 2017, arXiv 1612.03144, section 4.1.
 Convention: cell (i, j) at stride s is centered on ``((j + offset) * s, (i + offset) * s)``, x before y, in pixels of the
 padded batch. With an offset of .5, the default, that is the middle of the pixels that the cell stands for, as RoI pooling
 here has it. ``offset=0, rounded=True`` gives torchvision's anchors: centered on the cell's top left corner, with corners at
-whole pixels around it. A ratio is height divided by width; anchors of one size have one area.
+whole pixels around it; with ``measured=True`` its strides as well, whole pixels of the batch a cell by axis. A ratio is height
+divided by width; anchors of one size have one area.
 
 A shapes a cell, numbered ratio by ratio and within a ratio size by size; H x W cells. Anchors of a level are ordered by row,
 column and shape, levels follow each other.
@@ -56,6 +57,7 @@ class Anchors:
         ratios: height divided by width.
         offset: where in its cell an anchor is centered: .5 is the middle, 0 the top left corner.
         rounded: round half sides to whole pixels, as torchvision does.
+        measured: the stride of an axis is the side of the batch by the number of cells, rounded down, not the declared one.
 
     Raises:
         ValueError: a size or ratio that is not positive, levels with unequal numbers of sizes, an offset outside 0..1.
@@ -71,6 +73,7 @@ class Anchors:
     ratios: Sequence[float] = (0.5, 1.0, 2.0)
     offset: float = 0.5
     rounded: bool = False
+    measured: bool = False
 
     def __post_init__(self) -> None:
         if not self.ratios or not all(0 < ratio < math.inf for ratio in self.ratios):
@@ -125,7 +128,11 @@ class Anchors:
         return len(self.ratios) * len(self.level_sizes(strides)[0])
 
     def grids(
-        self, cells: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device | None = None
+        self,
+        cells: Sequence[tuple[int, int]],
+        strides: Sequence[int],
+        device: torch.device | None = None,
+        batch: tuple[int, int] | None = None,
     ) -> list[AnchorGrid]:
         """Lay the anchors of every level.
 
@@ -133,17 +140,26 @@ class Anchors:
             cells: height and width of each level in cells.
             strides: pixels a cell of each level.
             device: where the anchors shall be.
+            batch: height and width of the padded images; needed where strides are measured.
 
         Returns:
             One grid a level, float32.
+
+        Raises:
+            ValueError: strides are measured, and ``batch`` is not given.
         """
+        if self.measured and batch is None:
+            raise ValueError("anchors with measured strides need the height and width of the batch")
         grids = []
         for (height, width), stride, sizes in zip(cells, strides, self.level_sizes(strides), strict=True):
             shapes = self._shapes(sizes, device)  # [A, 2] half width, half height
             half_width, half_height = shapes[:, None, None].unbind(-1)  # [A, 1, 1] each
             signs = torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device)
+            steps = (stride, stride)
+            if self.measured and batch is not None:
+                steps = (batch[1] // width, batch[0] // height)
             counts = (torch.arange(count, dtype=torch.float32, device=device) for count in (width, height))
-            x, y = (((count + self.offset) * stride)[:, None] for count in counts)
+            x, y = (((count + self.offset) * step)[:, None] for count, step in zip(counts, steps, strict=True))
             grids.append(AnchorGrid(x + half_width * signs, y + half_height * signs))
         return grids
 

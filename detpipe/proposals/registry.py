@@ -7,6 +7,7 @@ from typing import Any
 
 from detpipe.proposals.dense_grid import DenseGrid
 from detpipe.proposals.edge_boxes import EdgeBoxes
+from detpipe.proposals.from_detector import FromDetector
 from detpipe.proposals.image_source import ImageProposals
 from detpipe.proposals.opencv_selective_search import OpenCVSelectiveSearch
 from detpipe.proposals.selective_search import SelectiveSearch
@@ -17,7 +18,8 @@ from detpipe.support.suggest import did_you_mean
 
 OfflineSource = ImageProposals | DenseGrid | Union
 SOURCES: dict[str, Callable[..., ImageProposals | DenseGrid]] = {
-    source.name: source for source in (SelectiveSearch, OpenCVSelectiveSearch, Superpixels, EdgeBoxes, DenseGrid)
+    source.name: source
+    for source in (SelectiveSearch, OpenCVSelectiveSearch, Superpixels, EdgeBoxes, DenseGrid, FromDetector)
 }
 
 

@@ -86,7 +86,7 @@ class RPN(ProposalSource):
         self._strides = [*strides.values(), *(coarsest * 2**step for step in range(1, extra_levels + 1))]
         self.head = RPNHead(in_channels, anchors.per_cell(self._strides), conv_dims or [in_channels])
         self.head.requires_grad_(not frozen)
-        self._grids: dict[tuple[tuple[tuple[int, int], ...], torch.device], tuple[list[AnchorGrid], Tensor]] = {}
+        self._grids: dict[tuple[object, ...], tuple[list[AnchorGrid], Tensor]] = {}
 
     def forward(
         self, images: ImageList, features: Features, targets: list[Target] | None = None
@@ -114,7 +114,7 @@ class RPN(ProposalSource):
         if targets is None:
             raise ValueError("the RPN is in training mode and needs targets; call eval() to propose, or freeze it")
         maps = self._maps(images, features)
-        grids, anchors = self._anchors(maps)
+        grids, anchors = self._anchors(images, maps)
         sampled = self.objective(grids, anchors, targets)
         sparse = self.head.computes_less_at(maps, sampled.index.shape[1])
         with torch.no_grad() if sparse else nullcontext():
@@ -145,7 +145,7 @@ class RPN(ProposalSource):
             DataError: a score or box is NaN or infinite; the image is named.
         """
         maps = self._maps(images, features)
-        grids, anchors = self._anchors(maps)
+        grids, anchors = self._anchors(images, maps)
         logits, deltas = (output.float() for output in self.head(maps))
         boxes, logits = self._select(logits, deltas, grids, anchors, images, None)
         return boxes, [row.sigmoid() for row in logits]
@@ -167,14 +167,15 @@ class RPN(ProposalSource):
                     )
         return [level.contiguous(memory_format=torch.channels_last) for level in maps]
 
-    def _anchors(self, maps: Sequence[Tensor]) -> tuple[list[AnchorGrid], Tensor]:
+    def _anchors(self, images: ImageList, maps: Sequence[Tensor]) -> tuple[list[AnchorGrid], Tensor]:
         """Lay the anchors, or take them from an earlier call: each level's, and all of them ``[P, 4]``."""
         cells = tuple((level.shape[2], level.shape[3]) for level in maps)
-        key = (cells, maps[0].device)
+        batch = (images.tensors.shape[-2], images.tensors.shape[-1]) if self.anchors.measured else None
+        key = (cells, batch, maps[0].device)
         if key not in self._grids:
             if len(self._grids) >= CACHED_GRIDS:
                 del self._grids[next(iter(self._grids))]
-            grids = self.anchors.grids(cells, self._strides, maps[0].device)
+            grids = self.anchors.grids(cells, self._strides, maps[0].device, batch)
             self._grids[key] = grids, torch.cat([grid.boxes() for grid in grids])
         return self._grids[key]
 

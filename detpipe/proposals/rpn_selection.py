@@ -33,6 +33,8 @@ class ProposalSelection:
         post_nms_top_n: proposals of an image, likewise.
         nms_iou: of two candidates of one level with a higher IoU the lower-scoring one is dropped.
         min_size: width and height of a proposal, in pixels inside the image, exceed this.
+        score_threshold: the probability of an object in a proposal, the sigmoid of its logit, is at least this.
+        rank_by: "logit", or "probability" in float32, in which high logits are equal, as torchvision's.
         frozen_as: which of the two numbers a frozen network uses while the rest of the detector trains.
 
     Raises:
@@ -44,6 +46,8 @@ class ProposalSelection:
     nms_iou: float = 0.7
     min_size: float = 0.001
     frozen_as: Literal["training", "inference"] = "inference"
+    score_threshold: float = 0.0
+    rank_by: Literal["logit", "probability"] = "logit"
 
     def __post_init__(self) -> None:
         numbers = (*self.pre_nms_top_n, *self.post_nms_top_n)
@@ -56,6 +60,11 @@ class ProposalSelection:
             raise ValueError(f"expected nms_iou in (0, 1] and min_size >= 0, got {self.nms_iou=}, {self.min_size=}")
         if self.frozen_as not in ("training", "inference"):
             raise ValueError(f"frozen_as must be 'training' or 'inference', got {self.frozen_as!r}")
+        if not 0 <= self.score_threshold <= 1 or self.rank_by not in ("logit", "probability"):
+            raise ValueError(
+                "expected score_threshold in 0..1 and rank_by 'logit' or 'probability', got "
+                f"{self.score_threshold=}, {self.rank_by=}"
+            )
 
     @torch.no_grad()
     def __call__(
@@ -100,8 +109,11 @@ class ProposalSelection:
         boxes = box_ops.decode(deltas, anchors[index], WEIGHTS)
         boxes = box_ops.clip(boxes, *box_ops.image_sides(image_sizes, boxes))
         keep = box_ops.valid(boxes, self.min_size)
+        if self.score_threshold:
+            keep &= scores.sigmoid() >= self.score_threshold
         keep &= self._survivors(boxes * keep[..., None], [found.values.shape[1] for found in best])
-        return self._gather(boxes, scores, keep, self.post_nms_top_n[phase], fill_up)
+        ranks = scores.sigmoid() if self.rank_by == "probability" else scores
+        return self._gather(boxes, scores, ranks, keep, self.post_nms_top_n[phase], fill_up)
 
     def _survivors(self, boxes: Tensor, counts: list[int]) -> Tensor:
         """Suppress within each image and level, best first: ``[N, M]`` bool. Boxes of area 0 neither suppress nor matter."""
@@ -114,9 +126,9 @@ class ProposalSelection:
         return torch.cat([kept[:, level, :count] for level, count in enumerate(counts)], dim=1)
 
     def _gather(
-        self, boxes: Tensor, scores: Tensor, keep: Tensor, count: int, fill_up: bool
+        self, boxes: Tensor, scores: Tensor, ranks: Tensor, keep: Tensor, count: int, fill_up: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        order = scores.masked_fill(~keep, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
+        order = ranks.masked_fill(~keep, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
         boxes, scores = boxes.gather(1, order[..., None].expand(-1, -1, 4)), scores.gather(1, order)
         if fill_up:
             boxes = boxes.masked_fill(~keep.gather(1, order)[..., None], 0.0)

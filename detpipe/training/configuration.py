@@ -173,6 +173,13 @@ class CLI(CommandCLI):
 
     def link(self, parser: LightningArgumentParser) -> None:
         """The head follows the classes of the data, and head and proposals what the backbone declares."""
+        parser.add_argument(
+            "--published",
+            type=str | None,
+            default=None,
+            help="begin with the weights of this name of 'detpipe zoo'; configurations after the one that says it leave sizes of "
+            "images and anchors as these weights have them",
+        )
         parser.link_arguments("data.num_classes", "model.head.init_args.num_classes", apply_on="instantiate")
         link_stages(parser)
 
@@ -200,7 +207,7 @@ class CLI(CommandCLI):
                 f"{taken} channels; give it an argument in_channels, or set channels to {taken}"
             )
         if self.datamodule.resize is not None:
-            self.datamodule.resize.check_detector(self.model.min_size, self.model.max_size)
+            self.datamodule.resize.check_detector(self.model.min_size, self.model.max_size, self.model.resize)
 
 
 def link_stages(parser: jsonargparse.ArgumentParser) -> None:
@@ -257,7 +264,37 @@ def _with_contents(arguments: Sequence[str]) -> list[str]:
         if name == "--config":
             argument = f"--config={Path(value if equals else next(rest, '')).read_text(encoding='utf-8-sig')}"
         given.append(argument)
-    return given
+    return _kept_as_published(given)
+
+
+def _kept_as_published(arguments: list[str]) -> list[str]:
+    """Leave out of configurations what published weights, which one before them names, were trained with: sizes and anchors."""
+    name, kept, dropped = None, [], []
+    for argument in arguments:
+        option, equals, text = argument.partition("=")
+        content: Any = jsonargparse.get_loader("yaml")(text) if option == "--config" and equals else None
+        model = content.get("model") if isinstance(content, dict) else None
+        if name is not None and isinstance(model, dict):
+            source = model.get("proposals")
+            anew = isinstance(source, dict) and "class_path" in source
+            found = [
+                key
+                for key in ("proposals", "min_size", "max_size")
+                if key in model and not (anew and key == "proposals")
+            ]
+            if found:
+                left = {key: value for key, value in model.items() if key not in found}
+                argument = f"--config={yaml.safe_dump({**content, 'model': left})}"
+            dropped += [key for key in found if key not in dropped]
+        elif isinstance(content, dict):
+            name = content.get("published", name)
+        kept.append(argument)
+    if dropped:
+        print(
+            f"note: {', '.join(dropped)} stay as {name} has them; options of the command line change them",
+            file=sys.stderr,
+        )
+    return kept
 
 
 def _refuse_linked(key: str, where: str) -> None:

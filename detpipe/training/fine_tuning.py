@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,21 @@ from detpipe.training import checkpoint
 _GROUP_PARTS = 2  # of a tensor's name: head.classifier, backbone.stages
 
 
-def load_fitting(model: nn.Module, path: str | Path, class_names: Sequence[str]) -> str:
+def load_fitting(
+    model: nn.Module,
+    path: str | Path,
+    class_names: Sequence[str],
+    read: Callable[[str | Path], tuple[dict[str, Any], checkpoint.Description]] = checkpoint.read,
+) -> str:
     """Load the weights of a checkpoint that fit a model by name and shape, and say in a line what was loaded, and what not.
 
     Outputs of classes (:func:`detpipe.stages.mark_class_outputs`) are taken over by the names of classes; those of new ones stay.
+    ``read`` reads the checkpoint; others than the default know other sources by name.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or nothing in it fits.
     """
-    stored, description = checkpoint.read(path)
+    stored, description = read(path)
     own = model.state_dict()
     given: Mapping[str, Tensor] = spread_weights(stored["state_dict"], own)
     outputs = dict(_class_outputs(model))
@@ -65,10 +71,13 @@ def _class_outputs(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
 def _rows(
     own: Tensor, given: Tensor, outputs: tuple[int, int], names: Sequence[str], known: Sequence[str]
 ) -> Tensor | None:
-    """The model's own tensor with the rows of the background, and of classes that both know, of another; None: it does not fit."""
+    """The model's own tensor with the rows of the background, and of classes that both know, of another; None: it does not fit.
+
+    Rows behind those of classes are outputs of none, which either may have.
+    """
     background, each = outputs
-    fits = own.shape[0] == background + each * len(names) and given.shape[0] == background + each * len(known)
-    if not fits or own.shape[1:] != given.shape[1:]:
+    ends = background + each * len(names), background + each * len(known)
+    if own.shape[0] < ends[0] or given.shape[0] < ends[1] or own.shape[1:] != given.shape[1:]:
         return None
     rows = own.clone()
     rows[:background] = given[:background]
@@ -77,6 +86,8 @@ def _rows(
             there = background + each * list(known).index(name)
             here = background + each * index
             rows[here : here + each] = given[there : there + each]
+    if rows[ends[0] :].shape == given[ends[1] :].shape:
+        rows[ends[0] :] = given[ends[1] :]
     return rows
 
 

@@ -63,6 +63,7 @@ class Options:
         ckpt_path: checkpoint to go on from, or "last"; None to begin.
         accepted: changes that a training may go on with, of :data:`detpipe.training.resume.CHANGES`.
         init_from: checkpoint whose weights are where training begins; None for none.
+        read: reads that; others than the default know other sources by name.
         ema: decay of averaged weights; None for none.
         early_stopping: validations without a better number, after which training ends; None for none.
         checkpoint: how often a checkpoint is written.
@@ -75,6 +76,7 @@ class Options:
     ckpt_path: str | None = None
     accepted: tuple[str, ...] = ()
     init_from: str | None = None
+    read: Callable[[str | Path], tuple[dict[str, Any], checkpoint.Description]] = checkpoint.read
     ema: float | None = None
     early_stopping: int | None = None
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -137,7 +139,8 @@ def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: T
             _go_on(found, model, task, options, record)
             checkpoint_io.prepared[str(found.path)] = found.stored
         elif options.init_from is not None:
-            print(fine_tuning.load_fitting(model, options.init_from, task.description.class_names))
+            names = task.description.class_names
+            print(fine_tuning.load_fitting(model, options.init_from, names, options.read))
         if first:
             write_text(folder / "config.yaml", options.config)
             print(f"run folder {folder}")

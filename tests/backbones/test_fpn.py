@@ -310,3 +310,13 @@ def test_a_checkpoint_keeps_no_path_of_weights_inside_a_pyramid():
     assert stored["backbone"]["init_args"] == {"network": "resnet18", "weights": None}
     assert stored["out_channels"] == 8
     assert inner["init_args"]["weights"] == "somewhere.pth"
+
+
+def test_levels_of_equal_stride_on_request():
+    fpn = FPN(Maps([4, 6, 6], {"c4": 16, "c5": 32, "c5b": 32}), 8, extra_levels="max_pool", equal_strides=True)
+    assert fpn.strides == {"p4": 16, "p5": 32, "p5b": 32, "p6": 64}
+    assert fpn.roi_strides == {"p4": 16, "p5": 32}  # RoIs are pooled from the first of equal ones
+    levels = fpn(torch.zeros(1, 3, 64, 96))
+    assert [list(level.shape[2:]) for level in levels.values()] == [[4, 6], [2, 3], [2, 3], [1, 2]]
+    with pytest.raises(ValueError, match=r"each coarser than the one before.*leave 'c5' out"):
+        FPN(Maps([4, 6], {"c4": 32, "c5": 16}), 8, equal_strides=True)

@@ -305,3 +305,19 @@ def test_checkpointing_only_where_something_is_trained(monkeypatch):
     checkpointed(network.eval(), images)
     with pytest.raises(AssertionError, match="checkpointed"):
         checkpointed(network.train(), images)
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen", "group"])
+def test_eps_of_every_norm(norm):
+    network = convert_norm(stage(), norm, 0.25)
+    found = [module.eps for module in network.modules() if hasattr(module, "eps")]
+    assert found
+    assert set(found) == {0.25}
+    assert {module.eps for module in convert_norm(stage(), norm).modules() if hasattr(module, "eps")} == {1e-5}
+
+
+def test_eps_is_positive_but_for_frozen_norms():
+    assert Regime(norm="frozen", eps=0.0).eps == 0
+    for norm, eps in (("batch", 0.0), ("frozen", -1.0), ("group", 1.0)):
+        with pytest.raises(ValueError, match=r"eps must be in 0..1"):
+            Regime(norm=norm, eps=eps)

@@ -178,6 +178,8 @@ def test_a_detector_of_other_sizes_is_refused() -> None:
     resize.check_detector(600, 1000)
     with pytest.raises(ValueError, match=r"min_size 600 and max_size 1000 .* model.min_size is 480 and .* is 1000"):
         resize.check_detector(480, 1000)
+    with pytest.raises(ValueError, match=r"model\.resize is 'torchvision'; give resize: null"):
+        resize.check_detector(600, 1000, "torchvision")
 
 
 @pytest.mark.parametrize(

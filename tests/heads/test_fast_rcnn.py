@@ -6,8 +6,9 @@ from samples import pyramid, random_boxes, random_target
 from torch import nn
 
 from detpipe.boxes import encode
-from detpipe.heads import FastRCNNHead, Postprocess, RoISampler
+from detpipe.heads import ClassLoss, FastRCNNHead, Objective, Postprocess, RoISampler
 from detpipe.heads import base as module
+from detpipe.heads.layers import Convolutions, ResidualStage
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool
 
 STRIDES = {"c3": 8, "c4": 16}
@@ -216,3 +217,62 @@ def test_one_image_can_be_overfitted():
         optimizer.step()
         first, last = (loss.item() if step == 0 else first), loss.item()
     assert last < 0.1 * first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kinds"),
+    [
+        ({"conv": Convolutions([12, 6], "batch"), "fc": [16]}, "Conv2d BatchNorm2d ReLU " * 2 + "Flatten Linear ReLU"),
+        ({"conv": Convolutions([6]), "fc": [16]}, "Conv2d ReLU Flatten Linear ReLU"),
+        ({"conv": ResidualStage(32, 2), "fc": []}, "Bottleneck Bottleneck AdaptiveAvgPool2d Flatten"),
+        ({"conv": ResidualStage(32, 1, True), "fc": [16]}, "Bottleneck AdaptiveAvgPool2d Flatten Linear ReLU"),
+    ],
+)
+def test_layers_before_the_fully_connected_ones(arguments, kinds):
+    head = make(**arguments).train()
+    assert [type(module).__name__ for module in head.shared] == kinds.split()
+    features, proposals, targets = inputs()
+    _, losses = head(features, proposals, SIZES, targets)
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+    detections, _ = head.eval()(features, proposals, SIZES)
+    assert len(detections) == 3
+
+
+def test_the_stride_is_where_it_is_said():
+    for in_1x1 in (False, True):
+        first = make(conv=ResidualStage(32, 2, in_1x1), fc=[]).shared[0]
+        assert (first.conv1.stride, first.conv2.stride) == (((2, 2), (1, 1)) if in_1x1 else ((1, 1), (2, 2)))
+
+
+def test_extra_outputs_take_part_in_the_softmax_and_are_dropped():
+    head = make(extra_outputs=2, postprocess=Postprocess(score_threshold=0.0)).eval()
+    features, proposals, _ = inputs((5, 5, 5))
+    with torch.no_grad():
+        head.classifier.weight.zero_()
+        head.classifier.bias.zero_()
+    classes = head.num_classes
+    assert head.classifier.out_features == classes + 3
+    assert head.regressor.out_features == 4 * classes
+    boxes = torch.stack([part[:5] for part in proposals])
+    found = head.detect(features, boxes, SIZES, torch.ones(3, 5, dtype=torch.bool))
+    assert found.scores.shape == (3, 5, classes)
+    assert torch.allclose(found.scores, torch.tensor(1 / (classes + 3)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"extra_outputs": -1}, "extra_outputs of 0 or more"),
+        ({"extra_outputs": 2, "objective": Objective(ClassLoss("seesaw"))}, "seesaw counts classes, and extra_outputs=2"),
+        ({"conv": Convolutions([4]), "glimpse": "affine"}, "no glimpse with conv"),
+        ({"fc": []}, "expected at least one layer in fc"),
+        ({"conv": Convolutions([4]), "fc": []}, "expected at least one layer in fc"),
+    ],
+)
+def test_bad_layers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+    for wrong in (lambda: Convolutions([]), lambda: Convolutions([4], "layer"), lambda: ResidualStage(6)):
+        with pytest.raises(ValueError, match="conv: expected"):
+            wrong()

@@ -140,3 +140,12 @@ def test_no_proposals(boxes_each):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Postprocess(**arguments)
+
+
+def test_small_detections_are_dropped_before_suppression():
+    boxes = torch.tensor([[[[5.0, 5.0, 5.005, 9.0]], [[5.0, 5.0, 9.0, 9.0]]]])
+    scores, valid = torch.tensor([[[0.9], [0.8]]]), torch.ones(1, 2, dtype=torch.bool)
+    assert len(Postprocess()(scores, boxes, valid, [(20, 20)])[0]["scores"]) == 2
+    assert Postprocess(min_size=0.01)(scores, boxes, valid, [(20, 20)])[0]["scores"].tolist() == pytest.approx([0.8])
+    with pytest.raises(ValueError, match="min_size not negative"):
+        Postprocess(min_size=-1.0)

@@ -100,3 +100,16 @@ def test_flat_sizes_are_dealt_in_their_order():
 def test_sizes_for_other_levels():
     with pytest.raises(ValueError, match="given for 1 levels, but there are 2"):
         Anchors(sizes=[[8]]).grids([(1, 1), (1, 1)], [8, 16])
+
+
+def test_measured_strides_are_those_of_torchvision_by_axis():
+    theirs = AnchorGenerator(((8,), (16,)), ((0.5, 1.0, 2.0),) * 2)
+    ours = Anchors(sizes=[[8.0], [16.0]], offset=0.0, rounded=True, measured=True)
+    for side in ((96, 160), (100, 130), (33, 200)):
+        cells = [(-(-side[0] // 16), -(-side[1] // 16)), (-(-side[0] // 32), -(-side[1] // 32))]
+        images = ImageList(torch.zeros(1, 3, *side), [side])
+        [wanted] = theirs(images, [torch.zeros(1, 1, *size) for size in cells])
+        given = torch.cat([grid.boxes() for grid in ours.grids(cells, [16, 32], batch=side)])
+        assert torch.equal(given, wanted)
+    with pytest.raises(ValueError, match="measured strides need the height and width of the batch"):
+        ours.grids(cells, [16, 32])

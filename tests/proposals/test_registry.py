@@ -14,7 +14,7 @@ from detpipe.types import PixelFormat
 
 from .needs import PLACES, contrib, planted, scikit_image
 
-NAMES = ("selective_search", "opencv_selective_search", "superpixels", "edge_boxes", "dense_grid")
+NAMES = ("selective_search", "opencv_selective_search", "superpixels", "edge_boxes", "dense_grid", "detector")
 each_source = pytest.mark.parametrize(
     "name",
     [

@@ -150,3 +150,21 @@ def test_not_finite(value, what):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         ProposalSelection(**arguments)
+
+
+def test_a_threshold_of_probability_and_ranks_in_which_high_logits_are_equal():
+    boxes = torch.tensor(
+        [[0.0, 0.0, 9.0, 9.0], [20.0, 0.0, 29.0, 9.0], [0.0, 20.0, 9.0, 29.0], [20.0, 20.0, 29.0, 29.0]]
+    )
+    logits, deltas = torch.tensor([[30.0, -1.0, 40.0, 0.0]]), torch.zeros(1, 4, 4)
+
+    def order(**settings) -> list[float]:
+        selection = ProposalSelection(**settings)
+        return selection(logits, deltas, boxes, [2, 2], [(40, 40)], training=False)[1][0].tolist()
+
+    assert order() == [40.0, 30.0, 0.0, -1.0]
+    assert order(score_threshold=0.5) == [40.0, 30.0, 0.0]  # the sigmoid of 0 is .5: at least
+    assert order(rank_by="probability") == [30.0, 40.0, 0.0, -1.0]  # equal in float32: the first level comes first
+    for wrong in ({"score_threshold": 1.5}, {"rank_by": "score"}):
+        with pytest.raises(ValueError, match=r"expected score_threshold in 0..1 and rank_by"):
+            ProposalSelection(**wrong)

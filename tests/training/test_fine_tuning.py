@@ -11,7 +11,7 @@ import torch
 from detpipe import cli
 from detpipe.support.errors import CheckpointError
 from detpipe.training.checkpoint import Description
-from detpipe.training.fine_tuning import load_fitting
+from detpipe.training.fine_tuning import _rows, load_fitting
 from detpipe.training.models import load_classifier, load_detector
 
 
@@ -123,3 +123,14 @@ def test_a_requeued_fine_tuning_goes_on_instead_of_beginning(trained, demo_root,
     shown = capsys.readouterr().out
     assert f"going on from {tmp_path / 'run' / 'last.ckpt'}, step 3" in shown
     assert "outputs of" not in shown
+
+
+def test_rows_behind_those_of_classes_belong_to_none():
+    own, given = torch.zeros(1 + 2 + 3, 4), torch.arange(1.0, 7.0)[:, None].expand(6, 4)
+    taken = _rows(own, given, (1, 1), ("dog", "new"), ("cat", "dog"))
+    assert taken is not None
+    assert taken[:, 0].tolist() == [1, 3, 0, 4, 5, 6]  # background, dog, new, as many others as there are
+    taken = _rows(own, given[:4], (1, 1), ("dog", "new"), ("cat", "dog", "owl"))
+    assert taken is not None
+    assert taken[:, 0].tolist() == [1, 3, 0, 0, 0, 0]
+    assert _rows(own, given[:3], (1, 1), ("dog", "new"), ("cat", "dog", "owl")) is None
