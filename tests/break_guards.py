@@ -1,8 +1,8 @@
 """Takes guards out of the package at random, one at a time, and says whether the tests notice.
 
-A guard is a ``raise``, or a report to ``faults``. The tests run once on a copy of the repository in which each guard writes down the
-test that reaches it. Then each guard that is drawn is replaced by ``pass``, and the tests that reach it run. A guard that no test
-reaches is not noticed. Exit status 1 if there is one.
+A guard is a ``raise``, or a report to ``faults``. The tests run once on a copy of the repository in which each guard writes down
+the test that reaches it. Then each guard that is drawn is replaced by ``pass``, and the tests that reach it run. A guard that no
+test reaches is not noticed. Exit status 1 if there is one.
 
     python tests/break_guards.py --seed 0 --count 40
     python tests/break_guards.py --reached reached.txt --slow
@@ -148,9 +148,8 @@ def main() -> int:
             outcome = "noticed" if noticed else f"NOT NOTICED, reached by {len(reaching[name])} tests"
             print(f"{name}: {outcome}: {ast.unparse(guard)[:90]}", flush=True)
     reached_at_all = sum(bool(reaching[f"{file}:{guard.lineno}"]) for file, guard in known)
-    print(
-        f"{len(known)} guards, {reached_at_all} reached; seed {options.seed}: {options.count - unnoticed} of {options.count} noticed"
-    )
+    noticed = f"{options.count - unnoticed} of {options.count} noticed"
+    print(f"{len(known)} guards, {reached_at_all} reached; seed {options.seed}: {noticed}")
     return int(unnoticed > 0)
 
 

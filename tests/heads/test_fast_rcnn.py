@@ -264,7 +264,10 @@ def test_extra_outputs_take_part_in_the_softmax_and_are_dropped():
     ("arguments", "message"),
     [
         ({"extra_outputs": -1}, "extra_outputs of 0 or more"),
-        ({"extra_outputs": 2, "objective": Objective(ClassLoss("seesaw"))}, "seesaw counts classes, and extra_outputs=2"),
+        (
+            {"extra_outputs": 2, "objective": Objective(ClassLoss("seesaw"))},
+            "seesaw counts classes, and extra_outputs=2",
+        ),
         ({"conv": Convolutions([4]), "glimpse": "affine"}, "no glimpse with conv"),
         ({"fc": []}, "expected at least one layer in fc"),
         ({"conv": Convolutions([4]), "fc": []}, "expected at least one layer in fc"),
