@@ -103,7 +103,7 @@ def _training(views: Views) -> tuple[albumentations.BasicTransform, ...]:
 
     size = (views.size, views.size)
     crop = albumentations.RandomResizedCrop(size, views.scale, views.ratio, area_for_downscale="image", p=1.0)
-    color = (color_jitter(*[views.color] * 3, HUE * views.color),) if views.color else ()
+    color = (color_jitter(views.color, views.color, views.color, HUE * views.color),) if views.color else ()
     return crop, albumentations.HorizontalFlip(p=views.flip), *color
 
 

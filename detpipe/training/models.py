@@ -59,6 +59,21 @@ def load_region_model(path: str | Path, trust: Sequence[str] = ()) -> tuple[Ligh
 def _load(path: str | Path, kind: str, trust: Sequence[str]) -> Any:
     checkpoint, description = read(path)
     _check_kind(path, description.model, kind)
+    return rebuild(path, checkpoint, description, kind, trust), description
+
+
+def rebuild(
+    path: str | Path,
+    checkpoint: dict[str, Any],
+    description: Description,
+    kind: str = "a detector",
+    trust: Sequence[str] = (),
+) -> Any:
+    """Build the model of a description in evaluation mode, with the weights of a checkpoint that was read.
+
+    Raises:
+        CheckpointError: as of :func:`load_detector`; it names ``path``.
+    """
     kind_of_model, follows, _ = _KINDS[kind]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--num_classes", type=int)
@@ -82,7 +97,7 @@ def _load(path: str | Path, kind: str, trust: Sequence[str]) -> Any:
             f"checkpoint {path}: its model cannot be built by this version: {reason or type(error).__name__}"
         ) from error
     load_weights(model, checkpoint, path)
-    return model.eval(), description
+    return model.eval()
 
 
 def _check_kind(path: str | Path, model: dict[str, Any], kind: str) -> None:

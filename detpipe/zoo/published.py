@@ -26,7 +26,7 @@ from detpipe.support.errors import CheckpointError, DataError, UsageError
 from detpipe.support.suggest import did_you_mean
 from detpipe.training import checkpoint
 from detpipe.training.checkpoint import Description
-from detpipe.training.models import add_model, load_detector, rebuild
+from detpipe.training.models import load_detector, rebuild
 from detpipe.zoo.detectron2 import cascade_rcnn_fpn, fast_rcnn_fpn, faster_rcnn_c4, faster_rcnn_fpn, to_own_names
 from detpipe.zoo.torchvision_models import settings_of, state_of
 
@@ -225,7 +225,7 @@ def _build(name: str, entry: Entry, weights: str | None) -> tuple[TwoStageDetect
         settings = entry.settings()
         state = _detectron2_state(name, settings, file)
     description = Description(_in_full(settings), *classes_of(entry))
-    return rebuild(file, {"state_dict": state}, description, add_model), description
+    return rebuild(file, {"state_dict": state}, description), description
 
 
 def _in_full(settings: Any) -> Any:

@@ -32,7 +32,7 @@ from detpipe.boxes import DELTA_WEIGHTS
 from detpipe.detector import TwoStageDetector
 from detpipe.stages import Backbone
 from detpipe.training.checkpoint import Description
-from detpipe.training.models import add_model, rebuild
+from detpipe.training.models import rebuild
 from detpipe.types import Features, PixelFormat
 
 ALL = 1_000_000  # candidates of an image: torchvision suppresses among all of them
@@ -114,7 +114,7 @@ def from_torchvision(model: FasterRCNN) -> TwoStageDetector:
     state = state_of(model, settings)
     names = tuple(str(label + 1) for label in range(_count(model)))
     description = Description(settings, names, tuple(range(1, len(names) + 1)))
-    detector: TwoStageDetector = rebuild("torchvision's FasterRCNN", {"state_dict": state}, description, add_model)
+    detector: TwoStageDetector = rebuild("torchvision's FasterRCNN", {"state_dict": state}, description)
     own = dict(detector.named_parameters())
     for name, value in _renamed(dict(model.named_parameters()), settings).items():
         if name in own:

@@ -51,7 +51,7 @@ def build_steps(augment: AugmentSettings) -> tuple[Step, ...]:
         steps.append(SafeCropStep(augment.safe_crop, augment.min_visibility))
     steps += [named_step(transform) for transform in augment.transforms]
     if augment.color:
-        steps.append(color_jitter(*[augment.color] * 3, HUE * augment.color))
+        steps.append(color_jitter(augment.color, augment.color, augment.color, HUE * augment.color))
     if augment.photometric is not None:
         steps += _photometric_steps(augment.photometric)
     if augment.degrade is not None:
@@ -160,8 +160,8 @@ def named_step(transform: Transform) -> Step:
 
 def color_jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float = 1.0) -> Step:
     """Change brightness, contrast and saturation, each by a factor of 0.6 to 1.4 for a strength of 0.4, and turn the hue."""
-    factors = [(1 - strength, 1 + strength) for strength in (brightness, contrast, saturation)]
-    return albumentations.ColorJitter(*factors, (-hue, hue), p=p)
+    light, contrasts, colors = ((1 - strength, 1 + strength) for strength in (brightness, contrast, saturation))
+    return albumentations.ColorJitter(light, contrasts, colors, (-hue, hue), p=p)
 
 
 def _photometric_steps(s: Photometric) -> list[Step]:
