@@ -39,7 +39,7 @@ import torchvision.io
 from PIL import Image
 from torch import Tensor
 
-from detpipe.datasets import planes
+import detpipe.datasets.planes as planes
 from detpipe.datasets.planes import MAX_PIXELS, Planes, Refused
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special

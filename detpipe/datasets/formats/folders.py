@@ -151,12 +151,13 @@ class Entries:
     """Finds what names in annotations, lists and descriptions mean on this machine; folders are listed once."""
 
     def __init__(self) -> None:
-        self._listed: dict[Path, tuple[set[str], dict[str, str]]] = {}
+        self._names: dict[Path, set[str]] = {}
+        self._loose: dict[Path, dict[str, str]] = {}
 
     def holds(self, folder: Path, name: str) -> bool:
         """Whether a file of a folder, or below it, is called exactly so."""
         inner, _, base = name.rpartition("/")
-        return base in self._list(folder / inner)[0]
+        return base in self._list(folder / inner if inner else folder)
 
     def find(self, folder: Path, entry: str) -> Path | None:
         """Find a file or folder: where its first folders are not there, the longest end of the path that is; None if nothing is.
@@ -182,20 +183,21 @@ class Entries:
     def _loosely(self, folder: Path, parts: Sequence[str]) -> Path | None:
         path = folder
         for part in parts:
-            names = self._list(path)[1]
-            name = names.get(part.lower()) or (names.get(_stem(part)) if is_image(part) else None)
+            if path not in self._loose:
+                names = sorted(self._list(path))
+                images = {_stem(name): name for name in image_names(names) if is_image(name)}
+                self._loose[path] = images | {name.lower(): name for name in names}
+            known = self._loose[path]
+            name = known.get(part.lower()) or (known.get(_stem(part)) if is_image(part) else None)
             if name is None:
                 return None
             path = path / name
         return path
 
-    def _list(self, folder: Path) -> tuple[set[str], dict[str, str]]:
-        """The names in a folder; and name in small letters, for images without suffix too -> name."""
-        if folder not in self._listed:
-            names = sorted(os.listdir(folder)) if folder.is_dir() else []
-            images = {_stem(name): name for name in image_names(names) if is_image(name)}
-            self._listed[folder] = set(names), images | {name.lower(): name for name in names}
-        return self._listed[folder]
+    def _list(self, folder: Path) -> set[str]:
+        if folder not in self._names:
+            self._names[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+        return self._names[folder]
 
 
 def _stem(name: str) -> str:
