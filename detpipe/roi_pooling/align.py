@@ -8,8 +8,8 @@ Deviations:
 2. A sample up to one cell outside the map is moved onto its border; one further out is 0 and still counts in the average.
 
 Convention: boxes are xyxy with continuous edges, x before y, in pixels (``spatial_scale`` cells each) or relative to the
-map (``normalized=True``). Differentiable in the features, and in the boxes except where a sample crosses a cell's center;
-the number of adaptive samples is a constant of the gradient.
+map (``normalized=True``). Differentiable in the features and in the boxes; where a sample lies on a cell's center, the slope
+is the one to the right. The number of adaptive samples is a constant of the gradient.
 
 N images, C channels, R boxes of the batch, P boxes an image, h x w bins.
 """
@@ -32,7 +32,15 @@ from detpipe.roi_pooling.axis import (
     merge_samples,
     sample_points,
 )
-from detpipe.roi_pooling.layouts import Boxes, check_features, read_boxes, read_output_size, read_scale, to_rois
+from detpipe.roi_pooling.layouts import (
+    Boxes,
+    check_features,
+    looks_at_values,
+    read_boxes,
+    read_output_size,
+    read_scale,
+    to_rois,
+)
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.placement import Placement, bin_edges, place, static_bound
 from detpipe.roi_pooling.pooler import RoIPooler, read_levels
@@ -97,9 +105,12 @@ def align(placement: Placement, size: tuple[int, int], sampling_ratio: int, alig
     if reduce == "max":
         return _largest(placement, axes, size, sampling_ratio)
     if sampling_ratio > 0:
-        y, x = along_both(
-            axes, lambda start, step, extent, bins: fixed_samples(start, step, extent, bins, sampling_ratio)
-        )
+        checked = looks_at_values(placement.boxes)
+
+        def sample(start: Tensor, step: Tensor, extent: Tensor, bins: int) -> AxisTaps:
+            return fixed_samples(start, step, extent, bins, sampling_ratio, ascending=checked)
+
+        y, x = along_both(axes, sample)
     else:
         bound = static_bound(placement)
         y, x = along_both(axes, lambda start, step, extent, bins: adaptive_samples(start, step, extent, bins, bound))
@@ -111,7 +122,7 @@ def _largest(placement: Placement, axes: tuple[Axis, Axis], size: tuple[int, int
     if sampling_ratio > 0 or len(placement.boxes) == 0:
         samples = max(sampling_ratio, 1)
         counts = [torch.full_like(axis[1], samples) for axis in axes]
-        return _largest_of(placement, axes, size, counts, (samples, samples))
+        return _largest_of(placement, axes, size, counts, (samples, samples), adaptive=False)
     counts = [axis[1].detach().ceil().clamp(min=1) for axis in axes]
     # boxes with similar numbers of samples, up to the next power of two, are pooled together
     doublings = [count.log2().ceil().long() for count in counts]
@@ -123,13 +134,18 @@ def _largest(placement: Placement, axes: tuple[Axis, Axis], size: tuple[int, int
         part_axes = tuple((start[rows], step[rows], extent[rows], bins) for start, step, extent, bins in axes)
         part_counts = [count[rows] for count in counts]
         most = (int(part_counts[0].max()), int(part_counts[1].max()))
-        parts.append(_largest_of(part, part_axes, size, part_counts, most))
+        parts.append(_largest_of(part, part_axes, size, part_counts, most, adaptive=True))
         order.append(rows)
     return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 def _largest_of(
-    placement: Placement, axes: Sequence[Axis], size: tuple[int, int], counts: Sequence[Tensor], most: tuple[int, int]
+    placement: Placement,
+    axes: Sequence[Axis],
+    size: tuple[int, int],
+    counts: Sequence[Tensor],
+    most: tuple[int, int],
+    adaptive: bool,
 ) -> Tensor:
     """Pool ``most`` samples along each axis of each bin; where a box has fewer, its last sample is repeated."""
     taps: list[AxisTaps] = []
@@ -137,6 +153,8 @@ def _largest_of(
         index = torch.arange(samples, device=start.device, dtype=start.dtype)
         index = index.minimum(count[:, None] - 1)[:, None]
         point = sample_points(start, step, bins, index, count[:, None, None])  # [R, B, S]
+        if adaptive:
+            point = point.where(step[:, None, None] > 0, -2.0)  # no area has no samples: all of them lie outside
         taps.append(merge_samples(point.flatten(1)[..., None], extent))
     single = pool_separable(placement.table, placement.chosen, *taps)
     return torch.nn.functional.max_pool2d(single, most)

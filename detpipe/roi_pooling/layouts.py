@@ -175,13 +175,14 @@ def unchecked_values() -> Iterator[None]:
         _UNCHECKED.reset(token)
 
 
-def _looks_at_values(tensor: Tensor) -> bool:
+def looks_at_values(tensor: Tensor) -> bool:
+    """Say whether values of boxes are checked: where they are not, a box may end before it begins."""
     return (tensor.device.type == "cpu" or torch.is_anomaly_enabled()) and not _UNCHECKED.get()
 
 
 @operator("checked_boxes")
 def _checked_boxes(boxes: Tensor, sides: str) -> Tensor:
-    if _looks_at_values(boxes):
+    if looks_at_values(boxes):
         rotated = sides.endswith("angle")
         size = boxes[:, 2:4] if rotated else boxes[:, 2:] - boxes[:, :2]
         good = (size > 0) & (size < math.inf)  # false for NaN; an infinite edge makes an infinite size or NaN
@@ -217,7 +218,7 @@ def _(info, in_dims, boxes: Tensor, sides: str) -> tuple[Tensor, int]:
 @operator("checked_images")
 def _checked_images(image: Tensor, images: int) -> Tensor:
     whole = image.to(torch.int64)
-    if _looks_at_values(image):
+    if looks_at_values(image):
         good = (whole == image) & (whole >= 0) & (whole < images)
         if not good.all():
             row = int((~good).nonzero()[0])

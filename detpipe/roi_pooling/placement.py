@@ -14,6 +14,7 @@ from torch import Tensor
 from detpipe.roi_pooling.axis import Axis, split_evenly
 from detpipe.roi_pooling.layouts import RoIs
 from detpipe.roi_pooling.maps import CellTable, cell_table, geometry, per_map
+from detpipe.roi_pooling.operators import is_batched
 
 
 class Placement(NamedTuple):
@@ -90,8 +91,3 @@ def static_bound(placement: Placement) -> int | None:
     if placement.boxes.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(placement.boxes):
         return None
     return max(max(size) for size in placement.table.sizes)
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Say whether a tensor stands for several inside ``torch.func.vmap``, where no value can be looked at."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,6 +14,7 @@ N images, L levels, R boxes, h x w bins, H x W cells of a map.
 """
 
 # Triton annotates its functions as they are on the host; compiled, its loops and tensors are something else.
+# ruff: noqa: RET505 (a return in a branch that is chosen by the compiler needs its else)
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
 
@@ -252,8 +253,10 @@ def read_box(
     LEVELS: tl.constexpr, LAYOUT: tl.constexpr, LEVEL_GIVEN: tl.constexpr,
     NORMALIZED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Read box r, one number or many: image, -1 where nothing is pooled, level, height and width of its map, start and size
-    of bins along y, and along x.
+    """Read box r, one number or many.
+
+    Returns:
+        Image, -1 where nothing is pooled, level, height and width of its map, start and size of bins along y and along x.
     """
     image, at = read_image(boxes, stride_box, stride_side, ends, per_image, images, r, exists, LAYOUT)
     x1 = tl.load(at, mask=exists, other=0.0).to(EXACT)
@@ -362,6 +365,6 @@ def weight(cell, start, size, bin, extent, SAMPLES: tl.constexpr):
                 total += tl.where(first + k < samples, share, 0.0)
             return divide(total, total * 0 + samples)
         else:
-            for k in tl.static_range(SAMPLES):
+            for k in tl.range(0, SAMPLES, loop_unroll_factor=4):
                 total += hat(sample_point(start, size, bin, k, SAMPLES), cell, extent)
             return total * (1.0 / SAMPLES)
