@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,14 @@ _UNCHECKED = ContextVar("unchecked", default=False)
 
 class LayoutError(ValueError, AssertionError):
     """Boxes in a layout that no operator reads: a ValueError, and for code written against torchvision an AssertionError."""
+
+
+class RawBoxes(NamedTuple):
+    """Boxes as they were given."""
+
+    boxes: Tensor  # [R, 1 + B] with the image first, [N, P, B], or [R, B] with the ends of each image's boxes
+    ends: list[int]  # for each image of a list the number of boxes up to its last one
+    lead: tuple[int, ...]  # (R,) or (N, P): the leading dimensions of the result
 
 
 class RoIs(NamedTuple):
@@ -56,9 +65,26 @@ def read_boxes(boxes: Boxes, features: Tensor, sides: str = SIDES) -> RoIs:
         ValueError: not floating-point, on another device, a list of another length than N, an index of an image that
             is not there, or a box that is not finite or has no area.
     """
+    return read_values(read_raw_boxes(boxes, features, sides), features, sides)
+
+
+def read_raw_boxes(boxes: Boxes, features: Tensor, sides: str = SIDES) -> RawBoxes:
+    """Read boxes in any of the three layouts without a look at their values; a list is put into one tensor.
+
+    Args:
+        boxes: ``[R, 1 + B]`` with the image's index first, a list of N tensors ``[P_i, B]``, or ``[N, P, B]``.
+        features: ``[N, C, H, W]``; the boxes must be on its device.
+        sides: names of the B numbers of a box.
+
+    Returns:
+        The boxes, differentiable.
+
+    Raises:
+        LayoutError: another shape (a ValueError and an AssertionError).
+        ValueError: not floating-point, on another device, or a list of another length than N.
+    """
     count = sides.count(",") + 1
     images = features.shape[0]
-    dtype = torch.promote_types(features.dtype, torch.float32)
     if isinstance(boxes, Tensor):
         if not (boxes.ndim == 2 and boxes.shape[1] == count + 1) and not (boxes.ndim == 3 and boxes.shape[2] == count):
             raise LayoutError(
@@ -66,29 +92,36 @@ def read_boxes(boxes: Boxes, features: Tensor, sides: str = SIDES) -> RoIs:
                 f"got {list(boxes.shape)}"
             )
         _check_tensor("boxes", boxes, features)
-        if boxes.ndim == 3:
-            if boxes.shape[0] != images:
-                raise ValueError(f"boxes {list(boxes.shape)} are of {boxes.shape[0]} images, features of {images}")
-            image = _image_index([boxes.shape[1]] * images, boxes.device)
-            lead, boxes = (boxes.shape[0], boxes.shape[1]), boxes.flatten(0, 1).to(dtype)
-        else:
-            exact = boxes.to(torch.promote_types(dtype, boxes.dtype))
-            image = torch.ops.detpipe.checked_images(exact[:, 0], images)
-            lead, boxes = (boxes.shape[0],), exact[:, 1:].to(dtype)
+        if boxes.ndim == 3 and boxes.shape[0] != images:
+            raise ValueError(f"boxes {list(boxes.shape)} are of {boxes.shape[0]} images, features of {images}")
+        return RawBoxes(boxes, [], tuple(boxes.shape[:-1]))
+    boxes = list(boxes)
+    for index, box in enumerate(boxes):
+        if not isinstance(box, Tensor) or box.ndim != 2 or box.shape[1] != count:
+            shape = list(box.shape) if isinstance(box, Tensor) else type(box).__name__
+            raise LayoutError(f"boxes[{index}] must be [P, {count}] ({sides}), got {shape}")
+        _check_tensor(f"boxes[{index}]", box, features)
+    if len(boxes) != images:
+        raise ValueError(f"boxes must be a list of one tensor an image: {len(boxes)} for {images} images")
+    ends = list(accumulate(box.shape[0] for box in boxes))
+    return RawBoxes(torch.cat(boxes) if boxes else features.new_zeros((0, count)), ends, (ends[-1] if ends else 0,))
+
+
+def read_values(raw: RawBoxes, features: Tensor, sides: str = SIDES) -> RoIs:
+    """Read the values of boxes, and check them as :func:`read_boxes` does."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    boxes, images = raw.boxes, features.shape[0]
+    if boxes.ndim == 3:
+        image = _image_index([boxes.shape[1]] * images, boxes.device)
+        boxes = boxes.flatten(0, 1).to(dtype)
+    elif boxes.shape[1] > sides.count(",") + 1:
+        exact = boxes.to(torch.promote_types(dtype, boxes.dtype))
+        image = torch.ops.detpipe.checked_images(exact[:, 0], images)
+        boxes = exact[:, 1:].to(dtype)
     else:
-        boxes = list(boxes)
-        for index, box in enumerate(boxes):
-            if not isinstance(box, Tensor) or box.ndim != 2 or box.shape[1] != count:
-                shape = list(box.shape) if isinstance(box, Tensor) else type(box).__name__
-                raise LayoutError(f"boxes[{index}] must be [P, {count}] ({sides}), got {shape}")
-            _check_tensor(f"boxes[{index}]", box, features)
-        if len(boxes) != images:
-            raise ValueError(f"boxes must be a list of one tensor an image: {len(boxes)} for {images} images")
-        sizes = [box.shape[0] for box in boxes]
-        image = _image_index(sizes, features.device)
-        boxes = torch.cat([box.to(dtype) for box in boxes]) if boxes else features.new_zeros((0, count), dtype=dtype)
-        lead = (sum(sizes),)
-    return RoIs(image, torch.ops.detpipe.checked_boxes(boxes, sides), lead)
+        image = _image_index([end - begin for begin, end in pairwise([0, *raw.ends])], boxes.device)
+        boxes = boxes.to(dtype)
+    return RoIs(image, torch.ops.detpipe.checked_boxes(boxes, sides), raw.lead)
 
 
 def to_rois(boxes: Boxes) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,8 +57,27 @@ class FPNLevels:
         Returns:
             ``[R]`` int64 in 0..len(strides) - 1.
         """
-        side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=1e-6).sqrt()
-        wanted = math.log2(self.canonical_stride) + torch.log2(side / self.canonical_size) + 1e-6
-        wanted = wanted.floor() if self.rounding == "floor" else wanted.round()
-        offered = torch.cat([wanted.new_full((1,), math.log2(stride)) for stride in strides])
-        return (wanted[:, None] - offered).abs().argmin(dim=1)
+        return level_of_area((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), self.areas(strides))
+
+    def areas(self, strides: Sequence[int]) -> list[float]:
+        """Tell the area in square pixels from which on a box belongs to each level but the first.
+
+        Args:
+            strides: of the levels, finest first.
+
+        Returns:
+            ``len(strides) - 1`` numbers, ascending.
+        """
+        half, octaves = 0.5 if self.rounding == "nearest" else 0.0, [math.log2(stride) for stride in strides]
+        # the first whole number that is nearer to the coarser of two; of equal ones the first is taken
+        nearer = [math.floor((a + b) / 2) + 1 if a < b else math.inf for a, b in pairwise(octaves)]
+        steps = [whole - half - math.log2(self.canonical_stride) - 1e-6 for whole in nearer]
+        return [(self.canonical_size * 2.0**step) ** 2 for step in steps]
+
+
+def level_of_area(area: Tensor, areas: Sequence[float]) -> Tensor:
+    """Choose levels as the kernels of CUDA do: ``[R]`` int64, how many of ascending areas are reached."""
+    level = torch.zeros_like(area, dtype=torch.int64)
+    for least in areas:
+        level += area >= least
+    return level

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 
 from torch import Tensor, nn
 
@@ -31,9 +31,9 @@ class RoIPooler(nn.Module, ABC):
         self.output_size: tuple[int, int] = read_output_size(output_size)
         self.levels = levels
 
-    @abstractmethod
     def pool(self, placement: Placement) -> Tensor:
-        """Pool placed boxes: ``[R, C, h, w]``."""
+        """Pool placed boxes: ``[R, C, h, w]``. What a pooler defines that has no ``forward`` of its own."""
+        raise NotImplementedError(f"{type(self).__name__} must define pool or forward")
 
     def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
         """Pool each box from the level that suits its size.

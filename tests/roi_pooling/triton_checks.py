@@ -184,7 +184,7 @@ def check_separable_weight_grad(device: str = "cpu") -> None:
 
 
 def check_no_boxes_and_far_boxes(device: str = "cpu") -> None:
-    from detpipe.roi_pooling import triton_max, triton_separable
+    from detpipe.roi_pooling import triton_separable
 
     given = Case((2, (3, 4), 0, 2, 3, 5)).to(device)
     assert triton_separable.separable(given.rows, *given.where, *given.taps).shape == (0, 2, 3, 5)
@@ -192,10 +192,6 @@ def check_no_boxes_and_far_boxes(device: str = "cpu") -> None:
     cells = (given.y_cell, given.x_cell)
     grads = triton_separable.separable_weight_grad(given.grad, given.rows, *given.where, *cells, given.x_weight, 0)
     assert grads.shape == given.y_weight.shape
-    ranges = (given.y_cell[..., :2], given.x_cell[..., :2])
-    out, winner = triton_max.range_max(given.rows, *given.where, *ranges, True)
-    assert out.shape == winner.shape == (0, 2, 3, 5)
-    assert triton_max.scatter_argmax(out, winner, *given.where).shape == given.rows.shape
 
     given = Case((1, (3, 4), 2, 2, 3, 5)).to(device)  # off the map: bins without cells
     given.y_cell.fill_(-1)
@@ -206,43 +202,6 @@ def check_no_boxes_and_far_boxes(device: str = "cpu") -> None:
         cells = (given.y_cell, given.x_cell)
         grads = triton_separable.separable_weight_grad(given.grad, given.rows, *given.where, *cells, other, axis)
         assert not grads.any()
-
-
-def ranges(boxes: int, bins: int, extents: Tensor) -> Tensor:
-    low = torch.randint(0, 99, (boxes, bins)) % (extents[:, None] + 1)
-    return torch.stack((low, torch.minimum(low + torch.randint(0, 5, (boxes, bins)), extents[:, None])), -1).int()
-
-
-def check_range_max_and_its_gradient(device: str = "cpu") -> None:
-    from detpipe.roi_pooling.triton_max import range_max, scatter_argmax
-
-    for case, dtype in CASES:
-        given = Case(case, dtype)
-        given.rows = (given.rows.float() * 2).round().to(dtype)  # many equal cells
-        given.rows[0, 0], given.rows[-1, -1], given.rows[:, 1] = torch.nan, torch.nan, -torch.inf
-        y = ranges(len(given.chosen), given.h, torch.tensor([place[1] for place in given.maps]))
-        x = ranges(len(given.chosen), given.w, torch.tensor([place[2] for place in given.maps]))
-        y[0], x[0] = torch.tensor([0, given.maps[0][1]]), torch.tensor([0, given.maps[0][2]])  # the whole map
-        out = torch.zeros_like(given.grad)
-        winner = torch.full(out.shape, -1, dtype=torch.int32)
-        scattered = torch.zeros(given.rows.shape, dtype=torch.float64)
-        for r, i, j in torch.cartesian_prod(*(torch.arange(size) for size in out.shape[:3])).tolist():
-            first, _, width = given.maps[r]
-            for cell in [a * width + b for a in range(*y[r, i].tolist()) for b in range(*x[r, j].tolist())]:
-                value, best = given.rows[first + cell], out[r, i, j]
-                wins = (winner[r, i, j] < 0) | (value > best) | (value.isnan() & ~best.isnan())
-                out[r, i, j] = torch.where(wins, value, best)
-                winner[r, i, j] = torch.where(wins, cell, winner[r, i, j])
-            for c in torch.nonzero(winner[r, i, j] >= 0)[:, 0].tolist():
-                scattered[first + int(winner[r, i, j, c]), c] += given.grad[r, i, j, c].double()
-        given.to(device)
-        found, at = range_max(given.rows, *given.where, y.to(device), x.to(device), True)
-        assert torch.equal(found.cpu().nan_to_num(99), out.nan_to_num(99))
-        assert torch.equal(at.cpu(), winner)
-        found, nothing = range_max(given.rows, *given.where, y.to(device), x.to(device), False)
-        assert torch.equal(found.cpu().nan_to_num(99), out.nan_to_num(99))
-        assert nothing is None
-        same(twice(lambda: scatter_argmax(given.grad, at, *given.where)), scattered, dtype)  # noqa: B023
 
 
 def check_bags(device: str = "cpu") -> None:
@@ -328,15 +287,13 @@ def compile_for_hopper() -> list[str]:
 
     driver.set_active(Hopper())
     JITFunction.run = compile_only
-    from detpipe.roi_pooling import triton_bags, triton_max, triton_separable
+    from detpipe.roi_pooling import triton_bags, triton_separable
 
     given = Case((2, (6, 8), 4, 7, 7, 256), torch.float32, 4, 4)
     triton_separable.separable(given.rows, *given.where, *given.taps)
     triton_separable.separable_adjoint(given.grad, *given.where, *given.taps)
     cells = (given.y_cell, given.x_cell)
     triton_separable.separable_weight_grad(given.grad, given.rows, *given.where, *cells, given.x_weight, 0)
-    _, at = triton_max.range_max(given.rows, *given.where, given.y_cell[..., :2], given.x_cell[..., :2], True)
-    triton_max.scatter_argmax(given.grad, at, *given.where)
     index, offsets = torch.zeros(8, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
     triton_bags.bag_sum(given.rows, index, given.x_weight.flatten()[:8], offsets)
     triton_bags.bag_dot(given.rows[:4], given.rows, index, offsets)
