@@ -81,26 +81,43 @@ def read_points(placement: Placement, cells: Tensor) -> Tensor:
         ``[R, C, B]``, channels last in memory.
     """
     regions, bins, samples = cells.shape[:3]
-    height, width = (extent[:, None, None] for extent in (placement.height, placement.width))
+    first, height, width = (value[:, None, None] for value in (placement.first, placement.height, placement.width))
     x, y = cells.unbind(-1)
-    inside = (x >= -1) & (x <= width) & (y >= -1) & (y <= height)
-    left, right, along_x = _neighbors(x.where(inside, x.new_zeros(())), width)
-    upper, lower, along_y = _neighbors(y.where(inside, y.new_zeros(())), height)
-    share = inside.to(cells.dtype) / samples
-    above, below = share - share * along_y, share * along_y
-    rows = [placement.first[:, None, None] + row * width for row in (upper, lower)]
-    index = torch.stack((rows[0] + left, rows[0] + right, rows[1] + left, rows[1] + right), dim=-1)
-    weight = torch.stack(
-        (above - above * along_x, above * along_x, below - below * along_x, below * along_x), dim=-1
-    )  # [R, B, S, 4]
+    cell, weight = bilinear(y, x, first, height, width, torch.full_like(x, 1 / samples))
     offsets = torch.arange(regions * bins + 1, device=cells.device) * (samples * 4)
-    pooled = torch.ops.detpipe.bag_sum(placement.table.rows, index.flatten(), weight.flatten(), offsets)
+    pooled = torch.ops.detpipe.bag_sum(placement.table.rows, cell.flatten(), weight.flatten(), offsets)
     return pooled.view(regions, bins, pooled.shape[1]).permute(0, 2, 1)
 
 
-def _neighbors(point: Tensor, extent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def bilinear(
+    y: Tensor, x: Tensor, first: Tensor, height: Tensor, width: Tensor, share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Find the cells that samples read.
+
+    Args:
+        y: ``[...]`` in cells.
+        x: ``[...]``.
+        first: row of the table with the first cell of a sample's map, int64; this and what follows is broadcast.
+        height: of that map, int64.
+        width: int64.
+        share: of a sample in its bin.
+
+    Returns:
+        ``[..., 4]`` rows of the table, upper left, upper right, lower left and lower right, and their weights.
+    """
+    inside = (x >= -1) & (x <= width) & (y >= -1) & (y <= height)
+    left, right, along_x = neighbors(x.where(inside, 0), width)
+    upper, lower, along_y = neighbors(y.where(inside, 0), height)
+    share = share.where(inside, 0)
+    above, below = share - share * along_y, share * along_y
+    upper, lower = first + upper * width, first + lower * width
+    cell = torch.stack((upper + left, upper + right, lower + left, lower + right), dim=-1)
+    weight = (above - above * along_x, above * along_x, below - below * along_x, below * along_x)
+    return cell, torch.stack(weight, dim=-1)
+
+
+def neighbors(point: Tensor, extent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The two cells along an axis that a point lies between, and how far it is from the first; beyond the border nothing moves."""
     point = point.clamp(min=0).minimum((extent - 1).to(point.dtype))
-    first = point.detach().floor()
-    cell = first.long()
-    return cell, (cell + 1).minimum(extent - 1), point - first
+    cell = point.detach().long()
+    return cell, (cell + 1).minimum(extent - 1), point - cell

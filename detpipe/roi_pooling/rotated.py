@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from detpipe.roi_pooling import rotated_ops as _registered  # noqa: F401
 from detpipe.roi_pooling.axis import split_evenly
 from detpipe.roi_pooling.layouts import (
     ROTATED_SIDES,
@@ -39,9 +40,8 @@ from detpipe.roi_pooling.layouts import (
 )
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.placement import Placement, place
+from detpipe.roi_pooling.points import read_points
 from detpipe.roi_pooling.pooler import RoIPooler, read_levels
-from detpipe.roi_pooling.rotated_ops import pool_frames
-from detpipe.roi_pooling.rotated_taps import Frames
 
 MOST_SAMPLES = 1 << 30  # of a bin along one axis: what lies on the map is then a vanishing part of it
 
@@ -98,13 +98,24 @@ def rotated_align(placement: Placement, size: tuple[int, int], sampling_ratio: i
     angle = boxes[:, 4].remainder(360) * (math.pi / 180)
     cos, sin = angle.cos(), angle.sin()
     frame = torch.stack((cy, height * cos, -width * sin, cx, height * sin, width * cos), dim=1).unflatten(1, (2, 3))
-    where = torch.stack((placement.first, placement.height, placement.width), dim=1)
     if sampling_ratio > 0:
-        counts = torch.full_like(where[:, :2], sampling_ratio)
-    else:
-        bins = torch.stack((split_evenly(height, size[0]), split_evenly(width, size[1])), dim=1).detach()
-        counts = bins.ceil().nan_to_num(1).clamp(1, MOST_SAMPLES).long()
-    return pool_frames(placement.table.rows, Frames(frame, where, counts), size, max(sampling_ratio, 0))
+        return read_points(placement, _grid(frame, size, sampling_ratio)).unflatten(2, size)
+    bins = torch.stack((split_evenly(height, size[0]), split_evenly(width, size[1])), dim=1).detach()
+    counts = bins.ceil().nan_to_num(0).clamp(0, MOST_SAMPLES).long()  # a box without area has no samples
+    where = torch.stack((placement.first, placement.height, placement.width), dim=1)
+    return torch.ops.detpipe.rotated(placement.table.rows, frame, where, counts, *size).permute(0, 3, 1, 2)
+
+
+def _grid(frame: Tensor, size: tuple[int, int], samples: int) -> Tensor:
+    """``[R, h * w, samples ** 2, 2]`` (x, y): where the samples of bins lie."""
+    v, u = (  # fractions of the box from its center, of whole numbers: rounding comes last
+        torch.arange(1 - bins * samples, bins * samples, 2, device=frame.device).to(frame.dtype) / (2 * bins * samples)
+        for bins in size
+    )
+    center, by_height, by_width = frame[:, :, None, None].unbind(-1)
+    points = center + v[:, None] * by_height + u * by_width  # [R, 2, h * samples, w * samples]
+    points = points.unflatten(3, (size[1], samples)).unflatten(2, (size[0], samples))
+    return points.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2).flip(-1)
 
 
 class RotatedRoIAlign(RoIPooler):

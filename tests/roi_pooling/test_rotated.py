@@ -7,7 +7,7 @@ from samples import pyramid, random_boxes
 from torch.autograd import gradcheck, gradgradcheck
 from torchvision.ops import roi_align as peer
 
-from detpipe.roi_pooling import FPNLevels, MultiLevel, RoIAlign, roi_align, rotated_taps
+from detpipe.roi_pooling import FPNLevels, MultiLevel, RoIAlign, roi_align, rotated_samples
 from detpipe.roi_pooling.rotated import RotatedRoIAlign, rotated_roi_align
 
 ROTATED = torch.tensor(
@@ -68,7 +68,7 @@ def slow(features, rois, size, scale, ratio):
 @pytest.mark.parametrize("seed", range(80))
 def test_equals_the_definition(seed, monkeypatch):
     features, rois, size, scale = random_case(seed, channels=(1, 2))
-    monkeypatch.setattr(rotated_taps, "SAMPLES_AT_ONCE", (1, 60, rotated_taps.SAMPLES_AT_ONCE)[seed % 3])
+    monkeypatch.setattr(rotated_samples, "SAMPLES_AT_ONCE", (1, 60, rotated_samples.SAMPLES_AT_ONCE)[seed % 3])
     features, rois = features.double(), turned_rois(rois[:4].double())
     rois[:, 3:5] = rois[:, 3:5].clamp(max=40 / scale)  # the loop takes its time
     rois[:, 5] = torch.randn(len(rois)) * 200

@@ -243,7 +243,7 @@ def _read_box(
 
 
 @triton.jit
-def _map_of(maps, level, image, height, width, channels, LEVELS: tl.constexpr):
+def map_of(maps, level, image, height, width, channels, LEVELS: tl.constexpr):
     """The address of a map's first cell."""
     first = maps[0]
     for k in tl.static_range(1, LEVELS):
@@ -268,7 +268,7 @@ def max_kernel(
         boxes, stride_box, stride_side, level_of, ends, per_image, images, sizes, scales, areas, r, r >= 0,
         h, w, EQUAL_STEP, LEVELS, LAYOUT, LEVEL_GIVEN, NORMALIZED, EXACT,
     )  # fmt: skip
-    origin = _map_of(maps, level, image, height, width, channels, LEVELS) + c
+    origin = map_of(maps, level, image, height, width, channels, LEVELS) + c
     y_begin, y_stop = _bin_cells(y_first, y_step, y_end, line % h, height, h, EQUAL_STEP)
     rows = tl.where(image >= 0, y_stop - y_begin, 0)
     for j in range(w):
@@ -309,7 +309,7 @@ def read_kernel(
         boxes, stride_box, stride_side, level_of, ends, per_image, images, sizes, scales, areas, r, r >= 0,
         h, w, EQUAL_STEP, LEVELS, LAYOUT, LEVEL_GIVEN, NORMALIZED, EXACT,
     )  # fmt: skip
-    origin = _map_of(maps, level, image, height, width, channels, LEVELS) + c
+    origin = map_of(maps, level, image, height, width, channels, LEVELS) + c
     for j in range(w):
         at = (line * w + j) * channels + c
         winner = tl.load(winner_of + at, mask=c < channels, other=-1).to(tl.int64)
@@ -348,7 +348,7 @@ def prepare_kernel(
 
 
 @triton.jit
-def _tile(sizes, images, LEVELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def tile_of(sizes, images, LEVELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Map, first cell of the map among all, its height and width, and the upper left cell of the program's tile."""
     tile = tl.program_id(0)
     first_map = tile * 0
@@ -381,7 +381,7 @@ def adjoint_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BOXES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of cells of a map, a block of channels."""
-    own, first_cell, height, width, top, left = _tile(sizes, images, LEVELS, ROWS, COLUMNS)
+    own, first_cell, height, width, top, left = tile_of(sizes, images, LEVELS, ROWS, COLUMNS)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, BOXES)
     bin_row, bin_column = tl.arange(0, triton.next_power_of_2(h)), tl.arange(0, triton.next_power_of_2(w))
