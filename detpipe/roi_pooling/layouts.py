@@ -23,6 +23,7 @@ from detpipe.roi_pooling.operators import operator
 Boxes = Tensor | Sequence[Tensor]
 SIDES = "x1, y1, x2, y2"
 ROTATED_SIDES = "cx, cy, w, h, angle"
+MOST_LISTED = 64  # images whose ends of boxes are arguments of a kernel
 _UNCHECKED = ContextVar("unchecked", default=False)
 
 
@@ -30,19 +31,19 @@ class LayoutError(ValueError, AssertionError):
     """Boxes in a layout that no operator reads: a ValueError, and for code written against torchvision an AssertionError."""
 
 
-class RawBoxes(NamedTuple):
-    """Boxes as they were given."""
-
-    boxes: Tensor  # [R, 1 + B] with the image first, [N, P, B], or [R, B] with the ends of each image's boxes
-    ends: list[int]  # for each image of a list the number of boxes up to its last one
-    lead: tuple[int, ...]  # (R,) or (N, P): the leading dimensions of the result
-
-
 class RoIs(NamedTuple):
     """Boxes of a batch, one row each."""
 
     image: Tensor  # [R] int64, which image of the batch
     boxes: Tensor  # [R, 4], or [R, 5] if rotated; float32 or float64
+    lead: tuple[int, ...]  # (R,) or (N, P): the leading dimensions of the result
+
+
+class GivenBoxes(NamedTuple):
+    """Boxes in a layout that has been checked, and that kernels can read."""
+
+    boxes: Tensor  # [R, 1 + B] with the image's index first, [N, P, B], or [R, B] with the ends of each image's boxes
+    ends: tuple[int, ...]  # for each image the number of boxes up to its last one, where they were given as a list
     lead: tuple[int, ...]  # (R,) or (N, P): the leading dimensions of the result
 
 
@@ -65,24 +66,11 @@ def read_boxes(boxes: Boxes, features: Tensor, sides: str = SIDES) -> RoIs:
         ValueError: not floating-point, on another device, a list of another length than N, an index of an image that
             is not there, or a box that is not finite or has no area.
     """
-    return read_values(read_raw_boxes(boxes, features, sides), features, sides)
+    return read_values(read_layout(boxes, features, sides), features, sides)
 
 
-def read_raw_boxes(boxes: Boxes, features: Tensor, sides: str = SIDES) -> RawBoxes:
-    """Read boxes in any of the three layouts without a look at their values; a list is put into one tensor.
-
-    Args:
-        boxes: ``[R, 1 + B]`` with the image's index first, a list of N tensors ``[P_i, B]``, or ``[N, P, B]``.
-        features: ``[N, C, H, W]``; the boxes must be on its device.
-        sides: names of the B numbers of a box.
-
-    Returns:
-        The boxes, differentiable.
-
-    Raises:
-        LayoutError: another shape (a ValueError and an AssertionError).
-        ValueError: not floating-point, on another device, or a list of another length than N.
-    """
+def read_layout(boxes: Boxes, features: Tensor, sides: str = SIDES) -> GivenBoxes:
+    """Read what :func:`read_boxes` does, without a look at values; a list costs one copy, and nothing else does."""
     count = sides.count(",") + 1
     images = features.shape[0]
     if isinstance(boxes, Tensor):
@@ -94,7 +82,7 @@ def read_raw_boxes(boxes: Boxes, features: Tensor, sides: str = SIDES) -> RawBox
         _check_tensor("boxes", boxes, features)
         if boxes.ndim == 3 and boxes.shape[0] != images:
             raise ValueError(f"boxes {list(boxes.shape)} are of {boxes.shape[0]} images, features of {images}")
-        return RawBoxes(boxes, [], tuple(boxes.shape[:-1]))
+        return GivenBoxes(boxes, (), tuple(boxes.shape[:-1]))
     boxes = list(boxes)
     for index, box in enumerate(boxes):
         if not isinstance(box, Tensor) or box.ndim != 2 or box.shape[1] != count:
@@ -103,25 +91,34 @@ def read_raw_boxes(boxes: Boxes, features: Tensor, sides: str = SIDES) -> RawBox
         _check_tensor(f"boxes[{index}]", box, features)
     if len(boxes) != images:
         raise ValueError(f"boxes must be a list of one tensor an image: {len(boxes)} for {images} images")
-    ends = list(accumulate(box.shape[0] for box in boxes))
-    return RawBoxes(torch.cat(boxes) if boxes else features.new_zeros((0, count)), ends, (ends[-1] if ends else 0,))
+    ends = tuple(accumulate(box.shape[0] for box in boxes))
+    listed = torch.cat(boxes) if boxes else features.new_zeros((0, count))
+    return GivenBoxes(listed, ends, tuple(ends[-1:]) or (0,))
 
 
-def read_values(raw: RawBoxes, features: Tensor, sides: str = SIDES) -> RoIs:
-    """Read the values of boxes, and check them as :func:`read_boxes` does."""
+def read_values(given: GivenBoxes, features: Tensor, sides: str = SIDES, checks: bool = True) -> RoIs:
+    """Write boxes of any layout row by row, in the precision of the features, and check their values."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    boxes, images = raw.boxes, features.shape[0]
+    boxes, ends, lead = given
     if boxes.ndim == 3:
-        image = _image_index([boxes.shape[1]] * images, boxes.device)
+        image = _image_index([boxes.shape[1]] * boxes.shape[0], boxes.device)
         boxes = boxes.flatten(0, 1).to(dtype)
-    elif boxes.shape[1] > sides.count(",") + 1:
-        exact = boxes.to(torch.promote_types(dtype, boxes.dtype))
-        image = torch.ops.detpipe.checked_images(exact[:, 0], images)
-        boxes = exact[:, 1:].to(dtype)
-    else:
-        image = _image_index([end - begin for begin, end in pairwise([0, *raw.ends])], boxes.device)
+    elif ends or boxes.shape[1] == sides.count(",") + 1:
+        image = _image_index([end - begin for begin, end in pairwise((0, *ends))], boxes.device)
         boxes = boxes.to(dtype)
-    return RoIs(image, torch.ops.detpipe.checked_boxes(boxes, sides), raw.lead)
+    else:
+        exact = boxes.to(torch.promote_types(dtype, boxes.dtype))
+        image = exact[:, 0]
+        image = torch.ops.detpipe.checked_images(image, features.shape[0]) if checks else image.long()
+        boxes = exact[:, 1:].to(dtype)
+    return RoIs(image, torch.ops.detpipe.checked_boxes(boxes, sides) if checks else boxes, lead)
+
+
+def with_images(given: GivenBoxes) -> GivenBoxes:
+    """Write boxes of a list with the image's index first, for lists too long to be an argument of a kernel."""
+    image = _image_index([end - begin for begin, end in pairwise((0, *given.ends))], given.boxes.device)
+    exact = given.boxes.to(torch.promote_types(given.boxes.dtype, torch.float32))
+    return GivenBoxes(torch.cat((image[:, None].to(exact.dtype), exact), dim=1), (), given.lead)
 
 
 def to_rois(boxes: Boxes) -> Tensor:

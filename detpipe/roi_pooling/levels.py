@@ -57,26 +57,30 @@ class FPNLevels:
         Returns:
             ``[R]`` int64 in 0..len(strides) - 1.
         """
-        return level_of_area((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), self.areas(strides))
+        width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+        nth = choose_level(width * height, self.areas(strides))  # of the different strides, finest first
+        places = [list(strides).index(stride) for stride in sorted(set(strides))]
+        if places == list(range(len(places))):
+            return nth
+        return sum(((nth == n) * place for n, place in enumerate(places)), torch.zeros_like(nth))
 
     def areas(self, strides: Sequence[int]) -> list[float]:
-        """Tell the area in square pixels from which on a box belongs to each level but the first.
+        """Say from which area in pixels on a box belongs to the next coarser of the strides.
 
         Args:
-            strides: of the levels, finest first.
+            strides: of the levels, in any order; of several that are the same the first counts.
 
         Returns:
-            ``len(strides) - 1`` numbers, ascending.
+            One area less than there are different strides, ascending.
         """
-        half, octaves = 0.5 if self.rounding == "nearest" else 0.0, [math.log2(stride) for stride in strides]
-        # the first whole number that is nearer to the coarser of two; of equal ones the first is taken
-        nearer = [math.floor((a + b) / 2) + 1 if a < b else math.inf for a, b in pairwise(octaves)]
-        steps = [whole - half - math.log2(self.canonical_stride) - 1e-6 for whole in nearer]
-        return [(self.canonical_size * 2.0**step) ** 2 for step in steps]
+        octaves = sorted({math.log2(stride) for stride in strides})
+        first = [math.floor((finer + coarser) / 2) + 1 for finer, coarser in pairwise(octaves)]
+        shift = math.log2(self.canonical_stride) + 1e-6 + (0.5 if self.rounding == "nearest" else 0.0)
+        return [(self.canonical_size * 2.0 ** (octave - shift)) ** 2 for octave in first]
 
 
-def level_of_area(area: Tensor, areas: Sequence[float]) -> Tensor:
-    """Choose levels as the kernels of CUDA do: ``[R]`` int64, how many of ascending areas are reached."""
+def choose_level(area: Tensor, areas: Sequence[float]) -> Tensor:
+    """Choose a level for each box by its area: ``[R]`` int64, the number of areas that it reaches."""
     level = torch.zeros_like(area, dtype=torch.int64)
     for least in areas:
         level += area >= least

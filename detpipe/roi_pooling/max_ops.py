@@ -22,9 +22,9 @@ from torch import Tensor
 from detpipe.roi_pooling import torch_max
 from detpipe.roi_pooling.axis import split_evenly
 from detpipe.roi_pooling.backend import kernels_for
-from detpipe.roi_pooling.layouts import RawBoxes, looks_at_values, read_values
-from detpipe.roi_pooling.levels import level_of_area
-from detpipe.roi_pooling.maps import cell_table
+from detpipe.roi_pooling.layouts import MOST_LISTED, GivenBoxes, looks_at_values, read_values, with_images
+from detpipe.roi_pooling.levels import choose_level
+from detpipe.roi_pooling.maps import cell_table, cut_table
 from detpipe.roi_pooling.operators import operator
 from detpipe.roi_pooling.placement import is_batched, place
 
@@ -33,7 +33,7 @@ FARTHEST = 1 << 30  # cells; coordinates beyond are moved there, where whole num
 
 def max_pool(
     maps: list[Tensor],
-    raw: RawBoxes,
+    given: GivenBoxes,
     level: Tensor | None,
     scales: list[float],
     size: tuple[int, int],
@@ -45,7 +45,7 @@ def max_pool(
 
     Args:
         maps: L tensors ``[N, C, H_l, W_l]``.
-        raw: the boxes.
+        given: the boxes.
         level: ``[R]`` int64, the level of each box; None if there is one, or ``areas`` choose it.
         scales: cells a pixel of each level.
         size: h x w bins.
@@ -54,22 +54,22 @@ def max_pool(
         areas: of the smallest box of each level but the first.
 
     Returns:
-        ``[R, C, h, w]``, or ``[N, P, C, h, w]`` for boxes ``[N, P, 4]``, channels last in memory, 0 for an empty bin.
-        Differentiable in the maps, any number of times.
+        ``[R, C, h, w]``, channels last in memory, 0 for an empty bin. Differentiable in the maps, any number of times.
     """
     differentiable = torch.is_grad_enabled() and any(one.requires_grad or is_batched(one) for one in maps)
     want_winner = differentiable and kernels_for(maps[0]) == "triton"  # else they are found on the way back
     sizes = [side for one in maps for side in one.shape[2:]]
+    if len(given.ends) > MOST_LISTED:
+        given = with_images(given)
     boxes, rest = (
-        raw.boxes.detach(),
-        (raw.ends, scales, list(areas), maps[0].shape[0], sizes, *size, equal_step, normalized),
+        given.boxes.detach(),
+        (list(given.ends), scales, list(areas), maps[0].shape[0], sizes, *size, equal_step, normalized),
     )
     if differentiable:
         pooled, _ = _Max.apply(boxes, level, rest, want_winner, *maps)
     else:
         pooled, _ = torch.ops.detpipe.roi_max(maps, boxes, level, *rest, False)
-    pooled = pooled.permute(0, 3, 1, 2)
-    return pooled.unflatten(0, raw.lead) if len(raw.lead) == 2 else pooled
+    return pooled.permute(0, 3, 1, 2)
 
 
 @operator("roi_max")
@@ -90,6 +90,8 @@ def _roi_max(
 ) -> tuple[Tensor, Tensor]:
     """L x ``[N, C, H_l, W_l]`` -> ``[R, h, w, C]`` values and, if they are wanted, the cells that they are from."""
     if kernels_for(maps[0]) == "triton":
+        if looks_at_values(boxes):
+            read_values(GivenBoxes(boxes, tuple(ends), ()), maps[0])
         from detpipe.roi_pooling.cuda import maximum
 
         scene = maximum.Scene(boxes, level, ends, images, sizes, scales, areas)
@@ -161,9 +163,9 @@ def _channels_last(maps: Sequence[Tensor]) -> list[Tensor]:
 
 def _bins(maps, boxes, level, ends, scales, areas, h, w, equal_step, normalized) -> tuple[Tensor, torch_max.Bins]:
     """Lay out the cells of all maps in a table, and find the cells of each bin."""
-    rois = read_values(RawBoxes(boxes, list(ends), ()), maps[0])
+    rois = read_values(GivenBoxes(boxes, tuple(ends), ()), maps[0])
     if level is None and areas:
-        level = level_of_area((rois.boxes[:, 2] - rois.boxes[:, 0]) * (rois.boxes[:, 3] - rois.boxes[:, 1]), areas)
+        level = choose_level((rois.boxes[:, 2] - rois.boxes[:, 0]) * (rois.boxes[:, 3] - rois.boxes[:, 1]), areas)
     placement = place(maps, scales, rois, level, normalized)
     cells = (rois.boxes * placement.scale.repeat(1, 2)).clamp(-FARTHEST, FARTHEST)
     if not looks_at_values(boxes):  # a box that is not a number lies behind the map
@@ -247,7 +249,13 @@ class _Max(torch.autograd.Function):
         winner, boxes, level, *maps = ctx.saved_tensors
         if grad is None:
             return (None,) * (4 + len(ctx.rest[4]) // 2)
-        return None, None, None, None, *_cut(_Adjoint.apply(grad, winner, boxes, level, ctx.rest, *maps), ctx.rest)
+        return (
+            None,
+            None,
+            None,
+            None,
+            *cut_table(_Adjoint.apply(grad, winner, boxes, level, ctx.rest, *maps), *ctx.rest[3:5]),
+        )
 
 
 class _Adjoint(torch.autograd.Function):
@@ -267,7 +275,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_rows):
         winner, boxes, level, *maps = ctx.saved_tensors
-        values = _cut(grad_rows, ctx.rest)
+        values = cut_table(grad_rows, *ctx.rest[3:5])
         return _Winners.apply(winner, boxes, level, ctx.rest, *values, *maps), *(None,) * (4 + len(maps))
 
 
@@ -289,16 +297,8 @@ class _Winners(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         winner, boxes, level, *maps = ctx.saved_tensors
-        values = _cut(_Adjoint.apply(grad, winner, boxes, level, ctx.rest, *maps), ctx.rest)
+        values = cut_table(_Adjoint.apply(grad, winner, boxes, level, ctx.rest, *maps), *ctx.rest[3:5])
         return None, None, None, None, *values, *(None,) * len(maps)
-
-
-def _cut(rows: Tensor, rest: Sequence) -> list[Tensor]:
-    """``[T, C]`` -> L x ``[N, C, H_l, W_l]``."""
-    images, sizes = rest[3:5]
-    sizes = list(zip(sizes[::2], sizes[1::2], strict=True))
-    parts = rows.split([images * height * width for height, width in sizes])
-    return [part.view(images, *size, -1).permute(0, 3, 1, 2) for part, size in zip(parts, sizes, strict=True)]
 
 
 # one call for many: inside of torch.func.vmap
@@ -344,7 +344,7 @@ def _(info, in_dims, *args):
 @_roi_max_adjoint.register_vmap
 def _(info, in_dims, *args):
     folded = _fold(info, in_dims, args, 3)
-    maps = _cut(torch.ops.detpipe.roi_max_adjoint(*folded), folded[5:])
+    maps = cut_table(torch.ops.detpipe.roi_max_adjoint(*folded), *folded[8:10])
     rows = [_unfold(one.permute(0, 2, 3, 1), info).flatten(1, 3) for one in maps]
     return torch.cat(rows, dim=1), 0
 

@@ -26,15 +26,15 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from detpipe.roi_pooling.layouts import (
     Boxes,
+    GivenBoxes,
     check_features,
+    read_layout,
     read_output_size,
-    read_raw_boxes,
     read_scale,
-    read_values,
 )
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.max_ops import max_pool
-from detpipe.roi_pooling.pooler import RoIPooler, read_levels
+from detpipe.roi_pooling.pooler import RoIPooler, choose_levels
 
 Bins = Literal["fast_rcnn", "equal_step"]
 
@@ -73,8 +73,9 @@ def roi_max_pool(
         settings = (output_size, spatial_scale, bins, normalized)
         return handle_torch_function(roi_max_pool, (features,), features, boxes, *settings)
     check_features(features)
-    size, scale, raw = read_output_size(output_size), read_scale(spatial_scale), read_raw_boxes(boxes, features)
-    return max_pool([features], raw, None, [scale], size, read_bins(bins) == "equal_step", normalized)
+    size, scale, given = read_output_size(output_size), read_scale(spatial_scale), read_layout(boxes, features)
+    pooled = max_pool([features], given, None, [scale], size, read_bins(bins) == "equal_step", normalized)
+    return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
 
 
 def read_bins(bins: Bins) -> Bins:
@@ -113,13 +114,7 @@ class RoIMaxPool(RoIPooler):
         super().__init__(output_size, levels)
         self.bins: Bins = read_bins(bins)
 
-    def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
-        """Pool each box from the level that suits its size; see :meth:`RoIPooler.forward`."""
-        maps, sides = read_levels(features, strides), list(strides.values())
-        raw, level, areas = read_raw_boxes(boxes, maps[0]), None, []
-        if isinstance(self.levels, FPNLevels) and sides == sorted(sides):
-            areas = self.levels.areas(sides)
-        else:
-            level = self.levels(read_values(raw, maps[0]).boxes.detach(), sides)
-        scales = [1.0 / side for side in sides]
-        return max_pool(maps, raw, level, scales, self.output_size, self.bins == "equal_step", areas=areas)
+    def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor:
+        """Pool boxes as they were given: ``[R, C, h, w]``."""
+        scales, level, areas = choose_levels(self.levels, maps[0], given, strides)
+        return max_pool(maps, given, level, scales, self.output_size, self.bins == "equal_step", areas=areas)

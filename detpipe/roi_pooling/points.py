@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from detpipe.roi_pooling.layouts import read_boxes
-from detpipe.roi_pooling.levels import FPNLevels
+from detpipe.roi_pooling.layouts import read_layout, read_values
+from detpipe.roi_pooling.levels import FPNLevels, choose_level
 from detpipe.roi_pooling.placement import Placement, place
-from detpipe.roi_pooling.pooler import read_levels
+from detpipe.roi_pooling.pooler import choose_levels, read_levels
+from detpipe.roi_pooling.sample_ops import has_kernels, sample
 
 
 def pool_points(
@@ -59,15 +60,25 @@ def pool_points(
         raise ValueError(
             f"points must be [N, P, h, w, S, 2] for boxes [N, P, 4], got {list(points.shape)} and {list(boxes.shape)}"
         )
-    rois = read_boxes(boxes.detach(), maps[0])
-    sides = list(strides.values())
-    level = None if len(sides) == 1 else levels(rois.boxes, sides)
-    placement = place(maps, [1.0 / stride for stride in sides], rois, level)
-    h, w = points.shape[2:4]
-    # in float32 at least: a coordinate in half precision is wrong by whole cells
-    exact = points.flatten(0, 1).flatten(1, 2).to(torch.promote_types(rois.boxes.dtype, points.dtype))
-    cells = exact * placement.scale[:, None, None] - 0.5  # [R, h w, S, 2]
-    return read_points(placement, cells).unflatten(2, (h, w)).unflatten(0, rois.lead)
+    given, sides = read_layout(boxes.detach(), maps[0]), list(strides.values())
+    h, w, samples = points.shape[2:5]
+    scales, level, areas = choose_levels(levels, maps[0], given, sides)
+
+    def compose(maps: Sequence[Tensor], points: Tensor, _: Tensor) -> Tensor:
+        rois = read_values(given, maps[0])
+        own = choose_level((rois.boxes[:, 2:] - rois.boxes[:, :2]).prod(1), areas) if areas else level
+        placement = place(maps, scales, rois, own)
+        # in float32 at least: a coordinate in half precision is wrong by whole cells
+        exact = points.flatten(0, 1).flatten(1, 2).to(torch.promote_types(rois.boxes.dtype, points.dtype))
+        return read_points(placement, exact * placement.scale[:, None, None] - 0.5).view(
+            len(exact), h, w, maps[0].shape[1]
+        )
+
+    if has_kernels([*maps, points], given):
+        pooled = sample(compose, maps, points, given, level, scales, areas, (h, w), samples)
+    else:
+        pooled = compose(maps, points, given.boxes).permute(0, 3, 1, 2)
+    return pooled.unflatten(0, given.lead)
 
 
 def read_points(placement: Placement, cells: Tensor) -> Tensor:
@@ -78,15 +89,14 @@ def read_points(placement: Placement, cells: Tensor) -> Tensor:
         cells: ``[R, B, S, 2]`` (x, y); the value of cell k sits at coordinate k.
 
     Returns:
-        ``[R, C, B]``, channels last in memory.
+        ``[R * B, C]``.
     """
     regions, bins, samples = cells.shape[:3]
     first, height, width = (value[:, None, None] for value in (placement.first, placement.height, placement.width))
     x, y = cells.unbind(-1)
     cell, weight = bilinear(y, x, first, height, width, torch.full_like(x, 1 / samples))
     offsets = torch.arange(regions * bins + 1, device=cells.device) * (samples * 4)
-    pooled = torch.ops.detpipe.bag_sum(placement.table.rows, cell.flatten(), weight.flatten(), offsets)
-    return pooled.view(regions, bins, pooled.shape[1]).permute(0, 2, 1)
+    return torch.ops.detpipe.bag_sum(placement.table.rows, cell.flatten(), weight.flatten(), offsets)
 
 
 def bilinear(

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import ops as torchvision_ops
 
-from detpipe.roi_pooling import max_ops
-from detpipe.roi_pooling.layouts import read_raw_boxes, unchecked_values
+from detpipe.roi_pooling import FPNLevels, max_ops, pool_points, sample_ops
+from detpipe.roi_pooling import rotated as rotated_module
+from detpipe.roi_pooling.layouts import ROTATED_SIDES, read_layout, unchecked_values
 
 SMALL = {
     "TAPS": 2,
@@ -113,7 +114,7 @@ def reversed_programs() -> Iterator[None]:
 
 
 def on_cpu_path(call: Callable[[], list[Tensor]], module) -> list[Tensor]:
-    with mock.patch.object(module, "kernels_for", return_value="torch"), unchecked_values():
+    with mock.patch.object(module, "kernels_for", return_value="torch"):
         return call()
 
 
@@ -128,8 +129,8 @@ def same_bits(some: list[Tensor], others: list[Tensor]) -> None:
 def max_pool(case: Case, equal_step: bool) -> list[Tensor]:
     """Values, the gradient to each map, and the gradient to that gradient."""
     leaves = [one.clone().requires_grad_() for one in case.maps]
-    raw = read_raw_boxes(case.boxes, leaves[0])
-    pooled = max_ops.max_pool(leaves, raw, case.level, case.scales, case.size, equal_step)
+    given = read_layout(case.boxes, leaves[0])
+    pooled = max_ops.max_pool(leaves, given, case.level, case.scales, case.size, equal_step)
     torch.manual_seed(1)
     sent = torch.randn(pooled.shape).requires_grad_()
     grads = torch.autograd.grad(pooled, leaves, sent, create_graph=True)
@@ -146,8 +147,6 @@ def torchvision_max(case: Case) -> list[Tensor]:
         own = torch.ones(len(rows), dtype=torch.bool) if case.level is None else case.level == index
         pooled = pooled.index_put((own.nonzero()[:, 0],), torchvision_ops.roi_pool(leaf, rows[own], case.size, scale))
     torch.manual_seed(1)
-    if case.layout == "padded":
-        pooled = pooled.unflatten(0, case.boxes.shape[:2])
     return [pooled.detach(), *torch.autograd.grad(pooled, leaves, torch.randn(pooled.shape))]
 
 
@@ -174,7 +173,90 @@ def check_max(seed: int) -> None:
             torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-CHECKS = {"max": check_max}
+# points and rotated boxes
+
+
+def turned_case(seed: int, fixed: int) -> Case:
+    """Rotated boxes of the corners of a case, some of them unturned."""
+    case = Case(seed)
+    torch.manual_seed(seed + 1)
+    low, high = case.corners[:, :2], case.corners[:, 2:]
+    angle = torch.randn(len(low), 1) * 200 * (torch.rand(len(low), 1) < 0.7)
+    turned = torch.cat(((low + high) / 2, high - low, angle), dim=1)
+    sizes = [len(part) for part in case.boxes] if case.layout == "list" else None
+    if case.layout == "padded":
+        case.boxes = turned.view(*case.boxes.shape[:2], 5)
+    else:
+        case.boxes = (
+            torch.cat((case.image[:, None].float(), turned), dim=1) if sizes is None else list(turned.split(sizes))
+        )
+    case.maps = [torch.randn_like(one).nan_to_num() for one in case.maps]
+    return case
+
+
+def rotated(case: Case, samples: int) -> list[Tensor]:
+    """Values, and the gradients to the maps and to the boxes."""
+    leaves = [one.clone().requires_grad_() for one in case.maps]
+    listed = case.boxes if isinstance(case.boxes, list) else [case.boxes]
+    boxes = [one.clone().requires_grad_() for one in listed]
+    given = read_layout(boxes if isinstance(case.boxes, list) else boxes[0], leaves[0], ROTATED_SIDES)
+    pooled = rotated_module.rotated_align(leaves, given, case.level, case.scales, [], case.size, samples)
+    torch.manual_seed(1)
+    return [pooled.detach(), *torch.autograd.grad(pooled, [*leaves, *boxes], torch.randn(pooled.shape))]
+
+
+def check_rotated(seed: int) -> None:
+    from detpipe.roi_pooling.cuda import points
+
+    samples = seed // 2 % 3
+    case = turned_case(seed, samples)
+    with mock.patch.multiple(points, ROWS=2, COLUMNS=2, BOXES=2, LANES=4), poisoned():
+        found = rotated(case, samples)
+        if seed % 4 == 0:
+            with reversed_programs():
+                same_bits(found, rotated(case, samples))
+    expected = on_cpu_path(lambda: rotated(case, samples), sample_ops)
+    for one, want in zip(found, expected, strict=True):  # a box that is not a number has a gradient of 0 from kernels
+        torch.testing.assert_close(one, want.nan_to_num(0), rtol=1e-4, atol=1e-5)
+
+
+def free_points(case: Case, points: Tensor, boxes: Tensor) -> list[Tensor]:
+    """Values, the gradients to the maps and to the points, and the gradients of these to maps and points."""
+    names = [f"p{index}" for index in range(len(case.maps))]
+    strides = {name: 2**index for index, name in enumerate(names)}
+    leaves, points = [one.clone().requires_grad_() for one in case.maps], points.clone().requires_grad_()
+    pooled = pool_points(dict(zip(names, leaves, strict=True)), points, boxes, strides, FPNLevels(8.0, 4))
+    torch.manual_seed(1)
+    sent = torch.randn(pooled.shape)
+    first = torch.autograd.grad(pooled, [*leaves, points], sent, retain_graph=True)
+    again = torch.autograd.grad(pooled, points, sent, create_graph=True)[0]
+    second = torch.autograd.grad(again.square().sum(), [*leaves, points], allow_unused=True, materialize_grads=True)
+    return [pooled.detach(), *first, *second]
+
+
+def check_points(seed: int) -> None:
+    from detpipe.roi_pooling.cuda import points as kernels
+
+    case = Case(seed)
+    case.maps = [torch.randn_like(one) for one in case.maps]
+    torch.manual_seed(seed)
+    boxes = torch.rand(case.images, seed % 3, 4) * 6
+    boxes[..., 2:] += boxes[..., :2] + 30 * torch.rand(case.images, seed % 3, 2) ** 4
+    points = torch.randn(case.images, seed % 3, *case.size, 1 + seed % 4, 2) * 6 + 4
+    if points.numel():
+        points.view(-1)[0] = math.nan
+        points.view(-1)[-2:] = points.view(-1)[-2:].round() + 0.5  # on a cell
+    with mock.patch.multiple(kernels, ROWS=2, COLUMNS=2, BOXES=2, LANES=4), poisoned():
+        found = free_points(case, points, boxes)
+        if seed % 4 == 0:
+            with reversed_programs():
+                same_bits(found, free_points(case, points, boxes))
+    expected = on_cpu_path(lambda: free_points(case, points, boxes), sample_ops)
+    for one, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, want, rtol=1e-4, atol=1e-5)
+
+
+CHECKS = {"max": check_max, "rotated": check_rotated, "points": check_points}
 # kernels and the most registers that each may take
 KERNELS = {"max_kernel": 80, "read_kernel": 80, "prepare_kernel": 80, "adjoint_kernel": 128}
 WIDE = ("max_kernel", "adjoint_kernel")  # those that read rows of channels
@@ -293,7 +375,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "interpret":
         for seed in range(int(sys.argv[3]), int(sys.argv[4])):
             try:
-                CHECKS[sys.argv[2]](seed)
+                with unchecked_values():
+                    CHECKS[sys.argv[2]](seed)
             except Exception as error:
                 raise AssertionError(f"case {seed}") from error
     else:
