@@ -6,7 +6,16 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from detpipe.roi_pooling.layouts import SIDES, Boxes, RoIs, check_features, read_boxes, read_output_size
+from detpipe.roi_pooling.layouts import (
+    SIDES,
+    Boxes,
+    GivenBoxes,
+    RoIs,
+    check_features,
+    read_layout,
+    read_output_size,
+    read_values,
+)
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.placement import Placement, place
 
@@ -31,6 +40,9 @@ class RoIPooler(nn.Module, ABC):
         self.output_size: tuple[int, int] = read_output_size(output_size)
         self.levels = levels
 
+    def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor | None:
+        """Pool boxes as they were given, ``[R, C, h, w]``, where kernels read them; None where :meth:`pool` is for them."""
+
     @abstractmethod
     def pool(self, placement: Placement) -> Tensor:
         """Pool placed boxes: ``[R, C, h, w]``."""
@@ -51,14 +63,29 @@ class RoIPooler(nn.Module, ABC):
                 have no area.
         """
         maps = read_levels(features, strides)
-        rois = read_boxes(boxes, maps[0], self.sides)
-        pooled = self.pool(self.place(maps, rois, list(strides.values())))
-        return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
+        given = read_layout(boxes, maps[0], self.sides)
+        pooled = self.pool_given(maps, given, list(strides.values()))
+        if pooled is None:
+            rois = read_values(given, maps[0], self.sides)
+            pooled = self.pool(self.place(maps, rois, list(strides.values())))
+        return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
 
     def place(self, maps: list[Tensor], rois: RoIs, strides: list[int]) -> Placement:
         """Choose a level for each box."""
         level = None if len(strides) == 1 else self.levels(rois.boxes.detach(), strides)
         return place(maps, [1.0 / stride for stride in strides], rois, level)
+
+    def choose_levels(
+        self, maps: list[Tensor], given: GivenBoxes, strides: list[int]
+    ) -> tuple[list[float], Tensor | None, list[float]]:
+        """Say how kernels choose a level: cells a pixel of each, and either the level of each box, or areas that tell."""
+        scales = [1.0 / stride for stride in strides]
+        if len(strides) == 1:
+            return scales, None, []
+        if type(self.levels) is FPNLevels and strides == sorted(set(strides)):
+            return scales, None, self.levels.areas(strides)
+        rois = read_values(given, maps[0], self.sides, checks=False)
+        return scales, self.levels(rois.boxes.detach(), strides), []
 
 
 def read_levels(features: dict[str, Tensor], strides: dict[str, int]) -> list[Tensor]:
