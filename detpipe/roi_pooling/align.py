@@ -23,27 +23,21 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torchvision import ops as torchvision_ops
 
-from detpipe.roi_pooling.axis import (
-    Axis,
-    AxisTaps,
-    adaptive_samples,
-    along_both,
-    fixed_samples,
-    merge_samples,
-    sample_points,
-)
+from detpipe.roi_pooling.axis import Axis, AxisTaps, merge_samples, sample_points
+from detpipe.roi_pooling.box_ops import ADAPTIVE, has_kernels, pool_boxes, pool_placed
 from detpipe.roi_pooling.layouts import (
     Boxes,
+    GivenBoxes,
     check_features,
-    looks_at_values,
-    read_boxes,
+    read_layout,
     read_output_size,
     read_scale,
+    read_values,
     to_rois,
 )
 from detpipe.roi_pooling.levels import FPNLevels
-from detpipe.roi_pooling.placement import Placement, bin_edges, place, static_bound
-from detpipe.roi_pooling.pooler import RoIPooler, read_levels
+from detpipe.roi_pooling.placement import Placement, bin_edges, place
+from detpipe.roi_pooling.pooler import RoIPooler, choose_levels, read_levels
 from detpipe.roi_pooling.separable import pool_separable
 
 
@@ -93,32 +87,25 @@ def roi_align(
         raise ValueError(f"sampling_ratio must be a whole number, 0 for adaptive, got {sampling_ratio!r}")
     if torch.compiler.is_exporting() and reduce == "mean" and not normalized:
         return _exported(features, boxes, size, scale, sampling_ratio, aligned)
-    rois = read_boxes(boxes, features)
-    placement = place([features], [scale], rois, normalized=normalized)
-    pooled = align(placement, size, sampling_ratio, aligned, reduce)
-    return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
+    given = read_layout(boxes, features)
+    if reduce == "mean" and has_kernels([features], given):
+        pooled = pool_boxes([features], given, [scale], size, max(sampling_ratio, ADAPTIVE), aligned, normalized)
+    else:
+        placement = place([features], [scale], read_values(given, features), normalized=normalized)
+        pooled = align(placement, size, sampling_ratio, aligned, reduce)
+    return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
 
 
 def align(placement: Placement, size: tuple[int, int], sampling_ratio: int, aligned: bool, reduce: str) -> Tensor:
     """Pool placed boxes: ``[R, C, h, w]``."""
-    axes = bin_edges(placement, size, aligned, at_least=None if aligned else 1.0)
     if reduce == "max":
-        return _largest(placement, axes, size, sampling_ratio)
-    if sampling_ratio > 0:
-        checked = looks_at_values(placement.boxes)
-
-        def sample(start: Tensor, step: Tensor, extent: Tensor, bins: int) -> AxisTaps:
-            return fixed_samples(start, step, extent, bins, sampling_ratio, ascending=checked)
-
-        y, x = along_both(axes, sample)
-    else:
-        bound = static_bound(placement)
-        y, x = along_both(axes, lambda start, step, extent, bins: adaptive_samples(start, step, extent, bins, bound))
-    return pool_separable(placement.table, placement.chosen, y, x)
+        return _largest(placement, size, sampling_ratio, aligned)
+    return pool_placed(placement, size, max(sampling_ratio, ADAPTIVE), aligned)
 
 
-def _largest(placement: Placement, axes: tuple[Axis, Axis], size: tuple[int, int], sampling_ratio: int) -> Tensor:
+def _largest(placement: Placement, size: tuple[int, int], sampling_ratio: int, aligned: bool) -> Tensor:
     """Take the largest sample of each bin; every sample is pooled as a bin of its own first."""
+    axes = bin_edges(placement, size, aligned, at_least=None if aligned else 1.0)
     if sampling_ratio > 0 or len(placement.boxes) == 0:
         samples = max(sampling_ratio, 1)
         counts = [torch.full_like(axis[1], samples) for axis in axes]
@@ -199,6 +186,14 @@ class RoIAlign(RoIPooler):
         if reduce not in ("mean", "max"):
             raise ValueError(f"reduce must be 'mean' or 'max', got {reduce!r}")
         self.sampling_ratio, self.aligned, self.reduce = sampling_ratio, aligned, reduce
+
+    def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor | None:
+        """Pool boxes as they were given where kernels read them: ``[R, C, h, w]``."""
+        if self.reduce != "mean" or not has_kernels(maps, given):
+            return None
+        scales, level, areas = choose_levels(self.levels, maps[0], given, strides)
+        how = (self.output_size, self.sampling_ratio, self.aligned)
+        return pool_boxes(maps, given, scales, *how, level=level, areas=areas)
 
     def pool(self, placement: Placement) -> Tensor:
         """Pool placed boxes: ``[R, C, h, w]``."""

@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from detpipe.roi_pooling.box_ops import has_kernels
 from detpipe.roi_pooling.layouts import read_layout, read_values
 from detpipe.roi_pooling.levels import FPNLevels, choose_level
 from detpipe.roi_pooling.placement import Placement, place
 from detpipe.roi_pooling.pooler import choose_levels, read_levels
-from detpipe.roi_pooling.sample_ops import has_kernels, sample
+from detpipe.roi_pooling.sample_ops import sample
 
 
 def pool_points(

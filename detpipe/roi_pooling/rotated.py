@@ -28,6 +28,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from detpipe.roi_pooling import rotated_ops as _registered  # noqa: F401
 from detpipe.roi_pooling.axis import split_evenly
+from detpipe.roi_pooling.box_ops import has_kernels
 from detpipe.roi_pooling.layouts import (
     ROTATED_SIDES,
     SIDES,
@@ -43,7 +44,7 @@ from detpipe.roi_pooling.levels import FPNLevels, choose_level
 from detpipe.roi_pooling.placement import Placement, place
 from detpipe.roi_pooling.points import read_points
 from detpipe.roi_pooling.pooler import RoIPooler, choose_levels, read_levels
-from detpipe.roi_pooling.sample_ops import has_kernels, sample
+from detpipe.roi_pooling.sample_ops import sample
 
 MOST_SAMPLES = 1 << 30  # of a bin along one axis: what lies on the map is then a vanishing part of it
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from detpipe.roi_pooling.backend import kernels_for
 from detpipe.roi_pooling.layouts import (
     MOST_LISTED,
     ROTATED_SIDES,
@@ -28,7 +27,7 @@ from detpipe.roi_pooling.layouts import (
     with_images,
 )
 from detpipe.roi_pooling.maps import cut_table
-from detpipe.roi_pooling.operators import is_batched, operator
+from detpipe.roi_pooling.operators import operator
 
 Compose = Callable[[Sequence[Tensor], Tensor | None, Tensor], Tensor]  # maps, points, boxes -> [R, h, w, C]
 
@@ -45,7 +44,7 @@ def sample(
     samples: int,
     normalized: bool = False,
 ) -> Tensor:
-    """Average bilinear samples with kernels, which :func:`has_kernels` says whether there are.
+    """Average bilinear samples with kernels, which :func:`detpipe.roi_pooling.box_ops.has_kernels` says whether there are.
 
     Args:
         compose: computes the same of maps, points and boxes with operations that can be differentiated any number of times.
@@ -69,13 +68,6 @@ def sample(
     sizes = [side for one in maps for side in one.shape[2:]]
     rest = (list(given.ends), scales, areas, maps[0].shape[0], sizes, *size, samples, normalized)
     return _Sampled.apply(compose, rest, given.boxes, level, points, *maps).permute(0, 3, 1, 2)
-
-
-def has_kernels(operands: Sequence[Tensor], given: GivenBoxes) -> bool:
-    """Say whether samples are read by kernels; inside ``torch.func.vmap`` they are not."""
-    if kernels_for(operands[0]) != "triton":
-        return False
-    return torch.compiler.is_compiling() or not any(map(is_batched, (*operands, given.boxes)))
 
 
 @operator("sampled")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import ops as torchvision_ops
 
-from detpipe.roi_pooling import FPNLevels, max_ops, pool_points, sample_ops
+from detpipe.roi_pooling import FPNLevels, box_ops, max_ops, pool_points
 from detpipe.roi_pooling import rotated as rotated_module
 from detpipe.roi_pooling.layouts import ROTATED_SIDES, read_layout, unchecked_values
 
@@ -215,7 +215,7 @@ def check_rotated(seed: int) -> None:
         if seed % 4 == 0:
             with reversed_programs():
                 same_bits(found, rotated(case, samples))
-    expected = on_cpu_path(lambda: rotated(case, samples), sample_ops)
+    expected = on_cpu_path(lambda: rotated(case, samples), box_ops)
     for one, want in zip(found, expected, strict=True):  # a box that is not a number has a gradient of 0 from kernels
         torch.testing.assert_close(one, want.nan_to_num(0), rtol=1e-4, atol=1e-5)
 
@@ -251,7 +251,7 @@ def check_points(seed: int) -> None:
         if seed % 4 == 0:
             with reversed_programs():
                 same_bits(found, free_points(case, points, boxes))
-    expected = on_cpu_path(lambda: free_points(case, points, boxes), sample_ops)
+    expected = on_cpu_path(lambda: free_points(case, points, boxes), box_ops)
     for one, want in zip(found, expected, strict=True):
         torch.testing.assert_close(one, want, rtol=1e-4, atol=1e-5)
 

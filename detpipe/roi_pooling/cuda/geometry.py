@@ -35,8 +35,6 @@ PRECISE = tl.constexpr(-1)  # no samples: the integral of the bilinear surface
 TERMS = tl.constexpr(7)  # adaptive samples that may touch one cell: five, and two that rounding may put before them
 SLACK = tl.constexpr(1 / 64)  # cells that rounding moves a sample by at most
 FAR = tl.constexpr(1 << 20)  # cells; what lies beyond is there
-MOST_LISTS = 64  # lists of boxes whose ends are arguments of a kernel
-MOST_LISTED = 1 << 24  # boxes whose number float32 holds
 BOXES_A_PROGRAM = 128
 # arguments that differ with each call: not worth a compilation
 VARYING = ["stride_box", "stride_side", "per_image", "images", "boxes_in_all"]
@@ -336,8 +334,8 @@ def hat(point, cell, extent):
 def slope(point, cell, extent):
     """The derivative of :func:`hat` to the right of a point; a point that is moved onto the map does not move on it."""
     past = point - cell
-    return tl.where((point < 0.0) | (point >= extent - 1.0) | (past < -1.0) | (past >= 1.0), 0.0,
-                    tl.where(past < 0.0, 1.0, -1.0))  # fmt: skip
+    rise = tl.where((past < -1.0) | (past >= 1.0), 0.0, tl.where(past < 0.0, 1.0, -1.0))
+    return rise * tl.where((point < 0.0) | (point >= extent - 1.0), 0.0, 1.0)
 
 
 @triton.jit
@@ -348,19 +346,24 @@ def hat_integral(past):
 
 
 @triton.jit
+def first_sample(cell, start, size, bin, samples):
+    """The first adaptive sample that can touch a cell; rounding may find one that is too early, never one too late."""
+    ahead = cell - 1.0 - (start + bin * size)
+    return tl.maximum(tl.floor(divide(ahead * samples, ahead * 0 + size) - 0.5), 0.0)
+
+
+@triton.jit
 def weight(cell, start, size, bin, extent, SAMPLES: tl.constexpr):
     """The weight of cells in bins along an axis; all are floating-point, and broadcast."""
     if SAMPLES == PRECISE:
         past = start + bin * size - cell
-        return divide(hat_integral(past + size) - hat_integral(past), size)
+        return divide(hat_integral(past + size) - hat_integral(past), past * 0 + size)
     else:
         total = (start + size + bin + cell + extent) * 0.0
         if SAMPLES == ADAPTIVE:
             samples = tl.ceil(size)
-            begin = start + bin * size
-            # the first sample that can touch the cell; rounding may find one that is too early, never one too late
-            first = tl.maximum(tl.floor(divide((cell - 1.0 - begin) * samples, size) - 0.5), 0.0)
-            for k in tl.static_range(TERMS):
+            first = first_sample(cell, start, size, bin, samples)
+            for k in range(TERMS):
                 share = hat(sample_point(start, size, bin, first + k, samples), cell, extent)
                 total += tl.where(first + k < samples, share, 0.0)
             return divide(total, total * 0 + samples)
@@ -368,3 +371,33 @@ def weight(cell, start, size, bin, extent, SAMPLES: tl.constexpr):
             for k in tl.range(0, SAMPLES, loop_unroll_factor=4):
                 total += hat(sample_point(start, size, bin, k, SAMPLES), cell, extent)
             return total * (1.0 / SAMPLES)
+
+
+@triton.jit
+def weight_slopes(cell, start, size, bin, extent, SAMPLES: tl.constexpr):
+    """The weight of cells in bins along an axis, and its derivatives in start and size of the bins."""
+    share = weight(cell, start, size, bin, extent, SAMPLES)
+    if SAMPLES == PRECISE:
+        past = start + bin * size - cell
+        low = tl.maximum(1.0 - tl.abs(past), 0.0)
+        high = tl.maximum(1.0 - tl.abs(past + size), 0.0)
+        size = past * 0 + size
+        return share, divide(high - low, size), divide((bin + 1.0) * high - bin * low - share, size)
+    else:
+        to_start = share * 0.0
+        to_size = share * 0.0
+        if SAMPLES == ADAPTIVE:
+            samples = tl.ceil(size)
+            first = first_sample(cell, start, size, bin, samples)
+            for k in range(TERMS):
+                rise = slope(sample_point(start, size, bin, first + k, samples), cell, extent)
+                rise = tl.where(first + k < samples, rise, 0.0)
+                to_start += rise
+                to_size += rise * (bin + divide(first + k + 0.5, samples + first * 0))
+            return share, divide(to_start, samples + to_start * 0), divide(to_size, samples + to_size * 0)
+        else:
+            for k in tl.range(0, SAMPLES, loop_unroll_factor=4):
+                rise = slope(sample_point(start, size, bin, k, SAMPLES), cell, extent)
+                to_start += rise
+                to_size += rise * (bin + (k + 0.5) * (1.0 / SAMPLES))
+            return share, to_start * (1.0 / SAMPLES), to_size * (1.0 / SAMPLES)
