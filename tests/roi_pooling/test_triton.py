@@ -53,8 +53,7 @@ def test_in_the_interpreter(name: str, failures: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_all_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     made = run_as_script("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    separable = ["_adjoint_kernel", "_pool_kernel", "_strips_kernel", "_weight_grad_kernel"]
-    assert set(made) == {*separable, "_dot_kernel", "_sum_kernel"}
+    assert set(made) == {"_dot_kernel", "_sum_kernel"}
 
 
 def test_import_needs_no_triton() -> None:
@@ -73,17 +72,17 @@ def test_on_the_gpu(name: str) -> None:
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_tables_larger_than_32_bits_can_number(dtype: torch.dtype) -> None:
-    from detpipe.roi_pooling.triton_separable import separable, separable_adjoint
+def test_maps_larger_than_32_bits_can_number(dtype: torch.dtype) -> None:
+    from detpipe.roi_pooling import roi_align
 
     height, width, channels = 4100, 2050, 256  # 2 ** 31 numbers and some more
     if torch.cuda.get_device_properties(0).total_memory < 4 * height * width * channels * dtype.itemsize:
-        pytest.skip("the table and its gradient do not fit into the GPU's memory")
-    rows = torch.zeros(height * width, channels, dtype=dtype, device="cuda")
-    rows[-1] = torch.arange(channels, device="cuda").to(dtype)
-    y, x = (torch.full((1, 1, 1), size - 1, dtype=torch.int32, device="cuda") for size in (height, width))
-    one, chosen = torch.ones(1, 1, 1, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
-    operands = (chosen, 1, [height, width], y, one, x, one)
-    pooled = separable(rows, *operands)
-    assert torch.equal(pooled[0, 0, 0], rows[-1])
-    assert torch.equal(separable_adjoint(pooled, *operands)[-1], rows[-1])
+        pytest.skip("the map and its gradient do not fit into the GPU's memory")
+    features = torch.zeros(1, height, width, channels, dtype=dtype, device="cuda").permute(0, 3, 1, 2).requires_grad_()
+    with torch.no_grad():
+        features[0, :, -1, -1] = torch.arange(channels, device="cuda").to(dtype)
+    box = torch.tensor([[0.0, width - 1, height - 1, width, height]], device="cuda")
+    pooled = roi_align(features, box, 1)
+    assert torch.equal(pooled[0, :, 0, 0], features[0, :, -1, -1])
+    [grad] = torch.autograd.grad(pooled, features, pooled.detach())
+    assert torch.equal(grad[0, :, -1, -1], features[0, :, -1, -1])
