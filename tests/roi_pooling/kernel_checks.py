@@ -258,8 +258,15 @@ def check_points(seed: int) -> None:
 
 CHECKS = {"max": check_max, "rotated": check_rotated, "points": check_points}
 # kernels and the most registers that each may take
-KERNELS = {"max_kernel": 80, "read_kernel": 80, "prepare_kernel": 80, "adjoint_kernel": 128}
-WIDE = ("max_kernel", "adjoint_kernel")  # those that read rows of channels
+KERNELS = {
+    "max_kernel": 80,
+    "read_kernel": 80,
+    "prepare_kernel": 80,
+    "adjoint_kernel": 128,
+    "pool_kernel": 80,
+    "slopes_kernel": 128,
+}
+WIDE = ("max_kernel", "adjoint_kernel", "pool_kernel", "slopes_kernel")  # those that read rows of channels
 
 
 # launches
@@ -354,6 +361,8 @@ def compile_all(architecture: int) -> list[tuple[str, str, dict[str, object]]]:
     for dtype in (torch.float32, torch.float16):
         for levels in (1, 4):
             launch_max(levels, dtype)
+            for rotated, samples in ((True, 2), (True, 0), (False, 4)):
+                launch_samples(levels, dtype, rotated, samples)
     return made
 
 
@@ -368,6 +377,20 @@ def launch_max(levels: int, dtype: torch.dtype) -> None:
     values, winner = maximum.pool(maps, scene, (7, 7), False, False, True)
     maximum.read_winners(maps, winner, scene, False, False)
     maximum.adjoint(values, winner, scene, False, False)
+
+
+def launch_samples(levels: int, dtype: torch.dtype, rotated: bool, samples: int) -> None:
+    from detpipe.roi_pooling.cuda import points
+
+    sizes = [(48 >> k, 64 >> k) for k in range(levels)]
+    maps = [torch.zeros(2, *size, 256, dtype=dtype) for size in sizes]
+    flat = [side for size in sizes for side in size]
+    areas = [100.0 * 4**k for k in range(levels - 1)]
+    boxes, free = (torch.zeros(16, 6), None) if rotated else (torch.zeros(2, 8, 4), torch.zeros(2, 8, 7, 7, samples, 2))
+    scene = points.Scene(boxes, None, (), 2, flat, [0.25 / 2**k for k in range(levels)], areas)
+    values = points.pool(maps, free, scene, (7, 7), samples, False)
+    points.adjoint(values, free, scene, samples, False)
+    points.slopes(values, maps, free, scene, samples, False)
 
 
 if __name__ == "__main__":

@@ -172,8 +172,7 @@ def _read_box(
     many_y, many_x = a * 0 + 1, a * 0 + SAMPLES
     if ROTATED:
         angle = tl.load(at + 4 * stride_side).to(EXACT)
-        angle = (angle - tl.floor(divide(angle, angle * 0 + 360.0)) * 360.0) * RADIAN
-        cos, sin = tl.cos(angle), tl.sin(angle)
+        cos, sin = _turn(angle)
         many_y = many_x
         if SAMPLES == 0:
             many_y = tl.minimum(tl.ceil(divide(tall, tall * 0 + h)), MOST_SAMPLES)
@@ -186,6 +185,23 @@ def _read_box(
         image, level, height, width, y_scale, x_scale,
         y, tall * cos, -wide * sin, x, tall * sin, wide * cos, many_y, many_x, cos, sin,
     )  # fmt: skip
+
+
+@triton.jit
+def _turn(angle):
+    """Cosine and sine of degrees; CUDA's own keep a table in local memory for angles of many turns."""
+    angle = angle - tl.floor(divide(angle, angle * 0 + 360.0)) * 360.0
+    quarter = tl.floor(divide(angle, angle * 0 + 90.0) + 0.5)
+    rest = (angle - quarter * 90.0) * RADIAN  # within an eighth of a turn, where Taylor's series are soon exact
+    square, even, odd = rest * rest, angle * 0 + 1.0, angle * 0 + 1.0
+    for k in tl.static_range(9):
+        even = 1.0 - square * even * (1.0 / ((17 - 2 * k) * (18 - 2 * k)))
+        odd = 1.0 - square * odd * (1.0 / ((18 - 2 * k) * (19 - 2 * k)))
+    odd = rest * odd
+    turned = (quarter == 1) | (quarter == 3)
+    cos, sin = tl.where(turned, -odd, even), tl.where(turned, even, odd)
+    opposite = (quarter == 2) | (quarter == 3)
+    return tl.where(opposite, -cos, cos), tl.where(opposite, -sin, sin)
 
 
 @triton.jit
@@ -287,7 +303,7 @@ def pool_kernel(
         total = tl.zeros([BLOCK], EXACT)
         for a in range(a_begin, a_end):
             for b in range(b_begin, b_end):
-                own_y, own_x, _, _ = _sample(
+                own_y, own_x, off_v, off_u = _sample(
                     points, r, tl.cast(a, tl.int64), tl.cast(b, tl.int64), scale, y, y_tall, y_wide, x, x_tall, x_wide,
                     rows, columns, r >= 0, ROTATED, EXACT,
                 )  # fmt: skip
@@ -329,7 +345,7 @@ def prepare_kernel(
         for begin in range(0, h * w * SAMPLES, BLOCK):
             index = begin + tl.arange(0, BLOCK)
             exists = index < h * w * SAMPLES
-            own_y, own_x, _, _ = _sample(
+            own_y, own_x, off_v, off_u = _sample(
                 points, r, index * 0, index, scale, y, y_tall, y_wide, x, x_tall, x_wide,
                 many_y.to(tl.int64) * (h * w), many_x.to(tl.int64), exists, ROTATED, EXACT,
             )  # fmt: skip
@@ -405,7 +421,7 @@ def adjoint_kernel(
             for some in range(0, count, LANES):
                 nth = some + sample
                 a, b = first_a + nth // wide, first_b + nth % wide
-                own_y, own_x, _, _ = _sample(
+                own_y, own_x, off_v, off_u = _sample(
                     points, r, a, b, scale, y, y_tall, y_wide, x, x_tall, x_wide,
                     rows, columns, nth < count, ROTATED, EXACT,
                 )  # fmt: skip
