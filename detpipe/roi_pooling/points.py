@@ -129,6 +129,8 @@ def bilinear(
 
 def neighbors(point: Tensor, extent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The two cells along an axis that a point lies between, and how far it is from the first; beyond the border nothing moves."""
-    point = point.clamp(min=0).minimum((extent - 1).to(point.dtype))
+    last = (extent - 1).to(point.dtype)
+    # where a point lies on a cell, its gradient is that of the cells behind it, and 0 at the last one
+    point = torch.where(point < last, point.where(point >= 0, 0.0), last)
     cell = point.detach().long()
     return cell, (cell + 1).minimum(extent - 1), point - cell

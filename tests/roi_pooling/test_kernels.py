@@ -104,9 +104,10 @@ def test_launches_of_max_pooling(levels: int, layout: str) -> None:
     from detpipe.roi_pooling.cuda import maximum
 
     strides, maps = make_maps(levels)
+    boxes = laid_out(CORNERS, layout)
 
     def pool(maps: list[Tensor]) -> Tensor:
-        return RoIMaxPool(3)(dict(zip(strides, maps, strict=True)), laid_out(CORNERS, layout), strides)
+        return RoIMaxPool(3)(dict(zip(strides, maps, strict=True)), boxes, strides)
 
     forward, backward = count(max_ops, maximum, pool, maps)
     assert forward.kernels == ["max_kernel"]

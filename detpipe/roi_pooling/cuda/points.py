@@ -303,7 +303,7 @@ def pool_kernel(
         total = tl.zeros([BLOCK], EXACT)
         for a in range(a_begin, a_end):
             for b in range(b_begin, b_end):
-                own_y, own_x, off_v, off_u = _sample(
+                own_y, own_x, _v, _u = _sample(
                     points, r, tl.cast(a, tl.int64), tl.cast(b, tl.int64), scale, y, y_tall, y_wide, x, x_tall, x_wide,
                     rows, columns, r >= 0, ROTATED, EXACT,
                 )  # fmt: skip
@@ -345,7 +345,7 @@ def prepare_kernel(
         for begin in range(0, h * w * SAMPLES, BLOCK):
             index = begin + tl.arange(0, BLOCK)
             exists = index < h * w * SAMPLES
-            own_y, own_x, off_v, off_u = _sample(
+            own_y, own_x, _v, _u = _sample(
                 points, r, index * 0, index, scale, y, y_tall, y_wide, x, x_tall, x_wide,
                 many_y.to(tl.int64) * (h * w), many_x.to(tl.int64), exists, ROTATED, EXACT,
             )  # fmt: skip
@@ -421,7 +421,7 @@ def adjoint_kernel(
             for some in range(0, count, LANES):
                 nth = some + sample
                 a, b = first_a + nth // wide, first_b + nth % wide
-                own_y, own_x, off_v, off_u = _sample(
+                own_y, own_x, _v, _u = _sample(
                     points, r, a, b, scale, y, y_tall, y_wide, x, x_tall, x_wide,
                     rows, columns, nth < count, ROTATED, EXACT,
                 )  # fmt: skip
