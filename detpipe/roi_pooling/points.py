@@ -65,7 +65,8 @@ def pool_points(
     h, w, samples = points.shape[2:5]
     scales, level, areas = choose_levels(levels, maps[0], given, sides)
 
-    def compose(maps: Sequence[Tensor], points: Tensor, _: Tensor) -> Tensor:
+    def compose(maps: Sequence[Tensor], points: Tensor | None, _: Tensor) -> Tensor:
+        assert points is not None
         rois = read_values(given, maps[0])
         own = choose_level((rois.boxes[:, 2:] - rois.boxes[:, :2]).prod(1), areas) if areas else level
         placement = place(maps, scales, rois, own)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detpipe.roi_pooling import RoIMaxPool, RotatedRoIAlign, box_ops, max_ops, pool_points
+from detpipe.roi_pooling import RoIMaxPool, RotatedRoIAlign, box_ops, max_ops, pool_points, roi_max_pool
 from detpipe.roi_pooling.layouts import unchecked_values
 from roi_pooling import kernel_checks
 from roi_pooling.kernel_checks import Launches
@@ -42,6 +42,39 @@ def run_as_script(*arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize("name", kernel_checks.CHECKS)
 def test_some_random_cases_in_the_interpreter(name: str) -> None:
     run_as_script("interpret", name, "0", "5", TRITON_INTERPRET="1")
+
+
+def test_bags_in_the_interpreter() -> None:
+    run_as_script("interpret", "bags", "0", "4", TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("seed", range(4))
+def test_bags_on_the_gpu(seed: int) -> None:
+    kernel_checks.check_bags(seed, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_maps_larger_than_32_bits_can_number(dtype: torch.dtype) -> None:
+    height, width, channels = 4100, 2050, 256  # 2 ** 31 numbers and some more
+    if torch.cuda.get_device_properties(0).total_memory < 4 * height * width * channels * dtype.itemsize:
+        pytest.skip("the map and its gradient do not fit into the GPU's memory")
+    leaf = torch.zeros(1, height, width, channels, dtype=dtype, device="cuda")
+    leaf[0, -1, -1] = torch.arange(channels, device="cuda").to(dtype)
+    leaf = leaf.permute(0, 3, 1, 2).requires_grad_()
+    box = torch.tensor([[[width - 1.0, height - 1.0, width - 0.9, height - 0.9]]], device="cuda")
+    pooled = roi_max_pool(leaf, box, 1)
+    assert torch.equal(pooled[0, 0, :, 0, 0], leaf[0, :, -1, -1])
+    pooled.backward(pooled)
+    assert torch.equal(leaf.grad[0, :, -1, -1], leaf[0, :, -1, -1])
+
+
+def test_import_needs_no_triton() -> None:
+    code = "import sys; sys.modules['triton'] = None; import detpipe.roi_pooling"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.slow
