@@ -65,7 +65,8 @@ def pool_points(
     h, w, samples = points.shape[2:5]
     scales, level, areas = choose_levels(levels, maps[0], given, sides)
 
-    def compose(maps: Sequence[Tensor], points: Tensor, _: Tensor) -> Tensor:
+    def compose(maps: Sequence[Tensor], points: Tensor | None, _: Tensor) -> Tensor:
+        assert points is not None
         rois = read_values(given, maps[0])
         own = choose_level((rois.boxes[:, 2:] - rois.boxes[:, :2]).prod(1), areas) if areas else level
         placement = place(maps, scales, rois, own)
@@ -129,6 +130,8 @@ def bilinear(
 
 def neighbors(point: Tensor, extent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The two cells along an axis that a point lies between, and how far it is from the first; beyond the border nothing moves."""
-    point = point.clamp(min=0).minimum((extent - 1).to(point.dtype))
+    last = (extent - 1).to(point.dtype)
+    # where a point lies on a cell, its gradient is that of the cells behind it, and 0 at the last one
+    point = torch.where(point < last, point.where(point >= 0, 0.0), last)
     cell = point.detach().long()
     return cell, (cell + 1).minimum(extent - 1), point - cell

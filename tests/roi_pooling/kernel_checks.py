@@ -256,10 +256,53 @@ def check_points(seed: int) -> None:
         torch.testing.assert_close(one, want, rtol=1e-4, atol=1e-5)
 
 
+# bags
+
+
+def check_bags(seed: int, device: str = "cpu") -> None:
+    from detpipe.roi_pooling.cuda.bags import bag_dot, bag_sum
+
+    dtype, channels = (
+        (torch.float32, 3), (torch.float64, 17), (torch.float16, 40), (torch.bfloat16, 17)
+    )[seed % 4]  # fmt: skip
+    limit = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.manual_seed(seed)
+    sizes = torch.tensor([0, 1, 35, 0, 16, 3, 0])  # of bags
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)))
+    index = torch.randint(11, (int(offsets[-1]),))
+    weight = torch.rand(len(index), dtype=torch.promote_types(dtype, torch.float32))
+    rows, grad = torch.randn(11, channels).to(dtype), torch.randn(len(sizes), channels).to(dtype)
+    bag = torch.arange(len(sizes)).repeat_interleave(sizes)
+    products = weight.double()[:, None] * rows.double()[index]
+    total = torch.zeros(len(sizes), channels, dtype=torch.float64).index_add(0, bag, products)
+    dots = (rows.double()[index] * grad.double()[bag]).sum(1)
+    rows, index, weight, offsets, grad = (value.to(device) for value in (rows, index, weight, offsets, grad))
+    for given in (rows, rows.T.contiguous().T):  # operands need not be contiguous
+        found = bag_sum(given, index, weight, offsets)
+        assert found.dtype == dtype
+        assert torch.equal(found, bag_sum(given, index, weight, offsets))
+        torch.testing.assert_close(found.double().cpu(), total, rtol=limit, atol=limit)
+        found = bag_dot(grad, given, index, offsets)
+        assert found.dtype == weight.dtype
+        torch.testing.assert_close(found.double().cpu(), dots, rtol=limit, atol=limit)
+    assert not bag_sum(rows, index[:0], weight[:0], torch.zeros_like(offsets)).any()
+    assert bag_sum(rows, index[:0], weight[:0], offsets[:1]).shape == (0, channels)
+    assert bag_dot(grad, rows, index[:0], torch.zeros_like(offsets)).shape == (0,)
+
+
 CHECKS = {"max": check_max, "rotated": check_rotated, "points": check_points}
 # kernels and the most registers that each may take
-KERNELS = {"max_kernel": 80, "read_kernel": 80, "prepare_kernel": 80, "adjoint_kernel": 128}
-WIDE = ("max_kernel", "adjoint_kernel")  # those that read rows of channels
+KERNELS = {
+    "_sum_kernel": 128,
+    "_dot_kernel": 128,
+    "max_kernel": 80,
+    "read_kernel": 80,
+    "prepare_kernel": 80,
+    "adjoint_kernel": 128,
+    "pool_kernel": 80,
+    "slopes_kernel": 128,
+}
+WIDE = ("max_kernel", "adjoint_kernel", "pool_kernel", "slopes_kernel")  # those that read rows of channels
 
 
 # launches
@@ -351,10 +394,21 @@ def compile_all(architecture: int) -> list[tuple[str, str, dict[str, object]]]:
     driver.set_active(Absent())
     JITFunction.run = compile_only
     dtype = torch.float32
+    launch_bags()
     for dtype in (torch.float32, torch.float16):
         for levels in (1, 4):
             launch_max(levels, dtype)
+            for rotated, samples in ((True, 2), (True, 0), (False, 4)):
+                launch_samples(levels, dtype, rotated, samples)
     return made
+
+
+def launch_bags() -> None:
+    from detpipe.roi_pooling.cuda import bags
+
+    rows, index, offsets = torch.zeros(64, 256), torch.zeros(8, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+    bags.bag_sum(rows, index, torch.zeros(8), offsets)
+    bags.bag_dot(rows[:4], rows, index, offsets)
 
 
 def launch_max(levels: int, dtype: torch.dtype) -> None:
@@ -370,13 +424,27 @@ def launch_max(levels: int, dtype: torch.dtype) -> None:
     maximum.adjoint(values, winner, scene, False, False)
 
 
+def launch_samples(levels: int, dtype: torch.dtype, rotated: bool, samples: int) -> None:
+    from detpipe.roi_pooling.cuda import points
+
+    sizes = [(48 >> k, 64 >> k) for k in range(levels)]
+    maps = [torch.zeros(2, *size, 256, dtype=dtype) for size in sizes]
+    flat = [side for size in sizes for side in size]
+    areas = [100.0 * 4**k for k in range(levels - 1)]
+    boxes, free = (torch.zeros(16, 6), None) if rotated else (torch.zeros(2, 8, 4), torch.zeros(2, 8, 7, 7, samples, 2))
+    scene = points.Scene(boxes, None, (), 2, flat, [0.25 / 2**k for k in range(levels)], areas)
+    values = points.pool(maps, free, scene, (7, 7), samples, False)
+    points.adjoint(values, free, scene, samples, False)
+    points.slopes(values, maps, free, scene, samples, False)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "interpret":
         for seed in range(int(sys.argv[3]), int(sys.argv[4])):
             try:
                 with unchecked_values():
-                    CHECKS[sys.argv[2]](seed)
+                    {**CHECKS, "bags": check_bags}[sys.argv[2]](seed)
             except Exception as error:
                 raise AssertionError(f"case {seed}") from error
     else:

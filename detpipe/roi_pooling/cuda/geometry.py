@@ -20,6 +20,7 @@ N images, L levels, R boxes, h x w bins, H x W cells of a map.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from functools import cache
@@ -36,6 +37,7 @@ TERMS = tl.constexpr(7)  # adaptive samples that may touch one cell: five, and t
 SLACK = tl.constexpr(1 / 64)  # cells that rounding moves a sample by at most
 FAR = tl.constexpr(1 << 20)  # cells; what lies beyond is there
 BOXES_A_PROGRAM = 128
+RADIAN = tl.constexpr(math.pi / 180)
 # arguments that differ with each call: not worth a compilation
 VARYING = ["stride_box", "stride_side", "per_image", "images", "boxes_in_all"]
 
@@ -176,6 +178,23 @@ def divide(a, b):
         return a / b
     else:
         return tl.div_rn(a, b)
+
+
+@triton.jit
+def turn(angle):
+    """Cosine and sine of degrees; CUDA's own keep a table in local memory for angles of many turns."""
+    angle = angle - tl.floor(divide(angle, angle * 0 + 360.0)) * 360.0
+    quarter = tl.floor(divide(angle, angle * 0 + 90.0) + 0.5)
+    rest = (angle - quarter * 90.0) * RADIAN  # within an eighth of a turn, where Taylor's series are soon exact
+    square, even, odd = rest * rest, angle * 0 + 1.0, angle * 0 + 1.0
+    for k in tl.static_range(9):
+        even = 1.0 - square * even * (1.0 / ((17 - 2 * k) * (18 - 2 * k)))
+        odd = 1.0 - square * odd * (1.0 / ((18 - 2 * k) * (19 - 2 * k)))
+    odd = rest * odd
+    turned = (quarter == 1) | (quarter == 3)
+    cos, sin = tl.where(turned, -odd, even), tl.where(turned, even, odd)
+    opposite = (quarter == 2) | (quarter == 3)
+    return tl.where(opposite, -cos, cos), tl.where(opposite, -sin, sin)
 
 
 @triton.jit

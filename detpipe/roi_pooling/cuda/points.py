@@ -16,7 +16,6 @@ N images, L levels, R boxes, h x w bins, S samples a bin, C channels, T cells of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from detpipe.roi_pooling.cuda.geometry import (
     FAR,
+    RADIAN,
     VARYING,
     Scene,
     channel_block,
@@ -36,6 +36,7 @@ from detpipe.roi_pooling.cuda.geometry import (
     map_scale,
     map_size,
     read_image,
+    turn,
 )
 from detpipe.roi_pooling.cuda.maximum import map_of, tile_of
 
@@ -43,7 +44,6 @@ ROWS = 2  # cells of a tile along y
 COLUMNS = 4  # and along x
 BOXES = 64  # that are looked at at once
 LANES = 32  # samples that are looked at at once
-RADIAN = tl.constexpr(math.pi / 180)
 MARGIN = tl.constexpr(0.01)  # cells by which the search for samples is too generous, so that rounding loses none
 MOST_SAMPLES = tl.constexpr(
     float(1 << 30)
@@ -172,8 +172,7 @@ def _read_box(
     many_y, many_x = a * 0 + 1, a * 0 + SAMPLES
     if ROTATED:
         angle = tl.load(at + 4 * stride_side).to(EXACT)
-        angle = (angle - tl.floor(divide(angle, angle * 0 + 360.0)) * 360.0) * RADIAN
-        cos, sin = tl.cos(angle), tl.sin(angle)
+        cos, sin = turn(angle)
         many_y = many_x
         if SAMPLES == 0:
             many_y = tl.minimum(tl.ceil(divide(tall, tall * 0 + h)), MOST_SAMPLES)
@@ -287,7 +286,7 @@ def pool_kernel(
         total = tl.zeros([BLOCK], EXACT)
         for a in range(a_begin, a_end):
             for b in range(b_begin, b_end):
-                own_y, own_x, _, _ = _sample(
+                own_y, own_x, _v, _u = _sample(
                     points, r, tl.cast(a, tl.int64), tl.cast(b, tl.int64), scale, y, y_tall, y_wide, x, x_tall, x_wide,
                     rows, columns, r >= 0, ROTATED, EXACT,
                 )  # fmt: skip
@@ -329,7 +328,7 @@ def prepare_kernel(
         for begin in range(0, h * w * SAMPLES, BLOCK):
             index = begin + tl.arange(0, BLOCK)
             exists = index < h * w * SAMPLES
-            own_y, own_x, _, _ = _sample(
+            own_y, own_x, _v, _u = _sample(
                 points, r, index * 0, index, scale, y, y_tall, y_wide, x, x_tall, x_wide,
                 many_y.to(tl.int64) * (h * w), many_x.to(tl.int64), exists, ROTATED, EXACT,
             )  # fmt: skip
@@ -342,21 +341,13 @@ def prepare_kernel(
         top, bottom = tl.min(least_y, 0) - 1, tl.max(most_y, 0) + 1
         left, right = tl.min(least_x, 0) - 1, tl.max(most_x, 0) + 1
     tl.store(where + r, tl.where(image >= 0, level * images + image, -1))
-    tl.store(where + boxes_in_all + r, tl.floor(tl.minimum(tl.maximum(top, -FAR), FAR)).to(tl.int32))
-    tl.store(where + 2 * boxes_in_all + r, tl.ceil(tl.minimum(tl.maximum(bottom, -FAR), FAR)).to(tl.int32))
-    tl.store(where + 3 * boxes_in_all + r, tl.floor(tl.minimum(tl.maximum(left, -FAR), FAR)).to(tl.int32))
-    tl.store(where + 4 * boxes_in_all + r, tl.ceil(tl.minimum(tl.maximum(right, -FAR), FAR)).to(tl.int32))
-    if ROTATED:
-        tl.store(frame + r, y)
-        tl.store(frame + boxes_in_all + r, y_tall)
-        tl.store(frame + 2 * boxes_in_all + r, y_wide)
-        tl.store(frame + 3 * boxes_in_all + r, x)
-        tl.store(frame + 4 * boxes_in_all + r, x_tall)
-        tl.store(frame + 5 * boxes_in_all + r, x_wide)
-        tl.store(frame + 6 * boxes_in_all + r, many_y)
-        tl.store(frame + 7 * boxes_in_all + r, many_x)
-    else:
-        tl.store(frame + r, scale)
+    edges = (tl.floor(top), tl.ceil(bottom), tl.floor(left), tl.ceil(right))
+    for k in tl.static_range(4):
+        edge = tl.minimum(tl.maximum(edges[k], -FAR), FAR).to(tl.int32)
+        tl.store(where + (k + 1) * boxes_in_all + r, edge)
+    frames = (y, y_tall, y_wide, x, x_tall, x_wide, many_y, many_x) if ROTATED else (scale,)
+    for k in tl.static_range(len(frames)):
+        tl.store(frame + k * boxes_in_all + r, frames[k])
 
 
 @triton.jit(do_not_specialize=["images", "boxes_in_all"])
@@ -405,7 +396,7 @@ def adjoint_kernel(
             for some in range(0, count, LANES):
                 nth = some + sample
                 a, b = first_a + nth // wide, first_b + nth % wide
-                own_y, own_x, _, _ = _sample(
+                own_y, own_x, _v, _u = _sample(
                     points, r, a, b, scale, y, y_tall, y_wide, x, x_tall, x_wide,
                     rows, columns, nth < count, ROTATED, EXACT,
                 )  # fmt: skip
@@ -502,10 +493,9 @@ def slopes_kernel(
                 tl.store(at_point, by_x * scale)
                 tl.store(at_point + 1, by_y * scale)
     if ROTATED:
-        tl.store(out + r * 5, tl.where(image >= 0, sums[3] * x_scale, 0.0))
-        tl.store(out + r * 5 + 1, tl.where(image >= 0, sums[0] * scale, 0.0))
-        tl.store(out + r * 5 + 2, tl.where(image >= 0, (sums[5] * cos - sums[2] * sin) * x_scale, 0.0))
-        tl.store(out + r * 5 + 3, tl.where(image >= 0, (sums[1] * cos + sums[4] * sin) * scale, 0.0))
         # cosine and sine times height and width are in the frame
         turned = sums[4] * y_tall - sums[1] * x_tall - sums[2] * x_wide + sums[5] * y_wide
-        tl.store(out + r * 5 + 4, tl.where(image >= 0, turned * RADIAN, 0.0))
+        wider, taller = sums[5] * cos - sums[2] * sin, sums[1] * cos + sums[4] * sin
+        result = (sums[3] * x_scale, sums[0] * scale, wider * x_scale, taller * scale, turned * RADIAN)
+        for k in tl.static_range(5):
+            tl.store(out + r * 5 + k, tl.where(image >= 0, result[k], 0.0))
