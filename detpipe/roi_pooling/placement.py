@@ -81,7 +81,7 @@ def bin_edges(
     for low, high, extent, bins in ((1, 3, placement.height, size[0]), (0, 2, placement.width, size[1])):
         length = cells[:, high] - cells[:, low]
         if at_least is not None:
-            length = length.clamp(min=at_least)
+            length = length.where(~(length < at_least), at_least)  # at the least, the gradient is that of a longer box
         axes.append((cells[:, low], split_evenly(length, bins), extent, bins))
     return axes[0], axes[1]
 

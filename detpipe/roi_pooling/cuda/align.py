@@ -79,7 +79,7 @@ def pool(
             ALIGNED=aligned,
             BLOCK=block,
             num_warps=warps,
-            **({} if samples > 0 else {"TAPS": TAPS}),
+            **({} if samples > 0 else {"TAPS": TAPS, "maxnreg": 80}),
         )
     return out
 
@@ -120,6 +120,7 @@ def pool_adjoint(grad: Tensor, scene: Scene, samples: int, aligned: bool, normal
         BINS=BINS,
         BLOCK=block,
         num_warps=max(1, block * BINS // 128),  # a warp each row, where a row fills it
+        maxnreg=128,
     )
     return out
 
