@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from detpipe.roi_pooling import rotated_ops as _registered  # noqa: F401
+import detpipe.roi_pooling.rotated_ops as _registered  # noqa: F401
 from detpipe.roi_pooling.axis import split_evenly
 from detpipe.roi_pooling.box_ops import has_kernels
 from detpipe.roi_pooling.layouts import (

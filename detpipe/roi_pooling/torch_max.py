@@ -92,7 +92,7 @@ def read_winners(values: Tensor, rows: Tensor, bins: Bins) -> Tensor:
     out = values.new_empty((len(bins.first), bins.y.shape[1], bins.x.shape[1], rows.shape[1]))
     padded = torch.nn.functional.pad(values.flatten(), (0, 1))
     for boxes, winner in _winners(rows, bins):
-        torch.take(padded, winner, out=out[boxes].flatten(0, 2))
+        torch.index_select(padded, 0, winner.flatten(), out=out[boxes].flatten())
     return out
 
 
@@ -107,7 +107,8 @@ def _winners(rows: Tensor, bins: Bins) -> Iterator[tuple[slice, Tensor]]:
             continue
         if keys is None:
             tap = (_product_with_winner if rows.device.type == "cpu" else _gathered)(exact, block)[1]
-            winner = torch.nn.functional.pad(block.row * channels, (0, 1)).take(tap).add_(channel)
+            origin = torch.nn.functional.pad(block.row * channels, (0, 1))
+            winner = origin.index_select(0, tap.flatten()).view(tap.shape).add_(channel)
         else:
             code = _product(keys, block).view(torch.int64).bitwise_and_(LAST_ROW)
             winner = torch.sub(channel + LAST_ROW * channels, code, alpha=channels)

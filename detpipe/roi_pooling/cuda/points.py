@@ -9,7 +9,7 @@ order each time. The gradients to boxes and points are one more launch.
 N images, L levels, R boxes, h x w bins, S samples a bin, C channels, T cells of all maps.
 """
 
-# Triton annotates its functions as they are on the host; compiled, its loops and tensors are something else.
+# Triton annotates its functions as they are on the host
 # ruff: noqa: RET505 (a return in a branch that is chosen by the compiler needs its else)
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -122,7 +122,7 @@ def slopes(
     boxes, h, w, channels = grad.shape
     exact = torch.promote_types(grad.dtype, torch.float32)
     out = grad.new_empty((boxes, 5) if points is None else points.shape, dtype=exact)
-    if not out.numel() or not channels:
+    if not grad.numel():
         return out.zero_()
     block, warps = channel_block(channels, 256, grad)
     launch(
