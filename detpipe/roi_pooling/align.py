@@ -88,12 +88,33 @@ def roi_align(
     if torch.compiler.is_exporting() and reduce == "mean" and not normalized:
         return _exported(features, boxes, size, scale, sampling_ratio, aligned)
     given = read_layout(boxes, features)
-    if reduce == "mean" and has_kernels([features], given):
-        pooled = pool_boxes([features], given, [scale], size, max(sampling_ratio, ADAPTIVE), aligned, normalized)
+    if (reduce == "mean" or sampling_ratio > 0) and has_kernels([features], given):
+        pooled = align_given([features], given, [scale], size, sampling_ratio, aligned, reduce, normalized)
     else:
         placement = place([features], [scale], read_values(given, features), normalized=normalized)
         pooled = align(placement, size, sampling_ratio, aligned, reduce)
     return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
+
+
+def align_given(
+    maps: Sequence[Tensor],
+    given: GivenBoxes,
+    scales: Sequence[float],
+    size: tuple[int, int],
+    sampling_ratio: int,
+    aligned: bool,
+    reduce: str,
+    normalized: bool = False,
+    level: Tensor | None = None,
+    areas: Sequence[float] = (),
+) -> Tensor:
+    """Pool boxes as they were given, by kernels: ``[R, C, h, w]``; the largest only of a fixed number of samples."""
+    if reduce == "mean":
+        samples = max(sampling_ratio, ADAPTIVE)
+        return pool_boxes(maps, given, scales, size, samples, aligned, normalized, level, areas)
+    each = (size[0] * sampling_ratio, size[1] * sampling_ratio)  # every sample is a bin of its own first
+    single = pool_boxes(maps, given, scales, each, 1, aligned, normalized, level, areas)
+    return torch.nn.functional.max_pool2d(single, sampling_ratio)
 
 
 def align(placement: Placement, size: tuple[int, int], sampling_ratio: int, aligned: bool, reduce: str) -> Tensor:
@@ -189,11 +210,11 @@ class RoIAlign(RoIPooler):
 
     def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor | None:
         """Pool boxes as they were given where kernels read them: ``[R, C, h, w]``."""
-        if self.reduce != "mean" or not has_kernels(maps, given):
+        if (self.reduce == "max" and self.sampling_ratio == 0) or not has_kernels(maps, given):
             return None
         scales, level, areas = choose_levels(self.levels, maps[0], given, strides)
-        how = (self.output_size, self.sampling_ratio, self.aligned)
-        return pool_boxes(maps, given, scales, *how, level=level, areas=areas)
+        how = (self.output_size, self.sampling_ratio, self.aligned, self.reduce)
+        return align_given(maps, given, scales, *how, level=level, areas=areas)
 
     def pool(self, placement: Placement) -> Tensor:
         """Pool placed boxes: ``[R, C, h, w]``."""

@@ -202,7 +202,8 @@ def _levels_of(rows: Tensor, images: int, sizes: Sequence[int]) -> list[Tensor]:
 
 class _Pool(Function):
     @staticmethod
-    def forward(ctx: Any, boxes: Tensor, level: Tensor | None, task: Task, *maps: Tensor) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> Tensor:  # named, two maps would look to the compiler like no context
+        boxes, level, task, *maps = operands
         ctx.task, ctx.level, ctx.images, ctx.sizes = task, level, maps[0].shape[0], _sizes(maps)
         ctx.save_for_backward(boxes, *(maps if ctx.needs_input_grad[0] else ()))
         return torch.ops.detpipe.roi_align(maps, boxes, level, *task)
@@ -239,7 +240,8 @@ class _Adjoint(Function):
 
 class _BoxGrad(Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, boxes: Tensor, level: Tensor | None, task: Task, *maps: Tensor) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        grad, boxes, level, task, *maps = operands
         ctx.task, ctx.level = task, level
         ctx.save_for_backward(grad, boxes, *maps)
         return torch.ops.detpipe.roi_align_box_grad(grad, maps, boxes, level, *task)

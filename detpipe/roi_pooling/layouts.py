@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from detpipe.roi_pooling.operators import operator
+from detpipe.roi_pooling.operators import is_batched, operator
 
 Boxes = Tensor | Sequence[Tensor]
 SIDES = "x1, y1, x2, y2"
@@ -108,10 +109,19 @@ def read_values(given: GivenBoxes, features: Tensor, sides: str = SIDES, checks:
         boxes = boxes.to(dtype)
     else:
         exact = boxes.to(torch.promote_types(dtype, boxes.dtype))
-        image = exact[:, 0]
-        image = torch.ops.detpipe.checked_images(image, features.shape[0]) if checks else image.long()
+        image = exact[:, 0].detach()
+        if not checks:
+            image = image.long()
+        elif _is_plain(image):
+            image = _check_images(image, features.shape[0])
+        else:
+            image = torch.ops.detpipe.checked_images(image, features.shape[0])
         boxes = exact[:, 1:].to(dtype)
-    return RoIs(image, torch.ops.detpipe.checked_boxes(boxes, sides) if checks else boxes, lead)
+    if checks and _is_plain(boxes):
+        _check_boxes(boxes.detach(), sides)
+    elif checks:
+        boxes = torch.ops.detpipe.checked_boxes(boxes, sides)
+    return RoIs(image, boxes, lead)
 
 
 def with_images(given: GivenBoxes) -> GivenBoxes:
@@ -210,8 +220,20 @@ def looks_at_values(tensor: Tensor) -> bool:
     return (tensor.device.type == "cpu" or torch.is_anomaly_enabled()) and not _UNCHECKED.get()
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Say whether nobody traces: then values are looked at without an operator, which takes longer than the look."""
+    if torch.compiler.is_compiling() or is_batched(tensor):
+        return False
+    return type(tensor) in (Tensor, Parameter) and not torch._C._len_torch_dispatch_stack()
+
+
 @operator("checked_boxes")
 def _checked_boxes(boxes: Tensor, sides: str) -> Tensor:
+    _check_boxes(boxes, sides)
+    return boxes.clone()
+
+
+def _check_boxes(boxes: Tensor, sides: str) -> None:
     if looks_at_values(boxes):
         rotated = sides.endswith("angle")
         size = boxes[:, 2:4] if rotated else boxes[:, 2:] - boxes[:, :2]
@@ -224,7 +246,6 @@ def _checked_boxes(boxes: Tensor, sides: str) -> Tensor:
             finite = all(math.isfinite(value) for value in values)
             wrong = "has no area: width and height must be positive" if finite else "is not finite"
             raise ValueError(f"boxes: box {row}, ({sides}) = {values}, {wrong}")
-    return boxes.clone()
 
 
 @_checked_boxes.register_fake
@@ -247,6 +268,10 @@ def _(info, in_dims, boxes: Tensor, sides: str) -> tuple[Tensor, int]:
 
 @operator("checked_images")
 def _checked_images(image: Tensor, images: int) -> Tensor:
+    return _check_images(image, images)
+
+
+def _check_images(image: Tensor, images: int) -> Tensor:
     whole = image.to(torch.int64)
     if looks_at_values(image):
         good = (whole == image) & (whole >= 0) & (whole < images)

@@ -79,7 +79,7 @@ def pool(
             ALIGNED=aligned,
             BLOCK=block,
             num_warps=warps,
-            **({} if samples > 0 else {"TAPS": TAPS, "maxnreg": 80}),
+            **({} if samples > 0 else {"TAPS": TAPS, **registers(80, out)}),
         )
     return out
 
@@ -120,7 +120,7 @@ def pool_adjoint(grad: Tensor, scene: Scene, samples: int, aligned: bool, normal
         BINS=BINS,
         BLOCK=block,
         num_warps=max(1, block * BINS // 128),  # a warp each row, where a row fills it
-        maxnreg=128,
+        **registers(128, grad),
     )
     return out
 
@@ -160,6 +160,11 @@ def box_grad(
         num_warps=warps,
     )
     return out
+
+
+def registers(most: int, like: Tensor) -> dict[str, int]:
+    """Let a thread use that many registers, which ptxas otherwise saves on by spilling; numbers of 8 bytes take what they need."""
+    return {"maxnreg": most} if like.element_size() <= 4 else {}
 
 
 @triton.jit
