@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import detpipe.roi_pooling.torch_max as torch_max
 from detpipe.roi_pooling.axis import split_evenly
 from detpipe.roi_pooling.backend import kernels_for
 from detpipe.roi_pooling.layouts import MOST_LISTED, GivenBoxes, looks_at_values, read_values, with_images
@@ -27,6 +26,7 @@ from detpipe.roi_pooling.levels import choose_level
 from detpipe.roi_pooling.maps import cell_table, cut_table
 from detpipe.roi_pooling.operators import operator
 from detpipe.roi_pooling.placement import is_batched, place
+from detpipe.roi_pooling.torch_max import Bins, largest, read_winners, send_to_winners
 
 FARTHEST = 1 << 30  # cells; coordinates beyond are moved there, where whole numbers are still exact
 
@@ -97,7 +97,7 @@ def _roi_max(
         scene = maximum.Scene(boxes, level, ends, images, sizes, scales, areas)
         return maximum.pool(_channels_last(maps), scene, (h, w), equal_step, normalized, want_winner)
     table, bins = _bins(maps, boxes, level, ends, scales, areas, h, w, equal_step, normalized)
-    return torch_max.largest(table, bins), boxes.new_empty(0, dtype=torch.int16)
+    return largest(table, bins), boxes.new_empty(0, dtype=torch.int16)
 
 
 @operator("roi_max_adjoint")
@@ -124,7 +124,7 @@ def _roi_max_adjoint(
         scene = maximum.Scene(boxes, level, ends, images, sizes, scales, areas)
         return maximum.adjoint(grad.contiguous(), winner, scene, equal_step, normalized)
     table, bins = _bins(maps, boxes, level, ends, scales, areas, h, w, equal_step, normalized)
-    return torch_max.send_to_winners(grad, table, bins)
+    return send_to_winners(grad, table, bins)
 
 
 @operator("roi_max_winners")
@@ -151,7 +151,7 @@ def _roi_max_winners(
         scene = maximum.Scene(boxes, level, ends, images, sizes, scales, areas)
         return maximum.read_winners(_channels_last(values), winner, scene, equal_step, normalized)
     table, bins = _bins(maps, boxes, level, ends, scales, areas, h, w, equal_step, normalized)
-    return torch_max.read_winners(cell_table(values).rows, table, bins)
+    return read_winners(cell_table(values).rows, table, bins)
 
 
 def _channels_last(maps: Sequence[Tensor]) -> list[Tensor]:
@@ -161,7 +161,7 @@ def _channels_last(maps: Sequence[Tensor]) -> list[Tensor]:
 # what the kernels of PyTorch work on
 
 
-def _bins(maps, boxes, level, ends, scales, areas, h, w, equal_step, normalized) -> tuple[Tensor, torch_max.Bins]:
+def _bins(maps, boxes, level, ends, scales, areas, h, w, equal_step, normalized) -> tuple[Tensor, Bins]:
     """Lay out the cells of all maps in a table, and find the cells of each bin."""
     rois = read_values(GivenBoxes(boxes, tuple(ends), ()), maps[0])
     if level is None and areas:
@@ -174,10 +174,11 @@ def _bins(maps, boxes, level, ends, scales, areas, h, w, equal_step, normalized)
     divide = _equal_step if equal_step else _fast_rcnn
     axes = [(corners[:, 1], corners[:, 3], placement.height), (corners[:, 0], corners[:, 2], placement.width)]
     if h == w:  # both at once
-        y, x = divide(*map(torch.cat, zip(*axes, strict=True)), h).chunk(2)
+        first, last, extent = (torch.cat(pair) for pair in zip(*axes, strict=True))
+        y, x = divide(first, last, extent, h).chunk(2)
     else:
         y, x = (divide(*axis, bins) for axis, bins in zip(axes, (h, w), strict=True))
-    return placement.table.rows, torch_max.Bins(placement.first, placement.width, y, x)
+    return placement.table.rows, Bins(placement.first, placement.width, y, x)
 
 
 def _round(edge: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-import detpipe.roi_pooling.rotated_ops as _registered  # noqa: F401
 from detpipe.roi_pooling.axis import split_evenly
 from detpipe.roi_pooling.box_ops import has_kernels
 from detpipe.roi_pooling.layouts import (
@@ -44,6 +43,8 @@ from detpipe.roi_pooling.levels import FPNLevels, choose_level
 from detpipe.roi_pooling.placement import Placement, place
 from detpipe.roi_pooling.points import read_points
 from detpipe.roi_pooling.pooler import RoIPooler, choose_levels, read_levels
+from detpipe.roi_pooling.rotated_ops import pool_frames
+from detpipe.roi_pooling.rotated_samples import Frames
 from detpipe.roi_pooling.sample_ops import sample
 
 MOST_SAMPLES = 1 << 30  # of a bin along one axis: what lies on the map is then a vanishing part of it
@@ -144,7 +145,7 @@ def _pool_placed(placement: Placement, size: tuple[int, int], samples: int) -> T
     bins = torch.stack((split_evenly(height, size[0]), split_evenly(width, size[1])), dim=1).detach()
     counts = bins.ceil().nan_to_num(0).clamp(0, MOST_SAMPLES).long()  # a box without area has no samples
     where = torch.stack((placement.first, placement.height, placement.width), dim=1)
-    return torch.ops.detpipe.rotated(placement.table.rows, frame, where, counts, *size)
+    return pool_frames(placement.table.rows, Frames(frame, where, counts), size)
 
 
 def _grid(frame: Tensor, size: tuple[int, int], samples: int) -> Tensor:

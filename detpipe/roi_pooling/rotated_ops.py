@@ -20,6 +20,11 @@ from detpipe.roi_pooling.points import bilinear, neighbors
 from detpipe.roi_pooling.rotated_samples import Frames, Samples, offsets, sample_blocks
 
 
+def pool_frames(rows: Tensor, frames: Frames, size: tuple[int, int]) -> Tensor:
+    """Average bilinear samples, ``[T, C]`` -> ``[R, h, w, C]``; differentiable in cells and frames, any number of times."""
+    return torch.ops.detpipe.rotated(rows, *frames, *size)
+
+
 def _exact(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
 

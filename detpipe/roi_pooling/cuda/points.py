@@ -9,7 +9,7 @@ order each time. The gradients to boxes and points are one more launch.
 N images, L levels, R boxes, h x w bins, S samples a bin, C channels, T cells of all maps.
 """
 
-# Triton annotates its functions as they are on the host
+# Triton annotates its functions as they are on the host; compiled, its loops and tensors are something else.
 # ruff: noqa: RET505 (a return in a branch that is chosen by the compiler needs its else)
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -85,8 +85,7 @@ def adjoint(grad: Tensor, points: Tensor | None, scene: Scene, samples: int, nor
     """Send gradients ``[R, h, w, C]``, contiguous, back to the cells, ``[T, C]``: two launches; the rest as of :func:`pool`."""
     boxes, h, w, channels = grad.shape
     levels = list(zip(scene.sizes[::2], scene.sizes[1::2], strict=True))
-    cells = scene.images * sum(height * width for height, width in levels)
-    out = grad.new_empty((cells, channels))
+    out = grad.new_empty((scene.images * sum(height * width for height, width in levels), channels))
     if not out.numel():
         return out
     where = grad.new_empty((5, boxes), dtype=torch.int32)
@@ -120,8 +119,8 @@ def slopes(
     ``grad`` is ``[R, h, w, C]``, contiguous, and the rest as of :func:`pool`; the result is in float32 at least.
     """
     boxes, h, w, channels = grad.shape
-    exact = torch.promote_types(grad.dtype, torch.float32)
-    out = grad.new_empty((boxes, 5) if points is None else points.shape, dtype=exact)
+    shape = (boxes, 5) if points is None else points.shape
+    out = grad.new_empty(shape, dtype=torch.promote_types(grad.dtype, torch.float32))
     if not grad.numel():
         return out.zero_()
     block, warps = channel_block(channels, 256, grad)
@@ -139,8 +138,8 @@ def slopes(
 def _constants(
     scene: Scene, dtype: torch.dtype, points: Tensor | None, size: tuple[int, int], samples: int, normalized: bool
 ) -> dict[str, Any]:
-    own = {"ROTATED": points is None, "SAMPLES": samples, "h": size[0], "w": size[1]}
-    return {**scene.constants(dtype, normalized), **own}
+    own = scene.constants(dtype, normalized)
+    return {**own, "ROTATED": points is None, "SAMPLES": samples, "h": size[0], "w": size[1]}
 
 
 @triton.jit
@@ -297,8 +296,11 @@ def pool_kernel(
                 upper_right = tl.load(origin + at + right, mask=wanted, other=0.0).to(EXACT)
                 lower_left = tl.load(origin + at + down, mask=wanted, other=0.0).to(EXACT)
                 lower_right = tl.load(origin + at + down + right, mask=wanted, other=0.0).to(EXACT)
-                upper = (1 - past) * upper_left + past * upper_right
-                total += (1 - up) * upper + up * ((1 - past) * lower_left + past * lower_right)
+                upper, lower = (
+                    (1 - past) * upper_left + past * upper_right,
+                    (1 - past) * lower_left + past * lower_right,
+                )
+                total += (1 - up) * upper + up * lower
         total = tl.where(image >= 0, total * divide(many_y * 0 + 1.0, many_y * many_x), 0.0)
         tl.store(out + (line * w + j) * channels + c, total.to(out.dtype.element_ty), mask=c < channels)
 
@@ -321,10 +323,8 @@ def prepare_kernel(
         half_y, half_x = (tl.abs(y_tall) + tl.abs(y_wide)) * 0.5 + 1, (tl.abs(x_tall) + tl.abs(x_wide)) * 0.5 + 1
         top, bottom, left, right = y - half_y, y + half_y, x - half_x, x + half_x
     else:
-        least_y = tl.full([BLOCK], float("inf"), EXACT)
-        least_x = tl.full([BLOCK], float("inf"), EXACT)
-        most_y = tl.full([BLOCK], float("-inf"), EXACT)
-        most_x = tl.full([BLOCK], float("-inf"), EXACT)
+        least_y, least_x = tl.full([BLOCK], float("inf"), EXACT), tl.full([BLOCK], float("inf"), EXACT)
+        most_y, most_x = tl.full([BLOCK], float("-inf"), EXACT), tl.full([BLOCK], float("-inf"), EXACT)
         for begin in range(0, h * w * SAMPLES, BLOCK):
             index = begin + tl.arange(0, BLOCK)
             exists = index < h * w * SAMPLES
@@ -375,7 +375,7 @@ def adjoint_kernel(
         next = tl.min(tl.where(hit, lane, BOXES), 0)
         while next < BOXES:
             r = (begin + next).to(tl.int64)
-            y = tl.load(frame + r)
+            y = tl.load(frame + r)  # or the scale
             scale, y_tall, y_wide, x, x_tall, x_wide = y, y, y, y, y, y
             many_y, many_x = y * 0 + 1, y * 0 + SAMPLES
             if ROTATED:
@@ -469,8 +469,7 @@ def slopes_kernel(
             inside = inside & (image >= 0)
             at, down, right, up, past = _four(own_y, own_x, height, width, channels)
             bin = _bin_of(a, b, many_y, many_x, w, ROTATED)
-            down_sum = tl.zeros([BLOCK], EXACT)
-            right_sum = tl.zeros([BLOCK], EXACT)
+            down_sum, right_sum = tl.zeros([BLOCK], EXACT), tl.zeros([BLOCK], EXACT)
             for begin in range(0, tl.where(inside, channels, 0), BLOCK):
                 c = begin + tl.arange(0, BLOCK)
                 cell = origin + at + c
