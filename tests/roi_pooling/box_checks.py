@@ -133,7 +133,8 @@ def check_operators() -> None:
 
         leaves = [one.clone().requires_grad_() for one in (boxes[:, 1:], *maps)]
         assert torch.autograd.gradcheck(pooled, leaves, fast_mode=True)
-        assert torch.autograd.gradgradcheck(pooled, leaves, fast_mode=True)
+        if samples == 2:  # the second derivatives of the others are compared with the CPU's, which are checked there
+            assert torch.autograd.gradgradcheck(pooled, leaves, fast_mode=True)
         compiled = torch.compile(pooled, backend="aot_eager", fullgraph=True)
         sent = torch.randn(2, 2, 1, 1, dtype=torch.float64)
         for one, other in zip(
