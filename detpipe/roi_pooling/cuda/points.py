@@ -363,14 +363,12 @@ def prepare_kernel(
 @triton.jit(do_not_specialize=["images", "boxes_in_all"])
 def adjoint_kernel(
     out, grad, points, where, frame, sizes, images, boxes_in_all, channels,
-    EXACT: tl.constexpr, LEVELS: tl.constexpr, ROTATED: tl.constexpr, SAMPLES: tl.constexpr,
-    h: tl.constexpr, w: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BOXES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, LEVELS: tl.constexpr, ROTATED: tl.constexpr, SAMPLES: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BOXES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of cells of a map, a block of channels."""
     own, first_cell, height, width, top, left = tile_of(sizes, images, LEVELS, ROWS, COLUMNS)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    lane, sample = tl.arange(0, BOXES), tl.arange(0, LANES)
+    lane, sample, c = tl.arange(0, BOXES), tl.arange(0, LANES), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     totals = ()  # one a cell of the tile
     for _ in tl.static_range(ROWS * COLUMNS):
         totals = totals + (tl.zeros([BLOCK], EXACT),)  # noqa: RUF005
@@ -402,11 +400,11 @@ def adjoint_kernel(
                 bin = _bin_of(a, b, many_y, many_x, w, ROTATED)
                 found = tl.min(tl.where(touches, sample, LANES), 0)
                 while found < LANES:
-                    is_it = sample == found
-                    at_y, at_x = tl.sum(tl.where(is_it, own_y, 0.0), 0), tl.sum(tl.where(is_it, own_x, 0.0), 0)
-                    at_bin = tl.sum(tl.where(is_it, bin, 0), 0)
-                    value = tl.load(grad + (r * (h * w) + at_bin) * channels + c, mask=c < channels, other=0.0)
-                    value = value.to(EXACT) * share
+                    at_y = tl.sum(tl.where(sample == found, own_y, 0.0), 0)
+                    at_x = tl.sum(tl.where(sample == found, own_x, 0.0), 0)
+                    at_bin = tl.sum(tl.where(sample == found, bin, 0), 0)
+                    entry = grad + (r * (h * w) + at_bin) * channels + c
+                    value = tl.load(entry, mask=c < channels, other=0.0).to(EXACT) * share
                     added = ()
                     for cell in tl.static_range(ROWS * COLUMNS):
                         near = tl.maximum(1.0 - tl.abs(at_y - (top + cell // COLUMNS)), 0.0)
