@@ -423,6 +423,22 @@ def adjoint_kernel(
         )
 
 
+@triton.jit
+def _products(cell, down, right, up, past, grad, channels, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    """How the product of a gradient with the surface around a sample changes downwards and to the right."""
+    down_sum, right_sum = tl.zeros([BLOCK], EXACT), tl.zeros([BLOCK], EXACT)
+    for begin in range(0, channels, BLOCK):
+        c = begin + tl.arange(0, BLOCK)
+        upper_left = tl.load(cell + c, mask=c < channels, other=0.0).to(EXACT)
+        upper_right = tl.load(cell + right + c, mask=c < channels, other=0.0).to(EXACT)
+        lower_left = tl.load(cell + down + c, mask=c < channels, other=0.0).to(EXACT)
+        lower_right = tl.load(cell + down + right + c, mask=c < channels, other=0.0).to(EXACT)
+        sent = tl.load(grad + c, mask=c < channels, other=0.0).to(EXACT)
+        down_sum += sent * ((1 - past) * (lower_left - upper_left) + past * (lower_right - upper_right))
+        right_sum += sent * ((1 - up) * (upper_right - upper_left) + up * (lower_right - lower_left))
+    return tl.sum(down_sum, 0), tl.sum(right_sum, 0)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def slopes_kernel(
     out, grad, maps, points,
@@ -462,19 +478,10 @@ def slopes_kernel(
             inside = inside & (image >= 0)
             at, down, right, up, past = _four(own_y, own_x, height, width, channels)
             bin = _bin_of(a, b, many_y, many_x, w, ROTATED)
-            down_sum, right_sum = tl.zeros([BLOCK], EXACT), tl.zeros([BLOCK], EXACT)
-            for begin in range(0, tl.where(inside, channels, 0), BLOCK):
-                c = begin + tl.arange(0, BLOCK)
-                cell = origin + at + c
-                upper_left = tl.load(cell, mask=c < channels, other=0.0).to(EXACT)
-                upper_right = tl.load(cell + right, mask=c < channels, other=0.0).to(EXACT)
-                lower_left = tl.load(cell + down, mask=c < channels, other=0.0).to(EXACT)
-                lower_right = tl.load(cell + down + right, mask=c < channels, other=0.0).to(EXACT)
-                sent = tl.load(grad + (r * (h * w) + bin) * channels + c, mask=c < channels, other=0.0).to(EXACT)
-                down_sum += sent * ((1 - past) * (lower_left - upper_left) + past * (lower_right - upper_right))
-                right_sum += sent * ((1 - up) * (upper_right - upper_left) + up * (lower_right - lower_left))
-            by_y = tl.where(at_y >= 0, tl.sum(down_sum, 0) * share, 0.0)
-            by_x = tl.where(at_x >= 0, tl.sum(right_sum, 0) * share, 0.0)
+            own, count = grad + (r * (h * w) + bin) * channels, tl.where(inside, channels, 0)
+            down_sum, right_sum = _products(origin + at, down, right, up, past, own, count, EXACT, BLOCK)
+            by_y = tl.where(at_y >= 0, down_sum * share, 0.0)
+            by_x = tl.where(at_x >= 0, right_sum * share, 0.0)
             if ROTATED:
                 sums = (
                     sums[0] + by_y, sums[1] + by_y * v, sums[2] + by_y * u,
