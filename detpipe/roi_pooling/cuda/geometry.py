@@ -37,6 +37,7 @@ TERMS = tl.constexpr(7)  # adaptive samples that may touch one cell: five, and t
 SLACK = tl.constexpr(1 / 64)  # cells that rounding moves a sample by at most
 FAR = tl.constexpr(1 << 20)  # cells; what lies beyond is there
 BOXES_A_PROGRAM = 128
+MARGIN = tl.constexpr(0.01)  # cells by which the search for samples is too generous, so that rounding loses none
 RADIAN = tl.constexpr(math.pi / 180)
 # arguments that differ with each call: not worth a compilation
 VARYING = ["stride_box", "stride_side", "per_image", "images", "boxes_in_all"]
@@ -420,3 +421,29 @@ def weight_slopes(cell, start, size, bin, extent, SAMPLES: tl.constexpr):
                 to_start += rise
                 to_size += rise * (bin + (k + 0.5) * (1.0 / SAMPLES))
             return share, to_start * (1.0 / SAMPLES), to_size * (1.0 / SAMPLES)
+
+
+@triton.jit
+def hits(where, r, own, top, left, boxes_in_all, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Whether boxes r of a table of maps and first and last cells touch a tile of a map."""
+    at, exists = where + r, r < boxes_in_all
+    hit = tl.load(at, mask=exists, other=-1) == own
+    hit = hit & (tl.load(at + boxes_in_all, mask=exists, other=0) < top + ROWS)
+    hit = hit & (tl.load(at + 2 * boxes_in_all, mask=exists, other=0) >= top)
+    hit = hit & (tl.load(at + 3 * boxes_in_all, mask=exists, other=0) < left + COLUMNS)
+    return hit & (tl.load(at + 4 * boxes_in_all, mask=exists, other=0) >= left)
+
+
+@triton.jit
+def span(y, x, along_y, along_x, count, top, bottom, left, right):
+    """The first and the last row of samples (or column) of a rotated box that may lie in a rectangle."""
+    length = tl.maximum(tl.sqrt(along_y * along_y + along_x * along_x), 1e-30)
+    unit_y, unit_x = divide(along_y, length), divide(along_x, length)
+    low = tl.minimum((top - y) * unit_y, (bottom - y) * unit_y) + tl.minimum((left - x) * unit_x, (right - x) * unit_x)
+    high = tl.maximum((top - y) * unit_y, (bottom - y) * unit_y) + tl.maximum((left - x) * unit_x, (right - x) * unit_x)
+    count = count.to(length.dtype)
+    middle = (count - 1) * 0.5
+    first = tl.floor(divide((low - MARGIN) * count, length) + middle)
+    last = tl.ceil(divide((high + MARGIN) * count, length) + middle)
+    first = tl.minimum(tl.maximum(first, 0.0), count)
+    return first.to(tl.int64), tl.minimum(tl.maximum(last, -1.0), count - 1).to(tl.int64)

@@ -32,10 +32,12 @@ from detpipe.roi_pooling.cuda.geometry import (
     channel_block,
     choose_level,
     divide,
+    hits,
     launch,
     map_scale,
     map_size,
     read_image,
+    span,
     turn,
 )
 from detpipe.roi_pooling.cuda.maximum import map_of, tile_of
@@ -44,7 +46,6 @@ ROWS = 2  # cells of a tile along y
 COLUMNS = 4  # and along x
 BOXES = 64  # that are looked at at once
 LANES = 32  # samples that are looked at at once
-MARGIN = tl.constexpr(0.01)  # cells by which the search for samples is too generous, so that rounding loses none
 MOST_SAMPLES = tl.constexpr(
     float(1 << 30)
 )  # of a bin along one axis: what lies on the map is then a vanishing part of it
@@ -203,18 +204,30 @@ def _sample(points, r, a, b, scale, y, y_tall, y_wide, x, x_tall, x_wide, rows, 
 
 
 @triton.jit
-def _span(y, x, along_y, along_x, count, top, bottom, left, right):
-    """The first and the last row of samples (or column) of a rotated box that may lie in a rectangle."""
-    length = tl.maximum(tl.sqrt(along_y * along_y + along_x * along_x), 1e-30)
-    unit_y, unit_x = divide(along_y, length), divide(along_x, length)
-    low = tl.minimum((top - y) * unit_y, (bottom - y) * unit_y) + tl.minimum((left - x) * unit_x, (right - x) * unit_x)
-    high = tl.maximum((top - y) * unit_y, (bottom - y) * unit_y) + tl.maximum((left - x) * unit_x, (right - x) * unit_x)
-    count = count.to(length.dtype)
-    middle = (count - 1) * 0.5
-    first = tl.floor(divide((low - MARGIN) * count, length) + middle)
-    last = tl.ceil(divide((high + MARGIN) * count, length) + middle)
-    first = tl.minimum(tl.maximum(first, 0.0), count)
-    return first.to(tl.int64), tl.minimum(tl.maximum(last, -1.0), count - 1).to(tl.int64)
+def _ranges(y, y_tall, y_wide, x, x_tall, x_wide, many_y, many_x, top, bottom, left, right,
+            ROTATED: tl.constexpr, SAMPLES: tl.constexpr, h: tl.constexpr, w: tl.constexpr):  # fmt: skip
+    """How many rows and columns of samples a box has, and which of them may lie in a rectangle: first and last of each."""
+    if ROTATED:
+        rows, columns = many_y.to(tl.int64) * h, many_x.to(tl.int64) * w
+        first_a, last_a = span(y, x, y_tall, x_tall, rows, top, bottom, left, right)
+        first_b, last_b = span(y, x, y_wide, x_wide, columns, top, bottom, left, right)
+        return rows, columns, first_a, last_a, first_b, last_b
+    else:
+        zero = many_y.to(tl.int64) * 0
+        return zero + h * w, zero + SAMPLES, zero, zero + h * w - 1, zero, zero + SAMPLES - 1
+
+
+@triton.jit
+def _load_frame(frame, r, boxes_in_all, ROTATED: tl.constexpr, SAMPLES: tl.constexpr):
+    """What :func:`prepare_kernel` has written of box r: cells a pixel, or the rest."""
+    first = tl.load(frame + r)
+    if ROTATED:
+        y_tall, y_wide = tl.load(frame + boxes_in_all + r), tl.load(frame + 2 * boxes_in_all + r)
+        x, x_tall = tl.load(frame + 3 * boxes_in_all + r), tl.load(frame + 4 * boxes_in_all + r)
+        x_wide, many_y = tl.load(frame + 5 * boxes_in_all + r), tl.load(frame + 6 * boxes_in_all + r)
+        return first, first, y_tall, y_wide, x, x_tall, x_wide, many_y, tl.load(frame + 7 * boxes_in_all + r)
+    else:
+        return first, first, first, first, first, first, first, first * 0 + 1, first * 0 + SAMPLES
 
 
 @triton.jit
@@ -267,13 +280,10 @@ def pool_kernel(
         ROTATED, SAMPLES, h, w, LEVELS, LAYOUT, LEVEL_GIVEN, NORMALIZED, EXACT,
     )  # fmt: skip
     origin = map_of(maps, level, image, height, width, channels, LEVELS) + c
-    if ROTATED:
-        rows, columns = many_y.to(tl.int64) * h, many_x.to(tl.int64) * w
-        first_a, last_a = _span(y, x, y_tall, x_tall, rows, -1.0, height * 1.0, -1.0, width * 1.0)
-        first_b, last_b = _span(y, x, y_wide, x_wide, columns, -1.0, height * 1.0, -1.0, width * 1.0)
-    else:
-        rows, columns = many_y.to(tl.int64) * (h * w), many_x.to(tl.int64)
-        first_a, last_a, first_b, last_b = line * 0, line * 0 + h * w - 1, line * 0, line * 0 + SAMPLES - 1
+    rows, columns, first_a, last_a, first_b, last_b = _ranges(
+        y, y_tall, y_wide, x, x_tall, x_wide, many_y, many_x, -1.0, height * 1.0, -1.0, width * 1.0,
+        ROTATED, SAMPLES, h, w,
+    )  # fmt: skip
     last_a = tl.where(image >= 0, last_a, -1)
     for j in range(w):
         if ROTATED:
@@ -353,43 +363,27 @@ def prepare_kernel(
 @triton.jit(do_not_specialize=["images", "boxes_in_all"])
 def adjoint_kernel(
     out, grad, points, where, frame, sizes, images, boxes_in_all, channels,
-    EXACT: tl.constexpr, LEVELS: tl.constexpr, ROTATED: tl.constexpr, SAMPLES: tl.constexpr,
-    h: tl.constexpr, w: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BOXES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, LEVELS: tl.constexpr, ROTATED: tl.constexpr, SAMPLES: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BOXES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of cells of a map, a block of channels."""
     own, first_cell, height, width, top, left = tile_of(sizes, images, LEVELS, ROWS, COLUMNS)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    lane, sample = tl.arange(0, BOXES), tl.arange(0, LANES)
+    lane, sample, c = tl.arange(0, BOXES), tl.arange(0, LANES), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     totals = ()  # one a cell of the tile
     for _ in tl.static_range(ROWS * COLUMNS):
         totals = totals + (tl.zeros([BLOCK], EXACT),)  # noqa: RUF005
     for begin in range(0, boxes_in_all, BOXES):
-        exists = begin + lane < boxes_in_all
-        at = where + begin + lane
-        hit = tl.load(at, mask=exists, other=-1) == own
-        hit = hit & (tl.load(at + boxes_in_all, mask=exists, other=0) < top + ROWS)
-        hit = hit & (tl.load(at + 2 * boxes_in_all, mask=exists, other=0) >= top)
-        hit = hit & (tl.load(at + 3 * boxes_in_all, mask=exists, other=0) < left + COLUMNS)
-        hit = hit & (tl.load(at + 4 * boxes_in_all, mask=exists, other=0) >= left)
+        hit = hits(where, begin + lane, own, top, left, boxes_in_all, ROWS, COLUMNS)
         next = tl.min(tl.where(hit, lane, BOXES), 0)
         while next < BOXES:
             r = (begin + next).to(tl.int64)
-            y = tl.load(frame + r)  # or the scale
-            scale, y_tall, y_wide, x, x_tall, x_wide = y, y, y, y, y, y
-            many_y, many_x = y * 0 + 1, y * 0 + SAMPLES
-            if ROTATED:
-                y_tall, y_wide = tl.load(frame + boxes_in_all + r), tl.load(frame + 2 * boxes_in_all + r)
-                x, x_tall = tl.load(frame + 3 * boxes_in_all + r), tl.load(frame + 4 * boxes_in_all + r)
-                x_wide = tl.load(frame + 5 * boxes_in_all + r)
-                many_y, many_x = tl.load(frame + 6 * boxes_in_all + r), tl.load(frame + 7 * boxes_in_all + r)
-                rows, columns = many_y.to(tl.int64) * h, many_x.to(tl.int64) * w
-                edges = (top - 1.0, top + ROWS * 1.0, left - 1.0, left + COLUMNS * 1.0)
-                first_a, last_a = _span(y, x, y_tall, x_tall, rows, edges[0], edges[1], edges[2], edges[3])
-                first_b, last_b = _span(y, x, y_wide, x_wide, columns, edges[0], edges[1], edges[2], edges[3])
-            else:
-                rows, columns = many_y.to(tl.int64) * (h * w), many_x.to(tl.int64)
-                first_a, last_a, first_b, last_b = r * 0, r * 0 + h * w - 1, r * 0, r * 0 + SAMPLES - 1
+            scale, y, y_tall, y_wide, x, x_tall, x_wide, many_y, many_x = _load_frame(
+                frame, r, boxes_in_all, ROTATED, SAMPLES
+            )
+            rows, columns, first_a, last_a, first_b, last_b = _ranges(
+                y, y_tall, y_wide, x, x_tall, x_wide, many_y, many_x,
+                top - 1.0, top + ROWS * 1.0, left - 1.0, left + COLUMNS * 1.0, ROTATED, SAMPLES, h, w,
+            )  # fmt: skip
             share = divide(y * 0 + 1.0, many_y * many_x)
             wide = tl.maximum(last_b - first_b + 1, 1)
             count = tl.where(last_b >= first_b, tl.maximum(last_a - first_a + 1, 0) * wide, 0)
@@ -406,11 +400,11 @@ def adjoint_kernel(
                 bin = _bin_of(a, b, many_y, many_x, w, ROTATED)
                 found = tl.min(tl.where(touches, sample, LANES), 0)
                 while found < LANES:
-                    is_it = sample == found
-                    at_y, at_x = tl.sum(tl.where(is_it, own_y, 0.0), 0), tl.sum(tl.where(is_it, own_x, 0.0), 0)
-                    at_bin = tl.sum(tl.where(is_it, bin, 0), 0)
-                    value = tl.load(grad + (r * (h * w) + at_bin) * channels + c, mask=c < channels, other=0.0)
-                    value = value.to(EXACT) * share
+                    at_y = tl.sum(tl.where(sample == found, own_y, 0.0), 0)
+                    at_x = tl.sum(tl.where(sample == found, own_x, 0.0), 0)
+                    at_bin = tl.sum(tl.where(sample == found, bin, 0), 0)
+                    entry = grad + (r * (h * w) + at_bin) * channels + c
+                    value = tl.load(entry, mask=c < channels, other=0.0).to(EXACT) * share
                     added = ()
                     for cell in tl.static_range(ROWS * COLUMNS):
                         near = tl.maximum(1.0 - tl.abs(at_y - (top + cell // COLUMNS)), 0.0)
@@ -427,6 +421,22 @@ def adjoint_kernel(
             totals[cell].to(out.dtype.element_ty),
             mask=wanted,
         )
+
+
+@triton.jit
+def _products(cell, down, right, up, past, grad, channels, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    """How the product of a gradient with the surface around a sample changes downwards and to the right."""
+    down_sum, right_sum = tl.zeros([BLOCK], EXACT), tl.zeros([BLOCK], EXACT)
+    for begin in range(0, channels, BLOCK):
+        c = begin + tl.arange(0, BLOCK)
+        upper_left = tl.load(cell + c, mask=c < channels, other=0.0).to(EXACT)
+        upper_right = tl.load(cell + right + c, mask=c < channels, other=0.0).to(EXACT)
+        lower_left = tl.load(cell + down + c, mask=c < channels, other=0.0).to(EXACT)
+        lower_right = tl.load(cell + down + right + c, mask=c < channels, other=0.0).to(EXACT)
+        sent = tl.load(grad + c, mask=c < channels, other=0.0).to(EXACT)
+        down_sum += sent * ((1 - past) * (lower_left - upper_left) + past * (lower_right - upper_right))
+        right_sum += sent * ((1 - up) * (upper_right - upper_left) + up * (lower_right - lower_left))
+    return tl.sum(down_sum, 0), tl.sum(right_sum, 0)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -448,15 +458,14 @@ def slopes_kernel(
     )  # fmt: skip
     origin = map_of(maps, level, image, height, width, channels, LEVELS)
     share = divide(y * 0 + 1.0, many_y * many_x)
+    rows, columns, first_a, last_a, first_b, last_b = _ranges(
+        y, y_tall, y_wide, x, x_tall, x_wide, many_y, many_x, -1.0, height * 1.0, -1.0, width * 1.0,
+        ROTATED, SAMPLES, h, w,
+    )  # fmt: skip
     if ROTATED:
-        rows, columns = many_y.to(tl.int64) * h, many_x.to(tl.int64) * w
-        first_a, last_a = _span(y, x, y_tall, x_tall, rows, -1.0, height * 1.0, -1.0, width * 1.0)
-        first_b, last_b = _span(y, x, y_wide, x_wide, columns, -1.0, height * 1.0, -1.0, width * 1.0)
         last_a = tl.where(image >= 0, last_a, -1)
     else:
-        rows, columns = many_y.to(tl.int64) * (h * w), many_x.to(tl.int64)
-        first_a = (line % h) * w
-        last_a, first_b, last_b = first_a + w - 1, line * 0, line * 0 + SAMPLES - 1
+        first_a, last_a = (line % h) * w, (line % h) * w + w - 1
     # the derivative in y times 1, v and u, and that in x
     sums = (y * 0, y * 0, y * 0, y * 0, y * 0, y * 0)
     for a_index in range(first_a, last_a + 1):
@@ -469,19 +478,10 @@ def slopes_kernel(
             inside = inside & (image >= 0)
             at, down, right, up, past = _four(own_y, own_x, height, width, channels)
             bin = _bin_of(a, b, many_y, many_x, w, ROTATED)
-            down_sum, right_sum = tl.zeros([BLOCK], EXACT), tl.zeros([BLOCK], EXACT)
-            for begin in range(0, tl.where(inside, channels, 0), BLOCK):
-                c = begin + tl.arange(0, BLOCK)
-                cell = origin + at + c
-                upper_left = tl.load(cell, mask=c < channels, other=0.0).to(EXACT)
-                upper_right = tl.load(cell + right, mask=c < channels, other=0.0).to(EXACT)
-                lower_left = tl.load(cell + down, mask=c < channels, other=0.0).to(EXACT)
-                lower_right = tl.load(cell + down + right, mask=c < channels, other=0.0).to(EXACT)
-                sent = tl.load(grad + (r * (h * w) + bin) * channels + c, mask=c < channels, other=0.0).to(EXACT)
-                down_sum += sent * ((1 - past) * (lower_left - upper_left) + past * (lower_right - upper_right))
-                right_sum += sent * ((1 - up) * (upper_right - upper_left) + up * (lower_right - lower_left))
-            by_y = tl.where(at_y >= 0, tl.sum(down_sum, 0) * share, 0.0)
-            by_x = tl.where(at_x >= 0, tl.sum(right_sum, 0) * share, 0.0)
+            own, count = grad + (r * (h * w) + bin) * channels, tl.where(inside, channels, 0)
+            down_sum, right_sum = _products(origin + at, down, right, up, past, own, count, EXACT, BLOCK)
+            by_y = tl.where(at_y >= 0, down_sum * share, 0.0)
+            by_x = tl.where(at_x >= 0, right_sum * share, 0.0)
             if ROTATED:
                 sums = (
                     sums[0] + by_y, sums[1] + by_y * v, sums[2] + by_y * u,
