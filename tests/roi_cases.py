@@ -45,3 +45,19 @@ SMOOTH = torch.tensor(
 def box_operator(operator):
     """The operator as a function of features and box coordinates alone, for gradcheck."""
     return lambda features, sides: operator(features, torch.cat((SMOOTH[:, :1], sides), dim=1))
+
+
+def whole_boxes(count, seed):
+    """Boxes ``[R, 5]`` of one image whose edges are whole cells, some over the border of a map of 9 x 9."""
+    torch.manual_seed(seed)
+    low = torch.randint(-2, 7, (count, 2))
+    return torch.cat((torch.zeros(count, 1), low, low + torch.randint(2, 7, (count, 2))), dim=1).double()
+
+
+def difference(operator, boxes, column, before, after):
+    """The slope of a weighted sum of what is pooled, in one number of each box at once; of a piecewise linear function exact."""
+    step = torch.zeros_like(boxes)
+    step[:, column] = 1e-4
+    with torch.no_grad():
+        high, low = (operator(boxes + factor * step) for factor in (after, before))
+    return (high - low).flatten(1).sum(1) / ((after - before) * 1e-4)

@@ -1,4 +1,15 @@
-"""RoI pooling: feature maps and boxes to one small map a box. Needs PyTorch and torchvision, not Lightning."""
+"""RoI pooling: feature maps and boxes to one small map a box. Needs PyTorch and torchvision, not Lightning.
+
+Words of this package:
+    cell: a number of channels at a place of a feature map; cell k sits at coordinate k.
+    table, row: all cells of all maps of a call, one row of channels each; ``chosen`` is the map of each box in it.
+    bin: one cell of the result; a sample is a point in it that is read bilinearly.
+    axis taps: the cells that a bin reads along one axis, each with a weight.
+    bag: rows that are summed with weights, whatever they are.
+    given boxes: boxes in the user's layout, which kernels read; RoIs: the same as one row a box with its image.
+    placement: RoIs with the map, and the scale, of each; a scene is the same of given boxes, for kernels.
+    tile: the cells that a program owns on the way back from bins to cells.
+"""
 
 from detpipe.roi_pooling.align import RoIAlign, roi_align
 from detpipe.roi_pooling.feature_superpixels import feature_superpixels

@@ -8,8 +8,8 @@ Deviations:
 2. A sample up to one cell outside the map is moved onto its border; one further out is 0 and still counts in the average.
 
 Convention: boxes are xyxy with continuous edges, x before y, in pixels (``spatial_scale`` cells each) or relative to the
-map (``normalized=True``). Differentiable in the features, and in the boxes except where a sample crosses a cell's center;
-the number of adaptive samples is a constant of the gradient.
+map (``normalized=True``). Differentiable in the features and in the boxes; where a sample lies on a cell's center, the slope
+is the one to the right. The number of adaptive samples is a constant of the gradient.
 
 N images, C channels, R boxes of the batch, P boxes an image, h x w bins.
 """
@@ -23,19 +23,21 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torchvision import ops as torchvision_ops
 
-from detpipe.roi_pooling.axis import (
-    Axis,
-    AxisTaps,
-    adaptive_samples,
-    along_both,
-    fixed_samples,
-    merge_samples,
-    sample_points,
+from detpipe.roi_pooling.axis import Axis, AxisTaps, merge_samples, sample_points
+from detpipe.roi_pooling.box_ops import ADAPTIVE, has_kernels, pool_boxes, pool_placed
+from detpipe.roi_pooling.layouts import (
+    Boxes,
+    GivenBoxes,
+    check_features,
+    read_layout,
+    read_output_size,
+    read_scale,
+    read_values,
+    to_rois,
 )
-from detpipe.roi_pooling.layouts import Boxes, check_features, read_boxes, read_output_size, read_scale, to_rois
 from detpipe.roi_pooling.levels import FPNLevels
-from detpipe.roi_pooling.placement import Placement, bin_edges, place, static_bound
-from detpipe.roi_pooling.pooler import RoIPooler, read_levels
+from detpipe.roi_pooling.placement import Placement, bin_edges, place
+from detpipe.roi_pooling.pooler import RoIPooler, choose_levels, read_levels
 from detpipe.roi_pooling.separable import pool_separable
 
 
@@ -85,33 +87,50 @@ def roi_align(
         raise ValueError(f"sampling_ratio must be a whole number, 0 for adaptive, got {sampling_ratio!r}")
     if torch.compiler.is_exporting() and reduce == "mean" and not normalized:
         return _exported(features, boxes, size, scale, sampling_ratio, aligned)
-    rois = read_boxes(boxes, features)
-    placement = place([features], [scale], rois, normalized=normalized)
-    pooled = align(placement, size, sampling_ratio, aligned, reduce)
-    return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
+    given = read_layout(boxes, features)
+    if (reduce == "mean" or sampling_ratio > 0) and has_kernels([features], given):
+        pooled = align_given([features], given, [scale], size, sampling_ratio, aligned, reduce, normalized)
+    else:
+        placement = place([features], [scale], read_values(given, features), normalized=normalized)
+        pooled = align(placement, size, sampling_ratio, aligned, reduce)
+    return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
+
+
+def align_given(
+    maps: Sequence[Tensor],
+    given: GivenBoxes,
+    scales: Sequence[float],
+    size: tuple[int, int],
+    sampling_ratio: int,
+    aligned: bool,
+    reduce: str,
+    normalized: bool = False,
+    level: Tensor | None = None,
+    areas: Sequence[float] = (),
+) -> Tensor:
+    """Pool boxes as they were given, by kernels: ``[R, C, h, w]``; the largest only of a fixed number of samples."""
+    if reduce == "mean":
+        samples = max(sampling_ratio, ADAPTIVE)
+        return pool_boxes(maps, given, scales, size, samples, aligned, normalized, level, areas)
+    each = (size[0] * sampling_ratio, size[1] * sampling_ratio)  # every sample is a bin of its own first
+    single = pool_boxes(maps, given, scales, each, 1, aligned, normalized, level, areas)
+    return torch.nn.functional.max_pool2d(single, sampling_ratio)
 
 
 def align(placement: Placement, size: tuple[int, int], sampling_ratio: int, aligned: bool, reduce: str) -> Tensor:
     """Pool placed boxes: ``[R, C, h, w]``."""
-    axes = bin_edges(placement, size, aligned, at_least=None if aligned else 1.0)
     if reduce == "max":
-        return _largest(placement, axes, size, sampling_ratio)
-    if sampling_ratio > 0:
-        y, x = along_both(
-            axes, lambda start, step, extent, bins: fixed_samples(start, step, extent, bins, sampling_ratio)
-        )
-    else:
-        bound = static_bound(placement)
-        y, x = along_both(axes, lambda start, step, extent, bins: adaptive_samples(start, step, extent, bins, bound))
-    return pool_separable(placement.table, placement.chosen, y, x)
+        return _largest(placement, size, sampling_ratio, aligned)
+    return pool_placed(placement, size, max(sampling_ratio, ADAPTIVE), aligned)
 
 
-def _largest(placement: Placement, axes: tuple[Axis, Axis], size: tuple[int, int], sampling_ratio: int) -> Tensor:
+def _largest(placement: Placement, size: tuple[int, int], sampling_ratio: int, aligned: bool) -> Tensor:
     """Take the largest sample of each bin; every sample is pooled as a bin of its own first."""
+    axes = bin_edges(placement, size, aligned, at_least=None if aligned else 1.0)
     if sampling_ratio > 0 or len(placement.boxes) == 0:
         samples = max(sampling_ratio, 1)
         counts = [torch.full_like(axis[1], samples) for axis in axes]
-        return _largest_of(placement, axes, size, counts, (samples, samples))
+        return _largest_of(placement, axes, size, counts, (samples, samples), adaptive=False)
     counts = [axis[1].detach().ceil().clamp(min=1) for axis in axes]
     # boxes with similar numbers of samples, up to the next power of two, are pooled together
     doublings = [count.log2().ceil().long() for count in counts]
@@ -123,13 +142,18 @@ def _largest(placement: Placement, axes: tuple[Axis, Axis], size: tuple[int, int
         part_axes = tuple((start[rows], step[rows], extent[rows], bins) for start, step, extent, bins in axes)
         part_counts = [count[rows] for count in counts]
         most = (int(part_counts[0].max()), int(part_counts[1].max()))
-        parts.append(_largest_of(part, part_axes, size, part_counts, most))
+        parts.append(_largest_of(part, part_axes, size, part_counts, most, adaptive=True))
         order.append(rows)
     return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 def _largest_of(
-    placement: Placement, axes: Sequence[Axis], size: tuple[int, int], counts: Sequence[Tensor], most: tuple[int, int]
+    placement: Placement,
+    axes: Sequence[Axis],
+    size: tuple[int, int],
+    counts: Sequence[Tensor],
+    most: tuple[int, int],
+    adaptive: bool,
 ) -> Tensor:
     """Pool ``most`` samples along each axis of each bin; where a box has fewer, its last sample is repeated."""
     taps: list[AxisTaps] = []
@@ -137,6 +161,8 @@ def _largest_of(
         index = torch.arange(samples, device=start.device, dtype=start.dtype)
         index = index.minimum(count[:, None] - 1)[:, None]
         point = sample_points(start, step, bins, index, count[:, None, None])  # [R, B, S]
+        if adaptive:
+            point = point.where(step[:, None, None] > 0, -2.0)  # no area has no samples: all of them lie outside
         taps.append(merge_samples(point.flatten(1)[..., None], extent))
     single = pool_separable(placement.table, placement.chosen, *taps)
     return torch.nn.functional.max_pool2d(single, most)
@@ -181,6 +207,14 @@ class RoIAlign(RoIPooler):
         if reduce not in ("mean", "max"):
             raise ValueError(f"reduce must be 'mean' or 'max', got {reduce!r}")
         self.sampling_ratio, self.aligned, self.reduce = sampling_ratio, aligned, reduce
+
+    def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor | None:
+        """Pool boxes as they were given where kernels read them: ``[R, C, h, w]``."""
+        if (self.reduce == "max" and self.sampling_ratio == 0) or not has_kernels(maps, given):
+            return None
+        scales, level, areas = choose_levels(self.levels, maps[0], given, strides)
+        how = (self.output_size, self.sampling_ratio, self.aligned, self.reduce)
+        return align_given(maps, given, scales, *how, level=level, areas=areas)
 
     def pool(self, placement: Placement) -> Tensor:
         """Pool placed boxes: ``[R, C, h, w]``."""

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detpipe.roi_pooling.operators import is_batched
+
 Axis = tuple[Tensor, Tensor, Tensor, int]  # start [R], bin size [R], cells of the map [R], number of bins
 TERMS = 7  # samples that may touch one cell: five, and two that rounding may put before them
 FEW = 1 << 15  # cells whose terms are computed at once
@@ -30,7 +32,9 @@ class AxisTaps(NamedTuple):
     weight: Tensor  # [R, B, T], 0 where there is no cell
 
 
-def fixed_samples(start: Tensor, bin_size: Tensor, extent: Tensor, bins: int, samples: int) -> AxisTaps:
+def fixed_samples(
+    start: Tensor, bin_size: Tensor, extent: Tensor, bins: int, samples: int, ascending: bool = True
+) -> AxisTaps:
     """Average a fixed number of linear samples a bin.
 
     Args:
@@ -39,11 +43,15 @@ def fixed_samples(start: Tensor, bin_size: Tensor, extent: Tensor, bins: int, sa
         extent: ``[R]`` int64, cells of the map.
         bins: B.
         samples: S, spread evenly; the i-th lies (i + .5) / S into the bin.
+        ascending: no bin size is negative.
 
     Returns:
         T = 2 S.
     """
-    return merge_samples(sample_points(start, bin_size, bins, _arange(samples, start), samples), extent)
+    point = sample_points(start, bin_size, bins, _arange(samples, start), samples)
+    if not ascending:
+        point = point.where(bin_size[:, None, None] >= 0, point.flip(-1))
+    return merge_samples(point, extent)
 
 
 def merge_samples(point: Tensor, extent: Tensor) -> AxisTaps:
@@ -95,8 +103,8 @@ def adaptive_samples(start: Tensor, bin_size: Tensor, extent: Tensor, bins: int,
         first_sample = sample_points(start, bin_size, bins, torch.zeros_like(samples), samples)[..., 0]  # [R, B]
         last_sample = sample_points(start, bin_size, bins, samples - 1, samples)[..., 0]
         size = extent[:, None].to(start.dtype)
-        touches = (first_sample <= size) & (last_sample >= -1)
-        first = first_sample.clamp(min=0).minimum(size - 1).floor()
+        touches = (first_sample <= size) & (last_sample >= -1) & (bin_size[:, None] > 0)  # no area has no samples
+        first = first_sample.clamp(min=0).minimum(size - 1).floor().where(touches, 0.0)
         last = (last_sample.clamp(min=0).floor() + 1).minimum(size - 1)
         cell = _span(first.long(), last.where(touches, -1.0).long(), bound)
         # the first sample that can touch the cell; rounding may find one that is too early, never one too late
@@ -110,9 +118,8 @@ def adaptive_samples(start: Tensor, bin_size: Tensor, extent: Tensor, bins: int,
         index = (earliest[..., None] + part).flatten(2)  # [R, B, T * terms]
         point, inside = _onto_map(sample_points(start, bin_size, bins, index, samples), extent)
         counts = (inside & (index < samples)).unflatten(2, (-1, len(part)))
-        near = (1 - (point.unflatten(2, (-1, len(part))) - at).abs()).clamp(min=0)
-        weight = weight + (near * counts).sum(-1)
-    return AxisTaps(cell.int(), weight / samples * (cell >= 0))
+        weight = weight + (_hat(point.unflatten(2, (-1, len(part))) - at) * counts).sum(-1)
+    return AxisTaps(cell.int(), (weight / samples).where(cell >= 0, 0.0))
 
 
 def along_both(axes: Sequence[Axis], sample: Callable[[Tensor, Tensor, Tensor, int], AxisTaps]) -> list[AxisTaps]:
@@ -152,15 +159,14 @@ def integral(start: Tensor, bin_size: Tensor, extent: Tensor, bins: int, bound: 
     with torch.no_grad():
         last = (extent - 1)[:, None]
         first, stop = low.floor().clamp(min=-1), high.ceil().minimum(last.to(low.dtype))
-        cell = _span(first.clamp(min=0).long(), stop.where(first <= last, -1.0).long(), bound)
-    at = cell.to(start.dtype)
-    low, high, size = low[..., None], high[..., None], bin_size[:, None, None]
-    weight = 0.0
-    for left in (at - 1, at):  # the hat of a cell rises over the cell before it and falls over the one behind it
-        begin, end = torch.maximum(low, left), torch.minimum(high, left + 1)
-        height = 1 - ((begin + end) / 2 - at).abs()
-        weight = weight + height * (end - begin).clamp(min=0)
-    return AxisTaps(cell.int(), weight / size * (cell >= 0))
+        touches = (first <= last) & (stop >= -1)  # false if either is not a number
+        cell = _span(first.clamp(min=0).where(touches, 0.0).long(), stop.where(touches, -1.0).long(), bound)
+    at, has_area = cell.to(start.dtype), bin_size[:, None, None] > 0
+    before, up_to = (((edge[..., None] - at).clamp(-1, 1)) for edge in (low, high))
+    # the hat of a cell is integrated up to an edge at t by t - t|t| / 2, whose derivative has no jump
+    weight = (up_to - up_to * up_to.abs() / 2) - (before - before * before.abs() / 2)
+    weight = weight / bin_size[:, None, None].where(has_area, 1.0)
+    return AxisTaps(cell.int(), weight.where((cell >= 0) & has_area, 0.0))
 
 
 def split_evenly(length: Tensor, count: int) -> Tensor:
@@ -196,9 +202,18 @@ def sample_points(start: Tensor, bin_size: Tensor, bins: int, index: Tensor, sam
 
 
 def _onto_map(point: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
-    """Move samples into the map, and say which lay within a cell of it and count."""
+    """Move samples into the map, and say which lay within a cell of it and count; one that is not a number does not."""
     size = extent[:, None, None].to(point.dtype)
-    return point.clamp(min=0).minimum(size - 1), (point >= -1) & (point <= size)
+    last = size - 1
+    # where a sample lies on a cell, its gradient is that of the cells behind it, and 0 at the last one
+    return torch.where(point < last, point.where(point >= 0, 0.0), last), (point >= -1) & (point <= size)
+
+
+def _hat(past: Tensor) -> Tensor:
+    """Weigh a cell by how far past it a sample lies; the gradient is that to the right, at the kinks as well."""
+    if past.requires_grad or torch.compiler.is_compiling() or is_batched(past):
+        return torch.where(past < 0, 1 + past, 1 - past) * ((past >= -1) & (past < 1))
+    return (1 - past.abs()).clamp(min=0)
 
 
 def _span(first: Tensor, last: Tensor, bound: int | None) -> Tensor:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 from typing import Literal
 
 from torch import Tensor
+
+# constants, so that the choice can be compiled
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def kernels_for(tensor: Tensor) -> Literal["triton", "torch"]:
@@ -20,11 +23,4 @@ def kernels_for(tensor: Tensor) -> Literal["triton", "torch"]:
         ``"triton"`` on CUDA where Triton is installed, and on every device while Triton's interpreter is switched on
         (``TRITON_INTERPRET=1`` in the environment, for tests without a GPU); else ``"torch"``, PyTorch's own kernels.
     """
-    if tensor.is_cuda:
-        return "triton" if _triton_is_installed() else "torch"
-    return "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return "triton" if TRITON_IS_INSTALLED and (tensor.is_cuda or IS_INTERPRETED) else "torch"

@@ -174,9 +174,9 @@ def _dot_blocks(grad: Tensor, rows: Tensor, index: Tensor, bag_of: Tensor) -> Te
 def _bag_sum(rows: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """``[T, C]`` -> ``[B, C]``."""
     if kernels_for(rows) == "triton":
-        from detpipe.roi_pooling import triton_bags
+        from detpipe.roi_pooling.cuda import bags as kernels
 
-        return triton_bags.bag_sum(rows, index, weight, offsets)
+        return kernels.bag_sum(rows, index, weight, offsets)
     return sum_bags(rows, index, weight, offsets)
 
 
@@ -185,9 +185,9 @@ def _bag_sum_adjoint(grad: Tensor, index: Tensor, weight: Tensor, offsets: Tenso
     """``[B, C]`` -> ``[T, C]``."""
     entries = transpose_bags(index, weight, bag_of_entries(offsets, index.shape[0]), rows)
     if kernels_for(grad) == "triton":
-        from detpipe.roi_pooling import triton_bags
+        from detpipe.roi_pooling.cuda import bags as kernels
 
-        return triton_bags.bag_sum(grad, *entries)
+        return kernels.bag_sum(grad, *entries)
     return sum_bags(grad, *entries)
 
 
@@ -195,9 +195,9 @@ def _bag_sum_adjoint(grad: Tensor, index: Tensor, weight: Tensor, offsets: Tenso
 def _bag_dot(grad: Tensor, rows: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
     """``[B, C]``, ``[T, C]`` -> ``[K]``."""
     if kernels_for(grad) == "triton":
-        from detpipe.roi_pooling import triton_bags
+        from detpipe.roi_pooling.cuda import bags as kernels
 
-        return triton_bags.bag_dot(grad, rows, index, offsets)
+        return kernels.bag_dot(grad, rows, index, offsets)
     if _has_sampled_product(grad, rows, index):
         return _dot_sampled(grad, rows, index, offsets)
     return _dot_blocks(grad, rows, index, bag_of_entries(offsets, index.shape[0]))

@@ -12,16 +12,19 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from detpipe.roi_pooling.operators import operator
+from detpipe.roi_pooling.operators import is_batched, operator
 
 Boxes = Tensor | Sequence[Tensor]
 SIDES = "x1, y1, x2, y2"
 ROTATED_SIDES = "cx, cy, w, h, angle"
+MOST_LISTED = 64  # images whose ends of boxes are arguments of a kernel
 _UNCHECKED = ContextVar("unchecked", default=False)
 
 
@@ -34,6 +37,14 @@ class RoIs(NamedTuple):
 
     image: Tensor  # [R] int64, which image of the batch
     boxes: Tensor  # [R, 4], or [R, 5] if rotated; float32 or float64
+    lead: tuple[int, ...]  # (R,) or (N, P): the leading dimensions of the result
+
+
+class GivenBoxes(NamedTuple):
+    """Boxes in a layout that has been checked, and that kernels can read."""
+
+    boxes: Tensor  # [R, 1 + B] with the image's index first, [N, P, B], or [R, B] with the ends of each image's boxes
+    ends: tuple[int, ...]  # for each image the number of boxes up to its last one, where they were given as a list
     lead: tuple[int, ...]  # (R,) or (N, P): the leading dimensions of the result
 
 
@@ -56,9 +67,13 @@ def read_boxes(boxes: Boxes, features: Tensor, sides: str = SIDES) -> RoIs:
         ValueError: not floating-point, on another device, a list of another length than N, an index of an image that
             is not there, or a box that is not finite or has no area.
     """
+    return read_values(read_layout(boxes, features, sides), features, sides)
+
+
+def read_layout(boxes: Boxes, features: Tensor, sides: str = SIDES) -> GivenBoxes:
+    """Read what :func:`read_boxes` does, without a look at values; a list costs one copy, and nothing else does."""
     count = sides.count(",") + 1
     images = features.shape[0]
-    dtype = torch.promote_types(features.dtype, torch.float32)
     if isinstance(boxes, Tensor):
         if not (boxes.ndim == 2 and boxes.shape[1] == count + 1) and not (boxes.ndim == 3 and boxes.shape[2] == count):
             raise LayoutError(
@@ -66,29 +81,54 @@ def read_boxes(boxes: Boxes, features: Tensor, sides: str = SIDES) -> RoIs:
                 f"got {list(boxes.shape)}"
             )
         _check_tensor("boxes", boxes, features)
-        if boxes.ndim == 3:
-            if boxes.shape[0] != images:
-                raise ValueError(f"boxes {list(boxes.shape)} are of {boxes.shape[0]} images, features of {images}")
-            image = _image_index([boxes.shape[1]] * images, boxes.device)
-            lead, boxes = (boxes.shape[0], boxes.shape[1]), boxes.flatten(0, 1).to(dtype)
-        else:
-            exact = boxes.to(torch.promote_types(dtype, boxes.dtype))
-            image = torch.ops.detpipe.checked_images(exact[:, 0], images)
-            lead, boxes = (boxes.shape[0],), exact[:, 1:].to(dtype)
+        if boxes.ndim == 3 and boxes.shape[0] != images:
+            raise ValueError(f"boxes {list(boxes.shape)} are of {boxes.shape[0]} images, features of {images}")
+        return GivenBoxes(boxes, (), tuple(boxes.shape[:-1]))
+    boxes = list(boxes)
+    for index, box in enumerate(boxes):
+        if not isinstance(box, Tensor) or box.ndim != 2 or box.shape[1] != count:
+            shape = list(box.shape) if isinstance(box, Tensor) else type(box).__name__
+            raise LayoutError(f"boxes[{index}] must be [P, {count}] ({sides}), got {shape}")
+        _check_tensor(f"boxes[{index}]", box, features)
+    if len(boxes) != images:
+        raise ValueError(f"boxes must be a list of one tensor an image: {len(boxes)} for {images} images")
+    ends = tuple(accumulate(box.shape[0] for box in boxes))
+    listed = torch.cat(boxes) if boxes else features.new_zeros((0, count))
+    return GivenBoxes(listed, ends, tuple(ends[-1:]) or (0,))
+
+
+def read_values(given: GivenBoxes, features: Tensor, sides: str = SIDES, checks: bool = True) -> RoIs:
+    """Write boxes of any layout row by row, in the precision of the features, and check their values."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    boxes, ends, lead = given
+    if boxes.ndim == 3:
+        image = _image_index([boxes.shape[1]] * boxes.shape[0], boxes.device)
+        boxes = boxes.flatten(0, 1).to(dtype)
+    elif ends or boxes.shape[1] == sides.count(",") + 1:
+        image = _image_index([end - begin for begin, end in pairwise((0, *ends))], boxes.device)
+        boxes = boxes.to(dtype)
     else:
-        boxes = list(boxes)
-        for index, box in enumerate(boxes):
-            if not isinstance(box, Tensor) or box.ndim != 2 or box.shape[1] != count:
-                shape = list(box.shape) if isinstance(box, Tensor) else type(box).__name__
-                raise LayoutError(f"boxes[{index}] must be [P, {count}] ({sides}), got {shape}")
-            _check_tensor(f"boxes[{index}]", box, features)
-        if len(boxes) != images:
-            raise ValueError(f"boxes must be a list of one tensor an image: {len(boxes)} for {images} images")
-        sizes = [box.shape[0] for box in boxes]
-        image = _image_index(sizes, features.device)
-        boxes = torch.cat([box.to(dtype) for box in boxes]) if boxes else features.new_zeros((0, count), dtype=dtype)
-        lead = (sum(sizes),)
-    return RoIs(image, torch.ops.detpipe.checked_boxes(boxes, sides), lead)
+        exact = boxes.to(torch.promote_types(dtype, boxes.dtype))
+        image = exact[:, 0].detach()
+        if not checks:
+            image = image.long()
+        elif _is_plain(image):
+            image = _check_images(image, features.shape[0])
+        else:
+            image = torch.ops.detpipe.checked_images(image, features.shape[0])
+        boxes = exact[:, 1:].to(dtype)
+    if checks and _is_plain(boxes):
+        _check_boxes(boxes.detach(), sides)
+    elif checks:
+        boxes = torch.ops.detpipe.checked_boxes(boxes, sides)
+    return RoIs(image, boxes, lead)
+
+
+def with_images(given: GivenBoxes) -> GivenBoxes:
+    """Write boxes of a list with the image's index first, for lists too long to be an argument of a kernel."""
+    image = _image_index([end - begin for begin, end in pairwise((0, *given.ends))], given.boxes.device)
+    exact = given.boxes.to(torch.promote_types(given.boxes.dtype, torch.float32))
+    return GivenBoxes(torch.cat((image[:, None].to(exact.dtype), exact), dim=1), (), given.lead)
 
 
 def to_rois(boxes: Boxes) -> Tensor:
@@ -175,13 +215,26 @@ def unchecked_values() -> Iterator[None]:
         _UNCHECKED.reset(token)
 
 
-def _looks_at_values(tensor: Tensor) -> bool:
+def looks_at_values(tensor: Tensor) -> bool:
+    """Say whether values of boxes are checked: where they are not, a box may end before it begins."""
     return (tensor.device.type == "cpu" or torch.is_anomaly_enabled()) and not _UNCHECKED.get()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Say whether nobody traces: then values are looked at without an operator, which takes longer than the look."""
+    if torch.compiler.is_compiling() or is_batched(tensor):
+        return False
+    return type(tensor) in (Tensor, Parameter) and not torch._C._len_torch_dispatch_stack()
 
 
 @operator("checked_boxes")
 def _checked_boxes(boxes: Tensor, sides: str) -> Tensor:
-    if _looks_at_values(boxes):
+    _check_boxes(boxes, sides)
+    return boxes.clone()
+
+
+def _check_boxes(boxes: Tensor, sides: str) -> None:
+    if looks_at_values(boxes):
         rotated = sides.endswith("angle")
         size = boxes[:, 2:4] if rotated else boxes[:, 2:] - boxes[:, :2]
         good = (size > 0) & (size < math.inf)  # false for NaN; an infinite edge makes an infinite size or NaN
@@ -193,7 +246,6 @@ def _checked_boxes(boxes: Tensor, sides: str) -> Tensor:
             finite = all(math.isfinite(value) for value in values)
             wrong = "has no area: width and height must be positive" if finite else "is not finite"
             raise ValueError(f"boxes: box {row}, ({sides}) = {values}, {wrong}")
-    return boxes.clone()
 
 
 @_checked_boxes.register_fake
@@ -216,8 +268,12 @@ def _(info, in_dims, boxes: Tensor, sides: str) -> tuple[Tensor, int]:
 
 @operator("checked_images")
 def _checked_images(image: Tensor, images: int) -> Tensor:
+    return _check_images(image, images)
+
+
+def _check_images(image: Tensor, images: int) -> Tensor:
     whole = image.to(torch.int64)
-    if _looks_at_values(image):
+    if looks_at_values(image):
         good = (whole == image) & (whole >= 0) & (whole < images)
         if not good.all():
             row = int((~good).nonzero()[0])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,8 +57,31 @@ class FPNLevels:
         Returns:
             ``[R]`` int64 in 0..len(strides) - 1.
         """
-        side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=1e-6).sqrt()
-        wanted = math.log2(self.canonical_stride) + torch.log2(side / self.canonical_size) + 1e-6
-        wanted = wanted.floor() if self.rounding == "floor" else wanted.round()
-        offered = torch.cat([wanted.new_full((1,), math.log2(stride)) for stride in strides])
-        return (wanted[:, None] - offered).abs().argmin(dim=1)
+        width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+        nth = choose_level(width * height, self.areas(strides))  # of the different strides, finest first
+        places = [list(strides).index(stride) for stride in sorted(set(strides))]
+        if places == list(range(len(places))):
+            return nth
+        return sum(((nth == n) * place for n, place in enumerate(places)), torch.zeros_like(nth))
+
+    def areas(self, strides: Sequence[int]) -> list[float]:
+        """Say from which area in pixels on a box belongs to the next coarser of the strides.
+
+        Args:
+            strides: of the levels, in any order; of several that are the same the first counts.
+
+        Returns:
+            One area less than there are different strides, ascending.
+        """
+        octaves = sorted({math.log2(stride) for stride in strides})
+        first = [math.floor((finer + coarser) / 2) + 1 for finer, coarser in pairwise(octaves)]
+        shift = math.log2(self.canonical_stride) + 1e-6 + (0.5 if self.rounding == "nearest" else 0.0)
+        return [(self.canonical_size * 2.0 ** (octave - shift)) ** 2 for octave in first]
+
+
+def choose_level(area: Tensor, areas: Sequence[float]) -> Tensor:
+    """Choose a level for each box by its area: ``[R]`` int64, the number of areas that it reaches."""
+    level = torch.zeros_like(area, dtype=torch.int64)
+    for least in areas:
+        level += area >= least
+    return level

@@ -37,6 +37,13 @@ def cell_table(levels: Sequence[Tensor]) -> CellTable:
     return CellTable(rows[0] if len(rows) == 1 else torch.cat(rows), levels[0].shape[0], sizes)
 
 
+def cut_table(rows: Tensor, images: int, sizes: Sequence[int]) -> list[Tensor]:
+    """Cut the cells of all maps, ``[T, C]``, into L maps ``[N, C, H_l, W_l]`` of the sizes H_0, W_0, H_1, W_1, ..."""
+    levels = list(zip(sizes[::2], sizes[1::2], strict=True))
+    parts = rows.split([images * height * width for height, width in levels])
+    return [part.view(images, *size, -1).permute(0, 3, 1, 2) for part, size in zip(parts, levels, strict=True)]
+
+
 def per_map(values: Sequence[float], images: int, like: Tensor) -> Tensor:
     """Spread one number a level to one a map, without a copy from the host.
 

@@ -21,19 +21,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from detpipe.roi_pooling.axis import split_evenly
-from detpipe.roi_pooling.layouts import Boxes, check_features, read_boxes, read_output_size, read_scale
+from detpipe.roi_pooling.layouts import (
+    Boxes,
+    GivenBoxes,
+    check_features,
+    read_layout,
+    read_output_size,
+    read_scale,
+)
 from detpipe.roi_pooling.levels import FPNLevels
-from detpipe.roi_pooling.placement import Placement, place
-from detpipe.roi_pooling.pooler import RoIPooler
-from detpipe.roi_pooling.range_max import pool_range_max
+from detpipe.roi_pooling.max_ops import max_pool
+from detpipe.roi_pooling.pooler import RoIPooler, choose_levels
 
 Bins = Literal["fast_rcnn", "equal_step"]
-FARTHEST = 1 << 30  # cells; coordinates beyond are moved there, where whole numbers are still exact
 
 
 def roi_max_pool(
@@ -70,21 +73,9 @@ def roi_max_pool(
         settings = (output_size, spatial_scale, bins, normalized)
         return handle_torch_function(roi_max_pool, (features,), features, boxes, *settings)
     check_features(features)
-    size, scale = read_output_size(output_size), read_scale(spatial_scale)
-    rois = read_boxes(boxes, features)
-    placement = place([features], [scale], rois, normalized=normalized)
-    pooled = max_pool(placement, size, read_bins(bins))
-    return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
-
-
-def max_pool(placement: Placement, size: tuple[int, int], bins: Bins) -> Tensor:
-    """Pool placed boxes: ``[R, C, h, w]``."""
-    cells = (placement.boxes.detach() * placement.scale.repeat(1, 2)).clamp(-FARTHEST, FARTHEST)
-    corners = (_round(cells) if bins == "fast_rcnn" else cells.floor()).long()
-    divide = _fast_rcnn if bins == "fast_rcnn" else _equal_step
-    y = divide(corners[:, 1], corners[:, 3], size[0], placement.height, cells.dtype)
-    x = divide(corners[:, 0], corners[:, 2], size[1], placement.width, cells.dtype)
-    return pool_range_max(placement.table, placement.chosen, y, x)
+    size, scale, given = read_output_size(output_size), read_scale(spatial_scale), read_layout(boxes, features)
+    pooled = max_pool([features], given, None, [scale], size, read_bins(bins) == "equal_step", normalized)
+    return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
 
 
 def read_bins(bins: Bins) -> Bins:
@@ -96,30 +87,6 @@ def read_bins(bins: Bins) -> Bins:
     if bins not in get_args(Bins):
         raise ValueError(f"bins must be {' or '.join(map(repr, get_args(Bins)))}, got {bins!r}")
     return bins
-
-
-def _round(edge: Tensor) -> Tensor:
-    """Round halves away from zero, as C does, and PyTorch does not."""
-    whole = edge.trunc()
-    return whole + ((edge - whole).abs() >= 0.5) * edge.sign()
-
-
-def _fast_rcnn(first: Tensor, last: Tensor, bins: int, extent: Tensor, dtype: torch.dtype) -> Tensor:
-    """Divide ``[R]`` first and last cells into bins: ``[R, bins, 2]`` int32 first cell and the one behind the last."""
-    step = split_evenly((last - first + 1).clamp(min=1).to(dtype), bins)[:, None]
-    index = torch.arange(bins + 1, device=first.device, dtype=dtype)
-    edges = torch.stack(((index[:-1] * step).floor(), (index[1:] * step).ceil()), dim=2).long()
-    return _on_map(edges + first[:, None, None], extent)
-
-
-def _equal_step(first: Tensor, end: Tensor, bins: int, extent: Tensor, dtype: torch.dtype) -> Tensor:
-    """Divide ``[R]`` first cells and those behind the last as :func:`_fast_rcnn` does, into equal whole steps."""
-    begin = first[:, None] + ((end - first) // bins)[:, None] * torch.arange(bins, device=first.device)
-    return _on_map(torch.stack((begin, torch.cat((begin[:, 1:], end[:, None]), dim=1)), dim=2), extent)
-
-
-def _on_map(edges: Tensor, extent: Tensor) -> Tensor:
-    return edges.clamp(min=0).minimum(extent[:, None, None]).to(torch.int32)
 
 
 class RoIMaxPool(RoIPooler):
@@ -147,6 +114,7 @@ class RoIMaxPool(RoIPooler):
         super().__init__(output_size, levels)
         self.bins: Bins = read_bins(bins)
 
-    def pool(self, placement: Placement) -> Tensor:
-        """Pool placed boxes: ``[R, C, h, w]``."""
-        return max_pool(placement, self.output_size, self.bins)
+    def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor:
+        """Pool boxes as they were given: ``[R, C, h, w]``."""
+        scales, level, areas = choose_levels(self.levels, maps[0], given, strides)
+        return max_pool(maps, given, level, scales, self.output_size, self.bins == "equal_step", areas=areas)

@@ -79,3 +79,8 @@ def fold_maps(info, in_dims: Sequence[int | None], args: Sequence, chosen_at: in
 def unfold_maps(result: Tensor, info) -> Tensor:
     """Give a folded call's result its vmapped dimension back, as the first."""
     return result.unflatten(0, (info.batch_size, result.shape[0] // info.batch_size))
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Say whether a tensor stands for several inside ``torch.func.vmap``, where no value can be looked at."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]

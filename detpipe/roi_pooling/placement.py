@@ -14,6 +14,7 @@ from torch import Tensor
 from detpipe.roi_pooling.axis import Axis, split_evenly
 from detpipe.roi_pooling.layouts import RoIs
 from detpipe.roi_pooling.maps import CellTable, cell_table, geometry, per_map
+from detpipe.roi_pooling.operators import is_batched
 
 
 class Placement(NamedTuple):
@@ -80,7 +81,7 @@ def bin_edges(
     for low, high, extent, bins in ((1, 3, placement.height, size[0]), (0, 2, placement.width, size[1])):
         length = cells[:, high] - cells[:, low]
         if at_least is not None:
-            length = length.clamp(min=at_least)
+            length = length.where(~(length < at_least), at_least)  # at the least, the gradient is that of a longer box
         axes.append((cells[:, low], split_evenly(length, bins), extent, bins))
     return axes[0], axes[1]
 
@@ -90,8 +91,3 @@ def static_bound(placement: Placement) -> int | None:
     if placement.boxes.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(placement.boxes):
         return None
     return max(max(size) for size in placement.table.sizes)
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Say whether a tensor stands for several inside ``torch.func.vmap``, where no value can be looked at."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]

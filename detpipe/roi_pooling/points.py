@@ -17,10 +17,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from detpipe.roi_pooling.layouts import read_boxes
-from detpipe.roi_pooling.levels import FPNLevels
+from detpipe.roi_pooling.box_ops import has_kernels
+from detpipe.roi_pooling.layouts import read_layout, read_values
+from detpipe.roi_pooling.levels import FPNLevels, choose_level
 from detpipe.roi_pooling.placement import Placement, place
-from detpipe.roi_pooling.pooler import read_levels
+from detpipe.roi_pooling.pooler import choose_levels, read_levels
+from detpipe.roi_pooling.sample_ops import sample
 
 
 def pool_points(
@@ -59,15 +61,26 @@ def pool_points(
         raise ValueError(
             f"points must be [N, P, h, w, S, 2] for boxes [N, P, 4], got {list(points.shape)} and {list(boxes.shape)}"
         )
-    rois = read_boxes(boxes.detach(), maps[0])
-    sides = list(strides.values())
-    level = None if len(sides) == 1 else levels(rois.boxes, sides)
-    placement = place(maps, [1.0 / stride for stride in sides], rois, level)
-    h, w = points.shape[2:4]
-    # in float32 at least: a coordinate in half precision is wrong by whole cells
-    exact = points.flatten(0, 1).flatten(1, 2).to(torch.promote_types(rois.boxes.dtype, points.dtype))
-    cells = exact * placement.scale[:, None, None] - 0.5  # [R, h w, S, 2]
-    return read_points(placement, cells).unflatten(2, (h, w)).unflatten(0, rois.lead)
+    given, sides = read_layout(boxes.detach(), maps[0]), list(strides.values())
+    h, w, samples = points.shape[2:5]
+    scales, level, areas = choose_levels(levels, maps[0], given, sides)
+
+    def compose(maps: Sequence[Tensor], points: Tensor | None, _: Tensor) -> Tensor:
+        assert points is not None
+        rois = read_values(given, maps[0])
+        own = choose_level((rois.boxes[:, 2:] - rois.boxes[:, :2]).prod(1), areas) if areas else level
+        placement = place(maps, scales, rois, own)
+        # in float32 at least: a coordinate in half precision is wrong by whole cells
+        exact = points.flatten(0, 1).flatten(1, 2).to(torch.promote_types(rois.boxes.dtype, points.dtype))
+        return read_points(placement, exact * placement.scale[:, None, None] - 0.5).view(
+            len(exact), h, w, maps[0].shape[1]
+        )
+
+    if has_kernels([*maps, points], given):
+        pooled = sample(compose, maps, points, given, level, scales, areas, (h, w), samples)
+    else:
+        pooled = compose(maps, points, given.boxes).permute(0, 3, 1, 2)
+    return pooled.unflatten(0, given.lead)
 
 
 def read_points(placement: Placement, cells: Tensor) -> Tensor:
@@ -78,29 +91,47 @@ def read_points(placement: Placement, cells: Tensor) -> Tensor:
         cells: ``[R, B, S, 2]`` (x, y); the value of cell k sits at coordinate k.
 
     Returns:
-        ``[R, C, B]``, channels last in memory.
+        ``[R * B, C]``.
     """
     regions, bins, samples = cells.shape[:3]
-    height, width = (extent[:, None, None] for extent in (placement.height, placement.width))
+    first, height, width = (value[:, None, None] for value in (placement.first, placement.height, placement.width))
     x, y = cells.unbind(-1)
-    inside = (x >= -1) & (x <= width) & (y >= -1) & (y <= height)
-    left, right, along_x = _neighbors(x.where(inside, x.new_zeros(())), width)
-    upper, lower, along_y = _neighbors(y.where(inside, y.new_zeros(())), height)
-    share = inside.to(cells.dtype) / samples
-    above, below = share - share * along_y, share * along_y
-    rows = [placement.first[:, None, None] + row * width for row in (upper, lower)]
-    index = torch.stack((rows[0] + left, rows[0] + right, rows[1] + left, rows[1] + right), dim=-1)
-    weight = torch.stack(
-        (above - above * along_x, above * along_x, below - below * along_x, below * along_x), dim=-1
-    )  # [R, B, S, 4]
+    cell, weight = bilinear(y, x, first, height, width, torch.full_like(x, 1 / samples))
     offsets = torch.arange(regions * bins + 1, device=cells.device) * (samples * 4)
-    pooled = torch.ops.detpipe.bag_sum(placement.table.rows, index.flatten(), weight.flatten(), offsets)
-    return pooled.view(regions, bins, pooled.shape[1]).permute(0, 2, 1)
+    return torch.ops.detpipe.bag_sum(placement.table.rows, cell.flatten(), weight.flatten(), offsets)
 
 
-def _neighbors(point: Tensor, extent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def bilinear(
+    y: Tensor, x: Tensor, first: Tensor, height: Tensor, width: Tensor, share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Find the cells that samples read.
+
+    Args:
+        y: ``[...]`` in cells.
+        x: ``[...]``.
+        first: row of the table with the first cell of a sample's map, int64; this and what follows is broadcast.
+        height: of that map, int64.
+        width: int64.
+        share: of a sample in its bin.
+
+    Returns:
+        ``[..., 4]`` rows of the table, upper left, upper right, lower left and lower right, and their weights.
+    """
+    inside = (x >= -1) & (x <= width) & (y >= -1) & (y <= height)
+    left, right, along_x = neighbors(x.where(inside, 0), width)
+    upper, lower, along_y = neighbors(y.where(inside, 0), height)
+    share = share.where(inside, 0)
+    above, below = share - share * along_y, share * along_y
+    upper, lower = first + upper * width, first + lower * width
+    cell = torch.stack((upper + left, upper + right, lower + left, lower + right), dim=-1)
+    weight = (above - above * along_x, above * along_x, below - below * along_x, below * along_x)
+    return cell, torch.stack(weight, dim=-1)
+
+
+def neighbors(point: Tensor, extent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The two cells along an axis that a point lies between, and how far it is from the first; beyond the border nothing moves."""
-    point = point.clamp(min=0).minimum((extent - 1).to(point.dtype))
-    first = point.detach().floor()
-    cell = first.long()
-    return cell, (cell + 1).minimum(extent - 1), point - first
+    last = (extent - 1).to(point.dtype)
+    # where a point lies on a cell, its gradient is that of the cells behind it, and 0 at the last one
+    point = torch.where(point < last, point.where(point >= 0, 0.0), last)
+    cell = point.detach().long()
+    return cell, (cell + 1).minimum(extent - 1), point - cell

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from detpipe.roi_pooling.layouts import SIDES, Boxes, RoIs, check_features, read_boxes, read_output_size
+from detpipe.roi_pooling.layouts import (
+    SIDES,
+    Boxes,
+    GivenBoxes,
+    RoIs,
+    check_features,
+    read_layout,
+    read_output_size,
+    read_values,
+)
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.placement import Placement, place
 
@@ -31,9 +42,12 @@ class RoIPooler(nn.Module, ABC):
         self.output_size: tuple[int, int] = read_output_size(output_size)
         self.levels = levels
 
-    @abstractmethod
+    def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor | None:
+        """Pool boxes as they were given, ``[R, C, h, w]``, where kernels read them; None where :meth:`pool` is for them."""
+
     def pool(self, placement: Placement) -> Tensor:
-        """Pool placed boxes: ``[R, C, h, w]``."""
+        """Pool placed boxes: ``[R, C, h, w]``. What a pooler defines whose :meth:`pool_given` gives None."""
+        raise NotImplementedError(f"{type(self).__name__} must define pool or pool_given")
 
     def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
         """Pool each box from the level that suits its size.
@@ -51,9 +65,12 @@ class RoIPooler(nn.Module, ABC):
                 have no area.
         """
         maps = read_levels(features, strides)
-        rois = read_boxes(boxes, maps[0], self.sides)
-        pooled = self.pool(self.place(maps, rois, list(strides.values())))
-        return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
+        given = read_layout(boxes, maps[0], self.sides)
+        pooled = self.pool_given(maps, given, list(strides.values()))
+        if pooled is None:
+            rois = read_values(given, maps[0], self.sides)
+            pooled = self.pool(self.place(maps, rois, list(strides.values())))
+        return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
 
     def place(self, maps: list[Tensor], rois: RoIs, strides: list[int]) -> Placement:
         """Choose a level for each box."""
@@ -86,6 +103,25 @@ def read_levels(features: dict[str, Tensor], strides: dict[str, int]) -> list[Te
                 f"{list(maps[0].shape)} {maps[0].dtype}: images, channels and type must agree"
             )
     return maps
+
+
+def choose_levels(
+    levels: Callable[[Tensor, Sequence[int]], Tensor],
+    features: Tensor,
+    given: GivenBoxes,
+    strides: list[int],
+    sides: str = SIDES,
+) -> tuple[list[float], Tensor | None, list[float]]:
+    """Say how kernels choose a level: cells a pixel of each, and either the level of each box, or areas that tell."""
+    scales = [1.0 / stride for stride in strides]
+    if len(strides) == 1:
+        return scales, None, []
+    if type(levels) is FPNLevels and strides == sorted(set(strides)):
+        return scales, None, levels.areas(strides)
+    boxes = read_values(given, features, sides, checks=False).boxes.detach()
+    if sides != SIDES:  # as if they were not rotated
+        boxes = torch.cat((boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2), dim=1)
+    return scales, levels(boxes, strides), []
 
 
 class MultiLevel(nn.Module):

@@ -19,12 +19,19 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from detpipe.roi_pooling.axis import along_both, integral
-from detpipe.roi_pooling.layouts import Boxes, check_features, read_boxes, read_output_size, read_scale
+from detpipe.roi_pooling.box_ops import PRECISE, has_kernels, pool_boxes, pool_placed
+from detpipe.roi_pooling.layouts import (
+    Boxes,
+    GivenBoxes,
+    check_features,
+    read_layout,
+    read_output_size,
+    read_scale,
+    read_values,
+)
 from detpipe.roi_pooling.levels import FPNLevels
-from detpipe.roi_pooling.placement import Placement, bin_edges, place, static_bound
-from detpipe.roi_pooling.pooler import RoIPooler
-from detpipe.roi_pooling.separable import pool_separable
+from detpipe.roi_pooling.placement import Placement, place
+from detpipe.roi_pooling.pooler import RoIPooler, choose_levels
 
 
 def precise_roi_pool(
@@ -64,17 +71,13 @@ def precise_roi_pool(
         return handle_torch_function(precise_roi_pool, (features,), features, boxes, *settings)
     check_features(features)
     size, scale = read_output_size(output_size), read_scale(spatial_scale)
-    rois = read_boxes(boxes, features)
-    pooled = integrate(place([features], [scale], rois, normalized=normalized), size, aligned)
-    return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
-
-
-def integrate(placement: Placement, size: tuple[int, int], aligned: bool) -> Tensor:
-    """Pool placed boxes: ``[R, C, h, w]``."""
-    bound = static_bound(placement)
-    axes = bin_edges(placement, size, aligned)
-    y, x = along_both(axes, lambda start, step, extent, bins: integral(start, step, extent, bins, bound))
-    return pool_separable(placement.table, placement.chosen, y, x)
+    given = read_layout(boxes, features)
+    if has_kernels([features], given):
+        pooled = pool_boxes([features], given, [scale], size, PRECISE, aligned, normalized)
+    else:
+        placement = place([features], [scale], read_values(given, features), normalized=normalized)
+        pooled = pool_placed(placement, size, PRECISE, aligned)
+    return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
 
 
 class PreciseRoIPool(RoIPooler):
@@ -101,6 +104,13 @@ class PreciseRoIPool(RoIPooler):
         super().__init__(output_size, levels)
         self.aligned = aligned
 
+    def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor | None:
+        """Pool boxes as they were given where kernels read them: ``[R, C, h, w]``."""
+        if not has_kernels(maps, given):
+            return None
+        scales, level, areas = choose_levels(self.levels, maps[0], given, strides)
+        return pool_boxes(maps, given, scales, self.output_size, PRECISE, self.aligned, level=level, areas=areas)
+
     def pool(self, placement: Placement) -> Tensor:
         """Pool placed boxes: ``[R, C, h, w]``."""
-        return integrate(placement, self.output_size, self.aligned)
+        return pool_placed(placement, self.output_size, PRECISE, self.aligned)

@@ -27,21 +27,25 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from detpipe.roi_pooling.axis import split_evenly
+from detpipe.roi_pooling.box_ops import has_kernels
 from detpipe.roi_pooling.layouts import (
     ROTATED_SIDES,
     SIDES,
     Boxes,
-    RoIs,
+    GivenBoxes,
     check_features,
-    read_boxes,
+    read_layout,
     read_output_size,
     read_scale,
+    read_values,
 )
-from detpipe.roi_pooling.levels import FPNLevels
+from detpipe.roi_pooling.levels import FPNLevels, choose_level
 from detpipe.roi_pooling.placement import Placement, place
-from detpipe.roi_pooling.pooler import RoIPooler, read_levels
+from detpipe.roi_pooling.points import read_points
+from detpipe.roi_pooling.pooler import RoIPooler, choose_levels, read_levels
 from detpipe.roi_pooling.rotated_ops import pool_frames
-from detpipe.roi_pooling.rotated_taps import Frames
+from detpipe.roi_pooling.rotated_samples import Frames
+from detpipe.roi_pooling.sample_ops import sample
 
 MOST_SAMPLES = 1 << 30  # of a bin along one axis: what lies on the map is then a vanishing part of it
 
@@ -85,26 +89,75 @@ def rotated_roi_align(
     size, scale = read_output_size(output_size), read_scale(spatial_scale)
     if not isinstance(sampling_ratio, int):
         raise ValueError(f"sampling_ratio must be a whole number, 0 for adaptive, got {sampling_ratio!r}")
-    rois = read_boxes(boxes, features, ROTATED_SIDES)
-    pooled = rotated_align(place([features], [scale], rois, normalized=normalized), size, sampling_ratio)
-    return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
+    given = read_layout(boxes, features, ROTATED_SIDES)
+    pooled = rotated_align([features], given, None, [scale], [], size, max(sampling_ratio, 0), normalized)
+    return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
 
 
-def rotated_align(placement: Placement, size: tuple[int, int], sampling_ratio: int) -> Tensor:
-    """Pool placed rotated boxes: ``[R, C, h, w]``."""
+def rotated_align(
+    maps: list[Tensor],
+    given: GivenBoxes,
+    level: Tensor | None,
+    scales: list[float],
+    areas: list[float],
+    size: tuple[int, int],
+    samples: int,
+    normalized: bool = False,
+) -> Tensor:
+    """Pool rotated boxes of all levels.
+
+    Args:
+        maps: L tensors ``[N, C, H_l, W_l]``.
+        given: the boxes.
+        level: ``[R]`` int64, the level of each box; None if there is one, or ``areas`` choose it.
+        scales: cells a pixel of each level.
+        areas: of the smallest box of each level but the first.
+        size: h x w bins.
+        samples: along each axis of a bin, 0 for as many as it has cells.
+        normalized: boxes are relative to the map.
+
+    Returns:
+        ``[R, C, h, w]``, channels last in memory.
+    """
+
+    def compose(maps: Sequence[Tensor], _: Tensor | None, boxes: Tensor) -> Tensor:
+        rois = read_values(given._replace(boxes=boxes), maps[0], ROTATED_SIDES)
+        own = choose_level(rois.boxes[:, 2] * rois.boxes[:, 3], areas) if areas else level
+        return _pool_placed(place(maps, scales, rois, own, normalized), size, samples)
+
+    if has_kernels(maps, given):
+        return sample(compose, maps, None, given, level, scales, areas, size, samples, normalized)
+    return compose(maps, None, given.boxes).permute(0, 3, 1, 2)
+
+
+def _pool_placed(placement: Placement, size: tuple[int, int], samples: int) -> Tensor:
+    """``[R, h, w, C]``."""
     boxes, scale = placement.boxes, placement.scale
     cx, cy = (boxes[:, :2] * scale - 0.5).unbind(1)
     width, height = (boxes[:, 2:4] * scale).unbind(1)
     angle = boxes[:, 4].remainder(360) * (math.pi / 180)
     cos, sin = angle.cos(), angle.sin()
     frame = torch.stack((cy, height * cos, -width * sin, cx, height * sin, width * cos), dim=1).unflatten(1, (2, 3))
+    if samples > 0:
+        return read_points(placement, _grid(frame, size, samples)).view(
+            len(boxes), *size, placement.table.rows.shape[1]
+        )
+    bins = torch.stack((split_evenly(height, size[0]), split_evenly(width, size[1])), dim=1).detach()
+    counts = bins.ceil().nan_to_num(0).clamp(0, MOST_SAMPLES).long()  # a box without area has no samples
     where = torch.stack((placement.first, placement.height, placement.width), dim=1)
-    if sampling_ratio > 0:
-        counts = torch.full_like(where[:, :2], sampling_ratio)
-    else:
-        bins = torch.stack((split_evenly(height, size[0]), split_evenly(width, size[1])), dim=1).detach()
-        counts = bins.ceil().nan_to_num(1).clamp(1, MOST_SAMPLES).long()
-    return pool_frames(placement.table.rows, Frames(frame, where, counts), size, max(sampling_ratio, 0))
+    return pool_frames(placement.table.rows, Frames(frame, where, counts), size)
+
+
+def _grid(frame: Tensor, size: tuple[int, int], samples: int) -> Tensor:
+    """``[R, h * w, samples ** 2, 2]`` (x, y): where the samples of bins lie."""
+    v, u = (  # fractions of the box from its center, of whole numbers: rounding comes last
+        torch.arange(1 - bins * samples, bins * samples, 2, device=frame.device).to(frame.dtype) / (2 * bins * samples)
+        for bins in size
+    )
+    center, by_height, by_width = frame[:, :, None, None].unbind(-1)
+    points = center + v[:, None] * by_height + u * by_width  # [R, 2, h * samples, w * samples]
+    points = points.unflatten(3, (size[1], samples)).unflatten(2, (size[0], samples))
+    return points.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2).flip(-1)
 
 
 class RotatedRoIAlign(RoIPooler):
@@ -156,21 +209,16 @@ class RotatedRoIAlign(RoIPooler):
             ValueError: ``features`` lacks a level of ``strides``, or the boxes have another layout, are not finite or
                 have no area.
         """
-        maps = read_levels(features, strides)
-        rois = read_boxes(boxes, maps[0], SIDES if _has_corners(boxes) else self.sides)
-        if rois.boxes.shape[1] == 4:
-            rois = rois._replace(boxes=_from_corners(rois.boxes))
-        pooled = self.pool(self.place(maps, rois, list(strides.values())))
-        return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
-
-    def place(self, maps: list[Tensor], rois: RoIs, strides: list[int]) -> Placement:
-        """Choose a level for each box, as if it was not rotated."""
-        level = None if len(strides) == 1 else self.levels(_to_corners(rois.boxes.detach()), strides)
-        return place(maps, [1.0 / stride for stride in strides], rois, level)
-
-    def pool(self, placement: Placement) -> Tensor:
-        """Pool placed boxes: ``[R, C, h, w]``."""
-        return rotated_align(placement, self.output_size, self.sampling_ratio)
+        maps, sides = read_levels(features, strides), list(strides.values())
+        if _has_corners(boxes):
+            rois = read_values(read_layout(boxes, maps[0], SIDES), maps[0], SIDES)
+            rows = torch.cat((rois.image[:, None].to(rois.boxes.dtype), _from_corners(rois.boxes)), dim=1)
+            given = GivenBoxes(rows, (), rois.lead)
+        else:
+            given = read_layout(boxes, maps[0], ROTATED_SIDES)
+        scales, level, areas = choose_levels(self.levels, maps[0], given, sides, ROTATED_SIDES)
+        pooled = rotated_align(maps, given, level, scales, areas, self.output_size, self.sampling_ratio)
+        return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
 
 
 def _has_corners(boxes: Boxes) -> bool:
@@ -184,8 +232,3 @@ def _from_corners(boxes: Tensor) -> Tensor:
     """``[R, 4]`` xyxy -> ``[R, 5]``."""
     low, high = boxes[:, :2], boxes[:, 2:]
     return torch.cat(((low + high) / 2, high - low, torch.zeros_like(boxes[:, :1])), dim=1)
-
-
-def _to_corners(boxes: Tensor) -> Tensor:
-    """``[R, 5]`` -> ``[R, 4]`` xyxy of the same center, width and height."""
-    return torch.cat((boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2), dim=1)

@@ -6,7 +6,8 @@ The operation is linear in the map, in the weights along y and in those along x.
 only, each linear in its own arguments again, so that four operators are closed under differentiation to any order: pooling,
 its transpose (gradient to the map), and the gradients to the two kinds of weights.
 
-The kernels are in :mod:`detpipe.roi_pooling.torch_separable` and, for CUDA, :mod:`detpipe.roi_pooling.triton_separable`.
+They are PyTorch's own kernels, in :mod:`detpipe.roi_pooling.torch_separable`: what CPUs run, and what is left of RoIAlign
+where kernels read the boxes themselves (:mod:`detpipe.roi_pooling.box_ops`), the second derivative in the boxes.
 
 R boxes, h x w bins, Ty and Tx cells a bin along each axis, C channels, T cells of all maps.
 """
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 from detpipe.roi_pooling.axis import AxisTaps
-from detpipe.roi_pooling.backend import kernels_for
 from detpipe.roi_pooling.maps import CellTable
 from detpipe.roi_pooling.operators import fold_maps, operator, unfold_maps
 from detpipe.roi_pooling.torch_separable import pool, pool_adjoint, weight_grad
@@ -57,10 +57,6 @@ def _separable(
     x_weight: Tensor,
 ) -> Tensor:
     """``[T, C]`` -> ``[R, h, w, C]``: pooling."""
-    if kernels_for(rows) == "triton":
-        from detpipe.roi_pooling import triton_separable
-
-        return triton_separable.separable(rows, chosen, images, sizes, y_cell, y_weight, x_cell, x_weight)
     return pool(rows, chosen, images, list(sizes), AxisTaps(y_cell, y_weight), AxisTaps(x_cell, x_weight))
 
 
@@ -76,10 +72,6 @@ def _separable_adjoint(
     x_weight: Tensor,
 ) -> Tensor:
     """``[R, h, w, C]`` -> ``[T, C]``: the gradient to the cells."""
-    if kernels_for(grad) == "triton":
-        from detpipe.roi_pooling import triton_separable
-
-        return triton_separable.separable_adjoint(grad, chosen, images, sizes, y_cell, y_weight, x_cell, x_weight)
     return pool_adjoint(grad, chosen, images, list(sizes), AxisTaps(y_cell, y_weight), AxisTaps(x_cell, x_weight))
 
 
@@ -96,12 +88,6 @@ def _separable_weight_grad(
     axis: int,
 ) -> Tensor:
     """``[R, h, w, C]`` -> ``[R, h, Ty]`` (axis 0) or ``[R, w, Tx]`` (axis 1): the gradient to the weights of an axis."""
-    if kernels_for(grad) == "triton":
-        from detpipe.roi_pooling import triton_separable
-
-        return triton_separable.separable_weight_grad(
-            grad, rows, chosen, images, sizes, y_cell, x_cell, other_weight, axis
-        )
     y, x = AxisTaps(y_cell, other_weight), AxisTaps(x_cell, other_weight)  # only the other axis's weights are read
     return weight_grad(grad, rows, chosen, images, list(sizes), y, x, axis)
 

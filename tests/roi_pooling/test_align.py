@@ -2,11 +2,12 @@ import math
 
 import pytest
 import torch
-from roi_cases import SMOOTH, backward, box_operator, random_case, tolerance
+from roi_cases import SMOOTH, backward, box_operator, difference, random_case, tolerance, whole_boxes
 from torch.autograd import gradcheck, gradgradcheck
 from torchvision.ops import roi_align as peer
 
 from detpipe.roi_pooling import roi_align, torch_separable
+from detpipe.roi_pooling.layouts import unchecked_values
 
 
 def bilinear(plane, y, x):
@@ -257,3 +258,62 @@ def test_bad_arguments(change, message):
     given = {"features": torch.zeros(1, 3, 4, 5), "boxes": torch.tensor([[0, 0.0, 0, 1, 1]]), "output_size": 2}
     with pytest.raises(ValueError, match=message):
         roi_align(**{**given, **change})
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [1, 2, 4])  # with bins a power of two too, samples are exactly where they seem
+def test_the_gradient_to_edges_on_cells(ratio, aligned):
+    # many samples lie on cells, where the slope has a jump: the gradient is the slope to the right
+    torch.manual_seed(0)
+    features, boxes = torch.randn(1, 2, 9, 9, dtype=torch.float64), whole_boxes(40, 0).requires_grad_()
+    weight = torch.rand(2, 4, 2, dtype=torch.float64)
+
+    def pool(boxes):
+        return roi_align(features, boxes, (4, 2), 1.0, ratio, aligned) * weight
+
+    pool(boxes).sum().backward()
+    for column in range(1, 5):
+        to_the_right = difference(pool, boxes.detach(), column, 0, 1)
+        # a sample on the border of what counts steps over it
+        steps = difference(pool, boxes.detach(), column, 0, 0.5)
+        smooth = (to_the_right - steps).abs() < 1e-6
+        assert smooth.float().mean() > 0.7
+        torch.testing.assert_close(boxes.grad[smooth, column], to_the_right[smooth], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_gradient_of_adaptive_samples_is_that_of_as_many_fixed_ones(aligned):
+    torch.manual_seed(0)
+    features = torch.randn(1, 2, 9, 9, dtype=torch.float64)
+    for samples in (1, 2, 3):
+        low = torch.randint(-2, 7, (20, 2))
+        boxes = torch.cat((torch.zeros(20, 1), low, low + samples * torch.tensor([2, 3])), dim=1).double()
+        grads = []
+        for ratio in (0, samples):
+            leaf = boxes.clone().requires_grad_()
+            roi_align(features, leaf, (3, 2), 1.0, ratio, aligned).square().sum().backward()
+            grads.append(leaf.grad)
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("box", [[2, 3, 2, 5], [2, 3, 4, 3], [3, 3, 3, 3], [4.2, 5, 1.1, 2]])
+def test_boxes_without_area_are_torchvisions_where_they_are_not_checked(box, ratio, aligned):
+    boxes = torch.tensor([[0, *box], [0, 1.0, 1.0, 3.0, 4.0]])
+    features = torch.randn(1, 2, 6, 6)
+    with unchecked_values():
+        found = backward(lambda leaf: roi_align(leaf, boxes, 2, 1.0, ratio, aligned), features)
+        largest = roi_align(features, boxes, 2, 1.0, ratio, aligned, reduce="max")
+    torch.testing.assert_close(found, backward(lambda leaf: peer(leaf, boxes, 2, 1.0, ratio, aligned), features))
+    if ratio == 0 and aligned:
+        assert not largest[0].any()
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_boxes_that_are_no_numbers_are_0_where_they_are_not_checked(ratio):
+    boxes = torch.tensor([[0, math.nan, 1, 2, 3], [0, 1.0, 1.0, 3.0, 4.0]])
+    with unchecked_values():
+        pooled, grad = backward(lambda leaf: roi_align(leaf, boxes, 2, 1.0, ratio), torch.ones(1, 1, 6, 6))
+    assert not pooled[0].any()
+    assert grad.isfinite().all()

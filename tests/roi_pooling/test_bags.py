@@ -303,15 +303,15 @@ def test_kernels_are_chosen_by_device(monkeypatch):
     class OnCuda:
         is_cuda = True
 
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert backend.kernels_for(torch.zeros(1)) == "torch"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backend.kernels_for(torch.zeros(1)) == "triton"
-    for installed, name in ((object(), "triton"), (None, "torch")):
-        backend._triton_is_installed.cache_clear()
-        monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name, found=installed: found)
-        assert backend.kernels_for(OnCuda()) == name  # type: ignore[arg-type]
-    backend._triton_is_installed.cache_clear()
+    for installed, interpreted, here, there in (
+        (True, False, "torch", "triton"),
+        (True, True, "triton", "triton"),
+        (False, False, "torch", "torch"),
+    ):
+        monkeypatch.setattr(backend, "TRITON_IS_INSTALLED", installed)
+        monkeypatch.setattr(backend, "IS_INTERPRETED", interpreted)
+        assert backend.kernels_for(torch.zeros(1)) == here
+        assert backend.kernels_for(OnCuda()) == there  # type: ignore[arg-type]
 
 
 def test_no_warning_reaches_the_user():

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torchvision.ops import roi_pool as peer
 
 from detpipe.roi_pooling import RoIMaxPool, roi_max_pool, torch_max
-from detpipe.roi_pooling.max_pool import FARTHEST
+from detpipe.roi_pooling.max_ops import FARTHEST
 
 
 def slow(features, rois, size, scale, bins):
@@ -111,20 +111,14 @@ def test_all_ways_agree_in_blocks(path, monkeypatch):
 
 def test_packs_values_and_cells_without_loss():
     least, most = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
-    values = [0.0, -0.0, 1.0, -1.0, least, -least, least / 8, -least / 8, most, -most, math.inf, -math.inf, math.nan]
+    values = [-math.inf, -most, -1.0, -least, -least / 8, 0.0, -0.0, least / 8, least, 1.0, most, math.inf, math.nan]
     rows = torch.tensor(values)[:, None].repeat(1, 3)
     rows[-1, 1] = -rows[-1, 1]  # the other NaN
-    keys = torch_max._pack(rows, 1, [1, len(values)])
-    offsets = torch.arange(len(values) + 1)
-    block = torch_max._Block(slice(0, len(values)), offsets[:-1], offsets[:-1].int(), offsets)
-    value, cell = torch.empty_like(rows), torch.empty_like(rows, dtype=torch.int32)
-    torch_max._unpack(keys.clone(), block, value, cell)
-    torch.testing.assert_close(value, rows, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(cell, offsets[:-1].int()[:, None].expand_as(cell))
-    order = keys[:, 0].argsort(descending=True)
-    assert torch.equal(rows[order[:-1], 0], rows[:-1, 0].sort().values)
-    assert order[-1] == len(values) - 1  # a NaN is above all
-    assert keys[0, 0] < keys[1, 0]  # of -0 and 0 the first
+    keys = torch_max._pack(rows)
+    ascending = keys.clone()
+    ascending[5:7] = ascending[5:7].flip(0)  # of 0 and -0 the first is the larger
+    assert (ascending.diff(dim=0) > 0).all()
+    assert (keys.view(torch.int64) & torch_max.LAST_ROW == torch_max.LAST_ROW - torch.arange(13)[:, None]).all()
 
 
 def test_a_case_by_hand():
@@ -296,19 +290,16 @@ def test_compiles_without_a_break(bins):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck's own
 def test_operators_pass_opcheck():
     torch.manual_seed(0)
-    rows = torch.randn(2 * 12 + 2 * 6, 4)
-    chosen, sizes = torch.tensor([1, 3, 0]), [3, 4, 2, 3]
-    y = torch.tensor([[[0, 2], [1, 3]], [[0, 1], [1, 2]], [[2, 2], [0, 3]]], dtype=torch.int32)
-    x = torch.tensor([[[0, 3]], [[1, 3]], [[1, 4]]], dtype=torch.int32)
-    ops = torch.ops.detpipe
-    values, argmax = ops.range_max(rows, chosen, 2, sizes, y, x)
-    assert argmax[2, 0].eq(-1).all()
-    for one in (rows, rows.clone().requires_grad_()):
-        torch.library.opcheck(ops.range_max.default, (one, chosen, 2, sizes, y, x))
-        torch.library.opcheck(ops.gather_argmax.default, (one, argmax, chosen, 2, sizes))
-    torch.library.opcheck(ops.range_max_values.default, (rows, chosen, 2, sizes, y, x))
-    torch.library.opcheck(ops.scatter_argmax.default, (values.detach().requires_grad_(), argmax, chosen, 2, sizes))
-    assert torch.equal(ops.gather_argmax(rows, argmax, chosen, 2, sizes), values)
+    maps = [torch.randn(2, 4, 3, 4), torch.randn(2, 4, 2, 3)]
+    boxes, level = torch.tensor([[0, 0.0, 0, 1, 3], [1, 1, 1, 2, 9], [1, 9, 2, 10, 3]]), torch.tensor([0, 1, 0])
+    where, ops = (boxes, level, [], [1.0, 0.5], [], 2, [3, 4, 2, 3], 2, 1, False, False), torch.ops.detpipe
+    values, winner = ops.roi_max(maps, *where, False)
+    assert values.any()
+    assert not values[2].any()  # off the map
+    torch.library.opcheck(ops.roi_max.default, (maps, *where, False))
+    torch.library.opcheck(ops.roi_max_adjoint.default, (values, winner, maps, *where))
+    torch.library.opcheck(ops.roi_max_winners.default, (maps, winner, maps, *where))
+    assert torch.equal(ops.roi_max_winners(maps, winner, maps, *where), values)
 
 
 @pytest.mark.parametrize(

@@ -115,3 +115,22 @@ def test_no_regions_give_an_empty_result_with_a_gradient():
 def test_points_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"points must be \[N, P, h, w, S, 2\]"):
         pool_points({"c3": torch.zeros(1, 1, 4, 4)}, torch.zeros(shape), torch.tensor([[[0.0, 0, 8, 8]]]), {"c3": 8})
+
+
+def test_the_gradient_to_points_on_cells_is_the_slope_to_the_right():
+    torch.manual_seed(0)
+    features = {"c3": torch.randn(1, 2, 5, 6, dtype=torch.float64)}
+    boxes = torch.tensor([[[0.0, 0, 9, 9]]], dtype=torch.float64)
+    y, x = torch.meshgrid(torch.arange(-2, 7), torch.arange(-2, 8), indexing="ij")
+    points = ((torch.stack((x, y), dim=-1).double() + 0.5) * 8).reshape(1, 1, 9, 10, 1, 2).requires_grad_()
+
+    def pool(points):
+        return pool_points(features, points, boxes, {"c3": 8}).sum(2).flatten()
+
+    pool(points).sum().backward()
+    for axis, (along, extent) in enumerate(((x, 6), (y, 5))):
+        step = torch.zeros(2, dtype=torch.float64)
+        step[axis] = 1e-4
+        slope = ((pool(points.detach() + step) - pool(points.detach())) / 1e-4).view(9, 10)
+        inside = (along > -1) & (along < extent) & (x >= -1) & (x <= 6) & (y >= -1) & (y <= 5)  # steps over no border
+        torch.testing.assert_close(points.grad[0, 0, :, :, 0, axis][inside], slope[inside], rtol=1e-6, atol=1e-6)

@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
-from roi_cases import SMOOTH, backward, box_operator, random_case, tolerance
+from roi_cases import SMOOTH, backward, box_operator, difference, random_case, tolerance, whole_boxes
 from torch.autograd import gradcheck, gradgradcheck
 
 from detpipe.roi_pooling import PreciseRoIPool, precise_roi_pool, roi_align
+from detpipe.roi_pooling.layouts import unchecked_values
 
 
 def hat_integral(low, high, cell):
@@ -160,3 +161,40 @@ def test_bad_boxes_are_named():
         precise_roi_pool(torch.zeros(1, 1, 4, 4), torch.tensor([[0, 1.0, 1, 2, 2], [0, 1.0, 1, 1, 2]]), 2)
     with pytest.raises(ValueError, match=r"box 0.*is not finite"):
         PreciseRoIPool(2)({"f": torch.zeros(1, 1, 4, 4)}, torch.tensor([[0, 1.0, 1, math.nan, 2]]), {"f": 1})
+
+
+def test_the_gradient_to_edges_on_cells_by_hand():
+    # a plane of slope 1 along x and 2 along y: its mean over four bins moves by half of that with each edge, and each bin counts
+    plane = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    box = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]], requires_grad=True)
+    precise_roi_pool(plane, box, 2).sum().backward()
+    assert box.grad is not None
+    assert box.grad.flatten().tolist() == [2, 4, 2, 4]
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_gradient_to_edges_on_cells(aligned):
+    torch.manual_seed(0)
+    features, boxes = torch.randn(1, 2, 9, 9, dtype=torch.float64), whole_boxes(40, 0).requires_grad_()
+    weight = torch.rand(2, 3, 2, dtype=torch.float64)
+
+    def pool(boxes):
+        return precise_roi_pool(features, boxes, (3, 2), aligned=aligned) * weight
+
+    pool(boxes).sum().backward()
+    for column in range(1, 5):
+        central = difference(pool, boxes.detach(), column, -1, 1)
+        torch.testing.assert_close(boxes.grad[:, column], central, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("box", [[2, 3, 2, 5], [2, 3, 4, 3], [3, 3, 1, 5], [math.nan, 1, 2, 3]])
+def test_boxes_without_area_are_0_where_they_are_not_checked(box):
+    boxes = torch.tensor([[0, *box], [0, 1.0, 1.0, 3.0, 4.0]], requires_grad=True)
+    leaf = torch.ones(1, 1, 6, 6, requires_grad=True)
+    with unchecked_values():
+        pooled = precise_roi_pool(leaf, boxes, 2)
+    assert not pooled[0].any()
+    torch.testing.assert_close(pooled[1], torch.ones(1, 2, 2))
+    pooled.sum().backward()
+    assert not boxes.grad[0].any()
+    assert leaf.grad.sum().item() == pytest.approx(4)

@@ -2,12 +2,13 @@ import math
 
 import pytest
 import torch
-from roi_cases import backward, random_case, tolerance
+from roi_cases import backward, difference, random_case, tolerance, whole_boxes
 from samples import pyramid, random_boxes
 from torch.autograd import gradcheck, gradgradcheck
 from torchvision.ops import roi_align as peer
 
-from detpipe.roi_pooling import FPNLevels, MultiLevel, RoIAlign, roi_align, rotated_taps
+from detpipe.roi_pooling import FPNLevels, MultiLevel, RoIAlign, roi_align, rotated_samples
+from detpipe.roi_pooling.layouts import unchecked_values
 from detpipe.roi_pooling.rotated import RotatedRoIAlign, rotated_roi_align
 
 ROTATED = torch.tensor(
@@ -68,7 +69,7 @@ def slow(features, rois, size, scale, ratio):
 @pytest.mark.parametrize("seed", range(80))
 def test_equals_the_definition(seed, monkeypatch):
     features, rois, size, scale = random_case(seed, channels=(1, 2))
-    monkeypatch.setattr(rotated_taps, "SAMPLES_AT_ONCE", (1, 60, rotated_taps.SAMPLES_AT_ONCE)[seed % 3])
+    monkeypatch.setattr(rotated_samples, "SAMPLES_AT_ONCE", (1, 60, rotated_samples.SAMPLES_AT_ONCE)[seed % 3])
     features, rois = features.double(), turned_rois(rois[:4].double())
     rois[:, 3:5] = rois[:, 3:5].clamp(max=40 / scale)  # the loop takes its time
     rois[:, 5] = torch.randn(len(rois)) * 200
@@ -306,3 +307,49 @@ def test_pooler_names_what_is_wrong():
         RotatedRoIAlign()(features, torch.zeros(1, 1, 4), {"f": 1})
     with pytest.raises(ValueError, match=r"box 0, \(cx, cy, w, h, angle\) = .* has no area"):
         RotatedRoIAlign()(features, torch.zeros(1, 1, 5), {"f": 1})
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4])  # with bins a power of two too, samples are exactly where they seem
+def test_the_gradient_to_centers_on_cells(ratio):
+    # many samples lie on cells, where the slope has a jump: the gradient is the slope to the right
+    torch.manual_seed(0)
+    features, corners = torch.randn(1, 2, 9, 9, dtype=torch.float64), whole_boxes(40, 0)
+    boxes = turned_rois(corners).requires_grad_()
+    weight = torch.rand(2, 4, 2, dtype=torch.float64)
+
+    def pool(boxes):
+        return rotated_roi_align(features, boxes, (4, 2), 1.0, ratio) * weight
+
+    pool(boxes).sum().backward()
+    for column in (1, 2):
+        to_the_right = difference(pool, boxes.detach(), column, 0, 1)
+        # a sample on the border of what counts steps over it
+        steps = difference(pool, boxes.detach(), column, 0, 0.5)
+        smooth = (to_the_right - steps).abs() < 1e-6
+        assert smooth.float().mean() > 0.7
+        torch.testing.assert_close(boxes.grad[smooth, column], to_the_right[smooth], rtol=1e-6, atol=1e-6)
+
+
+def test_the_gradient_of_adaptive_samples_is_that_of_as_many_fixed_ones():
+    torch.manual_seed(0)
+    features = torch.randn(1, 2, 9, 9, dtype=torch.float64)
+    for samples in (1, 2, 3):
+        low, size = torch.randint(-2, 7, (20, 2)), samples * torch.tensor([2, 3])
+        boxes = turned_rois(torch.cat((torch.zeros(20, 1), low, low + size), dim=1).double())
+        grads = []
+        for ratio in (0, samples):
+            leaf = boxes.clone().requires_grad_()
+            rotated_roi_align(features, leaf, (3, 2), 1.0, ratio).square().sum().backward()
+            grads.append(leaf.grad)
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-9)
+
+
+def test_boxes_without_area_have_no_adaptive_samples_where_they_are_not_checked():
+    features = torch.rand(1, 2, 9, 9) + 1
+    boxes = torch.tensor([[[4.0, 4, 0, 3, 20], [4, 4, 3, 0, 20], [4, 4, -1, 2, 20], [4, 4, 3, 3, 20]]]).requires_grad_()
+    with unchecked_values():
+        pooled = rotated_roi_align(features, boxes, 2)
+    assert not pooled[0, :3].any()
+    assert pooled[0, 3].all()
+    pooled.sum().backward()
+    assert boxes.grad.isfinite().all()

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from detpipe.roi_pooling.triton_tiles import accumulator, channel_block, launch
+from detpipe.roi_pooling.cuda.geometry import accumulator, channel_block, launch
 
 ENTRIES = 16  # rows that are on their way at once
 

@@ -1,0 +1,1 @@
+"""Triton kernels of the RoI operators, imported only where a tensor is computed with them."""
