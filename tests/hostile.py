@@ -320,7 +320,7 @@ def pipe_cases() -> None:
     from detpipe.backbones.weights import read_state
     from detpipe.datasets import image_size, load_coco, read_image
     from detpipe.datasets.formats.csv_table import Table
-    from detpipe.datasets.formats.voc_folders import read_lines
+    from detpipe.datasets.formats.folders import read_text
     from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
     from detpipe.datasets.unpack import unpack
     from detpipe.proposal_files import ProposalStore
@@ -335,7 +335,7 @@ def pipe_cases() -> None:
         "size of an image": image_size,
         "JSON": load_json,
         "COCO": lambda path: load_coco(path, path.parent),
-        "list of images": read_lines,
+        "list of images": lambda path: read_text(path, "a list of image names"),
         "list of ids": read_known_images,
         "table": Table,
         "archive": lambda path: unpack(path, path.parent / "out"),

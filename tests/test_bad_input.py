@@ -185,7 +185,11 @@ CASES: list[tuple[Case, int, list[str]]] = [
     (empty_split_coco, 1, ["instances_train.json", "no image"]),
     (damaged_image, 1, [".jpg: ", "decoded"]),
     (missing_weights, 1, ["nowhere.pth does not exist; give the path of a file with the backbone's weights"]),
-    (unknown_weights, 2, ["unknown weights 'IMAGENET1K_V9' of squeezenet1_1", "did you mean 'IMAGENET1K_V1'"]),
+    (
+        unknown_weights,
+        2,
+        ["unknown weights 'IMAGENET1K_V9': expected a local file", "squeezenet1_1's", "did you mean 'IMAGENET1K_V1'"],
+    ),
     (weights_of_another_network, 1, ["other.pth does not fit squeezenet1_1: it lacks"]),
     (other_classes, 1, ["best.ckpt knows 10 classes, the data have 3; they differ in '0' / 'cat'"]),
     (other_classes_to_resume, 1, ["best.ckpt knows 10 classes, the data have 3"]),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from detpipe.boxes import iou
+from detpipe.proposals import ImageProposals
 
 Image = npt.NDArray[np.uint8]
 
@@ -74,3 +75,17 @@ def is_the_same_every_time(make: Callable[[], Any]) -> None:
     assert len(boxes) > 0
     flipped = np.ascontiguousarray(image[:, ::-1])[:, ::-1]  # the same pixels behind negative strides
     assert np.array_equal(source.propose(flipped)[0], boxes)
+
+
+def boxes_are_sound(boxes: np.ndarray, scores: np.ndarray, image: Image, source: ImageProposals) -> None:
+    """Inside the image, each once, best first, no smaller or more than asked for."""
+    height, width = image.shape[:2]
+    assert boxes.dtype == scores.dtype == np.float32
+    assert boxes.shape == (len(scores), 4)
+    assert np.isfinite(boxes).all()
+    assert np.isfinite(scores).all()
+    assert (boxes >= 0).all()
+    assert (boxes[:, 2:] <= [width, height]).all()
+    assert (boxes[:, 2:] - boxes[:, :2] >= max(source.min_size, 1e-6)).all()
+    assert (np.diff(scores) <= 0).all()
+    assert len(np.unique(boxes, axis=0)) == len(boxes) <= (source.max_boxes or 10**9)

@@ -18,8 +18,7 @@ from detpipe import FastRCNNHead, FromDetector, SEResNet, TwoStageDetector
 from detpipe.proposals.registry import remake_source
 from detpipe.support.errors import CheckpointError, UsageError
 
-from .needs import PLACES, Image, planted, scikit_image
-from .source_checks import boxes_are_sound
+from .needs import PLACES, Image, boxes_are_sound, planted, scikit_image
 
 
 class Bright(nn.Module):

@@ -18,7 +18,16 @@ from detpipe.proposals.selective_search import COLOR_SPACES
 from detpipe.proposals.superpixels import METHODS
 from detpipe.support.errors import DataError, UsageError
 
-from .needs import PLACES, best_overlap, contrib, is_the_same_every_time, odd_images, planted, scikit_image
+from .needs import (
+    PLACES,
+    best_overlap,
+    boxes_are_sound,
+    contrib,
+    is_the_same_every_time,
+    odd_images,
+    planted,
+    scikit_image,
+)
 from .recall import recall
 
 slic, seeds = partial(Superpixels, method="slic"), partial(Superpixels, method="seeds")
@@ -74,21 +83,12 @@ def test_odd_images_do_no_harm(make):
     """Boxes, if any, lie inside the image, each once, best first, no smaller or more than asked for."""
     source = make()
     for name, image in odd_images().items():
-        height, width = image.shape[:2]
-        if min(height, width) < source.smallest_image:
+        if min(image.shape[:2]) < source.smallest_image:
             continue
         before = image.copy()
         boxes, scores = source.propose(image)
         assert np.array_equal(image, before), name
-        assert boxes.dtype == scores.dtype == np.float32
-        assert boxes.shape == (len(scores), 4)
-        assert np.isfinite(boxes).all()
-        assert np.isfinite(scores).all()
-        assert (boxes >= 0).all()
-        assert (boxes[:, 2:] <= [width, height]).all()
-        assert (boxes[:, 2:] - boxes[:, :2] >= max(source.min_size, 1e-6)).all()
-        assert (np.diff(scores) <= 0).all()
-        assert len(np.unique(boxes, axis=0)) == len(boxes) <= (source.max_boxes or 10**9)
+        boxes_are_sound(boxes, scores, image, source)
 
 
 @table(

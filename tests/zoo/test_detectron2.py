@@ -160,11 +160,14 @@ def test_the_full_settings_build() -> None:
     from jsonargparse import ArgumentParser
 
     from detpipe.training.allowed import only_allowed
-    from detpipe.training.models import add_model
+    from detpipe.training.configuration import link_stages
 
     for name in NAMES.values():
         parser = ArgumentParser(exit_on_error=False)
-        add_model(parser)
+        parser.add_argument("--num_classes", type=int)
+        parser.add_class_arguments(TwoStageDetector, "model", fail_untyped=False)
+        parser.link_arguments("num_classes", "model.head.init_args.num_classes")
+        link_stages(parser)
         with only_allowed(), torch.device("meta"):
             settings = {"model": published.settings_by_name(name), "num_classes": 80}
             detector = parser.instantiate(parser.parse_object(settings)).model
