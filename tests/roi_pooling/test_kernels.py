@@ -78,14 +78,22 @@ def test_import_needs_no_triton() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "end"), [("max", 20), ("points", 15), ("rotated", 9)])
+def test_more_random_cases_in_the_interpreter(name: str, end: int) -> None:
+    run_as_script("interpret", name, "5", str(end), TRITON_INTERPRET="1")
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("begin", [5, 70, 135])
 @pytest.mark.parametrize("name", kernel_checks.CHECKS)
 def test_two_hundred_random_cases_in_the_interpreter(name: str, begin: int) -> None:
     run_as_script("interpret", name, str(begin), str(begin + 65), TRITON_INTERPRET="1")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(90, marks=pytest.mark.slow), *(pytest.param(a, marks=pytest.mark.exhaustive) for a in (80, 100))],
+)
 def test_machine_code(architecture: int, tmp_path: Path) -> None:
     import triton
 
