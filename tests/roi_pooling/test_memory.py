@@ -21,16 +21,16 @@ from detpipe.roi_pooling import precise_roi_pool, rotated_roi_align, superpixel_
 
 torch.set_num_threads(1)
 labels = torch.arange(800 * 1088).view(1, 800, 1088) // 2000
-OPERATORS["precise"] = (OPERATORS["RoIAlign adaptive"][0], lambda f, b: precise_roi_pool(f, b, 7, 1 / 16))
+OPERATORS["precise"] = (OPERATORS["RoIAlign adaptive"][0], lambda f, b: precise_roi_pool(f[0], b, 7, 1 / 16))
 corners = lambda b: torch.cat((b[:, :1], (b[:, 1:3] + b[:, 3:]) / 2, b[:, 3:] - b[:, 1:3], b[:, :1] * 30), dim=1)
 OPERATORS["rotated"] = (
-    OPERATORS["RoIAlign 2 x 2"][0], lambda f, b: rotated_roi_align(f, corners(b), 7, 1 / 16, sampling_ratio=2))
+    OPERATORS["RoIAlign 2 x 2"][0], lambda f, b: rotated_roi_align(f[0], corners(b), 7, 1 / 16, sampling_ratio=2))
 OPERATORS["superpixels"] = (
-    lambda f, b: torch.nn.functional.interpolate(f, (800, 1088), mode="bilinear"),
-    lambda f, b: superpixel_pool(f, labels.expand(len(f), -1, -1), 436)[0])
+    lambda f, b: torch.nn.functional.interpolate(f[0], (800, 1088), mode="bilinear"),
+    lambda f, b: superpixel_pool(f[0], labels.expand(len(f[0]), -1, -1), 436)[0])
 result = {}
 for name, pair in OPERATORS.items():
-    if name == "deterministic":
+    if name in ("deterministic", "RoIAlign of a pyramid"):
         continue
     for which in (0, 1):
         ctypes.CDLL(None).malloc_trim(0)  # what the one before has freed must not serve the next
