@@ -257,7 +257,10 @@ class _BoxGrad(Function):
             pooled = _by_weights(boxes, ctx.level, ctx.task, maps)
             [first] = torch.autograd.grad(pooled, boxes, grad, create_graph=True)
             inputs = [each for each in (grad, boxes, *maps) if each.requires_grad]
-            found = torch.autograd.grad(first, inputs, to_grad, create_graph=creates_graph, allow_unused=True)
+            if first.requires_grad:
+                found = torch.autograd.grad(first, inputs, to_grad, create_graph=creates_graph, allow_unused=True)
+            else:  # no boxes
+                found = tuple(torch.zeros_like(each) for each in inputs)
         grads = dict(zip(map(id, inputs), found, strict=True))
         to_first, to_boxes, *to_maps = (grads.get(id(each)) for each in (grad, boxes, *maps))
         return to_first, to_boxes, None, None, *to_maps

@@ -48,6 +48,7 @@ def test_some_random_cases_in_the_interpreter() -> None:
 @pytest.mark.slow
 def test_more_random_cases_in_the_interpreter() -> None:
     run_as_script("interpret", "6", "26", TRITON_INTERPRET="1")
+    run_as_script("interpret", "42", "43", TRITON_INTERPRET="1")  # no boxes, and second derivatives
 
 
 @pytest.mark.exhaustive
