@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -303,6 +304,21 @@ KERNELS = {
     "slopes_kernel": 128,
 }
 WIDE = ("max_kernel", "adjoint_kernel", "pool_kernel", "slopes_kernel")  # those that read rows of channels
+
+
+def run_as_script(script: str, *arguments: str, **environment: str) -> str:
+    """What a script beside the tests prints, in a process of its own: Triton interprets or compiles from its import on."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", **environment},
+        capture_output=True,
+        text=True,
+        timeout=3000,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 # launches

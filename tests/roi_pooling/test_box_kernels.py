@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -18,27 +16,15 @@ from torch import Tensor
 from detpipe.roi_pooling import FPNLevels, PreciseRoIPool, RoIAlign, box_ops
 from detpipe.roi_pooling.cuda import align, geometry
 from detpipe.roi_pooling.layouts import unchecked_values
-from roi_pooling import box_checks
+from roi_pooling import box_checks, kernel_checks
 from roi_pooling.kernel_checks import Launches
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-ROOT = Path(__file__).resolve().parents[2]
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 POOLERS = [RoIAlign(3), RoIAlign(3, sampling_ratio=0), PreciseRoIPool(3)]
 
 
-def run_as_script(*arguments: str, **environment: str) -> str:
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    done = subprocess.run(
-        [sys.executable, box_checks.__file__, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
-        capture_output=True,
-        text=True,
-        timeout=3000,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+run_as_script = partial(kernel_checks.run_as_script, box_checks.__file__)
 
 
 def test_some_random_cases_in_the_interpreter() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -21,22 +21,10 @@ from roi_pooling import kernel_checks
 from roi_pooling.kernel_checks import Launches
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-ROOT = Path(__file__).resolve().parents[2]
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 
 
-def run_as_script(*arguments: str, **environment: str) -> str:
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    done = subprocess.run(
-        [sys.executable, kernel_checks.__file__, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+run_as_script = partial(kernel_checks.run_as_script, kernel_checks.__file__)
 
 
 @pytest.mark.parametrize("name", kernel_checks.CHECKS)
