@@ -8,13 +8,15 @@ Each is linear in each of its arguments, and the gradients of each are the other
 differentiation to any order. Sums are taken in a fixed order, without atomics, and nothing of the size of entries times
 channels is ever made.
 
-T rows of C channels, B bags, K entries. Bag b holds the entries ``offsets[b]`` to ``offsets[b + 1] - 1``; the first
-offset is 0 and the last K. Indices are in 0..T - 1. Half and bfloat16 rows are computed in float32.
+T rows of C channels, B bags, K entries; a table of bags may be written ``[*shape, C]``. Bag b holds the entries
+``offsets[b]`` to ``offsets[b + 1] - 1``; the first offset is 0 and the last K. Indices are in 0..T - 1. Half and bfloat16
+rows are computed in float32.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -26,6 +28,7 @@ from detpipe.roi_pooling.operators import operator
 
 BLOCK_BYTES = {"cpu": 1 << 20}  # of a buffer of gathered rows: on a CPU it stays in the cache
 LARGE_BLOCK_BYTES = 1 << 26  # elsewhere: enough to fill a GPU
+CHANNELS = 64  # of a gradient that are laid out at once, where channels are not last
 
 
 def sum_bags(rows: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -80,6 +83,17 @@ def sum_bags_adjoint(grad: Tensor, index: Tensor, weight: Tensor, bag_of: Tensor
         ``[T, C]`` in the dtype of ``grad``.
     """
     return sum_bags(grad, *transpose_bags(index, weight, bag_of, rows))
+
+
+def _by_channels(grad: Tensor, entries: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Sum rows of a gradient ``[*shape, C]`` in any order of memory, without a copy of all of it."""
+    channels = grad.shape[-1]
+    if grad.is_contiguous() or channels <= CHANNELS:
+        return sum_bags(grad.flatten(0, -2), *entries)
+    total = grad.new_empty((entries[2].shape[0] - 1, channels))
+    for part, some in zip(total.split(CHANNELS, dim=1), grad.split(CHANNELS, dim=-1), strict=True):
+        part.copy_(sum_bags(some.flatten(0, -2), *entries))
+    return total
 
 
 def dot_bags(grad: Tensor, rows: Tensor, index: Tensor, bag_of: Tensor) -> Tensor:
@@ -171,29 +185,34 @@ def _dot_blocks(grad: Tensor, rows: Tensor, index: Tensor, bag_of: Tensor) -> Te
 
 
 @operator("bag_sum")
-def _bag_sum(rows: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``[T, C]`` -> ``[B, C]``."""
+def _bag_sum(
+    rows: Tensor, index: Tensor, weight: Tensor, offsets: Tensor, shape: Sequence[int] | None = None
+) -> Tensor:
+    """``[T, C]`` -> ``[B, C]``, or ``[*shape, C]`` where there is a shape, of B bags in all."""
     if kernels_for(rows) == "triton":
         from detpipe.roi_pooling.cuda import bags as kernels
 
-        return kernels.bag_sum(rows, index, weight, offsets)
-    return sum_bags(rows, index, weight, offsets)
+        total = kernels.bag_sum(rows, index, weight, offsets)
+    else:
+        total = sum_bags(rows, index, weight, offsets)
+    return total if shape is None else total.view(*shape, rows.shape[1])
 
 
 @operator("bag_sum_adjoint")
 def _bag_sum_adjoint(grad: Tensor, index: Tensor, weight: Tensor, offsets: Tensor, rows: int) -> Tensor:
-    """``[B, C]`` -> ``[T, C]``."""
+    """``[*shape, C]`` -> ``[T, C]``."""
     entries = transpose_bags(index, weight, bag_of_entries(offsets, index.shape[0]), rows)
     if kernels_for(grad) == "triton":
         from detpipe.roi_pooling.cuda import bags as kernels
 
-        return kernels.bag_sum(grad, *entries)
-    return sum_bags(grad, *entries)
+        return kernels.bag_sum(grad.flatten(0, -2), *entries)
+    return _by_channels(grad, entries)
 
 
 @operator("bag_dot")
 def _bag_dot(grad: Tensor, rows: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
-    """``[B, C]``, ``[T, C]`` -> ``[K]``."""
+    """``[*shape, C]``, ``[T, C]`` -> ``[K]``."""
+    grad = grad.flatten(0, -2)
     if kernels_for(grad) == "triton":
         from detpipe.roi_pooling.cuda import bags as kernels
 
@@ -204,13 +223,13 @@ def _bag_dot(grad: Tensor, rows: Tensor, index: Tensor, offsets: Tensor) -> Tens
 
 
 @_bag_sum.register_fake
-def _(rows, index, weight, offsets):
-    return rows.new_empty((offsets.shape[0] - 1, rows.shape[1]))
+def _(rows, index, weight, offsets, shape=None):
+    return rows.new_empty((*((offsets.shape[0] - 1,) if shape is None else shape), rows.shape[1]))
 
 
 @_bag_sum_adjoint.register_fake
 def _(grad, index, weight, offsets, rows):
-    return grad.new_empty((rows, grad.shape[1]))
+    return grad.new_empty((rows, grad.shape[-1]))
 
 
 @_bag_dot.register_fake
@@ -224,13 +243,13 @@ def _keep(ctx, inputs, output):
 
 def _sum_backward(ctx, out):
     rows, index, weight, offsets = ctx.saved_tensors
-    to_rows, _, to_weight, _ = ctx.needs_input_grad
+    to_rows, _, to_weight, *rest = ctx.needs_input_grad  # without the shape where it was not given
     adjoint, dot = torch.ops.detpipe.bag_sum_adjoint, torch.ops.detpipe.bag_dot
     return (
         adjoint(out, index, weight, offsets, rows.shape[0]).to(rows.dtype) if to_rows else None,
         None,
         dot(out, rows, index, offsets).to(weight.dtype) if to_weight else None,
-        None,
+        *(None for _ in rest),
     )
 
 
@@ -238,7 +257,7 @@ def _adjoint_backward(ctx, out):
     grad, index, weight, offsets = ctx.saved_tensors
     to_grad, _, to_weight, _, _ = ctx.needs_input_grad
     return (
-        torch.ops.detpipe.bag_sum(out, index, weight, offsets).to(grad.dtype) if to_grad else None,
+        torch.ops.detpipe.bag_sum(out, index, weight, offsets, grad.shape[:-1]).to(grad.dtype) if to_grad else None,
         None,
         torch.ops.detpipe.bag_dot(grad, out, index, offsets).to(weight.dtype) if to_weight else None,
         None,
@@ -250,7 +269,7 @@ def _dot_backward(ctx, out):
     grad, rows, index, offsets = ctx.saved_tensors
     to_grad, to_rows, _, _ = ctx.needs_input_grad
     return (
-        torch.ops.detpipe.bag_sum(rows, index, out, offsets).to(grad.dtype) if to_grad else None,
+        torch.ops.detpipe.bag_sum(rows, index, out, offsets, grad.shape[:-1]).to(grad.dtype) if to_grad else None,
         torch.ops.detpipe.bag_sum_adjoint(grad, index, out, offsets, rows.shape[0]).to(rows.dtype) if to_rows else None,
         None,
         None,
@@ -278,10 +297,12 @@ def _join_offsets(offsets: Tensor, entries: int) -> Tensor:
 
 @_bag_sum.register_vmap
 def _(info, in_dims, *args):
-    rows, index, weight, offsets = (_stack(info, arg, dim) for arg, dim in zip(args, in_dims, strict=True))
+    rows, index, weight, offsets = (_stack(info, arg, dim) for arg, dim in zip(args[:4], in_dims[:4], strict=True))
+    shape = args[4] if len(args) > 4 and args[4] is not None else [offsets.shape[1] - 1]
     index = _shift(index, rows.shape[1])
     offsets = _join_offsets(offsets, index.shape[1])
-    result = torch.ops.detpipe.bag_sum(rows.flatten(0, 1), index.flatten(), weight.flatten(), offsets)
+    shape = [info.batch_size * shape[0], *shape[1:]]
+    result = torch.ops.detpipe.bag_sum(rows.flatten(0, 1), index.flatten(), weight.flatten(), offsets, shape)
     return result.unflatten(0, (info.batch_size, -1)), 0
 
 

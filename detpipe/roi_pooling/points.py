@@ -12,6 +12,7 @@ N images, C channels, P regions an image, R regions of the batch, h x w bins, S 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -71,10 +72,8 @@ def pool_points(
         own = choose_level((rois.boxes[:, 2:] - rois.boxes[:, :2]).prod(1), areas) if areas else level
         placement = place(maps, scales, rois, own)
         # in float32 at least: a coordinate in half precision is wrong by whole cells
-        exact = points.flatten(0, 1).flatten(1, 2).to(torch.promote_types(rois.boxes.dtype, points.dtype))
-        return read_points(placement, exact * placement.scale[:, None, None] - 0.5).view(
-            len(exact), h, w, maps[0].shape[1]
-        )
+        exact = points.flatten(0, 1).to(torch.promote_types(rois.boxes.dtype, points.dtype))
+        return read_points(placement, exact * placement.scale[:, None, None, None] - 0.5)
 
     if has_kernels([*maps, points], given):
         pooled = sample(compose, maps, points, given, level, scales, areas, (h, w), samples)
@@ -88,17 +87,19 @@ def read_points(placement: Placement, cells: Tensor) -> Tensor:
 
     Args:
         placement: the map of each region.
-        cells: ``[R, B, S, 2]`` (x, y); the value of cell k sits at coordinate k.
+        cells: ``[R, h, w, S, 2]`` (x, y); the value of cell k sits at coordinate k.
 
     Returns:
-        ``[R * B, C]``.
+        ``[R, h, w, C]``.
     """
-    regions, bins, samples = cells.shape[:3]
-    first, height, width = (value[:, None, None] for value in (placement.first, placement.height, placement.width))
+    *shape, samples, _ = cells.shape
+    first, height, width = (
+        value[:, None, None, None] for value in (placement.first, placement.height, placement.width)
+    )
     x, y = cells.unbind(-1)
     cell, weight = bilinear(y, x, first, height, width, torch.full_like(x, 1 / samples))
-    offsets = torch.arange(regions * bins + 1, device=cells.device) * (samples * 4)
-    return torch.ops.detpipe.bag_sum(placement.table.rows, cell.flatten(), weight.flatten(), offsets)
+    offsets = torch.arange(math.prod(shape) + 1, device=cells.device) * (samples * 4)
+    return torch.ops.detpipe.bag_sum(placement.table.rows, cell.flatten(), weight.flatten(), offsets, shape)
 
 
 def bilinear(

@@ -139,9 +139,7 @@ def _pool_placed(placement: Placement, size: tuple[int, int], samples: int) -> T
     cos, sin = angle.cos(), angle.sin()
     frame = torch.stack((cy, height * cos, -width * sin, cx, height * sin, width * cos), dim=1).unflatten(1, (2, 3))
     if samples > 0:
-        return read_points(placement, _grid(frame, size, samples)).view(
-            len(boxes), *size, placement.table.rows.shape[1]
-        )
+        return read_points(placement, _grid(frame, size, samples))
     bins = torch.stack((split_evenly(height, size[0]), split_evenly(width, size[1])), dim=1).detach()
     counts = bins.ceil().nan_to_num(0).clamp(0, MOST_SAMPLES).long()  # a box without area has no samples
     where = torch.stack((placement.first, placement.height, placement.width), dim=1)
@@ -149,7 +147,7 @@ def _pool_placed(placement: Placement, size: tuple[int, int], samples: int) -> T
 
 
 def _grid(frame: Tensor, size: tuple[int, int], samples: int) -> Tensor:
-    """``[R, h * w, samples ** 2, 2]`` (x, y): where the samples of bins lie."""
+    """``[R, h, w, samples ** 2, 2]`` (x, y): where the samples of bins lie."""
     v, u = (  # fractions of the box from its center, of whole numbers: rounding comes last
         torch.arange(1 - bins * samples, bins * samples, 2, device=frame.device).to(frame.dtype) / (2 * bins * samples)
         for bins in size
@@ -157,7 +155,7 @@ def _grid(frame: Tensor, size: tuple[int, int], samples: int) -> Tensor:
     center, by_height, by_width = frame[:, :, None, None].unbind(-1)
     points = center + v[:, None] * by_height + u * by_width  # [R, 2, h * samples, w * samples]
     points = points.unflatten(3, (size[1], samples)).unflatten(2, (size[0], samples))
-    return points.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2).flip(-1)
+    return points.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flip(-1)
 
 
 class RotatedRoIAlign(RoIPooler):
