@@ -23,21 +23,31 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torchvision import ops as torchvision_ops
 
-from detpipe.roi_pooling.axis import Axis, AxisTaps, merge_samples, sample_points
-from detpipe.roi_pooling.box_ops import ADAPTIVE, has_kernels, pool_boxes, pool_placed
+from detpipe.roi_pooling.axis import (
+    Axis,
+    AxisTaps,
+    adaptive_samples,
+    along_both,
+    fixed_samples,
+    integral,
+    merge_samples,
+    sample_points,
+)
 from detpipe.roi_pooling.layouts import (
     Boxes,
-    GivenBoxes,
+    as_given,
     check_features,
+    looks_at_values,
     read_layout,
     read_output_size,
     read_scale,
-    read_values,
     to_rois,
 )
 from detpipe.roi_pooling.levels import FPNLevels
-from detpipe.roi_pooling.placement import Placement, bin_edges, place
-from detpipe.roi_pooling.pooler import RoIPooler, choose_levels, read_levels
+from detpipe.roi_pooling.mean_ops import has_kernels, pool
+from detpipe.roi_pooling.placement import Placement, bin_edges, place, static_bound
+from detpipe.roi_pooling.pooler import RoIPooler, read_levels
+from detpipe.roi_pooling.scene import ADAPTIVE, PRECISE, Choice, Scene, make_scene
 from detpipe.roi_pooling.separable import pool_separable
 
 
@@ -87,50 +97,51 @@ def roi_align(
         raise ValueError(f"sampling_ratio must be a whole number, 0 for adaptive, got {sampling_ratio!r}")
     if torch.compiler.is_exporting() and reduce == "mean" and not normalized:
         return _exported(features, boxes, size, scale, sampling_ratio, aligned)
-    given = read_layout(boxes, features)
-    if (reduce == "mean" or sampling_ratio > 0) and has_kernels([features], given):
-        pooled = align_given([features], given, [scale], size, sampling_ratio, aligned, reduce, normalized)
-    else:
-        placement = place([features], [scale], read_values(given, features), normalized=normalized)
-        pooled = align(placement, size, sampling_ratio, aligned, reduce)
-    return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
+    given, how = read_layout(boxes, features), {"aligned": aligned, "normalized": normalized}
+    scene = make_scene([features], given, Choice([scale]), size, samples=max(sampling_ratio, ADAPTIVE), **how)
+    return as_given(align([features], scene, reduce), given)
 
 
-def align_given(
-    maps: Sequence[Tensor],
-    given: GivenBoxes,
-    scales: Sequence[float],
-    size: tuple[int, int],
-    sampling_ratio: int,
-    aligned: bool,
-    reduce: str,
-    normalized: bool = False,
-    level: Tensor | None = None,
-    areas: Sequence[float] = (),
-) -> Tensor:
-    """Pool boxes as they were given, by kernels: ``[R, C, h, w]``; the largest only of a fixed number of samples."""
+def align(maps: Sequence[Tensor], scene: Scene, reduce: str = "mean") -> Tensor:
+    """Pool the boxes of a scene: ``[R, C, h, w]``."""
     if reduce == "mean":
-        samples = max(sampling_ratio, ADAPTIVE)
-        return pool_boxes(maps, given, scales, size, samples, aligned, normalized, level, areas)
-    each = (size[0] * sampling_ratio, size[1] * sampling_ratio)  # every sample is a bin of its own first
-    single = pool_boxes(maps, given, scales, each, 1, aligned, normalized, level, areas)
-    return torch.nn.functional.max_pool2d(single, sampling_ratio)
+        return pool(compose, maps, scene)
+    samples = scene.samples
+    if samples == ADAPTIVE or not has_kernels(maps, scene.boxes):
+        return _largest(place(maps, scene), scene)
+    each = scene._replace(h=scene.h * samples, w=scene.w * samples, samples=1)  # every sample is a bin of its own first
+    return torch.nn.functional.max_pool2d(pool(compose, maps, each), samples)
 
 
-def align(placement: Placement, size: tuple[int, int], sampling_ratio: int, aligned: bool, reduce: str) -> Tensor:
-    """Pool placed boxes: ``[R, C, h, w]``."""
-    if reduce == "max":
-        return _largest(placement, size, sampling_ratio, aligned)
-    return pool_placed(placement, size, max(sampling_ratio, ADAPTIVE), aligned)
+def compose(maps: Sequence[Tensor], _: Tensor | None, scene: Scene) -> Tensor:
+    """Average over bins by weights along y and x: ``[R, h, w, C]``."""
+    placement, samples = place(maps, scene), scene.samples
+    axes = _bin_edges(placement, scene)
+    bound = None if samples > 0 else static_bound(placement)
+    checked = looks_at_values(placement.boxes)
+
+    def sample(start: Tensor, step: Tensor, extent: Tensor, bins: int) -> AxisTaps:
+        if samples == PRECISE:
+            return integral(start, step, extent, bins, bound)
+        if samples == ADAPTIVE:
+            return adaptive_samples(start, step, extent, bins, bound)
+        return fixed_samples(start, step, extent, bins, samples, ascending=checked)
+
+    return pool_separable(placement.table, placement.chosen, *along_both(axes, sample))
 
 
-def _largest(placement: Placement, size: tuple[int, int], sampling_ratio: int, aligned: bool) -> Tensor:
+def _bin_edges(placement: Placement, scene: Scene) -> tuple[Axis, Axis]:
+    at_least = None if scene.aligned or scene.samples == PRECISE else 1.0
+    return bin_edges(placement, (scene.h, scene.w), scene.aligned, at_least)
+
+
+def _largest(placement: Placement, scene: Scene) -> Tensor:
     """Take the largest sample of each bin; every sample is pooled as a bin of its own first."""
-    axes = bin_edges(placement, size, aligned, at_least=None if aligned else 1.0)
-    if sampling_ratio > 0 or len(placement.boxes) == 0:
-        samples = max(sampling_ratio, 1)
+    axes = _bin_edges(placement, scene)
+    if scene.samples > 0 or len(placement.boxes) == 0:
+        samples = max(scene.samples, 1)
         counts = [torch.full_like(axis[1], samples) for axis in axes]
-        return _largest_of(placement, axes, size, counts, (samples, samples), adaptive=False)
+        return _largest_of(placement, axes, counts, (samples, samples), adaptive=False)
     counts = [axis[1].detach().ceil().clamp(min=1) for axis in axes]
     # boxes with similar numbers of samples, up to the next power of two, are pooled together
     doublings = [count.log2().ceil().long() for count in counts]
@@ -142,7 +153,7 @@ def _largest(placement: Placement, size: tuple[int, int], sampling_ratio: int, a
         part_axes = tuple((start[rows], step[rows], extent[rows], bins) for start, step, extent, bins in axes)
         part_counts = [count[rows] for count in counts]
         most = (int(part_counts[0].max()), int(part_counts[1].max()))
-        parts.append(_largest_of(part, part_axes, size, part_counts, most, adaptive=True))
+        parts.append(_largest_of(part, part_axes, part_counts, most, adaptive=True))
         order.append(rows)
     return torch.cat(parts)[torch.cat(order).argsort()]
 
@@ -150,7 +161,6 @@ def _largest(placement: Placement, size: tuple[int, int], sampling_ratio: int, a
 def _largest_of(
     placement: Placement,
     axes: Sequence[Axis],
-    size: tuple[int, int],
     counts: Sequence[Tensor],
     most: tuple[int, int],
     adaptive: bool,
@@ -164,7 +174,7 @@ def _largest_of(
         if adaptive:
             point = point.where(step[:, None, None] > 0, -2.0)  # no area has no samples: all of them lie outside
         taps.append(merge_samples(point.flatten(1)[..., None], extent))
-    single = pool_separable(placement.table, placement.chosen, *taps)
+    single = pool_separable(placement.table, placement.chosen, *taps).permute(0, 3, 1, 2)
     return torch.nn.functional.max_pool2d(single, most)
 
 
@@ -208,17 +218,9 @@ class RoIAlign(RoIPooler):
             raise ValueError(f"reduce must be 'mean' or 'max', got {reduce!r}")
         self.sampling_ratio, self.aligned, self.reduce = sampling_ratio, aligned, reduce
 
-    def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor | None:
-        """Pool boxes as they were given where kernels read them: ``[R, C, h, w]``."""
-        if (self.reduce == "max" and self.sampling_ratio == 0) or not has_kernels(maps, given):
-            return None
-        scales, level, areas = choose_levels(self.levels, maps[0], given, strides)
-        how = (self.output_size, self.sampling_ratio, self.aligned, self.reduce)
-        return align_given(maps, given, scales, *how, level=level, areas=areas)
-
-    def pool(self, placement: Placement) -> Tensor:
-        """Pool placed boxes: ``[R, C, h, w]``."""
-        return align(placement, self.output_size, self.sampling_ratio, self.aligned, self.reduce)
+    def pool(self, maps: list[Tensor], scene: Scene) -> Tensor:
+        """Pool the boxes of a scene: ``[R, C, h, w]``."""
+        return align(maps, scene._replace(samples=self.sampling_ratio, aligned=self.aligned), self.reduce)
 
     def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
         """Pool each box from the level that suits its size; see :meth:`RoIPooler.forward`."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from detpipe.roi_pooling.backend import kernels_for
-from detpipe.roi_pooling.operators import operator
+from detpipe.roi_pooling.operators import operator, stack
 
 BLOCK_BYTES = {"cpu": 1 << 20}  # of a buffer of gathered rows: on a CPU it stays in the cache
 LARGE_BLOCK_BYTES = 1 << 26  # elsewhere: enough to fill a GPU
@@ -281,11 +281,6 @@ _bag_sum_adjoint.register_autograd(_adjoint_backward, setup_context=_keep)
 _bag_dot.register_autograd(_dot_backward, setup_context=_keep)
 
 
-def _stack(info, tensor: Tensor, dim: int | None) -> Tensor:
-    """``[V, ...]`` of a vmapped argument."""
-    return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
 def _shift(stacked: Tensor, by: int) -> Tensor:
     return stacked + by * torch.arange(stacked.shape[0], device=stacked.device)[:, None]
 
@@ -297,7 +292,7 @@ def _join_offsets(offsets: Tensor, entries: int) -> Tensor:
 
 @_bag_sum.register_vmap
 def _(info, in_dims, *args):
-    rows, index, weight, offsets = (_stack(info, arg, dim) for arg, dim in zip(args[:4], in_dims[:4], strict=True))
+    rows, index, weight, offsets = (stack(info, arg, dim) for arg, dim in zip(args[:4], in_dims[:4], strict=True))
     shape = args[4] if len(args) > 4 and args[4] is not None else [offsets.shape[1] - 1]
     index = _shift(index, rows.shape[1])
     offsets = _join_offsets(offsets, index.shape[1])
@@ -308,7 +303,7 @@ def _(info, in_dims, *args):
 
 @_bag_sum_adjoint.register_vmap
 def _(info, in_dims, *args):
-    grad, index, weight, offsets = (_stack(info, arg, dim) for arg, dim in zip(args[:4], in_dims[:4], strict=True))
+    grad, index, weight, offsets = (stack(info, arg, dim) for arg, dim in zip(args[:4], in_dims[:4], strict=True))
     rows, offsets = args[4], _join_offsets(offsets, index.shape[1])
     index = _shift(index, rows).flatten()
     total = torch.ops.detpipe.bag_sum_adjoint(
@@ -319,7 +314,7 @@ def _(info, in_dims, *args):
 
 @_bag_dot.register_vmap
 def _(info, in_dims, *args):
-    grad, rows, index, offsets = (_stack(info, arg, dim) for arg, dim in zip(args, in_dims, strict=True))
+    grad, rows, index, offsets = (stack(info, arg, dim) for arg, dim in zip(args, in_dims, strict=True))
     index = _shift(index, rows.shape[1])
     offsets = _join_offsets(offsets, index.shape[1])
     result = torch.ops.detpipe.bag_dot(grad.flatten(0, 1), rows.flatten(0, 1), index.flatten(), offsets)

@@ -124,6 +124,11 @@ def read_values(given: GivenBoxes, features: Tensor, sides: str = SIDES, checks:
     return RoIs(image, boxes, lead)
 
 
+def as_given(pooled: Tensor, given: GivenBoxes) -> Tensor:
+    """Give the result of boxes ``[N, P, B]`` their leading dimensions."""
+    return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
+
+
 def with_images(given: GivenBoxes) -> GivenBoxes:
     """Write boxes of a list with the image's index first, for lists too long to be an argument of a kernel."""
     image = _image_index([end - begin for begin, end in pairwise((0, *given.ends))], given.boxes.device)

@@ -32,7 +32,7 @@ def cell_table(levels: Sequence[Tensor]) -> CellTable:
     Returns:
         The table, differentiable in the maps.
     """
-    rows = [level.permute(0, 2, 3, 1).contiguous().flatten(0, 2) for level in levels]
+    rows = [level.flatten(0, 2) for level in channels_last(levels)]
     sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
     return CellTable(rows[0] if len(rows) == 1 else torch.cat(rows), levels[0].shape[0], sizes)
 
@@ -42,6 +42,11 @@ def cut_table(rows: Tensor, images: int, sizes: Sequence[int]) -> list[Tensor]:
     levels = list(zip(sizes[::2], sizes[1::2], strict=True))
     parts = rows.split([images * height * width for height, width in levels])
     return [part.view(images, *size, -1).permute(0, 3, 1, 2) for part, size in zip(parts, levels, strict=True)]
+
+
+def channels_last(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Lay maps out as ``[N, H_l, W_l, C]``, which costs nothing where their channels are last in memory."""
+    return [one.permute(0, 2, 3, 1).contiguous() for one in maps]
 
 
 def per_map(values: Sequence[float], images: int, like: Tensor) -> Tensor:

@@ -15,169 +15,93 @@ N images, L levels, R boxes, h x w bins, C channels, T cells of all maps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from detpipe.roi_pooling.axis import split_evenly
 from detpipe.roi_pooling.backend import kernels_for
-from detpipe.roi_pooling.layouts import MOST_LISTED, GivenBoxes, looks_at_values, read_values, with_images
-from detpipe.roi_pooling.levels import choose_level
-from detpipe.roi_pooling.maps import cell_table, cut_table
-from detpipe.roi_pooling.operators import operator
-from detpipe.roi_pooling.placement import is_batched, place
+from detpipe.roi_pooling.layouts import looks_at_values
+from detpipe.roi_pooling.maps import cell_table, channels_last, cut_table
+from detpipe.roi_pooling.operators import fold, is_batched, unfold
+from detpipe.roi_pooling.placement import place
+from detpipe.roi_pooling.scene import EQUAL_STEP, Scene, scene_operator
 from detpipe.roi_pooling.torch_max import Bins, largest, read_winners, send_to_winners
 
 FARTHEST = 1 << 30  # cells; coordinates beyond are moved there, where whole numbers are still exact
 
 
-def max_pool(
-    maps: list[Tensor],
-    given: GivenBoxes,
-    level: Tensor | None,
-    scales: list[float],
-    size: tuple[int, int],
-    equal_step: bool,
-    normalized: bool = False,
-    areas: Sequence[float] = (),
-) -> Tensor:
+def max_pool(maps: Sequence[Tensor], scene: Scene) -> Tensor:
     """Take the largest cell in each bin of boxes of all levels.
 
     Args:
         maps: L tensors ``[N, C, H_l, W_l]``.
-        given: the boxes.
-        level: ``[R]`` int64, the level of each box; None if there is one, or ``areas`` choose it.
-        scales: cells a pixel of each level.
-        size: h x w bins.
-        equal_step: how boxes and bins are rounded to cells.
-        normalized: boxes are relative to the map.
-        areas: of the smallest box of each level but the first.
+        scene: the boxes and their bins; ``samples`` is ``EQUAL_STEP`` or ``FAST_RCNN``.
 
     Returns:
         ``[R, C, h, w]``, channels last in memory, 0 for an empty bin. Differentiable in the maps, any number of times.
     """
-    differentiable = torch.is_grad_enabled() and any(one.requires_grad or is_batched(one) for one in maps)
-    want_winner = differentiable and kernels_for(maps[0]) == "triton"  # else they are found on the way back
-    sizes = [side for one in maps for side in one.shape[2:]]
-    if len(given.ends) > MOST_LISTED:
-        given = with_images(given)
-    boxes, rest = (
-        given.boxes.detach(),
-        (list(given.ends), scales, list(areas), maps[0].shape[0], sizes, *size, equal_step, normalized),
-    )
-    if differentiable:
-        pooled, _ = _Max.apply(boxes, level, rest, want_winner, *maps)
+    boxes, level, *rest = scene._replace(boxes=scene.boxes.detach()).for_kernels()
+    if torch.is_grad_enabled() and any(one.requires_grad or is_batched(one) for one in maps):
+        want_winner = kernels_for(maps[0]) == "triton"  # else they are found on the way back
+        pooled, _ = _Max.apply(boxes, level, tuple(rest), want_winner, *maps)
     else:
-        pooled, _ = torch.ops.detpipe.roi_max(maps, boxes, level, *rest, False)
+        pooled, _ = torch.ops.detpipe.roi_max(maps, False, boxes, level, *rest)
     return pooled.permute(0, 3, 1, 2)
 
 
-@operator("roi_max")
-def _roi_max(
-    maps: Sequence[Tensor],
-    boxes: Tensor,
-    level: Tensor | None,
-    ends: Sequence[int],
-    scales: Sequence[float],
-    areas: Sequence[float],
-    images: int,
-    sizes: Sequence[int],
-    h: int,
-    w: int,
-    equal_step: bool,
-    normalized: bool,
-    want_winner: bool,
-) -> tuple[Tensor, Tensor]:
+@scene_operator("roi_max", "Tensor[] maps, bool want_winner", "(Tensor, Tensor)")
+def _roi_max(maps: Sequence[Tensor], want_winner: bool, *fields: Any) -> tuple[Tensor, Tensor]:
     """L x ``[N, C, H_l, W_l]`` -> ``[R, h, w, C]`` values and, if they are wanted, the cells that they are from."""
+    scene = Scene(*fields)
     if kernels_for(maps[0]) == "triton":
-        if looks_at_values(boxes):
-            read_values(GivenBoxes(boxes, tuple(ends), ()), maps[0])
+        if looks_at_values(scene.boxes):
+            scene.read(maps[0])
         from detpipe.roi_pooling.cuda import maximum
 
-        scene = maximum.Scene(boxes, level, ends, images, sizes, scales, areas)
-        return maximum.pool(_channels_last(maps), scene, (h, w), equal_step, normalized, want_winner)
-    table, bins = _bins(maps, boxes, level, ends, scales, areas, h, w, equal_step, normalized)
-    return largest(table, bins), boxes.new_empty(0, dtype=torch.int16)
+        return maximum.pool(channels_last(maps), scene, want_winner)
+    return largest(*_bins(maps, scene)), scene.boxes.new_empty(0, dtype=torch.int16)
 
 
-@operator("roi_max_adjoint")
-def _roi_max_adjoint(
-    grad: Tensor,
-    winner: Tensor,
-    maps: Sequence[Tensor],
-    boxes: Tensor,
-    level: Tensor | None,
-    ends: Sequence[int],
-    scales: Sequence[float],
-    areas: Sequence[float],
-    images: int,
-    sizes: Sequence[int],
-    h: int,
-    w: int,
-    equal_step: bool,
-    normalized: bool,
-) -> Tensor:
+@scene_operator("roi_max_adjoint", "Tensor grad, Tensor winner, Tensor[] maps")
+def _roi_max_adjoint(grad: Tensor, winner: Tensor, maps: Sequence[Tensor], *fields: Any) -> Tensor:
     """``[R, h, w, C]`` -> ``[T, C]``, the cells of all maps, level by level; ``maps`` are empty where winners are known."""
     if not maps:
         from detpipe.roi_pooling.cuda import maximum
 
-        scene = maximum.Scene(boxes, level, ends, images, sizes, scales, areas)
-        return maximum.adjoint(grad.contiguous(), winner, scene, equal_step, normalized)
-    table, bins = _bins(maps, boxes, level, ends, scales, areas, h, w, equal_step, normalized)
-    return send_to_winners(grad, table, bins)
+        return maximum.adjoint(grad.contiguous(), winner, Scene(*fields))
+    return send_to_winners(grad, *_bins(maps, Scene(*fields)))
 
 
-@operator("roi_max_winners")
-def _roi_max_winners(
-    values: Sequence[Tensor],
-    winner: Tensor,
-    maps: Sequence[Tensor],
-    boxes: Tensor,
-    level: Tensor | None,
-    ends: Sequence[int],
-    scales: Sequence[float],
-    areas: Sequence[float],
-    images: int,
-    sizes: Sequence[int],
-    h: int,
-    w: int,
-    equal_step: bool,
-    normalized: bool,
-) -> Tensor:
+@scene_operator("roi_max_winners", "Tensor[] values, Tensor winner, Tensor[] maps")
+def _roi_max_winners(values: Sequence[Tensor], winner: Tensor, maps: Sequence[Tensor], *fields: Any) -> Tensor:
     """L x ``[N, C, H_l, W_l]`` -> ``[R, h, w, C]``: of ``values`` the cells that won in ``maps``."""
     if not maps:
         from detpipe.roi_pooling.cuda import maximum
 
-        scene = maximum.Scene(boxes, level, ends, images, sizes, scales, areas)
-        return maximum.read_winners(_channels_last(values), winner, scene, equal_step, normalized)
-    table, bins = _bins(maps, boxes, level, ends, scales, areas, h, w, equal_step, normalized)
-    return read_winners(cell_table(values).rows, table, bins)
-
-
-def _channels_last(maps: Sequence[Tensor]) -> list[Tensor]:
-    return [one.permute(0, 2, 3, 1).contiguous() for one in maps]
+        return maximum.read_winners(channels_last(values), winner, Scene(*fields))
+    return read_winners(cell_table(values).rows, *_bins(maps, Scene(*fields)))
 
 
 # what the kernels of PyTorch work on
 
 
-def _bins(maps, boxes, level, ends, scales, areas, h, w, equal_step, normalized) -> tuple[Tensor, Bins]:
+def _bins(maps: Sequence[Tensor], scene: Scene) -> tuple[Tensor, Bins]:
     """Lay out the cells of all maps in a table, and find the cells of each bin."""
-    rois = read_values(GivenBoxes(boxes, tuple(ends), ()), maps[0])
-    if level is None and areas:
-        level = choose_level((rois.boxes[:, 2] - rois.boxes[:, 0]) * (rois.boxes[:, 3] - rois.boxes[:, 1]), areas)
-    placement = place(maps, scales, rois, level, normalized)
-    cells = (rois.boxes * placement.scale.repeat(1, 2)).clamp(-FARTHEST, FARTHEST)
-    if not looks_at_values(boxes):  # a box that is not a number lies behind the map
+    placement = place(maps, scene)
+    cells = (placement.boxes * placement.scale.repeat(1, 2)).clamp(-FARTHEST, FARTHEST)
+    if not looks_at_values(scene.boxes):  # a box that is not a number lies behind the map
         cells = (cells + cells.sum(1, keepdim=True) * 0).nan_to_num(FARTHEST)
+    equal_step = scene.samples == EQUAL_STEP
     corners = cells.floor() if equal_step else _round(cells)
     divide = _equal_step if equal_step else _fast_rcnn
     axes = [(corners[:, 1], corners[:, 3], placement.height), (corners[:, 0], corners[:, 2], placement.width)]
-    if h == w:  # both at once
+    if scene.h == scene.w:  # both at once
         first, last, extent = (torch.cat(pair) for pair in zip(*axes, strict=True))
-        y, x = divide(first, last, extent, h).chunk(2)
+        y, x = divide(first, last, extent, scene.h).chunk(2)
     else:
-        y, x = (divide(*axis, bins) for axis, bins in zip(axes, (h, w), strict=True))
+        y, x = (divide(*axis, bins) for axis, bins in zip(axes, (scene.h, scene.w), strict=True))
     return placement.table.rows, Bins(placement.first, placement.width, y, x)
 
 
@@ -214,22 +138,26 @@ def _on_map(edges: Tensor, extent: Tensor) -> Tensor:
 
 
 @_roi_max.register_fake
-def _(maps, boxes, level, ends, scales, areas, images, sizes, h, w, equal_step, normalized, want_winner):
-    shape = (boxes.shape[:-1].numel(), h, w, maps[0].shape[1])
-    most = max(height * width for height, width in zip(sizes[::2], sizes[1::2], strict=True))
+def _(maps, want_winner, *fields):
+    scene = Scene(*fields)
+    shape = (scene.count, scene.h, scene.w, maps[0].shape[1])
+    most = max(height * width for height, width in scene.levels)
     dtype = torch.int16 if not want_winner or most <= torch.iinfo(torch.int16).max else torch.int32
     return maps[0].new_empty(shape), maps[0].new_empty(shape if want_winner else (0,), dtype=dtype)
 
 
 @_roi_max_adjoint.register_fake
-def _(grad, winner, maps, boxes, level, ends, scales, areas, images, sizes, h, w, equal_step, normalized):
-    cells = images * sum(height * width for height, width in zip(sizes[::2], sizes[1::2], strict=True))
-    return grad.new_empty((cells, grad.shape[3]))
+def _(grad, winner, maps, *fields):
+    return grad.new_empty((Scene(*fields).cells, grad.shape[3]))
 
 
 @_roi_max_winners.register_fake
-def _(values, winner, maps, boxes, level, ends, scales, areas, images, sizes, h, w, equal_step, normalized):
-    return values[0].new_empty((boxes.shape[:-1].numel(), h, w, values[0].shape[1]))
+def _(values, winner, maps, *fields):
+    scene = Scene(*fields)
+    return values[0].new_empty((scene.count, scene.h, scene.w, values[0].shape[1]))
+
+
+# Of the scene, ``rest`` is what follows boxes and level.
 
 
 class _Max(torch.autograd.Function):
@@ -239,7 +167,7 @@ class _Max(torch.autograd.Function):
 
     @staticmethod
     def forward(boxes, level, rest, want_winner, *maps):
-        return torch.ops.detpipe.roi_max(list(maps), boxes, level, *rest, want_winner)
+        return torch.ops.detpipe.roi_max(list(maps), want_winner, boxes, level, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -251,9 +179,10 @@ class _Max(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         winner, boxes, level, *maps = ctx.saved_tensors
+        scene = Scene(boxes, level, *ctx.rest)
         if grad is None:
-            return (None,) * (4 + len(ctx.rest[4]) // 2)
-        grads = cut_table(_Adjoint.apply(grad, winner, boxes, level, ctx.rest, *maps), *ctx.rest[3:5])
+            return (None,) * (4 + len(scene.levels))
+        grads = cut_table(_Adjoint.apply(grad, winner, boxes, level, ctx.rest, *maps), scene.images, scene.sizes)
         if maps and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_batched(grads[0]):
             grads = [_in_layout_of(one, own) for one, own in zip(grads, maps, strict=True)]
         return None, None, None, None, *grads
@@ -276,7 +205,8 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_rows):
         winner, boxes, level, *maps = ctx.saved_tensors
-        values = cut_table(grad_rows, *ctx.rest[3:5])
+        scene = Scene(boxes, level, *ctx.rest)
+        values = cut_table(grad_rows, scene.images, scene.sizes)
         return _Winners.apply(winner, boxes, level, ctx.rest, *values, *maps), *(None,) * (4 + len(maps))
 
 
@@ -287,18 +217,21 @@ class _Winners(torch.autograd.Function):
 
     @staticmethod
     def forward(winner, boxes, level, rest, *both):
-        values, maps = both[: len(rest[4]) // 2], both[len(rest[4]) // 2 :]
+        levels = len(Scene(boxes, level, *rest).levels)
+        values, maps = both[:levels], both[levels:]
         return torch.ops.detpipe.roi_max_winners(list(values), winner, list(maps), boxes, level, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *operands, ctx.rest = inputs[:4]
-        ctx.save_for_backward(*operands, *inputs[4 + len(ctx.rest[4]) // 2 :])
+        winner, boxes, level, ctx.rest, *both = inputs
+        levels = len(Scene(boxes, level, *ctx.rest).levels)
+        ctx.save_for_backward(winner, boxes, level, *both[levels:])
 
     @staticmethod
     def backward(ctx, grad):
         winner, boxes, level, *maps = ctx.saved_tensors
-        values = cut_table(_Adjoint.apply(grad, winner, boxes, level, ctx.rest, *maps), *ctx.rest[3:5])
+        scene = Scene(boxes, level, *ctx.rest)
+        values = cut_table(_Adjoint.apply(grad, winner, boxes, level, ctx.rest, *maps), scene.images, scene.sizes)
         return None, None, None, None, *values, *(None,) * len(maps)
 
 
@@ -317,49 +250,27 @@ def _in_layout_of(grad: Tensor, one: Tensor) -> Tensor:
 
 def _fold(info, in_dims: Sequence, args: Sequence, boxes_at: int) -> list:
     """Write a vmapped call as one call, with more images and more boxes."""
-    count, images = info.batch_size, args[boxes_at + 5]
-
-    def stack(arg, dim):
-        if isinstance(arg, Tensor):
-            return arg.expand(count, *arg.shape) if dim is None else arg.movedim(dim, 0)
-        return arg
-
-    folded = []
-    for index, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
-        if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor):
-            folded.append([stack(one, own).flatten(0, 1) for one, own in zip(arg, dim, strict=True)])
-        elif isinstance(arg, Tensor):
-            stacked = stack(arg, dim)
-            if index == boxes_at and stacked.shape[-1] == 5:
-                first = stacked[..., :1] + images * torch.arange(count, device=arg.device)[:, None, None]
-                stacked = torch.cat((first, stacked[..., 1:]), dim=-1)
-            folded.append(stacked.flatten(0, 1))
-        else:
-            folded.append(arg)
-    ends = args[boxes_at + 2]
-    folded[boxes_at + 2] = [end + call * ends[-1] for call in range(count) for end in ends]
-    folded[boxes_at + 5] = images * count
-    return folded
-
-
-def _unfold(result: Tensor, info) -> Tensor:
-    return result.unflatten(0, (info.batch_size, result.shape[0] // info.batch_size))
+    count, scene = info.batch_size, Scene(*args[boxes_at:])
+    has_images = scene.boxes.ndim - (in_dims[boxes_at] is not None) == 2 and not scene.ends
+    folded = fold(info, in_dims, args, {boxes_at: scene.images} if has_images else None)
+    ends = [end + call * scene.ends[-1] for call in range(count) for end in scene.ends]
+    return [*folded[:boxes_at], *Scene(*folded[boxes_at:])._replace(ends=ends, images=scene.images * count)]
 
 
 @_roi_max.register_vmap
 def _(info, in_dims, *args):
-    pooled, winner = torch.ops.detpipe.roi_max(*_fold(info, in_dims, args, 1))
-    return (_unfold(pooled, info), _unfold(winner, info)), (0, 0)
+    pooled, winner = torch.ops.detpipe.roi_max(*_fold(info, in_dims, args, 2))
+    return (unfold(pooled, info), unfold(winner, info)), (0, 0)
 
 
 @_roi_max_adjoint.register_vmap
 def _(info, in_dims, *args):
     folded = _fold(info, in_dims, args, 3)
-    maps = cut_table(torch.ops.detpipe.roi_max_adjoint(*folded), *folded[8:10])
-    rows = [_unfold(one.permute(0, 2, 3, 1), info).flatten(1, 3) for one in maps]
-    return torch.cat(rows, dim=1), 0
+    scene = Scene(*folded[3:])
+    maps = cut_table(torch.ops.detpipe.roi_max_adjoint(*folded), scene.images, scene.sizes)
+    return torch.cat([unfold(one.permute(0, 2, 3, 1), info).flatten(1, 3) for one in maps], dim=1), 0
 
 
 @_roi_max_winners.register_vmap
 def _(info, in_dims, *args):
-    return _unfold(torch.ops.detpipe.roi_max_winners(*_fold(info, in_dims, args, 3)), info), 0
+    return unfold(torch.ops.detpipe.roi_max_winners(*_fold(info, in_dims, args, 3)), info), 0

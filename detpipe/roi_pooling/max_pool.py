@@ -24,17 +24,11 @@ from typing import Literal, get_args
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from detpipe.roi_pooling.layouts import (
-    Boxes,
-    GivenBoxes,
-    check_features,
-    read_layout,
-    read_output_size,
-    read_scale,
-)
+from detpipe.roi_pooling.layouts import Boxes, as_given, check_features, read_layout, read_output_size, read_scale
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.max_ops import max_pool
-from detpipe.roi_pooling.pooler import RoIPooler, choose_levels
+from detpipe.roi_pooling.pooler import RoIPooler
+from detpipe.roi_pooling.scene import EQUAL_STEP, FAST_RCNN, Choice, Scene, make_scene
 
 Bins = Literal["fast_rcnn", "equal_step"]
 
@@ -74,19 +68,14 @@ def roi_max_pool(
         return handle_torch_function(roi_max_pool, (features,), features, boxes, *settings)
     check_features(features)
     size, scale, given = read_output_size(output_size), read_scale(spatial_scale), read_layout(boxes, features)
-    pooled = max_pool([features], given, None, [scale], size, read_bins(bins) == "equal_step", normalized)
-    return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
+    how = {"samples": _rounding(bins), "normalized": normalized}
+    return as_given(max_pool([features], make_scene([features], given, Choice([scale]), size, **how)), given)
 
 
-def read_bins(bins: Bins) -> Bins:
-    """Check the name of a rounding.
-
-    Raises:
-        ValueError: another name.
-    """
+def _rounding(bins: Bins) -> int:
     if bins not in get_args(Bins):
         raise ValueError(f"bins must be {' or '.join(map(repr, get_args(Bins)))}, got {bins!r}")
-    return bins
+    return EQUAL_STEP if bins == "equal_step" else FAST_RCNN
 
 
 class RoIMaxPool(RoIPooler):
@@ -112,9 +101,9 @@ class RoIMaxPool(RoIPooler):
         levels: FPNLevels = FPNLevels(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(output_size, levels)
-        self.bins: Bins = read_bins(bins)
+        self.bins: Bins = bins
+        self._samples = _rounding(bins)
 
-    def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor:
-        """Pool boxes as they were given: ``[R, C, h, w]``."""
-        scales, level, areas = choose_levels(self.levels, maps[0], given, strides)
-        return max_pool(maps, given, level, scales, self.output_size, self.bins == "equal_step", areas=areas)
+    def pool(self, maps: list[Tensor], scene: Scene) -> Tensor:
+        """Pool the boxes of a scene: ``[R, C, h, w]``."""
+        return max_pool(maps, scene._replace(samples=self._samples))

@@ -31,52 +31,65 @@ class Operator:
         torch.library.register_vmap(self.name, function)
 
 
-def operator(name: str) -> Callable[[Callable], Operator]:
+def operator(name: str, schema: str | None = None) -> Callable[[Callable], Operator]:
     """Register a function of tensors as ``torch.ops.detpipe.NAME``, on every device.
 
     Args:
         name: of the operator.
+        schema: of its arguments and results; by default what the function's annotations say.
 
     Returns:
-        A decorator; the function's annotations are the operator's schema. It changes none of its arguments, and its
-        result shares no memory with them.
+        A decorator. The function changes none of its arguments, and its result shares no memory with them.
     """
 
     def register(function: Callable) -> Operator:
         created = Operator(name)
-        schema = torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(created.name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        own = schema or torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(created.name, own, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(created.name, "default", function)
         return created
 
     return register
 
 
-def fold_maps(info, in_dims: Sequence[int | None], args: Sequence, chosen_at: int) -> list:
-    """Write a vmapped call as one call: its maps become further levels, its boxes further boxes.
+def stack(info, arg, dim):
+    """``[V, ...]`` of an argument of a vmapped call, or of each of several; what is no tensor stays."""
+    if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor):
+        return [stack(info, one, own) for one, own in zip(arg, dim, strict=True)]
+    if not isinstance(arg, Tensor):
+        return arg
+    return arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+
+
+def fold(info, in_dims: Sequence, args: Sequence, shifts: dict[int, int] | None = None) -> list:
+    """Write a vmapped call as one call, with what comes first in each tensor behind one another.
 
     Args:
         info: what ``torch.func.vmap`` says of the call.
         in_dims: the vmapped dimension of each argument.
-        args: of the operator; all tensors have cells or boxes first.
-        chosen_at: where ``chosen``, ``images`` and ``sizes`` stand.
+        args: of the operator.
+        shifts: position of an argument -> how much larger its numbers, the first of each row, are from call to call.
 
     Returns:
         The arguments of the one call.
     """
-    count, maps = info.batch_size, args[chosen_at + 1] * len(args[chosen_at + 2]) // 2
-    folded = list(args)
+    folded = []
     for index, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
-        if isinstance(arg, Tensor):
-            batched = arg.movedim(dim, 0) if dim is not None else arg.expand(count, *arg.shape)
-            if index == chosen_at:
-                batched = batched + maps * torch.arange(count, device=arg.device)[:, None]
-            folded[index] = batched.flatten(0, 1)
-    folded[chosen_at + 2] = list(args[chosen_at + 2]) * count
+        stacked = stack(info, arg, dim)
+        if shifts and index in shifts:
+            shift = shifts[index] * torch.arange(info.batch_size, device=stacked.device)
+            if stacked.ndim == 2:
+                stacked = stacked + shift[:, None]
+            else:
+                stacked = torch.cat((stacked[..., :1] + shift[:, None, None], stacked[..., 1:]), dim=-1)
+        if isinstance(stacked, list):
+            folded.append([one.flatten(0, 1) if isinstance(one, Tensor) else one for one in stacked])
+        else:
+            folded.append(stacked.flatten(0, 1) if isinstance(stacked, Tensor) else stacked)
     return folded
 
 
-def unfold_maps(result: Tensor, info) -> Tensor:
+def unfold(result: Tensor, info) -> Tensor:
     """Give a folded call's result its vmapped dimension back, as the first."""
     return result.unflatten(0, (info.batch_size, result.shape[0] // info.batch_size))
 

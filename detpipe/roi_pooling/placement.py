@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from detpipe.roi_pooling.axis import Axis, split_evenly
-from detpipe.roi_pooling.layouts import RoIs
 from detpipe.roi_pooling.maps import CellTable, cell_table, geometry, per_map
 from detpipe.roi_pooling.operators import is_batched
+from detpipe.roi_pooling.scene import Scene
 
 
 class Placement(NamedTuple):
@@ -29,34 +29,18 @@ class Placement(NamedTuple):
     boxes: Tensor  # [R, 4] or [R, 5], as they were given
 
 
-def place(
-    levels: Sequence[Tensor],
-    scales: Sequence[float],
-    rois: RoIs,
-    level: Tensor | None = None,
-    normalized: bool = False,
-) -> Placement:
-    """Put boxes on maps.
-
-    Args:
-        levels: L feature maps ``[N, C, H_l, W_l]``.
-        scales: cells a pixel of each level.
-        rois: the boxes.
-        level: ``[R]`` int64, the level of each box; not needed for a single one.
-        normalized: the boxes are relative to the map, and the scales are not used.
-
-    Returns:
-        The boxes with their maps; ``boxes * scale`` is in cells.
-    """
-    table = cell_table(levels)
+def place(maps: Sequence[Tensor], scene: Scene) -> Placement:
+    """Check the boxes of a scene and put each on its map; ``boxes * scale`` is in cells."""
+    rois, level = scene.read(maps[0])
+    table = cell_table(maps)
     chosen = rois.image if level is None else level * table.images + rois.image
     first, height, width = geometry(table.images, table.sizes, chosen)
-    if normalized:
+    if scene.normalized:
         scale = torch.stack((width, height), dim=1).to(rois.boxes.dtype)
     elif level is None:
-        scale = rois.boxes.new_full((), scales[0]).expand(len(chosen), 2)
+        scale = rois.boxes.new_full((), scene.scales[0]).expand(len(chosen), 2)
     else:
-        scale = per_map(scales, 1, rois.boxes)[level, None].expand(-1, 2)
+        scale = per_map(scene.scales, 1, rois.boxes)[level, None].expand(-1, 2)
     return Placement(table, chosen, first, height, width, scale, rois.boxes)
 
 

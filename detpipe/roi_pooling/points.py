@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from detpipe.roi_pooling.box_ops import has_kernels
-from detpipe.roi_pooling.layouts import read_layout, read_values
-from detpipe.roi_pooling.levels import FPNLevels, choose_level
+from detpipe.roi_pooling.layouts import as_given, read_layout
+from detpipe.roi_pooling.levels import FPNLevels
+from detpipe.roi_pooling.mean_ops import pool
 from detpipe.roi_pooling.placement import Placement, place
-from detpipe.roi_pooling.pooler import choose_levels, read_levels
-from detpipe.roi_pooling.sample_ops import sample
+from detpipe.roi_pooling.pooler import read_levels
+from detpipe.roi_pooling.scene import Scene, choose_levels, make_scene
 
 
 def pool_points(
@@ -62,24 +62,19 @@ def pool_points(
         raise ValueError(
             f"points must be [N, P, h, w, S, 2] for boxes [N, P, 4], got {list(points.shape)} and {list(boxes.shape)}"
         )
-    given, sides = read_layout(boxes.detach(), maps[0]), list(strides.values())
+    given = read_layout(boxes.detach(), maps[0])
     h, w, samples = points.shape[2:5]
-    scales, level, areas = choose_levels(levels, maps[0], given, sides)
+    choice = choose_levels(levels, maps[0], given, list(strides.values()))
+    return as_given(pool(_compose, maps, make_scene(maps, given, choice, (h, w), samples=samples), points), given)
 
-    def compose(maps: Sequence[Tensor], points: Tensor | None, _: Tensor) -> Tensor:
-        assert points is not None
-        rois = read_values(given, maps[0])
-        own = choose_level((rois.boxes[:, 2:] - rois.boxes[:, :2]).prod(1), areas) if areas else level
-        placement = place(maps, scales, rois, own)
-        # in float32 at least: a coordinate in half precision is wrong by whole cells
-        exact = points.flatten(0, 1).to(torch.promote_types(rois.boxes.dtype, points.dtype))
-        return read_points(placement, exact * placement.scale[:, None, None, None] - 0.5)
 
-    if has_kernels([*maps, points], given):
-        pooled = sample(compose, maps, points, given, level, scales, areas, (h, w), samples)
-    else:
-        pooled = compose(maps, points, given.boxes).permute(0, 3, 1, 2)
-    return pooled.unflatten(0, given.lead)
+def _compose(maps: Sequence[Tensor], points: Tensor | None, scene: Scene) -> Tensor:
+    """``[R, h, w, C]``."""
+    assert points is not None
+    placement = place(maps, scene)
+    # in float32 at least: a coordinate in half precision is wrong by whole cells
+    exact = points.flatten(0, 1).to(torch.promote_types(placement.boxes.dtype, points.dtype))
+    return read_points(placement, exact * placement.scale[:, None, None, None] - 0.5)
 
 
 def read_points(placement: Placement, cells: Tensor) -> Tensor:

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor, nn
 
-from detpipe.roi_pooling.layouts import (
-    SIDES,
-    Boxes,
-    GivenBoxes,
-    RoIs,
-    check_features,
-    read_layout,
-    read_output_size,
-    read_values,
-)
+from detpipe.roi_pooling.layouts import SIDES, Boxes, as_given, check_features, read_layout, read_output_size
 from detpipe.roi_pooling.levels import FPNLevels
-from detpipe.roi_pooling.placement import Placement, place
+from detpipe.roi_pooling.scene import Scene, choose_levels, make_scene
 
 
 class RoIPooler(nn.Module, ABC):
@@ -42,12 +31,9 @@ class RoIPooler(nn.Module, ABC):
         self.output_size: tuple[int, int] = read_output_size(output_size)
         self.levels = levels
 
-    def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor | None:
-        """Pool boxes as they were given, ``[R, C, h, w]``, where kernels read them; None where :meth:`pool` is for them."""
-
-    def pool(self, placement: Placement) -> Tensor:
-        """Pool placed boxes: ``[R, C, h, w]``. What a pooler defines whose :meth:`pool_given` gives None."""
-        raise NotImplementedError(f"{type(self).__name__} must define pool or pool_given")
+    @abstractmethod
+    def pool(self, maps: list[Tensor], scene: Scene) -> Tensor:
+        """Pool the boxes of a scene, each from the map of its level: ``[R, C, h, w]``."""
 
     def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
         """Pool each box from the level that suits its size.
@@ -66,16 +52,8 @@ class RoIPooler(nn.Module, ABC):
         """
         maps = read_levels(features, strides)
         given = read_layout(boxes, maps[0], self.sides)
-        pooled = self.pool_given(maps, given, list(strides.values()))
-        if pooled is None:
-            rois = read_values(given, maps[0], self.sides)
-            pooled = self.pool(self.place(maps, rois, list(strides.values())))
-        return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
-
-    def place(self, maps: list[Tensor], rois: RoIs, strides: list[int]) -> Placement:
-        """Choose a level for each box."""
-        level = None if len(strides) == 1 else self.levels(rois.boxes.detach(), strides)
-        return place(maps, [1.0 / stride for stride in strides], rois, level)
+        choice = choose_levels(self.levels, maps[0], given, list(strides.values()), self.sides)
+        return as_given(self.pool(maps, make_scene(maps, given, choice, self.output_size)), given)
 
 
 def read_levels(features: dict[str, Tensor], strides: dict[str, int]) -> list[Tensor]:
@@ -103,25 +81,6 @@ def read_levels(features: dict[str, Tensor], strides: dict[str, int]) -> list[Te
                 f"{list(maps[0].shape)} {maps[0].dtype}: images, channels and type must agree"
             )
     return maps
-
-
-def choose_levels(
-    levels: Callable[[Tensor, Sequence[int]], Tensor],
-    features: Tensor,
-    given: GivenBoxes,
-    strides: list[int],
-    sides: str = SIDES,
-) -> tuple[list[float], Tensor | None, list[float]]:
-    """Say how kernels choose a level: cells a pixel of each, and either the level of each box, or areas that tell."""
-    scales = [1.0 / stride for stride in strides]
-    if len(strides) == 1:
-        return scales, None, []
-    if type(levels) is FPNLevels and strides == sorted(set(strides)):
-        return scales, None, levels.areas(strides)
-    boxes = read_values(given, features, sides, checks=False).boxes.detach()
-    if sides != SIDES:  # as if they were not rotated
-        boxes = torch.cat((boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2), dim=1)
-    return scales, levels(boxes, strides), []
 
 
 class MultiLevel(nn.Module):

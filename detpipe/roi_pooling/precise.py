@@ -19,19 +19,11 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from detpipe.roi_pooling.box_ops import PRECISE, has_kernels, pool_boxes, pool_placed
-from detpipe.roi_pooling.layouts import (
-    Boxes,
-    GivenBoxes,
-    check_features,
-    read_layout,
-    read_output_size,
-    read_scale,
-    read_values,
-)
+from detpipe.roi_pooling.align import align
+from detpipe.roi_pooling.layouts import Boxes, as_given, check_features, read_layout, read_output_size, read_scale
 from detpipe.roi_pooling.levels import FPNLevels
-from detpipe.roi_pooling.placement import Placement, place
-from detpipe.roi_pooling.pooler import RoIPooler, choose_levels
+from detpipe.roi_pooling.pooler import RoIPooler
+from detpipe.roi_pooling.scene import PRECISE, Choice, Scene, make_scene
 
 
 def precise_roi_pool(
@@ -71,13 +63,10 @@ def precise_roi_pool(
         return handle_torch_function(precise_roi_pool, (features,), features, boxes, *settings)
     check_features(features)
     size, scale = read_output_size(output_size), read_scale(spatial_scale)
-    given = read_layout(boxes, features)
-    if has_kernels([features], given):
-        pooled = pool_boxes([features], given, [scale], size, PRECISE, aligned, normalized)
-    else:
-        placement = place([features], [scale], read_values(given, features), normalized=normalized)
-        pooled = pool_placed(placement, size, PRECISE, aligned)
-    return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
+    given, how = read_layout(boxes, features), {"aligned": aligned, "normalized": normalized}
+    return as_given(
+        align([features], make_scene([features], given, Choice([scale]), size, samples=PRECISE, **how)), given
+    )
 
 
 class PreciseRoIPool(RoIPooler):
@@ -104,13 +93,6 @@ class PreciseRoIPool(RoIPooler):
         super().__init__(output_size, levels)
         self.aligned = aligned
 
-    def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor | None:
-        """Pool boxes as they were given where kernels read them: ``[R, C, h, w]``."""
-        if not has_kernels(maps, given):
-            return None
-        scales, level, areas = choose_levels(self.levels, maps[0], given, strides)
-        return pool_boxes(maps, given, scales, self.output_size, PRECISE, self.aligned, level=level, areas=areas)
-
-    def pool(self, placement: Placement) -> Tensor:
-        """Pool placed boxes: ``[R, C, h, w]``."""
-        return pool_placed(placement, self.output_size, PRECISE, self.aligned)
+    def pool(self, maps: list[Tensor], scene: Scene) -> Tensor:
+        """Pool the boxes of a scene: ``[R, C, h, w]``."""
+        return align(maps, scene._replace(samples=PRECISE, aligned=self.aligned))

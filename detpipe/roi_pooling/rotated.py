@@ -27,25 +27,24 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from detpipe.roi_pooling.axis import split_evenly
-from detpipe.roi_pooling.box_ops import has_kernels
 from detpipe.roi_pooling.layouts import (
     ROTATED_SIDES,
-    SIDES,
     Boxes,
-    GivenBoxes,
+    as_given,
     check_features,
+    read_boxes,
     read_layout,
     read_output_size,
     read_scale,
-    read_values,
 )
-from detpipe.roi_pooling.levels import FPNLevels, choose_level
-from detpipe.roi_pooling.placement import Placement, place
+from detpipe.roi_pooling.levels import FPNLevels
+from detpipe.roi_pooling.mean_ops import pool
+from detpipe.roi_pooling.placement import place
 from detpipe.roi_pooling.points import read_points
-from detpipe.roi_pooling.pooler import RoIPooler, choose_levels, read_levels
+from detpipe.roi_pooling.pooler import RoIPooler, read_levels
 from detpipe.roi_pooling.rotated_ops import pool_frames
 from detpipe.roi_pooling.rotated_samples import Frames
-from detpipe.roi_pooling.sample_ops import sample
+from detpipe.roi_pooling.scene import ADAPTIVE, Choice, Scene, make_scene
 
 MOST_SAMPLES = 1 << 30  # of a bin along one axis: what lies on the map is then a vanishing part of it
 
@@ -90,48 +89,13 @@ def rotated_roi_align(
     if not isinstance(sampling_ratio, int):
         raise ValueError(f"sampling_ratio must be a whole number, 0 for adaptive, got {sampling_ratio!r}")
     given = read_layout(boxes, features, ROTATED_SIDES)
-    pooled = rotated_align([features], given, None, [scale], [], size, max(sampling_ratio, 0), normalized)
-    return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
+    how = {"samples": max(sampling_ratio, ADAPTIVE), "normalized": normalized, "rotated": True}
+    return as_given(pool(compose, [features], make_scene([features], given, Choice([scale]), size, **how)), given)
 
 
-def rotated_align(
-    maps: list[Tensor],
-    given: GivenBoxes,
-    level: Tensor | None,
-    scales: list[float],
-    areas: list[float],
-    size: tuple[int, int],
-    samples: int,
-    normalized: bool = False,
-) -> Tensor:
-    """Pool rotated boxes of all levels.
-
-    Args:
-        maps: L tensors ``[N, C, H_l, W_l]``.
-        given: the boxes.
-        level: ``[R]`` int64, the level of each box; None if there is one, or ``areas`` choose it.
-        scales: cells a pixel of each level.
-        areas: of the smallest box of each level but the first.
-        size: h x w bins.
-        samples: along each axis of a bin, 0 for as many as it has cells.
-        normalized: boxes are relative to the map.
-
-    Returns:
-        ``[R, C, h, w]``, channels last in memory.
-    """
-
-    def compose(maps: Sequence[Tensor], _: Tensor | None, boxes: Tensor) -> Tensor:
-        rois = read_values(given._replace(boxes=boxes), maps[0], ROTATED_SIDES)
-        own = choose_level(rois.boxes[:, 2] * rois.boxes[:, 3], areas) if areas else level
-        return _pool_placed(place(maps, scales, rois, own, normalized), size, samples)
-
-    if has_kernels(maps, given):
-        return sample(compose, maps, None, given, level, scales, areas, size, samples, normalized)
-    return compose(maps, None, given.boxes).permute(0, 3, 1, 2)
-
-
-def _pool_placed(placement: Placement, size: tuple[int, int], samples: int) -> Tensor:
-    """``[R, h, w, C]``."""
+def compose(maps: Sequence[Tensor], _: Tensor | None, scene: Scene) -> Tensor:
+    """Average over the bins of rotated boxes: ``[R, h, w, C]``."""
+    placement, size, samples = place(maps, scene), (scene.h, scene.w), scene.samples
     boxes, scale = placement.boxes, placement.scale
     cx, cy = (boxes[:, :2] * scale - 0.5).unbind(1)
     width, height = (boxes[:, 2:4] * scale).unbind(1)
@@ -207,16 +171,16 @@ class RotatedRoIAlign(RoIPooler):
             ValueError: ``features`` lacks a level of ``strides``, or the boxes have another layout, are not finite or
                 have no area.
         """
-        maps, sides = read_levels(features, strides), list(strides.values())
-        if _has_corners(boxes):
-            rois = read_values(read_layout(boxes, maps[0], SIDES), maps[0], SIDES)
-            rows = torch.cat((rois.image[:, None].to(rois.boxes.dtype), _from_corners(rois.boxes)), dim=1)
-            given = GivenBoxes(rows, (), rois.lead)
-        else:
-            given = read_layout(boxes, maps[0], ROTATED_SIDES)
-        scales, level, areas = choose_levels(self.levels, maps[0], given, sides, ROTATED_SIDES)
-        pooled = rotated_align(maps, given, level, scales, areas, self.output_size, self.sampling_ratio)
-        return pooled.unflatten(0, given.lead) if len(given.lead) == 2 else pooled
+        if not _has_corners(boxes):
+            return super().forward(features, boxes, strides)
+        rois = read_boxes(boxes, read_levels(features, strides)[0])
+        rows = torch.cat((rois.image[:, None].to(rois.boxes.dtype), _from_corners(rois.boxes)), dim=1)
+        pooled = super().forward(features, rows, strides)
+        return pooled.unflatten(0, rois.lead) if len(rois.lead) == 2 else pooled
+
+    def pool(self, maps: list[Tensor], scene: Scene) -> Tensor:
+        """Pool the boxes of a scene: ``[R, C, h, w]``."""
+        return pool(compose, maps, scene._replace(samples=self.sampling_ratio, rotated=True))
 
 
 def _has_corners(boxes: Boxes) -> bool:

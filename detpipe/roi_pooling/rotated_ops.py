@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detpipe.roi_pooling.operators import operator
+from detpipe.roi_pooling.operators import fold, operator, stack, unfold
 from detpipe.roi_pooling.points import bilinear, neighbors
 from detpipe.roi_pooling.rotated_samples import Frames, Samples, offsets, sample_blocks
 
@@ -170,39 +170,19 @@ _rotated_adjoint.register_autograd(_adjoint_backward, setup_context=_keep)
 _rotated_frames.register_autograd(_frames_backward, setup_context=_keep)
 
 
-def _fold(info, in_dims, args: tuple, place_at: int, cells: int) -> list:
-    """Write a vmapped call as one call, with its tables of cells behind one another."""
-    folded = list(args)
-    for index, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
-        if isinstance(arg, Tensor):
-            stacked = arg.movedim(dim, 0) if dim is not None else arg.expand(info.batch_size, *arg.shape)
-            if index == place_at:
-                first = stacked[..., :1] + cells * torch.arange(info.batch_size, device=arg.device)[:, None, None]
-                stacked = torch.cat((first, stacked[..., 1:]), dim=-1)
-            folded[index] = stacked.flatten(0, 1)
-    return folded
-
-
-def _cells(rows: Tensor, dim: int | None) -> int:
-    return rows.shape[0] if dim is None else rows.movedim(dim, 0).shape[1]
-
-
-def _unfold(result: Tensor, info) -> tuple[Tensor, int]:
-    return result.unflatten(0, (info.batch_size, result.shape[0] // info.batch_size)), 0
-
-
 @_rotated.register_vmap
 def _(info, in_dims, *args):
-    return _unfold(torch.ops.detpipe.rotated(*_fold(info, in_dims, args, 2, _cells(args[0], in_dims[0]))), info)
+    cells = stack(info, args[0], in_dims[0]).shape[1]
+    return unfold(torch.ops.detpipe.rotated(*fold(info, in_dims, args, {2: cells})), info), 0
 
 
 @_rotated_adjoint.register_vmap
 def _(info, in_dims, *args):
-    folded = _fold(info, in_dims, args, 2, args[4])
-    folded[4] *= info.batch_size
-    return _unfold(torch.ops.detpipe.rotated_adjoint(*folded), info)
+    *folded, cells = fold(info, in_dims, args, {2: args[4]})
+    return unfold(torch.ops.detpipe.rotated_adjoint(*folded, cells * info.batch_size), info), 0
 
 
 @_rotated_frames.register_vmap
 def _(info, in_dims, *args):
-    return _unfold(torch.ops.detpipe.rotated_frames(*_fold(info, in_dims, args, 3, _cells(args[1], in_dims[1]))), info)
+    cells = stack(info, args[1], in_dims[1]).shape[1]
+    return unfold(torch.ops.detpipe.rotated_frames(*fold(info, in_dims, args, {3: cells})), info), 0

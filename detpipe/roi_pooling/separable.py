@@ -7,21 +7,21 @@ only, each linear in its own arguments again, so that four operators are closed 
 its transpose (gradient to the map), and the gradients to the two kinds of weights.
 
 They are PyTorch's own kernels, in :mod:`detpipe.roi_pooling.torch_separable`: what CPUs run, and what is left of RoIAlign
-where kernels read the boxes themselves (:mod:`detpipe.roi_pooling.box_ops`), the second derivative in the boxes.
+where kernels read the boxes themselves (:mod:`detpipe.roi_pooling.mean_ops`), the second derivative in the boxes.
 
 R boxes, h x w bins, Ty and Tx cells a bin along each axis, C channels, T cells of all maps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from detpipe.roi_pooling.axis import AxisTaps
 from detpipe.roi_pooling.maps import CellTable
-from detpipe.roi_pooling.operators import fold_maps, operator, unfold_maps
+from detpipe.roi_pooling.operators import Operator, fold, operator, unfold
 from detpipe.roi_pooling.torch_separable import pool, pool_adjoint, weight_grad
 
 
@@ -35,14 +35,13 @@ def pool_separable(table: CellTable, chosen: Tensor, y: AxisTaps, x: AxisTaps) -
         x: weights of columns, ``[R, w, Tx]``.
 
     Returns:
-        ``[R, C, h, w]``, channels last in memory. Differentiable in the cells and in the weights, any number of times.
+        ``[R, h, w, C]``. Differentiable in the cells and in the weights, any number of times.
     """
     sizes = [side for size in table.sizes for side in size]
     exact = torch.promote_types(table.rows.dtype, torch.float32)
-    pooled = torch.ops.detpipe.separable(
+    return torch.ops.detpipe.separable(
         table.rows, chosen, table.images, sizes, y.cell, y.weight.to(exact), x.cell, x.weight.to(exact)
     )
-    return pooled.permute(0, 3, 1, 2)
 
 
 @operator("separable")
@@ -171,16 +170,18 @@ _separable_adjoint.register_autograd(_adjoint_backward, setup_context=_keep_oper
 _separable_weight_grad.register_autograd(_weight_grad_backward, setup_context=_keep_weight_grad)
 
 
-@_separable.register_vmap
-def _(info, in_dims, *args):
-    return unfold_maps(torch.ops.detpipe.separable(*fold_maps(info, in_dims, args, 1)), info), 0
+def _register_vmap(registered: Operator, call: Callable[..., Tensor], chosen_at: int) -> None:
+    """Under vmap the maps of the vmapped calls are further levels, and their boxes further boxes."""
+
+    def folded(info, in_dims, *args):
+        images, sizes = args[chosen_at + 1 : chosen_at + 3]
+        folded = fold(info, in_dims, args, {chosen_at: images * len(sizes) // 2})
+        folded[chosen_at + 2] = list(sizes) * info.batch_size
+        return unfold(call(*folded), info), 0
+
+    registered.register_vmap(folded)
 
 
-@_separable_adjoint.register_vmap
-def _(info, in_dims, *args):
-    return unfold_maps(torch.ops.detpipe.separable_adjoint(*fold_maps(info, in_dims, args, 1)), info), 0
-
-
-@_separable_weight_grad.register_vmap
-def _(info, in_dims, *args):
-    return unfold_maps(torch.ops.detpipe.separable_weight_grad(*fold_maps(info, in_dims, args, 2)), info), 0
+_register_vmap(_separable, torch.ops.detpipe.separable, 1)
+_register_vmap(_separable_adjoint, torch.ops.detpipe.separable_adjoint, 1)
+_register_vmap(_separable_weight_grad, torch.ops.detpipe.separable_weight_grad, 2)

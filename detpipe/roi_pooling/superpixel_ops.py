@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from detpipe.roi_pooling.bags import transpose_bags
-from detpipe.roi_pooling.operators import Operator, operator
+from detpipe.roi_pooling.operators import Operator, fold, operator
 
 FREE_TO_LOOK = ("cpu",)  # devices on which the number of runs is known without waiting
 IGNORED_AT_ONCE = 512  # ignored pixels in one bag, elsewhere: a single bag of all of them would keep one program busy
@@ -369,13 +369,7 @@ def _register_vmap(registered: Operator, call: Callable[..., Tensor]) -> None:
     """Under vmap the vmapped calls are further images."""
 
     def folded(info, in_dims, *args):
-        batch = info.batch_size
-        tensors = [
-            (arg.expand(batch, *arg.shape) if dim is None else arg.movedim(dim, 0)).flatten(0, 1)
-            for arg, dim in zip(args, in_dims, strict=True)
-            if isinstance(arg, Tensor)
-        ]
-        return call(*tensors, *args[len(tensors) :]).unflatten(0, (batch, -1)), 0
+        return call(*fold(info, in_dims, args)).unflatten(0, (info.batch_size, -1)), 0
 
     registered.register_vmap(folded)
 

@@ -17,8 +17,8 @@ from detpipe.roi_pooling.align import align
 from detpipe.roi_pooling.feature_superpixels import check_clustering, feature_superpixels
 from detpipe.roi_pooling.layouts import Boxes
 from detpipe.roi_pooling.levels import FPNLevels
-from detpipe.roi_pooling.placement import Placement
 from detpipe.roi_pooling.pooler import RoIPooler, read_levels
+from detpipe.roi_pooling.scene import Scene
 from detpipe.roi_pooling.superpixel import read_labels, superpixel_smooth
 
 SUPERPIXELS = "superpixels"  # the key of features under which the image's own may be given
@@ -64,9 +64,9 @@ class SuperpixelPool(RoIPooler):
         self.spacing, self.iterations, self.compactness = spacing, iterations, compactness
         self.sampling_ratio = sampling_ratio
 
-    def pool(self, placement: Placement) -> Tensor:
-        """Pool placed boxes: ``[R, C, h, w]``."""
-        return align(placement, self.output_size, self.sampling_ratio, aligned=True, reduce="mean")
+    def pool(self, maps: list[Tensor], scene: Scene) -> Tensor:
+        """Pool the boxes of a scene: ``[R, C, h, w]``."""
+        return align(maps, scene._replace(samples=self.sampling_ratio))
 
     def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
         """Pool each box from the level that suits its size; see :meth:`RoIPooler.forward`.

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torchvision import ops as torchvision_ops
 
-from detpipe.roi_pooling import box_ops, roi_align
+from detpipe.roi_pooling import align, mean_ops, roi_align
 from detpipe.roi_pooling.layouts import read_layout, unchecked_values
+from detpipe.roi_pooling.scene import ADAPTIVE, PRECISE, Choice, Scene, make_scene
 from roi_pooling import kernel_checks
 from roi_pooling.kernel_checks import Case, on_cpu_path, poisoned, reversed_programs, same_bits
 
-KINDS = (2, box_ops.ADAPTIVE, box_ops.PRECISE, 1, 3)
+KINDS = (2, ADAPTIVE, PRECISE, 1, 3)
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-11, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -51,12 +52,9 @@ def pool(case: BoxCase, second: bool) -> list[Tensor]:
     listed = case.boxes if isinstance(case.boxes, list) else [case.boxes]
     boxes = [one.clone().requires_grad_() for one in listed]
     given = read_layout(boxes if isinstance(case.boxes, list) else boxes[0], maps[0])
-    how = (case.scales, case.size, case.samples, case.aligned)
-    if box_ops.has_kernels(maps, given):
-        pooled = box_ops.pool_boxes(maps, given, *how, level=case.level, areas=case.areas())
-    else:
-        task = box_ops.Task(given.ends, tuple(case.scales), tuple(case.areas()), *case.size, *how[2:], False)
-        pooled = box_ops._by_weights(given.boxes, case.level, task, maps).permute(0, 3, 1, 2)
+    choice = Choice(case.scales, case.level, case.areas())
+    scene = make_scene(maps, given, choice, case.size, samples=case.samples, aligned=case.aligned)
+    pooled = align.align(maps, scene)
     torch.manual_seed(1)
     sent = torch.randn(pooled.shape).to(pooled.dtype)
     grads = torch.autograd.grad(pooled, [*maps, *boxes], sent, create_graph=second)
@@ -89,19 +87,19 @@ def largest(case: BoxCase) -> list[Tensor]:
 
 def check(seed: int) -> None:
     """One case: poisoned, now and then with programs in the opposite order, and in small programs."""
-    from detpipe.roi_pooling.cuda import align
+    from detpipe.roi_pooling.cuda import align as kernels
 
     case = BoxCase(seed)
     dtype, second = case.maps[0].dtype, seed % 6 == 0
     small = {"ROWS": 2, "COLUMNS": 2 + seed % 2 * 2, "BOXES": 2, "BINS": 2}
-    with mock.patch.multiple(align, **small), poisoned():
+    with mock.patch.multiple(kernels, **small), poisoned():
         found = pool(case, second)
         if seed % 4 == 0:
             with reversed_programs():
                 same_bits(found, pool(case, second))
     if second and not len(case.image):  # the CPU's path has no second derivative without boxes
         found, second = found[: 1 + len(found) // 2], False
-    expected = on_cpu_path(lambda: pool(case, second), box_ops)
+    expected = on_cpu_path(lambda: pool(case, second), mean_ops)
     first = (
         len(found) - second * (len(found) - 1) // 2
     )  # second derivatives are those of the CPU's path: NaN for a box that is NaN
@@ -114,7 +112,7 @@ def check(seed: int) -> None:
         limit = least * scale * (50 if second else 1)  # squares of gradients are far larger than these
         torch.testing.assert_close(one.double(), want.double().nan_to_num(), rtol=0, atol=limit)
     if seed % 10 == 0:
-        for one, want in zip(largest(case), on_cpu_path(lambda: largest(case), box_ops), strict=True):
+        for one, want in zip(largest(case), on_cpu_path(lambda: largest(case), mean_ops), strict=True):
             torch.testing.assert_close(one, want.nan_to_num(), rtol=LIMIT[dtype], atol=10 * LIMIT[dtype])
     is_plain = case.corners.isfinite().all() and (case.corners[:, 2:] > case.corners[:, :2]).all()
     if case.samples >= 0 and dtype in (torch.float32, torch.float64) and is_plain and len(case.image):
@@ -128,15 +126,16 @@ def check_operators() -> None:
     maps = [torch.randn(1, 1, *size, dtype=torch.float64) for size in ((4, 5), (2, 3))]
     boxes = torch.tensor([[0, 0.63, 0.71, 3.27, 2.9], [0, -1.37, -0.3, 7.1, 6.2]], dtype=torch.float64)
     grad = torch.randn(2, 2, 1, 1, dtype=torch.float64)
-    for samples in (2, box_ops.ADAPTIVE, box_ops.PRECISE):
-        task = box_ops.Task((), (1.0, 0.5), (20.0,), 2, 1, samples, True, False)
+    for samples in (2, ADAPTIVE, PRECISE):
+        scene = Scene(boxes, None, [], [1.0, 0.5], [20.0], 1, [4, 5, 2, 3], 2, 1, samples)
         ops = torch.ops.detpipe
-        torch.library.opcheck(ops.roi_align.default, (maps, boxes, None, *task))
-        torch.library.opcheck(ops.roi_align_adjoint.default, (grad, 1, [4, 5, 2, 3], boxes, None, *task))
-        torch.library.opcheck(ops.roi_align_box_grad.default, (grad, maps, boxes, None, *task))
+        torch.library.opcheck(ops.box_mean.default, (maps, None, *scene))
+        torch.library.opcheck(ops.box_mean_adjoint.default, (grad, None, *scene))
+        torch.library.opcheck(ops.box_mean_slopes.default, (grad, maps, None, *scene))
 
-        def pooled(sides: Tensor, *maps: Tensor, task: box_ops.Task = task) -> Tensor:
-            return box_ops._Pool.apply(torch.cat((boxes[:, :1], sides), dim=1), None, task, *maps)
+        def pooled(sides: Tensor, *maps: Tensor, scene: Scene = scene) -> Tensor:
+            scene = scene._replace(boxes=torch.cat((boxes[:, :1], sides), dim=1))
+            return mean_ops.pool(align.compose, maps, scene)
 
         leaves = [one.clone().requires_grad_() for one in (boxes[:, 1:], *maps)]
         assert torch.autograd.gradcheck(pooled, leaves, fast_mode=True)
@@ -154,17 +153,14 @@ def check_operators() -> None:
 
 def launch_all(levels: int, dtype: torch.dtype) -> None:
     """Launch each kernel with typical operands."""
-    from detpipe.roi_pooling.cuda import align
+    from detpipe.roi_pooling.cuda import align as kernels
 
-    maps = [torch.zeros(2, 256, 64 >> k, 96 >> k, dtype=dtype) for k in range(levels)]
-    maps = [one.contiguous(memory_format=torch.channels_last) for one in maps]
-    sizes = [side for one in maps for side in one.shape[2:]]
-    scales, areas = [0.25 / 2**k for k in range(levels)], [100.0 * 4**k for k in range(levels - 1)]
-    scene = align.Scene(torch.zeros(2, 8, 4), None, (), 2, sizes, scales, areas)
-    for samples in (2, box_ops.ADAPTIVE, box_ops.PRECISE):
-        pooled = align.pool(maps, scene, (7, 7), samples, True, False)
-        align.pool_adjoint(pooled, scene, samples, True, False)
-        align.box_grad(pooled, maps, scene, samples, True, False)
+    maps, scene = kernel_checks.typical(levels, dtype, torch.zeros(2, 8, 4))
+    for samples in (2, ADAPTIVE, PRECISE):
+        own = scene._replace(samples=samples)
+        pooled = kernels.pool(maps, own)
+        kernels.adjoint(pooled, own)
+        kernels.slopes(pooled, maps, own)
 
 
 if __name__ == "__main__":

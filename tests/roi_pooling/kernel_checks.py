@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import ops as torchvision_ops
 
-from detpipe.roi_pooling import FPNLevels, box_ops, max_ops, pool_points
-from detpipe.roi_pooling import rotated as rotated_module
+from detpipe.roi_pooling import FPNLevels, max_ops, mean_ops, pool_points, rotated
 from detpipe.roi_pooling.layouts import ROTATED_SIDES, read_layout, unchecked_values
+from detpipe.roi_pooling.scene import EQUAL_STEP, FAST_RCNN, Choice, Scene, make_scene
 
 SMALL = {
     "TAPS": 2,
@@ -131,7 +131,9 @@ def max_pool(case: Case, equal_step: bool) -> list[Tensor]:
     """Values, the gradient to each map, and the gradient to that gradient."""
     leaves = [one.clone().requires_grad_() for one in case.maps]
     given = read_layout(case.boxes, leaves[0])
-    pooled = max_ops.max_pool(leaves, given, case.level, case.scales, case.size, equal_step)
+    choice = Choice(case.scales, case.level)
+    scene = make_scene(leaves, given, choice, case.size, samples=EQUAL_STEP if equal_step else FAST_RCNN)
+    pooled = max_ops.max_pool(leaves, scene)
     torch.manual_seed(1)
     sent = torch.randn(pooled.shape).requires_grad_()
     grads = torch.autograd.grad(pooled, leaves, sent, create_graph=True)
@@ -195,13 +197,15 @@ def turned_case(seed: int, fixed: int) -> Case:
     return case
 
 
-def rotated(case: Case, samples: int) -> list[Tensor]:
+def turned(case: Case, samples: int) -> list[Tensor]:
     """Values, and the gradients to the maps and to the boxes."""
     leaves = [one.clone().requires_grad_() for one in case.maps]
     listed = case.boxes if isinstance(case.boxes, list) else [case.boxes]
     boxes = [one.clone().requires_grad_() for one in listed]
     given = read_layout(boxes if isinstance(case.boxes, list) else boxes[0], leaves[0], ROTATED_SIDES)
-    pooled = rotated_module.rotated_align(leaves, given, case.level, case.scales, [], case.size, samples)
+    choice = Choice(case.scales, case.level)
+    scene = make_scene(leaves, given, choice, case.size, samples=samples, rotated=True)
+    pooled = mean_ops.pool(rotated.compose, leaves, scene)
     torch.manual_seed(1)
     return [pooled.detach(), *torch.autograd.grad(pooled, [*leaves, *boxes], torch.randn(pooled.shape))]
 
@@ -212,11 +216,11 @@ def check_rotated(seed: int) -> None:
     samples = seed // 2 % 3
     case = turned_case(seed, samples)
     with mock.patch.multiple(points, ROWS=2, COLUMNS=2, BOXES=2, LANES=4), poisoned():
-        found = rotated(case, samples)
+        found = turned(case, samples)
         if seed % 4 == 0:
             with reversed_programs():
-                same_bits(found, rotated(case, samples))
-    expected = on_cpu_path(lambda: rotated(case, samples), box_ops)
+                same_bits(found, turned(case, samples))
+    expected = on_cpu_path(lambda: turned(case, samples), mean_ops)
     for one, want in zip(found, expected, strict=True):  # a box that is not a number has a gradient of 0 from kernels
         torch.testing.assert_close(one, want.nan_to_num(0), rtol=1e-4, atol=1e-5)
 
@@ -252,7 +256,7 @@ def check_points(seed: int) -> None:
         if seed % 4 == 0:
             with reversed_programs():
                 same_bits(found, free_points(case, points, boxes))
-    expected = on_cpu_path(lambda: free_points(case, points, boxes), box_ops)
+    expected = on_cpu_path(lambda: free_points(case, points, boxes), mean_ops)
     for one, want in zip(found, expected, strict=True):
         torch.testing.assert_close(one, want, rtol=1e-4, atol=1e-5)
 
@@ -353,6 +357,16 @@ class Launches(TorchDispatchMode):
             self.operations.append(name)
         return func(*args, **(kwargs or {}))
 
+    @contextmanager
+    def counting(self, *modules) -> Iterator[None]:
+        """Count what these modules of kernels launch, and what is launched to prepare it."""
+        from detpipe.roi_pooling.cuda import geometry
+
+        with ExitStack() as stack:
+            for module in (*modules, geometry):
+                stack.enter_context(mock.patch.object(module, "launch", self.launch))
+            yield
+
     def launch(self, kernel, *operands, **constants) -> None:
         self.kernels.append(kernel.__name__)
 
@@ -414,8 +428,8 @@ def compile_all(architecture: int) -> list[tuple[str, str, dict[str, object]]]:
     for dtype in (torch.float32, torch.float16):
         for levels in (1, 4):
             launch_max(levels, dtype)
-            for rotated, samples in ((True, 2), (True, 0), (False, 4)):
-                launch_samples(levels, dtype, rotated, samples)
+            for is_rotated, samples in ((True, 2), (True, 0), (False, 4)):
+                launch_samples(levels, dtype, is_rotated, samples)
     return made
 
 
@@ -427,31 +441,35 @@ def launch_bags() -> None:
     bags.bag_dot(rows[:4], rows, index, offsets)
 
 
+def typical(levels: int, dtype: torch.dtype, boxes: Tensor) -> tuple[list[Tensor], Scene]:
+    """Maps with channels last, and a scene of 7 x 7 bins."""
+    maps = [torch.zeros(2, 48 >> k, 64 >> k, 256, dtype=dtype) for k in range(levels)]
+    sizes = [side for one in maps for side in one.shape[1:3]]
+    scales, areas = [0.25 / 2**k for k in range(levels)], [100.0 * 4**k for k in range(levels - 1)]
+    return maps, Scene(boxes, None, (), scales, areas, 2, sizes, 7, 7)
+
+
 def launch_max(levels: int, dtype: torch.dtype) -> None:
     from detpipe.roi_pooling.cuda import maximum
 
-    sizes = [(48 >> k, 64 >> k) for k in range(levels)]
-    maps = [torch.zeros(2, *size, 256, dtype=dtype) for size in sizes]
-    flat = [side for size in sizes for side in size]
-    areas = [100.0 * 4**k for k in range(levels - 1)]
-    scene = maximum.Scene(torch.zeros(16, 5), None, (), 2, flat, [0.25 / 2**k for k in range(levels)], areas)
-    values, winner = maximum.pool(maps, scene, (7, 7), False, False, True)
-    maximum.read_winners(maps, winner, scene, False, False)
-    maximum.adjoint(values, winner, scene, False, False)
+    maps, scene = typical(levels, dtype, torch.zeros(16, 5))
+    scene = scene._replace(samples=FAST_RCNN)
+    values, winner = maximum.pool(maps, scene, True)
+    maximum.read_winners(maps, winner, scene)
+    maximum.adjoint(values, winner, scene)
 
 
-def launch_samples(levels: int, dtype: torch.dtype, rotated: bool, samples: int) -> None:
+def launch_samples(levels: int, dtype: torch.dtype, is_rotated: bool, samples: int) -> None:
     from detpipe.roi_pooling.cuda import points
 
-    sizes = [(48 >> k, 64 >> k) for k in range(levels)]
-    maps = [torch.zeros(2, *size, 256, dtype=dtype) for size in sizes]
-    flat = [side for size in sizes for side in size]
-    areas = [100.0 * 4**k for k in range(levels - 1)]
-    boxes, free = (torch.zeros(16, 6), None) if rotated else (torch.zeros(2, 8, 4), torch.zeros(2, 8, 7, 7, samples, 2))
-    scene = points.Scene(boxes, None, (), 2, flat, [0.25 / 2**k for k in range(levels)], areas)
-    values = points.pool(maps, free, scene, (7, 7), samples, False)
-    points.adjoint(values, free, scene, samples, False)
-    points.slopes(values, maps, free, scene, samples, False)
+    boxes, free = torch.zeros(16, 6), None
+    if not is_rotated:
+        boxes, free = torch.zeros(2, 8, 4), torch.zeros(2, 8, 7, 7, samples, 2)
+    maps, scene = typical(levels, dtype, boxes)
+    scene = scene._replace(samples=samples, rotated=is_rotated)
+    values = points.pool(maps, free, scene)
+    points.adjoint(values, free, scene)
+    points.slopes(values, maps, free, scene)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from detpipe.roi_pooling import FPNLevels, PreciseRoIPool, RoIAlign, box_ops
+from detpipe.roi_pooling import FPNLevels, PreciseRoIPool, RoIAlign, mean_ops
 from detpipe.roi_pooling.cuda import align, geometry
 from detpipe.roi_pooling.layouts import unchecked_values
+from detpipe.roi_pooling.scene import Scene
 from roi_pooling import box_checks, kernel_checks
 from roi_pooling.kernel_checks import Launches
 
@@ -59,7 +60,7 @@ def test_machine_code(architecture: int, tmp_path: Path) -> None:
         pytest.skip("this wheel of Triton brings no ptxas")
     printed = run_as_script("compile", str(architecture), TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     made = json.loads(printed.splitlines()[-1])
-    most = {"sample_kernel": 80, "cell_kernel": 80, "prepare_kernel": 80, "adjoint_kernel": 128, "box_grad_kernel": 168}
+    most = {"sample_kernel": 80, "cell_kernel": 80, "prepare_kernel": 80, "adjoint_kernel": 128, "slopes_kernel": 168}
     assert {name for name, _, _ in made} == set(most)
     for name, dtype, code in made:
         assert code["spills"] == code["div_full"] == 0, (name, dtype, code)
@@ -77,13 +78,9 @@ def boxes_in(layout: str) -> Tensor | list[Tensor]:
 def passes(call: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Launches, Launches]:
     """What a forward and a backward pass launch; kernels are not run."""
     forward, backward = Launches(), Launches()
-    with mock.patch.object(box_ops, "kernels_for", return_value="triton"), unchecked_values():
+    with mock.patch.object(mean_ops, "kernels_for", return_value="triton"), unchecked_values():
         for record in (forward, backward):
-            with (
-                mock.patch.object(align, "launch", record.launch),
-                mock.patch.object(geometry, "launch", record.launch),
-                record,
-            ):
+            with record.counting(align), record:
                 if record is forward:
                     pooled = call()
                 else:
@@ -112,7 +109,7 @@ def test_launches_with_a_gradient_to_the_boxes() -> None:
     boxes = boxes_in("padded").clone().requires_grad_()
     forward, backward = passes(lambda: RoIAlign(3)({"p2": maps}, boxes, {"p2": 4}), [maps, boxes])
     assert forward.kernels == ["sample_kernel"]
-    assert sorted(backward.kernels) == ["adjoint_kernel", "box_grad_kernel", "prepare_kernel"]
+    assert sorted(backward.kernels) == ["adjoint_kernel", "prepare_kernel", "slopes_kernel"]
     assert len(backward.operations) <= 2, backward.operations
 
 
@@ -126,25 +123,21 @@ def test_other_layouts_of_memory_cost_one_copy_a_level() -> None:
 
 
 def test_nothing_else_runs_around_the_kernels() -> None:
-    maps = [torch.zeros(2, 8, 4, 6).contiguous(memory_format=torch.channels_last)]
-    scene, record = geometry.Scene(torch.zeros(5, 5), None, (), 2, (4, 6), (0.25,), ()), Launches()
+    maps, record = [torch.zeros(2, 4, 6, 8)], Launches()
+    scene = Scene(torch.zeros(5, 5), None, (), (0.25,), (), 2, (4, 6), 3, 3, 2)
     grad = torch.zeros(5, 3, 3, 8)
-    with (
-        mock.patch.object(align, "launch", record.launch),
-        mock.patch.object(geometry, "launch", record.launch),
-        record,
-    ):
-        align.pool(maps, scene, (3, 3), 2, True, False)
-        align.pool_adjoint(grad, scene, 2, True, False)
-        align.box_grad(grad, maps, scene, 2, True, False)
+    with record.counting(align), record:
+        align.pool(maps, scene)
+        align.adjoint(grad, scene)
+        align.slopes(grad, maps, scene)
     assert set(record.operations) <= {"aten.promote_types.default"}  # of types, on the host
     assert len(record.kernels) == 4
 
 
 def test_memory_beside_the_result_is_36_bytes_a_box() -> None:
-    scene = geometry.Scene(torch.zeros(1000, 5), None, (), 2, (16, 24), (0.25,), ())
+    scene = Scene(torch.zeros(1000, 5), None, (), (0.25,), (), 2, (16, 24), 7, 7, 2)
     with mock.patch.object(geometry, "launch"):
-        tables = geometry.prepare(scene, torch.float32, (7, 7), 2, True, False)
+        tables = geometry.prepare(align.prepare_kernel, scene, geometry.make_task(scene, torch.float32), 4, 128)
     assert sum(table.numel() * table.element_size() for table in tables) == 36 * 1000
 
 
