@@ -7,7 +7,9 @@ He et al., "Mask R-CNN", 2017, arXiv 1703.06870; Jiang et al., "Acquisition of L
 Detection", 2018, arXiv 1807.11590, equations 4 and 5.
 
 Convention: coordinates are in cells, and the value of cell k sits at coordinate k (an aligned operator has subtracted the
-half cell before). R boxes, B bins along the axis, T cells a bin at most.
+half cell before). Functions take, of each box, where its first bin begins (``start``), the size of a bin and the cells of its map
+(``extent``, int64), all ``[R]``; and ``bound``, T where it is known: None finds the smallest that is enough, which waits for the
+device. R boxes, B bins along the axis, T cells a bin at most, S samples.
 """
 
 from __future__ import annotations
@@ -35,19 +37,7 @@ class AxisTaps(NamedTuple):
 def fixed_samples(
     start: Tensor, bin_size: Tensor, extent: Tensor, bins: int, samples: int, ascending: bool = True
 ) -> AxisTaps:
-    """Average a fixed number of linear samples a bin.
-
-    Args:
-        start: ``[R]`` where the first bin begins.
-        bin_size: ``[R]``.
-        extent: ``[R]`` int64, cells of the map.
-        bins: B.
-        samples: S, spread evenly; the i-th lies (i + .5) / S into the bin.
-        ascending: no bin size is negative.
-
-    Returns:
-        T = 2 S.
-    """
+    """Average S linear samples a bin, the i-th (i + .5) / S into it: T = 2 S; ``ascending`` if no bin size is negative."""
     point = sample_points(start, bin_size, bins, _arange(samples, start), samples)
     if not ascending:
         point = point.where(bin_size[:, None, None] >= 0, point.flip(-1))
@@ -55,15 +45,7 @@ def fixed_samples(
 
 
 def merge_samples(point: Tensor, extent: Tensor) -> AxisTaps:
-    """Average the linear samples of each bin; cells that several of them share are merged.
-
-    Args:
-        point: ``[R, B, S]`` coordinates, ascending in S.
-        extent: ``[R]`` int64, cells of the map.
-
-    Returns:
-        T = 2 S.
-    """
+    """Average samples at ``[R, B, S]`` points, ascending in S, where cells that several share are merged: T = 2 S."""
     point, inside = _onto_map(point, extent)
     last = (extent - 1)[:, None, None]
     low = point.detach().floor().minimum((last - 1).clamp(min=0).to(point.dtype))
@@ -86,17 +68,8 @@ def adaptive_samples(start: Tensor, bin_size: Tensor, extent: Tensor, bins: int,
     """Average as many linear samples a bin as it has cells, rounded up.
 
     Neighboring samples are at most a cell apart, and at least half a cell where there are several, so that no more than
-    five of them touch one cell: each cell's weight is a sum of a few terms, however large the box.
-
-    Args:
-        start: ``[R]`` where the first bin begins.
-        bin_size: ``[R]``.
-        extent: ``[R]`` int64, cells of the map.
-        bins: B.
-        bound: T; None finds the smallest that is enough, which waits for the device.
-
-    Returns:
-        Every cell between the first and the last that a bin touches.
+    five of them touch one cell: each cell's weight is a sum of a few terms, however large the box. The taps are all cells
+    between the first and the last that a bin touches, ``bound`` of them.
     """
     samples = bin_size.detach().ceil().clamp(min=1)[:, None, None]
     with torch.no_grad():
@@ -123,16 +96,7 @@ def adaptive_samples(start: Tensor, bin_size: Tensor, extent: Tensor, bins: int,
 
 
 def along_both(axes: Sequence[Axis], sample: Callable[[Tensor, Tensor, Tensor, int], AxisTaps]) -> list[AxisTaps]:
-    """Compute the taps of two axes, in one go where they have the same number of bins.
-
-    Args:
-        axes: of each axis where the first bin begins ``[R]``, the size of a bin ``[R]``, the cells of the map ``[R]`` and
-            the number of bins.
-        sample: computes the taps of one axis.
-
-    Returns:
-        Of each axis its taps.
-    """
+    """Compute the taps of two axes, in one go where they have the same number of bins."""
     first, second = axes
     if first[3] != second[3]:
         return [sample(*first), sample(*second)]
@@ -144,15 +108,7 @@ def along_both(axes: Sequence[Axis], sample: Callable[[Tensor, Tensor, Tensor, i
 def integral(start: Tensor, bin_size: Tensor, extent: Tensor, bins: int, bound: int | None) -> AxisTaps:
     """Average the linear surface over each bin, in closed form; it falls to zero within a cell outside the map.
 
-    Args:
-        start: ``[R]`` where the first bin begins.
-        bin_size: ``[R]``.
-        extent: ``[R]`` int64, cells of the map.
-        bins: B.
-        bound: T; None finds the smallest that is enough, which waits for the device.
-
-    Returns:
-        Every cell within one of the bin.
+    The taps are all cells within one of the bin, ``bound`` of them.
     """
     low = start[:, None] + _arange(bins, start) * bin_size[:, None]  # [R, B]
     high = low + bin_size[:, None]
@@ -183,19 +139,9 @@ def _arange(count: int, like: Tensor) -> Tensor:
 
 
 def sample_points(start: Tensor, bin_size: Tensor, bins: int, index: Tensor, samples: Tensor | int) -> Tensor:
-    """Place samples.
+    """Place the samples of these numbers, broadcast to ``[R, B, S]``, in bins that have so many.
 
     The order of the operations is that of the peers' kernels, so that rounding decides alike at the border.
-
-    Args:
-        start: ``[R]`` where the first bin begins.
-        bin_size: ``[R]``.
-        bins: B.
-        index: which samples of a bin, broadcast to ``[R, B, S]``.
-        samples: how many samples a bin has.
-
-    Returns:
-        ``[R, B, S]`` coordinates.
     """
     begin = start[:, None] + _arange(bins, start) * bin_size[:, None]  # [R, B]
     return begin[..., None] + (index + 0.5) * bin_size[:, None, None] / samples

@@ -4,11 +4,12 @@
     bag_sum_adjoint:  out[t] = sum of weight[k] * grad[bag of k] over the entries k with index[k] = t
     bag_dot:          out[k] = <grad[bag of k], rows[index[k]]>
 
-Each is linear in each of its arguments, and the gradients of each are the other two, so that the three are closed under
-differentiation to any order. Sums are taken in a fixed order, without atomics, and nothing of the size of entries times
-channels is ever made.
+The sum of products of the result with a gradient is linear in rows, weights and gradient, and each of the three is its derivative
+in one of these; so one operator computes all of them, and their gradients to any order. Sums are taken in a fixed order, without
+atomics, and nothing of the size of entries times channels is ever made.
 
-T rows of C channels, B bags, K entries; a table of bags may be written ``[*shape, C]``. Bag b holds the entries
+T rows of C channels, B bags, K entries. Everywhere ``index`` is the row of each entry, ``weight`` and ``bag_of`` its weight and
+its bag, all ``[K]``; whole numbers are int64. A table of bags may be written ``[*shape, C]``. Bag b holds the entries
 ``offsets[b]`` to ``offsets[b + 1] - 1``; the first offset is 0 and the last K. Indices are in 0..T - 1. Half and bfloat16
 rows are computed in float32.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from detpipe.roi_pooling.backend import kernels_for
-from detpipe.roi_pooling.operators import operator, stack
+from detpipe.roi_pooling.operators import fold, operator, stack, unfold
 
 BLOCK_BYTES = {"cpu": 1 << 20}  # of a buffer of gathered rows: on a CPU it stays in the cache
 LARGE_BLOCK_BYTES = 1 << 26  # elsewhere: enough to fill a GPU
@@ -32,17 +33,7 @@ CHANNELS = 64  # of a gradient that are laid out at once, where channels are not
 
 
 def sum_bags(rows: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Sum weighted rows, bag by bag, with PyTorch's own kernels; not differentiable.
-
-    Args:
-        rows: ``[T, C]``.
-        index: ``[K]`` int64, a row an entry.
-        weight: ``[K]``.
-        offsets: ``[B + 1]`` int64.
-
-    Returns:
-        ``[B, C]`` in the dtype of ``rows``.
-    """
+    """Sum weighted rows ``[T, C]``, bag by bag, to ``[B, C]`` of the same type with PyTorch's own kernels; has no gradient."""
     if not index.shape[0] or not rows.shape[1] or offsets.shape[0] == 1:
         return rows.new_zeros((offsets.shape[0] - 1, rows.shape[1]))
     exact = _exact(rows)
@@ -53,35 +44,14 @@ def sum_bags(rows: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Te
 
 
 def transpose_bags(index: Tensor, weight: Tensor, bag_of: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Make a bag of each row: the entries that read it, in the order in which they stand.
-
-    Args:
-        index: ``[K]`` int64, a row an entry.
-        weight: ``[K]``.
-        bag_of: ``[K]`` int64, the bag of each entry.
-        rows: T.
-
-    Returns:
-        ``[K]`` bags, ``[K]`` weights and ``[T + 1]`` offsets: index, weight and offsets of the transposed sum.
-    """
+    """Make a bag of each of T rows, of the entries that read it, in order: index, weight and offsets of the transposed sum."""
     key, order = torch.sort(index.to(_smallest_integer(rows)), stable=True)
     ends = torch.arange(rows + 1, device=index.device).to(key.dtype)
     return bag_of[order], weight[order], torch.searchsorted(key, ends)
 
 
 def sum_bags_adjoint(grad: Tensor, index: Tensor, weight: Tensor, bag_of: Tensor, rows: int) -> Tensor:
-    """Send each bag's gradient back to the rows that it was summed from; not differentiable.
-
-    Args:
-        grad: ``[B, C]``.
-        index: ``[K]`` int64, a row an entry.
-        weight: ``[K]``.
-        bag_of: ``[K]`` int64, the bag of each entry, in any order.
-        rows: T.
-
-    Returns:
-        ``[T, C]`` in the dtype of ``grad``.
-    """
+    """Send each bag's gradient ``[B, C]`` back to the T rows that it was summed from; has no gradient."""
     return sum_bags(grad, *transpose_bags(index, weight, bag_of, rows))
 
 
@@ -97,17 +67,7 @@ def _by_channels(grad: Tensor, entries: tuple[Tensor, Tensor, Tensor]) -> Tensor
 
 
 def dot_bags(grad: Tensor, rows: Tensor, index: Tensor, bag_of: Tensor) -> Tensor:
-    """Multiply each entry's row with its bag's gradient, summed over channels; not differentiable.
-
-    Args:
-        grad: ``[B, C]``.
-        rows: ``[T, C]``.
-        index: ``[K]`` int64, a row an entry.
-        bag_of: ``[K]`` int64, the bag of each entry, ascending.
-
-    Returns:
-        ``[K]``, in float32 at least.
-    """
+    """Multiply each entry's row with its bag's gradient, to ``[K]``, float32 at least; has no gradient, ``bag_of`` ascends."""
     if not _has_sampled_product(grad, rows, index):
         return _dot_blocks(grad, rows, index, bag_of)
     bags = torch.arange(grad.shape[0] + 1, device=bag_of.device)
@@ -115,15 +75,7 @@ def dot_bags(grad: Tensor, rows: Tensor, index: Tensor, bag_of: Tensor) -> Tenso
 
 
 def bag_of_entries(offsets: Tensor, entries: int) -> Tensor:
-    """Tell each entry its bag.
-
-    Args:
-        offsets: ``[B + 1]`` int64.
-        entries: K.
-
-    Returns:
-        ``[K]`` int64.
-    """
+    """Tell each entry its bag: ``[K]`` int64."""
     bags = torch.arange(offsets.shape[0] - 1, device=offsets.device)
     return torch.repeat_interleave(bags, offsets.diff(), output_size=entries)
 
@@ -184,138 +136,68 @@ def _dot_blocks(grad: Tensor, rows: Tensor, index: Tensor, bag_of: Tensor) -> Te
     return result
 
 
-@operator("bag_sum")
-def _bag_sum(
-    rows: Tensor, index: Tensor, weight: Tensor, offsets: Tensor, shape: Sequence[int] | None = None
-) -> Tensor:
+def bag_sum(rows: Tensor, index: Tensor, weight: Tensor, offsets: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     """``[T, C]`` -> ``[B, C]``, or ``[*shape, C]`` where there is a shape, of B bags in all."""
-    if kernels_for(rows) == "triton":
-        from detpipe.roi_pooling.cuda import bags as kernels
-
-        total = kernels.bag_sum(rows, index, weight, offsets)
-    else:
-        total = sum_bags(rows, index, weight, offsets)
-    return total if shape is None else total.view(*shape, rows.shape[1])
+    return _bag(None, rows, weight, index, offsets, rows.shape[0], [offsets.shape[0] - 1] if shape is None else shape)
 
 
-@operator("bag_sum_adjoint")
-def _bag_sum_adjoint(grad: Tensor, index: Tensor, weight: Tensor, offsets: Tensor, rows: int) -> Tensor:
+def bag_sum_adjoint(grad: Tensor, index: Tensor, weight: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """``[*shape, C]`` -> ``[T, C]``."""
-    entries = transpose_bags(index, weight, bag_of_entries(offsets, index.shape[0]), rows)
-    if kernels_for(grad) == "triton":
+    return _bag(grad, None, weight, index, offsets, rows, grad.shape[:-1])
+
+
+def bag_dot(grad: Tensor, rows: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+    """``[*shape, C]``, ``[T, C]`` -> ``[K]``, in float32 at least."""
+    return _bag(grad, rows, None, index, offsets, rows.shape[0], grad.shape[:-1])
+
+
+@operator("bag")
+def _bag(
+    grad: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor | None,
+    index: Tensor,
+    offsets: Tensor,
+    cells: int,
+    shape: Sequence[int],
+) -> Tensor:
+    """The one of ``[*shape, C]``, ``[T, C]`` and ``[K]`` that is None, from the others."""
+    has_kernels = kernels_for(index) == "triton"
+    if has_kernels:
         from detpipe.roi_pooling.cuda import bags as kernels
-
-        return kernels.bag_sum(grad.flatten(0, -2), *entries)
-    return _by_channels(grad, entries)
-
-
-@operator("bag_dot")
-def _bag_dot(grad: Tensor, rows: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
-    """``[*shape, C]``, ``[T, C]`` -> ``[K]``."""
+    if weight is not None and rows is not None:
+        total = (kernels.bag_sum if has_kernels else sum_bags)(rows, index, weight, offsets)
+        return total.view(*shape, rows.shape[1])
+    assert grad is not None
+    if weight is not None:
+        entries = transpose_bags(index, weight, bag_of_entries(offsets, index.shape[0]), cells)
+        return kernels.bag_sum(grad.flatten(0, -2), *entries) if has_kernels else _by_channels(grad, entries)
+    assert rows is not None
     grad = grad.flatten(0, -2)
-    if kernels_for(grad) == "triton":
-        from detpipe.roi_pooling.cuda import bags as kernels
-
+    if has_kernels:
         return kernels.bag_dot(grad, rows, index, offsets)
     if _has_sampled_product(grad, rows, index):
         return _dot_sampled(grad, rows, index, offsets)
     return _dot_blocks(grad, rows, index, bag_of_entries(offsets, index.shape[0]))
 
 
-@_bag_sum.register_fake
-def _(rows, index, weight, offsets, shape=None):
-    return rows.new_empty((*((offsets.shape[0] - 1,) if shape is None else shape), rows.shape[1]))
-
-
-@_bag_sum_adjoint.register_fake
-def _(grad, index, weight, offsets, rows):
-    return grad.new_empty((rows, grad.shape[-1]))
-
-
-@_bag_dot.register_fake
-def _(grad, rows, index, offsets):
+@_bag.register_fake
+def _(grad, rows, weight, index, offsets, cells, shape):
+    if grad is None:
+        return rows.new_empty((*shape, rows.shape[1]))
+    if rows is None:
+        return grad.new_empty((cells, grad.shape[-1]))
     return grad.new_empty(index.shape[0], dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
-def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
+_bag.register_multilinear(3)
 
 
-def _sum_backward(ctx, out):
-    rows, index, weight, offsets = ctx.saved_tensors
-    to_rows, _, to_weight, *rest = ctx.needs_input_grad  # without the shape where it was not given
-    adjoint, dot = torch.ops.detpipe.bag_sum_adjoint, torch.ops.detpipe.bag_dot
-    return (
-        adjoint(out, index, weight, offsets, rows.shape[0]).to(rows.dtype) if to_rows else None,
-        None,
-        dot(out, rows, index, offsets).to(weight.dtype) if to_weight else None,
-        *(None for _ in rest),
-    )
-
-
-def _adjoint_backward(ctx, out):
-    grad, index, weight, offsets = ctx.saved_tensors
-    to_grad, _, to_weight, _, _ = ctx.needs_input_grad
-    return (
-        torch.ops.detpipe.bag_sum(out, index, weight, offsets, grad.shape[:-1]).to(grad.dtype) if to_grad else None,
-        None,
-        torch.ops.detpipe.bag_dot(grad, out, index, offsets).to(weight.dtype) if to_weight else None,
-        None,
-        None,
-    )
-
-
-def _dot_backward(ctx, out):
-    grad, rows, index, offsets = ctx.saved_tensors
-    to_grad, to_rows, _, _ = ctx.needs_input_grad
-    return (
-        torch.ops.detpipe.bag_sum(rows, index, out, offsets, grad.shape[:-1]).to(grad.dtype) if to_grad else None,
-        torch.ops.detpipe.bag_sum_adjoint(grad, index, out, offsets, rows.shape[0]).to(rows.dtype) if to_rows else None,
-        None,
-        None,
-    )
-
-
-_bag_sum.register_autograd(_sum_backward, setup_context=_keep)
-_bag_sum_adjoint.register_autograd(_adjoint_backward, setup_context=_keep)
-_bag_dot.register_autograd(_dot_backward, setup_context=_keep)
-
-
-def _shift(stacked: Tensor, by: int) -> Tensor:
-    return stacked + by * torch.arange(stacked.shape[0], device=stacked.device)[:, None]
-
-
-def _join_offsets(offsets: Tensor, entries: int) -> Tensor:
-    """``[V, B + 1]`` -> ``[V * B + 1]``."""
-    return torch.cat((offsets[0, :1], _shift(offsets[:, 1:], entries).flatten()))
-
-
-@_bag_sum.register_vmap
+@_bag.register_vmap
 def _(info, in_dims, *args):
-    rows, index, weight, offsets = (stack(info, arg, dim) for arg, dim in zip(args[:4], in_dims[:4], strict=True))
-    shape = args[4] if len(args) > 4 and args[4] is not None else [offsets.shape[1] - 1]
-    index = _shift(index, rows.shape[1])
-    offsets = _join_offsets(offsets, index.shape[1])
-    shape = [info.batch_size * shape[0], *shape[1:]]
-    result = torch.ops.detpipe.bag_sum(rows.flatten(0, 1), index.flatten(), weight.flatten(), offsets, shape)
-    return result.unflatten(0, (info.batch_size, -1)), 0
-
-
-@_bag_sum_adjoint.register_vmap
-def _(info, in_dims, *args):
-    grad, index, weight, offsets = (stack(info, arg, dim) for arg, dim in zip(args[:4], in_dims[:4], strict=True))
-    rows, offsets = args[4], _join_offsets(offsets, index.shape[1])
-    index = _shift(index, rows).flatten()
-    total = torch.ops.detpipe.bag_sum_adjoint(
-        grad.flatten(0, 1), index, weight.flatten(), offsets, rows * info.batch_size
-    )
-    return total.unflatten(0, (info.batch_size, rows)), 0
-
-
-@_bag_dot.register_vmap
-def _(info, in_dims, *args):
-    grad, rows, index, offsets = (stack(info, arg, dim) for arg, dim in zip(args, in_dims, strict=True))
-    index = _shift(index, rows.shape[1])
-    offsets = _join_offsets(offsets, index.shape[1])
-    result = torch.ops.detpipe.bag_dot(grad.flatten(0, 1), rows.flatten(0, 1), index.flatten(), offsets)
-    return result.unflatten(0, (info.batch_size, -1)), 0
+    """The rows and the bags of the vmapped calls are behind one another."""
+    *folded, _, cells, shape = fold(info, in_dims, args, {3: args[5]})
+    calls, index, offsets = info.batch_size, folded[3], stack(info, args[4], in_dims[4])
+    shift = len(index) // calls * torch.arange(calls, device=index.device)[:, None]
+    joined = torch.cat((offsets[0, :1], (offsets[:, 1:] + shift).flatten()))
+    return unfold(_bag(*folded, joined, cells * calls, [calls * shape[0], *shape[1:]]), info), 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import detpipe.roi_pooling.superpixel_ops  # noqa: F401 (registers the operators that are called here)
+from detpipe.roi_pooling.bags import bag_dot
 from detpipe.roi_pooling.layouts import check_features
 
 
@@ -95,7 +96,7 @@ def _cluster(rows: Tensor, size: torch.Size, spacing: int, iterations: int) -> T
         count = torch.ops.detpipe.superpixel_count(labels, seeds).view(-1, 1)
         total = torch.ops.detpipe.superpixel_sum(flat, labels, height, width, seeds, "features")
         means = torch.where(count > 0, total / count.clamp(min=1), means)  # an empty cluster stays where it was
-        dots = torch.ops.detpipe.bag_dot(flat, means, index, offsets)
+        dots = bag_dot(flat, means, index, offsets)
         distance = means.square().sum(dim=1)[index] - 2 * dots  # but for the cell's own square
         distance = torch.where(outside, torch.inf, distance.view(images, cells, near.shape[1]))
         labels = near.expand(images, -1, -1).gather(2, distance.argmin(dim=2, keepdim=True)).view(block.shape)

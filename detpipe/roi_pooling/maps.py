@@ -24,14 +24,7 @@ class CellTable(NamedTuple):
 
 
 def cell_table(levels: Sequence[Tensor]) -> CellTable:
-    """Lay out feature maps with the channels last, which costs one copy, or none for a single channels-last map.
-
-    Args:
-        levels: L tensors ``[N, C, H_l, W_l]`` of one dtype.
-
-    Returns:
-        The table, differentiable in the maps.
-    """
+    """Lay out maps ``[N, C, H_l, W_l]`` with the channels last, which costs one copy, or none for a single such map."""
     rows = [level.flatten(0, 2) for level in channels_last(levels)]
     sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
     return CellTable(rows[0] if len(rows) == 1 else torch.cat(rows), levels[0].shape[0], sizes)
@@ -50,30 +43,12 @@ def channels_last(maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def per_map(values: Sequence[float], images: int, like: Tensor) -> Tensor:
-    """Spread one number a level to one a map, without a copy from the host.
-
-    Args:
-        values: L numbers.
-        images: N.
-        like: gives dtype and device.
-
-    Returns:
-        ``[L * N]``.
-    """
+    """Spread one number a level to one a map, ``[L * N]``, without a copy from the host."""
     return torch.cat([like.new_full((images,), value) for value in values])
 
 
 def geometry(images: int, sizes: Sequence[tuple[int, int]], chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Look up where each chosen map begins and how large it is.
-
-    Args:
-        images: N.
-        sizes: (H_l, W_l) of each of L levels.
-        chosen: ``[R]`` int64, a map each, in 0..L * N - 1.
-
-    Returns:
-        ``[R]`` int64 each: first row in the table, height, width.
-    """
+    """Look up where each chosen map begins in the table, its height and its width: ``[R]`` int64 each."""
     if len(sizes) == 1:
         [(height, width)] = sizes
         return chosen * (height * width), torch.full_like(chosen, height), torch.full_like(chosen, width)

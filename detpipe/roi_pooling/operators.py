@@ -17,6 +17,11 @@ class Operator:
 
     def __init__(self, name: str) -> None:
         self.name = f"detpipe::{name}"
+        self.call: Callable  # once it is registered
+
+    def __call__(self, *args):
+        """Call it as everybody else does."""
+        return self.call(*args)
 
     def register_fake(self, function: Callable) -> None:
         """Tell shapes and types of the results without computing them."""
@@ -25,6 +30,29 @@ class Operator:
     def register_autograd(self, backward: Callable, setup_context: Callable | None = None) -> None:
         """Make it differentiable; ``backward`` consists of differentiable operations too."""
         torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+
+    def register_multilinear(self, factors: int) -> None:
+        """Make an operator differentiable that computes a derivative of a number linear in each of its first arguments.
+
+        One of these is None: it is the derivative in that one which is computed from the others. The gradients of the result
+        are then derivatives of the same number, and computed by the same operator, to any order.
+        """
+
+        def keep(ctx, inputs, output):
+            ctx.save_for_backward(*(one if isinstance(one, Tensor) else None for one in inputs))
+            ctx.rest = [None if isinstance(one, Tensor) else one for one in inputs]
+
+        def backward(ctx, change):
+            inputs = [rest if one is None else one for one, rest in zip(ctx.saved_tensors, ctx.rest, strict=True)]
+            inputs[:factors] = [change if one is None else one for one in inputs[:factors]]
+            grads = [None] * len(inputs)
+            for index in range(factors):
+                if ctx.needs_input_grad[index]:
+                    found = self(*inputs[:index], None, *inputs[index + 1 :])
+                    grads[index] = found.to(inputs[index].dtype)
+            return tuple(grads)
+
+        self.register_autograd(backward, setup_context=keep)
 
     def register_vmap(self, function: Callable) -> None:
         """Say how one call stands for many inside ``torch.func.vmap``."""
@@ -47,6 +75,7 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable], Opera
         own = schema or torch.library.infer_schema(function, mutates_args=())
         torch.library.define(created.name, own, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(created.name, "default", function)
+        created.call = getattr(torch.ops.detpipe, name)
         return created
 
     return register

@@ -47,17 +47,7 @@ def place(maps: Sequence[Tensor], scene: Scene) -> Placement:
 def bin_edges(
     placement: Placement, size: tuple[int, int], aligned: bool, at_least: float | None = None
 ) -> tuple[Axis, Axis]:
-    """Divide boxes into bins, in cells.
-
-    Args:
-        placement: xyxy boxes on their maps.
-        size: h x w bins.
-        aligned: shift by half a cell.
-        at_least: makes shorter boxes this long.
-
-    Returns:
-        Along y, then along x.
-    """
+    """Divide xyxy boxes into bins, along y and along x, in cells; ``at_least`` makes shorter boxes that long."""
     cells = placement.boxes * placement.scale.repeat(1, 2)
     if aligned:
         cells = cells - 0.5

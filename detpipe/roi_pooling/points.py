@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from detpipe.roi_pooling.bags import bag_sum
 from detpipe.roi_pooling.layouts import as_given, read_layout
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.mean_ops import pool
@@ -78,15 +79,7 @@ def _compose(maps: Sequence[Tensor], points: Tensor | None, scene: Scene) -> Ten
 
 
 def read_points(placement: Placement, cells: Tensor) -> Tensor:
-    """Average bilinear samples.
-
-    Args:
-        placement: the map of each region.
-        cells: ``[R, h, w, S, 2]`` (x, y); the value of cell k sits at coordinate k.
-
-    Returns:
-        ``[R, h, w, C]``.
-    """
+    """Average bilinear samples at ``[R, h, w, S, 2]`` (x, y), in cells, whose values sit at whole numbers: ``[R, h, w, C]``."""
     *shape, samples, _ = cells.shape
     first, height, width = (
         value[:, None, None, None] for value in (placement.first, placement.height, placement.width)
@@ -94,24 +87,16 @@ def read_points(placement: Placement, cells: Tensor) -> Tensor:
     x, y = cells.unbind(-1)
     cell, weight = bilinear(y, x, first, height, width, torch.full_like(x, 1 / samples))
     offsets = torch.arange(math.prod(shape) + 1, device=cells.device) * (samples * 4)
-    return torch.ops.detpipe.bag_sum(placement.table.rows, cell.flatten(), weight.flatten(), offsets, shape)
+    return bag_sum(placement.table.rows, cell.flatten(), weight.flatten(), offsets, shape)
 
 
 def bilinear(
     y: Tensor, x: Tensor, first: Tensor, height: Tensor, width: Tensor, share: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Find the cells that samples read.
+    """Find the cells that samples at y and x read, and their weights: ``[..., 4]`` rows of the table.
 
-    Args:
-        y: ``[...]`` in cells.
-        x: ``[...]``.
-        first: row of the table with the first cell of a sample's map, int64; this and what follows is broadcast.
-        height: of that map, int64.
-        width: int64.
-        share: of a sample in its bin.
-
-    Returns:
-        ``[..., 4]`` rows of the table, upper left, upper right, lower left and lower right, and their weights.
+    Upper ones come first, and of two left ones. ``first`` is the row of the table where a sample's map begins, height and width
+    are that map's, and ``share`` is the sample's in its bin; all are broadcast.
     """
     inside = (x >= -1) & (x <= width) & (y >= -1) & (y <= height)
     left, right, along_x = neighbors(x.where(inside, 0), width)

@@ -13,11 +13,12 @@ R boxes, h x w bins, S samples of all boxes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from detpipe.roi_pooling.blocks import cut_boxes, list_entries
 
 SAMPLES_AT_ONCE = 1 << 17  # bounds the memory of one pass: some 250 bytes a sample
 MARGIN = 0.01  # cells by which the search for samples on the map is too generous, so that rounding loses none
@@ -47,23 +48,13 @@ class Samples(NamedTuple):
 def sample_blocks(frames: Frames, size: tuple[int, int]) -> Iterator[tuple[slice, Frames, Samples]]:
     """List the samples of all bins, for a bounded number of boxes at a time; this waits for the device.
 
-    Args:
-        frames: the boxes.
-        size: h x w bins.
-
-    Yields:
-        Which boxes, these boxes, and their samples.
+    What comes is which boxes, these boxes, and their samples.
     """
-    boxes = len(frames.frame)
-    if not boxes:
+    if not len(frames.frame):
         return
     spans = [_span(frames, axis, size[axis]) for axis in (0, 1)]
     most = (spans[0][1] - spans[0][0] + 1) * (spans[1][1] - spans[1][0] + 1) + size[0] * size[1]
-    ends = most.cumsum(0).contiguous()
-    steps = torch.tensor(range(SAMPLES_AT_ONCE, int(ends[-1]), SAMPLES_AT_ONCE), device=ends.device, dtype=ends.dtype)
-    cuts = sorted({0, *torch.searchsorted(ends, steps).tolist(), boxes})
-    for begin, end in pairwise(cuts):
-        part = slice(begin, end)
+    for part in cut_boxes(most, SAMPLES_AT_ONCE):
         some = frames.part(part)
         yield part, some, _on_map(some, size, [(low[part], high[part]) for low, high in spans])
 
@@ -107,28 +98,22 @@ def _part_of_bins(span: tuple[Tensor, Tensor], counts: Tensor, bins: int) -> tup
 def _on_map(frames: Frames, size: tuple[int, int], spans: Sequence[tuple[Tensor, Tensor]]) -> Samples:
     """List the samples that may lie on the map: bin by bin, in each by rows, in each a run of columns."""
     h, w = size
-    boxes, device = len(frames.frame), frames.place.device
+    boxes = len(frames.frame)
     (row_first, rows), (column_first, columns) = (
         _part_of_bins(spans[axis], frames.counts[:, axis], size[axis]) for axis in (0, 1)
     )
     # runs: the samples of one bin in one row
     runs = (rows[:, :, None] * (columns > 0)[:, None, :]).flatten()
-    run_ends = runs.cumsum(0)
-    bin_of = torch.repeat_interleave(torch.arange(len(runs), device=device), runs, output_size=int(run_ends[-1]))
-    begin = row_first[:, :, None].expand(boxes, h, w).flatten() - (run_ends - runs)
-    row = begin.index_select(0, bin_of) + torch.arange(len(bin_of), device=device)
+    bin_of, row = list_entries(row_first[:, :, None].expand(boxes, h, w).flatten(), runs)
     box = torch.div(bin_of, h * w, rounding_mode="floor")
     first, length = (
         values[:, None, :].expand(boxes, h, w).flatten().index_select(0, bin_of) for values in (column_first, columns)
     )
     first, length = _cut_runs(frames, box, row, size, first, length)
     # samples
-    ends = length.cumsum(0)
-    total = int(ends[-1]) if len(ends) else 0
-    run = torch.repeat_interleave(torch.arange(len(length), device=device), length, output_size=total)
-    column = (first - (ends - length)).index_select(0, run) + torch.arange(total, device=device)
-    bins = torch.nn.functional.pad(ends, (1, 0)).index_select(0, torch.nn.functional.pad(run_ends, (1, 0)))
-    return Samples(box.index_select(0, run), row.index_select(0, run), column, bins)
+    run, column = list_entries(first, length)
+    ends, run_ends = (torch.nn.functional.pad(counts.cumsum(0), (1, 0)) for counts in (length, runs))
+    return Samples(box.index_select(0, run), row.index_select(0, run), column, ends.index_select(0, run_ends))
 
 
 def _cut_runs(

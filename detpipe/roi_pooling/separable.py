@@ -2,9 +2,9 @@
 
     out[r, i, j, c] = sum over cells (y, x) of  weight_y[r, i, y] * weight_x[r, j, x] * map[r][y, x, c]
 
-The operation is linear in the map, in the weights along y and in those along x. Its gradients are therefore of three kinds
-only, each linear in its own arguments again, so that four operators are closed under differentiation to any order: pooling,
-its transpose (gradient to the map), and the gradients to the two kinds of weights.
+The sum of products of the result with a gradient is linear in each of four tensors: gradient, map, weights along y, weights
+along x. What follows from three of them, the derivative in the fourth, is one operator: pooling is the derivative in the
+gradient, its transpose that in the map. The derivatives of these derivatives are the same four again, to any order.
 
 They are PyTorch's own kernels, in :mod:`detpipe.roi_pooling.torch_separable`: what CPUs run, and what is left of RoIAlign
 where kernels read the boxes themselves (:mod:`detpipe.roi_pooling.mean_ops`), the second derivative in the boxes.
@@ -14,14 +14,14 @@ R boxes, h x w bins, Ty and Tx cells a bin along each axis, C channels, T cells 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from detpipe.roi_pooling.axis import AxisTaps
 from detpipe.roi_pooling.maps import CellTable
-from detpipe.roi_pooling.operators import Operator, fold, operator, unfold
+from detpipe.roi_pooling.operators import fold, operator, unfold
 from detpipe.roi_pooling.torch_separable import pool, pool_adjoint, weight_grad
 
 
@@ -39,149 +39,55 @@ def pool_separable(table: CellTable, chosen: Tensor, y: AxisTaps, x: AxisTaps) -
     """
     sizes = [side for size in table.sizes for side in size]
     exact = torch.promote_types(table.rows.dtype, torch.float32)
-    return torch.ops.detpipe.separable(
-        table.rows, chosen, table.images, sizes, y.cell, y.weight.to(exact), x.cell, x.weight.to(exact)
+    return _separable(
+        None, table.rows, y.weight.to(exact), x.weight.to(exact), chosen, table.images, sizes, y.cell, x.cell
     )
 
 
 @operator("separable")
 def _separable(
-    rows: Tensor,
-    chosen: Tensor,
-    images: int,
-    sizes: Sequence[int],
-    y_cell: Tensor,
-    y_weight: Tensor,
-    x_cell: Tensor,
-    x_weight: Tensor,
-) -> Tensor:
-    """``[T, C]`` -> ``[R, h, w, C]``: pooling."""
-    return pool(rows, chosen, images, list(sizes), AxisTaps(y_cell, y_weight), AxisTaps(x_cell, x_weight))
-
-
-@operator("separable_adjoint")
-def _separable_adjoint(
-    grad: Tensor,
-    chosen: Tensor,
-    images: int,
-    sizes: Sequence[int],
-    y_cell: Tensor,
-    y_weight: Tensor,
-    x_cell: Tensor,
-    x_weight: Tensor,
-) -> Tensor:
-    """``[R, h, w, C]`` -> ``[T, C]``: the gradient to the cells."""
-    return pool_adjoint(grad, chosen, images, list(sizes), AxisTaps(y_cell, y_weight), AxisTaps(x_cell, x_weight))
-
-
-@operator("separable_weight_grad")
-def _separable_weight_grad(
-    grad: Tensor,
-    rows: Tensor,
+    grad: Tensor | None,
+    rows: Tensor | None,
+    y_weight: Tensor | None,
+    x_weight: Tensor | None,
     chosen: Tensor,
     images: int,
     sizes: Sequence[int],
     y_cell: Tensor,
     x_cell: Tensor,
-    other_weight: Tensor,
-    axis: int,
 ) -> Tensor:
-    """``[R, h, w, C]`` -> ``[R, h, Ty]`` (axis 0) or ``[R, w, Tx]`` (axis 1): the gradient to the weights of an axis."""
-    y, x = AxisTaps(y_cell, other_weight), AxisTaps(x_cell, other_weight)  # only the other axis's weights are read
-    return weight_grad(grad, rows, chosen, images, list(sizes), y, x, axis)
+    """The one of ``[R, h, w, C]``, ``[T, C]``, ``[R, h, Ty]`` and ``[R, w, Tx]`` that is None, from the others."""
+    where = (chosen, images, list(sizes))
+    if y_weight is None or x_weight is None:  # only the other axis's weights are read
+        axis, other = (0, x_weight) if y_weight is None else (1, y_weight)
+        assert grad is not None
+        assert rows is not None
+        assert other is not None
+        return weight_grad(grad, rows, *where, AxisTaps(y_cell, other), AxisTaps(x_cell, other), axis)
+    y, x = AxisTaps(y_cell, y_weight), AxisTaps(x_cell, x_weight)
+    if rows is not None:
+        return pool(rows, *where, y, x)
+    assert grad is not None
+    return pool_adjoint(grad, *where, y, x)
 
 
 @_separable.register_fake
-def _(rows, chosen, images, sizes, y_cell, y_weight, x_cell, x_weight):
-    return rows.new_empty((chosen.shape[0], y_cell.shape[1], x_cell.shape[1], rows.shape[1]))
+def _(grad, rows, y_weight, x_weight, chosen, images, sizes, y_cell, x_cell):
+    if grad is None:
+        return rows.new_empty((chosen.shape[0], y_cell.shape[1], x_cell.shape[1], rows.shape[1]))
+    if rows is None:
+        cells = images * sum(height * width for height, width in zip(sizes[::2], sizes[1::2], strict=True))
+        return grad.new_empty((cells, grad.shape[3]))
+    return x_weight.new_empty(y_cell.shape) if y_weight is None else y_weight.new_empty(x_cell.shape)
 
 
-@_separable_adjoint.register_fake
-def _(grad, chosen, images, sizes, y_cell, y_weight, x_cell, x_weight):
-    cells = images * sum(height * width for height, width in zip(sizes[::2], sizes[1::2], strict=True))
-    return grad.new_empty((cells, grad.shape[3]))
+_separable.register_multilinear(4)
 
 
-@_separable_weight_grad.register_fake
-def _(grad, rows, chosen, images, sizes, y_cell, x_cell, other_weight, axis):
-    return other_weight.new_empty((y_cell if axis == 0 else x_cell).shape)
-
-
-def _keep_operands(ctx, inputs, output):
-    values, chosen, images, sizes, y_cell, y_weight, x_cell, x_weight = inputs
-    ctx.save_for_backward(values, chosen, y_cell, y_weight, x_cell, x_weight)
-    ctx.images, ctx.sizes = images, list(sizes)
-
-
-def _separable_backward(ctx, grad):
-    rows, chosen, y_cell, y_weight, x_cell, x_weight = ctx.saved_tensors
-    ops, maps = torch.ops.detpipe, (chosen, ctx.images, ctx.sizes)
-    to_rows, _, _, _, _, to_y, _, to_x = ctx.needs_input_grad
-    grad = grad.contiguous()
-    grads = [None] * 8
-    if to_rows:
-        grads[0] = ops.separable_adjoint(grad, *maps, y_cell, y_weight, x_cell, x_weight).to(rows.dtype)
-    if to_y:
-        grads[5] = ops.separable_weight_grad(grad, rows, *maps, y_cell, x_cell, x_weight, 0)
-    if to_x:
-        grads[7] = ops.separable_weight_grad(grad, rows, *maps, y_cell, x_cell, y_weight, 1)
-    return tuple(grads)
-
-
-def _adjoint_backward(ctx, grad_rows):
-    grad, chosen, y_cell, y_weight, x_cell, x_weight = ctx.saved_tensors
-    ops, maps = torch.ops.detpipe, (chosen, ctx.images, ctx.sizes)
-    to_grad, _, _, _, _, to_y, _, to_x = ctx.needs_input_grad
-    grad_rows = grad_rows.contiguous()
-    grads = [None] * 8
-    if to_grad:
-        grads[0] = ops.separable(grad_rows, *maps, y_cell, y_weight, x_cell, x_weight).to(grad.dtype)
-    if to_y:
-        grads[5] = ops.separable_weight_grad(grad, grad_rows, *maps, y_cell, x_cell, x_weight, 0)
-    if to_x:
-        grads[7] = ops.separable_weight_grad(grad, grad_rows, *maps, y_cell, x_cell, y_weight, 1)
-    return tuple(grads)
-
-
-def _keep_weight_grad(ctx, inputs, output):
-    grad, rows, chosen, images, sizes, y_cell, x_cell, other_weight, axis = inputs
-    ctx.save_for_backward(grad, rows, chosen, y_cell, x_cell, other_weight)
-    ctx.images, ctx.sizes, ctx.axis = images, list(sizes), axis
-
-
-def _weight_grad_backward(ctx, grad_weight):
-    grad, rows, chosen, y_cell, x_cell, other = ctx.saved_tensors
-    ops, maps = torch.ops.detpipe, (chosen, ctx.images, ctx.sizes)
-    to_grad, to_rows, _, _, _, _, _, to_other, _ = ctx.needs_input_grad
-    y_weight, x_weight = (grad_weight, other) if ctx.axis == 0 else (other, grad_weight)
-    taps = (y_cell, y_weight.contiguous(), x_cell, x_weight.contiguous())
-    grads = [None] * 9
-    if to_grad:
-        grads[0] = ops.separable(rows, *maps, *taps).to(grad.dtype)
-    if to_rows:
-        grads[1] = ops.separable_adjoint(grad, *maps, *taps).to(rows.dtype)
-    if to_other:
-        grads[7] = ops.separable_weight_grad(grad, rows, *maps, y_cell, x_cell, grad_weight.contiguous(), 1 - ctx.axis)
-    return tuple(grads)
-
-
-_separable.register_autograd(_separable_backward, setup_context=_keep_operands)
-_separable_adjoint.register_autograd(_adjoint_backward, setup_context=_keep_operands)
-_separable_weight_grad.register_autograd(_weight_grad_backward, setup_context=_keep_weight_grad)
-
-
-def _register_vmap(registered: Operator, call: Callable[..., Tensor], chosen_at: int) -> None:
-    """Under vmap the maps of the vmapped calls are further levels, and their boxes further boxes."""
-
-    def folded(info, in_dims, *args):
-        images, sizes = args[chosen_at + 1 : chosen_at + 3]
-        folded = fold(info, in_dims, args, {chosen_at: images * len(sizes) // 2})
-        folded[chosen_at + 2] = list(sizes) * info.batch_size
-        return unfold(call(*folded), info), 0
-
-    registered.register_vmap(folded)
-
-
-_register_vmap(_separable, torch.ops.detpipe.separable, 1)
-_register_vmap(_separable_adjoint, torch.ops.detpipe.separable_adjoint, 1)
-_register_vmap(_separable_weight_grad, torch.ops.detpipe.separable_weight_grad, 2)
+@_separable.register_vmap
+def _(info, in_dims, *args):
+    """The maps of the vmapped calls are further levels, and their boxes further boxes."""
+    images, sizes = args[5:7]
+    folded = fold(info, in_dims, args, {4: images * len(sizes) // 2})
+    folded[6] = list(sizes) * info.batch_size
+    return unfold(_separable(*folded), info), 0

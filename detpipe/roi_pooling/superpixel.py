@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from detpipe.roi_pooling.bags import bag_sum
 from detpipe.roi_pooling.layouts import check_features
 from detpipe.roi_pooling.maps import cell_table
 from detpipe.roi_pooling.superpixel_ops import read_axes, read_cells
@@ -179,5 +180,5 @@ def _pool_max(rows: Tensor, labels: Tensor, size: tuple[int, int], superpixels: 
     channel = torch.arange(channels, device=rows.device).repeat(place.shape[0])
     index = (cells * channels + channel[:, None]).flatten()
     offsets = torch.arange(found.shape[0] + 1, device=rows.device) * cells.shape[1]
-    values = torch.ops.detpipe.bag_sum(rows.reshape(-1, 1), index, weights.flatten(), offsets)
+    values = bag_sum(rows.reshape(-1, 1), index, weights.flatten(), offsets)
     return torch.where(place >= 0, values.view(place.shape), 0)

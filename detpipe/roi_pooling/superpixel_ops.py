@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detpipe.roi_pooling.bags import transpose_bags
+from detpipe.roi_pooling.bags import bag_sum, transpose_bags
 from detpipe.roi_pooling.operators import Operator, fold, operator
 
 FREE_TO_LOOK = ("cpu",)  # devices on which the number of runs is known without waiting
@@ -48,17 +48,7 @@ class Runs(NamedTuple):
 
 
 def read_axis(pixels: int, cells: int, resolution: str, device: torch.device) -> AxisReads:
-    """Tell what each of the pixels along an axis reads of its cells.
-
-    Args:
-        pixels: Hl or Wl; for ``"features"`` at least as many as cells.
-        cells: H or W.
-        resolution: ``"labels"`` or ``"features"``.
-        device: of the result.
-
-    Returns:
-        Cells and weights in whole numbers.
-    """
+    """Tell what each pixel along an axis reads of its cells; for ``"features"`` there must be at least as many pixels."""
     pixel = torch.arange(pixels, device=device)
     if resolution == "labels":
         divisor = whole = 2 * pixels
@@ -76,13 +66,7 @@ def read_axis(pixels: int, cells: int, resolution: str, device: torch.device) ->
 def split_pixels(labels: Tensor, height: int, width: int) -> Tensor:
     """Divide pixels that are larger than a cell into equal parts, so that none covers more than two cells along an axis.
 
-    Args:
-        labels: ``[N, Hl, Wl]``.
-        height: H.
-        width: W.
-
-    Returns:
-        ``[N, kHl, mWl]`` with the least k and m that make these at least H and W.
+    The result is ``[N, kHl, mWl]`` with the least k and m that make these at least H and W.
     """
     for dim, cells in ((1, height), (2, width)):
         pixels = labels.shape[dim]
@@ -93,18 +77,11 @@ def split_pixels(labels: Tensor, height: int, width: int) -> Tensor:
 
 
 def find_runs(labels: Tensor, superpixels: int, first: Tensor | None = None) -> Runs:
-    """Find the runs of pixels, and check their ids.
+    """Find the runs of pixels, in row-major order, and check their ids.
 
     On other devices than the CPU each pixel is a run, so that nothing waits for the device, and ids are checked only
-    inside ``torch.autograd.detect_anomaly()``.
-
-    Args:
-        labels: ``[N, Hl, Wl]`` of an integer type.
-        superpixels: S.
-        first: ``[Wl]``, the first column that each pixel of a row reads; without it runs may read any.
-
-    Returns:
-        The runs in row-major order.
+    inside ``torch.autograd.detect_anomaly()``. ``first`` is the first column that each pixel of a row reads, ``[Wl]``; without
+    it the pixels of a run may read any.
 
     Raises:
         ValueError: an id that is neither -1 nor in 0..S - 1.
@@ -147,14 +124,7 @@ def _check_ids(label: Tensor, start: Tensor, shape: torch.Size, superpixels: int
 
 
 def sort_by_bag(runs: Runs) -> tuple[Tensor, Tensor]:
-    """Group runs by bag, in the order in which they stand.
-
-    Args:
-        runs: Q of them, in B bags.
-
-    Returns:
-        The order ``[Q]``, and the offsets ``[B + 1]`` of the groups.
-    """
+    """Group runs by bag, in the order in which they stand: the order ``[Q]``, and the offsets of the groups."""
     dtype = torch.int32 if runs.bags < torch.iinfo(torch.int32).max else torch.int64
     key, order = torch.sort(runs.bag.to(dtype), stable=True)
     return order, torch.searchsorted(key, torch.arange(runs.bags + 1, device=key.device).to(dtype))
@@ -170,18 +140,9 @@ class Taps(NamedTuple):
 def read_cells(
     start: Tensor, length: Tensor, y: AxisReads, x: AxisReads, size: tuple[int, int], dtype: torch.dtype
 ) -> Taps:
-    """Look up what runs read.
+    """Look up what runs read, with weights of a type, where ``y`` is what the pixels of a column read, and ``x`` of a row.
 
-    Args:
-        start: ``[Q]`` int64, the first pixel of each run, counted through the batch.
-        length: ``[Q]`` int64, pixels of each run.
-        y: what the pixels of a column read.
-        x: what the pixels of a row read.
-        size: H, W.
-        dtype: of the weights.
-
-    Returns:
-        Cells and weights. A cell with weight 0 is one that the run reads anyway, so that what it holds does not matter.
+    A cell with weight 0 is one that the run reads anyway, so that what it holds does not matter.
     """
     pixels_y, pixels_x = y.first.shape[0], x.first.shape[0]
     column, line = start % pixels_x, start // pixels_x
@@ -204,16 +165,7 @@ def _two(axis: AxisReads, pixel: Tensor, after: Tensor, whole: Tensor, dtype: to
 
 
 def distinct_cells(runs: Runs, cell: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-    """Sort the cells of each bag, and on the CPU keep each once.
-
-    Args:
-        runs: Q of them, in B bags.
-        cell: ``[Q, taps]`` int64, the cells that each reads.
-        cells: of the batch.
-
-    Returns:
-        The cells, bag by bag, and the offsets ``[B + 1]`` of the bags.
-    """
+    """Sort the cells of each bag that its runs read, ``[Q, taps]``, and on the CPU keep each once; and the bags' offsets."""
     key = (runs.bag[:, None] * cells + cell).flatten()
     key = torch.unique(key) if key.device.type in FREE_TO_LOOK else key.sort().values
     first = torch.arange(runs.bags + 1, device=key.device) * cells
@@ -246,7 +198,7 @@ def _superpixel_sum(rows: Tensor, labels: Tensor, height: int, width: int, super
     runs, taps = _taps(labels, height, width, superpixels, resolution, exact.dtype)
     order, offsets = sort_by_bag(runs)
     index, weight = taps.cell[order].flatten(), taps.weight[order].flatten()
-    total = torch.ops.detpipe.bag_sum(exact, index, weight, offsets * taps.cell.shape[1])
+    total = bag_sum(exact, index, weight, offsets * taps.cell.shape[1])
     return total[: labels.shape[0] * superpixels]
 
 
@@ -262,7 +214,7 @@ def _superpixel_sum_adjoint(
         bag, exact = bag.clamp(max=exact.shape[0]), torch.nn.functional.pad(exact, (0, 0, 0, 1))
     bag = bag[:, None].expand_as(taps.cell).flatten()
     entries = transpose_bags(taps.cell.flatten(), taps.weight.flatten(), bag, labels.shape[0] * height * width)
-    return torch.ops.detpipe.bag_sum(exact, *entries)
+    return bag_sum(exact, *entries)
 
 
 @operator("superpixel_argmax")
@@ -297,7 +249,7 @@ def _argmax_of_pixels(rows: Tensor, labels: Tensor, size: tuple[int, int], super
     step = max(1, VALUES_AT_ONCE // max(1, len(ends)))
     for begin in range(0, rows.shape[1], step):
         part = rows[:, begin : begin + step].contiguous()
-        values = torch.ops.detpipe.bag_sum(part, cell.flatten(), weight.flatten(), candidates * cell.shape[1])
+        values = bag_sum(part, cell.flatten(), weight.flatten(), candidates * cell.shape[1])
         found = _argmax_of_bags(values, candidates[:-1], offsets * 2)
         place[:, begin : begin + step] = torch.where(found >= 0, ends[found.clamp(min=0)] if len(ends) else found, -1)
     return place

@@ -5,19 +5,19 @@ on the way back, and kept nowhere. The product can tell it, eight times as slowl
 are packed into one number first instead: the 32 bits of a float32, put in the order of its values, and 20 for a row of the
 table, in the 52 of a float64 that follow its exponent. On other devices the bins' cells are gathered and reduced.
 
-R boxes, h x w bins, C channels, T cells of all maps, K cells of all bins.
+R boxes, h x w bins, C channels, T cells of all maps (``rows``), K cells of all bins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from detpipe.roi_pooling.bags import bag_of_entries, use_sparse_csr
+from detpipe.roi_pooling.blocks import cut_boxes
 
 VALUES_AT_ONCE = 1 << 18  # of the result, so that what is computed on the way stays in the cache
 TAPS_AT_ONCE = 1 << 18
@@ -43,15 +43,7 @@ class _Block(NamedTuple):
 
 
 def largest(rows: Tensor, bins: Bins) -> Tensor:
-    """Take the largest cell in each bin.
-
-    Args:
-        rows: ``[T, C]`` cells.
-        bins: of R boxes.
-
-    Returns:
-        ``[R, h, w, C]`` in the dtype of ``rows``, 0 for an empty bin, NaN where a cell is NaN.
-    """
+    """Take the largest cell in each bin: ``[R, h, w, C]``, 0 for an empty bin, NaN where a cell is NaN."""
     out = rows.new_empty((len(bins.first), bins.y.shape[1], bins.x.shape[1], rows.shape[1]))
     exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
     for block in _blocks(bins, rows):
@@ -63,13 +55,7 @@ def largest(rows: Tensor, bins: Bins) -> Tensor:
 def send_to_winners(grad: Tensor, rows: Tensor, bins: Bins) -> Tensor:
     """Add up gradients at the cells that won, the first of equal cells, row by row: the transpose of :func:`read_winners`.
 
-    Args:
-        grad: ``[R, h, w, C]``.
-        rows: ``[T, C]`` cells.
-        bins: of R boxes.
-
-    Returns:
-        ``[T, C]`` in the dtype of ``grad``; accumulated in float32, or float64 for float64.
+    The result is ``[T, C]`` in the dtype of ``grad``; sums are float32, or float64 for float64.
     """
     exact = torch.promote_types(grad.dtype, torch.float32)
     total = grad.new_zeros(rows.numel() + 1, dtype=exact)  # the last takes what empty bins send
@@ -79,16 +65,7 @@ def send_to_winners(grad: Tensor, rows: Tensor, bins: Bins) -> Tensor:
 
 
 def read_winners(values: Tensor, rows: Tensor, bins: Bins) -> Tensor:
-    """Read other values where the winning cells are.
-
-    Args:
-        values: ``[T, C]``.
-        rows: ``[T, C]`` cells, whose largest win.
-        bins: of R boxes.
-
-    Returns:
-        ``[R, h, w, C]``, 0 for an empty bin.
-    """
+    """Read other values ``[T, C]`` where the winning cells are: ``[R, h, w, C]``, 0 for an empty bin."""
     out = values.new_empty((len(bins.first), bins.y.shape[1], bins.x.shape[1], rows.shape[1]))
     padded = torch.nn.functional.pad(values.flatten(), (0, 1))
     for boxes, winner in _winners(rows, bins):
@@ -119,15 +96,10 @@ def _winners(rows: Tensor, bins: Bins) -> Iterator[tuple[slice, Tensor]]:
 def _blocks(bins: Bins, rows: Tensor) -> Iterator[_Block]:
     """List the cells of all bins, for as many boxes at a time as have few cells and few results."""
     (first, width, y, x), (h, w), channels = bins, (bins.y.shape[1], bins.x.shape[1]), rows.shape[1]
-    if not len(first):
-        return
     most = TAPS_AT_ONCE if rows.device.type == "cpu" else max(1, GATHERED_AT_ONCE // channels)
     high, wide = y[..., 1] - y[..., 0], x[..., 1] - x[..., 0]
     cost = (high.sum(1) * wide.sum(1) / most).clamp(min=h * w * channels / VALUES_AT_ONCE)
-    ends = cost.cumsum(0)
-    steps = torch.arange(1, int(ends[-1]) + 1, device=ends.device, dtype=ends.dtype)
-    for begin, end in pairwise(sorted({0, *torch.searchsorted(ends, steps).tolist(), len(first)})):
-        part = slice(begin, end)
+    for part in cut_boxes(cost, 1):
         corner = y[part, :, None, 0] * width[part, None, None] + x[part, None, :, 0] + first[part, None, None]
         row = _list_cells(corner, high[part], wide[part], width[part])
         offsets = torch.nn.functional.pad((high[part, :, None] * wide[part, None]).flatten().cumsum(0), (1, 0))

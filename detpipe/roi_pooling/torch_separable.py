@@ -10,7 +10,6 @@ R boxes, h x w bins, Ty and Tx cells a bin along each axis, C channels, T cells 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from detpipe.roi_pooling.axis import AxisTaps
 from detpipe.roi_pooling.bags import dot_bags, sum_bags, sum_bags_adjoint
+from detpipe.roi_pooling.blocks import cut_boxes, list_entries
 from detpipe.roi_pooling.maps import geometry
 
 FEW_TAPS = 1 << 15
@@ -41,25 +41,14 @@ def _expand(first: Tensor, width: Tensor, y: AxisTaps, x: AxisTaps, want_bin: bo
     w, x_most = x.cell.shape[1:]
     if boxes * h * w * y_most * x_most <= FEW_TAPS:
         return _expand_padded(first, width, y, x, want_bin, want_slots)
-    device = first.device
     y_count, x_count = (y.cell >= 0).sum(-1)[:, :, None], (x.cell >= 0).sum(-1)[:, None, :]
-    bins = torch.arange(boxes * h * w, device=device)
-    y_first = torch.arange(0, boxes * h * y_most, y_most, device=device).view(boxes, h, 1)  # slots of weights
-    x_first = torch.arange(0, boxes * w * x_most, x_most, device=device).view(boxes, 1, w)
+    y_first = torch.arange(0, boxes * h * y_most, y_most, device=first.device).view(boxes, h, 1)  # slots of weights
+    x_first = torch.arange(0, boxes * w * x_most, x_most, device=first.device).view(boxes, 1, w)
     # runs: the cells of one bin in one row
-    runs = (y_count * (x_count > 0)).flatten()
-    ends = runs.cumsum(0)
-    total = int(ends[-1]) if len(ends) else 0
-    run_bin = torch.repeat_interleave(bins, runs, output_size=total)
-    run_y = (_per_bin(y_first, boxes, h, w) - (ends - runs)).index_select(0, run_bin)
-    run_y = run_y + torch.arange(total, device=device)
+    run_bin, run_y = list_entries(_per_bin(y_first, boxes, h, w), (y_count * (x_count > 0)).flatten())
     run_x, lengths = (_per_bin(each, boxes, h, w).index_select(0, run_bin) for each in (x_first, x_count))
     # taps: the single cells
-    ends = lengths.cumsum(0)
-    total = int(ends[-1]) if len(ends) else 0
-    run = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=total)
-    x_slot = (run_x - (ends - lengths)).index_select(0, run)
-    x_slot += torch.arange(total, device=device)
+    run, x_slot = list_entries(run_x, lengths)
     y_row = (first[:, None, None] + y.cell * width[:, None, None]).flatten().index_select(0, run_y)
     row = y_row.index_select(0, run)
     row += x.cell.flatten().index_select(0, x_slot)
@@ -115,12 +104,7 @@ def _blocks(
         yield slice(0, len(chosen)), _expand(first, width, y, x, want_bin, want_slots)
         return
     taps = (y.cell >= 0).sum((1, 2)) * (x.cell >= 0).sum((1, 2))
-    ends = taps.cumsum(0).contiguous()
-    total = int(ends[-1]) if len(ends) else 0
-    steps = torch.tensor(range(TAPS_AT_ONCE, total, TAPS_AT_ONCE), device=ends.device, dtype=ends.dtype)
-    cuts = sorted({0, *torch.searchsorted(ends, steps).tolist(), len(ends)})
-    for begin, end in pairwise(cuts):
-        part = slice(begin, end)
+    for part in cut_boxes(taps, TAPS_AT_ONCE):
         y_part, x_part = AxisTaps(y.cell[part], y.weight[part]), AxisTaps(x.cell[part], x.weight[part])
         yield part, _expand(first[part], width[part], y_part, x_part, want_bin, want_slots)
 
@@ -143,13 +127,12 @@ def pool(rows: Tensor, chosen: Tensor, images: int, sizes: list[int], y: AxisTap
 def pool_adjoint(grad: Tensor, chosen: Tensor, images: int, sizes: list[int], y: AxisTaps, x: AxisTaps) -> Tensor:
     """Send gradients ``[R, h, w, C]`` back to the cells ``[T, C]``."""
     cells = images * sum(height * width for height, width in zip(sizes[::2], sizes[1::2], strict=True))
-    exact = grad.flatten(0, 2).to(torch.promote_types(grad.dtype, torch.float32))
-    bins = grad.shape[1] * grad.shape[2]
+    exact = torch.promote_types(grad.dtype, torch.float32)
     total = None
     for part, taps in _blocks(chosen, images, sizes, y, x, want_bin=True):
         assert taps.weight is not None
         assert taps.bin is not None
-        piece = exact[part.start * bins : part.stop * bins]
+        piece = grad[part].flatten(0, 2).to(exact)
         result = sum_bags_adjoint(piece, taps.row, taps.weight, taps.bin, cells)
         total = result if total is None else total.add_(result)
     return grad.new_zeros((cells, grad.shape[-1])) if total is None else total.to(grad.dtype)
@@ -160,14 +143,12 @@ def weight_grad(
 ) -> Tensor:
     """Send gradients ``[R, h, w, C]`` back to the weights along y (axis 0, ``[R, h, Ty]``) or x (axis 1, ``[R, w, Tx]``)."""
     own, other = (y, x) if axis == 0 else (x, y)
-    exact = grad.flatten(0, 2)
-    bins = grad.shape[1] * grad.shape[2]
     result = torch.zeros_like(own.cell, dtype=other.weight.dtype)
     for part, taps in _blocks(chosen, images, sizes, y, x, want_bin=True, want_slots=True):
         assert taps.bin is not None
         assert taps.y_slot is not None
         assert taps.x_slot is not None
-        dots = dot_bags(exact[part.start * bins : part.stop * bins], rows, taps.row, taps.bin)
+        dots = dot_bags(grad[part].flatten(0, 2), rows, taps.row, taps.bin)
         slot, other_slot = (taps.y_slot, taps.x_slot) if axis == 0 else (taps.x_slot, taps.y_slot)
         weight = (other.weight[part] * (other.cell[part] >= 0)).flatten()
         dots = dots.to(result.dtype) * weight[other_slot]

@@ -9,8 +9,6 @@ from torch.library import opcheck
 
 from detpipe.roi_pooling import backend, bags
 
-ops = torch.ops.detpipe
-
 
 def problem(seed=0, rows=7, channels=3, bag_count=5, entries=23, dtype=torch.float64):
     """Rows, gradients, index, weights and offsets; some bags are empty, some rows read twice by one bag."""
@@ -51,10 +49,10 @@ def slow_dot(grad, rows, index, offsets):
 def test_worked_by_hand():
     rows = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
     index, weight, offsets = torch.tensor([0, 2, 2]), torch.tensor([1.0, 0.5, 2.0]), torch.tensor([0, 2, 2, 3])
-    assert ops.bag_sum(rows, index, weight, offsets).tolist() == [[2.5, 25.0], [0.0, 0.0], [6.0, 60.0]]
+    assert bags.bag_sum(rows, index, weight, offsets).tolist() == [[2.5, 25.0], [0.0, 0.0], [6.0, 60.0]]
     grad = torch.tensor([[1.0, 0.0], [7.0, 7.0], [0.0, 1.0]])
-    assert ops.bag_sum_adjoint(grad, index, weight, offsets, 3).tolist() == [[1.0, 0.0], [0.0, 0.0], [0.5, 2.0]]
-    assert ops.bag_dot(grad, rows, index, offsets).tolist() == [1.0, 3.0, 30.0]
+    assert bags.bag_sum_adjoint(grad, index, weight, offsets, 3).tolist() == [[1.0, 0.0], [0.0, 0.0], [0.5, 2.0]]
+    assert bags.bag_dot(grad, rows, index, offsets).tolist() == [1.0, 3.0, 30.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -66,9 +64,9 @@ def test_equals_loops_on_random_cases(dtype):
         values, grad, index, weight, offsets = problem(seed, rows, channels, bag_count, entries, dtype)
         exact = [tensor.double() for tensor in (values, grad, weight)]
         results = (
-            ops.bag_sum(values, index, weight, offsets),
-            ops.bag_sum_adjoint(grad, index, weight, offsets, rows),
-            ops.bag_dot(grad, values, index, offsets),
+            bags.bag_sum(values, index, weight, offsets),
+            bags.bag_sum_adjoint(grad, index, weight, offsets, rows),
+            bags.bag_dot(grad, values, index, offsets),
         )
         wanted = (
             slow_sum(exact[0], index, exact[2], offsets),
@@ -85,9 +83,9 @@ def test_plain_functions_take_the_bag_of_each_entry():
     bag_of = bags.bag_of_entries(offsets, len(index))
     assert bag_of.tolist() == [b for b in range(5) for _ in range(int(offsets[b + 1] - offsets[b]))]
     assert torch.equal(
-        bags.sum_bags_adjoint(grad, index, weight, bag_of, 7), ops.bag_sum_adjoint(grad, index, weight, offsets, 7)
+        bags.sum_bags_adjoint(grad, index, weight, bag_of, 7), bags.bag_sum_adjoint(grad, index, weight, offsets, 7)
     )
-    assert torch.equal(bags.dot_bags(grad, values, index, bag_of), ops.bag_dot(grad, values, index, offsets))
+    assert torch.equal(bags.dot_bags(grad, values, index, bag_of), bags.bag_dot(grad, values, index, offsets))
 
 
 def test_adjoint_takes_entries_in_any_order():
@@ -113,7 +111,7 @@ def test_dot_by_blocks_is_the_same(monkeypatch):
     got = bags._dot_blocks(grad, values, index, bags.bag_of_entries(offsets, len(index)))
     torch.testing.assert_close(got, slow_dot(grad, values, index, offsets), rtol=0, atol=1e-12)
     monkeypatch.setattr(bags, "_has_sampled_product", lambda *args: False)
-    assert torch.equal(got, ops.bag_dot(grad, values, index, offsets))
+    assert torch.equal(got, bags.bag_dot(grad, values, index, offsets))
     assert torch.equal(got, bags.dot_bags(grad, values, index, bags.bag_of_entries(offsets, len(index))))
     assert bags._dot_blocks(grad, values, index[:0], index[:0]).shape == (0,)
 
@@ -127,9 +125,9 @@ def test_empty_results_have_a_graph(rows, bag_count, entries, channels):
     weight, index = torch.randn(entries, requires_grad=True), torch.zeros(entries, dtype=torch.int64)
     offsets = torch.linspace(0, entries, bag_count + 1).long() if bag_count else torch.zeros(1, dtype=torch.int64)
     results = (
-        ops.bag_sum(values, index, weight, offsets),
-        ops.bag_sum_adjoint(grad, index, weight, offsets, rows),
-        ops.bag_dot(grad, values, index, offsets),
+        bags.bag_sum(values, index, weight, offsets),
+        bags.bag_sum_adjoint(grad, index, weight, offsets, rows),
+        bags.bag_dot(grad, values, index, offsets),
     )
     assert [tuple(result.shape) for result in results] == [(bag_count, channels), (rows, channels), (entries,)]
     sum(result.sum() for result in results).backward()
@@ -139,7 +137,7 @@ def test_empty_results_have_a_graph(rows, bag_count, entries, channels):
 def test_unread_rows_do_not_leak():
     values, _, index, weight, offsets = problem()
     values[3] = torch.nan
-    result = ops.bag_sum(values, index, weight, offsets)
+    result = bags.bag_sum(values, index, weight, offsets)
     touched = torch.zeros(5, dtype=torch.bool)
     touched[bags.bag_of_entries(offsets, len(index))[index == 3]] = True
     assert torch.equal(result.isnan().any(dim=1), touched)
@@ -151,9 +149,9 @@ def differentiable(seed=0):
     for tensor in (values, grad, weight):
         tensor.requires_grad_()
     return [
-        (lambda r, w: ops.bag_sum(r, index, w, offsets), (values, weight)),
-        (lambda g, w: ops.bag_sum_adjoint(g, index, w, offsets, 4), (grad, weight)),
-        (lambda g, r: ops.bag_dot(g, r, index, offsets), (grad, values)),
+        (lambda r, w: bags.bag_sum(r, index, w, offsets), (values, weight)),
+        (lambda g, w: bags.bag_sum_adjoint(g, index, w, offsets, 4), (grad, weight)),
+        (lambda g, r: bags.bag_dot(g, r, index, offsets), (grad, values)),
     ]
 
 
@@ -174,12 +172,15 @@ def test_gradients_of_three_orders(which):
 def test_registered_as_operators_should_be():
     values, grad, index, weight, offsets = problem()
     values, grad, weight = (tensor.requires_grad_() for tensor in (values, grad, weight))
-    opcheck(ops.bag_sum.default, (values, index, weight, offsets))
-    opcheck(ops.bag_sum_adjoint.default, (grad, index, weight, offsets, 7))
-    opcheck(ops.bag_dot.default, (grad, values, index, offsets))
     half = values.detach().bfloat16()
-    opcheck(ops.bag_sum.default, (half, index, weight.detach().float(), offsets))
-    opcheck(ops.bag_dot.default, (grad.detach().bfloat16(), half, index, offsets))
+    for given in (
+        (None, values, weight),
+        (grad, None, weight),
+        (grad, values, None),
+        (None, half, weight.detach().float()),
+        (grad.detach().bfloat16(), half, None),
+    ):
+        opcheck(torch.ops.detpipe.bag.default, (*given, index, offsets, 7, [5]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -187,16 +188,16 @@ def test_half_precision_is_summed_in_float32(dtype):
     rows = torch.full((1, 2), 1.0, dtype=dtype)
     index, offsets = torch.zeros(4096, dtype=torch.int64), torch.tensor([0, 4096])
     weight = torch.full((4096,), 1 / 4096)
-    assert ops.bag_sum(rows, index, weight, offsets).tolist() == [[1.0, 1.0]]
-    total = ops.bag_sum_adjoint(rows, index, weight, offsets, 1)
+    assert bags.bag_sum(rows, index, weight, offsets).tolist() == [[1.0, 1.0]]
+    total = bags.bag_sum_adjoint(rows, index, weight, offsets, 1)
     assert total.tolist() == [[1.0, 1.0]]
     assert total.dtype == dtype
-    dots = ops.bag_dot(rows.expand(1, 2), rows, index, offsets)
+    dots = bags.bag_dot(rows.expand(1, 2), rows, index, offsets)
     assert dots.dtype == torch.float32
     assert (dots == 2).all()
     leaf = rows.clone().requires_grad_()
     small = weight.to(dtype).requires_grad_()
-    ops.bag_sum(leaf, index, small, offsets).sum().backward()
+    bags.bag_sum(leaf, index, small, offsets).sum().backward()
     assert (leaf.grad.dtype, small.grad.dtype) == (dtype, dtype)
 
 
@@ -204,9 +205,9 @@ def test_autocast_changes_nothing():
     values, grad, index, weight, offsets = problem(dtype=torch.float32)
     bag_of = bags.bag_of_entries(offsets, len(index))
     args = (values, index, weight, offsets), (grad, values, index, offsets)
-    plain = ops.bag_sum(*args[0]), ops.bag_dot(*args[1]), bags._dot_blocks(grad, values, index, bag_of)
+    plain = bags.bag_sum(*args[0]), bags.bag_dot(*args[1]), bags._dot_blocks(grad, values, index, bag_of)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = ops.bag_sum(*args[0]), ops.bag_dot(*args[1]), bags._dot_blocks(grad, values, index, bag_of)
+        cast = bags.bag_sum(*args[0]), bags.bag_dot(*args[1]), bags._dot_blocks(grad, values, index, bag_of)
     for got, want in zip(cast, plain, strict=True):
         assert got.dtype == torch.float32
         assert torch.equal(got, want)
@@ -218,19 +219,23 @@ def test_memory_layout_does_not_matter():
     turned = values.t().contiguous().t()
     for other in (strided, turned):
         assert not other.is_contiguous()
-        assert torch.equal(ops.bag_sum(other, index, weight, offsets), ops.bag_sum(values, index, weight, offsets))
-        assert torch.equal(ops.bag_dot(grad, other, index, offsets), ops.bag_dot(grad, values, index, offsets))
+        assert torch.equal(bags.bag_sum(other, index, weight, offsets), bags.bag_sum(values, index, weight, offsets))
+        assert torch.equal(bags.bag_dot(grad, other, index, offsets), bags.bag_dot(grad, values, index, offsets))
     every_other = torch.stack((index, weight), dim=1)
-    got = ops.bag_sum(values, every_other[:, 0].long(), every_other[:, 1], offsets)
-    assert torch.equal(got, ops.bag_sum(values, index, weight, offsets))
+    got = bags.bag_sum(values, every_other[:, 0].long(), every_other[:, 1], offsets)
+    assert torch.equal(got, bags.bag_sum(values, index, weight, offsets))
 
 
 def test_equal_to_the_bit_for_every_run_and_number_of_threads():
     values, grad, index, weight, offsets = problem(3, 300, 64, 400, 20_000, torch.float32)
 
     def everything():
-        total = ops.bag_sum(values, index, weight, offsets)
-        return total, ops.bag_sum_adjoint(grad, index, weight, offsets, 300), ops.bag_dot(grad, values, index, offsets)
+        total = bags.bag_sum(values, index, weight, offsets)
+        return (
+            total,
+            bags.bag_sum_adjoint(grad, index, weight, offsets, 300),
+            bags.bag_dot(grad, values, index, offsets),
+        )
 
     threads = torch.get_num_threads()
     try:
@@ -258,11 +263,11 @@ def test_vmap_equals_a_loop(dims):
         return problems[0 if dim is None else v][at]
 
     sum_args = [pick(at, dim) for at, dim in zip((0, 2, 3, 4), dims, strict=True)]
-    got = torch.vmap(ops.bag_sum, dims)(*sum_args)
+    got = torch.vmap(bags.bag_sum, dims)(*sum_args)
     adjoint_args = [pick(at, dim) for at, dim in zip((1, 2, 3, 4), dims, strict=True)]
-    adjoint = torch.vmap(lambda *args: ops.bag_sum_adjoint(*args, 7), dims)(*adjoint_args)
+    adjoint = torch.vmap(lambda *args: bags.bag_sum_adjoint(*args, 7), dims)(*adjoint_args)
     dot_dims = (dims[0], dims[2], dims[1], dims[3])
-    dots = torch.vmap(ops.bag_dot, dot_dims)(*[pick(at, dim) for at, dim in zip((1, 0, 2, 4), dot_dims, strict=True)])
+    dots = torch.vmap(bags.bag_dot, dot_dims)(*[pick(at, dim) for at, dim in zip((1, 0, 2, 4), dot_dims, strict=True)])
     for v in range(3):
         rows, index, weight, offsets = (one(at, dim, v) for at, dim in zip((0, 2, 3, 4), dims, strict=True))
         torch.testing.assert_close(got[v], slow_sum(rows, index, weight, offsets))
@@ -278,7 +283,7 @@ def test_gradients_through_vmap():
     weight.requires_grad_()
 
     def loss(rows):
-        return ops.bag_sum(rows, index, weight, offsets).square().sum()
+        return bags.bag_sum(rows, index, weight, offsets).square().sum()
 
     got = torch.autograd.grad(torch.vmap(loss)(stacked).sum(), (stacked, weight))
     want = torch.autograd.grad(loss(stacked[0]) + loss(stacked[1]), (stacked, weight))
@@ -290,7 +295,7 @@ def test_compiles_without_a_break():
     values, _, index, weight, offsets = problem()
 
     def loss(rows, weight):
-        return ops.bag_sum(rows, index, weight, offsets).sin().sum()
+        return bags.bag_sum(rows, index, weight, offsets).sin().sum()
 
     leaves = values.requires_grad_(), weight.requires_grad_()
     want = torch.autograd.grad(loss(*leaves), leaves)
@@ -335,7 +340,7 @@ def test_no_warning_reaches_the_user():
 def test_same_on_a_gpu():
     values, grad, index, weight, offsets = problem(dtype=torch.float32)
     moved = [tensor.cuda() for tensor in (values, grad, index, weight, offsets)]
-    total = ops.bag_sum(moved[0], moved[2], moved[3], moved[4]).cpu()
+    total = bags.bag_sum(moved[0], moved[2], moved[3], moved[4]).cpu()
     torch.testing.assert_close(total, slow_sum(values, index, weight, offsets))
-    dots = ops.bag_dot(moved[1], moved[0], moved[2], moved[4]).cpu()
+    dots = bags.bag_dot(moved[1], moved[0], moved[2], moved[4]).cpu()
     torch.testing.assert_close(dots, slow_dot(grad, values, index, offsets))
