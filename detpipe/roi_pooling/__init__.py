@@ -7,7 +7,8 @@ Words of this package:
     axis taps: the cells that a bin reads along one axis, each with a weight.
     bag: rows that are summed with weights, whatever they are.
     given boxes: boxes in the user's layout, which kernels read; RoIs: the same as one row a box with its image.
-    placement: RoIs with the map, and the scale, of each; a scene is the same of given boxes, for kernels.
+    scene: given boxes, the sizes of the maps that they lie on, and how bins are read: what every operator is called with.
+    placement: the RoIs of a scene with the map, and the scale, of each.
     tile: the cells that a program owns on the way back from bins to cells.
 """
 

@@ -102,8 +102,8 @@ class RoIMaxPool(RoIPooler):
     ) -> None:
         super().__init__(output_size, levels)
         self.bins: Bins = bins
-        self._samples = _rounding(bins)
+        _rounding(bins)  # refuses other names
 
     def pool(self, maps: list[Tensor], scene: Scene) -> Tensor:
         """Pool the boxes of a scene: ``[R, C, h, w]``."""
-        return max_pool(maps, scene._replace(samples=self._samples))
+        return max_pool(maps, scene._replace(samples=_rounding(self.bins)))

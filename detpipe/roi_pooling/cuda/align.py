@@ -11,6 +11,7 @@ N images, L levels, R boxes, h x w bins, C channels, T cells of all maps.
 """
 
 # ruff: noqa: RUF005 (tuples of tensors are added in Triton, not unpacked)
+# ruff: noqa: RET505 (a return in a branch that is chosen by the compiler needs its else)
 # Triton annotates its functions as they are on the host; compiled, its loops and tensors are something else.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -221,17 +222,19 @@ def weight(cell, start, size, bin, extent, SAMPLES: tl.constexpr):
     if SAMPLES == PRECISE:
         past = start + bin * size - cell
         return divide(hat_integral(past + size) - hat_integral(past), past * 0 + size)
-    total = (start + size + bin + cell + extent) * 0.0
-    if SAMPLES == ADAPTIVE:
-        samples = tl.ceil(size)
-        first = first_sample(cell, start, size, bin, samples)
-        for k in range(TERMS):
-            share = hat(sample_point(start, size, bin, first + k, samples), cell, extent)
-            total += tl.where(first + k < samples, share, 0.0)
-        return divide(total, total * 0 + samples)
-    for k in tl.range(0, SAMPLES, loop_unroll_factor=4):
-        total += hat(sample_point(start, size, bin, k, SAMPLES), cell, extent)
-    return total * (1.0 / SAMPLES)
+    else:
+        total = (start + size + bin + cell + extent) * 0.0
+        if SAMPLES == ADAPTIVE:
+            samples = tl.ceil(size)
+            first = first_sample(cell, start, size, bin, samples)
+            for k in range(TERMS):
+                share = hat(sample_point(start, size, bin, first + k, samples), cell, extent)
+                total += tl.where(first + k < samples, share, 0.0)
+            return divide(total, total * 0 + samples)
+        else:
+            for k in tl.range(0, SAMPLES, loop_unroll_factor=4):
+                total += hat(sample_point(start, size, bin, k, SAMPLES), cell, extent)
+            return total * (1.0 / SAMPLES)
 
 
 @triton.jit
@@ -244,22 +247,24 @@ def weight_slopes(cell, start, size, bin, extent, SAMPLES: tl.constexpr):
         high = tl.maximum(1.0 - tl.abs(past + size), 0.0)
         size = past * 0 + size
         return share, divide(high - low, size), divide((bin + 1.0) * high - bin * low - share, size)
-    to_start = share * 0.0
-    to_size = share * 0.0
-    if SAMPLES == ADAPTIVE:
-        samples = tl.ceil(size)
-        first = first_sample(cell, start, size, bin, samples)
-        for k in range(TERMS):
-            rise = slope(sample_point(start, size, bin, first + k, samples), cell, extent)
-            rise = tl.where(first + k < samples, rise, 0.0)
-            to_start += rise
-            to_size += rise * (bin + divide(first + k + 0.5, samples + first * 0))
-        return share, divide(to_start, samples + to_start * 0), divide(to_size, samples + to_size * 0)
-    for k in tl.range(0, SAMPLES, loop_unroll_factor=4):
-        rise = slope(sample_point(start, size, bin, k, SAMPLES), cell, extent)
-        to_start += rise
-        to_size += rise * (bin + (k + 0.5) * (1.0 / SAMPLES))
-    return share, to_start * (1.0 / SAMPLES), to_size * (1.0 / SAMPLES)
+    else:
+        to_start = share * 0.0
+        to_size = share * 0.0
+        if SAMPLES == ADAPTIVE:
+            samples = tl.ceil(size)
+            first = first_sample(cell, start, size, bin, samples)
+            for k in range(TERMS):
+                rise = slope(sample_point(start, size, bin, first + k, samples), cell, extent)
+                rise = tl.where(first + k < samples, rise, 0.0)
+                to_start += rise
+                to_size += rise * (bin + divide(first + k + 0.5, samples + first * 0))
+            return share, divide(to_start, samples + to_start * 0), divide(to_size, samples + to_size * 0)
+        else:
+            for k in tl.range(0, SAMPLES, loop_unroll_factor=4):
+                rise = slope(sample_point(start, size, bin, k, SAMPLES), cell, extent)
+                to_start += rise
+                to_size += rise * (bin + (k + 0.5) * (1.0 / SAMPLES))
+            return share, to_start * (1.0 / SAMPLES), to_size * (1.0 / SAMPLES)
 
 
 @triton.jit
