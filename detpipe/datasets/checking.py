@@ -75,7 +75,7 @@ def check_data(splits: Mapping[str, DetectionData], decode: bool = True) -> Repo
 
 def _repeated_boxes(a: Annotations) -> list[Fault]:
     """Boxes that an image has twice with the same class."""
-    image = np.repeat(np.arange(len(a)), np.diff(a.offsets))
+    image = a.box_image
     rows = np.column_stack([image, a.labels, a.iscrowd, a.boxes])
     _, first, count = np.unique(rows, axis=0, return_index=True, return_counts=True)
     return [

@@ -141,7 +141,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     def target(self, index: int) -> Target:
         """The ground truth of one image, in pixels of its file; nothing is read."""
         a = self.annotations
-        rows = slice(int(a.offsets[index]), int(a.offsets[index + 1]))
+        rows = slice(*a.offsets[index : index + 2].tolist())
         image_id = int(a.image_ids[index])
         target = Target(
             boxes=torch.tensor(a.boxes[rows], dtype=torch.float32),

@@ -10,7 +10,7 @@ from msgspec import UNSET
 
 from detpipe.support.coco_file import read_coco_images
 from detpipe.support.errors import DataError
-from detpipe.support.files import refuse_special
+from detpipe.support.strict_json import read_text
 
 Naming = Literal["id", "file", "either"]
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"))
@@ -99,16 +99,7 @@ def read_known_images(path: str | Path) -> KnownImages:
 
 
 def _read_list(path: Path) -> KnownImages:
-    refuse_special(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file: check the path") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not UTF-8 text: expected a .json file or a list of ids"
-        ) from error
-    ids = [line.split()[0] for line in lines if line.strip()]
+    ids = [line.split()[0] for line in read_text(path, "list of ids, nor a .json file").splitlines() if line.strip()]
     for image_id, count in Counter(ids).items():
         if count > 1:
             raise DataError(f"{path}: image id {image_id} is there twice; each image must have an id of its own")

@@ -25,8 +25,6 @@ Rectangle = tuple[int, int, int, int]
 Pixels = npt.NDArray[Any]  # uint8, or float32 in 0..1
 Boxes = npt.NDArray[np.float64]
 
-GROUND = (124, 116, 104)  # RGB, the mean color of ImageNet: what a network calls zero
-
 cv2.setNumThreads(0)  # data workers are what runs in parallel; threads of OpenCV do not survive a fork
 
 _LEAST = 0.01  # pixels: a box with a smaller side has left the image
@@ -155,12 +153,6 @@ def resize(image: Pixels, source: Rectangle, goal: Rectangle) -> Pixels:
     if cut.ndim == 2:
         return out[0]
     return out[0].reshape(*size[::-1], -1) if len(out) == 1 else np.dstack(out)
-
-
-def ground(image: Pixels) -> Pixels:
-    """What an image ``[H, W, C]`` is filled up with, ``[C]`` of its type: the mean color, its three values repeated."""
-    color = np.array([GROUND[k % 3] for k in range(image.shape[2])])
-    return (color if image.dtype == np.uint8 else color / 255).astype(image.dtype)
 
 
 def move(boxes: Boxes, source: Rectangle, goal: Rectangle) -> Boxes:

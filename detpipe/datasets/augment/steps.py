@@ -12,7 +12,7 @@ import os
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or the import asks the network for a newer version
 
-from detpipe.datasets.augment.sample import Pixels, Rectangle, Scene, areas, clip, ground, move, resize  # isort: skip
+from detpipe.datasets.augment.sample import Pixels, Rectangle, Scene, areas, clip, move, resize  # isort: skip
 
 import inspect
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ import numpy.typing as npt
 from albumentations.core.type_definitions import Targets
 
 from detpipe.datasets.augment.settings import LARGEST_CROP, AugmentSettings, Degrade, Photometric, SafeCrop, Transform
+from detpipe.datasets.resize import ground
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import RGB, PixelType
 
@@ -207,7 +208,7 @@ class Zoom(albumentations.DualTransform):
         """Resize the source rectangle of ``[H, W, C]`` into the goal rectangle of a grey image."""
         u1, v1, u2, v2 = goal
         out = np.empty_like(img)
-        out[:] = ground(img)
+        out[:] = ground(img.shape[2], img.dtype != np.uint8)
         out[v1:v2, u1:u2] = resize(img, source, goal)
         return out
 

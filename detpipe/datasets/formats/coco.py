@@ -25,9 +25,9 @@ from detpipe.datasets.annotations import AnnotationBuilder, leaves_folder
 from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats import export
-from detpipe.datasets.formats.export import Images, Names, Splits, Written
+from detpipe.datasets.formats.export import Images, Splits, Written
 from detpipe.datasets.formats.folders import Entries, take_split
-from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
 from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations, Segmentations
@@ -196,10 +196,7 @@ def load_coco(
         faults: takes all faults, in place of ``on_bad``.
 
     Returns:
-        The annotations of all images, in the order of the file.
-
-    Raises:
-        DataError: for anything wrong, naming the file, the record, the field and its value.
+        All images, in the order of the file. A DataError for anything wrong names file, record, field and value.
     """
     json_path, image_root = Path(json_path), Path(image_root)
     faults = faults or Faults(on_bad)
@@ -270,22 +267,22 @@ def write_coco(
     ``difficult`` goes along as a field of that name, which COCO's own tools pass over. A DataError if the folder is there
     already, or images cannot be linked.
     """
-    remarks: list[str] = []
-    with export.new_folder(folder, splits) as out:
-        (out / "annotations").mkdir()
+    with export.new_folder(folder, splits, images, source) as made:
+        (made.out / "annotations").mkdir()
         for split, a in splits.items():
             name = export.file_name_of(split)
+            names = [path.removeprefix(f"{name}/") for path in made.place(split, name, own=True)]
             if images == "none":
-                names = a.file_names.tolist()
-                remarks.append(f"file names of {name} are relative to {a.root}")
+                made.remarks.append(f"file names of {name} are relative to {a.root}")
             else:
-                names = Names(flat=False).of(split, a)
-                (out / name).mkdir()
-            export.transfer(image_paths(a), [out / name / file_name for file_name in names], images, source)
+                (made.out / name).mkdir(exist_ok=True)
             if list(a.category_ids) != sorted(a.category_ids):
-                remarks.append(f"the classes of {name} are numbered by ascending category id, no longer in their order")
-            (out / "annotations" / f"instances_{name}.json").write_bytes(msgspec.json.encode(coco_content(a, names)))
-    return Written(Path(folder), tuple(map(export.file_name_of, splits)), *export.totals(splits), tuple(remarks))
+                made.remarks.append(
+                    f"the classes of {name} are numbered by ascending category id, no longer in their order"
+                )
+            path = made.out / "annotations" / f"instances_{name}.json"
+            path.write_bytes(msgspec.json.encode(coco_content(a, names)))
+    return made.written(map(export.file_name_of, splits))
 
 
 def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
@@ -300,7 +297,7 @@ def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
     ]
     boxes = []
     for i in range(len(a)):
-        for b in export.rows_of(a, i):
+        for b in a.rows_of(i):
             x1, y1, x2, y2 = a.boxes[b].tolist()
             record = {
                 "id": b + 1,

@@ -19,7 +19,7 @@ segmentation  yes    in a file beside it      in a file beside it  beside it
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -49,9 +49,59 @@ class Written:
     remarks: tuple[str, ...] = ()  # what could not be kept as it was
 
 
+class Export:
+    """A data set that is being written; ``flat`` makes folders part of the names of images.
+
+    Attributes:
+        out: the folder that is written to.
+        renamed: how many images have another name in it, since no two share one without its suffix.
+        remarks: what is to be said of it.
+    """
+
+    def __init__(self, splits: Splits, images: Images, source: ImageFiles, flat: bool) -> None:
+        self.splits, self.images, self.source, self.flat = splits, images, source, flat
+        self.folder = self.out = Path()
+        self.renamed, self.remarks = 0, list[str]()
+        self._owner: dict[str, Path] = {}  # name without suffix -> image
+
+    def place(self, split: str, base: str, own: bool = False) -> list[str]:
+        """Put the images of a split into a folder ``base`` of the data set; their names, relative to the latter.
+
+        ``own``: where no images are to be put there, the names that they have.
+        """
+        annotations, part = self.splits[split], file_name_of(split)
+        if own and self.images == "none":
+            return annotations.file_names.tolist()
+        sources = image_paths(annotations)
+        plain = zip(plain_names(annotations), sources, strict=True)
+        names = [f"{base}/{self._name(base, part, name, source)}" for name, source in plain]
+        transfer(sources, [self.out / name for name in names], self.images, self.source)
+        return names
+
+    def _name(self, base: str, split: str, name: str, source: Path) -> str:
+        wanted = PurePosixPath(name.replace("/", "__") if self.flat else name)
+        source = Path(os.path.normpath(source))
+        candidates = [wanted, wanted.with_name(f"{split}__{wanted.name}")]
+        number = 2
+        while True:
+            for candidate in candidates:
+                if self._owner.setdefault(f"{base}/{candidate.with_suffix('')}", source) == source:
+                    self.renamed += candidate != wanted
+                    return str(candidate)
+            candidates = [wanted.with_name(f"{split}__{wanted.stem}_{number}{wanted.suffix}")]
+            number += 1
+
+    def written(self, names: Iterable[str]) -> Written:
+        """What was done, of splits that are called so in the data set."""
+        images, boxes = map(len, self.splits.values()), (len(a.boxes) for a in self.splits.values())
+        return Written(self.folder, tuple(names), sum(images), sum(boxes), tuple(self.remarks))
+
+
 @contextmanager
-def new_folder(folder: str | Path, splits: Splits) -> Iterator[Path]:
-    """Yield a folder to write to, which becomes ``folder`` when all is written.
+def new_folder(
+    folder: str | Path, splits: Splits, images: Images, source: ImageFiles, flat: bool = False
+) -> Iterator[Export]:
+    """Yield a folder to write to, which becomes ``folder`` when all is written; other arguments are those of `transfer`.
 
     A DataError if there is something under that name, or there is nothing to write.
     """
@@ -60,8 +110,10 @@ def new_folder(folder: str | Path, splits: Splits) -> Iterator[Path]:
         raise DataError(f"{path} is there already: name a new folder, or remove it first")
     if not splits or not all(splits):
         raise DataError(f"{path}: expected at least one split, each with a name, got {list(splits)}")
-    with atomic_folder(path) as temporary:
-        yield temporary
+    export = Export(splits, images, source, flat)
+    with atomic_folder(path) as export.out:
+        export.folder = path
+        yield export
     if not path.is_dir():
         raise DataError(f"{path} could not be made")
 
@@ -102,33 +154,6 @@ def _fit(part: str) -> str:
     return f"_{name}" if name.startswith(".") or not name else name
 
 
-class Names:
-    """Gives each image a name of its own: no two share the name without its suffix. ``flat`` makes folders part of the name."""
-
-    def __init__(self, flat: bool) -> None:
-        self.flat = flat
-        self.renamed = 0
-        self._owner: dict[str, Path] = {}  # name without suffix -> image
-
-    def of(self, split: str, annotations: Annotations) -> list[str]:
-        """The names of the images of a split."""
-        sources = image_paths(annotations)
-        return [self._name(file_name_of(split), n, s) for n, s in zip(plain_names(annotations), sources, strict=True)]
-
-    def _name(self, split: str, name: str, source: Path) -> str:
-        wanted = PurePosixPath(name.replace("/", "__") if self.flat else name)
-        source = Path(os.path.normpath(source))
-        candidates = [wanted, wanted.with_name(f"{split}__{wanted.name}")]
-        number = 2
-        while True:
-            for candidate in candidates:
-                if self._owner.setdefault(str(candidate.with_suffix("")), source) == source:
-                    self.renamed += candidate != wanted
-                    return str(candidate)
-            candidates = [wanted.with_name(f"{split}__{wanted.stem}_{number}{wanted.suffix}")]
-            number += 1
-
-
 def check_suffixes(splits: Splits, allowed: Sequence[str], layout: str) -> None:
     """Refuse by a DataError images that a layout cannot name."""
     wrong = [p for a in splits.values() for p in image_paths(a) if p.suffix.lower() not in allowed]
@@ -154,11 +179,6 @@ def transfer(sources: Sequence[Path], targets: Sequence[Path], how: Images, file
         (files.copy if how == "copy" else files.link)(source, target)
 
 
-def rows_of(annotations: Annotations, image: int) -> range:
-    """The rows of the boxes of an image."""
-    return range(int(annotations.offsets[image]), int(annotations.offsets[image + 1]))
-
-
 def own_area(annotations: Annotations) -> npt.NDArray[np.bool_]:
     """[B] whether the area is another than that of the box, as that of a segmentation is."""
     boxes = annotations.boxes
@@ -181,8 +201,3 @@ def number(value: float) -> int | float:
     """A whole number as such, which is easier to read; what is nearer to one than 1e-9 is rounding."""
     whole = round(value)
     return whole if abs(value - whole) < 1e-9 and (whole or not value) else float(value)
-
-
-def totals(splits: Splits) -> tuple[int, int]:
-    """Images and boxes of all splits."""
-    return sum(map(len, splits.values())), sum(len(a.boxes) for a in splits.values())

@@ -20,11 +20,11 @@ from detpipe.datasets.formats.folders import (
     find_places,
     is_image,
     list_folder,
-    read_text,
     says_folders,
     take_split,
 )
 from detpipe.support.errors import DataError
+from detpipe.support.strict_json import read_text
 from detpipe.support.suggest import did_you_mean
 
 LAYOUT = "VOC layout is JPEGImages/NAME.jpg, Annotations/NAME.xml and lists of names in ImageSets/Main/SPLIT.txt"
@@ -214,7 +214,7 @@ class _Finder:
     def add_list(self, part: VOCSplit) -> None:
         """Add the images that a list names."""
         assert part.list_file is not None
-        for line_number, line in enumerate(read_text(part.list_file, "a list of image names").splitlines(), start=1):
+        for line_number, line in enumerate(read_text(part.list_file, "list of image names").splitlines(), start=1):
             text = self._without_flag(line.strip().replace("\\", "/"), part.places)
             if text:
                 self._add_line(text, part, f"{part.list_file}: line {line_number}: {text!r}")

@@ -29,12 +29,11 @@ from detpipe.datasets.formats.folders import (
     find_lists,
     find_places,
     list_folder,
-    read_text,
     says_folders,
     take_split,
 )
 from detpipe.support.errors import DataError
-from detpipe.support.strict_json import load_json, shorten
+from detpipe.support.strict_json import load_json, read_text, shorten
 from detpipe.support.strict_yaml import MOST_BYTES, load_yaml
 from detpipe.support.suggest import did_you_mean
 
@@ -188,7 +187,7 @@ def _read_darknet(path: Path) -> YOLOFile:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in read_text(path, "text").rstrip().splitlines()]
+    return [line.strip() for line in read_text(path, "text file").rstrip().splitlines()]
 
 
 def _listed_names(path: Path) -> tuple[str, ...]:

@@ -263,7 +263,7 @@ class Contents:
     def describe(self, row: int) -> bytes:
         """The annotations of an image as JSON."""
         a = self.annotations
-        rows = slice(int(a.offsets[row]), int(a.offsets[row + 1]))
+        rows = slice(*a.offsets[row : row + 2].tolist())
         height, width = a.sizes[row].tolist()
         labels = a.labels[rows].tolist()
         content = {
@@ -420,8 +420,7 @@ def _assemble(contents: Contents, folder: Path, split: str, done: Sequence[Writt
     a, store = contents.annotations, contents.proposals
     counts = dict(a.counts)
     for row, reason, _ in (one for written in done for one in written.skipped):
-        boxes = int(a.offsets[row + 1] - a.offsets[row])
-        for name, n in ((f"images skipped: {reason}", 1), ("boxes skipped: image skipped", boxes)):
+        for name, n in ((f"images skipped: {reason}", 1), ("boxes skipped: image skipped", len(a.rows_of(row)))):
             counts[name] = counts.get(name, 0) + n
     rows = np.array([row for written in done for row in written.rows], dtype=np.intp)
     if not len(rows):
