@@ -108,7 +108,6 @@ def _training(views: Views) -> tuple[albumentations.BasicTransform, ...]:
 
 @lru_cache(maxsize=8)
 def _evaluation(views: Views) -> tuple[albumentations.BasicTransform, ...]:
-    """The steps of evaluation, over a square image."""
     from detpipe.datasets.augment import steps  # noqa: F401 (as above)  # isort: skip
     import albumentations
 

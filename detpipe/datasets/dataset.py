@@ -158,7 +158,6 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
 
 def _check(augment: Augment, annotations: Annotations, pixels: PixelType) -> None:
-    """Find before the first image what an augmentation lacks."""
     combine = augment.combine
     if len(annotations) < combine.images:
         raise DataError(f"{annotations.root}: {combine.too_few(len(annotations))}")

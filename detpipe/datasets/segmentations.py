@@ -113,7 +113,6 @@ def _run_lengths(segmentation: Any, size: tuple[int, int], draw: bool) -> list[i
 
 
 def _covered(polygons: list[list[float]], size: tuple[int, int]) -> list[int]:
-    """The run lengths of what polygons enclose."""
     from pycocotools import mask as drawing
 
     points: Any = [list(map(float, one)) for one in polygons]

@@ -144,7 +144,6 @@ def read_marker(root: Path, name: str, what: str, read: Callable[[Any], T]) -> T
 
 
 def _check_replaceable(root: Path) -> None:
-    """Refuse to replace a set among files that were not generated."""
     made = _made_with(root)
     if made is None:
         return
@@ -158,7 +157,6 @@ def _check_replaceable(root: Path) -> None:
 
 
 def _file_names(scenes: DemoScenes) -> Iterator[str]:
-    """The path of every file of a set."""
     yield from (MARKER, "CREDITS.txt", f"voc/{CLASS_LIST}")
     for split in SPLITS:
         yield f"coco/annotations/instances_{split}.json"
@@ -189,7 +187,6 @@ def _generate(folder: Path, root: Path, scenes: DemoScenes) -> None:
 
 
 def _write_coco(root: Path, split: str, scenes: dict[str, Scene]) -> None:
-    """Write the images and the annotation file of one split."""
     (root / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []

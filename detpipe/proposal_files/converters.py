@@ -153,7 +153,6 @@ def _add(
     tally: Tally,
     path: Path,
 ) -> None:
-    """Check one image and add it to the store."""
     where, count = f"{path}: image {image.name!r}", len(image.boxes)
     tally.counts["images read"] += 1
     tally.counts["boxes read"] += count
@@ -175,7 +174,6 @@ def _add(
 def _usable(
     image: RawImage, scores: Array, convention: str, size: tuple[int, int] | None, where: str, tally: Tally
 ) -> tuple[Array, Array]:
-    """The boxes that can be stored, as pixel edges, and their scores."""
     edges = to_edges(image.boxes, convention)
     early = starts_before_first(image.boxes, convention)
     good = ~early

@@ -83,20 +83,17 @@ def make_store(
     on_bad: str = "error",
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Make boxes for images and write their store, going on where an earlier run stopped.
+    """Make boxes for images of different ids and write their store, going on where an earlier run stopped.
 
     Args:
         build: makes the source, in each process; must be picklable.
-        items: the images, of different ids.
-        output: the store to write.
+        items: the images.
+        output: the store.
         read: path -> ``[H, W, 3]`` uint8 RGB; must be picklable.
         workers: processes; 1 works in this one.
         on_bad: "error" stops at an image that cannot be read or proposed for (what is made stays); "skip" writes no
             boxes for it and counts it.
         progress: called with the number of images done and of all, after each.
-
-    Returns:
-        What was done.
 
     Raises:
         DataError: two images of one id, a journal of other settings, or, unless skipped, an image that is bad.
@@ -184,7 +181,6 @@ def _check_ids(items: Sequence[Item]) -> None:
 
 
 def _maker(build: Callable[[], Proposer], read: Callable[[Path], npt.NDArray[np.uint8]]) -> Work[Item, _Result]:
-    """What makes boxes in a process of its own."""
     source = build()
     return lambda item, step: _make(source, item, read)
 

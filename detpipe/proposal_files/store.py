@@ -226,7 +226,6 @@ class ProposalStore(Mapping[str, ProposalRecord]):
         return ProposalRecord(self._boxes[start:end].copy(), self._scores[start:end].copy())
 
     def _rows(self) -> dict[str, int]:
-        """All ids and their rows."""
         names = [self._name(row) for row in range(len(self))]
         for row in range(1, len(names)):
             if names[row] <= names[row - 1]:

@@ -74,8 +74,6 @@ _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _Entry(msgspec.Struct):
-    """What the header says about an array."""
-
     dtype: str
     shape: list[_Count]
     data_offsets: tuple[_Count, _Count]
@@ -160,18 +158,9 @@ def build_header(description: Description, images: int, boxes: int, id_bytes: in
 
 
 def read_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[Description, dict[str, Place]]:
-    """Read and check what stands before the arrays.
+    """Read and check what stands before the arrays of an open store: what it says about itself, and where its arrays lie.
 
-    Args:
-        file: the open store, at its start.
-        path: its name, for messages.
-        file_bytes: its length.
-
-    Returns:
-        What the store says about itself, and where its arrays lie, by name.
-
-    Raises:
-        DataError: the file is something else, is cut off or damaged, or was written by a newer version.
+    A DataError if the file is something else, is cut off or damaged, or was written by a newer version.
     """
     start = file.read(8)
     length = int.from_bytes(start, "little")

@@ -15,10 +15,10 @@ from detpipe.datasets import COCO, Augment, DetectionDataset, Loader, Resize, re
 from detpipe.datasets.decode import read_reduced
 from detpipe.datasets.resize import PADDING, pad, resample
 from detpipe.images import contents_of, detections_to_files, to_batch
-from detpipe.types import Annotations, Detection, PixelFormat
+from detpipe.types import Detection, PixelFormat
 
 from .augment.test_augmentation import paint, scenes, target_of
-from .builders import coco_content, write_coco
+from .builders import annotations, coco_content, write_coco
 from .test_datamodule import hashes
 
 SIDE = st.integers(1, 3000)
@@ -196,22 +196,8 @@ def dataset_of(folder: Path, size: tuple[int, int] = FILE, suffix: str = "jpg", 
     boxes = [[9, 11, width - 40, height - 50], [50, 30, 120, 101], [width // 2, height // 2, width, height]]
     image = paint(height, width, boxes).permute(1, 2, 0).numpy()
     Image.fromarray(image).save(folder / f"x.{suffix}", quality=100, subsampling=0)
-    B = len(boxes)
-    annotations = Annotations(
-        root=folder,
-        file_names=np.array([f"x.{suffix}"]),
-        image_ids=np.array([7]),
-        sizes=np.array([size], dtype=np.int32),
-        offsets=np.array([0, B]),
-        boxes=np.array(boxes, dtype=np.float64),
-        labels=np.arange(B) + 1,
-        iscrowd=np.zeros(B, dtype=bool),
-        difficult=np.zeros(B, dtype=bool),
-        area=np.array([(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes], dtype=np.float64),
-        class_names=("red", "green", "blue"),
-        category_ids=(1, 2, 3),
-    )
-    return DetectionDataset(annotations, proposals={7: np.array(boxes, dtype=np.float32)}, **arguments)
+    a = annotations(folder, boxes, [0, 3], [size], ("red", "green", "blue"), file_names=np.array([f"x.{suffix}"]))
+    return DetectionDataset(a, proposals={1: np.array(boxes, dtype=np.float32)}, **arguments)
 
 
 def painted(image: Tensor, k: int) -> list[int] | None:

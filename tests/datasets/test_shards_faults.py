@@ -21,13 +21,7 @@ from detpipe.datasets.shards.index import ARRAYS, INDEX, read_index
 from detpipe.datasets.shards.read import verify_shards
 from detpipe.support.errors import DataError
 
-from .shard_cases import files_in, pack, shards_in, tiny_shards
-
-
-@pytest.fixture
-def packed(tmp_path: Path) -> Path:
-    """Shards of eleven images, two a shard."""
-    return pack(files_in(tmp_path / "files"), tmp_path / "shards")
+from .shard_cases import shards_in, tiny_shards
 
 
 def spoil(path: Path, place: int) -> None:

@@ -14,12 +14,24 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from detpipe.datasets.augment.settings import LARGEST_CROP, AugmentSettings, Neighbors
+from detpipe.datasets.augment.settings import (
+    Combine,
+    Degrade,
+    Neighbors,
+    Photometric,
+    SafeCrop,
+    Transform,
+    check_parts,
+    check_range,
+)
 from detpipe.types import RGB, PixelType, Target
+
+LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
+_NOTHING = Combine()
 
 
 @dataclass(frozen=True)
-class Augment(AugmentSettings):
+class Augment:
     """What may happen to a training image, its boxes and its proposals; docs/augmentation.md shows it.
 
     Args:
@@ -37,6 +49,24 @@ class Augment(AugmentSettings):
         combine: mosaic, mix-up and copy-paste, which take several images.
         transforms: transforms of albumentations by name, in their order.
     """
+
+    flip: float = 0.5
+    scale_jitter: tuple[float, float] | None = None
+    crop: float = 0.0
+    color: float = 0.0
+    min_visibility: float = 0.25
+    vertical_flip: float = 0.0
+    safe_crop: SafeCrop | None = None
+    photometric: Photometric | None = None
+    degrade: Degrade | None = None
+    combine: Combine = _NOTHING
+    transforms: tuple[Transform, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_parts(self, "", "flip", "vertical_flip", "crop", "color", "min_visibility")
+        if self.scale_jitter is not None:
+            check_range(self, "", "scale_jitter", 0.1, 10)
+        object.__setattr__(self, "transforms", tuple(self.transforms))
 
     @property
     def magnification(self) -> float:

@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from albumentations.core.type_definitions import Targets
 
-from detpipe.datasets.augment.settings import LARGEST_CROP, AugmentSettings, Degrade, Photometric, SafeCrop, Transform
+from detpipe.datasets.augment.augmentation import LARGEST_CROP, Augment
+from detpipe.datasets.augment.settings import Degrade, Photometric, SafeCrop, Transform
 from detpipe.datasets.resize import ground
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import RGB, PixelType
@@ -39,7 +40,7 @@ _BLUR, _NOISE, _JPEG = (0.4, 2.0), (0.02, 0.1), (30, 90)
 
 
 @lru_cache(maxsize=8)
-def build_steps(augment: AugmentSettings) -> tuple[Step, ...]:
+def build_steps(augment: Augment) -> tuple[Step, ...]:
     """Build what is done to an image, in its order, once a process; a ValueError for arguments that a transform does not take."""
     steps: list[Step] = [albumentations.HorizontalFlip(p=augment.flip)]
     if augment.vertical_flip:
@@ -60,7 +61,7 @@ def build_steps(augment: AugmentSettings) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def try_steps(augment: AugmentSettings, pixels: PixelType) -> None:
+def try_steps(augment: Augment, pixels: PixelType) -> None:
     """Build the steps, and try those of the configuration where images are not what albumentations has in mind.
 
     A ValueError if a transform has arguments that it does not take, or does not take such images.

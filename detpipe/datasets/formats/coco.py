@@ -69,8 +69,7 @@ class COCO(FolderData):
         test: str | COCOFiles | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(root, **common)
-        self.splits = {"train": train, "val": val, "test": test}
+        super().__init__(root, train, val, test, **common)  # type: ignore[arg-type]
 
     def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the annotation file of a split."""
@@ -138,7 +137,6 @@ def find_splits(root: Path) -> dict[str, COCOFiles]:
 
 
 def _json_files(folder: Path, depth: int) -> list[Path]:
-    """The JSON files in a folder and in those below it, by name."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as scan:
@@ -250,7 +248,6 @@ def _check_images(file: COCOFile, names: list[str], folder: Path, built: Annotat
 
 
 def _segmentations(file: COCOFile, path: Path) -> Segmentations:
-    """The outlines of all boxes of a file; an empty one is none."""
     texts = [b"" if raw is UNSET else bytes(raw) for raw in file.boxes["segmentation"]]
     texts = [b"" if len(text) < 9 and b"".join(text.split()) in (b"[]", b"{}", b"null") else text for text in texts]
     numbered = any(isinstance(one, str) for one in file.boxes["id"])

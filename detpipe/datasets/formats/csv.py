@@ -146,7 +146,6 @@ class CSVBoxes(FolderData):
         return tuple(find_splits(table if table.is_file() else Path(self.root)))
 
     def _names(self) -> tuple[str, ...]:
-        """The class names of all splits, those of the training split's tables for ``auto``."""
         if self._class_names is None:
             names = self.format.class_names
             tables = self._tables("train") if names == "auto" and self.splits["train"] else []

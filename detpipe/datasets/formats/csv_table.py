@@ -101,7 +101,6 @@ class Table:
 
 
 def _find_columns(path: Path, header: list[str]) -> dict[str, str]:
-    """Meaning -> column; see `Table`."""
     names = [name.lower().replace(" ", "_").replace("-", "_") for name in header]
     found: dict[str, str] = {}
     for meaning, aliases in ALIASES.items():

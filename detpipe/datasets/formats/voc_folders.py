@@ -125,7 +125,6 @@ def list_images(root: Path, split: str | Sequence[str], faults: Faults) -> tuple
 
 
 def _open(root: Path, entry: str) -> VOCSplit:
-    """The split of a name."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; the argument root must name the folder of the VOC data")
     year, colon, name = entry.rpartition(":")
@@ -169,7 +168,6 @@ def _no_such_split(folder: Path, entry: str, name: str, splits: dict[str, VOCSpl
 
 
 def _no_layout(root: Path, folder: Path, entry: str, name: str) -> str:
-    """Why a split cannot be read."""
     for part in ("JPEGImages", "Annotations"):
         if not (folder / part).is_dir():
             years = sorted(path.name.removeprefix("VOC") for path in root.glob("VOC*") if path.is_dir())
@@ -179,8 +177,6 @@ def _no_layout(root: Path, folder: Path, entry: str, name: str) -> str:
 
 
 class _Finder:
-    """Collects the images of splits."""
-
     def __init__(self, root: Path, faults: Faults) -> None:
         self.root, self.faults = root, faults
         self.found: dict[str, ListedImage] = {}

@@ -279,7 +279,6 @@ def write_yolo(
 
 
 def _keys(splits: list[str]) -> dict[str, str]:
-    """Split -> its key in data.yaml."""
     kinds = {split: next((kind for kind in ("train", "val", "test") if split.startswith(kind)), "") for split in splits}
     count = Counter(kinds.values())
     return {split: kind if kind and count[kind] == 1 else export.file_name_of(split) for split, kind in kinds.items()}

@@ -84,7 +84,6 @@ def find_file(root: Path) -> Path | None:
 
 
 def _describing(folder: Path) -> Path | None:
-    """The YAML file or darknet's file of a folder."""
     if (folder / NAME).is_file():
         return folder / NAME
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
@@ -191,7 +190,6 @@ def _lines(path: Path) -> list[str]:
 
 
 def _listed_names(path: Path) -> tuple[str, ...]:
-    """The classes of a list with a name a line."""
     return _class_names([name for name in _lines(path) if name], path)
 
 
@@ -237,7 +235,6 @@ def read_yolo_yaml(root: str | Path) -> YOLOFile:
 
 
 def _points(shape: Any, path: Path) -> tuple[int, int] | None:
-    """How many keypoints a line has, and how many numbers each."""
     if shape is None:
         return None
     if (
