@@ -75,10 +75,11 @@ class Views:
 
     def training(self, image: Tensor, seed: int | Sequence[int]) -> Tensor:
         """Cut, resize, flip and recolor ``[3, H, W]`` uint8 to ``[3, size, size]``, every draw decided by non-negative numbers."""
-        from detpipe.datasets.augment.steps import reseed  # imports albumentations
+        from detpipe.datasets.augment.steps import own_seeds  # imports albumentations
 
         steps = _training(self)
-        reseed(steps, seed)
+        for step, own in zip(steps, own_seeds(seed, len(steps)), strict=True):
+            step.set_random_seed(own)
         return _applied(steps, image)
 
     def evaluation(self, image: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from .shard_cases import files_in, pack
-
 
 @pytest.fixture(scope="session")
 def eleven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``files``, eleven images in COCO layout, and ``shards`` of them, two a shard: to be read, not written to."""
+    from .shard_cases import files_in, pack  # imports much, which a conftest does before warnings are looked at
+
     folder = tmp_path_factory.mktemp("eleven")
     pack(files_in(folder / "files"), folder / "shards")
     return folder

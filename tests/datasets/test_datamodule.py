@@ -175,26 +175,6 @@ def test_wrong_proposals_are_refused_at_once(tmp_path: Path, change: dict, messa
         data_in(tmp_path).set_proposals("train", {k: v for k, v in proposals.items() if v is not None})
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"batch_size": 0}, "batch_size and eval_batch_size must be at least 1"),
-        ({"eval_batch_size": 0}, "batch_size and eval_batch_size must be at least 1"),
-        ({"num_workers": -1}, "num_workers and timeout must not be negative"),
-    ],
-)
-def test_loader_arguments_out_of_range_are_refused(wrong: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Loader(**wrong)
-
-
-def test_seed_and_policy_out_of_range_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
-        COCO(str(tmp_path), seed=-1)
-    with pytest.raises(ValueError, match="on_bad must be 'error' or 'skip', got 'ignore'"):
-        COCO(str(tmp_path), on_bad="ignore")  # type: ignore[arg-type]
-
-
 class Recorder(LightningModule):
     """Notes which images each epoch saw."""
 

@@ -19,7 +19,6 @@ from detpipe.types import Detection, PixelFormat
 
 from .augment.test_augmentation import paint, scenes, target_of
 from .builders import annotations, coco_content, write_coco
-from .test_datamodule import hashes
 
 SIDE = st.integers(1, 3000)
 FILE = (180, 240)  # height, width
@@ -153,26 +152,6 @@ def test_evaluation_takes_the_last_size_or_the_one_given() -> None:
     assert Resize("letterbox", [320, 480]).detector_sizes == (480, 480)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"policy": "stretch"}, "policy must be 'shortest_side' or 'letterbox', got 'stretch'"),
-        ({}, "max_size is missing: shortest_side needs it"),
-        ({"policy": "letterbox", "max_size": 9}, "max_size must be left out for letterbox"),
-        ({"min_size": 0, "max_size": 9}, "0 < min_size <= max_size, got min_size 0"),
-        ({"min_size": [8, 10], "max_size": 9}, r"got min_size \[8, 10\], eval_size None and max_size 9"),
-        ({"min_size": 8, "max_size": 9, "eval_size": 10}, "eval_size 10 and max_size 9"),
-        ({"min_size": [], "max_size": 9}, r"got min_size \[\]"),
-        ({"min_size": [9, 8], "max_size": 9, "sampling": "range"}, r"\[smallest, largest\] .* got \[9, 8\]"),
-        ({"min_size": 8, "max_size": 9, "sampling": "range"}, r"\[smallest, largest\] for sampling 'range', got 8"),
-        ({"min_size": 8, "max_size": 9, "sampling": "all"}, "sampling must be 'choice' or 'range', got 'all'"),
-    ],
-)
-def test_settings_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Resize(**arguments)
-
-
 def test_a_detector_of_other_sizes_is_refused() -> None:
     resize = Resize("shortest_side", [480, 600], 1000)
     resize.check_detector(600, 1000)
@@ -304,21 +283,6 @@ def test_a_file_of_another_size_than_annotated_is_still_refused(tmp_path: Path) 
         Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)).save(tmp_path / "x.jpg")
         with pytest.raises(Exception, match=hint):
             dataset[0, 0]
-
-
-def test_p2_resized_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
-    sizes = ((80, 120), (120, 80), (81, 121), (60, 100), (80, 120))
-    write_coco(tmp_path, coco_content(sizes), "train")
-    settings = {"train": "train", "val": "train", "augment": Augment(0.5, (0.5, 2.0), 0.5)}
-
-    def data(workers: int) -> COCO:
-        loader = Loader(batch_size=2, num_workers=workers)
-        return COCO(str(tmp_path), loader=loader, resize=Resize("shortest_side", [30, 40, 50], 90), **settings)
-
-    expected = hashes(data(0))
-    for workers in (1, 2):
-        assert hashes(data(workers)) == expected
-    assert expected[0] != expected[1]
 
 
 @pytest.mark.parametrize("letterbox", [True, False])

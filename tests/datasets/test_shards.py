@@ -247,5 +247,3 @@ def test_a_config_builds_it(tmp_path: Path) -> None:
     data = parser.instantiate(parser.parse_object({"data": config})).data
     assert isinstance(data, Shards)
     assert (data.window, data.loader) == (3, Loader())
-    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
-        Shards(str(tmp_path), window=0)

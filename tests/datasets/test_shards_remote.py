@@ -223,8 +223,6 @@ def test_faults_at_the_start(server: Behavior, tmp_path: Path) -> None:
         remote(server, tmp_path, val="nowhere").annotations("val")
     with pytest.raises(DataError, match=r"take .* GB, but cache\.gigabytes is 1e-08: raise it, or lower window"):
         remote(server, tmp_path, gigabytes=1e-8).annotations("val")
-    with pytest.raises(ValueError, match=r"cache\.gigabytes must be positive, got 0"):
-        ShardCache(gigabytes=0)
     for content in (b"[]", b"{}"):
         server.files[f"/set/val/{INDEX}"] = content
         with pytest.raises(DataError, match=r"/set/val/index\.json: this is no index of shards"):

@@ -230,25 +230,6 @@ def test_images_that_say_different_things_cannot_be_combined() -> None:
         transformed(plain(MIXUP), images, 0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "wrong", "message"),
-    [
-        (Mosaic, {"p": -0.1}, "mosaic.p must lie in 0..1"),
-        (Mosaic, {"center": (0.0, 0.5)}, r"mosaic.center must be \[smallest, largest\] within 0.1..0.9"),
-        (Mosaic, {"zoom": (0.5, 1.0)}, "mosaic.zoom must be"),
-        (MixUp, {"p": 2.0}, "mixup.p must lie in 0..1"),
-        (MixUp, {"alpha": 0.0}, "mixup.alpha must lie in 0.1..1000, got 0.0"),
-        (MixUp, {"alpha": float("nan")}, "mixup.alpha must lie in 0.1..1000, got nan"),
-        (CopyPaste, {"p": 2.0}, "copy_paste.p must lie in 0..1"),
-        (CopyPaste, {"objects": 0.0}, "copy_paste.objects must be above 0"),
-        (CopyPaste, {"scale": (0.0, 1.0)}, "copy_paste.scale must be"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(kind: type, wrong: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kind(**wrong)
-
-
 def test_the_oracle_sees_a_box_that_is_wrong() -> None:
     image = Drawn(60, 80, ((10, 20, 40, 50),))
     assert extents(seen(plain(Combine()), [image], 0, 0)) == [10, 20, 40, 50]
