@@ -260,7 +260,7 @@ def write_coco(
     """Write a data set in COCO layout: ``annotations/instances_SPLIT.json`` and ``SPLIT/``.
 
     The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
-    :func:`detpipe.datasets.formats.export.transfer`; without images, file names stay relative to the folder of the source. VOC's
+    :class:`~detpipe.datasets.formats.export.Export`; without images, file names stay relative to the folder of the source. VOC's
     ``difficult`` goes along as a field of that name, which COCO's own tools pass over. A DataError if the folder is there
     already, or images cannot be linked.
     """

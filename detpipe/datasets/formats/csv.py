@@ -268,7 +268,7 @@ def write_csv(splits: Splits, folder: str | Path, images: Images = "copy", sourc
     """Write a data set as a table of boxes.
 
     The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
-    :func:`detpipe.datasets.formats.export.transfer`; without images, file names stay relative to the folder of the source. A
+    :class:`~detpipe.datasets.formats.export.Export`; without images, file names stay relative to the folder of the source. A
     DataError if the folder is there already, or the classes of splits differ.
     """
     names, ids = export.one_class_list(splits)

@@ -50,7 +50,10 @@ class Written:
 
 
 class Export:
-    """A data set that is being written; ``flat`` makes folders part of the names of images.
+    """A data set that is being written.
+
+    ``images`` says how their files get there: ``"copy"``, ``"link"`` (another name for the same file, on the same disk), or
+    ``"none"``; ``source`` is where they are. ``flat`` makes folders part of their names. A DataError if files cannot be linked.
 
     Attributes:
         out: the folder that is written to.
@@ -59,7 +62,10 @@ class Export:
     """
 
     def __init__(self, splits: Splits, images: Images, source: ImageFiles, flat: bool) -> None:
-        self.splits, self.images, self.source, self.flat = splits, images, source, flat
+        if images not in ("copy", "link", "none"):
+            raise ValueError(f"images must be 'copy', 'link' or 'none', got {images!r}")
+        self.splits, self.source, self.flat = splits, source, flat
+        self.images: Images = images
         self.folder = self.out = Path()
         self.renamed, self.remarks = 0, list[str]()
         self._owner: dict[str, Path] = {}  # name without suffix -> image
@@ -75,7 +81,12 @@ class Export:
         sources = image_paths(annotations)
         plain = zip(plain_names(annotations), sources, strict=True)
         names = [f"{base}/{self._name(base, part, name, source)}" for name, source in plain]
-        transfer(sources, [self.out / name for name in names], self.images, self.source)
+        pairs = list(zip(sources, names, strict=True)) if self.images != "none" else []
+        for path, name in tqdm(pairs, desc="images", unit="image", disable=None, leave=False):
+            target = self.out / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():  # as the same image of another split
+                (self.source.copy if self.images == "copy" else self.source.link)(path, target)
         return names
 
     def _name(self, base: str, split: str, name: str, source: Path) -> str:
@@ -101,7 +112,7 @@ class Export:
 def new_folder(
     folder: str | Path, splits: Splits, images: Images, source: ImageFiles, flat: bool = False
 ) -> Iterator[Export]:
-    """Yield a folder to write to, which becomes ``folder`` when all is written; other arguments are those of `transfer`.
+    """Yield a folder to write to, which becomes ``folder`` when all is written; other arguments are those of `Export`.
 
     A DataError if there is something under that name, or there is nothing to write.
     """
@@ -161,22 +172,6 @@ def check_suffixes(splits: Splits, allowed: Sequence[str], layout: str) -> None:
         raise DataError(
             f"{wrong[0]}: {layout} layout has images that end in {', '.join(allowed)}, but {len(wrong)} do not: convert them first"
         )
-
-
-def transfer(sources: Sequence[Path], targets: Sequence[Path], how: Images, files: ImageFiles) -> None:
-    """Put images in place, and make folders for them.
-
-    ``"copy"``, ``"link"`` (another name for the same file, on the same disk), or ``"none"``, which does nothing. A DataError if
-    files cannot be linked.
-    """
-    if how not in ("copy", "link", "none"):
-        raise ValueError(f"images must be 'copy', 'link' or 'none', got {how!r}")
-    pairs = list(zip(sources, targets, strict=True)) if how != "none" else []
-    for source, target in tqdm(pairs, desc="images", unit="image", disable=None, leave=False):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            continue  # the same image in another split
-        (files.copy if how == "copy" else files.link)(source, target)
 
 
 def own_area(annotations: Annotations) -> npt.NDArray[np.bool_]:

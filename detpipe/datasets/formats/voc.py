@@ -196,7 +196,7 @@ def write_voc(
     """Write a data set in VOC layout.
 
     The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
-    :func:`detpipe.datasets.formats.export.transfer`. Corners count from 1, both ends included, if every box is larger than a
+    :class:`~detpipe.datasets.formats.export.Export`. Corners count from 1, both ends included, if every box is larger than a
     pixel, unless ``one_based`` decides. A DataError if the folder is there already, the classes of splits differ, images have a
     suffix that is not looked for, or an image of two splits has other boxes in each.
     """

@@ -248,7 +248,7 @@ def write_yolo(
     """Write a data set in YOLO layout.
 
     The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
-    :func:`detpipe.datasets.formats.export.transfer`. The only split that begins with ``train``, ``val`` or ``test`` goes by that
+    :class:`~detpipe.datasets.formats.export.Export`. The only split that begins with ``train``, ``val`` or ``test`` goes by that
     key. ``flags`` says of crowd regions and difficult objects, which the layout cannot tell from others: ``"refuse"`` to write
     them, ``"drop"`` the flag, so that they become ordinary objects, or ``"leave out"`` these boxes. A DataError if the folder is
     there already, the classes of splits differ, or there are flags that are refused.
