@@ -114,15 +114,12 @@ def make_store(
                 f"{', '.join(foreign[:5])}; delete it to begin anew, or ask for the same images"
             )
         left = [item for item in items if item.image_id not in done]
-        kept = len(done)
-        if progress is not None:
-            progress(kept, len(items))
+        tell = progress or (lambda done, of: None)
+        tell(len(done), len(items))
         prepare = partial(_maker, (lambda: source) if workers == 1 else build, read)
-        for item, result in run(prepare, left, workers, __name__):
+        for kept, (item, result) in enumerate(run(prepare, left, workers, __name__), start=len(done)):
             journal.add(_keep(item, result, on_bad, f"{kept} images are kept in {journal.path}", summary))
-            kept += 1
-            if progress is not None:
-                progress(kept, len(items))
+            tell(kept + 1, len(items))
         with ProposalWriter(output, source.name, source.settings) as writer:
             for made in journal.entries():
                 writer.add(made.image_id, made.boxes, made.scores, made.size if made.size[0] else None)

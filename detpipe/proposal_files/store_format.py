@@ -117,6 +117,13 @@ def canonical_settings(settings: Any) -> str:
     return text
 
 
+def extent(boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Least x1, y1 and greatest x2, y2 of boxes ``[P, 4]``: ``[4]``; zeros without boxes."""
+    if not len(boxes):
+        return np.zeros(4, dtype="<f4")
+    return np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
+
+
 def image_digest(
     name: bytes, size: Sequence[int], boxes: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
 ) -> bytes:
@@ -331,14 +338,11 @@ class ProposalWriter:
         stored_scores = values.astype("<f4") + np.float32(0)  # no negative zeros, which hash differently
         order = np.argsort(-stored_scores, kind="stable")
         stored, stored_scores = numbers.astype("<f4")[order] + np.float32(0), stored_scores[order]
-        extent = np.zeros(4, dtype="<f4")
-        if len(stored):
-            extent = np.concatenate([stored[:, :2].min(axis=0), stored[:, 2:].max(axis=0)])
         digest = image_digest(name, known or (0, 0), stored, stored_scores)
         file = self._open()
         file.write(stored.tobytes())
         file.write(stored_scores.tobytes())
-        self._entries[name] = _Added(self._end, len(stored), known or (0, 0), extent.tobytes(), digest)
+        self._entries[name] = _Added(self._end, len(stored), known or (0, 0), extent(stored).tobytes(), digest)
         self._end += 20 * len(stored)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from ..pixel_oracle import FIRST_LABEL, Drawn, check_against_pixels, drawn_image
 ALWAYS = SafeCrop(p=1.0, min_visibility=0.6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(images=drawn_images(1), seed=st.integers(0, 2**31), least=st.floats(0.2, 1.0))
 def test_no_kept_box_loses_more_than_promised_and_one_stays(images: list[Drawn], seed: int, least: float) -> None:
     augment = Augment(flip=0.5, min_visibility=0.0, safe_crop=SafeCrop(p=1.0, min_visibility=least))
@@ -27,7 +27,7 @@ def test_no_kept_box_loses_more_than_promised_and_one_stays(images: list[Drawn],
     assert not plain or set(plain) & set(kept)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(images=drawn_images(1), seed=st.integers(0, 2**31))
 def test_boxes_and_proposals_move_as_the_pixels_do(images: list[Drawn], seed: int) -> None:
     augment = Augment(flip=0.5, min_visibility=0.0, safe_crop=ALWAYS)
