@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from detpipe.datasets.augment.settings import (
+    LARGEST_CROP,
     Combine,
     Degrade,
     Neighbors,
@@ -26,7 +29,9 @@ from detpipe.datasets.augment.settings import (
 )
 from detpipe.types import RGB, PixelType, Target
 
-LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
+if TYPE_CHECKING:
+    from detpipe.datasets.augment.steps import Step
+
 _NOTHING = Combine()
 
 
@@ -93,9 +98,10 @@ class Augment:
                     f"{'null' if key == 'photometric' else 0}"
                 )
         if self.transforms:
-            from detpipe.datasets.augment.steps import try_steps
+            from detpipe.datasets.augment.steps import try_transforms
 
-            try_steps(self, pixels)
+            build_steps(self)
+            try_transforms(self.transforms, pixels)
 
     def __call__(
         self, image: Tensor, target: Target, seed: int | Sequence[int], neighbors: Neighbors | None = None
@@ -122,5 +128,30 @@ class Augment:
                 raise ValueError("combine needs the other images of the set: give neighbors")
             draws = np.random.SeedSequence(seed, spawn_key=(1,))
             now = combine(self.combine, now, neighbors, draws, self.min_visibility)
-        now = steps.run(steps.build_steps(self), now, seed)
+        now = steps.run(build_steps(self), now, seed)
         return finish(now, self.min_visibility)
+
+
+@lru_cache(maxsize=8)
+def build_steps(augment: Augment) -> tuple[Step, ...]:
+    """Build what is done to one image, in its order, once a process; a ValueError for arguments that a transform does not take."""
+    from detpipe.datasets.augment import steps  # isort: skip (as above)
+
+    built = [steps.flips(augment.flip, 1)]
+    if augment.vertical_flip:
+        built.append(steps.flips(augment.vertical_flip, 0))
+    if augment.scale_jitter is not None:
+        built.append(steps.zooms(augment.scale_jitter))
+    if augment.crop:
+        built.append(steps.crops(augment.crop))
+    if augment.safe_crop is not None:
+        built.append(steps.safe_crops(augment.safe_crop, augment.min_visibility))
+    built += [steps.moving(steps.named_step(transform)) for transform in augment.transforms]
+    if (color := augment.color) > 0:
+        built.append(steps.moving(steps.color_jitter(color, color, color, steps.HUE * color)))
+    if (s := augment.photometric) is not None:
+        built.append(steps.moving(steps.color_jitter(s.brightness, s.contrast, s.saturation, s.hue, s.p)))
+        built += [steps.grays(s.gray)] if s.gray else []
+    if augment.degrade is not None:
+        built += steps.degradations(augment.degrade)
+    return tuple(built)

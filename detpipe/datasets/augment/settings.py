@@ -21,6 +21,7 @@ from detpipe.types import Target
 Scalar = bool | int | float | str | None
 Value = Scalar | list[Scalar] | list[list[Scalar]]  # what an argument may be: data, never a class or a function
 Range = tuple[float, float]
+LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
 
 
 @dataclass(frozen=True)

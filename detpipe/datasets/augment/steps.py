@@ -1,4 +1,4 @@
-"""The steps of `Augment` that take one image, and how they are run; importing this module imports albumentations and OpenCV.
+"""Steps of an augmentation that take one image, and how they are run; importing this module imports albumentations and OpenCV.
 
 A step takes a `Scene` and a seed of its own. Flips, zooms and crops map a rectangle of whole pixels onto another, so that boxes
 move exactly as the pixels do. Colors, and the transforms that a configuration names, are albumentations'. Three things are kept
@@ -18,15 +18,13 @@ from detpipe.datasets.augment.sample import Scene, areas, clip, crop, cut, flip,
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import albumentations
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.datasets.augment.augmentation import LARGEST_CROP, Augment
-from detpipe.datasets.augment.settings import SafeCrop, Transform
+from detpipe.datasets.augment.settings import LARGEST_CROP, Degrade, SafeCrop, Transform
 from detpipe.datasets.resize import ground
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import RGB, PixelType
@@ -39,43 +37,17 @@ HUE = 0.1  # of the strength of the other color changes
 _BLUR, _NOISE, _JPEG = (0.4, 2.0), (0.02, 0.1), (30, 90)
 
 
-@lru_cache(maxsize=8)
-def build_steps(augment: Augment) -> tuple[Step, ...]:
-    """Build what is done to an image, in its order, once a process; a ValueError for arguments that a transform does not take."""
-    steps = [_flips(augment.flip, 1)]
-    if augment.vertical_flip:
-        steps.append(_flips(augment.vertical_flip, 0))
-    if augment.scale_jitter is not None:
-        steps.append(_zooms(augment.scale_jitter))
-    if augment.crop:
-        steps.append(_crops(augment.crop))
-    if augment.safe_crop is not None:
-        steps.append(_safe_crops(augment.safe_crop, augment.min_visibility))
-    steps += [_moving(named_step(transform)) for transform in augment.transforms]
-    if augment.color:
-        steps.append(_moving(color_jitter(augment.color, augment.color, augment.color, HUE * augment.color)))
-    if (s := augment.photometric) is not None:
-        steps.append(_moving(color_jitter(s.brightness, s.contrast, s.saturation, s.hue, s.p)))
-        steps += [_moving(albumentations.ToGray(p=s.gray))] if s.gray else []
-    if (s := augment.degrade) is not None:
-        steps += [_moving(albumentations.GaussianBlur(blur_limit=0, sigma_limit=_BLUR, p=s.blur))] if s.blur else []
-        steps += [_moving(albumentations.GaussNoise(std_range=_NOISE, p=s.noise))] if s.noise else []
-        steps += [_moving(albumentations.ImageCompression(quality_range=_JPEG, p=s.jpeg))] if s.jpeg else []
-    return tuple(steps)
+def try_transforms(transforms: Sequence[Transform], pixels: PixelType) -> None:
+    """Try the transforms of a configuration where images are not what albumentations has in mind.
 
-
-def try_steps(augment: Augment, pixels: PixelType) -> None:
-    """Build the steps, and try those of the configuration where images are not what albumentations has in mind.
-
-    A ValueError if a transform has arguments that it does not take, or does not take such images.
+    A ValueError if one does not take such images.
     """
-    build_steps(augment)
     if pixels == RGB:
         return
     image = np.random.default_rng(0).random((96, 128, pixels.channels), dtype=np.float32)
     if pixels.range is None:
         image = (image * 255).astype(np.uint8)
-    for transform in augment.transforms:
+    for transform in transforms:
         step = named_step(Transform(transform.name, {**transform.arguments, "p": 1.0}))
         try:
             out = step(image=image, bboxes=np.zeros((0, 5)))["image"]
@@ -104,11 +76,12 @@ def own_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(count).tolist()
 
 
-def _flips(p: float, axis: int) -> Step:
+def flips(p: float, axis: int) -> Step:
+    """Flip along an axis of the image."""
     return lambda scene, seed: flip(scene, axis) if np.random.default_rng(seed).random() < p else scene
 
 
-def _zooms(scale: tuple[float, float]) -> Step:
+def zooms(scale: tuple[float, float]) -> Step:
     """Zoom by a factor whose logarithm is uniform: in, to a random window; out, to a random place on the ground."""
 
     def step(scene: Scene, seed: int) -> Scene:
@@ -125,7 +98,7 @@ def _zooms(scale: tuple[float, float]) -> Step:
     return step
 
 
-def _crops(p: float) -> Step:
+def crops(p: float) -> Step:
     """Cut a part, up to `LARGEST_CROP`, from each side."""
 
     def step(scene: Scene, seed: int) -> Scene:
@@ -142,7 +115,7 @@ def _crops(p: float) -> Step:
     return step
 
 
-def _safe_crops(settings: SafeCrop, min_visibility: float) -> Step:
+def safe_crops(settings: SafeCrop, min_visibility: float) -> Step:
     """Cut a random window that keeps an object; the larger of both visibilities is promised."""
     least = max(settings.min_visibility, min_visibility) - _ROUNDING
 
@@ -166,7 +139,7 @@ def _safe_crops(settings: SafeCrop, min_visibility: float) -> Step:
     return step
 
 
-def _moving(transform: albumentations.BasicTransform) -> Step:
+def moving(transform: albumentations.BasicTransform) -> Step:
     """A transform of albumentations; boxes are measured in image sizes there."""
 
     def step(scene: Scene, seed: int) -> Scene:
@@ -218,3 +191,18 @@ def color_jitter(
     """Change brightness, contrast and saturation, each by a factor of 0.6 to 1.4 for a strength of 0.4, and turn the hue."""
     light, contrasts, colors = ((1 - strength, 1 + strength) for strength in (brightness, contrast, saturation))
     return albumentations.ColorJitter(light, contrasts, colors, (-hue, hue), p=p)
+
+
+def degradations(settings: Degrade) -> list[Step]:
+    """Blur, noise and compression, each with its probability."""
+    kinds = (
+        (settings.blur, albumentations.GaussianBlur, {"blur_limit": 0, "sigma_limit": _BLUR}),
+        (settings.noise, albumentations.GaussNoise, {"std_range": _NOISE}),
+        (settings.jpeg, albumentations.ImageCompression, {"quality_range": _JPEG}),
+    )
+    return [moving(kind(**arguments, p=p)) for p, kind, arguments in kinds if p]
+
+
+def grays(p: float) -> Step:
+    """Take all color away."""
+    return moving(albumentations.ToGray(p=p))
