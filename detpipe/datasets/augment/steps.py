@@ -195,7 +195,7 @@ def color_jitter(
 
 def degradations(settings: Degrade) -> list[Step]:
     """Blur, noise and compression, each with its probability."""
-    kinds = (
+    kinds: tuple[tuple[float, Callable[..., albumentations.BasicTransform], dict[str, Any]], ...] = (
         (settings.blur, albumentations.GaussianBlur, {"blur_limit": 0, "sigma_limit": _BLUR}),
         (settings.noise, albumentations.GaussNoise, {"std_range": _NOISE}),
         (settings.jpeg, albumentations.ImageCompression, {"quality_range": _JPEG}),
