@@ -241,10 +241,19 @@ class Annotations:
         """K, the number of foreground classes."""
         return len(self.class_names)
 
+    @property
+    def box_image(self) -> npt.NDArray[np.int64]:
+        """[B] the row of the image that each box belongs to."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def rows_of(self, image: int) -> range:
+        """The rows of the boxes of an image, by its row."""
+        first, last = self.offsets[image : image + 2].tolist()
+        return range(first, last)
+
     def subset(self, rows: npt.NDArray[np.int64]) -> Annotations:
         """Keep some of the images, by the rows ``[J]`` of the I images, in that order."""
-        offsets: list[int] = self.offsets.tolist()
-        spans = [np.arange(offsets[row], offsets[row + 1]) for row in rows.tolist()]
+        spans = [np.arange(*span) for span in np.stack([self.offsets[rows], self.offsets[rows + 1]], axis=1).tolist()]
         boxes = np.concatenate([np.zeros(0, dtype=np.int64), *spans])
         images: dict[str, Any] = {name: getattr(self, name)[rows] for name in ("file_names", "image_ids", "sizes")}
         return replace(self._with_boxes(boxes, np.cumsum([0, *map(len, spans)])), **images)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from detpipe.commands.data_source import find_data
 from detpipe.datasets.formats.folders import ALL
-from detpipe.datasets.statistics import Resize, SuggestedAnchors
+from detpipe.datasets.resize import Resize
+from detpipe.datasets.statistics import SuggestedAnchors
 
 _MODEL = "configs/fast_rcnn_squeezenet.yaml"
 _WIDTH = 128

@@ -10,7 +10,8 @@ from typing import Any
 from detpipe.commands.data_advice import anchor_options, next_commands, training_split
 from detpipe.commands.data_source import read_splits, source_parser
 from detpipe.commands.parser import check_least
-from detpipe.datasets.statistics import Resize, SuggestedAnchors, box_sizes, fit, statistics, suggest_anchors
+from detpipe.datasets.resize import Resize
+from detpipe.datasets.statistics import SuggestedAnchors, box_sizes, fit, statistics, suggest_anchors
 from detpipe.support.files import write_text
 from detpipe.support.terminal import say
 from detpipe.types import Annotations
@@ -32,7 +33,7 @@ def run_info(arguments: Sequence[str]) -> int:
     parser.add_argument("--ratios", type=int, default=3, help="how many ratios of anchors to suggest (3)")
     options = parser.parse_args(list(arguments))
     check_least(options, 1, "min_size", "max_size", "sizes", "ratios")
-    resize = Resize(options.min_size, options.max_size)
+    resize = Resize(min_size=min(options.min_size, options.max_size), max_size=options.max_size)
     splits = read_splits(options)
     facts = {name: statistics(a) for name, a in splits.items()}
     anchors = {

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from detpipe.datasets.workers import look_at_images
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import shorten
 from detpipe.support.suggest import did_you_mean
-from detpipe.types import Annotations, Segmentations
+from detpipe.types import Annotations, PixelType, Segmentations
 
 _CLIP_TOLERANCE = 1e-6  # pixels: less than this over the border is rounding of x + w, not a fault to count
 _FLAGS = {"": False, "0": False, "1": True, "false": False, "true": True}
@@ -242,7 +244,6 @@ class AnnotationBuilder:
         keep_box: _Chosen,
         counts: dict[str, int],
     ) -> Annotations:
-        """Sort the kept boxes by image and cut everything to what is kept."""
         rows = np.flatnonzero(keep_box)
         rows = rows[np.argsort(self.box_image[rows], kind="stable")]
         per_image = np.bincount(self.box_image[rows], minlength=len(keep_image))[keep_image]
@@ -351,21 +352,40 @@ def check_pixels(
     its own; several threads call it.
     """
 
-    def look(row: int) -> DataError | None:
+    def look(row: int) -> tuple[str, str] | None:
         try:
             name, content = open_image(row)
-            check_size(name, decoded_size(name, content, faults.pixels), tuple(sizes[row].tolist()))
         except DataError as error:
-            return error
-        return None
+            return "unreadable", str(error)
+        return image_fault(name, content, tuple(sizes[row].tolist()), faults.pixels)
 
     readable, rows = np.ones(len(sizes), dtype=bool), list(images)
-    for row, error in zip(rows, look_at_images(look, rows), strict=True):
-        if error is not None:
+    for row, fault in zip(rows, look_at_images(look, rows), strict=True):
+        if fault is not None:
             readable[row] = False
-            reason = "size differs from the annotation" if isinstance(error, SizeError) else "unreadable"
-            faults.image(reason, str(error))
+            faults.image(*fault)
     return readable
+
+
+def image_fault(
+    path: str | Path, content: bytes | None, size: tuple[int, ...], pixels: PixelType | None = None, decode: bool = True
+) -> tuple[str, str] | None:
+    """Why an image cannot be used, by what it is counted and the message; None if it can be read and is of the annotated size."""
+    try:
+        check_size(path, decoded_size(path, content, pixels) if decode else image_size(path, content), size)
+    except SizeError as error:
+        return "size differs from the annotation", str(error)
+    except DataError as error:
+        return "unreadable", str(error)
+    return None
+
+
+def count_skipped(annotations: Annotations, skipped: Mapping[str, int]) -> Annotations:
+    """Let the counts say what is used now, and what was left out since they were made, by reason."""
+    counts = Counter(annotations.counts)
+    counts.update({reason: n for reason, n in skipped.items() if n})
+    counts["images used"], counts["boxes used"] = len(annotations), len(annotations.boxes)
+    return replace(annotations, counts=dict(counts))
 
 
 class SizeError(DataError):

@@ -74,8 +74,7 @@ def check_data(splits: Mapping[str, DetectionData], decode: bool = True) -> Repo
 
 
 def _repeated_boxes(a: Annotations) -> list[Fault]:
-    """Boxes that an image has twice with the same class."""
-    image = np.repeat(np.arange(len(a)), np.diff(a.offsets))
+    image = a.box_image
     rows = np.column_stack([image, a.labels, a.iscrowd, a.boxes])
     _, first, count = np.unique(rows, axis=0, return_index=True, return_counts=True)
     return [
@@ -113,7 +112,6 @@ def _compare_class_lists(read: Mapping[str, Annotations], faults: dict[str, list
 
 
 def _compare_images(read: Mapping[str, Annotations], faults: dict[str, list[Fault]], source: ImageFiles) -> None:
-    """Warn of equal image files, within a split and between splits."""
     named = {name: set(image_paths(a)) for name, a in read.items()}
 
     def damaged(path: Path, error: DataError) -> None:  # which nobody has seen where images are not decoded

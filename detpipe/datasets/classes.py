@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from detpipe.datasets.annotations import count_skipped
 from detpipe.support.errors import DataError
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import Annotations
@@ -46,11 +47,8 @@ def select_classes(annotations: Annotations, classes: Classes) -> Annotations:
     new_label = np.array([0, *(names.index(name) + 1 if name in names else 0 for name in renamed)], dtype=np.int64)
     ids = [a.category_ids[(a.class_names if name in a.class_names else tuple(renamed)).index(name)] for name in names]
     kept = a.keep_boxes(new_label[a.labels] > 0)
-    counts, lost = dict(a.counts), len(a.boxes) - len(kept.boxes)
-    if lost:
-        counts |= {"boxes used": len(kept.boxes), "boxes skipped: class not kept": lost}
-    labels = new_label[kept.labels]
-    return replace(kept, labels=labels, class_names=tuple(names), category_ids=tuple(ids), counts=counts)
+    kept = count_skipped(kept, {"boxes skipped: class not kept": len(a.boxes) - len(kept.boxes)})
+    return replace(kept, labels=new_label[kept.labels], class_names=tuple(names), category_ids=tuple(ids))
 
 
 def _check(wanted: Sequence[str], known: Sequence[str], key: str, root: str) -> None:

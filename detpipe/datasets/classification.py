@@ -7,7 +7,7 @@ What a classifier sees is a random crop in training and the center in evaluation
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets.batches import Key, draws_again
-from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
+from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader, SplitData
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.sampling import Presence
@@ -76,10 +75,11 @@ class Views:
 
     def training(self, image: Tensor, seed: int | Sequence[int]) -> Tensor:
         """Cut, resize, flip and recolor ``[3, H, W]`` uint8 to ``[3, size, size]``, every draw decided by non-negative numbers."""
-        from detpipe.datasets.augment.steps import reseed  # imports albumentations
+        from detpipe.datasets.augment.steps import own_seeds  # imports albumentations
 
         steps = _training(self)
-        reseed(steps, seed)
+        for step, own in zip(steps, own_seeds(seed, len(steps)), strict=True):
+            step.set_random_seed(own)
         return _applied(steps, image)
 
     def evaluation(self, image: Tensor) -> Tensor:
@@ -109,7 +109,6 @@ def _training(views: Views) -> tuple[albumentations.BasicTransform, ...]:
 
 @lru_cache(maxsize=8)
 def _evaluation(views: Views) -> tuple[albumentations.BasicTransform, ...]:
-    """The steps of evaluation, over a square image."""
     from detpipe.datasets.augment import steps  # noqa: F401 (as above)  # isort: skip
     import albumentations
 
@@ -195,7 +194,7 @@ def collate_labeled(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     return stacked, torch.tensor(labels), list(names)
 
 
-class ClassificationData(LightningDataModule, ABC):
+class ClassificationData(SplitData):
     """Base of all classification data sets: a subclass only says how to `load` a split.
 
     Args:
@@ -216,14 +215,8 @@ class ClassificationData(LightningDataModule, ABC):
         seed: int = 0,
         on_bad: OnBad = "error",
     ) -> None:
-        super().__init__()
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
-        if on_bad not in ("error", "skip"):
-            raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
-        self.loader, self.views, self.seed = loader, views, seed
-        self.on_bad: OnBad = on_bad
-        self._images: dict[LabeledSplit, LabeledImages] = {}
+        super().__init__(loader, seed, on_bad)
+        self.views = views
 
     @abstractmethod
     def load(self, split: LabeledSplit) -> LabeledImages:
@@ -231,20 +224,11 @@ class ClassificationData(LightningDataModule, ABC):
 
     def images(self, split: LabeledSplit) -> LabeledImages:
         """The images of ``"train"`` or ``"val"``, listed once; a DataError if the data are faulty."""
-        if split not in self._images:
-            self._images[split] = self.load(split)
-        return self._images[split]
+        if split not in self._of_split:
+            self._of_split[split] = self.load(split)
+        return self._of_split[split]
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """[K], the name of label 0 first."""
-        known = next(iter(self._images.values())) if self._images else self.images("val")
-        return known.class_names
-
-    @property
-    def num_classes(self) -> int:
-        """K, the number of classes."""
-        return len(self.class_names)
+    read = images
 
     def setup(self, stage: str) -> None:
         """List what a stage of Lightning needs, so that faults are found before the first step."""
@@ -254,17 +238,6 @@ class ClassificationData(LightningDataModule, ABC):
     def dataset(self, split: LabeledSplit, training: bool = False) -> LabeledImageDataset:
         """The views of a split, by ``(epoch, index)``, drawn at random for training; batches come from the loaders."""
         return LabeledImageDataset(self.images(split), self.views, self.seed, training)
-
-    def train_dataloader(self) -> DataLoader:
-        """Batches ``([N, 3, size, size] uint8, labels [N], file names)``, shuffled and drawn by (seed, epoch).
-
-        Where a single image would be left for the last batch of an epoch, another one each time, it is left out.
-        """
-        return self._dataloader("train", training=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Batches of the validation split, every image once, in an order that never changes, its center."""
-        return self._dataloader("val", training=False)
 
     def presence(self, split: LabeledSplit) -> Presence:
         """Which class is in which image of a split."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -131,8 +131,56 @@ class LateLoader(DataLoader):
             yield batch.unpack() if isinstance(batch, PackedBatch) else batch
 
 
-class DetectionData(LightningDataModule, ABC):
-    """Base of all data sets: a subclass only says how to `load` a split.
+class SplitData(LightningDataModule, ABC):
+    """Base of all data sets: what is read of a split, once, and loaders of batches; a ValueError for a setting that cannot be."""
+
+    def __init__(self, loader: Loader, seed: int, on_bad: OnBad) -> None:
+        super().__init__()
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        if on_bad not in ("error", "skip"):
+            raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
+        self.loader, self.seed = loader, seed
+        self.on_bad: OnBad = on_bad
+        self._of_split: dict[Any, Any] = {}  # split -> what was read of it
+
+    @abstractmethod
+    def read(self, split: Any) -> Any:
+        """What is known of a split, read once; a DataError if the data are faulty."""
+
+    @property
+    def _known(self) -> Any:
+        """A split that has been read, else the validation split, which is the quickest to read."""
+        return next(iter(self._of_split.values())) if self._of_split else self.read("val")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """[K], the name of the first label first; every split agrees on them."""
+        return self._known.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of classes that are learned."""
+        return len(self.class_names)
+
+    @abstractmethod
+    def _dataloader(self, split: Any, training: bool) -> DataLoader: ...
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of the training split, shuffled and drawn by (seed, epoch).
+
+        ``(list of [C, H, W], list of targets)`` for detection; ``([N, 3, size, size] uint8, labels [N], file names)`` for
+        classification, where a single image that would be left for the last batch of an epoch is left out.
+        """
+        return self._dataloader("train", training=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of the validation split, every image once, in an order that never changes, nothing drawn."""
+        return self._dataloader("val", training=False)
+
+
+class DetectionData(SplitData):
+    """Base of all data sets for detection: a subclass only says how to `load` a split.
 
     Args:
         loader: how images are loaded and batched.
@@ -169,21 +217,12 @@ class DetectionData(LightningDataModule, ABC):
         classes: Classes | None = None,
         allow_links: bool = False,
     ) -> None:
-        super().__init__()
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
-        if on_bad not in ("error", "skip"):
-            raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
+        super().__init__(loader, seed, on_bad)
         self.channels, self.pixels = channels, PixelType(channels, range)
         if augment is not None:
             augment.check(self.pixels)
-        self.loader = loader
-        self.augment = augment
-        self.resize = resize
-        self.seed = seed
-        self.on_bad: OnBad = on_bad
+        self.augment, self.resize = augment, resize
         self.outlines = False  # True makes `load` read the outlines of the objects, for conversions
-        self._annotations: dict[Split, Annotations] = {}
         unknown = sorted(set(proposals or ()) - {"train", "val", "test"})
         if unknown:
             raise ValueError(f"proposals names the splits {unknown}: expected train, val or test, each with a store")
@@ -206,13 +245,15 @@ class DetectionData(LightningDataModule, ABC):
         A DataError if the data are faulty, there is no such split, or its classes are not those of the others. ``faults`` is as
         for `load`.
         """
-        if split not in self._annotations:
-            known_splits = dict(self._annotations)
+        if split not in self._of_split:
+            known_splits = dict(self._of_split)
             loaded = self._divided(split, faults) if split in self.shares else self._loaded(split, faults)
             for other, known in known_splits.items():
                 compare_classes(other, known, split, loaded)
-            self._annotations[split] = loaded
-        return self._annotations[split]
+            self._of_split[split] = loaded
+        return self._of_split[split]
+
+    read = annotations
 
     def faults(self, policy: Literal["error", "skip", "collect"] | None = None, decode: bool = True) -> Faults:
         """What takes the faults of a split, as ``on_bad`` says unless another policy is given; images are read as in training."""
@@ -224,24 +265,13 @@ class DetectionData(LightningDataModule, ABC):
 
     def _divided(self, split: Split, faults: Faults | None) -> Annotations:
         """A part of the training split; all of them are made at once."""
-        parts = divide_annotations(self._loaded("train", faults), self.shares)
-        self._annotations.update(cast(dict[Split, Annotations], parts))
-        return self._annotations[split]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """[K], the name of label 1 first; every split agrees on them."""
-        return self._any_split().class_names
+        self._of_split.update(divide_annotations(self._loaded("train", faults), self.shares))
+        return self._of_split[split]
 
     @property
     def category_ids(self) -> tuple[int, ...]:
         """[K], the ids that the annotation files use, for writing results."""
-        return self._any_split().category_ids
-
-    @property
-    def num_classes(self) -> int:
-        """K, the number of foreground classes."""
-        return len(self.class_names)
+        return self._known.category_ids
 
     def setup(self, stage: str) -> None:
         """Read what a stage of Lightning needs, so that faults are found before the first step."""
@@ -311,7 +341,7 @@ class DetectionData(LightningDataModule, ABC):
         """
         if self.annotations(split).segmentations is None and not self.outlines:
             self.outlines = True
-            del self._annotations[split]
+            del self._of_split[split]
             try:
                 self.annotations(split)
             finally:
@@ -326,14 +356,6 @@ class DetectionData(LightningDataModule, ABC):
                 "layout with segmentations, or set copy_paste to null"
             )
         check_segmentations(annotations)
-
-    def train_dataloader(self) -> DataLoader:
-        """Batches ``(list of [C, H, W], list of targets)``, shuffled and augmented by (seed, epoch)."""
-        return self._dataloader("train", training=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """As :meth:`eval_dataloader`, from the validation split."""
-        return self.eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
         """As :meth:`eval_dataloader`, from the test split; a DataError if none was given."""
@@ -364,10 +386,6 @@ class DetectionData(LightningDataModule, ABC):
     def presence(self, split: Split) -> Presence:
         """Which classes are in which images of a split."""
         return Presence.of(self.annotations(split))
-
-    def _any_split(self) -> Annotations:
-        """A split that has been read, else the validation split, which is the quickest to read."""
-        return next(iter(self._annotations.values())) if self._annotations else self.annotations("val")
 
     def _dataloader(self, split: Split, training: bool) -> DataLoader:
         dataset = self.dataset(split, augmented=training)

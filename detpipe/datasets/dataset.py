@@ -141,7 +141,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     def target(self, index: int) -> Target:
         """The ground truth of one image, in pixels of its file; nothing is read."""
         a = self.annotations
-        rows = slice(int(a.offsets[index]), int(a.offsets[index + 1]))
+        rows = slice(*a.offsets[index : index + 2].tolist())
         image_id = int(a.image_ids[index])
         target = Target(
             boxes=torch.tensor(a.boxes[rows], dtype=torch.float32),
@@ -158,7 +158,6 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
 
 def _check(augment: Augment, annotations: Annotations, pixels: PixelType) -> None:
-    """Find before the first image what an augmentation lacks."""
     combine = augment.combine
     if len(annotations) < combine.images:
         raise DataError(f"{annotations.root}: {combine.too_few(len(annotations))}")

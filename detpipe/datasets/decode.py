@@ -189,7 +189,6 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _named(path: str | Path, content: bytes | None, done: str) -> Iterator[None]:
-    """Let every error name the file."""
     if content is None:
         refuse_special(path)
     try:

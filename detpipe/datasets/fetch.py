@@ -146,7 +146,6 @@ def read_url(url: str, most: int, advice: str, patience: Patience = USUAL) -> by
 
 
 def _verify(path: Path, remote: RemoteFile, advice: str, progress: bool) -> None:
-    """Refuse a file of another size or checksum than those that are known."""
     size = path.stat().st_size
     if size != remote.size:
         raise DownloadError(f"{path}: expected {remote.size} bytes, found {size}; {advice}")
@@ -199,7 +198,6 @@ def _receive(stream: IO[bytes], remote: RemoteFile, patience: Patience, advice: 
 
 
 def _attempt(stream: IO[bytes], remote: RemoteFile, timeout: float, advice: str, bar: Any) -> None:
-    """One request: append what it brings."""
     start = stream.seek(0, os.SEEK_END)
     try:
         with _open(remote.url, start, timeout, advice) as response:
@@ -251,7 +249,6 @@ def _is_rest(response: HTTPResponse | _Stored, remote: RemoteFile, start: int) -
 
 
 def _length(response: HTTPResponse) -> int | None:
-    """The bytes of an answer, as far as they are announced."""
     length = response.headers.get("Content-Length", "")
     return int(length) if length.isdecimal() else None
 
@@ -294,8 +291,6 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 class _Stored:
-    """An open file of an object store, from a byte on."""
-
     def __init__(self, url: str, start: int, advice: str) -> None:
         self._url, self._package, self._advice = url, _STORES[urlsplit(url).scheme], advice
         with self._errors():

@@ -147,8 +147,6 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def _readable(images: LabeledImages, faults: Faults) -> LabeledImages:
-    """Decode every image, and leave out those of which that fails."""
-
     def reason(index: int) -> str | None:
         try:
             read_image(images.path(index))

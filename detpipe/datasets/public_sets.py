@@ -41,7 +41,6 @@ class PublicSet:
 
 
 def _read_sets() -> dict[str, PublicSet]:
-    """Read the table beside this module."""
     table = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
     def part(target: str, inner: str, archives: list[Any], files: dict[str, int]) -> Part:

@@ -26,7 +26,7 @@ from torch import Tensor
 from detpipe.images import ResizeRule, Size, resized_size, targets_to_batch
 from detpipe.types import Target
 
-PADDING = (124, 116, 104)  # RGB, the mean color of ImageNet
+PADDING = (124, 116, 104)  # RGB, the mean color of ImageNet: what a network calls zero
 _ROUNDING = 1e-12  # of a factor, so that the product is not just below a whole number
 _STREAM = 1  # after (seed, epoch, index): the size of an image is independent of its flips
 
@@ -153,14 +153,18 @@ class Resize:
         return (pad(image, min_size) if self.policy == "letterbox" else image), moved
 
 
+def ground(channels: int, floats: bool) -> np.ndarray:
+    """What an image is filled up with, ``[C]`` uint8 or float32 in 0..1: the mean color, its three values repeated."""
+    color = np.resize(np.array(PADDING, np.uint8), channels)
+    return color.astype(np.float32) / 255 if floats else color
+
+
 def pad(image: Tensor, side: int) -> Tensor:
     """Put a picture ``[C, H, W]``, uint8 or floating point in 0..1, into the top left corner of a square of the mean color.
 
-    ``[C, side, side]`` of the same type, channels last in memory; the three values of the color are repeated.
+    ``[C, side, side]`` of the same type, channels last in memory.
     """
-    color = torch.tensor([PADDING[k % 3] for k in range(image.shape[0])])
-    color = color / 255 if image.is_floating_point() else color
-    canvas = color.to(image.dtype).repeat(side, side, 1)
+    canvas = torch.from_numpy(ground(image.shape[0], image.is_floating_point())).repeat(side, side, 1)
     canvas[: image.shape[1], : image.shape[2]] = image.permute(1, 2, 0)
     return canvas.permute(2, 0, 1)
 

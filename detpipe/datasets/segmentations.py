@@ -35,14 +35,14 @@ def draw_masks(annotations: Annotations, index: int) -> npt.NDArray[np.bool_]:
     if annotations.segmentations is None:
         raise ValueError("the annotations have no segmentations")
     height, width = annotations.sizes[index].tolist()
-    first, last = annotations.offsets[index : index + 2].tolist()
-    masks = np.zeros((last - first, height, width), dtype=bool)
-    for b in range(first, last):
+    rows = annotations.rows_of(index)
+    masks = np.zeros((len(rows), height, width), dtype=bool)
+    for mask, b in zip(masks, rows, strict=True):
         try:
             runs = _read(annotations, index, b, draw=True)
         except DataError as error:
             raise DataError(f"{annotations.segmentations.source}: {error}") from error
-        masks[b - first] = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+        mask[:] = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
     return masks
 
 
@@ -66,17 +66,15 @@ def check_segmentations(annotations: Annotations) -> None:
     A DataError names file, annotation and image of those that have none, or one that cannot be read.
     """
     faults: list[str] = []
-    offsets = annotations.offsets.tolist()
-    for i in range(len(annotations)):
-        for b in range(offsets[i], offsets[i + 1]):
-            try:
-                _read(annotations, i, b, draw=False)
-            except DataError as error:
-                faults.append(str(error))
+    for b, i in enumerate(annotations.box_image.tolist()):
+        try:
+            _read(annotations, i, b, draw=False)
+        except DataError as error:
+            faults.append(str(error))
     if faults and annotations.segmentations is not None:
         raise DataError(
-            f"{annotations.segmentations.source}: copy_paste needs the segmentation of every object, but {len(faults)} of "
-            f"{offsets[-1]} have none that can be read: {'; '.join(faults[:SHOWN])}; mend them, or set copy_paste to null"
+            f"{annotations.segmentations.source}: copy_paste needs the segmentation of every object; {len(faults)} of "
+            f"{len(annotations.boxes)} have none that can be read: {'; '.join(faults[:SHOWN])}; mend them, or set it to null"
         )
 
 
@@ -115,7 +113,6 @@ def _run_lengths(segmentation: Any, size: tuple[int, int], draw: bool) -> list[i
 
 
 def _covered(polygons: list[list[float]], size: tuple[int, int]) -> list[int]:
-    """The run lengths of what polygons enclose."""
     from pycocotools import mask as drawing
 
     points: Any = [list(map(float, one)) for one in polygons]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.images import resized_size
+from detpipe.datasets.resize import Resize
 from detpipe.types import Annotations
 
 _AREAS = (32.0**2, 96.0**2)  # COCO's borders between small, medium and large
@@ -20,38 +20,22 @@ _ROUNDS = 10  # of moving anchors
 _ENOUGH = 4000  # boxes that decide about anchors, spread over all
 
 
-@dataclass(frozen=True)
-class Resize:
-    """What a detector makes of an image.
-
-    Args:
-        min_size: the length of the shorter side.
-        max_size: the longer side never exceeds it.
-    """
-
-    min_size: int = 480
-    max_size: int = 800
-
-
 def box_sizes(annotations: Annotations, resize: Resize | None = None) -> npt.NDArray[np.float64]:
     """``[B, 2]`` width and height of the boxes, in pixels of the files, or of the resized images."""
     sides = annotations.boxes[:, 2:] - annotations.boxes[:, :2]
     if resize is None:
         return sides
-    image = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
-    scales = [
-        (new[1] / width, new[0] / height)
-        for height, width in annotations.sizes.tolist()
-        for new in [resized_size((height, width), resize.min_size, resize.max_size)]
+    resized = [
+        resize.content_size((height, width), resize.evaluation_size) for height, width in annotations.sizes.tolist()
     ]
-    return sides * np.array(scales, dtype=np.float64).reshape(-1, 2)[image]
+    scales = np.array(resized, dtype=np.float64).reshape(-1, 2) / annotations.sizes
+    return sides * scales[annotations.box_image, ::-1]
 
 
 def statistics(annotations: Annotations) -> dict[str, Any]:
     """Count and measure a split: what ``detpipe data info`` prints, fit for JSON; lengths in pixels of the image files."""
     a = annotations
-    sides, per_image = box_sizes(a), np.diff(a.offsets)
-    image = np.repeat(np.arange(len(a)), per_image)
+    sides, per_image, image = box_sizes(a), np.diff(a.offsets), a.box_image
     area = sides.prod(axis=1)
     small, medium = int((a.area < _AREAS[0]).sum()), int(((a.area >= _AREAS[0]) & (a.area < _AREAS[1])).sum())
     return {

@@ -134,10 +134,9 @@ def stratified_parts(
     """
     if not shares or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"shares must be positive and add up to 1, got {list(shares)}")
-    image = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
     _, group = np.unique(np.arange(len(annotations)) if groups is None else groups, return_inverse=True)
     counts = np.zeros((int(group.max(initial=-1)) + 1, annotations.num_classes), dtype=np.int64)
-    np.add.at(counts, (group[image], annotations.labels - 1), 1)
+    np.add.at(counts, (group[annotations.box_image], annotations.labels - 1), 1)
     images = np.bincount(group, minlength=len(counts))
     part = improve(divide(counts, images, np.array(shares), seed), counts, images, np.array(shares), seed)
     return [np.flatnonzero(part[group] == p) for p in range(len(shares))]

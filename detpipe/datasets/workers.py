@@ -91,8 +91,6 @@ _shared: dict[int, tuple[weakref.ref[Any], Tensor]] = {}  # by the id of an arra
 
 
 class _Mapped(NamedTuple):
-    """A large array on its way."""
-
     content: Tensor  # [bytes] uint8 in shared memory
     dtype: np.dtype[Any]
     shape: tuple[int, ...]

@@ -26,10 +26,11 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from PIL import Image
 
+from detpipe.datasets.annotations import AnnotationBuilder
 from detpipe.datasets.datamodule import DetectionData, Split
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.formats.class_list import CLASS_LIST
-from detpipe.datasets.formats.coco import load_coco
+from detpipe.datasets.formats.coco import coco_content, load_coco
 from detpipe.datasets.formats.voc import load_voc, write_voc
 from detpipe.demo.scenes import CLASS_NAMES, Scene, compose_scene, load_stock
 from detpipe.support.errors import DataError, UsageError
@@ -144,7 +145,6 @@ def read_marker(root: Path, name: str, what: str, read: Callable[[Any], T]) -> T
 
 
 def _check_replaceable(root: Path) -> None:
-    """Refuse to replace a set among files that were not generated."""
     made = _made_with(root)
     if made is None:
         return
@@ -158,7 +158,6 @@ def _check_replaceable(root: Path) -> None:
 
 
 def _file_names(scenes: DemoScenes) -> Iterator[str]:
-    """The path of every file of a set."""
     yield from (MARKER, "CREDITS.txt", f"voc/{CLASS_LIST}")
     for split in SPLITS:
         yield f"coco/annotations/instances_{split}.json"
@@ -172,64 +171,49 @@ def _generate(folder: Path, root: Path, scenes: DemoScenes) -> None:
     print(f"Generating {scenes.train + scenes.val} demo scenes in {root} ...", end=" ", file=sys.stderr, flush=True)
     start = time.perf_counter()
     stocks = load_stock(scenes.seed)
-    boxes = {}
+    splits = {}
     for number, split in enumerate(SPLITS):
         made: dict[str, Scene] = {}
         for index, name in enumerate(scenes.names(split)):
             # keyed on the scene, so that a larger set begins with the scenes of a smaller one
             rng = np.random.default_rng(np.random.SeedSequence(scenes.seed, spawn_key=(number, index)))
             made[name] = compose_scene(rng, stocks[split], scenes.size)
-        _write_coco(folder / "coco", split, made)
-        boxes[split] = sum(len(scene.boxes) for scene in made.values())
-    _write_voc(folder)
+        splits[split] = _write_coco(folder / "coco", split, made)
+    _write_voc(folder / "voc", splits)
     (folder / "CREDITS.txt").write_text(CREDITS, encoding="utf-8")
+    boxes = {split: len(a.boxes) for split, a in splits.items()}
     marker = {"version": VERSION, "scenes": asdict(scenes), "boxes": boxes, "sha256": _digest(folder, scenes)}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
     print(f"done in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
 
-def _write_coco(root: Path, split: str, scenes: dict[str, Scene]) -> None:
-    """Write the images and the annotation file of one split."""
+def _write_coco(root: Path, split: str, scenes: dict[str, Scene]) -> Annotations:
     (root / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
-    images, annotations = [], []
+    built = AnnotationBuilder(Faults(), CLASS_NAMES, range(1, len(CLASS_NAMES) + 1))
+    samples: list[int] = []  # of each box, which of scikit-learn's digits it is
     for name, scene in scenes.items():
-        height, width = scene.image.shape[:2]
         Image.fromarray(scene.image).save(root / split / f"{name}.jpg", format="JPEG", quality=JPEG_QUALITY)
-        images.append({"id": int(name), "file_name": f"{name}.jpg", "width": width, "height": height})
-        for (x1, y1, x2, y2), label, sample in zip(
-            scene.boxes.tolist(), scene.labels.tolist(), scene.samples.tolist(), strict=True
-        ):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": int(name),
-                    "category_id": label,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                    "sample": sample,  # which of scikit-learn's digits
-                }
-            )
-    content = {
-        "info": {"description": f"detpipe demo set, {split}; for the credits see CREDITS.txt"},
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": k + 1, "name": name, "supercategory": "digit"} for k, name in enumerate(CLASS_NAMES)],
-    }
+        row = built.add_image(f"{name}.jpg", int(name), scene.image.shape[:2])
+        for box, label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
+            built.add_box(row, box, label, name)
+        samples += scene.samples.tolist()
+    made = built.build(root / split, [root / split])
+    content = coco_content(made, made.file_names.tolist())
+    for record, sample in zip(content["annotations"], samples, strict=True):
+        record["sample"] = sample
+    content["info"] = {"description": f"detpipe demo set, {split}; for the credits see CREDITS.txt"}
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
+    return made
 
 
-def _write_voc(folder: Path) -> None:
+def _write_voc(folder: Path, splits: dict[str, Annotations]) -> None:
     """Write the same splits in VOC layout, over links to the images, or copies on file systems that know no hard links."""
-    splits = {}
-    for split in SPLITS:
-        a = load_coco(folder / "coco" / "annotations" / f"instances_{split}.json", folder / "coco" / split)
-        splits[split] = replace(a, image_ids=np.arange(1, len(a) + 1))
+    numbered = {name: replace(a, image_ids=np.arange(1, len(a) + 1)) for name, a in splits.items()}
     try:
-        write_voc(splits, folder / "voc", "link")
+        write_voc(numbered, folder, "link")
     except DataError:
-        write_voc(splits, folder / "voc", "copy")
+        write_voc(numbered, folder, "copy")
 
 
 def _digest(folder: Path, scenes: DemoScenes) -> str:

@@ -101,7 +101,6 @@ def _made_of(scenes: DemoScenes) -> dict[str, Any]:
 
 
 def _check(root: Path, scenes: DemoScenes) -> None:
-    """Refuse a folder that was not made of these scenes."""
     wanted = _made_of(scenes)
     found = read_marker(root, MARKER, "the demo digits", lambda content: {key: content[key] for key in wanted})
     if found is not None and found != wanted:
@@ -112,7 +111,6 @@ def _check(root: Path, scenes: DemoScenes) -> None:
 
 
 def _cut(demo: Path, folder: Path, split: str) -> int:
-    """Write the crops of one split, and count them."""
     scenes = load_coco(demo / "coco" / "annotations" / f"instances_{split}.json", demo / "coco" / split)
     (folder / split).mkdir()
     offsets = scenes.offsets.tolist()

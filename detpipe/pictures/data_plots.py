@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from detpipe.datasets.statistics import Resize, box_sizes
+from detpipe.datasets.resize import Resize
+from detpipe.datasets.statistics import box_sizes
 from detpipe.pictures.figures import new_figure, plain_axes, save_figure
 from detpipe.pictures.visualize import plot_color
 from detpipe.types import Annotations
@@ -45,7 +46,7 @@ def plot_boxes(annotations: Annotations, name: str, anchors: Sequence[int], resi
     """Draw sizes, shapes and numbers of the boxes of a split, at least one, with anchors suggested for the resized image."""
     a, sides = annotations, box_sizes(annotations)
     resized = np.sqrt(box_sizes(a, resize).prod(axis=1))
-    image = np.repeat(np.arange(len(a)), np.diff(a.offsets))
+    image = a.box_image
     shares = np.sqrt(sides.prod(axis=1) / a.sizes[image].prod(axis=1, dtype=np.float64))
     figure = new_figure(10, 6.2, "data sets")
     panels = figure.subplots(2, 3).flatten()

@@ -54,26 +54,16 @@ def read_mat(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
     return RawFile("yxyx1", "id", _listed(by_order(len(cells), known, path), cells, path, tally), len(cells))
 
 
-def read_detectron2(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
-    """Read a pickle with ``ids``, ``boxes``, ``objectness_logits`` and maybe ``bbox_mode`` (0 corners, 1 sides).
+def read_pickle(path: Path, known: KnownImages | None, tally: Tally, kind: str | None = None) -> RawFile:
+    """Read a pickle of ``"detectron2"`` or ``"mmdetection"``; without a kind, of whichever it is.
 
-    Detectron's older names ``indexes`` and ``scores`` are read as well. Logits are kept as they are.
+    detectron2's has ``ids``, ``boxes``, ``objectness_logits``, kept as they are, and maybe ``bbox_mode`` (0 corners, 1 sides);
+    Detectron's older names ``indexes`` and ``scores`` are read as well. mmdetection's is a list of ``[P, 4]`` or ``[P, 5]`` in the
+    order of an annotation file, or path -> such an array, or as of version 3 a dict with ``bboxes`` and ``scores``.
     """
-    return _detectron2(load_plain_pickle(path), path, tally)
-
-
-def read_mmdetection(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
-    """Read a pickle: a list of ``[P, 4]`` or ``[P, 5]`` in the order of an annotation file, or path -> such an array.
-
-    The values may also be dicts with ``bboxes`` and ``scores``, as of mmdetection 3.
-    """
-    return _mmdetection(load_plain_pickle(path), path, known, tally)
-
-
-def read_pickle(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
-    """Read detectron2's or mmdetection's pickle, whichever it is; see the functions of these names."""
     content = load_plain_pickle(path)
-    if isinstance(content, dict) and "boxes" in content and {"ids", "indexes"} & content.keys():
+    ours = isinstance(content, dict) and "boxes" in content and {"ids", "indexes"} & content.keys()
+    if kind == "detectron2" or (kind is None and ours):
         return _detectron2(content, path, tally)
     return _mmdetection(content, path, known, tally)
 

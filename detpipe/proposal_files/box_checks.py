@@ -35,8 +35,7 @@ def read_scores(scores: Any, count: int, where: str) -> Array:
 def find_faults(boxes: Array, scores: Array, size: tuple[int, int] | None = None) -> dict[str, npt.NDArray[np.bool_]]:
     """Find the boxes ``[P, 4]`` xyxy that a store cannot hold, with a size (height, width) also those beyond the image.
 
-    Returns:
-        Reason -> ``[P]`` which boxes have it; each box counts for the first of its reasons.
+    Reason -> ``[P]`` which boxes have it; each box counts for the first of its reasons.
     """
     limit = np.finfo(np.float32).max
     found = {

@@ -25,17 +25,9 @@ CONVENTIONS = {
 
 
 def to_edges(boxes: npt.NDArray[np.float64], convention: str) -> npt.NDArray[np.float64]:
-    """Turn boxes of any convention into continuous pixel edges.
+    """Turn boxes ``[P, 4]`` of a convention, a key of `CONVENTIONS`, into continuous pixel edges x1, y1, x2, y2.
 
-    Args:
-        boxes: ``[P, 4]`` in ``convention``.
-        convention: a key of `CONVENTIONS`.
-
-    Returns:
-        ``[P, 4]`` x1, y1, x2, y2.
-
-    Raises:
-        ValueError: there is no such convention.
+    A ValueError if there is no such convention.
 
     Example:
         >>> to_edges(np.array([[1.0, 1.0, 10.0, 20.0]]), "yxyx1").tolist()

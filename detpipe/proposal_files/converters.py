@@ -17,12 +17,13 @@ get scores that fall evenly from 1, so that the order stays.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from detpipe.proposal_files.array_readers import read_detectron2, read_mat, read_mmdetection, read_numpy, read_pickle
+from detpipe.proposal_files.array_readers import read_mat, read_numpy, read_pickle
 from detpipe.proposal_files.box_checks import Array, explain, find_faults
 from detpipe.proposal_files.box_orders import CONVENTIONS, starts_before_first, to_edges
 from detpipe.proposal_files.known_images import KnownImages, plain_id, read_known_images
@@ -36,8 +37,8 @@ from detpipe.support.suggest import did_you_mean
 FORMATS: dict[str, Reader] = {
     "mat": read_mat,
     "coco": read_coco,
-    "detectron2": read_detectron2,
-    "mmdetection": read_mmdetection,
+    "detectron2": partial(read_pickle, kind="detectron2"),
+    "mmdetection": partial(read_pickle, kind="mmdetection"),
     "csv": read_csv,
     "numpy": read_numpy,
 }
@@ -119,9 +120,9 @@ def convert(
     with ProposalWriter(output, source or path.stem, settings) as writer:
         for image in tqdm(raw.images, total=raw.total, unit="image", disable=not progress):
             _add(image, raw, convention, known, writer, tally, path)
-        for image_id in known.ids if known is not None and fill_missing else ():
-            if image_id not in writer:
-                writer.add(image_id, [], [], known.sizes.get(image_id) if known is not None else None)
+        if known is not None and fill_missing:
+            for image_id in (one for one in known.ids if one not in writer):
+                writer.add(image_id, [], [], known.sizes.get(image_id))
                 tally.counts["images filled in: not mentioned"] += 1
     store = ProposalStore(output)
     tally.counts.update({"images written": len(store), "boxes written": store.num_boxes})
@@ -153,46 +154,39 @@ def _add(
     tally: Tally,
     path: Path,
 ) -> None:
-    """Check one image and add it to the store."""
     where, count = f"{path}: image {image.name!r}", len(image.boxes)
-    tally.counts["images read"] += 1
-    tally.counts["boxes read"] += count
+    tally.counts.update({"images read": 1, "boxes read": count})
     image_id = plain_id(image.name, raw.naming) if known is None else known.find(image.name, raw.naming)
-    if not image_id:
-        tally.bad("images skipped: unknown", f"{where}: --images lists no image of that name, or several")
-        tally.counts["boxes skipped: image skipped"] += count
-        return
-    if image_id in writer:
-        tally.bad("images skipped: there twice", f"{where}: there twice (as the id {image_id!r})")
+    if not image_id or image_id in writer:
+        twice = f"there twice (as the id {image_id!r})"
+        reason, text = (
+            ("there twice", twice) if image_id else ("unknown", "--images lists no image of that name, or several")
+        )
+        tally.bad(f"images skipped: {reason}", f"{where}: {text}")
         tally.counts["boxes skipped: image skipped"] += count
         return
     size = known.sizes.get(image_id) if known is not None else None
     scores = (count - np.arange(count)) / max(count, 1) if image.scores is None else image.scores
-    edges, scores = _usable(image, scores, convention, size, where, tally)
-    writer.add(image_id, edges, scores, size)
+    writer.add(image_id, *_usable(image, scores, convention, size, where, tally), size)
 
 
 def _usable(
     image: RawImage, scores: Array, convention: str, size: tuple[int, int] | None, where: str, tally: Tally
 ) -> tuple[Array, Array]:
-    """The boxes that can be stored, as pixel edges, and their scores."""
-    edges = to_edges(image.boxes, convention)
-    early = starts_before_first(image.boxes, convention)
-    good = ~early
-    if early.any():
-        row = int(np.flatnonzero(early)[0])
-        tally.bad(
-            "boxes skipped: starts before pixel 1",
-            f"{where}: {image.name_box(row)} is {image.boxes[row].tolist()}, read as {convention} "
-            f"({CONVENTIONS[convention]}), and starts before pixel 1: name the right convention with --boxes",
-            int(early.sum()),
-        )
-    for reason, rows in find_faults(edges, scores, size).items():
+    edges, good = to_edges(image.boxes, convention), np.ones(len(scores), dtype=bool)
+    early = {"starts before pixel 1": starts_before_first(image.boxes, convention)}
+    for reason, rows in (early | find_faults(edges, scores, size)).items():
         rows = rows & good
-        if rows.any():
-            row = int(np.flatnonzero(rows)[0])
-            text = explain(reason, edges[row], float(scores[row]), size)
-            message = f"{where}: {image.name_box(row)} {text}"
-            tally.bad(f"boxes skipped: {reason}", f"{message} [read as {convention}]", int(rows.sum()))
-            good &= ~rows
+        if not rows.any():
+            continue
+        row = int(np.flatnonzero(rows)[0])
+        if reason in early:
+            text = (
+                f"is {image.boxes[row].tolist()}, read as {convention} ({CONVENTIONS[convention]}), and {reason}: "
+                "name the right convention with --boxes"
+            )
+        else:
+            text = f"{explain(reason, edges[row], float(scores[row]), size)} [read as {convention}]"
+        tally.bad(f"boxes skipped: {reason}", f"{where}: {image.name_box(row)} {text}", int(rows.sum()))
+        good &= ~rows
     return edges[good], scores[good]

@@ -10,7 +10,7 @@ from msgspec import UNSET
 
 from detpipe.support.coco_file import read_coco_images
 from detpipe.support.errors import DataError
-from detpipe.support.files import refuse_special
+from detpipe.support.strict_json import read_text
 
 Naming = Literal["id", "file", "either"]
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"))
@@ -41,15 +41,10 @@ class KnownImages:
                 self._by_file[form] = image_id if self._by_file.get(form, image_id) == image_id else None
 
     def find(self, name: str, naming: Naming) -> str | None:
-        """Find the id of an image.
+        """The id of an image; None if there is no such image, or several files of that name.
 
-        Args:
-            name: what a proposal file calls it.
-            naming: what that is: ``"id"``; ``"file"``, a path, file name or stem, or else an id; ``"either"``, an id,
-                or else one of the others.
-
-        Returns:
-            The id, or None if there is no such image, or several files of that name.
+        ``name`` is what a proposal file calls it: by ``naming`` ``"id"``; ``"file"``, a path, file name or stem, or else an id;
+        ``"either"``, an id, or else one of the others.
         """
         if naming != "file" and name in self._ids:
             return self._ids[name]
@@ -72,17 +67,10 @@ def plain_id(name: str, naming: Naming) -> str:
 
 
 def read_known_images(path: str | Path) -> KnownImages:
-    """Read the images of a data set.
+    """Read the images of a data set, in the order of the file.
 
-    Args:
-        path: an annotation file of COCO's kind (``*.json``), or a list with one id a line, such as VOC's
-            ``ImageSets/Main/*.txt``.
-
-    Returns:
-        The images, in the order of the file.
-
-    Raises:
-        DataError: the file is missing or something else, or has an id twice.
+    It is an annotation file of COCO's kind (``*.json``), or a list with one id a line, such as VOC's ``ImageSets/Main/*.txt``. A
+    DataError if it is missing or something else, or has an id twice.
     """
     path = Path(path)
     if path.suffix.lower() != ".json":
@@ -99,16 +87,7 @@ def read_known_images(path: str | Path) -> KnownImages:
 
 
 def _read_list(path: Path) -> KnownImages:
-    refuse_special(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file: check the path") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not UTF-8 text: expected a .json file or a list of ids"
-        ) from error
-    ids = [line.split()[0] for line in lines if line.strip()]
+    ids = [line.split()[0] for line in read_text(path, "list of ids, nor a .json file").splitlines() if line.strip()]
     for image_id, count in Counter(ids).items():
         if count > 1:
             raise DataError(f"{path}: image id {image_id} is there twice; each image must have an id of its own")

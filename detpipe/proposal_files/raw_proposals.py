@@ -93,8 +93,7 @@ class Groups:
 def split_columns(values: Any, where: str) -> tuple[Array, Array | None]:
     """Take ``[P, 4]`` boxes, or ``[P, 5]`` with scores, as ``[P, 4]`` and ``[P]`` or None; no elements are no boxes.
 
-    Raises:
-        DataError: another shape, or no numbers; it starts with ``where``.
+    A DataError, which starts with ``where``, for another shape, or no numbers.
     """
     try:
         table = as_array(values)

@@ -154,17 +154,10 @@ class _Reader(pickle.Unpickler):
 
 
 def load_plain_pickle(path: str | Path) -> Any:
-    """Read a pickle of numpy arrays and plain containers.
+    """Read a pickle of any protocol, of Python 2 as well: numpy arrays and plain containers of numbers, text and bytes.
 
-    Args:
-        path: the file, of any pickle protocol, of Python 2 as well.
-
-    Returns:
-        What it holds: dicts, lists, tuples, sets, text, bytes, numbers, None and arrays of numbers, text or these.
-
-    Raises:
-        DataError: the file is missing, cut off or damaged, or holds anything else: that is named, and nothing of it
-            was run; or it would take far more memory than its size.
+    A DataError if it is missing, cut off or damaged, or holds anything else: that is named, and nothing of it was run; or if it
+    would take far more memory than its size.
     """
     refuse_special(path)
     try:

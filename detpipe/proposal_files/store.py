@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.proposal_files.box_checks import TOLERANCE, find_faults, reaches_beyond
-from detpipe.proposal_files.store_format import ProposalWriter, content_hash, damaged, image_digest, read_header
+from detpipe.proposal_files.store_format import ProposalWriter, content_hash, damaged, extent, image_digest, read_header
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 
@@ -184,9 +184,7 @@ class ProposalStore(Mapping[str, ProposalRecord]):
                 raise damaged(
                     self.path, f"image {name!r} has boxes that are not finite, of negative size, or not in order"
                 )
-            if len(boxes) and not np.array_equal(
-                self._extents[row], np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
-            ):
+            if len(boxes) and not np.array_equal(self._extents[row], extent(boxes)):
                 raise damaged(
                     self.path, f"image {name!r}: its extent {self._extents[row].tolist()} is not that of its boxes"
                 )
@@ -226,7 +224,6 @@ class ProposalStore(Mapping[str, ProposalRecord]):
         return ProposalRecord(self._boxes[start:end].copy(), self._scores[start:end].copy())
 
     def _rows(self) -> dict[str, int]:
-        """All ids and their rows."""
         names = [self._name(row) for row in range(len(self))]
         for row in range(1, len(names)):
             if names[row] <= names[row - 1]:

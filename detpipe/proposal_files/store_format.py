@@ -74,8 +74,6 @@ _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _Entry(msgspec.Struct):
-    """What the header says about an array."""
-
     dtype: str
     shape: list[_Count]
     data_offsets: tuple[_Count, _Count]
@@ -119,6 +117,13 @@ def canonical_settings(settings: Any) -> str:
     return text
 
 
+def extent(boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Least x1, y1 and greatest x2, y2 of boxes ``[P, 4]``: ``[4]``; zeros without boxes."""
+    if not len(boxes):
+        return np.zeros(4, dtype="<f4")
+    return np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
+
+
 def image_digest(
     name: bytes, size: Sequence[int], boxes: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
 ) -> bytes:
@@ -160,18 +165,9 @@ def build_header(description: Description, images: int, boxes: int, id_bytes: in
 
 
 def read_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[Description, dict[str, Place]]:
-    """Read and check what stands before the arrays.
+    """Read and check what stands before the arrays of an open store: what it says about itself, and where its arrays lie.
 
-    Args:
-        file: the open store, at its start.
-        path: its name, for messages.
-        file_bytes: its length.
-
-    Returns:
-        What the store says about itself, and where its arrays lie, by name.
-
-    Raises:
-        DataError: the file is something else, is cut off or damaged, or was written by a newer version.
+    A DataError if the file is something else, is cut off or damaged, or was written by a newer version.
     """
     start = file.read(8)
     length = int.from_bytes(start, "little")
@@ -342,14 +338,11 @@ class ProposalWriter:
         stored_scores = values.astype("<f4") + np.float32(0)  # no negative zeros, which hash differently
         order = np.argsort(-stored_scores, kind="stable")
         stored, stored_scores = numbers.astype("<f4")[order] + np.float32(0), stored_scores[order]
-        extent = np.zeros(4, dtype="<f4")
-        if len(stored):
-            extent = np.concatenate([stored[:, :2].min(axis=0), stored[:, 2:].max(axis=0)])
         digest = image_digest(name, known or (0, 0), stored, stored_scores)
         file = self._open()
         file.write(stored.tobytes())
         file.write(stored_scores.tobytes())
-        self._entries[name] = _Added(self._end, len(stored), known or (0, 0), extent.tobytes(), digest)
+        self._entries[name] = _Added(self._end, len(stored), known or (0, 0), extent(stored).tobytes(), digest)
         self._end += 20 * len(stored)
 
     def close(self) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from detpipe.proposal_files.known_images import KnownImages
 from detpipe.proposal_files.raw_proposals import Groups, RawFile, Tally
 from detpipe.support.errors import DataError
-from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import load_json, require, require_numbers, shorten
+from detpipe.support.tables import read_table
 
 _CORNERS, _SIDES = ("x1", "y1", "x2", "y2"), ("x", "y", "width", "height")
 
@@ -49,19 +46,13 @@ def read_csv(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
     The file is UTF-8, comma separated. The first line may name the columns, which then may stand in any order and among others;
     without it they are image_id, x1, y1, x2, y2[, score].
     """
-    refuse_special(path)
-    with _readable(path), path.open(newline="", encoding="utf-8-sig") as file:
-        lines = csv.reader(file, strict=True)
-        first = next((line for line in lines if line), None)
-        if first is None:
-            raise DataError(f"{path}: holds no lines; expected the columns image_id, x1, y1, x2, y2 and maybe score")
-        columns, convention, headed = _columns(first, path)
-        groups = Groups("line", has_scores=len(columns) == 6)
-        if not headed:
-            _add_line(groups, first, lines.line_num, columns, path, tally)
-        for line in lines:
-            if line:
-                _add_line(groups, line, lines.line_num, columns, path, tally)
+    lines = [(number, values) for number, values in read_table(path) if values]
+    if not lines:
+        raise DataError(f"{path}: holds no lines; expected the columns image_id, x1, y1, x2, y2 and maybe score")
+    columns, convention, headed = _columns(lines[0][1], path)
+    groups = Groups("line", has_scores=len(columns) == 6)
+    for number, values in lines[headed:]:
+        _add_line(groups, values, number, columns, path, tally)
     return groups.file(convention, "either")
 
 
@@ -106,13 +97,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8 text: this is not a CSV file") from error
-    except csv.Error as error:
-        raise DataError(f"{path}: not a readable CSV file ({error})") from error

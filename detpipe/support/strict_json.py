@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from detpipe.support.errors import DataError
@@ -41,7 +40,7 @@ def load_json(path: str | os.PathLike[str]) -> Any:
         DataError: the file cannot be read, is not UTF-8, is cut off or malformed (with line and column), holds a number
             that is not finite, or has a key twice in one object.
     """
-    return parse_json(_read_text(path), path)
+    return parse_json(read_text(path, "JSON file"), path)
 
 
 def parse_json(text: str, path: str | os.PathLike[str]) -> Any:
@@ -121,18 +120,20 @@ def shorten(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _read_text(path: str | os.PathLike[str]) -> str:
+def read_text(path: str | os.PathLike[str], what: str, newline: str | None = None) -> str:
+    """Read a UTF-8 file, with or without a byte order mark; a DataError says that it is no ``what``, such as "JSON file"."""
     refuse_special(path)
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline=newline) as stream:
+            return stream.read()
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file: check the path") from error
     except IsADirectoryError as error:
-        raise DataError(f"{path}: is a folder: name the JSON file in it") from error
+        raise DataError(f"{path}: is a folder: name the {what} in it") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8 text: this is not a JSON file") from error
+        raise DataError(f"{path}: byte {error.start} is not UTF-8 text: this is not a {what}") from error
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

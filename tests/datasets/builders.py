@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from detpipe.types import Annotations
+
 SIZES = ((40, 60), (40, 60), (30, 50))  # height, width
 
 
@@ -95,6 +97,29 @@ def write_yolo(root: Path, labels: dict[str, str | None] | None = None, split: s
     known = json.loads(path.read_text()) if path.is_file() else {"names": ["cat", "dog"]}  # JSON is YAML
     path.write_text(json.dumps({**known, split: f"images/{split}", **changes}))
     return root
+
+
+def annotations(
+    root: Path, boxes: Any, offsets: Any, sizes: Any = None, class_names: tuple[str, ...] = ("cat",), **changes: Any
+) -> Annotations:
+    """Annotations that come from no file: ``boxes`` xyxy of labels that follow each other, of images ``0.jpg``, ``1.jpg`` ..."""
+    xyxy = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    B, count, K = len(xyxy), len(offsets) - 1, len(class_names)
+    values = {
+        "root": root,
+        "file_names": np.array([f"{i}.jpg" for i in range(count)], dtype=np.str_),
+        "image_ids": np.arange(1, count + 1),
+        "sizes": np.array([(9, 9)] * count if sizes is None else sizes, dtype=np.int32).reshape(-1, 2),
+        "offsets": np.array(offsets, dtype=np.int64),
+        "boxes": xyxy,
+        "labels": np.arange(B) % K + 1,
+        "iscrowd": np.zeros(B, dtype=bool),
+        "difficult": np.zeros(B, dtype=bool),
+        "area": (xyxy[:, 2:] - xyxy[:, :2]).prod(1),
+        "class_names": class_names,
+        "category_ids": tuple(range(1, K + 1)),
+    }
+    return Annotations(**{**values, **changes})
 
 
 HEADER = "file_name,x1,y1,x2,y2,label"

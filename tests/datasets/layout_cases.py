@@ -6,7 +6,7 @@ A case says where the files go; what is in them is the same for all: ``SCENES``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +63,21 @@ def rows(stems: tuple[str, ...]) -> str:
     return "\n".join(table) + "\n"
 
 
+def coco(stems: Iterable[str], name: str = "{}.jpg", first: int = 1, root: str = "") -> str:
+    """A file of COCO of some images; ``root`` is a category above all others."""
+    categories = [{"id": first + k, "name": one, "supercategory": root or "none"} for k, one in enumerate(CLASSES)]
+    categories = [{"id": 0, "name": root, "supercategory": "none"}, *categories] if root else categories
+    images = [{"id": k, "file_name": name.format(s), "width": WIDTH, "height": HEIGHT} for k, s in enumerate(stems)]
+    boxes = [(k, *box) for k, stem in enumerate(stems) for box in SCENES[stem]]
+    annotations = [
+        {"id": n, "image_id": image, "category_id": first + CLASSES.index(label), "bbox": [x1, y1, x2 - x1, y2 - y1],
+         "iscrowd": 0, "segmentation": []}
+        for n, (image, label, x1, y1, x2, y2) in enumerate(boxes)
+    ]  # fmt: skip
+    parts = {"info": {}, "licenses": [], "categories": categories, "images": images, "annotations": annotations}
+    return json.dumps(parts)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the files of a data set go.
@@ -71,7 +86,7 @@ class Layout:
         name: of the case.
         layout: as which it is recognized.
         images: of each image, with ``{split}`` and ``{stem}``.
-        labels: of each annotation, with the same.
+        labels: of each annotation, with the same; empty where the annotations are in ``files``.
         splits: name -> stems, as they are recognized.
         says: what the line says, in which it is told how the data are read.
         files: further files.
@@ -111,7 +126,32 @@ TWO = {"train": STEMS[:2], "val": STEMS[2:]}
 NAMES = "ball\nbox\n"
 LISTED = "".join(f"{stem}\n" for stem in STEMS)
 
+HUB = {f"{split}/_annotations.coco.json": coco(stems, root="things") for split, stems in SPLITS.items()}
+OFFICIAL = {f"annotations/instances_{split}.json": coco(stems) for split, stems in SPLITS.items()}
+OFFICIAL["annotations/person_keypoints_train.json"] = coco(["a"])  # is not looked at
+
 LAYOUTS = [
+    # COCO
+    Layout("official", "coco", "{split}/{stem}.jpg", "", SPLITS, "instances_train.json of the images in train (and", OFFICIAL),
+    Layout("official, in images", "coco", "images/{split}/{stem}.jpg", "", SPLITS, "images in images/train (and", OFFICIAL),
+    Layout("hub", "coco", "{split}/{stem}.jpg", "", SPLITS, "train/_annotations.coco.json of the images in train (and", HUB),
+    Layout("hub, in a folder", "coco", "export/{split}/{stem}.jpg", "", SPLITS, "of the images in export/train",
+           {f"export/{name}": content for name, content in HUB.items()}),
+    Layout("default", "coco", "images/default/{stem}.jpg", "", {"default": STEMS}, "in images/default",
+           {"annotations/instances_default.json": coco(STEMS)}),
+    Layout("result", "coco", "images/{stem}.jpg", "", {"result": STEMS}, "result.json of the images in images",
+           {"result.json": coco(STEMS, "images\\{}.jpg", 0)}),
+    Layout("data", "coco", "data/{stem}.jpg", "", {"data": STEMS}, "in data", {"labels.json": coco(STEMS)}),
+    Layout("beside", "coco", "train/{stem}.jpg", "", {"train": STEMS}, "in train", {"train/coco.json": coco(STEMS)}),
+    Layout("at the top", "coco", "{stem}.jpg", "", {"train": STEMS}, "images in .", {"train.json": coco(STEMS)}),
+    Layout("names with folders", "coco", "images/train/{stem}.jpg", "", {"train": STEMS}, "train.json",
+           {"train.json": coco(STEMS, "/".join(["images", "train", "{}.jpg"]))}),
+    Layout("folders that are not there", "coco", "images/{stem}.jpg", "", {"val": STEMS}, "val.json",
+           {"val.json": coco(STEMS, "job 7\\images\\{}.jpg")}),
+    Layout("images of all splits", "coco", "images/{stem}.jpg", "", SPLITS, "annotations/train.json",
+           {f"annotations/{split}.json": coco(stems) for split, stems in SPLITS.items()}),
+    Layout("folders of splits", "coco", "{split}/data/{stem}.jpg", "", SPLITS, "train/labels.json",
+           {f"{split}/labels.json": coco(stems) for split, stems in SPLITS.items()}),
     # XML
     Layout("xml beside images in splits", "voc", "{split}/{stem}.jpg", "{split}/{stem}.xml", SPLITS, "train, valid, test"),
     Layout("xml beside images", "voc", "{stem}.jpg", "{stem}.xml", ALL, "XML beside the images in the folder"),

@@ -10,6 +10,8 @@ from PIL import Image
 
 from detpipe.types import Annotations
 
+from .builders import annotations
+
 SIDES = (1, 7, 40, 333, 5000)  # of images; only their headers are read
 
 
@@ -36,23 +38,8 @@ def make(
         for x, y, w, h in parts:
             x1, y1 = x * width, y * height
             flat.append((x1, y1, x1 + w * (width - x1), y1 + h * (height - y1)))
-    xyxy = np.array(flat, dtype=np.float64).reshape(-1, 4)
-    B = len(xyxy)
-    values = {
-        "root": root,
-        "file_names": np.array(names, dtype=np.str_),
-        "image_ids": np.arange(1, len(names) + 1),
-        "sizes": np.array(sizes, dtype=np.int32).reshape(-1, 2),
-        "offsets": np.cumsum([0, *map(len, boxes)]),
-        "boxes": xyxy,
-        "labels": np.arange(B) % len(class_names) + 1,
-        "iscrowd": np.zeros(B, dtype=bool),
-        "difficult": np.zeros(B, dtype=bool),
-        "area": (xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1]),
-        "class_names": class_names,
-        "category_ids": category_ids,
-    }
-    return Annotations(**{**values, **changes})  # type: ignore[arg-type]
+    own = {"file_names": np.array(names, dtype=np.str_), "category_ids": category_ids}
+    return annotations(root, flat, np.cumsum([0, *map(len, boxes)]), sizes, class_names, **{**own, **changes})
 
 
 @st.composite

@@ -14,7 +14,7 @@ from detpipe.datasets.shards.index import KEYS
 from detpipe.datasets.shards.write import Made, Sharding, make_shards
 from detpipe.types import Annotations
 
-from .builders import coco_content, write_coco
+from .builders import annotations, coco_content, write_coco
 
 SIZES = ((40, 60), (60, 40), (40, 60), (30, 50), (40, 60), (60, 40), (40, 60), (30, 50), (40, 60), (60, 40), (40, 60))
 AUGMENT = Augment(0.5, (0.5, 2.0), 0.5, 0.5)
@@ -57,18 +57,14 @@ def tiny_annotations(root: Path, count: int, seed: int = 0) -> Annotations:
     B = int(boxes_of.sum())
     corner = random.uniform(0, 3, (B, 2))
     boxes = np.concatenate([corner, corner + random.uniform(1, 4, (B, 2))], axis=1)
-    return Annotations(
-        root=root,
+    return annotations(
+        *(root, boxes, np.concatenate([[0], np.cumsum(boxes_of)]), sizes, ("cat", "dog", "owl")),
         file_names=np.array(names, dtype=np.str_),
         image_ids=random.permutation(10 * count)[:count].astype(np.int64),
-        sizes=sizes,
-        offsets=np.concatenate([[0], np.cumsum(boxes_of)]).astype(np.int64),
-        boxes=boxes,
         labels=random.integers(1, 4, B),
         iscrowd=random.random(B) < 0.2,
         difficult=random.random(B) < 0.2,
         area=random.uniform(0.5, 9, B),
-        class_names=("cat", "dog", "owl"),
         category_ids=(1, 7, 90),
         counts={"images read": count, "images used": count, "boxes read": B, "boxes used": B},
     )

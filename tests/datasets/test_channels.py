@@ -211,15 +211,6 @@ def test_what_moves_pixels_moves_all_channels(tmp_path: Path, kind: str, limits:
     assert len(target["boxes"]) == 1
 
 
-def test_batches_of_workers_are_those_of_the_main_process(tmp_path: Path) -> None:
-    batches = []
-    for workers in (0, 2):
-        data = dataset(tmp_path, "five", Augment(), (-1, 1), loader=Loader(2, num_workers=workers))
-        batches.append([image for images, _ in data.train_dataloader() for image in images])
-    assert all(torch.equal(*pair) for pair in zip(*batches, strict=True))
-    assert {(image.shape[0], image.dtype) for image in batches[1]} == {(5, torch.float32)}
-
-
 @pytest.mark.parametrize(
     ("augment", "message"),
     [

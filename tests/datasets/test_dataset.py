@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from detpipe.datasets import COCO, Augment, Loader
+from detpipe.datasets import COCO, Augment, Loader, Resize
 from detpipe.datasets.augment.settings import (
     Combine,
     CopyPaste,
@@ -51,11 +51,12 @@ def data_in(root: Path, workers: int = 0, augment: Augment = EVERYTHING, **chang
 
 
 def test_p2_row_35_any_number_of_workers_draws_the_same(tmp_path: Path) -> None:
-    expected = hashes(data_in(tmp_path))
-    assert expected[0] != expected[1]
-    for workers in (1, 2):
-        assert hashes(data_in(tmp_path, workers)) == expected
-    assert hashes(data_in(tmp_path, seed=1)) != expected
+    for more in ({}, {"resize": Resize("shortest_side", [30, 40, 50], 90)}):
+        expected = hashes(data_in(tmp_path, **more))
+        assert expected[0] != expected[1]
+        for workers in (1, 2):
+            assert hashes(data_in(tmp_path, workers, **more)) == expected
+        assert hashes(data_in(tmp_path, seed=1, **more)) != expected
 
 
 def test_row_35_epochs_and_images_draw_anew(tmp_path: Path) -> None:

@@ -101,17 +101,6 @@ def test_every_orientation_of_every_format_is_that_of_exif_transpose(tmp_path: P
         assert grey.shape == (1, *expected.shape[:2])
 
 
-def test_lossless_formats_agree_on_every_orientation(tmp_path: Path) -> None:
-    for orientation in range(1, 9):
-        images = [read_image(oriented(tmp_path, case, orientation)) for case in ("png", "webp", "tiff", "tiff_lzw")]
-        assert all(torch.equal(image, images[0]) for image in images), orientation
-        deep = [
-            read_image(oriented(tmp_path, case, orientation))
-            for case in ("png_16", "tiff_16", "tiff_16_lzw", "tiff_grey")
-        ]
-        assert all(torch.equal(image, deep[0]) for image in deep), orientation
-
-
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_every_decoder_of_jpegs_applies_the_orientation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str

@@ -125,28 +125,38 @@ def test_a_server_without_ranges_begins_anew(server: Behavior, tmp_path: Path) -
     assert fetch(remote(server), tmp_path, QUICK).read_bytes() == CONTENT
 
 
-def test_pieces_of_a_file_that_is_another_are_dropped(server: Behavior, tmp_path: Path) -> None:
-    server.files["/x/data.bin"] = CONTENT[:-1] + b"?"
-    partial(tmp_path, CONTENT[:300_000])
-    with pytest.raises(DownloadError, match=f"sha256 expected {SHA256}, found [0-9a-f]{{64}}; it is dropped"):
+ALTERED, CUTS = CONTENT[:-1] + b"?", [1000 + 7 * (k % 3) for k in range(100)]
+WRONG = f"sha256 expected {SHA256}, found [0-9a-f]{{64}}; it is dropped"
+# what the server does, how many bytes of the file an earlier run has left, the error, what is asked for first, what is left
+REFUSED: dict[str, tuple[dict[str, Any], int, str, list[str | None], list[str]]] = {
+    "another file": ({"files": {"/x/data.bin": ALTERED}}, 0, WRONG, [None], []),
+    "pieces of another file": ({"files": {"/x/data.bin": ALTERED}}, 300_000, WRONG, ["bytes=300000-", None], []),
+    "shorter": ({"files": {"/x/data.bin": CONTENT[:1000]}}, 2000, "expected 1024000 bytes, but the server offers 1000 of type None",
+                ["bytes=2000-", None], ["data.bin.part"]),  # 416, then from the beginning
+    "part of another place": ({"shift": 5}, 300_000, "does not go on where the file was cut off", ["bytes=300000-", None],
+                              ["data.bin.part"]),  # the answers from the beginning lack 5 bytes too
+    "more": ({"files": {"/x/data.bin": CONTENT + b"more"}, "length": 0}, 0, "sends more than the expected 1024000 bytes", [None],
+             ["data.bin.part"]),
+    "missing": ({"files": {}}, 0, r"/x/data\.bin: the server answers 404 Not Found; the file may have moved", [None],
+                ["data.bin.part"]),
+    "cut for ever": ({"ranges": False, "cuts": CUTS}, 0, "closed early", [None, "bytes=1000-"], ["data.bin.part"]),
+    "leads to a store": ({"redirects": {"/x/data.bin": "s3://bucket/x/data.bin"}}, 0, r"only http://|302", [None],
+                         ["data.bin.part"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_the_file_is_refused(server: Behavior, tmp_path: Path, case: str) -> None:
+    changes, there, message, asked, left = REFUSED[case]
+    for name, value in changes.items():
+        setattr(server, name, value)
+    if there:
+        partial(tmp_path, CONTENT[:there])
+    with pytest.raises(DownloadError, match=message):
         fetch(remote(server), tmp_path, QUICK)
-    assert [asked for _, asked in server.requests] == ["bytes=300000-", None]
-    assert names(tmp_path) == []
-
-
-def test_a_file_that_has_become_shorter(server: Behavior, tmp_path: Path) -> None:
-    server.files["/x/data.bin"] = CONTENT[:1000]
-    partial(tmp_path, CONTENT[:2000])
-    with pytest.raises(DownloadError, match="expected 1024000 bytes, but the server offers 1000 of type None"):
-        fetch(remote(server), tmp_path, QUICK)  # 416, then from the beginning
-
-
-def test_a_part_of_another_place_is_not_appended(server: Behavior, tmp_path: Path) -> None:
-    server.shift = 5
-    partial(tmp_path, CONTENT[:300_000])
-    with pytest.raises(DownloadError, match="does not go on where the file was cut off"):
-        fetch(remote(server), tmp_path, QUICK)  # the answers from the beginning lack 5 bytes too
-    assert server.requests[:2] == [("/x/data.bin", "bytes=300000-"), ("/x/data.bin", None)]
+    assert [found for _, found in server.requests][: len(asked)] == asked
+    assert len(server.requests) < 12
+    assert names(tmp_path) == left
 
 
 def test_a_page_in_place_of_the_file_does_not_cost_what_is_there(server: Behavior, tmp_path: Path) -> None:
@@ -159,20 +169,6 @@ def test_a_page_in_place_of_the_file_does_not_cost_what_is_there(server: Behavio
         assert part.read_bytes() == CONTENT[:300_000]
 
 
-def test_more_than_is_known_is_refused(server: Behavior, tmp_path: Path) -> None:
-    server.files["/x/data.bin"], server.length = CONTENT + b"more", 0
-    with pytest.raises(DownloadError, match="sends more than the expected 1024000 bytes"):
-        fetch(remote(server), tmp_path, QUICK)
-    assert not (tmp_path / "data.bin").exists()
-
-
-def test_a_wrong_checksum_names_both_and_leaves_nothing(server: Behavior, tmp_path: Path) -> None:
-    server.files["/x/data.bin"] = CONTENT[:-1] + b"?"
-    with pytest.raises(DownloadError, match=f"expected {SHA256}, found [0-9a-f]{{64}}; it is dropped"):
-        fetch(remote(server), tmp_path, QUICK)
-    assert names(tmp_path) == []
-
-
 def test_a_file_that_is_there_but_another_is_named_and_left_alone(server: Behavior, tmp_path: Path) -> None:
     path = tmp_path / "data.bin"
     for content, message in ((b"short", "expected 1024000 bytes, found 5; remove it"), (CONTENT[::-1], "remove it")):
@@ -180,14 +176,6 @@ def test_a_file_that_is_there_but_another_is_named_and_left_alone(server: Behavi
         with pytest.raises(DownloadError, match=message):
             fetch(remote(server), tmp_path, QUICK)
         assert path.read_bytes() == content
-
-
-def test_a_missing_file_is_not_asked_for_again(server: Behavior, tmp_path: Path) -> None:
-    with pytest.raises(
-        DownloadError, match=r"/gone/data\.bin: the server answers 404 Not Found; the file may have moved"
-    ):
-        fetch(remote(server, url=f"{server.url}/gone/data.bin"), tmp_path, QUICK)
-    assert len(server.requests) == 1
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,13 +262,6 @@ def test_two_processes_do_not_write_the_same_file(server: Behavior, tmp_path: Pa
         fetch(remote(server), tmp_path, QUICK)
 
 
-def test_a_server_that_cuts_and_never_goes_on_is_given_up(server: Behavior, tmp_path: Path) -> None:
-    server.ranges, server.cuts = False, [1000 + 7 * (k % 3) for k in range(100)]
-    with pytest.raises(DownloadError, match="closed early"):
-        fetch(remote(server), tmp_path, QUICK)
-    assert len(server.requests) < 12
-
-
 def test_waits_get_longer(server: Behavior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(module.time, "sleep", waits.append)
@@ -323,9 +304,3 @@ def test_faults_of_an_object_store_name_the_file_and_what_to_do(
         with pytest.raises(DownloadError, match=message):
             fetch(STORED, tmp_path, QUICK)
         assert store.errors == []
-
-
-def test_a_web_server_does_not_lead_to_an_object_store(server: Behavior, tmp_path: Path) -> None:
-    server.redirects = {"/x/data.bin": "s3://bucket/x/data.bin"}
-    with pytest.raises(DownloadError, match=r"only http://|302"):
-        fetch(remote(server), tmp_path, QUICK)

@@ -15,11 +15,10 @@ from detpipe.datasets import COCO, Augment, DetectionDataset, Loader, Resize, re
 from detpipe.datasets.decode import read_reduced
 from detpipe.datasets.resize import PADDING, pad, resample
 from detpipe.images import contents_of, detections_to_files, to_batch
-from detpipe.types import Annotations, Detection, PixelFormat
+from detpipe.types import Detection, PixelFormat
 
 from .augment.test_augmentation import paint, scenes, target_of
-from .builders import coco_content, write_coco
-from .test_datamodule import hashes
+from .builders import annotations, coco_content, write_coco
 
 SIDE = st.integers(1, 3000)
 FILE = (180, 240)  # height, width
@@ -50,7 +49,7 @@ def test_what_was_resized_keeps_its_size(height: int, width: int, min_size: int,
         assert max(once) <= (policy.max_size or min_size)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(scenes(), st.integers(20, 300), st.booleans())
 def test_boxes_and_proposals_move_as_the_pixels_do(scene: Any, size: int, letterbox: bool) -> None:
     """The oracle: each object is painted, and its extent in the resized image must be its box."""
@@ -90,7 +89,7 @@ def triangles(old: int, new: int) -> np.ndarray:
     return weight / weight.sum(1, keepdims=True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 120), st.integers(1, 120), st.booleans())
 @example(2, 2, 3, 1, True)  # a single new column: torch 2.14 fills it with its first row
 @example(2, 2, 3, 1, False)
@@ -153,26 +152,6 @@ def test_evaluation_takes_the_last_size_or_the_one_given() -> None:
     assert Resize("letterbox", [320, 480]).detector_sizes == (480, 480)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"policy": "stretch"}, "policy must be 'shortest_side' or 'letterbox', got 'stretch'"),
-        ({}, "max_size is missing: shortest_side needs it"),
-        ({"policy": "letterbox", "max_size": 9}, "max_size must be left out for letterbox"),
-        ({"min_size": 0, "max_size": 9}, "0 < min_size <= max_size, got min_size 0"),
-        ({"min_size": [8, 10], "max_size": 9}, r"got min_size \[8, 10\], eval_size None and max_size 9"),
-        ({"min_size": 8, "max_size": 9, "eval_size": 10}, "eval_size 10 and max_size 9"),
-        ({"min_size": [], "max_size": 9}, r"got min_size \[\]"),
-        ({"min_size": [9, 8], "max_size": 9, "sampling": "range"}, r"\[smallest, largest\] .* got \[9, 8\]"),
-        ({"min_size": 8, "max_size": 9, "sampling": "range"}, r"\[smallest, largest\] for sampling 'range', got 8"),
-        ({"min_size": 8, "max_size": 9, "sampling": "all"}, "sampling must be 'choice' or 'range', got 'all'"),
-    ],
-)
-def test_settings_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Resize(**arguments)
-
-
 def test_a_detector_of_other_sizes_is_refused() -> None:
     resize = Resize("shortest_side", [480, 600], 1000)
     resize.check_detector(600, 1000)
@@ -196,22 +175,8 @@ def dataset_of(folder: Path, size: tuple[int, int] = FILE, suffix: str = "jpg", 
     boxes = [[9, 11, width - 40, height - 50], [50, 30, 120, 101], [width // 2, height // 2, width, height]]
     image = paint(height, width, boxes).permute(1, 2, 0).numpy()
     Image.fromarray(image).save(folder / f"x.{suffix}", quality=100, subsampling=0)
-    B = len(boxes)
-    annotations = Annotations(
-        root=folder,
-        file_names=np.array([f"x.{suffix}"]),
-        image_ids=np.array([7]),
-        sizes=np.array([size], dtype=np.int32),
-        offsets=np.array([0, B]),
-        boxes=np.array(boxes, dtype=np.float64),
-        labels=np.arange(B) + 1,
-        iscrowd=np.zeros(B, dtype=bool),
-        difficult=np.zeros(B, dtype=bool),
-        area=np.array([(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes], dtype=np.float64),
-        class_names=("red", "green", "blue"),
-        category_ids=(1, 2, 3),
-    )
-    return DetectionDataset(annotations, proposals={7: np.array(boxes, dtype=np.float32)}, **arguments)
+    a = annotations(folder, boxes, [0, 3], [size], ("red", "green", "blue"), file_names=np.array([f"x.{suffix}"]))
+    return DetectionDataset(a, proposals={1: np.array(boxes, dtype=np.float32)}, **arguments)
 
 
 def painted(image: Tensor, k: int) -> list[int] | None:
@@ -318,21 +283,6 @@ def test_a_file_of_another_size_than_annotated_is_still_refused(tmp_path: Path) 
         Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)).save(tmp_path / "x.jpg")
         with pytest.raises(Exception, match=hint):
             dataset[0, 0]
-
-
-def test_p2_resized_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
-    sizes = ((80, 120), (120, 80), (81, 121), (60, 100), (80, 120))
-    write_coco(tmp_path, coco_content(sizes), "train")
-    settings = {"train": "train", "val": "train", "augment": Augment(0.5, (0.5, 2.0), 0.5)}
-
-    def data(workers: int) -> COCO:
-        loader = Loader(batch_size=2, num_workers=workers)
-        return COCO(str(tmp_path), loader=loader, resize=Resize("shortest_side", [30, 40, 50], 90), **settings)
-
-    expected = hashes(data(0))
-    for workers in (1, 2):
-        assert hashes(data(workers)) == expected
-    assert expected[0] != expected[1]
 
 
 @pytest.mark.parametrize("letterbox", [True, False])

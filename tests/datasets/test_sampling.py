@@ -91,12 +91,6 @@ def test_nothing_to_balance() -> None:
     plan = Sampling(0.5).plan(empty)
     assert sorted(plan.draw(np.random.default_rng(0))) == [0, 1]
     assert "there are no objects" in Sampling(0.5).describe(empty)
-    for arguments in ({}, {"repeat_factor": 0.1, "class_balanced": True}):
-        with pytest.raises(ValueError, match="must give one of repeat_factor"):
-            Sampling(**arguments)
-    for fraction in (0, -1, 1.5):
-        with pytest.raises(ValueError, match=r"repeat_factor must lie in 0\.\.1, above 0"):
-            Sampling(repeat_factor=fraction)
 
 
 def plans() -> list[Plan]:

@@ -104,34 +104,15 @@ def test_records_that_were_left_out_do_not_shift_the_others(tmp_path: Path) -> N
     assert a.segmentations.ids.tolist() == [100, 102, 101, 103]
 
 
-@pytest.mark.parametrize(
-    ("segmentation", "message"),
-    [
-        (
-            None,
-            "annotation id 101 .image 1.jpg.: segmentation None cannot be read .expected polygons, or counts and size",
-        ),
-        ([], "annotation id 101 .image 1.jpg.: segmentation .* cannot be read .expected polygons"),
-        ([[1, 2, 3, 4]], "annotation id 101 .*a polygon is at least 3 points"),
-        ([[1, 2, 3, 4, 5, 1e9]], "annotation id 101 .*a polygon is at least 3 points"),
-        ([["a"] * 6], "annotation id 101 "),
-        (
-            {"size": [9, 9], "counts": [81]},
-            r"annotation id 101 .*its size \[height, width\] is \[9, 9\], that of the image \[40, 60\]",
-        ),
-        ({"size": [40, 60], "counts": [-3, 2403]}, "counts must be whole numbers that sum up to the 2400 pixels"),
-        ({"size": [40, 60], "counts": "~"}, "is no character of a run length"),
-        ({"counts": [2400]}, "annotation id 101 .*'size'"),
-        (7, "segmentation 7 cannot be read .expected polygons, or counts and size"),
-    ],
-)
-def test_an_outline_that_cannot_be_read_names_its_annotation(tmp_path: Path, segmentation: Any, message: str) -> None:
+@pytest.mark.parametrize("segmentation", [None, [], [[1, 2, 3, 4]], {"size": [40, 60], "counts": [-3, 2403]}])
+def test_an_outline_that_cannot_be_read_names_its_annotation(tmp_path: Path, segmentation: Any) -> None:
+    """What may be wrong with one stands in test_masks.py."""
     content = outlined()
     content["annotations"][1]["segmentation"] = segmentation
     write_coco(tmp_path, content)
-    data = COCO(str(tmp_path), "train", "train", augment=PASTE)
-    with pytest.raises(DataError, match=rf"instances_train\.json: copy_paste needs .* 1 of 4 .*{message}") as caught:
-        data.setup("fit")
+    says = r"instances_train\.json: copy_paste needs .* 1 of 4 .*annotation id 101 \(image 1\.jpg\): segmentation .* cannot be"
+    with pytest.raises(DataError, match=says) as caught:
+        COCO(str(tmp_path), "train", "train", augment=PASTE).setup("fit")
     assert "\n" not in str(caught.value)
 
 

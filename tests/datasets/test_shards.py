@@ -5,7 +5,6 @@ import json
 import pickle
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 from .builders import write_voc, write_yolo
-from .shard_cases import SIZES, files_in, pack, shards_in, tiny_annotations, tiny_shards
+from .shard_cases import files_in, pack, shards_in, tiny_annotations, tiny_shards
 from .test_datamodule import digest, hashes
 
 ARRAYS = ("file_names", "image_ids", "sizes", "offsets", "boxes", "labels", "iscrowd", "difficult", "area")
@@ -36,13 +35,13 @@ def same_annotations(first: Annotations, second: Annotations) -> bool:
     return equal and kinds and names
 
 
-def test_annotations_are_those_of_the_files_to_the_last_bit(tmp_path: Path) -> None:
-    files = files_in(tmp_path / "files")
-    shards = shards_in(pack(files, tmp_path / "shards"))
+def test_annotations_are_those_of_the_files_to_the_last_bit(eleven: Path) -> None:
+    files, shards = files_in(eleven / "files"), shards_in(eleven / "shards")
     for split in ("train", "val"):
         assert same_annotations(files.annotations(split), shards.annotations(split))
         assert files.annotations(split).counts == shards.annotations(split).counts
         assert files.describe(split) == shards.describe(split)
+        assert shards.annotations(split).root == eleven / "shards" / split
     assert shards.category_ids == (1, 7, 90)  # row 9: gaps stay
 
 
@@ -55,36 +54,22 @@ def test_every_field_of_annotations_is_kept() -> None:
     }
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_images_and_targets_are_those_of_the_files(tmp_path: Path, split: Any) -> None:
-    files = files_in(tmp_path / "files")
-    shards = shards_in(pack(files, tmp_path / "shards"))
-    ours, theirs = (data.dataset(split, augmented=split == "train") for data in (shards, files))
-    for epoch in (0, 3):
-        for index in range(len(SIZES)):
-            assert digest(([ours[epoch, index][0]], [ours[epoch, index][1]])) == digest(
-                ([theirs[epoch, index][0]], [theirs[epoch, index][1]])
-            )
-
-
-def test_in_one_window_every_batch_is_that_of_the_files(tmp_path: Path) -> None:
-    files = files_in(tmp_path / "files")
-    shards = shards_in(pack(files, tmp_path / "shards"), window=6)  # eleven images, two a shard
+def test_in_one_window_every_batch_is_that_of_the_files(eleven: Path) -> None:
+    files, shards = files_in(eleven / "files"), shards_in(eleven / "shards", window=6)
     assert hashes(shards, 3) == hashes(files, 3)
     assert [digest(batch) for batch in shards.val_dataloader()] == [digest(batch) for batch in files.val_dataloader()]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_p2_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
-    pack(files_in(tmp_path / "files"), tmp_path / "shards")
-    expected = hashes(shards_in(tmp_path / "shards", window=2))
-    assert expected != hashes(shards_in(tmp_path / "shards", window=6))
+def test_p2_batches_do_not_depend_on_the_number_of_workers(eleven: Path) -> None:
+    expected = hashes(shards_in(eleven / "shards", window=2))
+    assert expected != hashes(shards_in(eleven / "shards", window=6))
     for workers in (1, 3):
-        assert hashes(shards_in(tmp_path / "shards", workers, window=2)) == expected
+        assert hashes(shards_in(eleven / "shards", workers, window=2)) == expected
 
 
 def test_a_batch_is_made_of_the_images_of_few_shards(tmp_path: Path) -> None:
-    tiny_shards(tmp_path, 400, 4)  # 100 shards
+    tiny_shards(tmp_path, 400, 4, decode=False)  # 100 shards
     data = shards_in(tmp_path / "shards", batch_size=2, augment=None, window=3)
     shard = read_index(tmp_path / "shards" / "train").shard
     batches = data.train_dataloader().batch_sampler.batches  # type: ignore[union-attr]
@@ -104,10 +89,10 @@ def test_a_batch_is_made_of_the_images_of_few_shards(tmp_path: Path) -> None:
     assert len(together[0] & together[1]) < 20  # other neighbors in another epoch
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    count=st.integers(1, 30),
-    per_shard=st.integers(1, 12),
+    count=st.integers(1, 16),
+    per_shard=st.integers(1, 7),
     ranks=st.integers(1, 4),
     batch_size=st.integers(1, 5),
     window=st.integers(1, 5),
@@ -162,15 +147,8 @@ def test_every_image_comes_exactly_once_through_more_workers_than_shards(tmp_pat
         assert sorted(int(target["image_id"]) for _, targets in loader for target in targets) == ids
 
 
-def test_row_35_every_epoch_draws_anew(tmp_path: Path) -> None:
-    data = shards_in(pack(files_in(tmp_path / "files"), tmp_path / "shards"))
-    dataset = data.dataset("train", augmented=True)
-    assert len({dataset[epoch, 0][0].numpy().tobytes() for epoch in range(6)}) == 6
-    assert torch.equal(dataset[3, 0][0], dataset[3, 0][0])
-
-
-def test_a_dataset_can_be_sent_to_another_process(tmp_path: Path) -> None:
-    dataset = shards_in(pack(files_in(tmp_path / "files"), tmp_path / "shards")).dataset("train")
+def test_a_dataset_can_be_sent_to_another_process(eleven: Path) -> None:
+    dataset = shards_in(eleven / "shards").dataset("train")
     image = dataset[0, 1][0]
     copy = pickle.loads(pickle.dumps(dataset))
     del dataset  # closes its files
@@ -269,5 +247,3 @@ def test_a_config_builds_it(tmp_path: Path) -> None:
     data = parser.instantiate(parser.parse_object({"data": config})).data
     assert isinstance(data, Shards)
     assert (data.window, data.loader) == (3, Loader())
-    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
-        Shards(str(tmp_path), window=0)

@@ -21,13 +21,7 @@ from detpipe.datasets.shards.index import ARRAYS, INDEX, read_index
 from detpipe.datasets.shards.read import verify_shards
 from detpipe.support.errors import DataError
 
-from .shard_cases import files_in, pack, shards_in, tiny_shards
-
-
-@pytest.fixture
-def packed(tmp_path: Path) -> Path:
-    """Shards of eleven images, two a shard."""
-    return pack(files_in(tmp_path / "files"), tmp_path / "shards")
+from .shard_cases import shards_in, tiny_shards
 
 
 def spoil(path: Path, place: int) -> None:
@@ -174,31 +168,43 @@ def test_an_index_that_is_wrong_is_named(packed: Path, changes: dict[str, Any], 
         shards_in(packed).annotations("train")
 
 
-@pytest.mark.parametrize("name", ["../shard-000000.tar", "/etc/passwd", "shard-0.tar", "shard-000000.tar/..", "a\0b"])
-def test_row_30_a_shard_name_that_leads_elsewhere_is_refused(packed: Path, name: str) -> None:
-    index = json.loads((packed / "train" / INDEX).read_text())
-    index["shards"][1]["name"] = name
-    (packed / "train" / INDEX).write_text(json.dumps(index))
-    with pytest.raises(DataError, match=r"index\.json: shard 1: the name .* is not safe"):
-        shards_in(packed).annotations("train")
+SPOILED = [
+    *[(("shards", 1, "name"), name, r"shard 1: the name .* is not safe")  # row 30
+      for name in ("../shard-000000.tar", "/etc/passwd", "shard-0.tar", "shard-000000.tar/..", "a\0b")],
+    *[((*field, "sha256"), digits, r"(shard 1|arrays): the field 'sha256' is .*expected")
+      for field in (("shards", 1), ("arrays",)) for digits in ("../../../x", "0" * 63, "A" * 64, "0" * 64 + "\n", "", 7)],
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("digits", ["../../../x", "0" * 63, "A" * 64, "0" * 64 + "\n", "", 7])
-@pytest.mark.parametrize("field", ["shards", "arrays"])
-def test_a_checksum_that_is_none_is_refused(field: str, digits: Any, packed: Path) -> None:
-    index = json.loads((packed / "train" / INDEX).read_text())
-    record = index["arrays"] if field == "arrays" else index["shards"][1]
-    record["sha256"] = digits
-    (packed / "train" / INDEX).write_text(json.dumps(index))
-    with pytest.raises(DataError, match=r"index\.json: (shard 1|arrays): the field 'sha256' is .*expected"):
-        shards_in(packed).annotations("train")
-
-
-def test_an_index_that_is_cut_off_is_named(packed: Path) -> None:
+def test_what_leads_elsewhere_is_refused(packed: Path) -> None:
     text = (packed / "train" / INDEX).read_text()
+    for (*path, last), value, message in SPOILED:
+        index = part = json.loads(text)
+        for key in path:
+            part = part[key]
+        part[last] = value
+        (packed / "train" / INDEX).write_text(json.dumps(index))
+        with pytest.raises(DataError, match=rf"index\.json: {message}"):
+            shards_in(packed).annotations("train")
     (packed / "train" / INDEX).write_text(text[: len(text) // 2])
     with pytest.raises(DataError, match=r"index\.json: line \d+ column \d+: not valid JSON"):
         shards_in(packed).annotations("train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_key": "voc"}, r"index\.json: calls images as 'voc', another split as 'coco'"),
+        (
+            {"class_names": ["cat", "dog", "fox"]},
+            r"the classes of train .* and val .* differ: only in train: 'owl'",
+        ),  # row 12
+    ],
+)
+def test_splits_that_do_not_belong_together_are_refused(packed: Path, changes: dict[str, Any], message: str) -> None:
+    change_index(packed / "val", **changes)
+    with pytest.raises(DataError, match=message):
+        shards_in(packed).setup("fit")
 
 
 def test_arrays_that_are_missing_cut_off_or_changed_are_named(packed: Path) -> None:
@@ -251,18 +257,6 @@ def test_arrays_that_contradict_the_index_are_refused(packed: Path) -> None:
             shards_in(packed).annotations("train")
         for name, content in good.items():
             (packed / "train" / name).write_bytes(content)
-
-
-def test_splits_of_data_sets_that_call_images_otherwise_are_refused(packed: Path) -> None:
-    change_index(packed / "val", image_key="voc")
-    with pytest.raises(DataError, match=r"index\.json: calls images as 'voc', another split as 'coco'"):
-        shards_in(packed).setup("fit")
-
-
-def test_row_12_splits_with_other_classes_are_refused(packed: Path) -> None:
-    change_index(packed / "val", class_names=["cat", "dog", "fox"])
-    with pytest.raises(DataError, match=r"the classes of train .* and val .* differ: only in train: 'owl'"):
-        shards_in(packed).setup("fit")
 
 
 def test_verifying_reads_everything(packed: Path) -> None:

@@ -23,13 +23,13 @@ from together import start, succeed
 
 from detpipe import cli
 from detpipe.datasets import Loader, Shards
-from detpipe.datasets.shards.index import Places, Shard, read_index, write_index
+from detpipe.datasets.shards.index import Places, Shard, write_index
 from detpipe.datasets.shards.read import ShardFiles
 from detpipe.datasets.shards.write import Sharding, make_shards
 from detpipe.evaluation.coco import evaluate_coco
 
-from .shard_cases import files_in, pack, shards_in, tiny_annotations, tiny_shards
-from .test_datamodule import hashes
+from .shard_cases import shards_in, tiny_annotations, tiny_shards
+from .test_datamodule import digest, hashes
 
 DYING = """
 import os, signal, sys, time
@@ -137,11 +137,9 @@ def training(root: Path, output: Path, layout: str = "shards", workers: int = 0,
 @pytest.mark.slow
 @pytest.mark.parametrize(("window", "workers", "step"), [(2, 0, 9), (2, 2, 6), (8, 2, 10)])
 def test_a_training_on_shards_that_was_killed_ends_with_the_same_weights(
-    tmp_path: Path, window: int, workers: int, step: int
+    packed: Path, tmp_path: Path, window: int, workers: int, step: int
 ) -> None:
     """In the middle of an epoch; and with all shards in one window they are the weights of training from files."""
-    files = files_in(tmp_path / "files")
-    pack(files, tmp_path / "shards")
     more = ["--data.window", str(window)]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert cli.main(training(tmp_path / "shards", undisturbed, "shards", 0, *more)) == 0
@@ -161,9 +159,8 @@ def test_a_training_on_shards_that_was_killed_ends_with_the_same_weights(
 
 
 @pytest.mark.slow
-def test_two_processes_train_from_shards_as_from_files(tmp_path: Path) -> None:
+def test_two_processes_train_from_shards_as_from_files(packed: Path, tmp_path: Path) -> None:
     """Their part of each step, and so the gradient, is that of the files; the processes keep equal weights."""
-    pack(files_in(tmp_path / "files"), tmp_path / "shards")
     wanted = {
         name: training(tmp_path / name, tmp_path / f"run_{name}", layout, 0, *TWO)
         for name, layout in (("files", "coco_custom"), ("shards", "shards"))
@@ -176,14 +173,11 @@ def test_two_processes_train_from_shards_as_from_files(tmp_path: Path) -> None:
     assert any(not torch.equal(one[key], two[key]) for key in one)  # steps of six images are not those of three
 
 
-def test_batches_of_an_epoch_need_no_epoch_before_it(tmp_path: Path) -> None:
+def test_batches_of_an_epoch_need_no_epoch_before_it(eleven: Path) -> None:
     """A resumed run begins anywhere: nothing but (seed, epoch) decides."""
-    pack(files_in(tmp_path / "files"), tmp_path / "shards")
-    undisturbed = hashes(shards_in(tmp_path / "shards", window=2), 4)
-    loader = shards_in(tmp_path / "shards", window=2).train_dataloader()
+    undisturbed = hashes(shards_in(eleven / "shards", window=2), 4)
+    loader = shards_in(eleven / "shards", window=2).train_dataloader()
     loader.batch_sampler.set_epoch(3)  # type: ignore[union-attr]
-    from .test_datamodule import digest
-
     assert [digest(batch) for batch in loader] == undisturbed[3]
     assert undisturbed[3] != undisturbed[2]
 
@@ -232,15 +226,13 @@ def test_rows_8_and_9_evaluation_through_shards_is_that_of_the_files(tmp_path: P
     assert result == evaluate_coco(zero, perfect(zero))
 
 
-def test_row_17_an_image_without_objects_has_empty_boxes(tmp_path: Path) -> None:
-    data = shards_in(pack(files_in(tmp_path / "files"), tmp_path / "shards"))
+def test_row_17_an_image_without_objects_has_empty_boxes(eleven: Path) -> None:
+    data = shards_in(eleven / "shards")
     _, target = data.dataset("train", augmented=True)[0, 3]
     assert [tuple(target[name].shape) for name in ("boxes", "labels", "area")] == [(0, 4), (0,), (0,)]
 
 
-def test_the_overlay_trains_and_evaluates(tmp_path: Path) -> None:
-    files = files_in(tmp_path / "own")
-    pack(files, tmp_path / "shards")
+def test_the_overlay_trains_and_evaluates(packed: Path, tmp_path: Path) -> None:
     path = runs.CONFIGS / "data" / "shards.yaml"
     result = train(tmp_path, shown_bases(path)[0], path, "--data.root", tmp_path / "shards")
     assert set(result["per_class"]) == {"cat", "dog", "owl"}
@@ -251,8 +243,3 @@ def test_the_overlay_trains_and_evaluates(tmp_path: Path) -> None:
     sizes = ["--model.min_size", "64", "--model.max_size", "96", "--data.loader.num_workers", "0"]
     assert cli.main(["evaluate", *given, *sizes, *options]) == 0
     assert len(list((tmp_path / "report").glob("worst_*_truth.png"))) == 2  # drawn from shards
-
-
-def test_the_shards_of_a_set_say_where_they_lie(tmp_path: Path) -> None:
-    made = tiny_shards(tmp_path, 5, 2).shards
-    assert read_index(made.folder).annotations.root == made.folder

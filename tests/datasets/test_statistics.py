@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets import load_coco
+from detpipe.datasets.resize import Resize
 from detpipe.datasets.statistics import (
-    Resize,
     box_sizes,
     class_shares,
     cluster,
@@ -42,8 +42,8 @@ def test_counts_and_measures(tmp_path: Path) -> None:
 def test_sizes_in_the_resized_image(tmp_path: Path) -> None:
     a = load_coco(*write_coco(tmp_path))
     np.testing.assert_allclose(box_sizes(a)[0], [10, 20])
-    np.testing.assert_allclose(box_sizes(a, Resize(80, 1000))[0], [20, 40])
-    np.testing.assert_allclose(box_sizes(a, Resize(80, 90))[0], [15, 30])
+    np.testing.assert_allclose(box_sizes(a, Resize(min_size=80, max_size=1000))[0], [20, 40])
+    np.testing.assert_allclose(box_sizes(a, Resize(min_size=80, max_size=90))[0], [15, 30])
 
 
 def test_quantiles_of_nothing_and_of_one() -> None:

@@ -14,28 +14,15 @@ from detpipe.datasets.stratify import divide, divide_by_content, improve, strati
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
-from .builders import voc_object, write_voc
+from .builders import annotations, voc_object, write_voc
 from .random_sets import make
 
 
 def made(root: Path, per_image: list[list[int]], classes: int = 3) -> Annotations:
     """Images with objects of the given labels; no files are needed to divide them."""
-    flat = [label for labels in per_image for label in labels]
-    B, count = len(flat), len(per_image)
-    return Annotations(
-        root=root,
-        file_names=np.array([f"{i}.jpg" for i in range(count)]),
-        image_ids=np.arange(1, count + 1),
-        sizes=np.full((count, 2), 9, dtype=np.int32),
-        offsets=np.cumsum([0, *map(len, per_image)]),
-        boxes=np.tile([0.0, 0, 5, 5], (B, 1)),
-        labels=np.array(flat, dtype=np.int64),
-        iscrowd=np.zeros(B, dtype=bool),
-        difficult=np.zeros(B, dtype=bool),
-        area=np.full(B, 25.0),
-        class_names=tuple(f"class {k}" for k in range(classes)),
-        category_ids=tuple(range(classes)),
-    )
+    labels = np.array([label for labels in per_image for label in labels], dtype=np.int64)
+    names, offsets = tuple(f"class {k}" for k in range(classes)), np.cumsum([0, *map(len, per_image)])
+    return annotations(root, np.tile([0.0, 0, 5, 5], (len(labels), 1)), offsets, class_names=names, labels=labels)
 
 
 def test_an_example_by_hand(tmp_path: Path) -> None:

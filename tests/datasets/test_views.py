@@ -82,19 +82,3 @@ def test_center_square() -> None:
     image = torch.arange(3 * 4 * 7).view(3, 4, 7)
     assert torch.equal(center_square(image), image[:, :, 1:5])
     assert torch.equal(center_square(image.transpose(1, 2)), image.transpose(1, 2)[:, 1:5])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"size": 4}, "views.size must be 8 to 4096 pixels, got 4"),
-        ({"scale": (0.5, 1.5)}, r"views.scale must be \[smallest, largest\] within 0..1, got \(0.5, 1.5\)"),
-        ({"scale": (0.5,)}, "views.scale must be"),
-        ({"ratio": (2.0, 1.0)}, "views.ratio must be"),
-        ({"flip": 2.0}, "views: expected flip and color in 0..1 and center in 0.1..1, got 2.0, 0.0, 0.875"),
-        ({"center": 0.0}, "views: expected"),
-    ],
-)
-def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Views(**arguments)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from detpipe.datasets import DetectionDataset, Loader, workers
 from detpipe.demo import Demo, DemoScenes
 from detpipe.types import Annotations
 
-from .builders import picture
+from .builders import annotations, picture
 
 TRAINING = """
 import os, signal, sys, time
@@ -41,6 +41,7 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -102,20 +103,8 @@ def many_boxes(root: Path) -> Annotations:
     picture(8, 8).save(root / "a.png")
     total = IMAGES * BOXES
     low = np.random.default_rng(0).integers(0, 4, (total, 2)).astype(np.float64)
-    return Annotations(
-        root=root,
-        file_names=np.full(IMAGES, "a.png"),
-        image_ids=np.arange(IMAGES),
-        sizes=np.full((IMAGES, 2), 8, dtype=np.int32),
-        offsets=np.arange(IMAGES + 1) * BOXES,
-        boxes=np.concatenate([low, low + 3], axis=1),
-        labels=np.ones(total, dtype=np.int64),
-        iscrowd=np.zeros(total, dtype=bool),
-        difficult=np.zeros(total, dtype=bool),
-        area=np.full(total, 9.0),
-        class_names=("cat",),
-        category_ids=(1,),
-    )
+    boxes, offsets = np.concatenate([low, low + 3], axis=1), np.arange(IMAGES + 1) * BOXES
+    return annotations(root, boxes, offsets, np.full((IMAGES, 2), 8), file_names=np.full(IMAGES, "a.png"))
 
 
 def private_memory(dataset: Dataset[Any]) -> list[float]:
@@ -135,6 +124,7 @@ def private_memory(dataset: Dataset[Any]) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_collection")
 def test_row_34_workers_do_not_grow(tmp_path: Path) -> None:
     packed = DetectionDataset(many_boxes(tmp_path))

@@ -208,12 +208,6 @@ def test_without_scikit_learn_the_extra_is_named(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("wrong", [{"train": 0}, {"val": 0}, {"size": 20}, {"seed": -1}])
-def test_settings_out_of_range_are_named(wrong):
-    with pytest.raises(UsageError, match=next(iter(wrong))):
-        DemoScenes(**wrong)
-
-
 def test_unknown_layout_is_an_error(tmp_path):
     with pytest.raises(UsageError, match="yolo"):
         Demo(str(tmp_path), layout="yolo")  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detpipe.datasets.statistics import Resize
+from detpipe.datasets.resize import Resize
 from detpipe.pictures.contact_sheet import contact_sheet
 from detpipe.pictures.data_plots import _ticks, plot_boxes, plot_classes, plot_images
 from detpipe.pictures.visualize import IGNORED_COLOR, class_color, draw_target
@@ -78,7 +78,7 @@ def annotations(boxes: int) -> Annotations:
 def test_plots_of_few_and_of_many_boxes(tmp_path, boxes):
     a = annotations(boxes)
     plot_classes({"train": a, "val": a}, tmp_path / "classes.png")
-    plot_boxes(a, "train", [8, 16], Resize(120, 200), tmp_path / "boxes.png")
+    plot_boxes(a, "train", [8, 16], Resize(min_size=120, max_size=200), tmp_path / "boxes.png")
     plot_images({"train": a, "val": a}, tmp_path / "images.png")
     for name in ("classes", "boxes", "images"):
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))

@@ -366,7 +366,7 @@ def test_bad_records_of_coco_results(tmp_path, record, message):
         ("a.csv", "image_id,x1,y1,x2\n", "the column 'y2' is missing"),
         ("a.csv", "7;1;2;3;4\n", "line 1: expected the names image_id"),
         ("a.csv", b"7,1,2,3,4\n\xff,1,2,3,4\n", "byte 10 is not UTF-8"),
-        ("a.csv", '7,1,2,3,4\n"7"x,1,2,3,4\n', "not a readable CSV file"),
+        ("a.csv", '7,1,2,3,4\n"7"x,1,2,3,4\n', "line 2: not a valid table"),
         ("a.npz", b"PK\x03\x04broken", "not a readable .npz file"),
         ("a.npz", b"hello", "not a readable .npz file"),
         ("a.npz", pickle.dumps([1]), "not a readable .npz file"),

@@ -10,16 +10,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from detpipe.datasets.augment.settings import LARGEST_CROP, AugmentSettings, Neighbors
+from detpipe.datasets.augment.settings import (
+    LARGEST_CROP,
+    Combine,
+    Degrade,
+    Neighbors,
+    Photometric,
+    SafeCrop,
+    Transform,
+    check_parts,
+    check_range,
+)
 from detpipe.types import RGB, PixelType, Target
+
+if TYPE_CHECKING:
+    from detpipe.datasets.augment.steps import Step
+
+_NOTHING = Combine()
 
 
 @dataclass(frozen=True)
-class Augment(AugmentSettings):
+class Augment:
     """What may happen to a training image, its boxes and its proposals; docs/augmentation.md shows it.
 
     Args:
@@ -37,6 +54,24 @@ class Augment(AugmentSettings):
         combine: mosaic, mix-up and copy-paste, which take several images.
         transforms: transforms of albumentations by name, in their order.
     """
+
+    flip: float = 0.5
+    scale_jitter: tuple[float, float] | None = None
+    crop: float = 0.0
+    color: float = 0.0
+    min_visibility: float = 0.25
+    vertical_flip: float = 0.0
+    safe_crop: SafeCrop | None = None
+    photometric: Photometric | None = None
+    degrade: Degrade | None = None
+    combine: Combine = _NOTHING
+    transforms: tuple[Transform, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_parts(self, "", "flip", "vertical_flip", "crop", "color", "min_visibility")
+        if self.scale_jitter is not None:
+            check_range(self, "", "scale_jitter", 0.1, 10)
+        object.__setattr__(self, "transforms", tuple(self.transforms))
 
     @property
     def magnification(self) -> float:
@@ -63,9 +98,10 @@ class Augment(AugmentSettings):
                     f"{'null' if key == 'photometric' else 0}"
                 )
         if self.transforms:
-            from detpipe.datasets.augment.steps import try_steps
+            from detpipe.datasets.augment.steps import try_transforms
 
-            try_steps(self, pixels)
+            build_steps(self)
+            try_transforms(self.transforms, pixels)
 
     def __call__(
         self, image: Tensor, target: Target, seed: int | Sequence[int], neighbors: Neighbors | None = None
@@ -92,5 +128,30 @@ class Augment(AugmentSettings):
                 raise ValueError("combine needs the other images of the set: give neighbors")
             draws = np.random.SeedSequence(seed, spawn_key=(1,))
             now = combine(self.combine, now, neighbors, draws, self.min_visibility)
-        now = steps.run(steps.build_steps(self), now, seed)
+        now = steps.run(build_steps(self), now, seed)
         return finish(now, self.min_visibility)
+
+
+@lru_cache(maxsize=8)
+def build_steps(augment: Augment) -> tuple[Step, ...]:
+    """Build what is done to one image, in its order, once a process; a ValueError for arguments that a transform does not take."""
+    from detpipe.datasets.augment import steps  # isort: skip (as above)
+
+    built = [steps.flips(augment.flip, 1)]
+    if augment.vertical_flip:
+        built.append(steps.flips(augment.vertical_flip, 0))
+    if augment.scale_jitter is not None:
+        built.append(steps.zooms(augment.scale_jitter))
+    if augment.crop:
+        built.append(steps.crops(augment.crop))
+    if augment.safe_crop is not None:
+        built.append(steps.safe_crops(augment.safe_crop, augment.min_visibility))
+    built += [steps.moving(steps.named_step(transform)) for transform in augment.transforms]
+    if (color := augment.color) > 0:
+        built.append(steps.moving(steps.color_jitter(color, color, color, steps.HUE * color)))
+    if (s := augment.photometric) is not None:
+        built.append(steps.moving(steps.color_jitter(s.brightness, s.contrast, s.saturation, s.hue, s.p)))
+        built += [steps.grays(s.gray)] if s.gray else []
+    if augment.degrade is not None:
+        built += steps.degradations(augment.degrade)
+    return tuple(built)

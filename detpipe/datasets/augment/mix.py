@@ -19,7 +19,19 @@ import numpy.typing as npt
 import torch
 
 from detpipe.boxes import iou
-from detpipe.datasets.augment.sample import Rectangle, Scene, areas, clip, move, pool, resize, scene_of
+from detpipe.datasets.augment.sample import (
+    Rectangle,
+    Scene,
+    areas,
+    clip,
+    cut,
+    flip,
+    move,
+    pool,
+    random_place,
+    resize,
+    scene_of,
+)
 from detpipe.datasets.augment.settings import Combine, CopyPaste, Mosaic, Neighbors
 
 Masks = npt.NDArray[np.bool_]  # [A, H, W]
@@ -47,7 +59,7 @@ def paste(
         raise ValueError("copy_paste needs instance masks; use data with segmentations, or set copy_paste to null")
     other, masks = scene_of(*neighbors.read(index)), neighbors.masks(index)
     if random.random() < settings.flip:
-        other, masks = _flip(other), masks[:, :, ::-1]
+        other, masks = flip(other, 1), masks[:, :, ::-1]
     objects = other.take(other.rows < other.objects)
     chosen = _choose(objects, settings.objects, random)
     factor = random.uniform(*settings.scale)
@@ -72,10 +84,7 @@ def paste(
 
 def _choose(objects: Scene, part: float, random: np.random.Generator) -> npt.NDArray[np.bool_]:
     """Which objects [A] are pasted, at least one if there are any; crowd regions and difficult objects never."""
-    able = np.ones(len(objects.rows), dtype=bool)
-    for name in ("iscrowd", "difficult"):
-        if (flags := objects.target.get(name)) is not None:
-            able &= ~flags.numpy()[objects.rows]
+    able = ~objects.flagged("iscrowd") & ~objects.flagged("difficult")
     drawn = able & (random.random(len(able)) < part)
     if able.any() and not drawn.any():
         drawn[random.choice(np.flatnonzero(able))] = True
@@ -100,13 +109,6 @@ def _place(
     return (x[0], y[0], x[1], y[1]), (u[0], v[0], u[1], v[1])
 
 
-def _flip(scene: Scene) -> Scene:
-    width = scene.size[1]
-    boxes = scene.boxes.copy()
-    boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-    return replace(scene, image=np.ascontiguousarray(scene.image[:, ::-1]), boxes=boxes)
-
-
 def _move(
     masks: Masks, source: Rectangle, goal: Rectangle, size: tuple[int, int]
 ) -> tuple[Masks, npt.NDArray[np.float64]]:
@@ -124,11 +126,11 @@ def _move(
 def _above(objects: Scene, covers: Masks, proposals: Scene, source: Rectangle, goal: Rectangle) -> Scene:
     """The pasted objects, and the proposals that move with them, in the frame of the goal."""
     boxes = clip(move(objects.boxes, source, goal), goal)
-    cut = np.asarray(objects.share < 1)  # what is left of an object need not reach to the sides of its box
-    if cut.any():
-        boxes[cut] = clip_each(boxes[cut], _extents(covers[cut]))
+    lessened = np.asarray(objects.share < 1)  # what is left of an object need not reach to the sides of its box
+    if lessened.any():
+        boxes[lessened] = clip_each(boxes[lessened], _extents(covers[lessened]))
     overlap = iou(torch.from_numpy(proposals.boxes), torch.from_numpy(objects.boxes)).numpy()
-    along = _cut(proposals.take(np.any(overlap >= _OF_OBJECT, axis=1)), source, goal)
+    along = cut(proposals.take(np.any(overlap >= _OF_OBJECT, axis=1)), source, goal)
     return Scene(
         objects.image,
         objects.target,
@@ -232,7 +234,7 @@ def mosaic(settings: Mosaic, scenes: Sequence[Scene], random: np.random.Generato
         goal = quadrants[place]
         source = _window(scene.size, goal, random.uniform(*settings.zoom), random)
         image[goal[1] : goal[3], goal[0] : goal[2]] = resize(scene.image, source, goal)
-        pieces.append(_cut(scene, source, goal))
+        pieces.append(cut(scene, source, goal))
     return pool(pieces, image)
 
 
@@ -242,13 +244,12 @@ def mix_up(scene: Scene, other: Scene, weight: float, random: np.random.Generato
     h, w = other.size
     factor = min(height / h, width / w)
     w, h = min(width, max(1, round(w * factor))), min(height, max(1, round(h * factor)))
-    x, y = int(random.integers(0, width - w + 1)), int(random.integers(0, height - h + 1))
-    source, goal = (0, 0, other.size[1], other.size[0]), (x, y, x + w, y + h)
-    image = scene.image.copy()
-    below = image[y : y + h, x : x + w].astype(np.float32)
+    source, goal = (0, 0, other.size[1], other.size[0]), random_place(random, scene.size, w, h)
+    image, part = scene.image.copy(), (slice(goal[1], goal[3]), slice(goal[0], goal[2]))
+    below = image[part].astype(np.float32)
     blend = below * weight + resize(other.image, source, goal).astype(np.float32) * (1 - weight)
-    image[y : y + h, x : x + w] = np.rint(blend).astype(np.uint8) if image.dtype == np.uint8 else blend
-    return pool([scene, _cut(other, source, goal)], image)
+    image[part] = np.rint(blend).astype(np.uint8) if image.dtype == np.uint8 else blend
+    return pool([scene, cut(other, source, goal)], image)
 
 
 def _window(size: tuple[int, int], goal: Rectangle, zoom: float, random: np.random.Generator) -> Rectangle:
@@ -257,14 +258,4 @@ def _window(size: tuple[int, int], goal: Rectangle, zoom: float, random: np.rand
     w, h = goal[2] - goal[0], goal[3] - goal[1]
     factor = max(w / width, h / height) * zoom
     w, h = min(width, max(1, round(w / factor))), min(height, max(1, round(h / factor)))
-    x, y = int(random.integers(0, width - w + 1)), int(random.integers(0, height - h + 1))
-    return x, y, x + w, y + h
-
-
-def _cut(scene: Scene, source: Rectangle, goal: Rectangle) -> Scene:
-    """Move the boxes of a scene into a rectangle of another frame, and cut them off at its edge."""
-    whole = move(scene.boxes, source, goal)
-    boxes = clip(whole, goal)
-    left = areas(boxes)
-    share = scene.share * np.minimum(1, left / areas(whole).clip(min=1e-12))
-    return Scene(scene.image, scene.target, boxes, scene.rows, share).take(left > 0)
+    return random_place(random, size, w, h)

@@ -25,8 +25,6 @@ Rectangle = tuple[int, int, int, int]
 Pixels = npt.NDArray[Any]  # uint8, or float32 in 0..1
 Boxes = npt.NDArray[np.float64]
 
-GROUND = (124, 116, 104)  # RGB, the mean color of ImageNet: what a network calls zero
-
 cv2.setNumThreads(0)  # data workers are what runs in parallel; threads of OpenCV do not survive a fork
 
 _LEAST = 0.01  # pixels: a box with a smaller side has left the image
@@ -55,6 +53,13 @@ class Scene:
     def objects(self) -> int:
         """G, the number of objects of the target."""
         return len(boxes_of(self.target))
+
+    def flagged(self, name: str) -> npt.NDArray[np.bool_]:
+        """``[M]`` which boxes are of objects with a flag, ``"iscrowd"`` or ``"difficult"``."""
+        flags = np.zeros(int(self.rows.max(initial=-1)) + 1, dtype=bool)
+        if (known := self.target.get(name)) is not None:
+            flags[: len(known)] = known.numpy()[: len(flags)]
+        return flags[self.rows]
 
     def take(self, places: npt.NDArray[Any]) -> Scene:
         """Keep some of the boxes; ``places`` are indices or ``[M]`` bool."""
@@ -157,12 +162,6 @@ def resize(image: Pixels, source: Rectangle, goal: Rectangle) -> Pixels:
     return out[0].reshape(*size[::-1], -1) if len(out) == 1 else np.dstack(out)
 
 
-def ground(image: Pixels) -> Pixels:
-    """What an image ``[H, W, C]`` is filled up with, ``[C]`` of its type: the mean color, its three values repeated."""
-    color = np.array([GROUND[k % 3] for k in range(image.shape[2])])
-    return (color if image.dtype == np.uint8 else color / 255).astype(image.dtype)
-
-
 def move(boxes: Boxes, source: Rectangle, goal: Rectangle) -> Boxes:
     """Move boxes ``[M, 4]`` xyxy, which may reach beyond the source, into the frame of the goal, as :func:`resize` moves pixels."""
     start, length = np.array(source[:2]), np.subtract(source[2:], source[:2])
@@ -170,9 +169,37 @@ def move(boxes: Boxes, source: Rectangle, goal: Rectangle) -> Boxes:
     return (boxes - np.tile(start, 2)) * np.tile(reach / length, 2) + np.tile(to, 2)
 
 
+def cut(scene: Scene, source: Rectangle, goal: Rectangle) -> Scene:
+    """Move the boxes of a scene into a rectangle of another frame, and cut them off at its edge; those outside are left out."""
+    whole = move(scene.boxes, source, goal)
+    boxes = clip(whole, goal)
+    left = areas(boxes)
+    share = scene.share * np.minimum(1, left / areas(whole).clip(min=1e-12))
+    return replace(scene, boxes=boxes, share=share).take(left > 0)
+
+
+def crop(scene: Scene, window: Rectangle) -> Scene:
+    """Keep what is in a window."""
+    x1, y1, x2, y2 = window
+    return replace(cut(scene, window, (0, 0, x2 - x1, y2 - y1)), image=scene.image[y1:y2, x1:x2])
+
+
+def flip(scene: Scene, axis: int) -> Scene:
+    """Mirror left to right (axis 1) or top to bottom (0)."""
+    low, boxes = 1 - axis, scene.boxes.copy()
+    boxes[:, [low, low + 2]] = scene.size[axis] - boxes[:, [low + 2, low]]
+    return replace(scene, image=np.ascontiguousarray(np.flip(scene.image, axis)), boxes=boxes)
+
+
+def random_place(random: np.random.Generator, size: tuple[int, int], width: int, height: int) -> Rectangle:
+    """A rectangle of some width and height at a random place of an image of a size."""
+    x, y = int(random.integers(0, size[1] - width + 1)), int(random.integers(0, size[0] - height + 1))
+    return x, y, x + width, y + height
+
+
 def areas(boxes: Boxes) -> npt.NDArray[np.float64]:
-    """Areas ``[M]`` of boxes ``[M, 4+]``; 0 where a box has no size."""
-    return (boxes[:, 2:4] - boxes[:, :2]).clip(min=0).prod(1)
+    """Areas ``[M]`` of boxes ``[M, 4]``; 0 where a box has no size."""
+    return (boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(1)
 
 
 def clip(boxes: Boxes, frame: Rectangle | Boxes) -> Boxes:

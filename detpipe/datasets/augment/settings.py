@@ -21,6 +21,7 @@ from detpipe.types import Target
 Scalar = bool | int | float | str | None
 Value = Scalar | list[Scalar] | list[list[Scalar]]  # what an argument may be: data, never a class or a function
 Range = tuple[float, float]
+LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
 
 
 @dataclass(frozen=True)
@@ -216,33 +217,6 @@ class Transform:
 
     def __hash__(self) -> int:
         return hash((self.name, json.dumps(self.arguments, sort_keys=True)))
-
-
-_NOTHING = Combine()
-LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
-
-
-@dataclass(frozen=True)
-class AugmentSettings:
-    """All settings, which `~detpipe.datasets.augment.augmentation.Augment` explains and carries out."""
-
-    flip: float = 0.5
-    scale_jitter: tuple[float, float] | None = None
-    crop: float = 0.0
-    color: float = 0.0
-    min_visibility: float = 0.25
-    vertical_flip: float = 0.0
-    safe_crop: SafeCrop | None = None
-    photometric: Photometric | None = None
-    degrade: Degrade | None = None
-    combine: Combine = _NOTHING
-    transforms: tuple[Transform, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_parts(self, "", "flip", "vertical_flip", "crop", "color", "min_visibility")
-        if self.scale_jitter is not None:
-            check_range(self, "", "scale_jitter", 0.1, 10)
-        object.__setattr__(self, "transforms", tuple(self.transforms))
 
 
 @dataclass(frozen=True)

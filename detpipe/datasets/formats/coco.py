@@ -25,9 +25,9 @@ from detpipe.datasets.annotations import AnnotationBuilder, leaves_folder
 from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats import export
-from detpipe.datasets.formats.export import Images, Names, Splits, Written
+from detpipe.datasets.formats.export import Images, Splits, Written
 from detpipe.datasets.formats.folders import Entries, take_split
-from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
 from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations, Segmentations
@@ -69,8 +69,7 @@ class COCO(FolderData):
         test: str | COCOFiles | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(root, **common)
-        self.splits = {"train": train, "val": val, "test": test}
+        super().__init__(root, train, val, test, **common)  # type: ignore[arg-type]
 
     def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the annotation file of a split."""
@@ -138,7 +137,6 @@ def find_splits(root: Path) -> dict[str, COCOFiles]:
 
 
 def _json_files(folder: Path, depth: int) -> list[Path]:
-    """The JSON files in a folder and in those below it, by name."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as scan:
@@ -196,10 +194,7 @@ def load_coco(
         faults: takes all faults, in place of ``on_bad``.
 
     Returns:
-        The annotations of all images, in the order of the file.
-
-    Raises:
-        DataError: for anything wrong, naming the file, the record, the field and its value.
+        All images, in the order of the file. A DataError for anything wrong names file, record, field and value.
     """
     json_path, image_root = Path(json_path), Path(image_root)
     faults = faults or Faults(on_bad)
@@ -253,7 +248,6 @@ def _check_images(file: COCOFile, names: list[str], folder: Path, built: Annotat
 
 
 def _segmentations(file: COCOFile, path: Path) -> Segmentations:
-    """The outlines of all boxes of a file; an empty one is none."""
     texts = [b"" if raw is UNSET else bytes(raw) for raw in file.boxes["segmentation"]]
     texts = [b"" if len(text) < 9 and b"".join(text.split()) in (b"[]", b"{}", b"null") else text for text in texts]
     numbered = any(isinstance(one, str) for one in file.boxes["id"])
@@ -266,26 +260,26 @@ def write_coco(
     """Write a data set in COCO layout: ``annotations/instances_SPLIT.json`` and ``SPLIT/``.
 
     The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
-    :func:`detpipe.datasets.formats.export.transfer`; without images, file names stay relative to the folder of the source. VOC's
+    :class:`~detpipe.datasets.formats.export.Export`; without images, file names stay relative to the folder of the source. VOC's
     ``difficult`` goes along as a field of that name, which COCO's own tools pass over. A DataError if the folder is there
     already, or images cannot be linked.
     """
-    remarks: list[str] = []
-    with export.new_folder(folder, splits) as out:
-        (out / "annotations").mkdir()
+    with export.new_folder(folder, splits, images, source) as made:
+        (made.out / "annotations").mkdir()
         for split, a in splits.items():
             name = export.file_name_of(split)
+            names = [path.removeprefix(f"{name}/") for path in made.place(split, name, own=True)]
             if images == "none":
-                names = a.file_names.tolist()
-                remarks.append(f"file names of {name} are relative to {a.root}")
+                made.remarks.append(f"file names of {name} are relative to {a.root}")
             else:
-                names = Names(flat=False).of(split, a)
-                (out / name).mkdir()
-            export.transfer(image_paths(a), [out / name / file_name for file_name in names], images, source)
+                (made.out / name).mkdir(exist_ok=True)
             if list(a.category_ids) != sorted(a.category_ids):
-                remarks.append(f"the classes of {name} are numbered by ascending category id, no longer in their order")
-            (out / "annotations" / f"instances_{name}.json").write_bytes(msgspec.json.encode(coco_content(a, names)))
-    return Written(Path(folder), tuple(map(export.file_name_of, splits)), *export.totals(splits), tuple(remarks))
+                made.remarks.append(
+                    f"the classes of {name} are numbered by ascending category id, no longer in their order"
+                )
+            path = made.out / "annotations" / f"instances_{name}.json"
+            path.write_bytes(msgspec.json.encode(coco_content(a, names)))
+    return made.written(map(export.file_name_of, splits))
 
 
 def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
@@ -300,7 +294,7 @@ def coco_content(annotations: Annotations, names: list[str]) -> dict[str, Any]:
     ]
     boxes = []
     for i in range(len(a)):
-        for b in export.rows_of(a, i):
+        for b in a.rows_of(i):
             x1, y1, x2, y2 = a.boxes[b].tolist()
             record = {
                 "id": b + 1,

@@ -28,10 +28,10 @@ from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats import export
 from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
 from detpipe.datasets.formats.csv_table import RowReader, Table, is_table, normal_name, quoted
-from detpipe.datasets.formats.export import Images, Names, Splits, Written
+from detpipe.datasets.formats.export import Images, Splits, Written
 from detpipe.datasets.formats.folders import ALL, IMAGE_FOLDERS, split_of, take_split
 from detpipe.datasets.formats.outline_files import write_outlines
-from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
 from detpipe.datasets.stored_proposals import file_key
 from detpipe.support.errors import DataError
 from detpipe.support.suggest import did_you_mean
@@ -146,7 +146,6 @@ class CSVBoxes(FolderData):
         return tuple(find_splits(table if table.is_file() else Path(self.root)))
 
     def _names(self) -> tuple[str, ...]:
-        """The class names of all splits, those of the training split's tables for ``auto``."""
         if self._class_names is None:
             names = self.format.class_names
             tables = self._tables("train") if names == "auto" and self.splits["train"] else []
@@ -178,16 +177,12 @@ def load_csv(
     Args:
         tables: a file; or files with what their column ``split`` must hold, None for all rows.
         images: the folder that file names are relative to; that of the first table by default.
-        class_names: the classes of labels 1..K in order; ``"auto"`` for those of ``detpipe.json`` beside the first table, or
-            else those that occur, sorted.
+        class_names: as of `CSVFormat`, of the first table.
         on_bad: ``"error"`` refuses a table with any faulty row; ``"skip"`` leaves these rows out and counts them.
         faults: takes all faults, in place of ``on_bad``.
 
     Returns:
-        The annotations, images in the order in which they are named.
-
-    Raises:
-        DataError: for anything wrong, naming the file, the line, the column and its value.
+        Images in the order in which they are named. A DataError for anything wrong names file, line, column and value.
     """
     wanted = [(tables, None)] if isinstance(tables, str | Path) else list(tables)
     paths = [Path(path) for path, _ in wanted]
@@ -266,17 +261,14 @@ def _find(folder: Path, name: str, file: str) -> tuple[Path, str | None]:
 
 _COLUMNS = ("split", "file_name", "image_id", "x1", "y1", "x2", "y2", "label", "difficult", "iscrowd", "area")
 
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "newline": ""}
 
-def write_csv(
-    splits: Splits,
-    folder: str | Path,
-    images: Images = "copy",
-    source: ImageFiles = PLAIN_FILES,
-) -> Written:
+
+def write_csv(splits: Splits, folder: str | Path, images: Images = "copy", source: ImageFiles = PLAIN_FILES) -> Written:
     """Write a data set as a table of boxes.
 
     The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
-    :func:`detpipe.datasets.formats.export.transfer`; without images, file names stay relative to the folder of the source. A
+    :class:`~detpipe.datasets.formats.export.Export`; without images, file names stay relative to the folder of the source. A
     DataError if the folder is there already, or the classes of splits differ.
     """
     names, ids = export.one_class_list(splits)
@@ -286,28 +278,25 @@ def write_csv(
         if len(roots) > 1:
             raise DataError(f"the images lie in several folders ({', '.join(sorted(roots))}): copy or link them")
         remarks.append(f"file names are relative to {roots.pop()}")
-    with export.new_folder(folder, splits) as out:
-        write_class_list(out, ClassList(names, ids))
-        with (out / NAME).open("w", encoding="utf-8", newline="") as stream:
-            table = csv.writer(stream, lineterminator="\n")
-            table.writerow(_COLUMNS)
-            for split, a in splits.items():
-                files = a.file_names.tolist()
-                if images != "none":
-                    files = [f"images/{export.file_name_of(split)}/{name}" for name in Names(flat=False).of(split, a)]
-                    export.transfer(image_paths(a), [out / name for name in files], images, source)
-                table.writerows(_rows(split, a, files, keep_ids))
-                remarks += write_outlines(out, split, a, files)
-    return Written(Path(folder), tuple(splits), *export.totals(splits), tuple(remarks))
+    with export.new_folder(folder, splits, images, source) as made, (made.out / NAME).open("w", **_TEXT) as stream:
+        made.remarks += remarks
+        write_class_list(made.out, ClassList(names, ids))
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(_COLUMNS)
+        for split, a in splits.items():
+            named = made.place(split, f"images/{export.file_name_of(split)}", own=True)
+            table.writerows(_rows(split, a, named, keep_ids))
+            made.remarks += write_outlines(made.out, split, a, named)
+    return made.written(splits)
 
 
 def _rows(split: str, a: Annotations, files: list[str], keep_ids: bool) -> Iterator[list[object]]:
     areas = export.own_area(a)
     for i, name in enumerate(files):
         start = [quoted(split), quoted(name), int(a.image_ids[i]) if keep_ids else ""]
-        if not export.rows_of(a, i):
+        if not a.rows_of(i):
             yield [*start, *[""] * 8]
-        for b in export.rows_of(a, i):
+        for b in a.rows_of(i):
             flags = [int(a.difficult[b]), int(a.iscrowd[b])]
             area = export.number(a.area[b]) if areas[b] else ""
             yield [

@@ -18,11 +18,8 @@ semicolons or tabs.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -39,8 +36,8 @@ from detpipe.datasets.annotations import (
 )
 from detpipe.datasets.formats.folders import Entries
 from detpipe.support.errors import DataError
-from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import shorten
+from detpipe.support.tables import read_table
 
 ALIASES = {
     "file_name": ("file_name", "filename", "file", "image", "image_path", "path"),
@@ -80,10 +77,7 @@ class Table:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        text = _read(path)
-        first = text.partition("\n")[0]
-        delimiter = max(",;\t", key=first.count)
-        records = _records(path, text, delimiter)
+        records = read_table(path, ",;\t")
         self.header = [name.strip() for _, names in [next(records, (1, []))] for name in names]
         self.columns = _find_columns(path, self.header)
         places = {meaning: self.header.index(name) for meaning, name in self.columns.items()}
@@ -107,7 +101,6 @@ class Table:
 
 
 def _find_columns(path: Path, header: list[str]) -> dict[str, str]:
-    """Meaning -> column; see `Table`."""
     names = [name.lower().replace(" ", "_").replace("-", "_") for name in header]
     found: dict[str, str] = {}
     for meaning, aliases in ALIASES.items():
@@ -148,34 +141,6 @@ def is_table(path: Path) -> bool:
 def quoted(text: str) -> str:
     """Put a quote before what a spreadsheet would take for a formula; reading takes it away again."""
     return f"'{text}" if _FORMULA.match(text) else text
-
-
-def _read(path: Path) -> str:
-    refuse_special(path)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            return stream.read()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; expected a table of boxes") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8 text; save the table as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The number of the first line and the values of each record; a value in quotes may hold line breaks."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line = 1
-    while True:
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{path}: line {line}: not a valid table ({error}); check its quotes") from error
-        if values is None:
-            return
-        yield line, values
-        line = reader.line_num + 1
 
 
 class RowReader:

@@ -19,7 +19,7 @@ segmentation  yes    in a file beside it      in a file beside it  beside it
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -49,9 +49,70 @@ class Written:
     remarks: tuple[str, ...] = ()  # what could not be kept as it was
 
 
+class Export:
+    """A data set that is being written.
+
+    ``images`` says how their files get there: ``"copy"``, ``"link"`` (another name for the same file, on the same disk), or
+    ``"none"``; ``source`` is where they are. ``flat`` makes folders part of their names. A DataError if files cannot be linked.
+
+    Attributes:
+        out: the folder that is written to.
+        renamed: how many images have another name in it, since no two share one without its suffix.
+        remarks: what is to be said of it.
+    """
+
+    def __init__(self, splits: Splits, images: Images, source: ImageFiles, flat: bool) -> None:
+        if images not in ("copy", "link", "none"):
+            raise ValueError(f"images must be 'copy', 'link' or 'none', got {images!r}")
+        self.splits, self.source, self.flat = splits, source, flat
+        self.images: Images = images
+        self.folder = self.out = Path()
+        self.renamed, self.remarks = 0, list[str]()
+        self._owner: dict[str, Path] = {}  # name without suffix -> image
+
+    def place(self, split: str, base: str, own: bool = False) -> list[str]:
+        """Put the images of a split into a folder ``base`` of the data set; their names, relative to the latter.
+
+        ``own``: where no images are to be put there, the names that they have.
+        """
+        annotations, part = self.splits[split], file_name_of(split)
+        if own and self.images == "none":
+            return annotations.file_names.tolist()
+        sources = image_paths(annotations)
+        plain = zip(plain_names(annotations), sources, strict=True)
+        names = [f"{base}/{self._name(base, part, name, source)}" for name, source in plain]
+        pairs = list(zip(sources, names, strict=True)) if self.images != "none" else []
+        for path, name in tqdm(pairs, desc="images", unit="image", disable=None, leave=False):
+            target = self.out / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():  # as the same image of another split
+                (self.source.copy if self.images == "copy" else self.source.link)(path, target)
+        return names
+
+    def _name(self, base: str, split: str, name: str, source: Path) -> str:
+        wanted = PurePosixPath(name.replace("/", "__") if self.flat else name)
+        source = Path(os.path.normpath(source))
+        candidates = [wanted, wanted.with_name(f"{split}__{wanted.name}")]
+        number = 2
+        while True:
+            for candidate in candidates:
+                if self._owner.setdefault(f"{base}/{candidate.with_suffix('')}", source) == source:
+                    self.renamed += candidate != wanted
+                    return str(candidate)
+            candidates = [wanted.with_name(f"{split}__{wanted.stem}_{number}{wanted.suffix}")]
+            number += 1
+
+    def written(self, names: Iterable[str]) -> Written:
+        """What was done, of splits that are called so in the data set."""
+        images, boxes = map(len, self.splits.values()), (len(a.boxes) for a in self.splits.values())
+        return Written(self.folder, tuple(names), sum(images), sum(boxes), tuple(self.remarks))
+
+
 @contextmanager
-def new_folder(folder: str | Path, splits: Splits) -> Iterator[Path]:
-    """Yield a folder to write to, which becomes ``folder`` when all is written.
+def new_folder(
+    folder: str | Path, splits: Splits, images: Images, source: ImageFiles, flat: bool = False
+) -> Iterator[Export]:
+    """Yield a folder to write to, which becomes ``folder`` when all is written; other arguments are those of `Export`.
 
     A DataError if there is something under that name, or there is nothing to write.
     """
@@ -60,8 +121,10 @@ def new_folder(folder: str | Path, splits: Splits) -> Iterator[Path]:
         raise DataError(f"{path} is there already: name a new folder, or remove it first")
     if not splits or not all(splits):
         raise DataError(f"{path}: expected at least one split, each with a name, got {list(splits)}")
-    with atomic_folder(path) as temporary:
-        yield temporary
+    export = Export(splits, images, source, flat)
+    with atomic_folder(path) as export.out:
+        export.folder = path
+        yield export
     if not path.is_dir():
         raise DataError(f"{path} could not be made")
 
@@ -102,33 +165,6 @@ def _fit(part: str) -> str:
     return f"_{name}" if name.startswith(".") or not name else name
 
 
-class Names:
-    """Gives each image a name of its own: no two share the name without its suffix. ``flat`` makes folders part of the name."""
-
-    def __init__(self, flat: bool) -> None:
-        self.flat = flat
-        self.renamed = 0
-        self._owner: dict[str, Path] = {}  # name without suffix -> image
-
-    def of(self, split: str, annotations: Annotations) -> list[str]:
-        """The names of the images of a split."""
-        sources = image_paths(annotations)
-        return [self._name(file_name_of(split), n, s) for n, s in zip(plain_names(annotations), sources, strict=True)]
-
-    def _name(self, split: str, name: str, source: Path) -> str:
-        wanted = PurePosixPath(name.replace("/", "__") if self.flat else name)
-        source = Path(os.path.normpath(source))
-        candidates = [wanted, wanted.with_name(f"{split}__{wanted.name}")]
-        number = 2
-        while True:
-            for candidate in candidates:
-                if self._owner.setdefault(str(candidate.with_suffix("")), source) == source:
-                    self.renamed += candidate != wanted
-                    return str(candidate)
-            candidates = [wanted.with_name(f"{split}__{wanted.stem}_{number}{wanted.suffix}")]
-            number += 1
-
-
 def check_suffixes(splits: Splits, allowed: Sequence[str], layout: str) -> None:
     """Refuse by a DataError images that a layout cannot name."""
     wrong = [p for a in splits.values() for p in image_paths(a) if p.suffix.lower() not in allowed]
@@ -136,27 +172,6 @@ def check_suffixes(splits: Splits, allowed: Sequence[str], layout: str) -> None:
         raise DataError(
             f"{wrong[0]}: {layout} layout has images that end in {', '.join(allowed)}, but {len(wrong)} do not: convert them first"
         )
-
-
-def transfer(sources: Sequence[Path], targets: Sequence[Path], how: Images, files: ImageFiles) -> None:
-    """Put images in place, and make folders for them.
-
-    ``"copy"``, ``"link"`` (another name for the same file, on the same disk), or ``"none"``, which does nothing. A DataError if
-    files cannot be linked.
-    """
-    if how not in ("copy", "link", "none"):
-        raise ValueError(f"images must be 'copy', 'link' or 'none', got {how!r}")
-    pairs = list(zip(sources, targets, strict=True)) if how != "none" else []
-    for source, target in tqdm(pairs, desc="images", unit="image", disable=None, leave=False):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            continue  # the same image in another split
-        (files.copy if how == "copy" else files.link)(source, target)
-
-
-def rows_of(annotations: Annotations, image: int) -> range:
-    """The rows of the boxes of an image."""
-    return range(int(annotations.offsets[image]), int(annotations.offsets[image + 1]))
 
 
 def own_area(annotations: Annotations) -> npt.NDArray[np.bool_]:
@@ -181,8 +196,3 @@ def number(value: float) -> int | float:
     """A whole number as such, which is easier to read; what is nearer to one than 1e-9 is rounding."""
     whole = round(value)
     return whole if abs(value - whole) < 1e-9 and (whole or not value) else float(value)
-
-
-def totals(splits: Splits) -> tuple[int, int]:
-    """Images and boxes of all splits."""
-    return sum(map(len, splits.values())), sum(len(a.boxes) for a in splits.values())

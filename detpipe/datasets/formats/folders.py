@@ -23,7 +23,6 @@ from pathlib import Path
 from detpipe.datasets.annotations import leaves_folder
 from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
 from detpipe.support.errors import DataError
-from detpipe.support.files import refuse_special
 
 _log = logging.getLogger(__name__)
 
@@ -203,15 +202,6 @@ class Entries:
 def _stem(name: str) -> str:
     """What an image is looked for by if its suffix is another."""
     return f"{os.path.splitext(name)[0].lower()}/"
-
-
-def read_text(path: Path, what: str) -> str:
-    """Read a file of text, or raise a DataError that says what was expected, such as "a list of images"."""
-    refuse_special(path)
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as {what} ({error})") from error
 
 
 def find_places(root: Path, suffix: str) -> list[Place]:

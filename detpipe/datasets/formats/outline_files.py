@@ -25,19 +25,14 @@ def write_outlines(folder: Path, split: str, annotations: Annotations, names: Se
 
     ``names`` are those of the images as they will be read.
     """
-    outlines, offsets = annotations.segmentations, annotations.offsets.tolist()
-    if outlines is None:
+    outlines = annotations.segmentations
+    if outlines is None or not len(outlines.text):
         return []
-    content = {
-        name: [Raw(outlines[b] or b"null") for b in range(offsets[i], offsets[i + 1])]
-        for i, name in enumerate(names)
-        if outlines.offsets[offsets[i]] < outlines.offsets[offsets[i + 1]]
-    }
-    if not content:
-        return []
+    texts = {name: [outlines[b] for b in annotations.rows_of(i)] for i, name in enumerate(names)}
+    content = {name: [Raw(text or b"null") for text in here] for name, here in texts.items() if any(here)}
     path = folder / f"segmentations_{split}.json"
     path.write_bytes(msgspec.json.encode(content))
-    count = sum(bool(outlines[b]) for b in range(len(outlines)))
+    count = sum(bool(text) for here in texts.values() for text in here)
     return [f"{split}: {count} segmentations are in {path.name}, for a conversion back; this layout has boxes only"]
 
 
@@ -49,7 +44,7 @@ def read_outlines(folder: Path, split: str, annotations: Annotations) -> Segment
     content = load_json(path)
     found: list[bytes] = []
     for i, name in enumerate(annotations.file_names.tolist()):
-        count = int(annotations.offsets[i + 1] - annotations.offsets[i])
+        count = len(annotations.rows_of(i))
         here = content.get(name, [None] * count) if type(content) is dict else None
         if type(here) is not list or len(here) != count:
             raise DataError(
@@ -69,7 +64,7 @@ def yolo_outlines(annotations: Annotations) -> Segmentations:
         path = labels.path(a.root / name)
         lines = [line.split() for line in path.read_text(encoding="utf-8-sig").split("\n")] if path.is_file() else []
         lines = [values for values in lines if values]
-        if len(lines) != a.offsets[i + 1] - a.offsets[i]:
+        if len(lines) != len(a.rows_of(i)):
             raise DataError(
                 f"{path}: has {len(lines)} lines, of which some are faulty: mend them, or polygons would be lost"
             )

@@ -37,11 +37,11 @@ from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats import export
 from detpipe.datasets.formats.class_list import ClassList, write_class_list
-from detpipe.datasets.formats.export import Images, Names, Splits, Written
+from detpipe.datasets.formats.export import Images, Splits, Written
 from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.formats.voc_folders import find_splits
 from detpipe.datasets.formats.voc_xml import VOCSource
-from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
 from detpipe.datasets.stored_proposals import voc_key
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
@@ -68,23 +68,17 @@ def load_voc(
     image of ``NAME.xml`` is ``NAME`` with any suffix of images, whatever the XML says, which only decides between several.
 
     Args:
-        root: a folder with ``JPEGImages``, ``Annotations`` and ``ImageSets/Main``, one that holds such folders, as
-            VOCdevkit holds VOC2007, or any folder with XML files that are called as its images.
-        split: a list in ``ImageSets/Main``, such as ``"train"``; ``"2007:trainval"`` is that of the folder VOC2007 in
-            the root; a path that ends in ``.txt`` (relative to the root) is a list elsewhere; without lists a folder, or
-            ``"all"``. Several are read in turn.
+        root: as of `VOC`.
+        split: as the training split of `VOC`; several are read in turn.
         class_names: the classes of labels 1..K in order; None for the 20 of VOC; ``"auto"`` for those that ``detpipe.json``
             in the root lists, or else occur.
-        one_based: whether pixels are counted from 1 (see the module).
+        one_based: as of `VOCFormat`.
         keep_difficult: whether difficult objects are kept, flagged; dropped ones are counted.
         on_bad: ``"error"`` refuses a split with any faulty record; ``"skip"`` leaves these records out and counts them.
         faults: takes all faults, in place of ``on_bad``.
 
     Returns:
-        The annotations of the images of the split.
-
-    Raises:
-        DataError: for anything wrong, naming the file, the object, the field and its value.
+        The images of the split. A DataError for anything wrong names file, object, field and value.
     """
     names = VOC_CLASSES if class_names is None else class_names
     return VOCSource(Path(root), split, faults or Faults(on_bad)).load(names, one_based, keep_difficult)
@@ -202,7 +196,7 @@ def write_voc(
     """Write a data set in VOC layout.
 
     The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
-    :func:`detpipe.datasets.formats.export.transfer`. Corners count from 1, both ends included, if every box is larger than a
+    :class:`~detpipe.datasets.formats.export.Export`. Corners count from 1, both ends included, if every box is larger than a
     pixel, unless ``one_based`` decides. A DataError if the folder is there already, the classes of splits differ, images have a
     suffix that is not looked for, or an image of two splits has other boxes in each.
     """
@@ -213,25 +207,23 @@ def write_voc(
     keep_ids, remarks = export.ids_are_kept(splits)
     if not from_one:
         remarks.append("corners count from 0 (boxes of a pixel or less): read them with one_based: false")
-    naming = Names(flat=True)
-    with export.new_folder(folder, splits) as out:
+    with export.new_folder(folder, splits, images, source, flat=True) as made:
+        made.remarks += remarks
         for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
-            (out / part).mkdir(parents=True)
-        write_class_list(out, ClassList(names, ids, from_one))
+            (made.out / part).mkdir(parents=True)
+        write_class_list(made.out, ClassList(names, ids, from_one))
         for split, a in splits.items():
-            files = naming.of(split, a)
-            export.transfer(image_paths(a), [out / "JPEGImages" / name for name in files], images, source)
+            named = made.place(split, "JPEGImages")
             areas = export.own_area(a)
-            for i, name in enumerate(files):
-                tree = _annotation(a, i, name, from_one, keep_ids, areas)
-                tree.write(out / "Annotations" / f"{Path(name).stem}.xml", encoding="utf-8")
-            named = [f"JPEGImages/{name}" for name in files]
-            remarks += write_outlines(out, export.file_name_of(split), a, named)
-            lines = "".join(f"{Path(name).stem}\n" for name in files)
-            (out / "ImageSets" / "Main" / f"{export.file_name_of(split)}.txt").write_text(lines, encoding="utf-8")
-    if naming.renamed:
-        remarks.append(f"{naming.renamed} images are renamed: all lie in one folder, and others had their names")
-    return Written(Path(folder), tuple(map(export.file_name_of, splits)), *export.totals(splits), tuple(remarks))
+            for i, path in enumerate(map(Path, named)):
+                tree = _annotation(a, i, path.name, from_one, keep_ids, areas)
+                tree.write(made.out / "Annotations" / f"{path.stem}.xml", encoding="utf-8")
+            made.remarks += write_outlines(made.out, export.file_name_of(split), a, named)
+            lines = "".join(f"{Path(name).stem}\n" for name in named)
+            (made.out / f"ImageSets/Main/{export.file_name_of(split)}.txt").write_text(lines, encoding="utf-8")
+    if made.renamed:
+        made.remarks.append(f"{made.renamed} images are renamed: all lie in one folder, and others had their names")
+    return made.written(map(export.file_name_of, splits))
 
 
 def _annotation(
@@ -246,7 +238,7 @@ def _annotation(
     _add(root, "segmented", 0)
     if keep_id:
         _add(SubElement(root, "detpipe"), "image_id", int(a.image_ids[image]))
-    for b in export.rows_of(a, image):
+    for b in a.rows_of(image):
         element = SubElement(root, "object")
         _add(element, "name", a.class_names[int(a.labels[b]) - 1])
         _add(element, "pose", "Unspecified")

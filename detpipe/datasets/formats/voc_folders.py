@@ -20,11 +20,11 @@ from detpipe.datasets.formats.folders import (
     find_places,
     is_image,
     list_folder,
-    read_text,
     says_folders,
     take_split,
 )
 from detpipe.support.errors import DataError
+from detpipe.support.strict_json import read_text
 from detpipe.support.suggest import did_you_mean
 
 LAYOUT = "VOC layout is JPEGImages/NAME.jpg, Annotations/NAME.xml and lists of names in ImageSets/Main/SPLIT.txt"
@@ -125,7 +125,6 @@ def list_images(root: Path, split: str | Sequence[str], faults: Faults) -> tuple
 
 
 def _open(root: Path, entry: str) -> VOCSplit:
-    """The split of a name."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; the argument root must name the folder of the VOC data")
     year, colon, name = entry.rpartition(":")
@@ -169,7 +168,6 @@ def _no_such_split(folder: Path, entry: str, name: str, splits: dict[str, VOCSpl
 
 
 def _no_layout(root: Path, folder: Path, entry: str, name: str) -> str:
-    """Why a split cannot be read."""
     for part in ("JPEGImages", "Annotations"):
         if not (folder / part).is_dir():
             years = sorted(path.name.removeprefix("VOC") for path in root.glob("VOC*") if path.is_dir())
@@ -179,8 +177,6 @@ def _no_layout(root: Path, folder: Path, entry: str, name: str) -> str:
 
 
 class _Finder:
-    """Collects the images of splits."""
-
     def __init__(self, root: Path, faults: Faults) -> None:
         self.root, self.faults = root, faults
         self.found: dict[str, ListedImage] = {}
@@ -214,7 +210,7 @@ class _Finder:
     def add_list(self, part: VOCSplit) -> None:
         """Add the images that a list names."""
         assert part.list_file is not None
-        for line_number, line in enumerate(read_text(part.list_file, "a list of image names").splitlines(), start=1):
+        for line_number, line in enumerate(read_text(part.list_file, "list of image names").splitlines(), start=1):
             text = self._without_flag(line.strip().replace("\\", "/"), part.places)
             if text:
                 self._add_line(text, part, f"{part.list_file}: line {line_number}: {text!r}")

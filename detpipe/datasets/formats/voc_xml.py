@@ -202,7 +202,6 @@ class XMLReader:
         self.built.add_box(image, box, label, f"{where}: bndbox {corners}", difficult, crowd, area)
 
     def _corners(self, texts: Sequence[str | None], where: str) -> list[float]:
-        """The numbers of the bounding box as they are in the file."""
         values: list[float] = []
         for key, text in zip(_CORNERS, texts, strict=True):
             value = read_number(text or "")

@@ -38,12 +38,12 @@ from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats import export
-from detpipe.datasets.formats.export import Images, Names, Splits, Written
+from detpipe.datasets.formats.export import Images, Splits, Written
 from detpipe.datasets.formats.folders import ListedImage
 from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.formats.yolo_images import ImageFinder, label_path
 from detpipe.datasets.formats.yolo_yaml import NAME, find_file, has_labels, read_yolo
-from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
 from detpipe.datasets.stored_proposals import file_key
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
@@ -192,16 +192,13 @@ def load_yolo(
     ``image_id``. Their sizes are read from their headers. Polygons become their bounding boxes and are counted.
 
     Args:
-        root: the folder with ``data.yaml``, ``obj.data`` or ``classes.txt``, or such a file under any name.
-        split: a key of the file, or a folder where it names no splits; or several, which are read in turn.
+        root: as of `YOLO`.
+        split: as the training split of `YOLO`; several are read in turn.
         on_bad: ``"error"`` refuses a split with any faulty record; ``"skip"`` leaves these records out and counts them.
         faults: takes all faults, in place of ``on_bad``.
 
     Returns:
-        The annotations of the images of the split.
-
-    Raises:
-        DataError: for anything wrong, naming the file, the line, the field and its value.
+        The images of the split. A DataError for anything wrong names file, line, field and value.
     """
     file = read_yolo(root)
     splits = (split,) if isinstance(split, str) else tuple(split)
@@ -251,7 +248,7 @@ def write_yolo(
     """Write a data set in YOLO layout.
 
     The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
-    :func:`detpipe.datasets.formats.export.transfer`. The only split that begins with ``train``, ``val`` or ``test`` goes by that
+    :class:`~detpipe.datasets.formats.export.Export`. The only split that begins with ``train``, ``val`` or ``test`` goes by that
     key. ``flags`` says of crowd regions and difficult objects, which the layout cannot tell from others: ``"refuse"`` to write
     them, ``"drop"`` the flag, so that they become ordinary objects, or ``"leave out"`` these boxes. A DataError if the folder is
     there already, the classes of splits differ, or there are flags that are refused.
@@ -261,32 +258,27 @@ def write_yolo(
     splits, remarks = _without_flags(splits, flags)
     remarks += _losses(splits)
     keys = _keys(list(splits))
-    renamed = 0
-    with export.new_folder(folder, splits) as out:
+    with export.new_folder(folder, splits, images, source) as made:
+        made.remarks += remarks
         content: dict[str, object] = {key: f"images/{export.file_name_of(split)}" for split, key in keys.items()}
         content["names"] = dict(enumerate(names))
         if list(ids) != list(range(len(ids))):
             content["category_ids"] = list(ids)
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-        (out / NAME).write_text(text, encoding="utf-8")
+        (made.out / NAME).write_text(text, encoding="utf-8")
         for split, a in splits.items():
-            naming = Names(flat=False)
-            targets = [out / "images" / export.file_name_of(split) / name for name in naming.of(split, a)]
-            export.transfer(image_paths(a), targets, images, source)
-            for i, target in enumerate(targets):
-                path = out / label_path(target.relative_to(out))
+            named = made.place(split, f"images/{export.file_name_of(split)}")
+            for i, name in enumerate(named):
+                path = made.out / label_path(Path(name))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(_label_lines(a, i), encoding="utf-8")
-            named = [target.relative_to(out).as_posix() for target in targets]
-            remarks += write_outlines(out, keys[split], a, named)
-            renamed += naming.renamed
-    if renamed:
-        remarks.append(f"{renamed} images are renamed: others have the same name but for the suffix")
-    return Written(Path(folder), tuple(keys.values()), *export.totals(splits), tuple(remarks))
+            made.remarks += write_outlines(made.out, keys[split], a, named)
+    if made.renamed:
+        made.remarks.append(f"{made.renamed} images are renamed: others have the same name but for the suffix")
+    return made.written(keys.values())
 
 
 def _keys(splits: list[str]) -> dict[str, str]:
-    """Split -> its key in data.yaml."""
     kinds = {split: next((kind for kind in ("train", "val", "test") if split.startswith(kind)), "") for split in splits}
     count = Counter(kinds.values())
     return {split: kind if kind and count[kind] == 1 else export.file_name_of(split) for split, kind in kinds.items()}
@@ -324,7 +316,7 @@ def _losses(splits: Splits) -> list[str]:
 def _label_lines(a: Annotations, image: int) -> str:
     height, width = a.sizes[image].tolist()
     lines = []
-    for b in export.rows_of(a, image):
+    for b in a.rows_of(image):
         x1, y1, x2, y2 = a.boxes[b].tolist()
         numbers = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
         lines.append(f"{int(a.labels[b]) - 1} {' '.join(map(repr, numbers))}\n")

@@ -19,11 +19,11 @@ from detpipe.datasets.formats.folders import (
     find_places,
     folder_key,
     list_folder,
-    read_text,
     walk,
 )
 from detpipe.datasets.formats.yolo_yaml import LABELS, YOLOFile
 from detpipe.support.errors import DataError
+from detpipe.support.strict_json import read_text
 
 
 def label_path(image: Path) -> Path:
@@ -124,7 +124,7 @@ class ImageFinder:
             self.orphans += [path for path in files if path not in expected]
 
     def _list(self, path: Path) -> None:
-        for number, line in enumerate(read_text(path, "a list of images").splitlines(), start=1):
+        for number, line in enumerate(read_text(path, "list of images").splitlines(), start=1):
             name = line.strip()
             if name:
                 self._add(self._listed(path.parent, name), f"{path}: line {number}: {name!r}")

@@ -29,12 +29,11 @@ from detpipe.datasets.formats.folders import (
     find_lists,
     find_places,
     list_folder,
-    read_text,
     says_folders,
     take_split,
 )
 from detpipe.support.errors import DataError
-from detpipe.support.strict_json import load_json, shorten
+from detpipe.support.strict_json import load_json, read_text, shorten
 from detpipe.support.strict_yaml import MOST_BYTES, load_yaml
 from detpipe.support.suggest import did_you_mean
 
@@ -85,7 +84,6 @@ def find_file(root: Path) -> Path | None:
 
 
 def _describing(folder: Path) -> Path | None:
-    """The YAML file or darknet's file of a folder."""
     if (folder / NAME).is_file():
         return folder / NAME
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
@@ -188,11 +186,10 @@ def _read_darknet(path: Path) -> YOLOFile:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in read_text(path, "text").rstrip().splitlines()]
+    return [line.strip() for line in read_text(path, "text file").rstrip().splitlines()]
 
 
 def _listed_names(path: Path) -> tuple[str, ...]:
-    """The classes of a list with a name a line."""
     return _class_names([name for name in _lines(path) if name], path)
 
 
@@ -238,7 +235,6 @@ def read_yolo_yaml(root: str | Path) -> YOLOFile:
 
 
 def _points(shape: Any, path: Path) -> tuple[int, int] | None:
-    """How many keypoints a line has, and how many numbers each."""
     if shape is None:
         return None
     if (

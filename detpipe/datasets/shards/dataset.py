@@ -17,12 +17,13 @@ The root may be a web address: shards are then fetched when they are first read,
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detpipe.datasets.annotations import check_pixels
+from detpipe.datasets.annotations import check_pixels, count_skipped
 from detpipe.datasets.batches import Locality
 from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.dataset import Contents, Proposals
@@ -60,10 +61,9 @@ class Shards(FolderData):
         cache: ShardCache = ShardCache(),  # noqa: B008 (frozen)
         **common: Any,
     ) -> None:
-        super().__init__(root, **common)
+        super().__init__(root, train, val, test, **common)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
-        self.splits = {"train": train, "val": val, "test": test}
         self.window, self.cache = window, cache
         self._files: dict[Split, ShardFiles] = {}
         self._key: str | None = None
@@ -149,9 +149,6 @@ def without_unreadable(files: ShardFiles, faults: Faults) -> ShardFiles:
     if not readable.any():
         raise DataError(f"{shards.folder}: none of its {len(a)} images can be read")
     kept = shards.subset(np.flatnonzero(readable))
-    counts = kept.annotations.counts
-    counts |= {"images used": len(kept.annotations), "boxes used": len(kept.annotations.boxes)}
     lost = len(a.boxes) - len(kept.annotations.boxes)
-    for name, n in {**faults.skipped, "boxes skipped: image skipped": lost}.items():
-        counts[name] = counts.get(name, 0) + n
-    return ShardFiles(kept, files.opener, files.most_open, files.where)
+    counted = count_skipped(kept.annotations, {**faults.skipped, "boxes skipped: image skipped": lost})
+    return ShardFiles(replace(kept, annotations=counted), files.opener, files.most_open, files.where)

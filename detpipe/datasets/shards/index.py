@@ -283,7 +283,7 @@ def _check(made: ShardSet, index: dict[str, Any], path: Path) -> None:
 
 def _inside(a: Annotations) -> bool:
     """Whether all boxes have a size and lie in their images; false for what is no number."""
-    size = np.repeat(a.sizes[:, ::-1], np.diff(a.offsets), axis=0)  # [B, 2] width, height
+    size = a.sizes[a.box_image, ::-1]  # [B, 2] width, height
     low, high = a.boxes[:, :2], a.boxes[:, 2:]
     return bool(((low >= 0) & (high > low) & (high <= size)).all() and np.isfinite(a.area).all())
 

@@ -132,7 +132,6 @@ def _fetch_index(address: str, cache: ShardCache) -> ShardSet:
 
 
 def _is(path: Path, remote: RemoteFile) -> bool:
-    """Whether a file is what the server has."""
     return (
         path.is_file()
         and path.stat().st_size == remote.size

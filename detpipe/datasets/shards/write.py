@@ -15,9 +15,10 @@ import json
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +26,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.datasets.annotations import SizeError, check_size
-from detpipe.datasets.decode import decoded_size, image_format, image_size
+from detpipe.datasets.annotations import count_skipped, image_fault
+from detpipe.datasets.decode import image_format
 from detpipe.datasets.shards.index import (
     ARRAYS,
     INDEX,
@@ -236,7 +237,6 @@ def write_all(
 
 
 def _writer(contents: Contents) -> Work[tuple[Path, int, Sequence[int]], Written]:
-    """What writes shards in a process of its own."""
     return lambda job, step: write_shard(*job, contents, step)
 
 
@@ -263,7 +263,7 @@ class Contents:
     def describe(self, row: int) -> bytes:
         """The annotations of an image as JSON."""
         a = self.annotations
-        rows = slice(int(a.offsets[row]), int(a.offsets[row + 1]))
+        rows = slice(*a.offsets[row : row + 2].tolist())
         height, width = a.sizes[row].tolist()
         labels = a.labels[rows].tolist()
         content = {
@@ -312,14 +312,9 @@ class Contents:
                 f"{path}: has {len(content)} bytes, but had {self.lengths[row]} when the shards were planned: let the images "
                 "rest while shards are made, and begin anew"
             )
-        try:
-            decode = self.sharding.decode
-            height, width = decoded_size(path, content) if decode else image_size(path, content)
-            check_size(path, (height, width), tuple(a.sizes[row].tolist()))
-        except SizeError as error:
-            raise BadImageError("size differs from the annotation", str(error)) from error
-        except DataError as error:
-            raise BadImageError("unreadable", str(error)) from error
+        fault = image_fault(path, content, tuple(a.sizes[row].tolist()), decode=self.sharding.decode)
+        if fault is not None:
+            raise BadImageError(*fault)
         return content
 
 
@@ -392,7 +387,6 @@ def file_lengths(annotations: Annotations) -> npt.NDArray[np.int64]:
 
 
 def _digest(contents: Contents, split: str, groups: Sequence[Sequence[int]]) -> str:
-    """Name everything that decides about the shards."""
     a, store, sharding = contents.annotations, contents.proposals, contents.sharding
     settings = {
         "version": VERSION,
@@ -416,19 +410,14 @@ def _digest(contents: Contents, split: str, groups: Sequence[Sequence[int]]) -> 
 
 
 def _assemble(contents: Contents, folder: Path, split: str, done: Sequence[Written], plan: str) -> ShardSet:
-    """What is known of a split whose shards are all written."""
     a, store = contents.annotations, contents.proposals
-    counts = dict(a.counts)
+    skipped: Counter[str] = Counter()
     for row, reason, _ in (one for written in done for one in written.skipped):
-        boxes = int(a.offsets[row + 1] - a.offsets[row])
-        for name, n in ((f"images skipped: {reason}", 1), ("boxes skipped: image skipped", boxes)):
-            counts[name] = counts.get(name, 0) + n
+        skipped.update({f"images skipped: {reason}": 1, "boxes skipped: image skipped": len(a.rows_of(row))})
     rows = np.array([row for written in done for row in written.rows], dtype=np.intp)
     if not len(rows):
         raise DataError(f"{a.root}: no image of {len(a)} is left: all were skipped")
     order = np.argsort(rows)
-    kept = a.subset(rows[order])
-    counts |= {"images used": len(kept), "boxes used": len(kept.boxes)}
     shard = np.repeat(np.arange(len(done), dtype=np.int32), [len(written.rows) for written in done])
 
     def places(parts: list[list[int]]) -> Places:
@@ -439,7 +428,7 @@ def _assemble(contents: Contents, folder: Path, split: str, done: Sequence[Writt
         folder=folder,
         split=split,
         key=contents.key,
-        annotations=replace(kept, counts=counts),
+        annotations=count_skipped(a.subset(rows[order]), skipped),
         shards=tuple(Shard(shard_name(n), len(w.rows), w.bytes, w.sha256) for n, w in enumerate(done)),
         shard=shard[order],
         images=places([place for written in done for place in written.images]),

@@ -55,9 +55,9 @@ def test_boxes_move_as_the_pixels_do(name: str) -> None:
         return name not in TURNS or not cut
 
     random, augment, compared = np.random.default_rng(0), alone(name), 0
-    for seed in range(25):
+    for seed in range(12):
         compared += check_against_pixels(augment, [random_image(random)], seed, 2.0 if name in TURNS else 1.0, tight)
-    assert compared > 20
+    assert compared > 9
 
 
 @pytest.mark.parametrize("name", PIXELS)

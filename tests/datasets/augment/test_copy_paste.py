@@ -26,14 +26,14 @@ def two(below: tuple, above: tuple, **changes: Any) -> list[Drawn]:
     return [Drawn(*SIZE, below), Drawn(*SIZE, above, **changes)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(images=drawn_images(3), seed=st.integers(0, 2**31))
 def test_boxes_are_where_the_pixels_are(images: list[Drawn], seed: int) -> None:
     """Also of objects that are partly hidden: their boxes shrink to what is seen."""
     check_against_pixels(pasting(objects=0.5), images, seed, 1.0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(images=drawn_images(3), seed=st.integers(0, 2**31))
 def test_flags_labels_and_ids_stay_in_step(images: list[Drawn], seed: int) -> None:
     crowd, difficult = (sum((getattr(one, name) for one in images), ()) for name in ("crowd", "difficult"))

@@ -20,20 +20,20 @@ def plain(combine: Combine, **changes: object) -> Augment:
     return Augment(**{"flip": 0, "min_visibility": 0, "combine": combine, **changes})  # type: ignore[arg-type]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(images=drawn_images(5, most=2), seed=st.integers(0, 2**31))
 def test_boxes_of_a_mosaic_move_as_the_pixels_do(images: list[Drawn], seed: int) -> None:
     check_against_pixels(plain(MOSAIC), images, seed, 1.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(images=drawn_images(3, most=2), seed=st.integers(0, 2**31))
 def test_boxes_of_blended_images_move_as_the_pixels_do(images: list[Drawn], seed: int) -> None:
     # where both images are, the weaker leaves a fifth; at that, an edge enlarged 2.3 times reaches a pixel further
     check_against_pixels(plain(MIXUP), images, seed, 2.0, part=0.15)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     images=drawn_images(5, most=2),
     seed=st.integers(0, 2**31),
@@ -71,7 +71,7 @@ def check_in_step(target: dict, images: list[Drawn]) -> None:
     torch.testing.assert_close(target["area"], before / 2 * now / before)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(images=drawn_images(5, most=3), seed=st.integers(0, 2**31), which=st.sampled_from([MOSAIC, MIXUP]))
 def test_flags_areas_labels_and_proposals_stay_in_step(images: list[Drawn], seed: int, which: Combine) -> None:
     _, target = transformed(plain(which), images, seed)
@@ -179,7 +179,7 @@ def test_an_error_of_a_neighbor_is_passed_on() -> None:
         plain(MIXUP)(torch.zeros(3, 9, 9, dtype=torch.uint8), EMPTY.target(0, 1), 0, Neighbors(5, 0, fail))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(count=st.integers(4, 9), index=st.integers(0, 3), seed=st.integers(0, 2**31))
 def test_an_image_is_never_its_own_neighbor(count: int, index: int, seed: int) -> None:
     neighbors = Neighbors(count, index, lambda i: (torch.zeros(0), {}))
@@ -228,25 +228,6 @@ def test_images_that_say_different_things_cannot_be_combined() -> None:
     images = [EMPTY, Drawn(64, 80, (), proposals=False)]
     with pytest.raises(ValueError, match=r"must say the same of their objects: only 0\.png have proposals"):
         transformed(plain(MIXUP), images, 0)
-
-
-@pytest.mark.parametrize(
-    ("kind", "wrong", "message"),
-    [
-        (Mosaic, {"p": -0.1}, "mosaic.p must lie in 0..1"),
-        (Mosaic, {"center": (0.0, 0.5)}, r"mosaic.center must be \[smallest, largest\] within 0.1..0.9"),
-        (Mosaic, {"zoom": (0.5, 1.0)}, "mosaic.zoom must be"),
-        (MixUp, {"p": 2.0}, "mixup.p must lie in 0..1"),
-        (MixUp, {"alpha": 0.0}, "mixup.alpha must lie in 0.1..1000, got 0.0"),
-        (MixUp, {"alpha": float("nan")}, "mixup.alpha must lie in 0.1..1000, got nan"),
-        (CopyPaste, {"p": 2.0}, "copy_paste.p must lie in 0..1"),
-        (CopyPaste, {"objects": 0.0}, "copy_paste.objects must be above 0"),
-        (CopyPaste, {"scale": (0.0, 1.0)}, "copy_paste.scale must be"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(kind: type, wrong: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kind(**wrong)
 
 
 def test_the_oracle_sees_a_box_that_is_wrong() -> None:

@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +11,7 @@ from ..pixel_oracle import FIRST_LABEL, Drawn, check_against_pixels, drawn_image
 ALWAYS = SafeCrop(p=1.0, min_visibility=0.6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(images=drawn_images(1), seed=st.integers(0, 2**31), least=st.floats(0.2, 1.0))
 def test_no_kept_box_loses_more_than_promised_and_one_stays(images: list[Drawn], seed: int, least: float) -> None:
     augment = Augment(flip=0.5, min_visibility=0.0, safe_crop=SafeCrop(p=1.0, min_visibility=least))
@@ -28,7 +27,7 @@ def test_no_kept_box_loses_more_than_promised_and_one_stays(images: list[Drawn],
     assert not plain or set(plain) & set(kept)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(images=drawn_images(1), seed=st.integers(0, 2**31))
 def test_boxes_and_proposals_move_as_the_pixels_do(images: list[Drawn], seed: int) -> None:
     augment = Augment(flip=0.5, min_visibility=0.0, safe_crop=ALWAYS)
@@ -85,19 +84,3 @@ def test_the_probability_is_kept() -> None:
     augment = Augment(flip=0, safe_crop=SafeCrop(p=0.3))
     cut = [transformed(augment, [Drawn(80, 90, ())], seed)[0].shape != (3, 80, 90) for seed in range(200)]
     assert 0.2 < np.mean(cut) < 0.4
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"p": 1.1}, r"safe_crop.p must lie in 0..1, got 1.1"),
-        ({"min_visibility": 0.0}, "safe_crop.min_visibility must be above 0"),
-        ({"scale": (0.0, 1.0)}, r"safe_crop.scale must be \[smallest, largest\] within 0.05..1, got \[0.0, 1.0\]"),
-        ({"scale": (0.9, 0.3)}, "safe_crop.scale must be"),
-        ({"ratio": (0.5, 20.0)}, "safe_crop.ratio must be"),
-        ({"ratio": (0.5,)}, "safe_crop.ratio must be"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(wrong: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SafeCrop(**wrong)

@@ -15,47 +15,30 @@ from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 from ..builders import coco_content, picture, write_coco
-from ..coco_layouts import CLASSES, LAYOUTS, SCENES, content, hub, pictures, write
+from ..layout_cases import CLASSES, LAYOUTS, coco, text
+from ..layout_cases import picture as picture_of
 
 
-def boxes(a: Annotations) -> dict[str, list[tuple[Any, ...]]]:
-    ends = a.offsets.tolist()
-    return {
-        Path(str(name)).stem: [
-            (a.class_names[a.labels[b] - 1], *a.boxes[b].tolist()) for b in range(ends[i], ends[i + 1])
-        ]
-        for i, name in enumerate(a.file_names)
-    }
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_split_of_a_layout_is_found_and_read(layout: str, tmp_path: Path) -> None:
-    build, splits = LAYOUTS[layout]
-    build(tmp_path)
-    assert set(find_splits(tmp_path)) == set(splits)
-    for split, stems in splits.items():
-        a = COCO(str(tmp_path), train=split, val=split).annotations("val")
-        assert a.class_names == CLASSES
-        assert boxes(a) == {stem: SCENES[stem] for stem in stems}
-        assert all((a.root / str(name)).is_file() for name in a.file_names)
+def hub(root: Path) -> None:
+    next(case for case in LAYOUTS if case.name == "hub").write(root)
 
 
 def test_what_is_not_in_coco_layout_has_no_splits(tmp_path: Path) -> None:
     assert find_splits(tmp_path / "nowhere") == {}
-    pictures(tmp_path / "images", ["a"])
+    picture_of(tmp_path / "images" / "a.jpg", "a")
     (tmp_path / "broken.json").write_text('{"images": [')
     (tmp_path / "names.json").write_text('{"categories": [{"id": 0, "name": "ball"}]}')
     (tmp_path / "results.json").write_text('[{"image_id": 1}]')
     assert find_splits(tmp_path) == {}
     for k in range(51):  # one an image, whatever they are
-        write(tmp_path / "images" / f"{k}.json", content(["a"]))
+        text(tmp_path / "images" / f"{k}.json", coco(["a"]))
     assert find_splits(tmp_path) == {}
 
 
 def test_splits_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for part in ("one", "two"):
-        pictures(tmp_path / part / "train", ["a"])
-        write(tmp_path / part / "train" / "_annotations.coco.json", content(["a"]))
+        picture_of(tmp_path / part / "train" / "a.jpg", "a")
+        text(tmp_path / part / "train" / "_annotations.coco.json", coco(["a"]))
     assert find_splits(tmp_path) == {
         "train": COCOFiles("one/train/_annotations.coco.json", "one/train"),
         "two/train/_annotations.coco": COCOFiles("two/train/_annotations.coco.json", "two/train"),
@@ -129,9 +112,9 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(folder / "2.jpg", exif=exif)
-    text = json.loads(path.read_text())
-    del text["images"][2]["height"], text["images"][2]["width"]
-    path.write_text(json.dumps(text))
+    content = json.loads(path.read_text())
+    del content["images"][2]["height"], content["images"][2]["width"]
+    path.write_text(json.dumps(content))
     assert load_coco(path, folder).sizes[2].tolist() == [60, 40]
     (folder / "2.jpg").write_text("no image")
     with pytest.raises(DataError, match=r"2\.jpg: .*set on_bad to 'skip'"):

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from detpipe.datasets import VOC, YOLO, CSVBoxes, DetectionData
+from detpipe.datasets import COCO, VOC, YOLO, CSVBoxes, DetectionData
 from detpipe.datasets.formats.folders import Entries, list_folder
 from detpipe.datasets.formats.recognize import open_split, recognize
 from detpipe.types import Annotations
 
 from ..layout_cases import CLASSES, LAYOUTS, SCENES, Layout
 
-MODULES: dict[str, type[DetectionData]] = {"voc": VOC, "yolo": YOLO, "csv": CSVBoxes}
+MODULES: dict[str, type[DetectionData]] = {"coco": COCO, "voc": VOC, "yolo": YOLO, "csv": CSVBoxes}
 
 
 def boxes(a: Annotations) -> dict[str, list[tuple[object, ...]]]:
@@ -47,7 +47,7 @@ def test_the_layout_is_read(case: Layout, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", [case for case in LAYOUTS if "train" in case.splits and len(case.splits) > 1], ids=str)
 def test_the_data_module_takes_usual_names_of_splits(case: Layout, tmp_path: Path) -> None:
-    data = MODULES[case.layout](str(case.write(tmp_path)))  # "val" for valid, no class names
+    data = MODULES[case.layout](str(case.write(tmp_path)), train="train", val="val")  # for valid; no class names
     assert set(boxes(data.annotations("train"))) == set(case.splits["train"])
     assert set(boxes(data.annotations("val"))) == set(case.splits.get("val", case.splits.get("valid", ())))
     assert data.class_names == CLASSES
