@@ -57,7 +57,6 @@ BLOCKS = {  # the Inception blocks and the channels of their outputs
     "Mixed_7a": 1280,
     **dict.fromkeys(("Mixed_7b", "Mixed_7c"), 2048),
 }
-LEVELS = ("c2", "c3", "c4", "c5")
 STRIDES = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
 WIDTHS = {"c2": 192, "c3": 288, "c4": 768, "c5": 2048}
 UNPADDED = {  # the parts that look at three cells without padding -> their stride

@@ -1,29 +1,19 @@
-"""Weights for Inception-v3 with gates: our own, or torchvision's, which have none."""
+"""The tensor names of torchvision's Inception-v3 in ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 from torch import Tensor, nn
 
 from detpipe.backbones.inception_blocks import STAGES
-from detpipe.backbones.pretrained import Foreign, Pretrained, load_pretrained
-from detpipe.stages import Backbone
-
-
-def load_inception(network: Backbone, weights: str | Pretrained) -> None:
-    """Load weights into an :class:`~detpipe.backbones.se_inception.SEInceptionV3`; errors as of :func:`load_pretrained`.
-
-    The auxiliary classifier starts anew, as a whole, unless the weights have one of as many classes.
-    """
-    load_pretrained(network, weights, "inception_v3", partial(to_own_names, network=network))
+from detpipe.backbones.pretrained import Foreign
 
 
 def to_own_names(state: Mapping[str, Tensor], network: nn.Module) -> Foreign:
     """Rename tensors of torchvision's Inception-v3, or ours, and complete them by what the weights do not have.
 
-    The network's auxiliary classifier takes the place of one with other classes, or none.
+    The network's own auxiliary classifier, which starts anew as a whole, takes the place of one with other classes, or none.
     """
     own = network.state_dict()
     ours = any(name.startswith("stem.") for name in state)

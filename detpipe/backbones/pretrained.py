@@ -29,9 +29,9 @@ class Pretrained:
     """Where weights come from.
 
     Args:
-        source: a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run;
-            never downloads), the name of torchvision weights
-            (``DEFAULT``, ``IMAGENET1K_V1``) or of a timm network (``timm/seresnet50.ra2_in1k``); names download once.
+        source: a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run; never downloads), the name of
+            torchvision weights (``DEFAULT``, ``IMAGENET1K_V1``) or of a timm network (``timm/seresnet50.ra2_in1k``); names
+            download once.
         new_gates: accept weights of the same network without attention; its gates then start anew, almost open where they have
             a bias.
     """
