@@ -29,8 +29,8 @@ from detpipe.backbones.inception_blocks import (
     build_stage,
     offset,
     smallest_side,
+    to_own_names,
 )
-from detpipe.backbones.inception_weights import to_own_names
 from detpipe.backbones.input_channels import set_input_channels
 from detpipe.backbones.laterals import Laterals, Width
 from detpipe.backbones.pretrained import Pretrained, load_pretrained

@@ -33,19 +33,11 @@ def load_part(
     statistics: bool = True,
     plain: Callable[[str], str] = str,
 ) -> None:
-    """Load weights into a network of another library, of which a part is used.
+    """Load the ``state`` of a network of another library, by its name, into the part of it that is used.
 
-    Args:
-        part: what is used of it.
-        full: the whole network: the weights may have all of its tensors, and none else.
-        state: tensor name -> tensor.
-        weights: where they come from, for messages, which also name the ``network``.
-        network: see ``weights``.
-        statistics: those of batch normalization are needed.
-        plain: makes names equal that mean the same tensor.
-
-    Raises:
-        CheckpointError: a tensor of ``part`` is missing, one does not fit, or one is unknown.
+    The weights, which messages call ``weights``, may have all tensors of the full network, and none else; those of the part must
+    be there, but for ``statistics`` of batch normalization that are not needed. ``plain`` makes names equal that mean the same
+    tensor. Else it is a CheckpointError.
     """
     own, known = part.state_dict(), {plain(key): key for key in full.state_dict()}
     given, needed = {plain(key): key for key in state}, {plain(key): key for key in own}

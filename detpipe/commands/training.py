@@ -173,14 +173,9 @@ def fit(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
 
 
 def small_batches(model: nn.Module, images: int) -> str | None:
-    """Warn where batch normalization is trained on fewer images than its statistics need.
+    """Warn in a line where a model in training mode trains batch normalization on fewer images a device than its statistics need.
 
-    Args:
-        model: in training mode, except for what is frozen.
-        images: of a batch, on one device.
-
-    Returns:
-        One line, or None. Statistics of all processes (``sync``) are not looked at.
+    What is frozen is left out, and so are statistics of all processes (``sync``).
     """
     kinds = (nn.BatchNorm2d, nn.BatchNorm1d)
     if images >= LEAST_IMAGES or not any(isinstance(part, kinds) and part.training for part in model.modules()):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
-from detpipe.pictures.visualize import NARROWEST, draw_target, fit, font, sheet
+from detpipe.pictures.visualize import INK, captioned, draw_target, fit, sheet, to_pil
 from detpipe.types import Target
 
-_INK, _PAPER = (30, 34, 40), (255, 255, 255)
 _GAP, _CAPTION, _HEADER = 10, 20, 34
 
 
@@ -33,12 +32,6 @@ def _panel(image: Tensor, target: Target, class_names: Sequence[str], side: int)
     small, factors = fit(image, side)
     resized: Target = {**target, "boxes": target.get("boxes", torch.zeros(0, 4)) * factors}
     drawn = draw_target(small, resized, class_names, min_side=0)
-    canvas = Image.new("RGB", (max(drawn.shape[2], NARROWEST), drawn.shape[1] + _CAPTION), _PAPER)
-    canvas.paste(Image.fromarray(drawn.permute(1, 2, 0).numpy()), (0, _CAPTION))
     name, count = target.get("file_name", "").rpartition("/")[2], len(resized.get("boxes", ()))
     text = f"{name}: {count} box{'' if count == 1 else 'es'}"
-    pen, face = ImageDraw.Draw(canvas), font(12)
-    while pen.textlength(text, font=face) > canvas.width and len(text) > 4:
-        text = f"...{text[4:]}"
-    pen.text((0, _CAPTION / 2), text, fill=_INK, font=face, anchor="lm")
-    return canvas
+    return captioned([to_pil(drawn)], [text], height=_CAPTION, font_size=12, ink=INK)

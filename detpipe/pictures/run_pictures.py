@@ -15,6 +15,7 @@ from torch import Tensor
 from detpipe import images as frames
 from detpipe.pictures import visualize
 from detpipe.pictures.contact_sheet import contact_sheet
+from detpipe.pictures.curves import plot_curves
 from detpipe.types import Detection, Target
 
 Batch = tuple[list[Tensor], list[Target]]
@@ -107,7 +108,7 @@ class Curves(Callback):
             trainer.logger.save()
         metrics = self.folder / "metrics.csv"
         if metrics.is_file():
-            visualize.plot_curves(metrics, self.folder / "curves.png")
+            plot_curves(metrics, self.folder / "curves.png")
 
 
 def _save(folder: Path, name: str, picture: Tensor, trainer: Trainer) -> None:
