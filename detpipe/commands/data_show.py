@@ -15,8 +15,7 @@ from tqdm import tqdm
 from detpipe.commands.data_source import open_splits, read_split, source_parser
 from detpipe.commands.parser import check_least
 from detpipe.datasets.dataset import DetectionDataset
-from detpipe.pictures.contact_sheet import contact_sheet
-from detpipe.pictures.visualize import draw_target, save_png
+from detpipe.pictures.visualize import contact_sheet, draw_target, save_png
 from detpipe.support.errors import UsageError
 from detpipe.support.suggest import did_you_mean
 from detpipe.support.terminal import say

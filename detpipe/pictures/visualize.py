@@ -191,6 +191,20 @@ def comparison_grid(
     return sheet(pairs, pairs_per_row, title, font_size=17, header=44, gap=16)
 
 
+def contact_sheet(
+    images: Sequence[Tensor], targets: Sequence[Target], class_names: Sequence[str], title: str = "", side: int = 360
+) -> Tensor:
+    """Put images ``[3, H, W]`` uint8 RGB with their boxes on one sheet, the longer side of each picture ``side`` pixels.
+
+    Raises:
+        ValueError: there are no images, or not one target for each.
+    """
+    if not images or len(images) != len(targets):
+        raise ValueError(f"expected one target for each of at least one image, got {len(images)} and {len(targets)}")
+    panels = [_panel(image, target, class_names, side) for image, target in zip(images, targets, strict=True)]
+    return sheet(panels, max(1, round(len(panels) ** 0.5)), title, font_size=15, header=34, gap=10)
+
+
 def sheet(panels: Sequence[Image.Image], columns: int, title: str, *, font_size: int, header: int, gap: int) -> Tensor:
     """Put pictures side by side in at most so many columns under a title, ``[3, H, W]`` uint8; lengths in pixels."""
     columns = min(columns, len(panels))
@@ -312,6 +326,15 @@ def _pair(
     name = Path(target.get("file_name", "")).name
     captions = (f"{name}  truth: {len(boxes)}".strip(), f"detected: {len(found[0])}")
     return captioned([to_pil(half) for half in halves], captions, height=22, font_size=13, ink=FAINT)
+
+
+def _panel(image: Tensor, target: Target, class_names: Sequence[str], side: int) -> Image.Image:
+    small, factors = fit(image, side)
+    resized: Target = {**target, "boxes": target.get("boxes", torch.zeros(0, 4)) * factors}
+    drawn = draw_target(small, resized, class_names, min_side=0)
+    name, count = target.get("file_name", "").rpartition("/")[2], len(resized.get("boxes", ()))
+    text = f"{name}: {count} box{'' if count == 1 else 'es'}"
+    return captioned([to_pil(drawn)], [text], height=20, font_size=12, ink=INK)
 
 
 def captioned(

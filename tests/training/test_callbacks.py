@@ -13,8 +13,8 @@ from torch import nn
 
 from detpipe import cli, detector
 from detpipe.commands import training
-from detpipe.pictures.contact_sheet import contact_sheet
 from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
+from detpipe.pictures.visualize import contact_sheet
 from detpipe.support.errors import TrainingError
 from detpipe.training.callbacks import (
     NONFINITE_BATCH,
