@@ -90,7 +90,7 @@ class SKNet(ResidualNetwork):
     Args:
         depth: 50 or 101; 26 is a smaller one of our own.
         variant: reduction and least width of the selective kernels, stem, shortcuts.
-        common: as of :class:`SEResNet`; weights are ours or timm's.
+        common: as of :class:`SEResNet`, but for ``pixel_format``; weights are ours or timm's.
 
     Raises:
         ValueError: another depth.
@@ -105,7 +105,7 @@ class SKNet(ResidualNetwork):
     def __init__(self, depth: int = 50, variant: Variant = _PLAIN, **common: Any) -> None:
         if depth not in (26, 50, 101):
             raise ValueError(f"depth must be one of [26, 50, 101], got {depth}")
-        super().__init__(depth, 32, 4, "sk", variant, **common)
+        super().__init__(depth, 32, 4, "sk", variant, pixel_format=None, **common)  # as timm's: torchvision's
 
     @property
     def torchvision_name(self) -> str | None:
