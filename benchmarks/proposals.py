@@ -29,8 +29,7 @@ import cv2
 import numpy as np
 import torch
 
-from detpipe.commands.checkpoint_proposals import CheckpointProposals
-from detpipe.commands.proposal_making import find_items, read_pixels
+from detpipe.commands.proposal_making import CheckpointProposals, find_items, read_pixels
 from detpipe.datasets import DetectionData
 from detpipe.datasets.formats.recognize import open_split
 from detpipe.datasets.image_files import PLAIN_FILES

@@ -28,20 +28,10 @@ GATINGS: dict[str, Callable[..., Gating]] = {
 
 
 def make_gating(name: str, channels: int, reduction: int = 16, bias: bool = True, divisor: int = 8) -> Gating:
-    """Build the attention of a name.
+    """Build the attention of a name in `GATINGS`, for maps of C channels; a ValueError for another name.
 
-    Args:
-        name: "se", "sse", "scse", "eca" or "cbam".
-        channels: C of the map.
-        reduction: of those that squeeze channels ("se", "scse", "cbam"): C divided by the hidden width.
-        bias: of their hidden layers.
-        divisor: what their hidden width is a multiple of.
-
-    Returns:
-        The module, ``[N, C, H, W]`` to the same shape.
-
-    Raises:
-        ValueError: an unknown name, or ``reduction`` above ``channels``.
+    ``reduction`` (C divided by the hidden width), ``bias`` and ``divisor`` (what the hidden width is a multiple of) are for those
+    that squeeze channels: "se", "scse", "cbam".
     """
     if name not in GATINGS:
         raise ValueError(f"unknown attention {name!r}: expected one of {list(GATINGS)}{did_you_mean(name, GATINGS)}")
@@ -52,15 +42,7 @@ def make_gating(name: str, channels: int, reduction: int = 16, bias: bool = True
 def by_stage(
     attention: str | Mapping[str, str | None] | None, stages: Sequence[str], kinds: Sequence[str] = tuple(GATINGS)
 ) -> dict[str, str | None]:
-    """Spell out the attention of each stage.
-
-    Args:
-        attention: one kind for all stages, or stage -> kind; stages that are not named have none.
-        stages: those that can have attention.
-        kinds: what they can have.
-
-    Returns:
-        stage -> kind or None, for all ``stages``.
+    """Spell out the attention, one kind for all or stage -> kind, of each stage that can have one: stage -> kind or None.
 
     Raises:
         ValueError: an unknown stage or kind.
@@ -87,9 +69,6 @@ def open_gates(network: nn.Module) -> None:
 
     Put into a trained network, half-open gates would shrink what the layers after them are used to: eleven in a row two
     thousandfold.
-
-    Args:
-        network: has gates in it.
     """
     concurrent = [module for module in network.modules() if isinstance(module, ConcurrentSqueezeExcitation)]
     halves = {part for module in concurrent for part in (module.channel, module.spatial)}

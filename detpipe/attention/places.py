@@ -56,15 +56,7 @@ _FAMILIES = (
 
 
 def find_places(network: nn.Module, where: Sequence[str] | None = None, replace: bool = False) -> list[Place]:
-    """Find where attention goes.
-
-    Args:
-        network: of torchvision or timm.
-        where: names of modules, or patterns for the names of blocks; None: every block.
-        replace: a block's own squeeze-and-excitation is the place, where it has one.
-
-    Returns:
-        The places in the order of the network, each once.
+    """Find where attention goes, in the order of the network, each place once; arguments are those of `add_attention`.
 
     Raises:
         ValueError: no blocks, an unknown name (near names are listed), or a pattern without a block.

@@ -6,8 +6,7 @@ from detpipe.backbones.pretrained import Pretrained
 from detpipe.backbones.regime import Regime
 from detpipe.backbones.residual_blocks import Variant
 from detpipe.backbones.se_inception import SEInceptionV3
-from detpipe.backbones.se_resnet import SEResNet, SEResNeXt
-from detpipe.backbones.sknet import SKNet
+from detpipe.backbones.se_resnet import SEResNet, SEResNeXt, SKNet
 from detpipe.backbones.vit_pyramid import ViTPyramid
 
 __all__ = [

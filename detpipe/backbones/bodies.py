@@ -16,7 +16,7 @@ from torchvision.ops import StochasticDepth
 from detpipe.backbones.checkpointed_graph import CheckpointedGraph
 from detpipe.backbones.input_channels import set_input_channels
 from detpipe.backbones.regime import Regime, drop_path_rates
-from detpipe.backbones.weights import load_weights
+from detpipe.backbones.weights import fetch, load_part
 from detpipe.stages import depths_of
 from detpipe.support.errors import UsageError
 from detpipe.support.suggest import did_you_mean
@@ -103,9 +103,7 @@ class TorchvisionBody(Body):
         set_input_channels(full, in_channels)
         self.network = self._traced = _cut(full, name, {cut.node: level for level, cut in levels.items()})
         if weights is not None:
-            load_weights(
-                full, self.network, name, weights, regime.norm != "group"
-            )  # the cut shares its parameters with the full network
+            load_part(self.network, full, fetch(weights, name), weights, name, regime.norm != "group")
         self._checkpointed: CheckpointedGraph | None = None
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:

@@ -17,13 +17,13 @@ from detpipe.attention.base import Attention
 from detpipe.backbones.bodies import Body, Level, TorchvisionBody
 from detpipe.backbones.input_channels import check_channels, format_of
 from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
+from detpipe.backbones.pretrained import TIMM
 from detpipe.backbones.regime import Regime, convert_norm, find_modules, freeze
 from detpipe.backbones.timm_body import TimmBody
 from detpipe.types import Features, PixelFormat
 
 __all__ = ["Extractor", "Level"]
 
-TIMM = "timm/"
 PROBES = (128, 256)  # sides of the images that check the declared strides
 # what PyTorch says of images that leave nothing of a map
 TOO_SMALL = ("is too small", "greater than actual input size")
@@ -37,11 +37,10 @@ class Extractor(ProjectedBackbone):
             ``timm/convnext_tiny``, also with the tag of its weights, such as ``timm/convnext_tiny.fb_in22k``.
         levels: level name -> where it is cut, finest first. For timm also a list of names such as ``[c3, c4, c5]``: c_k is
             timm's last map of stride 2^k.
-        weights: None for random ones; a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run;
-            never downloads); or a name, which
-            downloads once: torchvision's (``DEFAULT``, ``IMAGENET1K_V1``), or for timm ``DEFAULT`` or a tag
-            (``fb_in22k``). A file holds the whole network or, for timm, its features; the classifier and what lies beyond the
-            last level may be missing or of other shapes, and everything else must fit.
+        weights: None for random ones; a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run; never
+            downloads); or a name, which downloads once: torchvision's (``DEFAULT``, ``IMAGENET1K_V1``), or for timm ``DEFAULT``
+            or a tag (``fb_in22k``). A file holds the whole network or, for timm, its features; the classifier and what lies
+            beyond the last level may be missing or of other shapes, and everything else must fit.
         pixel_format: what the weights expect; None takes torchvision's, or what timm says of the network. One of three channels
             is spread over ``in_channels``.
         out_channels: project every level to this width; None keeps the width, for a single level; "own" lets each level

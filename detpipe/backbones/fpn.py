@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
+from detpipe.backbones.regime import GROUPS
 from detpipe.stages import Backbone
 from detpipe.types import Features
 
 ExtraLevels = Literal["max_pool", "convolutions"]
 Norm = Literal["batch", "group"]
-GROUPS = 32  # of group normalization, as published
 
 
 class FPN(Backbone):
@@ -74,10 +74,10 @@ class FPN(Backbone):
         self.backbone, self.out_channels, self.pixel_format = backbone, out_channels, backbone.pixel_format
         strides = list(backbone.strides.values())
         levels = dict(zip(level_names(strides, "p"), strides, strict=True))
-        self._roi_strides = {name: stride for name, stride in levels.items() if name == _name(stride)}
+        self._roi_strides = {name: stride for name, stride in levels.items() if name == level_name(stride)}
         coarsest = max(backbone.strides.values())
         extra = {None: (), "max_pool": (2,), "convolutions": (2, 4)}[extra_levels]
-        self.strides = {**levels, **{_name(coarsest * step): coarsest * step for step in extra}}
+        self.strides = {**levels, **{level_name(coarsest * step): coarsest * step for step in extra}}
         widths = [backbone.level_channels[level] for level in backbone.strides]
         self.pyramid = FeaturePyramidNetwork(
             widths, out_channels, _extra_block(extra_levels, out_channels), _norm_layer(norm)
@@ -95,8 +95,9 @@ class FPN(Backbone):
         return dict(zip(self.strides, levels.values(), strict=True))
 
 
-def _name(stride: int) -> str:
-    return f"p{stride.bit_length() - 1}"
+def level_name(stride: int, letter: str = "p") -> str:
+    """Name a level by its stride, 2^k: ``p5`` for 32."""
+    return f"{letter}{stride.bit_length() - 1}"
 
 
 def level_names(strides: Sequence[int], letter: str) -> list[str]:
@@ -108,7 +109,7 @@ def level_names(strides: Sequence[int], letter: str) -> list[str]:
     """
     before = [list(strides[:index]).count(stride) for index, stride in enumerate(strides)]
     return [
-        f"{letter}{stride.bit_length() - 1}{chr(ord('a') + number) if number else ''}"
+        f"{level_name(stride, letter)}{chr(ord('a') + number) if number else ''}"
         for stride, number in zip(strides, before, strict=True)
     ]
 

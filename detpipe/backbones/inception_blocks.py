@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 
+from detpipe.backbones.pretrained import Foreign
+
 STAGES: dict[str, dict[str, Callable[[], nn.Module]]] = {  # stage -> torchvision's name of a part -> the part
     "stem": {
         "Conv2d_1a_3x3": partial(BasicConv2d, 3, 32, kernel_size=3, stride=2),
@@ -57,7 +59,6 @@ BLOCKS = {  # the Inception blocks and the channels of their outputs
     "Mixed_7a": 1280,
     **dict.fromkeys(("Mixed_7b", "Mixed_7c"), 2048),
 }
-LEVELS = ("c2", "c3", "c4", "c5")
 STRIDES = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
 WIDTHS = {"c2": 192, "c3": 288, "c4": 768, "c5": 2048}
 UNPADDED = {  # the parts that look at three cells without padding -> their stride
@@ -141,3 +142,28 @@ def smallest_side(level: str, cells: int, padded: bool) -> int:
     for _, stride in reversed(list(unpadded_until(level))):
         cells = (cells - 1) * stride + 3
     return cells
+
+
+def to_own_names(state: Mapping[str, Tensor], network: nn.Module) -> Foreign:
+    """Rename tensors of torchvision's Inception-v3, or ours, and complete them by what the weights do not have.
+
+    The network's own auxiliary classifier, which starts anew as a whole, takes the place of one with other classes, or none.
+    """
+    own = network.state_dict()
+    ours = any(name.startswith("stem.") for name in state)
+    places = {part: "stem" if stage == "stem" else f"stages.{stage}" for stage in STAGES for part in STAGES[stage]}
+    tensors, unused = {}, []
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        if part == "fc":
+            unused.append(name)
+        elif part == "AuxLogits":
+            tensors[f"auxiliary.{rest}"] = tensor
+        else:
+            tensors[f"{places[part]}.{part}.block.{rest}" if part in places and not ours else name] = tensor
+    last = "auxiliary.fc.bias"
+    if last not in own or last not in tensors or own[last].shape != tensors[last].shape:
+        unused += [name for name in tensors if name.startswith("auxiliary.")]
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("auxiliary.")}
+        tensors |= {name: tensor for name, tensor in own.items() if name.startswith("auxiliary.")}
+    return Foreign(tensors, unused)

@@ -29,9 +29,9 @@ class Pretrained:
     """Where weights come from.
 
     Args:
-        source: a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run;
-            never downloads), the name of torchvision weights
-            (``DEFAULT``, ``IMAGENET1K_V1``) or of a timm network (``timm/seresnet50.ra2_in1k``); names download once.
+        source: a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run; never downloads), the name of
+            torchvision weights (``DEFAULT``, ``IMAGENET1K_V1``) or of a timm network (``timm/seresnet50.ra2_in1k``); names
+            download once.
         new_gates: accept weights of the same network without attention; its gates then start anew, almost open where they have
             a bias.
     """
@@ -54,13 +54,10 @@ def load_pretrained(
     torchvision_name: str | None,
     translate: Callable[[Mapping[str, Tensor]], Foreign | None],
 ) -> None:
-    """Load weights into a backbone.
+    """Load weights into a backbone, whose ``laterals`` keep their own.
 
-    Args:
-        network: gets the weights; its ``laterals`` keep their own.
-        weights: where they come from.
-        torchvision_name: torchvision's network of this architecture, for names of weights; None where it has none.
-        translate: another library's state dict by our names, or None if it is ours.
+    ``torchvision_name`` is torchvision's network of this architecture, for names of weights; ``translate`` gives another library's
+    state dict by our names, or None if it is ours.
 
     Raises:
         UsageError: an unknown name.

@@ -70,14 +70,7 @@ class Regime:
 
 
 def drop_path_rates(rate: float, blocks: int) -> list[float]:
-    """Share out a drop-path rate over the blocks of a network.
-
-    Args:
-        rate: of the last block.
-        blocks: L, how many there are.
-
-    Returns:
-        The rate of block l in 1..L: ``rate * l / L``.
+    """Share out a drop-path rate, that of the last block, over L blocks: ``rate * l / L`` for block l in 1..L.
 
     Example:
         >>> drop_path_rates(0.2, 4)
@@ -87,15 +80,10 @@ def drop_path_rates(rate: float, blocks: int) -> list[float]:
 
 
 def convert_norm(network: nn.Module, norm: Norm, eps: float | None = None) -> nn.Module:
-    """Replace every 2-d batch normalization, in place; weights and bias stay the same parameters.
+    """Replace every 2-d batch normalization by another kind, in place; weights and bias stay the same parameters.
 
-    Args:
-        network: frozen normalization in it stays as it is.
-        norm: what to have instead; "batch" changes nothing.
-        eps: of every normalization of batches or groups; None leaves it.
-
-    Returns:
-        The network; a new module only where it is itself a batch normalization.
+    Frozen normalization stays as it is, and "batch" changes nothing. ``eps`` is set on every normalization of batches or groups;
+    None leaves it. Returned is the network: a new module only where it is itself a batch normalization.
 
     Raises:
         ValueError: a kind of batch normalization that cannot be replaced without loss.
@@ -124,22 +112,21 @@ def _converted(module: nn.BatchNorm2d, norm: Norm, name: str) -> nn.Module:
     activated = hasattr(module, "act") and hasattr(module, "drop")  # timm's batch norm with an activation in it
     if type(module) not in (nn.BatchNorm2d, SqueezedBatchNorm) and not activated:
         raise ValueError(f"{name}: a {type(module).__name__} cannot become norm {norm!r}; only nn.BatchNorm2d can")
-    make = {"frozen": _frozen_norm, "sync": _sync_norm, "group": _group_norm}[norm]
-    converted = make(module, activated, name)
+    if norm == "frozen" and (module.running_mean is None or module.running_var is None):
+        raise ValueError(f"{name}: a batch norm without statistics cannot be frozen; leave norm 'batch'")
+    converted = {"frozen": _frozen_norm, "sync": _sync_norm, "group": _group_norm}[norm](module, activated)
     if activated:
         converted.act, converted.drop = module.act, module.drop
     return converted
 
 
-def _frozen_norm(module: nn.BatchNorm2d, activated: bool, name: str) -> nn.Module:
-    if module.running_mean is None or module.running_var is None:
-        raise ValueError(f"{name}: a batch norm without statistics cannot be frozen; leave norm 'batch'")
+def _frozen_norm(module: nn.BatchNorm2d, activated: bool) -> nn.Module:
     kind: type[nn.Module] = FrozenBatchNorm2d
     if activated:
         from timm.layers.norm_act import FrozenBatchNormAct2d
 
         kind = FrozenBatchNormAct2d
-    frozen = kind(module.num_features, eps=module.eps).to(module.running_mean)
+    frozen = kind(module.num_features, eps=module.eps).to(module.running_mean)  # pyright: ignore[reportArgumentType, reportCallIssue]
     for key in ("weight", "bias", "running_mean", "running_var"):
         stored = getattr(module, key)
         if stored is not None:
@@ -147,7 +134,7 @@ def _frozen_norm(module: nn.BatchNorm2d, activated: bool, name: str) -> nn.Modul
     return frozen
 
 
-def _sync_norm(module: nn.BatchNorm2d, activated: bool, name: str) -> nn.Module:
+def _sync_norm(module: nn.BatchNorm2d, activated: bool) -> nn.Module:
     kind: type[nn.Module] = nn.SyncBatchNorm
     if activated:
         from timm.layers.norm_act import SyncBatchNormAct
@@ -162,7 +149,7 @@ def _sync_norm(module: nn.BatchNorm2d, activated: bool, name: str) -> nn.Module:
     return sync
 
 
-def _group_norm(module: nn.BatchNorm2d, activated: bool, name: str) -> nn.Module:
+def _group_norm(module: nn.BatchNorm2d, activated: bool) -> nn.Module:
     channels = module.num_features
     groups = max(groups for groups in range(1, min(GROUPS, channels) + 1) if channels % groups == 0)
     if isinstance(module, SqueezedBatchNorm):  # of one cell: in many groups little would be left to normalize
@@ -191,18 +178,7 @@ class SqueezedSyncBatchNorm(nn.SyncBatchNorm):
 
 
 def find_modules(network: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """Look modules up by name.
-
-    Args:
-        network: what they are parts of.
-        names: such as ``features.0``.
-
-    Returns:
-        The modules.
-
-    Raises:
-        UsageError: no such module, or one without anything to freeze; near names are listed.
-    """
+    """Look modules up by names such as ``features.0``; a UsageError where one has nothing to freeze, near names are listed."""
     known = {name: module for name, module in network.named_modules() if name and any(True for _ in _tensors(module))}
     for name in names:
         if name not in known:
@@ -226,17 +202,7 @@ def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
     """Compute ``module(*inputs)``, and compute it again in the backward pass instead of storing activations.
 
     Random numbers are the same both times, and statistics of batch normalization move once. In evaluation and without
-    gradients it is a plain call.
-
-    Args:
-        module: any module.
-        inputs: its inputs.
-
-    Returns:
-        Its output.
-
-    Raises:
-        ValueError: the module writes into its input.
+    gradients it is a plain call. A module that writes into its input is a ValueError.
     """
     if not (module.training and torch.is_grad_enabled()):
         return module(*inputs)
@@ -246,14 +212,7 @@ def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
 def recomputed(function: Callable[..., Any], modules: Iterable[nn.Module], *inputs: Any, **options: Any) -> Any:
     """Compute ``function(*inputs, **options)`` now and in the backward pass; lists among the inputs are not changed.
 
-    Args:
-        function: what to compute.
-        modules: those that it calls, whose statistics move once.
-        inputs: of the function.
-        options: of the function.
-
-    Returns:
-        What the function returns.
+    ``modules`` are those that it calls, whose statistics move once.
 
     Raises:
         ValueError: the function writes into its inputs, which the second computation needs as they were.
@@ -300,18 +259,7 @@ class _Statistics(AbstractContextManager[None]):
 
 
 def names_within(frozen: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Check names of stages to freeze.
-
-    Args:
-        frozen: what was asked for.
-        known: the stages that there are.
-
-    Returns:
-        ``frozen``, in the order of ``known``.
-
-    Raises:
-        UsageError: an unknown stage; near names are listed.
-    """
+    """Put names of stages to freeze in the order of those that there are; a UsageError for an unknown one lists near names."""
     for name in frozen:
         if name not in known:
             raise UsageError(f"frozen: no stage {name!r}{did_you_mean(name, known)}; expected some of {list(known)}")

@@ -26,11 +26,12 @@ from torchvision.ops import StochasticDepth
 
 from detpipe.attention.choice import GATINGS, by_stage
 from detpipe.backbones.input_channels import check_channels, format_of
-from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
+from detpipe.backbones.laterals import Laterals, Width
 from detpipe.backbones.pretrained import Pretrained, load_pretrained
-from detpipe.backbones.regime import Regime, checkpointed, convert_norm, drop_path_rates, freeze, names_within
+from detpipe.backbones.regime import Regime, convert_norm, drop_path_rates, names_within
 from detpipe.backbones.residual_blocks import BasicBlock, Bottleneck, Layout, Variant, make_stem
 from detpipe.backbones.residual_names import to_own_names
+from detpipe.backbones.staged import LEVELS, StagedBackbone, choose_levels, initialize
 from detpipe.types import Features, PixelFormat
 
 BLOCKS = {
@@ -41,31 +42,35 @@ BLOCKS = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-LEVELS = ("c2", "c3", "c4", "c5")
 Kind = Literal["se", "sse", "scse", "eca", "cbam", "sk"]
 Choice = Kind | None | dict[str, Kind | None]
 
 
-class ResidualNetwork(ProjectedBackbone, ABC):
-    """A stem and four stages of residual blocks; stages after the last level that is asked for are not built.
+class ResidualNetwork(StagedBackbone, ABC):
+    """A stem and four stages of residual blocks.
 
     Args:
         depth: 18 or 34 (basic blocks), 26, 50, 101 or 152 (bottlenecks).
         groups: of the 3 x 3 convolutions.
         group_width: channels of a group in the first stage, of a bottleneck.
-        attention: one kind for all stages, or stage -> kind.
-        variant: what networks of one depth differ in.
-        levels: which of c2, c3, c4, c5 to return.
+        attention: what each block has: "se", "sse", "scse" (squeeze-and-excitation of channels, places, both), "eca", "cbam", "sk"
+            (selective kernels in the place of the 3 x 3 convolution), or None; or stage (c2 to c5) -> one of them.
+        variant: reduction, bias and rounding of the gates or selective kernels, stem, shortcuts.
+        levels: which of c2, c3, c4, c5 to return; stages after the last one are not built.
         output_stride: no level is coarser than this (4, 8, 16 or 32).
-        out_channels: as in :class:`~detpipe.backbones.laterals.Laterals`.
-        weights: a file, or a name of weights.
-        regime: normalization, frozen stages, checkpointing, drop path.
-        in_channels: C of the images; weights of three channels are spread over others.
-        padding: zeros added on every side, in pixels: half of a level's stride centers its cells, 0 leaves them.
-        pixel_format: what the weights expect; None: torchvision's.
+        out_channels: project every level to this width; None keeps the width, for a single level; "own" lets each level
+            keep its own, for an FPN.
+        weights: a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run; never downloads): ours, torchvision's
+            or timm's; the name of torchvision weights of the plain network (``DEFAULT``), or ``timm/NAME``, such as
+            ``timm/seresnet50.ra2_in1k``, ``timm/seresnext50_32x4d.racm_in1k`` or ``timm/skresnext50_32x4d.ra_in1k``.
+        regime: normalization, frozen stages (of stem, c2 to c5), checkpointing, drop path.
+        in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
+        padding: zeros added on every side, in pixels: half of a level's stride centers its cells on the pixels that anchors and
+            RoI pooling take them for, half a pixel off; 0 leaves them.
+        pixel_format: what the weights expect of pixels; None: torchvision's, RGB by ImageNet's mean and deviation.
 
     Raises:
-        ValueError: an argument outside its choices.
+        ValueError: an argument outside these choices, or a reduction that is larger than the channels.
         UsageError: an unknown name of weights, or a stage to freeze that is not built.
         CheckpointError: weights that are missing or belong to another network.
     """
@@ -76,21 +81,24 @@ class ResidualNetwork(ProjectedBackbone, ABC):
         groups: int,
         group_width: int,
         attention: Choice,
-        variant: Variant,
-        levels: Sequence[str],
-        output_stride: int,
-        out_channels: Width,
-        weights: str | Pretrained | None,
-        regime: Regime,
+        variant: Variant = Variant(),  # noqa: B008 (frozen)
+        levels: Sequence[str] = ("c4",),
+        output_stride: int = 32,
+        out_channels: Width = None,
+        weights: str | Pretrained | None = None,
+        regime: Regime = Regime(),  # noqa: B008 (frozen)
         in_channels: int = 3,
         padding: int = 0,
         pixel_format: PixelFormat | None = None,
     ) -> None:
         super().__init__()
-        _check(depth, levels, output_stride)
+        if depth not in BLOCKS:
+            raise ValueError(f"depth must be one of {list(BLOCKS)}, got {depth}")
+        self.levels = choose_levels(levels)
+        if output_stride not in (4, 8, 16, 32):
+            raise ValueError(f"output_stride must be 4, 8, 16 or 32, got {output_stride}")
         self.depth, self.groups, self.group_width = depth, groups, group_width
         self.attention = by_stage(attention, LEVELS, (*GATINGS, "sk"))
-        self.levels = tuple(level for level in LEVELS if level in levels)
         self.regime, self.pixel_format = regime, format_of(pixel_format or PixelFormat(), check_channels(in_channels))
         self.stem = make_stem(variant.stem, in_channels)
         self.stages = nn.ModuleDict()
@@ -103,7 +111,11 @@ class ResidualNetwork(ProjectedBackbone, ABC):
             )
         self.padding = padding
         self.laterals = Laterals(widths, out_channels)
-        _initialize(self, zero_branches=regime.norm != "frozen")
+        initialize(self)
+        if regime.norm != "frozen":  # each residual branch starts at zero where its last norm can learn
+            for module in self.modules():
+                if isinstance(module, BasicBlock | Bottleneck):
+                    nn.init.zeros_(module.last_norm.weight)
         convert_norm(self, regime.norm, regime.eps)
         if weights is not None:
             load_pretrained(self, weights, self.torchvision_name, to_own_names)
@@ -122,20 +134,9 @@ class ResidualNetwork(ProjectedBackbone, ABC):
             ValueError: images smaller than the coarsest stride.
         """
         self.check_size(images)
-        features = {}
         x = self.stem(F.pad(images, [self.padding] * 4) if self.padding else images)
-        for level, stage in self.stages.items():
-            for block in stage:  # pyright: ignore[reportGeneralTypeIssues]
-                x = checkpointed(block, x) if self.regime.checkpointing else block(x)
-            if level in self.levels:
-                features[level] = x[..., 1:, 1:] if self.padding else x
-        return self.laterals(features)
-
-    def train(self, mode: bool = True) -> ResidualNetwork:
-        """Switch to training, except for the batch norm of frozen stages, which keeps its statistics."""
-        super().train(mode)
-        freeze(self.stem if name == "stem" else self.stages[name] for name in self.frozen)
-        return self
+        maps = self._through(self.stages.items(), x, self.levels)
+        return self.laterals({level: x[..., 1:, 1:] for level, x in maps.items()} if self.padding else maps)
 
     def _build(self, variant: Variant, output_stride: int) -> dict[str, int]:
         """Build the stages and declare the strides; returns the width of each level."""
@@ -175,24 +176,3 @@ def is_deep(depth: int) -> bool:
 
 def _drop(rate: float) -> nn.Module:
     return StochasticDepth(rate, "row") if rate > 0 else nn.Identity()
-
-
-def _initialize(network: nn.Module, zero_branches: bool) -> None:
-    """He initialization for a network of ReLUs; each residual branch starts at zero where its last norm can learn."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for module in network.modules():
-        if zero_branches and isinstance(module, BasicBlock | Bottleneck):
-            nn.init.zeros_(module.last_norm.weight)
-
-
-def _check(depth: int, levels: Sequence[str], output_stride: int) -> None:
-    if depth not in BLOCKS:
-        raise ValueError(f"depth must be one of {list(BLOCKS)}, got {depth}")
-    if isinstance(levels, str) or not levels or not set(levels) <= set(LEVELS) or len(set(levels)) < len(levels):
-        raise ValueError(f"levels must be distinct names out of {list(LEVELS)}, got {levels!r}")
-    if output_stride not in (4, 8, 16, 32):
-        raise ValueError(f"output_stride must be 4, 8, 16 or 32, got {output_stride}")

@@ -31,14 +31,7 @@ _INNER = (  # inside a block
 
 
 def to_own_names(state: Mapping[str, Tensor]) -> Foreign | None:
-    """Rename the tensors of a residual network of torchvision or timm.
-
-    Args:
-        state: its state dict.
-
-    Returns:
-        The renamed tensors, and the names of those that only a classifier needs; None where ``state`` is no such network's.
-    """
+    """Rename the tensors of a residual network of torchvision or timm; None where a state dict is no such network's."""
     if not any(name.startswith("layer1.0.conv1.") for name in state):
         return None
     deep = "conv1.0.weight" in state

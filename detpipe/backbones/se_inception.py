@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 from torch import Tensor, nn
 from torchvision.models.inception import InceptionAux
 
 from detpipe.attention.choice import by_stage, make_gating
 from detpipe.backbones.inception_blocks import (
-    LEVELS,
     STAGES,
     STRIDES,
     WIDTHS,
@@ -30,12 +29,13 @@ from detpipe.backbones.inception_blocks import (
     build_stage,
     offset,
     smallest_side,
+    to_own_names,
 )
-from detpipe.backbones.inception_weights import load_inception
 from detpipe.backbones.input_channels import set_input_channels
-from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
-from detpipe.backbones.pretrained import Pretrained
-from detpipe.backbones.regime import Regime, checkpointed, convert_norm, freeze, names_within
+from detpipe.backbones.laterals import Laterals, Width
+from detpipe.backbones.pretrained import Pretrained, load_pretrained
+from detpipe.backbones.regime import Regime, convert_norm, names_within
+from detpipe.backbones.staged import StagedBackbone, choose_levels, initialize
 from detpipe.types import Features, PixelFormat
 
 Kind = Literal["se", "sse", "scse", "eca", "cbam"]
@@ -45,7 +45,7 @@ GATED_STAGES = ("c3", "c4", "c5")
 AUXILIARY_CELLS = 17  # of c4 in a row, at least: pooling leaves five, as many as the auxiliary classifier's kernel has
 
 
-class SEInceptionV3(ProjectedBackbone):
+class SEInceptionV3(StagedBackbone):
     """Inception-v3 with squeeze-and-excitation, or other attention, or none.
 
     Args:
@@ -57,10 +57,10 @@ class SEInceptionV3(ProjectedBackbone):
             keep its own, for an FPN.
         padded: what detection needs; False computes what torchvision does: maps are smaller, and 7.5 to 21.5 pixels off.
         auxiliary_classes: adds torchvision's auxiliary classifier on c4, for this many classes.
-        weights: a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run;
-            never downloads): ours or torchvision's; or the name of
-            torchvision weights (``DEFAULT``), or ``timm/NAME``, such as ``timm/inception_v3.tv_in1k``. Only ours have gates; with
-            others give ``Pretrained(..., new_gates=True)``, and they start almost open ("eca": half open).
+        weights: a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run; never downloads): ours or
+            torchvision's; or the name of torchvision weights (``DEFAULT``), or ``timm/NAME``, such as
+            ``timm/inception_v3.tv_in1k``. Only ours have gates; with others give ``Pretrained(..., new_gates=True)``, and they
+            start almost open ("eca": half open).
         regime: normalization, frozen stages (of stem, c2 to c5), checkpointing; no drop path, for want of shortcuts.
         in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
 
@@ -94,8 +94,15 @@ class SEInceptionV3(ProjectedBackbone):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        _check(levels, auxiliary_classes, regime)
-        self.levels = tuple(level for level in LEVELS if level in levels)
+        self.levels = choose_levels(levels)
+        if auxiliary_classes is not None and auxiliary_classes < 1:
+            raise ValueError(f"auxiliary_classes must be at least 1, got {auxiliary_classes}")
+        if auxiliary_classes is not None and not {"c4", "c5"} & set(levels):
+            raise ValueError(f"auxiliary_classes needs level c4 or c5, got levels {list(levels)}")
+        if regime.drop_path:
+            raise ValueError(
+                f"regime.drop_path must be 0, for Inception blocks have no shortcuts; got {regime.drop_path}"
+            )
         built = tuple(STAGES)[: list(STAGES).index(self.levels[-1]) + 1]
         self.regime, self.frozen, self.padded = regime, names_within(regime.frozen, built), padded
         # -1..1, which torchvision's transform_input makes of its usual format
@@ -115,10 +122,13 @@ class SEInceptionV3(ProjectedBackbone):
         self.auxiliary_classes = auxiliary_classes
         self.auxiliary = None if auxiliary_classes is None else InceptionAux(WIDTHS["c4"], auxiliary_classes)
         self.laterals = Laterals({level: WIDTHS[level] for level in self.levels}, out_channels)
-        _initialize(self)
+        initialize(self)
+        if self.auxiliary is not None:
+            nn.init.trunc_normal_(self.auxiliary.fc.weight, std=0.001)  # as torchvision's
+            nn.init.zeros_(self.auxiliary.fc.bias)
         convert_norm(self, regime.norm, regime.eps)
         if weights is not None:
-            load_inception(self, weights)
+            load_pretrained(self, weights, "inception_v3", partial(to_own_names, network=self))
         self.train()  # a new module is in training mode, the batch norm of frozen stages must not be
 
     def forward(self, images: Tensor) -> Features:
@@ -160,22 +170,10 @@ class SEInceptionV3(ProjectedBackbone):
         maps = self._maps(images, (*self.levels, "c4"))
         return self.laterals({level: maps[level] for level in self.levels}), self.auxiliary(maps["c4"])
 
-    def train(self, mode: bool = True) -> SEInceptionV3:
-        """Switch to training, except for frozen stages, which keep weights and statistics."""
-        super().train(mode)
-        freeze(self.stem if name == "stem" else self.stages[name] for name in self.frozen)
-        return self
-
     def _maps(self, images: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
         """The outputs of stages, before any projection."""
         self._check_size(images)
-        maps, x = {}, images
-        for name, stage in [("stem", self.stem), *self.stages.items()]:
-            for unit in cast(nn.Sequential, stage):
-                x = checkpointed(unit, x) if self.regime.checkpointing else unit(x)
-            if name in wanted:
-                maps[name] = x
-        return maps
+        return self._through([("stem", self.stem), *self.stages.items()], images, wanted)
 
     def _check_size(self, images: Tensor) -> None:
         if self.padded:
@@ -189,26 +187,3 @@ class SEInceptionV3(ProjectedBackbone):
                 f"{self.strides[level]} needs without padding: expected at least {side} x {side}; enlarge them, or leave level "
                 f"{level} out"
             )
-
-
-def _initialize(network: SEInceptionV3) -> None:
-    """He initialization for a network of ReLUs."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    if network.auxiliary is not None:
-        nn.init.trunc_normal_(network.auxiliary.fc.weight, std=0.001)  # as torchvision's
-        nn.init.zeros_(network.auxiliary.fc.bias)
-
-
-def _check(levels: Sequence[str], auxiliary_classes: int | None, regime: Regime) -> None:
-    if isinstance(levels, str) or not levels or not set(levels) <= set(LEVELS) or len(set(levels)) < len(levels):
-        raise ValueError(f"levels must be distinct names out of {list(LEVELS)}, got {levels!r}")
-    if auxiliary_classes is not None and auxiliary_classes < 1:
-        raise ValueError(f"auxiliary_classes must be at least 1, got {auxiliary_classes}")
-    if auxiliary_classes is not None and not {"c4", "c5"} & set(levels):
-        raise ValueError(f"auxiliary_classes needs level c4 or c5, got levels {list(levels)}")
-    if regime.drop_path:
-        raise ValueError(f"regime.drop_path must be 0, for Inception blocks have no shortcuts; got {regime.drop_path}")

@@ -1,23 +1,23 @@
-"""ResNet and ResNeXt with squeeze-and-excitation, or other attention, in their blocks.
+"""ResNet and ResNeXt with squeeze-and-excitation, or other attention, in their blocks; and SKNet.
 
 He et al., "Deep Residual Learning for Image Recognition", 2015, arXiv 1512.03385;
 Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", 2016, arXiv 1611.05431;
-Hu et al., "Squeeze-and-Excitation Networks", 2018, arXiv 1709.01507, figure 3: the gate comes before the sum.
+Hu et al., "Squeeze-and-Excitation Networks", 2018, arXiv 1709.01507, figure 3: the gate comes before the sum;
+Li et al., "Selective Kernel Networks", 2019, arXiv 1903.06586, table 1: SKNet-50 has 27.5 M parameters and 4.47 GFLOPs at 224 x
+224 pixels.
 
-Deviations: those of :mod:`detpipe.backbones.residual`.
+Deviations: those of :mod:`detpipe.backbones.residual` and :mod:`detpipe.attention.selective_kernel`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from typing import Any
 
-from detpipe.backbones.laterals import Width
-from detpipe.backbones.pretrained import Pretrained
-from detpipe.backbones.regime import Regime
 from detpipe.backbones.residual import BLOCKS, Choice, ResidualNetwork, is_deep
 from detpipe.backbones.residual_blocks import Variant
-from detpipe.types import PixelFormat
+
+_PLAIN = Variant()
 
 
 class SEResNet(ResidualNetwork):
@@ -25,26 +25,10 @@ class SEResNet(ResidualNetwork):
 
     Args:
         depth: 18, 26, 34, 50, 101 or 152.
-        attention: what each block has: "se", "sse", "scse" (squeeze-and-excitation of channels, places, both), "eca", "cbam", "sk"
-            (selective kernels in the place of the 3 x 3 convolution), or None; or stage (c2 to c5) -> one of them.
+        attention: one kind for all blocks, or stage -> kind, as of :class:`~detpipe.backbones.residual.ResidualNetwork`.
         variant: reduction, bias and rounding of the gates, stem, shortcuts.
-        levels: which of c2, c3, c4, c5 to return; stages after the last one are not built.
-        output_stride: no level is coarser than this (4, 8, 16 or 32).
-        out_channels: project every level to this width; None keeps the width, for a single level; "own" lets each level
-            keep its own, for an FPN.
-        weights: a local file (``.pth``, ``.pt``, ``.safetensors``, or ``.ckpt`` of a run;
-            never downloads): ours, torchvision's or timm's; the name of
-            torchvision weights of the plain network (``DEFAULT``), or ``timm/NAME``, such as ``timm/seresnet50.ra2_in1k``.
-        regime: normalization, frozen stages (of stem, c2 to c5), checkpointing, drop path.
-        in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
-        padding: zeros added on every side, in pixels: half of a level's stride centers its cells on the pixels that anchors and
-            RoI pooling take them for, half a pixel off; 0 leaves them.
-        pixel_format: what the weights expect of pixels; None: torchvision's, RGB by ImageNet's mean and deviation.
-
-    Raises:
-        ValueError: an argument outside these choices, or a reduction that is larger than the channels.
-        UsageError: an unknown name of weights, or a stage to freeze that is not built.
-        CheckpointError: weights that are missing or belong to another network.
+        common: ``levels``, ``output_stride``, ``out_channels``, ``weights``, ``regime``, ``in_channels``, ``padding``
+            and ``pixel_format``, and errors: as of :class:`~detpipe.backbones.residual.ResidualNetwork`.
 
     Example:
         >>> import torch
@@ -53,22 +37,8 @@ class SEResNet(ResidualNetwork):
         {'c3': [1, 64, 8, 12], 'c4': [1, 64, 4, 6]}
     """
 
-    def __init__(
-        self,
-        depth: int = 50,
-        attention: Choice = "se",
-        variant: Variant = Variant(),  # noqa: B008 (frozen)
-        levels: Sequence[str] = ("c4",),
-        output_stride: int = 32,
-        out_channels: Width = None,
-        weights: str | Pretrained | None = None,
-        regime: Regime = Regime(),  # noqa: B008 (frozen)
-        in_channels: int = 3,
-        padding: int = 0,
-        pixel_format: PixelFormat | None = None,
-    ) -> None:
-        choices = (attention, variant, levels, output_stride, out_channels, weights, regime)
-        super().__init__(depth, 1, 64, *choices, in_channels, padding, pixel_format)
+    def __init__(self, depth: int = 50, attention: Choice = "se", variant: Variant = _PLAIN, **common: Any) -> None:
+        super().__init__(depth, 1, 64, attention, variant, **common)
 
     @property
     def torchvision_name(self) -> str | None:
@@ -82,22 +52,11 @@ class SEResNeXt(ResidualNetwork):
     Args:
         size: depth, groups and channels of a group in the first stage, such as "50_32x4d".
         attention: as of :class:`SEResNet`.
-        variant: reduction, bias and rounding of the gates, stem, shortcuts.
-        levels: which of c2, c3, c4, c5 to return; stages after the last one are not built.
-        output_stride: no level is coarser than this (4, 8, 16 or 32).
-        out_channels: project every level to this width; None keeps the width, for a single level; "own" lets each level
-            keep its own, for an FPN.
-        weights: as of :class:`SEResNet`, such as ``timm/seresnext50_32x4d.racm_in1k``.
-        regime: normalization, frozen stages (of stem, c2 to c5), checkpointing, drop path.
-        in_channels: C of the images; weights of three channels are spread over others. In a configuration it follows the data.
-        padding: zeros added on every side, in pixels: half of a level's stride centers its cells on the pixels that anchors and
-            RoI pooling take them for, half a pixel off; 0 leaves them.
-        pixel_format: what the weights expect of pixels; None: torchvision's, RGB by ImageNet's mean and deviation.
+        variant: as of :class:`SEResNet`.
+        common: as of :class:`SEResNet`.
 
     Raises:
-        ValueError: an argument outside these choices, or a reduction that is larger than the channels.
-        UsageError: an unknown name of weights, or a stage to freeze that is not built.
-        CheckpointError: weights that are missing or belong to another network.
+        ValueError: another size.
 
     Example:
         >>> import torch
@@ -107,18 +66,7 @@ class SEResNeXt(ResidualNetwork):
     """
 
     def __init__(
-        self,
-        size: str = "50_32x4d",
-        attention: Choice = "se",
-        variant: Variant = Variant(),  # noqa: B008 (frozen)
-        levels: Sequence[str] = ("c4",),
-        output_stride: int = 32,
-        out_channels: Width = None,
-        weights: str | Pretrained | None = None,
-        regime: Regime = Regime(),  # noqa: B008 (frozen)
-        in_channels: int = 3,
-        padding: int = 0,
-        pixel_format: PixelFormat | None = None,
+        self, size: str = "50_32x4d", attention: Choice = "se", variant: Variant = _PLAIN, **common: Any
     ) -> None:
         depths = [depth for depth in BLOCKS if is_deep(depth)]
         found = re.fullmatch(r"(\d+)_(\d+)x(\d+)d", size)
@@ -127,11 +75,39 @@ class SEResNeXt(ResidualNetwork):
                 f"size must be DEPTH_GROUPSxWIDTHd with a depth of {depths}, such as '50_32x4d', got {size!r}"
             )
         depth, groups, width = (int(number) for number in found.groups())
-        choices = (attention, variant, levels, output_stride, out_channels, weights, regime)
-        super().__init__(depth, groups, width, *choices, in_channels, padding, pixel_format)
+        super().__init__(depth, groups, width, attention, variant, **common)
 
     @property
     def torchvision_name(self) -> str | None:
         """Such as ``resnext50_32x4d``; None for a size that torchvision does not have."""
         name = f"resnext{self.depth}_{self.groups}x{self.group_width}d"
         return name if name in ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d") else None
+
+
+class SKNet(ResidualNetwork):
+    """SKNet-50 or SKNet-101: 32 groups of 4 channels, two branches of 3 x 3 and 5 x 5.
+
+    Args:
+        depth: 50 or 101; 26 is a smaller one of our own.
+        variant: reduction and least width of the selective kernels, stem, shortcuts.
+        common: as of :class:`SEResNet`, but for ``pixel_format``; weights are ours or timm's.
+
+    Raises:
+        ValueError: another depth.
+
+    Example:
+        >>> import torch
+        >>> backbone = SKNet(26, levels=["c4"], out_channels=64)
+        >>> list(backbone(torch.zeros(1, 3, 64, 96))["c4"].shape)
+        [1, 64, 4, 6]
+    """
+
+    def __init__(self, depth: int = 50, variant: Variant = _PLAIN, **common: Any) -> None:
+        if depth not in (26, 50, 101):
+            raise ValueError(f"depth must be one of [26, 50, 101], got {depth}")
+        super().__init__(depth, 32, 4, "sk", variant, pixel_format=None, **common)  # as timm's: torchvision's
+
+    @property
+    def torchvision_name(self) -> str | None:
+        """None: torchvision has no selective kernels."""
+        return None

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from detpipe.backbones.bodies import Body, Level, Levels
-from detpipe.backbones.input_channels import spread_weights
 from detpipe.backbones.regime import Regime, recomputed
 from detpipe.backbones.weights import (
     SUFFIXES,
-    can_be_missing,
     download,
     is_file,
+    load_part,
     read_state,
-    refuse_differences,
     timm_tags,
     timm_with,
 )
@@ -75,11 +73,13 @@ class TimmBody(Body):
         self.multiple = _multiple(self.network, name, coarsest, in_channels)
         _leave_out_the_rest(self.network, places[self._used[-1]].node, self.multiple, in_channels)
         self._channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
-        if source is not None:
-            state = download(f"timm/{source}", lambda: timm.create_model(source, pretrained=True).state_dict())
-            _load(self.network, full, state, f"timm's {source}", name, regime)
-        elif weights is not None:
-            _load(self.network, full, read_state(weights), weights, name, regime)
+        if weights is not None:
+            if source is None:
+                state, origin = read_state(weights), weights
+            else:
+                state = download(f"timm/{source}", lambda: timm.create_model(source, pretrained=True).state_dict())
+                origin = f"timm's {source}"
+            load_part(self.network, full, state, origin, f"timm/{name}", regime.norm != "group", _plain)
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the levels: ``[N, C, H, W]`` -> level name -> ``[N, C_l, H_l, W_l]``."""
@@ -248,24 +248,6 @@ def _leave_out_the_rest(network: nn.Module, last: str, multiple: int, channels: 
         gradients = torch.autograd.grad(sums, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
-
-
-def _load(
-    network: nn.Module, full: nn.Module, state: Mapping[str, Tensor], weights: str, name: str, regime: Regime
-) -> None:
-    """Load the tensors of a whole network or of its features, by names that are equal but for the punctuation."""
-    own, known = network.state_dict(), {_plain(key): key for key in full.state_dict()}
-    given = {_plain(key): key for key in state}
-    needed = {_plain(key): key for key in own}
-    missing = sorted(
-        known[key] for key in needed.keys() - given.keys() if not can_be_missing(known[key], regime.norm != "group")
-    )
-    foreign = sorted(given[key] for key in given.keys() - known.keys())
-    both = needed.keys() & given.keys()
-    spread = spread_weights({key: state[given[key]] for key in both}, {key: own[needed[key]] for key in both})
-    unequal = sorted(given[key] for key in both if own[needed[key]].shape != spread[key].shape)
-    refuse_differences(weights, f"timm/{name}", missing, foreign, unequal)
-    network.load_state_dict({needed[key]: spread[key] for key in both}, strict=False)
 
 
 def _plain(key: str) -> str:

@@ -20,6 +20,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detpipe.backbones.fpn import level_name
 from detpipe.stages import Backbone
 from detpipe.types import Features
 
@@ -59,8 +60,8 @@ class ViTPyramid(Backbone):
         channels = backbone.level_channels[self._level]
         if channels < 4 or channels % 4:
             raise ValueError(f"a ViTPyramid needs a multiple of 4 channels to halve twice, the backbone has {channels}")
-        self._roi_strides = {_name(step): step for step in (stride // 4, stride // 2, stride, stride * 2)}
-        self.strides = {**self._roi_strides, **({_name(stride * 4): stride * 4} if extra_levels else {})}
+        self._roi_strides = {level_name(step): step for step in (stride // 4, stride // 2, stride, stride * 2)}
+        self.strides = {**self._roi_strides, **({level_name(stride * 4): stride * 4} if extra_levels else {})}
         resized = (
             nn.Sequential(_up(channels), LayerNorm2d(channels // 2), nn.GELU(), _up(channels // 2)),
             _up(channels),
@@ -112,10 +113,6 @@ def _smooth(channels: int, out_channels: int) -> nn.Module:
         nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
         LayerNorm2d(out_channels),
     )
-
-
-def _name(stride: int) -> str:
-    return f"p{stride.bit_length() - 1}"
 
 
 def _check(strides: dict[str, int], out_channels: int, extra_levels: str | None) -> None:

@@ -24,29 +24,30 @@ CHECKPOINT = "detpipe"  # the entry that tells a checkpoint of ours
 _INNER = "backbone."
 
 
-def load_weights(full: nn.Module, body: nn.Module, network: str, weights: str, statistics: bool = True) -> None:
-    """Load weights into a network of torchvision's, of which a part is used.
+def load_part(
+    part: nn.Module,
+    full: nn.Module,
+    state: Mapping[str, Tensor],
+    weights: str,
+    network: str,
+    statistics: bool = True,
+    plain: Callable[[str], str] = str,
+) -> None:
+    """Load the ``state`` of a network of another library, by its name, into the part of it that is used.
 
-    Args:
-        full: the whole network.
-        body: the part that is used; shares its parameters with ``full``.
-        network: torchvision's name of it.
-        weights: a local file, or the name of torchvision weights (these download).
-        statistics: those of batch normalization are needed.
-
-    Raises:
-        CheckpointError: the file is missing or unreadable, or a tensor of ``body`` is missing, or one does not fit.
-        UsageError: an unknown name of weights.
+    The weights, which messages call ``weights``, may have all tensors of the full network, and none else; those of the part must
+    be there, but for ``statistics`` of batch normalization that are not needed. ``plain`` makes names equal that mean the same
+    tensor. Else it is a CheckpointError.
     """
-    state = fetch(weights, network)
-    own = full.state_dict()
-    state = spread_weights(state, own)
-    foreign = sorted(set(state) - set(own))
-    needed = set(body.state_dict())
-    missing = sorted(key for key in needed - set(state) if not can_be_missing(key, statistics))
-    unequal = sorted(key for key in needed & set(state) if own[key].shape != state[key].shape)
+    own, known = part.state_dict(), {plain(key): key for key in full.state_dict()}
+    given, needed = {plain(key): key for key in state}, {plain(key): key for key in own}
+    missing = sorted(known[key] for key in needed.keys() - given.keys() if not can_be_missing(known[key], statistics))
+    foreign = sorted(given[key] for key in given.keys() - known.keys())
+    both = needed.keys() & given.keys()
+    spread = spread_weights({key: state[given[key]] for key in both}, {key: own[needed[key]] for key in both})
+    unequal = sorted(given[key] for key in both if own[needed[key]].shape != spread[key].shape)
     refuse_differences(weights, network, missing, foreign, unequal)
-    full.load_state_dict({key: value for key, value in state.items() if key in needed}, strict=False)
+    part.load_state_dict({needed[key]: spread[key] for key in both}, strict=False)
 
 
 def can_be_missing(key: str, statistics: bool) -> bool:
@@ -135,20 +136,13 @@ def read_state(weights: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, damaged, or holds something other than tensors; or it is an address.
     """
-    if "://" in str(weights):
-        raise CheckpointError(f"weights {weights}: addresses are not loaded, download the file first and give its path")
-    path = Path(weights)
-    refuse_special(path, CheckpointError)
+    path = local_file(weights, "weights")
     if not path.is_file():
         raise CheckpointError(
             f"weights file {path} does not exist; give the path of a file with the backbone's weights"
         )
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        check_saved(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        check_tree(state, MOST, tensor_parts)
+        state = load_file(path) if path.suffix == ".safetensors" else load_saved(path)
     except Exception as error:  # what a damaged file makes the readers raise is any of a dozen types
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise CheckpointError(f"weights file {path} cannot be read as a state dict of tensors: {reason}") from error
@@ -174,6 +168,22 @@ def read_state(weights: str | Path) -> dict[str, Tensor]:
     return network_state(backbone)
 
 
+def local_file(path: str | Path, what: str) -> Path:
+    """Take a path; a CheckpointError where it is an address, or no regular file."""
+    if "://" in str(path):
+        raise CheckpointError(f"{what} {path}: addresses are not loaded, download the file first and give its path")
+    refuse_special(path, CheckpointError)
+    return Path(path)
+
+
+def load_saved(path: Path) -> Any:
+    """Load a file of ``torch.save`` without running code in it; what it raises where that is damaged is any of a dozen types."""
+    check_saved(path)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    check_tree(content, MOST, _tensor_parts)
+    return content
+
+
 def network_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Choose what makes sense in another model from the tensors of a backbone; ``backbone.*`` is one within, as in a pyramid.
 
@@ -187,7 +197,7 @@ def network_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("body.") if cut else name: value for name, value in state.items()}
 
 
-def tensor_parts(value: Any) -> Iterable[Any]:
+def _tensor_parts(value: Any) -> Iterable[Any]:
     """What a container holds, for :func:`~detpipe.support.untrusted.check_tree`.
 
     Raises:

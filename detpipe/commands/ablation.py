@@ -19,20 +19,26 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 from tqdm import tqdm
 
-from detpipe.commands.ablation_report import Result, plot_results, results_table
-from detpipe.commands.ablation_speed import milliseconds_an_image
 from detpipe.commands.parser import Parser, check_least
+from detpipe.commands.training import add_arguments
+from detpipe.datasets.workers import usable_cores
+from detpipe.pictures.figures import COLORS, new_figure, plain_axes, save_figure
 from detpipe.support.errors import TrainingError, UsageError
 from detpipe.support.files import write_text
 from detpipe.support.strict_json import shorten
@@ -40,6 +46,9 @@ from detpipe.support.strict_yaml import load_yaml
 from detpipe.support.suggest import did_you_mean
 from detpipe.support.terminal import say
 from detpipe.training import allowed
+from detpipe.training.configuration import CLI, quiet
+from detpipe.training.models import load_detector
+from detpipe.types import Target
 
 KEYS = ("base", "split", "seeds", "variants")
 SPLITS = ("val", "test")
@@ -125,24 +134,20 @@ def read_study(path: Path) -> Study:
             raise UsageError(f"{path}: unknown key {key!r}, expected {', '.join(KEYS)}{did_you_mean(str(key), KEYS)}")
     given: dict[str, Any] = {**dict.fromkeys(("base", "variants", "seeds")), "split": "val", **content}
     base, variants, seeds, split = given["base"], given["variants"], given["seeds"], given["split"]
+    files = "a list of configurations, relative to this file"
     for key, value, sound, expected in (
-        (
-            "base",
-            base,
-            _is_list(base, lambda name: isinstance(name, str)),
-            "a list of configurations, relative to this file",
-        ),
+        ("base", base, _is_list(base, lambda name: isinstance(name, str)), files),
         ("variants", variants, _are_variants(variants), "name: {what changes}, names of letters, digits, _ and -"),
         ("seeds", seeds, _is_list(seeds, lambda seed: type(seed) is int and seed >= 0), "a list of whole numbers"),
         ("split", split, split in SPLITS, f"one of {', '.join(SPLITS)}"),
     ):
         if not sound:
             raise UsageError(f"{path}: {key}: expected {expected}, got {shorten(value)}")
-    files = tuple((path.parent / name).resolve() for name in base)
-    for file in files:
+    configs = tuple((path.parent / name).resolve() for name in base)
+    for file in configs:
         if not file.is_file():
             raise UsageError(f"{path}: base: {file} does not exist")
-    return Study(files, {name: change or {} for name, change in variants.items()}, tuple(seeds), split)
+    return Study(configs, {name: change or {} for name, change in variants.items()}, tuple(seeds), split)
 
 
 def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
@@ -186,8 +191,6 @@ def _check_folders(runs: Sequence[Run]) -> None:
 
 
 def _train(runs: Sequence[Run], split: str, workers: int) -> None:
-    from detpipe.datasets.workers import usable_cores  # not for --help: it would import PyTorch
-
     threads = max(1, usable_cores() // workers)
     pool = ThreadPoolExecutor(workers)
     try:
@@ -228,8 +231,6 @@ def _call(arguments: Sequence[str], threads: int, output: Any, log: Path) -> Non
 
 
 def _parameters(checkpoint: Path) -> int:
-    from detpipe.training.models import load_detector
-
     detector, _ = load_detector(checkpoint)
     return sum(parameter.numel() for parameter in detector.parameters())
 
@@ -250,3 +251,111 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, rest = parser.parse_known_args(list(arguments))
     check_least(options, 1, "workers")
     return options, rest
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: AP over IoU .50 to .95, AP50, parameters of the detector, most memory of training (None where it is not known)."""
+
+    seed: int
+    AP: float
+    AP50: float
+    parameters: int
+    peak_memory_mib: float | None = None
+
+
+def results_table(
+    results: Mapping[str, Sequence[Result]], seeds: Sequence[int], split: str, milliseconds: Mapping[str, float]
+) -> str:
+    """Write a table in Markdown, of each variant's results in the order of the seeds and its milliseconds an image.
+
+    Mean and range of AP and AP50, and the mean difference in AP between runs of the same seed. A difference is called one only
+    where it is larger than the range of either variant over the seeds.
+    """
+    first = next(iter(results))
+    lines = [
+        f"| variant | parameters | ms an image | peak memory, MiB | AP, {split} | range | AP50 | range | AP against {first} |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: | --- | --- |",
+    ]
+    for name, found in results.items():
+        aps, ap50s = (np.array([getattr(result, key) for result in found]) for key in ("AP", "AP50"))
+        base = np.array([result.AP for result in results[first]])
+        verdict = "" if name == first else _verdict(aps - base, max(np.ptp(aps), np.ptp(base)), len(seeds))
+        cells = [name, f"{found[0].parameters / 1e6:.2f} M", f"{milliseconds[name]:.0f}", _memory(found)]
+        cells += [f"{aps.mean():.3f}", _range(aps), f"{ap50s.mean():.3f}", _range(ap50s), verdict]
+        lines.append(f"| {' | '.join(cells)} |")
+    seen = "mean, and lowest to highest. Detection of single images, in turns; memory of training."
+    lines += ["", f"Seeds {', '.join(map(str, seeds))}; {seen}"]
+    return "\n".join(lines)
+
+
+def plot_results(results: Mapping[str, Sequence[Result]], split: str, out: Path) -> None:
+    """Draw each run as a dot and each variant's mean as a line, AP beside AP50."""
+    figure = new_figure(2.2 + 1.5 * len(results), 3.8, "results")
+    for axes, key in zip(figure.subplots(1, 2), ("AP", "AP50"), strict=True):
+        for index, found in enumerate(results.values()):
+            values, color = np.array([getattr(result, key) for result in found]), COLORS[index % len(COLORS)]
+            offsets = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
+            axes.plot(index + offsets, values, "o", color=color, markersize=6, alpha=0.8)
+            axes.plot([index - 0.28, index + 0.28], [values.mean()] * 2, color=color, linewidth=2)
+        crowded = max(map(len, results)) > 9  # letters that fit between two ticks
+        axes.set_xticks(range(len(results)), list(results), **({"rotation": 30, "ha": "right"} if crowded else {}))
+        axes.set_title(f"{key}, {split} split", loc="left")
+        plain_axes(axes, "y")
+    save_figure(figure, out)
+
+
+def _verdict(differences: np.ndarray, spread: float, seeds: int) -> str:
+    mean = float(differences.mean())
+    if seeds < 2:
+        return f"{mean:+.3f}, one seed: says nothing"
+    if abs(mean) <= spread:
+        return f"{mean:+.3f}, inside the spread"
+    return f"{mean:+.3f}"
+
+
+def _memory(found: Sequence[Result]) -> str:
+    known = [result.peak_memory_mib for result in found if result.peak_memory_mib is not None]
+    return f"{sum(known) / len(known):.0f}" if known else ""
+
+
+def _range(values: np.ndarray) -> str:
+    return f"{values.min():.3f} to {values.max():.3f}"
+
+
+TURNS, IMAGES = 5, 4
+
+
+def milliseconds_an_image(folders: Mapping[str, Path]) -> dict[str, float]:
+    """Measure detection, from pixels to boxes, of the checkpoint in a run folder of each variant.
+
+    The median over turns; images are the first of the validation split, one at a time, on a GPU if there is one.
+    """
+    quiet()
+    data = CLI([str(next(iter(folders.values())) / "config.yaml")], add_arguments).datamodule
+    pairs = [
+        ([image], [target])
+        for images, targets in islice(data.val_dataloader(), IMAGES)
+        for image, target in zip(images, targets, strict=True)
+    ][:IMAGES]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    pairs = [([image.to(device) for image in images], targets) for images, targets in pairs]
+    detectors = {name: load_detector(folder / "best.ckpt")[0].eval().to(device) for name, folder in folders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in detectors}
+    with torch.inference_mode():
+        for turn in range(TURNS + 1):
+            for name, detector in detectors.items():
+                start = time.perf_counter()
+                for images, targets in pairs:
+                    detector(
+                        images,
+                        [
+                            Target(proposals=one["proposals"].to(device)) if "proposals" in one else Target()
+                            for one in targets
+                        ],
+                    )
+                wait()
+                if turn:  # the first one warms up
+                    seconds[name].append((time.perf_counter() - start) / len(pairs))
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}

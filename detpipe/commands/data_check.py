@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detpipe.commands.data_source import find_data, open_splits, source_parser
-from detpipe.commands.parser import check_least
+from detpipe.commands.parser import check_least, left_out, listed
 from detpipe.datasets.checking import Report, check_data
 from detpipe.datasets.unpack import archive_faults
 from detpipe.support.errors import UsageError
@@ -64,7 +64,7 @@ def describe(report: Report, shown: int, decoded: bool) -> str:
     lines = []
     for split, counts in report.counts.items():
         boxes = f"{counts['boxes used']} of {counts['boxes read']} boxes"
-        skipped = "".join(f"; {key}: {n}" for key, n in counts.items() if n and ("skipped" in key or "clipped" in key))
+        skipped = "".join(f"; {text}" for text in left_out(counts))
         lines.append(
             f"{split}: {counts['images used']} of {counts['images read']} images and {boxes} can be used{skipped}"
         )
@@ -74,9 +74,7 @@ def describe(report: Report, shown: int, decoded: bool) -> str:
             lines += ["", f"{report.total(serious)} {title}"]
         for kind, messages in groups.items():
             lines.append(f"  {kind} ({len(messages)})")
-            lines += [f"    {' '.join(message.split())}" for message in messages[:shown]]
-            if shown and len(messages) > shown:
-                lines.append(f"    and {len(messages) - shown} more")
+            lines += listed(messages, shown)
     errors, warnings = report.total(True), report.total(False)
     images = "all images decoded" if decoded else "images not decoded"
     lines += ["", f"{errors} errors, {warnings} warnings; {images}"]

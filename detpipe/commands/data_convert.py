@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
-from detpipe.commands.parser import Parser
+from detpipe.commands.parser import Parser, left_out
 from detpipe.datasets.datamodule import DetectionData, image_files
 from detpipe.datasets.formats.coco import COCO, write_coco
 from detpipe.datasets.formats.csv import write_csv
@@ -108,8 +108,5 @@ def describe(written: Written, splits: Mapping[str, Annotations], more: Sequence
     lines = [
         f"wrote {written.images} images with {written.boxes} boxes to {written.folder} ({', '.join(written.splits)})"
     ]
-    for name, a in splits.items():
-        lines += [
-            f"  {name}: {key}: {n}" for key, n in a.counts.items() if n and ("clipped" in key or "skipped" in key)
-        ]
+    lines += [f"  {name}: {text}" for name, a in splits.items() for text in left_out(a.counts)]
     return "\n".join([*lines, *(f"  {remark}" for remark in (*written.remarks, *more))])

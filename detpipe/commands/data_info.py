@@ -9,7 +9,7 @@ from typing import Any
 
 from detpipe.commands.data_advice import anchor_options, next_commands, training_split
 from detpipe.commands.data_source import read_splits, source_parser
-from detpipe.commands.parser import check_least
+from detpipe.commands.parser import check_least, left_out
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.statistics import SuggestedAnchors, box_sizes, fit, statistics, suggest_anchors
 from detpipe.support.files import write_text
@@ -64,7 +64,7 @@ def describe(name: str, facts: Mapping[str, Any]) -> str:
         f"{facts['difficult']} difficult objects",
         f"  {small} small, {medium} medium, {large} large boxes (areas up to 32 x 32, up to 96 x 96, and above)",
     ]
-    lines += [f"  {key}: {n}" for key, n in facts["counts"].items() if n and ("skipped" in key or "clipped" in key)]
+    lines += [f"  {text}" for text in left_out(facts["counts"])]
     classes = sorted(facts["classes"].items(), key=lambda item: -item[1]["boxes"])
     width = max(len("class"), *(len(word) for word, _ in classes[:_SHOWN_CLASSES]))
     lines += ["", f"  {'class':<{width}}  boxes  images"]

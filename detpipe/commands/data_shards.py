@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from detpipe.commands.data_source import find_data, open_splits, source_parser
-from detpipe.commands.parser import check_least, progress
+from detpipe.commands.parser import check_least, left_out, listed, progress
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.formats.export import file_name_of
 from detpipe.datasets.shards.index import INDEX, KEYS
@@ -72,19 +72,15 @@ def read_annotations(data: DetectionData, skip: bool) -> Annotations:
 def report(made: Made, split: str, seconds: float) -> str:
     """Say what was made of a split, in a few lines."""
     shards, a = made.shards, made.shards.annotations
-    skipped = {name: n for name, n in a.counts.items() if n and "skipped" in name}
-    left_out = sum(n for name, n in skipped.items() if name.startswith("images"))
+    skipped = sum(n for name, n in a.counts.items() if "skipped" in name and name.startswith("images"))
     total = sum(shard.bytes for shard in shards.shards)
     kept = f"; {made.there} shards were there from an earlier run" if made.there else ""
     lines = [
-        f"{split}: {len(a) + left_out} images read = {len(a)} written + {left_out} skipped; {len(a.boxes)} boxes; "
+        f"{split}: {len(a) + skipped} images read = {len(a)} written + {skipped} skipped; {len(a.boxes)} boxes; "
         f"{len(shards.shards)} shards, {total / 1e6:.1f} MB in {shards.folder}; {seconds:.1f} s{kept}"
     ]
-    lines += [f"  {name}: {n}" for name, n in a.counts.items() if n and ("clipped" in name or "skipped" in name)]
-    lines += [f"    {' '.join(message.split())}" for _, _, message in made.skipped[:_SHOWN]]
-    if len(made.skipped) > _SHOWN:
-        lines.append(f"    and {len(made.skipped) - _SHOWN} more")
-    return "\n".join(lines)
+    lines += [f"  {text}" for text in left_out(a.counts)]
+    return "\n".join([*lines, *listed([message for _, _, message in made.skipped], _SHOWN)])
 
 
 def read_bytes(text: str) -> int:

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from detpipe.commands.data_source import open_splits, read_split, source_parser
 from detpipe.commands.parser import check_least
 from detpipe.datasets.dataset import DetectionDataset
-from detpipe.pictures.contact_sheet import contact_sheet
-from detpipe.pictures.visualize import draw_target, save_png
+from detpipe.pictures.visualize import contact_sheet, draw_target, save_png
 from detpipe.support.errors import UsageError
 from detpipe.support.suggest import did_you_mean
 from detpipe.support.terminal import say
@@ -41,24 +40,25 @@ def run_show(arguments: Sequence[str]) -> int:
     check_least(options, 0, "seed")
     opened = open_splits(options)
     splits = {name: read_split(data) for name, data in opened.items()}
-    wanted = {
-        name: np.array(
-            [a.class_names.index(word) + 1 for word in options.classes if word in a.class_names], dtype=np.int64
-        )
-        for name, a in splits.items()
-    }
-    if options.classes and not any(map(len, wanted.values())):
+    wanted = None
+    if options.classes:
+        found = {
+            name: [a.class_names.index(w) + 1 for w in options.classes if w in a.class_names]
+            for name, a in splits.items()
+        }
+        wanted = {name: np.array(labels, np.int64) for name, labels in found.items()}
+    if wanted is not None and not any(map(len, wanted.values())):
         known = list(dict.fromkeys(word for a in splits.values() for word in a.class_names))
         raise UsageError(
             f"--classes {' '.join(options.classes)}: there are no such classes{did_you_mean(options.classes[0], known)}; "
             f"there are {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
         )
-    chosen = choose(splits, wanted if options.classes else None, options.n, options.seed)
+    chosen = choose(splits, wanted, options.n, options.seed)
     if not chosen:
         raise UsageError(f"--classes {' '.join(options.classes)}: no image has an object of these classes")
     out = Path(options.output)
     datasets = {name: DetectionDataset(a, contents=opened[name].contents("val")) for name, a in splits.items()}
-    count = _write(out, datasets, chosen, wanted if options.classes else None, options.data)
+    count = _write(out, datasets, chosen, wanted, options.data)
     say(f"wrote {count} images to {out}")
     return 0
 

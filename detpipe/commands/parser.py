@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -28,6 +28,17 @@ def check_least(options: Any, least: int, *names: str) -> None:
         if value is not None and value < least:
             option = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} must be {least} or more, got {value}")
+
+
+def listed(messages: Sequence[str], most: int) -> list[str]:
+    """Lines of the first messages, and how many more there are; none at all where none are to be shown."""
+    lines = [f"    {' '.join(message.split())}" for message in messages[:most]]
+    return [*lines, f"    and {len(messages) - most} more"] if 0 < most < len(messages) else lines
+
+
+def left_out(counts: Mapping[str, int]) -> list[str]:
+    """What of the counts of a data set was skipped or clipped, such as ``boxes clipped: 3``."""
+    return [f"{key}: {n}" for key, n in counts.items() if n and ("skipped" in key or "clipped" in key)]
 
 
 @contextmanager

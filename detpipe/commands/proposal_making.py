@@ -5,11 +5,12 @@ What is made is kept at once: a run that was killed goes on where it stopped, an
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import cv2
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from detpipe.commands.checkpoint_proposals import CheckpointProposals
+from detpipe import images as frames
 from detpipe.commands.data_source import add_data_options
 from detpipe.commands.parser import check_least, progress
 from detpipe.commands.predict import find_images
@@ -28,9 +29,12 @@ from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.proposal_files.offline import Item, Proposer, Summary, make_store
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX
+from detpipe.proposals import RPN
 from detpipe.proposals.registry import SOURCES, find_class, make_source
 from detpipe.support.errors import DetpipeError, UsageError
 from detpipe.support.terminal import say
+from detpipe.training.models import load_detector
+from detpipe.types import RGB
 
 HELP = f"""usage: detpipe proposals make SOURCE --data DATA [--split SPLIT] -o STORE{SUFFIX} [options]
 
@@ -144,3 +148,40 @@ def _source_parser(name: str) -> tuple[ArgumentParser, Callable[[Namespace], Cal
     source = find_class(name)
     added = parser.add_class_arguments(cast(type, source), skip={"pixel_format"}, as_group=True)
     return parser, lambda options: partial(source, **{key: options[key] for key in added})
+
+
+class CheckpointProposals:
+    """Propose boxes by the RPN of a detector on a device of PyTorch, or "auto"; a UsageError if it has none."""
+
+    name = "rpn"
+
+    def __init__(self, path: str, device: str = "auto") -> None:
+        self.detector, description = load_detector(path)
+        if description.pixels != RGB:
+            raise UsageError(
+                f"{path} is of images of {description.pixels}; boxes are proposed for 8-bit RGB alone, predict with the detector"
+            )
+        if not isinstance(self.detector.proposals, RPN):
+            raise UsageError(
+                f"{path} has no region proposal network but {type(self.detector.proposals).__name__}; name that source instead"
+            )
+        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.detector.to(chosen)
+        self._sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides about the boxes: the hash of the checkpoint, and the size that images are resized to."""
+        return {"sha256": self._sha256, "min_size": self.detector.min_size, "max_size": self.detector.max_size}
+
+    @torch.inference_mode()
+    def propose(self, image: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Propose ``[P, 4]`` xyxy boxes in pixels of an image ``[H, W, 3]`` uint8 RGB, best first, with scores ``[P]`` in 0..1."""
+        model, rpn = self.detector, self.detector.proposals
+        assert isinstance(rpn, RPN)
+        tensor = torch.from_numpy(image).permute(2, 0, 1).to(model.device)
+        batch = model.to_batch([tensor])
+        [boxes], [scores] = rpn.propose(batch, model.backbone(batch.tensors))
+        boxes = frames.scale_boxes(boxes, batch.image_sizes[0], (image.shape[0], image.shape[1]))
+        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([image.shape[1], image.shape[0]] * 2))
+        return boxes.float().cpu().numpy(), scores.float().cpu().numpy()

@@ -10,23 +10,28 @@
 It takes what it needs of a backbone, its channels and strides, from the backbone itself.
 
 Beside what every run leaves there (:mod:`detpipe.training.run_folder`) the folder holds pictures, and that of ``pretrain`` the
-weights of the backbone (:mod:`detpipe.commands.backbone_export`).
+weights of the backbone: ``backbone.safetensors`` has them as they are in the best checkpoint, by their own names, without the
+projections of levels (``laterals``), which belong to a detector; of a pyramid, those of the network below it. Its metadata have one
+entry, ``detpipe``, in JSON: ``class_path``, ``init_args``, ``num_classes``, ``top1``, ``top5`` and ``version``.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from detpipe import zoo
-from detpipe.commands.backbone_export import WEIGHTS, export_backbone
+from detpipe.backbones.weights import network_state
 from detpipe.datasets import ClassificationData, DetectionData
 from detpipe.datasets.sampling import describe_sampling
 from detpipe.datasets.stored_proposals import StoredProposals
@@ -35,12 +40,15 @@ from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
 from detpipe.regions.image_classifier import ImageClassifier
 from detpipe.regions.region_classifier import RegionClassifier
 from detpipe.regions.superpixel_localizer import SuperpixelLocalizer
+from detpipe.stages import Backbone
 from detpipe.support.errors import DataError, UsageError
+from detpipe.support.files import atomic_write
 from detpipe.support.processes import is_first
 from detpipe.training import callbacks, checkpoint, resume, run_folder
 from detpipe.training.configuration import CLI, CommandCLI, quiet
 from detpipe.types import RGB
 
+WEIGHTS = "backbone.safetensors"
 LEAST_IMAGES = 8  # that the statistics of batch normalization need; Wu and He 2018, arXiv 1803.08494, figure 1
 REGION_MODELS = (RegionClassifier, SuperpixelLocalizer)  # short names work for classes that are imported
 
@@ -173,14 +181,9 @@ def fit(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
 
 
 def small_batches(model: nn.Module, images: int) -> str | None:
-    """Warn where batch normalization is trained on fewer images than its statistics need.
+    """Warn in a line where a model in training mode trains batch normalization on fewer images a device than its statistics need.
 
-    Args:
-        model: in training mode, except for what is frozen.
-        images: of a batch, on one device.
-
-    Returns:
-        One line, or None. Statistics of all processes (``sync``) are not looked at.
+    What is frozen is left out, and so are statistics of all processes (``sync``).
     """
     kinds = (nn.BatchNorm2d, nn.BatchNorm1d)
     if images >= LEAST_IMAGES or not any(isinstance(part, kinds) and part.training for part in model.modules()):
@@ -243,3 +246,34 @@ def _watched(model: LightningModule) -> str:
             "is best when it is highest"
         )
     return watched
+
+
+def export_backbone(
+    backbone: Backbone, path: str | Path, config: dict[str, Any], facts: dict[str, Any] | None = None
+) -> Path:
+    """Write the weights of a backbone, or of the network below a pyramid, to a file that ``weights`` of the same backbone takes.
+
+    ``config`` is its ``class_path`` and ``init_args``; ``facts`` are what else to say of it, such as its accuracy.
+    """
+    while isinstance(inner := getattr(backbone, "backbone", None), Backbone):
+        backbone, config = inner, config["init_args"]["backbone"]
+    known = {"class_path": config["class_path"], "init_args": config.get("init_args", {}), "version": _version()}
+    # one entry: several would be written in any order
+    metadata = {checkpoint.KEY: json.dumps({**known, **(facts or {})})}
+    path = Path(path)
+    with atomic_write(path) as temporary:
+        save_file(backbone_weights(backbone), temporary, metadata)
+    return path
+
+
+def backbone_weights(backbone: Backbone) -> dict[str, Tensor]:
+    """Collect the weights that make sense in another detector, on the CPU; of an `Extractor` by the names of its network."""
+    state = network_state(backbone.state_dict())
+    return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+
+
+def _version() -> str:
+    try:
+        return version("detpipe")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

@@ -12,17 +12,7 @@ from detpipe.zoo.published import entries, find, read
 
 
 def run_zoo(arguments: Sequence[str]) -> int:
-    """List, or write.
-
-    Args:
-        arguments: none, or ``NAME -o FILE.ckpt`` and options.
-
-    Returns:
-        0.
-
-    Raises:
-        DetpipeError: what users can mend.
-    """
+    """List, or write, of ``NAME -o FILE.ckpt`` and options."""
     options = _parser().parse_args(list(arguments))
     if options.name is None:
         if options.output or options.weights:

@@ -9,15 +9,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.evaluation.matches import ignored_objects, overlapping_pairs, take_best
-from detpipe.evaluation.records import (
-    canonical_order,
-    check_annotations,
-    check_detections,
-    image_ranks,
-    object_ranks,
-    rank_in_run,
-)
+from detpipe.evaluation.matches import match
+from detpipe.evaluation.records import check_annotations, check_detections
+from detpipe.evaluation.segmentation import confusion_matrix
 from detpipe.types import Annotations, DetectionArrays
 
 
@@ -37,22 +31,11 @@ def detection_confusion(
         raise ValueError(f"iou_threshold must be above 0 and at most 1, got {iou_threshold}")
     check_annotations(annotations)
     check_detections(annotations, detections)
-    found = canonical_order(detections)
-    order = np.flatnonzero(found.scores >= score_threshold)
-    order = order[np.lexsort((-found.scores[order], found.image_ids[order]))]
-    images, labels = image_ranks(annotations, found.image_ids[order]), found.labels[order]
-    object_images = object_ranks(annotations)
-    crowd = annotations.iscrowd
-    pairs = overlapping_pairs(
-        found.boxes[order], images, annotations.boxes, object_images, crowd, minimum=min(iou_threshold, 1 - 1e-10)
-    )
-    ignored = ignored_objects(annotations)
-    taken = take_best(pairs, rank_in_run(images), np.array([iou_threshold]), crowd, ignored)[0, 0]
-    background = annotations.num_classes
-    truth = np.append(np.where(ignored[0], -1, annotations.labels - 1), background)[taken]
-    missed = ~ignored[0]
-    missed[taken[taken >= 0]] = False
-    rows = np.concatenate((truth[truth >= 0], annotations.labels[missed] - 1))
-    columns = np.concatenate((labels[truth >= 0] - 1, np.full(missed.sum(), background)))
-    size = background + 1
-    return np.bincount(rows * size + columns, minlength=size**2).reshape(size, size)
+    found = detections.take(detections.scores >= score_threshold)
+    count = max(1, len(found.scores))
+    matches = match(annotations, found, [iou_threshold], ["all"], max_detections=count, by_class=False)
+    background, ignored, missed = annotations.num_classes, matches.object_ignored[0], matches.missed()
+    truth = np.append(np.where(ignored, -1, annotations.labels - 1), background)[matches.objects[0, 0]]
+    rows = np.concatenate((truth, annotations.labels[missed] - 1))
+    columns = np.concatenate((matches.detections.labels - 1, np.full(missed.sum(), background)))
+    return confusion_matrix(rows, columns, background + 1)

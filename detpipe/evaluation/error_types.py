@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from detpipe.evaluation.coco import average_precision, mean_known
 from detpipe.evaluation.matches import Flags, Floats, Integers, Matches, overlapping_pairs
+from detpipe.evaluation.records import rank_in_run
 
 FALSE_POSITIVES = ("classification", "localization", "both", "duplicate", "background")
 ERROR_TYPES = (*FALSE_POSITIVES, "missed")
@@ -96,18 +97,10 @@ def _largest_overlaps(matches: Matches, rows: Integers) -> tuple[Floats, Integer
         np.zeros(len(counted), np.bool_),
         minimum=BACKGROUND,
     )
-    objects = counted[pairs.objects]
-    same = matches.detections.labels[rows][pairs.found] == matches.labels[objects]
-    results: list[npt.NDArray] = []
-    for chosen in (same, ~same):
-        found, iou, which = pairs.found[chosen], pairs.iou[chosen], objects[chosen]
-        order = np.lexsort(
-            (-which, iou, found)
-        )  # the last of each detection is its best; of equal ones the first object
-        best, row = np.zeros(len(rows)), np.full(len(rows), -1, np.int64)
-        best[found[order]], row[found[order]] = iou[order], which[order]
-        results += [best, row]
-    return results[0], results[1], results[2], results[3]
+    same = matches.detections.labels[rows][pairs.found] == matches.labels[counted[pairs.objects]]
+    counted = np.append(counted, -1)  # for no object
+    (own, own_object), (other, other_object) = (pairs.take(chosen).best(len(rows)) for chosen in (same, ~same))
+    return own, counted[own_object], other, counted[other_object]
 
 
 def error_gains(matches: Matches, errors: Errors) -> dict[str, float]:
@@ -144,8 +137,7 @@ def _mend(matches: Matches, targets: Integers, wrong: Flags) -> tuple[Integers, 
     rivals = np.flatnonzero(meant >= 0)
     scores = matches.detections.scores[rivals]
     order = rivals[np.lexsort((wrong[rivals], -scores, meant[rivals]))]
-    first = np.ones(len(order), np.bool_)
-    first[1:] = meant[order[1:]] != meant[order[:-1]]
+    first = rank_in_run(meant[order]) == 0
     counted = ~matches.ignored[0, 0]
     counted[order[~first]] = False
     labels = matches.detections.labels.copy()

@@ -20,7 +20,14 @@ import numpy.typing as npt
 
 from detpipe.evaluation.coco import count, mean, per_class, precisions
 from detpipe.evaluation.matches import match
-from detpipe.evaluation.records import box_image_ids, check_annotations, check_detections, image_ranks, rank_in_run
+from detpipe.evaluation.records import (
+    best_rows,
+    box_image_ids,
+    check_annotations,
+    check_detections,
+    image_ranks,
+    rank_in_run,
+)
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations, DetectionArrays
 
@@ -74,10 +81,7 @@ def evaluate_lvis(annotations: Annotations, detections: DetectionArrays, max_det
 
 
 def _best_of_images(detections: DetectionArrays, limit: int) -> DetectionArrays:
-    boxes = detections.boxes
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    keys = (*boxes.T[::-1], -area, detections.labels, -detections.scores, detections.image_ids)
-    rows = np.lexsort(keys)
+    rows = best_rows(detections)
     return detections.take(rows[rank_in_run(detections.image_ids[rows]) < limit])
 
 

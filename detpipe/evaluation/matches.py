@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.evaluation.records import (
+    best_rows,
     box_sizes,
     canonical_rows,
     check_annotations,
@@ -130,8 +131,9 @@ def match(
     areas: Sequence[str] = tuple(AREAS),
     max_detections: int = 100,
     forgiven: Flags | None = None,
+    by_class: bool = True,
 ) -> Matches:
-    """Match detections, in any order, with objects of their class, for ranges of sizes by their name in ``AREAS``.
+    """Match detections, in any order, with objects, for ranges of sizes by their name in ``AREAS``.
 
     Args:
         annotations: the ground truth of I images.
@@ -140,6 +142,7 @@ def match(
         areas: names in ``AREAS``.
         max_detections: of each class, so many of the best of an image count.
         forgiven: ``[D]``, detections that are neither right nor wrong if they match nothing (LVIS); None for none.
+        by_class: match those of a class with each other; else whatever class either has, and ``max_detections`` are of an image.
 
     Raises:
         ValueError: a threshold out of range, or detection arrays of different lengths.
@@ -148,10 +151,10 @@ def match(
     levels = np.asarray(thresholds, np.float64)
     if not len(levels) or not ((levels > 0) & (levels <= 1)).all():
         raise ValueError(f"IoU thresholds must be above 0 and at most 1, got {levels.tolist()}")
-    rows, ranks = _class_order(annotations, detections)
+    rows, ranks = _ordered(annotations, detections, by_class)
     rows, ranks = rows[ranks < max_detections], ranks[ranks < max_detections]
     found = detections.take(rows)
-    pairs = _class_pairs(annotations, found, min(float(levels.min()), _ALMOST_ONE), annotations.iscrowd)
+    pairs = _pairs(annotations, found, min(float(levels.min()), _ALMOST_ONE), annotations.iscrowd, by_class)
     ignored = ignored_objects(annotations, areas)
     objects = take_best(pairs, ranks, levels, annotations.iscrowd, ignored)
     pardoned = (objects < 0) & (np.False_ if forgiven is None else forgiven[rows])
@@ -171,39 +174,41 @@ def match_voc(
     Raises:
         DataError: no images, or a fault in a record, which it names.
     """
-    rows, _ = _class_order(annotations, detections)
+    rows, _ = _ordered(annotations, detections)
     found = detections.take(rows)
     least = float(np.nextafter(iou_threshold, 2)) if strict else iou_threshold
-    pairs = _class_pairs(annotations, found, least, np.zeros(len(annotations.labels), np.bool_))
-    best = np.full(len(rows), -1, np.int32)
-    by_overlap = np.lexsort((-pairs.objects, pairs.iou, pairs.found))  # the last of each detection is its best
-    best[pairs.found[by_overlap]] = pairs.objects[by_overlap]
+    pairs = _pairs(annotations, found, least, np.zeros(len(annotations.labels), np.bool_))
+    _, objects = pairs.best(len(rows))
+    best = objects.astype(np.int32)
     ignored = ignored_objects(annotations)
     forgiven = np.append(ignored[0], False)[best]
     rivals = np.flatnonzero((best >= 0) & ~forgiven)
     rivals = rivals[np.argsort(best[rivals], kind="stable")]
-    best[rivals[rank_in_run(best[rivals].astype(np.int64)) > 0]] = -1
+    best[rivals[rank_in_run(objects[rivals]) > 0]] = -1
     levels = np.array([iou_threshold])
     return Matches(annotations, found, ignored, best[None, None], forgiven[None, None], ("all",), levels)
 
 
-def _class_order(annotations: Annotations, detections: DetectionArrays) -> tuple[Integers, Integers]:
-    """Check the records; rows of the detections, class by class, best score first, and their ranks in class and image: [D]."""
+def _ordered(annotations: Annotations, detections: DetectionArrays, by_class: bool = True) -> tuple[Integers, Integers]:
+    """Check the records; rows of the detections, class by class, best score first, and their ranks in their group: [D]."""
     check_annotations(annotations)
     check_detections(annotations, detections)
-    rows = canonical_rows(detections)
-    labels = detections.labels[rows]
-    ranks = rank_in_run(detections.image_ids[rows], labels)
+    rows = canonical_rows(detections) if by_class else best_rows(detections)
+    labels, images = detections.labels[rows], detections.image_ids[rows]
+    ranks = rank_in_run(images, labels) if by_class else rank_in_run(images)
     order = np.argsort(-detections.scores[rows], kind="stable")
     order = order[np.argsort(labels[order], kind="stable")]
     return rows[order], ranks[order]
 
 
-def _class_pairs(annotations: Annotations, found: DetectionArrays, minimum: float, crowd: Flags) -> Pairs:
-    """Detections and objects of one class and image that overlap enough."""
-    classes = annotations.num_classes + 1
-    groups = image_ranks(annotations, found.image_ids) * classes + found.labels
-    object_groups = object_ranks(annotations) * classes + annotations.labels
+def _pairs(
+    annotations: Annotations, found: DetectionArrays, minimum: float, crowd: Flags, by_class: bool = True
+) -> Pairs:
+    """Detections and objects of one group that overlap enough."""
+    groups, object_groups = image_ranks(annotations, found.image_ids), object_ranks(annotations)
+    if by_class:
+        classes = annotations.num_classes + 1
+        groups, object_groups = groups * classes + found.labels, object_groups * classes + annotations.labels
     return overlapping_pairs(found.boxes, groups, annotations.boxes, object_groups, crowd, minimum)
 
 
@@ -284,6 +289,17 @@ class Pairs:
     found: Integers
     objects: Integers
     iou: Floats
+
+    def best(self, detections: int) -> tuple[Floats, Integers]:
+        """Of each of D detections the largest overlap, 0 for none, and the first object that has it, -1: ``[D]`` each."""
+        order = np.lexsort((-self.objects, self.iou, self.found))  # the last of each detection is its best
+        iou, objects = np.zeros(detections), np.full(detections, -1, np.int64)
+        iou[self.found[order]], objects[self.found[order]] = self.iou[order], self.objects[order]
+        return iou, objects
+
+    def take(self, rows: Flags) -> Pairs:
+        """Some of the pairs."""
+        return Pairs(self.found[rows], self.objects[rows], self.iou[rows])
 
 
 def overlapping_pairs(

@@ -23,7 +23,6 @@ from detpipe.evaluation.matches import (
     AREAS,
     IOU_THRESHOLDS,
     Floats,
-    Pairs,
     ignored_objects,
     overlapping_pairs,
     take_best,
@@ -167,9 +166,7 @@ def _find(
     crowd = annotations.iscrowd
     pairs = overlapping_pairs(np.concatenate(boxes), images, annotations.boxes, owners, crowd, np.finfo(float).tiny)
     places = np.concatenate([np.arange(count) for count in counts])
-    close = pairs.iou >= IOUS[0]
-    strong = Pairs(pairs.found[close], pairs.objects[close], pairs.iou[close])
-    taken = take_best(strong, places, IOUS, crowd, ignored_objects(annotations, tuple(AREAS)))
+    taken = take_best(pairs.take(pairs.iou >= IOUS[0]), places, IOUS, crowd, ignored_objects(annotations, tuple(AREAS)))
     ranks = np.full((*taken.shape[:2], objects), _NEVER, np.int32)
     area, level, box = np.nonzero(taken >= 0)
     ranks[area, level, taken[area, level, box]] = places[box]

@@ -35,6 +35,12 @@ def canonical_rows(detections: DetectionArrays) -> npt.NDArray[np.int64]:
     return rows
 
 
+def best_rows(detections: DetectionArrays) -> npt.NDArray[np.int64]:
+    """Return ``[D]``, the rows image by image, best score first, ties as of :func:`canonical_order`."""
+    rows = canonical_rows(detections)
+    return rows[np.lexsort((-detections.scores[rows], detections.image_ids[rows]))]
+
+
 def _full_order(detections: DetectionArrays) -> npt.NDArray[np.int64]:
     """Sort by all keys."""
     boxes = detections.boxes

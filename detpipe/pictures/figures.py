@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from detpipe.support.errors import UsageError
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SLIMMEST = 6  # sides of an image in this relation, 1 : 6, are shown as they are; what is slimmer is stretched across
 # of lines side by side
 COLORS = ("#2f6fde", "#e4572e", "#2ca25f", "#8e5bc9", "#d99a1c", "#4fb3bf", "#c2457e", "#6b6b6b")
 
@@ -26,6 +28,23 @@ def new_figure(width: float, height: float, drawn: str) -> Figure:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def image_panels(
+    count: int, size: Sequence[int], side: float, margin: float, drawn: str
+) -> tuple[Figure, list[Axes], Literal["equal", "auto"]]:
+    """Make a figure of panels, four in a row, each ``side`` inches wide with a margin below, for images of a size (H, W).
+
+    The height of a panel is 1 / 6 to 6 of its width: slimmer images are stretched, by the aspect that is returned.
+    """
+    ratio = min(max(size[0] / size[1], 1 / SLIMMEST), SLIMMEST)
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure = new_figure(side * columns, (side * ratio + margin) * rows, drawn)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for one in axes:
+        one.set_axis_off()
+    return figure, axes, "equal" if ratio == size[0] / size[1] else "auto"
 
 
 def plain_axes(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:

@@ -7,23 +7,22 @@ box as a thick line in the color of its class. ``glimpses.html`` beside the pict
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from detpipe.pictures import visualize
+from detpipe.pictures.report_html import table, text
 from detpipe.support.files import write_text
 from detpipe.types import GlimpsedDetection
 
 PAGE = "glimpses.html"
-PANEL, CAPTION, GAP, COLUMNS, LEGEND = 232, 20, 8, 4, 600
+PANEL, CAPTION, GAP, COLUMNS = 232, 20, 8, 4
 SHOWN = 8  # detections of an image that have a panel
 AROUND = 0.25  # of what a panel shows, on each side
 FIRST, LAST = (255, 214, 0), (190, 40, 255)  # colors of the first and the last glimpse
@@ -31,9 +30,10 @@ _STYLE = (
     "body{font:15px system-ui,sans-serif;margin:2em auto;padding:0 1em;max-width:1000px;color:#1e2228}"
     "h2{overflow-wrap:anywhere}img{max-width:100%;border:1px solid #ccc}"
     "details{overflow-x:auto;margin:1em 0}summary{cursor:pointer}"
-    "table{border-collapse:collapse;margin-top:.6em}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}"
+    "table{border-collapse:collapse;margin-top:.6em}caption{display:none}"
+    "td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}"
 )
-_PAPER, _INK, _OUTSIDE = (255, 255, 255), (30, 34, 40), (110, 110, 110)
+_OUTSIDE = (110, 110, 110)
 
 
 def draw_glimpses(image: Tensor, found: GlimpsedDetection, class_names: Sequence[str], shown: int = SHOWN) -> Tensor:
@@ -42,23 +42,17 @@ def draw_glimpses(image: Tensor, found: GlimpsedDetection, class_names: Sequence
     count = min(shown, len(found["scores"]))
     if not count:
         return whole
-    panels = [_panel(image, found, index, class_names) for index in range(count)]
-    columns = min(COLUMNS, count)
-    rows = -(-count // columns)
-    width = max(whole.shape[2], columns * (PANEL + GAP) + GAP, LEGEND)
-    top = whole.shape[1] + GAP + CAPTION
-    canvas = Image.new("RGB", (width, top + rows * (PANEL + CAPTION + GAP)), _PAPER)
-    canvas.paste(_to_image(whole), ((width - whole.shape[2]) // 2, 0))
-    pen, font = ImageDraw.Draw(canvas), visualize.font(13)
-    pen.text((GAP, whole.shape[1] + GAP / 2 + CAPTION / 2), _legend(found), fill=_INK, font=font, anchor="lm")
-    for index, panel in enumerate(panels):
-        row, column = divmod(index, columns)
-        left, upper = GAP + column * (PANEL + GAP), top + row * (PANEL + CAPTION + GAP)
-        name, score = class_names[int(found["labels"][index]) - 1], float(found["scores"][index])
-        caption = f"{index + 1}: {name}  {score:.2f}"
-        pen.text((left, upper + CAPTION / 2), caption, fill=_INK, font=font, anchor="lm")
-        canvas.paste(panel, (left, upper + CAPTION))
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
+    panels = []
+    for index in range(count):
+        text = f"{index + 1}: {class_names[int(found['labels'][index]) - 1]}  {float(found['scores'][index]):.2f}"
+        panel = _panel(image, found, index, class_names)
+        panels.append(visualize.captioned([panel], [text], height=CAPTION, font_size=13, ink=visualize.INK))
+    below = visualize.sheet(panels, COLUMNS, _legend(found), font_size=13, header=GAP + CAPTION, gap=GAP)
+    width = max(whole.shape[2], below.shape[2])
+    canvas = Image.new("RGB", (width, whole.shape[1] + below.shape[1]), visualize.PAPER)
+    canvas.paste(visualize.to_pil(whole), ((width - whole.shape[2]) // 2, 0))
+    canvas.paste(visualize.to_pil(below), (0, whole.shape[1]))
+    return visualize.to_tensor(canvas)
 
 
 def write_page(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
@@ -75,19 +69,14 @@ def write_page(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
 
 def _section(record: dict[str, Any]) -> str:
     """The picture of an image, and where each of its detections looked."""
-    name, found = html.escape(record["file"]), record["detections"]
+    name, found = text(record["file"]), record["detections"]
     drawing = quote(record["drawing"])  # a name may hold what means something in an address, such as #, ? and %
-    rows = "".join(
-        f"<tr><td>{index}</td><td>{html.escape(one['label'])}</td><td>{one['score']:.2f}</td><td>{_places(one)}</td></tr>"
-        for index, one in enumerate(found, start=1)
-    )
-    table = (
-        "<table><tr><th></th><th>class</th><th>score</th><th>glimpses: shift in sides of the proposal (right, down) "
-        f"&times; size over it</th></tr>{rows}</table>"
-    )
+    heads = ("", "class", "score", "glimpses: shift in sides of the proposal (right, down) &times; size over it")
+    rows = [[f"{k}", text(one["label"]), f"{one['score']:.2f}", _places(one)] for k, one in enumerate(found, start=1)]
     summary = f"{len(found)} detections" + (f", the {SHOWN} best in panels" if len(found) > SHOWN else "")
     opened = "" if len(found) > SHOWN else " open"
-    listed = f"<details{opened}><summary>{summary}</summary>{table}</details>" if found else "<p>Nothing was found.</p>"
+    shown = table("detections", heads, rows)
+    listed = f"<details{opened}><summary>{summary}</summary>{shown}</details>" if found else "<p>Nothing was found.</p>"
     return f"<section><h2>{name}</h2><a href='{drawing}'><img src='{drawing}' alt='detections in {name}'></a>{listed}</section>"
 
 
@@ -120,7 +109,7 @@ def _panel(image: Tensor, found: GlimpsedDetection, index: int, class_names: Seq
     scale = PANEL / max(side, 1e-6)
     left, upper = corner.tolist()
     area = (left, upper, left + side, upper + side)
-    crop = _to_image(image).transform(
+    crop = visualize.to_pil(image).transform(
         (PANEL, PANEL), Image.Transform.EXTENT, area, Image.Resampling.BICUBIC, fillcolor=_OUTSIDE
     )
     pen = ImageDraw.Draw(crop)
@@ -166,7 +155,3 @@ def _dashed(pen: ImageDraw.ImageDraw, outline: Sequence[tuple[float, ...]], colo
             dash = [(x1 + (x2 - x1) * end, y1 + (y2 - y1) * end) for end in ends]
             pen.line(dash, fill=(0, 0, 0), width=4)
             pen.line(dash, fill=color, width=2)
-
-
-def _to_image(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())

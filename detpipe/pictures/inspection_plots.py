@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from detpipe.pictures.figures import new_figure, plain_axes, save_figure
-from detpipe.pictures.visualize import SLIMMEST, plot_color
+from detpipe.pictures.figures import image_panels, new_figure, plain_axes, save_figure
+from detpipe.pictures.visualize import plot_color
 
 
 def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], counts: Sequence[int], out: Path) -> None:
@@ -54,12 +53,7 @@ def plot_branches(branches: Mapping[str, Tensor], shares: Sequence[float], objec
 
 def plot_maps(image: Tensor, maps: Mapping[str, Tensor], out: Path) -> None:
     """Draw spatial gates ``[H, W]`` over an image ``[3, H, W]`` uint8 RGB, a panel a module, each on its own scale."""
-    columns = min(4, len(maps) + 1)
-    rows = -(-(len(maps) + 1) // columns)
-    height, width = image.shape[1:]
-    ratio, aspect = shown_ratio(height, width)
-    figure = new_figure(3.2 * columns, 3.2 * rows * ratio + 0.4 * rows, "attention")
-    panels = np.atleast_1d(figure.subplots(rows, columns)).flatten()
+    figure, panels, aspect = image_panels(len(maps) + 1, image.shape[1:], 3.2, 0.4, "attention")
     gray = image.float().mean(0).numpy()
     panels[0].imshow(image.permute(1, 2, 0).numpy(), aspect=aspect)
     panels[0].set_title("image", loc="left", fontsize=9)
@@ -68,12 +62,4 @@ def plot_maps(image: Tensor, maps: Mapping[str, Tensor], out: Path) -> None:
         drawn = axes.imshow(values.numpy(), cmap="inferno", alpha=0.6, aspect=aspect)
         axes.set_title(f"{name}  {float(values.min()):.2f} to {float(values.max()):.2f}", loc="left", fontsize=8)
         figure.colorbar(drawn, ax=axes, shrink=0.7)
-    for axes in panels:
-        axes.set_axis_off()
     save_figure(figure, out)
-
-
-def shown_ratio(height: int, width: int) -> tuple[float, Literal["equal", "auto"]]:
-    """Tell the height of a panel divided by its width, 1 / 6 to 6, and matplotlib's aspect: slimmer images are stretched."""
-    ratio = min(max(height / width, 1 / SLIMMEST), SLIMMEST)
-    return ratio, "equal" if ratio == height / width else "auto"

@@ -10,8 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from detpipe.pictures.figures import new_figure, save_figure
-from detpipe.pictures.inspection_plots import shown_ratio
+from detpipe.pictures.figures import image_panels, save_figure
 from detpipe.pictures.visualize import plot_color
 from detpipe.regions.superpixel_pooling import segment
 
@@ -59,11 +58,7 @@ def localization_picture(
         ("truth: " + _names(truth, class_names), _shaded(pixels, truth)),
         ("found: " + _names(found, class_names), _shaded(pixels, found)),
     ]
-    columns = min(4, 3 + len(classes))
-    rows = -(-(3 + len(classes)) // columns)
-    ratio, aspect = shown_ratio(*size)
-    figure = new_figure(2.6 * columns, (2.1 * ratio + 0.3) * rows, "localization")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    figure, axes, aspect = image_panels(3 + len(classes), size, 2.6, 0.3, "localization")
     for place, (title, picture) in zip(axes, panels, strict=False):
         place.imshow(picture, interpolation="nearest", aspect=aspect)
         place.set_title(title, loc="left", fontsize=8)
@@ -73,8 +68,6 @@ def localization_picture(
         )
         place.set_title(f"map of {class_names[label - 1]}", loc="left", fontsize=8)
         figure.colorbar(drawn, ax=place, shrink=0.7)
-    for place in axes:
-        place.set_axis_off()
     save_figure(figure, out)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from detpipe.pictures.report_html import number, section, table, text
+from detpipe.pictures.report_html import interval, number, section, table, text
 
 LISTED = 20  # classes with a difference that is listed
 
@@ -36,14 +36,14 @@ def comparison(numbers: dict[str, Any]) -> str:
     rows = [
         [
             f"{text(run['name'])}, {metric}",
-            number(run["difference"][metric]["value"], sign=True),
-            f"<strong class='{verdict(run['difference'][metric])}'>{verdict(run['difference'][metric])}</strong>",
-            f"{number(run['difference'][metric]['low'], sign=True)} to {number(run['difference'][metric]['high'], sign=True)}",
-            _interval_picture(run["difference"][metric], reach),
-            _percent(run["difference"][metric]["better"]),
+            number(one["value"], sign=True),
+            f"<strong class='{verdict(one)}'>{verdict(one)}</strong>",
+            interval(one, sign=True),
+            _interval_picture(one, reach),
+            _percent(one["better"]),
         ]
         for run in others
-        for metric in metrics
+        for metric, one in run["difference"].items()
     ]
     base = text(found["baseline"])
     return section(
@@ -69,14 +69,7 @@ def _classes(run: dict[str, Any], part: str) -> str:
     count = len(run["per_class"])
     if not clear:
         return f"<p>{text(run['name'])}: no class has a difference in AP whose interval leaves out 0.</p>"
-    rows = [
-        [
-            text(name),
-            number(one["value"], sign=True),
-            f"{number(one['low'], sign=True)} to {number(one['high'], sign=True)}",
-        ]
-        for name, one in clear[:LISTED]
-    ]
+    rows = [[text(name), number(one["value"], sign=True), interval(one, sign=True)] for name, one in clear[:LISTED]]
     chance = f"By chance alone one in {round(1 / (1 - float(part[:-1]) / 100))} of {count} classes would be listed."
     more = f" The {LISTED} largest are shown." if len(clear) > LISTED else ""
     title = f"{text(run['name'])}: {len(clear)} of {count} classes differ"
@@ -86,7 +79,7 @@ def _classes(run: dict[str, Any], part: str) -> str:
 
 
 def _with_interval(one: dict[str, Any]) -> str:
-    return f"{number(one['value'])}<small>{number(one['low'])} to {number(one['high'])}</small>"
+    return f"{number(one['value'])}<small>{interval(one)}</small>"
 
 
 def _percent(value: float | None) -> str:

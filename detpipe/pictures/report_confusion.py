@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from detpipe.pictures.report_html import number, section, table, text
+from detpipe.pictures.report_html import number, scrolled, section, table, text
 
 SHOWN, LISTED = 25, 10  # classes in the matrix, confusions in words
 
@@ -65,10 +65,7 @@ def _matrix(counts: np.ndarray, names: list[str], chosen: list[int]) -> str:
         cells = "".join(_cell(int(counts[place, column]), total, place == column) for column in places)
         rows.append(f"<tr><th scope='row'>{label}</th>{cells}</tr>")
     caption = "Confusion matrix: rows are the truth, columns what was detected"
-    return (
-        f"<div class='scroll' tabindex='0' role='region' aria-label='{caption}'><table class='matrix'><caption>{caption}</caption>"
-        f"<thead><tr><th scope='col'>truth</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return scrolled(caption, f"<th scope='col'>truth</th>{heads}", f"<tbody>{''.join(rows)}</tbody>", "matrix")
 
 
 def _cell(count: int, total: int, right: bool) -> str:

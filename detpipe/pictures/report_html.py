@@ -33,10 +33,20 @@ def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], kin
     body = "".join(
         f"<tr><th scope='row'>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows
     )
+    return scrolled(caption, head, f"<tbody>{body}</tbody>", kind)
+
+
+def scrolled(caption: str, head: str, body: str, kind: str = "") -> str:
+    """Put a table in a box that can be scrolled, by keyboard too: the cells of its head, and its body."""
     return (
         f"<div class='scroll' tabindex='0' role='region' aria-label='{text(caption)}'><table class='{kind}'>"
-        f"<caption>{text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<caption>{text(caption)}</caption><thead><tr>{head}</tr></thead>{body}</table></div>"
     )
+
+
+def interval(one: dict[str, Any], sign: bool = False) -> str:
+    """Write an interval of a report: ``low to high``."""
+    return f"{number(one['low'], sign=sign)} to {number(one['high'], sign=sign)}"
 
 
 def section(key: str, title: str, content: str) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from detpipe.evaluation.worst_images import ImageOutcome
@@ -61,7 +60,7 @@ def _rgb(color: str) -> visualize.Color:
 def as_data(image: Tensor) -> str:
     """Write an image into an address, as JPEG: ``data:image/jpeg;base64,...``."""
     stream = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(stream, format="JPEG", quality=85)
+    visualize.to_pil(image).save(stream, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from detpipe.pictures.report_comparison import comparison
 from detpipe.pictures.report_confusion import confusion
-from detpipe.pictures.report_html import script_json, section, text
+from detpipe.pictures.report_html import script_json, scrolled, section, text
 from detpipe.pictures.report_images import Drawing, worst
 from detpipe.pictures.report_scores import classes, error_types, headline, sizes
 
@@ -113,7 +113,7 @@ def _calibration(numbers: dict[str, Any]) -> str:
         "dashed line a score is a probability; below it, the detector is too sure. Gray bars: how many detections a bin holds.</p>"
         "<div class='controls'><label for='calibration-class'>Class<select id='calibration-class'></select></label></div>"
         "<div class='chart' id='calibration-chart'></div><p id='calibration-read' role='status'></p>"
-        "<details><summary>The bins as numbers</summary><div class='scroll' tabindex='0' role='region' "
-        "aria-label='Bins of the reliability diagram'><table><caption>Bins of the reliability diagram</caption>"
-        f"<thead><tr>{heads}</tr></thead><tbody id='calibration-rows'></tbody></table></div></details>",
+        "<details><summary>The bins as numbers</summary>"
+        + scrolled("Bins of the reliability diagram", heads, "<tbody id='calibration-rows'></tbody>")
+        + "</details>",
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detpipe import images as frames
 from detpipe.pictures import visualize
-from detpipe.pictures.contact_sheet import contact_sheet
+from detpipe.pictures.curves import plot_curves
 from detpipe.types import Detection, Target
 
 Batch = tuple[list[Tensor], list[Target]]
@@ -36,7 +36,7 @@ class TrainingPicture(Callback):
             images, targets = zip(*self._seen[: self.images], strict=True)
             title = f"training images of epoch {trainer.current_epoch}, as the model gets them"
             on_host = [cast(Target, move_data_to_device(target, "cpu")) for target in targets]
-            sheet = contact_sheet([image.cpu() for image in images], on_host, self.class_names, title)
+            sheet = visualize.contact_sheet([image.cpu() for image in images], on_host, self.class_names, title)
             _save(self.folder, "training", sheet, trainer)
             self._seen = None
 
@@ -56,13 +56,7 @@ class ValidationPicture(Callback):
         self._shown = []
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *index: int
     ) -> None:
         """Keep the first images."""
         room = self.images - len(self._shown)
@@ -107,7 +101,7 @@ class Curves(Callback):
             trainer.logger.save()
         metrics = self.folder / "metrics.csv"
         if metrics.is_file():
-            visualize.plot_curves(metrics, self.folder / "curves.png")
+            plot_curves(metrics, self.folder / "curves.png")
 
 
 def _save(folder: Path, name: str, picture: Tensor, trainer: Trainer) -> None:

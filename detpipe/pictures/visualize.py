@@ -1,4 +1,4 @@
-"""Pictures of what a run does: boxes on images, truth beside detections, curves of losses and mAP.
+"""Boxes on images, truth beside detections, and sheets of such pictures.
 
 Boxes are drawn by supervision where it is installed (extra ``viz``) and by torchvision otherwise, in the same colors.
 """
@@ -20,12 +20,10 @@ from torch.nn import functional
 from torchvision.utils import draw_bounding_boxes
 
 from detpipe.images import to_picture
-from detpipe.pictures.curves import plot_curves
+from detpipe.pictures.figures import SLIMMEST
 from detpipe.support.errors import UsageError
 from detpipe.support.files import atomic_write
 from detpipe.types import Detection, Target
-
-__all__ = ["Color", "class_color", "comparison_grid", "draw", "fit", "font", "plot_curves", "save_png"]
 
 Color = tuple[int, int, int]  # red, green, blue, 0..255
 Renderer = Literal["auto", "supervision", "torchvision"]
@@ -37,10 +35,10 @@ PALETTE: tuple[Color, ...] = (
 )  # fmt: skip
 IGNORED_COLOR: Color = (170, 170, 170)  # crowd regions and difficult objects
 
-SLIMMEST = 6  # sides of an image in this relation, 1 : 6, are shown as they are; what is slimmer is stretched across
 NARROWEST = 100  # of the place of a picture on a sheet, pixels: its caption needs some
 
-_INK, _FAINT, _PAPER = (30, 34, 40), (110, 118, 128), (255, 255, 255)
+INK, FAINT, PAPER = (30, 34, 40), (110, 118, 128), (255, 255, 255)
+_BETWEEN = 4  # pixels between pictures that are compared
 
 
 @dataclass(frozen=True)
@@ -193,6 +191,20 @@ def comparison_grid(
     return sheet(pairs, pairs_per_row, title, font_size=17, header=44, gap=16)
 
 
+def contact_sheet(
+    images: Sequence[Tensor], targets: Sequence[Target], class_names: Sequence[str], title: str = "", side: int = 360
+) -> Tensor:
+    """Put images ``[3, H, W]`` uint8 RGB with their boxes on one sheet, the longer side of each picture ``side`` pixels.
+
+    Raises:
+        ValueError: there are no images, or not one target for each.
+    """
+    if not images or len(images) != len(targets):
+        raise ValueError(f"expected one target for each of at least one image, got {len(images)} and {len(targets)}")
+    panels = [_panel(image, target, class_names, side) for image, target in zip(images, targets, strict=True)]
+    return sheet(panels, max(1, round(len(panels) ** 0.5)), title, font_size=15, header=34, gap=10)
+
+
 def sheet(panels: Sequence[Image.Image], columns: int, title: str, *, font_size: int, header: int, gap: int) -> Tensor:
     """Put pictures side by side in at most so many columns under a title, ``[3, H, W]`` uint8; lengths in pixels."""
     columns = min(columns, len(panels))
@@ -201,22 +213,21 @@ def sheet(panels: Sequence[Image.Image], columns: int, title: str, *, font_size:
     heights = [max(panel.height for panel in row) for row in rows]
     face = font(font_size)
     across = max(columns * (width + gap) + gap, round(face.getlength(title)) + 2 * gap)
-    canvas = Image.new("RGB", (across, header + sum(heights) + gap * len(rows)), _PAPER)
-    ImageDraw.Draw(canvas).text((gap, header / 2), title, fill=_INK, font=face, anchor="lm")
+    canvas = Image.new("RGB", (across, header + sum(heights) + gap * len(rows)), PAPER)
+    ImageDraw.Draw(canvas).text((gap, header / 2), title, fill=INK, font=face, anchor="lm")
     top = header
     for row, height in zip(rows, heights, strict=True):
         for column, panel in enumerate(row):
             canvas.paste(panel, (gap + column * (width + gap), top))
         top += height + gap
-    return _to_tensor(canvas)
+    return to_tensor(canvas)
 
 
 def save_png(path: str | os.PathLike[str], image: Tensor) -> None:
     """Write an image, [3, H, W] uint8 RGB, so that the file is complete when it is visible; a ValueError if it is no such image."""
     _check_image(image)
     with atomic_write(path) as temporary:
-        picture = Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
-        picture.save(temporary, format="PNG", compress_level=1)  # a fourth of the time of 6, a quarter larger
+        to_pil(image).save(temporary, format="PNG", compress_level=1)  # a fourth of the time of 6, a quarter larger
 
 
 def _check(
@@ -281,7 +292,7 @@ def _draw_torchvision(image: Tensor, boxes: Tensor, tags: _Tags) -> Tensor:
     limits = torch.tensor([width, height, width, height]) - 1
     inside = torch.minimum(boxes.clamp(min=0), limits.to(boxes))
     boxed = draw_bounding_boxes(image, inside, colors=list(tags.colors), width=tags.line_width + 1)
-    canvas = Image.fromarray(boxed.permute(1, 2, 0).numpy())
+    canvas = to_pil(boxed)
     pen, face = ImageDraw.Draw(canvas), font(tags.text_size)
     for (x, y, _, _), text, color, text_color in zip(
         inside.tolist(), tags.texts, tags.colors, tags.text_colors, strict=True
@@ -290,7 +301,7 @@ def _draw_torchvision(image: Tensor, boxes: Tensor, tags: _Tags) -> Tensor:
         left, top = min(x, width - wide), y - high if y >= high else y
         pen.rectangle((left, top, left + wide, top + high), fill=color)
         pen.text((left + 3, top + high / 2), text, fill=text_color, font=face, anchor="lm")
-    return _to_tensor(canvas)
+    return to_tensor(canvas)
 
 
 def _pair(
@@ -314,14 +325,31 @@ def _pair(
     )
     name = Path(target.get("file_name", "")).name
     captions = (f"{name}  truth: {len(boxes)}".strip(), f"detected: {len(found[0])}")
-    caption, gap = 22, 4
-    width = max(panel.shape[2], NARROWEST)
-    canvas = Image.new("RGB", (2 * width + gap, panel.shape[1] + caption), _PAPER)
+    return captioned([to_pil(half) for half in halves], captions, height=22, font_size=13, ink=FAINT)
+
+
+def _panel(image: Tensor, target: Target, class_names: Sequence[str], side: int) -> Image.Image:
+    small, factors = fit(image, side)
+    resized: Target = {**target, "boxes": target.get("boxes", torch.zeros(0, 4)) * factors}
+    drawn = draw_target(small, resized, class_names, min_side=0)
+    name, count = target.get("file_name", "").rpartition("/")[2], len(resized.get("boxes", ()))
+    text = f"{name}: {count} box{'' if count == 1 else 'es'}"
+    return captioned([to_pil(drawn)], [text], height=20, font_size=12, ink=INK)
+
+
+def captioned(
+    panels: Sequence[Image.Image], captions: Sequence[str], *, height: int, font_size: int, ink: Color
+) -> Image.Image:
+    """Put pictures of one size side by side, each under a line of text of a height; too long a text loses its beginning."""
+    width, face = max(panels[0].width, NARROWEST), font(font_size)
+    canvas = Image.new("RGB", (len(panels) * (width + _BETWEEN) - _BETWEEN, panels[0].height + height), PAPER)
     pen = ImageDraw.Draw(canvas)
-    for k, (half, text) in enumerate(zip(halves, captions, strict=True)):
-        left = k * (width + gap)
-        canvas.paste(Image.fromarray(half.permute(1, 2, 0).numpy()), (left, caption))
-        pen.text((left, caption / 2), text, fill=_FAINT, font=font(13), anchor="lm")
+    for k, (panel, text) in enumerate(zip(panels, captions, strict=True)):
+        while pen.textlength(text, font=face) > width and len(text) > 4:
+            text = f"...{text[4:]}"
+        left = k * (width + _BETWEEN)
+        canvas.paste(panel, (left, height))
+        pen.text((left, height / 2), text, fill=ink, font=face, anchor="lm")
     return canvas
 
 
@@ -337,5 +365,11 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
     return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
-def _to_tensor(canvas: Image.Image) -> Tensor:
+def to_pil(image: Tensor) -> Image.Image:
+    """An image ``[3, H, W]`` uint8 RGB as one of Pillow's."""
+    return Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())
+
+
+def to_tensor(canvas: Image.Image) -> Tensor:
+    """The way back: ``[3, H, W]`` uint8."""
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()

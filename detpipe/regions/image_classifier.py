@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from detpipe import images as frames
-from detpipe.optimization import LRSchedule, Optimizer, configure
+from detpipe.regions.base import BackboneModel
 from detpipe.stages import Backbone, mark_class_outputs
 from detpipe.support.errors import UsageError
-from detpipe.support.processes import gather_objects, mean_factor, sharing_counts
 from detpipe.types import Features
 
 AUXILIARY_WEIGHT = 0.4
@@ -28,7 +26,7 @@ TOP = (1, 5)
 ClassificationBatch = tuple[Tensor, Tensor, list[str]]  # images [N, 3, H, W], labels [N] in 0..K-1, file names
 
 
-class ImageClassifier(LightningModule):
+class ImageClassifier(BackboneModel):
     """Classify whole images: the average over the coarsest level of a backbone, dropout, one linear layer.
 
     Where the backbone is built with an auxiliary head (it then has ``auxiliary_classes`` and ``forward_with_auxiliary``),
@@ -39,8 +37,7 @@ class ImageClassifier(LightningModule):
         num_classes: K.
         dropout: probability of dropping a channel of the average, 0 to 1, 1 excluded.
         label_smoothing: part of the target that is spread over all classes in training, 0 to 1, 1 excluded.
-        optimizer: how weights are updated.
-        lr_scheduler: how the learning rate changes.
+        training: ``optimizer``, how weights are updated, and ``lr_scheduler``, how the learning rate changes.
 
     Raises:
         ValueError: a number outside its range, or an auxiliary head of another number of classes.
@@ -52,16 +49,17 @@ class ImageClassifier(LightningModule):
         [2, 10]
     """
 
+    top = "classifier"
+
     def __init__(
         self,
         backbone: Backbone,
         num_classes: int,
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
-        optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
-        lr_scheduler: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
+        **training: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone, **training)
         if num_classes < 1:
             raise ValueError(f"num_classes must be positive, got {num_classes}")
         if not 0 <= dropout < 1 or not 0 <= label_smoothing < 1:
@@ -73,16 +71,11 @@ class ImageClassifier(LightningModule):
             raise ValueError(
                 f"backbone.auxiliary_classes is {auxiliary}, but there are {num_classes} classes; give the same number"
             )
-        backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
-        self.backbone = backbone
         self.has_auxiliary = bool(auxiliary)
-        self.level = max(backbone.strides, key=lambda level: backbone.strides[level])  # the coarsest
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(backbone.level_channels[self.level], num_classes)
         mark_class_outputs(self.classifier, background=0, each=1)
         self.label_smoothing = label_smoothing
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self._validated: list[Tensor] = []  # of each batch: images, sum of their losses, hits for each of TOP
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images.
@@ -135,42 +128,23 @@ class ImageClassifier(LightningModule):
         """Compute the loss of a batch, and log it with its parts and the accuracy."""
         images, labels, _ = batch
         losses, logits = self.losses(images, labels)
-        with sharing_counts():
-            total = torch.stack(list(losses.values())).sum() * mean_factor(len(labels), self.device)
         parts = losses if len(losses) > 1 else {}
-        values = {**{name: value.detach() for name, value in parts.items()}, **top_accuracy(logits, labels)}
-        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(labels))
-        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(labels))
-        return total
+        return self._trained_on(losses, len(labels), {**parts, **top_accuracy(logits, labels)})
 
     def validation_step(self, batch: ClassificationBatch, batch_idx: int) -> None:
         """Count the hits of a batch, and sum its cross-entropy, without label smoothing."""
         images, labels, _ = batch
         logits = self(images).float()
         loss, hits = F.cross_entropy(logits, labels, reduction="sum"), top_hits(logits, labels)
-        self._validated.append(
+        self._validated.append(  # images, sum of their losses, hits for each of TOP
             torch.stack([loss.new_tensor(len(labels)), loss, *(hit.sum().float() for hit in hits.values())])
         )
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last validation."""
-        self._validated = []
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and accuracy over all images: the hits are counted, so no batch size changes the quotient."""
         names = ["loss", *(f"top{k}" for k in TOP)]
-        counted = torch.stack([torch.zeros(1 + len(names)), *(part.cpu() for part in self._validated)]).double().sum(0)
-        images, *sums = torch.stack(gather_objects(counted)).sum(0).tolist()
+        images, *sums = self._counted(1 + len(names)).tolist()
         self.log_dict({f"val/{name}": value / images for name, value in zip(names, sums, strict=True)}, prog_bar=True)
-
-    def predict_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:
-        """Classify a batch: logits ``[N, K]``."""
-        return self(batch[0])
-
-    def configure_optimizers(self) -> Any:
-        """Build the optimizer and the schedule, which is stepped after every batch."""
-        steps = self.trainer.estimated_stepping_batches
-        return configure(self.optimizer, self.lr_scheduler, steps, self.backbone, self.classifier)
 
     def _normalized(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
@@ -186,14 +160,9 @@ class ImageClassifier(LightningModule):
 
 @torch.no_grad()
 def top_accuracy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Compute the part of the images whose class is the likeliest, and among the five likeliest.
+    """Compute ``top1`` and ``top5``, scalars in 0..1: how many of N images, at least 1, have their class among the likeliest.
 
-    Args:
-        logits: ``[N, K]``, N at least 1.
-        labels: ``[N]`` int64 in 0..K-1.
-
-    Returns:
-        ``top1`` and ``top5``, scalars in 0..1; with up to five classes ``top5`` is 1.
+    Logits are ``[N, K]``, labels ``[N]`` int64 in 0..K-1; with up to five classes ``top5`` is 1.
 
     Example:
         >>> top_accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))

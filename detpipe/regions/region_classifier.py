@@ -23,19 +23,18 @@ from typing import Any, ClassVar, TypedDict
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from detpipe import boxes as box_ops
 from detpipe import images as frames
 from detpipe import matching
-from detpipe.optimization import LRSchedule, Optimizer, configure
+from detpipe.regions.base import RegionModel
 from detpipe.regions.region_context import Context, check_regions, enlarge
 from detpipe.roi_pooling import RoIAlign, RoIPooler
 from detpipe.roi_pooling.layouts import to_rois
 from detpipe.stages import Backbone, Losses, mark_class_outputs
 from detpipe.support.errors import DataError
-from detpipe.support.processes import gather_objects, is_repeat, sharing_counts, weight_per_rank
+from detpipe.support.processes import is_repeat, sharing_counts, weight_per_rank
 from detpipe.types import Target
 
 ROIS_PER_PASS = 4096  # at inference; bounds the memory of pooled features
@@ -87,7 +86,7 @@ class Classification:
         return nn.Sequential(*layers, last)
 
 
-class RegionClassifier(LightningModule):
+class RegionClassifier(RegionModel):
     """Classify given boxes: one pass of the backbone over an image, then RoI pooling for each of its boxes.
 
     In evaluation mode images that are padded to different sizes go through the backbone apart, so that the result for an
@@ -99,10 +98,8 @@ class RegionClassifier(LightningModule):
         pooler: cuts a small map out of the features for each place to look at; RoIAlign of 7 x 7 cells by default.
         context: where to look for each region.
         classification: layers and loss.
-        optimizer: how weights are updated.
-        lr_scheduler: how the learning rate changes.
-        min_size: images are resized so that the shorter side has this many pixels ...
-        max_size: ... unless the longer side would exceed this.
+        common: ``optimizer``, ``lr_scheduler``, ``min_size`` and ``max_size``, as of
+            :class:`~detpipe.regions.base.RegionModel`.
 
     Raises:
         ValueError: ``num_classes`` below 1, another number of class weights, not 0 < ``min_size`` <= ``max_size``.
@@ -116,6 +113,7 @@ class RegionClassifier(LightningModule):
     """
 
     watched: ClassVar[str] = "val/mean_class_accuracy"
+    top = "layers"
 
     def __init__(
         self,
@@ -124,31 +122,20 @@ class RegionClassifier(LightningModule):
         pooler: RoIPooler | None = None,
         context: Context = Context(),  # noqa: B008 (frozen)
         classification: Classification = Classification(),
-        optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
-        lr_scheduler: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
-        min_size: int = 600,
-        max_size: int = 1000,
+        **common: Any,
     ) -> None:
-        super().__init__()
-        if num_classes < 1 or not 0 < min_size <= max_size:
-            raise ValueError(
-                f"expected num_classes >= 1 and 0 < min_size <= max_size, got {num_classes=}, {min_size=}, {max_size=}"
-            )
+        super().__init__(backbone, num_classes, **common)
         weights = classification.class_weights
         if weights is not None and len(weights) != num_classes:
             raise ValueError(f"classification.class_weights: expected {num_classes}, one a class, got {list(weights)}")
-        backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
-        self.backbone, self.strides = backbone, dict(backbone.roi_strides)
+        self.strides = dict(backbone.roi_strides)
         self.pooler = RoIAlign(7) if pooler is None else pooler
-        self.num_classes, self.context = num_classes, context
+        self.context = context
         height, width = self.pooler.output_size
         self.layers = classification.build(backbone.out_channels * height * width * context.places, num_classes)
         self.label_smoothing = classification.label_smoothing
         self.class_weights: Tensor
         self.register_buffer("class_weights", torch.tensor(weights or (1.0,) * num_classes), persistent=False)
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.min_size, self.max_size = min_size, max_size
-        self._validated: list[Tensor] = []  # of each batch [3, K]: regions, hits, and losses by class
 
     def forward(self, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> list[Tensor]:
         """Classify regions.
@@ -167,7 +154,7 @@ class RegionClassifier(LightningModule):
         """
         check_regions(images, boxes)
         found: list[Tensor] = [torch.empty(0)] * len(images)
-        for rows in self._together(images):
+        for rows in self._together(images, self.divisor):
             logits = self._logits([images[row] for row in rows], [boxes[row].float() for row in rows])
             for row, part in zip(rows, logits.split([len(boxes[row]) for row in rows]), strict=True):
                 found[row] = part
@@ -228,13 +215,9 @@ class RegionClassifier(LightningModule):
         loss = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), reduction="none").view(classes.shape)
         hit = logits.argmax(-1) == classes
         of_class = F.one_hot(classes, self.num_classes) * truth.valid[..., None]  # [N, G, K]
-        self._validated.append(
+        self._validated.append(  # [3, K]: regions, hits, and losses by class
             torch.stack([(of_class * value[..., None]).sum((0, 1)).float() for value in (truth.valid, hit, loss)])
         )
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last validation."""
-        self._validated = []
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracies over all regions and by class, from counts, so that no batch size changes them.
@@ -242,10 +225,7 @@ class RegionClassifier(LightningModule):
         Raises:
             DataError: there is no region that counts.
         """
-        parts = gather_objects(
-            torch.stack([torch.zeros(3, self.num_classes), *(part.cpu() for part in self._validated)]).double().sum(0)
-        )
-        regions, hits, losses = torch.stack(parts).sum(0)
+        regions, hits, losses = self._counted(3, self.num_classes)
         if not regions.sum():
             raise DataError(
                 "the validation images have no region that counts; expected objects, not difficult or crowd"
@@ -263,11 +243,6 @@ class RegionClassifier(LightningModule):
         images, targets = batch
         return self.predict(images, [target["boxes"] for target in targets])  # type: ignore[typeddict-item]
 
-    def configure_optimizers(self) -> Any:
-        """Build the optimizer and the schedule, which is stepped after every batch."""
-        steps = self.trainer.estimated_stepping_batches
-        return configure(self.optimizer, self.lr_scheduler, steps, self.backbone, self.layers)
-
     def _with_truth(self, images: Sequence[Tensor], targets: Sequence[Target]) -> tuple[Tensor, matching.GroundTruth]:
         """Logits of the objects ``[N, G, K]``, padded as their truth is."""
         truth = matching.gather_targets(targets)
@@ -279,21 +254,9 @@ class RegionClassifier(LightningModule):
         logits = self(images, [target["boxes"] for target in targets])  # type: ignore[typeddict-item]
         return matching.pad(logits)[0].float(), truth
 
-    def _together(self, images: Sequence[Tensor]) -> list[list[int]]:
-        """Which images share a batch: all in training, else those that are padded to one size when alone."""
-        if self.training:
-            return [list(range(len(images)))]
-        groups: dict[tuple[int, int], list[int]] = {}
-        divisor = max(self.backbone.strides.values())
-        for row, image in enumerate(images):
-            height, width = frames.resized_size((image.shape[1], image.shape[2]), self.min_size, self.max_size)
-            groups.setdefault((-(-height // divisor), -(-width // divisor)), []).append(row)
-        return list(groups.values())
-
     def _logits(self, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Logits ``[R, K]`` of the boxes of all images, one image after the other."""
-        divisor = max(self.backbone.strides.values())
-        batch = frames.to_batch(images, self.backbone.pixel_format, self.min_size, self.max_size, divisor)
+        batch = self._batch(images)
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         moved = [frames.scale_boxes(*row) for row in zip(boxes, sizes, batch.image_sizes, strict=True)]
         looks = [

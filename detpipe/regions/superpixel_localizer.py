@@ -22,27 +22,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
-from detpipe import images as frames
 from detpipe.datasets import DetectionData
 from detpipe.datasets.datamodule import Split
 from detpipe.datasets.masks import Kind, Masks, open_masks
 from detpipe.evaluation.segmentation import all_background, confusion_matrix, segmentation_scores
-from detpipe.optimization import LRSchedule, Optimizer, configure
+from detpipe.regions.base import RegionModel
 from detpipe.regions.superpixel_pooling import Localization, Localized, SuperpixelPoolingHead, segment
 from detpipe.regions.superpixels import Segmentation, Segmenter
 from detpipe.stages import Backbone, Losses
 from detpipe.support.errors import DataError
-from detpipe.support.processes import MeanValues, gather_objects, is_repeat, mean_factor, sharing_counts
+from detpipe.support.processes import MeanValues, gather_objects, is_repeat
 from detpipe.types import Target
 
 Batch = tuple[list[Tensor], list[Target]]
 
 
-class SuperpixelLocalizer(LightningModule):
+class SuperpixelLocalizer(RegionModel):
     """Score each superpixel of an image for each class, having seen only which images have the class.
 
     In evaluation mode images that are resized to different sizes go through the network apart, so that none depends on the others.
@@ -52,10 +50,8 @@ class SuperpixelLocalizer(LightningModule):
         num_classes: K, without background.
         localization: the layers on top, how maps are read, and from which score on a pixel is of a class.
         segmentation: how images are divided into superpixels.
-        optimizer: how weights are updated.
-        lr_scheduler: how the learning rate changes.
-        min_size: images are resized so that the shorter side has this many pixels ...
-        max_size: ... unless the longer side would exceed this.
+        common: ``optimizer``, ``lr_scheduler``, ``min_size`` and ``max_size``, as of
+            :class:`~detpipe.regions.base.RegionModel`.
 
     Raises:
         ValueError: ``num_classes`` below 1, or not 0 < ``min_size`` <= ``max_size``.
@@ -69,6 +65,7 @@ class SuperpixelLocalizer(LightningModule):
     """
 
     watched: ClassVar[str] = "val/mIoU"
+    top = "head"
 
     def __init__(
         self,
@@ -76,23 +73,11 @@ class SuperpixelLocalizer(LightningModule):
         num_classes: int,
         localization: Localization = Localization(),  # noqa: B008 (frozen)
         segmentation: Segmentation = Segmentation(),  # noqa: B008 (frozen)
-        optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
-        lr_scheduler: LRSchedule = LRSchedule(),  # noqa: B008 (frozen)
-        min_size: int = 600,
-        max_size: int = 1000,
+        **common: Any,
     ) -> None:
-        super().__init__()
-        if num_classes < 1 or not 0 < min_size <= max_size:
-            raise ValueError(
-                f"expected num_classes >= 1 and 0 < min_size <= max_size, got {num_classes=}, {min_size=}, {max_size=}"
-            )
-        backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
-        self.backbone = backbone
-        self.level = max(backbone.strides, key=lambda level: backbone.strides[level])  # the coarsest
+        super().__init__(backbone, num_classes, **common)
         self.head = SuperpixelPoolingHead(backbone.level_channels[self.level], num_classes, localization)
         self.segmenter = Segmenter(segmentation)
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.num_classes, self.min_size, self.max_size = num_classes, min_size, max_size
         self.truth: Masks | None = None  # what validation compares with
         self.confusion: dict[str, npt.NDArray[np.int64]] = {}
 
@@ -110,7 +95,7 @@ class SuperpixelLocalizer(LightningModule):
             ValueError: no images, or an argument of another shape.
         """
         maps: list[Tensor] = [torch.empty(0)] * len(images)
-        for rows in self._together(images):
+        for rows in self._together(images, 1):
             batch, superpixels, found = self._find([images[row] for row in rows])
             given = None if present is None else self._known(present, len(images))[rows]
             for place, row in enumerate(rows):
@@ -142,15 +127,11 @@ class SuperpixelLocalizer(LightningModule):
         """Compute the loss of a batch, and log it with its parts."""
         images, targets = batch
         losses = self.losses(images, targets)
-        with sharing_counts(not is_repeat(targets)):
-            total = torch.stack(list(losses.values())).sum() * mean_factor(len(images), self.device)
-        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(images))
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(images))
-        return total
+        return self._trained_on(losses, len(images), losses, counted=not is_repeat(targets))
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last epoch, and find the true masks of the validation split."""
-        self.confusion, self._validated = {}, MeanValues()
+        self.confusion, self._means = {}, MeanValues()
         if self.truth is None:
             self.truth = open_masks(self.trainer.datamodule, "val")  # type: ignore[attr-defined]
             print(f"mIoU is measured on {self.truth.source}")
@@ -162,7 +143,7 @@ class SuperpixelLocalizer(LightningModule):
             raise DataError("no true masks to compare with: validate with a trainer, or call evaluate()")
         found, present = self._count(images, targets, self.truth)
         loss = torch.stack(list(self.head.losses(found, present).values())).sum()
-        self._validated.add({"loss": loss}, len(images))
+        self._means.add({"loss": loss}, len(images))
 
     def on_validation_epoch_end(self) -> None:
         """Log mean IoU over all pixels: with the classes found, with the true ones given, and of background alone."""
@@ -174,7 +155,7 @@ class SuperpixelLocalizer(LightningModule):
         }
         scores = {name: values["mIoU"] for name, values in self._scores(names).items()}
         self.log_dict(
-            {f"val/{name}": value for name, value in {**self._validated.means(), **scores}.items()}, prog_bar=True
+            {f"val/{name}": value for name, value in {**self._means.means(), **scores}.items()}, prog_bar=True
         )
 
     @torch.no_grad()
@@ -204,19 +185,6 @@ class SuperpixelLocalizer(LightningModule):
             self._count([image.to(self.device) for image in images], targets, truth)
         return self._scores(data.class_names)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Tensor]:
-        """Localize classes in a batch."""
-        return self(batch[0])
-
-    def configure_optimizers(self) -> Any:
-        """Build the optimizer and the schedule, which is stepped after every batch."""
-        steps = self.trainer.estimated_stepping_batches
-        return configure(self.optimizer, self.lr_scheduler, steps, self.backbone, self.head)
-
-    def _batch(self, images: Sequence[Tensor]) -> ImageList:
-        divisor = max(self.backbone.strides.values())
-        return frames.to_batch(images, self.backbone.pixel_format, self.min_size, self.max_size, divisor)
-
     def _find(self, images: Sequence[Tensor]) -> tuple[ImageList, Tensor, Localized]:
         """The whole path: ``images -> batch -> features and superpixels -> head``."""
         batch = self._batch(images)
@@ -237,16 +205,6 @@ class SuperpixelLocalizer(LightningModule):
         if self.head.settings.pooling == "none":
             return F.interpolate(maps, size, mode="bilinear", align_corners=False)[0]
         return F.interpolate(maps, size, mode="nearest-exact")[0]  # what is constant stays so
-
-    def _together(self, images: Sequence[Tensor]) -> list[list[int]]:
-        """Which images make a batch: in training all, else those of one size in it."""
-        if self.training or not len(images):
-            return [list(range(len(images)))]
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, image in enumerate(images):
-            size = frames.resized_size((image.shape[-2], image.shape[-1]), self.min_size, self.max_size)
-            groups.setdefault(size, []).append(row)
-        return list(groups.values())
 
     def _known(self, present: Tensor, images: int) -> Tensor:
         if present.shape != (images, self.num_classes):
@@ -272,15 +230,9 @@ class SuperpixelLocalizer(LightningModule):
 
 
 def image_classes(targets: Sequence[Target], num_classes: int, images: int | None = None) -> Tensor:
-    """Tell which classes images have: all that training reads of its targets.
+    """Tell which classes the ``images``, if their number is given, have: all that training reads of its targets.
 
-    Args:
-        targets: N targets with ``labels`` in 1..K; crowd regions and difficult objects count, too.
-        num_classes: K.
-        images: N, to check.
-
-    Returns:
-        ``[N, K]`` float32, 1 where the image has the class; column 0 is label 1.
+    Crowd regions and difficult objects count, too: ``[N, K]`` float32, 1 where the image has the class; column 0 is label 1.
 
     Raises:
         ValueError: another number of targets, one without labels, or a label outside 1..K; the image is named.

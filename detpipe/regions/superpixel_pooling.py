@@ -115,20 +115,14 @@ class SuperpixelPoolingHead(nn.Module):
         ([1, 3], [1, 3, 8, 8])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        settings: Localization = Localization(),
-    ) -> None:
+    def __init__(self, in_channels: int, num_classes: int, settings: Localization = Localization()) -> None:
         super().__init__()
         if in_channels < 1 or num_classes < 1:
             raise ValueError(f"in_channels and num_classes must be positive, got {in_channels} and {num_classes}")
         self.num_classes, self.settings = num_classes, settings
         width = settings.channels
         self.encode = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1, bias=False), *_norm(width))
-        steps = [_double(width) for _ in range(settings.doublings)]
-        self.upsample = nn.Sequential(*steps)
+        self.upsample = nn.Sequential(*(_double(width) for _ in range(settings.doublings)))
         self.global_classifier = nn.Linear(width, num_classes)
         self.region_classifier = nn.Linear(width, num_classes)
         for layer in (self.global_classifier, self.region_classifier):
@@ -169,14 +163,9 @@ class SuperpixelPoolingHead(nn.Module):
         )
 
     def losses(self, found: Localized, present: Tensor) -> dict[str, Tensor]:
-        """Compute the loss of each branch: binary cross-entropy, the mean over images and classes.
+        """Compute ``loss_global`` and ``loss_superpixels``, binary cross-entropies, the mean over images and classes.
 
-        Args:
-            found: what :meth:`forward` has found.
-            present: ``[N, K]`` 1 where the image has the class, 0 where not; another shape is a ValueError.
-
-        Returns:
-            ``loss_global`` and ``loss_superpixels``.
+        ``present`` is ``[N, K]``, 1 where the image has the class, 0 where not; another shape is a ValueError.
         """
         if present.shape != found.region_logits.shape:
             raise ValueError(f"present must be {list(found.region_logits.shape)}, got {list(present.shape)}")
@@ -184,14 +173,10 @@ class SuperpixelPoolingHead(nn.Module):
         return {name: F.binary_cross_entropy_with_logits(values, present.to(values)) for name, values in logits.items()}
 
     def scores(self, found: Localized, present: Tensor | None = None) -> Tensor:
-        """Score each region for each class.
+        """Score each region for each class: ``[N, S, K]`` in 0..1.
 
-        Args:
-            found: what :meth:`forward` has found.
-            present: ``[N, K]`` 1 for classes that the image is known to have, else 0; None: as likely as it looks.
-
-        Returns:
-            ``[N, S, K]`` in 0..1: the activation, where positive, by its highest in the image, times the probability of the class.
+        A score is the activation, where positive, by its highest in the image, times the probability of the class. That is 1 or 0
+        where ``present`` ``[N, K]`` says which classes the image has; None: as likely as it looks.
         """
         there = (found.weights > 0)[..., None]
         positive = torch.where(there, _exact(found.activations), 0).clamp(min=0)
@@ -201,12 +186,7 @@ class SuperpixelPoolingHead(nn.Module):
         return relative * likely[:, None]
 
     def maps(self, found: Localized, superpixels: Tensor, present: Tensor | None = None) -> Tensor:
-        """Put the scores where the superpixels are.
-
-        Args:
-            found: what :meth:`forward` has found.
-            superpixels: ``[N, H', W']``, the same as there.
-            present: as of :meth:`scores`.
+        """Put the :meth:`scores` where the superpixels ``[N, H', W']`` are that were given to :meth:`forward`.
 
         Returns:
             ``[N, K, H', W']`` in 0..1, constant on each superpixel, 0 in the padding. With ``pooling="none"`` the scores of the
@@ -225,11 +205,7 @@ class SuperpixelPoolingHead(nn.Module):
 
 
 def segment(maps: Tensor, threshold: float) -> Tensor:
-    """Give each pixel the class of the highest score, or background where none reaches the threshold.
-
-    Args:
-        maps: ``[..., K, H, W]`` scores.
-        threshold: lowest score of a class.
+    """Give each pixel of maps ``[..., K, H, W]`` the class of the highest score, or background where none reaches the threshold.
 
     Returns:
         ``[..., H, W]`` int64 in 0..K, 0 is background; of equal scores the first class counts.

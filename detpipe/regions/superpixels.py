@@ -83,8 +83,7 @@ class Segmentation:
     def __post_init__(self) -> None:
         if self.segments < 2 or not self.compactness > 0 or self.cache_megabytes < 0:
             raise ValueError(
-                "expected segments of at least 2, compactness above 0 and cache_megabytes of at least 0, got "
-                f"segments={self.segments}, compactness={self.compactness}, cache_megabytes={self.cache_megabytes}"
+                f"expected segments of at least 2, compactness above 0 and cache_megabytes of at least 0, got {self}"
             )
 
 

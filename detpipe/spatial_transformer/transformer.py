@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from detpipe.spatial_transformer.base import Grid
-from detpipe.spatial_transformer.pyramid import cell_steps
-from detpipe.spatial_transformer.sampler import Sampler
+from detpipe.spatial_transformer.sampler import Sampler, cell_steps
 
 
 class Transformed(NamedTuple):

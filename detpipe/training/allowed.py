@@ -45,6 +45,7 @@ _OTHERS = {
 }
 _MOVED = {  # modules that configurations and checkpoints of earlier versions name -> where their classes are
     "backbones.extractor": "backbones.bodies",
+    "backbones.sknet": "backbones.se_resnet",
     "classifier": "regions.image_classifier",
     "datasets.augment_settings": "datasets.augment.settings",
     "datasets.coco": "datasets.formats.coco",

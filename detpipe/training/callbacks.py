@@ -139,13 +139,7 @@ class MeanAveragePrecision(ValidationNumbers):
         self._evaluator = CocoEvaluator(annotations).to(pl_module.device)
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *index: int
     ) -> None:
         """Keep the detections of a batch."""
         assert self._evaluator is not None

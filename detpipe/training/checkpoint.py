@@ -20,11 +20,11 @@ from jsonargparse import Namespace
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from detpipe.backbones.weights import MOST, tensor_parts
+from detpipe.backbones.weights import load_saved, local_file
 from detpipe.support.errors import CheckpointError, TrainingError, UsageError
-from detpipe.support.files import atomic_write, refuse_special, write_text
+from detpipe.support.files import atomic_write, write_text
 from detpipe.support.strict_json import shorten
-from detpipe.support.untrusted import check_saved, check_tree, plain_parts
+from detpipe.support.untrusted import check_tree, plain_parts
 from detpipe.types import RGB, PixelType
 
 FORMAT = 1
@@ -135,19 +135,14 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
     Raises:
         CheckpointError: the file is missing, damaged, or not a checkpoint of this package.
     """
-    if "://" in str(path):
-        raise CheckpointError(f"checkpoint {path}: addresses are not loaded, download the file first and give its path")
-    path = Path(path)
-    refuse_special(path, CheckpointError)
+    path = local_file(path, "checkpoint")
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; expected a file such as RUN/best.ckpt")
     try:
         sums = check_sums(path)
         if sums and _hash(path) not in sums:
             raise ValueError(f"it does not match its check sum in {path.name}{SUM_SUFFIX}")
-        check_saved(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        check_tree(checkpoint, MOST, tensor_parts)
+        checkpoint = load_saved(path)
     except Exception as error:  # what a damaged file makes the reader raise is any of a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

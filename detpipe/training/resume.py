@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from detpipe.support import processes
 from detpipe.support.errors import CheckpointError, UsageError
+from detpipe.support.strict_json import shorten
 from detpipe.support.suggest import did_you_mean
 from detpipe.training import checkpoint
 from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, plain, settings_by_key
@@ -174,8 +175,7 @@ def _added(key: str, otherwise: Any) -> Any:
 
 
 def _told(value: Any) -> str:
-    text = "not given" if type(value) is object else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "not given" if type(value) is object else shorten(value)
 
 
 class UseConfigured(Callback):

@@ -13,13 +13,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import filelock
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -28,14 +27,13 @@ from detpipe.pictures.run_pictures import Curves
 from detpipe.support import processes
 from detpipe.support.allocator import peak_gpu_memory, peak_memory
 from detpipe.support.errors import CheckpointError, DataError, TrainingError, UsageError
-from detpipe.support.files import remove_orphans, write_text
+from detpipe.support.files import remove_orphans, sole_writer, write_text
 from detpipe.training import callbacks, checkpoint, fine_tuning, resume
 from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, SUM_SUFFIX
 from detpipe.training.saving import CheckpointSettings, ResumeBatches, SaveCheckpoints, StopOnSignal
 from detpipe.training.trainer import MetricsTable, build_trainer
 
 _FOLDER = "DETPIPE_RUN_FOLDER"  # in the environment of the processes that the first one starts
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -195,25 +193,16 @@ def _locked(folder: Path, speed: callbacks.Throughput) -> Iterator[None]:
     """Make the folder and keep other processes out of it; remove it again if the run failed before its first step."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise TrainingError(
-            f"{folder} is in use: another process trains there; wait for it, or give another --output"
-        ) from error
-    try:
-        remove_orphans(folder, sole_writer=True)
-        yield
-    except BaseException as error:
-        # what ends a step leaves its batch there, perhaps in another process
-        if new and not speed.images and not isinstance(error, TrainingError):
-            shutil.rmtree(folder)
-        raise
-    finally:
-        with suppress(PermissionError):  # Windows removes no open file
-            (folder / _LOCK).unlink(missing_ok=True)
-        lock.release()
+    busy = TrainingError(f"{folder} is in use: another process trains there; wait for it, or give another --output")
+    with sole_writer(f"{folder}{os.sep}", busy):
+        try:
+            remove_orphans(folder, sole_writer=True)
+            yield
+        except BaseException as error:
+            # what ends a step leaves its batch there, perhaps in another process
+            if new and not speed.images and not isinstance(error, TrainingError):
+                shutil.rmtree(folder)
+            raise
 
 
 def _go_on(

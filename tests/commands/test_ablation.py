@@ -10,8 +10,7 @@ from PIL import Image
 
 from detpipe import cli
 from detpipe.commands import ablation
-from detpipe.commands.ablation import read_study
-from detpipe.commands.ablation_report import Result, plot_results, results_table
+from detpipe.commands.ablation import Result, plot_results, read_study, results_table
 from detpipe.support.errors import TrainingError, UsageError
 
 STUDY = f"""

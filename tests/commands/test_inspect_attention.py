@@ -13,14 +13,14 @@ from detpipe import images as frames
 from detpipe.attention import ConcurrentSqueezeExcitation, SelectiveKernel
 from detpipe.backbones import SEResNet
 from detpipe.commands import inspect_attention
-from detpipe.commands.inspect_attention import last_of_each_stage
-from detpipe.commands.inspection import (
+from detpipe.commands.inspect_attention import (
     Objects,
     attention_modules,
     branches_by_scale,
     crop_object,
     gates_by_class,
     gates_of,
+    last_of_each_stage,
     spatial_maps,
 )
 from detpipe.detector import TwoStageDetector

@@ -15,8 +15,7 @@ from safetensors import safe_open
 
 from detpipe import cli
 from detpipe.backbones import FPN, Extractor, Level, SEInceptionV3, SEResNet, SEResNeXt, SKNet
-from detpipe.commands.backbone_export import WEIGHTS, backbone_weights, export_backbone
-from detpipe.commands.training import PretrainingCLI, add_arguments
+from detpipe.commands.training import WEIGHTS, PretrainingCLI, add_arguments, backbone_weights, export_backbone
 from detpipe.regions.image_classifier import ImageClassifier
 from detpipe.support.errors import CheckpointError
 from detpipe.training import callbacks, checkpoint

@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 
 from detpipe.datasets.resize import Resize
-from detpipe.pictures.contact_sheet import contact_sheet
 from detpipe.pictures.data_plots import _ticks, plot_boxes, plot_classes, plot_images
-from detpipe.pictures.visualize import IGNORED_COLOR, class_color, draw_target
+from detpipe.pictures.visualize import IGNORED_COLOR, class_color, contact_sheet, draw_target
 from detpipe.types import Annotations, Target
 
 

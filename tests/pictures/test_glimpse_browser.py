@@ -58,7 +58,7 @@ def test_every_picture_is_found_whatever_its_name(browser, page_path, width):
         == [True] * 4
     )
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    rows = page.eval_on_selector_all("section", "all => all.map(one => one.querySelectorAll('td:first-child').length)")
+    rows = page.eval_on_selector_all("section", "all => all.map(one => one.querySelectorAll('tbody th').length)")
     assert rows == COUNTS
     assert "Nothing was found." in page.inner_text("section")
     assert page.inner_text("td:nth-child(2)") == "<b>one</b>"

@@ -7,10 +7,18 @@ from PIL import Image
 
 from detpipe.evaluation.worst_images import ImageOutcome
 from detpipe.pictures import visualize
-from detpipe.pictures.contact_sheet import contact_sheet
 from detpipe.pictures.glimpse_pictures import draw_glimpses
 from detpipe.pictures.report_images import draw_outcome
-from detpipe.pictures.visualize import IGNORED_COLOR, PALETTE, class_color, comparison_grid, draw, fit, save_png
+from detpipe.pictures.visualize import (
+    IGNORED_COLOR,
+    PALETTE,
+    class_color,
+    comparison_grid,
+    contact_sheet,
+    draw,
+    fit,
+    save_png,
+)
 from detpipe.support.errors import UsageError
 from detpipe.types import Detection, Target
 

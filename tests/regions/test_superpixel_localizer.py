@@ -46,8 +46,8 @@ class Net(Backbone):
 
 def localizer(classes: int = 3, pooling: str = "superpixel", **settings: Any) -> SuperpixelLocalizer:
     localization = Localization(channels=16, pooling=pooling, **settings)  # type: ignore[arg-type]
-    sizes = {"min_size": 48, "max_size": 64}
-    return SuperpixelLocalizer(Net(), classes, localization, Segmentation(30), Optimizer("adamw", 0.01), **sizes).eval()
+    common: dict[str, Any] = {"min_size": 48, "max_size": 64, "optimizer": Optimizer("adamw", 0.01)}
+    return SuperpixelLocalizer(Net(), classes, localization, Segmentation(30), **common).eval()
 
 
 def pictures() -> list[Tensor]:

@@ -13,8 +13,8 @@ from torch import nn
 
 from detpipe import cli, detector
 from detpipe.commands import training
-from detpipe.pictures.contact_sheet import contact_sheet
 from detpipe.pictures.run_pictures import TrainingPicture, ValidationPicture
+from detpipe.pictures.visualize import contact_sheet
 from detpipe.support.errors import TrainingError
 from detpipe.training.callbacks import (
     NONFINITE_BATCH,
@@ -158,7 +158,7 @@ def test_pictures_show_the_first_training_images_as_the_model_gets_them(demo_roo
         drawn[5 if len(images) == 5 else 50] += zip(images, targets, strict=True)
         return contact_sheet(images, targets, class_names, title, **settings)
 
-    monkeypatch.setattr("detpipe.pictures.run_pictures.contact_sheet", sheet)
+    monkeypatch.setattr("detpipe.pictures.visualize.contact_sheet", sheet)
     cli = built(demo_root, "--trainer.max_epochs", "2", "--data.augment.flip", "1.0")
     pictures = [TrainingPicture(tmp_path / str(n), cli.datamodule.class_names, n) for n in drawn]
     trainer_of(cli, tmp_path, *pictures, limit_val_batches=0).fit(cli.model, datamodule=cli.datamodule)
