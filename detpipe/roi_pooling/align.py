@@ -37,7 +37,7 @@ from detpipe.roi_pooling.layouts import (
 )
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.placement import Placement, bin_edges, place
-from detpipe.roi_pooling.pooler import RoIPooler, choose_levels, read_levels
+from detpipe.roi_pooling.pooler import RoIPooler, choose_levels, pool_every_level
 from detpipe.roi_pooling.separable import pool_separable
 
 
@@ -224,13 +224,8 @@ class RoIAlign(RoIPooler):
         """Pool each box from the level that suits its size; see :meth:`RoIPooler.forward`."""
         if not torch.compiler.is_exporting() or self.reduce != "mean":
             return super().forward(features, boxes, strides)
-        # what ONNX knows is pooling from one map: every box is pooled from every level, and the right one is taken
-        maps, rois = read_levels(features, strides), to_rois(boxes)
-        chosen = self.levels(rois[:, 1:], list(strides.values()))[:, None, None, None]
-        settings = (self.output_size, self.sampling_ratio, self.aligned)
-        pooled = None
-        for index, (level, stride) in enumerate(zip(maps, strides.values(), strict=True)):
-            here = _exported(level, rois, settings[0], 1.0 / stride, *settings[1:])
-            pooled = here if pooled is None else torch.where(chosen == index, here, pooled)
-        assert pooled is not None
-        return pooled.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) and boxes.ndim == 3 else pooled
+
+        def pool(level: Tensor, rois: Tensor, scale: float) -> Tensor:
+            return _exported(level, rois, self.output_size, scale, self.sampling_ratio, self.aligned)
+
+        return pool_every_level(pool, features, boxes, strides, self.levels)

@@ -21,8 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from torchvision import ops as torchvision_ops
 
 from detpipe.roi_pooling.layouts import (
     Boxes,
@@ -34,7 +37,7 @@ from detpipe.roi_pooling.layouts import (
 )
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.max_ops import max_pool
-from detpipe.roi_pooling.pooler import RoIPooler, choose_levels
+from detpipe.roi_pooling.pooler import RoIPooler, choose_levels, pool_every_level
 
 Bins = Literal["fast_rcnn", "equal_step"]
 
@@ -113,6 +116,16 @@ class RoIMaxPool(RoIPooler):
     ) -> None:
         super().__init__(output_size, levels)
         self.bins: Bins = read_bins(bins)
+
+    def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
+        """Pool each box from the level that suits its size; see :meth:`RoIPooler.forward`."""
+        if not torch.compiler.is_exporting() or self.bins != "fast_rcnn":
+            return super().forward(features, boxes, strides)
+
+        def pool(level: Tensor, rois: Tensor, scale: float) -> Tensor:
+            return torchvision_ops.roi_pool(level, rois, self.output_size, scale)
+
+        return pool_every_level(pool, features, boxes, strides, self.levels)
 
     def pool_given(self, maps: list[Tensor], given: GivenBoxes, strides: list[int]) -> Tensor:
         """Pool boxes as they were given: ``[R, C, h, w]``."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detpipe.roi_pooling.box_ops import has_kernels
@@ -61,6 +62,8 @@ def pool_points(
         raise ValueError(
             f"points must be [N, P, h, w, S, 2] for boxes [N, P, 4], got {list(points.shape)} and {list(boxes.shape)}"
         )
+    if torch.compiler.is_exporting():
+        return _exported(maps, points, boxes, list(strides.values()), levels)
     given, sides = read_layout(boxes.detach(), maps[0]), list(strides.values())
     h, w, samples = points.shape[2:5]
     scales, level, areas = choose_levels(levels, maps[0], given, sides)
@@ -81,6 +84,28 @@ def pool_points(
     else:
         pooled = compose(maps, points, given.boxes).permute(0, 3, 1, 2)
     return pooled.unflatten(0, given.lead)
+
+
+def _exported(
+    maps: Sequence[Tensor],
+    points: Tensor,
+    boxes: Tensor,
+    strides: list[int],
+    levels: Callable[[Tensor, Sequence[int]], Tensor],
+) -> Tensor:
+    """Read the points of every level by what ONNX has, and take the right one: ``[N, P, C, h, w]``."""
+    h, w, samples = points.shape[2:5]
+    chosen, pooled = levels(boxes.flatten(0, 1), strides).view(*boxes.shape[:2], 1, 1, 1), None
+    for index, (level, stride) in enumerate(zip(maps, strides, strict=True)):
+        sides = torch.stack([points.new_full((), level.shape[axis]) for axis in (3, 2)])  # [2] width, height
+        cells = points / stride
+        inside = ((cells >= -0.5) & (cells <= sides + 0.5)).all(-1)  # [N, P, h, w, S]
+        grid = (2 * cells / sides - 1).flatten(2, 4)  # [N, P, h w S, 2]
+        read = F.grid_sample(level, grid.to(level.dtype), "bilinear", "border", align_corners=False)
+        here = (read.unflatten(3, (h, w, samples)) * inside[:, None]).mean(-1).transpose(1, 2)
+        pooled = here if pooled is None else torch.where(chosen == index, here, pooled)
+    assert pooled is not None
+    return pooled
 
 
 def read_points(placement: Placement, cells: Tensor) -> Tensor:

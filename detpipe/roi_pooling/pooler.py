@@ -17,6 +17,7 @@ from detpipe.roi_pooling.layouts import (
     read_layout,
     read_output_size,
     read_values,
+    to_rois,
 )
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.placement import Placement, place
@@ -122,6 +123,35 @@ def choose_levels(
     if sides != SIDES:  # as if they were not rotated
         boxes = torch.cat((boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2), dim=1)
     return scales, levels(boxes, strides), []
+
+
+def pool_every_level(
+    pool: Callable[[Tensor, Tensor, float], Tensor],
+    features: dict[str, Tensor],
+    boxes: Boxes,
+    strides: dict[str, int],
+    levels: Callable[[Tensor, Sequence[int]], Tensor],
+) -> Tensor:
+    """Pool every box from every level, and take the right one: what ONNX knows is pooling from one map.
+
+    Args:
+        pool: map ``[N, C, H, W]``, boxes ``[R, 5]`` and cells a pixel -> ``[R, C, h, w]``.
+        features: as of :meth:`RoIPooler.forward`.
+        boxes: as there.
+        strides: as there.
+        levels: which pyramid level a box is pooled from.
+
+    Returns:
+        As there.
+    """
+    maps, rois = read_levels(features, strides), to_rois(boxes)
+    chosen = levels(rois[:, 1:], list(strides.values()))[:, None, None, None]
+    pooled = None
+    for index, (level, stride) in enumerate(zip(maps, strides.values(), strict=True)):
+        here = pool(level, rois, 1.0 / stride)
+        pooled = here if pooled is None else torch.where(chosen == index, here, pooled)
+    assert pooled is not None
+    return pooled.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) and boxes.ndim == 3 else pooled
 
 
 class MultiLevel(nn.Module):
