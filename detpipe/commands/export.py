@@ -41,7 +41,8 @@ def run_export(arguments: Sequence[str]) -> int:
         return _detect(options)
     [source] = options.given
     path = check_path(options.output, options.half or options.int8 is not None)
-    need_packages()
+    if path.suffix == ".onnx":
+        need_packages()
     images = [] if options.int8 is None else _images(options.int8)
     detector, description = load(source, options.weights)
     labels = Labels(description.class_names, description.category_ids, source, options.license or _license(source))
@@ -88,7 +89,10 @@ def _detect(options: argparse.Namespace) -> int:
     if found.takes_boxes:
         raise UsageError(f"{options.detect} needs boxes, which --detect has none of")
     annotations = evaluation.read_coco_annotations(options.annotations)
-    names = {Path(name).name: image for name, image in zip(annotations.file_names.tolist(), annotations.image_ids.tolist(), strict=True)}
+    names = {
+        Path(name).name: image
+        for name, image in zip(annotations.file_names.tolist(), annotations.image_ids.tolist(), strict=True)
+    }
     parts = []
     paths = [path for path in find_images(options.given) if path.name in names]
     if not paths:
@@ -123,9 +127,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="RUN/best.ckpt or a name of 'detpipe zoo'; with --check and --detect images, or folders of images",
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="model.onnx or model.pt2; with --detect FILE.json")
-    parser.add_argument("--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place"
+    )
     parser.add_argument("--boxes", action="store_true", help="take proposals as a second input, for any source of them")
-    parser.add_argument("--vectors", action="store_true", help="give the vector of each detection's region as an output")
+    parser.add_argument(
+        "--vectors", action="store_true", help="give the vector of each detection's region as an output"
+    )
     parser.add_argument("--license", help="of the weights, to be written into the file; that of a name by default")
     smaller = parser.add_mutually_exclusive_group()
     smaller.add_argument("--half", action="store_true", help="store the weights in 16 bits")
@@ -135,15 +143,21 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--unchecked", action="store_true", help="do not compare the file with the detector")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--check", metavar="FILE", help="compare this .onnx file with its detector, on the images")
-    other.add_argument("--detect", metavar="FILE", help="run this .onnx file on the images, for 'detpipe evaluate --detections'")
+    other.add_argument(
+        "--detect", metavar="FILE", help="run this .onnx file on the images, for 'detpipe evaluate --detections'"
+    )
     parser.add_argument("--checkpoint", help="with --check: the detector, where it is not what the file was made of")
     parser.add_argument("--annotations", metavar="FILE.json", help="with --detect: COCO's, with the ids of the images")
     options = parser.parse_args(list(arguments))
     writes = options.check is None and options.detect is None
     if writes and len(options.given) != 1:
-        raise UsageError(f"export: expected one checkpoint or name, got {len(options.given)}: {' '.join(options.given)}")
+        raise UsageError(
+            f"export: expected one checkpoint or name, got {len(options.given)}: {' '.join(options.given)}"
+        )
     if writes and options.output is None:
         raise UsageError("export: give -o model.onnx or -o model.pt2, the file to write")
     if options.detect is not None and (options.output is None or options.annotations is None):
-        raise UsageError("export --detect FILE.onnx IMAGES: add --annotations FILE.json and -o FILE.json, what to write")
+        raise UsageError(
+            "export --detect FILE.onnx IMAGES: add --annotations FILE.json and -o FILE.json, what to write"
+        )
     return options

@@ -1,8 +1,8 @@
 """Write a detector to a file that runs without detpipe, after a comparison with what the detector finds.
 
-An ONNX file says about itself, in ``metadata_props``: ``format``, ``detpipe`` (the version), ``source`` (the checkpoint or name it was
-made of), ``sha256`` (of the weights), ``license``, and as JSON ``class_names``, ``category_ids`` (label 1 first), ``resize``,
-``thresholds`` and ``boxes`` (what box coordinates mean).
+An ONNX file says about itself, in ``metadata_props``: ``format``, ``detpipe`` (the version), ``source`` (what it was made of, a
+checkpoint or name), ``sha256`` (of the weights), ``license``, ``boxes`` (what coordinates mean), and as JSON ``class_names``,
+``category_ids`` (label 1 first), ``resize`` and ``thresholds``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from detpipe.detector import TwoStageDetector
 from detpipe.exporting.parity import Parity, Run, compare, sample_images
 from detpipe.exporting.program import Program
 from detpipe.exporting.runtime import FORMAT, OnnxDetector, need_packages
+from detpipe.exporting.support import check_torch_alone
 from detpipe.heads.base import ProposalHead
 from detpipe.proposals import PrecomputedProposals
 from detpipe.support.errors import DetpipeError, UsageError
@@ -55,7 +55,7 @@ class Labels:
 def export(
     detector: TwoStageDetector,
     path: str | Path,
-    labels: Labels = Labels(),  # noqa: B008 (frozen)
+    labels: Labels = Labels(),
     *,
     boxes: bool = False,
     vectors: bool = False,
@@ -66,15 +66,16 @@ def export(
 ) -> Parity | None:
     """Write a detector to a file, which gets its name when it finds what the detector finds.
 
-    The graph takes ``images`` ``[batch, 3, height, width]`` uint8 RGB, all sizes dynamic, and gives ``boxes`` ``[batch, detections,
-    4]`` xyxy in pixels of these images, ``scores``, ``labels`` (1..K, 0 behind the last detection) and ``count`` ``[batch]``.
+    The graph takes ``images`` ``[batch, 3, height, width]`` uint8 RGB, all sizes dynamic, and gives ``boxes``
+    ``[batch, detections, 4]`` xyxy in pixels of these images, ``scores``, ``labels`` (1..K, 0 behind the last detection) and
+    ``count`` ``[batch]``.
 
     Args:
         detector: what to write; it is put in evaluation mode.
         path: ends in ``.onnx``, or ``.pt2`` for :func:`torch.export.load`.
         labels: what the file says about it.
-        boxes: take proposals as a second input ``boxes`` ``[batch, proposals, 4]`` in pixels of the images; always so for a detector
-            on precomputed proposals.
+        boxes: take proposals as a second input ``boxes`` ``[batch, proposals, 4]`` in pixels of the images; a detector on
+            precomputed proposals always does.
         vectors: give a fifth output ``vectors`` ``[batch, detections, width]``, what the head classifies.
         half: store the weights in 16 bits, half the size; what is computed stays in 32 bits. Not compared with the detector.
         calibration: images ``[3, H, W]`` uint8 by which weights and activations become 8-bit numbers; not compared either.
@@ -93,8 +94,11 @@ def export(
         >>> export(detector, "model.onnx", Labels(class_names=["cat", "dog"]))  # doctest: +SKIP
     """
     path = check_path(path, half or bool(calibration))
-    need_packages()
+    if path.suffix == ".onnx":
+        need_packages()
     detector = detector.eval()
+    if path.suffix == ".pt2":
+        check_torch_alone(detector)
     program = Program(detector, boxes, vectors).eval()
     with atomic_write(path) as temporary:
         temporary.touch()  # a path that cannot be written is told before minutes of work
@@ -103,9 +107,9 @@ def export(
             from detpipe.exporting.torch_program import PT2Detector, write_pt2
 
             with temporary.open("wb") as file:
-                write_pt2(program, file)
+                write_pt2(program, file, _metadata(detector, labels))
             say("comparing the file with the detector")
-            return _checked(detector, program, PT2Detector(temporary), None, check)
+            return _checked(detector, program, PT2Detector(temporary, program.outputs), None, check)
         from detpipe.exporting import onnx_graph, weights
 
         model = onnx_graph.to_onnx(program)
@@ -131,7 +135,9 @@ def check_path(path: str | Path, smaller: bool = False) -> Path:
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file")
     if smaller and path.suffix != ".onnx":
-        raise UsageError(f"{path}: 16 and 8 bits are for .onnx files; leave --half and --int8 out, or name it {path.stem}.onnx")
+        raise UsageError(
+            f"{path}: 16 and 8 bits are for .onnx files; leave --half and --int8 out, or name it {path.stem}.onnx"
+        )
     return path
 
 

@@ -52,7 +52,9 @@ def to_onnx(program: Program) -> onnx.ModelProto:
     height, width = (Dim(name, min=16, max=LARGEST) for name in ("height", "width"))
     channels = program.backbone.pixel_format.channels
     images = torch.zeros(2, channels, 96, 112, dtype=torch.uint8)
-    first = _export(_Half(program, "prepare"), [images], [{0: count, 2: height, 3: width}], ("images",), ("batch", "sizes"))
+    first = _export(
+        _Half(program, "prepare"), [images], [{0: count, 2: height, 3: width}], ("images",), ("batch", "sizes")
+    )
     rows, columns = (Dim(name, min=2, max=LARGEST) for name in ("rows", "columns"))
     batch = torch.zeros(2, channels, 3 * program.divisor, 5 * program.divisor)
     given: list[Tensor] = [batch, torch.tensor([*batch.shape[2:], 96.0, 112.0])]
@@ -67,7 +69,11 @@ def to_onnx(program: Program) -> onnx.ModelProto:
 
 
 def _export(
-    half: _Half, inputs: Sequence[Tensor], shapes: Sequence[dict[int, Any]], names: Sequence[str], results: Sequence[str]
+    half: _Half,
+    inputs: Sequence[Tensor],
+    shapes: Sequence[dict[int, Any]],
+    names: Sequence[str],
+    results: Sequence[str],
 ) -> onnx.ModelProto:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

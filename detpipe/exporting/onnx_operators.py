@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import onnx
@@ -50,9 +50,7 @@ def _keep_best(boxes, groups, iou: float):
         labels = op.Unsqueeze(op.Range(zero, op.Add(most, one), one), [0, 2])  # [1, G, 1]
         scores = op.Mul(scores, op.Cast(op.Equal(op.Unsqueeze(groups, [1]), labels), to=FLOAT))
     all_of_them = op.Constant(value_int=2**31 - 1)
-    found = op.NonMaxSuppression(
-        boxes, scores, all_of_them, op.Constant(value_float=iou), op.Constant(value_float=0.5)
-    )
+    found = op.NonMaxSuppression(boxes, scores, all_of_them, op.Constant(value_float=iou), op.Constant(value_float=0.5))
     where = op.Gather(found, op.Constant(value_ints=[0, 2]), axis=1)  # [D, 2] row, box
     none = op.Mul(solid, op.Constant(value=onnx.helper.make_tensor("zero", INT32, [], [0])))
     marks = op.Expand(

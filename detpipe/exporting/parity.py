@@ -46,9 +46,10 @@ class Parity:
 
 
 def sample_images(detector: TwoStageDetector, seed: int = 0) -> list[Tensor]:
-    """Make batches ``[N, 3, H, W]`` uint8: five shapes, a batch of three, a size without padding, a blank image.
+    """Make batches ``[N, 3, H, W]`` uint8: five shapes, a batch of three, a size without padding, a grey image.
 
-    Pictures are smooth, with noise on them, so that features differ from place to place.
+    Pictures are smooth, with noise on them, so that features differ from place to place; of boxes with equal scores, as a wholly
+    blank image has them, any may come first. The grey image has noise of one level.
     """
     generator = torch.Generator().manual_seed(seed)
     divisor = detector.divisor or max(detector.backbone.strides.values())
@@ -58,7 +59,7 @@ def sample_images(detector: TwoStageDetector, seed: int = 0) -> list[Tensor]:
     batches = [_picture(1, size, generator) for size in sizes]
     batches.append(_picture(3, sizes[1], generator))
     batches.append(_picture(1, (whole, whole), generator))
-    batches.append(torch.full((1, 3, *sizes[0]), 127, dtype=torch.uint8))
+    batches.append(torch.randint(127, 129, (1, 3, *sizes[0]), generator=generator, dtype=torch.uint8))
     return batches
 
 

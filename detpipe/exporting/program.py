@@ -88,7 +88,8 @@ class Program(nn.Module):
         if isinstance(self.source, RPN):
             proposals, present = self.source.propose_padded(ImageList(batch, image_sizes), features)
         else:
-            assert boxes is not None and isinstance(self.source, PrecomputedProposals)
+            assert isinstance(self.source, PrecomputedProposals)
+            assert boxes is not None
             factors = torch.stack((w / width, h / height)).repeat(2)
             proposals = box_ops.clip(boxes * factors, h, w)
             present = self.source.chosen(proposals)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from detpipe.support.errors import DataError, UsageError
 from detpipe.support.files import refuse_special
 
 FORMAT = "detpipe-detector-1"
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INSTALL = "install the extra: pip install 'detpipe[export]'"
 
 
@@ -22,12 +24,9 @@ def need_packages() -> None:
     Raises:
         UsageError: one is.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"export: the package {error.name} is not installed; {INSTALL}") from error
+    for name in PACKAGES:
+        if find_spec(name) is None:
+            raise UsageError(f"export: the package {name} is not installed; {INSTALL}")
 
 
 class OnnxDetector:
@@ -90,7 +89,13 @@ class OnnxDetector:
             wanted = "needs boxes [N, P, 4]" if self.takes_boxes else "takes no boxes"
             raise ValueError(f"the model {wanted}; got {'none' if boxes is None else list(boxes.shape)}")
         names = [output.name for output in self.session.get_outputs()]
-        found = dict(zip(names, self.session.run(None, {"images": images} | ({} if boxes is None else {"boxes": boxes})), strict=True))
+        found = dict(
+            zip(
+                names,
+                self.session.run(None, {"images": images} | ({} if boxes is None else {"boxes": boxes})),
+                strict=True,
+            )
+        )
         counts = found.pop("count").tolist()
         return [{key: value[row, :count] for key, value in found.items()} for row, count in enumerate(counts)]
 

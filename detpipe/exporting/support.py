@@ -14,6 +14,14 @@ from detpipe.support.errors import UsageError
 HEADS = (FastRCNNHead, CascadeHead, AttentionalHead)
 
 
+def check_torch_alone(detector: TwoStageDetector) -> None:
+    """Refuse a pooler that PyTorch alone has no operators for; raises as :func:`check_exportable`."""
+    pooler = detector.head.get_submodule("pooler")
+    if isinstance(pooler, RoIMaxPool) or getattr(pooler, "sampling_ratio", 0) == 0:
+        how = "with sampling_ratio=0" if isinstance(pooler, RoIAlign) else ""
+        raise _refused(pooler, "pooler", "PyTorch alone has no operator for it: write an .onnx file", how)
+
+
 def check_exportable(detector: TwoStageDetector, takes_boxes: bool) -> None:
     """Refuse a detector with a part that has no graph.
 
@@ -47,9 +55,7 @@ def check_pooler(head: ProposalHead) -> None:
         return
     how = "with reduce='max'" if isinstance(pooler, RoIAlign) else ""
     how = f"with bins={pooler.bins!r}" if isinstance(pooler, RoIMaxPool) else how
-    raise _refused(
-        pooler, "pooler", "expected RoIAlign that takes the mean, or RoIMaxPool with bins='fast_rcnn'", how
-    )
+    raise _refused(pooler, "pooler", "expected RoIAlign that takes the mean, or RoIMaxPool with bins='fast_rcnn'", how)
 
 
 def _names(classes: tuple[type, ...]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,10 +135,7 @@ class ProposalSelection:
         """
         phase = 0 if training else 1
         starts = [0, *accumulate(level_sizes)]
-        best = [
-            level.topk(torch.sym_min(self.pre_nms_top_n[phase], level.shape[1]))
-            for level in logits.split(list(level_sizes), dim=1)
-        ]
+        best = [self._best(level, phase) for level in logits.split(list(level_sizes), dim=1)]
         index = torch.cat([found.indices + start for found, start in zip(best, starts, strict=False)], dim=1)
         scores = torch.cat([found.values for found in best], dim=1)  # [N, M]
         deltas = deltas.gather(1, index[..., None].expand(-1, -1, 4))
@@ -147,13 +144,23 @@ class ProposalSelection:
         boxes = box_ops.decode(deltas, anchors[index], WEIGHTS)
         boxes = box_ops.clip(boxes, *box_ops.image_sides(image_sizes, boxes))
         keep = box_ops.valid(boxes, self.min_size)
+        if torch.compiler.is_compiling():
+            keep &= scores > -torch.inf
         if self.score_threshold:
             keep &= scores.sigmoid() >= self.score_threshold
         keep &= self._survivors(boxes * keep[..., None], [found.values.shape[1] for found in best])
         ranks = scores.sigmoid() if self.rank_by == "probability" else scores
-        count = torch.sym_min(self.post_nms_top_n[phase], scores.shape[1])
-        order = ranks.masked_fill(~keep, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
+        order = ranks.masked_fill(~keep, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        order = order[:, : self.post_nms_top_n[phase]]
         return boxes.gather(1, order[..., None].expand(-1, -1, 4)), scores.gather(1, order), keep.gather(1, order)
+
+    def _best(self, logits: Tensor, phase: int) -> Candidates:
+        """The best anchors of a level, ``[N, P]`` logits; in a graph, where P may be a symbol, always as many: others are -inf."""
+        count, size = self.pre_nms_top_n[phase], logits.shape[1]
+        if not torch.compiler.is_compiling():
+            return Candidates(*logits.topk(min(count, size)))
+        values, indices = pad(logits, (0, count), value=-torch.inf).topk(count)
+        return Candidates(values, indices.clamp(max=size - 1))
 
     def _survivors(self, boxes: Tensor, counts: list[int]) -> Tensor:
         """Suppress within each image and level, best first: ``[N, M]`` bool. Boxes of area 0 neither suppress nor matter."""
@@ -166,6 +173,13 @@ class ProposalSelection:
         ]
         kept = keep_best(torch.stack(levels, dim=1).flatten(0, 1), self.nms_iou).unflatten(0, (-1, len(counts)))
         return torch.cat([kept[:, level, :count] for level, count in enumerate(counts)], dim=1)
+
+
+class Candidates(NamedTuple):
+    """Anchors of a level."""
+
+    values: Tensor  # [N, M] logits
+    indices: Tensor  # [N, M] int64 into the anchors of the level
 
 
 class NotFiniteError(ValueError):

@@ -25,6 +25,7 @@ from torchvision import ops as torchvision_ops
 
 from detpipe.roi_pooling.axis import Axis, AxisTaps, merge_samples, sample_points
 from detpipe.roi_pooling.box_ops import ADAPTIVE, has_kernels, pool_boxes, pool_placed
+from detpipe.roi_pooling.grid_samples import read_cells
 from detpipe.roi_pooling.layouts import (
     Boxes,
     GivenBoxes,
@@ -39,6 +40,7 @@ from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.placement import Placement, bin_edges, place
 from detpipe.roi_pooling.pooler import RoIPooler, choose_levels, pool_every_level
 from detpipe.roi_pooling.separable import pool_separable
+from detpipe.support.graphs import torch_alone
 
 
 def roi_align(
@@ -173,8 +175,29 @@ def _exported(
 ) -> Tensor:
     """Stand in for the operator in an exported graph, where only what ONNX and the runtimes know can be used."""
     rois = to_rois(boxes).to(features.dtype)
+    if torch_alone.get():
+        return _gridded(features, rois, size, scale, sampling_ratio, aligned)
     pooled = torchvision_ops.roi_align(features, rois, size, scale, max(sampling_ratio, 0), aligned)
     return pooled.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) and boxes.ndim == 3 else pooled
+
+
+def _gridded(
+    features: Tensor, rois: Tensor, size: tuple[int, int], scale: float, samples: int, aligned: bool
+) -> Tensor:
+    """Pool as many boxes of each image, one image after the other, by PyTorch's own operators: ``[R, C, h, w]``."""
+    boxes = rois[:, 1:].unflatten(0, (features.shape[0], -1)) * scale - (0.5 if aligned else 0.0)
+    corner, sides = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]
+    sides = sides if aligned else sides.clamp(min=1.0)
+    x, y = (
+        corner[..., axis, None]
+        + (torch.arange(count * samples, device=rois.device) + 0.5) / (count * samples) * sides[..., axis, None]
+        for axis, count in ((0, size[1]), (1, size[0]))
+    )  # [N, P, w s] and [N, P, h s]
+    cells = torch.stack(
+        (x[:, :, None].expand(-1, -1, y.shape[2], -1), y[..., None].expand(-1, -1, -1, x.shape[2])), dim=-1
+    )
+    read = read_cells(features, cells)  # [N, P, C, h s, w s]
+    return torch.nn.functional.avg_pool2d(read.flatten(0, 1), samples)
 
 
 class RoIAlign(RoIPooler):

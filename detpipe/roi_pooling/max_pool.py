@@ -24,7 +24,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
-
 from torchvision import ops as torchvision_ops
 
 from detpipe.roi_pooling.layouts import (

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from detpipe.roi_pooling.box_ops import has_kernels
+from detpipe.roi_pooling.grid_samples import read_cells
 from detpipe.roi_pooling.layouts import read_layout, read_values
 from detpipe.roi_pooling.levels import FPNLevels, choose_level
 from detpipe.roi_pooling.placement import Placement, place
@@ -97,12 +97,9 @@ def _exported(
     h, w, samples = points.shape[2:5]
     chosen, pooled = levels(boxes.flatten(0, 1), strides).view(*boxes.shape[:2], 1, 1, 1), None
     for index, (level, stride) in enumerate(zip(maps, strides, strict=True)):
-        sides = torch.stack([points.new_full((), level.shape[axis]) for axis in (3, 2)])  # [2] width, height
-        cells = points / stride
-        inside = ((cells >= -0.5) & (cells <= sides + 0.5)).all(-1)  # [N, P, h, w, S]
-        grid = (2 * cells / sides - 1).flatten(2, 4)  # [N, P, h w S, 2]
-        read = F.grid_sample(level, grid.to(level.dtype), "bilinear", "border", align_corners=False)
-        here = (read.unflatten(3, (h, w, samples)) * inside[:, None]).mean(-1).transpose(1, 2)
+        cells = (points / stride - 0.5).flatten(2, 4)[:, :, None]  # [N, P, 1, h w S, 2]
+        read = read_cells(level, cells)[:, :, :, 0]  # [N, P, C, h w S]
+        here = read.unflatten(3, (h, w, samples)).mean(-1)
         pooled = here if pooled is None else torch.where(chosen == index, here, pooled)
     assert pooled is not None
     return pooled
