@@ -74,7 +74,7 @@ def export(
         detector: what to write; it is put in evaluation mode.
         path: ends in ``.onnx``, or ``.pt2`` for :func:`torch.export.load`.
         labels: what the file says about it.
-        boxes: take proposals as a second input ``boxes`` ``[batch, proposals, 4]`` in pixels of the images; a detector on
+        boxes: take proposals as a second input ``proposals`` ``[batch, proposals, 4]`` in pixels of the images; a detector on
             precomputed proposals always does.
         vectors: give a fifth output ``vectors`` ``[batch, detections, width]``, what the head classifies.
         half: store the weights in 16 bits, half the size; what is computed stays in 32 bits. Not compared with the detector.

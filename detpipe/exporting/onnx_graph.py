@@ -46,7 +46,7 @@ def to_onnx(program: Program) -> onnx.ModelProto:
         program: in evaluation mode.
 
     Returns:
-        A model with inputs ``images`` and, where the program takes them, ``boxes``, all sizes dynamic.
+        A model with inputs ``images`` and, where the program takes boxes, ``proposals``, all sizes dynamic.
     """
     count = Dim("batch", min=1, max=LARGEST)
     height, width = (Dim(name, min=16, max=LARGEST) for name in ("height", "width"))
@@ -63,7 +63,7 @@ def to_onnx(program: Program) -> onnx.ModelProto:
     if program.takes_boxes:
         given.append(torch.tensor([0.0, 0.0, 32.0, 32.0]).repeat(2, 7, 1))
         shapes.append({0: count, 1: Dim("proposals", min=2, max=2**20)})
-        names.append("boxes")
+        names.append("proposals")
     second = _export(_Half(program, "detect"), given, shapes, names, program.outputs)
     return _name_sizes(_joined(first, second), program)
 
@@ -113,7 +113,7 @@ def _name_sizes(model: onnx.ModelProto, program: Program) -> onnx.ModelProto:
     graph.input[0].name = "images"
     sizes: dict[str, Sequence[str | int]] = {
         "images": ("batch", program.backbone.pixel_format.channels, "height", "width"),
-        "boxes": ("batch", "proposals", 4),
+        "proposals": ("batch", "proposals", 4),
     }
     for value in graph.input:
         _write_shape(value, sizes[value.name])

@@ -92,7 +92,7 @@ class OnnxDetector:
         found = dict(
             zip(
                 names,
-                self.session.run(None, {"images": images} | ({} if boxes is None else {"boxes": boxes})),
+                self.session.run(None, {"images": images} | ({} if boxes is None else {"proposals": boxes})),
                 strict=True,
             )
         )

@@ -36,15 +36,15 @@ def write_pt2(program: Program, file: IO[bytes], about: dict[str, str]) -> None:
         Dim("width", min=16, max=8192),
     )
     given: tuple[Tensor, ...] = (torch.zeros(2, program.backbone.pixel_format.channels, 96, 112, dtype=torch.uint8),)
-    shapes: dict[str, Any] = {"images": {0: count, 2: height, 3: width}, "boxes": None}
+    shapes: list[dict[int, Any]] = [{0: count, 2: height, 3: width}]
     if program.takes_boxes:
         given = (*given, torch.tensor([0.0, 0.0, 32.0, 32.0]).repeat(2, 7, 1))
-        shapes["boxes"] = {0: count, 1: Dim("proposals", min=2, max=2**20)}
+        shapes.append({0: count, 1: Dim("proposals", min=2, max=2**20)})
     token = torch_alone.set(True)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(program, given, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(program, given, dynamic_shapes=tuple(shapes), strict=False)
             torch.export.save(exported, file, extra_files={ABOUT: json.dumps(about)})
     finally:
         torch_alone.reset(token)
