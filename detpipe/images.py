@@ -217,9 +217,12 @@ def to_canvas(
         The batch ``[N, C, H', W']``, and height and width of the pictures inside of it.
     """
     height, width = resized_size((images.shape[2], images.shape[3]), min_size, max_size, rule)
-    images = normalize(images, pixel_format)
-    smooth = rule != "torchvision"
-    images = F.interpolate(images, (height, width), mode="bilinear", align_corners=False, antialias=smooth)
+    if rule == "detectron2":
+        images = normalize(_resize_levels(images, (height, width)), pixel_format)
+    else:
+        images = normalize(images, pixel_format)
+        smooth = rule == "detpipe"
+        images = F.interpolate(images, (height, width), mode="bilinear", align_corners=False, antialias=smooth)
     rows, columns = (
         torch.arange((side + divisor - 1) // divisor * divisor, device=images.device) for side in (height, width)
     )
@@ -252,6 +255,32 @@ def _resize(image: Tensor, size: Size, smooth: bool = True) -> Tensor:
     batch = image if image.ndim == 4 else image[None]
     resized = F.interpolate(batch, size, mode="bilinear", align_corners=False, antialias=shrinks)
     return resized if image.ndim == 4 else resized[0]
+
+
+def _resize_levels(images: Tensor, size: Size) -> Tensor:
+    """Resize ``[N, C, H, W]`` uint8 as PyTorch does, and Pillow, in whole numbers, but by operations that exported graphs have."""
+    levels = images.double()
+    for axis, length in ((3, size[1]), (2, size[0])):
+        weights, unit = _whole_weights(images.shape[axis], length, images.device)
+        levels = (levels if axis == 3 else levels.mT) @ weights.T
+        levels = ((levels + unit / 2) / unit).floor().clamp(0, 255)
+        levels = levels if axis == 3 else levels.mT
+    return levels.to(torch.uint8)
+
+
+def _whole_weights(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How much each of the old pixels of an axis counts in each new one, ``[new, old]`` whole numbers, and what they add up to."""
+    ratio = torch.arange(1, device=device, dtype=torch.float64) + old / new
+    support = ratio.clamp(min=1)
+    center = (torch.arange(new, device=device, dtype=torch.float64)[:, None] + 0.5) * ratio
+    pixel = torch.arange(old, device=device, dtype=torch.float64)
+    inside = (pixel >= (center - support + 0.5).floor()) & (pixel < (center + support + 0.5).floor())
+    weights = (1 - ((pixel - center + 0.5) / support).abs()).clamp(min=0) * inside
+    weights = weights / weights.sum(1, keepdim=True)
+    powers = 2.0 ** torch.arange(1, 23, device=device, dtype=torch.float64)
+    bits = ((weights.amax() * powers + 0.5).floor() < 2**15).sum()
+    unit = 2.0 ** bits.double()
+    return (weights * unit + 0.5).floor(), unit
 
 
 def picture_sizes(images: Sequence[Tensor], contents: Sequence[Size | None] | None = None) -> list[Size]:

@@ -100,6 +100,8 @@ def export(
     if path.suffix == ".pt2":
         check_torch_alone(detector)
     program = Program(detector, boxes, vectors).eval()
+    if calibration and program.takes_boxes:
+        raise UsageError("export: 8 bits are measured on images alone, and this detector needs boxes; leave --int8 out")
     with atomic_write(path) as temporary:
         temporary.touch()  # a path that cannot be written is told before minutes of work
         say(f"exporting {type(detector.head).__name__}, which takes a few minutes")

@@ -143,6 +143,6 @@ def with_threshold(model: onnx.ModelProto, threshold: float) -> onnx.ModelProto:
     """Copy a model, with another threshold of scores."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    [held] = [value for value in changed.graph.initializer if value.name.endswith("score_threshold")]
+    [held] = [value for value in changed.graph.initializer if value.name == "program.score_threshold"]
     held.CopyFrom(onnx.numpy_helper.from_array(np.array(threshold, dtype=np.float32), held.name))
     return changed
