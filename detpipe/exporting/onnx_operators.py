@@ -87,7 +87,7 @@ def _roi_align(
 
 def _roi_pool(input, rois, spatial_scale: float, pooled_height: int, pooled_width: int):
     pooled = op.MaxRoiPool(input, rois, pooled_shape=[pooled_height, pooled_width], spatial_scale=spatial_scale)
-    return pooled, pooled  # torchvision's second result are the winners, which a gradient needs
+    return pooled, op.Cast(pooled, to=INT64)  # torchvision's second result are the winners, which a gradient needs
 
 
 def _columns(values, first: int, last: int, axis: int):

@@ -41,6 +41,15 @@ def test_finds_what_the_detector_finds(kind):
     assert parity.detections > 30
 
 
+@pytest.mark.slow
+def test_compiles_as_one_graph():
+    model = detector("fpn")
+    program = Program(model)
+    compiled = torch.compile(program, fullgraph=True, backend="eager")
+    for batch in sample_images(model)[1:3]:
+        torch.testing.assert_close(compiled(batch), program(batch))
+
+
 def test_rows_behind_the_count_are_zero():
     model = detector()
     images = torch.cat(
