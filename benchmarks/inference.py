@@ -1,9 +1,9 @@
 """Which way of running a detector takes least time, and how does it compare with torchvision's FasterRCNN?
 
-One image of 480 x 640, one thread and two. All contestants have SqueezeNet 1.1 up to stride 16, a proposal network of its width,
-as many proposals, RoIAlign of 7 x 7 bins with 2 x 2 samples, and as wide a head; weights are random, spread so that boxes differ. They take
-turns round by round in one process, each round in another order, and the ratio is the median over rounds of (seconds / seconds of
-torchvision's detector as it is). The aim is a best ratio of at most .6.
+One image of 480 x 640, one thread and two. All contestants have SqueezeNet 1.1 up to stride 16, a proposal network of its width, as
+many proposals, RoIAlign of 7 x 7 bins with 2 x 2 samples, and as wide a head; weights are random, spread so that boxes differ. They
+take turns round by round in one process, each round in another order, and the ratio is the median over rounds of (seconds / seconds
+of torchvision's detector as it is). The aim is a best ratio of at most .6.
 
 What differs: torchvision has 4 (K + 1) box outputs, detpipe 4 K; the weights of both are not the same, so that as many boxes as are
 proposed enter the heads, which the table shows.

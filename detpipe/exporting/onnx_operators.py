@@ -60,12 +60,16 @@ def _keep_best(boxes, groups, iou: float):
 
 
 def _sort_stable(self, stable: bool | None = None, dim: int = -1, descending: bool = False):
-    """Of equal values TopK gives the first ones first."""
+    """Of equal values TopK gives the first ones first; OpenVINO does not, so whole numbers along the last axis are made different."""
     size = op.Reshape(op.Gather(op.Shape(self), op.Constant(value_int=dim), axis=0), op.Constant(value_ints=[1]))
     kind = self.dtype
-    if kind is not None and kind.is_integer():  # of these, runtimes sort int64 alone
-        values, indices = op.TopK(op.Cast(self, to=INT64), size, axis=dim, largest=int(descending), sorted=1)
-        return op.CastLike(values, self), indices
+    if kind is not None and kind.is_integer():
+        count, zero, one = op.Squeeze(size), op.Constant(value_int=0), op.Constant(value_int=1)
+        place = op.Range(zero, count, one)
+        place = op.Sub(op.Sub(count, one), place) if descending else place
+        key = op.Add(op.Mul(op.Cast(self, to=INT64), count), place)
+        _, indices = op.TopK(key, size, axis=dim, largest=int(descending), sorted=1)
+        return op.GatherElements(self, indices, axis=dim), indices
     return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
 

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from detpipe import boxes as box_ops
 from detpipe.heads.suppression import Kept, box_fusion, soft_nms
@@ -116,11 +117,16 @@ class Postprocess:
         """
         classes, threshold = scores.shape[2], self.score_threshold if threshold is None else threshold
         scores = scores.float().masked_fill(~valid[..., None], -1.0).flatten(1)
+        pairs, count = scores.shape[1], self.candidates_per_image
+        if isinstance(pairs, int):
+            count = min(count, pairs)
+        else:  # a symbol: there are as many candidates as may be, whatever it is
+            scores = pad(scores, (0, count), value=-1.0)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
-        count = torch.sym_min(self.candidates_per_image, scores.shape[1])
         if not torch.compiler.is_compiling():  # those below the threshold need not be sorted out one by one
             count = min(count, int((scores > threshold).sum(1).max()) if scores.numel() else 0)
         scores, order = scores[:, :count], order[:, :count]  # [N, M]
+        order = order if isinstance(pairs, int) else order.clamp(max=pairs - 1)
         row, label = order // max(classes, 1), order % max(classes, 1)
         flat = boxes.flatten(1, 2)
         index = row if boxes.shape[2] == 1 else order
@@ -139,7 +145,6 @@ class Postprocess:
     def _nms(self, boxes: Tensor, scores: Tensor, labels: Tensor, keep: Tensor) -> Kept:
         exact = boxes.double().masked_fill(~keep[..., None], 0.0)
         keep = keep & keep_best(exact, self.nms_iou, labels)
-        count = torch.sym_min(self.detections_per_image, scores.shape[1])
-        first = keep.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+        first = keep.byte().argsort(dim=1, descending=True, stable=True)[:, : self.detections_per_image]
         scores = scores.masked_fill(~keep, -1.0).gather(1, first)
         return Kept(boxes.gather(1, first[..., None].expand(-1, -1, 4)), scores, labels.gather(1, first), first)

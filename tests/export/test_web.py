@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export.detectors import detector
-from export.test_files import written  # noqa: F401 (a fixture)
 from PIL import Image
 
 from detpipe.exporting.parity import sample_images
 from detpipe.exporting.runtime import OnnxDetector
+from export.detectors import detector
+from export.test_files import written  # noqa: F401 (a fixture)
 
 PAGE = Path(__file__).resolve().parents[2] / "examples" / "web"
 PACKAGE = "onnxruntime-web@1.22.0"
