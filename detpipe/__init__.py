@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from detpipe.demo import Demo, DemoDigits
     from detpipe.detector import TwoStageDetector
     from detpipe.evaluation.metrics import CocoEvaluator, LvisEvaluator, VocEvaluator
+    from detpipe.exporting.files import export
     from detpipe.heads import (
         AttentionalHead,
         CascadeHead,
@@ -119,6 +120,7 @@ _HOMES = {
     "detpipe.demo": ("Demo", "DemoDigits"),
     "detpipe.detector": ("TwoStageDetector",),
     "detpipe.evaluation.metrics": ("CocoEvaluator", "LvisEvaluator", "VocEvaluator"),
+    "detpipe.exporting.files": ("export",),
     "detpipe.heads": (
         *("FastRCNNHead", "AttentionalHead", "CascadeHead", "Postprocess", "RoISampler"),
         *("Glimpse", "GlimpseSettings", "GlimpseSequence", "Reinforce", "Pathwise", "LaterStages"),
@@ -151,7 +153,7 @@ __all__ = [  # noqa: RUF022 (the order of the data path)
     "RoIAlign", "RoIMaxPool", "PreciseRoIPool", "RotatedRoIAlign", "SuperpixelPool",
     "FastRCNNHead", "AttentionalHead", "CascadeHead", "RoISampler", "Postprocess",
     "Glimpse", "GlimpseSettings", "GlimpseSequence", "Reinforce", "Pathwise", "LaterStages",
-    "TwoStageDetector", "Optimizer", "LRSchedule", "load_detector",
+    "TwoStageDetector", "Optimizer", "LRSchedule", "load_detector", "export",
     "ImageClassifier", "ClassificationData", "ImageFolder", "DemoDigits", "Views", "load_classifier",
     "RegionClassifier", "Context", "Classification", "load_region_classifier",
     "SuperpixelLocalizer", "SuperpixelPoolingHead", "Localization", "Segmentation",

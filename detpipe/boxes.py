@@ -36,13 +36,15 @@ def image_sides(image_sizes: Sequence[tuple[int, int]], like: Tensor) -> tuple[T
     """Put the heights and widths of images on a tensor's device, without waiting for it.
 
     Args:
-        image_sizes: height and width of each of N images.
+        image_sizes: height and width of each of N images, or one for all.
         like: gives dtype and device.
 
     Returns:
-        ``[N, 1]`` each.
+        ``[N, 1]`` each, or ``[1, 1]``.
     """
-    if len({tuple(size) for size in image_sizes}) == 1:
+    if isinstance(image_sizes[0][0], Tensor):  # of an exported graph, for all images
+        return image_sizes[0]
+    if len(image_sizes) == 1 or len({tuple(size) for size in image_sizes}) == 1:
         height, width = image_sizes[0]
         return like.new_full((len(image_sizes), 1), height), like.new_full((len(image_sizes), 1), width)
     sizes = torch.tensor([tuple(size) for size in image_sizes], dtype=like.dtype).reshape(-1, 2, 1)

@@ -47,6 +47,8 @@ commands:
                         a data set: name its faults, measure and draw it, convert it between layouts, divide it, pack it
   data download voc07|voc12|coco2017
                         fetch and unpack a public data set
+  export CHECKPOINT|NAME -o model.onnx|model.pt2
+                        write a detector as a file that runs without detpipe; --check FILE IMAGES compares one
   zoo                   list detectors with published weights, whose names predict takes; zoo NAME -o FILE.ckpt writes one
 
 options:
@@ -115,6 +117,7 @@ COMMANDS: dict[
         "classify": "predict.classify",
         "ablate": "ablation.run_ablate",
         "inspect": "inspect_attention.run_inspect",
+        "export": "export.run_export",
         "zoo": "zoo.run_zoo",
         "proposals": "",
         "data": "",

@@ -36,16 +36,19 @@ def resized_size(size: Size, min_size: int, max_size: int, rule: ResizeRule = "d
         >>> resized_size((480, 640), 600, 1000)
         (600, 800)
     """
-    height, width = size
-    scale = min(min_size / min(height, width), max_size / max(height, width))
-    if rule == "torchvision":
-        return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+    height, width = size  # in an exported graph symbols: no branch depends on them
+    shorter, longer = torch.sym_min(height, width), torch.sym_max(height, width)
     if rule == "detectron2":  # two steps, each rounded in floating point
-        scale = min_size / min(height, width)
-        sides = (min_size, scale * width) if height < width else (scale * height, min_size)
-        shrink = max_size / max(sides) if max(sides) > max_size else 1.0
-        return max(1, int(sides[0] * shrink + 0.5)), max(1, int(sides[1] * shrink + 0.5))
-    return max(1, round(height * scale)), max(1, round(width * scale))
+        long_side = min_size / shorter * longer
+        shrink = torch.sym_min(1.0, max_size / torch.sym_max(min_size, long_side))
+        short_side, long_side = (math.floor(side * shrink + 0.5) for side in (min_size, long_side))
+        wide = height < width
+        sides = torch.sym_ite(wide, short_side, long_side), torch.sym_ite(wide, long_side, short_side)
+    else:
+        scale = torch.sym_min(min_size / shorter, max_size / longer)
+        whole = math.floor if rule == "torchvision" else round
+        sides = whole(height * scale), whole(width * scale)
+    return torch.sym_max(1, sides[0]), torch.sym_max(1, sides[1])
 
 
 def scale_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
@@ -190,6 +193,44 @@ def to_batch(
     return ImageList(batch, sizes if len(sizes) == len(images) else sizes * len(images))
 
 
+def to_canvas(
+    images: Tensor,
+    pixel_format: PixelFormat,
+    min_size: int,
+    max_size: int,
+    divisor: int,
+    dtype: torch.dtype | None = None,
+    rule: ResizeRule = "detpipe",
+) -> tuple[Tensor, Size]:
+    """Do what :func:`to_batch` does for images of one size, by operations that are the same for any size.
+
+    Args:
+        images: ``[N, C, H, W]``; N, H and W may be symbols.
+        pixel_format: as of :func:`to_batch`, as all others.
+        min_size: as there.
+        max_size: as there.
+        divisor: as there.
+        dtype: as there.
+        rule: as there.
+
+    Returns:
+        The batch ``[N, C, H', W']``, and height and width of the pictures inside of it.
+    """
+    height, width = resized_size((images.shape[2], images.shape[3]), min_size, max_size, rule)
+    if rule == "detectron2":
+        images = normalize(_resize_levels(images, (height, width)), pixel_format)
+    else:
+        images = normalize(images, pixel_format)
+        smooth = rule == "detpipe"
+        images = F.interpolate(images, (height, width), mode="bilinear", align_corners=False, antialias=smooth)
+    rows, columns = (
+        torch.arange((side + divisor - 1) // divisor * divisor, device=images.device) for side in (height, width)
+    )
+    images = images.index_select(2, rows.clamp(max=height - 1)).index_select(3, columns.clamp(max=width - 1))
+    images = torch.where((rows < height)[:, None] & (columns < width), images, 0.0)
+    return images.to(dtype or images.dtype), (height, width)
+
+
 def _stacked(images: Sequence[Tensor], contents: Sequence[Size | None] | None) -> Sequence[Tensor]:
     """Put images of one kind, size and content into one tensor, so that as many operations serve any number of them."""
     own = contents or [None] * len(images)
@@ -214,6 +255,32 @@ def _resize(image: Tensor, size: Size, smooth: bool = True) -> Tensor:
     batch = image if image.ndim == 4 else image[None]
     resized = F.interpolate(batch, size, mode="bilinear", align_corners=False, antialias=shrinks)
     return resized if image.ndim == 4 else resized[0]
+
+
+def _resize_levels(images: Tensor, size: Size) -> Tensor:
+    """Resize ``[N, C, H, W]`` uint8 as PyTorch does, and Pillow, in whole numbers, but by operations that exported graphs have."""
+    levels = images.double()
+    for axis, length in ((3, size[1]), (2, size[0])):
+        weights, unit = _whole_weights(images.shape[axis], length, images.device)
+        levels = (levels if axis == 3 else levels.mT) @ weights.T
+        levels = ((levels + unit / 2) / unit).floor().clamp(0, 255)
+        levels = levels if axis == 3 else levels.mT
+    return levels.to(torch.uint8)
+
+
+def _whole_weights(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How much each of the old pixels of an axis counts in each new one, ``[new, old]`` whole numbers, and what they add up to."""
+    ratio = torch.arange(1, device=device, dtype=torch.float64) + old / new
+    support = ratio.clamp(min=1)
+    center = (torch.arange(new, device=device, dtype=torch.float64)[:, None] + 0.5) * ratio
+    pixel = torch.arange(old, device=device, dtype=torch.float64)
+    inside = (pixel >= (center - support + 0.5).floor()) & (pixel < (center + support + 0.5).floor())
+    weights = (1 - ((pixel - center + 0.5) / support).abs()).clamp(min=0) * inside
+    weights = weights / weights.sum(1, keepdim=True)
+    powers = 2.0 ** torch.arange(1, 23, device=device, dtype=torch.float64)
+    bits = ((weights.amax() * powers + 0.5).floor() < 2**15).sum()
+    unit = 2.0 ** bits.double()
+    return (weights * unit + 0.5).floor(), unit
 
 
 def picture_sizes(images: Sequence[Tensor], contents: Sequence[Size | None] | None = None) -> list[Size]:

@@ -16,6 +16,7 @@ from detpipe.images import (
     scale_boxes,
     targets_to_batch,
     to_batch,
+    to_canvas,
 )
 from detpipe.types import PixelFormat
 
@@ -220,3 +221,13 @@ def test_torchvisions_rule_does_not_smooth():
     assert sharp.std() > 2 * smooth.std()
     wanted = F.interpolate(image[None], (31, 31), mode="bilinear", align_corners=False)
     assert torch.equal(sharp, wanted)
+
+
+@pytest.mark.parametrize("rule", ["detpipe", "torchvision", "detectron2"])
+@pytest.mark.parametrize("size", [(20, 30), (90, 61), (40, 64), (150, 33)])
+def test_the_canvas_of_exported_graphs_is_the_batch(rule, size):
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    expected = to_batch([*images], CAFFE, 40, 64, 16, rule=rule)
+    canvas, content = to_canvas(images, CAFFE, 40, 64, 16, rule=rule)
+    assert [content] * 2 == expected.image_sizes
+    torch.testing.assert_close(canvas, expected.tensors, rtol=0, atol=0 if rule == "detectron2" else 1e-4)

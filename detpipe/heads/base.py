@@ -19,6 +19,7 @@ from detpipe.boxes import DELTA_WEIGHTS, DeltaWeights
 from detpipe.heads.objective import ClassLoss, Objective, box_losses
 from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
+from detpipe.heads.suppression import Kept
 from detpipe.stages import Losses, RoIHead, check_tensor
 from detpipe.types import Detection, Features, GlimpsedDetection, Target
 
@@ -183,11 +184,7 @@ class ProposalHead(RoIHead, ABC):
                 index = (rois.labels - 1).clamp(min=0).flatten()
                 self.classes_seen.index_add_(0, index, rois.foreground.flatten().to(torch.int64))
             return [], self.losses(features, rois, image_sizes, targets)
-        boxes, present = matching.pad(proposals)
-        valid = present & box_ops.valid(boxes)
-        boxes = box_ops.fill(boxes, valid)
-        found = self.detect(features, boxes, image_sizes, valid)
-        self._check(found, *valid.shape)
+        boxes, valid, found = self._found(features, *matching.pad(proposals), image_sizes)
         detections, rows = self.postprocess.select(found.scores, found.boxes, valid, image_sizes)
         if not self.return_glimpses:
             return detections, {}
@@ -197,6 +194,38 @@ class ProposalHead(RoIHead, ABC):
             for image, (detection, kept) in enumerate(zip(detections, rows, strict=True))
         ]
         return list[Detection](glimpsed), {}
+
+    def detect_padded(
+        self,
+        features: Features,
+        boxes: Tensor,
+        present: Tensor,
+        image_sizes: list[tuple[int, int]],
+        threshold: Tensor | float | None = None,
+    ) -> tuple[Kept, Tensor]:
+        """Detect as tensors of fixed size: what a call does, for compiled and exported graphs.
+
+        Args:
+            features: level name -> ``[N, C, H_l, W_l]``.
+            boxes: ``[N, P, 4]`` xyxy in pixels of the batch.
+            present: ``[N, P]`` bool, False where an image has fewer than P.
+            image_sizes: height and width of each image inside the padded batch, or one size for all.
+            threshold: of scores, in the place of that of ``postprocess``.
+
+        Returns:
+            What :meth:`detpipe.heads.postprocess.Postprocess.padded` returns.
+        """
+        _, valid, found = self._found(features, boxes, present, image_sizes)
+        return self.postprocess.padded(found.scores, found.boxes, valid, image_sizes, threshold)
+
+    def _found(
+        self, features: Features, boxes: Tensor, present: Tensor, image_sizes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, Found]:
+        valid = present & box_ops.valid(boxes)
+        boxes = box_ops.fill(boxes, valid)
+        found = self.detect(features, boxes, image_sizes, valid)
+        self._check(found, *valid.shape)
+        return boxes, valid, found
 
     def _check(self, found: object, images: int, proposals: int) -> None:
         if not isinstance(found, Found):
@@ -224,6 +253,8 @@ def in_parts(function: Callable[[Tensor], Results], boxes: Tensor) -> Results:
         >>> in_parts(lambda part: part.sum(-1), torch.ones(2, 3, 4)).shape
         torch.Size([2, 3])
     """
+    if torch.compiler.is_compiling():  # a number of parts that depends on the boxes would be another graph for each
+        return function(boxes)
     size = max(1, ROIS_PER_PASS // max(1, len(boxes)))
     parts = [function(part) for part in boxes.split(size, dim=1)]
     return parts[0] if len(parts) == 1 else _joined(parts)

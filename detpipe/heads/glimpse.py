@@ -168,7 +168,10 @@ class Glimpse(nn.Module):
         boxes = boxes.detach()
         theta = self.localization(pooled.flatten(0, 1))
         maps = {level: features[level] for level in strides if level in features}
-        weigh_maps = self.gain is not None and sum(values.numel() for values in maps.values()) < pooled.numel()
+        dynamic = torch.compiler.is_exporting()  # then sizes are not known
+        weigh_maps = (
+            not dynamic and self.gain is not None and sum(values.numel() for values in maps.values()) < pooled.numel()
+        )
         if weigh_maps:  # the same, and fewer products than weighing what is seen
             maps = {level: self._weighed(values) for level, values in maps.items()}
         around = boxes if len(strides) == 1 else self._around(theta, boxes)  # chooses the level

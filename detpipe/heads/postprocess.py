@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from detpipe import boxes as box_ops
 from detpipe.heads.suppression import Kept, box_fusion, soft_nms
@@ -86,32 +88,59 @@ class Postprocess:
         Returns:
             N detections, best first, and N tensors ``[D]`` int64 in 0..P-1.
         """
-        classes = scores.shape[2]
+        kept, counts = self.padded(scores, boxes, valid, image_sizes)
+        found, sources = [], []
+        for boxes, scores, labels, rows, count in zip(*kept, counts.tolist(), strict=True):
+            found.append(Detection(boxes=boxes[:count], scores=scores[:count], labels=labels[:count]))
+            sources.append(rows[:count])
+        return found, sources
+
+    def padded(
+        self,
+        scores: Tensor,
+        boxes: Tensor,
+        valid: Tensor,
+        image_sizes: list[tuple[int, int]],
+        threshold: Tensor | float | None = None,
+    ) -> tuple[Kept, Tensor]:
+        """Select detections as tensors ``[N, D, ...]``; in a compiled or exported graph without a look at any value.
+
+        Args:
+            scores: as of a call.
+            boxes: as of a call.
+            valid: as of a call.
+            image_sizes: as of a call, or one size for all.
+            threshold: in the place of ``score_threshold``.
+
+        Returns:
+            Detections, best first, whose ``index`` is that of their proposal; and ``[N]`` int64, how many each image has.
+        """
+        classes, threshold = scores.shape[2], self.score_threshold if threshold is None else threshold
         scores = scores.float().masked_fill(~valid[..., None], -1.0).flatten(1)
+        pairs, count = scores.shape[1], self.candidates_per_image
+        if isinstance(pairs, int):
+            count = min(count, pairs)
+        else:  # a symbol: there are as many candidates as may be, whatever it is
+            scores = pad(scores, (0, count), value=-1.0)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
-        above = int((scores > self.score_threshold).sum(1).max()) if scores.numel() else 0
-        count = min(self.candidates_per_image, above)
+        if not torch.compiler.is_compiling():  # those below the threshold need not be sorted out one by one
+            count = min(count, int((scores > threshold).sum(1).max()) if scores.numel() else 0)
         scores, order = scores[:, :count], order[:, :count]  # [N, M]
+        order = order if isinstance(pairs, int) else order.clamp(max=pairs - 1)
         row, label = order // max(classes, 1), order % max(classes, 1)
         flat = boxes.flatten(1, 2)
         index = row if boxes.shape[2] == 1 else order
         chosen = flat.gather(1, index[..., None].expand(-1, -1, 4)).float()
         chosen = box_ops.clip(chosen, *box_ops.image_sides(image_sizes, chosen))
-        keep = (scores > self.score_threshold) & box_ops.valid(chosen, self.min_size)
+        keep = (scores > threshold) & box_ops.valid(chosen, self.min_size)
         if self.suppression == "nms":
             kept = self._nms(chosen, scores, label + 1, keep)
         elif self.suppression == "soft_nms":
             kept = soft_nms(chosen, scores, label + 1, keep, self.sigma, self.detections_per_image)
         else:
             kept = box_fusion(chosen, scores, label + 1, keep, self.nms_iou)
-        found, sources = [], []
-        counts = (kept.scores > self.score_threshold).sum(1).clamp(max=self.detections_per_image).tolist()
-        for boxes, scores, labels, rows, count in zip(
-            kept.boxes, kept.scores, kept.labels, row.gather(1, kept.index), counts, strict=True
-        ):
-            found.append(Detection(boxes=boxes[:count], scores=scores[:count], labels=labels[:count]))
-            sources.append(rows[:count])
-        return found, sources
+        counts = (kept.scores > threshold).sum(1).clamp(max=self.detections_per_image)
+        return kept._replace(index=row.gather(1, kept.index)), counts
 
     def _nms(self, boxes: Tensor, scores: Tensor, labels: Tensor, keep: Tensor) -> Kept:
         exact = boxes.double().masked_fill(~keep[..., None], 0.0)

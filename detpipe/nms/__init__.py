@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from detpipe import boxes as box_ops
+from detpipe.support.graphs import torch_alone
+
 
 def keep_best(boxes: Tensor, iou: float, groups: Tensor | None = None) -> Tensor:
     """Go through the boxes of each row in order, and drop those that overlap one that was kept.
@@ -31,6 +34,8 @@ def keep_best(boxes: Tensor, iou: float, groups: Tensor | None = None) -> Tensor
         >>> keep_best(boxes, 0.5)
         tensor([[ True, False, False]])
     """
+    if torch_alone.get():
+        return _by_overlaps(boxes, groups, iou)
     return torch.ops.detpipe.keep_best(boxes, groups, iou)
 
 
@@ -54,6 +59,27 @@ def _keep_best(boxes: Tensor, groups: Tensor | None, iou: float) -> Tensor:
         best = _nms(found.double() + apart[:, None], iou)
         kept[row[best], column[best]] = True
     return kept
+
+
+def _by_overlaps(boxes: Tensor, groups: Tensor | None, iou: float) -> Tensor:
+    """Ask all boxes at once which of those that are kept drop them, until nothing changes: the same answer.
+
+    As in Zheng et al., "Enhancing Geometric Factors in Model Learning and Inference for Object Detection and Instance
+    Segmentation", 2020, arXiv 2005.03572 (Cluster-NMS).
+    """
+    from torch._higher_order_ops import while_loop
+
+    solid, place = (boxes[..., 2:] > boxes[..., :2]).all(-1), torch.arange(boxes.shape[1], device=boxes.device)
+    drops = (box_ops.iou(boxes, boxes) > iou) & (place[:, None] > place)  # [B, M, M]: the row, by the column
+    if groups is not None:
+        drops = drops & (groups[:, :, None] == groups[:, None])
+
+    def step(kept: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        after = solid & ~(drops & kept[:, None]).any(2)
+        return after, (after != kept).any()
+
+    changed = torch.ones((), dtype=torch.bool, device=boxes.device)
+    return while_loop(lambda _, changed: changed.any(), step, (solid.clone(), changed))[0]
 
 
 @cache

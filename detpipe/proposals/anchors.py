@@ -35,7 +35,9 @@ class AnchorGrid:
         """H, W."""
         return self.y.shape[1], self.x.shape[1]
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """H W A, the number of anchors."""
         return self.x.shape[0] * self.x.shape[1] * self.y.shape[1]
 
     def boxes(self) -> Tensor:

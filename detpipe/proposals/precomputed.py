@@ -65,6 +65,25 @@ class PrecomputedProposals(ProposalSource):
             boxes.append(self._select(box_ops.clip(proposals.to(images.tensors), height, width)))
         return boxes, {}
 
+    def chosen(self, boxes: Tensor) -> Tensor:
+        """Say which boxes a call keeps, by operations that do not depend on how many those are.
+
+        Args:
+            boxes: ``[N, P, 4]`` xyxy, clipped to their images.
+
+        Returns:
+            ``[N, P]`` bool.
+        """
+        keep = box_ops.valid(boxes, self.min_size)
+        if self.remove_duplicates:
+            place = torch.arange(boxes.shape[1], device=boxes.device)
+            x1, y1, x2, y2 = (boxes.double() * 16).round().long().unbind(-1)
+            key = ((x1 * 2**16 + y1) * 2**16 + x2) * 2**16 + y2  # of boxes up to 4096 pixels
+            key = key.masked_fill(~keep, -1)
+            earlier = (key[:, :, None] == key[:, None]) & (place[:, None] > place)
+            keep = keep & ~earlier.any(dim=2)
+        return keep if self.max_boxes is None else keep & (keep.cumsum(1) <= self.max_boxes)
+
     def _select(self, boxes: Tensor) -> Tensor:
         """``[P, 4]`` -> the first of those that are large enough and differ."""
         boxes = boxes[box_ops.valid(boxes, self.min_size)]

@@ -150,6 +150,24 @@ class RPN(ProposalSource):
         boxes, logits = self._select(logits, deltas, grids, anchors, images, None)
         return boxes, [row.sigmoid() for row in logits]
 
+    @torch.no_grad()
+    def propose_padded(self, images: ImageList, features: Features) -> tuple[Tensor, Tensor]:
+        """Propose boxes as tensors of fixed size, without a look at any value: what :meth:`propose` does, for exported graphs.
+
+        Args:
+            images: the padded batch; one size may stand for all images.
+            features: level name -> ``[N, C, H_l, W_l]``.
+
+        Returns:
+            ``[N, P, 4]`` xyxy in pixels of the batch, best first, and ``[N, P]`` bool, False where an image has fewer than P.
+        """
+        maps = self._maps(images, features)
+        grids, anchors = self._anchors(images, maps)
+        logits, deltas = (output.float() for output in self.head(maps))
+        sizes = [grid.count for grid in grids]
+        boxes, _, present = self.selection.padded(logits, deltas, anchors, sizes, images.image_sizes, training=False)
+        return boxes, present
+
     def _maps(self, images: ImageList, features: Features) -> list[Tensor]:
         """Pick the levels, channels last, and check that they have the strides that anchors rely on."""
         missing = [name for name in self.strides if name not in features]
@@ -158,6 +176,8 @@ class RPN(ProposalSource):
         maps = [features[name] for name in self.strides]
         for _ in range(self.extra_levels):
             maps.append(maps[-1][:, :, ::2, ::2])
+        if torch.compiler.is_compiling():  # sizes may be symbols, and a batch that runs has been checked before
+            return maps
         for (name, stride), level in zip(self.strides.items(), maps, strict=False):
             for side, cells in zip(images.tensors.shape[-2:], level.shape[-2:], strict=True):
                 if abs(cells - side / stride) >= 2:
@@ -171,6 +191,9 @@ class RPN(ProposalSource):
         """Lay the anchors, or take them from an earlier call: each level's, and all of them ``[P, 4]``."""
         cells = tuple((level.shape[2], level.shape[3]) for level in maps)
         batch = (images.tensors.shape[-2], images.tensors.shape[-1]) if self.anchors.measured else None
+        if torch.compiler.is_compiling():
+            grids = self.anchors.grids(cells, self._strides, maps[0].device, batch)
+            return grids, torch.cat([grid.boxes() for grid in grids])
         key = (cells, batch, maps[0].device)
         if key not in self._grids:
             if len(self._grids) >= CACHED_GRIDS:
@@ -190,7 +213,7 @@ class RPN(ProposalSource):
         fill_up: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:
         training = self.training and (not self.frozen or self.selection.frozen_as == "training")
-        sizes = [len(grid) for grid in grids]
+        sizes = [grid.count for grid in grids]
         candidates = (logits.detach(), deltas.detach(), anchors, sizes, images.image_sizes, training)
         if fill_up:
             return self.selection(*candidates, fill_up)

@@ -67,7 +67,7 @@ class RPNHead(nn.Module):
                 level = F.relu_(conv(level))
             levels.append(F.conv2d(level, weight, bias).permute(0, 2, 3, 1).flatten(1, 2))
         outputs = levels[0] if len(levels) == 1 else torch.cat(levels, dim=1)  # [N, cells, 5 A]
-        return outputs[..., : self.per_cell].flatten(1), outputs[..., self.per_cell :].reshape(len(outputs), -1, 4)
+        return outputs[..., : self.per_cell].flatten(1), outputs[..., self.per_cell :].flatten(1).unflatten(1, (-1, 4))
 
     def computes_less_at(self, features: Sequence[Tensor], anchors: int) -> bool:
         """Tell whether `at` is the cheaper way to train on this many anchors of each image."""

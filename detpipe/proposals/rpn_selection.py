@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,28 +95,77 @@ class ProposalSelection:
         Raises:
             NotFiniteError: a logit or delta of a candidate is NaN or infinite; not with ``fill_up``.
         """
+        boxes, scores, present = self.padded(
+            logits, deltas, anchors, level_sizes, image_sizes, training, checked=not fill_up
+        )
+        if fill_up:
+            return [*boxes.masked_fill(~present[..., None], 0.0)], [*scores]
+        found = present.sum(dim=1).tolist()
+        return (
+            [row[:number] for row, number in zip(boxes, found, strict=True)],
+            [row[:number] for row, number in zip(scores, found, strict=True)],
+        )
+
+    def padded(
+        self,
+        logits: Tensor,
+        deltas: Tensor,
+        anchors: Tensor,
+        level_sizes: Sequence[int],
+        image_sizes: Sequence[tuple[int, int]],
+        training: bool,
+        checked: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Select proposals, as many for each image, by operations that do not depend on how many there are.
+
+        Args:
+            logits: as of a call.
+            deltas: as of a call.
+            anchors: as of a call.
+            level_sizes: as of a call.
+            image_sizes: as of a call, or one size for all.
+            training: as of a call.
+            checked: look at the values.
+
+        Returns:
+            boxes ``[N, P, 4]``, best first, their logits ``[N, P]``, and ``[N, P]`` bool, False for what is no proposal.
+
+        Raises:
+            NotFiniteError: as of a call, where ``checked``.
+        """
         phase = 0 if training else 1
         starts = [0, *accumulate(level_sizes)]
-        best = [
-            level.topk(min(self.pre_nms_top_n[phase], level.shape[1]))
-            for level in logits.split(list(level_sizes), dim=1)
-        ]
+        best = [self._best(level, phase) for level in logits.split(list(level_sizes), dim=1)]
         index = torch.cat([found.indices + start for found, start in zip(best, starts, strict=False)], dim=1)
         scores = torch.cat([found.values for found in best], dim=1)  # [N, M]
         deltas = deltas.gather(1, index[..., None].expand(-1, -1, 4))
-        if not fill_up:
+        if checked:
             _refuse_non_finite(scores, deltas)
         boxes = box_ops.decode(deltas, anchors[index], WEIGHTS)
         boxes = box_ops.clip(boxes, *box_ops.image_sides(image_sizes, boxes))
         keep = box_ops.valid(boxes, self.min_size)
+        if torch.compiler.is_compiling():
+            keep &= scores > -torch.inf
         if self.score_threshold:
             keep &= scores.sigmoid() >= self.score_threshold
         keep &= self._survivors(boxes * keep[..., None], [found.values.shape[1] for found in best])
         ranks = scores.sigmoid() if self.rank_by == "probability" else scores
-        return self._gather(boxes, scores, ranks, keep, self.post_nms_top_n[phase], fill_up)
+        order = ranks.masked_fill(~keep, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        order = order[:, : self.post_nms_top_n[phase]]
+        return boxes.gather(1, order[..., None].expand(-1, -1, 4)), scores.gather(1, order), keep.gather(1, order)
+
+    def _best(self, logits: Tensor, phase: int) -> Candidates:
+        """The best anchors of a level, ``[N, P]`` logits; in a graph, where P may be a symbol, always as many: others are -inf."""
+        count, size = self.pre_nms_top_n[phase], logits.shape[1]
+        if not torch.compiler.is_compiling():
+            return Candidates(*logits.topk(min(count, size)))
+        values, indices = pad(logits, (0, count), value=-torch.inf).topk(count)
+        return Candidates(values, indices.clamp(max=size - 1))
 
     def _survivors(self, boxes: Tensor, counts: list[int]) -> Tensor:
         """Suppress within each image and level, best first: ``[N, M]`` bool. Boxes of area 0 neither suppress nor matter."""
+        if torch.compiler.is_compiling():
+            return torch.cat([keep_best(level, self.nms_iou) for level in boxes.split(counts, dim=1)], dim=1)
         missing = [max(counts) - count for count in counts]
         levels = [
             pad(level, (0, 0, 0, more)) if more else level
@@ -125,19 +174,12 @@ class ProposalSelection:
         kept = keep_best(torch.stack(levels, dim=1).flatten(0, 1), self.nms_iou).unflatten(0, (-1, len(counts)))
         return torch.cat([kept[:, level, :count] for level, count in enumerate(counts)], dim=1)
 
-    def _gather(
-        self, boxes: Tensor, scores: Tensor, ranks: Tensor, keep: Tensor, count: int, fill_up: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        order = ranks.masked_fill(~keep, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
-        boxes, scores = boxes.gather(1, order[..., None].expand(-1, -1, 4)), scores.gather(1, order)
-        if fill_up:
-            boxes = boxes.masked_fill(~keep.gather(1, order)[..., None], 0.0)
-            return [*boxes], [*scores]
-        found = keep.sum(dim=1).clamp(max=count).tolist()
-        return (
-            [row[:number] for row, number in zip(boxes, found, strict=True)],
-            [row[:number] for row, number in zip(scores, found, strict=True)],
-        )
+
+class Candidates(NamedTuple):
+    """Anchors of a level."""
+
+    values: Tensor  # [N, M] logits
+    indices: Tensor  # [N, M] int64 into the anchors of the level
 
 
 class NotFiniteError(ValueError):

@@ -33,6 +33,7 @@ from detpipe.roi_pooling.axis import (
     merge_samples,
     sample_points,
 )
+from detpipe.roi_pooling.grid_samples import read_cells
 from detpipe.roi_pooling.layouts import (
     Boxes,
     as_given,
@@ -46,9 +47,10 @@ from detpipe.roi_pooling.layouts import (
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.mean_ops import has_kernels, pool
 from detpipe.roi_pooling.placement import Placement, bin_edges, place, static_bound
-from detpipe.roi_pooling.pooler import RoIPooler, read_levels
+from detpipe.roi_pooling.pooler import RoIPooler, pool_every_level
 from detpipe.roi_pooling.scene import ADAPTIVE, PRECISE, Choice, Scene, make_scene
 from detpipe.roi_pooling.separable import pool_separable
+from detpipe.support.graphs import torch_alone
 
 
 def roi_align(
@@ -183,8 +185,29 @@ def _exported(
 ) -> Tensor:
     """Stand in for the operator in an exported graph, where only what ONNX and the runtimes know can be used."""
     rois = to_rois(boxes).to(features.dtype)
+    if torch_alone.get():
+        return _gridded(features, rois, size, scale, sampling_ratio, aligned)
     pooled = torchvision_ops.roi_align(features, rois, size, scale, max(sampling_ratio, 0), aligned)
     return pooled.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) and boxes.ndim == 3 else pooled
+
+
+def _gridded(
+    features: Tensor, rois: Tensor, size: tuple[int, int], scale: float, samples: int, aligned: bool
+) -> Tensor:
+    """Pool as many boxes of each image, one image after the other, by PyTorch's own operators: ``[R, C, h, w]``."""
+    boxes = rois[:, 1:].unflatten(0, (features.shape[0], -1)) * scale - (0.5 if aligned else 0.0)
+    corner, sides = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]
+    sides = sides if aligned else sides.clamp(min=1.0)
+    x, y = (
+        corner[..., axis, None]
+        + (torch.arange(count * samples, device=rois.device) + 0.5) / (count * samples) * sides[..., axis, None]
+        for axis, count in ((0, size[1]), (1, size[0]))
+    )  # [N, P, w s] and [N, P, h s]
+    cells = torch.stack(
+        (x[:, :, None].expand(-1, -1, y.shape[2], -1), y[..., None].expand(-1, -1, -1, x.shape[2])), dim=-1
+    )
+    read = read_cells(features, cells)  # [N, P, C, h s, w s]
+    return torch.nn.functional.avg_pool2d(read.flatten(0, 1), samples)
 
 
 class RoIAlign(RoIPooler):
@@ -226,13 +249,8 @@ class RoIAlign(RoIPooler):
         """Pool each box from the level that suits its size; see :meth:`RoIPooler.forward`."""
         if not torch.compiler.is_exporting() or self.reduce != "mean":
             return super().forward(features, boxes, strides)
-        # what ONNX knows is pooling from one map: every box is pooled from every level, and the right one is taken
-        maps, rois = read_levels(features, strides), to_rois(boxes)
-        chosen = self.levels(rois[:, 1:], list(strides.values()))[:, None, None, None]
-        settings = (self.output_size, self.sampling_ratio, self.aligned)
-        pooled = None
-        for index, (level, stride) in enumerate(zip(maps, strides.values(), strict=True)):
-            here = _exported(level, rois, settings[0], 1.0 / stride, *settings[1:])
-            pooled = here if pooled is None else torch.where(chosen == index, here, pooled)
-        assert pooled is not None
-        return pooled.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) and boxes.ndim == 3 else pooled
+
+        def pool(level: Tensor, rois: Tensor, scale: float) -> Tensor:
+            return _exported(level, rois, self.output_size, scale, self.sampling_ratio, self.aligned)
+
+        return pool_every_level(pool, features, boxes, strides, self.levels)

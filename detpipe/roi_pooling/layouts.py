@@ -153,7 +153,8 @@ def to_rois(boxes: Boxes) -> Tensor:
             return boxes
         if boxes.ndim != 3 or boxes.shape[2] != 4:
             raise LayoutError(f"boxes must be [R, 5], a list of [P_i, 4], or [N, P, 4]; got {list(boxes.shape)}")
-        boxes = list(boxes)
+        index = torch.arange(boxes.shape[0], dtype=boxes.dtype, device=boxes.device)
+        return torch.cat((index[:, None, None].expand(*boxes.shape[:2], 1), boxes), dim=2).flatten(0, 1)
     if not boxes or any(box.ndim != 2 or box.shape[1] != 4 for box in boxes):
         raise LayoutError(f"a list of boxes must hold [P_i, 4] tensors; got {[list(box.shape) for box in boxes]}")
     return torch.cat([torch.nn.functional.pad(box, (1, 0), value=float(i)) for i, box in enumerate(boxes)])

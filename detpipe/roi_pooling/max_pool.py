@@ -21,13 +21,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
+from torchvision import ops as torchvision_ops
 
 from detpipe.roi_pooling.layouts import Boxes, as_given, check_features, read_layout, read_output_size, read_scale
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.max_ops import max_pool
-from detpipe.roi_pooling.pooler import RoIPooler
+from detpipe.roi_pooling.pooler import RoIPooler, pool_every_level
 from detpipe.roi_pooling.scene import EQUAL_STEP, FAST_RCNN, Choice, Scene, make_scene
 
 Bins = Literal["fast_rcnn", "equal_step"]
@@ -103,6 +105,16 @@ class RoIMaxPool(RoIPooler):
         super().__init__(output_size, levels)
         self.bins: Bins = bins
         _rounding(bins)  # refuses other names
+
+    def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
+        """Pool each box from the level that suits its size; see :meth:`RoIPooler.forward`."""
+        if not torch.compiler.is_exporting() or self.bins != "fast_rcnn":
+            return super().forward(features, boxes, strides)
+
+        def pool(level: Tensor, rois: Tensor, scale: float) -> Tensor:
+            return torchvision_ops.roi_pool(level, rois, self.output_size, scale)
+
+        return pool_every_level(pool, features, boxes, strides, self.levels)
 
     def pool(self, maps: list[Tensor], scene: Scene) -> Tensor:
         """Pool the boxes of a scene: ``[R, C, h, w]``."""

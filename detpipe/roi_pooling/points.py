@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from detpipe.roi_pooling.bags import bag_sum
+from detpipe.roi_pooling.grid_samples import read_cells
 from detpipe.roi_pooling.layouts import as_given, read_layout
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.mean_ops import pool
@@ -63,6 +64,8 @@ def pool_points(
         raise ValueError(
             f"points must be [N, P, h, w, S, 2] for boxes [N, P, 4], got {list(points.shape)} and {list(boxes.shape)}"
         )
+    if torch.compiler.is_exporting():
+        return _exported(maps, points, boxes, list(strides.values()), levels)
     given = read_layout(boxes.detach(), maps[0])
     h, w, samples = points.shape[2:5]
     choice = choose_levels(levels, maps[0], given, list(strides.values()))
@@ -76,6 +79,25 @@ def _compose(maps: Sequence[Tensor], points: Tensor | None, scene: Scene) -> Ten
     # in float32 at least: a coordinate in half precision is wrong by whole cells
     exact = points.flatten(0, 1).to(torch.promote_types(placement.boxes.dtype, points.dtype))
     return read_points(placement, exact * placement.scale[:, None, None, None] - 0.5)
+
+
+def _exported(
+    maps: Sequence[Tensor],
+    points: Tensor,
+    boxes: Tensor,
+    strides: list[int],
+    levels: Callable[[Tensor, Sequence[int]], Tensor],
+) -> Tensor:
+    """Read the points of every level by what ONNX has, and take the right one: ``[N, P, C, h, w]``."""
+    h, w, samples = points.shape[2:5]
+    chosen, pooled = levels(boxes.flatten(0, 1), strides).view(*boxes.shape[:2], 1, 1, 1), None
+    for index, (level, stride) in enumerate(zip(maps, strides, strict=True)):
+        cells = (points / stride - 0.5).flatten(2, 4)[:, :, None]  # [N, P, 1, h w S, 2]
+        read = read_cells(level, cells)[:, :, :, 0]  # [N, P, C, h w S]
+        here = read.unflatten(3, (h, w, samples)).mean(-1)
+        pooled = here if pooled is None else torch.where(chosen == index, here, pooled)
+    assert pooled is not None
+    return pooled
 
 
 def read_points(placement: Placement, cells: Tensor) -> Tensor:

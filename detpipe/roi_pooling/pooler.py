@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from detpipe.roi_pooling.layouts import SIDES, Boxes, as_given, check_features, read_layout, read_output_size
+from detpipe.roi_pooling.layouts import SIDES, Boxes, as_given, check_features, read_layout, read_output_size, to_rois
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.scene import Scene, choose_levels, make_scene
 
@@ -81,6 +83,35 @@ def read_levels(features: dict[str, Tensor], strides: dict[str, int]) -> list[Te
                 f"{list(maps[0].shape)} {maps[0].dtype}: images, channels and type must agree"
             )
     return maps
+
+
+def pool_every_level(
+    pool: Callable[[Tensor, Tensor, float], Tensor],
+    features: dict[str, Tensor],
+    boxes: Boxes,
+    strides: dict[str, int],
+    levels: Callable[[Tensor, Sequence[int]], Tensor],
+) -> Tensor:
+    """Pool every box from every level, and take the right one: what ONNX knows is pooling from one map.
+
+    Args:
+        pool: map ``[N, C, H, W]``, boxes ``[R, 5]`` and cells a pixel -> ``[R, C, h, w]``.
+        features: as of :meth:`RoIPooler.forward`.
+        boxes: as there.
+        strides: as there.
+        levels: which pyramid level a box is pooled from.
+
+    Returns:
+        As there.
+    """
+    maps, rois = read_levels(features, strides), to_rois(boxes)
+    chosen = levels(rois[:, 1:], list(strides.values()))[:, None, None, None]
+    pooled = None
+    for index, (level, stride) in enumerate(zip(maps, strides.values(), strict=True)):
+        here = pool(level, rois, 1.0 / stride)
+        pooled = here if pooled is None else torch.where(chosen == index, here, pooled)
+    assert pooled is not None
+    return pooled.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) and boxes.ndim == 3 else pooled
 
 
 class MultiLevel(nn.Module):

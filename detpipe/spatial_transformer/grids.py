@@ -57,7 +57,7 @@ class AffineGrid(Grid):
             matrix = same + torch.cat((bounded(change, self.max_change), bounded(shift, self.max_shift)), dim=-1)
         # element-wise, so that autocast and reduced matrix products cannot touch it
         one = torch.ones_like(points[..., :1])
-        matrix = matrix.reshape(len(theta), *(1,) * (points.ndim - 1), 2, 3)
+        matrix = matrix.reshape(theta.shape[0], *(1,) * (points.ndim - 1), 2, 3)
         return (matrix * torch.cat((points, one), dim=-1).unsqueeze(-2)).sum(-1)
 
 

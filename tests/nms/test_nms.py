@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from detpipe.boxes import iou
-from detpipe.nms import keep_best
+from detpipe.nms import _by_overlaps, keep_best
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 DTYPES = (torch.float32, torch.float64)
@@ -56,6 +56,15 @@ def test_a_row_does_not_depend_on_its_neighbors() -> None:
     near = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5.001], [0, 0, 10, 4.999]])  # IoU: just above, below .5
     found = keep_best(torch.stack([near, near + 99_000]).double(), 0.5, torch.ones(2, 3, dtype=torch.int64))
     assert found[0].tolist() == [True, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grouped", [False, True])
+def test_pytorchs_own_operators_keep_the_same(grouped: bool) -> None:
+    boxes = torch.stack([random_boxes(200), random_boxes(200)])
+    boxes[:, 3::7] = 0
+    groups = torch.randint(0, 3, (2, 200)) if grouped else None
+    assert torch.equal(_by_overlaps(boxes, groups, 0.3), keep_best(boxes, 0.3, groups))
 
 
 def run_kernels(job: str, **environment: str) -> list[str]:

@@ -28,7 +28,7 @@ def test_anchors_equal_a_slow_loop(offset):
     anchors = Anchors(sizes=[[20, 33], [64, 90]], ratios=[0.5, 1, 2.5], offset=offset)
     cells, strides = [(3, 5), (2, 1)], [8, 16]
     grids = anchors.grids(cells, strides)
-    assert [len(grid) for grid in grids] == [3 * 5 * 6, 2 * 6]
+    assert [grid.count for grid in grids] == [3 * 5 * 6, 2 * 6]
     assert [grid.size for grid in grids] == cells
     assert anchors.per_cell(strides) == 6
     boxes = torch.cat([grid.boxes() for grid in grids])

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torchvision import ops as torchvision_ops
 
 from detpipe.roi_pooling import MultiLevel, RoIAlign, precise_roi_pool, roi_align, roi_max_pool
+from detpipe.roi_pooling.align import _gridded
+from detpipe.roi_pooling.layouts import to_rois
 
 ROIS = torch.tensor([[0, 1.0, 2, 30, 20], [0, 3, 5, 17, 31.5], [0, -3, -4, 7, 9]])
 
@@ -69,6 +71,17 @@ def test_onnx_equals_eager(pool, tmp_path):
         with torch.no_grad():
             expected = network(images, rois)
         torch.testing.assert_close(torch.from_numpy(result), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_pytorchs_own_operators_pool_the_same(samples, aligned):
+    features = torch.randn(2, 3, 9, 11)
+    corner = torch.rand(2, 30, 2) * 70 - 10
+    boxes = torch.cat((corner, corner + torch.rand(2, 30, 2) * 60 + 0.1), dim=2)
+    expected = roi_align(features, boxes, (3, 2), 1 / 8, samples, aligned).flatten(0, 1)
+    found = _gridded(features, to_rois(boxes), (3, 2), 1 / 8, samples, aligned)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_exported_program_equals_eager():

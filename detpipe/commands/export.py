@@ -1,0 +1,163 @@
+"""The ``export`` command: a detector in a file that runs without detpipe, or a comparison of such a file with its detector."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from detpipe import zoo
+from detpipe.commands.parser import Parser, progress
+from detpipe.commands.predict import find_images
+from detpipe.datasets import read_image
+from detpipe.detector import TwoStageDetector
+from detpipe.exporting.files import Labels, ParityError, check_file, check_path, export
+from detpipe.exporting.runtime import OnnxDetector, need_packages
+from detpipe.support.errors import UsageError
+from detpipe.support.terminal import say
+from detpipe.training.checkpoint import Description
+from detpipe.types import RGB
+
+
+def run_export(arguments: Sequence[str]) -> int:
+    """Write a file, check one, or run one on images.
+
+    Args:
+        arguments: ``CHECKPOINT|NAME -o FILE``, ``--check FILE IMAGES`` or ``--detect FILE IMAGES``, and options.
+
+    Returns:
+        0.
+
+    Raises:
+        DetpipeError: what users can mend.
+    """
+    options = _parse(arguments)
+    if options.check is not None:
+        return _check(options)
+    if options.detect is not None:
+        return _detect(options)
+    [source] = options.given
+    path = check_path(options.output, options.half or options.int8 is not None)
+    if path.suffix == ".onnx":
+        need_packages()
+    images = [] if options.int8 is None else _images(options.int8)
+    detector, description = load(source, options.weights)
+    labels = Labels(description.class_names, description.category_ids, source, options.license or _license(source))
+    how = {"boxes": options.boxes, "vectors": options.vectors, "half": options.half, "calibration": images}
+    parity = export(detector, path, labels, **how, check=not options.unchecked, say=say)
+    say(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB; {'not compared' if parity is None else parity}")
+    return 0
+
+
+def load(source: str, weights: str | None) -> tuple[TwoStageDetector, Description]:
+    """Load a detector of color images, of a checkpoint or a published one."""
+    detector, description = zoo.load(source, weights)
+    if description.pixels != RGB:
+        raise UsageError(
+            f"export: {source} looks at images read as {description.pixels}; files take uint8 images of three channels"
+        )
+    return detector, description
+
+
+def _license(source: str) -> str:
+    return zoo.entries()[source].license if source in zoo.entries() else ""
+
+
+def _check(options: argparse.Namespace) -> int:
+    found = OnnxDetector(options.check)
+    source = options.checkpoint or found.metadata["source"]
+    if not source:
+        raise UsageError(f"{options.check} does not say what it was made of: name its checkpoint with --checkpoint")
+    batches = [image[None] for image in _images(options.given)]
+    detector, _ = load(source, options.weights)
+    parity = check_file(detector, found, batches)
+    say(f"{options.check} against {source}: {parity}")
+    if parity.faults:
+        raise ParityError(f"{options.check} does not find what {source} finds: {parity.faults[0]}")
+    return 0
+
+
+def _detect(options: argparse.Namespace) -> int:
+    """Run a file on the images of an annotation file, and write what it finds, for ``evaluate --detections``."""
+    from detpipe import evaluation
+    from detpipe.types import DetectionArrays
+
+    found = OnnxDetector(options.detect)
+    if found.takes_boxes:
+        raise UsageError(f"{options.detect} needs boxes, which --detect has none of")
+    annotations = evaluation.read_coco_annotations(options.annotations)
+    names = {
+        Path(name).name: image
+        for name, image in zip(annotations.file_names.tolist(), annotations.image_ids.tolist(), strict=True)
+    }
+    parts = []
+    paths = [path for path in find_images(options.given) if path.name in names]
+    if not paths:
+        raise UsageError(f"{options.annotations} lists none of the images given")
+    with progress(len(paths)) as move:
+        for done, path in enumerate(paths, 1):
+            [one] = found(read_image(path)[None].numpy())
+            parts.append((np.full(len(one["scores"]), names[path.name]), one["boxes"], one["scores"], one["labels"]))
+            move(done, len(paths))
+    ids, boxes, scores, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    arrays = DetectionArrays(ids.astype(np.int64), boxes.astype(np.float64), scores.astype(np.float64), labels)
+    evaluation.write_detections(options.output, arrays, annotations)
+    say(f"{len(paths)} images, {len(scores)} detections; see {options.output}")
+    return 0
+
+
+def _images(names: Sequence[str]) -> list[Tensor]:
+    if not names:
+        raise UsageError("export: name images, or folders of images")
+    return [read_image(path) for path in find_images(names)]
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="detpipe export",
+        description="Write a detector as .onnx or .pt2, from pixels to detections in one graph; or compare such a file with it.",
+    )
+    parser.add_argument(
+        "given",
+        nargs="+",
+        metavar="CHECKPOINT|NAME",
+        help="RUN/best.ckpt or a name of 'detpipe zoo'; with --check and --detect images, or folders of images",
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="model.onnx or model.pt2; with --detect FILE.json")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place"
+    )
+    parser.add_argument("--boxes", action="store_true", help="take proposals as a second input, for any source of them")
+    parser.add_argument(
+        "--vectors", action="store_true", help="give the vector of each detection's region as an output"
+    )
+    parser.add_argument("--license", help="of the weights, to be written into the file; that of a name by default")
+    smaller = parser.add_mutually_exclusive_group()
+    smaller.add_argument("--half", action="store_true", help="store the weights in 16 bits")
+    smaller.add_argument(
+        "--int8", nargs="+", metavar="IMAGES", help="compute in 8 bits, with ranges measured on these images or folders"
+    )
+    parser.add_argument("--unchecked", action="store_true", help="do not compare the file with the detector")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--check", metavar="FILE", help="compare this .onnx file with its detector, on the images")
+    other.add_argument(
+        "--detect", metavar="FILE", help="run this .onnx file on the images, for 'detpipe evaluate --detections'"
+    )
+    parser.add_argument("--checkpoint", help="with --check: the detector, where it is not what the file was made of")
+    parser.add_argument("--annotations", metavar="FILE.json", help="with --detect: COCO's, with the ids of the images")
+    options = parser.parse_args(list(arguments))
+    writes = options.check is None and options.detect is None
+    if writes and len(options.given) != 1:
+        raise UsageError(
+            f"export: expected one checkpoint or name, got {len(options.given)}: {' '.join(options.given)}"
+        )
+    if writes and options.output is None:
+        raise UsageError("export: give -o model.onnx or -o model.pt2, the file to write")
+    if options.detect is not None and (options.output is None or options.annotations is None):
+        raise UsageError(
+            "export --detect FILE.onnx IMAGES: add --annotations FILE.json and -o FILE.json, what to write"
+        )
+    return options

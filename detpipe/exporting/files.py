@@ -1,0 +1,232 @@
+"""Write a detector to a file that runs without detpipe, after a comparison with what the detector finds.
+
+An ONNX file says about itself, in ``metadata_props``: ``format``, ``detpipe`` (the version), ``source`` (what it was made of, a
+checkpoint or name), ``sha256`` (of the weights), ``license``, ``boxes`` (what coordinates mean), and as JSON ``class_names``,
+``category_ids`` (label 1 first), ``resize`` and ``thresholds``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from detpipe.detector import TwoStageDetector
+from detpipe.exporting.parity import Parity, Run, compare, sample_images
+from detpipe.exporting.program import Program
+from detpipe.exporting.runtime import FORMAT, OnnxDetector, need_packages
+from detpipe.exporting.support import check_torch_alone
+from detpipe.heads.base import ProposalHead
+from detpipe.proposals import PrecomputedProposals
+from detpipe.support.errors import DetpipeError, UsageError
+from detpipe.support.files import atomic_write
+
+SUFFIXES = (".onnx", ".pt2")
+LOWERED = 0.001  # the threshold of the second comparison, by which a weak model detects something too
+
+
+class ParityError(DetpipeError, ArithmeticError):
+    """An exported file does not find what the detector finds."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a file says about its detector.
+
+    Args:
+        class_names: of label 1 first; "1", "2" .. where they are not known.
+        category_ids: of annotation files; 1..K where they are not known.
+        source: the checkpoint or name it was made of.
+        license: of the weights.
+    """
+
+    class_names: Sequence[str] = ()
+    category_ids: Sequence[int] = ()
+    source: str = ""
+    license: str = ""
+
+
+def export(
+    detector: TwoStageDetector,
+    path: str | Path,
+    labels: Labels = Labels(),
+    *,
+    boxes: bool = False,
+    vectors: bool = False,
+    half: bool = False,
+    calibration: Sequence[Tensor] = (),
+    check: bool = True,
+    say: Callable[[str], object] = lambda _: None,
+) -> Parity | None:
+    """Write a detector to a file, which gets its name when it finds what the detector finds.
+
+    The graph takes ``images`` ``[batch, 3, height, width]`` uint8 RGB, all sizes dynamic, and gives ``boxes``
+    ``[batch, detections, 4]`` xyxy in pixels of these images, ``scores``, ``labels`` (1..K, 0 behind the last detection) and
+    ``count`` ``[batch]``.
+
+    Args:
+        detector: what to write; it is put in evaluation mode.
+        path: ends in ``.onnx``, or ``.pt2`` for :func:`torch.export.load`.
+        labels: what the file says about it.
+        boxes: take proposals as a second input ``proposals`` ``[batch, proposals, 4]`` in pixels of the images; a detector on
+            precomputed proposals always does.
+        vectors: give a fifth output ``vectors`` ``[batch, detections, width]``, what the head classifies.
+        half: store the weights in 16 bits, half the size; what is computed stays in 32 bits. Not compared with the detector.
+        calibration: images ``[3, H, W]`` uint8 by which weights and activations become 8-bit numbers; not compared either.
+        check: compare, by :func:`detpipe.exporting.parity.compare`.
+        say: told what is done, since it takes minutes.
+
+    Returns:
+        What the comparison found, if there was one.
+
+    Raises:
+        UsageError: another suffix, a package is missing, or a part of the detector that has no graph; it is named.
+        ParityError: the file differs from the detector.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> export(detector, "model.onnx", Labels(class_names=["cat", "dog"]))  # doctest: +SKIP
+    """
+    path = check_path(path, half or bool(calibration))
+    if path.suffix == ".onnx":
+        need_packages()
+    detector = detector.eval()
+    if path.suffix == ".pt2":
+        check_torch_alone(detector)
+    program = Program(detector, boxes, vectors).eval()
+    if calibration and program.takes_boxes:
+        raise UsageError("export: 8 bits are measured on images alone, and this detector needs boxes; leave --int8 out")
+    with atomic_write(path) as temporary:
+        temporary.touch()  # a path that cannot be written is told before minutes of work
+        say(f"exporting {type(detector.head).__name__}, which takes a few minutes")
+        if path.suffix == ".pt2":
+            from detpipe.exporting.torch_program import PT2Detector, write_pt2
+
+            with temporary.open("wb") as file:
+                write_pt2(program, file, _metadata(detector, labels))
+            say("comparing the file with the detector")
+            return _checked(detector, program, PT2Detector(temporary, program.outputs), None, check)
+        from detpipe.exporting import onnx_graph, weights
+
+        model = onnx_graph.to_onnx(program)
+        onnx_graph.write_metadata(model, _metadata(detector, labels))
+        say("comparing the file with the detector")
+        threshold = min(LOWERED, program.head.postprocess.score_threshold)
+        lowered = OnnxDetector(onnx_graph.with_threshold(model, threshold).SerializeToString())
+        parity = _checked(detector, program, OnnxDetector(model.SerializeToString()), lowered, check)
+        if calibration:
+            say(f"quantizing by {len(calibration)} images")
+            model = weights.quantize(model, calibration)
+        elif half:
+            model = weights.to_half(model)
+        temporary.write_bytes(model.SerializeToString())
+        return parity
+
+
+def check_path(path: str | Path, smaller: bool = False) -> Path:
+    """Refuse a name that says no format, or a folder."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path}: expected the name of a file that ends in {' or '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file")
+    if smaller and path.suffix != ".onnx":
+        raise UsageError(
+            f"{path}: 16 and 8 bits are for .onnx files; leave --half and --int8 out, or name it {path.stem}.onnx"
+        )
+    return path
+
+
+def check_file(detector: TwoStageDetector, found: OnnxDetector, batches: Sequence[Tensor]) -> Parity:
+    """Compare a file with its detector on images ``[N, 3, H, W]``.
+
+    Raises:
+        UsageError: the detector has other weights than the file was made of.
+    """
+    if found.metadata["sha256"] != weights_hash(detector):
+        raise UsageError(
+            f"the file was made of other weights than the detector given (sha256 {found.metadata['sha256'][:12]}...): give its "
+            f"checkpoint, {found.metadata['source'] or 'whose name it does not say'}"
+        )
+    return _compare(detector, found, batches, found.takes_boxes)
+
+
+def weights_hash(detector: TwoStageDetector) -> str:
+    """The sha256 of a detector's weights, by name."""
+    total = hashlib.sha256()
+    for name, value in sorted(detector.state_dict().items()):
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _checked(
+    detector: TwoStageDetector, program: Program, found: Run, lowered: Run | None, check: bool
+) -> Parity | None:
+    """Compare, and where a file with a lowered threshold is given, compare that too."""
+    if not check:
+        return None
+    batches = sample_images(detector)
+    parity = _compare(detector, found, batches, program.takes_boxes)
+    if lowered is not None:
+        post = program.head.postprocess
+        program.head.postprocess = replace(post, score_threshold=min(LOWERED, post.score_threshold))
+        try:
+            parity = parity.joined(_compare(detector, lowered, batches, program.takes_boxes))
+        finally:
+            program.head.postprocess = post
+    if parity.faults:
+        raise ParityError(
+            f"the file does not find what the detector finds, so it was not written ({parity}); {parity.faults[0]}"
+        )
+    return parity
+
+
+def _compare(detector: TwoStageDetector, found: Run, batches: Sequence[Tensor], takes_boxes: bool) -> Parity:
+    source = detector.proposals
+    if takes_boxes and not isinstance(source, PrecomputedProposals):
+        detector.proposals = PrecomputedProposals(max_boxes=None)
+    try:
+        return compare(detector, found, batches, takes_boxes)
+    finally:
+        detector.proposals = source
+
+
+def _metadata(detector: TwoStageDetector, labels: Labels) -> dict[str, str]:
+    head = detector.head
+    assert isinstance(head, ProposalHead)
+    numbers = range(1, head.num_classes + 1)
+    names = list(labels.class_names) or [str(number) for number in numbers]
+    if len(names) != head.num_classes:
+        raise UsageError(f"export: the detector has {head.num_classes} classes, and {len(names)} names are given")
+    post = head.postprocess
+    resize = {"min_size": detector.min_size, "max_size": detector.max_size, "rule": detector.resize}
+    thresholds = {"score": post.score_threshold, "nms_iou": post.nms_iou, "detections": post.detections_per_image}
+    texts = {
+        "format": FORMAT,
+        "detpipe": _version(),
+        "source": labels.source,
+        "sha256": weights_hash(detector),
+        "license": labels.license,
+        "boxes": "x1, y1, x2, y2 in pixels of the image given, edges between pixels",
+    }
+    stored = {
+        "class_names": names,
+        "category_ids": list(labels.category_ids) or list(numbers),
+        "resize": resize,
+        "thresholds": thresholds,
+    }
+    return texts | {key: json.dumps(value) for key, value in stored.items()}
+
+
+def _version() -> str:
+    try:
+        return version("detpipe")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

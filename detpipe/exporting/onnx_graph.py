@@ -1,0 +1,148 @@
+"""From a program to one ONNX graph with dynamic sizes, without metadata.
+
+A program is exported in two halves, which are joined afterwards: what makes the batch of the images, and what detects in the batch.
+The size of the batch is a formula of that of the images; in one piece, every size in the network would be a formula of it too,
+which takes PyTorch minutes to reason about.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+import torch
+from onnx import compose
+from torch import Tensor, nn
+from torch.export import Dim
+
+from detpipe.exporting.onnx_operators import translations
+from detpipe.exporting.program import Program
+
+OPSET = 18
+LARGEST = 8192  # pixels along a side; a bound for PyTorch's reasoning that the file does not have
+Shapes = dict[str, dict[int, Any]]
+
+
+class _Half(nn.Module):
+    """One of a program's methods as a module."""
+
+    def __init__(self, program: Program, method: str) -> None:
+        super().__init__()
+        self.program, self.method = program, method
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return getattr(self.program, self.method)(*inputs)
+
+
+def to_onnx(program: Program) -> onnx.ModelProto:
+    """Write a program as ONNX.
+
+    Args:
+        program: in evaluation mode.
+
+    Returns:
+        A model with inputs ``images`` and, where the program takes boxes, ``proposals``, all sizes dynamic.
+    """
+    count = Dim("batch", min=1, max=LARGEST)
+    height, width = (Dim(name, min=16, max=LARGEST) for name in ("height", "width"))
+    channels = program.backbone.pixel_format.channels
+    images = torch.zeros(2, channels, 96, 112, dtype=torch.uint8)
+    first = _export(
+        _Half(program, "prepare"), [images], [{0: count, 2: height, 3: width}], ("images",), ("batch", "sizes")
+    )
+    rows, columns = (Dim(name, min=2, max=LARGEST) for name in ("rows", "columns"))
+    batch = torch.zeros(2, channels, 3 * program.divisor, 5 * program.divisor)
+    given: list[Tensor] = [batch, torch.tensor([*batch.shape[2:], 96.0, 112.0])]
+    shapes = [{0: count, 2: program.divisor * rows, 3: program.divisor * columns}, {}]
+    names = ["batch", "sizes"]
+    if program.takes_boxes:
+        given.append(torch.tensor([0.0, 0.0, 32.0, 32.0]).repeat(2, 7, 1))
+        shapes.append({0: count, 1: Dim("proposals", min=2, max=2**20)})
+        names.append("proposals")
+    second = _export(_Half(program, "detect"), given, shapes, names, program.outputs)
+    return _name_sizes(_joined(first, second), program)
+
+
+def _export(
+    half: _Half,
+    inputs: Sequence[Tensor],
+    shapes: Sequence[dict[int, Any]],
+    names: Sequence[str],
+    results: Sequence[str],
+) -> onnx.ModelProto:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(half.eval(), tuple(inputs), dynamic_shapes=(tuple(shapes),), strict=False)
+        written = torch.onnx.export(
+            exported,
+            dynamo=True,
+            verbose=False,
+            input_names=list(names),
+            output_names=list(results),
+            opset_version=OPSET,
+            custom_translation_table=translations(),
+        )
+    assert written is not None
+    model = written.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del model.graph.value_info[:]
+    del model.graph.metadata_props[:]
+    return model
+
+
+def _joined(first: onnx.ModelProto, second: onnx.ModelProto) -> onnx.ModelProto:
+    first = compose.add_prefix(first, "prepare/")
+    links = [(f"prepare/{name}", name) for name in ("batch", "sizes")]
+    return compose.merge_models(first, second, io_map=links)
+
+
+def _name_sizes(model: onnx.ModelProto, program: Program) -> onnx.ModelProto:
+    """Name inputs, and the sizes of inputs and outputs that are not fixed."""
+    graph = model.graph
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name == "prepare/images":
+                node.input[index] = "images"
+    graph.input[0].name = "images"
+    sizes: dict[str, Sequence[str | int]] = {
+        "images": ("batch", program.backbone.pixel_format.channels, "height", "width"),
+        "proposals": ("batch", "proposals", 4),
+    }
+    for value in graph.input:
+        _write_shape(value, sizes[value.name])
+    columns = {"boxes": (4,), "vectors": (None,)}
+    for value in graph.output:
+        rest = columns.get(value.name, ())
+        old = value.type.tensor_type.shape.dim
+        fixed = [size or old[2].dim_value for size in rest]
+        _write_shape(value, ("batch", "detections", *fixed) if value.name != "count" else ("batch",))
+    return model
+
+
+def _write_shape(value: onnx.ValueInfoProto, sizes: Sequence[str | int]) -> None:
+    shape = value.type.tensor_type.shape
+    del shape.dim[:]
+    for size in sizes:
+        shape.dim.add(**({"dim_param": size} if isinstance(size, str) else {"dim_value": size}))
+
+
+def write_metadata(model: onnx.ModelProto, texts: dict[str, str]) -> None:
+    """Write what a file says about itself."""
+    onnx.helper.set_model_props(model, texts)
+    model.producer_name, model.doc_string = "detpipe", ""
+
+
+def with_threshold(model: onnx.ModelProto, threshold: float) -> onnx.ModelProto:
+    """Copy a model, with another threshold of scores."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    [held] = [value for value in changed.graph.initializer if value.name == "program.score_threshold"]
+    held.CopyFrom(onnx.numpy_helper.from_array(np.array(threshold, dtype=np.float32), held.name))
+    return changed

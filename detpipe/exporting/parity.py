@@ -1,0 +1,127 @@
+"""Whether an exported file finds what the detector finds, on images that are easy to get wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from detpipe.detector import TwoStageDetector
+from detpipe.types import Detection
+
+SHAPES = ((1, 1), (3, 4), (4, 3), (1, 3), (5, 2))  # height to width
+BOX_ERROR, SCORE_ERROR = 1e-3, 1e-5  # pixels; probability
+Arrays = npt.NDArray[Any]
+Run = Callable[[Arrays, Arrays | None], Sequence[dict[str, Arrays]]]  # what `OnnxDetector` is
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What a comparison found."""
+
+    images: int
+    detections: int
+    box_error: float  # the largest, in pixels
+    score_error: float
+    faults: tuple[str, ...]  # one for each image that is not alike
+
+    def joined(self, other: Parity) -> Parity:
+        """What two comparisons found together."""
+        return Parity(
+            self.images + other.images,
+            self.detections + other.detections,
+            max(self.box_error, other.box_error),
+            max(self.score_error, other.score_error),
+            self.faults + other.faults,
+        )
+
+    def __str__(self) -> str:
+        errors = f"boxes within {self.box_error:.1e} px, scores within {self.score_error:.1e}"
+        return f"{self.images} images, {self.detections} detections: {errors}; {len(self.faults)} images differ"
+
+
+def sample_images(detector: TwoStageDetector, seed: int = 0) -> list[Tensor]:
+    """Make batches ``[N, 3, H, W]`` uint8: five shapes, a batch of three, a size without padding, a grey image.
+
+    Pictures are smooth, with noise on them, so that features differ from place to place; of boxes with equal scores, as a wholly
+    blank image has them, any may come first. The grey image has noise of one level.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    divisor = detector.divisor or max(detector.backbone.strides.values())
+    area = detector.min_size * min(detector.max_size, 1.25 * detector.min_size) / 4
+    sizes = [(round((area * a / b) ** 0.5), round((area * b / a) ** 0.5)) for a, b in SHAPES]
+    whole = max(divisor, detector.min_size // divisor * divisor)
+    batches = [_picture(1, size, generator) for size in sizes]
+    batches.append(_picture(3, sizes[1], generator))
+    batches.append(_picture(1, (whole, whole), generator))
+    batches.append(torch.randint(127, 129, (1, 3, *sizes[0]), generator=generator, dtype=torch.uint8))
+    return batches
+
+
+def _picture(count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    coarse = torch.rand(count, 3, 6, 6, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size, mode="bicubic")
+    noise = torch.rand(count, 3, *size, generator=generator) - 0.5
+    return ((smooth + 0.2 * noise).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def sample_boxes(images: Tensor, count: int = 60, seed: int = 0) -> Tensor:
+    """Draw boxes ``[N, P, 4]`` inside of images."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(len(images), count, 2, 2, generator=generator).sort(dim=2).values
+    sides = torch.tensor([images.shape[3], images.shape[2]], dtype=torch.float32)
+    return (corners * sides).flatten(2)
+
+
+@torch.no_grad()
+def compare(detector: TwoStageDetector, run: Run, batches: Sequence[Tensor], takes_boxes: bool) -> Parity:
+    """Compare what a detector and a file of it find.
+
+    Args:
+        detector: in evaluation mode; with precomputed proposals where boxes are given.
+        run: the file.
+        batches: ``[N, 3, H, W]`` uint8 each.
+        takes_boxes: whether the file takes boxes; :func:`sample_boxes` are given then.
+
+    Returns:
+        How far apart they are, and what differs.
+    """
+    boxes_apart, scores_apart, count, images, faults = 0.0, 0.0, 0, 0, []
+    for batch in batches:
+        boxes = sample_boxes(batch) if takes_boxes else None
+        targets = None if boxes is None else [{"proposals": own} for own in boxes]
+        expected = detector([*batch], targets)  # pyright: ignore[reportArgumentType]
+        found = run(batch.numpy(), None if boxes is None else boxes.numpy())
+        for index, (own, other) in enumerate(zip(expected, found, strict=True)):
+            box, score, fault = _differences(own, other)
+            images, count = images + 1, count + len(own["scores"])
+            boxes_apart, scores_apart = max(boxes_apart, box), max(scores_apart, score)
+            if fault:
+                faults.append(f"image {index} of a batch {list(batch.shape)}: {fault}")
+    return Parity(images, count, boxes_apart, scores_apart, tuple(faults))
+
+
+def _differences(own: Detection, other: dict[str, Any]) -> tuple[float, float, str]:
+    """The largest differences of boxes and scores, and what is wrong; detections with equal scores may change places."""
+    boxes, scores, labels = (own[key].numpy() for key in ("boxes", "scores", "labels"))
+    if len(scores) != len(other["scores"]):
+        return 0.0, 0.0, f"{len(scores)} detections, the file has {len(other['scores'])}"
+    box_error = score_error = 0.0
+    free = np.ones(len(scores), dtype=bool)
+    for place in range(len(scores)):
+        apart = np.abs(other["scores"] - scores[place])
+        may = free & (other["labels"] == labels[place]) & (apart <= SCORE_ERROR)
+        distance = np.where(may, np.abs(other["boxes"] - boxes[place]).max(1), np.inf)
+        best = int(distance.argmin())
+        if not distance[best] <= BOX_ERROR:
+            what = f"label {labels[place]}, score {scores[place]:.6f}, box {boxes[place].round(3).tolist()}"
+            same = [other[key][place].round(6).tolist() for key in ("labels", "scores", "boxes")]
+            return box_error, score_error, f"detection {place}, {what}, is {same} in the file"
+        free[best] = False
+        box_error, score_error = max(box_error, float(distance[best])), max(score_error, float(apart[best]))
+    return box_error, score_error, ""

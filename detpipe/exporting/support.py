@@ -1,0 +1,67 @@
+"""Which parts of a detector can be written as a graph; what cannot is named."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from detpipe.detector import TwoStageDetector
+from detpipe.heads import AttentionalHead, CascadeHead, FastRCNNHead
+from detpipe.heads.base import ProposalHead
+from detpipe.proposals import RPN, PrecomputedProposals
+from detpipe.roi_pooling import RoIAlign, RoIMaxPool
+from detpipe.support.errors import UsageError
+
+HEADS = (FastRCNNHead, CascadeHead, AttentionalHead)
+
+
+def check_torch_alone(detector: TwoStageDetector) -> None:
+    """Refuse a pooler that PyTorch alone has no operators for; raises as :func:`check_exportable`."""
+    pooler = detector.head.get_submodule("pooler")
+    if isinstance(pooler, RoIMaxPool) or getattr(pooler, "sampling_ratio", 0) == 0:
+        how = "with sampling_ratio=0" if isinstance(pooler, RoIAlign) else ""
+        raise _refused(pooler, "pooler", "PyTorch alone has no operator for it: write an .onnx file", how)
+
+
+def check_exportable(detector: TwoStageDetector, takes_boxes: bool) -> None:
+    """Refuse a detector with a part that has no graph.
+
+    Args:
+        detector: any.
+        takes_boxes: whether boxes are an input.
+
+    Raises:
+        UsageError: a part of it has none; it is named, with what to do.
+    """
+    head, source = detector.head, detector.proposals
+    if not isinstance(head, HEADS):
+        raise _refused(head, "head", f"expected {_names(HEADS)}")
+    if not takes_boxes and not isinstance(source, RPN | PrecomputedProposals):
+        raise _refused(source, "source of proposals", "let boxes be an input: --boxes, or boxes=True in Python")
+    suppression = head.postprocess.suppression
+    if suppression != "nms":
+        raise UsageError(
+            f"export: postprocess.suppression {suppression!r} takes as many steps as there are boxes, which a graph does not have; "
+            "set it to 'nms'"
+        )
+    check_pooler(head)
+
+
+def check_pooler(head: ProposalHead) -> None:
+    """Refuse a pooler that ONNX has no operators for."""
+    pooler = head.get_submodule("pooler")
+    if isinstance(pooler, RoIAlign) and pooler.reduce == "mean":
+        return
+    if isinstance(pooler, RoIMaxPool) and pooler.bins == "fast_rcnn":
+        return
+    how = "with reduce='max'" if isinstance(pooler, RoIAlign) else ""
+    how = f"with bins={pooler.bins!r}" if isinstance(pooler, RoIMaxPool) else how
+    raise _refused(pooler, "pooler", "expected RoIAlign that takes the mean, or RoIMaxPool with bins='fast_rcnn'", how)
+
+
+def _names(classes: tuple[type, ...]) -> str:
+    return ", ".join(one.__name__ for one in classes)
+
+
+def _refused(part: nn.Module, kind: str, advice: str, how: str = "") -> UsageError:
+    name = f"{type(part).__name__} {how}".strip()
+    return UsageError(f"export: the {kind} {name} cannot be written as a graph; {advice}")

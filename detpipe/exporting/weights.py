@@ -1,0 +1,76 @@
+"""Smaller weights in an ONNX graph: 16 bits, or 8 bits by calibration."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+from torch import Tensor
+
+FEWEST = 1024  # numbers; smaller tensors stay as they are
+HEAVY = ("Conv", "Gemm", "MatMul")  # operators with nearly all weights
+
+
+def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Store weights in 16 bits, and cast them where they are used: half the size, computed in 32 bits."""
+    graph = model.graph
+    used = {name for node in graph.node if node.op_type in HEAVY for name in node.input}
+    casts = []
+    for held in graph.initializer:
+        values = onnx.numpy_helper.to_array(held)
+        if held.name not in used or values.dtype != np.float32 or values.size < FEWEST:
+            continue
+        name = held.name
+        stored = f"{name}/half"
+        held.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), stored))
+        casts.append(onnx.helper.make_node("Cast", [stored], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return model
+
+
+def quantize(model: onnx.ModelProto, images: Sequence[Tensor]) -> onnx.ModelProto:
+    """Turn weights and activations of convolutions and linear layers into 8 bits, with ranges measured on images.
+
+    Args:
+        model: that takes images alone.
+        images: ``[3, H, W]`` uint8 each.
+
+    Returns:
+        The model, with the operators QuantizeLinear and DequantizeLinear around those layers.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Images(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
+            image = next(self.left, None)
+            return None if image is None else {"images": image[None].numpy()}
+
+    props = {entry.key: entry.value for entry in model.metadata_props}
+    with tempfile.TemporaryDirectory() as folder:
+        whole, ready, small = (Path(folder) / name for name in ("whole.onnx", "ready.onnx", "small.onnx"))
+        onnx.save(model, whole)
+        quant_pre_process(str(whole), str(ready), skip_symbolic_shape=True)
+        quantize_static(
+            str(ready),
+            str(small),
+            Images(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(HEAVY),
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        quantized = onnx.load(small)
+    onnx.helper.set_model_props(quantized, props)
+    return quantized

@@ -1,0 +1,58 @@
+"""The command: from a checkpoint to a file, compared, and measured by ``evaluate``; and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from detpipe import cli
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "onnx_predict.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["best.ckpt"], "give -o model.onnx or -o model.pt2"),
+        (["best.ckpt", "more.ckpt", "-o", "a.onnx"], "expected one checkpoint or name, got 2"),
+        (["best.ckpt", "-o", "a.txt"], "ends in .onnx or .pt2"),
+        (["missing.ckpt", "-o", "a.onnx"], "missing.ckpt does not exist"),
+        (["no_such_name", "-o", "a.onnx"], "unknown detector 'no_such_name'"),
+        (["best.ckpt", "-o", "a.onnx", "--int8", "missing"], "missing does not exist"),
+        (["--detect", "a.onnx", "images"], "add --annotations FILE.json and -o FILE.json"),
+        (["images", "--check", "a.onnx"], "a.onnx does not exist"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", *arguments]) in (1, 2)
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.slow
+def test_a_checkpoint_becomes_a_file_that_runs_without_detpipe(trained, demo_root, tmp_path, capsys):
+    path, images = tmp_path / "model.onnx", sorted(demo_root.rglob("*.png"))[:6] or sorted(demo_root.rglob("*.jpg"))[:6]
+    assert images
+    assert cli.main(["export", str(trained / "best.ckpt"), "-o", str(path)]) == 0
+    assert "boxes within" in capsys.readouterr().out
+    assert cli.main(["export", "--check", str(path), *map(str, images)]) == 0
+    assert f"against {trained / 'best.ckpt'}: 6 images" in capsys.readouterr().out
+    code = f"import sys; sys.argv[1:] = {[str(path), *map(str, images)]}; exec(open({str(EXAMPLE)!r}).read()); "
+    code += "assert not {'torch', 'detpipe'} & {*sys.modules}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    annotations = tmp_path / "annotations.json"
+    records = [{"id": index, "file_name": image.name, "width": 64, "height": 64} for index, image in enumerate(images)]
+    names = json.loads(json.dumps(["a"] * 10))
+    categories = [{"id": index + 1, "name": f"{name}{index}"} for index, name in enumerate(names)]
+    annotations.write_text(json.dumps({"images": records, "annotations": [], "categories": categories}))
+    found = tmp_path / "found.json"
+    command = ["export", "--detect", str(path), *map(str, images), "--annotations", str(annotations), "-o", str(found)]
+    assert cli.main(command) == 0
+    assert isinstance(json.loads(found.read_text()), list)

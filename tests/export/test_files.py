@@ -1,0 +1,203 @@
+"""Exported files: what they find, what they say about themselves, and what is left when something goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from detpipe.exporting import files, onnx_graph, runtime
+from detpipe.exporting.files import Labels, ParityError, check_file, export
+from detpipe.exporting.parity import sample_images
+from detpipe.exporting.runtime import OnnxDetector
+from detpipe.roi_pooling import RoIAlign, RoIMaxPool
+from detpipe.support.errors import DataError, UsageError
+from export.detectors import detector
+
+onnx = pytest.importorskip("onnx", reason="needs the extra export")
+pytest.importorskip("onnxruntime", reason="needs the extra export")
+NAMES = ["cat", "dog", "owl"]
+OTHERS = ["plain torchvision", "glimpse", "fpn aod max", "boxes agnostic", "fpn glimpse"]
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a cascade on two levels; read it, do not write to it."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("export") / "model.onnx"
+    parity = export(detector("fpn cascade"), path, Labels(NAMES, [3, 5, 8], "RUN/best.ckpt", "MIT"), vectors=True)
+    assert parity is not None
+    assert parity.detections > 100
+    return path
+
+
+def test_finds_what_the_detector_finds_in_other_sizes(written):
+    batches = [
+        torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8) for count, size in ((2, (33, 150)), (1, (200, 90)))
+    ]
+    parity = check_file(detector("fpn cascade"), OnnxDetector(written), batches)
+    assert parity.faults == ()
+    assert parity.images == 3
+
+
+def test_is_one_small_file_with_named_sizes(written):
+    model = onnx.load(written, load_external_data=False)
+    onnx.checker.check_model(model)
+    assert [path.name for path in written.parent.iterdir()] == ["model.onnx"]
+    assert not any(node.metadata_props for node in model.graph.node)
+    [images] = model.graph.input
+    assert [size.dim_param or size.dim_value for size in images.type.tensor_type.shape.dim] == [
+        "batch",
+        3,
+        "height",
+        "width",
+    ]
+    assert [value.name for value in model.graph.output] == ["boxes", "scores", "labels", "count", "vectors"]
+    [pool] = {node.op_type for node in model.graph.node} & {"RoiAlign"}
+    ratios = [
+        [a.i for a in node.attribute if a.name == "sampling_ratio"] for node in model.graph.node if node.op_type == pool
+    ]
+    assert ratios == [[2]] * len(ratios)  # written, since some readers take another default
+
+
+def test_says_what_it_is(written):
+    known = OnnxDetector(written).metadata
+    assert (known["format"], known["class_names"], known["category_ids"]) == (runtime.FORMAT, NAMES, [3, 5, 8])
+    assert (known["source"], known["license"]) == ("RUN/best.ckpt", "MIT")
+    assert known["resize"] == {"min_size": 64, "max_size": 96, "rule": "detpipe"}
+    assert known["thresholds"] == {"score": 0.2, "nms_iou": 0.5, "detections": 100}
+    assert known["sha256"] == files.weights_hash(detector("fpn cascade"))
+
+
+def test_a_file_of_other_weights_is_not_compared(written):
+    other = detector("fpn cascade")
+    other.head.stages[0].classifier.bias.add_(1)
+    with pytest.raises(UsageError, match="made of other weights than the detector given"):
+        check_file(other, OnnxDetector(written), [])
+
+
+def test_a_file_that_differs_is_told_and_not_written(written, monkeypatch, tmp_path):
+    wrong = onnx.load(written)
+    [weight] = [held for held in wrong.graph.initializer if held.name.endswith("stages.0.regressor.bias")]
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) + 0.1, weight.name))
+    monkeypatch.setattr(onnx_graph, "to_onnx", lambda program: wrong)
+    with pytest.raises(ParityError, match=r"so it was not written \(20 images"):
+        export(detector("fpn cascade"), tmp_path / "model.onnx", vectors=True)
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("how", ["half", "int8"])
+def test_smaller_files_find_nearly_the_same(how, written, monkeypatch, tmp_path):
+    monkeypatch.setattr(onnx_graph, "to_onnx", lambda program: onnx.load(written))
+    model = detector("fpn cascade")
+    images = [image for batch in sample_images(model) for image in batch]
+    chosen = {"half": True} if how == "half" else {"calibration": images}
+    export(model, tmp_path / "small.onnx", Labels(NAMES), check=False, **chosen)
+    whole, small = OnnxDetector(written), OnnxDetector(tmp_path / "small.onnx")
+    assert small.metadata["class_names"] == NAMES
+    near = [abs(whole(one[None].numpy())[0]["scores"][0] - small(one[None].numpy())[0]["scores"][0]) for one in images]
+    assert 0 < max(near) < 0.1
+    kinds = {node.op_type for node in onnx.load(tmp_path / "small.onnx").graph.node}
+    assert ("QuantizeLinear" in kinds) == (how == "int8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_head_and_source(kind, tmp_path):
+    pooler = {"pooler": RoIMaxPool(4)} if "max" in kind else {}
+    parity = export(detector(kind, **pooler), tmp_path / "model.onnx")
+    assert parity is not None
+    assert parity.detections > 100
+
+
+ALONE = """
+import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+for size in ((50, 70), (90, 64)):
+    boxes, scores, labels, count = program(torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8))
+    print(boxes.shape[0], int(count.min()) > 0)
+assert not {"detpipe", "torchvision"} & {*sys.modules}
+"""
+
+
+@pytest.mark.slow
+def test_a_pt2_file_runs_in_a_process_with_torch_alone(tmp_path):
+    path = tmp_path / "model.pt2"
+    parity = export(detector("fpn"), path)
+    assert parity is not None
+    assert parity.detections > 100
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(path)], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.stdout.split() == ["3", "True", "3", "True"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("model.pb", {}, "ends in .onnx or .pt2"),
+        ("", {}, "ends in .onnx or .pt2"),
+        ("model.pt2", {"half": True}, "16 and 8 bits are for .onnx files"),
+    ],
+)
+def test_wrong_names_are_refused(name, more, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        export(detector(), tmp_path / name, **more)
+
+
+@pytest.mark.parametrize("pooler", [RoIMaxPool(4), RoIAlign(4, sampling_ratio=0)])
+def test_poolers_that_torch_alone_does_not_have_are_named(pooler, tmp_path):
+    with pytest.raises(UsageError, match=f"pooler {type(pooler).__name__}.* write an .onnx file"):
+        export(detector(pooler=pooler), tmp_path / "model.pt2")
+
+
+def test_a_path_that_cannot_be_written_is_told_at_once(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(onnx_graph, "to_onnx", lambda program: pytest.fail("minutes of work"))
+    with pytest.raises(OSError, match="file"):
+        export(detector(), tmp_path / "file" / "model.onnx")
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(written, monkeypatch, tmp_path):
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "model.onnx"
+    path.write_text("before")
+    monkeypatch.setattr(onnx_graph, "to_onnx", lambda program: onnx.load(written))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*model\.onnx"):
+        export(detector("fpn cascade"), path, check=False)
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("model.onnx", "before")]
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None if name == "onnxscript" else True)
+    with pytest.raises(UsageError, match=r"the package onnxscript is not installed; .*detpipe\[export\]"):
+        export(detector(), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"no onnx", "cannot be read by onnxruntime"),
+        (b"", "cannot be read by onnxruntime|not a detector"),
+    ],
+)
+def test_files_that_are_no_detectors_are_refused(content, message, tmp_path):
+    path = tmp_path / "model.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        OnnxDetector(path)
+
+
+def test_boxes_that_are_not_wanted_are_refused(written):
+    with pytest.raises(ValueError, match=r"takes no boxes; got \[1, 2, 4\]"):
+        OnnxDetector(written)(np.zeros((1, 3, 64, 64), np.uint8), np.zeros((1, 2, 4), np.float32))
