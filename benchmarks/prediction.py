@@ -1,8 +1,8 @@
 """What prediction takes beyond the model's own time: reading, drawing and writing photographs while the model runs.
 
-``python benchmarks/prediction.py --images 16 --megapixels 12`` makes photographs of noise on gradients (their JPEG files are as large
-as real ones), runs a detector of random weights over them in memory, and then all of ``detpipe predict``: JPEG files in, JSON lines
-and drawings out. Both take turns; the table has the medians, and the ratio to the model's own time by round.
+``python benchmarks/prediction.py --images 16 --megapixels 12`` makes photographs of noise on gradients, whose JPEG files are as
+large as real ones, runs a detector of random weights over them in memory, and then all that ``detpipe predict`` does: JPEG files in,
+JSON lines and drawings out. They take turns; the table has medians, and the ratios to the model's own time of all rounds.
 """
 
 from __future__ import annotations
@@ -66,9 +66,8 @@ def main() -> None:
         for index in range(options.images):
             photograph(height, width, index).save(folder / f"{index:05}.jpg", quality=88)
         size = sum(path.stat().st_size for path in folder.iterdir()) / options.images / 2**20
-        print(
-            f"{options.images} images of {width} x {height} pixels, {size:.1f} MiB each; {options.device}, {options.workers} threads"
-        )
+        kind = f"{width} x {height} pixels, {size:.1f} MiB each"
+        print(f"{options.images} images of {kind}; {options.device}, {options.workers} threads")
         inputs = find_inputs([str(folder)])
         detector = build(device, options.detections)
         look = detector.__call__

@@ -233,15 +233,8 @@ def test_evaluation_looks_at_tiles_and_several_times(trained, demo_root, tmp_pat
 def test_two_launchers_of_two_processes_find_what_one_does(whole, trained, pictures, demo_root, tmp_path):
     """Prediction, evaluation and proposals, to the bit."""
     checkpoint = str(trained / "best.ckpt")
-    evaluation = [
-        "evaluate",
-        runs.CONFIG,
-        *runs.options(demo_root),
-        "--ckpt_path",
-        checkpoint,
-        "--data.loader.eval_batch_size",
-        "1",
-    ]
+    options = [*runs.options(demo_root), "--ckpt_path", checkpoint, "--data.loader.eval_batch_size", "1"]
+    evaluation = ["evaluate", runs.CONFIG, *options]
     one, four = tmp_path / "one", tmp_path / "four"
     made = ["proposals", "make", checkpoint, "--data", str(demo_root / "coco" / "val"), "--device", "cpu"]
     found = ["predict", checkpoint, str(pictures), "--device", "cpu", "--score_threshold", "0.01", "--batch_size", "3"]
@@ -258,38 +251,18 @@ def test_two_launchers_of_two_processes_find_what_one_does(whole, trained, pictu
         expected = whole if name == "detections.json" else (one / name).read_bytes()
         assert (four / name).read_bytes() == expected, name
     assert (one / "numbers.json").read_bytes() == (four / "numbers.json").read_bytes()
-    assert sorted(path.suffix for path in four.iterdir()).count(".partial") == 0
+    assert not list(four.glob("*.partial*"))
 
 
 def by_two_launchers(command: list[str]) -> None:
     """Run a command by two launchers of two processes each, as two machines would."""
-    options = [
-        "--nnodes",
-        "2",
-        "--nproc_per_node",
-        "2",
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(free_port()),
+    options = f"--nnodes 2 --nproc_per_node 2 --master_addr 127.0.0.1 --master_port {free_port()}".split()
+    run = [sys.executable, "-m", "torch.distributed.run", *options, "--node_rank"]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launchers = [
+        subprocess.Popen([*run, node, "-m", "detpipe", *command], env=environment, **streams) for node in ("0", "1")
     ]
-    launchers = []
-    for node in ("0", "1"):
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            *options,
-            "--node_rank",
-            node,
-            "-m",
-            "detpipe",
-            *command,
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        launchers.append(
-            subprocess.Popen(launcher, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
     said = [launcher.communicate(timeout=500)[0] for launcher in launchers]
     assert all(launcher.returncode in (0, 1) for launcher in launchers), said
     assert "Traceback" not in said[1], said[1][-3000:]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from detpipe.prediction import ImageWindows, Merge, TiledDetector, Windows, tile_views
+from detpipe.datasets.tiling import tile_views
+from detpipe.prediction import ImageWindows, Merge, TiledDetector, Windows
 from detpipe.types import Detection
 from tests.prediction.bright import Bright, rows, scene
 
