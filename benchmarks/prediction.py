@@ -1,8 +1,8 @@
 """What prediction takes beyond the model's own time: reading, drawing and writing photographs while the model runs.
 
 ``python benchmarks/prediction.py --images 16 --megapixels 12`` makes photographs of noise on gradients, whose JPEG files are as
-large as real ones, runs a detector of random weights over them in memory, and then all that ``detpipe predict`` does: JPEG files in,
-JSON lines and drawings out. They take turns; the table has medians, and the ratios to the model's own time of all rounds.
+large as real ones, runs a detector of random weights over them in memory, and then all that ``detpipe predict`` does: JPEG files
+in, JSON lines and drawings out. They take turns; the table has medians, and the ratios to the model's own time of all rounds.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from detpipe import FastRCNNHead, SEResNet, TwoStageDetector
 from detpipe.datasets.workers import usable_cores
@@ -48,7 +50,7 @@ def build(device: torch.device, detections: int) -> PlacedDetector:
 
 def main() -> None:
     """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--megapixels", type=float, default=12.0, help="of each photograph, 3 : 4")
     parser.add_argument("--batch_size", type=int, default=4)
@@ -84,7 +86,14 @@ def main() -> None:
                     names = [str(k) for k in range(1, 21)]
                     job = Job(inputs, Path(out), "", names, "detections", {}, drawings, options.batch_size)
                     read = lambda one: one.read(RGB)  # noqa: E731
-                    job.do(WHOLE, read, lambda _, images: look(images), options.workers, False, lambda *_: None)
+                    job.do(
+                        WHOLE,
+                        read,
+                        lambda _, images: look(cast(Sequence[Tensor], images)),
+                        options.workers,
+                        False,
+                        lambda *_: None,
+                    )
                     job.finish(1)
 
             return run

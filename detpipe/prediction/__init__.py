@@ -11,13 +11,4 @@ from detpipe.prediction.merging import Merge
 from detpipe.prediction.tiles import TiledDetector
 from detpipe.prediction.windows import ImageWindows, Windows
 
-__all__ = [
-    "AugmentedDetector",
-    "Detector",
-    "ImageWindows",
-    "Merge",
-    "PlacedDetector",
-    "TiledDetector",
-    "Windows",
-    "tile_views",
-]
+__all__ = ["AugmentedDetector", "Detector", "ImageWindows", "Merge", "PlacedDetector", "TiledDetector", "Windows"]
