@@ -71,7 +71,7 @@ def team() -> Iterator[Team]:
         return
     rank, size = environment.global_rank(), environment.world_size()
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-    group.init_process_group("gloo", rank=rank, world_size=size, timeout=_PATIENCE)
+    group.init_process_group("gloo", rank=rank, world_size=size)
     try:
         machines = tuple(gather_objects(socket.gethostname()))
         yield Team(Part(rank + 1, size), environment.local_rank(), machines)
@@ -81,10 +81,15 @@ def team() -> Iterator[Team]:
 
 def launched() -> ClusterEnvironment | None:
     """What started this process with others, torchrun or Slurm; None where it is alone."""
-    for kind in (TorchElasticEnvironment, SLURMEnvironment):
-        if kind.detect() and (environment := kind()).world_size() > 1:
-            return environment
-    return None
+    if TorchElasticEnvironment.detect():
+        environment = TorchElasticEnvironment()
+    elif (
+        SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ
+    ):  # a batch script itself is alone, srun starts many
+        environment = SLURMEnvironment()
+    else:
+        return None
+    return environment if environment.world_size() > 1 else None
 
 
 def processes_and_machines() -> tuple[int, int]:
