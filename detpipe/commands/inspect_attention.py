@@ -23,10 +23,11 @@ from tqdm import tqdm
 from detpipe import images as frames
 from detpipe.attention.base import Attention, Gates
 from detpipe.commands.parser import Parser
-from detpipe.commands.predict import choose_proposals, detect, find_images
+from detpipe.commands.predict import choose_proposals, detect
 from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
 from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
+from detpipe.prediction.inputs import find_images
 from detpipe.stages import Backbone
 from detpipe.support.errors import UsageError
 from detpipe.support.files import write_text
