@@ -31,6 +31,9 @@ commands:
                         mean average precision of a model, or of a file of detections
   predict CHECKPOINT|NAME IMAGE_OR_FOLDER ... -o FOLDER
                         draw detections and write them as JSON
+  serve CHECKPOINT|NAME|FILE.onnx
+                        answer images over HTTP with detections as JSON
+  demo CHECKPOINT|NAME  open a page in the browser to try a detector on
   pretrain CONFIG.yaml [MORE.yaml ...] [--key.path value ...]
                         train a backbone as a classifier on an image folder, export its weights for detectors
   train_regions CONFIG.yaml [MORE.yaml ...] [--key.path value ...]
@@ -110,6 +113,8 @@ COMMANDS: dict[
         "train": "training.train",
         "evaluate": "evaluate.evaluate",
         "predict": "predict.predict",
+        "serve": "serve.run_serve",
+        "demo": "demo.run_demo",
         "pretrain": "training.pretrain",
         "train_regions": "training.train_regions",
         "classify": "predict.classify",
