@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-
 from starlette.exceptions import HTTPException
 
 from detpipe.serving.batching import Answer

@@ -1,8 +1,8 @@
 """A detector in an ONNX file, run by ONNX Runtime.
 
-Input: ``images``, uint8 RGB ``[batch, 3, height, width]``. Outputs: ``boxes`` ``[batch, detections, 4]`` xyxy in pixels of the input,
-``scores`` and ``labels`` (0 is padding), ``[batch, detections]``, and ``count`` ``[batch]``. The class names, label 1 first, are JSON
-under ``class_names`` in the metadata of the file.
+Input: ``images``, uint8 RGB ``[batch, 3, height, width]``. Outputs: ``boxes`` ``[batch, detections, 4]`` xyxy in pixels of the
+input, ``scores`` and ``labels`` (0 is padding), ``[batch, detections]``, and ``count`` ``[batch]``. The class names, label 1 first,
+are JSON under ``class_names`` in the metadata of the file.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ class OnnxDetector:
         text = self._session.get_modelmeta().custom_metadata_map.get("class_names")
         if list(inputs) != ["images"] or not outputs.issuperset(OUTPUTS) or text is None:
             raise CheckpointError(
-                f"ONNX file {path} is not of a detector: expected the input images, the outputs {', '.join(OUTPUTS)} and class_names "
-                f"in its metadata, got {', '.join(inputs)}; {', '.join(sorted(outputs))}; {'no ' if text is None else ''}class_names"
+                f"ONNX file {path} is not of a detector: expected the input images, the outputs {', '.join(OUTPUTS)}, and "
+                f"class_names in its metadata, got {', '.join(inputs)}; {', '.join(sorted(outputs))}; "
+                f"{'no ' if text is None else ''}class_names"
             )
         self.class_names = tuple(map(str, parse_json(text, f"{path}: class_names")))
         batch, _, *size = inputs["images"]

@@ -99,7 +99,7 @@ def test_where_nobody_can_listen():
             UsageError, match=f"cannot listen on 127.0.0.1, port {port} .*give another --host or --port"
         ):
             listen("127.0.0.1", port)
-    with pytest.raises(UsageError, match="cannot listen on nowhere.invalid, port 80"):
+    with pytest.raises(UsageError, match=r"cannot listen on nowhere\.invalid, port 80"):
         listen("nowhere.invalid", 80)
     with pytest.raises(UsageError, match=r"--port must be in 0..65535, got 70000"):
         listen("127.0.0.1", 70000)

@@ -7,10 +7,9 @@ import torch
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install 'detpipe[onnx]'")
 
-from serving.onnx_files import NAMES, write_detector
-
 from detpipe.serving.onnx_detector import OnnxDetector
 from detpipe.support.errors import CheckpointError, DataError, DetpipeError, UsageError
+from serving.onnx_files import NAMES, write_detector
 
 
 def images(*first: int, height: int = 6, width: int = 8) -> list[torch.Tensor]:

@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'detpipe[serve]'")
 
 from fastapi.testclient import TestClient
-from serving.fake_model import FAILS, REFUSED, FakeModel, picture, served, wait_until
 
 from detpipe.serving.server import Limits, create_app
+from serving.fake_model import FAILS, REFUSED, FakeModel, picture, served, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -198,12 +199,13 @@ def test_an_answer_that_takes_too_long_is_given_up(caplog):
 
 
 def test_a_model_that_takes_no_boxes_and_one_whose_boxes_are_made():
-    import torch
-
     with TestClient(create_app(served(FakeModel(), takes_boxes=False))) as client:
         answer = client.post("/detect", files={"image": picture()}, data={"boxes": "[]"})
         assert (answer.status_code, answer.json()["error"]) == (400, "boxes: fake finds its own and takes none")
-    make = lambda image: torch.tensor([[1.0, 1.0, 5.0, float(image.shape[1])]])
+
+    def make(image: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[1.0, 1.0, 5.0, float(image.shape[1])]])
+
     with TestClient(create_app(served(FakeModel(), make_boxes=make))) as client:
         assert client.post("/detect", content=picture()).json()["boxes"] == [[1, 1, 5, 20]]
 
@@ -213,8 +215,11 @@ def test_metrics_count_what_was_answered():
         for content in (picture(), picture(), b""):
             client.post("/detect", content=content)
         text = client.get("/metrics").text
-    for line in ('detpipe_requests_total{status="200"} 2.0', 'detpipe_requests_total{status="400"} 1.0',
-                 "detpipe_batch_images_sum 2.0", "detpipe_requests_under_way 0.0", "detpipe_request_seconds_count 3.0"):  # fmt: skip
+    for line in (
+        'detpipe_requests_total{status="200"} 2.0',
+        'detpipe_requests_total{status="400"} 1.0',
+        *("detpipe_batch_images_sum 2.0", "detpipe_requests_under_way 0.0", "detpipe_request_seconds_count 3.0"),
+    ):
         assert line in text.splitlines()
 
 
