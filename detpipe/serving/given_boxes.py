@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +19,7 @@ from detpipe.support.strict_json import parse_json
 from detpipe.types import Detection, Target
 
 MOST = 5000  # boxes of an image: what a detector needs grows with them
+_NONE = torch.zeros(0, 4)
 
 
 def parse_boxes(text: str, size: tuple[int, int]) -> Tensor:
@@ -43,14 +45,23 @@ def parse_boxes(text: str, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(boxes).float()
 
 
+@contextmanager
+def at_given_boxes(detector: TwoStageDetector) -> Iterator[None]:
+    """Let a detector look at the ``proposals`` of targets while it lasts; what other threads ask it meanwhile looks there too."""
+    own = detector.proposals
+    detector.proposals = PrecomputedProposals(max_boxes=None)
+    try:
+        yield
+    finally:
+        detector.proposals = own
+
+
 @dataclass(frozen=True)
 class AtGivenBoxes:
     """A detector that looks at the ``proposals`` of targets where there are any, and else where it does by itself.
 
-    It is not to be called from several threads at a time.
-
     Args:
-        detector: that looks.
+        detector: that looks, from one thread at a time.
     """
 
     detector: TwoStageDetector
@@ -58,19 +69,11 @@ class AtGivenBoxes:
     @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Detection]:
         """Detect in N images ``[C, H_i, W_i]``: N detections on the CPU, in pixels of the images."""
-        detector = self.detector
-        own, device = detector.proposals, detector.device
-        moved: list[Target] | None = None
-        if targets is not None:
-            detector.proposals = PrecomputedProposals(max_boxes=None)
-            moved = [{"proposals": target["proposals"].to(device)} for target in targets]
-        try:
-            found = detector([image.to(device) for image in images], moved)
-        finally:
-            detector.proposals = own
-        return [on_cpu(one) for one in found]
-
-
-def on_cpu(found: Detection) -> Detection:
-    """Detections with all that they have, on the CPU."""
-    return cast(Detection, {name: values.cpu() for name, values in cast(dict[str, Tensor], found).items()})
+        device = self.detector.device
+        moved: list[Target] = [{"proposals": target.get("proposals", _NONE).to(device)} for target in targets or []]
+        with nullcontext() if targets is None else at_given_boxes(self.detector):
+            found = self.detector([image.to(device) for image in images], None if targets is None else moved)
+        return [
+            cast(Detection, {key: values.cpu() for key, values in cast(dict[str, Tensor], one).items()})
+            for one in found
+        ]
