@@ -1,7 +1,8 @@
 """The ``detpipe`` command: ``train``, ``evaluate``, ``predict`` and others, the same as the scripts in ``tools/``.
 
 Nothing heavy is imported before a command is known, so that help and mistakes answer at once. Exit status: 0 for success, 2
-for a wrong command line or configuration, 1 for anything else that went wrong, 130 when interrupted, 143 when a training was asked
+for a wrong command line or configuration, 1 for anything else that went wrong, 3 where a prediction is done but for images that
+could not be read, 130 when interrupted, 143 when a training was asked
 to end (SIGTERM, SIGUSR1).
 """
 
@@ -29,8 +30,9 @@ commands:
   evaluate CONFIG.yaml [MORE.yaml ...] --ckpt_path CHECKPOINT
   evaluate --detections FILE.json --annotations FILE.json --protocol coco|voc07|voc10
                         mean average precision of a model, or of a file of detections
-  predict CHECKPOINT|NAME IMAGE_OR_FOLDER ... -o FOLDER
-                        draw detections and write them as JSON
+  predict CHECKPOINT|NAME IMAGE_OR_FOLDER ... -o FOLDER [--tiles 640] [--tta] [--resume] [--part 3/16]
+                        draw detections and write them as JSON, image by image
+  merge FOLDER ...      join what the parts of a prediction have written
   serve CHECKPOINT|NAME|FILE.onnx
                         answer images over HTTP with detections as JSON
   demo CHECKPOINT|NAME  open a page in the browser to try a detector on
@@ -113,6 +115,7 @@ COMMANDS: dict[
         "train": "training.train",
         "evaluate": "evaluate.evaluate",
         "predict": "predict.predict",
+        "merge": "predict.merge",
         "serve": "serve.run_serve",
         "demo": "demo.run_demo",
         "pretrain": "training.pretrain",

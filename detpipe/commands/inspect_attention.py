@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from detpipe.commands.inspection import Objects, attention_modules, branches_by_scale, gates_by_class, spatial_maps
 from detpipe.commands.parser import Parser
-from detpipe.commands.predict import choose_proposals, detect, find_images
+from detpipe.commands.predict import choose_proposals, detect
 from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
 from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
+from detpipe.prediction.inputs import find_images
 from detpipe.support.errors import UsageError
 from detpipe.support.files import write_text
 from detpipe.support.terminal import say

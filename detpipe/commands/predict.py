@@ -1,19 +1,21 @@
-"""The ``predict`` and ``classify`` commands: find objects in images of the user's own, or name what is in given boxes.
+"""The ``predict``, ``merge`` and ``classify`` commands: find objects in images of the user's own, or name what is in given boxes.
 
-Both draw, and write one JSON file. It holds ``checkpoint``, ``class_names``, ``images`` (``file``, ``drawing``, ``width``,
-``height``, ``detections`` or ``regions`` with ``label``, ``score`` and ``box`` in pixels of the image, regions in the order of the
-boxes) and ``failed`` (``file``, ``reason``). With ``--show-glimpses`` detections also have ``proposal`` and ``glimpses`` (outlines
-in order), and there is a page of pictures.
+What they write, and how: see :mod:`detpipe.prediction.job`. Regions of ``classify`` are in the order of the boxes. With
+``--show-glimpses`` detections also have ``proposal`` and ``glimpses`` (outlines in order), and there is a page of pictures.
 
-Boxes for a detector that needs some, and for a classifier: see :mod:`detpipe.commands.given_proposals`.
+Boxes for a detector that needs some, and for a classifier: see :mod:`detpipe.commands.given_proposals`. Exit status: 3 where some
+images could not be read, and all others are done; 1 where none could.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import sys
+import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,126 +25,209 @@ from tqdm import tqdm
 
 from detpipe import zoo
 from detpipe.commands.given_proposals import Boxes, advice, open_boxes
-from detpipe.commands.parser import Parser
-from detpipe.datasets import read_image
-from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
+from detpipe.commands.parser import Parser, check_least, progress
+from detpipe.datasets.workers import usable_cores
 from detpipe.detector import TwoStageDetector
 from detpipe.heads import ProposalHead
-from detpipe.images import to_picture
-from detpipe.pictures import glimpse_pictures, visualize
+from detpipe.pictures import glimpse_pictures
+from detpipe.prediction import AugmentedDetector, Detector, ImageWindows, Merge, PlacedDetector, TiledDetector, Windows
+from detpipe.prediction.batches import WHOLE, Part
+from detpipe.prediction.inputs import ImageInput, find_inputs
+from detpipe.prediction.job import Job, Look, Picture
+from detpipe.prediction.lines import Tally, join
+from detpipe.prediction.machines import Team, team
+from detpipe.prediction.tiff import open_windows, split_pages
 from detpipe.proposals import PrecomputedProposals
 from detpipe.support.errors import DataError, UsageError
-from detpipe.support.files import refuse_special, write_text
+from detpipe.support.strict_json import load_json
 from detpipe.support.terminal import printable, say
 from detpipe.training.checkpoint import Description
 from detpipe.training.models import load_region_classifier
-from detpipe.types import Detection, GlimpsedDetection, Target
+from detpipe.types import Detection, PixelType, Target
 
-Look = Callable[[Path, Tensor], Detection]  # path and image as `read_image` gives it -> what is found there, on the CPU
+_PART = re.compile(r"(\d+)/(\d+)")
+SOME_FAILED = 3  # exit status
 
 
 def predict(arguments: Sequence[str]) -> int:
-    """Detect, draw, and write; status 1 when no image at all could be read."""
+    """Detect, draw, and write; the exit status."""
     options = _parse_predict(arguments)
-    images = find_images(options.images)
-    detector, description = zoo.load(options.checkpoint, options.weights)
-    boxes = choose_proposals(detector, options, images, description)
-    if options.show_glimpses:
-        _ask_for_glimpses(detector, options.checkpoint)
-    detector.to(choose_device(options.device))
+    with team() as own:
+        detector, description = zoo.load(options.checkpoint, options.weights)
+        inputs = _inputs(options, own, description.pixels)
+        boxes = choose_proposals(detector, options, [one.path for one in inputs], description)
+        if options.show_glimpses:
+            _ask_for_glimpses(detector, options.checkpoint)
+        limit = _limit_detections(detector, options.max_detections)
+        limit = None if options.tiles else limit  # which is that of a tile
+        device = choose_device(options.device, own.local_rank)
+        look = _look_by(detector.to(device), boxes, options, device)
+        names = ("score_threshold", "max_detections", "proposals", "tiles", "overlap", "merge", "tta", "show_glimpses")
+        settings = {name: getattr(options, name) for name in names}
+        tiled = options.tiles is not None
+        batch_size = 1 if tiled else options.batch_size or (4 if device.type == "cpu" else 8)
+        job = _job(inputs, options, description.class_names, "detections", settings, batch_size)
+        read = partial(open_windows if tiled else ImageInput.read, pixels=description.pixels)
+        status = _do(job, options, own, read, look, limit)
+        if options.show_glimpses and own.is_first and options.part == WHOLE:
+            page = glimpse_pictures.write_page(job.out, load_json(job.out / "detections.json")["images"])
+            say(f"glimpses: {page}")
+        return status
 
-    def look(path: Path, image: Tensor) -> Detection:
-        proposals = None if boxes is None else boxes(path, image)
-        return detect(detector, image, proposals, options.score_threshold)
 
-    out = Path(options.output)
-    report = _look_at(images, look, description, out, "detections", options.checkpoint)
-    if options.show_glimpses:
-        say(f"glimpses: {glimpse_pictures.write_page(out, report['images'])}")
-    return _ended(report, "detections", "unreadable", out)
+def merge(arguments: Sequence[str]) -> int:
+    """Join what parts of one command have written; the exit status."""
+    parser = Parser(prog="detpipe merge", description="Join what 'detpipe predict --part NUMBER/PARTS' has written.")
+    parser.add_argument("parts", nargs="+", help="the folders of the parts, or their files (*.jsonl)")
+    parser.add_argument("-o", "--output", help="the JSON file to write; detections.json in the first folder by default")
+    options = parser.parse_args(list(arguments))
+    paths: list[Path] = []
+    for place in map(Path, options.parts):
+        if not place.exists():
+            raise UsageError(
+                f"{place} does not exist; expected a folder or file that 'detpipe predict --part' has written"
+            )
+        paths += sorted(place.glob("detections.part-*.jsonl")) if place.is_dir() else [place]
+    first = Path(options.parts[0])
+    output = Path(options.output or (first if first.is_dir() else first.parent) / "detections.json")
+    return _ended(join(list(dict.fromkeys(paths)), output), "detections", output)
 
 
 def classify(arguments: Sequence[str]) -> int:
-    """Classify, draw, and write; status 1 when no image at all could be classified."""
+    """Classify, draw, and write; the exit status."""
     options = _parse_classify(arguments)
-    images = find_images(options.images)
-    model, description = load_region_classifier(options.checkpoint)
-    boxes_of = open_boxes(options.boxes, images, None)
-    model.to(choose_device(options.device))
+    with team() as own:
+        model, description = load_region_classifier(options.checkpoint)
+        inputs = _inputs(options, own, description.pixels)
+        boxes_of = open_boxes(options.boxes, [one.path for one in inputs], None)
+        model.to(choose_device(options.device, own.local_rank))
 
-    def look(path: Path, image: Tensor) -> Detection:
-        boxes = boxes_of(path, image)
-        try:
-            [found] = model.predict([image], [boxes])
-        except ValueError as error:  # a box outside of the image, or an image too small for the network
-            raise DataError(f"{path}: {error}") from error
-        return {"boxes": boxes, "labels": found["labels"].cpu(), "scores": found["scores"].cpu()}
+        def look(inputs: Sequence[ImageInput], images: Sequence[Picture]) -> list[Detection]:
+            [one], [image] = inputs, images
+            assert isinstance(image, Tensor)
+            boxes = boxes_of(one.path, image)
+            try:
+                [found] = model.predict([image], [boxes])
+            except ValueError as error:  # a box outside of the image, or an image too small for the network
+                raise DataError(f"{one.name}: {error}") from error
+            return [{"boxes": boxes, "labels": found["labels"].cpu(), "scores": found["scores"].cpu()}]
 
+        job = _job(inputs, options, description.class_names, "regions", {"boxes": options.boxes}, 1)
+        return _do(job, options, own, partial(ImageInput.read, pixels=description.pixels), look)
+
+
+def _inputs(options: argparse.Namespace, own: Team, pixels: PixelType) -> list[ImageInput]:
+    inputs = find_inputs(options.images, options.allow_network)
+    if own.part != WHOLE and (options.part != WHOLE or any(one.content is not None for one in inputs)):
+        raise UsageError("several processes share the images: leave out --part, and give '-' to one process alone")
+    return split_pages(inputs) if getattr(options, "tiles", None) and pixels.channels in (1, 3) else inputs
+
+
+def _job(
+    inputs: Sequence[ImageInput], options: argparse.Namespace, class_names: Sequence[str], kind: str, settings: dict[str, Any],
+    batch_size: int,
+) -> Job:  # fmt: skip
+    file = Path(options.checkpoint)
+    settings["model"] = _check_sum(file) if file.is_file() else options.checkpoint
+    drawings = None if options.no_drawings else options.drawings
     out = Path(options.output)
-    report = _look_at(images, look, description, out, "regions", options.checkpoint)
-    return _ended(report, "regions", "failed", out)
+    return Job(
+        inputs, out, options.checkpoint, class_names, kind, {**settings, "drawings": drawings}, drawings, batch_size
+    )
 
 
-def _look_at(
-    images: Sequence[Path], look: Look, description: Description, out: Path, kind: str, checkpoint: str
-) -> dict[str, Any]:
-    """Look at images one by one, draw what is found, and write ``KIND.json``; what cannot be read is named and left out."""
-    class_names = list(description.class_names)
-    report: dict[str, Any] = {"checkpoint": checkpoint, "class_names": class_names, "images": [], "failed": []}
-    rows = list(zip(images, drawing_names(images, out), strict=True))
-    for path, name in tqdm(rows, unit="image", disable=not sys.stderr.isatty()):
-        try:
-            image = read_image(path, pixels=description.pixels)
-            found = look(path, image)
-        except (DataError, OSError) as error:
-            tqdm.write(printable(f"skipped: {error}"), file=sys.stderr)
-            report["failed"].append({"file": str(path), "reason": str(error)})
-            continue
-        visualize.save_png(out / name, _draw(image, found, class_names))
-        size = {"width": image.shape[2], "height": image.shape[1]}
-        records = _records(found, class_names)
-        report["images"].append({"file": str(path), "drawing": name, **size, kind: records})
-    write_text(out / f"{kind}.json", json.dumps(report, indent=1) + "\n")
-    return report
+def _check_sum(file: Path) -> str:
+    value = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"crc32 {value:08x}"
 
 
-def _ended(report: dict[str, Any], kind: str, failed: str, out: Path) -> int:
-    count = sum(len(image[kind]) for image in report["images"])
-    say(f"{len(report['images'])} images, {count} {kind}, {len(report['failed'])} {failed}; see {out / f'{kind}.json'}")
-    return 0 if report["images"] else 1
+def _do(
+    job: Job,
+    options: argparse.Namespace,
+    own: Team,
+    read: Callable[[ImageInput], Picture],
+    look: Look,
+    limit: int | None = None,
+) -> int:
+    """Do the part of this process, and join all parts where it is the first of them."""
+    part = own.part if own.part != WHOLE else options.part
+    with progress(len(job.inputs), logged=False) as move:
+
+        def tell(done: int, of: int, reason: str | None) -> None:
+            move(done, of)
+            if reason is not None:
+                tqdm.write(printable(f"skipped: {reason}"), file=sys.stderr)
+
+        job.do(part, read, look, options.workers or usable_cores(), options.resume, tell)
+    if options.part != WHOLE:
+        say(f"part {part.number} of {part.of} is done; 'detpipe merge {job.out}' joins all parts when they are there")
+        return 0
+    own.wait(f"what is done is kept in {job.out}; the same command with --resume goes on from there")
+    if not own.is_first:
+        return 0
+    return _ended(job.finish(part.of, limit), job.kind, job.out / f"{job.kind}.json", limit)
 
 
-@torch.inference_mode()
+def _ended(tally: Tally, kind: str, output: Path, limit: int | None = None) -> int:
+    failed = "unreadable" if kind == "detections" else "failed"
+    say(f"{tally.images} images, {tally.found} {kind}, {tally.failed} {failed}; see {output}")
+    if tally.limited:
+        say(
+            f"{tally.limited} images have {limit} detections, the most that the model gives: --max_detections takes more"
+        )
+    if tally.failed and tally.images:
+        return SOME_FAILED
+    return 0 if tally.images else 1
+
+
+def _look_by(
+    detector: TwoStageDetector, boxes: Boxes | None, options: argparse.Namespace, device: torch.device
+) -> Look:
+    """What looks at a batch of images, by tiles and several times where that is asked for."""
+    looks: Detector = AugmentedDetector(detector) if options.tta else detector
+    looks = PlacedDetector(looks, device, options.score_threshold)
+    if options.tiles is not None:
+        batch_size = options.batch_size or 4
+        looks = TiledDetector(looks, options.tiles, options.overlap, merge=Merge(options.merge), batch_size=batch_size)
+
+    def look(inputs: Sequence[ImageInput], pictures: Sequence[Picture]) -> Sequence[Detection]:
+        targets: list[Target] | None = None
+        if boxes is not None:
+            whole = [one.reduced(max(one.size)) if isinstance(one, Windows) else one for one in pictures]
+            targets = [{"proposals": boxes(one.path, image)} for one, image in zip(inputs, whole, strict=True)]
+        if isinstance(looks, TiledDetector):
+            assert len(pictures) == 1
+            windows = pictures[0] if isinstance(pictures[0], Windows) else ImageWindows(pictures[0])
+            return [looks.detect(windows, None if targets is None else targets[0])]
+        return looks(cast(Sequence[Tensor], pictures), targets)
+
+    return look
+
+
 def detect(detector: TwoStageDetector, image: Tensor, proposals: Tensor | None, score_threshold: float) -> Detection:
     """Detect objects in one image ``[C, H, W]``, as `read_image` reads it, with proposals ``[P, 4]`` xyxy or none.
 
     Detections below the threshold are left out; they are on the CPU, with proposals and glimpses where the head returns them.
     """
-    targets: list[Target] | None = None if proposals is None else [{"proposals": proposals.to(detector.device)}]
-    [found] = detector([image.to(detector.device)], targets)
-    keep = found["scores"] >= score_threshold
-    return cast(Detection, {name: values[keep].cpu() for name, values in cast(dict[str, Tensor], found).items()})
+    targets: list[Target] | None = None if proposals is None else [{"proposals": proposals}]
+    [found] = PlacedDetector(detector, detector.device, score_threshold)([image], targets)
+    return found
 
 
-def find_images(names: Sequence[str]) -> list[Path]:
-    """List the images that are named, or lie in folders at any depth, those of a folder sorted, each once; none is a UsageError."""
-    paths: dict[Path, None] = {}
-    for name in map(Path, names):
-        refuse_special(name, UsageError)
-        if name.is_dir():
-            by_folder: dict[Path, list[str]] = {}
-            for path in name.rglob("*"):
-                if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-                    by_folder.setdefault(path.parent, []).append(path.name)
-            inside = sorted(folder / file for folder, files in by_folder.items() for file in image_names(files))
-            if not inside:
-                raise UsageError(f"folder {name} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-            paths.update(dict.fromkeys(inside))
-        elif name.is_file():
-            paths[name] = None
-        else:
-            raise UsageError(f"{name} does not exist; expected an image or a folder of images")
-    return list(paths)
+def _limit_detections(detector: TwoStageDetector, most: int | None) -> int | None:
+    """Let the head return so many, and say how many it does; None where that is not known."""
+    head = detector.head
+    if not isinstance(head, ProposalHead):
+        if most is not None:
+            raise UsageError(f"--max_detections: the head {type(head).__name__} has no such setting")
+        return None
+    if most is not None:
+        candidates = max(head.postprocess.candidates_per_image, 10 * most)
+        head.postprocess = replace(head.postprocess, detections_per_image=most, candidates_per_image=candidates)
+    return head.postprocess.detections_per_image
 
 
 def choose_proposals(
@@ -169,51 +254,40 @@ def _ask_for_glimpses(detector: TwoStageDetector, checkpoint: str) -> None:
     head.return_glimpses = True
 
 
-def _draw(image: Tensor, found: Detection, class_names: Sequence[str]) -> Tensor:
-    image = to_picture(image)
-    if "glimpses" in found:
-        return glimpse_pictures.draw_glimpses(image, cast(GlimpsedDetection, found), class_names)
-    return visualize.draw(image, found["boxes"], found["labels"], class_names, found["scores"])
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Find a device: CUDA if there is one for ``auto``, of several processes the next, else by its name.
 
-
-def drawing_names(images: Sequence[Path], out: Path) -> list[str]:
-    """Name the drawings after the images, with a number where two would be the same or an image in that folder would be lost."""
-    names, used = [], {path.name for path in images if path.parent.resolve() == out.resolve()}
-    for path in images:
-        name, number = f"{path.stem}.png", 2
-        while name in used:
-            name, number = f"{path.stem}-{number}.png", number + 1
-        used.add(name)
-        names.append(name)
-    return names
-
-
-def _records(found: Detection, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    columns = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
-    rows: list[dict[str, Any]] = [
-        {"label": class_names[label - 1], "score": score, "box": box} for label, score, box in columns
-    ]
-    if "glimpses" in found:
-        rows = [row | glimpse_pictures.describe(cast(GlimpsedDetection, found), k) for k, row in enumerate(rows)]
-    return rows
-
-
-def choose_device(name: str) -> torch.device:
-    """Find a device: CUDA if there is one for ``auto``, else by its name; a UsageError if it cannot be used."""
+    A UsageError if it cannot be used.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        several = torch.cuda.device_count()
+        return torch.device("cuda", local_rank % several) if several else torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
+def _part(text: str) -> Part:
+    found = _PART.fullmatch(text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"expected NUMBER/PARTS such as 3/16, got {text!r}")
+    return Part(int(found[1]), int(found[2]))
+
+
 def _parser(command: str, description: str, checkpoint: str, kind: str) -> Parser:
     parser = Parser(prog=f"detpipe {command}", description=description)
-    parser.add_argument("checkpoint", help=checkpoint)
-    parser.add_argument("images", nargs="+", help="images, or folders of images")
-    parser.add_argument("-o", "--output", required=True, help=f"folder for the drawings and {kind}.json")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    add = parser.add_argument
+    add("checkpoint", help=checkpoint)
+    add("images", nargs="+", help="files, folders, patterns, @LIST.txt, - (standard input), web addresses")
+    add("-o", "--output", required=True, help=f"folder for the drawings, {kind}.jsonl and {kind}.json")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    add("--resume", action="store_true", help="go on with a run that was stopped, by the same command")
+    add("--part", type=_part, default=WHOLE, metavar="NUMBER/PARTS", help="this share of the images, such as 3/16")
+    add("--no-drawings", action="store_true", help="write no pictures")
+    add("--drawings", choices=("jpg", "png"), default="jpg", help="format of the pictures")
+    add("--workers", type=int, help="threads that read and draw; as many as there are cores by default")
+    add("--allow_network", action="store_true", help="fetch images from web addresses")
     return parser
 
 
@@ -221,15 +295,20 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
     text = "Detect objects in images, draw them, and write them as JSON."
     known = "such as RUN/best.ckpt; its model and class names are used; or a name of 'detpipe zoo'"
     parser = _parser("predict", text, known, "detections")
-    parser.add_argument(
-        "--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place"
-    )
-    parser.add_argument("--score_threshold", type=float, default=0.5, help="leave out detections below it (default .5)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place")
+    add("--score_threshold", type=float, default=0.5, help="leave out detections below it (default .5)")
+    add("--max_detections", type=int, help="of an image or tile, at most; as in training by default")
+    add("--batch_size", type=int, help="images of one size, or tiles, at a time; 4 on a CPU and 8 else by default")
+    add("--tiles", type=int, metavar="SIDE", help="look at each image tile by tile, of so many pixels, and as a whole")
+    add("--overlap", type=float, default=0.2, help="share of a tile that the next one has too (default .2)")
+    add("--merge", choices=("nms", "box_fusion"), default="nms", help="how what tiles find becomes one")
+    add("--tta", action="store_true", help="look at each image mirrored and at other sizes too, six times in all")
+    add(
         "--proposals",
         help="boxes to look at: a source (selective_search), a store, or JSON: image name -> [[x1, y1, x2, y2], ...]",
     )
-    parser.add_argument(
+    add(
         "--show-glimpses",
         action="store_true",
         help="draw the proposal of each detection and where the head looked beside it; glimpses.html shows all images",
@@ -237,6 +316,13 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(list(arguments))
     if not 0 <= options.score_threshold <= 1:
         raise UsageError(f"--score_threshold must be in 0..1, got {options.score_threshold}")
+    if not 0 <= options.overlap <= 0.9:
+        raise UsageError(f"--overlap must be in 0...9, got {options.overlap}")
+    if options.show_glimpses and (options.tta or options.tiles or options.no_drawings or options.part != WHOLE):
+        raise UsageError(
+            "--show-glimpses is for whole images and their drawings; leave out --tiles, --tta, --part, --no-drawings"
+        )
+    check_least(options, 1, "workers", "max_detections", "batch_size", "tiles")
     return options
 
 
@@ -248,4 +334,6 @@ def _parse_classify(arguments: Sequence[str]) -> argparse.Namespace:
         required=True,
         help="JSON: image name -> [[x1, y1, x2, y2], ...]; or a store, or a source such as selective_search",
     )
-    return parser.parse_args(list(arguments))
+    options = parser.parse_args(list(arguments))
+    check_least(options, 1, "workers")
+    return options

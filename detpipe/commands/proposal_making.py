@@ -20,11 +20,11 @@ from jsonargparse import ArgumentParser, Namespace
 from detpipe.commands.checkpoint_proposals import CheckpointProposals
 from detpipe.commands.data_source import add_data_options
 from detpipe.commands.parser import check_least, progress
-from detpipe.commands.predict import find_images
 from detpipe.datasets import read_image
 from detpipe.datasets.datamodule import image_files
 from detpipe.datasets.formats.recognize import EXPECTED, layout_of, open_split
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
+from detpipe.prediction.inputs import find_images
 from detpipe.proposal_files.offline import Item, Proposer, Summary, make_store
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -45,6 +46,7 @@ class Patience:
     attempts: int = 5  # in a row without a byte
     timeout: float = 30.0  # seconds without a byte, after which an attempt has failed
     wait: float = 2.0  # seconds before the second attempt; twice as many before each further one
+    total: float = math.inf  # seconds of an attempt of `read_url`, however many bytes come
 
 
 USUAL = Patience()
@@ -131,7 +133,7 @@ def read_url(url: str, most: int, advice: str, patience: Patience = USUAL) -> by
     for attempt in range(1, patience.attempts + 1):
         try:
             with _open(url, 0, patience.timeout, advice) as response:
-                content = response.read(most + 1)
+                content = _read(response, most + 1, time.monotonic() + patience.total)
                 length = response.size if isinstance(response, _Stored) else _length(response)
             if len(content) > most:
                 raise DownloadError(f"{url}: more than {most} bytes; it is another file, or a page in its place")
@@ -143,6 +145,18 @@ def read_url(url: str, most: int, advice: str, patience: Patience = USUAL) -> by
         if attempt < patience.attempts:
             time.sleep(patience.wait * 2 ** (attempt - 1))
     raise DownloadError(f"{url}: cannot be read ({reason}); check the network and run it again")
+
+
+def _read(response: HTTPResponse | _Stored, most: int, end: float) -> bytes:
+    """At most so many bytes; a CutOffError after a moment by which all should have come."""
+    read = response.read if isinstance(response, _Stored) else response.read1  # what is there, without waiting for more
+    parts, left = [], most
+    while left and (part := read(min(left, _CHUNK))):
+        parts.append(part)
+        left -= len(part)
+        if time.monotonic() > end:
+            raise CutOffError(f"only {most - left} bytes came in time")
+    return b"".join(parts)
 
 
 def _verify(path: Path, remote: RemoteFile, advice: str, progress: bool) -> None:

@@ -25,7 +25,7 @@ from detpipe.support.errors import UsageError
 from detpipe.support.files import atomic_write
 from detpipe.types import Detection, Target
 
-__all__ = ["Color", "class_color", "comparison_grid", "draw", "fit", "font", "plot_curves", "save_png"]
+__all__ = ["Color", "class_color", "comparison_grid", "draw", "fit", "font", "plot_curves", "save_jpeg", "save_png"]
 
 Color = tuple[int, int, int]  # red, green, blue, 0..255
 Renderer = Literal["auto", "supervision", "torchvision"]
@@ -120,7 +120,8 @@ def draw(
     if colors is not None:
         chosen = [colors[k] for k in order.tolist()]
     side = min(image.shape[1:])
-    tags = _Tags(texts, chosen, line_width=max(2, round(side / 240)), text_size=min(max(round(side / 32), 12), 22))
+    text_size = max(12, min(round(side / 32), 22), round(side / 90))
+    tags = _Tags(texts, chosen, line_width=max(2, round(side / 240)), text_size=text_size)
     if not texts:
         return image
     if _uses_supervision(renderer):
@@ -213,10 +214,18 @@ def sheet(panels: Sequence[Image.Image], columns: int, title: str, *, font_size:
 
 def save_png(path: str | os.PathLike[str], image: Tensor) -> None:
     """Write an image, [3, H, W] uint8 RGB, so that the file is complete when it is visible; a ValueError if it is no such image."""
+    _save(path, image, format="PNG", compress_level=1)  # a fourth of the time of 6, a quarter larger
+
+
+def save_jpeg(path: str | os.PathLike[str], image: Tensor) -> None:
+    """Write an image as `save_png` does, in a tenth of its time and bytes where it is a photograph."""
+    _save(path, image, format="JPEG", quality=90)
+
+
+def _save(path: str | os.PathLike[str], image: Tensor, **settings: Any) -> None:
     _check_image(image)
     with atomic_write(path) as temporary:
-        picture = Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
-        picture.save(temporary, format="PNG", compress_level=1)  # a fourth of the time of 6, a quarter larger
+        Image.fromarray(np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy())).save(temporary, **settings)
 
 
 def _check(
@@ -256,24 +265,31 @@ def _draw_supervision(image: Tensor, boxes: Tensor, tags: _Tags) -> Tensor:
     import supervision as sv
 
     def palette(colors: list[Color]) -> sv.ColorPalette:
-        return sv.ColorPalette([sv.Color(*color) for color in colors])
+        # supervision's colors are meant for BGR: exchanged, they are right on RGB, and no pixel has to move
+        return sv.ColorPalette([sv.Color(*color[::-1]) for color in colors])
 
     by_index, text_scale, padding = sv.ColorLookup.INDEX, tags.text_size / 28, 3
     corners = boxes.double().numpy()
-    scene = np.ascontiguousarray(image.permute(1, 2, 0).numpy()[..., ::-1])  # supervision's colors are meant for BGR
+    scene = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     boxed = sv.BoxAnnotator(palette(tags.colors), tags.line_width, by_index)
     scene = boxed.annotate(scene, sv.Detections(xyxy=corners))
     # supervision cuts off tags that would lie outside of the image: move what they are tied to
-    extents = [cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, text_scale, 1)[0] for text in tags.texts]
+    thickness = max(1, round(tags.text_size / 22))
+    extents = [cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, text_scale, thickness)[0] for text in tags.texts]
     wide, high = (np.array(side) + 2 * padding for side in zip(*extents, strict=True))
     anchors = corners.clip(min=0)
     anchors[:, 0] = np.minimum(anchors[:, 0], image.shape[2] - wide).clip(min=0)
     anchors[:, 1] += np.where(anchors[:, 1] < high, high, 0)
     tagged = sv.LabelAnnotator(
-        palette(tags.colors), by_index, palette(tags.text_colors), text_scale=text_scale, text_padding=padding
+        palette(tags.colors),
+        by_index,
+        palette(tags.text_colors),
+        text_scale=text_scale,
+        text_thickness=thickness,
+        text_padding=padding,
     )
     scene = tagged.annotate(scene, sv.Detections(xyxy=anchors), labels=tags.texts)
-    return torch.from_numpy(np.ascontiguousarray(scene[..., ::-1])).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(scene).permute(2, 0, 1)
 
 
 def _draw_torchvision(image: Tensor, boxes: Tensor, tags: _Tags) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from detpipe.detector import TwoStageDetector
 from detpipe.heads.suppression import box_fusion
+from detpipe.prediction.detector import Detector
 from detpipe.types import Detection, Target
 
 
@@ -25,16 +26,17 @@ class AugmentedDetector:
     """A detector that looks at each image several times, in as many forward passes as there are flips and scales.
 
     Args:
-        detector: what looks at the images.
+        detector: what looks at the images; for other scales than 1 a `TwoStageDetector`.
         flips: the axes that each view is mirrored along: "" for none, "x" for left and right, "y" for top and bottom.
         scales: factors of the detector's ``min_size`` and ``max_size``.
         iou: boxes of one class that overlap more become one.
 
     Raises:
-        ValueError: no view, a factor that is not positive, another flip, or an IoU outside (0, 1].
+        ValueError: no view, a factor that is not positive, another flip, an IoU outside (0, 1], or scales of a detector whose sizes
+            are not known.
     """
 
-    detector: TwoStageDetector
+    detector: Detector
     flips: tuple[str, ...] = ("", "x")
     scales: tuple[float, ...] = (0.8, 1.0, 1.25)
     iou: float = 0.55
@@ -46,6 +48,8 @@ class AugmentedDetector:
             )
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"expected one or more positive scales, got {self.scales}")
+        if set(self.scales) != {1.0} and not isinstance(self.detector, TwoStageDetector):
+            raise ValueError(f"scales {self.scales} need a TwoStageDetector, whose sizes they change; give (1.0,)")
 
     def __call__(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Detection]:
         """Detect in N images ``[C, H_i, W_i]`` as the detector does; at most as many as its richest view has."""
@@ -56,7 +60,7 @@ class AugmentedDetector:
         self, images: Sequence[Tensor], targets: Sequence[Target] | None, flip: str, scale: float
     ) -> list[Detection]:
         detector = self.detector
-        if scale != 1:
+        if isinstance(detector, TwoStageDetector) and scale != 1:
             detector = copy.copy(detector)  # the same stages; only its sizes are other ones
             detector.min_size, detector.max_size = (
                 max(1, round(side * scale)) for side in (detector.min_size, detector.max_size)

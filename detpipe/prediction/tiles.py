@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol, cast
+from typing import cast
 
 from torch import Tensor
 
 from detpipe import boxes as box_ops
 from detpipe.images import scale_boxes
+from detpipe.prediction.detector import Detector
 from detpipe.prediction.merging import Merge
 from detpipe.prediction.windows import ImageWindows, Windows
 from detpipe.types import Detection, Target
@@ -22,14 +23,6 @@ _OVERVIEW = 2048  # pixels of the longer side of a large file at least, when the
 _VISIBLE = 0.5  # a proposal is looked at in the tiles that hold at least so much of it
 
 View = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the whole image
-
-
-class Detector(Protocol):
-    """What detects: `TwoStageDetector`, and what is put around one."""
-
-    def __call__(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Detection]:
-        """N images ``[C, H_i, W_i]``, and their ``proposals`` for what needs some -> N detections in pixels of the images."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from detpipe.detector import TwoStageDetector
+from detpipe.prediction import PlacedDetector
 from detpipe.proposal_files.box_checks import explain, find_faults, read_boxes
 from detpipe.proposals import PrecomputedProposals
 from detpipe.support.errors import DataError
@@ -19,7 +19,6 @@ from detpipe.support.strict_json import parse_json
 from detpipe.types import Detection, Target
 
 MOST = 5000  # boxes of an image: what a detector needs grows with them
-_NONE = torch.zeros(0, 4)
 
 
 def parse_boxes(text: str, size: tuple[int, int]) -> Tensor:
@@ -66,14 +65,7 @@ class AtGivenBoxes:
 
     detector: TwoStageDetector
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Detection]:
         """Detect in N images ``[C, H_i, W_i]``: N detections on the CPU, in pixels of the images."""
-        device = self.detector.device
-        moved: list[Target] = [{"proposals": target.get("proposals", _NONE).to(device)} for target in targets or []]
         with nullcontext() if targets is None else at_given_boxes(self.detector):
-            found = self.detector([image.to(device) for image in images], None if targets is None else moved)
-        return [
-            cast(Detection, {key: values.cpu() for key, values in cast(dict[str, Tensor], one).items()})
-            for one in found
-        ]
+            return PlacedDetector(self.detector, self.detector.device)(images, targets)

@@ -69,7 +69,7 @@ def test_each_box_gets_a_name_in_its_place(model_file, pictures, capsys):
     assert capsys.readouterr().out == f"3 images, 3 regions, 0 failed; see {out / 'regions.json'}\n"
     assert (report["checkpoint"], report["class_names"], report["failed"]) == (str(model_file), ["ant", "bee"], [])
     assert [(one["drawing"], one["width"], one["height"]) for one in report["images"]] == [
-        *(("a.png", 80, 64), ("b.png", 80, 64), ("a-2.png", 70, 60)),
+        *(("a.jpg", 80, 64), ("b.jpg", 80, 64), ("a-2.jpg", 70, 60)),
     ]
     model, _ = load_region_classifier(model_file)
     [found] = model.predict([read_image(pictures / "a.png")], [torch.tensor(BOXES)])
@@ -87,7 +87,7 @@ def test_what_cannot_be_classified_is_named_and_the_rest_goes_on(model_file, pic
     boxes = {"a.png": [*BOXES, [81, 5, 99, 20]], "b.png": BOXES, "a.jpg": BOXES}
     (pictures.parent / "boxes.json").write_text(json.dumps(boxes))
     (pictures / "more" / "a.jpg").write_text("no picture")
-    report = classify(model_file, pictures)
+    report = classify(model_file, pictures, status=3)
     assert [Path(one["file"]).name for one in report["images"]] == ["b.png"]
     assert [Path(one["file"]).name for one in report["failed"]] == ["a.png", "a.jpg"]
     assert "box 2: expected finite" in report["failed"][0]["reason"]

@@ -12,9 +12,9 @@ from PIL import Image
 
 from detpipe import cli
 from detpipe.commands.given_proposals import read_proposals
-from detpipe.commands.predict import detect, find_images
+from detpipe.commands.predict import detect
 from detpipe.datasets import read_image
-from detpipe.support.errors import DataError, UsageError
+from detpipe.support.errors import DataError
 from detpipe.training import checkpoint
 from detpipe.training.models import load_detector
 
@@ -42,9 +42,9 @@ def with_precomputed(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "precomputed.ckpt"
 
 
-def predict(trained: Path, out: Path, *arguments: str) -> dict[str, Any]:
+def predict(trained: Path, out: Path, *arguments: str, status: int = 0) -> dict[str, Any]:
     command = ["predict", str(trained / "best.ckpt"), "-o", str(out), "--device", "cpu", "--score_threshold", "0.01"]
-    assert cli.main([*command, *arguments]) == 0
+    assert cli.main([*command, *arguments]) == status
     return json.loads((out / "detections.json").read_text())
 
 
@@ -62,18 +62,22 @@ def test_a_folder_is_searched_and_nothing_overwrites_anything(trained, pictures,
     assert [Path(record["file"]).relative_to(pictures).as_posix() for record in report["images"]] == [
         *("a.jpg", "b.jpg", "more/a.png"),
     ]
-    assert [record["drawing"] for record in report["images"]] == ["a.png", "b.png", "a-2.png"]
-    assert sorted(path.name for path in out.iterdir()) == ["a-2.png", "a.png", "b.png", "detections.json"]
+    assert [record["drawing"] for record in report["images"]] == ["a.jpg", "b.jpg", "a-2.jpg"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("a-2.jpg", "a.jpg", "b.jpg", "detections.json", "detections.jsonl"),
+    ]
     assert report["failed"] == []
     count = sum(len(record["detections"]) for record in report["images"])
-    assert capsys.readouterr().out == f"3 images, {count} detections, 0 unreadable; see {out / 'detections.json'}\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"3 images, {count} detections, 0 unreadable; see {out / 'detections.json'}"
+    assert said[1:] == ["3 images have 100 detections, the most that the model gives: --max_detections takes more"]
     assert count > 0
 
 
 @pytest.mark.parametrize("size", [(3000, 1), (16, 8000), (1, 1)])
 def test_slim_images_are_drawn(size, trained, tmp_path):
     Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "slim.png")
-    [record] = predict(trained, tmp_path / "out", str(tmp_path / "slim.png"))["images"]
+    [record] = predict(trained, tmp_path / "out", str(tmp_path / "slim.png"), "--drawings", "png")["images"]
     assert (record["width"], record["height"]) == size
     with Image.open(tmp_path / "out" / "slim.png") as drawn:
         assert min(drawn.size) == (480 if size == (1, 1) else 80)
@@ -99,14 +103,14 @@ def test_boxes_are_in_pixels_of_the_image_and_names_are_those_of_the_checkpoint(
     assert boxes[:, 2].max() > 64  # wider than what the network saw
     assert report["class_names"] == list("0123456789")
     assert report["checkpoint"] == str(trained / "best.ckpt")
-    with Image.open(tmp_path / "out" / "a.png") as drawing:
+    with Image.open(tmp_path / "out" / "a.jpg") as drawing:
         assert drawing.width * 80 == drawing.height * 96  # small images are drawn enlarged
 
 
 def test_unreadable_images_are_counted_and_the_rest_goes_on(trained, pictures, tmp_path, capsys):
     (pictures / "a.jpg").write_bytes((pictures / "a.jpg").read_bytes()[:300])
     (pictures / "text.jpg").write_text("no picture")
-    report = predict(trained, tmp_path / "out", str(pictures))
+    report = predict(trained, tmp_path / "out", str(pictures), status=3)
     assert [Path(record["file"]).name for record in report["failed"]] == ["a.jpg", "text.jpg"]
     assert all(record["file"] in record["reason"] for record in report["failed"])
     assert [Path(record["file"]).name for record in report["images"]] == ["b.jpg", "a.png"]
@@ -126,7 +130,7 @@ def test_no_readable_image_at_all_is_a_failure(trained, tmp_path):
 
 def test_drawings_beside_the_images_do_not_overwrite_them(trained, pictures):
     before = (pictures / "more" / "a.png").read_bytes()
-    report = predict(trained, pictures / "more", str(pictures))
+    report = predict(trained, pictures / "more", str(pictures), "--drawings", "png")
     assert (pictures / "more" / "a.png").read_bytes() == before
     assert [record["drawing"] for record in report["images"]] == ["a-2.png", "b.png", "a-3.png"]
 
@@ -209,16 +213,6 @@ def test_a_proposals_file_that_is_no_json(tmp_path):
         read_proposals(tmp_path / "p.json")
     with pytest.raises(DataError, match=r"q\.json: no such file"):
         read_proposals(tmp_path / "q.json")
-
-
-def test_images_are_found_once_each_in_order(pictures, tmp_path):
-    found = find_images([str(pictures / "b.jpg"), str(pictures), str(pictures / "more")])
-    assert [path.name for path in found] == ["b.jpg", "a.jpg", "a.png"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="empty holds no image"):
-        find_images([str(tmp_path / "empty")])
-    with pytest.raises(UsageError, match=r"nowhere\.jpg does not exist; expected an image or a folder of images"):
-        find_images([str(tmp_path / "nowhere.jpg")])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,151 @@
+"""What is named on a command line, or in a list, as images: files, folders, patterns, lists, standard input, web addresses."""
+
+from __future__ import annotations
+
+import glob
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from torch import Tensor
+
+from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names, image_size, read_reduced
+from detpipe.datasets.fetch import Patience, is_remote, read_url
+from detpipe.images import Size
+from detpipe.support.errors import DetpipeError, UsageError
+from detpipe.support.files import refuse_special
+from detpipe.types import PixelType
+
+MOST_BYTES = 1 << 28  # of an image on the web or from standard input
+_PATIENCE = Patience(attempts=2, timeout=20, wait=1, total=300)
+_EVERYTHING = (2**31, 2**31)  # a size that no reduced picture has
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """An image that is to be looked at.
+
+    Args:
+        name: what it is called in what is written.
+        path: of its file; what it is called like where it has none.
+        content: its bytes, where they came from standard input.
+        url: where it is on the web.
+        page: of a TIFF of several pages, from 0 on.
+    """
+
+    name: str
+    path: Path
+    content: bytes | None = None
+    url: str | None = None
+    page: int | None = None
+
+    def size(self) -> Size | None:
+        """Height and width by the header of its file; None where it has none, or cannot be read."""
+        try:
+            return None if self.url else image_size(self.path, self.content)
+        except (DetpipeError, OSError):
+            return None  # reading it will say why
+
+    def read(self, pixels: PixelType) -> Tensor:
+        """Decode it: ``[C, H, W]``, the channels last in memory; errors are those of `read_image`, and DownloadError."""
+        content = read_url(self.url, MOST_BYTES, "check the address", _PATIENCE) if self.url else self.content
+        return read_reduced(self.name if self.url else self.path, _EVERYTHING, content, pixels).pixels
+
+
+def find_inputs(names: Sequence[str], allow_network: bool = False) -> list[ImageInput]:
+    """List the images that are named, each once, those of a folder or pattern sorted.
+
+    Args:
+        names: files; folders, searched at any depth; patterns such as ``"shots/*/left_*.jpg"``; ``"@list.txt"``, a name a line of
+            any of these but lists, ``"@-"`` of standard input; ``"-"``, an image from standard input; web addresses.
+        allow_network: whether names may be web addresses.
+
+    Returns:
+        The images.
+
+    Raises:
+        UsageError: what is named does not exist, is empty, or is on the web where that is not allowed. A file of a list that does
+            not exist is an image that cannot be read.
+    """
+    found: dict[tuple[str, str | None], ImageInput] = {}
+    for name in names:
+        for one in _listed(name, allow_network) if name.startswith("@") else _named(name, allow_network):
+            found.setdefault((str(one.path), one.url), one)
+    return list(found.values())
+
+
+def find_images(names: Sequence[str]) -> list[Path]:
+    """List images that are files, as `find_inputs`; one from elsewhere is a UsageError."""
+    inputs = find_inputs(names)
+    if any(one.content is not None for one in inputs):
+        raise UsageError("an image from standard input is taken by detpipe predict alone; give files or folders")
+    return [one.path for one in inputs]
+
+
+def _named(name: str, allow_network: bool) -> Iterable[ImageInput]:
+    if name == "-":
+        content = sys.stdin.buffer.read(MOST_BYTES + 1)
+        if not content or len(content) > MOST_BYTES:
+            raise UsageError(
+                f"-: expected an image of at most {MOST_BYTES} bytes on standard input, got {len(content)}"
+            )
+        return [ImageInput("-", Path("stdin"), content)]
+    if is_remote(name):
+        if not allow_network:
+            raise UsageError(f"{name}: is on the web; add --allow_network to fetch it")
+        return [ImageInput(name, Path(Path(unquote(urlsplit(name).path)).name or "index"), url=name)]
+    refuse_special(name, UsageError)
+    path = Path(name)
+    if path.is_dir():
+        return map(_file, _in_folder(path))
+    if path.is_file():
+        return [_file(path)]
+    if glob.has_magic(name):
+        inside = [Path(one) for one in sorted(glob.glob(name, recursive=True)) if Path(one).is_file()]
+        if inside:
+            return map(_file, inside)
+        raise UsageError(f"no file matches {name}")
+    raise UsageError(f"{name} does not exist; expected an image or a folder of images")
+
+
+def _file(path: Path) -> ImageInput:
+    return ImageInput(str(path), path)
+
+
+def _listed(name: str, allow_network: bool) -> Iterator[ImageInput]:
+    file = name[1:]
+    try:
+        text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        lines = [line.strip() for line in text.decode().splitlines() if line.strip()]
+    except OSError as error:
+        raise UsageError(
+            f"{file}: this list of images cannot be read ({error.strerror}); give one name a line"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{file}: expected a list of images in UTF-8, one name a line; give an image without @"
+        ) from error
+    if not lines:
+        raise UsageError(f"{file}: this list names no image")
+    for line in lines:
+        try:
+            if line == "-":
+                raise UsageError(f"{file}: '-' is no name for a list; give it on the command line")
+            yield from _named(line, allow_network)
+        except UsageError:
+            if is_remote(line) or line == "-" or Path(line).exists() or glob.has_magic(line):
+                raise
+            yield _file(Path(line))
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    by_folder: dict[Path, list[str]] = {}
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            by_folder.setdefault(path.parent, []).append(path.name)
+    inside = sorted(place / file for place, files in by_folder.items() for file in image_names(files))
+    if not inside:
+        raise UsageError(f"folder {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return inside

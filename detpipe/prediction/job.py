@@ -1,0 +1,162 @@
+"""A job of prediction: named images in, JSON lines and drawings out, and one JSON file of all in the end.
+
+The file holds ``checkpoint``, ``class_names``, ``images`` (``file``, ``drawing``, ``width``, ``height``, ``detections`` or
+``regions`` with ``label``, ``score`` and ``box`` in pixels of the image) and ``failed`` (``file``, ``reason``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from detpipe.images import Size, to_picture
+from detpipe.pictures import glimpse_pictures, visualize
+from detpipe.prediction.batches import Part, plan_batches
+from detpipe.prediction.inputs import ImageInput
+from detpipe.prediction.lines import LinesFile, Plan, Tally, join, part_name
+from detpipe.prediction.running import Work, run
+from detpipe.prediction.windows import Windows
+from detpipe.types import Detection, GlimpsedDetection
+
+Picture = Tensor | Windows  # [C, H, W], or what is read part by part
+Look = Callable[[Sequence[ImageInput], Sequence[Picture]], Sequence[Detection]]  # -> what is found, on the CPU
+_DRAWN = 4096  # pixels of the longer side of a drawing of an image that is read part by part
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Args:
+        inputs: the images.
+        out: the folder that takes what is written.
+        checkpoint: of the model, as the user named it.
+        class_names: the name of label 1 first.
+        kind: what is found, ``"detections"`` or ``"regions"``.
+        settings: by name, what decides about it.
+        drawings: the suffix of drawings, ``"jpg"`` or ``"png"``; None for no drawings.
+        batch_size: images of one size that are looked at together; 1 leaves their sizes unread.
+    """
+
+    inputs: Sequence[ImageInput]
+    out: Path
+    checkpoint: str
+    class_names: Sequence[str]
+    kind: str
+    settings: dict[str, Any]
+    drawings: str | None = "jpg"
+    batch_size: int = 1
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What is asked for, as the files say it."""
+        names = "\n".join(one.name if one.page is None else f"{one.name} {one.page}" for one in self.inputs)
+        settings = {**self.settings, "batch_size": self.batch_size, "list": hashlib.sha256(names.encode()).hexdigest()}
+        return Plan(self.checkpoint, tuple(self.class_names), len(self.inputs), settings)
+
+    def do(
+        self,
+        part: Part,
+        read: Callable[[ImageInput], Picture],
+        look: Look,
+        workers: int,
+        resume: bool,
+        tell: Callable[[int, int, str | None], None],
+    ) -> None:
+        """Look at the images of a part, and write them.
+
+        Args:
+            part: of all images.
+            read: decodes one, in a thread.
+            look: finds something in a batch of them.
+            workers: threads.
+            resume: whether to go on with what an earlier run has written.
+            tell: called with the number of images that are done and of all of the part, and why the last one could not be read.
+        """
+        batches = part.take(plan_batches(self._sizes(workers), self.batch_size))
+        rows = [row for batch in batches for row in batch]
+        names = drawing_names(self.inputs, self.out, self.drawings) if self.drawings else [None] * len(self.inputs)
+        with LinesFile(self.out / part_name(self.kind, part), self.plan, part, rows, resume) as lines:
+            tell(len(lines.done), len(rows), None)
+
+            def record(row: int, picture: Picture, found: Detection) -> dict[str, Any]:
+                return {"index": row, **self._record(self.inputs[row], picture, found, names[row])}
+
+            work = Work(
+                read=lambda row: read(self.inputs[row]),
+                look=lambda batch, pictures: look([self.inputs[row] for row in batch], pictures),
+                record=record,
+                failed=lambda row, reason: {"index": row, **_naming(self.inputs[row]), "reason": reason},
+            )
+            run(work, batches, lines, workers, lambda one: tell(len(lines.done), len(rows), one.get("reason")))
+
+    def finish(self, parts: int, limit: int | None = None) -> Tally:
+        """Join what all parts have written to ``KIND.json``; see `join`."""
+        names = [part_name(self.kind, Part(number, parts)) for number in range(1, parts + 1)]
+        return join([self.out / name for name in names], self.out / f"{self.kind}.json", self.kind, limit)
+
+    def _sizes(self, workers: int) -> list[Size | None]:
+        if self.batch_size == 1:
+            return [None] * len(self.inputs)
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(ImageInput.size, self.inputs))
+
+    def _record(self, source: ImageInput, picture: Picture, found: Detection, drawing: str | None) -> dict[str, Any]:
+        record = _naming(source)
+        height, width = picture.size if isinstance(picture, Windows) else (picture.shape[1], picture.shape[2])
+        if drawing is not None:
+            self._draw(picture, found, self.out / drawing)
+            record["drawing"] = drawing
+        return {**record, "width": width, "height": height, self.kind: _rows(found, self.class_names)}
+
+    def _draw(self, picture: Picture, found: Detection, path: Path) -> None:
+        boxes = found["boxes"]
+        if isinstance(picture, Windows):
+            height, width = picture.size
+            picture = picture.reduced(_DRAWN)
+            boxes = boxes * boxes.new_tensor([picture.shape[2] / width, picture.shape[1] / height]).repeat(2)
+        image = to_picture(picture)
+        if "glimpses" in found:
+            drawn = glimpse_pictures.draw_glimpses(image, cast(GlimpsedDetection, found), self.class_names)
+        else:
+            drawn = visualize.draw(image, boxes, found["labels"], self.class_names, found["scores"])
+        save = visualize.save_png if self.drawings == "png" else visualize.save_jpeg
+        save(path, drawn)
+
+
+def drawing_names(inputs: Sequence[ImageInput], out: Path, suffix: str) -> list[str]:
+    """Name the drawings after the images, with a number where two would be the same or an image in that folder would be lost."""
+    names: list[str] = []
+    used = {one.path.name for one in inputs if one.path.parent.resolve() == out.resolve()}
+    next_number: dict[str, int] = {}
+    for one in inputs:
+        stem = one.path.stem if one.page is None else f"{one.path.stem}-page-{one.page + 1}"
+        name, number = f"{stem}.{suffix}", next_number.get(stem, 2)
+        while name in used:
+            name, number = f"{stem}-{number}.{suffix}", number + 1
+        next_number[stem] = number
+        used.add(name)
+        names.append(name)
+    return names
+
+
+def _naming(source: ImageInput) -> dict[str, Any]:
+    """What an image is called in a record; pages count from 1."""
+    return {"file": source.name} if source.page is None else {"file": source.name, "page": source.page + 1}
+
+
+def _rows(found: Detection, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    columns = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
+    rows: list[dict[str, Any]] = [
+        {"label": class_names[label - 1], "score": score, "box": box} for label, score, box in columns
+    ]
+    if "glimpses" in found:
+        rows = [row | glimpse_pictures.describe(cast(GlimpsedDetection, found), k) for k, row in enumerate(rows)]
+    return rows

@@ -1,0 +1,281 @@
+"""Predictions as JSON lines: written image by image so that a kill loses none, gone on with, and parts of several joined.
+
+The first line says what was asked for (``part``, of how many ``images``, ``checkpoint``, ``class_names``, ``settings``); each other
+line is an image: its place in the list of all images as ``index``, its ``file``, and what was found, or the ``reason`` why not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from detpipe.prediction.batches import WHOLE, Part
+from detpipe.support.errors import DataError, UsageError
+from detpipe.support.files import atomic_write, sole_writer
+
+FORMAT = "detpipe predictions 1"
+_NAMED = 5  # images or parts that a message names
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for.
+
+    Args:
+        checkpoint: as the user named it.
+        class_names: the name of label 1 first.
+        images: how many there are in all parts.
+        settings: by name, all that decides about the predictions, with a check sum of the names of the images.
+    """
+
+    checkpoint: str
+    class_names: tuple[str, ...]
+    images: int
+    settings: dict[str, Any]
+
+    def difference(self, other: Plan) -> str:
+        """Say in what another plan differs; empty if in nothing."""
+        if self.settings.get("list") != other.settings.get("list") or self.images != other.images:
+            return f"the images are others ({other.images} then, {self.images} now)"
+        mine, theirs = ({**one.settings, "class_names": list(one.class_names)} for one in (self, other))
+        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        return "; ".join(f"{name} was {theirs.get(name)!r}, is {mine.get(name)!r}" for name in names)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What was written."""
+
+    images: int
+    found: int  # detections or regions
+    failed: int
+    limited: int  # images that have as many as a model gives at most
+
+
+class LinesFile:
+    """An open file of JSON lines, which no other process can open to write at the same time.
+
+    Args:
+        path: of the file.
+        plan: what is asked for.
+        part: which share of the images it has.
+        rows: the places of these images.
+        resume: whether to go on with a file that is there.
+
+    Raises:
+        UsageError: a file of a run that was stopped is there, and is not to be gone on with, or it is of another plan.
+        DataError: another process writes it, or it is no such file.
+    """
+
+    def __init__(self, path: Path, plan: Plan, part: Part, rows: Sequence[int], resume: bool) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.done: set[int] = set()
+        busy = DataError(f"{path}: another process is writing it; wait for it, or give another -o")
+        with ExitStack() as stack:
+            stack.enter_context(sole_writer(path, busy))
+            self._end = self._check(plan, part, len(rows), resume) if path.exists() and path.stat().st_size else 0
+            # not buffered: what did not fit on a full disk would be written once more when the file is closed
+            self._file = stack.enter_context(path.open("r+b" if self._end else "wb", buffering=0))
+            self._file.seek(self._end)
+            self._file.truncate()
+            if not self._end:
+                self._write({"format": FORMAT, "part": list(part), "part_images": len(rows), **asdict(plan)})
+            self._stack = stack.pop_all()
+
+    def _check(self, plan: Plan, part: Part, images: int, resume: bool) -> int:
+        """Look at what is there, and say up to where it is kept."""
+        try:
+            found = read_lines(self.path)
+        except DataError as error:
+            raise DataError(f"{error}; or give another -o") from error
+        if not resume:
+            if len(found.places) == found.part_images:
+                return 0
+            raise UsageError(
+                f"{self.path} has {len(found.places)} of {found.part_images} images of a run that was stopped: add --resume to "
+                "go on, or delete it"
+            )
+        difference = plan.difference(found.plan)
+        if difference or (found.part, found.part_images) != (part, images):
+            difference = difference or f"part {found.part.number}/{found.part.of} is in it, not {part.number}/{part.of}"
+            raise UsageError(
+                f"{self.path}: --resume is for the same command, but {difference}; delete it to begin anew"
+            )
+        self.done = set(found.places)
+        return found.end
+
+    def __enter__(self) -> LinesFile:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append an image; it is on its way to the disk when this returns, and survives a kill.
+
+        A record that does not fit on the disk is taken back, so that the file stays sound, and the OSError names it.
+        """
+        self._write(record)
+        self.done.add(record["index"])
+
+    def _write(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        left = memoryview(line)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._file.truncate(self._end)
+            error.filename = str(self.path)
+            raise
+        self._end += len(line)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What a file of JSON lines holds; the images are left on the disk."""
+
+    path: Path
+    plan: Plan
+    part: Part
+    part_images: int  # so many images are to be in it
+    places: dict[int, tuple[int, int]]  # index -> first byte and length of its line
+    end: int  # bytes of whole lines
+
+    def record(self, index: int, stream: BinaryIO) -> dict[str, Any]:
+        """Read an image of an open file."""
+        start, length = self.places[index]
+        stream.seek(start)
+        return json.loads(stream.read(length))
+
+
+def read_lines(path: Path) -> Lines:
+    """Read a file of JSON lines, of which a last one that a kill cut short is left out; a DataError if it is no such file."""
+    with path.open("rb") as stream:
+        try:
+            head = json.loads(stream.readline(1 << 24))
+            if head["format"] != FORMAT:
+                raise ValueError(head["format"])
+            plan = Plan(head["checkpoint"], tuple(head["class_names"]), head["images"], head["settings"])
+            part, part_images = Part(*head["part"]), int(head["part_images"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: is no file of predictions, as its first line says {FORMAT!r}; move it away"
+            ) from error
+        places: dict[int, tuple[int, int]] = {}
+        end = stream.tell()
+        for line in stream:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                index = int(json.loads(line)["index"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{path}: line {len(places) + 2} is damaged; delete the file and predict anew"
+                ) from error
+            if index in places:
+                raise DataError(
+                    f"{path}: line {len(places) + 2} is image {index} once more; delete the file and predict anew"
+                )
+            places[index] = (end, len(line))
+            end += len(line)
+    return Lines(path, plan, part, part_images, places, end)
+
+
+def part_name(kind: str, part: Part) -> str:
+    """The name of the file of a part.
+
+    Example:
+        >>> part_name("detections", Part(3, 16))
+        'detections.part-3-of-16.jsonl'
+    """
+    return f"{kind}.jsonl" if part == WHOLE else f"{kind}.part-{part.number}-of-{part.of}.jsonl"
+
+
+def join(paths: Sequence[Path], output: Path, kind: str = "detections", limit: int | None = None) -> Tally:
+    """Write all images of one or more files of JSON lines as one JSON file, in their order.
+
+    Args:
+        paths: of the files, parts of one whole.
+        output: the file to write.
+        kind: what a record holds, ``"detections"`` or ``"regions"``.
+        limit: how many of them a model gives at most.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: parts of different plans, a part that is missing, there twice, or not complete; each is named.
+    """
+    parts = sorted((read_lines(path) for path in paths), key=lambda one: one.part)
+    _check_parts(parts)
+    plan, tally = parts[0].plan, Counter[str]()
+    head = {"checkpoint": plan.checkpoint, "class_names": list(plan.class_names)}
+    with atomic_write(output) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.write(json.dumps(head)[:-1] + ', "images": [')
+        failed: list[str] = []
+        separator = "\n"
+        for record in _in_order(parts):
+            text = json.dumps({name: value for name, value in record.items() if name != "index"})
+            if "reason" in record:
+                failed.append(text)
+                continue
+            stream.write(separator + text)
+            separator = ",\n"
+            tally.update(images=1, found=len(record[kind]), limited=len(record[kind]) == limit)
+        stream.write('\n], "failed": [' + ",\n".join(["", *failed])[1:] + "\n]}\n")
+    return Tally(tally["images"], tally["found"], len(failed), tally["limited"])
+
+
+def _in_order(parts: Sequence[Lines]) -> Iterator[dict[str, Any]]:
+    place = {index: k for k, one in enumerate(parts) for index in one.places}
+    streams = [one.path.open("rb") for one in parts]
+    try:
+        for index in sorted(place):
+            yield parts[place[index]].record(index, streams[place[index]])
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+def _check_parts(parts: Sequence[Lines]) -> None:
+    """Refuse what is not one whole, by name."""
+    if not parts:
+        raise DataError("there are no parts to merge; expected files such as detections.part-1-of-16.jsonl")
+    first, seen = parts[0], {}
+    for one in parts:
+        difference = first.plan.difference(replace(one.plan, checkpoint=first.plan.checkpoint))
+        if one.part.of != first.part.of:
+            difference = f"it is one of {one.part.of} parts, not of {first.part.of}"
+        if difference:
+            raise DataError(f"{one.path} does not belong to {first.path}: {difference}")
+        if one.part in seen:
+            raise DataError(f"part {one.part.number} of {one.part.of} is there twice: {seen[one.part]} and {one.path}")
+        seen[one.part] = one.path
+    missing = [str(number) for number in range(1, first.part.of + 1) if Part(number, first.part.of) not in seen]
+    if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise DataError(
+            f"of {first.part.of} parts, {', '.join(missing[:_NAMED])}{more} {'is' if len(missing) == 1 else 'are'} missing in "
+            f"{first.path.parent}; predict them with --part NUMBER/{first.part.of}"
+        )
+    for one in parts:
+        if len(one.places) < one.part_images:
+            raise DataError(
+                f"{one.path} has {len(one.places)} of its {one.part_images} images; go on with the command that wrote it, and "
+                "--resume"
+            )
+    owner: dict[int, Lines] = {}
+    for one in parts:
+        for index in one.places:
+            if index in owner:
+                raise DataError(
+                    f"image {index} is in {owner[index].path} and in {one.path}; predict one of these parts anew"
+                )
+            owner[index] = one
