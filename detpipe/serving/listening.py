@@ -72,13 +72,15 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(app: Callable[..., Any], listener: socket.socket, stop_seconds: float) -> None:
-    """Answer requests until a signal comes, and then for so long what is under way.
+def make_server(app: Callable[..., Any], stop_seconds: float) -> uvicorn.Server:
+    """Make what answers requests, and when it is stopped, for so long what is under way.
 
     Args:
         app: an ASGI application.
-        listener: that is closed in the end.
         stop_seconds: after which requests are dropped.
+
+    Returns:
+        A server, which a socket is given to run.
     """
     config = uvicorn.Config(
         app,
@@ -90,10 +92,15 @@ def run(app: Callable[..., Any], listener: socket.socket, stop_seconds: float) -
         server_header=False,
         timeout_graceful_shutdown=round(stop_seconds + 0.5),
     )
+    return uvicorn.Server(config)
+
+
+def run(app: Callable[..., Any], listener: socket.socket, stop_seconds: float) -> None:
+    """Answer requests on a socket, which is closed in the end, until SIGTERM or Ctrl+C; arguments as of :func:`make_server`."""
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {one: signal.signal(one, lambda *_: None) for one in signals}  # uvicorn raises them again in the end
     try:
-        uvicorn.Server(config).run([listener])
+        make_server(app, stop_seconds).run([listener])
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)

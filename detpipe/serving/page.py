@@ -21,6 +21,8 @@ _CSS = """
 footer {display: none !important}
 .gradio-container {max-width: 1200px !important; margin: auto}
 .hint p {font-size: .9em; opacity: .8; margin: 0}
+button[aria-label="Share"] {display: none}
+@media (max-width: 640px) {.column, .row, .block, .tabs {max-width: calc(100vw - 48px); min-width: 0 !important}}
 """
 _COLUMNS = ["", "class", "score", "x1", "y1", "x2", "y2"]
 
@@ -62,7 +64,12 @@ def build_page(trial: Trial) -> gr.Blocks:
                             "Draw the gates of the backbone", interactive=tried.draw_attention is not None
                         )
                         gates = gr.Gallery(
-                            label="Gates", columns=1, object_fit="contain", show_label=False, interactive=False
+                            label="Gates",
+                            preview=True,
+                            height=560,
+                            object_fit="contain",
+                            show_label=False,
+                            interactive=False,
                         )
                     with gr.Tab("Classes"):
                         classes = gr.Dataframe(
@@ -80,7 +87,7 @@ def build_page(trial: Trial) -> gr.Blocks:
         looks = (image.upload, image.clear, detect.click, tiles.input, source.input)
         for event in looks:
             event(trial.look, controls, [key, *shown], concurrency_id="detector", **raw)
-        threshold.release(trial.show, [key, threshold], shown, **raw)
+        threshold.change(trial.show, [key, threshold], shown, trigger_mode="always_last", show_progress="hidden", **raw)
         attend.click(trial.attend, [key, threshold], [line, gates], concurrency_id="detector", **raw)
         image.select(_click, [boxes, corner], [boxes, corner, source], **raw)
         clear.click(lambda: ("", None), None, [boxes, corner], **raw)
