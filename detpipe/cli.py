@@ -33,6 +33,9 @@ commands:
   predict CHECKPOINT|NAME IMAGE_OR_FOLDER ... -o FOLDER [--tiles 640] [--tta] [--resume] [--part 3/16]
                         draw detections and write them as JSON, image by image
   merge FOLDER ...      join what the parts of a prediction have written
+  serve CHECKPOINT|NAME|FILE.onnx
+                        answer images over HTTP with detections as JSON
+  demo CHECKPOINT|NAME  open a page in the browser to try a detector on
   pretrain CONFIG.yaml [MORE.yaml ...] [--key.path value ...]
                         train a backbone as a classifier on an image folder, export its weights for detectors
   train_regions CONFIG.yaml [MORE.yaml ...] [--key.path value ...]
@@ -115,6 +118,8 @@ COMMANDS: dict[
         "evaluate": "evaluate.evaluate",
         "predict": "predict.predict",
         "merge": "predict.merge",
+        "serve": "serve.run_serve",
+        "demo": "demo.run_demo",
         "pretrain": "training.pretrain",
         "train_regions": "training.train_regions",
         "classify": "predict.classify",

@@ -58,11 +58,11 @@ def run_inspect(arguments: Sequence[str]) -> int:
     out = Path(options.output)
     out.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, object] = {"checkpoint": str(options.checkpoint), "modules": list(modules)}
-    written = _draw_maps(detector, paths, images, out)
+    written = draw_maps(detector, paths, images, out)
     objects = _find_objects(detector, images, proposals, options.score_threshold, options.max_objects)
     if len(objects.boxes):
         numbers["objects"] = len(objects.boxes)
-        written += _draw_gates(detector, objects, description.class_names, out, numbers)
+        written += draw_gates(detector, objects, description.class_names, out, numbers)
     elif not written:
         raise UsageError(
             f"no object was found with a score of {options.score_threshold} or more; lower --score_threshold, or give other images"
@@ -109,7 +109,8 @@ def _find_objects(
     return Objects([images[row[2]] for row in kept], boxes, torch.tensor([row[1] for row in kept], dtype=torch.int64))
 
 
-def _draw_maps(detector: TwoStageDetector, paths: Sequence[Path], images: Sequence[Tensor], out: Path) -> list[Path]:
+def draw_maps(detector: TwoStageDetector, paths: Sequence[Path], images: Sequence[Tensor], out: Path) -> list[Path]:
+    """Draw the spatial gates over images ``[3, H, W]`` uint8 RGB, and name the files; none where there are no such gates."""
     written: list[Path] = []
     for path, image in zip(paths, images, strict=True):
         maps = spatial_maps(detector.backbone, image, detector.min_size, detector.max_size)
@@ -123,13 +124,14 @@ def _draw_maps(detector: TwoStageDetector, paths: Sequence[Path], images: Sequen
     return written
 
 
-def _draw_gates(
+def draw_gates(
     detector: TwoStageDetector,
     objects: Objects,
     class_names: Sequence[str],
     out: Path,
     numbers: dict[str, object],
 ) -> list[Path]:
+    """Draw channel gates by class and branch weights by scale on objects, name the files, and put what was drawn in ``numbers``."""
     backbone, side, written = detector.backbone, detector.min_size, []
     channel = gates_by_class(backbone, objects, side, "channel")
     if channel:

@@ -194,8 +194,8 @@ def test_stages_of_other_attention_are_left_out_of_a_picture(kinds, tmp_path, mo
     drawn = {}
     monkeypatch.setattr(inspect_attention, "plot_class_gates", lambda gates, *rest: drawn.update(channel=list(gates)))
     monkeypatch.setattr(inspect_attention, "plot_maps", lambda image, maps, out: drawn.update(spatial=list(maps)))
-    inspect_attention._draw_gates(detector, objects, ["a", "b"], tmp_path, {})
-    inspect_attention._draw_maps(detector, [Path("a.png")], [image], tmp_path)
+    inspect_attention.draw_gates(detector, objects, ["a", "b"], tmp_path, {})
+    inspect_attention.draw_maps(detector, [Path("a.png")], [image], tmp_path)
     for form, having in (("channel", ("se", "scse", "cbam")), ("spatial", ("sse", "scse", "cbam"))):
         stages = [name.split(".")[1] for name in drawn.get(form, [])]
         assert stages == [stage for stage, kind in kinds.items() if kind in having]
