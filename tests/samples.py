@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,15 @@ def random_boxes(count: int, height: float = 60, width: float = 80, whole: bool 
     if whole:
         boxes = torch.cat((boxes[:, :2].floor(), boxes[:, 2:].ceil()), dim=1)
     return boxes
+
+
+def overlap(one: Sequence[float], other: Sequence[float], over_first: bool = False) -> float:
+    """The IoU of two boxes, or the part of the first that is covered, from the definition; 0 where nothing is shared."""
+    width, height = (min(one[k + 2], other[k + 2]) - max(one[k], other[k]) for k in (0, 1))
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    return width * height / (areas[0] if over_first else sum(areas) - width * height)
 
 
 def random_target(objects: int, classes: int = 3, height: float = 60, width: float = 80) -> Target:

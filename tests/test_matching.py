@@ -2,17 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import random_boxes
+from samples import overlap, random_boxes
 
-from detpipe import boxes as box_ops
 from detpipe import matching
 from detpipe.types import Target
-
-
-def overlap(a, b, over_first=False):
-    shared = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
-    areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
-    return shared / (areas[0] if over_first else sum(areas) - shared)
 
 
 def slow_assign(proposals, target, positive_iou, negative_iou, ignore_overlap):
@@ -209,9 +202,3 @@ def test_every_proposal_is_as_likely_to_be_drawn():
         counts[indices[0]] += 1
     assert (counts[:8] / 2000 - 4 / 8).abs().max() < 0.06  # five standard deviations
     assert (counts[8:] / 2000 - 6 / 12).abs().max() < 0.06
-
-
-def test_overlap_helper_agrees_with_the_library():
-    a, b = random_boxes(5).double(), random_boxes(4).double()
-    expected = torch.tensor([[overlap(x, y) for y in b.tolist()] for x in a.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(box_ops.iou(a, b), expected)

@@ -75,24 +75,6 @@ def test_gates_are_shares(make):
 
 
 @every
-def test_what_it_has_learned_decides_the_output(make):
-    attention, features = make(8).eval(), torch.randn(2, 8, 4, 5)
-    before = attention(features)
-    with torch.no_grad():
-        gate = [p for name, p in attention.named_parameters() if p.ndim > 1 and "branches" not in name][-1]
-        gate.mul_(-3)
-    assert not torch.allclose(attention(features), before, atol=1e-3)
-
-
-@every
-def test_images_do_not_mix(make):
-    attention, features = make(8).eval(), torch.randn(3, 8, 4, 5)
-    together = attention(features)
-    for image in range(3):
-        torch.testing.assert_close(together[image : image + 1], attention(features[image : image + 1]))
-
-
-@every
 @pytest.mark.parametrize("training", [True, False])
 def test_no_images(make, training):
     attention, features = make(8).train(training), torch.zeros(0, 8, 4, 5, requires_grad=True)
@@ -154,28 +136,6 @@ def test_can_be_traced(make):
     torch.testing.assert_close(traced(features), attention(features), rtol=0, atol=0)
     half = features.half()  # traced in one precision, used in another
     torch.testing.assert_close(traced.half()(half), attention.half()(half), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("attention", "layers", "factors"),
-    [
-        (SqueezeExcitation(16), ["excite"], (0.0, 0.5, 1.0)),
-        (SpatialSqueezeExcitation(16), ["squeeze"], (0.0, 0.5, 1.0)),
-        (ECA(16), ["conv"], (0.0, 0.5, 1.0)),
-        (CBAM(16), ["excite", "spatial"], (0.0, 0.25, 1.0)),
-    ],
-    ids=["se", "sse", "eca", "cbam"],
-)
-def test_gates_decide_the_output(attention, layers, factors):
-    features = torch.rand(2, 16, 3, 4)
-    for logit, factor in zip((-1e4, 0.0, 1e4), factors, strict=True):
-        for layer in map(attention.get_submodule, layers):
-            if layer.bias is None:
-                torch.nn.init.constant_(layer.weight, logit)
-            else:
-                torch.nn.init.zeros_(layer.weight)
-                torch.nn.init.constant_(layer.bias, logit)
-        torch.testing.assert_close(attention(features), factor * features)
 
 
 TWO = {"fc1": "squeeze", "fc2": "excite"}
@@ -282,11 +242,6 @@ def test_squeeze_keeps_the_type_and_does_not_overflow(dtype):
     squeezed = squeeze(torch.full((2, 3, 40, 50), 256.0, dtype=dtype))  # sums of 512,000
     assert squeezed.dtype == dtype
     assert squeezed.tolist() == [[[[256.0]]] * 3] * 2
-
-
-def test_squeeze_adds_in_float32():
-    features = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16)  # counting in bfloat16 stops at 256
-    assert squeeze(features).item() == 1.0
 
 
 @given(st.integers(1, 4096), st.data())

@@ -52,11 +52,3 @@ def test_equals_the_written_out_formula(bias, batch_norm):
         torch.testing.assert_close(gates["channel"][0, :, 0, 0], channel_gates, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gates["spatial"][0, 0], spatial_gates, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(attention(image[None])[0], gated * spatial_gates, rtol=1e-12, atol=1e-12)
-
-
-def test_places_see_the_gated_channels():
-    attention, features = CBAM(16), torch.randn(1, 16, 3, 4)
-    torch.nn.init.zeros_(attention.excite.weight)
-    torch.nn.init.constant_(attention.excite.bias, -1e4)  # nothing is left for the spatial gate but its bias
-    spatial = attention.gates(features)["spatial"]
-    torch.testing.assert_close(spatial, torch.sigmoid(attention.spatial.bias).expand(1, 1, 3, 4))

@@ -114,8 +114,3 @@ def test_hooks_see_the_gated_output_and_can_go():
     handle.remove()
     gated(features)
     assert len(seen) == 1
-
-
-def test_takes_over_the_mode():
-    assert not Gated(nn.BatchNorm2d(4).eval(), ECA(4)).training
-    assert Gated(nn.BatchNorm2d(4), ECA(4)).training

@@ -214,7 +214,7 @@ def test_gates_learn_and_change_the_output(name):
         assert network.get_submodule(name).excite.weight.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
 def test_copies_and_pickles(name):
     network, x = build(name), images(1)
     (*_, last) = add_attention(network, SE, TORCHVISION[name][0])
@@ -226,16 +226,6 @@ def test_copies_and_pickles(name):
             assert_same(other, network, x)
             other.get_submodule(last).excite.bias.add_(3)
             assert differ(other(x), network(x))
-
-
-def test_weights_saved_with_attention_load():
-    first, second = build("densenet121"), build("densenet121")
-    where = TORCHVISION["densenet121"][0]
-    add_attention(first, SE, where)
-    add_attention(second, SE, where)
-    second.load_state_dict(first.state_dict())
-    with torch.no_grad():
-        assert_same(second, first, images(1))
 
 
 @pytest.mark.parametrize("where", [None, ["blocks.0", "stem"]], ids=["blocks", "module"])

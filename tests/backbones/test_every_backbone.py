@@ -125,13 +125,13 @@ def test_images_of_any_size(name):
 
 
 @pytest.mark.parametrize("make", [SEResNet, SEResNeXt, SKNet, lambda **k: SEInceptionV3(None, **k)])
-@pytest.mark.parametrize("size", [(64, 64), (65, 333), (224, 225), (600, 1000), (800, 1333), (1333, 1333)])
-def test_our_own_round_up(make, size):
+def test_our_own_round_up(make):
     with torch.device("meta"):
         backbone = make(levels=("c2", "c3", "c4", "c5"), out_channels="own").eval()
-        features = backbone(torch.zeros(1, 3, *size))
-    for level, stride in backbone.strides.items():
-        assert features[level].shape == (1, backbone.level_channels[level], *(-(-side // stride) for side in size))
+    for size in ((64, 64), (65, 333), (224, 225), (600, 1000), (1333, 1333)):
+        features = backbone(torch.zeros(1, 3, *size, device="meta"))
+        for level, stride in backbone.strides.items():
+            assert features[level].shape == (1, backbone.level_channels[level], *(-(-side // stride) for side in size))
 
 
 @pytest.mark.parametrize(

@@ -78,14 +78,6 @@ def own(tmp_path: Path, **arguments) -> tuple[SEResNet, str]:
     return network, str(path)
 
 
-def test_our_own_weights_and_fewer_stages(tmp_path):
-    network, path = own(tmp_path, levels=["c3", "c5"], out_channels=16)
-    fewer = SEResNet(18, levels=["c3"], weights=path).eval()
-    images = torch.randn(1, 3, 64, 64)
-    whole = network.stages["c3"](network.stages["c2"](network.stem(images)))
-    torch.testing.assert_close(fewer(images)["c3"], whole)
-
-
 @pytest.mark.parametrize("norm", ["frozen", "group", "sync"])
 def test_weights_fit_every_normalization(norm, tmp_path):
     network, path = own(tmp_path, levels=["c5"])
@@ -192,8 +184,3 @@ def test_without_a_network(monkeypatch):
         CheckpointError, match=r"^weights DEFAULT cannot be downloaded \(Name or service not known\); .*local file$"
     ):
         SEResNet(18, None, weights="DEFAULT")
-
-
-def test_a_file_that_is_missing():
-    with pytest.raises(CheckpointError, match=r"weights file nowhere\.pth does not exist"):
-        SEResNet(18, weights="nowhere.pth")

@@ -14,7 +14,7 @@ from backbones.residual_cases import largest_difference, random_norms, saved
 from detpipe.attention import SqueezeExcitation
 from detpipe.attention.base import Attention
 from detpipe.attention.choice import GATINGS
-from detpipe.backbones import FPN, Pretrained, Regime, SEInceptionV3
+from detpipe.backbones import Pretrained, Regime, SEInceptionV3
 from detpipe.backbones.inception_blocks import STRIDES, UNPADDED, best_paddings, offset, unpadded_until
 from detpipe.images import normalize
 from detpipe.regions.image_classifier import ImageClassifier
@@ -396,16 +396,6 @@ def test_weights_of_timm(tmp_path):
     ours = SEInceptionV3(None, levels=["c5"], padded=False, weights=saved(other, tmp_path)).eval()
     images = torch.randn(1, 3, 80, 91)
     assert largest_difference(ours(images)["c5"], other.forward_features(images)) <= 1e-5
-
-
-# --- how it is trained
-
-
-@torch.no_grad()
-def test_under_a_pyramid():
-    pyramid = FPN(SEInceptionV3(levels=["c3", "c4"], out_channels="own"), out_channels=8).eval()
-    features = pyramid(torch.randn(1, 3, 64, 96))
-    assert {level: tuple(map_.shape) for level, map_ in features.items()} == {"p3": (1, 8, 8, 12), "p4": (1, 8, 4, 6)}
 
 
 # --- bad input

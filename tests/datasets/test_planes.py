@@ -234,6 +234,16 @@ def test_a_deep_file_that_ends_early_is_refused(tmp_path: Path, name: str) -> No
             read_image(tmp_path / name, data[: int(len(data) * part)], PixelType(count, "dtype"))
 
 
+@pytest.mark.parametrize("name", ["rgb.tif", "lzw.tif"])
+def test_a_deep_file_whose_values_are_damaged_says_so(tmp_path: Path, name: str) -> None:
+    count, dtype, write = DEEP[name]
+    write(numbers(count, dtype), tmp_path / name)
+    data = bytearray((tmp_path / name).read_bytes())
+    data[60:-400] = bytes(value ^ 0x5A for value in data[60:-400])
+    with pytest.raises(DataError, match=rf"{name}: is damaged, or ends early"):
+        read_image(tmp_path / name, bytes(data), PixelType(count, "dtype"))
+
+
 def test_a_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     as_tiff(numbers(5), tmp_path / "x.tif", **CONTIG)
     monkeypatch.setitem(__import__("sys").modules, "tifffile", None)

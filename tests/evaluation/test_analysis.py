@@ -38,3 +38,8 @@ def test_each_run_is_matched_once_by_the_rules_of_a_protocol(protocol, others, m
         by_class = np.array(numbers["curves"]["one"]["AP"][1:]).mean(axis=1)
         assert by_class == pytest.approx(list(expected["per_class"].values()), abs=1e-12)
         assert numbers["comparison"]["runs"][0]["metrics"]["AP"]["value"] == pytest.approx(expected["AP"], abs=1e-12)
+
+
+def test_nothing_to_analyze_is_refused():
+    with pytest.raises(ValueError, match="there must be at least one run to analyze"):
+        analyze(some_truth(), {})

@@ -131,15 +131,6 @@ def test_annotation_id_zero_is_found(tmp_path, backend):
     assert evaluate_coco(annotations, perfect(annotations), backend)["AP"] == pytest.approx(1.0)
 
 
-def test_a_crowd_swallows_what_lies_inside():
-    objects = [(1, 1, (0, 0, 40, 40)), (1, 1, (100, 100, 300, 300))]
-    detections = found(
-        [(1, 1, 0.9, (150, 150, 170, 170)), (1, 1, 0.8, (120, 110, 140, 150)), (1, 1, 0.5, objects[0][2])]
-    )
-    assert evaluate_coco(truth(objects, [1], crowd=[1]), detections)["AP"] == pytest.approx(1.0)
-    assert evaluate_coco(truth(objects, [1]), detections)["AP"] < 0.2
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_difficult_object_is_neither_missed_nor_a_false_positive(backend):
     plain, hard = (0, 0, 40, 40), (100, 100, 200, 200)

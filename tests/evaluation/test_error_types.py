@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import math
 from itertools import count
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from samples import overlap as overlap_of
 
 from detpipe.evaluation import evaluate_coco
 from detpipe.evaluation.error_types import ERROR_TYPES, error_gains, find_errors
@@ -14,7 +14,7 @@ from detpipe.evaluation.matches import match
 from detpipe.evaluation.worst_images import image_costs
 from detpipe.types import Annotations, DetectionArrays
 
-from .builders import found, jittered, perfect, truth
+from .builders import found, jittered, truth
 from .test_coco import scenes
 
 BOX = (0, 0, 100, 100)
@@ -28,69 +28,78 @@ def outcome(annotations: Annotations, rows: list[tuple]) -> tuple[dict[str, int]
     return {name: n for name, n in errors.counts().items() if n}, error_gains(matches, errors)
 
 
-def gains_of(numbers: dict[str, float]) -> dict[str, float]:
-    """Those that are not 0; the special ones among them."""
-    return {name: round(value, 6) for name, value in numbers.items() if name != "AP50" and abs(value) > 1e-9}
+PET = ("cat", "dog")
+DUPLICATE = (51 * 1 + 50 * 2 / 3) / 101  # precision 1 up to recall 1/2, 2/3 up to 1
+NAN = math.nan  # nothing was found, so nothing would be asked for
 
 
-def test_classification():
-    """The cat is called a dog; as a cat it is a perfect detection. The real dog is found with a lower score."""
-    annotations = truth([(1, 1, BOX), (1, 2, FAR)], [1], ["cat", "dog"])
-    counts, numbers = outcome(annotations, [(1, 2, 0.9, BOX), (1, 2, 0.8, FAR)])
-    assert counts == {"classification": 1}
-    assert numbers["AP50"] == pytest.approx(0.25)  # cat 0, dog 1/2
-    assert gains_of(numbers) == {"classification": 0.75, "false_positives": 0.25, "false_negatives": 0.25}
-
-
-def test_localization():
-    counts, numbers = outcome(truth([(1, 1, BOX)], [1]), [(1, 1, 0.9, HALF)])
-    assert counts == {"localization": 1}
-    assert numbers["AP50"] == 0
-    assert numbers["localization"] == pytest.approx(1.0)
-    assert numbers["false_positives"] == 0
-    assert math.isnan(numbers["false_negatives"])  # nothing was found, so nothing would be asked for
-
-
-def test_both():
-    annotations = truth([(1, 1, BOX), (1, 2, FAR)], [1], ["cat", "dog"])
-    counts, numbers = outcome(annotations, [(1, 2, 0.9, HALF), (1, 2, 0.8, FAR), (1, 1, 0.7, BOX)])
-    assert counts == {"both": 1}
-    assert numbers["AP50"] == pytest.approx(0.75)
-    assert gains_of(numbers) == {"both": 0.25, "false_positives": 0.25}
-
-
-def test_duplicate():
-    annotations = truth([(1, 1, BOX), (2, 1, BOX)], [1, 2])
-    rows = [(1, 1, 0.9, BOX), (1, 1, 0.8, (0, 0, 100, 90)), (2, 1, 0.7, BOX)]
-    counts, numbers = outcome(annotations, rows)
-    assert counts == {"duplicate": 1}
-    before = (51 * 1 + 50 * 2 / 3) / 101  # precision 1 up to recall 1/2, 2/3 up to 1
-    assert numbers["AP50"] == pytest.approx(before)
-    assert gains_of(numbers) == {"duplicate": round(1 - before, 6), "false_positives": round(1 - before, 6)}
-
-
-def test_background():
-    annotations = truth([(1, 1, BOX)], [1, 2])
-    counts, numbers = outcome(annotations, [(1, 1, 0.9, FAR), (2, 1, 0.8, BOX), (1, 1, 0.5, BOX)])
-    assert counts == {"background": 2}  # the second lies in an image without objects
-    assert numbers["AP50"] == pytest.approx(1 / 3)
-    assert gains_of(numbers) == {"background": round(2 / 3, 6), "false_positives": round(2 / 3, 6)}
-
-
-def test_missed():
-    annotations = truth([(1, 1, BOX), (1, 1, FAR)], [1])
-    counts, numbers = outcome(annotations, [(1, 1, 0.9, BOX)])
-    assert counts == {"missed": 1}
-    assert numbers["AP50"] == pytest.approx(51 / 101)
-    assert gains_of(numbers) == {"missed": round(50 / 101, 6), "false_negatives": round(50 / 101, 6)}
-
-
-def test_an_object_that_an_error_stands_for_is_not_missed():
-    annotations = truth([(1, 1, BOX), (1, 2, FAR), (1, 2, (300, 0, 400, 100))], [1], ["cat", "dog"])
-    counts, numbers = outcome(annotations, [(1, 1, 0.9, HALF), (1, 1, 0.8, FAR)])
-    assert counts == {"localization": 1, "classification": 1, "missed": 1}
-    assert numbers["localization"] == pytest.approx(0.5)  # cat 1, dog 0
-    assert numbers["missed"] == 0  # the dog that remains is not found either way
+@pytest.mark.parametrize(
+    ("annotations", "rows", "counts", "ap", "gains"),
+    [
+        (  # the cat is called a dog; as a cat it is a perfect detection. The real dog is found with a lower score
+            truth([(1, 1, BOX), (1, 2, FAR)], [1], PET),
+            [(1, 2, 0.9, BOX), (1, 2, 0.8, FAR)],
+            {"classification": 1},
+            0.25,  # cat 0, dog 1/2
+            {"classification": 0.75, "false_positives": 0.25, "false_negatives": 0.25},
+        ),
+        (
+            truth([(1, 1, BOX)], [1]),
+            [(1, 1, 0.9, HALF)],
+            {"localization": 1},
+            0,
+            {"localization": 1, "false_negatives": NAN},
+        ),
+        (
+            truth([(1, 1, BOX), (1, 2, FAR)], [1], PET),
+            [(1, 2, 0.9, HALF), (1, 2, 0.8, FAR), (1, 1, 0.7, BOX)],
+            {"both": 1},
+            0.75,
+            {"both": 0.25, "false_positives": 0.25},
+        ),
+        (
+            truth([(1, 1, BOX), (2, 1, BOX)], [1, 2]),
+            [(1, 1, 0.9, BOX), (1, 1, 0.8, (0, 0, 100, 90)), (2, 1, 0.7, BOX)],
+            {"duplicate": 1},
+            DUPLICATE,
+            {"duplicate": 1 - DUPLICATE, "false_positives": 1 - DUPLICATE},
+        ),
+        (  # the second lies in an image without objects
+            truth([(1, 1, BOX)], [1, 2]),
+            [(1, 1, 0.9, FAR), (2, 1, 0.8, BOX), (1, 1, 0.5, BOX)],
+            {"background": 2},
+            1 / 3,
+            {"background": 2 / 3, "false_positives": 2 / 3},
+        ),
+        (
+            truth([(1, 1, BOX), (1, 1, FAR)], [1]),
+            [(1, 1, 0.9, BOX)],
+            {"missed": 1},
+            51 / 101,
+            {"missed": 50 / 101, "false_negatives": 50 / 101},
+        ),
+        (  # an object that an error stands for is not missed; the dog that remains is not found either way
+            truth([(1, 1, BOX), (1, 2, FAR), (1, 2, (300, 0, 400, 100))], [1], PET),
+            [(1, 1, 0.9, HALF), (1, 1, 0.8, FAR)],
+            {"localization": 1, "classification": 1, "missed": 1},
+            0,
+            {"localization": 0.5, "classification": 51 / 202, "false_negatives": NAN},
+        ),
+        (  # ignored objects are neither missed nor a reason; the last: the crowd of another class is none
+            truth([(1, 1, BOX), (1, 1, FAR), (1, 2, BOX)], [1], "ab", crowd=[1], difficult=[2]),
+            [(1, 1, 0.9, (510, 510, 520, 520)), (1, 2, 0.8, BOX), (1, 1, 0.7, BOX), (1, 2, 0.6, FAR)],
+            {"background": 1},
+            1,
+            {},
+        ),
+    ],
+    ids=["classification", "localization", "both", "duplicate", "background", "missed", "stood for", "ignored"],
+)
+def test_kinds_of_errors_and_what_they_cost(annotations, rows, counts, ap, gains):
+    found_counts, numbers = outcome(annotations, rows)
+    assert found_counts == counts
+    assert numbers.pop("AP50") == pytest.approx(ap)
+    assert numbers == pytest.approx({**dict.fromkeys(numbers, 0), **gains}, abs=1e-9, nan_ok=True)
 
 
 def test_of_two_that_are_mended_to_one_object_the_better_score_stays():
@@ -116,24 +125,6 @@ def test_localization_comes_before_classification_and_that_before_duplicate():
     assert outcome(annotations, rows)[0] == {"classification": 1}
 
 
-def test_ignored_objects_are_neither_missed_nor_a_reason():
-    annotations = truth([(1, 1, BOX), (1, 1, FAR), (1, 2, BOX)], [1], "ab", crowd=[1], difficult=[2])
-    rows = [(1, 1, 0.9, (510, 510, 520, 520)), (1, 2, 0.8, BOX), (1, 1, 0.7, BOX), (1, 2, 0.6, FAR)]
-    counts, numbers = outcome(annotations, rows)
-    assert counts == {"background": 1}  # the last: the crowd of another class is no reason
-    assert numbers["AP50"] == pytest.approx(1.0)
-
-
-def test_perfect_detections_have_no_errors():
-    annotations = truth([(5, 1, (0, 0, 50, 50)), (9, 2, (1, 1, 20, 20))], [9, 5], "ab")
-    matches = match(annotations, perfect(annotations), [0.5])
-    errors = find_errors(matches)
-    assert set(errors.counts().values()) == {0}
-    assert tuple(errors.counts()) == ERROR_TYPES
-    assert gains_of(error_gains(matches, errors)) == {}
-    assert image_costs(matches).tolist() == [0, 0]
-
-
 def test_another_threshold_is_refused():
     annotations = truth([(1, 1, BOX)], [1])
     with pytest.raises(ValueError, match=r"at an IoU of 0\.5, got 0\.75"):
@@ -141,15 +132,6 @@ def test_another_threshold_is_refused():
 
 
 # The same, object by object in plain Python, from the paper's definitions; greedy matches as COCO's evaluator has them.
-
-
-def slow_iou(one: Any, other: Any, crowd: bool = False) -> float:
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
-    return width * height / (areas[0] if crowd else sum(areas) - width * height)
 
 
 def slow_records(annotations: Annotations, detections: DetectionArrays) -> tuple[list[dict], list[dict]]:
@@ -176,7 +158,7 @@ def slow_match(objects: list[dict], rows: list[dict]) -> None:
             for one in objects:
                 if one["image"] != row["image"] or one["label"] != row["label"] or one["ignore"] != ignored:
                     continue
-                overlap = slow_iou(row["box"], one["box"], one["crowd"])
+                overlap = overlap_of(row["box"], one["box"], one["crowd"])
                 if overlap < 0.5 or (one["by"] is not None and not one["crowd"]):
                     continue
                 if best is None or overlap >= best[0]:
@@ -188,7 +170,7 @@ def slow_match(objects: list[dict], rows: list[dict]) -> None:
 
 
 def slow_kind(row: dict, objects: list[dict]) -> tuple[str, dict | None]:
-    around = [(slow_iou(row["box"], one["box"]), one) for one in objects if one["image"] == row["image"]]
+    around = [(overlap_of(row["box"], one["box"]), one) for one in objects if one["image"] == row["image"]]
     around = [(overlap, one) for overlap, one in around if not one["ignore"]]
     own = max((pair for pair in around if pair[1]["label"] == row["label"]), key=lambda p: p[0], default=(0.0, None))
     other = max((pair for pair in around if pair[1]["label"] != row["label"]), key=lambda p: p[0], default=(0.0, None))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import overlap
 
 from detpipe.evaluation import canonical_order, evaluate, evaluate_lvis, format_table, read_coco_annotations
 from detpipe.support.errors import DataError
@@ -30,13 +31,6 @@ def federated(annotations: Annotations, negative: list, not_exhaustive: list, fr
     return replace(annotations, federation=Federation(pairs[0], pairs[1], tuple(frequencies)))
 
 
-def iou(a: Any, b: Any) -> float:
-    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(w, 0) * max(h, 0)
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    return shared / union if union else 0.0
-
-
 def match(dets: list, objects: list, threshold: float, area: tuple, forgiving: bool) -> list[tuple[float, bool, bool]]:
     """(score, true, ignored) of the detections of one class in one image, best first."""
     out_of_range = [not area[0] <= size <= area[1] for _, size in objects]
@@ -50,9 +44,9 @@ def match(dets: list, objects: list, threshold: float, area: tuple, forgiving: b
                 continue
             if best is not None and not out_of_range[best] and out_of_range[g]:
                 break
-            overlap = iou(box, objects[g][0])
-            if overlap >= reached:
-                best, reached = g, overlap
+            shared = overlap(box, objects[g][0])
+            if shared >= reached:
+                best, reached = g, shared
         if best is None:
             size = (box[2] - box[0]) * (box[3] - box[1])
             rows.append((score, False, forgiving or not area[0] <= size <= area[1]))

@@ -1,68 +1,20 @@
 from __future__ import annotations
 
-import contextlib
-import io
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from detpipe.evaluation import canonical_order, read_coco_annotations
+from detpipe.evaluation import read_coco_annotations
 from detpipe.evaluation.calibration import calibrate, calibration_by_class, operating_point
-from detpipe.evaluation.coco import RECALL_LEVELS, mean_known, precision_by_recall
+from detpipe.evaluation.coco import RECALL_LEVELS, precision_by_recall
 from detpipe.evaluation.matches import AREAS, IOU_THRESHOLDS, describe_area, match
-from detpipe.evaluation.records import box_sizes
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations, DetectionArrays
 
 from . import builders
-from .builders import found, perfect, shuffled, truth
+from .builders import found, truth
+from .pycocotools_reference import reference_evaluator
 from .test_coco import scenes
-
-
-def records(
-    annotations: Annotations, image_ids: np.ndarray, labels: np.ndarray, boxes: np.ndarray, **more: Any
-) -> dict:
-    """A data set as pycocotools reads it: images by rising id, and everything else, numbered from 1."""
-    columns = {
-        "image_id": np.searchsorted(np.sort(annotations.image_ids), image_ids) + 1,
-        "category_id": labels,
-        "bbox": np.concatenate((boxes[:, :2], box_sizes(boxes)), axis=1),
-        **more,
-    }
-    rows = zip(*(np.asarray(column).tolist() for column in columns.values()), strict=True)
-    return {
-        "images": [{"id": i + 1} for i in range(len(annotations))],
-        "categories": [{"id": k + 1} for k in range(annotations.num_classes)],
-        "annotations": [{"id": i, **dict(zip(columns, row, strict=True))} for i, row in enumerate(rows, start=1)],
-    }
-
-
-def reference_evaluator(annotations: Annotations, detections: DetectionArrays, accumulate: bool = False) -> Any:
-    """pycocotools and its own matching, image by image; a difficult object lies in no range of sizes."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    def indexed(data: dict) -> Any:
-        coco = COCO()
-        coco.dataset = data
-        coco.createIndex()
-        return coco
-
-    owners = np.repeat(annotations.image_ids, np.diff(annotations.offsets))
-    areas = np.where(annotations.difficult & ~annotations.iscrowd, np.inf, annotations.area)
-    crowd = annotations.iscrowd.astype(int)
-    truths = records(annotations, owners, annotations.labels, annotations.boxes, area=areas, iscrowd=crowd)
-    ordered = canonical_order(detections)
-    more = {"area": box_sizes(ordered.boxes).prod(axis=1), "score": ordered.scores, "iscrowd": 0 * ordered.labels}
-    founds = records(annotations, ordered.image_ids, ordered.labels, ordered.boxes, **more)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(indexed(truths), indexed(founds), iouType="bbox")
-        evaluator.evaluate()
-        if accumulate:
-            evaluator.accumulate()
-    return evaluator
 
 
 def assert_same_matches(annotations: Annotations, detections: DetectionArrays) -> int:
@@ -100,7 +52,7 @@ def test_matches_of_real_crowds_are_those_of_pycocotools(shared_data):
 def test_curves_are_those_of_pycocotools(shared_data):
     annotations = read_coco_annotations(shared_data / "coco_mini" / "annotations" / "instances_val2017.json")
     detections = builders.jittered(annotations, seed=1)
-    evaluator = reference_evaluator(annotations, detections, accumulate=True)
+    evaluator = reference_evaluator(annotations, detections)
     np.testing.assert_array_equal(evaluator.params.recThrs, RECALL_LEVELS)
     ours = match(annotations, detections)
     for area in range(4):
@@ -148,15 +100,6 @@ def test_only_the_best_hundred_of_an_image_and_class_count():
     matches = match(truth([(1, 1, (0, 0, 10, 10))], [1, 2], "ab"), found(rows))
     assert len(matches) == 102
     assert matches.detections.scores[:100].min() == 0.25
-
-
-@settings(deadline=None, max_examples=20)
-@given(scenes())
-def test_arrival_order_does_not_matter(scene):
-    annotations, detections = scene
-    one, other = match(annotations, detections), match(annotations, shuffled(detections, 5))
-    np.testing.assert_array_equal(one.objects, other.objects)
-    np.testing.assert_array_equal(one.detections.boxes, other.detections.boxes)
 
 
 def test_blocks_of_pairs_change_nothing(monkeypatch, shared_data):
@@ -228,10 +171,3 @@ def test_operating_point():
     assert (given_score.precision, given_score.recall) == (1.0, 0.25)
     nothing = operating_point(match(annotations, found([])))
     assert (nothing.score, nothing.precision, nothing.recall, nothing.f1) == (0.5, 0, 0, 0)
-
-
-def test_perfect_detections_leave_nothing():
-    annotations = truth([(5, 1, (0, 0, 50, 50)), (9, 1, (3, 4, 90, 80)), (9, 2, (1, 1, 20, 20))], [9, 5, 7], "abc")
-    matches = match(annotations, perfect(annotations))
-    assert matches.true(0, 9).all()
-    assert mean_known(precision_by_recall(matches)) == pytest.approx(1.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from samples import overlap
 
 from detpipe.evaluation.proposal_recall import IOUS, MAX_BOXES, SIZES, evaluate_recall
 from detpipe.support.errors import DataError
-from detpipe.types import Annotations
+from detpipe.types import Annotations, DetectionArrays
+
+from .pycocotools_reference import reference_evaluator
 
 Boxes = dict[int, np.ndarray]
 
@@ -70,32 +69,13 @@ def data_sets(draw: st.DrawFn) -> tuple[Annotations, Boxes]:
 
 def coco_average_recall(annotations: Annotations, proposals: Boxes, max_boxes: list[int]) -> np.ndarray:
     """AR by pycocotools without classes: [all, small, medium, large] x V."""
-    truth: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}], "info": {}}
-    results = []
-    for row, image_id in enumerate(annotations.image_ids.tolist()):
-        truth["images"].append({"id": image_id, "height": 400, "width": 400})
-        for index in range(annotations.offsets[row], annotations.offsets[row + 1]):
-            x1, y1, x2, y2 = annotations.boxes[index].tolist()
-            entry = {"id": len(truth["annotations"]) + 1, "image_id": image_id, "category_id": 1}
-            entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": float(annotations.area[index])}
-            truth["annotations"].append({**entry, "iscrowd": int(annotations.iscrowd[index])})
-        boxes = np.asarray(proposals[image_id], np.float64)
-        for place, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-            box = {"image_id": image_id, "category_id": 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
-            results.append({**box, "score": 1.0 - place / 10_000})
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = truth
-        coco.createIndex()
-        found = coco.loadRes(results) if results else COCO()
-        if not results:
-            found.dataset = {"images": truth["images"], "annotations": [], "categories": truth["categories"]}
-            found.createIndex()
-        run = COCOeval(coco, found, "bbox")
-        run.params.useCats = 0
-        run.params.maxDets = max_boxes
-        run.evaluate()
-        run.accumulate()
+    counts = [len(proposals[image]) for image in annotations.image_ids.tolist()]
+    packed = np.concatenate([np.zeros((0, 4)), *(proposals[image] for image in annotations.image_ids.tolist())])
+    order = np.concatenate([np.arange(0), *(np.arange(count) for count in counts)])
+    boxes = DetectionArrays(
+        np.repeat(annotations.image_ids, counts), packed, 1 - order / 10_000, np.ones(len(packed), int)
+    )
+    run = reference_evaluator(annotations, boxes, useCats=0, maxDets=max_boxes)
     recall = np.where(run.eval["recall"] < 0, np.nan, run.eval["recall"])  # [T, 1, A, V]
     return recall[:, 0].mean(axis=0)
 
@@ -121,14 +101,9 @@ def slow_recall(annotations: Annotations, proposals: Boxes, iou: float, count: i
         for box in proposals[image_id][:count].astype(float).tolist():
             best, taken = min(iou, 1 - 1e-10), None
             for r in free:
-                other = annotations.boxes[r].tolist()
-                width = min(box[2], other[2]) - max(box[0], other[0])
-                height = min(box[3], other[3]) - max(box[1], other[1])
-                shared = max(width, 0) * max(height, 0)
-                areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)]
-                overlap = shared / (sum(areas) - shared)
-                if overlap >= best:
-                    best, taken = overlap, r
+                shared = overlap(box, annotations.boxes[r].tolist())
+                if shared >= best:
+                    best, taken = shared, r
             if taken is not None:
                 free.remove(taken)
                 hits += label in (None, annotations.labels[taken])

@@ -14,28 +14,12 @@ def pair(seed: int = 0, classes: int = 5, size: tuple[int, ...] = (30, 40)) -> t
     return truth, predicted
 
 
-def test_it_is_what_a_loop_counts():
-    truth, predicted = pair()
-    expected = [[0] * 5 for _ in range(5)]
-    for t, p in zip(truth.ravel().tolist(), predicted.ravel().tolist(), strict=True):
-        if t >= 0:
-            expected[t][p] += 1
-    found = confusion_matrix(truth, predicted, 5)
-    assert found.tolist() == expected
-    assert found.dtype == np.int64
-    scores = segmentation_scores(found, ["a", "b", "c", "d"])
-    for k, name in enumerate(("background", "a", "b", "c", "d")):
-        both = sum(1 for t, p in zip(truth.ravel(), predicted.ravel(), strict=True) if t == p == k)
-        either = sum(1 for t, p in zip(truth.ravel(), predicted.ravel(), strict=True) if t >= 0 and k in (t, p))
-        assert scores["per_class"][name] == pytest.approx(both / either)
-    assert scores["mIoU"] == pytest.approx(sum(scores["per_class"].values()) / 5)
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_it_is_what_scikit_learn_computes(seed):
     truth, predicted = pair(seed)
     counted = truth >= 0
     found = confusion_matrix(truth, predicted, 5)
+    assert found.dtype == np.int64
     assert (found == metrics.confusion_matrix(truth[counted], predicted[counted], labels=range(5))).all()
     scores = segmentation_scores(found, ["a", "b", "c", "d"])
     jaccard = metrics.jaccard_score(truth[counted], predicted[counted], labels=range(5), average=None)

@@ -38,8 +38,7 @@ def inputs():
     return pyramid(2, STRIDES), torch.stack([random_boxes(6), random_boxes(6)])
 
 
-@pytest.mark.parametrize("fuse", ["sum", "concat", "max"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "fuse"), [*zip(KINDS, ("sum", "concat", "max", "sum"), strict=True)])
 def test_the_untrained_glimpse_changes_nothing(kind, fuse):
     plain, glimpsing = heads(kind, fuse)
     features, boxes = inputs()
@@ -101,8 +100,7 @@ def test_a_quarter_turn_turns_what_is_seen():
     torch.testing.assert_close(got, torch.rot90(features["c3"][0, 0, 2:6, 2:6], 1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("fuse", ["sum", "concat", "max"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "fuse"), [*zip(KINDS, ("sum", "concat", "max", "sum"), strict=True)])
 def test_localization_learns_and_its_place_is_logged(kind, fuse):
     _, head = heads(kind, fuse)
     features, targets = pyramid(2, STRIDES), [random_target(3), random_target(2)]
@@ -202,6 +200,7 @@ def test_a_plain_head_has_no_glimpses_to_return():
         ({"max_shift": 0.0}, "must be positive and finite"),
         ({"max_change": math.inf}, "must be positive and finite"),
         ({"hidden": 0}, "must be positive and finite"),
+        ({"samples": 0}, "glimpse samples must be at least 1, got 0"),
     ],
 )
 def test_settings_that_leave_nothing_to_choose_are_refused(change, message):
@@ -209,6 +208,6 @@ def test_settings_that_leave_nothing_to_choose_are_refused(change, message):
         GlimpseSettings(**change)
 
 
-def test_an_unknown_kind_is_refused_by_the_head():
-    with pytest.raises(ValueError, match="glimpse kind must be one of"):
-        FastRCNNHead(4, 3, STRIDES, glimpse="spline")
+def test_a_glimpse_reads_one_point_or_more():
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        Glimpse(4, (3, 3), samples=0)

@@ -2,9 +2,8 @@ import math
 
 import pytest
 import torch
-from samples import random_boxes
+from samples import overlap, random_boxes
 
-from detpipe.boxes import iou
 from detpipe.heads import Postprocess
 from detpipe.heads.suppression import box_fusion, soft_nms
 
@@ -17,10 +16,6 @@ def candidates(images: int = 3, count: int = 30):
     keep = torch.rand(images, count) < 0.8
     keep[-1] = False
     return boxes, scores, torch.randint(1, 3, (images, count)), keep
-
-
-def overlap(box: list[float], other: list[float]) -> float:
-    return iou(torch.tensor([box]), torch.tensor([other])).item()
 
 
 def slow_soft_nms(boxes, scores, labels, keep, sigma):

@@ -5,7 +5,6 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from detpipe.boxes import area
 from detpipe.proposals.anchors import Anchors
 
 
@@ -39,14 +38,6 @@ def test_anchors_by_hand():
     # stride 10, a map of 1 x 2 cells: centers (5, 5) and (15, 5); 8 x 8, then 4 wide and 16 high
     [grid] = Anchors(sizes=[[8]], ratios=[1, 4]).grids([(1, 2)], [10])
     assert grid.boxes().tolist() == [[1, 1, 9, 9], [3, -3, 7, 13], [11, 1, 19, 9], [13, -3, 17, 13]]
-
-
-def test_ratios_keep_the_area():
-    [grid] = Anchors(sizes=[[32, 64]]).grids([(1, 1)], [16])
-    boxes = grid.boxes()
-    torch.testing.assert_close(area(boxes), torch.tensor([32.0**2, 64.0**2] * 3))
-    height, width = boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]
-    torch.testing.assert_close(height / width, torch.tensor([0.5, 0.5, 1.0, 1.0, 2.0, 2.0]))
 
 
 @pytest.mark.parametrize("levels", [1, 3])

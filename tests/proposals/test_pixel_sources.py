@@ -204,14 +204,10 @@ BAD = {
         ({"max_aspect_ratio": 0.5}, "max_aspect_ratio=0.5"),
     ],
 }
-EVERYWHERE = [
-    ({"max_boxes": 0}, "max_boxes must be positive or null, got 0"),
-    ({"min_size": -1}, "min_size must be 0 or more pixels, got -1"),
-]
 
 
 @pytest.mark.parametrize(
-    ("source", "arguments", "message"), [(source, *case) for source, own in BAD.items() for case in own + EVERYWHERE]
+    ("source", "arguments", "message"), [(source, *case) for source, own in BAD.items() for case in own]
 )
 def test_bad_arguments(source, arguments, message):
     with pytest.raises(ValueError, match=message) as caught:

@@ -172,18 +172,6 @@ def test_hierarchies_do_not_influence_one_another(segmentations, strategies):
         assert np.array_equal(together.rank[rows], alone.rank)
 
 
-@given(random_regions, st.lists(st.sampled_from(SIMILARITIES), min_size=1, max_size=4, unique=True))
-@settings(max_examples=60, deadline=None)
-def test_the_most_similar_pair_of_all_merges_first(regions, strategy):
-    assume(len(regions.sizes) > 2)
-    rows = [tuple(part.tolist() for part in row) for row in zip(*(regions[i] for i in (0, 1, 4, 5)), strict=True)]
-    pairs = list(zip(regions.first.tolist(), regions.second.tolist(), strict=True))
-    alike = [likeness(rows[one], rows[other], strategy, area_of(regions)) for one, other in pairs]
-    best = [pair for pair, value in zip(pairs, alike, strict=True) if value > max(alike) - 1e-5]
-    merged = group([regions], [strategy], area_of(regions)).boxes[len(rows)].tolist()
-    assert merged in [join(rows[one], rows[other])[1] for one, other in best]
-
-
 def test_one_region_is_its_own_hierarchy():
     regions = regions_of(4, 6, 1, 0)
     found = group([regions, regions], [ALL, ("size",)], 24)

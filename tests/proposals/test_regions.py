@@ -90,11 +90,6 @@ def test_a_region_without_pixels_has_a_box_of_zeros():
     assert boxes.tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [1, 0, 2, 1], [0, 0, 0, 0]]
 
 
-def test_one_region_has_no_neighbors():
-    first, second = neighbors(np.zeros((4, 5), np.int32), 1)
-    assert len(first) == len(second) == 0
-
-
 def test_color_bins_are_of_equal_width():
     bins = quantize_color(np.arange(256, dtype=np.uint8).reshape(1, -1, 1)).ravel()
     assert bins.tolist() == [math.floor(value * COLOR_BINS / 256) for value in range(256)]

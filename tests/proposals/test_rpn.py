@@ -1,5 +1,4 @@
 import math
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -111,7 +110,7 @@ def both(strides: dict[str, int], channels: int = 6) -> tuple[RPN, RegionProposa
 @pytest.mark.parametrize("strides", [ONE, THREE], ids=["one level", "three levels"])
 @pytest.mark.parametrize("training", [True, False])
 def test_equal_to_torchvision(strides, training):
-    for _ in range(5):
+    for _ in range(2):
         ours, theirs = both(strides)
         features, truth = pyramid(3, strides, channels=6), targets((3, 1, 2))
         truth.append(targets((0,))[0])
@@ -152,39 +151,6 @@ def test_training(strides, counts):
     assert any(level.grad.any() for level in features.values())
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_proposals_lie_inside_their_own_image(training):
-    boxes, _ = make(THREE).train(training)(batch(), pyramid(3, THREE), targets())
-    for found, (height, width) in zip(boxes, SIZES, strict=True):
-        assert found.shape[1] == 4
-        assert len(found) > 3
-        assert found.min() >= 0
-        assert (found[:, 2:] <= torch.tensor([width, height])).all()
-
-
-def test_scores_fall():
-    boxes, scores = make(THREE).propose(batch(), pyramid(3, THREE))
-    for found, values in zip(boxes, scores, strict=True):
-        assert len(found) == len(values)
-        assert (values.diff() <= 0).all()
-        assert 0 < values.min() < values.max() < 1
-
-
-def test_the_same_inputs_give_the_same_boxes():
-    rpn, features = make(THREE).eval(), pyramid(3, THREE)
-    first, again = rpn(batch(), features)[0], rpn(batch(), features)[0]
-    alone, _ = rpn(batch(SIZES[1:2]), {name: level[1:2] for name, level in features.items()})
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    torch.testing.assert_close(alone[0], first[1], rtol=1e-4, atol=1e-4)
-
-
-def test_fewer_at_inference():
-    rpn = make(THREE, selection=ProposalSelection((40, 20), (30, 7)))
-    features = pyramid(3, THREE)
-    assert [len(found) for found in rpn(batch(), features, targets())[0]] == [30] * 3
-    assert [len(found) for found in rpn.eval()(batch(), features)[0]] == [7] * 3
-
-
 @pytest.mark.parametrize(("frozen_as", "count"), [("inference", 7), ("training", 30)])
 def test_frozen(frozen_as, count):
     rpn = make(THREE, frozen=True, selection=ProposalSelection((40, 20), (30, 7), frozen_as=frozen_as))
@@ -197,13 +163,6 @@ def test_frozen(frozen_as, count):
     boxes, losses = rpn.eval()(batch(), features)
     assert losses == {}
     assert [len(found) for found in boxes] == [7] * 3
-
-
-def test_no_proposals():
-    rpn = make(selection=ProposalSelection(min_size=1000))
-    boxes, losses = rpn(batch(), pyramid(3, ONE), targets())
-    assert [found.shape for found in boxes] == [(0, 4)] * 3
-    assert all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_extra_levels_see_every_second_cell():
@@ -236,16 +195,6 @@ def test_anchors_are_laid_once_for_each_shape():
         images = ImageList(torch.zeros(1, 3, 16, width), [(16, width)])
         rpn.eval()(images, pyramid(1, ONE, height=16, width=width))
     assert len(rpn._grids) == CACHED_GRIDS
-
-
-def test_state_dict_round_trip():
-    rpn, other, features = make(THREE).eval(), make(THREE).eval(), pyramid(3, THREE)
-    assert not any(
-        torch.equal(a, b) for a, b in zip(rpn(batch(), features)[0], other(batch(), features)[0], strict=True)
-    )
-    other.load_state_dict(rpn.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(rpn(batch(), features)[0], other(batch(), features)[0], strict=True))
-    assert sorted(rpn.state_dict()) == sorted(f"{layer}.{kind}" for layer in THEIR_NAMES for kind in ("weight", "bias"))
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -380,8 +329,3 @@ def test_in_our_detector_and_in_torchvisions(levels, frozen):
         assert not any(grown) if frozen else all(grown)
         with torch.no_grad():
             assert len(model.eval()(images)) == 2
-
-
-def test_an_ordered_dictionary_of_features():
-    boxes, _ = make(THREE).eval()(batch(), OrderedDict(pyramid(3, THREE)))
-    assert len(boxes) == 3

@@ -2,7 +2,7 @@ import pytest
 import torch
 from samples import random_boxes
 
-from detpipe.boxes import area, encode, iou
+from detpipe.boxes import encode, iou
 from detpipe.proposals import rpn_selection as module
 from detpipe.proposals.rpn_selection import NotFiniteError, ProposalSelection
 
@@ -78,15 +78,6 @@ def test_filled_up_it_has_the_same_boxes_and_then_some_without_area():
         assert not got[len(want) :].any()
 
 
-def test_boxes_of_different_levels_do_not_suppress_each_other():
-    anchors = torch.tensor([[0.0, 0.0, 20.0, 20.0]] * 4)
-    boxes, scores = ProposalSelection()(
-        torch.tensor([[1.0, 2.0, 3.0, 0.5]]), torch.zeros(1, 4, 4), anchors, [2, 2], [(30, 30)], training=False
-    )
-    assert boxes[0].tolist() == [[0, 0, 20, 20]] * 2
-    assert scores[0].tolist() == [3, 2]
-
-
 def test_equal_scores_keep_the_order_of_the_levels():
     anchors = torch.tensor([[0.0, 0.0, 8.0, 8.0], [20.0, 0.0, 28.0, 8.0], [40.0, 0.0, 48.0, 8.0]])
     for _ in range(3):
@@ -115,16 +106,6 @@ def test_nothing_left():
     far = anchors + 1000  # outside the image: clipped to nothing
     boxes, _ = ProposalSelection()(logits, torch.zeros_like(deltas), far, LEVELS, SIZES, training=True)
     assert [row.shape for row in boxes] == [(0, 4), (0, 4)]
-
-
-def test_proposals_lie_inside_their_image_and_have_a_size():
-    logits, deltas, anchors = inputs()
-    boxes, _ = ProposalSelection()(logits, 3 * deltas, anchors, LEVELS, SIZES, training=True)
-    for found, (height, width) in zip(boxes, SIZES, strict=True):
-        assert len(found)
-        assert found.min() >= 0
-        assert (found[:, 2:] <= torch.tensor([width, height])).all()
-        assert (area(found) > 0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -1,10 +1,6 @@
 import numpy as np
 import pytest
-import torch
 
-from detpipe.backbones import SEResNet
-from detpipe.detector import TwoStageDetector
-from detpipe.heads import FastRCNNHead, Postprocess
 from detpipe.proposals import SelectiveSearch
 from detpipe.proposals.region_grouping import Grouping
 from detpipe.proposals.selective_search import COLOR_SPACES, convert, in_random_order
@@ -60,24 +56,3 @@ def test_colors_by_hand():
     assert convert(image, "rgi").tolist() == [[[254, 0, 85], [0, 254, 85], [42, 84, 60]]]
     dark = convert(np.zeros((2, 2, 3), np.uint8), "rgi")
     assert dark.tolist() == np.zeros((2, 2, 3)).tolist()
-
-
-@scikit_image
-def test_in_a_detector_it_serves_training_and_detection():
-    backbone = SEResNet(18, levels=["c3"])
-    every = Postprocess(score_threshold=0.0)
-    head = FastRCNNHead(backbone.out_channels, num_classes=2, strides=backbone.strides, fc=[16], postprocess=every)
-    detector = TwoStageDetector(backbone, SelectiveSearch(max_boxes=60), head, min_size=64, max_size=128)
-    images = [torch.from_numpy(planted(box)).permute(2, 0, 1) for box in PLACES[:2]]
-    targets = [{"boxes": torch.tensor([box], dtype=torch.float32), "labels": torch.tensor([1])} for box in PLACES[:2]]
-    losses = detector.train().losses(images, targets)
-    sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
-    assert {name for name in losses if name.startswith("loss_")} >= {"loss_classifier", "loss_box_reg"}
-    assert all(value.isfinite() for value in losses.values())
-    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in backbone.parameters())
-    found = detector.eval()(images)
-    assert [sorted(each) for each in found] == [["boxes", "labels", "scores"]] * 2
-    for each in found:
-        assert len(each["boxes"]) > 0
-        assert (each["boxes"] >= 0).all()
-        assert (each["boxes"][:, 2:] <= torch.tensor([140, 100])).all()

@@ -1,6 +1,5 @@
 import sys
 
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -87,9 +86,3 @@ def test_pairs_by_hand():
 def test_each_method_needs_its_own_package_only(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
     assert len(Superpixels([50], "seeds").propose(planted(PLACES[0]))[0]) > 0
-
-
-@scikit_image
-def test_slic_needs_no_extra_modules(monkeypatch):
-    monkeypatch.delattr(cv2, "ximgproc", raising=False)
-    assert len(Superpixels([50]).propose(planted(PLACES[0]))[0]) > 0

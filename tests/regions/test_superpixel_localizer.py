@@ -208,11 +208,8 @@ def test_superpixels_are_remembered() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec:FutureWarning")
-@POOLINGS
-def test_training_and_validation(demo: Demo, pooling: str, capsys: pytest.CaptureFixture[str]) -> None:
-    model = SuperpixelLocalizer(
-        SEResNet(18, levels=["c3"]), 10, Localization(16, pooling=pooling), min_size=64, max_size=64
-    )  # type: ignore[arg-type]
+def test_training_and_validation(demo: Demo, capsys: pytest.CaptureFixture[str]) -> None:
+    model = SuperpixelLocalizer(SEResNet(18, levels=["c3"]), 10, Localization(16), min_size=64, max_size=64)
     trainer = Trainer(
         max_epochs=2,
         accelerator="cpu",

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -109,14 +106,3 @@ def test_other_parameters_are_refused(theta):
 def test_other_sizes_are_refused(size):
     with pytest.raises(ValueError, match="at least 1"):
         AffineGrid()(torch.zeros(1, 6), size)
-
-
-def test_the_package_needs_neither_lightning_nor_the_rest():
-    program = (
-        "import sys, detpipe.spatial_transformer\n"
-        "print(*sorted(name for name in sys.modules if name.split('.')[0] in "
-        "('detpipe', 'lightning', 'pytorch_lightning', 'torchvision', 'jsonargparse')))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert all(name.startswith("detpipe.spatial_transformer") for name in set(done.stdout.split()) - {"detpipe"})
-    assert "detpipe.spatial_transformer.sampler" in done.stdout

@@ -57,11 +57,6 @@ def test_a_shift_by_a_whole_cell_to_the_right_moves_the_content_to_the_left(padd
         torch.testing.assert_close(result, torch.tensor([[expected]]).float(), rtol=0, atol=1e-5)
 
 
-def test_a_shift_down_by_a_whole_cell():
-    result = seen(AffineGrid(), [1, 0, 0, 0, 1, 1], (2, 3))
-    torch.testing.assert_close(result, torch.tensor([[[[4.0, 5, 6], [0, 0, 0]]]]))
-
-
 def test_a_zoom_by_two_shows_the_middle_half():
     features = torch.arange(16.0).view(1, 1, 4, 4)
     for grid, theta in ((AffineGrid(), [0.5, 0, 0, 0, 0.5, 0]), (AttentionGrid(), [math.log(0.5), 0, 0])):

@@ -34,14 +34,6 @@ def test_affine_is_equation_1_and_that_of_torch():
     assert grid.parameters_count == 6
 
 
-def test_affine_derivatives_are_those_of_the_text():
-    """dx/da11 = x, dx/da12 = y, dx/da13 = 1, and the same for y; all others vanish."""
-    grid, x, y = AffineGrid(), 0.3, -0.7
-    theta, point = some_theta(grid, 1), torch.tensor([x, y], dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda theta: grid.warp(theta, point), theta)[0, :, 0]
-    close(jacobian, torch.tensor([[x, y, 1, 0, 0, 0], [0, 0, 0, x, y, 1]], dtype=torch.float64))
-
-
 def test_bounded_affine():
     grid = AffineGrid(max_change=0.4, max_shift=0.5)
     by_rows(
@@ -83,12 +75,6 @@ def test_bounded_attention_stays_in_its_bounds():
     torch.testing.assert_close(points[:, 0], torch.tensor([[[-0.75, -0.25], [1.25, -0.25]], [[-0.25, 0], [0.25, 0]]]))
 
 
-def test_similarity_without_rotation_is_attention():
-    theta = some_theta(AttentionGrid(), 4)
-    turned = functional.pad(theta, (1, 0))
-    close(SimilarityGrid()(turned, SIZE), AttentionGrid()(theta, SIZE))
-
-
 def homography(x, y, a, b, c, d, e, f, g, h, margin=0.1):
     denominator = g * x + h * y + 1
     reciprocal = 1 / denominator if denominator >= margin else 1 / margin - (denominator - margin) / margin**2
@@ -101,20 +87,6 @@ def test_projective():
     by_rows(grid, theta, homography)
     theta[:, 6:] = torch.tensor([[0.3, 0.3], [0.9, 0.5], [-3.0, 1.0], [0.0, -8.0]])  # the horizon comes into the output
     by_rows(grid, theta, homography)
-
-
-def test_projective_is_a_homography_wherever_the_horizon_is_far():
-    grid, theta = ProjectiveGrid(), some_theta(ProjectiveGrid(), 4, spread=0.2)
-    theta[:, 6:] = theta[:, 6:].clamp(-0.44, 0.44)
-    matrix = functional.pad(theta, (0, 1), value=1.0).unflatten(1, (3, 3))
-    points = functional.pad(grid_of(lambda x, y: (x, y), SIZE), (0, 1), value=1.0)
-    target = torch.einsum("nij,khwj->nhwi", matrix, points)
-    close(grid(theta, SIZE), target[..., :2] / target[..., 2:])
-
-
-def test_projective_without_perspective_is_affine():
-    theta = some_theta(AffineGrid(), 4)
-    close(ProjectiveGrid()(functional.pad(theta, (0, 2)), SIZE), AffineGrid()(theta, SIZE))
 
 
 def test_projective_gradient_survives_a_vanishing_denominator():
