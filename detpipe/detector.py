@@ -31,6 +31,7 @@ from detpipe.stages import (
 )
 from detpipe.support.processes import MeanValues, is_repeat, sharing_counts
 from detpipe.types import Detection, Features, Target
+from detpipe.winograd import QuickConvolutions
 
 
 class TwoStageDetector(LightningModule):
@@ -88,6 +89,7 @@ class TwoStageDetector(LightningModule):
         self.min_size, self.max_size = min_size, max_size
         self.divisor = divisor
         self.resize: frames.ResizeRule = resize
+        self._convolutions = QuickConvolutions()
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Detection]:
         """Detect objects, in training mode too.
@@ -126,11 +128,13 @@ class TwoStageDetector(LightningModule):
         batch = self.to_batch(images, contents)
         sizes = frames.picture_sizes(images, contents)
         moved = None if targets is None else frames.targets_to_batch(targets, sizes, batch.image_sizes)
-        features = check_features(self.backbone, self.backbone(batch.tensors), batch.tensors)
+        with self._convolutions.on(batch.tensors):
+            features = check_features(self.backbone, self.backbone(batch.tensors), batch.tensors)
         detections: list[Detection] = []
         losses: Losses = {}
         for want in wanted:
-            with _mode(want == "losses", self.proposals, self.head):
+            stages = _mode(want == "losses", self.proposals, self.head)
+            with stages, self._convolutions.on(batch.tensors):
                 with _widths(self.proposals, features):
                     proposed = self.proposals(batch, features, moved)
                 boxes, source_losses = check_proposals(self.proposals, proposed, len(images))

@@ -21,6 +21,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "images": ("support", "types", "boxes"),
     "matching": PLAIN,
     "nms": (),
+    "winograd": (),
     "attention": PLAIN,
     "roi_pooling": (),
     "spatial_transformer": (),
@@ -34,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "demo": (*PLAIN, "datasets"),
     "evaluation": PLAIN,
     "optimization": ("support", "stages"),
-    "detector": (*PLAIN, "stages", "optimization"),
+    "detector": (*PLAIN, "stages", "optimization", "winograd"),
     "regions": (
         *(*PLAIN, "stages", "optimization", "matching", "superpixels"),
         *("roi_pooling", "heads", "datasets", "evaluation"),

@@ -9,7 +9,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from detpipe.attention.base import Gating
 from detpipe.attention.choice import make_gating
@@ -62,6 +65,38 @@ class Layout:
     group_width: int
 
 
+class Steps(nn.Sequential):
+    """Convolutions, norms and rectifiers, one after the other.
+
+    A frozen norm is not computed as two passes over the map: with gradients it becomes part of the weights of the convolution
+    before it, through which the gradient goes; without, it is one pass.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` -> ``[N, C', H', W']``."""
+        layers = list(self)
+        while layers:
+            step, *layers = layers
+            following = layers[0] if layers else None
+            if not _is_plain(step, x):
+                x = step(x)
+            elif type(step) is FrozenBatchNorm2d and not torch.is_grad_enabled():
+                weight, bias, mean, variance = _buffers(step)
+                x = F.batch_norm(x, mean, variance, weight, bias, eps=step.eps)
+            elif (
+                torch.is_grad_enabled()
+                and type(step) is nn.Conv2d
+                and step.bias is None
+                and type(following) is FrozenBatchNorm2d
+                and _is_plain(following, x)
+            ):
+                x = step._conv_forward(x, *_fold(step, following))
+                del layers[0]
+            else:
+                x = step(x)
+        return x
+
+
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions around a shortcut, gated before the sum."""
 
@@ -76,7 +111,7 @@ class BasicBlock(nn.Module):
             "conv2": nn.Conv2d(width, width, 3, padding=later, dilation=later, bias=False),
             "norm2": nn.BatchNorm2d(width),
         }
-        self.residual = nn.Sequential(OrderedDict(steps))
+        self.residual = Steps(OrderedDict(steps))
         self.attention = _gate(kind, width, variant)
         self.shortcut = _shortcut(channels, width, layout.stride, variant.average_shortcut)
         self.drop = drop
@@ -109,7 +144,7 @@ class Bottleneck(nn.Module):
             "conv3": nn.Conv2d(inner, self.out_channels, 1, bias=False),
             "norm3": nn.BatchNorm2d(self.out_channels),
         }
-        self.residual = nn.Sequential(OrderedDict(steps))
+        self.residual = Steps(OrderedDict(steps))
         self.attention = _gate(kind, self.out_channels, variant)
         self.shortcut = _shortcut(channels, self.out_channels, layout.stride, variant.average_shortcut)
         self.drop = drop
@@ -134,9 +169,7 @@ def make_stem(stem: Stem, channels: int = 3) -> nn.Sequential:
         steps[f"norm{number}"] = nn.BatchNorm2d(width)
         steps[f"relu{number}"] = nn.ReLU(inplace=True)
         channels = width
-    return nn.Sequential(
-        OrderedDict(steps),
-    ).append(nn.MaxPool2d(3, stride=2, padding=1))
+    return Steps(OrderedDict(steps)).append(nn.MaxPool2d(3, stride=2, padding=1))
 
 
 def _convolution(
@@ -163,6 +196,25 @@ def _convolution(
     }
 
 
+def _buffers(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    get = norm.get_buffer
+    return get("weight"), get("bias"), get("running_mean"), get("running_var")
+
+
+def _fold(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution that does what both do."""
+    weight, bias, mean, variance = _buffers(norm)
+    scale = weight * (variance + norm.eps).rsqrt()
+    return conv.weight * scale[:, None, None, None], bias - mean * scale
+
+
+def _is_plain(step: nn.Module, x: Tensor) -> bool:
+    """Whether nobody listens to a step, and it works in the type of its input."""
+    heard = step._forward_hooks or step._forward_pre_hooks or step._backward_hooks or step._backward_pre_hooks
+    own = getattr(step, "weight", x)
+    return not heard and own.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
 def _gate(kind: str | None, channels: int, variant: Variant) -> nn.Module:
     if kind is None or kind == "sk":
         return nn.Identity()
@@ -178,7 +230,7 @@ def _shortcut(channels: int, width: int, stride: int, average: bool) -> nn.Modul
         stride = 1
     steps["conv"] = nn.Conv2d(channels, width, 1, stride, bias=False)
     steps["norm"] = nn.BatchNorm2d(width)
-    return nn.Sequential(OrderedDict(steps))
+    return Steps(OrderedDict(steps))
 
 
 def _add(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
