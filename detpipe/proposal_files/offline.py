@@ -83,17 +83,20 @@ def make_store(
     on_bad: str = "error",
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Make boxes for images of different ids and write their store, going on where an earlier run stopped.
+    """Make boxes for images and write their store, going on where an earlier run stopped.
 
     Args:
         build: makes the source, in each process; must be picklable.
-        items: the images.
-        output: the store.
+        items: the images, of different ids.
+        output: the store to write.
         read: path -> ``[H, W, 3]`` uint8 RGB; must be picklable.
         workers: processes; 1 works in this one.
         on_bad: "error" stops at an image that cannot be read or proposed for (what is made stays); "skip" writes no
             boxes for it and counts it.
         progress: called with the number of images done and of all, after each.
+
+    Returns:
+        What was done.
 
     Raises:
         DataError: two images of one id, a journal of other settings, or, unless skipped, an image that is bad.
@@ -114,12 +117,15 @@ def make_store(
                 f"{', '.join(foreign[:5])}; delete it to begin anew, or ask for the same images"
             )
         left = [item for item in items if item.image_id not in done]
-        tell = progress or (lambda done, of: None)
-        tell(len(done), len(items))
+        kept = len(done)
+        if progress is not None:
+            progress(kept, len(items))
         prepare = partial(_maker, (lambda: source) if workers == 1 else build, read)
-        for kept, (item, result) in enumerate(run(prepare, left, workers, __name__), start=len(done)):
+        for item, result in run(prepare, left, workers, __name__):
             journal.add(_keep(item, result, on_bad, f"{kept} images are kept in {journal.path}", summary))
-            tell(kept + 1, len(items))
+            kept += 1
+            if progress is not None:
+                progress(kept, len(items))
         with ProposalWriter(output, source.name, source.settings) as writer:
             for made in journal.entries():
                 writer.add(made.image_id, made.boxes, made.scores, made.size if made.size[0] else None)
@@ -178,6 +184,7 @@ def _check_ids(items: Sequence[Item]) -> None:
 
 
 def _maker(build: Callable[[], Proposer], read: Callable[[Path], npt.NDArray[np.uint8]]) -> Work[Item, _Result]:
+    """What makes boxes in a process of its own."""
     source = build()
     return lambda item, step: _make(source, item, read)
 
