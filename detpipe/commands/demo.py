@@ -13,8 +13,7 @@ from torch import Tensor
 
 from detpipe import zoo
 from detpipe.commands.given_proposals import open_boxes
-from detpipe.commands.inspect_attention import draw_gates, draw_maps
-from detpipe.commands.inspection import Objects, attention_modules
+from detpipe.commands.inspect_attention import Objects, attention_modules, draw_gates, draw_maps
 from detpipe.commands.parser import Parser
 from detpipe.commands.predict import choose_device
 from detpipe.detector import TwoStageDetector

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from detpipe import zoo
 from detpipe.commands.parser import Parser, progress
-from detpipe.commands.predict import find_images
 from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
 from detpipe.exporting.files import Labels, ParityError, check_file, check_path, export
 from detpipe.exporting.runtime import OnnxDetector, need_packages
+from detpipe.prediction.inputs import find_images
 from detpipe.support.errors import UsageError
 from detpipe.support.terminal import say
 from detpipe.training.checkpoint import Description

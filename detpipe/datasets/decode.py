@@ -69,19 +69,11 @@ class Reduced(NamedTuple):
 
 
 def read_image(path: str | Path, content: bytes | None = None, pixels: PixelType = RGB) -> Tensor:
-    """Decode an image file.
+    """Decode an image file: ``[C, H, W]``, upright (EXIF), uint8, or float32 in 0..1 where ``pixels``, what is wanted, has a range.
 
-    Args:
-        path: a JPEG, PNG, NPY, or any other format that Pillow reads; TIFF of any number of channels.
-        content: the bytes of the file, where they lie elsewhere, such as in a shard; messages name the path all the same.
-        pixels: the channels and values that are wanted.
-
-    Returns:
-        ``[C, H, W]``, upright (EXIF orientation applied): uint8, or float32 in 0..1 where ``pixels`` has a range.
-
-    Raises:
-        DataError: if the file is missing, is not an image, ends early, is too large, has pixels without a fixed range, or other
-            channels than are wanted; the message names the path.
+    ``content`` is the bytes of the file, where they lie elsewhere, such as in a shard; messages name the path all the same. A
+    DataError if the file is missing, is not an image, ends early, is too large, has pixels without a fixed range, or other channels
+    than are wanted.
     """
     return _read(path, content, None, pixels).pixels.contiguous()
 

@@ -93,16 +93,7 @@ class Resize:
         return Resize(self.policy, self.evaluation_size, self.max_size)
 
     def check_detector(self, min_size: int, max_size: int, rule: ResizeRule = "detpipe") -> None:
-        """Refuse a detector that would bring an image from elsewhere to another size than it is evaluated at.
-
-        Args:
-            min_size: of the detector.
-            max_size: of the detector.
-            rule: of the detector.
-
-        Raises:
-            ValueError: they are not :attr:`detector_sizes`, or the rule is another library's, which the data do not follow.
-        """
+        """Refuse, by a ValueError, a detector that would bring an image from elsewhere to another size than it is evaluated at."""
         if rule != "detpipe":
             raise ValueError(
                 f"data.init_args.resize brings images to their size in detpipe's way, but model.resize is {rule!r}; give resize: "

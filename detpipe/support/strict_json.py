@@ -40,7 +40,11 @@ def load_json(path: str | os.PathLike[str]) -> Any:
         DataError: the file cannot be read, is not UTF-8, is cut off or malformed (with line and column), holds a number
             that is not finite, or has a key twice in one object.
     """
-    text = read_text(path, "JSON file")
+    return parse_json(read_text(path, "JSON file"), path)
+
+
+def parse_json(text: str, path: str | os.PathLike[str]) -> Any:
+    """Parse JSON that has been read already from ``path``, as strictly as :func:`load_json`."""
     try:
         with paused_collection():
             return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
