@@ -13,6 +13,7 @@ import torch
 
 from detpipe import cli
 from detpipe.training import callbacks
+from detpipe.training.configuration import CLI
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CONFIG = str(CONFIGS / "fast_rcnn_se.yaml")
@@ -27,6 +28,17 @@ MODEL = [
     *("--model.head.sampler.rois_per_image", "16"),
     *("--model.head.postprocess.score_threshold", "0.01"),
 ]
+
+
+class NotBuilt:
+    """A configuration that is parsed, but not built: the data may be missing."""
+
+    def instantiate_classes(self) -> None:
+        """Leave it at the configuration."""
+
+
+class Parsed(NotBuilt, CLI):
+    """That of a detector."""
 
 
 def mostly_slow(paths: list[Path], *quick: str) -> list[Any]:

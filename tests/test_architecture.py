@@ -204,11 +204,13 @@ def test_help_and_mistakes_import_nothing_heavy(code):
     assert not loaded_after(code) & heavy
 
 
-def test_pooling_needs_neither_lightning_nor_the_rest_of_the_package():
+def test_pooling_and_transformers_need_neither_lightning_nor_the_rest_of_the_package():
     loaded = loaded_after(
-        "import detpipe.roi_pooling, sys\n"
+        "import detpipe.spatial_transformer.sampler, sys\n"
+        "assert 'torchvision' not in sys.modules\n"
+        "import detpipe.roi_pooling\n"
         "parts = {name.split('.')[1] for name in sys.modules if name.startswith('detpipe.')}\n"
-        "assert parts == {'roi_pooling'}, parts"
+        "assert parts == {'roi_pooling', 'spatial_transformer'}, parts"
     )
     assert "torch" in loaded
     assert not loaded & {"lightning", "pytorch_lightning", "jsonargparse", "albumentations", "pycocotools"}

@@ -49,25 +49,19 @@ def test_a_tool_runs_from_anywhere(tmp_path):
     assert done.stderr.startswith("detpipe: error: unknown command 'chek': expected check, info, ")
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "pretrain", "train_regions", "classify", "data"])
-def test_each_tool_is_its_command(name, monkeypatch):
+PLAIN = ("train", "evaluate", "predict", "pretrain", "train_regions", "classify", "data")
+LONGER = {"make_shards": ["data", "shards"], "make_proposals": ["proposals", "make"]}
+
+
+@pytest.mark.parametrize(("name", "words"), [*{**{name: [name] for name in PLAIN}, **LONGER}.items()])
+def test_each_tool_is_its_command(name, words, monkeypatch):
     seen: list[list[str]] = []
     monkeypatch.setattr(cli, "main", lambda arguments: seen.append(arguments) or 7)
     monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", "a", "--b"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
-    assert (stop.value.code, seen) == (7, [[name, "a", "--b"]])
-
-
-def test_the_tool_that_makes_shards_is_a_command_on_data(monkeypatch):
-    seen: list[list[str]] = []
-    monkeypatch.setattr(cli, "main", lambda arguments: seen.append(arguments) or 7)
-    monkeypatch.setattr(sys, "argv", ["tools/make_shards.py", "a", "--b"])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "tools" / "make_shards.py"), run_name="__main__")
-    assert (stop.value.code, seen) == (7, [["data", "shards", "a", "--b"]])
+    assert (stop.value.code, seen) == (7, [[*words, "a", "--b"]])
 
 
 def test_the_tool_of_the_example_adds_its_command(monkeypatch, capsys):

@@ -14,7 +14,7 @@ import pytest
 import runs
 import torch
 import yaml
-from datasets.builders import coco_content, voc_object, write_coco, write_csv, write_voc, write_yolo
+from datasets.builders import coco_content, voc_object, write_coco, write_voc, write_yolo
 
 from detpipe import cli, load_detector
 from detpipe.commands import ablation, training
@@ -44,17 +44,10 @@ def name_of(path: Path) -> str:
     return path.stem
 
 
-class Parsed(CLI):
-    """A configuration that is parsed, but not built: the data may be missing."""
-
-    def instantiate_classes(self) -> None:
-        """Leave it at the configuration."""
-
-
 @cache
 def parse(*arguments: Path | str) -> Any:
     """The configuration; whoever changes it copies it before."""
-    return Parsed([str(argument) for argument in arguments], training.add_arguments).config
+    return runs.Parsed([str(argument) for argument in arguments], training.add_arguments).config
 
 
 def shown_bases(overlay: Path) -> list[Path]:
@@ -190,7 +183,7 @@ def test_a_proposal_source_takes_the_place_of_the_rpn(path, demo_root, tmp_path)
 def test_a_source_follows_every_data_overlay(path):
     source = parse(runs.CONFIGS / "fast_rcnn_squeezenet.yaml", path).model.proposals
     for overlay in OVERLAYS:
-        for base in shown_bases(overlay) or MODELS:
+        for base in (shown_bases(overlay) or MODELS)[:1]:
             assert parse(base, overlay, path, "--data.root", "ROOT").model.proposals == source
 
 
@@ -278,16 +271,7 @@ def test_the_pyramid_is_linked_to_proposals_and_head(demo_root):
     assert found["boxes"].shape[1] == 4
 
 
-@pytest.mark.parametrize("base", runs.mostly_slow(MODELS, "fast_rcnn_se"), ids=name_of)
-def test_a_voc_folder_of_ones_own(base, tmp_path):
-    root = tmp_path / "own"
-    write_voc(root, split="train")
-    write_voc(root, {"c": [voc_object("dog", (3, 5, 60, 40))], "d": []}, split="val")
-    result = train(tmp_path, base, runs.CONFIGS / "data" / "voc_custom.yaml", "--data.root", root)
-    assert set(result["per_class"]) == {"cat", "dog"}
-
-
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # of VOC's layout, tables and shards: commands/test_data_advice.py
     ("overlay", "splits", "classes"),
     [
         ("coco_custom", ("train", "val"), {"cat", "dog", "owl"}),
@@ -304,14 +288,6 @@ def test_a_coco_or_yolo_folder_of_ones_own(overlay, splits, classes, tmp_path):
     path = runs.CONFIGS / "data" / f"{overlay}.yaml"
     result = train(tmp_path, shown_bases(path)[0], path, "--data.root", tmp_path / "own")
     assert set(result["per_class"]) == classes
-
-
-def test_a_table_of_ones_own(tmp_path):
-    rows = ["train,a.jpg,1,2,31,32,dog", "train,a.jpg,30,10,58,39,cat", "val,b.jpg,5,5,50,35,dog"]
-    write_csv(tmp_path / "own", rows, "split,file_name,x1,y1,x2,y2,label")
-    path = runs.CONFIGS / "data" / "csv_custom.yaml"
-    result = train(tmp_path, shown_bases(path)[0], path, "--data.root", tmp_path / "own")
-    assert set(result["per_class"]) == {"cat", "dog"}
 
 
 @pytest.mark.slow

@@ -84,9 +84,7 @@ def test_equals_the_written_out_formula(options):
         torch.testing.assert_close(attention(features)[image], expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("kind", "branches", "training"), [({}, 2, True), ({}, 3, False), ({"split_input": True}, 3, True)]
-)
+@pytest.mark.parametrize(("kind", "branches", "training"), [({}, 2, True), ({"split_input": True}, 3, False)])
 def test_gradients_are_right(kind, branches, training):
     attention = SelectiveKernel(6, 4, branches=branches, reduction=2, groups=1, min_width=3, **kind)
     shaken(attention).double().train(training)

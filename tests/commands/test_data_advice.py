@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import runs
-from datasets.builders import coco_content, voc_object, write_coco, write_csv, write_voc, write_yolo
+from datasets.builders import coco_content, voc_object, write_coco, write_csv, write_voc
 from datasets.layout_cases import LAYOUTS
 from datasets.shard_cases import files_in, pack
 from test_configs import SHORT
@@ -23,18 +23,6 @@ main = partial(cli.run, group="data")
 def make_voc(root: Path) -> Path:
     write_voc(root, split="train")
     return write_voc(root, {"c": [voc_object("dog", (3, 5, 60, 40))], "d": [voc_object()]}, split="val")
-
-
-def make_coco(root: Path) -> Path:
-    for split in ("train2017", "val2017"):
-        write_coco(root, coco_content(), split)
-    return root
-
-
-def make_yolo(root: Path) -> Path:
-    for split in ("train", "val"):
-        write_yolo(root, split=split)
-    return root
 
 
 def make_table(root: Path) -> Path:
@@ -67,13 +55,11 @@ def pasted(shown: str, command: str) -> list[str]:
     ("make", "options"),
     [
         (make_voc, []),
-        pytest.param(make_coco, [], marks=pytest.mark.slow),
-        pytest.param(make_yolo, [], marks=pytest.mark.slow),
         (make_table, ["--skip-bad"]),
         (make_shards, []),
         pytest.param(make_plain, [], marks=pytest.mark.slow),
     ],
-    ids=["voc", "coco", "yolo", "table with a fault", "shards", "xml without splits"],
+    ids=["voc", "table with a fault", "shards", "xml without splits"],
 )
 def test_the_printed_commands_train_and_report(make, options, tmp_path, capsys, monkeypatch):
     data = make(tmp_path / "my data")  # a name that a shell has to be told in quotes

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from datasets.builders import coco_content, voc_object, write_coco, write_voc
 from PIL import Image
 from proposals.needs import PLACES, planted, scikit_image
+from together import fork
 
 from detpipe import cli
 from detpipe import images as frames
@@ -28,8 +27,6 @@ from detpipe.proposals import RPN, Anchors, DenseGrid, SelectiveSearch, make_sou
 from detpipe.support.errors import CheckpointError, DataError, UsageError
 from detpipe.training import checkpoint
 from detpipe.training.models import load_detector
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_proposals.py"
 
 
 @pytest.fixture
@@ -320,72 +317,36 @@ def test_a_checkpoint_without_an_rpn_or_none_at_all(trained, pictures, tmp_path)
             run_make([str(tmp_path / name), *rest])
 
 
-# loads the package once, and runs the command in a new process for each line that it is sent
-RUNS = """
-import os
-import sys
-from detpipe.commands.proposal_making import run_make
-for _ in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        run_make(sys.argv[1:])
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def kill_at_random(runs: subprocess.Popen[str], journal: Path, seconds: float) -> bool:
+def kill_at_random(arguments: list[str], journal: Path, log: Path, seconds: float) -> bool:
     """Start the command, and kill it some time after it has kept an image; says whether it was still at work."""
-    assert runs.stdin is not None
-    assert runs.stdout is not None
     before = journal.stat().st_size if journal.exists() else 0
-    print(file=runs.stdin, flush=True)
-    child, begun = int(runs.stdout.readline()), time.monotonic()
-    while is_running(child) and (not journal.exists() or journal.stat().st_size <= before):
+    process, begun = fork(lambda: run_make(arguments), log, log), time.monotonic()
+    while process.is_alive() and (not journal.exists() or journal.stat().st_size <= before):
         assert time.monotonic() - begun < 60
         time.sleep(0.002)
-    time.sleep(seconds)
-    if is_running(child):
-        os.kill(child, signal.SIGKILL)
-    return int(runs.stdout.readline()) == signal.SIGKILL
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.slow
 @scikit_image
-def test_kills_leave_no_trace(pictures, tmp_path):
+def test_kills_leave_no_trace(pictures, tmp_path, capsys):
     """Runs are killed at five random moments; the last one ends with the file of an undisturbed run."""
-    options = [
-        "selective_search",
-        "--data",
-        str(pictures),
-        "--color_spaces",
-        "[rgb, hsv, lab]",
-        "--scales",
-        "[20, 40, 80]",
-    ]
+    spaces = ["--color_spaces", "[rgb, hsv, lab]", "--scales", "[20, 40, 80]"]
+    options = ["selective_search", "--data", str(pictures), *spaces]
     assert run_make([*options, "-o", str(tmp_path / "whole.safetensors")]) == 0
     output, draws, sizes = tmp_path / "killed.safetensors", random.Random(1), []
-    journal, rest = output.with_name(output.name + ".partial"), [*options, "-o", str(output)]
-    with subprocess.Popen(
-        [sys.executable, "-c", RUNS, *rest], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as runs:
-        while len(sizes) < 5 and kill_at_random(runs, journal, draws.random() * 0.1) and journal.exists():
-            sizes.append(journal.stat().st_size)
+    journal, rest, log = output.with_name(output.name + ".partial"), [*options, "-o", str(output)], tmp_path / "log"
+    while len(sizes) < 5 and kill_at_random(rest, journal, log, draws.random() * 0.1) and journal.exists():
+        sizes.append(journal.stat().st_size)
     assert len(sizes) >= 3  # a fast machine may be done by then
     assert 0 < sizes[0] < sizes[-1]
     assert sizes == sorted(sizes)
     finished = output.exists()
-    done = subprocess.run([sys.executable, str(TOOL), *rest], capture_output=True, text=True, check=True)
-    assert finished or " images were there from an earlier run" in done.stdout
+    capsys.readouterr()
+    assert run_make(rest) == 0
+    assert finished or " images were there from an earlier run" in capsys.readouterr().out
     assert output.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert not journal.exists()

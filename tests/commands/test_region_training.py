@@ -25,11 +25,8 @@ OVERLAY = runs.CONFIGS / "regions" / "bccd.yaml"
 RESULT = re.compile(r"mean_class_accuracy (\d\.\d{3}) accuracy (\d\.\d{3}) checkpoint (\S+)")
 
 
-class Parsed(RegionCLI):
+class Parsed(runs.NotBuilt, RegionCLI):
     """A configuration that is parsed, but not built."""
-
-    def instantiate_classes(self) -> None:
-        """Leave it at the configuration."""
 
 
 def options(root: Path, *more: str) -> list[str]:

@@ -240,14 +240,10 @@ def test_what_is_missing_is_named(make, message, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "data", "floor"),
     [
-        pytest.param(SelectiveSearch, "bccd", 0.8, marks=scikit_image),
         pytest.param(SelectiveSearch, "coco_mini", 0.6, marks=scikit_image),
         pytest.param(OpenCVSelectiveSearch, "bccd", 0.7, marks=contrib),
         pytest.param(partial(slic, [50, 200, 800]), "bccd", 0.8, marks=scikit_image),
-        pytest.param(partial(slic, [50, 200, 800]), "coco_mini", 0.4, marks=scikit_image),
-        pytest.param(partial(seeds, [50, 200, 800]), "bccd", 0.8, marks=contrib),
         pytest.param(partial(seeds, [50, 200, 800]), "coco_mini", 0.4, marks=contrib),
-        pytest.param(EdgeBoxes, "bccd", 0.6, marks=contrib),
         pytest.param(EdgeBoxes, "coco_mini", 0.4, marks=contrib),
     ],
 )

@@ -107,14 +107,6 @@ def test_row_36_through_the_command(demo_root, tmp_path, monkeypatch, capsys):
     assert not list(folder.glob("*.ckpt"))
 
 
-def test_a_finite_run_is_left_alone(demo_root, tmp_path):
-    cli = built(demo_root, "--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1")
-    before = state(cli.model)
-    trainer_of(cli, tmp_path, StopOnNonFinite(tmp_path)).fit(cli.model, datamodule=cli.datamodule)
-    assert not (tmp_path / NONFINITE_BATCH).exists()
-    assert not torch.equal(before["head.classifier.weight"], cli.model.head.classifier.weight)
-
-
 def test_limited_validation_is_evaluated_on_the_images_that_were_seen(demo_root, tmp_path):
     cli = built(demo_root, "--data.loader.eval_batch_size", "2")
     average = MeanAveragePrecision()

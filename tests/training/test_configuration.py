@@ -18,22 +18,15 @@ from detpipe.training.configuration import CLI, positional_configs
 from detpipe.training.trainer import build_trainer
 
 
-class Parsed(CLI):
-    """A configuration that is parsed, but not built."""
-
-    def instantiate_classes(self) -> None:
-        """Leave it at the configuration."""
-
-
 def parse(*arguments: str) -> Any:
-    return Parsed([runs.CONFIG, *arguments], training.add_arguments).config
+    return runs.Parsed([runs.CONFIG, *arguments], training.add_arguments).config
 
 
 def build(root: Path, *arguments: str) -> CLI:
     return CLI([runs.CONFIG, *runs.demo(root), *arguments], training.add_arguments)
 
 
-def refusal(arguments: list[str], kind: type[CLI] = Parsed) -> str:
+def refusal(arguments: list[str], kind: type[CLI] = runs.Parsed) -> str:
     with pytest.raises(UsageError) as caught:
         kind(arguments, training.add_arguments)
     message = str(caught.value)

@@ -21,7 +21,6 @@ from detpipe import cli
 from detpipe.commands import training
 from detpipe.support.errors import CheckpointError, UsageError
 from detpipe.training import allowed, checkpoint
-from detpipe.training.configuration import CLI
 from detpipe.training.models import load_detector
 
 EVIL = "evil_module_of_a_test"
@@ -34,13 +33,6 @@ class MyHead(FastRCNNHead):
 def make(*arguments, **settings):
     return MyHead(*arguments, **settings)
 '''
-
-
-class Parsed(CLI):
-    """A configuration that is parsed, but not built."""
-
-    def instantiate_classes(self) -> None:
-        """Leave it at the configuration."""
 
 
 @pytest.fixture
@@ -123,7 +115,7 @@ def test_row_45_a_configuration_imports_and_calls_nothing(case, tmp_path, marker
     path = tmp_path / "overlay.yaml"
     path.write_text(yaml.safe_dump(content).replace("MARKER", str(marker)))
     with pytest.raises(UsageError) as caught:
-        Parsed([runs.CONFIG, str(path)], training.add_arguments)
+        runs.Parsed([runs.CONFIG, str(path)], training.add_arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not marker.exists()
@@ -156,7 +148,7 @@ def test_a_configuration_reads_no_other(key, name, tmp_path, marker, monkeypatch
         content = {part: content}
     Path("overlay.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(UsageError, match=key):
-        Parsed([runs.CONFIG, "overlay.yaml"], training.add_arguments)
+        runs.Parsed([runs.CONFIG, "overlay.yaml"], training.add_arguments)
 
 
 def test_callbacks_with_data_for_arguments_are_allowed(tmp_path):
@@ -169,7 +161,7 @@ def test_callbacks_with_data_for_arguments_are_allowed(tmp_path):
 
 
 def CLI_config(path: Path) -> Any:
-    return Parsed([runs.CONFIG, str(path)], training.add_arguments).config
+    return runs.Parsed([runs.CONFIG, str(path)], training.add_arguments).config
 
 
 def test_every_allowed_name_of_ours_is_a_class_and_no_function_is_allowed():

@@ -17,7 +17,6 @@ from detpipe import cli, load_detector
 from detpipe.backbones.regime import convert_norm
 from detpipe.commands import training
 from detpipe.support.errors import UsageError
-from detpipe.training.configuration import CLI
 from detpipe.zoo import entries, published, settings_by_name
 
 CONFIGS = sorted((runs.CONFIGS / "zoo").glob("*.yaml"))
@@ -26,15 +25,8 @@ ROOT = ("--data.root", "somewhere")
 SMALL = runs.CONFIGS / "zoo" / "fasterrcnn_mobilenet_v3_large_320_fpn.yaml"
 
 
-class Parsed(CLI):
-    """A configuration that is parsed, but not built."""
-
-    def instantiate_classes(self) -> None:
-        """Leave it at the configuration."""
-
-
 def parse(*arguments: Path | str) -> Any:
-    return Parsed([str(argument) for argument in arguments], training.add_arguments).config
+    return runs.Parsed([str(argument) for argument in arguments], training.add_arguments).config
 
 
 def test_there_is_one_for_each() -> None:
