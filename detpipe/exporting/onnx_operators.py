@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import onnx
@@ -30,9 +31,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.torchvision.roi_align.default: _roi_align,
         torch.ops.torchvision.roi_pool.default: _roi_pool,
         operator.truediv: _divide,
-        operator.mul: _multiply,
-        math.floor: _floor,
-        round: _round,
+        operator.mul: partial(_exactly, op.Mul),
+        operator.add: partial(_exactly, op.Add),
+        operator.sub: partial(_exactly, op.Sub),
+        torch.sym_min: partial(_exactly, op.Min),
+        torch.sym_max: partial(_exactly, op.Max),
+        math.trunc: _truncate,
     }
 
 
@@ -118,15 +122,12 @@ def _divide(self, other):
     return op.Div(_exact(self), _exact(other))
 
 
-def _multiply(self, other):
+def _exactly(operation, self, other):
+    """Whole numbers stay whole; others are computed in 64 bits."""
     if _is_whole(self) and _is_whole(other):
-        return op.Mul(self, other)
-    return op.Mul(_exact(self), _exact(other))
+        return operation(self, other)
+    return operation(_exact(self), _exact(other))
 
 
-def _floor(self):
-    return op.Cast(op.Floor(self), to=INT64)
-
-
-def _round(self, digits=None):
-    return op.Cast(op.Round(self), to=INT64)
+def _truncate(self):
+    return op.Cast(self, to=INT64)
