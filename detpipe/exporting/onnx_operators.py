@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import onnx
@@ -31,11 +30,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.torchvision.roi_align.default: _roi_align,
         torch.ops.torchvision.roi_pool.default: _roi_pool,
         operator.truediv: _divide,
-        operator.mul: partial(_exactly, op.Mul),
-        operator.add: partial(_exactly, op.Add),
-        operator.sub: partial(_exactly, op.Sub),
-        torch.sym_min: partial(_exactly, op.Min),
-        torch.sym_max: partial(_exactly, op.Max),
+        operator.mul: _exactly(op.Mul),
+        operator.add: _exactly(op.Add),
+        operator.sub: _exactly(op.Sub),
+        torch.sym_min: _exactly(op.Min),
+        torch.sym_max: _exactly(op.Max),
         math.trunc: _truncate,
     }
 
@@ -64,7 +63,7 @@ def _keep_best(boxes, groups, iou: float):
 
 
 def _sort_stable(self, stable: bool | None = None, dim: int = -1, descending: bool = False):
-    """Of equal values TopK gives the first ones first; OpenVINO does not, so whole numbers along the last axis are made different."""
+    """Of equal values TopK gives the first ones first; OpenVINO does not, so whole numbers are made different."""
     size = op.Reshape(op.Gather(op.Shape(self), op.Constant(value_int=dim), axis=0), op.Constant(value_ints=[1]))
     kind = self.dtype
     if kind is not None and kind.is_integer():
@@ -122,11 +121,15 @@ def _divide(self, other):
     return op.Div(_exact(self), _exact(other))
 
 
-def _exactly(operation, self, other):
+def _exactly(operation: Callable[..., Any]) -> Callable[..., Any]:
     """Whole numbers stay whole; others are computed in 64 bits."""
-    if _is_whole(self) and _is_whole(other):
-        return operation(self, other)
-    return operation(_exact(self), _exact(other))
+
+    def compute(self, other):
+        if _is_whole(self) and _is_whole(other):
+            return operation(self, other)
+        return operation(_exact(self), _exact(other))
+
+    return compute
 
 
 def _truncate(self):
