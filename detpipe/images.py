@@ -36,7 +36,7 @@ def resized_size(size: Size, min_size: int, max_size: int, rule: ResizeRule = "d
         >>> resized_size((480, 640), 600, 1000)
         (600, 800)
     """
-    height, width = size  # in an exported graph symbols: no branch depends on them
+    height, width = cast(Any, size)  # in an exported graph symbols: no branch depends on them
     shorter, longer = torch.sym_min(height, width), torch.sym_max(height, width)
     if rule == "detectron2":  # two steps, each rounded in floating point
         long_side = min_size / shorter * longer
@@ -48,7 +48,7 @@ def resized_size(size: Size, min_size: int, max_size: int, rule: ResizeRule = "d
         scale = torch.sym_min(min_size / shorter, max_size / longer)
         whole = math.trunc if rule == "torchvision" else _nearest
         sides = whole(height * scale), whole(width * scale)
-    return torch.sym_max(1, sides[0]), torch.sym_max(1, sides[1])
+    return cast(Size, (torch.sym_max(1, sides[0]), torch.sym_max(1, sides[1])))
 
 
 def _nearest(side: float) -> int:

@@ -3,6 +3,9 @@
 ``torch.onnx.export(custom_translation_table=translations())``. The functions are run by the exporter, which records what they do.
 """
 
+# onnxscript types its functions for tensors of one kind each.
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import math
