@@ -186,7 +186,7 @@ def main() -> None:
     print(f"torchvision {torchvision.__version__}; {options.proposals} proposals at most")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        print(export(own, path))
+        export(own, path, check=False)
         for threads in options.threads:
             torch.set_num_threads(threads)
             torch.compiler.reset()

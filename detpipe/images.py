@@ -36,19 +36,25 @@ def resized_size(size: Size, min_size: int, max_size: int, rule: ResizeRule = "d
         >>> resized_size((480, 640), 600, 1000)
         (600, 800)
     """
-    height, width = size  # in an exported graph symbols: no branch depends on them
+    height, width = cast(Any, size)  # in an exported graph symbols: no branch depends on them
     shorter, longer = torch.sym_min(height, width), torch.sym_max(height, width)
     if rule == "detectron2":  # two steps, each rounded in floating point
         long_side = min_size / shorter * longer
         shrink = torch.sym_min(1.0, max_size / torch.sym_max(min_size, long_side))
-        short_side, long_side = (math.floor(side * shrink + 0.5) for side in (min_size, long_side))
+        short_side, long_side = (math.trunc(side * shrink + 0.5) for side in (min_size, long_side))
         wide = height < width
         sides = torch.sym_ite(wide, short_side, long_side), torch.sym_ite(wide, long_side, short_side)
     else:
         scale = torch.sym_min(min_size / shorter, max_size / longer)
-        whole = math.floor if rule == "torchvision" else round
+        whole = math.trunc if rule == "torchvision" else _nearest
         sides = whole(height * scale), whole(width * scale)
-    return torch.sym_max(1, sides[0]), torch.sym_max(1, sides[1])
+    return cast(Size, (torch.sym_max(1, sides[0]), torch.sym_max(1, sides[1])))
+
+
+def _nearest(side: float) -> int:
+    """Round as ``round`` does, halves to even, in operations that an exported graph can hold."""
+    up = math.trunc(side + 0.5)
+    return up - math.trunc(2 * (up - side)) * (up % 2)
 
 
 def scale_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:

@@ -3,6 +3,9 @@
 ``torch.onnx.export(custom_translation_table=translations())``. The functions are run by the exporter, which records what they do.
 """
 
+# onnxscript types its functions for tensors of one kind each.
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import math
@@ -30,9 +33,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.torchvision.roi_align.default: _roi_align,
         torch.ops.torchvision.roi_pool.default: _roi_pool,
         operator.truediv: _divide,
-        operator.mul: _multiply,
-        math.floor: _floor,
-        round: _round,
+        operator.mul: _exactly(op.Mul),
+        operator.add: _exactly(op.Add),
+        operator.sub: _exactly(op.Sub),
+        torch.sym_min: _exactly(op.Min),
+        torch.sym_max: _exactly(op.Max),
+        math.trunc: _truncate,
     }
 
 
@@ -60,7 +66,7 @@ def _keep_best(boxes, groups, iou: float):
 
 
 def _sort_stable(self, stable: bool | None = None, dim: int = -1, descending: bool = False):
-    """Of equal values TopK gives the first ones first; OpenVINO does not, so whole numbers along the last axis are made different."""
+    """Of equal values TopK gives the first ones first; OpenVINO does not, so whole numbers are made different."""
     size = op.Reshape(op.Gather(op.Shape(self), op.Constant(value_int=dim), axis=0), op.Constant(value_ints=[1]))
     kind = self.dtype
     if kind is not None and kind.is_integer():
@@ -118,15 +124,16 @@ def _divide(self, other):
     return op.Div(_exact(self), _exact(other))
 
 
-def _multiply(self, other):
-    if _is_whole(self) and _is_whole(other):
-        return op.Mul(self, other)
-    return op.Mul(_exact(self), _exact(other))
+def _exactly(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Whole numbers stay whole; others are computed in 64 bits."""
+
+    def compute(self, other):
+        if _is_whole(self) and _is_whole(other):
+            return operation(self, other)
+        return operation(_exact(self), _exact(other))
+
+    return compute
 
 
-def _floor(self):
-    return op.Cast(op.Floor(self), to=INT64)
-
-
-def _round(self, digits=None):
-    return op.Cast(op.Round(self), to=INT64)
+def _truncate(self):
+    return op.Cast(self, to=INT64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,16 +89,15 @@ class OnnxDetector:
         if (boxes is not None) != self.takes_boxes:
             wanted = "needs boxes [N, P, 4]" if self.takes_boxes else "takes no boxes"
             raise ValueError(f"the model {wanted}; got {'none' if boxes is None else list(boxes.shape)}")
-        names = [output.name for output in self.session.get_outputs()]
-        found = dict(
-            zip(
-                names,
-                self.session.run(None, {"images": images} | ({} if boxes is None else {"proposals": boxes})),
-                strict=True,
-            )
-        )
-        counts = found.pop("count").tolist()
-        return [{key: value[row, :count] for key, value in found.items()} for row, count in enumerate(counts)]
+        feed = {"images": images} if boxes is None else {"images": images, "proposals": boxes}
+        return by_image([output.name for output in self.session.get_outputs()], self.session.run(None, feed))
+
+
+def by_image(names: Sequence[str], values: Sequence[Any]) -> list[dict[str, npt.NDArray[Any]]]:
+    """Cut the outputs of a graph to what each image has."""
+    found = dict(zip(names, values, strict=True))
+    counts = found.pop("count").tolist()
+    return [{name: value[row, :count] for name, value in found.items()} for row, count in enumerate(counts)]
 
 
 def _read(value: str) -> Any:

@@ -17,6 +17,7 @@ from torch.export import Dim
 
 from detpipe.exporting.parity import Arrays
 from detpipe.exporting.program import Program
+from detpipe.exporting.runtime import by_image
 from detpipe.support.graphs import torch_alone
 
 ABOUT = "detpipe.json"
@@ -66,6 +67,4 @@ class PT2Detector:
     def __call__(self, images: Arrays, boxes: Arrays | None = None) -> list[dict[str, Arrays]]:
         """Detect objects in images ``[N, 3, H, W]``, with boxes ``[N, P, 4]`` where the program takes some."""
         given = [torch.from_numpy(values) for values in (images, boxes) if values is not None]
-        found = {name: values.numpy() for name, values in zip(self.names, self.module(*given), strict=True)}
-        counts = found.pop("count").tolist()
-        return [{name: values[row, :count] for name, values in found.items()} for row, count in enumerate(counts)]
+        return by_image(self.names, [values.numpy() for values in self.module(*given)])

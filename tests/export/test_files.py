@@ -107,6 +107,19 @@ def test_smaller_files_find_nearly_the_same(how, written, monkeypatch, tmp_path)
 
 
 @pytest.mark.slow
+def test_openvino_reads_the_file(written):
+    openvino = pytest.importorskip("openvino", reason="needs openvino")
+    compiled = openvino.Core().compile_model(str(written), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    images = torch.randint(0, 256, (1, 3, 50, 60), dtype=torch.uint8).numpy()  # shrunk images would not be smoothed
+    values = compiled({"images": images})
+    [found] = runtime.by_image(["boxes", "scores", "labels", "count"], [values[index] for index in range(4)])
+    [expected] = OnnxDetector(written)(images)
+    assert len(expected["scores"]) > 10
+    np.testing.assert_array_equal(found["labels"], expected["labels"])
+    np.testing.assert_allclose(found["boxes"], expected["boxes"], atol=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_every_head_and_source(kind, tmp_path):
     pooler = {"pooler": RoIMaxPool(4)} if "max" in kind else {}

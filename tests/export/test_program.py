@@ -10,7 +10,8 @@ import torch
 
 from detpipe.exporting.files import _compare
 from detpipe.exporting.parity import sample_images
-from detpipe.exporting.program import Program
+from detpipe.exporting.program import OUTPUTS, Program
+from detpipe.exporting.runtime import by_image
 from detpipe.heads import Postprocess
 from detpipe.proposals import DenseGrid
 from detpipe.roi_pooling import PreciseRoIPool, RoIAlign, RoIMaxPool
@@ -20,12 +21,6 @@ from export.detectors import detector
 KINDS = ["plain", "fpn cascade", "glimpse", "fpn aod", "agnostic", "boxes", "plain torchvision"]
 
 
-def as_found(results: tuple[torch.Tensor, ...], names: tuple[str, ...]) -> list[dict[str, Any]]:
-    found = {name: result.numpy() for name, result in zip(names, results, strict=True)}
-    counts = found.pop("count").tolist()
-    return [{name: values[row, :count] for name, values in found.items()} for row, count in enumerate(counts)]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_finds_what_the_detector_finds(kind):
     model = detector(kind)
@@ -33,7 +28,7 @@ def test_finds_what_the_detector_finds(kind):
 
     def run(images: Any, boxes: Any) -> list[dict[str, Any]]:
         given = [torch.from_numpy(one) for one in (images, boxes) if one is not None]
-        return as_found(program(*given), program.outputs)
+        return by_image(program.outputs, [values.numpy() for values in program(*given)])
 
     parity = _compare(model, run, sample_images(model), program.takes_boxes)
     assert parity.faults == ()
@@ -67,7 +62,7 @@ def test_boxes_without_area_and_repeated_ones_do_not_count():
     [image] = sample_images(model)[0]
     boxes = torch.tensor([[1.0, 2.0, 30.0, 40.0], [1.0, 2.0, 30.0, 40.0], [0.0, 0.0, 0.0, 0.0], [5.0, 5.0, 60.0, 20.0]])
     expected = model([image], [{"proposals": boxes[[0, 3]]}])[0]
-    [found] = as_found(Program(model)(image[None], boxes[None]), ("boxes", "scores", "labels", "count"))
+    [found] = by_image(OUTPUTS, [values.numpy() for values in Program(model)(image[None], boxes[None])])
     assert len(expected["scores"]) > 0
     np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-6)
 
