@@ -2,7 +2,8 @@
 
 ``python benchmarks/prediction.py --images 16 --megapixels 12`` makes photographs of noise on gradients, whose JPEG files are as
 large as real ones, runs a detector of random weights over them in memory, and then all that ``detpipe predict`` does: JPEG files
-in, JSON lines and drawings out. They take turns; the table has medians, and the ratios to the model's own time of all rounds.
+in, JSON lines and drawings out. They take turns; the table has medians, and the ratios to the model's own time of all rounds; CPU
+seconds too, of all threads, which a busy machine disturbs less.
 """
 
 from __future__ import annotations
@@ -101,20 +102,22 @@ def main() -> None:
         contestants = {"the model alone": model, "without drawings": whole(None), "with JPEG drawings": whole("jpg")}
         model()  # warm
         times: dict[str, list[float]] = {name: [] for name in contestants}
+        work_times: dict[str, list[float]] = {name: [] for name in contestants}
         for _ in range(options.repeats):
             for name, work in contestants.items():
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 work()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 times[name].append(time.perf_counter() - start)
-        print(f"{'':20} {'s an image':>10} {'ratio (all rounds)':>24}")
+                work_times[name].append(time.process_time() - used)
+        print(f"{'':20} {'s an image':>10} {'ratio (all rounds)':>24} {'CPU s an image':>16} {'ratio':>6}")
         for name, seconds in times.items():
             ratios = [mine / own for mine, own in zip(seconds, times["the model alone"], strict=True)]
-            shown = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
-            print(
-                f"{name:20} {statistics.median(seconds) / options.images:10.3f} {statistics.median(ratios):8.2f} ({shown})"
-            )
+            shown = f"{statistics.median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in sorted(ratios))})"
+            used, own = (statistics.median(work_times[one]) for one in (name, "the model alone"))
+            each = statistics.median(seconds) / options.images
+            print(f"{name:20} {each:10.3f} {shown:>24} {used / options.images:16.3f} {used / own:6.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 Nothing heavy is imported before a command is known, so that help and mistakes answer at once. Exit status: 0 for success, 2
 for a wrong command line or configuration, 1 for anything else that went wrong, 3 where a prediction is done but for images that
-could not be read, 130 when interrupted, 143 when a training was asked
-to end (SIGTERM, SIGUSR1).
+could not be read, 130 when interrupted, 143 when a training was asked to end (SIGTERM, SIGUSR1).
 """
 
 from __future__ import annotations

@@ -106,9 +106,7 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     model = _prediction(config, cli.model, data)
     results = Path(config.detections_out or run / f"{split}_detections.json")
     numbers = Path(config.json or run / f"{split}_{config.protocol}.json")
-    for path in (results, numbers):
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder; give the name of a file for --json and --detections_out")
+    _check_files(results, numbers)
     print(data.describe(split))
     for setting in checkpoint.differing_settings(description, checkpoint.describe_model(config.model)):
         print(f"note: not as in training: {setting}; RUN/config.yaml has all settings of a run")
@@ -177,6 +175,12 @@ def _prediction(config: Any, model: TwoStageDetector, data: Any) -> LightningMod
     if config.tiles is None and not config.tta:
         return model
     return PredictionModule(model, config.tta, config.tiles, config.overlap)
+
+
+def _check_files(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; give the name of a file for --json and --detections_out")
 
 
 def _say_limits(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -126,33 +126,49 @@ def make_store(
     own = items[rank::size]
     summary = Summary(len(own))
     with open_journal(output, source.name, source.settings, share) as journal:
-        done = {made.image_id for made in journal.entries()}
-        foreign = sorted(done - {item.image_id for item in own})
-        if foreign:
-            raise DataError(
-                f"{journal.path}: an interrupted run left it with {len(foreign)} images that are not asked for, such as "
-                f"{', '.join(foreign[:5])}; delete it to begin anew, or ask for the same images"
-            )
-        left = [item for item in own if item.image_id not in done]
-        tell = progress or (lambda done, of: None)
-        tell(len(done), len(own))
         prepare = partial(_maker, (lambda: source) if workers == 1 else build, read)
-        for kept, (item, result) in enumerate(run(prepare, left, workers, __name__), start=len(done)):
-            journal.add(_keep(item, result, on_bad, f"{kept} images are kept in {journal.path}", summary))
-            tell(kept + 1, len(own))
+        _make_all(journal, own, partial(run, prepare, workers=workers, preload=__name__), on_bad, summary, progress)
     wait()
     if rank == 0:
-        with ExitStack() as stack:
-            journals = [
-                stack.enter_context(open_journal(output, source.name, source.settings, (number, size)))
-                for number in range(size)
-            ]
-            with ProposalWriter(output, source.name, source.settings) as writer:
-                for made in chain.from_iterable(journal.entries() for journal in journals):
-                    writer.add(made.image_id, made.boxes, made.scores, made.size if made.size[0] else None)
-            for journal in journals:
-                journal.remove()
+        _write_store(output, source, size)
     return summary
+
+
+def _make_all(
+    journal: Journal[Made],
+    items: Sequence[Item],
+    make: Callable[[list[Item]], Iterator[tuple[Item, _Result]]],
+    on_bad: str,
+    summary: Summary,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Make what the journal lacks of the images."""
+    done = {made.image_id for made in journal.entries()}
+    foreign = sorted(done - {item.image_id for item in items})
+    if foreign:
+        raise DataError(
+            f"{journal.path}: an interrupted run left it with {len(foreign)} images that are not asked for, such as "
+            f"{', '.join(foreign[:5])}; delete it to begin anew, or ask for the same images"
+        )
+    tell = progress or (lambda done, of: None)
+    kept = len(done)
+    tell(kept, len(items))
+    for item, result in make([item for item in items if item.image_id not in done]):
+        journal.add(_keep(item, result, on_bad, f"{kept} images are kept in {journal.path}", summary))
+        kept += 1
+        tell(kept, len(items))
+
+
+def _write_store(output: Path, source: Proposer, size: int) -> None:
+    """Write what is in the journals of all processes, and remove them."""
+    with ExitStack() as stack:
+        opened = [open_journal(output, source.name, source.settings, (number, size)) for number in range(size)]
+        journals = [stack.enter_context(journal) for journal in opened]
+        with ProposalWriter(output, source.name, source.settings) as writer:
+            for made in chain.from_iterable(journal.entries() for journal in journals):
+                writer.add(made.image_id, made.boxes, made.scores, made.size if made.size[0] else None)
+        for journal in journals:
+            journal.remove()
 
 
 def open_journal(store: Path, source: str, settings: dict[str, Any], share: tuple[int, int] = (0, 1)) -> Journal[Made]:

@@ -17,15 +17,17 @@ import runs
 import tifffile
 import torch
 from PIL import Image
-from together import free_port
+from together import fork, free_port, wait
 
 from detpipe import cli
 from detpipe.commands.predict import detect
 from detpipe.datasets import read_image
 from detpipe.evaluation import evaluate, read_coco_annotations, read_detections
 from detpipe.prediction import TiledDetector
+from detpipe.prediction.inputs import ImageInput
 from detpipe.support.errors import DataError
 from detpipe.training.models import load_detector
+from detpipe.types import PixelType
 
 
 @pytest.fixture(scope="module")
@@ -94,31 +96,28 @@ def test_a_run_goes_on_where_it_was_stopped(whole, trained, pictures, tmp_path, 
     assert "tta was False, is True" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_kill_loses_nothing(whole, trained, pictures, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "detpipe",
-        "predict",
-        str(trained / "best.ckpt"),
-        str(pictures),
-        "-o",
-        str(tmp_path),
-    ]
-    command += ["--device", "cpu", "--score_threshold", "0.01", "--batch_size", "3", "--no-drawings"]
-    lines = tmp_path / "detections.jsonl"
-    for _ in range(40):
-        process = subprocess.Popen([*command, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = lines.read_bytes().count(b"\n") if lines.exists() else 0
-        while process.poll() is None and (not lines.exists() or lines.read_bytes().count(b"\n") <= max(1, before)):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if lines.read_bytes().count(b"\n") == 9:
-            break
-    assert subprocess.run([*command, "--resume"], check=False).returncode == 3
-    assert (tmp_path / "detections.json").read_bytes() == whole
+    """A process that dies while it reads the fifth image, after three were written."""
+    lines, out = tmp_path / "out" / "detections.jsonl", tmp_path / "out"
+
+    def dies() -> int:
+        read = ImageInput.read
+
+        def killed(self: ImageInput, pixels: PixelType) -> torch.Tensor:
+            while self.path.name == "5.png":
+                if lines.exists() and lines.read_bytes().count(b"\n") > 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(0.01)
+            return read(self, pixels)
+
+        ImageInput.read = killed  # type: ignore[method-assign]
+        return predict(trained, pictures, out, "--no-drawings", "--workers", "2")
+
+    child = fork(dies, tmp_path / "said", tmp_path / "errors")
+    assert wait(child, 120) == -signal.SIGKILL
+    assert 4 <= lines.read_bytes().count(b"\n") < 9
+    assert predict(trained, pictures, out, "--no-drawings", "--resume") == 3
+    assert (out / "detections.json").read_bytes() == whole
 
 
 def test_a_disk_that_fills_is_one_line(trained, pictures, tmp_path, capsys, monkeypatch):
