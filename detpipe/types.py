@@ -232,6 +232,9 @@ class Annotations:
     federation: Federation | None = None  # None: every image was searched for every class
     counts: dict[str, int] = field(default_factory=dict)  # "images read", "boxes clipped", "boxes skipped: ..."
     segmentations: Segmentations | None = None  # only read where something asks for masks
+    windows: npt.NDArray[np.int32] | None = (
+        None  # [I, 4] x1, y1, x2, y2 of images that are parts of their files; None: none is
+    )
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -246,7 +249,8 @@ class Annotations:
         offsets: list[int] = self.offsets.tolist()
         spans = [np.arange(offsets[row], offsets[row + 1]) for row in rows.tolist()]
         boxes = np.concatenate([np.zeros(0, dtype=np.int64), *spans])
-        images: dict[str, Any] = {name: getattr(self, name)[rows] for name in ("file_names", "image_ids", "sizes")}
+        names = ("file_names", "image_ids", "sizes", *(() if self.windows is None else ("windows",)))
+        images: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
         return replace(self._with_boxes(boxes, np.cumsum([0, *map(len, spans)])), **images)
 
     def keep_boxes(self, keep: npt.NDArray[np.bool_]) -> Annotations:

@@ -6,16 +6,25 @@ import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from detpipe import evaluation
 from detpipe.commands.evaluation_report import ReportOptions, check_options, read_runs, write_report
-from detpipe.commands.parser import Parser
+from detpipe.commands.parser import Parser, check_least
 from detpipe.evaluation.analysis import AnalysisSettings
 from detpipe.evaluation.coco import MAX_DETECTIONS
 from detpipe.images import to_picture
 from detpipe.support.errors import UsageError
 from detpipe.support.files import write_text
+from detpipe.types import DetectionArrays
+
+if TYPE_CHECKING:
+    from lightning import LightningModule
+
+    from detpipe.detector import TwoStageDetector
+    from detpipe.heads import Postprocess
 
 # what both modes take: name -> type, default, how many values, help
 _OPTIONS: dict[str, tuple[Any, Any, str | None, str]] = {
@@ -48,7 +57,7 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
         prog="detpipe evaluate",
         description="Evaluate a file of detections; for a model: detpipe evaluate CONFIG.yaml --ckpt_path CHECKPOINT.",
     )
-    parser.add_argument("--detections", required=True, help="JSON in COCO's result format")
+    parser.add_argument("--detections", required=True, help="JSON in COCO's result format, or what predict wrote")
     parser.add_argument("--annotations", required=True, help="JSON in COCO's annotation format")
     parser.add_argument("--protocol", choices=evaluation.PROTOCOLS, default="coco")
     for name, (kind, default, count, text) in _OPTIONS.items():
@@ -61,6 +70,7 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
     others = read_runs(report, annotations)
     metrics = evaluation.evaluate(annotations, detections, options.protocol, max_detections=options.max_detections)
     _print(metrics, options.protocol, options.json)
+    _say_limits(detections, options.protocol, report.settings.max_detections)
     if report.out is not None:
         runs = {report.run_name or name: detections, **others}
         print(f"\nreport {write_report(report, annotations, runs, report.images)}")
@@ -87,11 +97,10 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     checkpoint.check_pixels(description, data.pixels, config.ckpt_path)
     checkpoint.load_weights(cli.model, stored, config.ckpt_path)
     others = read_runs(report, annotations)
+    model = _prediction(config, cli.model, data)
     results = Path(config.detections_out or run / f"{split}_detections.json")
     numbers = Path(config.json or run / f"{split}_{config.protocol}.json")
-    for path in (results, numbers):
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder; give the name of a file for --json and --detections_out")
+    _check_files(results, numbers)
     print(data.describe(split))
     for setting in checkpoint.differing_settings(description, checkpoint.describe_model(config.model)):
         print(f"note: not as in training: {setting}; RUN/config.yaml has all settings of a run")
@@ -101,7 +110,7 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
         settings["limit_predict_batches"] = settings[f"limit_{split}_batches"]
     trainer = build_trainer(settings, run)
     collector = CocoEvaluator(annotations).to(trainer.strategy.root_device)  # which the processes can gather from
-    found = trainer.predict(cli.model, loader) or []  # of this process' batches, of which it may have none
+    found = trainer.predict(model, loader) or []  # of this process' batches, of which it may have none
     for batch, keys in zip(found, loader.batch_sampler, strict=False):
         collector.update(batch, annotations.image_ids[[row for _, row in keys]].tolist())
     with collector.sync_context():
@@ -120,6 +129,8 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
         )
         logger.finalize("success")
     _print(metrics, config.protocol, numbers)
+    postprocess = None if config.tiles else getattr(cli.model.head, "postprocess", None)  # of tiles it limits each
+    _say_limits(detections, config.protocol, report.settings.max_detections, postprocess)
     print(f"\nnumbers {numbers}\ndetections {results}")
     if report.out is not None:
         runs = {report.run_name or run.resolve().name: detections, **others}
@@ -136,12 +147,57 @@ def _add_arguments(parser: Any) -> None:
     parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to evaluate")
     parser.add_argument("--split", type=parts, default=None, help="test where the configuration names one, else val")
     parser.add_argument("--protocol", type=Literal["coco", "voc07", "voc10"], default="coco")
+    parser.add_argument("--tiles", type=int | None, default=None, help="look at images tile by tile, of so many pixels")
+    parser.add_argument("--overlap", type=float, default=0.2, help="share of a tile that the next one has too")
+    parser.add_argument("--tta", type=bool, default=False, help="true: look at each image six times; see predict")
     parser.add_argument("--detections_out", type=str | None, default=None, help=results)
     for name, (kind, default, count, text) in _OPTIONS.items():
         if count:
             parser.add_argument(f"--{name}", type=kind, nargs=count, default=default, help=text)
         else:
             parser.add_argument(f"--{name}", type=kind | None if default is None else kind, default=default, help=text)
+
+
+def _prediction(config: Any, model: TwoStageDetector, data: Any) -> LightningModule:
+    """The model, or what looks at tiles of the images, or at each image several times."""
+    from detpipe.prediction.module import PredictionModule
+
+    if config.tiles is not None:
+        if data.resize is not None:
+            raise UsageError("--tiles: the data have resized images before they are cut; set data.resize to null")
+        check_least(config, 1, "tiles")
+    if config.tiles is None and not config.tta:
+        return model
+    return PredictionModule(model, config.tta, config.tiles, config.overlap)
+
+
+def _check_files(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; give the name of a file for --json and --detections_out")
+
+
+def _say_limits(
+    detections: DetectionArrays, protocol: str, limits: Sequence[int], postprocess: Postprocess | None = None
+) -> None:
+    """Say where a limit leaves out detections that might count."""
+    columns = np.stack([detections.image_ids, detections.labels], axis=1)
+    images, counts = np.unique(detections.image_ids, return_counts=True)
+    if protocol == "coco":
+        pairs, of_class = np.unique(columns, axis=0, return_counts=True)
+        crowded = len(np.unique(pairs[of_class > limits[-1], 0]))
+        if crowded:
+            more = " ".join(map(str, (*limits[:-1], 10 * limits[-1])))
+            print(
+                f"{crowded} images have more than {limits[-1]} detections of a class, of which the best {limits[-1]} count; "
+                f"--max_detections {more} counts more"
+            )
+    full = 0 if postprocess is None else int((counts >= postprocess.detections_per_image).sum())
+    if postprocess is not None and full:
+        print(
+            f"{full} of {len(images)} images have {postprocess.detections_per_image} detections, the most that the model gives; "
+            "--model.head.postprocess.detections_per_image gives more"
+        )
 
 
 def _report_options(given: Any, images: str | None, default_name: str) -> ReportOptions:

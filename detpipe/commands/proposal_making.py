@@ -25,11 +25,13 @@ from detpipe.datasets.datamodule import image_files
 from detpipe.datasets.formats.recognize import EXPECTED, layout_of, open_split
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.prediction.inputs import find_images
+from detpipe.prediction.machines import team
 from detpipe.proposal_files.offline import Item, Proposer, Summary, make_store
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX
 from detpipe.proposals.registry import SOURCES, find_class, make_source
 from detpipe.support.errors import DetpipeError, UsageError
+from detpipe.support.processes import gather_objects
 from detpipe.support.terminal import say
 
 HELP = f"""usage: detpipe proposals make SOURCE --data DATA [--split SPLIT] -o STORE{SUFFIX} [options]
@@ -71,7 +73,7 @@ def run_make(arguments: Sequence[str]) -> int:
         raise UsageError(f"{name}: {error}; see 'detpipe proposals make {name} --help'") from error
     items, source = find_items(options.data, options.split, options.images, options.skip_bad)
     start = time.perf_counter()
-    with progress(len(items)) as move:
+    with team() as own, progress(len(items)) as move:
         summary = make_store(
             build(options),
             items,
@@ -80,8 +82,15 @@ def run_make(arguments: Sequence[str]) -> int:
             workers=options.workers,
             on_bad="skip" if options.skip_bad else "error",
             progress=move,
+            share=(own.part.number - 1, own.part.of),
+            wait=partial(
+                own.wait, f"what is made is kept beside {options.output}; the same command goes on from there"
+            ),
         )
-    say(report(summary, ProposalStore(options.output), time.perf_counter() - start))
+        summaries = gather_objects(summary)
+    if own.is_first:
+        summary = Summary.of_all(summaries)
+        say(report(summary, ProposalStore(options.output), time.perf_counter() - start))
     return 0
 
 

@@ -24,6 +24,7 @@ from detpipe.datasets.sampling import Presence, Sampling
 from detpipe.datasets.segmentations import check_segmentations
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.datasets.stratify import divide_annotations
+from detpipe.datasets.tiling import Tiling
 from detpipe.datasets.workers import PackedBatch, collate
 from detpipe.support.errors import DataError
 from detpipe.support.terminal import printable
@@ -151,6 +152,7 @@ class DetectionData(LightningDataModule, ABC):
             equal images stay together. Null: each split is what its own argument names.
         classes: which classes are kept, renamed and merged; null for all as they are.
         allow_links: whether links and names in lists may lead to images outside of the folder of the data set.
+        tiles: how images are cut into tiles, which are images of their own then, in all splits; null for whole images.
     """
 
     image_key: ImageKey = staticmethod(coco_key)  # what a proposal store calls an image
@@ -168,8 +170,11 @@ class DetectionData(LightningDataModule, ABC):
         split: dict[str, float] | None = None,
         classes: Classes | None = None,
         allow_links: bool = False,
+        tiles: Tiling | None = None,
     ) -> None:
         super().__init__()
+        if tiles is not None and proposals:
+            raise ValueError("proposals of a store are of whole images: leave out proposals, or set tiles to null")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         if on_bad not in ("error", "skip"):
@@ -192,6 +197,7 @@ class DetectionData(LightningDataModule, ABC):
         self.shares = _shares(split or {})
         self.classes = classes
         self.allow_links = allow_links
+        self.tiles = tiles
 
     @abstractmethod
     def load(self, split: Split, faults: Faults | None = None) -> Annotations:
@@ -208,7 +214,7 @@ class DetectionData(LightningDataModule, ABC):
         """
         if split not in self._annotations:
             known_splits = dict(self._annotations)
-            loaded = self._divided(split, faults) if split in self.shares else self._loaded(split, faults)
+            loaded = self._divided(split, faults) if split in self.shares else self._cut(self._loaded(split, faults))
             for other, known in known_splits.items():
                 compare_classes(other, known, split, loaded)
             self._annotations[split] = loaded
@@ -225,8 +231,13 @@ class DetectionData(LightningDataModule, ABC):
     def _divided(self, split: Split, faults: Faults | None) -> Annotations:
         """A part of the training split; all of them are made at once."""
         parts = divide_annotations(self._loaded("train", faults), self.shares)
-        self._annotations.update(cast(dict[Split, Annotations], parts))
+        self._annotations.update(
+            cast(dict[Split, Annotations], {name: self._cut(part) for name, part in parts.items()})
+        )
         return self._annotations[split]
+
+    def _cut(self, annotations: Annotations) -> Annotations:
+        return annotations if self.tiles is None else self.tiles.cut(annotations)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -298,6 +309,8 @@ class DetectionData(LightningDataModule, ABC):
             self._read_masks(split)
         resize = self.resize if augmented or self.resize is None else self.resize.for_evaluation()
         proposals, contents = self.proposals(split), self.contents(split)
+        if self.tiles is not None and contents is not None:
+            raise DataError(f"{split}: tiles are cut from image files, not from shards; set tiles to null")
         return DetectionDataset(self.annotations(split), augment, self.seed, proposals, contents, resize, self.pixels)
 
     def reads_outlines(self, split: Split) -> bool:

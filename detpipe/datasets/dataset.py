@@ -17,7 +17,7 @@ from detpipe.datasets.annotations import check_size
 from detpipe.datasets.augment.augmentation import Augment
 from detpipe.datasets.augment.settings import Neighbors
 from detpipe.datasets.batches import Key, Repeat, draws_again
-from detpipe.datasets.decode import read_reduced
+from detpipe.datasets.decode import Reduced, read_image, read_reduced
 from detpipe.datasets.resize import Resize, resample
 from detpipe.datasets.segmentations import draw_masks
 from detpipe.datasets.workers import share_with_workers
@@ -131,7 +131,13 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             path, content = self.annotations.root / str(self.annotations.file_names[index]), None
         else:
             path, content = self.contents.name(index), self.contents.read(index)
-        decoded = read_reduced(path, size, content, self.pixels)
+        if self.annotations.windows is None:
+            decoded = read_reduced(path, size, content, self.pixels)
+        else:
+            whole = read_image(path, content, self.pixels)
+            x1, y1, x2, y2 = self.annotations.windows[index].tolist()
+            part = whole[:, y1:y2, x1:x2]
+            decoded = Reduced(part, (part.shape[1], part.shape[2]), 1)
         check_size(path, decoded.size, (height, width))
         if size == (height, width):
             return decoded.pixels, self.target(index)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import UNSET
 
+from detpipe.evaluation import predictions
 from detpipe.evaluation.records import box_sizes, canonical_order, check_detections
 from detpipe.support.coco_file import COCOFile, read_coco_file
 from detpipe.support.errors import DataError
@@ -109,17 +110,19 @@ def _pairs(file: COCOFile, field: str, path: str) -> npt.NDArray[np.int64]:
 
 
 def read_detections(path: str | os.PathLike[str], annotations: Annotations) -> DetectionArrays:
-    """Read detections from a file in COCO's result format, in the order of the file.
+    """Read detections from a file in COCO's result format, in the order of the file, or from what ``detpipe predict`` has written.
 
     Args:
-        path: the JSON file.
+        path: the JSON file, or JSON lines (``*.jsonl``).
         annotations: the ground truth, whose image ids and category ids the file uses.
 
     Raises:
         DataError: a malformed file; a record without one of the fields, with a number that is not finite, a box of negative
             size, or an image or category id that the ground truth does not have. Names the record, counted from 0.
     """
-    rows = load_json(path)
+    rows = predictions.read_lines(path) if Path(path).suffix == predictions.LINES else load_json(path)
+    if predictions.is_predictions(rows):
+        return predictions.from_predictions(rows, path, annotations)
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of detections (COCO's result format), got {shorten(rows)}")
     image_ids, labels = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)

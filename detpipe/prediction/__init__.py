@@ -8,16 +8,7 @@ What detects is any `Detector`: ``TwoStageDetector``, and what is put around one
 from detpipe.prediction.augmented import AugmentedDetector
 from detpipe.prediction.detector import Detector, PlacedDetector
 from detpipe.prediction.merging import Merge
-from detpipe.prediction.tiles import TiledDetector, tile_views
+from detpipe.prediction.tiles import TiledDetector
 from detpipe.prediction.windows import ImageWindows, Windows
 
-__all__ = [
-    "AugmentedDetector",
-    "Detector",
-    "ImageWindows",
-    "Merge",
-    "PlacedDetector",
-    "TiledDetector",
-    "Windows",
-    "tile_views",
-]
+__all__ = ["AugmentedDetector", "Detector", "ImageWindows", "Merge", "PlacedDetector", "TiledDetector", "Windows"]

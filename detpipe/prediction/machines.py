@@ -65,13 +65,13 @@ class Team:
 @contextmanager
 def team() -> Iterator[Team]:
     """Join the processes that torchrun or Slurm started this one with, if any, by messages over CPUs."""
-    environment = _environment()
-    if environment is None or environment.world_size() == 1:
+    environment = launched()
+    if environment is None:
         yield Team()
         return
     rank, size = environment.global_rank(), environment.world_size()
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-    group.init_process_group("gloo", rank=rank, world_size=size, timeout=_PATIENCE)
+    group.init_process_group("gloo", rank=rank, world_size=size)
     try:
         machines = tuple(gather_objects(socket.gethostname()))
         yield Team(Part(rank + 1, size), environment.local_rank(), machines)
@@ -79,8 +79,27 @@ def team() -> Iterator[Team]:
         group.destroy_process_group()
 
 
-def _environment() -> ClusterEnvironment | None:
-    for kind in (TorchElasticEnvironment, SLURMEnvironment):
-        if kind.detect():
-            return kind()
-    return None
+def launched() -> ClusterEnvironment | None:
+    """What started this process with others, torchrun or Slurm; None where it is alone."""
+    if TorchElasticEnvironment.detect():
+        environment = TorchElasticEnvironment()
+    elif (
+        SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ
+    ):  # a batch script itself is alone, srun starts many
+        environment = SLURMEnvironment()
+    else:
+        return None
+    return environment if environment.world_size() > 1 else None
+
+
+def processes_and_machines() -> tuple[int, int]:
+    """How many processes a launcher has started on each machine, and on how many machines; 1 and 1 where none has."""
+    environment = launched()
+    if environment is None:
+        return 1, 1
+    size = environment.world_size()
+    if isinstance(environment, SLURMEnvironment):
+        machines = int(os.environ.get("SLURM_NNODES", 1))
+        return size // machines, machines
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return here, size // here

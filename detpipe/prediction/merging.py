@@ -31,7 +31,7 @@ _NEAR = 0.01  # of the side of a view: a box that ends so close to its border is
 _AGREE = 0.5  # IoU of two parts of one object, where both views see it
 _INSIDE = 0.7  # share of a cut box that lies in a larger one, of which it is a part then
 _CREDIBLE = 0.5  # that larger one's score is at least so much of the cut one's
-_ROWS = 512  # boxes that are compared with all others at a time
+_PAIRS = 1 << 22  # of boxes that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ def _joined(parts: _Parts) -> _Parts:
 def _pairs(parts: _Parts) -> list[tuple[int, int]]:
     """Rows of two parts of one object, each cut where the view of the other goes on."""
     pairs: list[tuple[int, int]] = []
-    for start in range(0, len(parts.scores), _ROWS):
-        one = parts.take(torch.arange(start, min(start + _ROWS, len(parts.scores)), device=parts.scores.device))
+    everything = torch.arange(len(parts.scores), device=parts.scores.device)
+    for some in everything.split(_rows_at_a_time(len(everything))):
+        one = parts.take(some)
         facing = (one.cut[:, None, [0, 1, 2, 3]] & parts.cut[None, :, [2, 3, 0, 1]]).any(-1)
         possible = facing & (one.labels[:, None] == parts.labels) & (box_ops.intersection(one.boxes, parts.boxes) > 0)
         mine, other = possible.nonzero(as_tuple=True)
@@ -133,8 +134,12 @@ def _pairs(parts: _Parts) -> list[tuple[int, int]]:
         a, b = _within(one.boxes[mine], seen), _within(parts.boxes[other], seen)
         shared = box_ops.area(_within(a, b))
         agree = shared > _AGREE * (box_ops.area(a) + box_ops.area(b) - shared)
-        pairs += zip((mine[agree] + start).tolist(), other[agree].tolist(), strict=True)
+        pairs += zip(some[mine[agree]].tolist(), other[agree].tolist(), strict=True)
     return pairs
+
+
+def _rows_at_a_time(others: int) -> int:
+    return max(1, _PAIRS // max(1, others))
 
 
 def _within(boxes: Tensor, others: Tensor) -> Tensor:
@@ -163,7 +168,7 @@ def _without_parts_of_others(parts: _Parts) -> _Parts:
     """Leave out cut boxes most of which lies in a larger box of their class from another view."""
     rows = parts.cut.any(1).nonzero()[:, 0]
     keep = torch.ones(len(parts.scores), dtype=torch.bool, device=rows.device)
-    for some in rows.split(_ROWS):
+    for some in rows.split(_rows_at_a_time(len(keep))):
         own = parts.take(some)
         larger = box_ops.area(parts.boxes) > box_ops.area(own.boxes)[:, None]
         elsewhere = (own.zones[:, None] != parts.zones).any(-1)

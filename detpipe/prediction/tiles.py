@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import cast
 
 from torch import Tensor
 
 from detpipe import boxes as box_ops
+from detpipe.datasets.tiling import View, tile_views
 from detpipe.images import scale_boxes
 from detpipe.prediction.detector import Detector
 from detpipe.prediction.merging import Merge
@@ -21,8 +21,6 @@ from detpipe.types import Detection, Target
 
 _OVERVIEW = 2048  # pixels of the longer side of a large file at least, when the whole of it is looked at
 _VISIBLE = 0.5  # a proposal is looked at in the tiles that hold at least so much of it
-
-View = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the whole image
 
 
 @dataclass(frozen=True)
@@ -103,32 +101,6 @@ class TiledDetector:
             target = {"proposals": scale_boxes(target["proposals"], image.size, small)}
         [found] = self.detector([reduced], None if target is None else [target])
         return _as_found(found, scale_boxes(found["boxes"], small, image.size))
-
-
-def tile_views(height: int, width: int, size: int, overlap: float) -> list[View]:
-    """Cut an image into tiles, row by row.
-
-    Args:
-        height: of the image.
-        width: of the image.
-        size: height and width of a tile; the image's where that is less.
-        overlap: share of a tile that the next one has too, at least: the last one ends with the image.
-
-    Returns:
-        x1, y1, x2, y2 of each tile.
-
-    Example:
-        >>> tile_views(100, 150, 100, 0.2)
-        [(0, 0, 100, 100), (50, 0, 150, 100)]
-    """
-    rows, columns = (_starts(side, size, overlap) for side in (height, width))
-    return [(x, y, min(x + size, width), min(y + size, height)) for y, x in product(rows, columns)]
-
-
-def _starts(side: int, size: int, overlap: float) -> list[int]:
-    step = max(1, size - round(size * overlap))
-    last = max(0, side - size)
-    return [*range(0, last, step), last]
 
 
 def _part_of(target: Target, view: View) -> Target:

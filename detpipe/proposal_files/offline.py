@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -68,6 +70,13 @@ class Summary:
     seconds: float = 0.0  # that the processes worked, all together
     skipped: dict[str, str] = field(default_factory=dict)  # id -> reason; they have no boxes in the store
 
+    @staticmethod
+    def of_all(parts: Sequence[Summary]) -> Summary:
+        """What several processes did together."""
+        skipped = {image: reason for part in parts for image, reason in part.skipped.items()}
+        images, made = (sum(getattr(part, name) for part in parts) for name in ("images", "made"))
+        return Summary(images, made, sum(part.seconds for part in parts), skipped)
+
     @property
     def seconds_an_image(self) -> float:
         """What one process took for an image, on the mean; 0 if none was made."""
@@ -82,8 +91,12 @@ def make_store(
     workers: int = 1,
     on_bad: str = "error",
     progress: Callable[[int, int], None] | None = None,
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
 ) -> Summary:
     """Make boxes for images and write their store, going on where an earlier run stopped.
+
+    Several processes may share the images, each with a journal of its own; the first of them writes the store.
 
     Args:
         build: makes the source, in each process; must be picklable.
@@ -94,9 +107,11 @@ def make_store(
         on_bad: "error" stops at an image that cannot be read or proposed for (what is made stays); "skip" writes no
             boxes for it and counts it.
         progress: called with the number of images done and of all, after each.
+        share: the number of this process, from 0 on, and how many there are.
+        wait: waits until all processes are there.
 
     Returns:
-        What was done.
+        What was done by this process.
 
     Raises:
         DataError: two images of one id, a journal of other settings, or, unless skipped, an image that is bad.
@@ -107,35 +122,62 @@ def make_store(
         raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
     _check_ids(items)
     source = build()
-    summary = Summary(len(items))
-    with open_journal(output, source.name, source.settings) as journal:
-        done = {made.image_id for made in journal.entries()}
-        foreign = sorted(done - {item.image_id for item in items})
-        if foreign:
-            raise DataError(
-                f"{journal.path}: an interrupted run left it with {len(foreign)} images that are not asked for, such as "
-                f"{', '.join(foreign[:5])}; delete it to begin anew, or ask for the same images"
-            )
-        left = [item for item in items if item.image_id not in done]
-        kept = len(done)
-        if progress is not None:
-            progress(kept, len(items))
+    rank, size = share
+    own = items[rank::size]
+    summary = Summary(len(own))
+    with open_journal(output, source.name, source.settings, share) as journal:
         prepare = partial(_maker, (lambda: source) if workers == 1 else build, read)
-        for item, result in run(prepare, left, workers, __name__):
-            journal.add(_keep(item, result, on_bad, f"{kept} images are kept in {journal.path}", summary))
-            kept += 1
-            if progress is not None:
-                progress(kept, len(items))
-        with ProposalWriter(output, source.name, source.settings) as writer:
-            for made in journal.entries():
-                writer.add(made.image_id, made.boxes, made.scores, made.size if made.size[0] else None)
-        journal.remove()
+        _make_all(journal, own, partial(run, prepare, workers=workers, preload=__name__), on_bad, summary, progress)
+    wait()
+    if rank == 0:
+        _write_store(output, source, size)
     return summary
 
 
-def open_journal(store: Path, source: str, settings: dict[str, Any]) -> Journal[Made]:
-    """Open the journal ``STORE.partial`` of what is made for a store; a DataError if it is of other settings, none, or in use."""
-    path = store.with_name(store.name + SUFFIX)
+def _make_all(
+    journal: Journal[Made],
+    items: Sequence[Item],
+    make: Callable[[list[Item]], Iterator[tuple[Item, _Result]]],
+    on_bad: str,
+    summary: Summary,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Make what the journal lacks of the images."""
+    done = {made.image_id for made in journal.entries()}
+    foreign = sorted(done - {item.image_id for item in items})
+    if foreign:
+        raise DataError(
+            f"{journal.path}: an interrupted run left it with {len(foreign)} images that are not asked for, such as "
+            f"{', '.join(foreign[:5])}; delete it to begin anew, or ask for the same images"
+        )
+    tell = progress or (lambda done, of: None)
+    kept = len(done)
+    tell(kept, len(items))
+    for item, result in make([item for item in items if item.image_id not in done]):
+        journal.add(_keep(item, result, on_bad, f"{kept} images are kept in {journal.path}", summary))
+        kept += 1
+        tell(kept, len(items))
+
+
+def _write_store(output: Path, source: Proposer, size: int) -> None:
+    """Write what is in the journals of all processes, and remove them."""
+    with ExitStack() as stack:
+        opened = [open_journal(output, source.name, source.settings, (number, size)) for number in range(size)]
+        journals = [stack.enter_context(journal) for journal in opened]
+        with ProposalWriter(output, source.name, source.settings) as writer:
+            for made in chain.from_iterable(journal.entries() for journal in journals):
+                writer.add(made.image_id, made.boxes, made.scores, made.size if made.size[0] else None)
+        for journal in journals:
+            journal.remove()
+
+
+def open_journal(store: Path, source: str, settings: dict[str, Any], share: tuple[int, int] = (0, 1)) -> Journal[Made]:
+    """Open the journal ``STORE.partial`` of what is made for a store, or that of one of several processes.
+
+    A DataError if it is of other settings, none, or in use.
+    """
+    of = f"-{share[0] + 1}-of-{share[1]}" if share[1] > 1 else ""
+    path = store.with_name(store.name + SUFFIX + of)
     plan = json.dumps({"source": source, "settings": settings}, sort_keys=True)
 
     def refuse(found: str) -> str:

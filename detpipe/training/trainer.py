@@ -21,6 +21,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from detpipe.prediction.machines import processes_and_machines
 from detpipe.support.errors import TrainingError, UsageError
 from detpipe.support.files import atomic_write
 from detpipe.training.config_errors import explain
@@ -50,7 +51,7 @@ def build_trainer(
     Raises:
         UsageError: what the trainer refuses, or what would not have an effect.
     """
-    given = dict(settings)
+    given = _as_launched(settings)
     own = as_list(given.get("callbacks"))
     if given.get("barebones"):
         _leave_out(given)
@@ -71,6 +72,17 @@ def build_trainer(
         raise UsageError(f"trainer: {explain(str(error))}") from error
     _check_processes(trainer, bool(given.get("use_distributed_sampler")))
     return trainer
+
+
+def _as_launched(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Take as many devices and machines as torchrun or Slurm has started processes for, unless they are set to others than one."""
+    given = dict(settings)
+    devices, machines = processes_and_machines()
+    if devices * machines > 1 and given.get("devices") in (None, "auto", 1) and given.get("num_nodes") in (None, 1):
+        given.update(devices=devices, num_nodes=machines)
+        if given.get("strategy") in (None, "auto"):
+            given["strategy"] = "ddp"
+    return given
 
 
 def _leave_out(given: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ def test_an_image_from_standard_input(monkeypatch):
     with pytest.raises(UsageError, match="is taken by detpipe predict alone"):
         find_images(["-"])
     typed(monkeypatch, b"")
-    with pytest.raises(UsageError, match="-: expected an image of at most .* got 0"):
+    with pytest.raises(UsageError, match=r"-: expected an image of at most .* got 0"):
         find_inputs(["-"])
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 import torch
 from torch import Tensor
 
-from detpipe.prediction import ImageWindows, Merge, TiledDetector, Windows, tile_views
+from detpipe.datasets.tiling import tile_views
+from detpipe.prediction import ImageWindows, Merge, TiledDetector, Windows
 from detpipe.types import Detection
 from tests.prediction.bright import Bright, rows, scene
 
@@ -86,7 +88,7 @@ def test_tiles_cover_an_image_and_share_what_is_asked_for(height, width, overlap
     assert seen.min() == 1 or overlap
     assert seen.min() >= 1
     starts = sorted({view[0] for view in views})
-    assert all(b - a <= 640 * (1 - overlap) + 1 for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a <= 640 * (1 - overlap) + 1 for a, b in itertools.pairwise(starts))
     assert len(set(views)) == len(views)
 
 
@@ -158,7 +160,7 @@ def test_windows_of_a_tensor_are_views():
     "settings", [{"size": 0}, {"overlap": 1.0}, {"overlap": -0.1}, {"batch_size": 0}], ids=lambda one: next(iter(one))
 )
 def test_settings_are_checked(settings):
-    with pytest.raises(ValueError, match="expected size and batch_size of at least 1 and an overlap of 0 to .9, got"):
+    with pytest.raises(ValueError, match=r"expected size and batch_size of at least 1 and an overlap of 0 to .9, got"):
         TiledDetector(Bright(), **settings)
     with pytest.raises(ValueError, match=r"expected method nms or box_fusion and iou in \(0, 1\], got"):
         Merge(iou=0)

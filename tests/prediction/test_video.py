@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'detpipe[video]'")
+pytest.importorskip("av", reason="PyAV is not installed: pip install 'detpipe[video]'")
+
+import av
 
 from detpipe.prediction.inputs import ImageInput
 from detpipe.prediction.tracking import Tracker
