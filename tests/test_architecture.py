@@ -41,7 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
 }
 # the programs: they may import everything above, and what stands before them here; nothing above imports them
-PROGRAMS = ("pictures", "prediction", "training", "zoo", "commands", "cli", "__main__")
+PROGRAMS = ("pictures", "prediction", "training", "zoo", "serving", "commands", "cli", "__main__")
 
 
 def part_of(module: str) -> str:
