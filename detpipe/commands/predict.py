@@ -33,17 +33,19 @@ from detpipe.pictures import glimpse_pictures
 from detpipe.prediction import AugmentedDetector, Detector, ImageWindows, Merge, PlacedDetector, TiledDetector, Windows
 from detpipe.prediction.batches import WHOLE, Part
 from detpipe.prediction.inputs import ImageInput, find_inputs
-from detpipe.prediction.job import Job, Look, Picture
+from detpipe.prediction.job import Job, Look, Picture, drawing_names
 from detpipe.prediction.lines import Tally, join
 from detpipe.prediction.machines import Team, team
 from detpipe.prediction.tiff import open_windows, split_pages
+from detpipe.prediction.tracking import Tracker
+from detpipe.prediction.video import VideoOutput, is_video, look_at_video, read_frames, read_video
 from detpipe.proposals import PrecomputedProposals
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.strict_json import load_json
 from detpipe.support.terminal import printable, say
 from detpipe.training.checkpoint import Description
 from detpipe.training.models import load_region_classifier
-from detpipe.types import Detection, PixelType, Target
+from detpipe.types import RGB, Detection, PixelType, Target
 
 _PART = re.compile(r"(\d+)/(\d+)")
 SOME_FAILED = 3  # exit status
@@ -62,6 +64,8 @@ def predict(arguments: Sequence[str]) -> int:
         limit = None if options.tiles else limit  # which is that of a tile
         device = choose_device(options.device, own.local_rank)
         look = _look_by(detector.to(device), boxes, options, device)
+        if options.rate is not None or any(is_video(one.path) for one in inputs):
+            return _predict_videos(inputs, options, own, description, look, device)
         names = ("score_threshold", "max_detections", "proposals", "tiles", "overlap", "merge", "tta", "show_glimpses")
         settings = {name: getattr(options, name) for name in names}
         tiled = options.tiles is not None
@@ -73,6 +77,67 @@ def predict(arguments: Sequence[str]) -> int:
             page = glimpse_pictures.write_page(job.out, load_json(job.out / "detections.json")["images"])
             say(f"glimpses: {page}")
         return status
+
+
+def _predict_videos(
+    inputs: Sequence[ImageInput],
+    options: argparse.Namespace,
+    own: Team,
+    description: Description,
+    look: Look,
+    device: torch.device,
+) -> int:
+    """Look at videos one by one, or at images as the frames of one; the exit status."""
+    _check_videos(inputs, options, own, description.pixels)
+    out, ended, batch_size = Path(options.output), [], options.batch_size or (4 if device.type == "cpu" else 8)
+    videos = [inputs] if options.rate is not None else [[one] for one in inputs]
+    stems = ["frames"] if options.rate is not None else [Path(name).stem for name in drawing_names(inputs, out, "mp4")]
+    for video, stem in zip(videos, stems, strict=True):
+        if options.rate is None:
+            frames = read_video(video[0].path, options.every)
+        else:
+            frames = read_frames(video, options.rate, options.every, description.pixels)
+        written = VideoOutput(
+            out / f"{stem}.jsonl", None if options.no_drawings else out / f"{stem}.mp4", description.class_names
+        )
+        head = {"file": video[0].name, "checkpoint": options.checkpoint, "class_names": list(description.class_names)}
+        tracker = Tracker((options.rate or 25) / options.every) if options.track else None
+        batch = 1 if options.tiles else batch_size
+        with progress(None, stem, unit="frame", logged=False) as move:
+            count = 0
+
+            def tell(number: int) -> None:
+                nonlocal count
+                count += 1
+                move(count, count)
+
+            end = look_at_video(
+                frames,
+                lambda images, one=video[0]: look([one] * len(images), images),
+                written,
+                head,
+                tracker,
+                batch,
+                tell,
+            )
+        say(f"{count} frames of {video[0].name}; see {written.video or written.lines}")
+        if end is not None:
+            say(f"ended early: {end}; what was found before is kept", sys.stderr)
+            ended.append(end)
+    return SOME_FAILED if ended else 0
+
+
+def _check_videos(inputs: Sequence[ImageInput], options: argparse.Namespace, own: Team, pixels: PixelType) -> None:
+    """Refuse what cannot be done with videos."""
+    images = [one.name for one in inputs if not is_video(one.path)]
+    if options.rate is None and images:
+        raise UsageError(f"{images[0]} is no video; give videos alone, or with --rate images as the frames of one")
+    if options.rate is not None and len(images) < len(inputs):
+        raise UsageError("--rate is for images as the frames of a video, which a video has by itself; leave it out")
+    if own.part != WHOLE or options.part != WHOLE or options.resume or options.show_glimpses:
+        raise UsageError("a video goes through one process; leave out --part, --resume and --show-glimpses")
+    if pixels != RGB and options.rate is None:
+        raise UsageError(f"frames of videos are 8-bit RGB, but {options.checkpoint} is of images of {pixels}")
 
 
 def merge(arguments: Sequence[str]) -> int:
@@ -308,6 +373,9 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
         "--proposals",
         help="boxes to look at: a source (selective_search), a store, or JSON: image name -> [[x1, y1, x2, y2], ...]",
     )
+    add("--every", type=int, default=1, metavar="N", help="of a video, look at each N-th frame alone")
+    add("--rate", type=float, help="take the images as frames of a video, so many a second")
+    add("--track", action="store_true", help="of a video, follow objects from frame to frame (ByteTrack)")
     add(
         "--show-glimpses",
         action="store_true",
@@ -322,7 +390,9 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
         raise UsageError(
             "--show-glimpses is for whole images and their drawings; leave out --tiles, --tta, --part, --no-drawings"
         )
-    check_least(options, 1, "workers", "max_detections", "batch_size", "tiles")
+    check_least(options, 1, "workers", "max_detections", "batch_size", "tiles", "every")
+    if options.rate is not None and not 0 < options.rate <= 1000:
+        raise UsageError(f"--rate must be above 0 and at most 1000 frames a second, got {options.rate}")
     return options
 
 

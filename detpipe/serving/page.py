@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio import themes
 from starlette.responses import PlainTextResponse
 
 from detpipe.serving.trial import GIVEN, OWN, TILES, Trial
@@ -22,7 +23,10 @@ footer {display: none !important}
 .gradio-container {max-width: 1200px !important; margin: auto}
 .hint p {font-size: .9em; opacity: .8; margin: 0}
 button[aria-label="Share"] {display: none}
-@media (max-width: 640px) {.column, .row, .block, .tabs {max-width: calc(100vw - 48px); min-width: 0 !important}}
+@media (max-width: 640px) {
+  .fillable {padding: 8px !important; max-width: 100vw !important; overflow-x: clip}
+  .column, .row, .block, .tabs {max-width: calc(100vw - 16px); min-width: 0 !important}
+}
 """
 _COLUMNS = ["", "class", "score", "x1", "y1", "x2", "y2"]
 
@@ -104,7 +108,7 @@ def create_page_app(trial: Trial) -> Callable[..., Any]:
         path="/",
         ssr_mode=False,
         css=_CSS,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         max_file_size=UPLOAD_BYTES,
         show_error=True,
         footer_links=[],

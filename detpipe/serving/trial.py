@@ -216,7 +216,7 @@ class Trial:
 
 def draw_boxes(picture: Tensor, boxes: Tensor) -> Tensor:
     """Draw the first boxes ``[P, 4]`` on a picture ``[3, H, W]`` uint8 without a name, the best ones yellow, others blue."""
-    colors = [_COLORS[index >= 10] for index in range(min(len(boxes), _DRAWN))]
+    colors: list[Any] = [_COLORS[index >= 10] for index in range(min(len(boxes), _DRAWN))]
     large, factors = visualize.fit(picture, max(640, *picture.shape[1:]))
     corners = (boxes[:_DRAWN] * factors).flip(0)
     return draw_bounding_boxes(large, corners, colors=colors[::-1], width=2) if len(boxes) else large

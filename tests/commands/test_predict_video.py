@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("av", reason="PyAV is not installed: pip install 'detpipe[video]'")
+
+from detpipe import cli
+from tests.prediction.test_video import write_video
+
+
+def test_a_video_and_a_folder_of_frames(trained, demo_root, tmp_path, capsys):
+    command = ["predict", str(trained / "best.ckpt"), "-o", str(tmp_path / "out"), "--device", "cpu", "--every", "2"]
+    command += ["--score_threshold", "0.01"]
+    video = write_video(tmp_path / "in.mp4")
+    assert cli.main([*command, str(video)]) == 0
+    assert f"3 frames of {video}; see {tmp_path / 'out' / 'in.mp4'}" in capsys.readouterr().out
+    head, *lines = [json.loads(line) for line in (tmp_path / "out" / "in.jsonl").read_text().splitlines()]
+    assert head["class_names"] == list("0123456789")
+    assert [line["frame"] for line in lines] == [0, 2, 4]
+    assert all(one["label"] in head["class_names"] for line in lines for one in line["detections"])
+    assert cli.main([*command, str(demo_root / "coco" / "val"), "--rate", "4", "--no-drawings"]) == 0
+    lines = (tmp_path / "out" / "frames.jsonl").read_text().splitlines()[1:]
+    assert [json.loads(line)["seconds"] for line in lines] == [0, 0.5, 1]
+    assert not (tmp_path / "out" / "frames.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["VIDEO", "IMAGE"], 2, "is no video; give videos alone, or with --rate images as the frames of one"),
+        (["VIDEO", "--rate", "9"], 2, "--rate is for images as the frames of a video"),
+        (["VIDEO", "--resume"], 2, "a video goes through one process"),
+        (["VIDEO", "--every", "0"], 2, "--every must be 1 or more"),
+        (["IMAGE", "--rate", "nan"], 2, "--rate must be above 0"),
+        (["EMPTY"], 1, "empty.mp4: cannot be read as a video"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, status, message, trained, demo_root, tmp_path, capsys):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    names = {"IMAGE": sorted((demo_root / "coco" / "val").iterdir())[0], "EMPTY": tmp_path / "empty.mp4"}
+    names["VIDEO"] = write_video(tmp_path / "in.mp4")
+    given = [str(names.get(one, one)) for one in arguments]
+    assert cli.main(["predict", str(trained / "best.ckpt"), "-o", str(tmp_path / "out"), *given]) == status
+    shown = capsys.readouterr().err
+    assert shown.startswith("detpipe: error: ")
+    assert len(shown.splitlines()) == 1
+    assert message in shown
