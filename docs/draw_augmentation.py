@@ -29,8 +29,7 @@ from detpipe.datasets import (
     SafeCrop,
     Transform,
 )
-from detpipe.pictures.contact_sheet import contact_sheet
-from detpipe.pictures.visualize import save_png
+from detpipe.pictures.visualize import contact_sheet, save_png
 
 NAMES = ("disk", "star", "triangle")
 SIZES = ((180, 240), (240, 180), (180, 260), (200, 200), (170, 240), (220, 200))  # height, width
