@@ -172,6 +172,8 @@ def _prediction(config: Any, model: TwoStageDetector, data: Any) -> LightningMod
         if data.resize is not None:
             raise UsageError("--tiles: the data have resized images before they are cut; set data.resize to null")
         check_least(config, 1, "tiles")
+        if not 0 <= config.overlap <= 0.9:
+            raise UsageError(f"--overlap must be in 0 to .9, got {config.overlap}")
     if config.tiles is None and not config.tta:
         return model
     return PredictionModule(model, config.tta, config.tiles, config.overlap)

@@ -385,7 +385,7 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
     if not 0 <= options.score_threshold <= 1:
         raise UsageError(f"--score_threshold must be in 0..1, got {options.score_threshold}")
     if not 0 <= options.overlap <= 0.9:
-        raise UsageError(f"--overlap must be in 0...9, got {options.overlap}")
+        raise UsageError(f"--overlap must be in 0 to .9, got {options.overlap}")
     if options.show_glimpses and (options.tta or options.tiles or options.no_drawings or options.part != WHOLE):
         raise UsageError(
             "--show-glimpses is for whole images and their drawings; leave out --tiles, --tta, --part, --no-drawings"
