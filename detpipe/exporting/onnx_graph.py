@@ -100,7 +100,9 @@ def _export(
 def _joined(first: onnx.ModelProto, second: onnx.ModelProto) -> onnx.ModelProto:
     first = compose.add_prefix(first, "prepare/")
     links = [(f"prepare/{name}", name) for name in ("batch", "sizes")]
-    return compose.merge_models(first, second, io_map=links)
+    joined = compose.merge_models(first, second, io_map=links)
+    del joined.opset_import[1:]  # that of the second half is the same
+    return joined
 
 
 def _name_sizes(model: onnx.ModelProto, program: Program) -> onnx.ModelProto:
