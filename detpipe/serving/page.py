@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from gradio import themes
 from starlette.responses import PlainTextResponse
 
-from detpipe.serving.trial import GIVEN, OWN, TILES, Trial
+from detpipe.serving.trial import GIVEN, OWN, TILES, Trial, Tried
 
 UPLOAD_BYTES, UPLOADS = 16 * 2**20, 64  # of one, and how many may lie there
 _JSON_BYTES = 2**20  # of a request that is no upload
@@ -25,7 +25,8 @@ footer {display: none !important}
 button[aria-label="Share"] {display: none}
 @media (max-width: 640px) {
   .fillable {padding: 8px !important; max-width: 100vw !important; overflow-x: clip}
-  .column, .row, .block, .tabs {max-width: calc(100vw - 16px); min-width: 0 !important}
+  .panes {flex-direction: column}
+  .panes > .column {width: 100%; max-width: calc(100vw - 16px); min-width: 0 !important}
 }
 """
 _COLUMNS = ["", "class", "score", "x1", "y1", "x2", "y2"]
@@ -36,67 +37,61 @@ def build_page(trial: Trial) -> gr.Blocks:
     tried = trial.tried
     with gr.Blocks(analytics_enabled=False, title=f"detpipe: {tried.name}", fill_width=True) as page:
         gr.Markdown(f"## {_plain(tried.name)}\n{len(tried.class_names)} classes: {_classes(tried.class_names)}")
-        with gr.Row():
+        with gr.Row(elem_classes="panes"):
             with gr.Column(min_width=300):
-                image = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=360)
-                image.async_move_resource_to_block_cache = _only_files(image.async_move_resource_to_block_cache)
-                threshold = gr.Slider(0, 1, 0.5, step=0.01, label="Score threshold")
-                source = gr.Dropdown(
-                    [*([] if tried.needs_boxes else [OWN]), GIVEN, *tried.sources],
-                    label="Proposals from",
-                    filterable=False,
-                )
-                boxes = gr.Textbox(
-                    label="Boxes, [[x1, y1, x2, y2], ...] in pixels", lines=2, placeholder="[]", max_length=2**18
-                )
-                gr.Markdown("Two clicks on the image add a box: two corners that lie across.", elem_classes="hint")
-                tiles = gr.Radio(TILES, value=TILES[0], label="Tiles, for small objects in large images")
-                with gr.Row():
-                    detect = gr.Button("Detect", variant="primary")
-                    clear = gr.Button("Clear boxes")
+                image, threshold, source, boxes, tiles, detect, clear = _lay_out_controls(tried)
             with gr.Column(min_width=300, scale=2):
-                line = gr.Textbox("Drop an image above.", label="Result", interactive=False, lines=1)
-                pictures: list[Any] = []
-                with gr.Tabs():
-                    for name in ("Detections", "Proposals", "Glimpses"):
-                        with gr.Tab(name):
-                            pictures.append(
-                                gr.Image(label=name, interactive=False, show_label=False, type="filepath", format="png")
-                            )
-                    with gr.Tab("Attention"):
-                        attend = gr.Button(
-                            "Draw the gates of the backbone", interactive=tried.draw_attention is not None
-                        )
-                        gates = gr.Gallery(
-                            label="Gates",
-                            preview=True,
-                            height=560,
-                            object_fit="contain",
-                            show_label=False,
-                            interactive=False,
-                        )
-                    with gr.Tab("Classes"):
-                        classes = gr.Dataframe(
-                            label="Scores of the proposal that each detection came from", interactive=False
-                        )
-                    with gr.Tab("Time"):
-                        times = gr.Dataframe(headers=["stage", "milliseconds"], interactive=False)
-                rows = gr.Dataframe(headers=_COLUMNS, label="Detections", interactive=False)
-                with gr.Row():
-                    files = [gr.DownloadButton("Download JSON"), gr.DownloadButton("Download picture")]
+                line, pictures, attend, gates, tables, files = _lay_out_results(tried)
         key, corner = gr.State(""), gr.State(None)
-        shown = [line, *pictures, rows, classes, times, *files]
-        controls = [image, source, boxes, tiles, threshold]
+        shown, controls = [line, *pictures, *tables, *files], [image, source, boxes, tiles, threshold]
         raw: dict[str, Any] = {"preprocess": False, "api_visibility": "private"}  # Trial reads uploads itself
-        looks = (image.upload, image.clear, detect.click, tiles.input, source.input)
-        for event in looks:
+        for event in (image.upload, image.clear, detect.click, tiles.input, source.input):
             event(trial.look, controls, [key, *shown], concurrency_id="detector", **raw)
-        threshold.change(trial.show, [key, threshold], shown, trigger_mode="always_last", show_progress="hidden", **raw)
+        quiet: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
+        threshold.change(trial.show, [key, threshold], shown, **quiet, **raw)
         attend.click(trial.attend, [key, threshold], [line, gates], concurrency_id="detector", **raw)
         image.select(_click, [boxes, corner], [boxes, corner, source], **raw)
         clear.click(lambda: ("", None), None, [boxes, corner], **raw)
     page.queue(max_size=16, default_concurrency_limit=1)
     return page
+
+
+def _lay_out_controls(tried: Tried) -> tuple[Any, ...]:
+    image = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=360)
+    image.async_move_resource_to_block_cache = _only_files(image.async_move_resource_to_block_cache)
+    threshold = gr.Slider(0, 1, 0.5, step=0.01, label="Score threshold")
+    choices = [*([] if tried.needs_boxes else [OWN]), GIVEN, *tried.sources]
+    source = gr.Dropdown(choices, label="Proposals from", filterable=False)
+    text = "Boxes, [[x1, y1, x2, y2], ...] in pixels"
+    boxes = gr.Textbox(label=text, lines=2, placeholder="[]", max_length=2**18)
+    gr.Markdown("Two clicks on the image add a box: two corners that lie across.", elem_classes="hint")
+    tiles = gr.Radio(TILES, value=TILES[0], label="Tiles, for small objects in large images")
+    with gr.Row():
+        detect = gr.Button("Detect", variant="primary")
+        clear = gr.Button("Clear boxes")
+    return image, threshold, source, boxes, tiles, detect, clear
+
+
+def _lay_out_results(tried: Tried) -> tuple[Any, ...]:
+    line = gr.Textbox("Drop an image above.", label="Result", interactive=False, lines=1)
+    pictures: list[Any] = []
+    with gr.Tabs():
+        for name in ("Detections", "Proposals", "Glimpses"):
+            with gr.Tab(name):
+                picture = gr.Image(label=name, show_label=False, interactive=False, buttons=["download", "fullscreen"])
+                pictures.append(picture)
+        with gr.Tab("Attention"):
+            attend = gr.Button("Draw the gates of the backbone", interactive=tried.draw_attention is not None)
+            shape: dict[str, Any] = {"preview": True, "height": 560, "object_fit": "contain"}
+            gates = gr.Gallery(label="Gates", show_label=False, interactive=False, **shape)
+        with gr.Tab("Classes"):
+            classes = gr.Dataframe(label="Scores of the proposal that each detection came from", interactive=False)
+        with gr.Tab("Time"):
+            times = gr.Dataframe(headers=["stage", "milliseconds"], interactive=False)
+    rows = gr.Dataframe(headers=_COLUMNS, label="Detections", interactive=False)
+    with gr.Row():
+        files = [gr.DownloadButton("Download JSON"), gr.DownloadButton("Download picture")]
+    return line, pictures, attend, gates, [rows, classes, times], files
 
 
 def create_page_app(trial: Trial) -> Callable[..., Any]:
