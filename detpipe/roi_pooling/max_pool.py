@@ -19,7 +19,7 @@ N images, C channels, R boxes of the batch, P boxes an image, h x w bins.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from detpipe.roi_pooling.pooler import RoIPooler, pool_every_level
 from detpipe.roi_pooling.scene import EQUAL_STEP, FAST_RCNN, Choice, Scene, make_scene
 
 Bins = Literal["fast_rcnn", "equal_step"]
+ROUNDINGS = {"fast_rcnn": FAST_RCNN, "equal_step": EQUAL_STEP}  # as a scene names them
 
 
 def roi_max_pool(
@@ -75,9 +76,9 @@ def roi_max_pool(
 
 
 def _rounding(bins: Bins) -> int:
-    if bins not in get_args(Bins):
-        raise ValueError(f"bins must be {' or '.join(map(repr, get_args(Bins)))}, got {bins!r}")
-    return EQUAL_STEP if bins == "equal_step" else FAST_RCNN
+    if bins not in ROUNDINGS:
+        raise ValueError(f"bins must be {' or '.join(map(repr, ROUNDINGS))}, got {bins!r}")
+    return ROUNDINGS[bins]
 
 
 class RoIMaxPool(RoIPooler):
