@@ -29,7 +29,8 @@ MODELS = sorted(path for path in runs.CONFIGS.glob("*.yaml") if path.stem not in
 AUGMENT = runs.CONFIGS / "data" / "augment_strong.yaml"
 OVERLAYS = sorted(path for path in (runs.CONFIGS / "data").glob("*.yaml") if path != AUGMENT)
 BACKBONES = sorted((runs.CONFIGS / "backbones").glob("*.yaml"))
-STUDIES = sorted((runs.CONFIGS / "ablation").glob("*.yaml"))
+RECIPES = sorted((runs.CONFIGS / "ablation").glob("recipe_*.yaml"))
+STUDIES = sorted({*(runs.CONFIGS / "ablation").glob("*.yaml")} - {*RECIPES})
 SOURCES = sorted((runs.CONFIGS / "proposals").glob("*.yaml"))
 SHORT = [
     *("--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.max_steps", "-1"),
@@ -156,6 +157,19 @@ def test_variants_of_a_study_differ_in_one_stage_only(path, tmp_path):
     if stage == "head":
         for key in ("pooler", "fc", "sampler", "postprocess"):
             assert all(head["init_args"][key] == chosen[0]["init_args"][key] for head in chosen), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_variants_of_a_recipe_differ(path, tmp_path):
+    study, models = ablation.read_study(path), []
+    for name, change in study.variants.items():
+        overlay = tmp_path / f"{name}.yaml"
+        overlay.write_text(yaml.safe_dump(change))
+        config = parse(*study.base, overlay).as_dict()
+        models.append({key: config[key] for key in ("model", "data", "ema")})
+        assert yaml.safe_dump(change) == "{}\n" or models[-1] != models[0], name
+    assert all(one != other for k, one in enumerate(models) for other in models[:k])
 
 
 def test_there_are_backbones():
