@@ -24,9 +24,8 @@ footer {display: none !important}
 .hint p {font-size: .9em; opacity: .8; margin: 0}
 button[aria-label="Share"] {display: none}
 @media (max-width: 640px) {
-  .fillable {padding: 8px !important; max-width: 100vw !important; overflow-x: clip}
   .panes {flex-direction: column}
-  .panes > .column {width: 100%; max-width: calc(100vw - 16px); min-width: 0 !important}
+  .panes > .column {width: 100%; max-width: calc(100vw - 64px); min-width: 0 !important}
 }
 """
 _COLUMNS = ["", "class", "score", "x1", "y1", "x2", "y2"]
