@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from detpipe.conv_gradients import QuickGradients
+
 LEAST_CHANNELS = 128  # below, transforms cost what the products save
 LEAST_CELLS = 1024  # of the batch; below, weights are most of what is read
 TILES_AT_ONCE = 192
@@ -65,13 +67,15 @@ class QuickConvolutions:
         """Take over convolutions in the block.
 
         Only without gradients, in float32 on a CPU, and not while a graph is recorded or precision is lowered. Where gradients are
-        computed training goes on, and what was kept is dropped.
+        computed training goes on, and what was kept is dropped; :mod:`detpipe.conv_gradients` is for that.
 
         Args:
             images: what goes in.
         """
         if torch.is_grad_enabled():
             self._kept.clear()
+            if images.is_cpu and QuickGradients.are_quicker() and not torch.compiler.is_compiling():
+                return QuickGradients()
         elif (
             images.is_cpu
             and images.dtype == torch.float32
