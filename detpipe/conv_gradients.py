@@ -1,6 +1,6 @@
 """Gradients of 3 x 3 convolutions on CPUs without AVX-512, whose kernels take up to three times as long on channels-last maps.
 
-The convolution itself runs on channels-last maps, its backward pass on copies in PyTorch's own order: the same sums, but for rounding.
+The convolution itself runs on channels-last maps, its backward pass on copies in PyTorch's own order: the same but for rounding.
 """
 
 from __future__ import annotations
