@@ -107,7 +107,7 @@ def contestants(
     session, feed = open_session(path, threads), {"images": batch.numpy()}
     found["detpipe, ONNX Runtime"] = lambda: session.run(None, feed)
     try:
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports]
     except ImportError:
         print("openvino is not installed: left out")
     else:
@@ -132,7 +132,8 @@ def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[f
     """Seconds of each, round by round."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
-        run(), run()
+        run()
+        run()
     order = random.Random(0)
     for _ in range(rounds):
         for name in order.sample(list(runs), len(runs)):
@@ -157,7 +158,7 @@ def where_time_goes(path: Path, image: Tensor, rounds: int) -> None:
     session = open_session(path, 1, profiled=True)
     for _ in range(rounds):
         session.run(None, {"images": image[None].numpy()})
-    totals: dict[str, float] = collections.Counter()
+    totals: collections.Counter[str] = collections.Counter()
     for event in json.loads(Path(session.end_profiling()).read_text()):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             totals[STEPS.get(event["args"]["op_name"].removeprefix("Fused"), "other")] += event["dur"]

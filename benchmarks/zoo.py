@@ -34,7 +34,6 @@ from zoo.random_models import scene, spread  # pyright: ignore[reportMissingImpo
 
 from detpipe.backbones.regime import convert_norm
 from detpipe.detector import total_loss
-from detpipe.support.allocator import peak_memory
 from detpipe.zoo import from_torchvision
 
 ONE = ((480, 640),)
@@ -111,9 +110,15 @@ def profile(runs: dict[str, Callable[[], Any]]) -> None:
 def peak_of(name: str, options: argparse.Namespace) -> float:
     """MiB that the detection of the mixed batch takes above what was held, in this process."""
     run = detection_of(models(options)[name], [scene(*size, seed) for seed, size in enumerate(MIXED)])
-    held = peak_memory() or 0.0
+    Path("/proc/self/clear_refs").write_text("5")  # Linux begins a new peak
+    held = _status("VmRSS")
     run()
-    return (peak_memory() or 0.0) - held
+    return _status("VmHWM") - held
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ def main(model: str, *photos: str, least: float = 0.5) -> None:
     for photo in photos:
         image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
         pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))[None]  # [1, 3, height, width] uint8
-        boxes, scores, labels, count = session.run(["boxes", "scores", "labels", "count"], {"images": pixels})
+        found = session.run(["boxes", "scores", "labels", "count"], {"images": pixels})
+        boxes, scores, labels, count = map(np.asarray, found)
         for box, score, label in zip(boxes[0, : count[0]], scores[0], labels[0], strict=False):  # best first
             if score >= least:
                 print(f"{photo}: {names[label - 1]} {score:.3f} at {[round(float(side), 1) for side in box]}")

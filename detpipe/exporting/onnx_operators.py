@@ -74,7 +74,7 @@ def _sort_stable(self, stable: bool | None = None, dim: int = -1, descending: bo
         place = op.Range(zero, count, one)
         place = op.Sub(op.Sub(count, one), place) if descending else place
         key = op.Add(op.Mul(op.Cast(self, to=INT64), count), place)
-        _, indices = op.TopK(key, size, axis=dim, largest=int(descending), sorted=1)
+        _, indices = op.TopK(key, size, axis=dim, largest=int(descending), sorted=1)  # pyright: ignore
         return op.GatherElements(self, indices, axis=dim), indices
     return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 

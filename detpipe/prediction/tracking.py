@@ -26,7 +26,7 @@ class Tracker:
     def __init__(self, rate: float) -> None:
         try:
             import supervision
-            from trackers import ByteTrackTracker
+            from trackers import ByteTrackTracker  # pyright: ignore[reportMissingImports] (an extra apart)
         except ImportError as error:
             raise UsageError(f"--track needs trackers ({error}): pip install 'detpipe[track]'") from error
         self._detections = supervision.Detections

@@ -81,7 +81,7 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable], Opera
     return register
 
 
-def stack(info, arg, dim):
+def stack(info, arg, dim) -> Any:
     """``[V, ...]`` of an argument of a vmapped call, or of each of several; what is no tensor stays."""
     if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor):
         return [stack(info, one, own) for one, own in zip(arg, dim, strict=True)]
@@ -90,7 +90,7 @@ def stack(info, arg, dim):
     return arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
 
 
-def fold(info, in_dims: Sequence, args: Sequence, shifts: dict[int, int] | None = None) -> list:
+def fold(info, in_dims: Sequence, args: Sequence, shifts: dict[int, int] | None = None) -> list[Any]:
     """Write a vmapped call as one call, with what comes first in each tensor behind one another.
 
     Args:
@@ -102,7 +102,7 @@ def fold(info, in_dims: Sequence, args: Sequence, shifts: dict[int, int] | None 
     Returns:
         The arguments of the one call.
     """
-    folded = []
+    folded: list[Any] = []
     for index, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
         stacked = stack(info, arg, dim)
         if shifts and index in shifts:

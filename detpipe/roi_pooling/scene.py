@@ -8,7 +8,7 @@ N images, L levels, R boxes, h x w bins, T cells of all maps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,9 +85,7 @@ class Choice(NamedTuple):
     areas: Sequence[float] = ()
 
 
-def make_scene(
-    maps: Sequence[Tensor], given: GivenBoxes, choice: Choice, size: tuple[int, int], **bins: int | bool
-) -> Scene:
+def make_scene(maps: Sequence[Tensor], given: GivenBoxes, choice: Choice, size: tuple[int, int], **bins: Any) -> Scene:
     """Put boxes on maps.
 
     Args:

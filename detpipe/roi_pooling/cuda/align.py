@@ -376,7 +376,7 @@ def bins_near(start, size, first, CELLS: tl.constexpr, BINS: tl.constexpr):
 @triton.jit
 def near_bins(frame, r, exists, boxes_in_all, top, left, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TASK: tl.constexpr):
     """Start and size of bins along y and x of boxes, and the first bin near a tile and their number along y and x."""
-    y_start, y_size, x_start, x_size = load_columns(frame, r, exists, boxes_in_all, 4)
+    y_start, y_size, x_start, x_size = load_columns(frame, r, exists, boxes_in_all, 4)  # pyright: ignore
     y_bin, y_count = bins_near(y_start, y_size, top.to(TASK.exact), ROWS, TASK.h)
     x_bin, x_count = bins_near(x_start, x_size, left.to(TASK.exact), COLUMNS, TASK.w)
     return y_start, y_size, x_start, x_size, y_bin, y_count, x_bin, x_count

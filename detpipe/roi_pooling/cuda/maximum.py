@@ -259,7 +259,7 @@ def adjoint_kernel(
         next = tl.min(tl.where(hit, lane, BOXES), 0)
         while next < BOXES:
             box = begin + next
-            y_first, y_step, x_first, x_step = load_columns(frame, box, box >= 0, boxes_in_all, 4)
+            y_first, y_step, x_first, x_step = load_columns(frame, box, box >= 0, boxes_in_all, 4)  # pyright: ignore
             y_end, x_end = tl.load(where + 2 * boxes_in_all + box) + 1, tl.load(where + 4 * boxes_in_all + box) + 1
             y_begin, y_stop = _bin_cells(y_first, y_step, y_end, bin_row, height, TASK.h, TASK)
             x_begin, x_stop = _bin_cells(x_first, x_step, x_end, bin_column, width, TASK.w, TASK)

@@ -230,7 +230,7 @@ def _ranges(frame, top, bottom, left, right, TASK: tl.constexpr):
 def _load_frame(frame, r, boxes_in_all, TASK: tl.constexpr):
     """Read the frame of box r that :func:`prepare_kernel` has written; of points that is cells a pixel alone."""
     if TASK.rotated:
-        y, y_tall, y_wide, x, x_tall, x_wide, many_y, many_x = load_columns(frame, r, r >= 0, boxes_in_all, 8)
+        y, y_tall, y_wide, x, x_tall, x_wide, many_y, many_x = load_columns(frame, r, r >= 0, boxes_in_all, 8)  # pyright: ignore
         return y, y, y_tall, y_wide, x, x_tall, x_wide, many_y, many_x
     else:
         scale = tl.load(frame + r)
