@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from detpipe.conv_gradients import QuickGradients
 
 LEAST_CHANNELS = 128  # below, transforms cost what the products save
-LEAST_CELLS = 1024  # of the batch; below, weights are most of what is read
+LEAST_CELLS = 1024  # of an image; below, weights are most of what is read
 TILES_AT_ONCE = 192
 _WEIGHTS = (  # [6, 3]
     *((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6)),
@@ -124,7 +124,7 @@ def _suits(
         weight.shape[2:] == (3, 3)
         and min(weight.shape[:2]) >= LEAST_CHANNELS
         and images.ndim == 4
-        and images.numel() >= LEAST_CELLS * images.shape[1]
+        and images.shape[2] * images.shape[3] >= LEAST_CELLS  # of one image: a batch gives what its images give alone
         and groups == 1
         and images.is_cpu
         and images.dtype == weight.dtype == torch.float32

@@ -170,8 +170,8 @@ class _Slopes(Function):
         with torch.enable_grad():
             # views, so that what the operands are made of is not differentiated here
             grad, boxes, points, *maps = (one if one is None else one.view_as(one) for one in ctx.saved_tensors)
+            assert boxes is not None
             place = boxes if points is None else points
-            assert boxes is not None and place is not None
             if not place.requires_grad:
                 place.requires_grad_()
             pooled = compose(maps, points, Scene(boxes, level, *rest))

@@ -7,6 +7,7 @@ here are the parts that it is made of.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
