@@ -320,13 +320,12 @@ def pipe_cases() -> None:
     from detpipe.backbones.weights import read_state
     from detpipe.datasets import image_size, load_coco, read_image
     from detpipe.datasets.formats.csv_table import Table
-    from detpipe.datasets.formats.folders import read_text
     from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
     from detpipe.datasets.unpack import unpack
     from detpipe.proposal_files import ProposalStore
     from detpipe.proposal_files.known_images import read_known_images
     from detpipe.proposal_files.restricted_pickle import load_plain_pickle
-    from detpipe.support.strict_json import load_json
+    from detpipe.support.strict_json import load_json, read_text
     from detpipe.training.configuration import check_file
     from detpipe.training.models import load_detector
 

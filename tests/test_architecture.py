@@ -20,7 +20,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "boxes": ("support", "types"),
     "images": ("support", "types", "boxes"),
     "matching": PLAIN,
-    "nms": (),
+    "nms": ("support", "types", "boxes", "roi_pooling"),
     "conv_gradients": (),
     "winograd": ("conv_gradients",),
     "attention": PLAIN,
@@ -43,7 +43,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
 }
 # the programs: they may import everything above, and what stands before them here; nothing above imports them
-PROGRAMS = ("pictures", "prediction", "training", "zoo", "serving", "commands", "cli", "__main__")
+PROGRAMS = ("pictures", "prediction", "training", "zoo", "exporting", "serving", "commands", "cli", "__main__")
 
 
 def part_of(module: str) -> str:

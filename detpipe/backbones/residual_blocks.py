@@ -211,8 +211,9 @@ def _fold(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
 def _is_plain(step: nn.Module, x: Tensor) -> bool:
     """Whether nobody listens to a step, and it works in the type of its input."""
     heard = step._forward_hooks or step._forward_pre_hooks or step._backward_hooks or step._backward_pre_hooks
-    own = getattr(step, "weight", x)
-    return not heard and own.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+    own, device = getattr(step, "weight", x), x.device.type
+    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return not heard and own.dtype == x.dtype and not lowered
 
 
 def _gate(kind: str | None, channels: int, variant: Variant) -> nn.Module:

@@ -112,21 +112,35 @@ def export(
                 write_pt2(program, file, _metadata(detector, labels))
             say("comparing the file with the detector")
             return _checked(detector, program, PT2Detector(temporary, program.outputs), None, check)
-        from detpipe.exporting import onnx_graph, weights
-
-        model = onnx_graph.to_onnx(program)
-        onnx_graph.write_metadata(model, _metadata(detector, labels))
-        say("comparing the file with the detector")
-        threshold = min(LOWERED, program.head.postprocess.score_threshold)
-        lowered = OnnxDetector(onnx_graph.with_threshold(model, threshold).SerializeToString())
-        parity = _checked(detector, program, OnnxDetector(model.SerializeToString()), lowered, check)
-        if calibration:
-            say(f"quantizing by {len(calibration)} images")
-            model = weights.quantize(model, calibration)
-        elif half:
-            model = weights.to_half(model)
-        temporary.write_bytes(model.SerializeToString())
+        content, parity = _onnx(detector, program, labels, half, calibration, check, say)
+        temporary.write_bytes(content)
         return parity
+
+
+def _onnx(
+    detector: TwoStageDetector,
+    program: Program,
+    labels: Labels,
+    half: bool,
+    calibration: Sequence[Tensor],
+    check: bool,
+    say: Callable[[str], object],
+) -> tuple[bytes, Parity | None]:
+    """Write a program as ONNX, compare it, and make its weights smaller if that is asked for; see :func:`export`."""
+    from detpipe.exporting import onnx_graph, weights
+
+    model = onnx_graph.to_onnx(program)
+    onnx_graph.write_metadata(model, _metadata(detector, labels))
+    say("comparing the file with the detector")
+    threshold = min(LOWERED, program.head.postprocess.score_threshold)
+    lowered = OnnxDetector(onnx_graph.with_threshold(model, threshold).SerializeToString())
+    parity = _checked(detector, program, OnnxDetector(model.SerializeToString()), lowered, check)
+    if calibration:
+        say(f"quantizing by {len(calibration)} images")
+        model = weights.quantize(model, calibration)
+    elif half:
+        model = weights.to_half(model)
+    return model.SerializeToString(), parity
 
 
 def check_path(path: str | Path, smaller: bool = False) -> Path:

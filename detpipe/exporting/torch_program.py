@@ -1,6 +1,6 @@
 """A program as a ``.pt2`` file of PyTorch's own operators, which a process runs that imports nothing but torch.
 
-Suppression and RoIAlign are written in these operators; see :data:`detpipe.support.graphs.torch_alone`. Beside the program the file
+Suppression and RoIAlign are written in these operators; see :data:`detpipe.roi_pooling.grid_samples.torch_alone`. Beside the program the file
 holds ``detpipe.json``, what an ONNX file has as metadata.
 """
 
@@ -18,7 +18,7 @@ from torch.export import Dim
 from detpipe.exporting.parity import Arrays
 from detpipe.exporting.program import Program
 from detpipe.exporting.runtime import by_image
-from detpipe.support.graphs import torch_alone
+from detpipe.roi_pooling.grid_samples import torch_alone
 
 ABOUT = "detpipe.json"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from detpipe import boxes as box_ops
-from detpipe.support.graphs import torch_alone
+from detpipe.roi_pooling.grid_samples import torch_alone
 
 
 def keep_best(boxes: Tensor, iou: float, groups: Tensor | None = None) -> Tensor:

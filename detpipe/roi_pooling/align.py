@@ -33,7 +33,7 @@ from detpipe.roi_pooling.axis import (
     merge_samples,
     sample_points,
 )
-from detpipe.roi_pooling.grid_samples import read_cells
+from detpipe.roi_pooling.grid_samples import read_cells, torch_alone
 from detpipe.roi_pooling.layouts import (
     Boxes,
     as_given,
@@ -50,7 +50,6 @@ from detpipe.roi_pooling.placement import Placement, bin_edges, place, static_bo
 from detpipe.roi_pooling.pooler import RoIPooler, pool_every_level
 from detpipe.roi_pooling.scene import ADAPTIVE, PRECISE, Choice, Scene, make_scene
 from detpipe.roi_pooling.separable import pool_separable
-from detpipe.support.graphs import torch_alone
 
 
 def roi_align(

@@ -5,9 +5,14 @@ The rule at the border is that of :mod:`detpipe.roi_pooling.points`.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# whether a graph that is exported may have PyTorch's own operators alone, so that a process runs it without torchvision and detpipe
+torch_alone: ContextVar[bool] = ContextVar("torch_alone", default=False)
 
 
 def read_cells(features: Tensor, cells: Tensor) -> Tensor:

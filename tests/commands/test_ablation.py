@@ -163,7 +163,7 @@ def test_the_studies_that_come_along_can_be_read():
         study = read_study(path)
         variants = list(study.variants)
         assert variants[0] in ("none", "plain")  # what the others are compared with
-        assert path.stem.startswith("heads") or variants == ["none", "se", "sk", "eca", "cbam"]
+        assert path.stem.startswith(("heads", "recipe")) or variants == ["none", "se", "sk", "eca", "cbam"]
         assert len(study.seeds) == 3
         assert f"python tools/ablate.py configs/ablation/{path.name}" in path.read_text()
 

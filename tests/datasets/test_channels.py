@@ -98,7 +98,7 @@ def test_a_kind_is_trained_evaluated_and_predicted(tmp_path: Path, kind: str) ->
     records = json.loads((found / "detections.json").read_text())
     assert [Path(one["file"]).stem for one in records["images"]] == ["val0", "val1", "val2"]
     assert records["images"][0]["detections"]
-    with Image.open(found / "val0.png") as drawing:
+    with Image.open(found / "val0.jpg") as drawing:
         assert min(drawing.size) > 64
 
 

@@ -8,6 +8,7 @@ from torchvision.ops import roi_pool as peer
 
 from detpipe.roi_pooling import RoIMaxPool, roi_max_pool, torch_max
 from detpipe.roi_pooling.max_ops import FARTHEST
+from detpipe.roi_pooling.scene import FAST_RCNN, Scene
 
 
 def slow(features, rois, size, scale, bins):
@@ -292,14 +293,15 @@ def test_operators_pass_opcheck():
     torch.manual_seed(0)
     maps = [torch.randn(2, 4, 3, 4), torch.randn(2, 4, 2, 3)]
     boxes, level = torch.tensor([[0, 0.0, 0, 1, 3], [1, 1, 1, 2, 9], [1, 9, 2, 10, 3]]), torch.tensor([0, 1, 0])
-    where, ops = (boxes, level, [], [1.0, 0.5], [], 2, [3, 4, 2, 3], 2, 1, False, False), torch.ops.detpipe
-    values, winner = ops.roi_max(maps, *where, False)
+    ops = torch.ops.detpipe
+    scene = Scene(boxes, level, [], [1.0, 0.5], [], 2, [3, 4, 2, 3], 2, 1, FAST_RCNN)
+    values, winner = ops.roi_max(maps, False, *scene)
     assert values.any()
     assert not values[2].any()  # off the map
-    torch.library.opcheck(ops.roi_max.default, (maps, *where, False))
-    torch.library.opcheck(ops.roi_max_adjoint.default, (values, winner, maps, *where))
-    torch.library.opcheck(ops.roi_max_winners.default, (maps, winner, maps, *where))
-    assert torch.equal(ops.roi_max_winners(maps, winner, maps, *where), values)
+    torch.library.opcheck(ops.roi_max.default, (maps, False, *scene))
+    torch.library.opcheck(ops.roi_max_adjoint.default, (values, winner, maps, *scene))
+    torch.library.opcheck(ops.roi_max_winners.default, (maps, winner, maps, *scene))
+    assert torch.equal(ops.roi_max_winners(maps, winner, maps, *scene), values)
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,10 @@ class Contents:
     ) -> None:
         if annotations.federation is not None:
             raise DataError(f"{annotations.root}: shards do not keep for which classes each image was searched (LVIS)")
+        if annotations.windows is not None:
+            raise DataError(
+                f"{annotations.root}: shards keep whole images; cut tiles where they are read, by data.tiles"
+            )
         self.annotations, self.key, self.sharding = annotations, key, sharding
         self.proposals = None if proposals is None else ProposalStore(proposals)
         if self.proposals is not None:
