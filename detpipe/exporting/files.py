@@ -22,6 +22,7 @@ from detpipe.exporting.parity import Parity, Run, compare, sample_images
 from detpipe.exporting.program import Program
 from detpipe.exporting.runtime import FORMAT, OnnxDetector, need_packages
 from detpipe.exporting.support import check_torch_alone
+from detpipe.exporting.torch_program import PT2Detector, write_pt2
 from detpipe.heads.base import ProposalHead
 from detpipe.proposals import PrecomputedProposals
 from detpipe.support.errors import DetpipeError, UsageError
@@ -96,18 +97,15 @@ def export(
     path = check_path(path, half or bool(calibration))
     if path.suffix == ".onnx":
         need_packages()
-    detector = detector.eval()
-    if path.suffix == ".pt2":
+    else:
         check_torch_alone(detector)
-    program = Program(detector, boxes, vectors).eval()
+    program = Program(detector.eval(), boxes, vectors).eval()
     if calibration and program.takes_boxes:
         raise UsageError("export: 8 bits are measured on images alone, and this detector needs boxes; leave --int8 out")
     with atomic_write(path) as temporary:
         temporary.touch()  # a path that cannot be written is told before minutes of work
         say(f"exporting {type(detector.head).__name__}, which takes a few minutes")
         if path.suffix == ".pt2":
-            from detpipe.exporting.torch_program import PT2Detector, write_pt2
-
             with temporary.open("wb") as file:
                 write_pt2(program, file, _metadata(detector, labels))
             say("comparing the file with the detector")

@@ -1,6 +1,6 @@
 """A program as a ``.pt2`` file of PyTorch's own operators, which a process runs that imports nothing but torch.
 
-Suppression and RoIAlign are written in these operators; see :data:`detpipe.roi_pooling.grid_samples.torch_alone`. Beside the program the file
+Suppression and RoIAlign are written in these operators; see ``torch_alone`` of ``roi_pooling``. Beside the program the file
 holds ``detpipe.json``, what an ONNX file has as metadata.
 """
 
