@@ -40,6 +40,11 @@ _MODES = {"int32": "I", "float32": "F"}  # as Pillow calls them
 _LUMINANCE = (19595, 38470, 7471)  # of R, G, B in 65536ths: ITU-R 601, as Pillow's
 
 
+def without_advice(error: Exception) -> str:
+    """What an error says, less what is advised for data sets: for images that belong to none."""
+    return str(error).removesuffix(f"; {ADVICE}")
+
+
 class Refused(Exception):
     """A file that cannot be used, without the path."""
 

@@ -78,9 +78,12 @@ def find_inputs(names: Sequence[str], allow_network: bool = False) -> list[Image
 
 def find_images(names: Sequence[str]) -> list[Path]:
     """List images that are files, as `find_inputs`; one from elsewhere is a UsageError."""
-    inputs = find_inputs(names)
-    if any(one.content is not None for one in inputs):
-        raise UsageError("an image from standard input is taken by detpipe predict alone; give files or folders")
+    inputs = find_inputs(names, allow_network=True)  # fetches nothing
+    for one in inputs:
+        if one.content is not None or one.url:
+            raise UsageError(
+                f"{one.name}: images from standard input and the web are taken by detpipe predict alone; give files"
+            )
     return [one.path for one in inputs]
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from detpipe.datasets.planes import without_advice
 from detpipe.prediction.lines import LinesFile
 from detpipe.support.errors import DataError, DownloadError
 from detpipe.types import Detection
@@ -89,14 +90,14 @@ def _look(
             pictures.append(future.result())
             good.append(row)
         except (DataError, DownloadError, OSError) as error:
-            yield row, None, str(error)
+            yield row, None, without_advice(error)
     if not good:
         return
     try:
         yield from zip(good, pictures, work.look(good, pictures), strict=True)
     except DataError as error:
         if len(good) == 1:
-            yield good[0], None, str(error)
+            yield good[0], None, without_advice(error)
             return
         for row, future in zip(rows, reading, strict=True):  # the others are looked at without the one that is at fault
             if row in good:

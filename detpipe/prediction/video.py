@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detpipe.datasets.planes import without_advice
 from detpipe.images import to_picture
 from detpipe.pictures import visualize
 from detpipe.prediction.inputs import ImageInput
@@ -124,7 +125,7 @@ def read_frames(inputs: Sequence[ImageInput], rate: float, every: int, pixels: P
         try:
             image = inputs[number].read(pixels)
         except (DataError, OSError) as error:
-            raise VideoEnd(str(error)) from error
+            raise VideoEnd(without_advice(error)) from error
         yield Frame(number, number / rate, image)
 
 

@@ -26,7 +26,7 @@ from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from detpipe.datasets.decode import IMAGE_SUFFIXES, MAX_PIXELS, image_format, image_size, read_image
-from detpipe.datasets.planes import ADVICE
+from detpipe.datasets.planes import without_advice
 from detpipe.serving.batching import Answer, Batcher, ModelError, Served
 from detpipe.serving.given_boxes import parse_boxes
 from detpipe.serving.metrics import Metrics
@@ -102,7 +102,7 @@ class Service:
         except ModelError as error:
             raise HTTPException(500, str(error)) from error
         except DataError as error:
-            raise HTTPException(400, str(error).removesuffix(f"; {ADVICE}")) from error
+            raise HTTPException(400, without_advice(error)) from error
         finally:
             self.under_way -= 1
             self.pixels -= held

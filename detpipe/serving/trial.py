@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
 from detpipe.datasets.decode import image_size, read_image
-from detpipe.datasets.planes import ADVICE
+from detpipe.datasets.planes import without_advice
 from detpipe.detector import TwoStageDetector
 from detpipe.images import to_picture
 from detpipe.pictures import glimpse_pictures, visualize
@@ -99,7 +99,7 @@ class Trial:
                 while len(self._results) > _KEPT:
                     self._results.popitem(last=False)
         except (DataError, ValueError) as error:
-            return "", *self.show("", threshold, str(error).removesuffix(f"; {ADVICE}"))
+            return "", *self.show("", threshold, without_advice(error))
         return key, *self.show(key, threshold)
 
     def show(self, key: Any, threshold: Any, line: str = "Drop an image above.") -> tuple[Any, ...]:

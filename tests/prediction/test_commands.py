@@ -65,6 +65,7 @@ def test_batches_find_what_single_images_have(whole, trained, pictures):
     found = report(whole)
     assert [Path(one["file"]).name for one in found["images"]] == [f"{k}.png" for k in range(7)]
     assert [Path(one["file"]).name for one in found["failed"]] == ["none.png"]
+    assert "on_bad" not in found["failed"][0]["reason"]  # an option of data sets
     for record in found["images"][:2]:
         own = detect(detector, read_image(record["file"]), None, 0.01)
         boxes = torch.tensor([one["box"] for one in record["detections"]])

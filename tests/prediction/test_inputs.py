@@ -82,8 +82,10 @@ def test_an_image_from_standard_input(monkeypatch):
     assert (one.name, one.path.name, one.size()) == ("-", "stdin", (4, 6))
     assert one.read(RGB)[0].unique().tolist() == [5]
     typed(monkeypatch, png(5))
-    with pytest.raises(UsageError, match="is taken by detpipe predict alone"):
+    with pytest.raises(UsageError, match="are taken by detpipe predict alone"):
         find_images(["-"])
+    with pytest.raises(UsageError, match=r"http://localhost/a.png: images .* are taken by detpipe predict alone"):
+        find_images(["http://localhost/a.png"])
     typed(monkeypatch, b"")
     with pytest.raises(UsageError, match=r"-: expected an image of at most .* got 0"):
         find_inputs(["-"])
