@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -265,4 +266,5 @@ def by_two_launchers(command: list[str]) -> None:
     ]
     said = [launcher.communicate(timeout=500)[0] for launcher in launchers]
     assert all(launcher.returncode in (0, 1) for launcher in launchers), said
-    assert "Traceback" not in said[1], said[1][-3000:]
+    # launchers complain of one another at the end; the processes that they started do not
+    assert not re.search(r'File ".*/detpipe/(commands|prediction|support|cli)', "".join(said)), said

@@ -142,7 +142,7 @@ def check_operators() -> None:
         if samples == 2:  # the second derivatives of the others are compared with the CPU's, which are checked there
             assert torch.autograd.gradgradcheck(pooled, leaves, fast_mode=True)
         compiled = torch.compile(pooled, backend="aot_eager", fullgraph=True)
-        sent = torch.randn(2, 2, 1, 1, dtype=torch.float64)
+        sent = torch.randn(2, 1, 2, 1, dtype=torch.float64)
         for one, other in zip(
             torch.autograd.grad(compiled(*leaves), leaves, sent),
             torch.autograd.grad(pooled(*leaves), leaves, sent),

@@ -303,7 +303,7 @@ KERNELS = {
     "max_kernel": 80,
     "read_kernel": 80,
     "prepare_kernel": 80,
-    "adjoint_kernel": 128,
+    "adjoint_kernel": 168,  # 128 on one level; four levels of points and rotated boxes take 168
     "pool_kernel": 80,
     "slopes_kernel": 128,
 }
