@@ -29,7 +29,7 @@ commands:
   evaluate CONFIG.yaml [MORE.yaml ...] --ckpt_path CHECKPOINT
   evaluate --detections FILE.json --annotations FILE.json --protocol coco|voc07|voc10
                         mean average precision of a model, or of a file of detections
-  predict CHECKPOINT|NAME IMAGE_OR_FOLDER ... -o FOLDER [--tiles 640] [--tta] [--resume] [--part 3/16]
+  predict CHECKPOINT|NAME|FILE.onnx IMAGE_OR_FOLDER ... -o FOLDER [--tiles 640] [--tta] [--resume] [--part 3/16]
                         draw detections and write them as JSON, image by image
   merge FOLDER ...      join what the parts of a prediction have written
   serve CHECKPOINT|NAME|FILE.onnx

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from detpipe import zoo
-from detpipe.commands.parser import Parser, progress
+from detpipe.commands.parser import Parser
 from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
-from detpipe.exporting.files import Labels, ParityError, check_file, check_path, export
-from detpipe.exporting.runtime import OnnxDetector, need_packages
+from detpipe.exporting.files import PACKAGES, Labels, ParityError, check_file, check_path, export
 from detpipe.prediction.inputs import find_images
+from detpipe.prediction.onnx_detector import OnnxDetector, need_packages
 from detpipe.support.errors import UsageError
 from detpipe.support.terminal import say
 from detpipe.training.checkpoint import Description
@@ -26,7 +24,7 @@ def run_export(arguments: Sequence[str]) -> int:
     """Write a file, check one, or run one on images.
 
     Args:
-        arguments: ``CHECKPOINT|NAME -o FILE``, ``--check FILE IMAGES`` or ``--detect FILE IMAGES``, and options.
+        arguments: ``CHECKPOINT|NAME -o FILE`` or ``--check FILE IMAGES``, and options.
 
     Returns:
         0.
@@ -37,12 +35,10 @@ def run_export(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     if options.check is not None:
         return _check(options)
-    if options.detect is not None:
-        return _detect(options)
     [source] = options.given
     path = check_path(options.output, options.half or options.int8 is not None)
     if path.suffix == ".onnx":
-        need_packages()
+        need_packages(*PACKAGES)
     images = [] if options.int8 is None else _images(options.int8)
     detector, description = load(source, options.weights)
     labels = Labels(description.class_names, description.category_ids, source, options.license or _license(source))
@@ -80,35 +76,6 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _detect(options: argparse.Namespace) -> int:
-    """Run a file on the images of an annotation file, and write what it finds, for ``evaluate --detections``."""
-    from detpipe import evaluation
-    from detpipe.types import DetectionArrays
-
-    found = OnnxDetector(options.detect)
-    if found.takes_boxes:
-        raise UsageError(f"{options.detect} needs boxes, which --detect has none of")
-    annotations = evaluation.read_coco_annotations(options.annotations)
-    names = {
-        Path(name).name: image
-        for name, image in zip(annotations.file_names.tolist(), annotations.image_ids.tolist(), strict=True)
-    }
-    parts = []
-    paths = [path for path in find_images(options.given) if path.name in names]
-    if not paths:
-        raise UsageError(f"{options.annotations} lists none of the images given")
-    with progress(len(paths)) as move:
-        for done, path in enumerate(paths, 1):
-            [one] = found(read_image(path)[None].numpy())
-            parts.append((np.full(len(one["scores"]), names[path.name]), one["boxes"], one["scores"], one["labels"]))
-            move(done, len(paths))
-    ids, boxes, scores, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-    arrays = DetectionArrays(ids.astype(np.int64), boxes.astype(np.float64), scores.astype(np.float64), labels)
-    evaluation.write_detections(options.output, arrays, annotations)
-    say(f"{len(paths)} images, {len(scores)} detections; see {options.output}")
-    return 0
-
-
 def _images(names: Sequence[str]) -> list[Tensor]:
     if not names:
         raise UsageError("export: name images, or folders of images")
@@ -124,9 +91,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "given",
         nargs="+",
         metavar="CHECKPOINT|NAME",
-        help="RUN/best.ckpt or a name of 'detpipe zoo'; with --check and --detect images, or folders of images",
+        help="RUN/best.ckpt or a name of 'detpipe zoo'; with --check images, or folders of images",
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="model.onnx or model.pt2; with --detect FILE.json")
+    parser.add_argument("-o", "--output", metavar="FILE", help="model.onnx or model.pt2")
     parser.add_argument(
         "--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place"
     )
@@ -141,23 +108,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--int8", nargs="+", metavar="IMAGES", help="compute in 8 bits, with ranges measured on these images or folders"
     )
     parser.add_argument("--unchecked", action="store_true", help="do not compare the file with the detector")
-    other = parser.add_mutually_exclusive_group()
-    other.add_argument("--check", metavar="FILE", help="compare this .onnx file with its detector, on the images")
-    other.add_argument(
-        "--detect", metavar="FILE", help="run this .onnx file on the images, for 'detpipe evaluate --detections'"
-    )
+    parser.add_argument("--check", metavar="FILE", help="compare this .onnx file with its detector, on the images")
     parser.add_argument("--checkpoint", help="with --check: the detector, where it is not what the file was made of")
-    parser.add_argument("--annotations", metavar="FILE.json", help="with --detect: COCO's, with the ids of the images")
     options = parser.parse_args(list(arguments))
-    writes = options.check is None and options.detect is None
+    writes = options.check is None
     if writes and len(options.given) != 1:
         raise UsageError(
             f"export: expected one checkpoint or name, got {len(options.given)}: {' '.join(options.given)}"
         )
     if writes and options.output is None:
         raise UsageError("export: give -o model.onnx or -o model.pt2, the file to write")
-    if options.detect is not None and (options.output is None or options.annotations is None):
-        raise UsageError(
-            "export --detect FILE.onnx IMAGES: add --annotations FILE.json and -o FILE.json, what to write"
-        )
     return options

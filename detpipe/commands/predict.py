@@ -36,6 +36,7 @@ from detpipe.prediction.inputs import ImageInput, find_inputs
 from detpipe.prediction.job import Job, Look, Picture, drawing_names
 from detpipe.prediction.lines import Tally, join
 from detpipe.prediction.machines import Team, team
+from detpipe.prediction.onnx_detector import OnnxDetector
 from detpipe.prediction.tiff import open_windows, split_pages
 from detpipe.prediction.tracking import Tracker
 from detpipe.prediction.video import VideoOutput, is_video, look_at_video, read_frames, read_video
@@ -55,15 +56,20 @@ def predict(arguments: Sequence[str]) -> int:
     """Detect, draw, and write; the exit status."""
     options = _parse_predict(arguments)
     with team() as own:
-        detector, description = zoo.load(options.checkpoint, options.weights)
+        if options.checkpoint.endswith(".onnx"):
+            detector, description = _open_onnx(options)
+            device, limit = torch.device("cpu"), None  # where images are handed over
+        else:
+            detector, description = zoo.load(options.checkpoint, options.weights)
+            if options.show_glimpses:
+                _ask_for_glimpses(detector, options.checkpoint)
+            limit = _limit_detections(detector, options.max_detections)
+            limit = None if options.tiles else limit  # which is that of a tile
+            device = choose_device(options.device, own.local_rank)
+            detector.to(device)
         inputs = _inputs(options, own, description.pixels)
         boxes = choose_proposals(detector, options, [one.path for one in inputs], description)
-        if options.show_glimpses:
-            _ask_for_glimpses(detector, options.checkpoint)
-        limit = _limit_detections(detector, options.max_detections)
-        limit = None if options.tiles else limit  # which is that of a tile
-        device = choose_device(options.device, own.local_rank)
-        look = _look_by(detector.to(device), boxes, options, device)
+        look = _look_by(detector, boxes, options, device)
         if options.rate is not None or any(is_video(one.path) for one in inputs):
             return _predict_videos(inputs, options, own, description, look, device)
         names = ("score_threshold", "max_detections", "proposals", "tiles", "overlap", "merge", "tta", "show_glimpses")
@@ -77,6 +83,17 @@ def predict(arguments: Sequence[str]) -> int:
             page = glimpse_pictures.write_page(job.out, load_json(job.out / "detections.json")["images"])
             say(f"glimpses: {page}")
         return status
+
+
+def _open_onnx(options: argparse.Namespace) -> tuple[OnnxDetector, Description]:
+    """Open a file of ``detpipe export``, whose settings are those that it was exported with."""
+    if options.weights or options.tta or options.max_detections or options.show_glimpses:
+        raise UsageError(
+            f"{options.checkpoint}: an ONNX file is as it was exported; leave out --weights, --tta, --max_detections and "
+            "--show-glimpses"
+        )
+    detector = OnnxDetector(options.checkpoint, options.device)
+    return detector, Description({}, detector.class_names, tuple(detector.metadata["category_ids"]))
 
 
 def _predict_videos(
@@ -249,7 +266,7 @@ def _ended(tally: Tally, kind: str, output: Path, limit: int | None = None) -> i
 
 
 def _look_by(
-    detector: TwoStageDetector, boxes: Boxes | None, options: argparse.Namespace, device: torch.device
+    detector: TwoStageDetector | OnnxDetector, boxes: Boxes | None, options: argparse.Namespace, device: torch.device
 ) -> Look:
     """What looks at a batch of images, by tiles and several times where that is asked for."""
     looks: Detector = AugmentedDetector(detector) if options.tta else detector
@@ -296,16 +313,24 @@ def _limit_detections(detector: TwoStageDetector, most: int | None) -> int | Non
 
 
 def choose_proposals(
-    detector: TwoStageDetector, options: argparse.Namespace, images: Sequence[Path], description: Description
+    detector: TwoStageDetector | OnnxDetector,
+    options: argparse.Namespace,
+    images: Sequence[Path],
+    description: Description,
 ) -> Boxes | None:
     """Open the boxes that take the place of the detector's own source; None if it finds them itself and none are given."""
-    precomputed = isinstance(detector.proposals, PrecomputedProposals)
+    if isinstance(detector, OnnxDetector):
+        precomputed = detector.takes_boxes
+        if options.proposals is not None and not precomputed:
+            raise UsageError(f"--proposals: {options.checkpoint} finds its own; export it with --boxes to give it some")
+    else:
+        precomputed = isinstance(detector.proposals, PrecomputedProposals)
     if options.proposals is None:
         if precomputed:
             raise UsageError(advice(options.checkpoint, description.proposals))
         return None
     boxes = open_boxes(options.proposals, images, description.proposals)
-    if not precomputed:
+    if isinstance(detector, TwoStageDetector) and not precomputed:
         detector.proposals = PrecomputedProposals(max_boxes=None)
     return boxes
 
@@ -358,7 +383,7 @@ def _parser(command: str, description: str, checkpoint: str, kind: str) -> Parse
 
 def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
     text = "Detect objects in images, draw them, and write them as JSON."
-    known = "such as RUN/best.ckpt; its model and class names are used; or a name of 'detpipe zoo'"
+    known = "such as RUN/best.ckpt; its model and class names are used; a name of 'detpipe zoo'; or FILE.onnx of 'detpipe export'"
     parser = _parser("predict", text, known, "detections")
     add = parser.add_argument
     add("--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from detpipe import zoo
 from detpipe.commands.given_proposals import advice, open_boxes
 from detpipe.commands.parser import Parser, check_least
 from detpipe.commands.predict import choose_device
+from detpipe.prediction.onnx_detector import OnnxDetector
 from detpipe.proposals import PrecomputedProposals
 from detpipe.proposals.registry import SOURCES
 from detpipe.serving.batching import Served
@@ -42,36 +45,39 @@ def run_serve(arguments: Sequence[str]) -> None:
 
 def open_served(options: argparse.Namespace) -> Served:
     """Open a checkpoint, a published detector or an ONNX file, and run it once, so that the first request finds it warm."""
-    size: tuple[int | None, ...] = (None, None)
-    if options.model.endswith(".onnx"):
-        if options.weights or options.proposals:
-            raise UsageError(
-                f"{options.model}: an ONNX file has its weights and proposals in it; leave out the options"
-            )
-        from detpipe.serving.onnx_detector import OnnxDetector
-
-        network = OnnxDetector(options.model, options.device)
-        size = network.size
-        served = Served(Path(options.model).name, network.class_names, network, takes_boxes=False)
-    else:
-        served = _open_detector(options)
+    served = _open_onnx(options) if options.model.endswith(".onnx") else _open_detector(options)
     box = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
-    blank = torch.zeros(served.pixels.channels, *(side or 64 for side in size), dtype=torch.uint8)
+    blank = torch.zeros(served.pixels.channels, 64, 64, dtype=torch.uint8)
     served.detect([blank], None if served.make_boxes is None else [{"proposals": box}])
     return served
 
 
+def _open_onnx(options: argparse.Namespace) -> Served:
+    detector = OnnxDetector(options.model, options.device)
+    if options.weights or (options.proposals is not None) != detector.takes_boxes:
+        wanted = (
+            "takes boxes: add --proposals SOURCE" if detector.takes_boxes else "finds its own: leave out --proposals"
+        )
+        raise UsageError(f"{options.model} has its weights in it, and {wanted}")
+    make_boxes, name = _source(options, None), Path(options.model).name
+    return Served(name, detector.class_names, detector, takes_boxes=detector.takes_boxes, make_boxes=make_boxes)
+
+
+def _source(options: argparse.Namespace, trained_on: dict[str, Any] | None) -> Callable[[Tensor], Tensor] | None:
+    """What makes boxes of images that come without."""
+    if options.proposals is None:
+        return None
+    if not set(options.proposals.split("+")) <= set(SOURCES):
+        raise UsageError(
+            f"--proposals {options.proposals}: expected a source, {', '.join(SOURCES)}; files are of known images"
+        )
+    return partial(open_boxes(options.proposals, [], trained_on), Path("image"))
+
+
 def _open_detector(options: argparse.Namespace) -> Served:
     detector, description = zoo.load(options.model, options.weights)
-    make_boxes = None
-    if options.proposals is not None:
-        if not set(options.proposals.split("+")) <= set(SOURCES):
-            raise UsageError(
-                f"--proposals {options.proposals}: expected a source, {', '.join(SOURCES)}; files are of known images"
-            )
-        make = open_boxes(options.proposals, [], description.proposals)
-        make_boxes = partial(make, Path("image"))
-    elif isinstance(detector.proposals, PrecomputedProposals):
+    make_boxes = _source(options, description.proposals)
+    if make_boxes is None and isinstance(detector.proposals, PrecomputedProposals):
         raise UsageError(advice(options.model, description.proposals))
     detector.to(choose_device(options.device))
     name = Path(options.model).name

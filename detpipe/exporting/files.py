@@ -20,15 +20,16 @@ from torch import Tensor
 from detpipe.detector import TwoStageDetector
 from detpipe.exporting.parity import Parity, Run, compare, sample_images
 from detpipe.exporting.program import Program
-from detpipe.exporting.runtime import FORMAT, OnnxDetector, need_packages
 from detpipe.exporting.support import check_torch_alone
 from detpipe.exporting.torch_program import PT2Detector, write_pt2
 from detpipe.heads.base import ProposalHead
+from detpipe.prediction.onnx_detector import FORMAT, OnnxDetector, need_packages
 from detpipe.proposals import PrecomputedProposals
 from detpipe.support.errors import DetpipeError, UsageError
 from detpipe.support.files import atomic_write
 
 SUFFIXES = (".onnx", ".pt2")
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LOWERED = 0.001  # the threshold of the second comparison, by which a weak model detects something too
 
 
@@ -96,7 +97,7 @@ def export(
     """
     path = check_path(path, half or bool(calibration))
     if path.suffix == ".onnx":
-        need_packages()
+        need_packages(*PACKAGES)
     else:
         check_torch_alone(detector)
     program = Program(detector.eval(), boxes, vectors).eval()
@@ -132,7 +133,7 @@ def _onnx(
     say("comparing the file with the detector")
     threshold = min(LOWERED, program.head.postprocess.score_threshold)
     lowered = OnnxDetector(onnx_graph.with_threshold(model, threshold).SerializeToString())
-    parity = _checked(detector, program, OnnxDetector(model.SerializeToString()), lowered, check)
+    parity = _checked(detector, program, OnnxDetector(model.SerializeToString()).run, lowered.run, check)
     if calibration:
         say(f"quantizing by {len(calibration)} images")
         model = weights.quantize(model, calibration)
@@ -166,7 +167,7 @@ def check_file(detector: TwoStageDetector, found: OnnxDetector, batches: Sequenc
             f"the file was made of other weights than the detector given (sha256 {found.metadata['sha256'][:12]}...): give its "
             f"checkpoint, {found.metadata['source'] or 'whose name it does not say'}"
         )
-    return _compare(detector, found, batches, found.takes_boxes)
+    return _compare(detector, found.run, batches, found.takes_boxes)
 
 
 def weights_hash(detector: TwoStageDetector) -> str:

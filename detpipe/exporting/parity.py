@@ -21,7 +21,7 @@ BOX_ERROR, SCORE_ERROR = 1e-3, 1e-5  # pixels; probability
 ROUNDING = 4  # or so many times what the detector itself loses by rounding
 FAR = 0.1, 1e-2  # a detection that differs more was not moved by rounding, but decided otherwise
 Arrays = npt.NDArray[Any]
-Run = Callable[[Arrays, Arrays | None], Sequence[dict[str, Arrays]]]  # what `OnnxDetector` is
+Run = Callable[[Arrays, Arrays | None], Sequence[dict[str, Arrays]]]  # that of `OnnxDetector`
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.export import Dim
 
 from detpipe.exporting.parity import Arrays
 from detpipe.exporting.program import Program
-from detpipe.exporting.runtime import by_image
+from detpipe.prediction.onnx_detector import by_image
 from detpipe.roi_pooling.grid_samples import torch_alone
 
 ABOUT = "detpipe.json"
@@ -52,7 +52,7 @@ def write_pt2(program: Program, file: IO[bytes], about: dict[str, str]) -> None:
 
 
 class PT2Detector:
-    """Detect objects with a ``.pt2`` file; called as :class:`detpipe.exporting.runtime.OnnxDetector` is.
+    """Detect objects with a ``.pt2`` file; called as :meth:`detpipe.prediction.onnx_detector.OnnxDetector.run` is.
 
     Args:
         path: of the file.

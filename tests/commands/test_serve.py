@@ -17,6 +17,7 @@ from detpipe.commands.predict import detect
 from detpipe.commands.serve import _parse, open_served
 from detpipe.datasets import read_image
 from detpipe.serving.server import create_app
+from detpipe.support.errors import UsageError
 from detpipe.training.models import load_detector
 
 
@@ -43,10 +44,12 @@ def test_a_checkpoint_answers_as_predict_does(trained, demo_root):
 
 def test_an_onnx_file_is_served(tmp_path):
     pytest.importorskip("onnxruntime")
-    served = open_served(_parse([str(write_detector(tmp_path / "d.onnx", ("batch", 6, 8))), "--device", "cpu"]))
+    served = open_served(_parse([str(write_detector(tmp_path / "d.onnx")), "--device", "cpu"]))
     assert (served.name, served.class_names, served.takes_boxes) == ("d.onnx", ("cat", "dog"), False)
     [found] = served.detect([torch.full((3, 6, 8), 4, dtype=torch.uint8)], None)
     assert found["boxes"].tolist() == [[0, 0, 4, 4]]
+    with pytest.raises(UsageError, match=r"d\.onnx has its weights in it, and finds its own: leave out --proposals"):
+        open_served(_parse([str(tmp_path / "d.onnx"), "--proposals", "dense_grid"]))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,6 @@ def test_an_onnx_file_is_served(tmp_path):
     [
         (["nowhere.ckpt"], 1, "checkpoint nowhere.ckpt does not exist"),
         (["nowhere.onnx"], 1, "ONNX file nowhere.onnx does not exist"),
-        (["nowhere.onnx", "--proposals", "dense_grid"], 2, "leave out the options"),
         (["CHECKPOINT", "--proposals", "boxes.json"], 2, "expected a source"),
         (["x", "--score_threshold", "2"], 2, "--score_threshold must be in 0..1"),
         (["x", "--batch", "0"], 2, "--batch must be 1 or more"),

@@ -23,7 +23,6 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "onnx_predict.py"
         (["missing.ckpt", "-o", "a.onnx"], "missing.ckpt does not exist"),
         (["no_such_name", "-o", "a.onnx"], "unknown detector 'no_such_name'"),
         (["best.ckpt", "-o", "a.onnx", "--int8", "missing"], "missing does not exist"),
-        (["--detect", "a.onnx", "images"], "add --annotations FILE.json and -o FILE.json"),
         (["images", "--check", "a.onnx"], "a.onnx does not exist"),
     ],
 )
@@ -47,12 +46,23 @@ def test_a_checkpoint_becomes_a_file_that_runs_without_detpipe(trained, demo_roo
     code += "assert not {'torch', 'detpipe'} & {*sys.modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    annotations = tmp_path / "annotations.json"
-    records = [{"id": index, "file_name": image.name, "width": 64, "height": 64} for index, image in enumerate(images)]
-    names = json.loads(json.dumps(["a"] * 10))
-    categories = [{"id": index + 1, "name": f"{name}{index}"} for index, name in enumerate(names)]
-    annotations.write_text(json.dumps({"images": records, "annotations": [], "categories": categories}))
-    found = tmp_path / "found.json"
-    command = ["export", "--detect", str(path), *map(str, images), "--annotations", str(annotations), "-o", str(found)]
-    assert cli.main(command) == 0
-    assert isinstance(json.loads(found.read_text()), list)
+    split = demo_root / "coco"
+    found = ["predict", "--no-drawings", "--score_threshold", "0.05", *map(str, [split / "val"])]
+    scores = []
+    for model, out in ((path, tmp_path / "file"), (trained / "best.ckpt", tmp_path / "whole")):
+        assert cli.main([*found[:1], str(model), *found[1:], "-o", str(out), "--device", "cpu"]) == 0
+        numbers = tmp_path / "numbers.json"
+        truth = str(split / "annotations" / "instances_val.json")
+        command = [
+            "evaluate",
+            "--detections",
+            str(out / "detections.json"),
+            "--annotations",
+            truth,
+            "--protocol",
+            "coco",
+        ]
+        assert cli.main([*command, "--json", str(numbers)]) == 0
+        scores.append(json.loads(numbers.read_text())["AP"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    assert scores[0] > 0

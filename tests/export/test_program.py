@@ -11,8 +11,8 @@ import torch
 from detpipe.exporting.files import _compare
 from detpipe.exporting.parity import sample_images
 from detpipe.exporting.program import OUTPUTS, Program
-from detpipe.exporting.runtime import by_image
 from detpipe.heads import Postprocess
+from detpipe.prediction.onnx_detector import by_image
 from detpipe.proposals import DenseGrid
 from detpipe.roi_pooling import PreciseRoIPool, RoIAlign, RoIMaxPool
 from detpipe.support.errors import UsageError

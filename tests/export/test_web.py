@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from detpipe.exporting.parity import sample_images
-from detpipe.exporting.runtime import OnnxDetector
+from detpipe.prediction.onnx_detector import OnnxDetector
 from export.detectors import detector
 from export.test_files import written  # noqa: F401 (a fixture)
 
@@ -71,7 +71,7 @@ def test_a_dropped_image_shows_the_boxes_that_onnxruntime_finds(site, written, t
         page.locator("#least").fill("0.2")
         said, lines = page.locator("#say").text_content(), page.locator("#list li").all_text_contents()
         browser.close()
-    [found] = OnnxDetector(written)(image[None].numpy())
+    [found] = OnnxDetector(written).run(image[None].numpy())
     assert said.startswith(f"{len(found['scores'])} of {len(found['scores'])} objects"), said
     boxes = torch.tensor([[float(side) for side in line.split(" at ")[1].split(",")] for line in lines])
     np.testing.assert_allclose(boxes, found["boxes"], atol=0.06)  # one decimal is shown

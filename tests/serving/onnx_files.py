@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from onnx import ModelProto, TensorProto, helper, save
 
 NAMES = ("cat", "dog")
 
 
-def write_detector(
-    path: Path, size: tuple[Any, Any, Any] = ("batch", "height", "width"), names: Any = NAMES, output: str = "count"
-) -> Path:
+def write_detector(path: Path, form: str = "detpipe-detector-1", output: str = "count") -> Path:
     """Two slots an image: the first holds a box from (0, 0) to its first red value, label 2, score .75; the other is padding."""
-    batch, height, width = size
     first = helper.make_tensor("first", TensorProto.INT64, [4], [0, 0, 0, 0])
     second = helper.make_tensor("second", TensorProto.INT64, [4], [2**31 - 1, 1, 1, 1])
     zero_one = helper.make_tensor("mask", TensorProto.FLOAT, [1, 2, 4], [0, 0, 1, 1, 0, 0, 0, 0])
@@ -42,16 +38,16 @@ def write_detector(
         helper.make_node("Add", ["no_label", "label"], ["labels"]),
     ]
     constants.append(helper.make_tensor("to_row", TensorProto.INT64, [2], [-1, 1]))
-    images = helper.make_tensor_value_info("images", TensorProto.UINT8, [batch, 3, height, width])
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 3, "height", "width"])
     outputs = [
-        helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [batch, 2, 4]),
-        helper.make_tensor_value_info("scores", TensorProto.FLOAT, [batch, 2]),
-        helper.make_tensor_value_info("labels", TensorProto.INT64, [batch, 2]),
-        helper.make_tensor_value_info(output, TensorProto.INT64, [batch]),
+        helper.make_tensor_value_info("boxes", TensorProto.FLOAT, ["batch", 2, 4]),
+        helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 2]),
+        helper.make_tensor_value_info("labels", TensorProto.INT64, ["batch", 2]),
+        helper.make_tensor_value_info(output, TensorProto.INT64, ["batch"]),
     ]
     graph = helper.make_graph(nodes, "detector", [images], outputs, constants)
     model: ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    if names is not None:
-        helper.set_model_props(model, {"class_names": json.dumps(names)})
+    said = {"format": form, "class_names": json.dumps(NAMES), "category_ids": "[7, 3]", "detpipe": "1.0"}
+    helper.set_model_props(model, said)
     save(model, path)
     return path
