@@ -64,7 +64,7 @@ options:
 
 examples:
   detpipe train configs/fast_rcnn_se.yaml
-  detpipe train configs/fast_rcnn_squeezenet.yaml configs/data/voc_custom.yaml --data.root MY_FOLDER
+  detpipe train configs/recommended.yaml configs/data/voc_custom.yaml --data.root MY_FOLDER
   detpipe evaluate configs/fast_rcnn_se.yaml --ckpt_path runs/fast_rcnn_se/.../best.ckpt
   detpipe pretrain configs/pretrain/se_resnet18.yaml
 """

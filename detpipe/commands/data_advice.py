@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from detpipe.datasets.formats.folders import ALL
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.statistics import SuggestedAnchors
 
-_MODEL = "configs/fast_rcnn_squeezenet.yaml"
+_MODEL = "configs/recommended.yaml"
+_LEVELS = 2  # of its pyramid, to which the sizes of anchors are dealt in equal parts
 _WIDTH = 128
 
 
@@ -39,9 +41,12 @@ def _first(names: Sequence[str], word: str) -> str:
 
 def anchor_options(anchors: SuggestedAnchors, resize: Resize) -> list[str]:
     """Options that set anchors, and the size of images that they are for."""
+    sizes = list(anchors.sizes)
+    while len(sizes) % _LEVELS:
+        sizes.append(round(sizes[-1] * math.sqrt(2)))
     return [
         *("--model.min_size", str(resize.min_size), "--model.max_size", str(resize.max_size)),
-        *("--model.proposals.anchors.sizes", str(list(anchors.sizes))),
+        *("--model.proposals.anchors.sizes", str(sizes)),
         *("--model.proposals.anchors.ratios", str(list(anchors.ratios))),
     ]
 
@@ -72,7 +77,7 @@ def next_commands(options: argparse.Namespace, names: Sequence[str], model: Sequ
             *on,
             _folded(command),
             _folded(report),
-            "with --model.backbone.weights DEFAULT training begins with weights of ImageNet, which are downloaded once",
+            "with --model.backbone.backbone.weights DEFAULT training begins with weights of ImageNet, which are downloaded once",
         ]
     )
 
