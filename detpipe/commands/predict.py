@@ -34,7 +34,7 @@ from detpipe.prediction import AugmentedDetector, Detector, ImageWindows, Merge,
 from detpipe.prediction.batches import WHOLE, Part
 from detpipe.prediction.inputs import ImageInput, find_inputs
 from detpipe.prediction.job import Job, Look, Picture, drawing_names
-from detpipe.prediction.lines import Tally, join
+from detpipe.prediction.lines import KINDS, Tally, join
 from detpipe.prediction.machines import Team, team
 from detpipe.prediction.onnx_detector import OnnxDetector
 from detpipe.prediction.tiff import open_windows, split_pages
@@ -163,16 +163,22 @@ def merge(arguments: Sequence[str]) -> int:
     parser.add_argument("parts", nargs="+", help="the folders of the parts, or their files (*.jsonl)")
     parser.add_argument("-o", "--output", help="the JSON file to write; detections.json in the first folder by default")
     options = parser.parse_args(list(arguments))
-    paths: list[Path] = []
-    for place in map(Path, options.parts):
+    places, paths = list(map(Path, options.parts)), list[Path]()
+    for place in places:
         if not place.exists():
             raise UsageError(
                 f"{place} does not exist; expected a folder or file that 'detpipe predict --part' has written"
             )
-        paths += sorted(place.glob("detections.part-*.jsonl")) if place.is_dir() else [place]
-    first = Path(options.parts[0])
-    output = Path(options.output or (first if first.is_dir() else first.parent) / "detections.json")
-    return _ended(join(list(dict.fromkeys(paths)), output), "detections", output)
+        paths += _parts_in(place) if place.is_dir() else [place]
+    kind = "regions" if paths and paths[0].name.startswith("regions.") else "detections"
+    output = Path(options.output or (places[0] if places[0].is_dir() else places[0].parent) / f"{kind}.json")
+    return _ended(join(list(dict.fromkeys(paths)), output), kind, output)
+
+
+def _parts_in(folder: Path) -> list[Path]:
+    """The parts of detections in a folder, or of regions where it has none."""
+    detections, regions = (sorted(folder.glob(f"{kind}.part-*.jsonl")) for kind in KINDS)
+    return detections or regions
 
 
 def classify(arguments: Sequence[str]) -> int:

@@ -100,7 +100,7 @@ class Job:
     def finish(self, parts: int, limit: int | None = None) -> Tally:
         """Join what all parts have written to ``KIND.json``; see `join`."""
         names = [part_name(self.kind, Part(number, parts)) for number in range(1, parts + 1)]
-        return join([self.out / name for name in names], self.out / f"{self.kind}.json", self.kind, limit)
+        return join([self.out / name for name in names], self.out / f"{self.kind}.json", limit)
 
     def _sizes(self, workers: int) -> list[Size | None]:
         if self.batch_size == 1:

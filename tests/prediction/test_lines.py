@@ -45,6 +45,16 @@ def test_parts_are_joined_in_the_order_of_the_images(tmp_path):
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "all.json").read_bytes()
 
 
+def test_there_may_be_more_parts_than_open_files(tmp_path):
+    paths = [write(tmp_path, Part(number, 60), [number - 1]) for number in range(1, 61)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/dev/fd").iterdir())) + 30, hard))
+        assert join(paths, tmp_path / "all.json").images == 59
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_nothing_at_all_is_joined_too(tmp_path):
     empty = Plan("a.ckpt", ("cat",), 0, {})
     join([write(tmp_path, WHOLE, [], empty)], tmp_path / "all.json")
