@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from detpipe.pictures import glimpse_pictures
 from detpipe.prediction.batches import WHOLE, Part
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.files import atomic_write, sole_writer
+from detpipe.types import Detection, GlimpsedDetection
 
 FORMAT = "detpipe predictions 1"
 KINDS = ("detections", "regions")  # of what is found in an image
@@ -185,6 +187,17 @@ def read_lines(path: Path) -> Lines:
             places[index] = (end, len(line))
             end += len(line)
     return Lines(path, plan, part, part_images, places, end)
+
+
+def describe(found: Detection, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """What is found in an image as its record says it: ``label``, ``score`` and ``box`` of each, and where a head looked."""
+    columns = zip(*(found[key].tolist() for key in ("labels", "scores", "boxes")), strict=True)
+    rows: list[dict[str, Any]] = [
+        {"label": class_names[label - 1], "score": score, "box": box} for label, score, box in columns
+    ]
+    if "glimpses" in found:
+        rows = [row | glimpse_pictures.describe(cast(GlimpsedDetection, found), k) for k, row in enumerate(rows)]
+    return rows
 
 
 def part_name(kind: str, part: Part) -> str:

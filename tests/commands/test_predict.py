@@ -12,10 +12,11 @@ from PIL import Image
 
 from detpipe import cli
 from detpipe.commands.given_proposals import read_proposals
-from detpipe.commands.predict import detect
+from detpipe.commands.predict import _job, _parse_predict, detect
 from detpipe.datasets import read_image
 from detpipe.support.errors import DataError
 from detpipe.training import checkpoint
+from detpipe.training.checkpoint import Description
 from detpipe.training.models import load_detector
 
 
@@ -252,6 +253,25 @@ def test_mistakes_on_the_command_line(
 
 
 def test_the_output_folder_is_required(trained, pictures, capsys):
-    status, shown = failure([str(trained / "best.ckpt"), str(pictures)], capsys)
-    assert status == 2
-    assert "-o/--output" in shown
+    given = [str(trained / "best.ckpt"), str(pictures)]
+    for more, message in (([], "-o/--output"), (["-o", given[0]], "best.ckpt is a file; give the name of a folder")):
+        status, shown = failure([*given, *more], capsys)
+        assert status == 2
+        assert message in shown
+
+
+def test_other_boxes_or_weights_are_another_run(trained, pictures, tmp_path, capsys):
+    file, out = tmp_path / "proposals.json", tmp_path / "out"
+    file.write_text(json.dumps({"a": [], "b": []}))
+    predict(trained, out, str(pictures), "--proposals", str(file))
+    lines = (out / "detections.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "detections.jsonl").write_bytes(b"".join(lines[:-1]))
+    file.write_text(json.dumps({"a": [[1, 1, 20, 30]], "b": []}))
+    predict(trained, out, str(pictures), "--proposals", str(file), "--resume", status=2)
+    assert "--resume is for the same command, but proposals was" in capsys.readouterr().err
+    models = set()
+    for content in ("one", "other"):
+        (tmp_path / "weights.pth").write_text(content)
+        options = _parse_predict(["name", "x", "-o", "out", "--weights", str(tmp_path / "weights.pth")])
+        models.add(_job([], options, Description({}, ("a",), (1,)), "detections", {}, 1).settings["model"])
+    assert len(models) == 2
