@@ -61,9 +61,7 @@ def predict(arguments: Sequence[str]) -> int:
             device, limit = torch.device("cpu"), None  # where images are handed over
         else:
             detector, description = zoo.load(options.checkpoint, options.weights)
-            if options.show_glimpses:
-                _ask_for_glimpses(detector, options.checkpoint)
-            limit = _limit_detections(detector, options.max_detections)
+            limit = _set_head(detector, options)
             device = choose_device(options.device, own.local_rank)
             detector.to(device)
         tiled, pixels = options.tiles is not None, description.pixels
@@ -336,14 +334,20 @@ def detect(detector: TwoStageDetector, image: Tensor, proposals: Tensor | None, 
     return found
 
 
-def _limit_detections(detector: TwoStageDetector, most: int | None) -> int | None:
-    """Let the head return so many, and say how many it does; None where that is not known."""
+def _set_head(detector: TwoStageDetector, options: argparse.Namespace) -> int | None:
+    """Let the head return what is asked for; how many detections of an image at most, None where that is not known."""
     head = detector.head
     if not isinstance(head, ProposalHead):
-        if most is not None:
-            raise UsageError(f"--max_detections: the head {type(head).__name__} has no such setting")
+        name = type(head).__name__
+        if options.max_detections is not None:
+            raise UsageError(f"--max_detections: the head {name} has no such setting")
+        if options.show_glimpses:
+            raise UsageError(f"--show-glimpses: the head {name} of {options.checkpoint} does not tell where it looks")
         return None
-    if most is not None:
+    if options.show_glimpses:
+        head.return_glimpses = True
+    if options.max_detections is not None:
+        most = options.max_detections
         candidates = max(head.postprocess.candidates_per_image, 10 * most)
         head.postprocess = replace(head.postprocess, detections_per_image=most, candidates_per_image=candidates)
     return head.postprocess.detections_per_image
@@ -370,15 +374,6 @@ def choose_proposals(
     if isinstance(detector, TwoStageDetector) and not precomputed:
         detector.proposals = PrecomputedProposals(max_boxes=None)
     return boxes
-
-
-def _ask_for_glimpses(detector: TwoStageDetector, checkpoint: str) -> None:
-    head = detector.head
-    if not isinstance(head, ProposalHead):
-        raise UsageError(
-            f"--show-glimpses: the head {type(head).__name__} of {checkpoint} does not tell where it looks"
-        )
-    head.return_glimpses = True
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -21,6 +21,7 @@ from detpipe.support.files import atomic_write, sole_writer
 from detpipe.types import Detection, GlimpsedDetection
 
 FORMAT = "detpipe predictions 1"
+_BEGINNING = json.dumps({"format": FORMAT})[:-1].encode()  # of a file
 KINDS = ("detections", "regions")  # of what is found in an image
 _NAMED = 5  # images or parts that a message names
 
@@ -82,7 +83,7 @@ class LinesFile:
         busy = DataError(f"{path}: another process is writing it; wait for it, or give another -o")
         with ExitStack() as stack:
             stack.enter_context(sole_writer(path, busy))
-            self._end = self._check(plan, part, len(rows), resume) if path.exists() and path.stat().st_size else 0
+            self._end = self._check(plan, part, len(rows), resume) if _is_begun(path) else 0
             # not buffered: what did not fit on a full disk would be written once more when the file is closed
             self._file = stack.enter_context(path.open("r+b" if self._end else "wb", buffering=0))
             self._file.seek(self._end)
@@ -138,6 +139,15 @@ class LinesFile:
             error.filename = str(self.path)
             raise
         self._end += len(line)
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether a file is there, and has more in it than a first line that a kill cut short."""
+    if not path.exists():
+        return False
+    with path.open("rb") as stream:
+        line = stream.readline(1 << 24)
+    return line.endswith(b"\n") or not (_BEGINNING.startswith(line) or line.startswith(_BEGINNING))
 
 
 @dataclass(frozen=True)
