@@ -74,7 +74,11 @@ def predict(arguments: Sequence[str]) -> int:
         look = _look_by(detector, boxes, options, device)
         if options.rate is not None or any(is_video(one.path) for one in inputs):
             _check_videos(inputs, options, own, pixels)
-            return _predict_videos(inputs, options, description.class_names, read, look, batch_size)
+            stems = [Path(name).stem for name in drawing_names(inputs, Path(options.output), "mp4")]
+            videos = [([one], stem) for one, stem in zip(inputs, stems, strict=True)]
+            videos = [(inputs, "frames")] if options.rate is not None else videos
+            names = description.class_names
+            return max([_predict_video(*video, options, names, read, look, batch_size) for video in videos])
         if options.track or options.every != 1:
             raise UsageError("--track and --every are about videos: leave them out, or take images as frames by --rate")
         names = ("score_threshold", "max_detections", "proposals", "tiles", "overlap", "merge", "tta", "show_glimpses")
@@ -116,26 +120,6 @@ def _check_videos(inputs: Sequence[ImageInput], options: argparse.Namespace, own
         raise UsageError(f"frames of videos are 8-bit RGB, but {options.checkpoint} is of images of {pixels}")
 
 
-def _predict_videos(
-    inputs: Sequence[ImageInput],
-    options: argparse.Namespace,
-    class_names: Sequence[str],
-    read: Read,
-    look: Look,
-    batch_size: int,
-) -> int:
-    """Look at videos one by one, or at images as the frames of one; the exit status."""
-    if options.rate is not None:
-        return _predict_video(inputs, "frames", options, class_names, read, look, batch_size)
-    stems = [Path(name).stem for name in drawing_names(inputs, Path(options.output), "mp4")]
-    return max(
-        [
-            _predict_video([one], stem, options, class_names, read, look, batch_size)
-            for one, stem in zip(inputs, stems, strict=True)
-        ]
-    )
-
-
 def _predict_video(
     inputs: Sequence[ImageInput],
     stem: str,
@@ -171,9 +155,13 @@ def _predict_video(
 
 def merge(arguments: Sequence[str]) -> int:
     """Join what parts of one command have written; the exit status."""
-    parser = Parser(prog="detpipe merge", description="Join what 'detpipe predict --part NUMBER/PARTS' has written.")
+    parser = Parser(
+        prog="detpipe merge", description="Join what predict or classify has written by --part NUMBER/PARTS."
+    )
     parser.add_argument("parts", nargs="+", help="the folders of the parts, or their files (*.jsonl)")
-    parser.add_argument("-o", "--output", help="the JSON file to write; detections.json in the first folder by default")
+    parser.add_argument(
+        "-o", "--output", help="the JSON file to write; detections.json or regions.json in the first folder by default"
+    )
     options = parser.parse_args(list(arguments))
     places, paths = list(map(Path, options.parts)), list[Path]()
     for place in places:
@@ -195,7 +183,14 @@ def _parts_in(folder: Path) -> list[Path]:
 
 def classify(arguments: Sequence[str]) -> int:
     """Classify, draw, and write; the exit status."""
-    options = _parse_classify(arguments)
+    text = "Name what is in given boxes, draw it, and write it as JSON."
+    parser = _parser("classify", text, "of a RegionClassifier, such as RUN/best.ckpt", "regions")
+    parser.add_argument(
+        "--boxes",
+        required=True,
+        help="JSON: image name -> [[x1, y1, x2, y2], ...]; or a store, or a source such as selective_search",
+    )
+    options = _parse(parser, arguments)
     with team() as own:
         model, description = load_region_classifier(options.checkpoint)
         inputs = _inputs(options, own)
@@ -462,14 +457,3 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
     if options.rate is not None and not 0 < options.rate <= 1000:
         raise UsageError(f"--rate must be above 0 and at most 1000 frames a second, got {options.rate}")
     return options
-
-
-def _parse_classify(arguments: Sequence[str]) -> argparse.Namespace:
-    text = "Name what is in given boxes, draw it, and write it as JSON."
-    parser = _parser("classify", text, "of a RegionClassifier, such as RUN/best.ckpt", "regions")
-    parser.add_argument(
-        "--boxes",
-        required=True,
-        help="JSON: image name -> [[x1, y1, x2, y2], ...]; or a store, or a source such as selective_search",
-    )
-    return _parse(parser, arguments)

@@ -13,14 +13,14 @@ from detpipe.prediction.windows import Windows
 from detpipe.support.errors import DataError, DownloadError
 from detpipe.types import Detection
 
-Look = Callable[[Sequence[int], Sequence[Windows]], Sequence[Detection]]
+_Look = Callable[[Sequence[int], Sequence[Windows]], Sequence[Detection]]
 _BATCHES_AHEAD = 2
 
 
 def run(
     batches: Iterable[Sequence[int]],
     read: Callable[[int], Windows],
-    look: Look,
+    look: _Look,
     record: Callable[[int, Windows | None, Detection | str], dict[str, Any]],
     lines: LinesFile,
     workers: int,
@@ -64,7 +64,7 @@ def run(
 
 
 def _look(
-    look: Look, rows: Sequence[int], reading: Sequence[Future[Windows]]
+    look: _Look, rows: Sequence[int], reading: Sequence[Future[Windows]]
 ) -> Iterator[tuple[int, Windows | None, Detection | str]]:
     """Each image of a batch, with what was found in it, or why it could not be looked at."""
     good: dict[int, Future[Windows]] = {}

@@ -198,25 +198,6 @@ def test_a_damaged_tiff_is_named(stack, trained, tmp_path, capsys):
     assert f"skipped: {broken}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--part", "4/3"], "expected NUMBER/PARTS such as 3/16, got '4/3'"),
-        (["--tiles", "0"], "--tiles must be 1 or more"),
-        (["--tiles", "9", "--overlap", "1"], "--overlap must be in 0"),
-        (["--merge", "box_fusion"], "--overlap and --merge are about tiles: add --tiles SIDE"),
-        (["--drawings", "png", "--no-drawings"], "--no-drawings: not allowed with argument --drawings"),
-        (["--show-glimpses", "--tta"], "--show-glimpses is for whole images"),
-        (["--workers", "0"], "--workers must be 1 or more"),
-    ],
-)
-def test_mistakes_are_one_line(more, message, trained, pictures, tmp_path, capsys):
-    assert predict(trained, pictures, tmp_path / "out", *more) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert message in line
-    assert not (tmp_path / "out").exists()
-
-
 def test_predictions_are_evaluated(trained, demo_root, tmp_path):
     """From both files that predict writes; what does not fit the ground truth is named."""
     truth = read_coco_annotations(demo_root / "coco" / "annotations" / "instances_val.json")
