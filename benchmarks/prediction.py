@@ -12,19 +12,17 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from detpipe import FastRCNNHead, SEResNet, TwoStageDetector
 from detpipe.datasets.workers import usable_cores
 from detpipe.heads import Postprocess
-from detpipe.prediction import PlacedDetector
+from detpipe.prediction import ImageWindows, PlacedDetector
 from detpipe.prediction.batches import WHOLE, plan_batches
 from detpipe.prediction.inputs import find_inputs
 from detpipe.prediction.job import Job
@@ -86,11 +84,10 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as out:
                     names = [str(k) for k in range(1, 21)]
                     job = Job(inputs, Path(out), "", names, "detections", {}, drawings, options.batch_size)
-                    read = lambda one: one.read(RGB)  # noqa: E731
                     job.do(
                         WHOLE,
-                        read,
-                        lambda _, images: look(cast(Sequence[Tensor], images)),
+                        lambda one: ImageWindows(one.read(RGB)),
+                        lambda _, images: look([image.whole() for image in images]),
                         options.workers,
                         False,
                         lambda *_: None,

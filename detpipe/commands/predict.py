@@ -13,11 +13,11 @@ import argparse
 import re
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +33,13 @@ from detpipe.pictures import glimpse_pictures
 from detpipe.prediction import AugmentedDetector, Detector, ImageWindows, Merge, PlacedDetector, TiledDetector, Windows
 from detpipe.prediction.batches import WHOLE, Part
 from detpipe.prediction.inputs import ImageInput, find_inputs
-from detpipe.prediction.job import Job, Look, Picture, drawing_names
-from detpipe.prediction.lines import Tally, join
+from detpipe.prediction.job import Job, Look, Read, drawing_names
+from detpipe.prediction.lines import KINDS, Tally, join
 from detpipe.prediction.machines import Team, team
 from detpipe.prediction.onnx_detector import OnnxDetector
 from detpipe.prediction.tiff import open_windows, split_pages
 from detpipe.prediction.tracking import Tracker
-from detpipe.prediction.video import VideoOutput, is_video, look_at_video, read_frames, read_video
+from detpipe.prediction.video import Frame, is_video, look_at_video, read_frames, read_video
 from detpipe.proposals import PrecomputedProposals
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.strict_json import load_json
@@ -61,25 +61,31 @@ def predict(arguments: Sequence[str]) -> int:
             device, limit = torch.device("cpu"), None  # where images are handed over
         else:
             detector, description = zoo.load(options.checkpoint, options.weights)
-            if options.show_glimpses:
-                _ask_for_glimpses(detector, options.checkpoint)
-            limit = _limit_detections(detector, options.max_detections)
-            limit = None if options.tiles else limit  # which is that of a tile
+            limit = _set_head(detector, options)
             device = choose_device(options.device, own.local_rank)
             detector.to(device)
-        inputs = _inputs(options, own, description.pixels)
+        tiled, pixels = options.tiles is not None, description.pixels
+        batch_size = 1 if tiled else options.batch_size or (4 if device.type == "cpu" else 8)
+        inputs = _inputs(options, own)
+        read = partial(open_windows if tiled else _read_whole, pixels=pixels)
+        if tiled and pixels.channels in (1, 3):  # pages are channels else
+            inputs = split_pages(inputs)
         boxes = choose_proposals(detector, options, [one.path for one in inputs], description)
         look = _look_by(detector, boxes, options, device)
         if options.rate is not None or any(is_video(one.path) for one in inputs):
-            return _predict_videos(inputs, options, own, description, look, device)
+            _check_videos(inputs, options, own, pixels)
+            stems = [Path(name).stem for name in drawing_names(inputs, Path(options.output), "mp4")]
+            videos = [([one], stem) for one, stem in zip(inputs, stems, strict=True)]
+            videos = [(inputs, "frames")] if options.rate is not None else videos
+            names = description.class_names
+            return max([_predict_video(*video, options, names, read, look, batch_size) for video in videos])
+        if options.track or options.every != 1:
+            raise UsageError("--track and --every are about videos: leave them out, or take images as frames by --rate")
         names = ("score_threshold", "max_detections", "proposals", "tiles", "overlap", "merge", "tta", "show_glimpses")
         settings = {name: getattr(options, name) for name in names}
-        tiled = options.tiles is not None
-        batch_size = 1 if tiled else options.batch_size or (4 if device.type == "cpu" else 8)
-        job = _job(inputs, options, description.class_names, "detections", settings, batch_size)
-        read = partial(open_windows if tiled else ImageInput.read, pixels=description.pixels)
-        status = _do(job, options, own, read, look, limit)
-        if options.show_glimpses and own.is_first and options.part == WHOLE:
+        job = _job(inputs, options, description, "detections", settings, batch_size)
+        status = _do(job, options, own, read, look, None if tiled else limit)  # which is that of a tile
+        if options.show_glimpses and own.is_first:
             page = glimpse_pictures.write_page(job.out, load_json(job.out / "detections.json")["images"])
             say(f"glimpses: {page}")
         return status
@@ -96,97 +102,103 @@ def _open_onnx(options: argparse.Namespace) -> tuple[OnnxDetector, Description]:
     return detector, Description({}, detector.class_names, tuple(detector.metadata["category_ids"]))
 
 
-def _predict_videos(
-    inputs: Sequence[ImageInput],
-    options: argparse.Namespace,
-    own: Team,
-    description: Description,
-    look: Look,
-    device: torch.device,
-) -> int:
-    """Look at videos one by one, or at images as the frames of one; the exit status."""
-    _check_videos(inputs, options, own, description.pixels)
-    out, ended, batch_size = Path(options.output), [], options.batch_size or (4 if device.type == "cpu" else 8)
-    videos = [inputs] if options.rate is not None else [[one] for one in inputs]
-    stems = ["frames"] if options.rate is not None else [Path(name).stem for name in drawing_names(inputs, out, "mp4")]
-    for video, stem in zip(videos, stems, strict=True):
-        if options.rate is None:
-            frames = read_video(video[0].path, options.every)
-        else:
-            frames = read_frames(video, options.rate, options.every, description.pixels)
-        written = VideoOutput(
-            out / f"{stem}.jsonl", None if options.no_drawings else out / f"{stem}.mp4", description.class_names
-        )
-        head = {"file": video[0].name, "checkpoint": options.checkpoint, "class_names": list(description.class_names)}
-        tracker = Tracker((options.rate or 25) / options.every) if options.track else None
-        batch = 1 if options.tiles else batch_size
-        with progress(None, stem, unit="frame", logged=False) as move:
-            count = 0
-
-            def tell(number: int) -> None:
-                nonlocal count
-                count += 1
-                move(count, count)
-
-            end = look_at_video(
-                frames,
-                lambda images, one=video[0]: look([one] * len(images), images),
-                written,
-                head,
-                tracker,
-                batch,
-                tell,
-            )
-        say(f"{count} frames of {video[0].name}; see {written.video or written.lines}")
-        if end is not None:
-            say(f"ended early: {end}; what was found before is kept", sys.stderr)
-            ended.append(end)
-    return SOME_FAILED if ended else 0
-
-
 def _check_videos(inputs: Sequence[ImageInput], options: argparse.Namespace, own: Team, pixels: PixelType) -> None:
     """Refuse what cannot be done with videos."""
     images = [one.name for one in inputs if not is_video(one.path)]
+    remote = [one.name for one in inputs if is_video(one.path) and one.url]
     if options.rate is None and images:
         raise UsageError(f"{images[0]} is no video; give videos alone, or with --rate images as the frames of one")
     if options.rate is not None and len(images) < len(inputs):
         raise UsageError("--rate is for images as the frames of a video, which a video has by itself; leave it out")
+    if remote:
+        raise UsageError(f"{remote[0]}: videos are read from files alone; download it, and give the file")
     if own.part != WHOLE or options.part != WHOLE or options.resume or options.show_glimpses:
         raise UsageError("a video goes through one process; leave out --part, --resume and --show-glimpses")
+    if options.drawings == "png":
+        raise UsageError("what is found in a video is drawn as a video; leave out --drawings")
     if pixels != RGB and options.rate is None:
         raise UsageError(f"frames of videos are 8-bit RGB, but {options.checkpoint} is of images of {pixels}")
 
 
+def _predict_video(
+    inputs: Sequence[ImageInput],
+    stem: str,
+    options: argparse.Namespace,
+    class_names: Sequence[str],
+    read: Read,
+    look: Look,
+    batch_size: int,
+) -> int:
+    """Look at a video, or at all its frames; the exit status."""
+    if options.rate is None:
+        frames = read_video(inputs[0].path, options.every)
+    else:
+        frames = read_frames(inputs, options.rate, options.every, read)
+
+    def look_at(batch: Sequence[Frame]) -> Sequence[Detection]:
+        sources = [inputs[0 if options.rate is None else frame.number] for frame in batch]
+        return look(sources, [ImageWindows(frame.image) for frame in batch])
+
+    lines, video = (Path(options.output, f"{stem}.{suffix}") for suffix in ("jsonl", "mp4"))
+    written = None if options.drawings is None else video
+    head = {"file": inputs[0].name, "checkpoint": options.checkpoint, "class_names": list(class_names)}
+    tracker = Tracker((options.rate or 25) / options.every) if options.track else None
+    with progress(None, stem, unit="frame", logged=False) as move:
+        tell = lambda count: move(count, count)  # noqa: E731
+        count, end = look_at_video(frames, look_at, lines, written, head, tracker, batch_size, tell)
+    say(f"{count} frames of {inputs[0].name}; see {written or lines}")
+    if end is None:
+        return 0
+    say(f"ended early: {end}; what was found before is kept", sys.stderr)
+    return SOME_FAILED
+
+
 def merge(arguments: Sequence[str]) -> int:
     """Join what parts of one command have written; the exit status."""
-    parser = Parser(prog="detpipe merge", description="Join what 'detpipe predict --part NUMBER/PARTS' has written.")
+    parser = Parser(
+        prog="detpipe merge", description="Join what predict or classify has written by --part NUMBER/PARTS."
+    )
     parser.add_argument("parts", nargs="+", help="the folders of the parts, or their files (*.jsonl)")
-    parser.add_argument("-o", "--output", help="the JSON file to write; detections.json in the first folder by default")
+    parser.add_argument(
+        "-o", "--output", help="the JSON file to write; detections.json or regions.json in the first folder by default"
+    )
     options = parser.parse_args(list(arguments))
-    paths: list[Path] = []
-    for place in map(Path, options.parts):
+    places, paths = list(map(Path, options.parts)), list[Path]()
+    for place in places:
         if not place.exists():
             raise UsageError(
                 f"{place} does not exist; expected a folder or file that 'detpipe predict --part' has written"
             )
-        paths += sorted(place.glob("detections.part-*.jsonl")) if place.is_dir() else [place]
-    first = Path(options.parts[0])
-    output = Path(options.output or (first if first.is_dir() else first.parent) / "detections.json")
-    return _ended(join(list(dict.fromkeys(paths)), output), "detections", output)
+        paths += _parts_in(place) if place.is_dir() else [place]
+    kind = "regions" if paths and paths[0].name.startswith("regions.") else "detections"
+    output = Path(options.output or (places[0] if places[0].is_dir() else places[0].parent) / f"{kind}.json")
+    return _ended(join(list(dict.fromkeys(paths)), output), kind, output)
+
+
+def _parts_in(folder: Path) -> list[Path]:
+    """The parts of detections in a folder, or of regions where it has none."""
+    detections, regions = (sorted(folder.glob(f"{kind}.part-*.jsonl")) for kind in KINDS)
+    return detections or regions
 
 
 def classify(arguments: Sequence[str]) -> int:
     """Classify, draw, and write; the exit status."""
-    options = _parse_classify(arguments)
+    text = "Name what is in given boxes, draw it, and write it as JSON."
+    parser = _parser("classify", text, "of a RegionClassifier, such as RUN/best.ckpt", "regions")
+    parser.add_argument(
+        "--boxes",
+        required=True,
+        help="JSON: image name -> [[x1, y1, x2, y2], ...]; or a store, or a source such as selective_search",
+    )
+    options = _parse(parser, arguments)
     with team() as own:
         model, description = load_region_classifier(options.checkpoint)
-        inputs = _inputs(options, own, description.pixels)
+        inputs = _inputs(options, own)
         boxes_of = open_boxes(options.boxes, [one.path for one in inputs], None)
         model.to(choose_device(options.device, own.local_rank))
 
-        def look(inputs: Sequence[ImageInput], images: Sequence[Picture]) -> list[Detection]:
-            [one], [image] = inputs, images
-            assert isinstance(image, Tensor)
+        def look(inputs: Sequence[ImageInput], images: Sequence[Windows]) -> list[Detection]:
+            [one], [image] = inputs, (image.whole() for image in images)
             boxes = boxes_of(one.path, image)
             try:
                 [found] = model.predict([image], [boxes])
@@ -194,33 +206,53 @@ def classify(arguments: Sequence[str]) -> int:
                 raise DataError(f"{one.name}: {error}") from error
             return [{"boxes": boxes, "labels": found["labels"].cpu(), "scores": found["scores"].cpu()}]
 
-        job = _job(inputs, options, description.class_names, "regions", {"boxes": options.boxes}, 1)
-        return _do(job, options, own, partial(ImageInput.read, pixels=description.pixels), look)
+        job = _job(inputs, options, description, "regions", {"boxes": options.boxes}, 1)
+        return _do(job, options, own, partial(_read_whole, pixels=description.pixels), look)
 
 
-def _inputs(options: argparse.Namespace, own: Team, pixels: PixelType) -> list[ImageInput]:
+def _inputs(options: argparse.Namespace, own: Team) -> list[ImageInput]:
     inputs = find_inputs(options.images, options.allow_network)
     if own.part != WHOLE and (options.part != WHOLE or any(one.content is not None for one in inputs)):
         raise UsageError("several processes share the images: leave out --part, and give '-' to one process alone")
-    return split_pages(inputs) if getattr(options, "tiles", None) and pixels.channels in (1, 3) else inputs
+    return inputs
+
+
+def _read_whole(source: ImageInput, pixels: PixelType) -> ImageWindows:
+    return ImageWindows(source.read(pixels))
 
 
 def _job(
-    inputs: Sequence[ImageInput], options: argparse.Namespace, class_names: Sequence[str], kind: str, settings: dict[str, Any],
+    inputs: Sequence[ImageInput],
+    options: argparse.Namespace,
+    description: Description,
+    kind: str,
+    settings: dict[str, Any],
     batch_size: int,
-) -> Job:  # fmt: skip
-    file = Path(options.checkpoint)
-    settings["model"] = _check_sum(file) if file.is_file() else options.checkpoint
-    drawings = None if options.no_drawings else options.drawings
-    out = Path(options.output)
+) -> Job:
+    model = _identity(options.checkpoint)
+    if getattr(options, "weights", None) is not None:
+        model += f" {_identity(options.weights)}"
+    for name in ("proposals", "boxes"):
+        if settings.get(name) is not None:
+            settings[name] = _identity(settings[name])
     return Job(
-        inputs, out, options.checkpoint, class_names, kind, {**settings, "drawings": drawings}, drawings, batch_size
+        inputs,
+        Path(options.output),
+        options.checkpoint,
+        description.class_names,
+        kind,
+        {**settings, "model": model, "drawings": options.drawings},
+        options.drawings,
+        batch_size,
     )
 
 
-def _check_sum(file: Path) -> str:
+def _identity(name: str) -> str:
+    """What a file is told by, wherever it lies, its check sum; of what is none, such as a source of boxes, its name."""
+    if not Path(name).is_file():
+        return name
     value = 0
-    with file.open("rb") as stream:
+    with open(name, "rb") as stream:
         while block := stream.read(1 << 22):
             value = zlib.crc32(block, value)
     return f"crc32 {value:08x}"
@@ -230,7 +262,7 @@ def _do(
     job: Job,
     options: argparse.Namespace,
     own: Team,
-    read: Callable[[ImageInput], Picture],
+    read: Read,
     look: Look,
     limit: int | None = None,
 ) -> int:
@@ -275,16 +307,14 @@ def _look_by(
         batch_size = options.batch_size or 4
         looks = TiledDetector(looks, options.tiles, options.overlap, merge=Merge(options.merge), batch_size=batch_size)
 
-    def look(inputs: Sequence[ImageInput], pictures: Sequence[Picture]) -> Sequence[Detection]:
+    def look(inputs: Sequence[ImageInput], images: Sequence[Windows]) -> Sequence[Detection]:
         targets: list[Target] | None = None
         if boxes is not None:
-            whole = [one.reduced(max(one.size)) if isinstance(one, Windows) else one for one in pictures]
-            targets = [{"proposals": boxes(one.path, image)} for one, image in zip(inputs, whole, strict=True)]
+            pairs = zip(inputs, images, strict=True)
+            targets = [{"proposals": boxes(source.path, image.whole())} for source, image in pairs]
         if isinstance(looks, TiledDetector):
-            assert len(pictures) == 1
-            windows = pictures[0] if isinstance(pictures[0], Windows) else ImageWindows(pictures[0])
-            return [looks.detect(windows, None if targets is None else targets[0])]
-        return looks(cast(Sequence[Tensor], pictures), targets)
+            return [looks.detect(*pair) for pair in zip(images, targets or [None] * len(images), strict=True)]
+        return looks([image.whole() for image in images], targets)
 
     return look
 
@@ -299,14 +329,20 @@ def detect(detector: TwoStageDetector, image: Tensor, proposals: Tensor | None, 
     return found
 
 
-def _limit_detections(detector: TwoStageDetector, most: int | None) -> int | None:
-    """Let the head return so many, and say how many it does; None where that is not known."""
+def _set_head(detector: TwoStageDetector, options: argparse.Namespace) -> int | None:
+    """Let the head return what is asked for; how many detections of an image at most, None where that is not known."""
     head = detector.head
     if not isinstance(head, ProposalHead):
-        if most is not None:
-            raise UsageError(f"--max_detections: the head {type(head).__name__} has no such setting")
+        name = type(head).__name__
+        if options.max_detections is not None:
+            raise UsageError(f"--max_detections: the head {name} has no such setting")
+        if options.show_glimpses:
+            raise UsageError(f"--show-glimpses: the head {name} of {options.checkpoint} does not tell where it looks")
         return None
-    if most is not None:
+    if options.show_glimpses:
+        head.return_glimpses = True
+    if options.max_detections is not None:
+        most = options.max_detections
         candidates = max(head.postprocess.candidates_per_image, 10 * most)
         head.postprocess = replace(head.postprocess, detections_per_image=most, candidates_per_image=candidates)
     return head.postprocess.detections_per_image
@@ -333,15 +369,6 @@ def choose_proposals(
     if isinstance(detector, TwoStageDetector) and not precomputed:
         detector.proposals = PrecomputedProposals(max_boxes=None)
     return boxes
-
-
-def _ask_for_glimpses(detector: TwoStageDetector, checkpoint: str) -> None:
-    head = detector.head
-    if not isinstance(head, ProposalHead):
-        raise UsageError(
-            f"--show-glimpses: the head {type(head).__name__} of {checkpoint} does not tell where it looks"
-        )
-    head.return_glimpses = True
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -374,11 +401,20 @@ def _parser(command: str, description: str, checkpoint: str, kind: str) -> Parse
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--resume", action="store_true", help="go on with a run that was stopped, by the same command")
     add("--part", type=_part, default=WHOLE, metavar="NUMBER/PARTS", help="this share of the images, such as 3/16")
-    add("--no-drawings", action="store_true", help="write no pictures")
-    add("--drawings", choices=("jpg", "png"), default="jpg", help="format of the pictures")
+    drawings = parser.add_mutually_exclusive_group()
+    drawings.add_argument("--drawings", choices=("jpg", "png"), default="jpg", help="format of the pictures")
+    drawings.add_argument("--no-drawings", dest="drawings", action="store_const", const=None, help="write no pictures")
     add("--workers", type=int, help="threads that read and draw; as many as there are cores by default")
     add("--allow_network", action="store_true", help="fetch images from web addresses")
     return parser
+
+
+def _parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    options = parser.parse_args(list(arguments))
+    check_least(options, 1, "workers")
+    if Path(options.output).exists() and not Path(options.output).is_dir():
+        raise UsageError(f"--output {options.output} is a file; give the name of a folder")
+    return options
 
 
 def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
@@ -406,29 +442,18 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="draw the proposal of each detection and where the head looked beside it; glimpses.html shows all images",
     )
-    options = parser.parse_args(list(arguments))
+    options = _parse(parser, arguments)
     if not 0 <= options.score_threshold <= 1:
         raise UsageError(f"--score_threshold must be in 0..1, got {options.score_threshold}")
     if not 0 <= options.overlap <= 0.9:
         raise UsageError(f"--overlap must be in 0 to .9, got {options.overlap}")
-    if options.show_glimpses and (options.tta or options.tiles or options.no_drawings or options.part != WHOLE):
+    if options.tiles is None and (options.overlap, options.merge) != (0.2, "nms"):
+        raise UsageError("--overlap and --merge are about tiles: add --tiles SIDE, or leave them out")
+    if options.show_glimpses and (options.tta or options.tiles or options.drawings is None or options.part != WHOLE):
         raise UsageError(
             "--show-glimpses is for whole images and their drawings; leave out --tiles, --tta, --part, --no-drawings"
         )
-    check_least(options, 1, "workers", "max_detections", "batch_size", "tiles", "every")
+    check_least(options, 1, "max_detections", "batch_size", "tiles", "every")
     if options.rate is not None and not 0 < options.rate <= 1000:
         raise UsageError(f"--rate must be above 0 and at most 1000 frames a second, got {options.rate}")
-    return options
-
-
-def _parse_classify(arguments: Sequence[str]) -> argparse.Namespace:
-    text = "Name what is in given boxes, draw it, and write it as JSON."
-    parser = _parser("classify", text, "of a RegionClassifier, such as RUN/best.ckpt", "regions")
-    parser.add_argument(
-        "--boxes",
-        required=True,
-        help="JSON: image name -> [[x1, y1, x2, y2], ...]; or a store, or a source such as selective_search",
-    )
-    options = parser.parse_args(list(arguments))
-    check_least(options, 1, "workers")
     return options

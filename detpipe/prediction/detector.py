@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from detpipe.types import Detection, Target
@@ -37,11 +38,8 @@ class PlacedDetector:
     @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Detection]:
         """Detect in N images ``[C, H_i, W_i]``; proposals and glimpses of a head that returns them come too."""
-        moved = None if targets is None else [cast(Target, self._moved(cast(dict[str, Any], one))) for one in targets]
-        return [self._kept(found) for found in self.detector([image.to(self.device) for image in images], moved)]
-
-    def _moved(self, target: dict[str, Any]) -> dict[str, Any]:
-        return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in target.items()}
+        images, targets = move_data_to_device((list(images), targets), self.device)
+        return [self._kept(found) for found in self.detector(images, targets)]
 
     def _kept(self, found: Detection) -> Detection:
         keep = found["scores"] >= self.score_threshold

@@ -121,7 +121,7 @@ def _listed(name: str, allow_network: bool) -> Iterator[ImageInput]:
     file = name[1:]
     try:
         text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        lines = [line.strip() for line in text.decode().splitlines() if line.strip()]
+        lines = [line.strip() for line in text.decode("utf-8-sig").splitlines() if line.strip()]
     except OSError as error:
         raise UsageError(
             f"{file}: this list of images cannot be read ({error.strerror}); give one name a line"

@@ -7,6 +7,7 @@ The file holds ``checkpoint``, ``class_names``, ``images`` (``file``, ``drawing`
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,19 +15,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
-
-from detpipe.images import Size, to_picture
+from detpipe.images import Size, scale_boxes, to_picture
 from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.prediction.batches import Part, plan_batches
 from detpipe.prediction.inputs import ImageInput
-from detpipe.prediction.lines import LinesFile, Plan, Tally, join, part_name
-from detpipe.prediction.running import Work, run
+from detpipe.prediction.lines import LinesFile, Plan, Tally, describe, join, part_name
+from detpipe.prediction.running import run
 from detpipe.prediction.windows import Windows
 from detpipe.types import Detection, GlimpsedDetection
 
-Picture = Tensor | Windows  # [C, H, W], or what is read part by part
-Look = Callable[[Sequence[ImageInput], Sequence[Picture]], Sequence[Detection]]  # -> what is found, on the CPU
+Read = Callable[[ImageInput], Windows]
+Look = Callable[[Sequence[ImageInput], Sequence[Windows]], Sequence[Detection]]  # -> what is found, on the CPU
 _DRAWN = 4096  # pixels of the longer side of a drawing of an image that is read part by part
 
 
@@ -58,13 +57,14 @@ class Job:
     def plan(self) -> Plan:
         """What is asked for, as the files say it."""
         names = "\n".join(one.name if one.page is None else f"{one.name} {one.page}" for one in self.inputs)
-        settings = {**self.settings, "batch_size": self.batch_size, "list": hashlib.sha256(names.encode()).hexdigest()}
+        images = hashlib.sha256(os.fsencode(names)).hexdigest()
+        settings = {**self.settings, "batch_size": self.batch_size, "list": images}
         return Plan(self.checkpoint, tuple(self.class_names), len(self.inputs), settings)
 
     def do(
         self,
         part: Part,
-        read: Callable[[ImageInput], Picture],
+        read: Read,
         look: Look,
         workers: int,
         resume: bool,
@@ -74,7 +74,7 @@ class Job:
 
         Args:
             part: of all images.
-            read: decodes one, in a thread.
+            read: opens one, in a thread.
             look: finds something in a batch of them.
             workers: threads.
             resume: whether to go on with what an earlier run has written.
@@ -86,21 +86,20 @@ class Job:
         with LinesFile(self.out / part_name(self.kind, part), self.plan, part, rows, resume) as lines:
             tell(len(lines.done), len(rows), None)
 
-            def record(row: int, picture: Picture, found: Detection) -> dict[str, Any]:
-                return {"index": row, **self._record(self.inputs[row], picture, found, names[row])}
-
-            work = Work(
-                read=lambda row: read(self.inputs[row]),
-                look=lambda batch, pictures: look([self.inputs[row] for row in batch], pictures),
-                record=record,
-                failed=lambda row, reason: {"index": row, **_naming(self.inputs[row]), "reason": reason},
+            run(
+                batches,
+                lambda row: read(self.inputs[row]),
+                lambda batch, images: look([self.inputs[row] for row in batch], images),
+                lambda row, image, found: self._record(row, image, found, names[row]),
+                lines,
+                workers,
+                lambda one: tell(len(lines.done), len(rows), one.get("reason")),
             )
-            run(work, batches, lines, workers, lambda one: tell(len(lines.done), len(rows), one.get("reason")))
 
     def finish(self, parts: int, limit: int | None = None) -> Tally:
         """Join what all parts have written to ``KIND.json``; see `join`."""
         names = [part_name(self.kind, Part(number, parts)) for number in range(1, parts + 1)]
-        return join([self.out / name for name in names], self.out / f"{self.kind}.json", self.kind, limit)
+        return join([self.out / name for name in names], self.out / f"{self.kind}.json", limit)
 
     def _sizes(self, workers: int) -> list[Size | None]:
         if self.batch_size == 1:
@@ -108,25 +107,27 @@ class Job:
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(ImageInput.size, self.inputs))
 
-    def _record(self, source: ImageInput, picture: Picture, found: Detection, drawing: str | None) -> dict[str, Any]:
-        record = _naming(source)
-        height, width = picture.size if isinstance(picture, Windows) else (picture.shape[1], picture.shape[2])
+    def _record(self, row: int, image: Windows | None, found: Detection | str, drawing: str | None) -> dict[str, Any]:
+        source = self.inputs[row]
+        record: dict[str, Any] = {"index": row, "file": source.name}
+        if source.page is not None:
+            record["page"] = source.page + 1
+        if image is None or isinstance(found, str):
+            return {**record, "reason": found}
         if drawing is not None:
-            self._draw(picture, found, self.out / drawing)
+            self._draw(image, found, self.out / drawing)
             record["drawing"] = drawing
-        return {**record, "width": width, "height": height, self.kind: _rows(found, self.class_names)}
+        height, width = image.size
+        return {**record, "width": width, "height": height, self.kind: describe(found, self.class_names)}
 
-    def _draw(self, picture: Picture, found: Detection, path: Path) -> None:
-        boxes = found["boxes"]
-        if isinstance(picture, Windows):
-            height, width = picture.size
-            picture = picture.reduced(_DRAWN)
-            boxes = boxes * boxes.new_tensor([picture.shape[2] / width, picture.shape[1] / height]).repeat(2)
-        image = to_picture(picture)
-        if "glimpses" in found:
-            drawn = glimpse_pictures.draw_glimpses(image, cast(GlimpsedDetection, found), self.class_names)
+    def _draw(self, image: Windows, found: Detection, path: Path) -> None:
+        reduced = image.reduced(_DRAWN)
+        picture = to_picture(reduced)
+        if "glimpses" in found:  # only of whole images
+            drawn = glimpse_pictures.draw_glimpses(picture, cast(GlimpsedDetection, found), self.class_names)
         else:
-            drawn = visualize.draw(image, boxes, found["labels"], self.class_names, found["scores"])
+            boxes = scale_boxes(found["boxes"], image.size, (reduced.shape[1], reduced.shape[2]))
+            drawn = visualize.draw(picture, boxes, found["labels"], self.class_names, found["scores"])
         save = visualize.save_png if self.drawings == "png" else visualize.save_jpeg
         save(path, drawn)
 
@@ -145,18 +146,3 @@ def drawing_names(inputs: Sequence[ImageInput], out: Path, suffix: str) -> list[
         used.add(name)
         names.append(name)
     return names
-
-
-def _naming(source: ImageInput) -> dict[str, Any]:
-    """What an image is called in a record; pages count from 1."""
-    return {"file": source.name} if source.page is None else {"file": source.name, "page": source.page + 1}
-
-
-def _rows(found: Detection, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    columns = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
-    rows: list[dict[str, Any]] = [
-        {"label": class_names[label - 1], "score": score, "box": box} for label, score, box in columns
-    ]
-    if "glimpses" in found:
-        rows = [row | glimpse_pictures.describe(cast(GlimpsedDetection, found), k) for k, row in enumerate(rows)]
-    return rows

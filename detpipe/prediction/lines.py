@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, cast
 
+from detpipe.pictures import glimpse_pictures
 from detpipe.prediction.batches import WHOLE, Part
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.files import atomic_write, sole_writer
+from detpipe.types import Detection, GlimpsedDetection
 
 FORMAT = "detpipe predictions 1"
+_BEGINNING = json.dumps({"format": FORMAT})[:-1].encode()  # of a file
+KINDS = ("detections", "regions")  # of what is found in an image
 _NAMED = 5  # images or parts that a message names
 
 
@@ -79,7 +83,7 @@ class LinesFile:
         busy = DataError(f"{path}: another process is writing it; wait for it, or give another -o")
         with ExitStack() as stack:
             stack.enter_context(sole_writer(path, busy))
-            self._end = self._check(plan, part, len(rows), resume) if path.exists() and path.stat().st_size else 0
+            self._end = self._check(plan, part, len(rows), resume) if _is_begun(path) else 0
             # not buffered: what did not fit on a full disk would be written once more when the file is closed
             self._file = stack.enter_context(path.open("r+b" if self._end else "wb", buffering=0))
             self._file.seek(self._end)
@@ -137,6 +141,15 @@ class LinesFile:
         self._end += len(line)
 
 
+def _is_begun(path: Path) -> bool:
+    """Whether a file is there, and has more in it than a first line that a kill cut short."""
+    if not path.exists():
+        return False
+    with path.open("rb") as stream:
+        line = stream.readline(1 << 24)
+    return line.endswith(b"\n") or not (_BEGINNING.startswith(line) or line.startswith(_BEGINNING))
+
+
 @dataclass(frozen=True)
 class Lines:
     """What a file of JSON lines holds; the images are left on the disk."""
@@ -148,11 +161,12 @@ class Lines:
     places: dict[int, tuple[int, int]]  # index -> first byte and length of its line
     end: int  # bytes of whole lines
 
-    def record(self, index: int, stream: BinaryIO) -> dict[str, Any]:
-        """Read an image of an open file."""
+    def record(self, index: int) -> dict[str, Any]:
+        """Read an image; the file is open for that alone, since there may be more parts than files that can be open."""
         start, length = self.places[index]
-        stream.seek(start)
-        return json.loads(stream.read(length))
+        with self.path.open("rb") as stream:
+            stream.seek(start)
+            return json.loads(stream.read(length))
 
 
 def read_lines(path: Path) -> Lines:
@@ -173,19 +187,27 @@ def read_lines(path: Path) -> Lines:
         for line in stream:
             if not line.endswith(b"\n"):
                 break
+            where = f"{path}: line {len(places) + 2}"
             try:
                 index = int(json.loads(line)["index"])
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{path}: line {len(places) + 2} is damaged; delete the file and predict anew"
-                ) from error
+                raise DataError(f"{where} is damaged; delete the file and predict anew") from error
             if index in places:
-                raise DataError(
-                    f"{path}: line {len(places) + 2} is image {index} once more; delete the file and predict anew"
-                )
+                raise DataError(f"{where} is image {index} once more; delete the file and predict anew")
             places[index] = (end, len(line))
             end += len(line)
     return Lines(path, plan, part, part_images, places, end)
+
+
+def describe(found: Detection, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """What is found in an image as its record says it: ``label``, ``score`` and ``box`` of each, and where a head looked."""
+    columns = zip(*(found[key].tolist() for key in ("labels", "scores", "boxes")), strict=True)
+    rows: list[dict[str, Any]] = [
+        {"label": class_names[label - 1], "score": score, "box": box} for label, score, box in columns
+    ]
+    if "glimpses" in found:
+        rows = [row | glimpse_pictures.describe(cast(GlimpsedDetection, found), k) for k, row in enumerate(rows)]
+    return rows
 
 
 def part_name(kind: str, part: Part) -> str:
@@ -198,14 +220,13 @@ def part_name(kind: str, part: Part) -> str:
     return f"{kind}.jsonl" if part == WHOLE else f"{kind}.part-{part.number}-of-{part.of}.jsonl"
 
 
-def join(paths: Sequence[Path], output: Path, kind: str = "detections", limit: int | None = None) -> Tally:
+def join(paths: Sequence[Path], output: Path, limit: int | None = None) -> Tally:
     """Write all images of one or more files of JSON lines as one JSON file, in their order.
 
     Args:
         paths: of the files, parts of one whole.
         output: the file to write.
-        kind: what a record holds, ``"detections"`` or ``"regions"``.
-        limit: how many of them a model gives at most.
+        limit: how many detections a model gives at most.
 
     Returns:
         What was written.
@@ -214,68 +235,58 @@ def join(paths: Sequence[Path], output: Path, kind: str = "detections", limit: i
         DataError: parts of different plans, a part that is missing, there twice, or not complete; each is named.
     """
     parts = sorted((read_lines(path) for path in paths), key=lambda one: one.part)
-    _check_parts(parts)
+    owners = _owners(parts)
     plan, tally = parts[0].plan, Counter[str]()
     head = {"checkpoint": plan.checkpoint, "class_names": list(plan.class_names)}
     with atomic_write(output) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
         stream.write(json.dumps(head)[:-1] + ', "images": [')
         failed: list[str] = []
         separator = "\n"
-        for record in _in_order(parts):
-            text = json.dumps({name: value for name, value in record.items() if name != "index"})
+        for index in sorted(owners):
+            record = owners[index].record(index)
+            del record["index"]
             if "reason" in record:
-                failed.append(text)
+                failed.append(json.dumps(record))
                 continue
-            stream.write(separator + text)
+            stream.write(separator + json.dumps(record))
             separator = ",\n"
-            tally.update(images=1, found=len(record[kind]), limited=len(record[kind]) == limit)
+            [found] = (len(record[kind]) for kind in KINDS if kind in record)
+            tally.update(images=1, found=found, limited=found == limit)
         stream.write('\n], "failed": [' + ",\n".join(["", *failed])[1:] + "\n]}\n")
     return Tally(tally["images"], tally["found"], len(failed), tally["limited"])
 
 
-def _in_order(parts: Sequence[Lines]) -> Iterator[dict[str, Any]]:
-    place = {index: k for k, one in enumerate(parts) for index in one.places}
-    streams = [one.path.open("rb") for one in parts]
-    try:
-        for index in sorted(place):
-            yield parts[place[index]].record(index, streams[place[index]])
-    finally:
-        for stream in streams:
-            stream.close()
-
-
-def _check_parts(parts: Sequence[Lines]) -> None:
-    """Refuse what is not one whole, by name."""
+def _owners(parts: Sequence[Lines]) -> dict[int, Lines]:
+    """Find which part has each image; what is not one whole is refused by name."""
     if not parts:
         raise DataError("there are no parts to merge; expected files such as detections.part-1-of-16.jsonl")
-    first, seen = parts[0], {}
+    first = parts[0]
+    by_number: dict[int, Lines] = {}
+    owners: dict[int, Lines] = {}
     for one in parts:
-        difference = first.plan.difference(replace(one.plan, checkpoint=first.plan.checkpoint))
+        difference = first.plan.difference(one.plan)
         if one.part.of != first.part.of:
             difference = f"it is one of {one.part.of} parts, not of {first.part.of}"
         if difference:
             raise DataError(f"{one.path} does not belong to {first.path}: {difference}")
-        if one.part in seen:
-            raise DataError(f"part {one.part.number} of {one.part.of} is there twice: {seen[one.part]} and {one.path}")
-        seen[one.part] = one.path
-    missing = [str(number) for number in range(1, first.part.of + 1) if Part(number, first.part.of) not in seen]
+        twin = by_number.setdefault(one.part.number, one)
+        if twin is not one:
+            raise DataError(f"part {one.part.number} of {one.part.of} is there twice: {twin.path} and {one.path}")
+        if len(one.places) < one.part_images:
+            raise DataError(
+                f"{one.path} has {len(one.places)} of its {one.part_images} images; go on with the command that wrote it, and "
+                "--resume"
+            )
+        for index in one.places:
+            if owners.setdefault(index, one) is not one:
+                raise DataError(
+                    f"image {index} is in {owners[index].path} and in {one.path}; predict one of these parts anew"
+                )
+    missing = [str(number) for number in range(1, first.part.of + 1) if number not in by_number]
     if missing:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise DataError(
             f"of {first.part.of} parts, {', '.join(missing[:_NAMED])}{more} {'is' if len(missing) == 1 else 'are'} missing in "
             f"{first.path.parent}; predict them with --part NUMBER/{first.part.of}"
         )
-    for one in parts:
-        if len(one.places) < one.part_images:
-            raise DataError(
-                f"{one.path} has {len(one.places)} of its {one.part_images} images; go on with the command that wrote it, and "
-                "--resume"
-            )
-    owner: dict[int, Lines] = {}
-    for one in parts:
-        for index in one.places:
-            if index in owner:
-                raise DataError(
-                    f"image {index} is in {owner[index].path} and in {one.path}; predict one of these parts anew"
-                )
-            owner[index] = one
+    return owners

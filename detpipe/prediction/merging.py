@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -84,8 +84,7 @@ class Merge:
         return Detection(boxes=boxes[keep], scores=scores[keep], labels=labels[keep])
 
 
-@dataclass(frozen=True)
-class _Parts:
+class _Parts(NamedTuple):
     boxes: Tensor  # [D, 4]
     scores: Tensor  # [D]
     labels: Tensor  # [D]
@@ -93,7 +92,7 @@ class _Parts:
     cut: Tensor  # [D, 4] bool: whether the view ends at this side, and the object may go on
 
     def take(self, rows: Tensor) -> _Parts:
-        return _Parts(self.boxes[rows], self.scores[rows], self.labels[rows], self.zones[rows], self.cut[rows])
+        return _Parts(*(values[rows] for values in self))
 
 
 def _joined(parts: _Parts) -> _Parts:
@@ -112,13 +111,7 @@ def _joined(parts: _Parts) -> _Parts:
         whole.append(_Parts(around[None], best[None], own.labels[:1], zone[None], cut[None]))
     keep = torch.ones(len(parts.scores), dtype=torch.bool, device=rows.device)
     keep[rows[torch.tensor([row for group in groups for row in group], device=rows.device)]] = False
-    all_parts = [parts.take(keep), *whole]
-    return _Parts(
-        *(
-            torch.cat([getattr(one, name) for one in all_parts])
-            for name in ("boxes", "scores", "labels", "zones", "cut")
-        )
-    )
+    return _Parts(*map(torch.cat, zip(parts.take(keep), *whole, strict=True)))
 
 
 def _pairs(parts: _Parts) -> list[tuple[int, int]]:

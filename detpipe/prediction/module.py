@@ -29,11 +29,9 @@ class PredictionModule(LightningModule):
         super().__init__()
         self.detector = detector
         detect: Detector = AugmentedDetector(detector) if augmented else detector
-        self._detect = (
-            detect if tiles is None else TiledDetector(detect, tiles, overlap),
-        )  # or it would be a module twice
+        self._detect = detect if tiles is None else TiledDetector(detect, tiles, overlap)
 
     def predict_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> list[Detection]:
         """Detect objects in a batch; boxes are in pixels of the image files."""
         images, targets = batch
-        return detections_to_files(self._detect[0](images, targets), targets)
+        return detections_to_files(self._detect(images, targets), targets)

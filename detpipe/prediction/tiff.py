@@ -108,13 +108,13 @@ class TiffWindows(Windows):
 
     @property
     def fits(self) -> bool:
-        """Whether it can be read so; other kinds are rare, and small."""
+        """Whether it can be read so; other kinds are rare, and small, or have their channels in several pages."""
         page = self._page
         orientation = page.tags.get(planes.ORIENTATION)
         colors = (_GRAY, _RGB) + ((_YCBCR,) if page.compression == _JPEG else ())
         upright = orientation is None or orientation.value == 1
         plain = page.bitspersample in _BITS and page.photometric in colors and page.axes in ("YX", "YXS", "SYX")
-        return upright and plain
+        return upright and plain and self._pixels.channels in (1, 3, self._samples)
 
     def read(self, top: int, left: int, height: int, width: int) -> Tensor:
         """Decode the tiles or strips of a part; a DataError names a damaged file, and one whose strips are too large."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor
 
@@ -100,7 +99,8 @@ class TiledDetector:
         if target is not None and "proposals" in target:
             target = {"proposals": scale_boxes(target["proposals"], image.size, small)}
         [found] = self.detector([reduced], None if target is None else [target])
-        return _as_found(found, scale_boxes(found["boxes"], small, image.size))
+        boxes = scale_boxes(found["boxes"], small, image.size)
+        return Detection(boxes=boxes, scores=found["scores"], labels=found["labels"])
 
 
 def _part_of(target: Target, view: View) -> Target:
@@ -115,8 +115,5 @@ def _part_of(target: Target, view: View) -> Target:
 
 
 def _moved(found: Detection, view: View) -> Detection:
-    return _as_found(found, found["boxes"] + box_ops.constants((view[0], view[1]) * 2, found["boxes"]))
-
-
-def _as_found(found: Detection, boxes: Tensor) -> Detection:
-    return cast(Detection, {"boxes": boxes, "scores": found["scores"], "labels": found["labels"]})
+    boxes = found["boxes"] + box_ops.constants((view[0], view[1]) * 2, found["boxes"])
+    return Detection(boxes=boxes, scores=found["scores"], labels=found["labels"])

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +23,11 @@ from detpipe.datasets.planes import without_advice
 from detpipe.images import to_picture
 from detpipe.pictures import visualize
 from detpipe.prediction.inputs import ImageInput
+from detpipe.prediction.lines import describe
 from detpipe.prediction.tracking import Tracker
-from detpipe.support.errors import DataError, UsageError
-from detpipe.types import Detection, PixelType
+from detpipe.prediction.windows import Windows
+from detpipe.support.errors import DataError, DownloadError, UsageError
+from detpipe.types import Detection
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv")
 _CLOCK = Fraction(1, 1000)  # seconds of a step of what is written
@@ -44,22 +45,6 @@ class Frame(NamedTuple):
 
 class VideoEnd(Exception):
     """A video that cannot be read any further, though it has not ended; the message says why."""
-
-
-@dataclass(frozen=True)
-class VideoOutput:
-    """What is written of a video.
-
-    Args:
-        lines: file for JSON lines: one of the video, ``{"file", "checkpoint", "class_names"}``, and one of each frame, ``{"frame",
-            "seconds", "width", "height", "detections"}``, those as of ``detpipe predict``, with a ``track``.
-        video: file for the frames with what was found; None for none.
-        class_names: the name of label 1 first.
-    """
-
-    lines: Path
-    video: Path | None
-    class_names: Sequence[str]
 
 
 def is_video(path: Path) -> bool:
@@ -119,43 +104,51 @@ def _is_cut_off(container: Any, stream: Any, seconds: float) -> bool:
     return duration is not None and seconds + max(1.0, 0.05 * duration) < duration
 
 
-def read_frames(inputs: Sequence[ImageInput], rate: float, every: int, pixels: PixelType) -> Iterator[Frame]:
-    """Decode images, so many a second, as frames; a VideoEnd names the first that cannot be read."""
+def read_frames(
+    inputs: Sequence[ImageInput], rate: float, every: int, read: Callable[[ImageInput], Windows]
+) -> Iterator[Frame]:
+    """Read images, so many a second, as frames; a VideoEnd names the first that cannot be read."""
     for number in range(0, len(inputs), every):
         try:
-            image = inputs[number].read(pixels)
-        except (DataError, OSError) as error:
+            image = read(inputs[number]).whole()
+        except (DataError, DownloadError, OSError) as error:
             raise VideoEnd(without_advice(error)) from error
         yield Frame(number, number / rate, image)
 
 
 def look_at_video(
     frames: Iterator[Frame],
-    look: Callable[[Sequence[Tensor]], Sequence[Detection]],
-    out: VideoOutput,
+    look: Callable[[Sequence[Frame]], Sequence[Detection]],
+    lines: Path,
+    video: Path | None,
     head: dict[str, Any],
     tracker: Tracker | None = None,
     batch_size: int = 1,
-    tell: Callable[[int], None] = lambda number: None,
-) -> str | None:
+    tell: Callable[[int], None] = lambda count: None,
+) -> tuple[int, str | None]:
     """Look at frames and write what is found, batch by batch.
 
     Args:
         frames: in order.
-        look: N images of one size -> what is found in each.
-        out: what is written.
-        head: the first line.
+        look: N frames of one size -> what is found in each.
+        lines: file for JSON lines: ``head``, and one of each frame, ``{"frame", "seconds", "width", "height", "detections"}``,
+            those as of ``detpipe predict``, with a ``track``.
+        video: file for the frames with what was found; None for none.
+        head: ``{"file", "checkpoint", "class_names"}``.
         tracker: that follows objects; None for none.
         batch_size: frames that are looked at together.
-        tell: called with the number of each frame that was written.
+        tell: called with the number of frames that were written.
 
     Returns:
-        Why it ended early; None if it did not.
+        How many frames were written, and why it ended early; None if it did not.
+
+    Raises:
+        DataError: frames of several sizes are to be written as one video.
     """
-    out.lines.parent.mkdir(parents=True, exist_ok=True)
-    with out.lines.open("w", encoding="utf-8") as lines, _writing(out.video) as write:
-        lines.write(json.dumps(head) + "\n")
-        end = None
+    names, count, end = head["class_names"], 0, None
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    with lines.open("w", encoding="utf-8") as stream, nullcontext() if video is None else _writing(video) as write:
+        stream.write(json.dumps(head) + "\n")
         while end is None:
             batch: list[Frame] = []
             try:
@@ -163,53 +156,44 @@ def look_at_video(
             except VideoEnd as error:
                 end = str(error)
             if not batch:
-                return end
-            for frame, found in zip(batch, look([one.image for one in batch]), strict=True):
-                tracks = None if tracker is None else tracker.follow(found, frame.seconds)
-                write(frame, lambda: _draw(frame.image, found, tracks, out.class_names))  # noqa: B023 (called there)
-                lines.write(json.dumps(_record(frame, found, tracks, out.class_names), allow_nan=False) + "\n")
-                lines.flush()
-                tell(frame.number)
-    return end
+                break
+            of_one_size = [list(some) for _, some in groupby(batch, key=lambda frame: frame.image.shape)]
+            for frame, found in zip(batch, chain.from_iterable(map(look, of_one_size)), strict=True):
+                record = _record(frame, found, names)
+                tracks = None
+                if tracker is not None:
+                    tracks = tracker.follow(found, frame.seconds)
+                    for row, track in zip(record["detections"], tracks, strict=True):
+                        row["track"] = track
+                if write is not None:
+                    write(frame, _draw(frame.image, found, tracks, names))
+                stream.write(json.dumps(record, allow_nan=False) + "\n")
+                stream.flush()
+                count += 1
+                tell(count)
+    return count, end
 
 
-def _record(
-    frame: Frame, found: Detection, tracks: Sequence[int | None] | None, names: Sequence[str]
-) -> dict[str, Any]:
-    columns = zip(*(found[key].tolist() for key in ("labels", "scores", "boxes")), strict=True)
-    rows: list[dict[str, Any]] = [
-        {"label": names[label - 1], "score": score, "box": box} for label, score, box in columns
-    ]
-    if tracks is not None:
-        rows = [{**row, "track": track} for row, track in zip(rows, tracks, strict=True)]
+def _record(frame: Frame, found: Detection, names: Sequence[str]) -> dict[str, Any]:
     height, width = frame.image.shape[1:]
-    return {
-        "frame": frame.number,
-        "seconds": round(frame.seconds, 6),
-        "width": width,
-        "height": height,
-        "detections": rows,
-    }
+    sizes = {"seconds": round(frame.seconds, 6), "width": width, "height": height}
+    return {"frame": frame.number, **sizes, "detections": describe(found, names)}
 
 
 def _draw(image: Tensor, found: Detection, tracks: Sequence[int | None] | None, names: Sequence[str]) -> Tensor:
     """A frame with its detections, those of one track in one color and with its number."""
-    picture = to_picture(image)
-    if tracks is None:
-        return visualize.draw(picture, found["boxes"], found["labels"], names, found["scores"], min_side=0)
-    rows = list(zip(found["labels"].tolist(), tracks, strict=True))
-    own = [f"{names[label - 1]}{'' if track is None else f' #{track}'}" for label, track in rows]
-    colors = [visualize.IGNORED_COLOR if track is None else visualize.class_color(track) for _, track in rows]
-    labels = torch.arange(1, len(own) + 1)
-    return visualize.draw(picture, found["boxes"], labels, own, found["scores"], colors=colors, min_side=0)
+    labels, colors = found["labels"], None
+    if tracks is not None:
+        rows = list(zip(labels.tolist(), tracks, strict=True))
+        names = [f"{names[label - 1]}{'' if track is None else f' #{track}'}" for label, track in rows]
+        colors = [visualize.IGNORED_COLOR if track is None else visualize.class_color(track) for track in tracks]
+        labels = torch.arange(1, len(names) + 1)
+    return visualize.draw(to_picture(image), found["boxes"], labels, names, found["scores"], colors=colors, min_side=0)
 
 
 @contextmanager
-def _writing(path: Path | None) -> Iterator[Callable[[Frame, Callable[[], Tensor]], None]]:
-    """Yield what writes a frame, drawn only where there is a file; the first decides about the size."""
-    if path is None:
-        yield lambda frame, draw: None
-        return
+def _writing(path: Path) -> Iterator[Callable[[Frame, Tensor], None]]:
+    """Yield what writes a frame as it was drawn; the first decides about the size."""
     av = _pyav()
     codec = next((name for name in _CODECS if name in av.codecs_available), None)
     if codec is None:
@@ -221,23 +205,27 @@ def _writing(path: Path | None) -> Iterator[Callable[[Frame, Callable[[], Tensor
         stream.pix_fmt, stream.codec_context.time_base, stream.time_base = "yuv420p", _CLOCK, _CLOCK
         last = -1
 
-        def write(frame: Frame, draw: Callable[[], Tensor]) -> None:
+        def write(frame: Frame, drawn: Tensor) -> None:
             nonlocal last
-            picture = _even(draw())
+            picture = _even(drawn)
+            height, width = picture.shape[1:]
             if last < 0:
-                stream.height, stream.width = picture.shape[1:]
-            elif (stream.height, stream.width) != tuple(picture.shape[1:]):
+                stream.height, stream.width = height, width
+            elif (stream.height, stream.width) != (height, width):
                 raise DataError(
-                    f"frame {frame.number} has another size than the first; frames of a video have one size"
+                    f"frame {frame.number} has {width} x {height} pixels, the first has {stream.width} x {stream.height}, but "
+                    "frames of a video have one size; give images of one size, or add --no-drawings to write lines alone"
                 )
             last = max(last + 1, round(frame.seconds / float(_CLOCK)))
             encoded = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
             encoded.pts, encoded.time_base = last, _CLOCK
             container.mux(stream.encode(encoded))
 
-        yield write
-        if last >= 0:
-            container.mux(stream.encode(None))
+        try:
+            yield write
+        finally:
+            if last >= 0:  # the encoder holds some frames back
+                container.mux(stream.encode(None))
 
 
 def _even(picture: Tensor) -> Tensor:

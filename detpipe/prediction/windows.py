@@ -20,6 +20,10 @@ class Windows(ABC):
     def read(self, top: int, left: int, height: int, width: int) -> Tensor:
         """Read the part from row ``top`` and column ``left`` on, which lies inside: ``[C, height, width]``."""
 
+    def whole(self) -> Tensor:
+        """Read the whole image, ``[C, H, W]``."""
+        return self.read(0, 0, *self.size)
+
     def reduced(self, side: int) -> Tensor:
         """The whole image, each pixel the mean of a square, with a longer side of at least ``side`` pixels where it has so many.
 
@@ -28,7 +32,7 @@ class Windows(ABC):
         height, width = self.size
         factor = max(1, max(height, width) // side)
         if factor == 1:
-            return self.read(0, 0, height, width)
+            return self.whole()
         step = factor * max(1, side // 4)
         rows = [
             torch.cat([_mean(self._part(top, left, step), factor) for left in range(0, width, step)], dim=2)

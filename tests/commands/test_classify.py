@@ -83,6 +83,17 @@ def test_each_box_gets_a_name_in_its_place(model_file, pictures, capsys):
             assert drawing.width * one["height"] == drawing.height * one["width"]
 
 
+def test_parts_are_merged(model_file, pictures, capsys):
+    whole, out = classify(model_file, pictures), pictures.parent / "out"
+    (out / "regions.json").unlink()
+    for number in (2, 1):
+        arguments = [str(model_file), str(pictures), "--boxes", str(pictures.parent / "boxes.json"), "-o", str(out)]
+        assert cli.main(["classify", *arguments, "--device", "cpu", "--part", f"{number}/2"]) == 0
+    assert cli.main(["merge", str(out)]) == 0
+    assert json.loads((out / "regions.json").read_text()) == whole
+    assert "3 images, 3 regions, 0 failed" in capsys.readouterr().out
+
+
 def test_what_cannot_be_classified_is_named_and_the_rest_goes_on(model_file, pictures, capsys):
     boxes = {"a.png": [*BOXES, [81, 5, 99, 20]], "b.png": BOXES, "a.jpg": BOXES}
     (pictures.parent / "boxes.json").write_text(json.dumps(boxes))

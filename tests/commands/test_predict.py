@@ -12,10 +12,11 @@ from PIL import Image
 
 from detpipe import cli
 from detpipe.commands.given_proposals import read_proposals
-from detpipe.commands.predict import detect
+from detpipe.commands.predict import _job, _parse_predict, detect
 from detpipe.datasets import read_image
 from detpipe.support.errors import DataError
 from detpipe.training import checkpoint
+from detpipe.training.checkpoint import Description
 from detpipe.training.models import load_detector
 
 
@@ -216,36 +217,36 @@ def test_a_proposals_file_that_is_no_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "status", "message"),
+    ("arguments", "status", "message"),
     [
-        ({"images": "nowhere"}, 2, "nowhere does not exist; expected an image or a folder of images"),
-        ({"checkpoint": "nowhere.ckpt"}, 1, "checkpoint nowhere.ckpt does not exist"),
-        ({"threshold": "1.5"}, 2, "--score_threshold must be in 0..1, got 1.5"),
-        ({"threshold": "x"}, 2, "invalid float value: 'x'; see 'detpipe predict --help'"),
-        ({"device": "tpu9"}, 2, "device 'tpu9' cannot be used"),
-        ({"option": "--nothing"}, 2, "unrecognized arguments: --nothing"),
+        (["CHECKPOINT", "nowhere"], 2, "nowhere does not exist; expected an image or a folder of images"),
+        (["nowhere.ckpt", "IMAGES"], 1, "checkpoint nowhere.ckpt does not exist"),
+        (["CHECKPOINT", "IMAGES", "--score_threshold", "1.5"], 2, "--score_threshold must be in 0..1, got 1.5"),
+        (
+            ["CHECKPOINT", "IMAGES", "--score_threshold", "x"],
+            2,
+            "invalid float value: 'x'; see 'detpipe predict --help'",
+        ),
+        (["CHECKPOINT", "IMAGES", "--device", "tpu9"], 2, "device 'tpu9' cannot be used"),
+        (["CHECKPOINT", "IMAGES", "--nothing"], 2, "unrecognized arguments: --nothing"),
+        (["CHECKPOINT", "IMAGES", "--part", "4/3"], 2, "expected NUMBER/PARTS such as 3/16, got '4/3'"),
+        (["CHECKPOINT", "IMAGES", "--tiles", "0"], 2, "--tiles must be 1 or more"),
+        (["CHECKPOINT", "IMAGES", "--tiles", "9", "--overlap", "1"], 2, "--overlap must be in 0"),
+        (
+            ["CHECKPOINT", "IMAGES", "--merge", "box_fusion"],
+            2,
+            "--overlap and --merge are about tiles: add --tiles SIDE",
+        ),
+        (["CHECKPOINT", "IMAGES", "--drawings", "png", "--no-drawings"], 2, "not allowed with argument --drawings"),
+        (["CHECKPOINT", "IMAGES", "--show-glimpses", "--tta"], 2, "--show-glimpses is for whole images"),
+        (["CHECKPOINT", "IMAGES", "--workers", "0"], 2, "--workers must be 1 or more"),
+        (["CHECKPOINT", "IMAGES", "-o", "CHECKPOINT"], 2, "best.ckpt is a file; give the name of a folder"),
     ],
 )
-def test_mistakes_on_the_command_line(
-    changed: dict[str, str], status: int, message: str, trained: Path, pictures: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    given = {
-        "checkpoint": str(trained / "best.ckpt"),
-        "images": str(pictures),
-        "threshold": "0.5",
-        "device": "cpu",
-    } | changed
-    arguments = [
-        given["checkpoint"],
-        given["images"],
-        "-o",
-        str(tmp_path / "out"),
-        "--score_threshold",
-        given["threshold"],
-    ]
-    arguments += ["--device", given["device"], *([given["option"]] if "option" in given else [])]
-    got, shown = failure(arguments, capsys)
+def test_mistakes_on_the_command_line(arguments, status, message, trained, pictures, tmp_path, capsys):
+    names = {"CHECKPOINT": str(trained / "best.ckpt"), "IMAGES": str(pictures)}
+    given = ["-o", str(tmp_path / "out"), *(names.get(one, one) for one in arguments)]
+    got, shown = failure(given, capsys)
     assert got == status
     assert message in shown
     assert not (tmp_path / "out").exists()
@@ -255,3 +256,20 @@ def test_the_output_folder_is_required(trained, pictures, capsys):
     status, shown = failure([str(trained / "best.ckpt"), str(pictures)], capsys)
     assert status == 2
     assert "-o/--output" in shown
+
+
+def test_other_boxes_or_weights_are_another_run(trained, pictures, tmp_path, capsys):
+    file, out = tmp_path / "proposals.json", tmp_path / "out"
+    file.write_text(json.dumps({"a": [], "b": []}))
+    predict(trained, out, str(pictures), "--proposals", str(file))
+    lines = (out / "detections.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "detections.jsonl").write_bytes(b"".join(lines[:-1]))
+    file.write_text(json.dumps({"a": [[1, 1, 20, 30]], "b": []}))
+    predict(trained, out, str(pictures), "--proposals", str(file), "--resume", status=2)
+    assert "--resume is for the same command, but proposals was" in capsys.readouterr().err
+    models = set()
+    for content in ("one", "other"):
+        (tmp_path / "weights.pth").write_text(content)
+        options = _parse_predict(["name", "x", "-o", "out", "--weights", str(tmp_path / "weights.pth")])
+        models.add(_job([], options, Description({}, ("a",), (1,)), "detections", {}, 1).settings["model"])
+    assert len(models) == 2

@@ -26,12 +26,26 @@ def test_a_video_and_a_folder_of_frames(trained, demo_root, tmp_path, capsys):
     assert not (tmp_path / "out" / "frames.mp4").exists()
 
 
+def test_each_frame_has_its_own_proposals(trained, demo_root, tmp_path):
+    frames = [str(path) for path in sorted((demo_root / "coco" / "val").iterdir())[:2]]
+    (tmp_path / "boxes.json").write_text(json.dumps({frames[0]: [], frames[1]: [[4, 4, 30, 30]]}))
+    command = ["predict", str(trained / "best.ckpt"), *frames, "-o", str(tmp_path), "--device", "cpu", "--no-drawings"]
+    command += ["--rate", "4", "--score_threshold", "0", "--proposals", str(tmp_path / "boxes.json")]
+    assert cli.main(command) == 0
+    _, *lines = [json.loads(line) for line in (tmp_path / "frames.jsonl").read_text().splitlines()]
+    assert [bool(line["detections"]) for line in lines] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["VIDEO", "IMAGE"], 2, "is no video; give videos alone, or with --rate images as the frames of one"),
         (["VIDEO", "--rate", "9"], 2, "--rate is for images as the frames of a video"),
         (["VIDEO", "--resume"], 2, "a video goes through one process"),
+        (["VIDEO", "--drawings", "png"], 2, "is drawn as a video; leave out --drawings"),
+        (["https://localhost/a.mp4", "--allow_network"], 2, "a.mp4: videos are read from files alone; download it"),
+        (["IMAGE", "--track"], 2, "--track and --every are about videos"),
+        (["IMAGE", "--every", "2"], 2, "--track and --every are about videos"),
         (["VIDEO", "--every", "0"], 2, "--every must be 1 or more"),
         (["IMAGE", "--rate", "nan"], 2, "--rate must be above 0"),
         (["EMPTY"], 1, "empty.mp4: cannot be read as a video"),

@@ -140,6 +140,16 @@ def test_a_disk_that_fills_is_one_line(trained, pictures, tmp_path, capsys, monk
     assert len(report((tmp_path / "detections.json").read_bytes())["images"]) == 7
 
 
+def test_names_that_are_not_utf8(trained, pictures, tmp_path):
+    odd = tmp_path / "images" / os.fsdecode(b"odd\xff.png")
+    odd.parent.mkdir()
+    odd.write_bytes((pictures / "0.png").read_bytes())
+    assert predict(trained, odd.parent, tmp_path / "out") == 0
+    [one] = report((tmp_path / "out" / "detections.json").read_bytes())["images"]
+    assert one["file"] == str(odd)
+    assert (tmp_path / "out" / one["drawing"]).is_file()
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TIFF of three pages, each in another layout, with a smaller copy that is none."""
@@ -168,28 +178,24 @@ def test_pages_of_a_tiff_are_looked_at_by_window(stack, trained, tmp_path):
     assert len(own["scores"]) == len(first)
 
 
+def test_pages_of_a_tiff_are_frames(stack, trained, tmp_path):
+    pages = tmp_path / "pages.tif"
+    with tifffile.TiffWriter(pages) as file:
+        for pixels in (np.zeros((110, 150, 3), np.uint8), tifffile.imread(stack, key=0)):
+            file.write(pixels, photometric="rgb")
+    options = ["--tiles", "64", "--no-drawings"]
+    assert predict(trained, pages, tmp_path, *options) == 0
+    assert predict(trained, pages, tmp_path, *options, "--rate", "5") == 0
+    images = report((tmp_path / "detections.json").read_bytes())["images"]
+    _, *frames = [json.loads(line) for line in (tmp_path / "frames.jsonl").read_text().splitlines()]
+    assert [one["detections"] for one in frames] == [one["detections"] for one in images]
+
+
 def test_a_damaged_tiff_is_named(stack, trained, tmp_path, capsys):
     broken = tmp_path / "broken.tif"
     broken.write_bytes(stack.read_bytes()[:9000])
     assert predict(trained, broken, tmp_path / "out", "--tiles", "64") == 1
     assert f"skipped: {broken}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--part", "4/3"], "expected NUMBER/PARTS such as 3/16, got '4/3'"),
-        (["--tiles", "0"], "--tiles must be 1 or more"),
-        (["--tiles", "9", "--overlap", "1"], "--overlap must be in 0"),
-        (["--show-glimpses", "--tta"], "--show-glimpses is for whole images"),
-        (["--workers", "0"], "--workers must be 1 or more"),
-    ],
-)
-def test_mistakes_are_one_line(more, message, trained, pictures, tmp_path, capsys):
-    assert predict(trained, pictures, tmp_path / "out", *more) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert message in line
-    assert not (tmp_path / "out").exists()
 
 
 def test_predictions_are_evaluated(trained, demo_root, tmp_path):

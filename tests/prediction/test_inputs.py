@@ -70,8 +70,9 @@ def test_lists(folder, tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text(lines)
     expected = ["b.png", "more/a.png", "more/left_1.png", "gone.png"]
     assert names([f"@{tmp_path / 'list.txt'}"], folder) == expected
-    typed(monkeypatch, lines.encode())
-    assert names(["@-"], folder) == expected
+    for encoding in ("utf-8", "utf-8-sig"):  # as editors on Windows write it
+        typed(monkeypatch, lines.encode(encoding))
+        assert names(["@-"], folder) == expected
     with pytest.raises(DataError, match=r"gone\.png: no such image file"):  # when it is its turn
         find_inputs([f"@{tmp_path / 'list.txt'}"])[-1].read(RGB)
 

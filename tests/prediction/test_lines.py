@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,60 +46,58 @@ def test_parts_are_joined_in_the_order_of_the_images(tmp_path):
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "all.json").read_bytes()
 
 
+def test_there_may_be_more_parts_than_open_files(tmp_path):
+    paths = [write(tmp_path, Part(number, 60), [number - 1]) for number in range(1, 61)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/dev/fd").iterdir())) + 30, hard))
+        assert join(paths, tmp_path / "all.json").images == 59
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_nothing_at_all_is_joined_too(tmp_path):
     empty = Plan("a.ckpt", ("cat",), 0, {})
     join([write(tmp_path, WHOLE, [], empty)], tmp_path / "all.json")
     assert json.loads((tmp_path / "all.json").read_text())["images"] == []
 
 
-def spoil_missing(folder: Path, paths: list[Path]) -> None:
-    paths.pop(1).unlink()
-
-
 def spoil_twice(folder: Path, paths: list[Path]) -> None:
-    copy = folder / "again" / paths[0].name
-    copy.parent.mkdir()
-    copy.write_bytes(paths[0].read_bytes())
-    paths.append(copy)
+    paths.append(folder / "again" / paths[0].name)
+    paths[-1].parent.mkdir()
+    paths[-1].write_bytes(paths[0].read_bytes())
 
 
 def spoil_unfinished(folder: Path, paths: list[Path]) -> None:
     paths[2].write_bytes(b"".join(paths[2].read_bytes().splitlines(keepends=True)[:-1]))
 
 
-def spoil_image(folder: Path, paths: list[Path]) -> None:
-    write(folder, Part(3, 3), [2, 0])
-
-
-def spoil_settings(folder: Path, paths: list[Path]) -> None:
-    write(folder, Part(3, 3), [2, 5], Plan("a.ckpt", ("cat", "dog"), 6, {"score_threshold": 0.1, "list": "abc"}))
-
-
-def spoil_images(folder: Path, paths: list[Path]) -> None:
-    write(folder, Part(3, 3), [2, 5], Plan("a.ckpt", ("cat", "dog"), 7, {"score_threshold": 0.5, "list": "x"}))
-
-
 def spoil_number(folder: Path, paths: list[Path]) -> None:
     paths[1] = write(folder, Part(2, 4), [1])
-
-
-def spoil_foreign(folder: Path, paths: list[Path]) -> None:
-    paths[1].write_text("[1, 2]\n")
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_missing, r"of 3 parts, 2 is missing in .*; predict them with --part NUMBER/3"),
+        (lambda folder, paths: paths.pop(1), r"of 3 parts, 2 is missing in .*; predict them with --part NUMBER/3"),
         (spoil_twice, r"part 1 of 3 is there twice: .*part-1-of-3\.jsonl and .*again"),
         (spoil_unfinished, r"part-3-of-3\.jsonl has 1 of its 2 images; go on with .* and --resume"),
-        (spoil_image, r"image 0 is in .*part-1-of-3\.jsonl and in .*part-3-of-3\.jsonl"),
-        (spoil_settings, r"part-3-of-3\.jsonl does not belong to .*part-1.*score_threshold"),
-        (spoil_images, r"part-3-of-3\.jsonl does not belong to .*part-1.*the images are others"),
+        (
+            lambda folder, paths: write(folder, Part(3, 3), [2, 0]),
+            r"image 0 is in .*part-1-of-3\.jsonl and in .*part-3-of-3\.jsonl",
+        ),
+        (
+            lambda folder, paths: write(folder, Part(3, 3), [2, 5], replace(PLAN, settings={"list": "abc"})),
+            r"part-3-of-3\.jsonl does not belong to .*part-1.*score_threshold",
+        ),
+        (
+            lambda folder, paths: write(folder, Part(3, 3), [2, 5], replace(PLAN, images=7)),
+            r"part-3-of-3\.jsonl does not belong to .*part-1.*the images are others",
+        ),
         (spoil_number, r"part-2-of-4\.jsonl does not belong to .*: it is one of 4 parts, not of 3"),
-        (spoil_foreign, r"part-2-of-3\.jsonl: is no file of predictions"),
+        (lambda folder, paths: paths[1].write_text("[1, 2]\n"), r"part-2-of-3\.jsonl: is no file of predictions"),
     ],
-    ids=lambda value: getattr(value, "__name__", "").removeprefix("spoil_"),
+    ids=["missing", "twice", "unfinished", "image", "settings", "images", "number", "foreign"],
 )
 def test_what_is_no_whole_is_refused_by_name(spoil, message, tmp_path, capsys):
     paths = parts(tmp_path)
@@ -124,10 +123,11 @@ def test_a_stopped_run_is_gone_on_with(tmp_path):
     whole = write(tmp_path / "whole", WHOLE, [0, 1, 2]).read_bytes()
     path = write(tmp_path, WHOLE, [0, 1, 2], done=2)
     cut = path.read_bytes()
-    for end in range(len(cut) - len(json.dumps(record(1))) - 1, len(cut) + 1, 40):  # a kill within the second line
+    ends = [at + 1 for at, byte in enumerate(cut) if byte == ord("\n")]
+    for end in range(0, len(cut) + 1, 7):  # a kill within any line, the first too
         path.write_bytes(cut[:end])
         with LinesFile(path, PLAN, WHOLE, [0, 1, 2], resume=True) as lines:
-            assert lines.done == ({0, 1} if end == len(cut) else {0})
+            assert lines.done == set(range(sum(end >= one for one in ends[1:])))
             for row in sorted({0, 1, 2} - lines.done):
                 lines.add(record(row))
         assert path.read_bytes() == whole
@@ -139,12 +139,11 @@ def test_a_stopped_run_is_neither_lost_nor_mixed_with_another(tmp_path):
         UsageError, match=r"detections\.jsonl has 2 of 3 images of a run that was stopped: add --resume"
     ):
         LinesFile(path, PLAN, WHOLE, [0, 1, 2], resume=False)
-    other = Plan("a.ckpt", ("cat", "dog"), 6, {"score_threshold": 0.3, "list": "abc"})
+    other = replace(PLAN, settings={"score_threshold": 0.3, "list": "abc"})
     with pytest.raises(UsageError, match=r"for the same command, but score_threshold was 0\.5, is 0\.3; delete it"):
         LinesFile(path, other, WHOLE, [0, 1, 2], resume=True)
-    fewer = Plan("a.ckpt", ("cat", "dog"), 3, {"score_threshold": 0.5, "list": "ab"})
     with pytest.raises(UsageError, match=r"the images are others \(6 then, 3 now\)"):
-        LinesFile(path, fewer, WHOLE, [0, 1, 2], resume=True)
+        LinesFile(path, replace(PLAN, images=3), WHOLE, [0, 1, 2], resume=True)
     with LinesFile(path, PLAN, WHOLE, [0, 1, 2], resume=True) as lines:
         with pytest.raises(DataError, match="another process is writing it"):
             LinesFile(path, PLAN, WHOLE, [0, 1, 2], resume=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from together import start
 
-from detpipe.prediction.batches import WHOLE, Part
+from detpipe.prediction.batches import WHOLE
 from detpipe.prediction.machines import Team, launched, processes_and_machines, team
 from detpipe.training.trainer import build_trainer
 
@@ -78,4 +78,3 @@ def test_a_process_that_is_lost_is_named():
     assert "rank 1 on " in first
     assert "ended before its images were done, of 3 processes; the rest is kept" in first
     assert "the first one, of rank 0, says which" in third
-    assert Part(2, 3).take([0, 1, 2, 3, 4]) == [1, 4]

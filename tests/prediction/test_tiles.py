@@ -3,13 +3,17 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from torch import Tensor
 
 from detpipe.datasets.tiling import tile_views
 from detpipe.prediction import ImageWindows, Merge, TiledDetector, Windows
-from detpipe.types import Detection
+from detpipe.prediction.inputs import ImageInput
+from detpipe.prediction.tiff import open_windows
+from detpipe.types import Detection, PixelType
 from tests.prediction.bright import Bright, rows, scene
 
 
@@ -146,6 +150,14 @@ def test_a_large_image_is_never_read_as_a_whole():
 
 def _none() -> Detection:
     return {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+
+
+def test_grey_pages_that_are_channels(tmp_path):
+    path = tmp_path / "pages.tif"
+    pages = np.random.default_rng(0).integers(0, 256, (4, 9, 12), dtype=np.uint8)
+    tifffile.imwrite(path, pages, photometric="minisblack")
+    image = open_windows(ImageInput(path.name, path), PixelType(4))
+    assert torch.equal(image.read(2, 3, 4, 5), torch.from_numpy(pages)[:, 2:6, 3:8])
 
 
 def test_windows_of_a_tensor_are_views():

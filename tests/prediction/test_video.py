@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install 'detpipe[video]'")
 
 import av
 
+from detpipe.prediction import ImageWindows
 from detpipe.prediction.inputs import ImageInput
 from detpipe.prediction.tracking import Tracker
-from detpipe.prediction.video import VideoEnd, VideoOutput, look_at_video, read_frames, read_video
+from detpipe.prediction.video import Frame, VideoEnd, look_at_video, read_frames, read_video
 from detpipe.support.errors import DataError
 from detpipe.types import RGB, Detection
 
@@ -46,24 +46,28 @@ def write_video(
     return path
 
 
-def bright(images: Sequence[Tensor]) -> list[Detection]:
-    """What is white in each image, as one box."""
+def bright(frames: Sequence[Frame]) -> list[Detection]:
+    """What is white in each frame, as one box."""
     found = []
-    for image in images:
-        y, x = (image[0] > 160).nonzero(as_tuple=True)
+    for frame in frames:
+        y, x = (frame.image[0] > 160).nonzero(as_tuple=True)
         boxes = torch.tensor([[x.min(), y.min(), x.max() + 1, y.max() + 1]]).float() if len(x) else torch.zeros(0, 4)
         labels = torch.ones(len(boxes), dtype=torch.int64)
         found.append(Detection(boxes=boxes, scores=torch.full((len(boxes),), 0.9), labels=labels))
     return found
 
 
+def frames_of(inputs: Sequence[ImageInput], rate: float = 10, every: int = 1) -> Iterator[Frame]:
+    return read_frames(inputs, rate, every, lambda one: ImageWindows(one.read(RGB)))
+
+
 def look(
     frames: Any, folder: Path, batch_size: int = 1, tracker: Tracker | None = None
 ) -> tuple[str | None, list[Any]]:
-    out = VideoOutput(folder / "found.jsonl", folder / "found.mp4", ["square"])
-    end = look_at_video(frames, bright, out, {"file": "x"}, tracker, batch_size)
-    head, *lines = [json.loads(line) for line in (folder / "found.jsonl").read_text().splitlines()]
-    assert head == {"file": "x"}
+    head, out = {"file": "x", "class_names": ["square"]}, folder / "found.jsonl"
+    count, end = look_at_video(frames, bright, out, folder / "found.mp4", head, tracker, batch_size)
+    first, *lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (first, count) == (head, len(lines))
     return end, lines
 
 
@@ -92,13 +96,34 @@ def test_some_frames_and_pictures_of_odd_sizes(tmp_path):
         path = tmp_path / f"{step}.npy"
         np.save(path, picture(step, (49, 65)))
         inputs.append(ImageInput(path.name, path))
-    end, lines = look(read_frames(inputs, 10, 2, RGB), tmp_path)
+    end, lines = look(frames_of(inputs, every=2), tmp_path)
     assert (end, [line["seconds"] for line in lines]) == (None, [0, 0.2])
     assert [tuple(frame.image.shape) for frame in read_video(tmp_path / "found.mp4")] == [(3, 50, 66)] * 2
     missing = [*inputs[:2], ImageInput("gone.png", tmp_path / "gone.png")]
-    end, lines = look(read_frames(missing, 10, 1, RGB), tmp_path, batch_size=8)
+    end, lines = look(frames_of(missing), tmp_path, batch_size=8)
     assert len(lines) == 2
     assert "gone.png: no such image file" in str(end)
+
+
+def test_frames_of_several_sizes(tmp_path):
+    """They are no video, which has all frames until then; lines alone are written, and batches are of one size."""
+    inputs = []
+    for step, size in enumerate([(48, 64), (48, 64), (32, 64)]):
+        np.save(tmp_path / f"{step}.npy", picture(step, size))
+        inputs.append(ImageInput(f"{step}.npy", tmp_path / f"{step}.npy"))
+    with pytest.raises(DataError, match=r"frame 2 has 64 x 32 pixels, the first has 64 x 48, .* add --no-drawings"):
+        look(frames_of(inputs), tmp_path, 4)
+    written = (tmp_path / "found.jsonl").read_text().splitlines()[1:]
+    assert len(list(read_video(tmp_path / "found.mp4"))) == len(written) == 2
+    batches = []
+
+    def seen(frames: Sequence[Frame]) -> list[Detection]:
+        batches.append([frame.number for frame in frames])
+        return bright(frames)
+
+    head = {"file": "x", "class_names": ["square"]}
+    assert look_at_video(frames_of(inputs), seen, tmp_path / "found.jsonl", None, head, None, 4) == (3, None)
+    assert batches == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
@@ -129,6 +154,7 @@ def test_a_video_that_is_cut_off_keeps_what_was_found(suffix, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (None, r"cannot be read as a video \(No such file"),
         (b"", "cannot be read as a video"),
         (b"no video" * 99, "cannot be read as a video"),
         ("mp4", "is it damaged|cut off"),
@@ -138,7 +164,8 @@ def test_what_is_no_video(content, message, tmp_path):
     path = tmp_path / "in.mp4"
     if content == "mp4":  # without its index, which is at the end
         content = write_video(path).read_bytes()[:-200]
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises((DataError, VideoEnd), match=message) as caught:
         list(read_video(path))
     assert str(path) in str(caught.value)
@@ -164,9 +191,3 @@ def test_a_square_that_moves_is_one_track(tmp_path):
     tracks = [line["detections"][0]["track"] for line in lines[1:]]
     assert tracks[0] is None  # one that was seen once is not followed yet
     assert set(tracks[2:]) == {1}
-
-
-def test_a_file_that_ends_inside_a_frame_is_told_by_its_number(tmp_path):
-    frames = read_video(tmp_path / "none.mp4")
-    with pytest.raises(DataError, match=r"none\.mp4: cannot be read as a video \(No such file"):
-        next(frames)
