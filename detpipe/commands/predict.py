@@ -77,8 +77,17 @@ def predict(arguments: Sequence[str]) -> int:
             stems = [Path(name).stem for name in drawing_names(inputs, Path(options.output), "mp4")]
             videos = [([one], stem) for one, stem in zip(inputs, stems, strict=True)]
             videos = [(inputs, "frames")] if options.rate is not None else videos
-            names = description.class_names
-            return max([_predict_video(*video, options, names, read, look, batch_size) for video in videos])
+            status = 0
+            for video in videos:
+                try:
+                    code = _predict_video(*video, options, description.class_names, read, look, batch_size)
+                except DataError as error:  # of several, the others are looked at
+                    if len(videos) == 1:
+                        raise
+                    say(f"skipped: {error}", sys.stderr)
+                    code = SOME_FAILED
+                status = max(status, code)
+            return status
         if options.track or options.every != 1:
             raise UsageError("--track and --every are about videos: leave them out, or take images as frames by --rate")
         names = ("score_threshold", "max_detections", "proposals", "tiles", "overlap", "merge", "tta", "show_glimpses")
@@ -211,7 +220,7 @@ def classify(arguments: Sequence[str]) -> int:
 
 
 def _inputs(options: argparse.Namespace, own: Team) -> list[ImageInput]:
-    inputs = find_inputs(options.images, options.allow_network)
+    inputs = find_inputs(options.images, options.allow_network, Path(options.output))
     if own.part != WHOLE and (options.part != WHOLE or any(one.content is not None for one in inputs)):
         raise UsageError("several processes share the images: leave out --part, and give '-' to one process alone")
     return inputs

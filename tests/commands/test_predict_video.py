@@ -26,6 +26,16 @@ def test_a_video_and_a_folder_of_frames(trained, demo_root, tmp_path, capsys):
     assert not (tmp_path / "out" / "frames.mp4").exists()
 
 
+def test_of_several_videos_one_that_is_none_is_skipped(trained, tmp_path, capsys):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    videos = [str(tmp_path / "empty.mp4"), str(write_video(tmp_path / "in.mp4"))]
+    command = ["predict", str(trained / "best.ckpt"), *videos, "-o", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.main(command) == 3
+    shown = capsys.readouterr()
+    assert f"skipped: {videos[0]}: cannot be read as a video" in shown.err
+    assert f"frames of {videos[1]}" in shown.out
+
+
 def test_each_frame_has_its_own_proposals(trained, demo_root, tmp_path):
     frames = [str(path) for path in sorted((demo_root / "coco" / "val").iterdir())[:2]]
     (tmp_path / "boxes.json").write_text(json.dumps({frames[0]: [], frames[1]: [[4, 4, 30, 30]]}))
