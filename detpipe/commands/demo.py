@@ -71,7 +71,6 @@ def _draw_attention(
     detector: TwoStageDetector, class_names: Sequence[str], picture: Tensor, found: Detection, out: Path
 ) -> list[Path]:
     """Draw what ``detpipe inspect`` draws, of one image and the best of what was found in it."""
-    out.mkdir()
     written = draw_maps(detector, [Path("image.png")], [picture], out)
     count = min(_MOST_OBJECTS, len(found["labels"]))
     if count:

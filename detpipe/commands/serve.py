@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,6 @@ from detpipe.serving.given_boxes import AtGivenBoxes
 from detpipe.support.errors import UsageError
 from detpipe.support.terminal import say
 
-MIB = 2**20
-
 
 def run_serve(arguments: Sequence[str]) -> None:
     """Serve a detector until a signal comes."""
@@ -34,7 +33,9 @@ def run_serve(arguments: Sequence[str]) -> None:
         from detpipe.serving.server import Limits, create_app
     except ImportError as error:
         raise UsageError(f"serving needs FastAPI and others ({error}): pip install 'detpipe[serve]'") from error
-    limits = Limits(options.queue, round(options.body * MIB), seconds=options.seconds, upload_seconds=options.upload)
+    limits = Limits(
+        options.queue, math.ceil(options.body * 2**20), seconds=options.seconds, upload_seconds=options.upload
+    )
     with listen(options.host, options.port) as listener:
         model = open_served(options)
         app = create_app(model, limits, options.batch, options.score_threshold)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, cast
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
-from detpipe.datasets.decode import image_size, read_image
+from detpipe.datasets.decode import read_image
 from detpipe.datasets.planes import without_advice
 from detpipe.detector import TwoStageDetector
 from detpipe.images import to_picture
@@ -23,6 +24,7 @@ from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.prediction import TiledDetector
 from detpipe.serving.explanation import Explanation, explain
 from detpipe.serving.given_boxes import AtGivenBoxes, parse_boxes
+from detpipe.serving.uploads import upload_size
 from detpipe.support.errors import DataError
 from detpipe.types import RGB, Detection, GlimpsedDetection, PixelType
 
@@ -30,6 +32,7 @@ OWN, GIVEN = "the detector's own", "the boxes below"
 TILES = ["none", "320", "640", "1024"]
 _MOST_PIXELS = 2**26  # of an image; several lie in memory
 _KEPT = 8  # results that can be looked at with another threshold
+_FOLDERS = 64  # of pictures, one for each threshold that was looked at
 _DRAWN = 100  # proposals of a picture
 _CLASSES = 12  # columns of the table of scores
 _COLORS = ((255, 214, 0), (65, 135, 255))
@@ -85,6 +88,7 @@ class Trial:
     tried: Tried
     folder: Path
     _results: OrderedDict[str, Result] = field(default_factory=OrderedDict)
+    _written: deque[Path] = field(default_factory=deque)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def look(self, file: Any, source: Any, boxes: Any, tiles: Any, threshold: Any) -> tuple[Any, ...]:
@@ -113,18 +117,23 @@ class Trial:
         height, width = result.picture.shape[1:]
         count = f"{len(found['scores'])} of {len(result.told.found['scores'])} detections at {float(threshold):.2f} and above"
         drawn = visualize.draw(result.picture, found["boxes"], found["labels"], names, found["scores"])
-        glimpses = None
+        pictures: dict[str, Tensor | None] = {"detections": drawn, "proposals": None, "glimpses": None}
+        if told.proposals is not None:
+            pictures["proposals"] = draw_boxes(result.picture, told.proposals)
         if "glimpses" in found and found["glimpses"].shape[1]:
-            glimpses = self._save(glimpse_pictures.draw_glimpses(result.picture, cast(GlimpsedDetection, found), names))
-        proposals = None if told.proposals is None else self._save(draw_boxes(result.picture, told.proposals))
-        picture = self._save(drawn)
-        written = self._path("json")
+            seen = cast(GlimpsedDetection, found)
+            pictures["glimpses"] = glimpse_pictures.draw_glimpses(result.picture, seen, names)
+        out = self._new_folder()
+        for name, picture in pictures.items():
+            if picture is not None:
+                visualize.save_png(out / f"{name}.png", picture)
+        written = out / "detections.json"
         written.write_text(json.dumps(self._describe(told, width, height), indent=1), encoding="utf-8")
         return (
             f"{count}; {width} x {height} pixels, {told.seconds['all']:.2f} s",
-            *(picture, proposals, glimpses),
+            *(None if picture is None else str(out / f"{name}.png") for name, picture in pictures.items()),
             *(self._rows(found), self._class_rows(told), _time_rows(told)),
-            *(str(written), picture),
+            *(str(written), str(out / "detections.png")),
         )
 
     def attend(self, key: Any, threshold: Any) -> tuple[str, list[str]]:
@@ -132,9 +141,9 @@ class Trial:
         result = self._results.get(str(key))
         if result is None or self.tried.draw_attention is None:
             return "Drop an image above, and press Detect.", []
-        out, found = self.folder / token_hex(8), result.above(float(threshold)).found
+        found = result.above(float(threshold)).found
         with self._lock:
-            paths = self.tried.draw_attention(result.picture, found, out)
+            paths = self.tried.draw_attention(result.picture, found, self._new_folder())
         line = f"Gates on the {len(found['scores'])} detections at {float(threshold):.2f} and above"
         return line if paths else "Gates are drawn on detections: lower the threshold.", [str(path) for path in paths]
 
@@ -145,7 +154,7 @@ class Trial:
         if not path.is_relative_to(self.folder.resolve()) or not path.is_file():
             raise DataError("expected an image that was dropped or pasted on this page")
         name, content = Path(str(given.get("orig_name") or "image")).name, path.read_bytes()
-        height, width = image_size(name, content)
+        height, width = upload_size(name, content)
         if height * width > _MOST_PIXELS:
             raise DataError(f"{name}: {width} x {height} pixels are too many for this page; use detpipe predict")
         return read_image(name, content, self.tried.pixels)
@@ -202,16 +211,14 @@ class Trial:
         ]
         return {"headers": ["", *(self.tried.class_names[k] for k in best.tolist())], "data": rows}
 
-    def _save(self, picture: Tensor) -> str:
-        path = self._path("png")
-        visualize.save_png(path, picture)
-        return str(path)
-
-    def _path(self, suffix: str) -> Path:
-        """A new name in a folder of its own, so that a download is called what it is."""
+    def _new_folder(self) -> Path:
+        """A new folder for what is written; the oldest goes where there are many."""
         folder = self.folder / token_hex(8)
         folder.mkdir()
-        return folder / f"detections.{suffix}"
+        self._written.append(folder)
+        while len(self._written) > _FOLDERS:
+            shutil.rmtree(self._written.popleft(), ignore_errors=True)
+        return folder
 
 
 def draw_boxes(picture: Tensor, boxes: Tensor) -> Tensor:
