@@ -115,17 +115,18 @@ def compare(
     expected = detect()
     detector.double()
     limits = _limits([*chain(*expected)], [*chain(*detect())])
-    found: list[tuple[float, float]] = []
+    errors: list[tuple[float, float]] = []
     faults = []
     for batch, boxes, wanted in zip(batches, given, expected, strict=True):
-        others = run(batch.numpy(), None if boxes is None else boxes.numpy())
-        for index, (own, other) in enumerate(zip(wanted, others, strict=True)):
-            *errors, fault = _differences(own, other, *limits)
-            found.append((errors[0], errors[1]))
+        found = run(batch.numpy(), None if boxes is None else boxes.numpy())
+        for index, (own, other) in enumerate(zip(wanted, found, strict=True)):
+            box_error, score_error, fault = _differences(own, other, *limits)
+            errors.append((box_error, score_error))
             if fault:
                 faults.append(f"image {index} of a batch {list(batch.shape)}: {fault}")
+    box_error, score_error = (max(column) for column in zip((0.0, 0.0), *errors, strict=True))
     count = sum(len(one["scores"]) for one in chain(*expected))
-    return Parity(len(found), count, *map(max, zip((0.0, 0.0), *found, strict=True)), tuple(faults))
+    return Parity(len(errors), count, box_error, score_error, tuple(faults))
 
 
 def _limits(own: Sequence[Detection], exact: Sequence[Detection]) -> tuple[float, float]:

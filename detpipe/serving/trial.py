@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, cast
@@ -62,21 +62,6 @@ class Tried:
 
 
 @dataclass
-class Result:
-    """What the page shows of one image."""
-
-    picture: Tensor  # [3, H, W] uint8
-    told: Explanation
-
-    def above(self, threshold: float) -> Explanation:
-        """What has a score of the threshold or more."""
-        keep = self.told.found["scores"] >= threshold
-        found = {name: values[keep] for name, values in cast(dict[str, Tensor], self.told.found).items()}
-        scores = self.told.class_scores
-        return replace(self.told, found=cast(Detection, found), class_scores=None if scores is None else scores[keep])
-
-
-@dataclass
 class Trial:
     """What the controls of the page do; one image at a time goes through the detector.
 
@@ -87,7 +72,7 @@ class Trial:
 
     tried: Tried
     folder: Path
-    _results: OrderedDict[str, Result] = field(default_factory=OrderedDict)
+    _results: OrderedDict[str, Explanation] = field(default_factory=OrderedDict)
     _written: deque[Path] = field(default_factory=deque)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -112,28 +97,31 @@ class Trial:
         if result is None:
             line = "This result is gone: press Detect again." if key else line
             return line, None, None, None, [], [], [], None, None
-        told, names = result.above(float(threshold)), self.tried.class_names
+        told, names, out = result.above(float(threshold)), self.tried.class_names, self._new_folder()
         found = told.found
-        height, width = result.picture.shape[1:]
-        count = f"{len(found['scores'])} of {len(result.told.found['scores'])} detections at {float(threshold):.2f} and above"
-        drawn = visualize.draw(result.picture, found["boxes"], found["labels"], names, found["scores"])
-        pictures: dict[str, Tensor | None] = {"detections": drawn, "proposals": None, "glimpses": None}
+
+        def save(name: str, picture: Tensor) -> str:
+            visualize.save_png(out / name, picture)
+            return str(out / name)
+
+        drawn = visualize.draw(told.picture, found["boxes"], found["labels"], names, found["scores"])
+        picture, proposals, glimpses = save("detections.png", drawn), None, None
         if told.proposals is not None:
-            pictures["proposals"] = draw_boxes(result.picture, told.proposals)
+            proposals = save("proposals.png", draw_boxes(told.picture, told.proposals))
         if "glimpses" in found and found["glimpses"].shape[1]:
             seen = cast(GlimpsedDetection, found)
-            pictures["glimpses"] = glimpse_pictures.draw_glimpses(result.picture, seen, names)
-        out = self._new_folder()
-        for name, picture in pictures.items():
-            if picture is not None:
-                visualize.save_png(out / f"{name}.png", picture)
+            glimpses = save("glimpses.png", glimpse_pictures.draw_glimpses(told.picture, seen, names))
+        height, width = told.picture.shape[1:]
         written = out / "detections.json"
         written.write_text(json.dumps(self._describe(told, width, height), indent=1), encoding="utf-8")
+        count = (
+            f"{len(found['scores'])} of {len(result.found['scores'])} detections at {float(threshold):.2f} and above"
+        )
         return (
             f"{count}; {width} x {height} pixels, {told.seconds['all']:.2f} s",
-            *(None if picture is None else str(out / f"{name}.png") for name, picture in pictures.items()),
+            *(picture, proposals, glimpses),
             *(self._rows(found), self._class_rows(told), _time_rows(told)),
-            *(str(written), str(out / "detections.png")),
+            *(str(written), picture),
         )
 
     def attend(self, key: Any, threshold: Any) -> tuple[str, list[str]]:
@@ -159,7 +147,7 @@ class Trial:
             raise DataError(f"{name}: {width} x {height} pixels are too many for this page; use detpipe predict")
         return read_image(name, content, self.tried.pixels)
 
-    def _detect(self, image: Tensor, source: str, text: str, tiles: str) -> Result:
+    def _detect(self, image: Tensor, source: str, text: str, tiles: str) -> Explanation:
         start = time.perf_counter()
         boxes = None
         if source == GIVEN or (source == OWN and self.tried.needs_boxes):
@@ -173,12 +161,12 @@ class Trial:
         if tiles in TILES[1:]:
             tiled = TiledDetector(AtGivenBoxes(detector), int(tiles))
             [found] = tiled([image], None if boxes is None else [{"proposals": boxes}])
-            told = Explanation(found, boxes)
+            told = Explanation(to_picture(image), found, boxes)
         else:
             told = explain(detector, image, boxes)
         told.seconds = {**({f"proposals: {source}": made} if source in self.tried.sources else {}), **told.seconds}
         told.seconds["all"] = time.perf_counter() - start
-        return Result(to_picture(image), told)
+        return told
 
     def _describe(self, told: Explanation, width: int, height: int) -> dict[str, Any]:
         found, names = told.found, self.tried.class_names
