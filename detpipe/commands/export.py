@@ -109,6 +109,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(list(arguments))
     if options.check is not None:
         _refuse(options, _WRITING, "is for writing a file; leave it out of --check")
+        if options.check.endswith(".pt2"):
+            raise UsageError(f"export: --check is for .onnx files; {options.check} was compared when it was written")
         return options
     _refuse(options, ["checkpoint"], "is for --check FILE; name what is to be written as the first argument")
     if len(options.given) != 1:

@@ -105,26 +105,37 @@ def export(
     with atomic_write(path) as temporary:
         temporary.touch()  # a path that cannot be written is told before minutes of work
         say(f"exporting {type(detector.head).__name__}, which takes a few minutes")
+        compared = partial(_compared, detector, program, say) if check else lambda open_at: None
         if path.suffix == ".pt2":
             write_pt2(program, temporary, about)
-            return _checked(detector, program, partial(PT2Detector, temporary, program.outputs), say) if check else None
+            return compared(partial(PT2Detector, temporary, program.outputs))
+        return _write_onnx(program, temporary, about, compared, half, calibration, say)
 
-        from detpipe.exporting import onnx_graph, weights
 
-        model = onnx_graph.to_onnx(program)
-        onnx_graph.write_metadata(model, about)
+def _write_onnx(
+    program: Program,
+    path: Path,
+    about: dict[str, str],
+    compared: Callable[[Callable[[float], Run]], Parity | None],
+    half: bool,
+    calibration: Sequence[Tensor],
+    say: Callable[[str], object],
+) -> Parity | None:
+    """Write a program as ONNX, with smaller weights once it is compared, if that is asked for; see :func:`export`."""
+    from detpipe.exporting import onnx_graph, weights
 
-        def open_at(threshold: float) -> Run:
-            return OnnxDetector(onnx_graph.with_threshold(model, threshold).SerializeToString()).run
-
-        parity = _checked(detector, program, open_at, say) if check else None
-        if calibration:
-            say(f"quantizing by {len(calibration)} images")
-            model = weights.quantize(model, calibration)
-        elif half:
-            weights.to_half(model)
-        temporary.write_bytes(model.SerializeToString())
-        return parity
+    model = onnx_graph.to_onnx(program)
+    onnx_graph.write_metadata(model, about)
+    parity = compared(
+        lambda threshold: OnnxDetector(onnx_graph.with_threshold(model, threshold).SerializeToString()).run
+    )
+    if calibration:
+        say(f"quantizing by {len(calibration)} images")
+        model = weights.quantize(model, calibration)
+    elif half:
+        weights.to_half(model)
+    path.write_bytes(model.SerializeToString())
+    return parity
 
 
 def check_path(path: str | Path, half: bool = False, int8: bool = False) -> Path:
@@ -170,8 +181,8 @@ def weights_hash(detector: TwoStageDetector) -> str:
     return total.hexdigest()
 
 
-def _checked(
-    detector: TwoStageDetector, program: Program, open_at: Callable[[float], Run], say: Callable[[str], object]
+def _compared(
+    detector: TwoStageDetector, program: Program, say: Callable[[str], object], open_at: Callable[[float], Run]
 ) -> Parity:
     """Compare with the threshold of scores as it is, and lowered; refuse a file that differs."""
     say("comparing the file with the detector")

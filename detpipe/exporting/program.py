@@ -113,9 +113,7 @@ class Program(nn.Module):
 
 def example_inputs(program: Program) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
     """Images, and boxes where a program takes some, to export it by; and for each which of its sizes may be others."""
-    count, height, width = (
-        Dim(name, min=least, max=LARGEST) for name, least in (("batch", 1), ("height", 1), ("width", 1))
-    )
+    count, height, width = (Dim(name, min=1, max=LARGEST) for name in ("batch", "height", "width"))
     images = torch.zeros(2, program.backbone.pixel_format.channels, 96, 112, dtype=torch.uint8)
     boxes = torch.tensor([0.0, 0.0, 32.0, 32.0]).repeat(2, 7, 1)
     sizes: list[dict[int, Any]] = [{0: count, 2: height, 3: width}, {0: count, 1: Dim("proposals", min=0, max=2**20)}]

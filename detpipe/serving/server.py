@@ -189,6 +189,13 @@ def create_app(
     async def show_metrics() -> Response:
         return Response(metrics.text(), media_type=metrics.content_type)
 
+    _answer_errors(app, metrics)
+    return app
+
+
+def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
+    """Let errors be answered as JSON."""
+
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": printable(str(error.detail))}, error.status_code, error.headers)
@@ -202,8 +209,6 @@ def create_app(
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"error": f"the server failed: {type(error).__name__}; its log says more"}, 500)
-
-    return app
 
 
 def _busy(why: str) -> HTTPException:

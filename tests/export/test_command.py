@@ -24,6 +24,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "onnx_predict.py"
         (["no_such_name", "-o", "a.onnx"], "unknown detector 'no_such_name'"),
         (["best.ckpt", "-o", "a.onnx", "--int8", "missing"], "missing does not exist"),
         (["images", "--check", "a.onnx"], "a.onnx does not exist"),
+        (["images", "--check", "a.pt2"], "--check is for .onnx files"),
         (["images", "--check", "a.onnx", "--half"], "--half is for writing a file; leave it out of --check"),
         (["best.ckpt", "-o", "a.onnx", "--checkpoint", "b.ckpt"], "--checkpoint is for --check FILE"),
     ],
