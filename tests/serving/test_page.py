@@ -208,6 +208,7 @@ def test_a_browser_tries_it(browser, address, width, tmp_path):
 
 
 @GRADIOS_OWN
+@pytest.mark.slow
 def test_no_part_of_the_page_follows_an_address(trial):
     gradio = pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'detpipe[demo]'")
     from detpipe.serving.page import build_page
