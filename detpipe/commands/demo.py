@@ -16,6 +16,7 @@ from detpipe.commands.given_proposals import open_boxes
 from detpipe.commands.inspect_attention import Objects, attention_modules, draw_gates, draw_maps
 from detpipe.commands.parser import Parser
 from detpipe.commands.predict import choose_device
+from detpipe.commands.serve import add_common
 from detpipe.detector import TwoStageDetector
 from detpipe.proposals import PrecomputedProposals
 from detpipe.proposals.registry import SOURCES
@@ -71,7 +72,6 @@ def _draw_attention(
     detector: TwoStageDetector, class_names: Sequence[str], picture: Tensor, found: Detection, out: Path
 ) -> list[Path]:
     """Draw what ``detpipe inspect`` draws, of one image and the best of what was found in it."""
-    out.mkdir()
     written = draw_maps(detector, [Path("image.png")], [picture], out)
     count = min(_MOST_OBJECTS, len(found["labels"]))
     if count:
@@ -83,12 +83,5 @@ def _draw_attention(
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("detpipe demo", description="Open a page in the browser to try a detector on.")
     parser.add_argument("checkpoint", help="such as RUN/best.ckpt, or a name of 'detpipe zoo'")
-    parser.add_argument(
-        "--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place"
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
-    )
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860; 0: a free one)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    add_common(parser, 7860)
     return parser.parse_args(list(arguments))

@@ -11,17 +11,19 @@ from detpipe import zoo
 from detpipe.commands.parser import Parser
 from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
-from detpipe.exporting.files import PACKAGES, Labels, ParityError, check_file, check_path, export
+from detpipe.exporting.files import Labels, ParityError, check_file, check_path, export
 from detpipe.prediction.inputs import find_images
-from detpipe.prediction.onnx_detector import OnnxDetector, need_packages
+from detpipe.prediction.onnx_detector import OnnxDetector
 from detpipe.support.errors import UsageError
 from detpipe.support.terminal import say
 from detpipe.training.checkpoint import Description
 from detpipe.types import RGB
 
+_WRITING = ("output", "boxes", "vectors", "license", "half", "int8", "unchecked")
+
 
 def run_export(arguments: Sequence[str]) -> int:
-    """Write a file, check one, or run one on images.
+    """Write a file, or check one.
 
     Args:
         arguments: ``CHECKPOINT|NAME -o FILE`` or ``--check FILE IMAGES``, and options.
@@ -36,12 +38,12 @@ def run_export(arguments: Sequence[str]) -> int:
     if options.check is not None:
         return _check(options)
     [source] = options.given
-    path = check_path(options.output, options.half or options.int8 is not None)
-    if path.suffix == ".onnx":
-        need_packages(*PACKAGES)
+    path = check_path(options.output, options.half, options.int8 is not None)
     images = [] if options.int8 is None else _images(options.int8)
     detector, description = load(source, options.weights)
-    labels = Labels(description.class_names, description.category_ids, source, options.license or _license(source))
+    published = zoo.entries().get(source)
+    owner = options.license or (published.license if published else "")
+    labels = Labels(description.class_names, description.category_ids, source, owner)
     how = {"boxes": options.boxes, "vectors": options.vectors, "half": options.half, "calibration": images}
     parity = export(detector, path, labels, **how, check=not options.unchecked, say=say)
     say(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB; {'not compared' if parity is None else parity}")
@@ -56,10 +58,6 @@ def load(source: str, weights: str | None) -> tuple[TwoStageDetector, Descriptio
             f"export: {source} looks at images read as {description.pixels}; files take uint8 images of three channels"
         )
     return detector, description
-
-
-def _license(source: str) -> str:
-    return zoo.entries()[source].license if source in zoo.entries() else ""
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -77,8 +75,6 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _images(names: Sequence[str]) -> list[Tensor]:
-    if not names:
-        raise UsageError("export: name images, or folders of images")
     return [read_image(path) for path in find_images(names)]
 
 
@@ -111,11 +107,23 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--check", metavar="FILE", help="compare this .onnx file with its detector, on the images")
     parser.add_argument("--checkpoint", help="with --check: the detector, where it is not what the file was made of")
     options = parser.parse_args(list(arguments))
-    writes = options.check is None
-    if writes and len(options.given) != 1:
+    if options.check is not None:
+        _refuse(options, _WRITING, "is for writing a file; leave it out of --check")
+        if options.check.endswith(".pt2"):
+            raise UsageError(f"export: --check is for .onnx files; {options.check} was compared when it was written")
+        return options
+    _refuse(options, ["checkpoint"], "is for --check FILE; name what is to be written as the first argument")
+    if len(options.given) != 1:
         raise UsageError(
             f"export: expected one checkpoint or name, got {len(options.given)}: {' '.join(options.given)}"
         )
-    if writes and options.output is None:
+    if options.output is None:
         raise UsageError("export: give -o model.onnx or -o model.pt2, the file to write")
     return options
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Refuse options that would not be looked at."""
+    for name in names:
+        if getattr(options, name):
+            raise UsageError(f"export: --{name} {why}")

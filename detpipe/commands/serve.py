@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,6 @@ from detpipe.serving.given_boxes import AtGivenBoxes
 from detpipe.support.errors import UsageError
 from detpipe.support.terminal import say
 
-MIB = 2**20
-
 
 def run_serve(arguments: Sequence[str]) -> None:
     """Serve a detector until a signal comes."""
@@ -34,7 +33,9 @@ def run_serve(arguments: Sequence[str]) -> None:
         from detpipe.serving.server import Limits, create_app
     except ImportError as error:
         raise UsageError(f"serving needs FastAPI and others ({error}): pip install 'detpipe[serve]'") from error
-    limits = Limits(options.queue, round(options.body * MIB), seconds=options.seconds, upload_seconds=options.upload)
+    limits = Limits(
+        options.queue, math.ceil(options.body * 2**20), seconds=options.seconds, upload_seconds=options.upload
+    )
     with listen(options.host, options.port) as listener:
         model = open_served(options)
         app = create_app(model, limits, options.batch, options.score_threshold)
@@ -46,8 +47,8 @@ def run_serve(arguments: Sequence[str]) -> None:
 def open_served(options: argparse.Namespace) -> Served:
     """Open a checkpoint, a published detector or an ONNX file, and run it once, so that the first request finds it warm."""
     served = _open_onnx(options) if options.model.endswith(".onnx") else _open_detector(options)
-    box = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
     blank = torch.zeros(served.pixels.channels, 64, 64, dtype=torch.uint8)
+    box = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
     served.detect([blank], None if served.make_boxes is None else [{"proposals": box}])
     return served
 
@@ -59,29 +60,35 @@ def _open_onnx(options: argparse.Namespace) -> Served:
             "takes boxes: add --proposals SOURCE" if detector.takes_boxes else "finds its own: leave out --proposals"
         )
         raise UsageError(f"{options.model} has its weights in it, and {wanted}")
-    make_boxes, name = _source(options, None), Path(options.model).name
+    name, make_boxes = Path(options.model).name, _source(options.proposals, None)
     return Served(name, detector.class_names, detector, takes_boxes=detector.takes_boxes, make_boxes=make_boxes)
-
-
-def _source(options: argparse.Namespace, trained_on: dict[str, Any] | None) -> Callable[[Tensor], Tensor] | None:
-    """What makes boxes of images that come without."""
-    if options.proposals is None:
-        return None
-    if not set(options.proposals.split("+")) <= set(SOURCES):
-        raise UsageError(
-            f"--proposals {options.proposals}: expected a source, {', '.join(SOURCES)}; files are of known images"
-        )
-    return partial(open_boxes(options.proposals, [], trained_on), Path("image"))
 
 
 def _open_detector(options: argparse.Namespace) -> Served:
     detector, description = zoo.load(options.model, options.weights)
-    make_boxes = _source(options, description.proposals)
-    if make_boxes is None and isinstance(detector.proposals, PrecomputedProposals):
+    if options.proposals is None and isinstance(detector.proposals, PrecomputedProposals):
         raise UsageError(advice(options.model, description.proposals))
+    name, make_boxes = Path(options.model).name, _source(options.proposals, description.proposals)
     detector.to(choose_device(options.device))
-    name = Path(options.model).name
     return Served(name, description.class_names, AtGivenBoxes(detector), description.pixels, make_boxes=make_boxes)
+
+
+def _source(names: str | None, trained_on: dict[str, Any] | None) -> Callable[[Tensor], Tensor] | None:
+    """What makes boxes of images that come without."""
+    if names is None:
+        return None
+    if not set(names.split("+")) <= set(SOURCES):
+        raise UsageError(f"--proposals {names}: expected a source, {', '.join(SOURCES)}; files are of known images")
+    return partial(open_boxes(names, [], trained_on), Path("image"))
+
+
+def add_common(parser: Parser, port: int) -> None:
+    """Add the options of commands that open a detector and listen, with the port by default."""
+    add = parser.add_argument
+    add("--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place")
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
+    add("--port", type=int, default=port, help=f"port to listen on (default {port}; 0: a free one)")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -89,15 +96,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "model", help="checkpoint such as RUN/best.ckpt, a name of 'detpipe zoo', or an ONNX file of a detector"
     )
-    parser.add_argument(
-        "--weights", metavar="FILE", help="the published file of a name, where it lies in no usual place"
-    )
     parser.add_argument("--proposals", help="source of boxes for images that come without, such as selective_search")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000; 0: a free one)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    add_common(parser, 8000)
     parser.add_argument("--score_threshold", type=float, default=0.5, help="for requests that give none (default .5)")
     parser.add_argument("--batch", type=int, default=8, help="most images of one run of the model (default 8)")
     parser.add_argument(

@@ -7,10 +7,12 @@ checkpoint or name), ``sha256`` (of the weights), ``license``, ``boxes`` (what c
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,12 +26,9 @@ from detpipe.exporting.support import check_torch_alone
 from detpipe.exporting.torch_program import PT2Detector, write_pt2
 from detpipe.heads.base import ProposalHead
 from detpipe.prediction.onnx_detector import FORMAT, OnnxDetector, need_packages
-from detpipe.proposals import PrecomputedProposals
 from detpipe.support.errors import DetpipeError, UsageError
 from detpipe.support.files import atomic_write
 
-SUFFIXES = (".onnx", ".pt2")
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LOWERED = 0.001  # the threshold of the second comparison, by which a weak model detects something too
 
 
@@ -73,7 +72,7 @@ def export(
     ``count`` ``[batch]``.
 
     Args:
-        detector: what to write; it is put in evaluation mode.
+        detector: what to write; it stays as it is, on whatever device.
         path: ends in ``.onnx``, or ``.pt2`` for :func:`torch.export.load`.
         labels: what the file says about it.
         boxes: take proposals as a second input ``proposals`` ``[batch, proposals, 4]`` in pixels of the images; a detector on
@@ -95,61 +94,64 @@ def export(
     Example:
         >>> export(detector, "model.onnx", Labels(class_names=["cat", "dog"]))  # doctest: +SKIP
     """
-    path = check_path(path, half or bool(calibration))
-    if path.suffix == ".onnx":
-        need_packages(*PACKAGES)
-    else:
+    path = check_path(path, half, bool(calibration))
+    detector = copy.deepcopy(detector).cpu().eval()
+    program = Program(detector, boxes, vectors).eval()
+    if path.suffix == ".pt2":
         check_torch_alone(detector)
-    program = Program(detector.eval(), boxes, vectors).eval()
     if calibration and program.takes_boxes:
         raise UsageError("export: 8 bits are measured on images alone, and this detector needs boxes; leave --int8 out")
+    about = _metadata(detector, labels)
     with atomic_write(path) as temporary:
         temporary.touch()  # a path that cannot be written is told before minutes of work
         say(f"exporting {type(detector.head).__name__}, which takes a few minutes")
+        compared = partial(_compared, detector, program, say) if check else lambda open_at: None
         if path.suffix == ".pt2":
-            with temporary.open("wb") as file:
-                write_pt2(program, file, _metadata(detector, labels))
-            say("comparing the file with the detector")
-            return _checked(detector, program, PT2Detector(temporary, program.outputs), None, check)
-        content, parity = _onnx(detector, program, labels, half, calibration, check, say)
-        temporary.write_bytes(content)
-        return parity
+            write_pt2(program, temporary, about)
+            return compared(partial(PT2Detector, temporary, program.outputs))
+        return _write_onnx(program, temporary, about, compared, half, calibration, say)
 
 
-def _onnx(
-    detector: TwoStageDetector,
+def _write_onnx(
     program: Program,
-    labels: Labels,
+    path: Path,
+    about: dict[str, str],
+    compared: Callable[[Callable[[float], Run]], Parity | None],
     half: bool,
     calibration: Sequence[Tensor],
-    check: bool,
     say: Callable[[str], object],
-) -> tuple[bytes, Parity | None]:
-    """Write a program as ONNX, compare it, and make its weights smaller if that is asked for; see :func:`export`."""
+) -> Parity | None:
+    """Write a program as ONNX, with smaller weights once it is compared, if that is asked for; see :func:`export`."""
     from detpipe.exporting import onnx_graph, weights
 
     model = onnx_graph.to_onnx(program)
-    onnx_graph.write_metadata(model, _metadata(detector, labels))
-    say("comparing the file with the detector")
-    threshold = min(LOWERED, program.head.postprocess.score_threshold)
-    lowered = OnnxDetector(onnx_graph.with_threshold(model, threshold).SerializeToString())
-    parity = _checked(detector, program, OnnxDetector(model.SerializeToString()).run, lowered.run, check)
+    onnx_graph.write_metadata(model, about)
+    parity = compared(
+        lambda threshold: OnnxDetector(onnx_graph.with_threshold(model, threshold).SerializeToString()).run
+    )
     if calibration:
         say(f"quantizing by {len(calibration)} images")
         model = weights.quantize(model, calibration)
     elif half:
-        model = weights.to_half(model)
-    return model.SerializeToString(), parity
+        weights.to_half(model)
+    path.write_bytes(model.SerializeToString())
+    return parity
 
 
-def check_path(path: str | Path, smaller: bool = False) -> Path:
-    """Refuse a name that says no format, or a folder."""
+def check_path(path: str | Path, half: bool = False, int8: bool = False) -> Path:
+    """Refuse a name that says no format, a folder, and what the format does not have or the packages for it lack."""
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path}: expected the name of a file that ends in {' or '.join(SUFFIXES)}")
+    if path.suffix not in (".onnx", ".pt2"):
+        raise UsageError(f"{path}: expected the name of a file that ends in .onnx or .pt2")
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file")
-    if smaller and path.suffix != ".onnx":
+    if half and int8:
+        raise UsageError(
+            f"{path}: weights are stored in 16 bits or in 8; give half or images for calibration, not both"
+        )
+    if path.suffix == ".onnx":
+        need_packages("onnx", "onnxscript", "onnxruntime")
+    elif half or int8:
         raise UsageError(
             f"{path}: 16 and 8 bits are for .onnx files; leave --half and --int8 out, or name it {path.stem}.onnx"
         )
@@ -167,7 +169,7 @@ def check_file(detector: TwoStageDetector, found: OnnxDetector, batches: Sequenc
             f"the file was made of other weights than the detector given (sha256 {found.metadata['sha256'][:12]}...): give its "
             f"checkpoint, {found.metadata['source'] or 'whose name it does not say'}"
         )
-    return _compare(detector, found.run, batches, found.takes_boxes)
+    return compare(detector, found.run, batches, found.takes_boxes)
 
 
 def weights_hash(detector: TwoStageDetector) -> str:
@@ -179,21 +181,17 @@ def weights_hash(detector: TwoStageDetector) -> str:
     return total.hexdigest()
 
 
-def _checked(
-    detector: TwoStageDetector, program: Program, found: Run, lowered: Run | None, check: bool
-) -> Parity | None:
-    """Compare, and where a file with a lowered threshold is given, compare that too."""
-    if not check:
-        return None
-    batches = sample_images(detector)
-    parity = _compare(detector, found, batches, program.takes_boxes)
-    if lowered is not None:
-        post = program.head.postprocess
-        program.head.postprocess = replace(post, score_threshold=min(LOWERED, post.score_threshold))
-        try:
-            parity = parity.joined(_compare(detector, lowered, batches, program.takes_boxes))
-        finally:
-            program.head.postprocess = post
+def _compared(
+    detector: TwoStageDetector, program: Program, say: Callable[[str], object], open_at: Callable[[float], Run]
+) -> Parity:
+    """Compare with the threshold of scores as it is, and lowered; refuse a file that differs."""
+    say("comparing the file with the detector")
+    own, batches = program.head.postprocess.score_threshold, sample_images(detector)
+    parity, lowered = (
+        compare(detector, open_at(threshold), batches, program.takes_boxes, threshold)
+        for threshold in (own, min(LOWERED, own))
+    )
+    parity = parity.joined(lowered)
     if parity.faults:
         raise ParityError(
             f"the file does not find what the detector finds, so it was not written ({parity}); {parity.faults[0]}"
@@ -201,41 +199,30 @@ def _checked(
     return parity
 
 
-def _compare(detector: TwoStageDetector, found: Run, batches: Sequence[Tensor], takes_boxes: bool) -> Parity:
-    source = detector.proposals
-    if takes_boxes and not isinstance(source, PrecomputedProposals):
-        detector.proposals = PrecomputedProposals(max_boxes=None)
-    try:
-        return compare(detector, found, batches, takes_boxes)
-    finally:
-        detector.proposals = source
-
-
 def _metadata(detector: TwoStageDetector, labels: Labels) -> dict[str, str]:
     head = detector.head
     assert isinstance(head, ProposalHead)
-    numbers = range(1, head.num_classes + 1)
+    numbers = list(range(1, head.num_classes + 1))
     names = list(labels.class_names) or [str(number) for number in numbers]
-    if len(names) != head.num_classes:
-        raise UsageError(f"export: the detector has {head.num_classes} classes, and {len(names)} names are given")
+    category_ids = list(labels.category_ids) or numbers
+    for given, what in ((names, "names"), (category_ids, "category ids")):
+        if len(given) != head.num_classes:
+            raise UsageError(f"export: the detector has {head.num_classes} classes, and {len(given)} {what} are given")
     post = head.postprocess
     resize = {"min_size": detector.min_size, "max_size": detector.max_size, "rule": detector.resize}
     thresholds = {"score": post.score_threshold, "nms_iou": post.nms_iou, "detections": post.detections_per_image}
-    texts = {
+    return {
         "format": FORMAT,
         "detpipe": _version(),
         "source": labels.source,
         "sha256": weights_hash(detector),
         "license": labels.license,
         "boxes": "x1, y1, x2, y2 in pixels of the image given, edges between pixels",
+        "class_names": json.dumps(names),
+        "category_ids": json.dumps(category_ids),
+        "resize": json.dumps(resize),
+        "thresholds": json.dumps(thresholds),
     }
-    stored = {
-        "class_names": names,
-        "category_ids": list(labels.category_ids) or list(numbers),
-        "resize": resize,
-        "thresholds": thresholds,
-    }
-    return texts | {key: json.dumps(value) for key, value in stored.items()}
 
 
 def _version() -> str:

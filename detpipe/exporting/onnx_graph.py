@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from detpipe.exporting.onnx_operators import translations
-from detpipe.exporting.program import Program
+from detpipe.exporting.program import LARGEST, Program, example_inputs
 
 OPSET = 18
-LARGEST = 8192  # pixels along a side; a bound for PyTorch's reasoning that the file does not have
-Shapes = dict[str, dict[int, Any]]
 
 
 class _Half(nn.Module):
@@ -48,22 +46,13 @@ def to_onnx(program: Program) -> onnx.ModelProto:
     Returns:
         A model with inputs ``images`` and, where the program takes boxes, ``proposals``, all sizes dynamic.
     """
-    count = Dim("batch", min=1, max=LARGEST)
-    height, width = (Dim(name, min=16, max=LARGEST) for name in ("height", "width"))
-    channels = program.backbone.pixel_format.channels
-    images = torch.zeros(2, channels, 96, 112, dtype=torch.uint8)
-    first = _export(
-        _Half(program, "prepare"), [images], [{0: count, 2: height, 3: width}], ("images",), ("batch", "sizes")
-    )
-    rows, columns = (Dim(name, min=2, max=LARGEST) for name in ("rows", "columns"))
-    batch = torch.zeros(2, channels, 3 * program.divisor, 5 * program.divisor)
-    given: list[Tensor] = [batch, torch.tensor([*batch.shape[2:], 96.0, 112.0])]
-    shapes = [{0: count, 2: program.divisor * rows, 3: program.divisor * columns}, {}]
-    names = ["batch", "sizes"]
-    if program.takes_boxes:
-        given.append(torch.tensor([0.0, 0.0, 32.0, 32.0]).repeat(2, 7, 1))
-        shapes.append({0: count, 1: Dim("proposals", min=2, max=2**20)})
-        names.append("proposals")
+    [images, *boxes], [image_sizes, *box_sizes] = example_inputs(program)
+    first = _export(_Half(program, "prepare"), [images], [image_sizes], ["images"], ["batch", "sizes"])
+    rows, columns = (Dim(name, min=1, max=LARGEST) for name in ("rows", "columns"))
+    batch = torch.zeros(2, images.shape[1], 3 * program.divisor, 5 * program.divisor)
+    given = [batch, torch.tensor([*batch.shape[2:], *images.shape[2:]], dtype=torch.float32), *boxes]
+    batch_sizes = {0: image_sizes[0], 2: program.divisor * rows, 3: program.divisor * columns}
+    shapes, names = [batch_sizes, {}, *box_sizes], ["batch", "sizes", "proposals"][: len(given)]
     second = _export(_Half(program, "detect"), given, shapes, names, program.outputs)
     return _name_sizes(_joined(first, second), program)
 
@@ -98,33 +87,25 @@ def _export(
 
 
 def _joined(first: onnx.ModelProto, second: onnx.ModelProto) -> onnx.ModelProto:
-    first = compose.add_prefix(first, "prepare/")
-    links = [(f"prepare/{name}", name) for name in ("batch", "sizes")]
-    joined = compose.merge_models(first, second, io_map=links)
+    joined = compose.merge_models(
+        first, second, io_map=[(name, name) for name in ("batch", "sizes")], prefix1="prepare/"
+    )
     del joined.opset_import[1:]  # that of the second half is the same
     return joined
 
 
 def _name_sizes(model: onnx.ModelProto, program: Program) -> onnx.ModelProto:
-    """Name inputs, and the sizes of inputs and outputs that are not fixed."""
+    """Name the images, and the sizes of inputs and outputs that are not fixed."""
     graph = model.graph
     for node in graph.node:
-        for index, name in enumerate(node.input):
-            if name == "prepare/images":
-                node.input[index] = "images"
+        node.input[:] = ["images" if name == "prepare/images" else name for name in node.input]
     graph.input[0].name = "images"
-    sizes: dict[str, Sequence[str | int]] = {
-        "images": ("batch", program.backbone.pixel_format.channels, "height", "width"),
-        "proposals": ("batch", "proposals", 4),
-    }
+    images = ("batch", program.backbone.pixel_format.channels, "height", "width")
     for value in graph.input:
-        _write_shape(value, sizes[value.name])
-    columns = {"boxes": (4,), "vectors": (None,)}
+        _write_shape(value, images if value.name == "images" else ("batch", "proposals", 4))
     for value in graph.output:
-        rest = columns.get(value.name, ())
-        old = value.type.tensor_type.shape.dim
-        fixed = [size or old[2].dim_value for size in rest]
-        _write_shape(value, ("batch", "detections", *fixed) if value.name != "count" else ("batch",))
+        fixed = [size.dim_value for size in value.type.tensor_type.shape.dim[2:]]
+        _write_shape(value, ("batch",) if value.name == "count" else ("batch", "detections", *fixed))
     return model
 
 

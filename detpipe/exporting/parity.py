@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from detpipe.detector import TwoStageDetector
+from detpipe.heads.base import ProposalHead
+from detpipe.proposals import PrecomputedProposals
 from detpipe.types import Detection
 
 SHAPES = ((1, 1), (3, 4), (4, 3), (1, 3), (5, 2))  # height to width
@@ -83,53 +85,61 @@ def sample_boxes(images: Tensor, count: int = 60, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def compare(detector: TwoStageDetector, run: Run, batches: Sequence[Tensor], takes_boxes: bool) -> Parity:
+def compare(
+    detector: TwoStageDetector, run: Run, batches: Sequence[Tensor], takes_boxes: bool, threshold: float | None = None
+) -> Parity:
     """Compare what a detector and a file of it find.
 
     Args:
-        detector: in evaluation mode; with precomputed proposals where boxes are given.
+        detector: in evaluation mode.
         run: the file.
-        batches: ``[N, 3, H, W]`` uint8 each.
-        takes_boxes: whether the file takes boxes; :func:`sample_boxes` are given then.
+        batches: ``[N, C, H, W]`` uint8 each.
+        takes_boxes: whether the file takes boxes; both get those of :func:`sample_boxes` then.
+        threshold: of the scores that the detector finds; None for its own.
 
     Returns:
         How far apart they are, and what differs.
     """
-    boxes_apart, scores_apart, count, images, faults = 0.0, 0.0, 0, 0, []
+    detector = copy.deepcopy(detector)
+    assert isinstance(detector.head, ProposalHead)
+    if takes_boxes and not isinstance(detector.proposals, PrecomputedProposals):
+        detector.proposals = PrecomputedProposals(max_boxes=None)
+    if threshold is not None:
+        detector.head.postprocess = replace(detector.head.postprocess, score_threshold=threshold)
     given = [sample_boxes(batch) if takes_boxes else None for batch in batches]
 
-    def detect(model: TwoStageDetector) -> list[list[Detection]]:
+    def detect() -> list[list[Detection]]:
         targets: list[Any] = [None if own is None else [{"proposals": one} for one in own] for own in given]
-        return [model([*batch], target) for batch, target in zip(batches, targets, strict=True)]
+        return [detector([*batch], target) for batch, target in zip(batches, targets, strict=True)]
 
-    expected, exact = detect(detector), detect(copy.deepcopy(detector).double())
-    limits = _limits(list(chain.from_iterable(expected)), list(chain.from_iterable(exact)))
+    expected = detect()
+    detector.double()
+    limits = _limits([*chain(*expected)], [*chain(*detect())])
+    errors: list[tuple[float, float]] = []
+    faults = []
     for batch, boxes, wanted in zip(batches, given, expected, strict=True):
         found = run(batch.numpy(), None if boxes is None else boxes.numpy())
         for index, (own, other) in enumerate(zip(wanted, found, strict=True)):
-            box, score, fault = _differences(own, other, *limits)
-            images, count = images + 1, count + len(own["scores"])
-            boxes_apart, scores_apart = max(boxes_apart, box), max(scores_apart, score)
+            box_error, score_error, fault = _differences(own, other, *limits)
+            errors.append((box_error, score_error))
             if fault:
                 faults.append(f"image {index} of a batch {list(batch.shape)}: {fault}")
-    return Parity(images, count, boxes_apart, scores_apart, tuple(faults))
+    box_error, score_error = (max(column) for column in zip((0.0, 0.0), *errors, strict=True))
+    count = sum(len(one["scores"]) for one in chain(*expected))
+    return Parity(len(errors), count, box_error, score_error, tuple(faults))
 
 
 def _limits(own: Sequence[Detection], exact: Sequence[Detection]) -> tuple[float, float]:
     """How far boxes and scores may be apart, by how far they are from those of float64."""
     box_error, score_error = BOX_ERROR / ROUNDING, SCORE_ERROR / ROUNDING
     for one, true in zip(own, exact, strict=True):
-        alike = one["labels"][:, None] == true["labels"]
-        boxes = (one["boxes"][:, None].double() - true["boxes"]).abs().amax(2)
+        boxes = (one["boxes"][:, None].double() - true["boxes"]).abs().amax(2)  # [D, those of float64]
         scores = (one["scores"][:, None].double() - true["scores"]).abs()
-        near = alike & (boxes < FAR[0]) & (scores < FAR[1])
-        closest = torch.where(near, boxes, torch.inf).amin(1) if near.shape[1] else boxes.new_empty(0)
-        found = near & (boxes == closest[:, None])
-        if found.any():
-            box_error, score_error = (
-                max(box_error, float(boxes[found].max())),
-                max(score_error, float(scores[found].max())),
-            )
+        near = (one["labels"][:, None] == true["labels"]) & (boxes < FAR[0]) & (scores < FAR[1])
+        if near.any():
+            nearest = near & (boxes == boxes.where(near, torch.inf).amin(1, keepdim=True))
+            box_error = max(box_error, float(boxes[nearest].max()))
+            score_error = max(score_error, float(scores[nearest].max()))
     return ROUNDING * box_error, ROUNDING * score_error
 
 

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim
 from torchvision.models.detection.image_list import ImageList
 
 from detpipe import boxes as box_ops
@@ -25,6 +27,7 @@ from detpipe.heads.base import ProposalHead
 from detpipe.proposals import RPN, PrecomputedProposals
 
 OUTPUTS = ("boxes", "scores", "labels", "count")
+LARGEST = 8192  # pixels along a side, and images; a bound for PyTorch's reasoning, which ONNX files do not have
 
 
 class Program(nn.Module):
@@ -43,12 +46,12 @@ class Program(nn.Module):
 
     def __init__(self, detector: TwoStageDetector, takes_boxes: bool = False, gives_vectors: bool = False) -> None:
         super().__init__()
-        self.takes_boxes = takes_boxes or isinstance(detector.proposals, PrecomputedProposals)
+        is_given = isinstance(detector.proposals, PrecomputedProposals)
+        self.takes_boxes = takes_boxes or is_given
         check_exportable(detector, self.takes_boxes)
         assert isinstance(detector.head, ProposalHead)
         self.backbone, self.head = detector.backbone, detector.head
-        source = PrecomputedProposals(max_boxes=None) if takes_boxes else detector.proposals
-        self.source = detector.proposals if isinstance(detector.proposals, PrecomputedProposals) else source
+        self.source = PrecomputedProposals(max_boxes=None) if takes_boxes and not is_given else detector.proposals
         self.gives_vectors = gives_vectors
         self.divisor = detector.divisor or max(detector.backbone.strides.values())
         self.sizes = detector.min_size, detector.max_size
@@ -90,7 +93,9 @@ class Program(nn.Module):
         else:
             assert isinstance(self.source, PrecomputedProposals)
             assert boxes is not None
+            torch._check(boxes.shape[0] == batch.shape[0])
             factors = torch.stack((w / width, h / height)).repeat(2)
+            boxes = F.pad(boxes, (0, 0, 0, 1))  # one more without area, so that an image may have no boxes at all
             proposals = box_ops.clip(boxes * factors, h, w)
             present = self.source.chosen(proposals)
         with classified(self.head, self.gives_vectors) as vectors:
@@ -104,6 +109,16 @@ class Program(nn.Module):
         own = flat.unflatten(0, present.shape)
         own = own.gather(1, kept.index[..., None].expand(-1, -1, own.shape[2]))
         return *results, own.float() * counts[..., None]
+
+
+def example_inputs(program: Program) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Images, and boxes where a program takes some, to export it by; and for each which of its sizes may be others."""
+    count, height, width = (Dim(name, min=1, max=LARGEST) for name in ("batch", "height", "width"))
+    images = torch.zeros(2, program.backbone.pixel_format.channels, 96, 112, dtype=torch.uint8)
+    boxes = torch.tensor([0.0, 0.0, 32.0, 32.0]).repeat(2, 7, 1)
+    sizes: list[dict[int, Any]] = [{0: count, 2: height, 3: width}, {0: count, 1: Dim("proposals", min=0, max=2**20)}]
+    taken = 2 if program.takes_boxes else 1
+    return (images, boxes)[:taken], tuple(sizes[:taken])
 
 
 @contextmanager

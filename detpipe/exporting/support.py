@@ -6,8 +6,7 @@ from torch import nn
 
 from detpipe.detector import TwoStageDetector
 from detpipe.heads import AttentionalHead, CascadeHead, FastRCNNHead
-from detpipe.heads.base import ProposalHead
-from detpipe.proposals import RPN, PrecomputedProposals
+from detpipe.proposals import RPN
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool
 from detpipe.support.errors import UsageError
 
@@ -18,8 +17,8 @@ def check_torch_alone(detector: TwoStageDetector) -> None:
     """Refuse a pooler that PyTorch alone has no operators for; raises as :func:`check_exportable`."""
     pooler = detector.head.get_submodule("pooler")
     if isinstance(pooler, RoIMaxPool) or getattr(pooler, "sampling_ratio", 0) == 0:
-        how = "with sampling_ratio=0" if isinstance(pooler, RoIAlign) else ""
-        raise _refused(pooler, "pooler", "PyTorch alone has no operator for it: write an .onnx file", how)
+        how = " with sampling_ratio=0" if isinstance(pooler, RoIAlign) else ""
+        raise _refused("pooler", pooler, "PyTorch alone has no operator for it: write an .onnx file", how)
 
 
 def check_exportable(detector: TwoStageDetector, takes_boxes: bool) -> None:
@@ -34,34 +33,24 @@ def check_exportable(detector: TwoStageDetector, takes_boxes: bool) -> None:
     """
     head, source = detector.head, detector.proposals
     if not isinstance(head, HEADS):
-        raise _refused(head, "head", f"expected {_names(HEADS)}")
-    if not takes_boxes and not isinstance(source, RPN | PrecomputedProposals):
-        raise _refused(source, "source of proposals", "let boxes be an input: --boxes, or boxes=True in Python")
+        raise _refused("head", head, f"expected {', '.join(kind.__name__ for kind in HEADS)}")
+    if not takes_boxes and not isinstance(source, RPN):
+        raise _refused("source of proposals", source, "let boxes be an input: --boxes, or boxes=True in Python")
     suppression = head.postprocess.suppression
     if suppression != "nms":
         raise UsageError(
             f"export: postprocess.suppression {suppression!r} takes as many steps as there are boxes, which a graph does not have; "
             "set it to 'nms'"
         )
-    check_pooler(head)
+    pooler, how = head.get_submodule("pooler"), ""
+    if isinstance(pooler, RoIAlign):
+        how = "" if pooler.reduce == "mean" else " with reduce='max'"
+    elif isinstance(pooler, RoIMaxPool):
+        how = "" if pooler.bins == "fast_rcnn" else f" with bins={pooler.bins!r}"
+    if how or not isinstance(pooler, RoIAlign | RoIMaxPool):
+        advice = "expected RoIAlign that takes the mean, or RoIMaxPool with bins='fast_rcnn'"
+        raise _refused("pooler", pooler, advice, how)
 
 
-def check_pooler(head: ProposalHead) -> None:
-    """Refuse a pooler that ONNX has no operators for."""
-    pooler = head.get_submodule("pooler")
-    if isinstance(pooler, RoIAlign) and pooler.reduce == "mean":
-        return
-    if isinstance(pooler, RoIMaxPool) and pooler.bins == "fast_rcnn":
-        return
-    how = "with reduce='max'" if isinstance(pooler, RoIAlign) else ""
-    how = f"with bins={pooler.bins!r}" if isinstance(pooler, RoIMaxPool) else how
-    raise _refused(pooler, "pooler", "expected RoIAlign that takes the mean, or RoIMaxPool with bins='fast_rcnn'", how)
-
-
-def _names(classes: tuple[type, ...]) -> str:
-    return ", ".join(one.__name__ for one in classes)
-
-
-def _refused(part: nn.Module, kind: str, advice: str, how: str = "") -> UsageError:
-    name = f"{type(part).__name__} {how}".strip()
-    return UsageError(f"export: the {kind} {name} cannot be written as a graph; {advice}")
+def _refused(kind: str, part: nn.Module, advice: str, how: str = "") -> UsageError:
+    return UsageError(f"export: the {kind} {type(part).__name__}{how} cannot be written as a graph; {advice}")

@@ -13,26 +13,24 @@ import onnx.numpy_helper
 from torch import Tensor
 
 FEWEST = 1024  # numbers; smaller tensors stay as they are
+LARGEST = np.finfo(np.float16).max  # a tensor with larger numbers stays as it is too
 HEAVY = ("Conv", "Gemm", "MatMul")  # operators with nearly all weights
 
 
-def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_half(model: onnx.ModelProto) -> None:
     """Store weights in 16 bits, and cast them where they are used: half the size, computed in 32 bits."""
-    graph = model.graph
-    used = {name for node in graph.node if node.op_type in HEAVY for name in node.input}
+    used = {name for node in model.graph.node if node.op_type in HEAVY for name in node.input}
     casts = []
-    for held in graph.initializer:
+    for held in model.graph.initializer:
         values = onnx.numpy_helper.to_array(held)
-        if held.name not in used or values.dtype != np.float32 or values.size < FEWEST:
+        if held.name not in used or values.dtype != np.float32 or values.size < FEWEST or abs(values).max() > LARGEST:
             continue
-        name = held.name
-        stored = f"{name}/half"
+        name, stored = held.name, f"{held.name}/half"
         held.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), stored))
         casts.append(onnx.helper.make_node("Cast", [stored], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return model
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def quantize(model: onnx.ModelProto, images: Sequence[Tensor]) -> onnx.ModelProto:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -73,10 +73,12 @@ class OnnxDetector:
         stored = self.session.get_modelmeta().custom_metadata_map
         if stored.get("format") != FORMAT:
             raise CheckpointError(f"{name} is not a detector of detpipe export (format {stored.get('format')!r})")
-        self.metadata: dict[str, Any] = {
-            key: json.loads(value) if key in _JSON else value for key, value in stored.items()
-        }
-        self.class_names = tuple(map(str, self.metadata["class_names"]))
+        try:
+            known = {key: json.loads(value) if key in _JSON else value for key, value in stored.items()}
+            self.metadata: dict[str, Any] = known
+            self.class_names = tuple(map(str, known["class_names"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{name} says of itself what cannot be read ({error}); export it again") from error
         self.takes_boxes = len(self.session.get_inputs()) == 2
 
     def __call__(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Detection]:
@@ -86,14 +88,9 @@ class OnnxDetector:
             return [found for pair in zip(images, own, strict=True) for found in self([pair[0]], [pair[1]])]
         boxes = [target["proposals"] for target in own if "proposals" in target]
         padded = pad_sequence(boxes, batch_first=True).float().numpy() if boxes else None  # rows of zeros do not count
-        return [
-            Detection(
-                boxes=torch.from_numpy(found["boxes"]),
-                scores=torch.from_numpy(found["scores"]),
-                labels=torch.from_numpy(found["labels"]),
-            )
-            for found in self.run(torch.stack(list(images)).contiguous().numpy(), padded)
-        ]
+        outputs = self.run(torch.stack(list(images)).contiguous().numpy(), padded)
+        names = ("boxes", "scores", "labels")
+        return [cast(Detection, {name: torch.from_numpy(found[name]) for name in names}) for found in outputs]
 
     def run(
         self, images: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float32] | None = None

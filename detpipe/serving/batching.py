@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,7 +52,8 @@ class Answer(NamedTuple):
     batch: int  # images in it
 
 
-class _Job(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Job:
     image: Tensor  # [C, H, W]
     boxes: Tensor | None  # [P, 4]
     answer: asyncio.Future[Answer]
@@ -75,7 +75,7 @@ class Batcher:
 
     def __init__(self, detect: Detect, size: int, on_batch: Callable[[Answer], None] = lambda answer: None) -> None:
         self._detect, self._size, self._on_batch = detect, size, on_batch
-        self._waiting: deque[_Job] = deque()
+        self._waiting: list[_Job] = []
         self._arrived = asyncio.Event()
 
     async def __call__(self, image: Tensor, boxes: Tensor | None) -> Answer:
@@ -83,7 +83,11 @@ class Batcher:
         job = _Job(image, boxes, asyncio.get_running_loop().create_future())
         self._waiting.append(job)
         self._arrived.set()
-        return await job.answer
+        try:
+            return await job.answer
+        finally:
+            if job in self._waiting:
+                self._waiting.remove(job)
 
     async def run(self) -> None:
         """Answer until cancelled; a batch that is being computed is ended first."""
@@ -91,9 +95,11 @@ class Batcher:
         with ThreadPoolExecutor(1, "model") as thread:
             while True:
                 await self._arrived.wait()
-                if not (jobs := self._next()):
+                if not self._waiting:
                     self._arrived.clear()
                     continue
+                jobs = [job for job in self._waiting if job.kind == self._waiting[0].kind][: self._size]
+                self._waiting = [job for job in self._waiting if job not in jobs]
                 for job, answer in zip(jobs, await loop.run_in_executor(thread, self._answer, jobs), strict=True):
                     if job.answer.done():
                         continue
@@ -101,16 +107,6 @@ class Batcher:
                         job.answer.set_result(answer)
                     else:
                         job.answer.set_exception(answer)
-
-    def _next(self) -> list[_Job]:
-        """The job that waits longest, and those of its kind."""
-        jobs: list[_Job] = []
-        for job in [job for job in self._waiting if not job.answer.done()]:
-            if len(jobs) < self._size and (not jobs or job.kind == jobs[0].kind):
-                jobs.append(job)
-        taken = {id(job) for job in jobs}
-        self._waiting = deque(job for job in self._waiting if id(job) not in taken and not job.answer.done())
-        return jobs
 
     def _answer(self, jobs: Sequence[_Job]) -> list[Answer | Exception]:
         """Run the model, and where it fails, on each image alone: what is wrong with one must not befall the others."""

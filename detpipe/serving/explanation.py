@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from detpipe import boxes as box_ops
 from detpipe.detector import TwoStageDetector
 from detpipe.heads import ProposalHead
 from detpipe.heads.postprocess import Postprocess
-from detpipe.images import scale_boxes
+from detpipe.images import Size, scale_boxes, to_picture
 from detpipe.serving.given_boxes import at_given_boxes
 from detpipe.types import Detection
 
@@ -27,10 +27,18 @@ from detpipe.types import Detection
 class Explanation:
     """What a detector did with an image. Boxes are in its pixels, tensors on the CPU."""
 
-    found: Detection = field(default_factory=lambda: Detection(boxes=torch.zeros(0, 4)))  # type: ignore[typeddict-item]
+    picture: Tensor  # [3, H, W] uint8, the image
+    found: Detection
     proposals: Tensor | None = None  # [P, 4]
     class_scores: Tensor | None = None  # [D, K] of the proposal that each detection came from; None of a head of others
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
+
+    def above(self, threshold: float) -> Explanation:
+        """What has a score of the threshold or more."""
+        keep = self.found["scores"] >= threshold
+        found = {name: values[keep] for name, values in cast(dict[str, Tensor], self.found).items()}
+        scores = None if self.class_scores is None else self.class_scores[keep]
+        return replace(self, found=cast(Detection, found), class_scores=scores)
 
 
 @torch.inference_mode()
@@ -45,42 +53,43 @@ def explain(detector: TwoStageDetector, image: Tensor, boxes: Tensor | None = No
     Returns:
         The detections, with ``proposals`` and ``glimpses`` where the head tells them, and the rest.
     """
-    told = Explanation()
-    image = image.to(detector.device)
-    with nullcontext() if boxes is None else at_given_boxes(detector), _watched(detector, tuple(image.shape[1:]), told):
-        start = _now(detector)
-        [found] = detector([image], None if boxes is None else [{"proposals": boxes.to(detector.device)}])
-        told.seconds["all"] = _now(detector) - start
-    told.found = cast(Detection, {name: values.cpu() for name, values in cast(dict[str, Tensor], found).items()})
-    return told
+    picture, image = to_picture(image), image.to(detector.device)
+    given = None if boxes is None else [{"proposals": boxes.to(detector.device)}]
+    with (
+        nullcontext() if boxes is None else at_given_boxes(detector),
+        _watched(detector, (image.shape[1], image.shape[2])) as kept,
+    ):
+        [found] = detector([image], given)
+    found = {name: values.cpu() for name, values in cast(dict[str, Tensor], found).items()}
+    return Explanation(picture, cast(Detection, found), **kept)
 
 
 @contextmanager
-def _watched(detector: TwoStageDetector, size: Any, told: Explanation) -> Iterator[None]:
-    """Time the stages, and keep proposals and scores, while it lasts."""
-    started: dict[str, float] = {}
+def _watched(detector: TwoStageDetector, size: Size) -> Iterator[dict[str, Any]]:
+    """Collect the seconds of the stages, proposals and scores, while it lasts."""
+    seconds: dict[str, float] = {}
+    kept: dict[str, Any] = {"seconds": seconds}
 
-    def begin(name: str) -> Any:
-        return lambda module, inputs: started.update({name: _now(detector)})
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        boxes = scale_boxes(output[0][0], inputs[0].image_sizes[0], size)
+        kept["proposals"] = boxes[box_ops.valid(boxes)].cpu()
 
-    def end(name: str) -> Any:
-        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            told.seconds[name] = _now(detector) - started[name]
-            if name == "proposals":
-                boxes = scale_boxes(output[0][0], inputs[0].image_sizes[0], size)
-                told.proposals = boxes[box_ops.valid(boxes)].cpu()
+    def start(name: str) -> Any:
+        return lambda *_: seconds.update({name: -_now(detector)})
 
-        return keep
+    def stop(name: str) -> Any:
+        return lambda *_: seconds.update({name: seconds[name] + _now(detector)})
 
     head = detector.head
-    stages = {"backbone": detector.backbone, "proposals": detector.proposals, "head": head}
-    handles = [stage.register_forward_pre_hook(begin(name)) for name, stage in stages.items()]
-    handles += [stage.register_forward_hook(end(name)) for name, stage in stages.items()]
+    handles = []
+    for name, stage in {"backbone": detector.backbone, "proposals": detector.proposals, "head": head}.items():
+        handles += [stage.register_forward_pre_hook(start(name)), stage.register_forward_hook(stop(name))]
+    handles.append(detector.proposals.register_forward_hook(keep))
     before = vars(head).copy()
     if isinstance(head, ProposalHead):
-        head.return_glimpses, head.postprocess = True, cast(Postprocess, _Kept(head.postprocess, told))
+        head.return_glimpses, head.postprocess = True, cast(Postprocess, _Kept(head.postprocess, kept))
     try:
-        yield
+        yield kept
     finally:
         vars(head).update(before)
         for handle in handles:
@@ -92,11 +101,11 @@ class _Kept:
     """A postprocess that keeps the scores of all classes of what it selects in the first image."""
 
     inner: Postprocess
-    told: Explanation
+    kept: dict[str, Any]
 
     def select(self, scores: Tensor, *others: Any) -> Any:
         found, rows = self.inner.select(scores, *others)
-        self.told.class_scores = scores[0, rows[0]].float().cpu()
+        self.kept["class_scores"] = scores[0, rows[0]].float().cpu()
         return found, rows
 
 

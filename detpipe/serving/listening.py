@@ -7,6 +7,7 @@ time.
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 from collections.abc import Callable
@@ -60,10 +61,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {host}, port {port} ({error.strerror or error}); give another --host or --port"
-        ) from error
+    except (OSError, UnicodeError) as error:  # a name that is none
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot listen on {host}, port {port} ({reason}); give another --host or --port") from error
 
 
 def address_of(listener: socket.socket) -> str:
@@ -90,7 +90,7 @@ def make_server(app: Callable[..., Any], stop_seconds: float) -> uvicorn.Server:
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=round(stop_seconds + 0.5),
+        timeout_graceful_shutdown=math.ceil(stop_seconds),
     )
     return uvicorn.Server(config)
 

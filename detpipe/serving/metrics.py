@@ -39,8 +39,12 @@ class Metrics:
                 status = error.status_code
                 raise
             finally:
-                self._requests.labels(status).inc()
+                self.count(status)
                 self._seconds.observe(time.perf_counter() - start)
+
+    def count(self, status: int) -> None:
+        """Count an answer."""
+        self._requests.labels(status).inc()
 
     def count_batch(self, answer: Answer) -> None:
         """Count a run of the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from starlette.responses import PlainTextResponse
 
 from detpipe.serving.trial import GIVEN, OWN, TILES, Trial, Tried
 
-UPLOAD_BYTES, UPLOADS = 16 * 2**20, 64  # of one, and how many may lie there
+UPLOAD_BYTES = 16 * 2**20
+_MOST_FOLDERS = 256  # of uploads and of pictures
 _JSON_BYTES = 2**20  # of a request that is no upload
 _KEPT_SECONDS = 1800.0  # a file lies there, and longer if nobody uploads
 _CSS = """
@@ -51,13 +53,14 @@ def build_page(trial: Trial) -> gr.Blocks:
         attend.click(trial.attend, [key, threshold], [line, gates], concurrency_id="detector", **raw)
         image.select(_click, [boxes, corner], [boxes, corner, source], **raw)
         clear.click(lambda: ("", None), None, [boxes, corner], **raw)
+    for part in page.blocks.values():  # Gradio looks for files in what a request gives to any of them
+        part.async_move_resource_to_block_cache = _only_files(part.async_move_resource_to_block_cache)
     page.queue(max_size=16, default_concurrency_limit=1)
     return page
 
 
 def _lay_out_controls(tried: Tried) -> tuple[Any, ...]:
     image = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=360)
-    image.async_move_resource_to_block_cache = _only_files(image.async_move_resource_to_block_cache)
     threshold = gr.Slider(0, 1, 0.5, step=0.01, label="Score threshold")
     choices = [*([] if tried.needs_boxes else [OWN]), GIVEN, *tried.sources]
     source = gr.Dropdown(choices, label="Proposals from", filterable=False)
@@ -129,16 +132,20 @@ class _Bounded:
         most = UPLOAD_BYTES + 4096 if uploads else _JSON_BYTES
         if not length.isdigit() or int(length) > most:
             return PlainTextResponse(f"a request may have {most} bytes, and says how many it has", 413)
-        if uploads:
-            self._sweep()
-            if sum(1 for _ in self._folder.iterdir()) > UPLOADS * 8:
-                return PlainTextResponse("too many files were uploaded; try again in half an hour", 503)
+        if uploads and self._sweep() > _MOST_FOLDERS:
+            return PlainTextResponse("too many files were uploaded; try again in half an hour", 503)
         return None
 
-    def _sweep(self) -> None:
+    def _sweep(self) -> int:
+        """Remove what is old; how much is left."""
+        left = 0
         for path in self._folder.iterdir():
-            if path.stat().st_mtime < time.time() - _KEPT_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):  # removed by a thread that has made a newer one
+                if path.stat().st_mtime < time.time() - _KEPT_SECONDS:
+                    shutil.rmtree(path)
+                else:
+                    left += 1
+        return left
 
 
 def _only_files(move: Callable[..., Any]) -> Callable[..., Any]:

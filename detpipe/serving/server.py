@@ -19,23 +19,23 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from detpipe.datasets.decode import IMAGE_SUFFIXES, MAX_PIXELS, image_format, image_size, read_image
+from detpipe.datasets.decode import MAX_PIXELS, read_image
 from detpipe.datasets.planes import without_advice
 from detpipe.serving.batching import Answer, Batcher, ModelError, Served
 from detpipe.serving.given_boxes import parse_boxes
 from detpipe.serving.metrics import Metrics
+from detpipe.serving.uploads import upload_size
 from detpipe.support.errors import DataError
 from detpipe.support.terminal import printable
 
 GONE = 499  # the status that logs have for a client that closed the connection
 _MOST_BOXES = 2**20  # bytes of their JSON
-_FORMATS = {"NPY", *(Image.registered_extensions().get(suffix, "NPY") for suffix in IMAGE_SUFFIXES)}
+_DECODERS = 4  # threads
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class Service:
         model: that answers.
         limits: of requests.
         batch_size: most images of one run of the model.
-        metrics: that are counted.
+        metrics: that count its runs.
     """
 
     def __init__(self, model: Served, limits: Limits, batch_size: int, metrics: Metrics) -> None:
-        self.model, self.limits, self.metrics = model, limits, metrics
+        self.model, self.limits = model, limits
         self.batcher = Batcher(model.detect, batch_size, metrics.count_batch)
-        self.decoders = ThreadPoolExecutor(4, "decode")
+        self.decoders, self.free = ThreadPoolExecutor(_DECODERS, "decode"), asyncio.Semaphore(_DECODERS)
         self.under_way, self.pixels = 0, 0
 
     async def detect(self, request: Request, score_threshold: float) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Service:
             content, text = await _parts(request, await _body(request, self.limits), self.model)
             start = time.perf_counter()
             async with asyncio.timeout(self.limits.seconds):
-                size = await self._in_thread(_check_header, content)
+                size = await self._in_thread(upload_size, "image", content)
                 held = self._reserve(size[0] * size[1])
                 image, boxes = await self._in_thread(self._prepare, content, text, size)
                 answer = await _unless_gone(request, self.batcher(image, boxes))
@@ -108,7 +108,11 @@ class Service:
             self.pixels -= held
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, function, *arguments)
+        """Run in a thread. Who waits for a free one waits here, where it can give up, and not in the queue of the threads."""
+        await self.free.acquire()
+        loop, work = asyncio.get_running_loop(), self.decoders.submit(function, *arguments)
+        work.add_done_callback(lambda _: loop.call_soon_threadsafe(self.free.release))
+        return await asyncio.wrap_future(work)
 
     def _reserve(self, pixels: int) -> int:
         """Count the pixels of an image that is to be decoded, unless others fill the memory that is meant for them."""
@@ -165,9 +169,7 @@ def create_app(
             await app.state.batches
         service.decoders.shutdown()
 
-    app = FastAPI(
-        title="detpipe", lifespan=lifespan, docs_url=None, redoc_url=None
-    )  # their pages load scripts of others
+    app = FastAPI(title="detpipe", lifespan=lifespan, docs_url=None, redoc_url=None)  # their pages load others' scripts
 
     @app.post("/detect")
     async def detect(
@@ -187,16 +189,26 @@ def create_app(
     async def show_metrics() -> Response:
         return Response(metrics.text(), media_type=metrics.content_type)
 
+    _answer_errors(app, metrics)
+    return app
+
+
+def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
+    """Let errors be answered as JSON."""
+
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": printable(str(error.detail))}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        metrics.count(400)
         [first, *_] = error.errors()
         return JSONResponse({"error": f"{first['loc'][-1]}: {first['msg']}, got {first['input']!r}"}, 400)
 
-    return app
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": f"the server failed: {type(error).__name__}; its log says more"}, 500)
 
 
 def _busy(why: str) -> HTTPException:
@@ -223,38 +235,30 @@ async def _body(request: Request, limits: Limits) -> bytes:
 
 async def _parts(request: Request, body: bytes, model: Served) -> tuple[bytes, str | None]:
     """The image file and the JSON of the boxes of a request."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         return body, None
 
     async def replay() -> dict[str, Any]:
         return {"type": "http.request", "body": body}
 
-    async with Request(request.scope, replay).form(max_files=1, max_fields=1, max_part_size=_MOST_BOXES) as form:
-        fields = dict(form.multi_items())
-        image, boxes = fields.pop("image", None), fields.pop("boxes", None)
-        if not isinstance(image, UploadFile) or isinstance(boxes, UploadFile) or fields:
-            raise HTTPException(
-                400, "expected a form with an image file as the field 'image', and at most the text 'boxes'"
-            )
-        if boxes is not None and not model.takes_boxes:
-            raise HTTPException(400, f"boxes: {model.name} finds its own and takes none")
-        return await image.read(), boxes
-
-
-def _check_header(content: bytes) -> tuple[int, int]:
-    """Height and width of an image file of a known format."""
-    size = image_size("image", content)
-    if (found := image_format(content)) not in _FORMATS:
-        raise DataError(f"image: files of the format {found} are not taken; send JPEG or PNG")
-    return size
+    expected = "expected a form with an image file as the field 'image', and at most the text 'boxes'"
+    try:
+        async with Request(request.scope, replay).form(max_files=1, max_fields=1, max_part_size=_MOST_BOXES) as form:
+            fields = dict(form.multi_items())
+            image, boxes = fields.pop("image", None), fields.pop("boxes", None)
+            if not isinstance(image, UploadFile) or isinstance(boxes, UploadFile) or fields:
+                raise HTTPException(400, expected)
+            if boxes is not None and not model.takes_boxes:
+                raise HTTPException(400, f"boxes: {model.name} finds its own and takes none")
+            return await image.read(), boxes
+    except UnicodeError as error:  # a charset in which its names cannot be read
+        raise HTTPException(400, f"{expected}, in UTF-8") from error
 
 
 async def _unless_gone(request: Request, answer: Awaitable[Answer]) -> Answer:
     """Wait for an answer while the client does."""
     waiting = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(
-        request.receive()
-    )  # all of the body has come: what comes now is that the client has gone
+    gone = asyncio.ensure_future(request.receive())  # all of the body has come: now comes that the client has gone
     try:
         await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not waiting.done():

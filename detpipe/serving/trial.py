@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, cast
@@ -15,7 +16,7 @@ from typing import Any, cast
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
-from detpipe.datasets.decode import image_size, read_image
+from detpipe.datasets.decode import read_image
 from detpipe.datasets.planes import without_advice
 from detpipe.detector import TwoStageDetector
 from detpipe.images import to_picture
@@ -23,6 +24,7 @@ from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.prediction import TiledDetector
 from detpipe.serving.explanation import Explanation, explain
 from detpipe.serving.given_boxes import AtGivenBoxes, parse_boxes
+from detpipe.serving.uploads import upload_size
 from detpipe.support.errors import DataError
 from detpipe.types import RGB, Detection, GlimpsedDetection, PixelType
 
@@ -30,6 +32,7 @@ OWN, GIVEN = "the detector's own", "the boxes below"
 TILES = ["none", "320", "640", "1024"]
 _MOST_PIXELS = 2**26  # of an image; several lie in memory
 _KEPT = 8  # results that can be looked at with another threshold
+_FOLDERS = 64  # of pictures, one for each threshold that was looked at
 _DRAWN = 100  # proposals of a picture
 _CLASSES = 12  # columns of the table of scores
 _COLORS = ((255, 214, 0), (65, 135, 255))
@@ -59,21 +62,6 @@ class Tried:
 
 
 @dataclass
-class Result:
-    """What the page shows of one image."""
-
-    picture: Tensor  # [3, H, W] uint8
-    told: Explanation
-
-    def above(self, threshold: float) -> Explanation:
-        """What has a score of the threshold or more."""
-        keep = self.told.found["scores"] >= threshold
-        found = {name: values[keep] for name, values in cast(dict[str, Tensor], self.told.found).items()}
-        scores = self.told.class_scores
-        return replace(self.told, found=cast(Detection, found), class_scores=None if scores is None else scores[keep])
-
-
-@dataclass
 class Trial:
     """What the controls of the page do; one image at a time goes through the detector.
 
@@ -84,7 +72,8 @@ class Trial:
 
     tried: Tried
     folder: Path
-    _results: OrderedDict[str, Result] = field(default_factory=OrderedDict)
+    _results: OrderedDict[str, Explanation] = field(default_factory=OrderedDict)
+    _written: deque[Path] = field(default_factory=deque)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def look(self, file: Any, source: Any, boxes: Any, tiles: Any, threshold: Any) -> tuple[Any, ...]:
@@ -108,18 +97,26 @@ class Trial:
         if result is None:
             line = "This result is gone: press Detect again." if key else line
             return line, None, None, None, [], [], [], None, None
-        told, names = result.above(float(threshold)), self.tried.class_names
+        told, names, out = result.above(float(threshold)), self.tried.class_names, self._new_folder()
         found = told.found
-        height, width = result.picture.shape[1:]
-        count = f"{len(found['scores'])} of {len(result.told.found['scores'])} detections at {float(threshold):.2f} and above"
-        drawn = visualize.draw(result.picture, found["boxes"], found["labels"], names, found["scores"])
-        glimpses = None
+
+        def save(name: str, picture: Tensor) -> str:
+            visualize.save_png(out / name, picture)
+            return str(out / name)
+
+        drawn = visualize.draw(told.picture, found["boxes"], found["labels"], names, found["scores"])
+        picture, proposals, glimpses = save("detections.png", drawn), None, None
+        if told.proposals is not None:
+            proposals = save("proposals.png", draw_boxes(told.picture, told.proposals))
         if "glimpses" in found and found["glimpses"].shape[1]:
-            glimpses = self._save(glimpse_pictures.draw_glimpses(result.picture, cast(GlimpsedDetection, found), names))
-        proposals = None if told.proposals is None else self._save(draw_boxes(result.picture, told.proposals))
-        picture = self._save(drawn)
-        written = self._path("json")
+            seen = cast(GlimpsedDetection, found)
+            glimpses = save("glimpses.png", glimpse_pictures.draw_glimpses(told.picture, seen, names))
+        height, width = told.picture.shape[1:]
+        written = out / "detections.json"
         written.write_text(json.dumps(self._describe(told, width, height), indent=1), encoding="utf-8")
+        count = (
+            f"{len(found['scores'])} of {len(result.found['scores'])} detections at {float(threshold):.2f} and above"
+        )
         return (
             f"{count}; {width} x {height} pixels, {told.seconds['all']:.2f} s",
             *(picture, proposals, glimpses),
@@ -132,9 +129,9 @@ class Trial:
         result = self._results.get(str(key))
         if result is None or self.tried.draw_attention is None:
             return "Drop an image above, and press Detect.", []
-        out, found = self.folder / token_hex(8), result.above(float(threshold)).found
+        found = result.above(float(threshold)).found
         with self._lock:
-            paths = self.tried.draw_attention(result.picture, found, out)
+            paths = self.tried.draw_attention(result.picture, found, self._new_folder())
         line = f"Gates on the {len(found['scores'])} detections at {float(threshold):.2f} and above"
         return line if paths else "Gates are drawn on detections: lower the threshold.", [str(path) for path in paths]
 
@@ -145,12 +142,12 @@ class Trial:
         if not path.is_relative_to(self.folder.resolve()) or not path.is_file():
             raise DataError("expected an image that was dropped or pasted on this page")
         name, content = Path(str(given.get("orig_name") or "image")).name, path.read_bytes()
-        height, width = image_size(name, content)
+        height, width = upload_size(name, content)
         if height * width > _MOST_PIXELS:
             raise DataError(f"{name}: {width} x {height} pixels are too many for this page; use detpipe predict")
         return read_image(name, content, self.tried.pixels)
 
-    def _detect(self, image: Tensor, source: str, text: str, tiles: str) -> Result:
+    def _detect(self, image: Tensor, source: str, text: str, tiles: str) -> Explanation:
         start = time.perf_counter()
         boxes = None
         if source == GIVEN or (source == OWN and self.tried.needs_boxes):
@@ -164,12 +161,12 @@ class Trial:
         if tiles in TILES[1:]:
             tiled = TiledDetector(AtGivenBoxes(detector), int(tiles))
             [found] = tiled([image], None if boxes is None else [{"proposals": boxes}])
-            told = Explanation(found, boxes)
+            told = Explanation(to_picture(image), found, boxes)
         else:
             told = explain(detector, image, boxes)
         told.seconds = {**({f"proposals: {source}": made} if source in self.tried.sources else {}), **told.seconds}
         told.seconds["all"] = time.perf_counter() - start
-        return Result(to_picture(image), told)
+        return told
 
     def _describe(self, told: Explanation, width: int, height: int) -> dict[str, Any]:
         found, names = told.found, self.tried.class_names
@@ -202,16 +199,14 @@ class Trial:
         ]
         return {"headers": ["", *(self.tried.class_names[k] for k in best.tolist())], "data": rows}
 
-    def _save(self, picture: Tensor) -> str:
-        path = self._path("png")
-        visualize.save_png(path, picture)
-        return str(path)
-
-    def _path(self, suffix: str) -> Path:
-        """A new name in a folder of its own, so that a download is called what it is."""
+    def _new_folder(self) -> Path:
+        """A new folder for what is written; the oldest goes where there are many."""
         folder = self.folder / token_hex(8)
         folder.mkdir()
-        return folder / f"detections.{suffix}"
+        self._written.append(folder)
+        while len(self._written) > _FOLDERS:
+            shutil.rmtree(self._written.popleft(), ignore_errors=True)
+        return folder
 
 
 def draw_boxes(picture: Tensor, boxes: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ def test_an_onnx_file_is_served(tmp_path):
     ("arguments", "status", "message"),
     [
         (["nowhere.ckpt"], 1, "checkpoint nowhere.ckpt does not exist"),
+        (["nowhere.ckpt", "--body", "1e-7"], 1, "checkpoint nowhere.ckpt does not exist"),
         (["nowhere.onnx"], 1, "ONNX file nowhere.onnx does not exist"),
         (["CHECKPOINT", "--proposals", "boxes.json"], 2, "expected a source"),
         (["x", "--score_threshold", "2"], 2, "--score_threshold must be in 0..1"),

@@ -24,6 +24,9 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "onnx_predict.py"
         (["no_such_name", "-o", "a.onnx"], "unknown detector 'no_such_name'"),
         (["best.ckpt", "-o", "a.onnx", "--int8", "missing"], "missing does not exist"),
         (["images", "--check", "a.onnx"], "a.onnx does not exist"),
+        (["images", "--check", "a.pt2"], "--check is for .onnx files"),
+        (["images", "--check", "a.onnx", "--half"], "--half is for writing a file; leave it out of --check"),
+        (["best.ckpt", "-o", "a.onnx", "--checkpoint", "b.ckpt"], "--checkpoint is for --check FILE"),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
@@ -53,16 +56,8 @@ def test_a_checkpoint_becomes_a_file_that_runs_without_detpipe(trained, demo_roo
         assert cli.main([*found[:1], str(model), *found[1:], "-o", str(out), "--device", "cpu"]) == 0
         numbers = tmp_path / "numbers.json"
         truth = str(split / "annotations" / "instances_val.json")
-        command = [
-            "evaluate",
-            "--detections",
-            str(out / "detections.json"),
-            "--annotations",
-            truth,
-            "--protocol",
-            "coco",
-        ]
-        assert cli.main([*command, "--json", str(numbers)]) == 0
+        files = ["--detections", str(out / "detections.json"), "--annotations", truth, "--json", str(numbers)]
+        assert cli.main(["evaluate", *files, "--protocol", "coco"]) == 0
         scores.append(json.loads(numbers.read_text())["AP"])
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
     assert scores[0] > 0

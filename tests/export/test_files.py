@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from detpipe.exporting import files, onnx_graph
+from detpipe.exporting import files, onnx_graph, weights
 from detpipe.exporting.files import Labels, ParityError, check_file, export
 from detpipe.exporting.parity import sample_images
 from detpipe.prediction import onnx_detector
@@ -38,12 +38,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_finds_what_the_detector_finds_in_other_sizes(written):
-    batches = [
-        torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8) for count, size in ((2, (33, 150)), (1, (200, 90)))
-    ]
+    sizes = ((2, (33, 150)), (1, (200, 90)), (1, (5, 3)), (1, (3, 700)))
+    batches = [torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8) for count, size in sizes]
     parity = check_file(detector("fpn cascade"), OnnxDetector(written), batches)
     assert parity.faults == ()
-    assert parity.images == 3
+    assert parity.images == 5
 
 
 def test_is_one_small_file_with_named_sizes(written):
@@ -98,7 +97,10 @@ def test_smaller_files_find_nearly_the_same(how, written, monkeypatch, tmp_path)
     model = detector("fpn cascade")
     images = [image for batch in sample_images(model) for image in batch]
     chosen = {"half": True} if how == "half" else {"calibration": images}
-    export(model, tmp_path / "small.onnx", Labels(NAMES), check=False, **chosen)
+    said: list[str] = []
+    export(model.train(), tmp_path / "small.onnx", Labels(NAMES), check=False, say=said.append, **chosen)
+    assert model.training
+    assert not any("compar" in line for line in said)
     whole, small = OnnxDetector(written), OnnxDetector(tmp_path / "small.onnx")
     assert small.metadata["class_names"] == NAMES
     near = [abs(whole([one])[0]["scores"][0] - small([one])[0]["scores"][0]) for one in images]
@@ -124,31 +126,37 @@ def test_openvino_reads_the_file(written):
 @pytest.mark.parametrize("kind", OTHERS)
 def test_every_head_and_source(kind, tmp_path):
     pooler = {"pooler": RoIMaxPool(4)} if "max" in kind else {}
-    parity = export(detector(kind, **pooler), tmp_path / "model.onnx")
+    model = detector(kind, **pooler)
+    parity = export(model, tmp_path / "model.onnx")
     assert parity is not None
     assert parity.detections > 100
+    if "boxes" in kind:
+        none = {"proposals": torch.zeros(0, 4)}
+        [found] = OnnxDetector(tmp_path / "model.onnx")([torch.zeros(3, 50, 60, dtype=torch.uint8)], [none])
+        assert len(found["scores"]) == 0
 
 
 ALONE = """
 import sys, torch
 program = torch.export.load(sys.argv[1]).module()
 for size in ((50, 70), (90, 64)):
-    boxes, scores, labels, count = program(torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8))
+    given = [torch.rand(1, 9, 4).cumsum(2) * 20] * ("boxes" in sys.argv[2])
+    boxes, scores, labels, count = program(torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8), *given)
     print(boxes.shape[0], int(count.min()) > 0)
 assert not {"detpipe", "torchvision"} & {*sys.modules}
 """
 
 
 @pytest.mark.slow
-def test_a_pt2_file_runs_in_a_process_with_torch_alone(tmp_path):
+@pytest.mark.parametrize("kind", ["fpn", "boxes"])
+def test_a_pt2_file_runs_in_a_process_with_torch_alone(kind, tmp_path):
     path = tmp_path / "model.pt2"
-    parity = export(detector("fpn"), path)
+    parity = export(detector(kind), path)
     assert parity is not None
-    assert parity.detections > 100
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(path)], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.stdout.split() == ["3", "True", "3", "True"], done.stderr
+    assert (parity.images, parity.detections > 100) == (20, True)  # at both thresholds
+    command = [sys.executable, "-c", ALONE, str(path), kind]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.split() == ["1", "True", "1", "True"], done.stderr
 
 
 @pytest.mark.parametrize(
@@ -157,9 +165,13 @@ def test_a_pt2_file_runs_in_a_process_with_torch_alone(tmp_path):
         ("model.pb", {}, "ends in .onnx or .pt2"),
         ("", {}, "ends in .onnx or .pt2"),
         ("model.pt2", {"half": True}, "16 and 8 bits are for .onnx files"),
+        ("model.onnx", {"half": True, "calibration": [torch.zeros(3, 64, 64)]}, "not both"),
+        ("model.onnx", {"labels": Labels(["cat"])}, "has 3 classes, and 1 names are given"),
+        ("model.pt2", {"labels": Labels(NAMES, [1, 2])}, "has 3 classes, and 2 category ids are given"),
     ],
 )
-def test_wrong_names_are_refused(name, more, message, tmp_path):
+def test_what_is_wrong_is_told_before_minutes_of_work(name, more, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("minutes of work"))
     with pytest.raises(UsageError, match=message):
         export(detector(), tmp_path / name, **more)
 
@@ -168,6 +180,22 @@ def test_wrong_names_are_refused(name, more, message, tmp_path):
 def test_poolers_that_torch_alone_does_not_have_are_named(pooler, tmp_path):
     with pytest.raises(UsageError, match=f"pooler {type(pooler).__name__}.* write an .onnx file"):
         export(detector(pooler=pooler), tmp_path / "model.pt2")
+
+
+def test_a_head_that_torch_alone_does_not_have_is_named(tmp_path):
+    model = detector()
+    model.head = torch.nn.Identity()
+    with pytest.raises(UsageError, match="the head Identity cannot be written as a graph"):
+        export(model, tmp_path / "model.pt2")
+
+
+def test_weights_that_16_bits_cannot_hold_stay_as_they_are():
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 64])
+    large = onnx.numpy_helper.from_array(np.full((64, 64), 1e5, np.float32), "w")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [value], [value], [large])
+    model = onnx.helper.make_model(graph)
+    weights.to_half(model)
+    assert [held.name for held in model.graph.initializer] == ["w"]
 
 
 def test_a_path_that_cannot_be_written_is_told_at_once(monkeypatch, tmp_path):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from detpipe.exporting.files import _compare
-from detpipe.exporting.parity import sample_images
+from detpipe.exporting.parity import compare, sample_images
 from detpipe.exporting.program import OUTPUTS, Program
 from detpipe.heads import Postprocess
 from detpipe.prediction.onnx_detector import by_image
@@ -30,7 +29,7 @@ def test_finds_what_the_detector_finds(kind):
         given = [torch.from_numpy(one) for one in (images, boxes) if one is not None]
         return by_image(program.outputs, [values.numpy() for values in program(*given)])
 
-    parity = _compare(model, run, sample_images(model), program.takes_boxes)
+    parity = compare(model, run, sample_images(model), program.takes_boxes)
     assert parity.faults == ()
     assert parity.images == 10
     assert parity.detections > 30

@@ -54,6 +54,10 @@ def no_file(path: Path) -> None: ...
             lambda path: write_detector(path, form="other"),
             r"d\.onnx is not a detector of detpipe export \(format 'other'\)",
         ),
+        (
+            lambda path: write_detector(path, names="["),
+            r"d\.onnx says of itself what cannot be read .*; export it again",
+        ),
     ],
 )
 def test_other_files_are_refused_in_one_line(write, message, tmp_path):

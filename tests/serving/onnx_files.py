@@ -10,7 +10,7 @@ from onnx import ModelProto, TensorProto, helper, save
 NAMES = ("cat", "dog")
 
 
-def write_detector(path: Path, form: str = "detpipe-detector-1", output: str = "count") -> Path:
+def write_detector(path: Path, form: str = "detpipe-detector-1", names: str = json.dumps(NAMES)) -> Path:
     """Two slots an image: the first holds a box from (0, 0) to its first red value, label 2, score .75; the other is padding."""
     first = helper.make_tensor("first", TensorProto.INT64, [4], [0, 0, 0, 0])
     second = helper.make_tensor("second", TensorProto.INT64, [4], [2**31 - 1, 1, 1, 1])
@@ -30,7 +30,7 @@ def write_detector(path: Path, form: str = "detpipe-detector-1", output: str = "
         helper.make_node("Mul", ["side", "mask"], ["boxes"]),
         helper.make_node("Reshape", ["side", "to_flat"], ["sides"]),
         helper.make_node("Greater", ["sides", "zero"], ["there"]),
-        helper.make_node("Cast", ["there"], [output], to=TensorProto.INT64),
+        helper.make_node("Cast", ["there"], ["count"], to=TensorProto.INT64),
         helper.make_node("Mul", ["side", "zero"], ["none_of_it"]),
         helper.make_node("Reshape", ["none_of_it", "to_row"], ["none"]),
         helper.make_node("Add", ["none", "score"], ["scores"]),
@@ -43,11 +43,11 @@ def write_detector(path: Path, form: str = "detpipe-detector-1", output: str = "
         helper.make_tensor_value_info("boxes", TensorProto.FLOAT, ["batch", 2, 4]),
         helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 2]),
         helper.make_tensor_value_info("labels", TensorProto.INT64, ["batch", 2]),
-        helper.make_tensor_value_info(output, TensorProto.INT64, ["batch"]),
+        helper.make_tensor_value_info("count", TensorProto.INT64, ["batch"]),
     ]
     graph = helper.make_graph(nodes, "detector", [images], outputs, constants)
     model: ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    said = {"format": form, "class_names": json.dumps(NAMES), "category_ids": "[7, 3]", "detpipe": "1.0"}
+    said = {"format": form, "class_names": names, "category_ids": "[7, 3]", "detpipe": "1.0"}
     helper.set_model_props(model, said)
     save(model, path)
     return path

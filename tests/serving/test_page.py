@@ -20,6 +20,7 @@ from detpipe.heads import AttentionalHead
 from detpipe.heads.postprocess import Postprocess
 from detpipe.pictures import visualize
 from detpipe.proposals import DenseGrid
+from detpipe.serving import trial as trial_module
 from detpipe.serving.trial import GIVEN, OWN, Trial, Tried
 
 NAMES = ["<b>cat</b>", "dog"]
@@ -33,7 +34,6 @@ def tried() -> Tried:
     detector = TwoStageDetector(backbone, DenseGrid(scales=[32]), head, min_size=64, max_size=96).eval()
 
     def draw(picture: torch.Tensor, found: Any, out: Path) -> list[Path]:
-        out.mkdir()
         visualize.save_png(out / "gates.png", picture)
         return [out / "gates.png"] if len(found["scores"]) else []
 
@@ -100,6 +100,7 @@ def test_tiles_find_detections_alone(trial):
         ("/etc/hostname", OWN, "", "expected an image that was dropped"),
         ("text", OWN, "", "text.png: cannot be read as an image"),
         ("large", OWN, "", "9000 x 9000 pixels are too many"),
+        ("program", OWN, "", "program.eps: files of the format EPS are not taken"),
         ("good", GIVEN, "", "boxes: there are none; click two corners"),
         ("good", GIVEN, "[[1, 2", "boxes: line 1"),
         ("good", GIVEN, "[[0, 0, 999, 4]]", "boxes: box 0 is"),
@@ -112,6 +113,9 @@ def test_bad_input_is_a_line(trial, file, source, text, message):
     elif file == "large":
         Image.new("1", (9000, 9000)).save(trial.folder / "large.png")
         file = {"path": str(trial.folder / "large.png"), "orig_name": "large.png"}
+    elif file == "program":
+        (trial.folder / "program.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+        file = {"path": str(trial.folder / "program.eps"), "orig_name": "program.eps"}
     elif file == "good":
         file = upload(trial.folder)
     key, line, *others = trial.look(file, source, text, "none", 0.5)
@@ -121,11 +125,13 @@ def test_bad_input_is_a_line(trial, file, source, text, message):
     assert not any(others)
 
 
-def test_old_results_are_forgotten(trial):
+def test_old_results_are_forgotten(trial, monkeypatch):
+    monkeypatch.setattr(trial_module, "_FOLDERS", 3)
     file = upload(trial.folder)
     keys = [trial.look(file, OWN, "", "none", 0.9)[0] for _ in range(9)]
     assert trial.show(keys[0], 0.5)[0] == "This result is gone: press Detect again."
     assert trial.show(keys[1], 0.5)[0].startswith("0 of 20")
+    assert len([*trial.folder.iterdir()]) == 3 + 1  # of pictures, and the upload
 
 
 # what Gradio 6 leaves open, and asks of pandas 3, in the process of the tests
@@ -199,6 +205,17 @@ def test_a_browser_tries_it(browser, address, width, tmp_path):
     assert complaints == []
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
     page.close()
+
+
+@GRADIOS_OWN
+@pytest.mark.slow
+def test_no_part_of_the_page_follows_an_address(trial):
+    gradio = pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'detpipe[demo]'")
+    from detpipe.serving.page import build_page
+
+    for part in build_page(trial).blocks.values():
+        with pytest.raises(gradio.Error, match="addresses are not followed"):
+            part.async_move_resource_to_block_cache("https://nowhere.invalid/x").send(None)
 
 
 @GRADIOS_OWN

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import struct
+import threading
+import weakref
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +18,8 @@ pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'de
 
 from fastapi.testclient import TestClient
 
-from detpipe.serving.server import Limits, create_app
+from detpipe.serving.metrics import Metrics
+from detpipe.serving.server import Limits, Service, create_app
 from serving.fake_model import FAILS, REFUSED, FakeModel, picture, served, wait_until
 
 
@@ -29,6 +33,9 @@ def client(model) -> Iterator[TestClient]:
     limits = Limits(requests=5, body=4000, pixels=5000, seconds=15)
     with TestClient(create_app(served(model), limits, batch_size=3, score_threshold=0.5)) as opened:
         yield opened
+
+
+FORM = b'--x\r\nContent-Disposition: form-data; name="\xff"\r\n\r\n\r\n--x--\r\n'
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -82,6 +89,8 @@ def test_boxes_of_a_form_are_looked_at_and_the_threshold_leaves_some_out(client)
         ({"files": {"image": picture()}, "data": {"boxes": "[[0, 0, 1, 1], [0, 0, 99, 4]]"}}, 400, "box 1 is [0.0, 0.0, 99.0"),
         ({"files": {"image": picture()}, "data": {"boxes": "[[5, 0, 1, 4]]"}}, 400, "x2 is less than x1"),
         ({"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "Missing boundary"),
+        ({"content": FORM, "headers": {"Content-Type": "multipart/form-data; boundary=x; charset=undefined"}}, 400, "in UTF-8"),
+        ({"content": FORM, "headers": {"Content-Type": "Multipart/Form-Data; boundary=x"}}, 400, "the field 'image'"),
         ({"content": picture(REFUSED)}, 400, "image: too wide"),
         ({"content": picture(FAILS, color="white")}, 500, "the model failed: RuntimeError"),
     ],
@@ -198,26 +207,58 @@ def test_an_answer_that_takes_too_long_is_given_up(caplog):
     assert model.batches == [1]  # nobody waited for the second one any more
 
 
+def test_what_nobody_waits_for_any_more_is_kept_in_no_queue():
+    async def give_up() -> None:
+        service, blocked = Service(served(FakeModel()), Limits(), 1, Metrics()), threading.Event()
+        image = torch.zeros(3, 9, 9)
+        kept = weakref.ref(image)
+        waiting = [service._in_thread(blocked.wait) for _ in range(6)] + [service.batcher(image, None)]
+        del image
+        _, pending = await asyncio.wait([asyncio.ensure_future(one) for one in waiting], timeout=0.1)
+        assert len(pending) == 7
+        for one in pending:
+            one.cancel()
+        await asyncio.wait(pending)
+        del waiting, pending, one
+        gc.collect()
+        assert kept() is None
+        assert service.decoders._work_queue.qsize() == 0
+        blocked.set()
+        assert await service._in_thread(int) == 0
+        service.decoders.shutdown()
+
+    asyncio.run(give_up())
+
+
 def test_a_model_that_takes_no_boxes_and_one_whose_boxes_are_made():
     with TestClient(create_app(served(FakeModel(), takes_boxes=False))) as client:
         answer = client.post("/detect", files={"image": picture()}, data={"boxes": "[]"})
         assert (answer.status_code, answer.json()["error"]) == (400, "boxes: fake finds its own and takes none")
 
     def make(image: torch.Tensor) -> torch.Tensor:
+        if image.shape[2] == FAILS:
+            raise ZeroDivisionError
         return torch.tensor([[1.0, 1.0, 5.0, float(image.shape[1])]])
 
-    with TestClient(create_app(served(FakeModel(), make_boxes=make))) as client:
+    app = create_app(served(FakeModel(), make_boxes=make))
+    with TestClient(app, raise_server_exceptions=False) as client:
         assert client.post("/detect", content=picture()).json()["boxes"] == [[1, 1, 5, 20]]
+        answer = client.post("/detect", content=picture(FAILS))
+        assert (answer.status_code, answer.json()["error"]) == (
+            500,
+            "the server failed: ZeroDivisionError; its log says more",
+        )
 
 
 def test_metrics_count_what_was_answered():
     with TestClient(create_app(served(FakeModel()))) as client:
         for content in (picture(), picture(), b""):
             client.post("/detect", content=content)
+        client.post("/detect?score_threshold=2", content=picture())
         text = client.get("/metrics").text
     for line in (
         'detpipe_requests_total{status="200"} 2.0',
-        'detpipe_requests_total{status="400"} 1.0',
+        'detpipe_requests_total{status="400"} 2.0',
         *("detpipe_batch_images_sum 2.0", "detpipe_requests_under_way 0.0", "detpipe_request_seconds_count 3.0"),
     ):
         assert line in text.splitlines()
