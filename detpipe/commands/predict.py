@@ -220,7 +220,7 @@ def classify(arguments: Sequence[str]) -> int:
 
 
 def _inputs(options: argparse.Namespace, own: Team) -> list[ImageInput]:
-    inputs = find_inputs(options.images, options.allow_network, Path(options.output))
+    inputs = find_inputs(options.images, options.allow_network)
     if own.part != WHOLE and (options.part != WHOLE or any(one.content is not None for one in inputs)):
         raise UsageError("several processes share the images: leave out --part, and give '-' to one process alone")
     return inputs

@@ -54,14 +54,13 @@ class ImageInput:
         return read_reduced(self.name if self.url else self.path, _EVERYTHING, content, pixels).pixels
 
 
-def find_inputs(names: Sequence[str], allow_network: bool = False, output: Path | None = None) -> list[ImageInput]:
+def find_inputs(names: Sequence[str], allow_network: bool = False) -> list[ImageInput]:
     """List the images that are named, each once, those of a folder or pattern sorted.
 
     Args:
         names: files; folders, searched at any depth; patterns such as ``"shots/*/left_*.jpg"``; ``"@list.txt"``, a name a line of
             any of these but lists, ``"@-"`` of standard input; ``"-"``, an image from standard input; web addresses.
         allow_network: whether names may be web addresses.
-        output: a folder of drawings; where it lies inside a folder that is searched, its images are not taken.
 
     Returns:
         The images.
@@ -72,8 +71,7 @@ def find_inputs(names: Sequence[str], allow_network: bool = False, output: Path 
     """
     found: dict[tuple[str, str | None], ImageInput] = {}
     for name in names:
-        listed = _listed(name, allow_network, output) if name.startswith("@") else _named(name, allow_network, output)
-        for one in listed:
+        for one in _listed(name, allow_network) if name.startswith("@") else _named(name, allow_network):
             found.setdefault((str(one.path), one.url), one)
     return list(found.values())
 
@@ -89,7 +87,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
     return [one.path for one in inputs]
 
 
-def _named(name: str, allow_network: bool, output: Path | None) -> Iterable[ImageInput]:
+def _named(name: str, allow_network: bool) -> Iterable[ImageInput]:
     if name == "-":
         content = sys.stdin.buffer.read(MOST_BYTES + 1)
         if not content or len(content) > MOST_BYTES:
@@ -104,7 +102,7 @@ def _named(name: str, allow_network: bool, output: Path | None) -> Iterable[Imag
     refuse_special(name, UsageError)
     path = Path(name)
     if path.is_dir():
-        return map(_file, _in_folder(path, output))
+        return map(_file, _in_folder(path))
     if path.is_file():
         return [_file(path)]
     if glob.has_magic(name):
@@ -119,7 +117,7 @@ def _file(path: Path) -> ImageInput:
     return ImageInput(str(path), path)
 
 
-def _listed(name: str, allow_network: bool, output: Path | None) -> Iterator[ImageInput]:
+def _listed(name: str, allow_network: bool) -> Iterator[ImageInput]:
     file = name[1:]
     try:
         text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
@@ -138,25 +136,19 @@ def _listed(name: str, allow_network: bool, output: Path | None) -> Iterator[Ima
         try:
             if line == "-":
                 raise UsageError(f"{file}: '-' is no name for a list; give it on the command line")
-            yield from _named(line, allow_network, output)
+            yield from _named(line, allow_network)
         except UsageError:
             if is_remote(line) or line == "-" or Path(line).exists() or glob.has_magic(line):
                 raise
             yield _file(Path(line))
 
 
-def _in_folder(folder: Path, output: Path | None) -> list[Path]:
-    drawings = output.resolve() if output is not None and folder.resolve() in output.resolve().parents else None
+def _in_folder(folder: Path) -> list[Path]:
     by_folder: dict[Path, list[str]] = {}
     for path in folder.rglob("*"):
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             by_folder.setdefault(path.parent, []).append(path.name)
-    inside = sorted(
-        place / file
-        for place, files in by_folder.items()
-        if drawings is None or not place.resolve().is_relative_to(drawings)
-        for file in image_names(files)
-    )
+    inside = sorted(place / file for place, files in by_folder.items() for file in image_names(files))
     if not inside:
         raise UsageError(f"folder {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return inside

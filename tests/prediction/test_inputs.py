@@ -65,11 +65,6 @@ def test_files_folders_and_patterns(given, found, folder):
     assert names([str(folder / name) for name in given], folder) == found
 
 
-@pytest.mark.parametrize(("output", "count"), [("more", 3), ("more/drawn", 5), (".", 5), ("..", 5)])
-def test_drawings_of_an_earlier_run_are_no_images(output, count, folder):
-    assert len(find_inputs([str(folder)], output=folder / output)) == count
-
-
 def test_lists(folder, tmp_path, monkeypatch):
     lines = f"{folder / 'b.png'}\n\n  {folder / 'more'}\n{folder / 'gone.png'}\n"
     (tmp_path / "list.txt").write_text(lines)
