@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, TiffImagePlugin
+from PIL import Image, PpmImagePlugin, TiffImagePlugin
 
 from detpipe.types import MOST_CHANNELS, PixelType
 
@@ -73,6 +73,7 @@ class Header:
     color: bool = False  # whether the samples are known to be red, green and blue
     zero_is_white: bool = False  # whether they count from white
     floats: bool = False  # whether they are floating point
+    premultiplied: bool = False  # whether colors are multiplied with alpha
     by_pillow: bool = True  # whether Pillow puts the samples where they belong
     by_opencv: bool = True  # whether OpenCV does
     end: int = 0  # bytes that the file must have at least
@@ -146,12 +147,12 @@ def pillow_planes(image: Image.Image, pixels: PixelType) -> Planes:
 
 def _deep_grey(image: Image.Image, pixels: PixelType) -> Values:
     """Grey of more than 8 bits, white at 65535; where there is a range of two values, as the file counts."""
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        bits, photometric = image.tag_v2[_BITS][0], image.tag_v2[_PHOTOMETRIC]
-        return _in_16_bits(np.asarray(image).astype(np.uint16), bits, photometric == _MIN_IS_WHITE, pixels)
-    options = image.tile[0].args if image.format == "PPM" else ()
+    options = image.tile[0].args if isinstance(image, PpmImagePlugin.PpmImageFile) else None
     values = np.asarray(image).astype(np.uint16)
-    if isinstance(pixels.range, tuple) and len(options) == 2:  # the mode, and the white of the file
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        zero_is_white = image.tag_v2[_PHOTOMETRIC] == _MIN_IS_WHITE
+        return _in_16_bits(values, image.tag_v2[_BITS][0], zero_is_white, pixels)
+    if isinstance(options, tuple) and isinstance(pixels.range, tuple):  # the mode, and the white of the file
         return np.rint(values * (options[1] / 65535)).astype(np.uint16)
     return values
 
@@ -279,7 +280,10 @@ def _tiff_header(stream: BinaryIO, start: bytes) -> Header:
     compressed = tags.get(_COMPRESSION, 1) != 1
     # libtiff has brought the bytes of a number into the order of the machine, and Pillow does it again
     swapped = start[:1] == b"M" and compressed and max(bits) > 8 and set(formats) != {_UNSIGNED}
-    mixed_up = separate and (samples not in (3, 4) or max(bits) > 8 or _PREMULTIPLIED in tags.get(_EXTRA, ()))
+    premultiplied = _PREMULTIPLIED in tags.get(_EXTRA, ())
+    # of planes Pillow reads RGB of 8 bits; of 16 bits it divides the high bytes by that of alpha
+    mixed_up = separate and (samples not in (3, 4) or premultiplied)
+    mixed_up |= max(bits) > 8 and (separate or premultiplied)
     ends = [
         a + b for offsets, counts in _PLACES for a, b in zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False)
     ]
@@ -292,6 +296,7 @@ def _tiff_header(stream: BinaryIO, start: bytes) -> Header:
         tags.get(_PHOTOMETRIC) == _IS_RGB,
         tags.get(_PHOTOMETRIC) == _MIN_IS_WHITE,
         _FLOATS in formats,
+        premultiplied,
         by_pillow=not (swapped or mixed_up),
         by_opencv=not separate and not (_FLOATS in formats and max(bits) == 16),
         end=max(ends, default=0),
@@ -301,8 +306,6 @@ def _tiff_header(stream: BinaryIO, start: bytes) -> Header:
 def _tiff(data: bytes, pixels: PixelType) -> Planes | None:
     header = _tiff_header(io.BytesIO(data), data[:16])
     check_pixels(header.height, header.width, header.samples)
-    # what was not said to be alpha or a color is left out, as in any program that shows pictures
-    shown = pixels.channels in (1, 3) and (header.color or header.samples == 2)
     try:
         with Image.open(io.BytesIO(data)) as image:
             if header.samples == 1 and pixels.channels not in (1, 3):
@@ -310,6 +313,7 @@ def _tiff(data: bytes, pixels: PixelType) -> Planes | None:
             # of several samples of more than 8 bits Pillow has the high byte, or the first sample
             deep = max(header.bits) > (8 if header.samples > 1 else 32 if header.floats else 16)
             whole = header.samples == len(image.getbands()) and not deep
+            shown = _shows_colors(header.samples, header.color, pixels)
             if header.by_pillow and (whole or (shown and not (deep and pixels.range))):
                 return None
     except Image.UnidentifiedImageError:
@@ -319,10 +323,29 @@ def _tiff(data: bytes, pixels: PixelType) -> Planes | None:
     bits = max(header.bits)
     if header.by_opencv and header.color and header.samples in (3, 4) and bits > 8:
         values = _opencv(data, header.samples)  # turned, and of 9 to 15 bits the high ones of 16
-        exact = bits < 16 and isinstance(pixels.range, tuple)
-        return Planes(values >> (16 - bits) if exact else values, header.samples == 4)
-    values = _in_16_bits(_tifffile(data), bits, header.zero_is_white, pixels)
-    return Planes(values[:, :, : 3 if header.color else 1] if shown else values, False, header.orientation)
+        exact, orientation = bits < 16 and isinstance(pixels.range, tuple), 1
+        values = values >> (16 - bits) if exact else values
+    else:
+        values, orientation = _in_16_bits(_tifffile(data), bits, header.zero_is_white, pixels), header.orientation
+    return Planes(wanted_samples(values, header.color, header.premultiplied, pixels), False, orientation)
+
+
+def wanted_samples(values: Values, color: bool, premultiplied: bool, pixels: PixelType) -> Values:
+    """Of the samples ``[H, W, S]`` of a TIFF those that are wanted, where alpha is the last of two or four.
+
+    Colors that are multiplied with alpha are divided by it; where one or three channels are wanted, what is no color is left out.
+    """
+    if premultiplied and values.shape[2] in (2, 4):
+        whole = values.dtype.kind in "ui"
+        white, alpha = np.iinfo(values.dtype).max if whole else 1, values[:, :, -1:]
+        colors = values[:, :, :-1].astype(np.float64) * white / np.where(alpha > 0, alpha, white)
+        values = np.concatenate([(colors.clip(0, white) if whole else colors).astype(values.dtype), alpha], axis=2)
+    return values[:, :, : 3 if color else 1] if _shows_colors(values.shape[2], color, pixels) else values
+
+
+def _shows_colors(samples: int, color: bool, pixels: PixelType) -> bool:
+    """Whether what was not said to be a color is left out, as in any program that shows pictures."""
+    return pixels.channels in (1, 3) and (color or samples == 2)
 
 
 def _pages(image: Image.Image, pixels: PixelType) -> Planes:

@@ -99,7 +99,6 @@ DEEP: dict[str, tuple[int, type, Callable[[np.ndarray, Path], None]]] = {
     "rgba_planes.tif": (4, np.uint16, lambda a, p: as_tiff(a, p, **RGB_PLANES, **WITH_ALPHA)),
     "rgb8_planes.tif": (3, np.uint8, lambda a, p: as_tiff(a, p, **RGB_PLANES, **ZIP)),
     "rgba8_planes.tif": (4, np.uint8, lambda a, p: as_tiff(a, p, **RGB_PLANES, **WITH_ALPHA)),
-    "premultiplied_planes.tif": (4, np.uint8, lambda a, p: as_tiff(a, p, **RGB_PLANES, extrasamples=["assocalpha"])),
     "la8_planes.tif": (2, np.uint8, lambda a, p: as_tiff(a, p, **SEPARATE, **WITH_ALPHA)),
     "la8_planes_zip.tif": (2, np.uint8, lambda a, p: as_tiff(a, p, **SEPARATE, **WITH_ALPHA, **ZIP)),
     "zero_is_white.tif": (1, np.uint16, lambda a, p: as_tiff(65535 - a, p, photometric="miniswhite")),
@@ -280,13 +279,20 @@ def test_white_of_twelve_bits_is_white(channels: int) -> None:
             np.testing.assert_allclose(image, array / 4095, atol=3e-4, err_msg=name)
 
 
-def test_grey_with_premultiplied_alpha_is_read() -> None:
-    grey, stream = numbers(2, np.uint8, 255), io.BytesIO()
-    grey[:, :, 1] = 255
-    tifffile.imwrite(stream, grey, **CONTIG, extrasamples=["assocalpha"])
-    for count in (1, 2, 3):
-        image = read_image("x.tif", stream.getvalue(), PixelType(count)).permute(1, 2, 0).numpy()
-        assert (image == (grey if count == 2 else grey[:, :, :1])).all()
+@pytest.mark.parametrize("options", [CONTIG, SEPARATE, {"photometric": "rgb"}, RGB_PLANES])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_colors_that_are_multiplied_with_alpha_are_divided_by_it(options: dict[str, str], dtype: type) -> None:
+    count = 4 if options["photometric"] == "rgb" else 2
+    most = 1 if dtype is np.float32 else int(np.iinfo(dtype).max)
+    array, stream = numbers(count, np.uint8, 255) / 255, io.BytesIO()
+    array[:, :, -1] = array[:, :, -1].clip(0.3, 1)
+    stored = np.concatenate([array[:, :, :-1] * array[:, :, -1:], array[:, :, -1:]], axis=2) * most
+    stored = (stored if most == 1 else stored.round()).astype(dtype)
+    planes = np.moveaxis(stored, 2, 0) if "separate" in options.values() else stored
+    tifffile.imwrite(stream, planes, **options, extrasamples=["assocalpha"])
+    for channels in (count, count - 1):
+        image = read_image("x.tif", stream.getvalue(), PixelType(channels, (0, most))).permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(image, array[:, :, :channels], atol=0.02 if dtype is np.uint8 else 1e-4)
 
 
 HEADER = "{{'descr': '{}', 'fortran_order': {}, 'shape': {}, }}"
