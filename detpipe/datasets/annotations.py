@@ -269,7 +269,7 @@ class AnnotationBuilder:
 def read_number(text: str) -> float | None:
     """Read a number as other programs write it; None where it is none."""
     try:
-        return float(text)
+        return None if "_" in text else float(text)  # Python's own way of writing 1000
     except ValueError:
         return None
 

@@ -31,6 +31,7 @@ from detpipe.types import Annotations, Target
 Kind = Literal["auto", "superpixels", "boxes"]
 
 VOC_IGNORED = 255
+_STEPS: dict[Any, int] = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits is spread over 0 to 255 when it is decoded
 TRUTH_SEGMENTS = 400  # superpixels an image of masks that are made of boxes, whatever a model uses
 
 
@@ -152,7 +153,8 @@ def voc_mask(path: str | Path, size: tuple[int, int], classes: int) -> Mask:
                 raise DataError(
                     f"{path}: expected a palette or gray PNG, whose values are classes, got mode {png.mode!r}"
                 )
-            mask = np.array(png, dtype=np.int32)
+            step = _STEPS.get(png.tile[0].args, 1)
+            mask = np.array(png, dtype=np.int32) // step
     except DataError:
         raise
     except FileNotFoundError as error:

@@ -1,7 +1,8 @@
 """Image files at the depth and with the channels that they have: 16 bits, floating point, TIFF and NPY of any number of planes.
 
 Grey, RGB and alpha of 8 bits, and grey of 16, are read by Pillow, with every compression. RGB of 16 bits and floating point, which
-Pillow cuts down to 8 bits, are read by OpenCV; TIFF of other numbers of samples a pixel by tifffile (extra ``tiff``).
+Pillow cuts down to 8 bits, are read by OpenCV; TIFF of other numbers of samples a pixel, and what those two mix up, such as 16 bits
+plane by plane, by tifffile (extra ``tiff``).
 
 NPY: ``[H, W]`` or ``[H, W, C]``. Nothing is unpickled: the header is read, and the rest are numbers.
 """
@@ -12,12 +13,12 @@ import io
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, TiffImagePlugin
+from PIL import Image, PpmImagePlugin, TiffImagePlugin
 
 from detpipe.types import MOST_CHANNELS, PixelType
 
@@ -31,10 +32,13 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_SAMPLES = {0: 1, 2: 3, 4: 2, 6: 4}  # color type -> samples a pixel
 _WIDTH, _LENGTH, _BITS, _PHOTOMETRIC, _SAMPLES, _FORMAT = 256, 257, 258, 262, 277, 339  # tags of a TIFF
+_COMPRESSION, _PLANAR, _EXTRA = 259, 284, 338
 _PLACES = ((273, 279), (324, 325))  # offsets and lengths of strips, of tiles
 _XMP, _XMP_ORIENTATION = 700, re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
-_IS_RGB = 2  # photometric interpretation
-_FLOATS = 3  # sample format
+_MIN_IS_WHITE, _IS_RGB = 0, 2  # photometric interpretations
+_SEPARATE = 2  # planar configuration
+_PREMULTIPLIED = 1  # extra sample: alpha, with which the colors are multiplied
+_UNSIGNED, _FLOATS = 1, 3  # sample formats
 _HEADER = 4096  # bytes: an NPY header of plain numbers is far shorter
 _MODES = {"int32": "I", "float32": "F"}  # as Pillow calls them
 _LUMINANCE = (19595, 38470, 7471)  # of R, G, B in 65536ths: ITU-R 601, as Pillow's
@@ -67,7 +71,11 @@ class Header:
     bits: tuple[int, ...] = (8,)  # of each
     orientation: int = 1  # EXIF
     color: bool = False  # whether the samples are known to be red, green and blue
+    zero_is_white: bool = False  # whether they count from white
     floats: bool = False  # whether they are floating point
+    premultiplied: bool = False  # whether colors are multiplied with alpha
+    by_pillow: bool = True  # whether Pillow puts the samples where they belong
+    by_opencv: bool = True  # whether OpenCV does
     end: int = 0  # bytes that the file must have at least
 
 
@@ -105,7 +113,9 @@ def read_planes(data: bytes, pixels: PixelType) -> Planes | None:
         return _npy(data)
     if is_tiff(data):
         return _tiff(data, pixels)
-    if data.startswith(_PNG) and pixels.range is not None and data[24:25] == b"\x10" and data[25:26] != b"\0":
+    # of 16 bits Pillow has the high byte, and takes grey with alpha for RGB with alpha
+    deep = data.startswith(_PNG) and data[24:25] == b"\x10" and data[25:26] != b"\0"
+    if deep and (pixels.range is not None or data[25:26] == b"\4"):
         samples = _PNG_SAMPLES.get(data[25], 3)
         with Image.open(io.BytesIO(data)) as image:
             check_pixels(image.height, image.width)
@@ -120,9 +130,10 @@ def pillow_planes(image: Image.Image, pixels: PixelType) -> Planes:
     Decoding happens here, so that a file that ends early raises here. Neither one nor three channels keep the inks of CMYK, and
     how opaque a palette's colors are.
     """
+    image = image.convert("LA") if image.mode == "La" else image
     mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
-        values, alpha = np.asarray(image).astype(np.uint16), False
+    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
+        values, alpha = _deep_grey(image, pixels), False
     elif mode in ("I", "F", "L", "LA", "RGB", "RGBA", "RGBX") or (mode == "CMYK" and pixels.channels not in (1, 3)):
         values, alpha = np.array(image), mode in ("LA", "RGBA", "RGBX")
     elif mode == "1":
@@ -132,6 +143,26 @@ def pillow_planes(image: Image.Image, pixels: PixelType) -> Planes:
     else:
         values, alpha = np.array(image.convert("RGB")), False
     return Planes(values.reshape(*values.shape[:2], -1), alpha)
+
+
+def _deep_grey(image: Image.Image, pixels: PixelType) -> Values:
+    """Grey of more than 8 bits, white at 65535; where there is a range of two values, as the file counts."""
+    options = image.tile[0].args if isinstance(image, PpmImagePlugin.PpmImageFile) else None
+    values = np.asarray(image).astype(np.uint16)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        zero_is_white = image.tag_v2[_PHOTOMETRIC] == _MIN_IS_WHITE
+        return _in_16_bits(values, image.tag_v2[_BITS][0], zero_is_white, pixels)
+    if isinstance(options, tuple) and isinstance(pixels.range, tuple):  # the mode, and the white of the file
+        return np.rint(values * (options[1] / 65535)).astype(np.uint16)
+    return values
+
+
+def _in_16_bits(values: Values, bits: int, zero_is_white: bool, pixels: PixelType) -> Values:
+    """Samples of a TIFF in their usual order; of 9 to 15 bits the high ones of 16, but with a range of two values as they are."""
+    if values.dtype.kind == "u" and zero_is_white:
+        values = (1 << bits) - 1 - values
+    narrow = 8 < bits < 16 and not isinstance(pixels.range, tuple)
+    return values << (16 - bits) if narrow else values
 
 
 def convert(planes: Values, alpha: bool, pixels: PixelType) -> Values:
@@ -245,6 +276,14 @@ def _tiff_header(stream: BinaryIO, start: bytes) -> Header:
     orientation = tags.get(ORIENTATION)
     if orientation is None and (found := _XMP_ORIENTATION.search(bytes(tags.get(_XMP, b"")))):
         orientation = int(found[1])  # where Pillow looks too
+    separate = samples > 1 and tags.get(_PLANAR) == _SEPARATE
+    compressed = tags.get(_COMPRESSION, 1) != 1
+    # libtiff has brought the bytes of a number into the order of the machine, and Pillow does it again
+    swapped = start[:1] == b"M" and compressed and max(bits) > 8 and set(formats) != {_UNSIGNED}
+    premultiplied = _PREMULTIPLIED in tags.get(_EXTRA, ())
+    # of planes Pillow reads RGB of 8 bits; of 16 bits it divides the high bytes by that of alpha
+    mixed_up = separate and (samples not in (3, 4) or premultiplied)
+    mixed_up |= max(bits) > 8 and (separate or premultiplied)
     ends = [
         a + b for offsets, counts in _PLACES for a, b in zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False)
     ]
@@ -255,8 +294,12 @@ def _tiff_header(stream: BinaryIO, start: bytes) -> Header:
         bits,
         orientation if isinstance(orientation, int) else 1,
         tags.get(_PHOTOMETRIC) == _IS_RGB,
+        tags.get(_PHOTOMETRIC) == _MIN_IS_WHITE,
         _FLOATS in formats,
-        max(ends, default=0),
+        premultiplied,
+        by_pillow=not (swapped or mixed_up),
+        by_opencv=not separate and not (_FLOATS in formats and max(bits) == 16),
+        end=max(ends, default=0),
     )
 
 
@@ -266,26 +309,48 @@ def _tiff(data: bytes, pixels: PixelType) -> Planes | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             if header.samples == 1 and pixels.channels not in (1, 3):
-                return _pages(image, pixels.channels)
+                return _pages(image, pixels)
             # of several samples of more than 8 bits Pillow has the high byte, or the first sample
             deep = max(header.bits) > (8 if header.samples > 1 else 32 if header.floats else 16)
             whole = header.samples == len(image.getbands()) and not deep
-            # what was not said to be alpha or a color is left out, as in any program that shows pictures
-            shown = pixels.channels in (1, 3) and (header.color or header.samples == 2)
-            if whole or (shown and not (deep and pixels.range)):
+            shown = _shows_colors(header.samples, header.color, pixels)
+            if header.by_pillow and (whole or (shown and not (deep and pixels.range))):
                 return None
     except Image.UnidentifiedImageError:
         pass
     if header.end > len(data):
         raise Refused(f"ends early: {len(data)} bytes of {header.end}")
-    if header.color and header.samples in (3, 4) and max(header.bits) > 8:
-        return Planes(_opencv(data, header.samples), header.samples == 4, header.orientation)
-    return Planes(_tifffile(data), False, header.orientation)
+    bits = max(header.bits)
+    if header.by_opencv and header.color and header.samples in (3, 4) and bits > 8:
+        values = _opencv(data, header.samples)  # turned, and of 9 to 15 bits the high ones of 16
+        exact, orientation = bits < 16 and isinstance(pixels.range, tuple), 1
+        values = values >> (16 - bits) if exact else values
+    else:
+        values, orientation = _in_16_bits(_tifffile(data), bits, header.zero_is_white, pixels), header.orientation
+    return Planes(wanted_samples(values, header.color, header.premultiplied, pixels), False, orientation)
 
 
-def _pages(image: Image.Image, count: int) -> Planes:
+def wanted_samples(values: Values, color: bool, premultiplied: bool, pixels: PixelType) -> Values:
+    """Of the samples ``[H, W, S]`` of a TIFF those that are wanted, where alpha is the last of two or four.
+
+    Colors that are multiplied with alpha are divided by it; where one or three channels are wanted, what is no color is left out.
+    """
+    if premultiplied and values.shape[2] in (2, 4):
+        whole = values.dtype.kind in "ui"
+        white, alpha = np.iinfo(values.dtype).max if whole else 1, values[:, :, -1:]
+        colors = values[:, :, :-1].astype(np.float64) * white / np.where(alpha > 0, alpha, white)
+        values = np.concatenate([(colors.clip(0, white) if whole else colors).astype(values.dtype), alpha], axis=2)
+    return values[:, :, : 3 if color else 1] if _shows_colors(values.shape[2], color, pixels) else values
+
+
+def _shows_colors(samples: int, color: bool, pixels: PixelType) -> bool:
+    """Whether what was not said to be a color is left out, as in any program that shows pictures."""
+    return pixels.channels in (1, 3) and (color or samples == 2)
+
+
+def _pages(image: Image.Image, pixels: PixelType) -> Planes:
     """Grey pages as planes, each turned by Pillow as its tag says."""
-    found = getattr(image, "n_frames", 1)
+    found, count = getattr(image, "n_frames", 1), pixels.channels
     if found != count:
         raise Refused(f"has {found} channels (pages), but channels is {count}; convert the file, or set channels")
     planes = []
@@ -293,7 +358,7 @@ def _pages(image: Image.Image, count: int) -> Planes:
         image.seek(page)
         check_pixels(image.height, image.width)
         image.load()
-        planes.append(pillow_planes(image, PixelType(1)).values)
+        planes.append(pillow_planes(image, replace(pixels, channels=1)).values)
     if len({(plane.shape, plane.dtype) for plane in planes}) > 1 or planes[0].shape[2] > 1:
         kinds = sorted({f"{plane.shape[1]} x {plane.shape[0]} x {plane.shape[2]} {plane.dtype}" for plane in planes})
         raise Refused(f"its {count} pages cannot be channels: expected grey ones of one size, got {', '.join(kinds)}")
@@ -316,7 +381,9 @@ def _opencv(data: bytes, samples: int) -> Values:
     values = values.reshape(*values.shape[:2], -1)
     if values.shape[2] == 4 and samples == 2:  # grey and alpha
         return values[:, :, [0, 3]]
-    if values.shape[2] != samples:
+    if values.shape[2] != samples and not (
+        values.shape[2] == 4 and samples == 3
+    ):  # a color of a PNG may be transparent
         raise Refused(f"has {samples} channels, of which OpenCV reads {values.shape[2]}; convert the file")
     return values[:, :, [2, 1, 0, 3][:samples]]
 
@@ -338,7 +405,7 @@ def _tifffile(data: bytes) -> Values:
             raise Refused(f"has {page.samplesperpixel} channels; at most {MOST_CHANNELS} are read")
         try:
             values = page.asarray()
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
             if "imagecodecs" not in str(error):
                 raise
             raise Refused(f"{error}: pip install imagecodecs") from error

@@ -30,6 +30,7 @@ _SUFFIXES = (".tif", ".tiff")
 _HELD = 1 << 27  # bytes of decoded tiles or strips that are kept for the next window
 _BITS = (8, 16, 32, 64)
 _GRAY, _RGB, _YCBCR, _JPEG = 1, 2, 6, 7  # photometric interpretations, and a compression
+_PREMULTIPLIED = 1  # an extra sample: alpha, with which the colors are multiplied
 
 
 def open_windows(source: ImageInput, pixels: PixelType) -> Windows:
@@ -120,8 +121,9 @@ class TiffWindows(Windows):
         """Decode the tiles or strips of a part; a DataError names a damaged file, and one whose strips are too large."""
         with _named(self._source):
             values = self._window(top, left, height, width)
-            alpha = len(self._page.extrasamples) > 0 and self._samples in (2, 4)
-            converted = planes.convert(values, alpha, self._pixels)
+            color, premultiplied = self._page.photometric != _GRAY, _PREMULTIPLIED in self._page.extrasamples
+            values = planes.wanted_samples(values, color, premultiplied, self._pixels)
+            converted = planes.convert(values, False, self._pixels)
         return torch.from_numpy(converted).permute(2, 0, 1)
 
     def _window(self, top: int, left: int, height: int, width: int) -> npt.NDArray[Any]:

@@ -408,6 +408,7 @@ CASES = [
         )
     ],
     case(3, "yolo", "text", line("0 .5 .5 .1 x"), "boxes: not a number", "height must be a finite number, got 'x'"),
+    case(3, "yolo", "underscore", line("0 .5 .5 .1 .2_5"), "boxes: not a number", "height must be a finite number, got '.2_5'"),
     case(3, "yolo", "comma", line("0 0,5 .5 .1 .1"), "boxes: not a number", "x must be a finite number, got '0,5'"),
     case(4, "yolo", "infinite", line("0 .5 .5 inf .1"), "boxes: not a number", "width must be a finite number, got 'inf'"),
     case(15, "yolo", "negative", line("0 .5 .5 -.1 .1"), "boxes: outside 0..1", "width is -.1"),
@@ -416,6 +417,7 @@ CASES = [
     case(1, "csv", "too many", row("b.jpg,1,2,3,4,cat,x"), "boxes: wrong number of values", "has 7 values"),
     case(3, "csv", "text", row("b.jpg,1,2,x,4,cat"), "boxes: not a number", "column 'x2' must be a finite number, got 'x'"),
     case(3, "csv", "no image", row(",1,2,3,4,dog"), "boxes: no image", "column 'file_name' is empty"),
+    case(3, "csv", "underscore", row("b.jpg,1_0,2,33,4,cat"), "boxes: not a number", "column 'x1'", "got '1_0'"),
     case(4, "csv", "nan", row("b.jpg,nan,2,3,4,dog"), "boxes: not a number", "column 'x1'", "'nan'"),
     case(10, "csv", "no class", row("b.jpg,1,2,3,4,"), "boxes: unknown class name", "column 'label' is ''"),
     case(13, "csv", "zero", row("b.jpg,5,5,5,9,dog"), "boxes: zero or negative size", "(b.jpg): box 5, 5, 5, 9 has zero"),

@@ -105,7 +105,7 @@ class Layout:
 
     def write(self, root: Path) -> Path:
         """Write the data set; returns its root."""
-        content: Callable[[str], str] = lines if self.labels.endswith(".txt") else xml
+        content: Callable[[str], str] = lines if self.labels.lower().endswith(".txt") else xml
         for split, stems in self.splits.items():
             for stem in stems:
                 picture(root / self.images.format(split=split, stem=stem), stem)
@@ -191,6 +191,10 @@ LAYOUTS = [
         "classes.txt": NAMES, "notes.json": json.dumps({"categories": [{"id": 1, "name": "box"}, {"id": 0, "name": "ball"}]})}),
     Layout("notes.json", "yolo", "images/{stem}.jpg", "labels/{stem}.txt", ALL, "notes.json",
            {"notes.json": json.dumps({"categories": [{"id": 1, "name": "box"}, {"id": 0, "name": "ball"}]})}),
+    Layout("labels after a mark and an empty line", "yolo", "images/{stem}.jpg", "labels/{stem}.txt", ALL, "classes.txt",
+           {"classes.txt": NAMES, "labels/a.txt": f"\ufeff\n{lines('a')}"}),
+    Layout("labels with capital suffixes", "yolo", "images/{stem}.JPG", "labels/{stem}.TXT", ALL, "labels in labels",
+           {"classes.txt": NAMES}),
     Layout("labels beside images", "yolo", "{stem}.png", "{stem}.txt", ALL, "labels beside the images", {"classes.txt": NAMES}),
     Layout("labels beside images called images", "yolo", "Images/{stem}.JPG", "Images/{stem}.txt", ALL,
            "beside the images in Images",

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,18 @@ def test_voc_values_are_classes_and_255_is_ignored(tmp_path: Path) -> None:
     for mode in ("P", "L"):
         path = write_png(tmp_path / f"{mode}.png", values, mode)
         assert voc_mask(path, (2, 3), 2).tolist() == [[0, 1, 2], [-1, 2, 0]]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gray_of_a_few_bits_is_not_spread(tmp_path: Path, bits: int) -> None:
+    path = write_png(tmp_path / "a.png", np.array([[0, 1, 2, 3]]), "L")
+    header, rows = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0), {2: b"\x1b", 4: b"\x01\x23"}[bits]
+    parts = {b"IHDR": header, b"IDAT": zlib.compress(b"\0" + rows), b"IEND": b""}
+    chunks = [
+        struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts.items()
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert voc_mask(path, (1, 4), 255).tolist() == [[0, 1, 2, 3]]
 
 
 def test_voc_masks_that_cannot_be_used(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Channels and depth of image files: what is read as it is, what is converted, what is refused by name."""
 
+import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,8 +50,23 @@ def as_opencv(array: np.ndarray, path: Path, *options: int) -> None:
     assert cv2.imwrite(str(path), array[:, :, order], list(options))
 
 
+def png(array: np.ndarray, more: bytes = b"") -> bytes:
+    """16 bits a sample, of 1 to 4 channels, with further chunks."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", *SIZE[::-1], 16, (0, 4, 2, 6)[array.shape[2] - 1], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    chunks = chunk(b"IHDR", header) + (chunk(more[:4], more[4:]) if more else b"") + chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
+
+
 CONTIG = {"photometric": "minisblack", "planarconfig": "contig"}
 SEPARATE = {"photometric": "minisblack", "planarconfig": "separate"}
+RGB_PLANES = {"photometric": "rgb", "planarconfig": "separate"}
+WITH_ALPHA = {"extrasamples": ["unassalpha"]}
+ZIP = {"compression": "zlib"}
 # name of the file, channels, type, how it is written
 DEEP: dict[str, tuple[int, type, Callable[[np.ndarray, Path], None]]] = {
     "grey.npy": (1, np.uint16, as_npy),
@@ -71,6 +89,27 @@ DEEP: dict[str, tuple[int, type, Callable[[np.ndarray, Path], None]]] = {
     "big.tif": (5, np.uint16, lambda a, p: as_tiff(a, p, **CONTIG, bigtiff=True)),
     "pages.tif": (4, np.uint8, as_pages),
     "deep_pages.tif": (5, np.uint16, as_pages),
+    "rgb_planes.tif": (3, np.uint16, lambda a, p: as_tiff(a, p, **RGB_PLANES)),
+    "rgb_planes_zip.tif": (
+        3,
+        np.uint16,
+        lambda a, p: as_tiff(a, p, **RGB_PLANES, **ZIP, byteorder=">", predictor=True),
+    ),
+    "rgb_planes_tiles.tif": (3, np.uint16, lambda a, p: as_tiff(a, p, **RGB_PLANES, tile=(16, 16))),
+    "rgba_planes.tif": (4, np.uint16, lambda a, p: as_tiff(a, p, **RGB_PLANES, **WITH_ALPHA)),
+    "rgb8_planes.tif": (3, np.uint8, lambda a, p: as_tiff(a, p, **RGB_PLANES, **ZIP)),
+    "rgba8_planes.tif": (4, np.uint8, lambda a, p: as_tiff(a, p, **RGB_PLANES, **WITH_ALPHA)),
+    "la8_planes.tif": (2, np.uint8, lambda a, p: as_tiff(a, p, **SEPARATE, **WITH_ALPHA)),
+    "la8_planes_zip.tif": (2, np.uint8, lambda a, p: as_tiff(a, p, **SEPARATE, **WITH_ALPHA, **ZIP)),
+    "zero_is_white.tif": (1, np.uint16, lambda a, p: as_tiff(65535 - a, p, photometric="miniswhite")),
+    "zero_is_white_big_endian.tif": (
+        1,
+        np.uint16,
+        lambda a, p: as_tiff(65535 - a, p, photometric="miniswhite", byteorder=">"),
+    ),
+    "la.png": (2, np.uint16, lambda a, p: p.write_bytes(png(a))),
+    "transparent.png": (3, np.uint16, lambda a, p: p.write_bytes(png(a, b"tRNS" + a[0, 0].astype(">u2").tobytes()))),
+    "grey.pgm": (1, np.uint16, as_opencv),
     "rgba8.tif": (4, np.uint8, lambda a, p: Image.fromarray(a).save(p)),
     "rgba8.png": (4, np.uint8, lambda a, p: Image.fromarray(a).save(p)),
     "cmyk8.tif": (4, np.uint8, lambda a, p: _banded("CMYK", a, p)),
@@ -101,7 +140,7 @@ def test_every_channel_is_read_at_full_depth(tmp_path: Path, name: str) -> None:
     assert image_size(path) == image_size(path, path.read_bytes()) == decoded_size(path) == SIZE
     reduced = read_reduced(path, (5, 5), pixels=PixelType(count))
     assert (reduced.size, reduced.factor) == (SIZE, 1)
-    assert image_format(path.read_bytes()) == {".npy": "NPY", ".tif": "TIFF", ".png": "PNG"}[path.suffix]
+    assert image_format(path.read_bytes()) == {".npy": "NPY", ".tif": "TIFF", ".png": "PNG", ".pgm": "PPM"}[path.suffix]
     if count not in (1, 3):
         with pytest.raises(DataError, match=rf"{name}: has {count} channels.*, but channels is {count + 3}"):
             read_image(path, pixels=PixelType(count + 3))
@@ -174,15 +213,86 @@ def test_a_jpeg_of_one_channel_or_in_floating_point_is_decoded_at_a_part_of_its_
     torch.testing.assert_close(deep.pixels, whole.pixels / 255)
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_planes_are_turned_too(tmp_path: Path, orientation: int) -> None:
-    array = numbers(5)
-    tag = [(274, "H", 1, orientation, False)]
-    tifffile.imwrite(tmp_path / "x.tif", array, **CONTIG, extratags=tag)
-    turned = np.rot90(array, {1: 0, 3: 2, 6: 3}[orientation])
-    image = read_image(tmp_path / "x.tif", pixels=PixelType(5, "dtype"))
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("channels", "options"), [(5, CONTIG), (3, {"photometric": "rgb"}), (4, {"photometric": "rgb"}), (3, RGB_PLANES)]
+)
+def test_planes_are_turned_too(tmp_path: Path, channels: int, options: dict[str, str], orientation: int) -> None:
+    path, array = tmp_path / "x.tif", numbers(channels)
+    as_tiff(array, path, **options, extratags=[(274, "H", 1, orientation, False)])
+    turned = array.swapaxes(0, 1) if orientation >= 5 else array
+    turned = turned[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
+    image = read_image(path, pixels=PixelType(channels, "dtype"))
     torch.testing.assert_close(image, torch.from_numpy((turned / 65535).astype(np.float32)).permute(2, 0, 1))
-    assert image_size(tmp_path / "x.tif") == decoded_size(tmp_path / "x.tif") == turned.shape[:2]
+    assert image_size(path) == decoded_size(path) == turned.shape[:2]
+
+
+@pytest.mark.parametrize("options", [{"photometric": "minisblack"}, {"photometric": "rgb"}, RGB_PLANES])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int16, np.int32])
+@pytest.mark.parametrize("more", [{}, {"byteorder": ">"}, {"byteorder": ">", **ZIP}])
+def test_other_numbers_are_read_wherever_they_stand(
+    tmp_path: Path, options: dict[str, str], dtype: type, more: dict[str, str]
+) -> None:
+    array = (numbers(1 if options["photometric"] == "minisblack" else 3, np.int32, 32000) / 16).astype(dtype)
+    as_tiff(array, tmp_path / "x.tif", **options, **more)
+    image = read_image(tmp_path / "x.tif", pixels=PixelType(array.shape[2], (0, 2000)))
+    expected = torch.from_numpy((array.astype(np.float64) / 2000).astype(np.float32))
+    torch.testing.assert_close(image.permute(1, 2, 0), expected)
+
+
+def twelve_bits(array: np.ndarray) -> bytes:
+    """A TIFF of packed numbers of 12 bits."""
+    bits = np.unpackbits(array.astype(">u2").view(np.uint8).reshape(*array.shape, 2), axis=-1)[..., 4:]
+    rows = np.packbits(bits.reshape(SIZE[0], -1), axis=1).tobytes()
+    C = array.shape[2]
+    tags = {
+        256: SIZE[1],
+        257: SIZE[0],
+        258: 12,
+        259: 1,
+        262: 1 if C == 1 else 2,
+        273: 8,
+        277: C,
+        278: SIZE[0],
+        279: len(rows),
+    }
+    end = 8 + len(rows)
+    fields = {tag: (1, value) for tag, value in tags.items()}
+    fields[258] = (C, 12) if C == 1 else (C, end + 2 + 12 * len(tags) + 4)
+    directory = b"".join(struct.pack("<HHII", tag, 3, *field) for tag, field in fields.items())
+    return b"".join([
+        b"II*\0", struct.pack("<I", end), rows, struct.pack("<H", len(tags)), directory, bytes(4), struct.pack("<3H", 12, 12, 12)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_white_of_twelve_bits_is_white(channels: int) -> None:
+    array = numbers(channels, np.uint16, 4095)
+    files = {"x.tif": twelve_bits(array)}
+    if channels == 1:
+        files["x.pgm"] = b"P5 30 20 4095\n" + array.astype(">u2").tobytes()
+    for name, content in files.items():
+        image = read_image(name, content, PixelType(channels))
+        assert (image.permute(1, 2, 0).numpy() == array >> 4).all(), name
+        for limits in ("dtype", (0, 4095)):
+            image = read_image(name, content, PixelType(channels, limits)).permute(1, 2, 0).numpy()
+            np.testing.assert_allclose(image, array / 4095, atol=3e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("options", [CONTIG, SEPARATE, {"photometric": "rgb"}, RGB_PLANES])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_colors_that_are_multiplied_with_alpha_are_divided_by_it(options: dict[str, str], dtype: type) -> None:
+    count = 4 if options["photometric"] == "rgb" else 2
+    most = 1 if dtype is np.float32 else int(np.iinfo(dtype).max)
+    array, stream = numbers(count, np.uint8, 255) / 255, io.BytesIO()
+    array[:, :, -1] = array[:, :, -1].clip(0.3, 1)
+    stored = np.concatenate([array[:, :, :-1] * array[:, :, -1:], array[:, :, -1:]], axis=2) * most
+    stored = (stored if most == 1 else stored.round()).astype(dtype)
+    planes = np.moveaxis(stored, 2, 0) if "separate" in options.values() else stored
+    tifffile.imwrite(stream, planes, **options, extrasamples=["assocalpha"])
+    for channels in (count, count - 1):
+        image = read_image("x.tif", stream.getvalue(), PixelType(channels, (0, most))).permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(image, array[:, :, :channels], atol=0.02 if dtype is np.uint8 else 1e-4)
 
 
 HEADER = "{{'descr': '{}', 'fortran_order': {}, 'shape': {}, }}"

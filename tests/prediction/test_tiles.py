@@ -9,10 +9,12 @@ import tifffile
 import torch
 from torch import Tensor
 
+from detpipe.datasets import read_image
 from detpipe.datasets.tiling import tile_views
 from detpipe.prediction import ImageWindows, Merge, TiledDetector, Windows
 from detpipe.prediction.inputs import ImageInput
 from detpipe.prediction.tiff import open_windows
+from detpipe.support.errors import DataError
 from detpipe.types import Detection, PixelType
 from tests.prediction.bright import Bright, rows, scene
 
@@ -158,6 +160,37 @@ def test_grey_pages_that_are_channels(tmp_path):
     tifffile.imwrite(path, pages, photometric="minisblack")
     image = open_windows(ImageInput(path.name, path), PixelType(4))
     assert torch.equal(image.read(2, 3, 4, 5), torch.from_numpy(pages)[:, 2:6, 3:8])
+
+
+# photometric interpretation, samples, what those beyond the colors are
+SAMPLES = [
+    ("minisblack", 1, []), ("miniswhite", 1, []), ("minisblack", 2, ["unassalpha"]), ("minisblack", 2, ["assocalpha"]),
+    ("minisblack", 4, ["unspecified"] * 3), ("rgb", 3, []), ("rgb", 4, ["unassalpha"]), ("rgb", 4, ["assocalpha"]),
+    ("rgb", 5, ["unassalpha", "unspecified"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAMPLES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_windows_have_the_samples_of_the_whole(tmp_path, case, planar, dtype):
+    (photometric, samples, extra), path = case, tmp_path / "x.tif"
+    values = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (20, 30, samples)).astype(dtype)
+    if extra == ["assocalpha"]:
+        values[:, :, -1] = np.iinfo(dtype).max
+    several = {"planarconfig": planar, "extrasamples": extra} if samples > 1 else {}
+    stored = np.moveaxis(values, 2, 0) if planar == "separate" and samples > 1 else values
+    tifffile.imwrite(path, stored, photometric=photometric, **several)
+    for pixels in (PixelType(), PixelType(1), PixelType(samples), PixelType(3, "dtype")):
+        windows = open_windows(ImageInput(path.name, path), pixels)
+        if photometric == "minisblack" and samples == 4 and pixels.channels != 4:
+            for read in (lambda pixels=pixels: read_image(path, pixels=pixels), lambda of=windows: of.read(2, 3, 4, 5)):
+                with pytest.raises(DataError, match=r"x\.tif: has 4 channels, but channels is"):
+                    read()
+        else:
+            whole, atol = read_image(path, pixels=pixels)[:, 2:6, 3:8], 1 if pixels.range is None else 1e-6
+            # grey of high bytes, or the high byte of grey
+            torch.testing.assert_close(windows.read(2, 3, 4, 5), whole, rtol=0, atol=atol)
 
 
 def test_windows_of_a_tensor_are_views():

@@ -252,9 +252,10 @@ class _Finder:
 
     def _without_flag(self, line: str, places: Sequence[Place]) -> str:
         """The name in a line; lists of one class carry a flag behind it (-1, 0 or 1), which is not looked at."""
-        name, _, flag = line.rpartition(" ")
-        if flag in ("-1", "0", "1") and name and not any((p.labels / f"{line}{_SUFFIX}").is_file() for p in places):
-            return name.strip()
+        parts = line.rsplit(maxsplit=1)
+        flagged = len(parts) == 2 and parts[1] in ("-1", "0", "1")
+        if flagged and not any((p.labels / f"{line}{_SUFFIX}").is_file() for p in places):
+            return parts[0]
         return line
 
     def _add(self, image: Path, xml: Path, names: Sequence[str], where: str) -> None:

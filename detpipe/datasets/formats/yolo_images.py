@@ -40,6 +40,7 @@ class LabelFolders:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._found: dict[Path, Path] = {}
+        self._files: dict[Path, dict[str, str]] = {}  # folder of labels -> name without suffix -> file name
         self._apart: dict[Path, Path] | None = None  # folder of images -> folder of labels, of any name
 
     def path(self, image: Path) -> Path:
@@ -47,7 +48,10 @@ class LabelFolders:
         folder = image.parent
         if folder not in self._found:
             self._found[folder] = self._look_for(folder, label_path(image).parent)
-        return self._found[folder] / f"{image.stem}{LABELS}"
+        labels = self._found[folder]
+        if labels not in self._files:
+            self._files[labels] = list_folder(labels, LABELS).labels if labels.is_dir() else {}
+        return labels / self._files[labels].get(image.stem, f"{image.stem}{LABELS}")
 
     def _look_for(self, folder: Path, usual: Path) -> Path:
         if usual != folder and usual.is_dir():
@@ -120,8 +124,10 @@ class ImageFinder:
         for labels in sorted({item.labels.parent for item in self.found[first:]} - {folder}):
             if any(item.image.parent == labels for item in self.found[first:]):
                 continue  # labels beside images: other texts may be there
-            files = (path for path in sorted(labels.glob("*.txt")) if path.name.lower() != "classes.txt")
-            self.orphans += [path for path in files if path not in expected]
+            files = list_folder(labels, LABELS).labels.values() if labels.is_dir() else ()
+            self.orphans += [
+                labels / name for name in files if name.lower() != "classes.txt" and labels / name not in expected
+            ]
 
     def _list(self, path: Path) -> None:
         for number, line in enumerate(read_text(path, "list of images").splitlines(), start=1):

@@ -100,7 +100,7 @@ def _only(paths: list[Path]) -> Path | None:
 
 def _peek(path: Path) -> str:
     with path.open("rb") as stream:
-        return stream.read(MOST_BYTES).decode("utf-8", errors="replace")
+        return stream.read(MOST_BYTES).decode("utf-8-sig", errors="replace")
 
 
 def _class_file(files: Iterable[Path]) -> Path | None:
@@ -161,7 +161,7 @@ def has_labels(root: Path) -> bool:
     for place in find_places(root, LABELS):
         labels, images = list_folder(place.labels, LABELS).labels, list_folder(place.images).images
         for stem in sorted(labels.keys() & images):
-            words = _peek(place.labels / labels[stem]).split("\n")[0].split()
+            words = _peek(place.labels / labels[stem]).strip().split("\n")[0].split()
             if words:
                 return len(words) >= 5 and all(re.fullmatch(r"[-+.\deE]+", word) for word in words)
     return False

@@ -71,7 +71,7 @@ def test_other_suffixes_and_lists_of_one_class(tmp_path: Path) -> None:
     root = write_voc(tmp_path)
     (root / "JPEGImages" / "a.jpg").unlink()
     picture(40, 60).save(root / "JPEGImages" / "a.PNG")
-    (root / "ImageSets" / "Main" / "cat_train.txt").write_text("a -1\nb  1\n\n")
+    (root / "ImageSets" / "Main" / "cat_train.txt").write_text("a -1\nb\t1\n\n")
     a = load_voc(root, "cat_train", ["cat", "dog"])
     assert a.file_names.tolist() == ["JPEGImages/a.PNG", "JPEGImages/b.jpg"]
 
