@@ -162,8 +162,10 @@ def _make_all(
 def _write_store(output: Path, source: Proposer, size: int) -> None:
     """Write what is in the journals of all processes, and remove them."""
     with ExitStack() as stack:
-        opened = [open_journal(output, source.name, source.settings, (number, size)) for number in range(size)]
-        journals = [stack.enter_context(journal) for journal in opened]
+        journals = [
+            stack.enter_context(open_journal(output, source.name, source.settings, (number, size)))
+            for number in range(size)
+        ]
         with ProposalWriter(output, source.name, source.settings) as writer:
             for made in chain.from_iterable(journal.entries() for journal in journals):
                 writer.add(made.image_id, made.boxes, made.scores, made.size if made.size[0] else None)
