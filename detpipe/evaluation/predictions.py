@@ -69,13 +69,14 @@ def from_predictions(
             label = label_of.get(require(found, "label", str, where))
             if label is None:
                 raise DataError(f"{where}: class {found['label']!r} is not one of the ground truth")
+            score = require(found, "score", float, where)
             x1, y1, x2, y2 = require_numbers(found, "box", 4, where)
             if x2 < x1 or y2 < y1:
                 raise DataError(
                     f"{where}: the field 'box' is {shorten(found['box'])}: expected [x1, y1, x2, y2] with x2 >= x1, y2 >= y1"
                 )
             ids.append(key)
-            rows.append((label, require(found, "score", float, where), x1, y1, x2, y2))
+            rows.append((label, score, x1, y1, x2, y2))
     missing = [str(name) for name, key in _images(annotations) if key not in seen]
     if missing:
         raise DataError(

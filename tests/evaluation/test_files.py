@@ -163,6 +163,10 @@ def prediction(file: str, **found: Any) -> dict[str, Any]:
         (5, "the field 'images' is 5: expected a list"),
         ({"a": 1}, "the field 'images' is .*: expected a list"),
         ([prediction("x/a.jpg", box=[5, 2, 3, 4])], r"image x/a\.jpg: the field 'box' is \[5, 2, 3, 4\]: expected"),
+        (
+            [{"file": "a.jpg", "detections": [{"label": "train", "score": "x"}]}],
+            r"image a\.jpg: the field 'score' is 'x'",
+        ),
         ([prediction("a.jpg"), prediction("y/a.jpg")], r"image y/a\.jpg: is there twice"),
     ],
 )
