@@ -90,6 +90,7 @@ PICKLES = {
     + b"q\x01"
     + b"h\x01" * 2000
     + b"l",
+    "a text many times": b"(X" + struct.pack("<I", 1_000_000) + b"a" * 1_000_000 + b"q\x01" + b"h\x01" * 2000 + b"l",
     "arrays of the same bytes": b"(B" + struct.pack("<I", 1_000_000) + b"\0" * 1_000_000 + b"q\x01" + DTYPE + b"q\x020"
     + (ARRAY + b"(K\x01J" + struct.pack("<i", 1_000_000) + b"\x85h\x02\x89h\x01tb") * 2000 + b"l",
     "many sets": b"(" + b"\x8f" * 4_000_000 + b"l",
@@ -116,6 +117,34 @@ def pickle_cases() -> None:
         return write
 
     CASES.update({f"pickle: {name}": made(content) for name, content in PICKLES.items()})
+
+
+def many(count: int, **more: object) -> str:
+    """So many categories."""
+    return json.dumps([{"id": number, "name": str(number), **more} for number in range(count)])
+
+
+COCO = {  # images, categories
+    "many categories": ('[{"id": 1}]', many(40_000)),
+    "many categories of one": ('[{"id": 1}]', many(40_000, supercategory="0")),
+    "a long name": (json.dumps([{"id": -1, "file_name": "a" * 1_000_000}, *({"id": n} for n in range(500))]), many(1)),
+}
+
+
+def coco_cases() -> None:
+    from detpipe.evaluation import read_coco_annotations
+
+    def made(images: str, categories: str) -> Case:
+        def write(folder: Path) -> Callable[[], object]:
+            boxes = '[{"id": 1}]'  # the fault that is named where the lists are read
+            (folder / "a.json").write_text(
+                f'{{"images": {images}, "categories": {categories}, "annotations": {boxes}}}'
+            )
+            return lambda: read_coco_annotations(folder / "a.json")
+
+        return write
+
+    CASES.update({f"COCO: {name}": made(*lists) for name, lists in COCO.items()})
 
 
 def read_npz(path: Path) -> list[Any]:
@@ -322,8 +351,11 @@ def pipe_cases() -> None:
     from detpipe.datasets.formats.csv_table import Table
     from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
     from detpipe.datasets.unpack import unpack
+    from detpipe.evaluation.predictions import read_lines
     from detpipe.proposal_files import ProposalStore
+    from detpipe.proposal_files.array_readers import read_mat
     from detpipe.proposal_files.known_images import read_known_images
+    from detpipe.proposal_files.raw_proposals import Tally
     from detpipe.proposal_files.restricted_pickle import load_plain_pickle
     from detpipe.support.strict_json import load_json, read_text
     from detpipe.training.configuration import check_file
@@ -345,6 +377,8 @@ def pipe_cases() -> None:
         "store": ProposalStore,
         "pickle": load_plain_pickle,
         "npz": read_npz,
+        "mat": lambda path: read_mat(path, None, Tally("error")),
+        "lines of predictions": read_lines,
     }
 
     def reading(read: Callable[[Path], object]) -> Case:
@@ -360,7 +394,7 @@ def pipe_cases() -> None:
 
 
 def collect() -> dict[str, Case]:
-    for fill in (yaml_cases, pickle_cases, both_cases, pipe_cases):
+    for fill in (yaml_cases, pickle_cases, coco_cases, both_cases, pipe_cases):
         fill()
     return CASES
 

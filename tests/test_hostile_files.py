@@ -14,7 +14,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, MIB = 2.0, 200.0
-READ = {"pickle: an array many times"}  # harmless: it is one array
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("case", hostile.collect())
 def test_a_hostile_file_is_refused_at_once(case, reports):
     report = reports[case]
-    assert report["told"].startswith("nothing: it was read") == (case in READ), report
+    assert not report["told"].startswith("nothing:"), report
     assert "no error of detpipe" not in report["told"]
     assert "\n" not in report["told"]
     assert report["MiB"] < MIB

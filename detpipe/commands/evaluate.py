@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -45,8 +45,8 @@ _OPTIONS: dict[str, tuple[Any, Any, str | None, str]] = {
     "compare": (str, None, "+", "other runs for the report, each NAME=DETECTIONS.json"),
     "run_name": (str, None, None, "what the report calls this run"),
     "score_threshold": (float, None, None, "of confusions and drawings in the report; where F1 is best by default"),
-    "worst": (int, 12, None, "so many of the worst images in the report"),
-    "resamples": (int, 1000, None, "draws of images for the intervals of a comparison"),
+    "worst": (int, None, None, "so many of the worst images in the report; 12 by default"),
+    "resamples": (int, None, None, "draws of images for the intervals of a comparison; 1000 by default"),
 }
 
 
@@ -70,16 +70,19 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", type=kind, nargs=count, default=default, help=text)
     parser.add_argument("--images", help="folder of the images, for the drawings of a report")
     options = parser.parse_args(list(arguments))
-    report = _report_options(options, options.images, name := Path(options.detections).stem)
+    name = Path(options.detections).stem
+    report = _report_options(options, options.images, name)
+    if options.json is not None:
+        _check_files(Path(options.json))
     annotations = evaluation.read_coco_annotations(options.annotations)
     detections = evaluation.read_detections(options.detections, annotations)
-    others = read_runs(report, annotations)
+    others = _read_runs(report, annotations)
     metrics = evaluation.evaluate(annotations, detections, options.protocol, max_detections=options.max_detections)
     _print(metrics, options.protocol, options.json)
     _say_limits(detections, options.protocol, report.settings.max_detections)
     if report.out is not None:
         runs = {report.run_name or name: detections, **others}
-        print(f"\nreport {write_report(report, annotations, runs, report.images)}")
+        print(f"\nreport {_write_report(report, annotations, runs, report.images)}")
     return 0
 
 
@@ -102,7 +105,7 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     checkpoint.check_class_names(description, annotations.class_names, config.ckpt_path)
     checkpoint.check_pixels(description, data.pixels, config.ckpt_path)
     checkpoint.load_weights(cli.model, stored, config.ckpt_path)
-    others = read_runs(report, annotations)
+    others = _read_runs(report, annotations)
     model = _prediction(config, cli.model, data)
     results = Path(config.detections_out or run / f"{split}_detections.json")
     numbers = Path(config.json or run / f"{split}_{config.protocol}.json")
@@ -141,7 +144,7 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     if report.out is not None:
         runs = {report.run_name or run.resolve().name: detections, **others}
         dataset = data.dataset(split)  # which knows where images are: not all data are files of their own
-        print(f"report {write_report(report, annotations, runs, lambda row: to_picture(dataset.read(row)[0]))}")
+        print(f"report {_write_report(report, annotations, runs, lambda row: to_picture(dataset.read(row)[0]))}")
     return 0
 
 
@@ -174,6 +177,8 @@ def _prediction(config: Any, model: TwoStageDetector, data: Any) -> LightningMod
         check_least(config, 1, "tiles")
         if not 0 <= config.overlap <= 0.9:
             raise UsageError(f"--overlap must be in 0 to .9, got {config.overlap}")
+    elif config.overlap != 0.2:
+        raise UsageError("--overlap is about tiles: add --tiles SIDE, or leave it out")
     if config.tiles is None and not config.tta:
         return model
     return PredictionModule(model, config.tta, config.tiles, config.overlap)
@@ -215,15 +220,19 @@ def _report_options(given: Any, images: str | None, default_name: str) -> Report
         raise UsageError(f"--max_detections belongs to the protocol coco, not {given.protocol}: leave it out")
     if limits is not None and (limits[0] < 1 or any(b <= a for a, b in pairwise(limits))):
         raise UsageError(f"--max_detections must be one or more rising numbers from 1 on, got {limits}")
+    counts = {name: getattr(given, name) for name in ("worst", "resamples") if getattr(given, name) is not None}
     settings = AnalysisSettings(
-        given.protocol,
-        given.score_threshold,
-        given.worst,
-        given.resamples,
-        max_detections=tuple(limits or MAX_DETECTIONS),
+        given.protocol, given.score_threshold, max_detections=tuple(limits or MAX_DETECTIONS), **counts
     )
-    options = ReportOptions(given.report, tuple(given.compare or ()), images, given.run_name, settings)
-    check_options(options, default_name)
+    out = None if given.report is None else Path(given.report)
+    options = ReportOptions(out, _parse_runs(given.compare or ()), images, given.run_name, settings)
+    if out is not None:
+        _check_report(options, out, default_name)
+        return options
+    extra = [name for name in ("compare", "run_name", "score_threshold", *counts) if getattr(given, name) is not None]
+    if extra or images is not None:
+        name = extra[0] if extra else "images"
+        raise UsageError(f"--{name} belongs to a report: give its folder by --report FOLDER")
     return options
 
 
@@ -235,31 +244,24 @@ def _print(metrics: dict[str, Any], protocol: str, path: str | Path | None) -> N
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What users may ask for: a folder, other runs as ``NAME=DETECTIONS.json``, the folder of images, a name, and settings."""
+    """What users may ask for: a folder, files of other runs by name, the folder of images, a name, and settings."""
 
-    out: str | None = None
-    compare: Sequence[str] = ()
-    images: str | None = None
-    run_name: str | None = None
-    settings: AnalysisSettings = field(default_factory=AnalysisSettings)
+    out: Path | None
+    compare: Mapping[str, Path]
+    images: str | None
+    run_name: str | None
+    settings: AnalysisSettings
 
 
-def check_options(options: ReportOptions, default_name: str) -> None:
+def _check_report(options: ReportOptions, out: Path, default_name: str) -> None:
     """Refuse what cannot work before hours are spent on a model: such as a number out of range, or a name twice."""
     settings = options.settings
-    if options.out is None:
-        given = {"--compare": options.compare, "--images": options.images, "--run_name": options.run_name}
-        given["--score_threshold"] = settings.score_threshold is not None
-        extra = [name for name, value in given.items() if value]
-        if extra:
-            raise UsageError(f"{extra[0]} belongs to a report: give its folder by --report FOLDER")
-        return
     if settings.protocol not in COMPARED:
         raise UsageError(
             f"--report follows the protocols {', '.join(COMPARED)}, not {settings.protocol}: choose one of them"
         )
-    if Path(options.out).exists() and not Path(options.out).is_dir():
-        raise UsageError(f"--report {options.out} is a file; give the name of a folder")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--report {out} is a file; give the name of a folder")
     if settings.resamples < 1 or settings.worst < 0:
         raise UsageError(
             f"--resamples must be 1 or more and --worst 0 or more, got {settings.resamples} and {settings.worst}"
@@ -268,16 +270,16 @@ def check_options(options: ReportOptions, default_name: str) -> None:
         raise UsageError(f"--score_threshold must be a finite number, got {settings.score_threshold}")
     if options.images is not None and not Path(options.images).is_dir():
         raise UsageError(f"--images {options.images} is not a folder: give the one that file names are relative to")
-    name, others = options.run_name or default_name, parse_runs(options.compare)
-    if name in others:
+    name = options.run_name or default_name
+    if name in options.compare:
         raise UsageError(f"--compare: {name!r} is the name of the run itself: choose another, or give --run_name")
-    for other, path in others.items():
+    for other, path in options.compare.items():
         if not path.is_file():
             raise UsageError(f"--compare {other}={path}: there is no such file")
     require_matplotlib()
 
 
-def parse_runs(given: Sequence[str]) -> dict[str, Path]:
+def _parse_runs(given: Sequence[str]) -> dict[str, Path]:
     """Split ``NAME=FILE``; a UsageError where one is missing, or a name occurs twice."""
     runs: dict[str, Path] = {}
     for one in given:
@@ -290,12 +292,12 @@ def parse_runs(given: Sequence[str]) -> dict[str, Path]:
     return runs
 
 
-def read_runs(options: ReportOptions, annotations: Annotations) -> dict[str, DetectionArrays]:
+def _read_runs(options: ReportOptions, annotations: Annotations) -> dict[str, DetectionArrays]:
     """Read the runs to compare with, also before hours are spent."""
-    return {name: evaluation.read_detections(path, annotations) for name, path in parse_runs(options.compare).items()}
+    return {name: evaluation.read_detections(path, annotations) for name, path in options.compare.items()}
 
 
-def write_report(
+def _write_report(
     options: ReportOptions,
     annotations: Annotations,
     runs: Mapping[str, DetectionArrays],
@@ -309,7 +311,7 @@ def write_report(
     from detpipe.pictures.visualize import save_png
 
     assert options.out is not None
-    out = Path(options.out)
+    out = options.out
     analysis = analyze(annotations, runs, options.settings)
     drawings = _draw(analysis, annotations, images, own_folder=options.images is not None)
     out.mkdir(parents=True, exist_ok=True)

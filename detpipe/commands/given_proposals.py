@@ -5,7 +5,6 @@ A JSON file maps image name or path -> list of ``[x1, y1, x2, y2]`` in pixels of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX
 from detpipe.proposals.registry import SOURCES, OfflineSource, make_source, remake_source
 from detpipe.support.errors import DataError, UsageError
-from detpipe.support.strict_json import load_json
+from detpipe.support.strict_json import is_number, load_json, shorten
 
 Boxes = Callable[[Path, Tensor], Tensor]  # path and [3, H, W] uint8 RGB -> [P, 4] xyxy in pixels of the image
 
@@ -66,13 +65,16 @@ def read_proposals(path: Path) -> dict[str, Tensor]:
     for name, boxes in content.items():
         if not isinstance(boxes, list):
             raise DataError(f"{path}, image {name!r}: expected a list of [x1, y1, x2, y2], got {type(boxes).__name__}")
-        for index, box in enumerate(boxes):
-            numbers = isinstance(box, list) and len(box) == 4 and all(_is_number(value) for value in box)
-            if not numbers or box[2] <= box[0] or box[3] <= box[1]:
-                raise DataError(
-                    f"{path}, image {name!r}, box {index}: expected [x1, y1, x2, y2] with x2 > x1, y2 > y1, got {box}"
-                )
-        proposals[name] = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        numbers = [isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) for box in boxes]
+        rows = [box if known else [0] * 4 for box, known in zip(boxes, numbers, strict=True)]
+        found = torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
+        sound = (found[:, 2:] > found[:, :2]).all(dim=1) & found.isfinite().all(dim=1)
+        if not sound.all():
+            index = int(sound.logical_not().nonzero()[0])
+            raise DataError(
+                f"{path}, image {name!r}, box {index}: expected [x1, y1, x2, y2] with x2 > x1, y2 > y1, got {shorten(boxes[index])}"
+            )
+        proposals[name] = found
     return proposals
 
 
@@ -125,7 +127,3 @@ def _from_json(file: Path, images: Sequence[Path]) -> Boxes:
             raise DataError(f"the proposals file has no boxes for {path}: add the key {path.name!r}")
         found[path] = proposals[key]
     return lambda path, image: found[path]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

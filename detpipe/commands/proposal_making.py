@@ -21,6 +21,7 @@ from jsonargparse import ArgumentParser, Namespace
 from detpipe import images as frames
 from detpipe.commands.data_source import add_data_options
 from detpipe.commands.parser import check_least, progress
+from detpipe.commands.predict import choose_device
 from detpipe.datasets import read_image
 from detpipe.datasets.datamodule import image_files
 from detpipe.datasets.formats.recognize import EXPECTED, layout_of, open_split
@@ -174,8 +175,7 @@ class CheckpointProposals:
             raise UsageError(
                 f"{path} has no region proposal network but {type(self.detector.proposals).__name__}; name that source instead"
             )
-        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self.detector.to(chosen)
+        self.detector.to(choose_device(device))
         self._sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
     @property

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from pathlib import Path, PurePath
+from itertools import chain
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from detpipe.support.errors import DataError
-from detpipe.support.strict_json import require, require_numbers
+from detpipe.support.strict_json import read_text, require, require_numbers, shorten
 from detpipe.types import Annotations, DetectionArrays
 
 LINES = ".jsonl"
+_LEVELS = 100  # of a path, at its end, that are compared
 
 
 def is_predictions(content: Any) -> bool:
@@ -25,15 +27,15 @@ def is_predictions(content: Any) -> bool:
 def read_lines(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a file of JSON lines as the content of ``detections.json``; a DataError names a line that is none."""
     rows: list[dict[str, Any]] = []
-    with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise DataError(
-                    f"{path}: line {number} is no record of detpipe predict; is the run complete?"
-                ) from error
-    if not rows or "class_names" not in rows[0]:
+    for number, line in enumerate(read_text(path, "file of detpipe predict").rstrip("\n").split("\n"), start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number} is no record of detpipe predict; is the run complete?")
+        rows.append(row)
+    if "class_names" not in rows[0]:
         raise DataError(f"{path}: its first line is not that of a file of detpipe predict")
     failed = [row for row in rows[1:] if "reason" in row]
     return {**rows[0], "images": [row for row in rows[1:] if "reason" not in row], "failed": failed}
@@ -54,10 +56,10 @@ def from_predictions(
     seen: set[int] = set()
     ids: list[int] = []
     rows: list[tuple[float, ...]] = []
-    for record in [*content["images"], *content["failed"]]:
+    for record in chain(*(require(content, part, list, str(path)) for part in ("images", "failed"))):
         file = require(record, "file", str, str(path))
         key = _image_of(file, names, unique)
-        where = f"{path}: image {file}"
+        where = f"{path}: image {file[:200]}"
         if key is None:
             raise DataError(f"{where}: is not an image of the ground truth, or one of several of that name")
         if key in seen:
@@ -67,8 +69,14 @@ def from_predictions(
             label = label_of.get(require(found, "label", str, where))
             if label is None:
                 raise DataError(f"{where}: class {found['label']!r} is not one of the ground truth")
+            score = require(found, "score", float, where)
+            x1, y1, x2, y2 = require_numbers(found, "box", 4, where)
+            if x2 < x1 or y2 < y1:
+                raise DataError(
+                    f"{where}: the field 'box' is {shorten(found['box'])}: expected [x1, y1, x2, y2] with x2 >= x1, y2 >= y1"
+                )
             ids.append(key)
-            rows.append((label, require(found, "score", float, where), *require_numbers(found, "box", 4, where)))
+            rows.append((label, score, x1, y1, x2, y2))
     missing = [str(name) for name, key in _images(annotations) if key not in seen]
     if missing:
         raise DataError(
@@ -84,6 +92,7 @@ def _images(annotations: Annotations) -> list[tuple[str, int]]:
 
 
 def _image_of(file: str, names: dict[str, int], unique: dict[str, int]) -> int | None:
-    parts = Path(file).parts
+    path = PurePath(file)
+    parts = path.parts[-_LEVELS:]
     ends = (PurePath(*parts[k:]).as_posix() for k in range(len(parts)))
-    return next((names[end] for end in ends if end in names), unique.get(parts[-1]))
+    return next((names[end] for end in ends if end in names), unique.get(path.name))

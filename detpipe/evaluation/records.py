@@ -5,6 +5,7 @@ I images, K classes, D detections, B boxes of the ground truth.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NoReturn
 
 import numpy as np
@@ -127,7 +128,7 @@ def check_annotations(annotations: Annotations) -> None:
     ids, counts = np.unique(annotations.image_ids, return_counts=True)
     if (counts > 1).any():
         raise DataError(f"{source}: image id {ids[counts > 1][0]} occurs more than once in the ground truth")
-    twice = {name for name in annotations.class_names if annotations.class_names.count(name) > 1}
+    twice = [name for name, count in Counter(annotations.class_names).items() if count > 1]
     if twice:
         raise DataError(f"{source}: the class name {min(twice)!r} occurs more than once: make names unique")
     boxes, labels, area = annotations.boxes, annotations.labels, annotations.area

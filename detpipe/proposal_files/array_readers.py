@@ -131,6 +131,7 @@ def _load_mat(path: Path) -> dict[str, Any]:
         from scipy.io import loadmat
     except ImportError as error:
         raise DataError(f"{path}: reading .mat files needs scipy: pip install scipy") from error
+    refuse_special(path)
     try:
         return loadmat(str(path), appendmat=False)
     except NotImplementedError as error:

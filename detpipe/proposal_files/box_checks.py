@@ -32,6 +32,16 @@ def read_scores(scores: Any, count: int, where: str) -> Array:
     return array
 
 
+def read_entry(boxes: Any, scores: Any, where: str, size: tuple[int, int] | None = None) -> tuple[Array, Array]:
+    """Take boxes and scores of one image that a store can hold; a DataError that starts with ``where`` names what is wrong."""
+    numbers = read_boxes(boxes, where)
+    values = read_scores(scores, len(numbers), where)
+    for reason, rows in find_faults(numbers, values, size).items():
+        row = int(np.flatnonzero(rows)[0])
+        raise DataError(f"{where}: box {row} {explain(reason, numbers[row], float(values[row]), size)}")
+    return numbers, values
+
+
 def find_faults(boxes: Array, scores: Array, size: tuple[int, int] | None = None) -> dict[str, npt.NDArray[np.bool_]]:
     """Find the boxes ``[P, 4]`` xyxy that a store cannot hold, with a size (height, width) also those beyond the image.
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from detpipe.proposal_files.box_checks import read_entry
 from detpipe.proposal_files.store_format import ProposalWriter
 from detpipe.support.errors import DataError, DetpipeError
 from detpipe.support.resumable import Journal, Work, run
@@ -162,8 +163,10 @@ def _make_all(
 def _write_store(output: Path, source: Proposer, size: int) -> None:
     """Write what is in the journals of all processes, and remove them."""
     with ExitStack() as stack:
-        opened = [open_journal(output, source.name, source.settings, (number, size)) for number in range(size)]
-        journals = [stack.enter_context(journal) for journal in opened]
+        journals = [
+            stack.enter_context(open_journal(output, source.name, source.settings, (number, size)))
+            for number in range(size)
+        ]
         with ProposalWriter(output, source.name, source.settings) as writer:
             for made in chain.from_iterable(journal.entries() for journal in journals):
                 writer.add(made.image_id, made.boxes, made.scores, made.size if made.size[0] else None)
@@ -236,6 +239,7 @@ def _make(source: Proposer, item: Item, read: Callable[[Path], npt.NDArray[np.ui
         image = read(item.path)
         boxes, scores = source.propose(image)
         seconds = time.perf_counter() - start
+        read_entry(boxes, scores, source.name, (image.shape[0], image.shape[1]))  # what a store refuses is not kept
     except (DetpipeError, ValueError, OSError) as error:
         return str(error) or type(error).__name__
     return Made(item.image_id, (image.shape[0], image.shape[1]), boxes, scores), seconds

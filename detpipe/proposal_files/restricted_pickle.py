@@ -22,6 +22,10 @@ from detpipe.support.untrusted import check_pickle, check_tree, plain_parts
 
 _CALLS = 2**20  # bytes, and twice those of the file, that calls in it may make: each may copy what is there once
 _EACH = 200_000  # objects in any pickle, counted as often as they are reached, and one more for each byte of it
+_CONTENT, _CONTENT_RATIO = (
+    2**24,
+    16,
+)  # bytes of text and arrays, counted likewise, in any pickle and for each byte of it
 
 _HINTS = {
     "torch": "save tensors as numpy arrays (tensor.numpy()) and write the file again",
@@ -166,7 +170,7 @@ def load_plain_pickle(path: str | Path) -> Any:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 check_pickle(content, size)
             read = _Reader(file, size).load()
-            check_tree(read, _EACH + size, _parts)
+            check_tree(read, _EACH + size, _limited_parts(_CONTENT + _CONTENT_RATIO * size))
             return read
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file: check the path") from error
@@ -183,8 +187,17 @@ def load_plain_pickle(path: str | Path) -> Any:
         ) from error
 
 
-def _parts(value: Any) -> Iterable[Any]:
-    """What a value holds, where it is one."""
-    if callable(value) or isinstance(value, _Type):
-        raise _RefusedError("a type or function in the place of a value")
-    return value.tolist() if isinstance(value, np.ndarray) and value.dtype.hasobject else plain_parts(value)
+def _limited_parts(most: int) -> Callable[[Any], Iterable[Any]]:
+    """Make what tells the parts of values, until their text and arrays have more than so many bytes."""
+    left = most
+
+    def parts(value: Any) -> Iterable[Any]:
+        nonlocal left
+        if callable(value) or isinstance(value, _Type):
+            raise _RefusedError("a type or function in the place of a value")
+        left -= len(value) if isinstance(value, str | bytes | bytearray) else getattr(value, "nbytes", 0)
+        if left < 0:
+            raise ValueError(f"its text and arrays, shared ones counted each time, have more than {most} bytes")
+        return value.tolist() if isinstance(value, np.ndarray) and value.dtype.hasobject else plain_parts(value)
+
+    return parts

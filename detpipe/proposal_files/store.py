@@ -101,7 +101,7 @@ class ProposalStore(Mapping[str, ProposalRecord]):
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[str]:
-        return (self._name(row).decode() for row in range(len(self)))
+        return (self._text(self._name(row)) for row in range(len(self)))
 
     def __contains__(self, image_id: object) -> bool:
         return self._find(image_id) is not None
@@ -217,10 +217,16 @@ class ProposalStore(Mapping[str, ProposalRecord]):
             raise damaged(self.path, f"the id of entry {row} lies outside the ids")
         return self._id_bytes[start:end].tobytes()
 
+    def _text(self, name: bytes) -> str:
+        try:
+            return name.decode()
+        except UnicodeDecodeError as error:
+            raise damaged(self.path, f"an image id is not UTF-8 text ({name!r})") from error
+
     def _record(self, row: int) -> ProposalRecord:
         start, end = self._offsets[row : row + 2].tolist()
         if not 0 <= start <= end <= len(self._boxes):
-            raise damaged(self.path, f"the boxes of image {self._name(row).decode()!r} lie outside the boxes")
+            raise damaged(self.path, f"the boxes of image {self._text(self._name(row))!r} lie outside the boxes")
         return ProposalRecord(self._boxes[start:end].copy(), self._scores[start:end].copy())
 
     def _rows(self) -> dict[str, int]:
@@ -231,10 +237,7 @@ class ProposalStore(Mapping[str, ProposalRecord]):
                 raise damaged(
                     self.path, f"the image id {names[row].decode(errors='replace')!r} (entry {row}) is {fault}"
                 )
-        try:
-            return {name.decode(): row for row, name in enumerate(names)}
-        except UnicodeDecodeError as error:
-            raise damaged(self.path, f"an image id is not UTF-8 text ({error.object!r})") from error
+        return {self._text(name): row for row, name in enumerate(names)}
 
     def _examples(self) -> str:
         names = [name for name, _ in zip(self, range(3), strict=False)]

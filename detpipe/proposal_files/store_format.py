@@ -40,7 +40,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.proposal_files.box_checks import explain, find_faults, read_boxes, read_scores
+from detpipe.proposal_files.box_checks import read_entry
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write
 
@@ -329,12 +329,8 @@ class ProposalWriter:
         where = f"{self.path}: image {image_id!r}"
         if name in self._entries:
             raise DataError(f"{where}: added twice; a store has one entry for each image")
-        numbers = read_boxes(boxes, where)
-        values = read_scores(scores, len(numbers), where)
         known = _read_size(size, where)
-        for reason, rows in find_faults(numbers, values, known).items():
-            row = int(np.flatnonzero(rows)[0])
-            raise DataError(f"{where}: box {row} {explain(reason, numbers[row], float(values[row]), known)}")
+        numbers, values = read_entry(boxes, scores, where, known)
         stored_scores = values.astype("<f4") + np.float32(0)  # no negative zeros, which hash differently
         order = np.argsort(-stored_scores, kind="stable")
         stored, stored_scores = numbers.astype("<f4")[order] + np.float32(0), stored_scores[order]

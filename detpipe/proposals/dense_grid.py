@@ -21,6 +21,8 @@ from detpipe.proposals.image_source import Floats, Image
 from detpipe.stages import ImageList, Losses, ProposalSource
 from detpipe.types import Features, Target
 
+CACHED_SIZES = 256  # of images, whose boxes are kept
+
 
 class DenseGrid(ProposalSource):
     """Cover each image with boxes.
@@ -98,6 +100,8 @@ class DenseGrid(ProposalSource):
         """Compute the boxes ``[P, 4]`` xyxy of an image of a size (height, width)."""
         key = (*size, device or torch.device("cpu"))
         if key not in self._cache:
+            if len(self._cache) >= CACHED_SIZES:
+                del self._cache[next(iter(self._cache))]
             if len(self._cache) >= 1000:
                 self._cache.clear()
             self._cache[key] = self._lay(*size).to(key[2])

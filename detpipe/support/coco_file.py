@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -53,6 +54,7 @@ _EXPECTED = {
     "area": "a number of at least 0",
 }
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_NAMES, _NAMES_RATIO = 2**26, 100  # bytes that an array of all file names may take, and so many times those of the file
 _DIGITS = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _log = logging.getLogger(__name__)
 
@@ -160,6 +162,7 @@ def read_coco_file(path: str | os.PathLike[str], segmentations: bool = False, st
     images_read, boxes_read = (len(part) + len(part.faults) for part in (images, boxes))
     counts: dict[str, int] = {}
     _drop_repeated_images(images)
+    _check_names(images.columns, Path(path))
     _keep_classes(categories, boxes, counts)
     orphans = _keep_resolvable(boxes, images, categories)
     own, b = images.columns, boxes.columns
@@ -229,12 +232,15 @@ def _is_written_once(text: bytes, columns: Columns) -> bool:
     return all(text.count(b'"%b"' % name.encode()) == count for name, count in present.items() if count)
 
 
+_fields = cache(msgspec.structs.fields)  # takes a millisecond each time
+
+
 def _list_of(kind: type[msgspec.Struct]) -> Any:
     return list[kind]  # pyright: ignore[reportInvalidTypeForm]
 
 
 def _columns(records: list[Any], kind: type[msgspec.Struct]) -> Columns:
-    names = [one.name for one in msgspec.structs.fields(kind)]
+    names = [one.name for one in _fields(kind)]
     columns = {name: list(map(attrgetter(name), records)) for name in names}
     return columns | {name: _keys(columns[name]) for name in ("id", "image_id", "category_id") if name in columns}
 
@@ -270,7 +276,7 @@ def _decode_each(path: Path, kinds: dict[str, type[msgspec.Struct]]) -> dict[str
 def _values(record: dict[str, Any], kind: type[msgspec.Struct]) -> tuple[dict[str, Any], str, str]:
     """The fields of a record; the first that is not as it must be, and what is wrong with it."""
     values: dict[str, Any] = {}
-    for one in msgspec.structs.fields(kind):
+    for one in _fields(kind):
         name = one.name
         if name not in record:
             if one.required:
@@ -313,24 +319,41 @@ def _drop_repeated_images(images: _Section) -> None:
     images.keep(kept)
 
 
+def _check_names(images: Columns, path: Path) -> None:
+    """Refuse names that take too much memory as an array, in which each has the room of the longest."""
+    names = [str(name or key) for name, key in zip(images["file_name"], images["id"], strict=True)]
+    longest = max(map(len, names), default=0)
+    if 4 * longest * len(names) > _NAMES + _NAMES_RATIO * path.stat().st_size:
+        raise DataError(
+            f"{path}: one of {len(names)} images has a name of {longest} characters, which takes too much memory; correct it"
+        )
+
+
 def _keep_classes(categories: _Section, boxes: _Section, counts: dict[str, int]) -> None:
     """Keep the categories that are classes, by ascending id."""
     keys, names, above = (categories.columns[field] for field in ("id", "name", "supercategory"))
     kept: list[int] = []
+    seen: set[Key] = set()
+    seen_names: set[str] = set()
     for row, (key, name) in enumerate(zip(keys, names, strict=True)):
-        if key in keys[:row] or name in names[:row]:
+        if key in seen or name in seen_names:
             message = f"category id {key}, name {name!r}: the id or the name is there twice"
             categories.faults.append((categories.places[row], Fault("fatal", "duplicate category", message)))
         else:
             kept.append(row)
+        seen.add(key)
+        seen_names.add(name)
     if not categories.faults and not kept:
         message = "categories is empty; at least one class is needed"
         categories.faults.append((0, Fault("fatal", "bad category", message)))
-    for row in list(kept):
-        below = [above[other] == names[row] for other in kept if other != row]
-        if below and all(below) and above[row] not in names and keys[row] not in boxes.columns["category_id"]:
+    for name in [above[row] for row in kept[:2]]:  # a root is what all others name, so one of the first two does
+        root = next((row for row in kept if names[row] == name), None)
+        if root is None or any(above[row] != name for row in kept if row != root):
+            continue
+        if above[root] not in names and keys[root] not in boxes.columns["category_id"]:
             counts["classes skipped: the supercategory of all others, without boxes"] = 1
-            kept.remove(row)
+            kept.remove(root)
+            break
     if not any(isinstance(key, str) for key in keys):
         kept.sort(key=keys.__getitem__)
     categories.keep(kept)

@@ -98,7 +98,7 @@ def require(record: Any, field: str, kind: type[T], where: str) -> T:
     if field not in record:
         raise DataError(f"{where}: the field {field!r} is missing: expected {_KIND_NAMES.get(kind, kind.__name__)}")
     value = record[field]
-    if kind is float and type(value) in (int, float) and _is_finite(value):
+    if kind is float and is_number(value):
         return float(value)  # type: ignore[return-value]
     too_long = type(value) is int and not -(2**63) <= value < 2**63
     if kind is float or type(value) is not kind or too_long:
@@ -109,7 +109,7 @@ def require(record: Any, field: str, kind: type[T], where: str) -> T:
 def require_numbers(record: Any, field: str, count: int, where: str) -> list[float]:
     """Return ``record[field]`` if it is a list of exactly ``count`` finite numbers; ``where`` starts the message of a DataError."""
     values = require(record, field, list, where)
-    if len(values) != count or not all(type(v) in (int, float) and _is_finite(v) for v in values):
+    if len(values) != count or not all(map(is_number, values)):
         _refuse(field, values, f"{count} finite numbers", where)
     return [float(v) for v in values]
 
@@ -159,9 +159,10 @@ def _locate_constant(text: str) -> tuple[int, int]:
     return text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start)
 
 
-def _is_finite(value: int | float) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold; a bool is none."""
     try:
-        return math.isfinite(value)
+        return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:  # a whole number beyond the range of floats
         return False
 

@@ -199,6 +199,9 @@ def test_missing_proposals_are_found_before_anything_is_written(trained, picture
         ({"a": [[0, 0, 9, 9], [1, 2, 1, 9]]}, "image 'a', box 1: expected .* x2 > x1"),
         ({"a": [[0, 0, True, 9]]}, "image 'a', box 0"),
         ({"a": [["0", 0, 9, 9]]}, "image 'a', box 0"),
+        ({"a": [[0, 0, 9, 10**400]]}, "image 'a', box 0: expected"),
+        ({"a": [[0, 0, 9, 10**39]]}, "image 'a', box 0: expected"),
+        ({"a": [[2**25, 0, 2**25 + 1, 9]]}, "image 'a', box 0: expected"),
     ],
 )
 def test_a_wrong_proposals_file_names_image_and_box(content, message, tmp_path):

@@ -311,6 +311,8 @@ def test_a_checkpoint_without_an_rpn_or_none_at_all(trained, pictures, tmp_path)
         UsageError, match=r"best\.ckpt has no region proposal network but DenseGrid; name that source instead$"
     ):
         run_make([str(tmp_path / "best.ckpt"), *rest])
+    with pytest.raises(UsageError, match="device 'gpu' cannot be used"):
+        run_make([str(trained / "best.ckpt"), *rest[:-1], "gpu"])
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     for name in ("text.ckpt", "missing.ckpt"):
         with pytest.raises(CheckpointError, match=name):

@@ -150,6 +150,53 @@ def test_a_score_beyond_floats_and_a_nan_are_refused(tmp_path):
         read_detections(write(file, {"annotations": []}), annotations)
 
 
+def prediction(file: str, **found: Any) -> dict[str, Any]:
+    return {"file": file, "detections": [{"label": "train", "score": 0.5, "box": [1, 2, 3, 4]} | found]}
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([prediction("")], "image : is not an image of the ground truth"),
+        ([prediction(".")], r"image \.: is not an image of the ground truth"),
+        ([prediction("a/" * 100_000)], r"image (a/){100}: is not an image of the ground truth"),
+        (5, "the field 'images' is 5: expected a list"),
+        ({"a": 1}, "the field 'images' is .*: expected a list"),
+        ([prediction("x/a.jpg", box=[5, 2, 3, 4])], r"image x/a\.jpg: the field 'box' is \[5, 2, 3, 4\]: expected"),
+        (
+            [{"file": "a.jpg", "detections": [{"label": "train", "score": "x"}]}],
+            r"image a\.jpg: the field 'score' is 'x'",
+        ),
+        ([prediction("a.jpg"), prediction("y/a.jpg")], r"image y/a\.jpg: is there twice"),
+    ],
+)
+def test_a_fault_in_predictions_names_the_image(tmp_path, images, message):
+    annotations = read_coco_annotations(write(tmp_path / "gt.json", sound()))
+    file = write(tmp_path / "detections.json", {"class_names": ["train"], "images": images, "failed": []})
+    with pytest.raises(DataError, match=rf"detections\.json: {message}"):
+        read_detections(file, annotations)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (None, "no such file: check the path"),
+        (b"", "line 1 is no record of detpipe predict"),
+        (b"{}\n", "its first line is not that of a file of detpipe predict"),
+        (b'{"class_names": []}\n{"file": "a', "line 2 is no record of detpipe predict; is the run complete?"),
+        (b'{"class_names": []}\n[]\n', "line 2 is no record"),
+        (b'{"class_names": []}\n' + b"[" * 100_000, "line 2 is no record"),
+        (b'{"class_names": []}\n\xff\n', "byte 20 is not UTF-8 text: this is not a file of detpipe predict"),
+    ],
+)
+def test_a_fault_in_lines_of_predictions_names_the_line(tmp_path, lines, message):
+    annotations = read_coco_annotations(write(tmp_path / "gt.json", sound()))
+    if lines is not None:
+        (tmp_path / "dets.jsonl").write_bytes(lines)
+    with pytest.raises(DataError, match=rf"dets\.jsonl: {message}"):
+        read_detections(tmp_path / "dets.jsonl", annotations)
+
+
 def test_files_keep_ids_and_every_bit(tmp_path):
     rng = np.random.default_rng(0)
     annotations = truth([], [12, 3], ["person", "train", "toothbrush"], category_ids=[1, 7, 2**24 + 1])

@@ -128,6 +128,21 @@ def test_a_bad_image_stops_the_run_or_is_counted(tmp_path, workers):
     assert len(store["13"].boxes) == 0
 
 
+def test_boxes_that_no_store_holds_are_not_kept(tmp_path):
+    class Diverged:
+        name, settings = "slow", {"depth": 1}
+
+        def propose(self, image):
+            return np.ones((1, 4), np.float32), np.full(1, np.inf, np.float32)
+
+    output = tmp_path / "s.safetensors"
+    with pytest.raises(
+        DataError, match=r"0\.png: slow: box 0 has the score inf: expected a finite number; 0 images are kept"
+    ):
+        make_store(Diverged, items(3), output, read)
+    assert make_store(Build(0), items(3), output, read).made == 3
+
+
 def test_two_images_of_one_id_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"images a/1\.png and b/1\.png have the same id '1'"):
         make_store(Build(0), [Item("1", Path("a/1.png")), Item("1", Path("b/1.png"))], tmp_path / "s.safetensors", read)

@@ -385,12 +385,23 @@ def test_a_damaged_index_is_found(store):
         ("id_bytes", b"b", "the image id 'b' .entry 1. is twice"),
         ("id_bytes", b"c", "the image id 'b' .entry 1. is out of order"),
         ("id_bytes", b"A", "its content has the hash"),
+        ("id_bytes", b"\x80", r"the image id '.*' .entry 1. is out of order"),
+        ("id_bytes", b"a\x80", r"an image id is not UTF-8 text \(b'.x80'\)"),
     ],
 )
 def test_verify_finds_any_change(store, name, content, message):
     overwrite(store.path, place(store.path, name), content)
     with pytest.raises(DataError, match=f"damaged: {message}"):
         ProposalStore(store.path).verify()
+
+
+def test_an_id_that_is_no_text_is_damage_wherever_it_is_met(store):
+    overwrite(store.path, place(store.path, "id_bytes"), b"a\x80")
+    damaged = ProposalStore(store.path)
+    assert len(damaged["a"].boxes) == 0
+    for read in (lambda: list(damaged), lambda: damaged["x"], lambda: damaged.check(["x"])):
+        with pytest.raises(DataError, match=r"damaged: an image id is not UTF-8 text \(b'.x80'\)"):
+            read()
 
 
 def test_check_names_what_is_missing(tmp_path):

@@ -4,6 +4,7 @@ from samples import random_boxes
 
 from detpipe.boxes import iou, valid
 from detpipe.proposals import DenseGrid
+from detpipe.proposals.dense_grid import CACHED_SIZES
 from detpipe.stages import ImageList
 
 
@@ -83,6 +84,13 @@ def test_boxes_first_made_without_gradients_serve_training():
     boxes, _ = grid(batch((64, 64)), {})
     (boxes[0] * scale).sum().backward()
     assert scale.grad is not None
+
+
+def test_the_boxes_of_a_few_hundred_sizes_are_kept():
+    grid = DenseGrid(scales=[32])
+    for width in range(40, 340):
+        grid.boxes((40, width))
+    assert len(grid._cache) == CACHED_SIZES < 300
 
 
 def test_callers_may_write_to_the_boxes():
