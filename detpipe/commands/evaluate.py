@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from detpipe.pictures.report_images import Drawing
 
 PAGE, NUMBERS = "report.html", "report.json"
+OVERLAP = 0.2  # of tiles
 # what both modes take: name -> type, default, how many values, help
 _OPTIONS: dict[str, tuple[Any, Any, str | None, str]] = {
     "max_detections": (
@@ -70,7 +72,8 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", type=kind, nargs=count, default=default, help=text)
     parser.add_argument("--images", help="folder of the images, for the drawings of a report")
     options = parser.parse_args(list(arguments))
-    report = _report_options(options, options.images, name := Path(options.detections).stem)
+    name = Path(options.detections).stem
+    report = _report_options(options, options.images, name)
     annotations = evaluation.read_coco_annotations(options.annotations)
     detections = evaluation.read_detections(options.detections, annotations)
     others = read_runs(report, annotations)
@@ -97,7 +100,8 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     run = Path(config.ckpt_path).parent
     report = _report_options(config, None, run.resolve().name)
     stored, description = checkpoint.read(config.ckpt_path)
-    split = config.split or ("test" if getattr(data, "splits", {}).get("test") else "val")
+    named = {**getattr(data, "splits", {}), **data.shares}
+    split = config.split or ("test" if named.get("test") else "val")
     annotations = data.annotations(split)
     checkpoint.check_class_names(description, annotations.class_names, config.ckpt_path)
     checkpoint.check_pixels(description, data.pixels, config.ckpt_path)
@@ -154,7 +158,7 @@ def _add_arguments(parser: Any) -> None:
     parser.add_argument("--split", type=parts, default=None, help="test where the configuration names one, else val")
     parser.add_argument("--protocol", type=Literal["coco", "voc07", "voc10"], default="coco")
     parser.add_argument("--tiles", type=int | None, default=None, help="look at images tile by tile, of so many pixels")
-    parser.add_argument("--overlap", type=float, default=0.2, help="share of a tile that the next one has too")
+    parser.add_argument("--overlap", type=float, default=OVERLAP, help="share of a tile that the next one has too")
     parser.add_argument("--tta", type=bool, default=False, help="true: look at each image six times; see predict")
     parser.add_argument("--detections_out", type=str | None, default=None, help=results)
     for name, (kind, default, count, text) in _OPTIONS.items():
@@ -174,15 +178,25 @@ def _prediction(config: Any, model: TwoStageDetector, data: Any) -> LightningMod
         check_least(config, 1, "tiles")
         if not 0 <= config.overlap <= 0.9:
             raise UsageError(f"--overlap must be in 0 to .9, got {config.overlap}")
-    if config.tiles is None and not config.tta:
+    elif config.overlap != OVERLAP:
+        raise UsageError("--overlap is about tiles: add --tiles SIDE, or leave it out")
+    elif not config.tta:
         return model
     return PredictionModule(model, config.tta, config.tiles, config.overlap)
 
 
 def _check_files(*paths: Path) -> None:
+    """Refuse what cannot be written before hours are spent on a model."""
     for path in paths:
         if path.is_dir():
             raise UsageError(f"{path} is a folder; give the name of a file for --json and --detections_out")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise UsageError(
+                f"{path} cannot be written ({error.strerror}); name files elsewhere by --json and --detections_out"
+            ) from error
 
 
 def _say_limits(
@@ -222,7 +236,7 @@ def _report_options(given: Any, images: str | None, default_name: str) -> Report
         given.resamples,
         max_detections=tuple(limits or MAX_DETECTIONS),
     )
-    options = ReportOptions(given.report, tuple(given.compare or ()), images, given.run_name, settings)
+    options = ReportOptions(given.report, parse_runs(given.compare or ()), images, given.run_name, settings)
     check_options(options, default_name)
     return options
 
@@ -235,13 +249,13 @@ def _print(metrics: dict[str, Any], protocol: str, path: str | Path | None) -> N
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What users may ask for: a folder, other runs as ``NAME=DETECTIONS.json``, the folder of images, a name, and settings."""
+    """What users may ask for: a folder, other runs and their files, the folder of images, a name, and settings."""
 
-    out: str | None = None
-    compare: Sequence[str] = ()
-    images: str | None = None
-    run_name: str | None = None
-    settings: AnalysisSettings = field(default_factory=AnalysisSettings)
+    out: str | None
+    compare: Mapping[str, Path]
+    images: str | None
+    run_name: str | None
+    settings: AnalysisSettings
 
 
 def check_options(options: ReportOptions, default_name: str) -> None:
@@ -249,7 +263,9 @@ def check_options(options: ReportOptions, default_name: str) -> None:
     settings = options.settings
     if options.out is None:
         given = {"--compare": options.compare, "--images": options.images, "--run_name": options.run_name}
-        given["--score_threshold"] = settings.score_threshold is not None
+        defaults = AnalysisSettings()
+        for name in ("score_threshold", "worst", "resamples"):
+            given[f"--{name}"] = getattr(settings, name) != getattr(defaults, name)
         extra = [name for name, value in given.items() if value]
         if extra:
             raise UsageError(f"{extra[0]} belongs to a report: give its folder by --report FOLDER")
@@ -264,14 +280,16 @@ def check_options(options: ReportOptions, default_name: str) -> None:
         raise UsageError(
             f"--resamples must be 1 or more and --worst 0 or more, got {settings.resamples} and {settings.worst}"
         )
+    if settings.resamples != AnalysisSettings.resamples and not options.compare:
+        raise UsageError("--resamples belongs to a comparison: name other runs by --compare, or leave it out")
     if settings.score_threshold is not None and not math.isfinite(settings.score_threshold):
         raise UsageError(f"--score_threshold must be a finite number, got {settings.score_threshold}")
     if options.images is not None and not Path(options.images).is_dir():
         raise UsageError(f"--images {options.images} is not a folder: give the one that file names are relative to")
-    name, others = options.run_name or default_name, parse_runs(options.compare)
-    if name in others:
+    name = options.run_name or default_name
+    if name in options.compare:
         raise UsageError(f"--compare: {name!r} is the name of the run itself: choose another, or give --run_name")
-    for other, path in others.items():
+    for other, path in options.compare.items():
         if not path.is_file():
             raise UsageError(f"--compare {other}={path}: there is no such file")
     require_matplotlib()
@@ -292,7 +310,7 @@ def parse_runs(given: Sequence[str]) -> dict[str, Path]:
 
 def read_runs(options: ReportOptions, annotations: Annotations) -> dict[str, DetectionArrays]:
     """Read the runs to compare with, also before hours are spent."""
-    return {name: evaluation.read_detections(path, annotations) for name, path in parse_runs(options.compare).items()}
+    return {name: evaluation.read_detections(path, annotations) for name, path in options.compare.items()}
 
 
 def write_report(

@@ -130,6 +130,12 @@ def test_other_numbers_of_detections(given, limits, names, capsys):
         (["--compare", "b={second}"], "--compare belongs to a report: give its folder by --report FOLDER"),
         (["--images", "{images}"], "--images belongs to a report"),
         (["--score_threshold", "0.0"], "--score_threshold belongs to a report"),
+        (["--worst", "0"], "--worst belongs to a report"),
+        (["--resamples", "5"], "--resamples belongs to a report"),
+        (
+            ["--report", "{out}", "--resamples", "5"],
+            "--resamples belongs to a comparison: name other runs by --compare",
+        ),
         (["--report", "{truth}"], "is a file; give the name of a folder"),
         (["--report", "{out}", "--compare", "{second}"], "expected NAME=DETECTIONS.json"),
         (["--report", "{out}", "--compare", "=x.json"], "expected NAME=DETECTIONS.json"),
@@ -215,3 +221,6 @@ def test_a_model_is_not_run_for_a_report_that_cannot_be(trained, capsys):
     assert "is a file; give the name of a folder" in capsys.readouterr().err
     assert cli.main(model_command(trained, "--report", "x", "--compare", "nonsense")) == 2
     assert "expected NAME=DETECTIONS.json" in capsys.readouterr().err
+    for option in ("--json", "--detections_out"):
+        assert cli.main(model_command(trained, option, str(trained / "best.ckpt" / "a.json"))) == 2
+        assert "a.json cannot be written (Not a directory); name files elsewhere by --json" in capsys.readouterr().err
