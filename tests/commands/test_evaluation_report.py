@@ -223,4 +223,4 @@ def test_a_model_is_not_run_for_a_report_that_cannot_be(trained, capsys):
     assert "expected NAME=DETECTIONS.json" in capsys.readouterr().err
     for option in ("--json", "--detections_out"):
         assert cli.main(model_command(trained, option, str(trained / "best.ckpt" / "a.json"))) == 2
-        assert "a.json cannot be written (Not a directory); name files elsewhere by --json" in capsys.readouterr().err
+        assert "a.json cannot be written (File exists); name files elsewhere by --json" in capsys.readouterr().err
