@@ -125,6 +125,8 @@ class LRSchedule:
             raise ValueError(f"lr_scheduler: expected 0 <= warmup < 1 and rising milestones, got {self}")
         if any(not 0 <= part <= 1 for part in self.milestones):
             raise ValueError(f"lr_scheduler: milestones are parts of training in 0..1, got {self.milestones}")
+        if not 0 <= self.gamma < math.inf or not 0 <= self.final < math.inf:
+            raise ValueError(f"lr_scheduler: expected gamma >= 0 and final >= 0, got {self.gamma} and {self.final}")
         if self.name == "step" and any(part < self.warmup for part in self.milestones):
             raise ValueError(
                 f"lr_scheduler: the milestone {self.milestones[0]:g} lies inside the warm-up, which ends at {self.warmup:g}; "

@@ -228,7 +228,10 @@ def test_bad_optimizer(arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"name": "linear"}, {"warmup": 1.0}, {"warmup": -0.1}, {"milestones": (0.9, 0.5)}, {"milestones": (8.0,)}],
+    [
+        *({"name": "linear"}, {"warmup": 1.0}, {"warmup": -0.1}, {"milestones": (0.9, 0.5)}, {"milestones": (8.0,)}),
+        *({"gamma": -0.1}, {"gamma": float("nan")}, {"final": -0.1}),
+    ],
 )
 def test_bad_schedule(arguments):
     with pytest.raises(ValueError, match="lr_scheduler"):

@@ -52,7 +52,6 @@ from detpipe.types import Target
 
 KEYS = ("base", "split", "seeds", "variants")
 SPLITS = ("val", "test")
-RUN = "import sys; from detpipe.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,8 @@ def run_ablate(arguments: Sequence[str]) -> int:
     options, rest = _parse(arguments)
     study = read_study(Path(options.study))
     seeds = study.seeds if options.seeds is None else tuple(options.seeds)
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds: expected whole numbers from 0 on, each once, got {', '.join(map(str, seeds))}")
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     runs = [run for seed in seeds for run in _runs(study, seed, folder, rest)]
@@ -212,8 +213,11 @@ def _train_one(run: Run, split: str, threads: int) -> None:
         if split == "test":
             checkpoint = str(run.folder / "best.ckpt")
             numbers = run.folder / "test.json"
-            _call(["evaluate", *run.arguments, "--ckpt_path", checkpoint, "--json", str(numbers)], threads, output, log)
+            config = str(run.folder / "config.yaml")  # without what only trainings take, such as --init_from
+            _call(["evaluate", config, "--ckpt_path", checkpoint, "--json", str(numbers)], threads, output, log)
     found = json.loads(numbers.read_text(encoding="utf-8"))
+    if "AP" not in found:
+        raise TrainingError(f"{run.folder} was not validated, so there is nothing to compare: let epochs be validated")
     parameters = _parameters(run.folder / "best.ckpt")
     result = {key: found[key] for key in ("AP", "AP50")} | {"parameters": parameters}
     summary = json.loads((run.folder / "summary.json").read_text("utf-8"))
@@ -224,7 +228,8 @@ def _train_one(run: Run, split: str, threads: int) -> None:
 def _call(arguments: Sequence[str], threads: int, output: Any, log: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     trust = [f"--trust={module}" for module in allowed.GIVEN]
-    command = [sys.executable, "-c", RUN, *arguments, *trust]
+    # as a module, which Lightning can start once more for each further device
+    command = [sys.executable, "-m", "detpipe", *arguments, *trust]
     if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode:
         last = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()][-1:]
         raise TrainingError(f"a run failed: {' '.join(last)[-500:]}; its log is {log}")
@@ -250,6 +255,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of those of the study")
     options, rest = parser.parse_known_args(list(arguments))
     check_least(options, 1, "workers")
+    if any(argument.partition("=")[0] == "--seed_everything" for argument in rest):
+        raise UsageError("--seed_everything: each run has its own seed; give them by --seeds")
     return options, rest
 
 

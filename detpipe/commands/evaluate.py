@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from detpipe.pictures.report_images import Drawing
 
 PAGE, NUMBERS = "report.html", "report.json"
+OVERLAP = 0.2  # of tiles
 # what both modes take: name -> type, default, how many values, help
 _OPTIONS: dict[str, tuple[Any, Any, str | None, str]] = {
     "max_detections": (
@@ -100,7 +102,8 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     run = Path(config.ckpt_path).parent
     report = _report_options(config, None, run.resolve().name)
     stored, description = checkpoint.read(config.ckpt_path)
-    split = config.split or ("test" if getattr(data, "splits", {}).get("test") else "val")
+    named = {**getattr(data, "splits", {}), **data.shares}
+    split = config.split or ("test" if named.get("test") else "val")
     annotations = data.annotations(split)
     checkpoint.check_class_names(description, annotations.class_names, config.ckpt_path)
     checkpoint.check_pixels(description, data.pixels, config.ckpt_path)
@@ -157,7 +160,7 @@ def _add_arguments(parser: Any) -> None:
     parser.add_argument("--split", type=parts, default=None, help="test where the configuration names one, else val")
     parser.add_argument("--protocol", type=Literal["coco", "voc07", "voc10"], default="coco")
     parser.add_argument("--tiles", type=int | None, default=None, help="look at images tile by tile, of so many pixels")
-    parser.add_argument("--overlap", type=float, default=0.2, help="share of a tile that the next one has too")
+    parser.add_argument("--overlap", type=float, default=OVERLAP, help="share of a tile that the next one has too")
     parser.add_argument("--tta", type=bool, default=False, help="true: look at each image six times; see predict")
     parser.add_argument("--detections_out", type=str | None, default=None, help=results)
     for name, (kind, default, count, text) in _OPTIONS.items():
@@ -177,7 +180,7 @@ def _prediction(config: Any, model: TwoStageDetector, data: Any) -> LightningMod
         check_least(config, 1, "tiles")
         if not 0 <= config.overlap <= 0.9:
             raise UsageError(f"--overlap must be in 0 to .9, got {config.overlap}")
-    elif config.overlap != 0.2:
+    elif config.overlap != OVERLAP:
         raise UsageError("--overlap is about tiles: add --tiles SIDE, or leave it out")
     if config.tiles is None and not config.tta:
         return model
@@ -185,9 +188,17 @@ def _prediction(config: Any, model: TwoStageDetector, data: Any) -> LightningMod
 
 
 def _check_files(*paths: Path) -> None:
+    """Refuse what cannot be written before hours are spent on a model."""
     for path in paths:
         if path.is_dir():
             raise UsageError(f"{path} is a folder; give the name of a file for --json and --detections_out")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise UsageError(
+                f"{path} cannot be written ({error.strerror}); name files elsewhere by --json and --detections_out"
+            ) from error
 
 
 def _say_limits(
@@ -266,6 +277,8 @@ def _check_report(options: ReportOptions, out: Path, default_name: str) -> None:
         raise UsageError(
             f"--resamples must be 1 or more and --worst 0 or more, got {settings.resamples} and {settings.worst}"
         )
+    if settings.resamples != AnalysisSettings.resamples and not options.compare:
+        raise UsageError("--resamples belongs to a comparison: name other runs by --compare, or leave it out")
     if settings.score_threshold is not None and not math.isfinite(settings.score_threshold):
         raise UsageError(f"--score_threshold must be a finite number, got {settings.score_threshold}")
     if options.images is not None and not Path(options.images).is_dir():

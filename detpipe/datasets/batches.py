@@ -101,6 +101,7 @@ class EpochBatches(Sampler[list[Key]]):
         self.seed = seed
         self.training = training
         self.epoch = 0
+        self.fixed = False  # True: every epoch is the first one again, with its draws
         self._done = (0, 0)  # an epoch, and how many of its batches the next iteration leaves out
         everywhere = locality is None or int(locality.windows().max(initial=0)) == 0
         self.locality = None if everywhere else locality
@@ -118,11 +119,11 @@ class EpochBatches(Sampler[list[Key]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; Lightning calls this."""
-        self.epoch = epoch
+        self.epoch = 0 if self.fixed else epoch
 
     def resume(self, epoch: int, batches: int) -> None:
         """Leave out the first batches, which this process was trained on, of the next iteration, if it is that of this epoch."""
-        self._done = (epoch, batches)
+        self._done = (0 if self.fixed else epoch, batches)
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The indices of every batch of an epoch that is this process' to load."""

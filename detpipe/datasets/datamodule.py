@@ -171,9 +171,12 @@ class SplitData(LightningDataModule, ABC):
         """Batches of the training split, shuffled and drawn by (seed, epoch).
 
         ``(list of [C, H, W], list of targets)`` for detection; ``([N, 3, size, size] uint8, labels [N], file names)`` for
-        classification, where a single image that would be left for the last batch of an epoch is left out.
+        classification, where a single image that would be left for the last batch of an epoch is left out. With the trainer's
+        ``overfit_batches`` every epoch is the first one again.
         """
-        return self._dataloader("train", training=True)
+        loader = self._dataloader("train", training=True)
+        loader.batch_sampler.fixed = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[union-attr]
+        return loader
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation split, every image once, in an order that never changes, nothing drawn."""

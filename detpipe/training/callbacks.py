@@ -86,6 +86,10 @@ class ValidationNumbers(Callback):
                 f"the numbers are those of {seen} of {every} batches of validation images, since trainer limits them"
             )
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the numbers of weights that were not trained yet."""
+        self.metrics = {}
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over what the model has logged, the monitored number first; a TrainingError if that is not there."""
         logged = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import nn
+from torch import Tensor, nn
 
 from detpipe.backbones.weights import load_saved, local_file
 from detpipe.support.errors import CheckpointError, TrainingError, UsageError
@@ -63,9 +63,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Where ``last.ckpt`` is replaced, the one before stays as ``previous.ckpt``.
     """
 
-    def __init__(self) -> None:
-        self.prepared: dict[str, dict[str, Any]] = {}  # by path: checkpoints that have been read, and will be loaded
-
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save a checkpoint under its final name, or leave what was there before; a TrainingError if it cannot be written."""
         path = Path(path)
@@ -84,13 +81,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise TrainingError(_unwritten(path, checkpoint, error)) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a checkpoint as :func:`read` does, whatever Lightning asks for; one that was read already is given once."""
-        return self.prepared.pop(str(path), None) or read(path)[0]
+        """Load a checkpoint as :func:`read` does, whatever Lightning asks for."""
+        return read(path)[0]
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint that a callback of the user no longer keeps, and its check sum."""
+        super().remove_checkpoint(path)
+        _side_file(Path(path)).unlink(missing_ok=True)
+
+
+def _side_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}{SUM_SUFFIX}")
 
 
 def check_sums(path: Path) -> list[str]:
     """Read the SHA-256 sums in the side file of a checkpoint: none or one; more where saves were cut off between the two files."""
-    side = path.with_name(f"{path.name}{SUM_SUFFIX}")
+    side = _side_file(path)
     if not side.is_file():
         return []
     return [line.split()[0] for line in side.read_text("utf-8", errors="replace").splitlines() if line.strip()]
@@ -98,7 +104,7 @@ def check_sums(path: Path) -> list[str]:
 
 def write_check_sums(path: Path, sums: Sequence[str]) -> None:
     """Write the side file of a checkpoint, as ``sha256sum`` does."""
-    write_text(path.with_name(f"{path.name}{SUM_SUFFIX}"), "".join(f"{one}  {path.name}\n" for one in sums))
+    write_text(_side_file(path), "".join(f"{one}  {path.name}\n" for one in sums))
 
 
 def _keep_previous(path: Path) -> None:
@@ -157,6 +163,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
         raise CheckpointError(
             f"checkpoint {path} has format {shorten(entry.get('format'))}, this version reads format {FORMAT}"
         )
+    weights = checkpoint["state_dict"]
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"checkpoint {path}: its weights are no tensors by name; give one that detpipe wrote")
     missing = [key for key in ("model", "class_names", "category_ids") if key not in entry]
     if missing:
         raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)} in its description; train again")

@@ -85,16 +85,13 @@ class Found:
     description: checkpoint.Description
 
 
-def find(path: str, folder: Path | None) -> Found | None:
+def find(path: str, folder: Path) -> Found | None:
     """Read the checkpoint to go on from, of which ``"last"`` is the newest sound one of the run folder, or None.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, and so are those before it.
-        UsageError: ``"last"`` without a folder.
     """
-    if path == "last" and folder is None:
-        raise UsageError("--ckpt_path last needs the folder of the run: give --output RUN")
-    place = folder if path == "last" and folder is not None else Path(path).parent
+    place = folder if path == "last" else Path(path).parent
     candidates = [place / name for name in (LAST, PREVIOUS, BEST) if (place / name).is_file()]
     if path == "last" and not candidates:
         _say(f"no checkpoint in {place}: training starts anew")
@@ -166,6 +163,11 @@ def check_changes(stored: dict[str, Any], now: Mapping[str, Any], accepted: Sequ
     return [line for name in lines for line in lines[name]]
 
 
+def averaged(stored: dict[str, Any]) -> bool:
+    """Whether the weights of a checkpoint are averages (``ema``), beside which those that are trained are stored."""
+    return stored.get(RECORD, {}).get("ema") is not None
+
+
 def _change(key: str) -> str:
     return next((name for name, keys in CHANGES.items() if any(key == k or key.startswith(f"{k}.") for k in keys)), "")
 
@@ -178,6 +180,11 @@ def _told(value: Any) -> str:
     return "not given" if type(value) is object else shorten(value)
 
 
+def _form(groups: Sequence[Mapping[str, Any]]) -> list[tuple[bool, int]]:
+    """What two optimizers must share for one to take the state of the other: AdamW or SGD, and the parameters of each group."""
+    return [("betas" in group, len(group["params"])) for group in groups]
+
+
 class UseConfigured(Callback):
     """Train on with the learning rates, decay and momentum that are configured: a checkpoint would bring back its own."""
 
@@ -185,9 +192,14 @@ class UseConfigured(Callback):
         self._groups: list[list[dict[str, Any]]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what is configured, before a checkpoint is loaded."""
+        """Note what is configured, before a checkpoint is loaded; the state of another optimizer is left out."""
         groups = [optimizer.param_groups for optimizer in trainer.optimizers]
         self._groups = [[{k: v for k, v in group.items() if k != "params"} for group in part] for part in groups]
+        stored = trainer._checkpoint_connector._loaded_checkpoint.get("optimizer_states", [])
+        for place, (before, optimizer) in enumerate(zip(stored, trainer.optimizers, strict=False)):
+            if _form(before["param_groups"]) != _form(optimizer.param_groups):
+                _say("note: the optimizer begins anew, since it is another one, or has other groups of parameters")
+                stored[place] = optimizer.state_dict()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set it again; the learning rate is that of the schedule at this step."""

@@ -117,7 +117,8 @@ def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: T
         if first:
             stack.enter_context(_locked(folder, speed))
         found = None if options.ckpt_path is None else resume.find(options.ckpt_path, folder)
-        if first and (folder / LAST).exists() and (found is None or found.path.parent.resolve() != folder.resolve()):
+        unfinished = first and any((folder / name).exists() for name in (LAST, BEST))
+        if unfinished and (found is None or found.path.parent.resolve() != folder.resolve()):
             raise DataError(
                 f"{folder} holds a training that has not ended: go on with --ckpt_path last, give another --output, or remove it"
             )
@@ -125,17 +126,16 @@ def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: T
         saves = SaveCheckpoints(folder, task.numbers, options.checkpoint, task.description, {resume.RECORD: record})
         if options.trainer.get("enable_checkpointing") is False or options.trainer.get("barebones"):
             saves = None
-        checkpoint_io = checkpoint.AtomicCheckpointIO()
         table = MetricsTable(folder) if first and _logs(options.trainer) else None
         step = 0 if found is None else found.stored["global_step"]
         loggers = [] if table is None else [table, *_tensorboard(folder, step)]
         added = _callbacks(folder, task, options, speed, saves, table is not None)
-        trainer = build_trainer(options.trainer, folder, added, loggers, checkpoint_io)
+        trainer = build_trainer(options.trainer, folder, added, loggers, checkpoint.AtomicCheckpointIO())
         _check_validation(trainer, options)
         record["processes"] = trainer.world_size
         if found is not None:
             _go_on(found, model, task, options, record)
-            checkpoint_io.prepared[str(found.path)] = found.stored
+            _load_once(trainer, found.stored)
         elif options.init_from is not None:
             names = task.description.class_names
             print(fine_tuning.load_fitting(model, options.init_from, names, options.read))
@@ -217,7 +217,19 @@ def _go_on(
         )
     for line in resume.check_changes(found.stored, record, options.accepted, found.path):
         print(f"note: {line}")
+    if options.ema is None and resume.averaged(found.stored):
+        found.stored["state_dict"] = found.stored["current_model_state"]
     print(f"going on from {found.path}, step {found.stored['global_step']}")
+
+
+def _load_once(trainer: Trainer, stored: dict[str, Any]) -> None:
+    """Give the trainer a checkpoint that has been read and checked, whichever plugin reads others."""
+
+    def load(*arguments: Any, **settings: Any) -> dict[str, Any]:
+        del trainer.strategy.load_checkpoint
+        return stored
+
+    trainer.strategy.load_checkpoint = load
 
 
 def _logs(trainer: Mapping[str, Any]) -> bool:
@@ -295,7 +307,7 @@ def _ended(
     for name in (PREVIOUS, f"{PREVIOUS}{SUM_SUFFIX}"):
         (folder / name).unlink(missing_ok=True)  # the last one is sound
     for callback in vars(trainer)["callbacks"]:
-        if isinstance(callback, callbacks.StopEarly) and callback.stopped_epoch:
+        if isinstance(callback, callbacks.StopEarly) and callback.wait_count >= callback.patience:
             print(
                 f"ended after epoch {callback.stopped_epoch}: {callback.patience} validations brought no better {callback.monitor}"
             )

@@ -6,6 +6,7 @@ its row in the metrics. What goes on from it repeats no batch, and leaves none o
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ from detpipe.training.checkpoint import BEST, KEY, LAST, Description
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 _KEEP, _SAVE, _STOP = 0, 1, 2
+Moment = Literal["step", "stop", "validation"]  # of a save that Lightning has no hook for
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class SaveCheckpoints(Checkpoint):
         self.best_numbers: dict[str, Any] | None = None  # None: those of a checkpoint of an earlier version
         self.saved_step = 0
         self._time = time.monotonic()
-        self._moment: Literal["step", "validation"] | None = None  # of a save that Lightning has no hook for
+        self._moment: Moment | None = None
 
     def due(self, step: int) -> bool:
         """Whether so many steps, or so much time, have passed since the last save."""
@@ -86,10 +88,11 @@ class SaveCheckpoints(Checkpoint):
             limits.every_minutes is not None and steps > 0 and minutes >= limits.every_minutes
         )
 
-    def save(self, trainer: Trainer, moment: Literal["step", "validation"] | None = None) -> None:
+    def save(self, trainer: Trainer, moment: Moment | None = None) -> None:
         """Write ``last.ckpt``, in all processes.
 
-        The moment is "step" when the next batch has come and its step has not begun; "validation" while one runs: it is repeated.
+        The moment is "step" when the next batch has come and its step has not begun; "stop" when an epoch was ended before its last
+        batch; "validation" while one runs: it is repeated.
         """
         for logger in trainer.loggers:
             logger.save()  # rows of the steps that are saved must not be lost either
@@ -109,13 +112,14 @@ class SaveCheckpoints(Checkpoint):
         if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
             return
         score = float(trainer.callback_metrics[self.monitor])
-        if self.best is None or score > self.best:
+        if self.best is None or score > self.best or math.isnan(self.best):
             self.best, self.best_numbers = score, dict(self.numbers.metrics)
             trainer.save_checkpoint(self.folder / BEST)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of the epoch."""
-        self.save(trainer)
+        """Save the end of the epoch, or what there is of it where training is stopped within it."""
+        whole = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        self.save(trainer, None if whole else "stop")
 
     def state_dict(self) -> dict[str, Any]:
         """The best number so far, and the others of its validation."""
@@ -138,18 +142,26 @@ class SaveCheckpoints(Checkpoint):
         checkpoint[KEY] = self.description.to_dict()
         checkpoint.update(self.record)
         loops = checkpoint["loops"]["fit_loop"]
+        batches = loops["epoch_loop.batch_progress"]["current"]["ready"]
         if self._moment == "step":
-            _between_steps(loops)
+            _between_steps(loops, 1)
+        elif self._moment == "stop":
+            _between_steps(loops, batches % trainer.accumulate_grad_batches)
+            for counts in loops["epoch_progress"].values():
+                counts["processed"] -= 1
         elif self._moment == "validation":
             _before_validation(loops["epoch_loop.val_loop.batch_progress"])
 
 
-def _between_steps(loops: dict[str, Any]) -> None:
-    """As when Lightning saves in ``on_train_batch_end``, the only place within an epoch from which its loops know how to go on."""
+def _between_steps(loops: dict[str, Any], begun: int) -> None:
+    """As when Lightning saves in ``on_train_batch_end``, the only place within an epoch from which its loops know how to go on.
+
+    Batches of a step that is not done, ``begun`` of them, count as not fetched.
+    """
     progress = loops["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
-        counts["ready"] -= 1  # the batch that has come counts as not fetched
-        counts["completed"] -= 1  # the loops add one
+        ready = counts["ready"] - begun
+        counts.update(ready=ready, started=ready, processed=ready, completed=ready - 1)  # the loops add one
     progress["is_last_batch"] = False
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # so they do here
 
@@ -238,8 +250,11 @@ class StopOnSignal(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stop within a validation, which is then repeated; StoppedBySignal if a signal came."""
-        if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.total.completed:
+        """Stop within a validation, which is then repeated; StoppedBySignal if a signal came.
+
+        One in the middle of a step is finished, and so is the step: gradients are not saved.
+        """
+        if trainer.sanity_checking or trainer.fit_loop._should_accumulate():
             return
         if batch_idx >= self._batches or not processes.any_rank(self.received > 0, pl_module.device):
             return

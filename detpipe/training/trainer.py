@@ -145,13 +145,13 @@ class MetricsTable(Logger):
 
     def begin(self, first_step: int) -> None:
         """Take over the rows of earlier steps, none for the first step 0, and drop others and a line that a kill cut off."""
-        if not first_step or not self.path.is_file():
-            self.path.unlink(missing_ok=True)
-            return
-        kept = [row for row in self._stored() if row["step"].isdigit() and int(row["step"]) < first_step]
+        rows = self._stored() if first_step else []
+        kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) < first_step]
         if kept:
             self._columns = sorted(kept[0])
             self._write(kept, self._columns)
+        else:
+            self.path.unlink(missing_ok=True)
 
     @property
     def name(self) -> str:

@@ -99,9 +99,22 @@ def test_the_test_split_is_evaluated(monkeypatch, tmp_path):
     assert ablation.run_ablate([str(study), "-o", str(tmp_path / "out"), "--seeds", "3", "--data.root", "ROOT"]) == 0
     assert [call[0] for call in calls] == ["train", "evaluate"] * 2
     given = [runs.CONFIG, str(tmp_path / "out" / "none.yaml"), "--seed_everything", "3", "--data.root", "ROOT"]
-    assert calls[0][1:7] == given == calls[1][1:7]
-    assert calls[1][7:9] == ["--ckpt_path", str(tmp_path / "out" / "none_3" / "best.ckpt")]
+    assert calls[0][1:7] == given
+    run = tmp_path / "out" / "none_3"  # whose configuration lacks what only trainings take, such as --init_from
+    assert calls[1][1:4] == [str(run / "config.yaml"), "--ckpt_path", str(run / "best.ckpt")]
     assert "| 12 | 321 | 0.500 |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_run_without_a_validation_is_named(monkeypatch, tmp_path):
+    run = ablation.Run("none", 0, tmp_path / "none_0", ())
+
+    def call(arguments: list[str], threads: int, output: Any, log: Path) -> None:
+        run.folder.mkdir()
+        (run.folder / "summary.json").write_text('{"seconds": 3}')
+
+    monkeypatch.setattr(ablation, "_call", call)
+    with pytest.raises(TrainingError, match="none_0 was not validated, so there is nothing to compare"):
+        ablation._train_one(run, "val", 1)
 
 
 def test_a_difference_inside_the_spread_is_called_so():
@@ -152,6 +165,14 @@ def test_bad_arguments(tmp_path):
         ablation.run_ablate(["nowhere.yaml", "-o", str(tmp_path)])
     with pytest.raises(UsageError, match="--workers must be 1 or more, got 0"):
         ablation.run_ablate([str(write(tmp_path)), "-o", str(tmp_path), "--workers", "0"])
+    for options, message in (
+        (["--seed_everything", "7"], "--seed_everything: each run has its own seed; give them by --seeds"),
+        (["--seed_everything=7"], "--seed_everything: each run has its own seed"),
+        (["--seeds", "1", "1"], "seeds: expected whole numbers from 0 on, each once, got 1, 1"),
+        (["--seeds", "-1"], "seeds: expected whole numbers from 0 on, each once, got -1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            ablation.run_ablate([str(write(tmp_path)), "-o", str(tmp_path / "out"), *options])
     with pytest.raises(UsageError, match=r"required: -o.*see 'detpipe ablate --help'"):
         ablation.run_ablate(["study.yaml"])
 

@@ -134,6 +134,10 @@ def test_other_numbers_of_detections(given, limits, names, capsys):
         (["--resamples", "9"], "--resamples belongs to a report"),
         (["--run_name", "b"], "--run_name belongs to a report"),
         (["--json", "{images}"], "is a folder; give the name of a file for --json"),
+        (
+            ["--report", "{out}", "--resamples", "5"],
+            "--resamples belongs to a comparison: name other runs by --compare",
+        ),
         (["--report", "{truth}"], "is a file; give the name of a folder"),
         (["--report", "{out}", "--compare", "{second}"], "expected NAME=DETECTIONS.json"),
         (["--report", "{out}", "--compare", "=x.json"], "expected NAME=DETECTIONS.json"),
@@ -219,3 +223,6 @@ def test_a_model_is_not_run_for_a_report_that_cannot_be(trained, capsys):
     assert "is a file; give the name of a folder" in capsys.readouterr().err
     assert cli.main(model_command(trained, "--report", "x", "--compare", "nonsense")) == 2
     assert "expected NAME=DETECTIONS.json" in capsys.readouterr().err
+    for option in ("--json", "--detections_out"):
+        assert cli.main(model_command(trained, option, str(trained / "best.ckpt" / "a.json"))) == 2
+        assert "a.json cannot be written (File exists); name files elsewhere by --json" in capsys.readouterr().err

@@ -234,6 +234,8 @@ def test_evaluation_looks_at_tiles_and_several_times(trained, demo_root, tmp_pat
     assert "images have 100 detections, the most that the model gives" in shown
     assert cli.main([*options, "--tiles", "48", "--data.resize", '{"min_size": 64, "max_size": 64}']) == 2
     assert "set data.resize to null" in capsys.readouterr().err
+    assert cli.main([*options, "--overlap", "0.5"]) == 2
+    assert "--overlap is about tiles: add --tiles SIDE, or leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

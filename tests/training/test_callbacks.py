@@ -219,6 +219,25 @@ def test_batches_of_an_accumulated_step_draw_for_themselves(demo_root, tmp_path)
     assert len({number for _, number in draws.drawn}) == 6
 
 
+class Names(StepSeed):
+    """Note the images of each batch."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.seen: list[list[str]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append([target["file_name"] for target in batch[1]])
+
+
+@pytest.mark.parametrize(("options", "same"), [({"overfit_batches": 2}, True), ({"limit_train_batches": 2}, False)])
+def test_overfitting_has_the_same_images_in_every_epoch(options, same, demo_root, tmp_path):
+    names, cli = Names(), built(demo_root, "--trainer.max_epochs", "3")
+    trainer_of(cli, tmp_path, names, **options).fit(cli.model, datamodule=cli.datamodule)
+    assert len(names.seen) == 6
+    assert (names.seen[:2] == names.seen[2:4] == names.seen[4:]) == same
+
+
 def test_throughput_counts_training_images_only(demo_root, tmp_path):
     cli, speed = built(demo_root), Throughput()
     assert speed.images_per_second == 0

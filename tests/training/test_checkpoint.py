@@ -94,6 +94,15 @@ def test_row_41_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path):
     assert sorted(found.name for found in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
 
 
+def test_a_checkpoint_is_removed_with_its_check_sum(tmp_path):
+    """As by a callback of the user that keeps the best ones."""
+    writer = checkpoint.AtomicCheckpointIO()
+    for name in ("one.ckpt", "two.ckpt"):
+        writer.save_checkpoint({"state_dict": {}}, tmp_path / name)
+    writer.remove_checkpoint(tmp_path / "one.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == {"two.ckpt", "two.ckpt.sha256"}
+
+
 def test_a_detector_is_rebuilt_from_its_checkpoint_alone(trained, demo_root):
     import runs
 
@@ -204,6 +213,8 @@ def test_a_checkpoint_of_another_program(content, tmp_path):
 
 def test_a_checkpoint_of_another_format_or_without_a_description(trained, tmp_path):
     content = stored(trained)
+    for weights in ([1], {"head.weight": "text"}):
+        assert "its weights are no tensors by name" in refusal(saved({**content, "state_dict": weights}, tmp_path))
     content[checkpoint.KEY]["format"] = 99
     assert "has format 99, this version reads format 1" in refusal(saved(content, tmp_path))
     content[checkpoint.KEY] = {"format": 1, "model": {}}

@@ -222,6 +222,15 @@ def test_evaluation_of_the_training_split(trained, demo_root, capsys):
     assert sorted(record["score"] for record in found) == pytest.approx(sorted(expected["scores"].tolist()), abs=1e-5)
 
 
+def test_a_share_of_the_training_split_is_a_test_split(trained, tmp_path, capsys):
+    """Which evaluation takes where a configuration has one."""
+    out = ["--json", str(tmp_path / "a.json"), "--detections_out", str(tmp_path / "b.json")]
+    shares = ["--data.split", "{val: 0.25, test: 0.25}"]
+    arguments = ["evaluate", str(trained / "config.yaml"), "--ckpt_path", str(trained / "best.ckpt"), *out, *shares]
+    assert cli.main(arguments) == 0
+    assert "\ntest: 3 images" in f"\n{capsys.readouterr().out}"
+
+
 def test_both_layouts_of_the_demo_set_train_alike(trained, tmp_path):
     folder = tmp_path / "voc"
     assert cli.main(["train", str(trained / "config.yaml"), "--output", str(folder), "--data.layout", "voc"]) == 0

@@ -11,11 +11,13 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import kills_of_runs as kills
 import pytest
 import runs
 import torch
+from lightning.pytorch.callbacks import Timer
 from together import fork, start, wait
 
 from detpipe import cli
@@ -23,7 +25,7 @@ from detpipe.commands.training import add_arguments
 from detpipe.demo import Demo, DemoScenes
 from detpipe.support.errors import UsageError
 from detpipe.training import resume
-from detpipe.training.checkpoint import LAST, PREVIOUS, check_sums
+from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, check_sums
 
 EVERY_STEP = ["--checkpoint.every_n_steps", "1"]
 
@@ -88,22 +90,54 @@ def test_p1_a_killed_run_ends_as_an_undisturbed_one(
 
 
 @pytest.mark.parametrize(
-    ("name", "at", "workers", "status", "step"),
+    ("name", "at", "accumulated", "workers", "options", "status", "step"),
     [
-        ("SIGTERM", ("on_train_batch_start", 2), 2, 143, 3),
-        pytest.param("SIGUSR1", ("on_train_batch_end", 7), 0, 143, 8, marks=pytest.mark.slow),
-        ("SIGINT", ("on_train_batch_end", 5), 0, 130, 6),  # met in the validation, which is run again
-        pytest.param("SIGHUP", ("on_train_batch_start", 0), 0, 129, 1, marks=pytest.mark.slow),
+        ("SIGTERM", ("on_train_batch_start", 2), 1, 2, [], 143, 3),
+        pytest.param("SIGUSR1", ("on_train_batch_end", 7), 1, 0, [], 143, 8, marks=pytest.mark.slow),
+        ("SIGINT", ("on_train_batch_end", 5), 1, 0, [], 130, 6),  # met in the validation, which is run again
+        # met in a validation in the middle of the second step, whose gradients would be lost
+        ("SIGTERM", ("on_train_batch_end", 3), 3, 0, ["--trainer.val_check_interval", "4"], 143, 2),
+        pytest.param("SIGHUP", ("on_train_batch_start", 0), 1, 0, [], 129, 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_ends_a_run_after_its_step(name, at, workers, status, step, killed_root, undisturbed, tmp_path):
-    command, folder, log = kills.command(killed_root, 1, workers), tmp_path / "run", tmp_path / "log"
+def test_a_signal_ends_a_run_after_its_step(
+    name, at, accumulated, workers, options, status, step, killed_root, undisturbed, tmp_path
+):
+    command = [*kills.command(killed_root, accumulated, workers), *options]
+    folder, log = tmp_path / "run", tmp_path / "log"
     assert kills.run([*command, "--output", str(folder)], log, at, getattr(signal, name)) == status
     told = f"detpipe: {name}: stopped after step {step}; saved {folder / LAST}; go on with the same command, --output {folder} and"
     assert told in log.read_text()
     assert torch.load(folder / LAST, weights_only=True)["global_step"] == step
     assert kills.run([*command, "--output", str(folder), "--ckpt_path", "last"], log) == 0
     assert compare(command, folder, undisturbed) == []
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_a_training_that_ended_within_an_epoch_goes_on_alike(
+    accumulated, killed_root, undisturbed, tmp_path, monkeypatch
+):
+    """Its time was up, with three accumulated batches in the middle of a step, whose batches come again.
+
+    Statistics of batch normalization have seen these twice, so there are none.
+    """
+    limit = ["--trainer.max_time", "01:00:00:00", "--trainer.limit_val_batches", "0"]
+    limit += ["--model.backbone.init_args.regime.norm", "group"]
+    command, first, second = [*kills.command(killed_root, accumulated), *limit], tmp_path / "first", tmp_path / "run"
+    batches: list[int] = []
+
+    def check(self: Timer, trainer: Any) -> None:
+        batches.append(trainer.fit_loop.total_batch_idx + 1)
+        trainer.should_stop = batches[-1] == 8
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Timer, "_check_time_remaining", check)
+        assert cli.main([*command, "--output", str(first)]) == 0
+    assert batches[-1] == 8
+    assert torch.load(first / LAST, weights_only=True)["global_step"] == 8 // accumulated
+    assert cli.main([*command, "--output", str(second), "--ckpt_path", str(first / LAST)]) == 0
+    assert cli.main([*command, "--output", str(tmp_path / "whole")]) == 0
+    runs.assert_equal_weights(second / LAST, tmp_path / "whole" / LAST)
 
 
 def test_a_group_of_processes_that_is_asked_to_end_saves_too(killed_root, tmp_path):
@@ -252,7 +286,8 @@ def test_row_43_other_images_are_listed_and_refused(broken_off, tmp_path, capsys
     assert cli.main([*kills.command(tmp_path / "moved"), *ckpt]) == 0
 
 
-def test_accepted_changes_are_used(broken_off, killed_root, tmp_path, capsys):
+@pytest.mark.parametrize("plugins", [[], ["--trainer.plugins", "TorchCheckpointIO"]])
+def test_accepted_changes_are_used(plugins, broken_off, killed_root, tmp_path, capsys):
     """A checkpoint would bring back its own learning rate, and one of a training that had ended the rate at its end: 0."""
     folder = tmp_path / "run"
     accepted = [
@@ -270,7 +305,7 @@ def test_accepted_changes_are_used(broken_off, killed_root, tmp_path, capsys):
         "--model.lr_scheduler",
         "{name: step, warmup: 0, milestones: []}",
     ]
-    assert cli.main([*kills.command(killed_root), *accepted, *changes]) == 0
+    assert cli.main([*kills.command(killed_root), *accepted, *changes, *plugins]) == 0
     shown = capsys.readouterr().out
     for line in ("model.optimizer.lr was 0.0015, is 0.05", "trainer.max_epochs was 2, is 4", "the epoch begins anew"):
         assert f"note: {line}" in shown
@@ -278,6 +313,33 @@ def test_accepted_changes_are_used(broken_off, killed_root, tmp_path, capsys):
     groups = stored["optimizer_states"][0]["param_groups"]
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.05, 0.25), (0.05, 0.0)] * 2
     assert stored["global_step"] == 3 + 4 * 9
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (["--model.optimizer.name", "sgd"], ["--model.optimizer.name", "adamw"]),
+        ([], ["--model.optimizer.backbone_scale", "0.1"]),  # further groups of parameters
+    ],
+)
+def test_another_optimizer_begins_anew(before, now, killed_root, tmp_path, capsys):
+    command, first, second = kills.command(killed_root), tmp_path / "first", tmp_path / "second"
+    assert cli.main([*command, *before, "--output", str(first), "--trainer.max_epochs", "1"]) == 0
+    more = ["--ckpt_path", str(first / LAST), "--accept_changes", "lr,schedule", "--output", str(second)]
+    assert cli.main([*command, *now, *more]) == 0
+    assert "note: the optimizer begins anew, since it is another one, or has other groups" in capsys.readouterr().out
+    states = torch.load(second / LAST, weights_only=True)["optimizer_states"][0]["state"]
+    assert {int(state["step"]) for state in states.values()} == {6}  # of twelve
+
+
+def test_without_averages_the_weights_that_are_trained_go_on(killed_root, tmp_path):
+    command, first, second = kills.command(killed_root), tmp_path / "first", tmp_path / "second"
+    assert cli.main([*command, "--ema", "0.9", "--output", str(first), "--trainer.max_epochs", "1"]) == 0
+    still = ["--model.optimizer.lr", "1e-30", "--model.optimizer.weight_decay", "0"]
+    more = ["--ckpt_path", str(first / LAST), "--accept_changes", "ema,lr,schedule", "--output", str(second)]
+    assert cli.main([*command, *still, *more]) == 0
+    trained = torch.load(first / LAST, weights_only=True)["current_model_state"]["head.classifier.weight"]
+    assert torch.equal(runs.weights(second / LAST)["head.classifier.weight"], trained)
 
 
 def test_a_longer_training_goes_on_at_the_rate_of_its_schedule(killed_root, tmp_path):
@@ -319,6 +381,16 @@ def test_row_50_a_folder_in_which_another_process_trains(killed_root, tmp_path, 
     finally:
         other.kill()
         other.communicate()
+
+
+def test_a_folder_with_nothing_but_a_best_checkpoint_is_not_used_again(broken_off, killed_root, tmp_path, capsys):
+    """As a kill before the end of the first epoch leaves it: its weights would pass for those of the new training."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(broken_off / LAST, folder / BEST)
+    command = [*kills.command(killed_root), "--output", str(folder), "--trainer.limit_val_batches", "0"]
+    assert cli.main(command) == 1
+    assert f"{folder} holds a training that has not ended: go on with --ckpt_path last" in capsys.readouterr().err
 
 
 def test_check_sums_are_those_of_sha256sum(broken_off):

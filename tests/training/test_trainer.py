@@ -182,6 +182,11 @@ trainer:
     [
         (["--trainer.limit_val_batches", "0"], {"last.ckpt"}, "checkpoint {}/last.ckpt"),
         (["--trainer.check_val_every_n_epoch", "5"], {"last.ckpt"}, "checkpoint {}/last.ckpt"),
+        (
+            ["--trainer.check_val_every_n_epoch", "5", "--trainer.num_sanity_val_steps", "1"],
+            {"last.ckpt"},
+            "checkpoint {}/last.ckpt",
+        ),
         (["--trainer.fast_dev_run", "true"], {"best.ckpt", "last.ckpt"}, "AP 0.000 AP50 0.000 checkpoint {}/best.ckpt"),
         (["--trainer.enable_checkpointing", "false"], set(), " nothing was saved"),
         (["--trainer.barebones", "true", "--trainer.log_every_n_steps", "10"], set(), " nothing was saved"),
@@ -193,7 +198,7 @@ def test_what_is_not_validated_or_saved_is_a_training_too(options, left, line, d
     shown = capsys.readouterr().out
     assert shown.rstrip("\n").splitlines()[-1].endswith(line.format(folder).removeprefix("AP 0.000 AP50 0.000"))
     assert {one.name for one in folder.glob("*.ckpt")} == left
-    assert (folder / "summary.json").is_file()
+    assert ("AP" in runs.summary(folder)) == (left != {"last.ckpt"})
 
 
 def test_limited_batches_are_said_and_a_profile_is_shown(demo_root, tmp_path, capfd, caplog):
@@ -269,10 +274,28 @@ def test_early_stopping_ends_a_training(demo_root, tmp_path, capsys):
         assert train(demo_root, tmp_path / "run", "--early_stopping", "2", epochs=8) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 3
     assert "ended after epoch 2: 2 validations brought no better val/AP" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(callbacks, "MeanAveragePrecision", MeanAveragePrecision)
+        each = ["--early_stopping", "1", "--trainer.val_check_interval", "1"]
+        assert train(demo_root, tmp_path / "first epoch", *each, epochs=2) == 0
+    assert "ended after epoch 0: 1 validations brought no better val/AP" in capsys.readouterr().out
     assert train(demo_root, tmp_path / "other", "--early_stopping", "2", "--trainer.limit_val_batches", "0") == 2
     assert "early_stopping needs validations, but trainer.limit_val_batches is 0" in capsys.readouterr().err
     assert train(demo_root, tmp_path / "other", "--early_stopping", "0") == 2
     assert "early_stopping must be at least 1 epoch, got 0" in capsys.readouterr().err
+
+
+def test_any_number_is_better_than_none(demo_root, tmp_path):
+    class MeanAveragePrecision(callbacks.MeanAveragePrecision):
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            value = [float("nan"), 0.5, 0.25][trainer.current_epoch]
+            self.metrics = {"AP": value, "AP50": value, "epoch": trainer.current_epoch}
+            pl_module.log("val/AP", value)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(callbacks, "MeanAveragePrecision", MeanAveragePrecision)
+        assert train(demo_root, tmp_path / "run", "--trainer.limit_train_batches", "1", epochs=3) == 0
+    assert runs.summary(tmp_path / "run")["epoch"] == 1
 
 
 def test_row_41_a_disk_that_is_full_is_named_with_what_is_intact(demo_root, tmp_path, monkeypatch, capsys):
@@ -318,6 +341,14 @@ def test_the_metrics_table_goes_on_after_a_kill(tmp_path):
         {"AP": "", "loss": "0.5", "step": "1"},
         {"AP": "", "loss": "1.0", "step": "2"},
     ]
+    MetricsTable(tmp_path).begin(1)
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
+    late = MetricsTable(tmp_path)
+    late.begin(0)
+    late.log_metrics({"loss": 0.0}, 5)
+    late.save()
+    MetricsTable(tmp_path).begin(5)  # no row is of an earlier step
+    assert not (tmp_path / "metrics.csv").exists()
     MetricsTable(tmp_path).begin(0)
     assert not (tmp_path / "metrics.csv").exists()
     broken = MetricsTable(tmp_path / "gone")
