@@ -102,8 +102,7 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     run = Path(config.ckpt_path).parent
     report = _report_options(config, None, run.resolve().name)
     stored, description = checkpoint.read(config.ckpt_path)
-    named = {**getattr(data, "splits", {}), **data.shares}
-    split = config.split or ("test" if named.get("test") else "val")
+    split = config.split or ("test" if {**getattr(data, "splits", {}), **data.shares}.get("test") else "val")
     annotations = data.annotations(split)
     checkpoint.check_class_names(description, annotations.class_names, config.ckpt_path)
     checkpoint.check_pixels(description, data.pixels, config.ckpt_path)

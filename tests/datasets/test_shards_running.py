@@ -239,7 +239,7 @@ def test_the_overlay_trains_and_evaluates(packed: Path, tmp_path: Path) -> None:
     best = tmp_path / "run" / "best.ckpt"
     assert torch.load(best, weights_only=True)["global_step"] == 2
     given = [*map(str, (shown_bases(path)[0], path)), "--data.root", str(tmp_path / "shards"), *SHORT[:2]]
-    options = ["--ckpt_path", str(best), "--report", str(tmp_path / "report"), "--worst", "2", "--resamples", "2"]
+    options = ["--ckpt_path", str(best), "--report", str(tmp_path / "report"), "--worst", "2"]
     sizes = ["--model.min_size", "64", "--model.max_size", "96", "--data.loader.num_workers", "0"]
     assert cli.main(["evaluate", *given, *sizes, *options]) == 0
     assert len(list((tmp_path / "report").glob("worst_*_truth.png"))) == 2  # drawn from shards
