@@ -50,7 +50,8 @@ def train(name: str, precision: str, root: Path, output: Path, *others: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"), [("fast_rcnn_se", "bf16-true"), ("cascade", "bf16-mixed"), ("pyramid", "bf16-true")]
+    ("name", "precision"),
+    [("fast_rcnn_se", "bf16-true"), ("cascade", "bf16-mixed"), ("cascade", "bf16-true"), ("pyramid", "bf16-true")],
 )
 def test_bfloat16(name, precision, demo_root, tmp_path):
     assert train(name, precision, demo_root, tmp_path / "run") == 0

@@ -184,10 +184,18 @@ class AveragedWeights(WeightAveraging):
         self.decay = decay
         self._swapped = False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Average in float64 where weights will be; in float32 else, since half precision would lose small steps."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.precision == "64-true":
+            assert self._average_model is not None
+            self._average_model.double()
+
     def _average(self, averages: Any, values: Any, count: Any) -> None:
         step = self._latest_update_step + 1  # count lies on the device
         decay = min(self.decay, (1 + step) / (10 + step))
         if torch.is_floating_point(averages[0]):
+            values = [value.to(average.dtype) for average, value in zip(averages, values, strict=True)]
             torch._foreach_lerp_(averages, values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         else:  # counters
             for average, value in zip(averages, values, strict=True):
