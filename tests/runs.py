@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,10 @@ class Parsed(NotBuilt, CLI):
     """That of a detector."""
 
 
-def mostly_slow(paths: list[Path], *quick: str) -> list[Any]:
-    """Cases by file, of which a few stand for all where time is short."""
-    return [path if path.stem in quick else pytest.param(path, marks=pytest.mark.slow) for path in paths]
+def mostly_slow(cases: Iterable[Any], *quick: Any) -> list[Any]:
+    """Cases, of which a few, of files by their stem, stand for all where time is short."""
+    names = [(case, case.stem if isinstance(case, Path) else case) for case in cases]
+    return [case if name in quick else pytest.param(case, marks=pytest.mark.slow) for case, name in names]
 
 
 def demo(root: Path) -> list[str]:

@@ -82,7 +82,7 @@ def test_the_header_shows_the_command(path):
     )
 
 
-@pytest.mark.parametrize("path", MODELS, ids=name_of)
+@pytest.mark.parametrize("path", runs.mostly_slow(MODELS, "fast_rcnn_se", "aod"), ids=name_of)
 def test_a_model_runs_two_steps_on_the_demo_set(path, demo_root, tmp_path):
     config = parse(path)
     assert config.data.class_path == "detpipe.Demo"  # as it is, without anything to download
@@ -290,7 +290,7 @@ def test_the_pyramid_is_linked_to_proposals_and_head(demo_root):
     [
         ("coco_custom", ("train", "val"), {"cat", "dog", "owl"}),
         pytest.param("coco", ("train2017", "val2017"), {"cat", "dog", "owl"}, marks=pytest.mark.slow),
-        ("yolo_custom", ("train", "val"), {"cat", "dog"}),
+        pytest.param("yolo_custom", ("train", "val"), {"cat", "dog"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_coco_or_yolo_folder_of_ones_own(overlay, splits, classes, tmp_path):

@@ -38,6 +38,7 @@ def test_a_region_classifier_says_what_it_said():
     torch.testing.assert_close(logits, torch.tensor(EXPECTED["regions"]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_configuration_trains_and_evaluates(demo_root, tmp_path):
     data = ["--data.root", str(demo_root), "--data.scenes", str(runs.SCENES)]
     train = ["train", str(FILES / "config.yaml"), *data, "--init_from", str(FILES / "detector.ckpt")]

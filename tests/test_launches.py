@@ -58,7 +58,7 @@ def test_what_does_not_wait_is_not() -> None:
     assert counter.forward == {"elsewhere": 9}  # ones twice, copy, zeros, index, full, sum, two of repeat_interleave
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", runs.mostly_slow(CONFIGS, "main job"))
 def test_a_training_step_waits_for_nothing_and_asks_for_as_much_with_more_images(name: str) -> None:
     configs = [runs.CONFIGS / config for config in CONFIGS[name]]
     two, three = (launches["count"](configs, images, SIZE, "cuda") for images in (2, 3))
@@ -69,7 +69,7 @@ def test_a_training_step_waits_for_nothing_and_asks_for_as_much_with_more_images
             assert two.forward[stage] == three.forward[stage], stage
 
 
-@pytest.mark.parametrize("name", ["main job", "pyramid"])
+@pytest.mark.parametrize("name", runs.mostly_slow(["main job", "pyramid"], "main job"))
 def test_a_backward_pass_waits_for_nothing_either(name: str) -> None:
     configs = [runs.CONFIGS / config for config in CONFIGS[name]]
     two, three = (launches["count"](configs, images, SIZE, "cpu") for images in (2, 3))

@@ -51,12 +51,16 @@ def train(name: str, precision: str, root: Path, output: Path, *others: str) -> 
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [("fast_rcnn_se", "bf16-true"), ("cascade", "bf16-mixed"), ("cascade", "bf16-true"), ("pyramid", "bf16-true")],
+    [
+        ("cascade", "bf16-mixed"),
+        *(pytest.param(name, "bf16-true", marks=pytest.mark.slow) for name in ("fast_rcnn_se", "cascade", "pyramid")),
+    ],
 )
 def test_bfloat16(name, precision, demo_root, tmp_path):
     assert train(name, precision, demo_root, tmp_path / "run") == 0
 
 
+@pytest.mark.slow
 def test_float16_weights_need_sgd(demo_root, tmp_path, capsys):
     assert train("fast_rcnn_se", "16-true", demo_root, tmp_path / "run") == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
@@ -78,12 +82,7 @@ def test_anchors_and_grids_are_float32_in_every_precision():
         torch.set_default_dtype(before)
 
 
-QUICK = ("pyramid", "reinforce")  # the others are as long, and share most with one of these
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-)
+@pytest.mark.parametrize("name", runs.mostly_slow(MODELS, "pyramid"))
 def test_float64(name, demo_root, tmp_path):
     assert train(name, "64-true", demo_root, tmp_path / "run") == 0
     assert {value.dtype for value in runs.weights(tmp_path / "run" / "best.ckpt").values()} <= {

@@ -186,7 +186,8 @@ def stored_gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [3, 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", runs.mostly_slow([3, 1], 3))
 def test_gradients_of_two_processes_are_those_of_one(count, stored_gradients):
     """Two images here and one there, or one here and its repeat there: the mean over processes is that over all samples."""
     for name in MODELS:
@@ -242,6 +243,7 @@ def test_configurations_train_and_validate_with_two_processes(demo_root, tmp_pat
         assert {"best.ckpt", "last.ckpt", "summary.json", "config.yaml"} <= found
 
 
+@pytest.mark.slow
 def test_the_command_starts_the_other_process_itself(demo_root, tmp_path):
     """As a user calls it: seven images for two processes, in batches of two; said once, evaluated on every image once."""
     scenes = ["--data.root", str(tmp_path / "data"), "--data.scenes", "{train: 7, val: 5, size: 64}"]
@@ -327,7 +329,7 @@ sys.exit(cli.main(sys.argv[3:]))
 
 @pytest.mark.parametrize(
     "kind",
-    ["nan", pytest.param("nan proposals", marks=pytest.mark.slow), "raised", "killed", "validation", "disk full"],
+    runs.mostly_slow(["nan", "nan proposals", "raised", "killed", "validation", "disk full"], "nan"),
 )
 def test_what_stops_one_process_stops_all(kind, demo_root, tmp_path):
     Demo(str(demo_root), scenes=DemoScenes(**runs.SCENES)).annotations("train")

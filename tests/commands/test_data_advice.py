@@ -51,6 +51,7 @@ def pasted(shown: str, command: str) -> list[str]:
     return shlex.split(line)[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "options"),
     [

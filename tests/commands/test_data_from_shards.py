@@ -61,6 +61,7 @@ def test_splits_are_the_folders_with_an_index(shards):
         main(["info", str(shards), "--split", "vall"])
 
 
+@pytest.mark.slow
 def test_info_says_of_shards_what_it_says_of_files(files, shards, tmp_path, capsys):
     expected = told(["info", str(files), "-o", str(tmp_path / "one")], capsys).replace(str(tmp_path / "one"), "OUT")
     found = told(["info", str(shards), "-o", str(tmp_path / "two")], capsys).replace(str(tmp_path / "two"), "OUT")
@@ -182,6 +183,7 @@ def test_check_of_shards_without_a_sound_image(shards, capsys):
     assert "none of its 11 images can be read" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_proposals_are_made_from_shards(files, shards, tmp_path):
     """By one process and by two, which open the shards for themselves."""
     made = []

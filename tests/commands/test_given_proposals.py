@@ -51,6 +51,7 @@ def detections(checkpoint: Path, images: Path, out: Path, *options: str) -> list
     return [record["detections"] for record in json.loads((out / "detections.json").read_text())["images"]]
 
 
+@pytest.mark.slow
 def test_a_store_is_trained_on_and_its_boxes_are_made_again(trained_on_store, demo_root, tmp_path, capsys):
     checkpoint, stores, shown = trained_on_store
     for split in ("train", "val"):

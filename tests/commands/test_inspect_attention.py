@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from backbones.residual_cases import random_norms
 from PIL import Image
@@ -158,6 +159,7 @@ def test_a_detector_that_needs_boxes_is_given_some(demo_root, trained, tmp_path,
     assert (out / "channel_gates.png").is_file()
 
 
+@pytest.mark.slow
 def test_pictures_of_every_kind(backbone, tmp_path):
     from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
 
@@ -171,7 +173,7 @@ def test_pictures_of_every_kind(backbone, tmp_path):
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
-@pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (8000, 16)])
+@pytest.mark.parametrize("size", runs.mostly_slow([(3000, 1), (1, 3000), (8000, 16)], (1, 3000)))
 def test_maps_of_slim_images_are_bounded(size, tmp_path):
     from detpipe.pictures.inspection_plots import plot_maps
 

@@ -62,6 +62,7 @@ def test_every_layout_can_be_packed(layout, tmp_path, capsys):
     assert {str(name): contents.read(row) for row, name in enumerate(shards.file_names)} == raw
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_makes_the_same_files(table, tmp_path):
     for name, workers in (("one", 1), ("three", 3)):
         arguments = [str(table), "-o", str(tmp_path / name), "--shard-size", "30kB", "--workers", str(workers)]

@@ -109,6 +109,7 @@ def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(
     assert (again / WEIGHTS).read_bytes() == (pretrained / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(pretrained, tmp_path, capsys):
     folder, steps = tmp_path / "run", len(runs.rows(pretrained)) // 2
     runs.interrupt(["pretrain", str(pretrained / "config.yaml"), "--output", str(folder)], steps)

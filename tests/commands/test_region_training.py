@@ -136,6 +136,7 @@ def test_kinds_of_checkpoints_are_told_apart(trained_regions, tmp_path):
             load_region_classifier(tmp_path / "other.ckpt")
 
 
+@pytest.mark.slow
 def test_any_model_that_says_what_is_best_can_be_trained(demo_root, tmp_path, capsys):
     arguments = ["train_regions", "--model", f"{__name__}.Constant", "--data", "Demo", *runs.demo(demo_root)]
     arguments += ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]

@@ -80,6 +80,7 @@ def options(root: Path, kind: str, out: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grey", "four_16", "five"])
 def test_a_kind_is_trained_evaluated_and_predicted(tmp_path: Path, kind: str) -> None:
     channels = KINDS[kind][0]

@@ -232,6 +232,7 @@ def test_pretraining_balances_classes_too(tmp_path: Path) -> None:
     assert labels.count(1) == pytest.approx(labels.count(0), abs=1)
 
 
+@pytest.mark.slow
 def test_training_says_how_it_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = rare_set(tmp_path / "set")
     out = tmp_path / "run"

@@ -144,6 +144,7 @@ def test_smaller_objects_lie_over_larger_ones_and_crowds_under_both(tmp_path: Pa
         assert (draw_classes(load_coco(*written, segmentations=True), 0) == expected).all()
 
 
+@pytest.mark.slow
 def test_the_outlines_of_coco_itself(shared_data: Path) -> None:
     data = COCO(str(shared_data / "coco_mini"), augment=PASTE)
     data.setup("fit")

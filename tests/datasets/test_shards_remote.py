@@ -99,6 +99,7 @@ def test_batches_from_an_object_store_are_those_of_local_shards(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_folder_never_holds_more_than_it_may(workers: int, tmp_path: Path) -> None:
@@ -118,6 +119,7 @@ def test_the_folder_never_holds_more_than_it_may(workers: int, tmp_path: Path) -
         assert len(asked) > 8  # some were deleted, and fetched again
 
 
+@pytest.mark.slow
 def test_a_folder_with_room_for_two_windows_gets_each_shard_once_an_epoch(tmp_path: Path) -> None:
     make_shards(tiny_annotations(tmp_path / "images", 960), tmp_path / "shards" / "train", "train",
                 sharding=Sharding(images_per_shard=80, decode=False))  # fmt: skip

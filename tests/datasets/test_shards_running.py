@@ -60,6 +60,7 @@ def test_row_31_a_killed_worker_ends_the_run_in_seconds(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_row_32_a_hanging_worker_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_shards(tmp_path, 4, 2)
     data = Shards(str(tmp_path / "shards"), loader=Loader(2, num_workers=1, timeout=3))
@@ -232,6 +233,7 @@ def test_row_17_an_image_without_objects_has_empty_boxes(eleven: Path) -> None:
     assert [tuple(target[name].shape) for name in ("boxes", "labels", "area")] == [(0, 4), (0,), (0,)]
 
 
+@pytest.mark.slow
 def test_the_overlay_trains_and_evaluates(packed: Path, tmp_path: Path) -> None:
     path = runs.CONFIGS / "data" / "shards.yaml"
     result = train(tmp_path, shown_bases(path)[0], path, "--data.root", tmp_path / "shards")

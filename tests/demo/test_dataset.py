@@ -178,6 +178,7 @@ def test_a_failed_generation_leaves_nothing(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_killed_generation_leaves_nothing_under_the_final_name(tmp_path):
     process = start_writer(tmp_path / "demo", train=5000)
     assert process.stderr is not None

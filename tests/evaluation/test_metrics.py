@@ -109,6 +109,7 @@ def test_images_that_were_not_seen_are_left_out_and_empty_ones_count():
     assert missed["AP"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_function", [False, True])
 def test_many_small_batches_are_put_together_as_they_come(as_function):
     """One image a batch, more batches than are kept apart, looked at in between; what is kept stays a few pieces."""

@@ -162,6 +162,7 @@ def test_bad_settings_are_one_line(options: list[str], message: str, tmp_path: P
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.slow
 def test_the_tool_runs_from_anywhere_and_tells_mistakes_as_commands_do(tmp_path: Path) -> None:
     tool = [sys.executable, str(CONFIGS.parent / "tools" / "train_classifier.py"), CONFIG, "--epoch", "2"]
     done = subprocess.run(tool, cwd=tmp_path, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import runs
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def random(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("distortion", DISTORTIONS)
+@pytest.mark.parametrize("distortion", runs.mostly_slow(DISTORTIONS, "RTS"))
 def test_an_epoch_is_a_function_of_seed_and_epoch(distortion: Distortion) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()

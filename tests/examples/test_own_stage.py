@@ -41,6 +41,7 @@ def commands(demo: Path, out: Path) -> list[list[str]]:
     return given
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_train_evaluate_and_predict(demo_root: Path, tmp_path: Path) -> None:
     given = commands(demo_root, tmp_path)
     own = [command for command in given if "--trust" in command]

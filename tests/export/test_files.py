@@ -37,6 +37,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_finds_what_the_detector_finds_in_other_sizes(written):
     sizes = ((2, (33, 150)), (1, (200, 90)), (1, (5, 3)), (1, (3, 700)))
     batches = [torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8) for count, size in sizes]

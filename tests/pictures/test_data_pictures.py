@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from PIL import Image
 
@@ -73,7 +74,7 @@ def annotations(boxes: int) -> Annotations:
     )
 
 
-@pytest.mark.parametrize("boxes", [1, 300])
+@pytest.mark.parametrize("boxes", runs.mostly_slow([1, 300], 300))
 def test_plots_of_few_and_of_many_boxes(tmp_path, boxes):
     a = annotations(boxes)
     plot_classes({"train": a, "val": a}, tmp_path / "classes.png")

@@ -45,6 +45,7 @@ class Listener:
         assert asked == [path.as_uri()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
 def test_every_control_works_without_complaint(browser, report, width):
     listener = Listener(browser, width)

@@ -221,6 +221,7 @@ def test_predictions_are_evaluated(trained, demo_root, tmp_path):
             read_detections(tmp_path / "spoiled.json", truth)
 
 
+@pytest.mark.slow
 def test_evaluation_looks_at_tiles_and_several_times(trained, demo_root, tmp_path, capsys):
     options = ["evaluate", runs.CONFIG, *runs.options(demo_root), "--ckpt_path", str(trained / "best.ckpt")]
     counts = []

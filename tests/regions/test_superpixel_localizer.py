@@ -316,6 +316,7 @@ def test_the_documented_example() -> None:
     assert all(loss.isfinite() for loss in names["losses"].values())
 
 
+@pytest.mark.slow
 def test_the_documented_picture_of_a_trained_model(demo_root: Path, tmp_path: Path) -> None:
     _, code = documented()
     command = ["train_regions", str(runs.CONFIGS / "superpixel_weak.yaml"), "--output", str(tmp_path / "run")]

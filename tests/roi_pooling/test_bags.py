@@ -319,6 +319,7 @@ def test_kernels_are_chosen_by_device(monkeypatch):
         assert backend.kernels_for(OnCuda()) == there  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_no_warning_reaches_the_user():
     code = (
         "import torch\nfrom detpipe.roi_pooling.bags import dot_bags\n"

@@ -28,6 +28,7 @@ POOLERS = [RoIAlign(3), RoIAlign(3, sampling_ratio=0), PreciseRoIPool(3)]
 run_as_script = partial(kernel_checks.run_as_script, box_checks.__file__)
 
 
+@pytest.mark.slow
 def test_some_random_cases_in_the_interpreter() -> None:
     run_as_script("interpret", "0", "6", TRITON_INTERPRET="1")
 

@@ -1,6 +1,7 @@
 """The operators inside other people's programs: ONNX, graph tracing, TorchScript, a plain module."""
 
 import pytest
+import runs
 import torch
 from torch import Tensor, nn
 from torchvision import ops as torchvision_ops
@@ -55,7 +56,7 @@ POOLS = [Function(2, True), Function(0, True), Function(2, False), OneLevel(2), 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the exporter's own
-@pytest.mark.parametrize("pool", POOLS, ids=lambda pool: type(pool).__name__)
+@pytest.mark.parametrize("pool", runs.mostly_slow(POOLS, POOLS[0], POOLS[-1]), ids=lambda pool: type(pool).__name__)
 def test_onnx_equals_eager(pool, tmp_path):
     pytest.importorskip("onnxscript", reason="needs the extra onnx")
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import runs
 import torch
 from torch import Tensor
 
@@ -27,11 +28,12 @@ STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 run_as_script = partial(kernel_checks.run_as_script, kernel_checks.__file__)
 
 
-@pytest.mark.parametrize("name", kernel_checks.CHECKS)
+@pytest.mark.parametrize("name", runs.mostly_slow(kernel_checks.CHECKS, "max"))
 def test_some_random_cases_in_the_interpreter(name: str) -> None:
     run_as_script("interpret", name, "0", "5", TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 def test_bags_in_the_interpreter() -> None:
     run_as_script("interpret", "bags", "0", "4", TRITON_INTERPRET="1")
 

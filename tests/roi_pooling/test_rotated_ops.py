@@ -122,6 +122,7 @@ def test_gradients_of_many_results_at_once(ratio, which):
         torch.testing.assert_close(batched, one_by_one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_compiles_without_a_break(ratio):
     features, rois = torch.randn(2, 4, 9, 8), ROTATED.float()

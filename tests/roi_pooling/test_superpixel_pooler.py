@@ -118,6 +118,7 @@ def test_gradients_reach_features_and_boxes(own):
     assert all(grad.abs().sum() > 0 for grad in grads)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break():
     features, boxes = pyramid(2, FOUR), torch.stack([random_boxes(3), random_boxes(3)])
     pooler = SuperpixelPool(2)

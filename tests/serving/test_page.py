@@ -125,6 +125,7 @@ def test_bad_input_is_a_line(trial, file, source, text, message):
     assert not any(others)
 
 
+@pytest.mark.slow
 def test_old_results_are_forgotten(trial, monkeypatch):
     monkeypatch.setattr(trial_module, "_FOLDERS", 3)
     file = upload(trial.folder)

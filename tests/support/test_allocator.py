@@ -26,6 +26,7 @@ def page_faults(mode: str) -> tuple[str, int]:
     return kept, int(faults)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 def test_freed_memory_is_used_again_without_asking_the_system():
     kept, few = page_faults("keep")

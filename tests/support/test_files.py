@@ -291,6 +291,7 @@ for time in range(2):  # free again the second time
 """
 
 
+@pytest.mark.slow
 def test_the_data_layer_works_without_fcntl(tmp_path):
     """As on Windows."""
     ended = subprocess.run(

@@ -230,6 +230,7 @@ class Names(StepSeed):
         self.seen.append([target["file_name"] for target in batch[1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "same"), [({"overfit_batches": 2}, True), ({"limit_train_batches": 2}, False)])
 def test_overfitting_has_the_same_images_in_every_epoch(options, same, demo_root, tmp_path):
     names, cli = Names(), built(demo_root, "--trainer.max_epochs", "3")

@@ -112,6 +112,7 @@ def test_what_cannot_begin_a_training(trained, demo_root, tmp_path, capsys):
         load_classifier(best)
 
 
+@pytest.mark.slow
 def test_a_requeued_fine_tuning_goes_on_instead_of_beginning(trained, demo_root, tmp_path, capsys):
     options = ["--init_from", str(trained / "best.ckpt"), "--ckpt_path", "last"]
     assert train(demo_root, tmp_path / "run", *options) == 0

@@ -103,6 +103,7 @@ def test_the_last_line_is_the_result_and_training_twice_gives_identical_weights(
     assert (again / "config.yaml").read_text() == (trained / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights_and_no_output_means_a_dated_folder(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [str(trained / "config.yaml"), "--seed_everything", "1", "--trainer.max_epochs", "1"]
@@ -113,6 +114,7 @@ def test_another_seed_gives_other_weights_and_no_output_means_a_dated_folder(tra
     assert not torch.equal(first["backbone.stem.conv1.weight"], second["backbone.stem.conv1.weight"])
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_in_another_folder_ends_with_the_weights_of_an_undisturbed_one(trained, tmp_path, capsys):
     """In the folder of the run itself: ``test_resume.py``."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -195,6 +197,7 @@ def test_settings_that_are_not_those_of_training_are_named(trained, tmp_path, ca
     assert shown.count("not as in training") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 2)])
 def test_evaluation_does_not_depend_on_batch_size_and_workers(batch_size, workers, trained, demo_root):
     expected, expected_file = evaluate(trained, "reference", "--data.loader.eval_batch_size", "2")
@@ -231,12 +234,14 @@ def test_a_share_of_the_training_split_is_a_test_split(trained, tmp_path, capsys
     assert "\ntest: 3 images" in f"\n{capsys.readouterr().out}"
 
 
+@pytest.mark.slow
 def test_both_layouts_of_the_demo_set_train_alike(trained, tmp_path):
     folder = tmp_path / "voc"
     assert cli.main(["train", str(trained / "config.yaml"), "--output", str(folder), "--data.layout", "voc"]) == 0
     runs.assert_equal_weights(trained / "last.ckpt", folder / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_coco_mini_trains_two_epochs_and_evaluates(shared_data, tmp_path):
     folder = tmp_path / "run"
     arguments = [

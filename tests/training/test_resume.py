@@ -53,9 +53,9 @@ def compare(command: list[str], folder: Path, known: dict[tuple[str, ...], Path]
 
 CASES = [  # accumulated batches, workers, more options, hook and call at which the kill comes
     (1, 0, [*EVERY_STEP, "--ema", "0.9", "--trainer.val_check_interval", "3"], ("on_train_batch_start", 9)),
-    (3, 2, EVERY_STEP, ("on_train_batch_start", 13)),
 ]
 SLOW = [
+    (3, 2, EVERY_STEP, ("on_train_batch_start", 13)),
     (1, 2, ["--checkpoint.every_n_steps", "3"], ("on_train_batch_start", 8)),
     (1, 0, [*EVERY_STEP, "--trainer.max_epochs", "-1", "--trainer.max_steps", "11"], ("on_train_epoch_end", 0)),
     *(
@@ -94,9 +94,13 @@ def test_p1_a_killed_run_ends_as_an_undisturbed_one(
     [
         ("SIGTERM", ("on_train_batch_start", 2), 1, 2, [], 143, 3),
         pytest.param("SIGUSR1", ("on_train_batch_end", 7), 1, 0, [], 143, 8, marks=pytest.mark.slow),
-        ("SIGINT", ("on_train_batch_end", 5), 1, 0, [], 130, 6),  # met in the validation, which is run again
+        # met in the validation, which is run again
+        pytest.param("SIGINT", ("on_train_batch_end", 5), 1, 0, [], 130, 6, marks=pytest.mark.slow),
         # met in a validation in the middle of the second step, whose gradients would be lost
-        ("SIGTERM", ("on_train_batch_end", 3), 3, 0, ["--trainer.val_check_interval", "4"], 143, 2),
+        pytest.param(
+            *("SIGTERM", ("on_train_batch_end", 3), 3, 0, ["--trainer.val_check_interval", "4"], 143, 2),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("SIGHUP", ("on_train_batch_start", 0), 1, 0, [], 129, 1, marks=pytest.mark.slow),
     ],
 )
@@ -113,7 +117,7 @@ def test_a_signal_ends_a_run_after_its_step(
     assert compare(command, folder, undisturbed) == []
 
 
-@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize("accumulated", runs.mostly_slow([1, 3], 3))
 def test_a_training_that_ended_within_an_epoch_goes_on_alike(
     accumulated, killed_root, undisturbed, tmp_path, monkeypatch
 ):
@@ -286,6 +290,7 @@ def test_row_43_other_images_are_listed_and_refused(broken_off, tmp_path, capsys
     assert cli.main([*kills.command(tmp_path / "moved"), *ckpt]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plugins", [[], ["--trainer.plugins", "TorchCheckpointIO"]])
 def test_accepted_changes_are_used(plugins, broken_off, killed_root, tmp_path, capsys):
     """A checkpoint would bring back its own learning rate, and one of a training that had ended the rate at its end: 0."""
@@ -315,6 +320,7 @@ def test_accepted_changes_are_used(plugins, broken_off, killed_root, tmp_path, c
     assert stored["global_step"] == 3 + 4 * 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "now"),
     [
@@ -332,6 +338,7 @@ def test_another_optimizer_begins_anew(before, now, killed_root, tmp_path, capsy
     assert {int(state["step"]) for state in states.values()} == {6}  # of twelve
 
 
+@pytest.mark.slow
 def test_without_averages_the_weights_that_are_trained_go_on(killed_root, tmp_path):
     command, first, second = kills.command(killed_root), tmp_path / "first", tmp_path / "second"
     assert cli.main([*command, "--ema", "0.9", "--output", str(first), "--trainer.max_epochs", "1"]) == 0
@@ -342,6 +349,7 @@ def test_without_averages_the_weights_that_are_trained_go_on(killed_root, tmp_pa
     assert torch.equal(runs.weights(second / LAST)["head.classifier.weight"], trained)
 
 
+@pytest.mark.slow
 def test_a_longer_training_goes_on_at_the_rate_of_its_schedule(killed_root, tmp_path):
     command = kills.command(killed_root)
     first, second = tmp_path / "first", tmp_path / "second"

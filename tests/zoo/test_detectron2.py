@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
 import torch
 
 from detpipe import TwoStageDetector
@@ -72,7 +73,7 @@ def as_image(tensor: torch.Tensor) -> np.ndarray:
     return (tensor * 255).byte().permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", runs.mostly_slow(NAMES, "fast"))
 def test_the_same_detections_as_the_formulas(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     name = shrink(monkeypatch, kind)
     model = made_up(kind, len(ANCHORS["c4"][0]) if kind == "c4" else 1)
@@ -101,6 +102,7 @@ def test_sizes_are_rounded_as_detectron2_does(size: tuple[int, int]) -> None:
     assert resized_size(size, 80, 133, "detectron2") == (max(1, wanted[0]), wanted[1])
 
 
+@pytest.mark.slow
 def test_pixels_are_resized_as_pillow_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     name = shrink(monkeypatch, "c4")
     detector, _ = published.load(name, write(tmp_path / "model.pkl", {"model": made_up("c4", 3)}))
@@ -113,6 +115,7 @@ def test_pixels_are_resized_as_pillow_does(monkeypatch: pytest.MonkeyPatch, tmp_
         assert (given != wanted).float().mean() < 0.01
 
 
+@pytest.mark.slow
 def test_other_files_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     name, model = shrink(monkeypatch, "fpn"), made_up("fpn", 1)
     path = tmp_path / "model.pkl"
@@ -155,6 +158,7 @@ def test_nothing_in_a_foreign_pickle_is_run(monkeypatch: pytest.MonkeyPatch, tmp
     assert not ran
 
 
+@pytest.mark.slow
 def test_the_full_settings_build() -> None:
     """Those of the real names, with the widths that the files have."""
     from jsonargparse import ArgumentParser

@@ -120,6 +120,7 @@ def test_names_of_earlier_versions_are_read(model: FasterRCNN, weights: Path) ->
     assert_same_but_for_gaps(model, detector, description.class_names)
 
 
+@pytest.mark.slow
 def test_weights_are_fetched_once(model: FasterRCNN, server: Behavior) -> None:
     assert not published.find(NAME).path.exists()
     detector, description = published.load(NAME)
@@ -202,6 +203,7 @@ def test_a_truncated_file_and_one_that_would_run_code(weights: Path) -> None:
         published.load(NAME, str(weights))
 
 
+@pytest.mark.slow
 def test_predict_takes_a_name(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = tmp_path / "photo.png"
     Image.fromarray((scene(96, 128, 0) * 255).byte().permute(1, 2, 0).numpy()).save(image)
@@ -226,6 +228,7 @@ def test_the_zoo_is_listed(weights: Path, capsys: pytest.CaptureFixture[str]) ->
     assert any(row[:6] == ["faster_rcnn_R_50_FPN_3x", "40.2", "COCO", "detectron2,", "CC", "BY-SA"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_written(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "zoo.ckpt"
     assert cli.main(["zoo", NAME, "--weights", str(weights), "-o", str(path)]) == 0
