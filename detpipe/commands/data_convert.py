@@ -35,7 +35,7 @@ def run_convert(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     folder = new_output(options.output)
     opened = open_splits(options)
-    splits = {name: read_outlined(name, data) for name, data in opened.items()}
+    splits = {name: read_outlined(name, opened) for name in opened}
     source = image_files(opened.values())
     written = write_layout(options.to, splits, folder, options, source)
     say(describe(written, splits, fields_left_out(opened)))
@@ -79,10 +79,11 @@ def write_layout(
     return write_yolo(splits, folder, images, flags, source)
 
 
-def read_outlined(name: str, data: DetectionData) -> Annotations:
+def read_outlined(name: str, opened: Mapping[str, DetectionData]) -> Annotations:
     """Read a split with the outlines of its objects, wherever its layout has them; a DataError names what does not fit."""
+    data = opened[name]
     data.outlines = True
-    a = read_split(data)
+    a = read_split(name, opened)
     if isinstance(data, COCO | Shards):  # shards keep none
         return a
     if isinstance(data, YOLO) and a.counts.get("boxes from polygons"):

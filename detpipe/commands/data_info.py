@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detpipe.commands.data_advice import anchor_options, next_commands, training_split
-from detpipe.commands.data_source import read_splits, source_parser
+from detpipe.commands.data_source import open_splits, read_split, source_parser
 from detpipe.commands.parser import check_least, left_out
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.statistics import SuggestedAnchors, box_sizes, fit, statistics, suggest_anchors
@@ -34,7 +34,8 @@ def run_info(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     check_least(options, 1, "min_size", "max_size", "sizes", "ratios")
     resize = Resize(min_size=min(options.min_size, options.max_size), max_size=options.max_size)
-    splits = read_splits(options)
+    opened = open_splits(options)
+    splits = {name: read_split(name, opened) for name in opened}
     facts = {name: statistics(a) for name, a in splits.items()}
     anchors = {
         name: suggest_anchors(box_sizes(a, resize), options.sizes, options.ratios)

@@ -39,7 +39,7 @@ def run_show(arguments: Sequence[str]) -> int:
     check_least(options, 1, "n")
     check_least(options, 0, "seed")
     opened = open_splits(options)
-    splits = {name: read_split(data) for name, data in opened.items()}
+    splits = {name: read_split(name, opened) for name in opened}
     wanted = None
     if options.classes:
         found = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +92,15 @@ def find_data(options: argparse.Namespace) -> Found:
     return options.found
 
 
-def read_splits(options: argparse.Namespace) -> dict[str, Annotations]:
-    """Read the splits that were asked for."""
-    return {name: read_split(data) for name, data in open_splits(options).items()}
-
-
-def read_split(data: DetectionData) -> Annotations:
-    """Read what `open_splits` opened; of a fault is said what to do in the words of these commands."""
+def read_split(name: str, opened: Mapping[str, DetectionData]) -> Annotations:
+    """Read one of what `open_splits` opened; of a fault is said what to do in the words of these commands."""
     try:
-        return data.annotations("val")
+        return opened[name].annotations("val")
     except DataError as error:
         message = str(error).replace("set on_bad to 'skip' to leave", "add --skip-bad to leave")
-        raise DataError(message.replace("set one_based to false if", "add --zero-based if")) from error
+        message = message.replace("set one_based to false if", "add --zero-based if")
+        others = " ".join(f"--split {shlex.quote(other)}" for other in opened if other != name)
+        raise DataError(f"{message}; {others} leaves the split {name} out" if others else message) from error
 
 
 def unsplit_name(data: str) -> str:

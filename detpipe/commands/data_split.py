@@ -44,7 +44,7 @@ def run_split(arguments: Sequence[str]) -> int:
             f"{options.data} has several splits: name those that are to be divided anew with --split, again for each; there are "
             f"{', '.join(opened)}"
         )
-    splits = {name: read_outlined(name, data) for name, data in opened.items()}
+    splits = {name: read_outlined(name, opened) for name in opened}
     pool, repeated = join(list(splits.values()))
     if len(pool) < len(parts):
         raise UsageError(f"{options.data} has {len(pool)} images: too few for {len(parts)} parts")

@@ -324,7 +324,7 @@ def test_split_shares_out_the_classes(voc, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "images       12        6  50.0%        3  25.0%        3  25.0%\n" in shown
     assert "dog           8        4  50.0%        2  25.0%        2  25.0%\n" in shown
-    assert recognize(str(out)).splits == ("test", "train", "val")  # in the layout that it had
+    assert recognize(str(out)).splits == ("train", "val", "test")  # in the layout that it had
     names = [
         str(n)
         for split in recognize(str(out)).splits

@@ -62,11 +62,6 @@ def _is_split(path: Path) -> bool:
     return (path / INDEX).is_file() and (path / ARRAYS).is_file()
 
 
-def _find_coco(root: Path) -> dict[str, coco.COCOFiles]:
-    found = coco.find_splits(root)
-    return {name: found[name] for name in in_order(found)}
-
-
 def _says_coco(_: Path, splits: Mapping[str, coco.COCOFiles]) -> str:
     first = next(iter(splits.values()))
     more = f" (and of {len(splits) - 1} more splits)" if len(splits) > 1 else ""
@@ -74,12 +69,23 @@ def _says_coco(_: Path, splits: Mapping[str, coco.COCOFiles]) -> str:
 
 
 FORMATS: dict[Layout, Format] = {
-    "coco": Format("COCO", _find_coco, _says_coco),
+    "coco": Format("COCO", coco.find_splits, _says_coco),
     "voc": Format("VOC", voc.find_splits, voc_folders.says_layout),
     "yolo": Format("YOLO", yolo.find_splits, lambda root, _: yolo.says_layout(root)),
     "csv": Format("a table of boxes", csv.find_splits, csv.says_layout),
     "shards": Format("shards", _find_shards, lambda root, splits: f"{len(splits)} folders of shards"),
 }
+_STRANGE = (
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".xml",
+    ".csv",
+    ".parquet",
+    ".arrow",
+    ".tfrecord",
+    ".record",
+)  # of other tools
 _FILES: dict[str, Layout] = {".json": "coco file", ".csv": "csv", ".yaml": "yolo", ".yml": "yolo", ".data": "yolo"}
 
 
@@ -100,12 +106,19 @@ def recognize(data: str, option: str = "--data ", layout: Layout | None = None) 
     if not found and faults:
         raise next(iter(faults.values()))
     if not found:
-        images = (
-            " holds images without any annotation, and" if any(is_image(file.name) for file in path.iterdir()) else ""
-        )
         other = f" in {FORMATS[layout].title} layout" if layout else ""
-        raise UsageError(f"{option}{data}{images} has no known layout{other}; {EXPECTED}")
+        raise UsageError(f"{option}{data}{_says_files(path)} has no known layout{other}; {EXPECTED}")
     return _choose(path, found, f"{option}{data}")
+
+
+def _says_files(path: Path) -> str:
+    """What a message says of the files of a folder of no known layout."""
+    files = [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if not file.name.startswith(".")]
+    others = [file.relative_to(path).as_posix() for file in files if file.suffix.lower() in _STRANGE]
+    if others:
+        more = " and others" if len(others) > 3 else ""
+        return f" holds {', '.join(others[:3])}{more}, which detpipe does not read (let the tool export COCO, VOC or YOLO), and"
+    return " holds images without any annotation, and" if any(is_image(file.name) for file in files) else ""
 
 
 def _ask_all(path: Path, layout: Layout | None) -> tuple[dict[Layout, Mapping[str, Any]], dict[Layout, DataError]]:
@@ -120,7 +133,7 @@ def _ask_all(path: Path, layout: Layout | None) -> tuple[dict[Layout, Mapping[st
         except DataError as error:
             faults[name] = error
         else:
-            found |= {name: splits} if splits else {}
+            found |= {name: {split: splits[split] for split in in_order(splits)}} if splits else {}
     return found, faults
 
 
@@ -161,7 +174,7 @@ def _recognize_file(path: Path, named: str) -> Found:
     if layout == "csv":
         splits = tuple(csv.find_splits(path))
         return Found(layout, () if splits == (ALL,) else splits, f"read as a table of boxes: {path.name}")
-    return Found(layout, tuple(yolo.read_yolo(path).splits), f"read as YOLO: {yolo.says_layout(path)}")
+    return Found(layout, tuple(yolo.find_splits(path)), f"read as YOLO: {yolo.says_layout(path)}")
 
 
 def open_split(

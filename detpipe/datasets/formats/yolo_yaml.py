@@ -66,10 +66,16 @@ class YOLOFile:
             raise DataError(f"{self.path}: has no split {split!r}; there are {known}{did_you_mean(split, self.splits)}")
         return self.splits[found]
 
+    def absent_splits(self) -> list[str]:
+        """The splits that the file names, though nothing of them is there."""
+        find = Entries().find
+        return [name for name, entries in self.splits.items() if not any(find(self.root, entry) for entry in entries)]
+
     def says(self) -> str:
-        """Say where classes and labels are, in half a line."""
+        """Say where classes and labels are, in half a line, and which splits are not there."""
         more = f", {says_folders(self.root, self.places, 'labels')}" if self.places else ""
-        return f"{self.path.name}{more}"
+        absent = "".join(f", without {name}: {self.splits[name][0]} is not there" for name in self.absent_splits())
+        return f"{self.path.name}{more}{absent}"
 
 
 def find_file(root: Path) -> Path | None:
