@@ -19,6 +19,7 @@ from detpipe.datasets.formats.voc import write_voc
 from detpipe.datasets.formats.yolo import YOLO, Flags, write_yolo
 from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.shards.dataset import Shards
+from detpipe.support.errors import UsageError
 from detpipe.support.strict_json import load_json
 from detpipe.support.terminal import say
 from detpipe.types import Annotations
@@ -69,6 +70,9 @@ def write_layout(
 ) -> Written:
     """Write splits to a new folder in a layout, with the options of `add_writing` and images from ``source``."""
     images: Images = options.image_files
+    if layout != "yolo" and (options.drop_flags or options.drop_flagged):
+        option = "--drop-flags" if options.drop_flags else "--drop-flagged"
+        raise UsageError(f"{option}: is for YOLO layout, {layout} keeps the flags; leave it out")
     if layout == "coco":
         return write_coco(splits, folder, images, source)
     if layout == "voc":

@@ -73,6 +73,8 @@ def open_splits(options: argparse.Namespace) -> dict[str, DetectionData]:
         names.append(there or name)
     chosen = list(dict.fromkeys(names or known)) or [None]
     on_bad: OnBad = "skip" if getattr(options, "skip_bad", False) else "error"
+    if options.zero_based and found.layout != "voc":
+        raise UsageError(f"--zero-based: is for VOC layout, but {options.data} is {found.says}; leave it out")
     one_based = False if options.zero_based else None
     pixels: PixelType = getattr(options, "pixels", RGB)
     together = [name for name in chosen if name is not None]

@@ -70,7 +70,7 @@ def read_parts(text: str) -> dict[str, float]:
             value = float(share)
         except ValueError:
             value = 0.0
-        if not equals or not re.fullmatch(r"[\w.-]+", name) or not 0 < value < float("inf"):
+        if not equals or not re.fullmatch(r"\w[\w.-]*", name) or not 0 < value < float("inf"):
             raise UsageError(
                 f"--parts {text}: expected NAME=SHARE with shares above 0, such as train=.8,val=.2, got {item!r}"
             )

@@ -101,7 +101,10 @@ def recognize(data: str, option: str = "--data ", layout: Layout | None = None) 
     if not path.exists():
         raise UsageError(f"{option}{data} does not exist; {EXPECTED}")
     if path.is_file():
-        return _recognize_file(path, f"{option}{data}")
+        read = _recognize_file(path, f"{option}{data}")
+        if layout not in (None, read.layout.split()[0]):
+            raise UsageError(f"--layout {layout}: {option}{data} is a file, which is {read.says}; leave --layout out")
+        return read
     found, faults = _ask_all(path, layout)
     if not found and faults:
         raise next(iter(faults.values()))
@@ -198,6 +201,10 @@ def open_split(
     """
     found = recognize(data, option) if found is None else found
     path, layout, splits = Path(data), found.layout, found.splits
+    if images is not None and layout not in ("coco file", "csv"):
+        raise UsageError(
+            f"--images {images}: is for an annotation file or a table, but {option}{data} is {found.says}; leave it out"
+        )
     read_as: dict[str, Any] = {"channels": pixels.channels, "range": pixels.range}
     common = {"on_bad": on_bad, **read_as}
     if layout == "coco file":
