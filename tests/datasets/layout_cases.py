@@ -255,12 +255,16 @@ LAYOUTS = [
         "data.yaml": "path: C:\\data\ntrain: lists/train.txt\nval: /content/lists/val.txt\nnames: [ball, box]\n",
         "lists/train.txt": "D:\\set\\images\\train\\a.jpg\n..\\images\\train\\b 1.jpg\n",
         "lists/val.txt": "/content/set/images/val/c.jpg\n../images/val/d.jpg\n"}),
+    Layout("yaml beside the folder of its path", "yolo", "My Set/images/{split}/{stem}.jpg", "My Set/labels/{split}/{stem}.txt",
+           TWO, "data.yaml", {"data.yaml": "path: ../datasets/my set\ntrain: images/train\nval: images/val\nnames: [ball, box]\n"}),
     Layout("yaml with a split that is not there", "yolo", "{split}/images/{stem}.jpg", "{split}/labels/{stem}.txt", TWO,
            "data.yaml, without test: ../test/images is not there",
            {"data.yaml": "train: ../train/images\nval: ../val/images\ntest: ../test/images\nnames: [ball, box]\n"}),
     # tables
     Layout("table of ids of images", "csv", "train/{stem}.png", "", {"train": STEMS}, "train.csv", {
         "train.csv": rows(STEMS).replace(".jpg", "").replace("filename", "image_id").replace("xmin", "x_min")}),
+    Layout("table with a class of images without boxes", "csv", "{stem}.jpg", "", ALL, "boxes.csv", {
+        "boxes.csv": rows(STEMS).replace(f"c.jpg,{WIDTH},{HEIGHT},", f"c.jpg,{WIDTH},{HEIGHT},nothing")}),
     Layout("table of parts of the image", "csv", "train/{stem}.jpg", "", {"train-annotations-bbox": STEMS}, "-bbox.csv", {
         "train-annotations-bbox.csv": "ImageID,LabelName,XMin,XMax,YMin,YMax\nc,,,,,\n" + "".join(
             f"{stem},{label},{x1 / WIDTH},{x2 / WIDTH},{y1 / HEIGHT},{y2 / HEIGHT}\n"

@@ -220,9 +220,11 @@ def find_classes(paths: Sequence[Path]) -> tuple[str, ...]:
     known = read_class_list(paths[0].parent) if paths else None
     if known:
         return known.class_names
-    names = {row.values.get("label", "") for path in paths for row in Table(path).rows} - {""}
+    names = {name for path in paths for name in Table(path).class_names()} - {""}
     if not names:
-        raise DataError(f"{', '.join(map(str, paths))}: no row names a class; class_names 'auto' has nothing to read")
+        raise DataError(
+            f"{', '.join(map(str, paths))}: no row names a class; class_names 'auto' has nothing to read"
+        )
     return tuple(sorted(names))
 
 

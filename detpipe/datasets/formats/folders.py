@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -193,9 +194,9 @@ class Entries:
             if path not in self._loose:
                 names = sorted(self._list(path))
                 images = {_stem(name): name for name in image_names(names) if is_image(name)}
-                self._loose[path] = images | {name.lower(): name for name in names}
+                self._loose[path] = images | {_fold(name): name for name in names}
             known = self._loose[path]
-            name = known.get(part.lower()) or known.get(_stem(part) if is_image(part) else f"{part.lower()}/")
+            name = known.get(_fold(part)) or known.get(_stem(part) if is_image(part) else f"{_fold(part)}/")
             if name is None:
                 return None
             path = path / name
@@ -209,7 +210,12 @@ class Entries:
 
 def _stem(name: str) -> str:
     """What an image is looked for by if its suffix is another."""
-    return f"{os.path.splitext(name)[0].lower()}/"
+    return f"{_fold(os.path.splitext(name)[0])}/"
+
+
+def _fold(name: str) -> str:
+    """The same for what differs by capitals, or by how accents are encoded, which a Mac changes."""
+    return unicodedata.normalize("NFC", name).lower()
 
 
 def find_image_folder(root: Path, near: Sequence[Path], names: Sequence[str]) -> Path | None:

@@ -5,6 +5,7 @@ Each format finds its own splits (`find_splits` of its file); here they are only
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,12 +117,14 @@ def recognize(data: str, option: str = "--data ", layout: Layout | None = None) 
 
 def _says_files(path: Path) -> str:
     """What a message says of the files of a folder of no known layout."""
+    if not any(is_image(name) for _, _, names in os.walk(path) for name in names):
+        return " holds no images (let the tool export them with the annotations), and"
     files = [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if not file.name.startswith(".")]
     others = [file.relative_to(path).as_posix() for file in files if file.suffix.lower() in _STRANGE]
     if others:
         more = " and others" if len(others) > 3 else ""
         return f" holds {', '.join(others[:3])}{more}, which detpipe does not read (let the tool export COCO, VOC or YOLO), and"
-    return " holds images without any annotation, and" if any(is_image(file.name) for file in files) else ""
+    return " holds images without any annotation, and"
 
 
 def _ask_all(path: Path, layout: Layout | None) -> tuple[dict[Layout, Mapping[str, Any]], dict[Layout, DataError]]:

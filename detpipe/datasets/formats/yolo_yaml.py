@@ -229,9 +229,9 @@ def read_yolo_yaml(root: str | Path) -> YOLOFile:
     base = content.get("path") or "."
     if type(base) is not str:
         raise DataError(f"{path}: path must be the root folder, relative to this file, got {shorten(base)}")
-    folder = path.parent if base == "." else path.parent / base
-    moved = not folder.is_dir()
-    folder = path.parent if moved else folder
+    folder = path.parent if base == "." else Entries().find(path.parent, base)
+    moved = folder is None or not folder.is_dir()
+    folder = path.parent if moved or folder is None else folder
     splits = {key: _entries(value, key, path) for key, value in content.items() if _is_split(key, value, folder)}
     if moved and not any(Entries().find(folder, entry) for entries in splits.values() for entry in entries):
         raise DataError(

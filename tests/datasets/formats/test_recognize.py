@@ -206,11 +206,17 @@ def test_images_without_annotations_are_said_to_be_so(tmp_path: Path) -> None:
         ("train.csv", "image_id,bbox\na,[1 2 3 4]\n", r"train\.csv: line 1: the header lacks a column x1, y1, label"),
         ("train.csv", "a.jpg,1,2,3,4,cat\n", r"train\.csv: line 1: the header lacks .* must name the columns"),
         ("cars.csv", "image,xmin,ymin,xmax,ymax\n", r"cars\.csv: line 1: the header lacks a column label"),
+        (
+            "notes.json",
+            '{"categories": []}',
+            "holds no images \\(let the tool export them with the annotations\\), and has no",
+        ),
         ("prices.csv", "name,price\n", r"holds prices\.csv, which"),
     ],
 )
 def test_files_that_are_not_read_are_named(tmp_path: Path, file: str, content: str, message: str) -> None:
-    picture(20, 30).save(tmp_path / "a.jpg")
+    if file != "notes.json":
+        picture(20, 30).save(tmp_path / "a.jpg")
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(content)
     with pytest.raises(DetpipeError, match=message) as caught:
