@@ -10,6 +10,7 @@ from typing import Any
 from detpipe.commands.data_advice import anchor_options, next_commands, training_split
 from detpipe.commands.data_source import open_splits, read_split, source_parser
 from detpipe.commands.parser import check_least, left_out, output_folder
+from detpipe.datasets.formats.export import file_name_of
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.statistics import SuggestedAnchors, box_sizes, fit, statistics, suggest_anchors
 from detpipe.support.errors import UsageError
@@ -130,4 +131,4 @@ def write(
     plot_images(splits, folder / "images.png")
     for name, a in splits.items():
         if len(a.boxes):
-            plot_boxes(a, name, anchors[name].sizes, resize, folder / f"boxes_{name.replace(':', '_')}.png")
+            plot_boxes(a, name, anchors[name].sizes, resize, folder / f"boxes_{file_name_of(name)}.png")

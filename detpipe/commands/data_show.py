@@ -15,6 +15,7 @@ from tqdm import tqdm
 from detpipe.commands.data_source import open_splits, read_split, source_parser
 from detpipe.commands.parser import check_least, distinct, output_folder
 from detpipe.datasets.dataset import DetectionDataset
+from detpipe.datasets.formats.export import file_name_of
 from detpipe.pictures.visualize import contact_sheet, draw_target, save_png
 from detpipe.support.errors import UsageError
 from detpipe.support.suggest import did_you_mean
@@ -101,7 +102,7 @@ def _write(
     for name, image, target in samples:
         file = Path(target.get("file_name", ""))
         drawn = draw_target(image, target, splits[name].annotations.class_names)
-        stem = distinct(f"{name.replace(':', '_')}_{'_'.join(file.with_suffix('').parts)}", taken)
+        stem = distinct(f"{file_name_of(name)}_{'_'.join(file.with_suffix('').parts)}", taken)
         save_png(out / f"{stem}.png", drawn)
     return len(chosen)
 

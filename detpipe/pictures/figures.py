@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -56,5 +57,6 @@ def plain_axes(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
 
 def save_figure(figure: Figure, out: str | os.PathLike[str]) -> None:
     """Write a PNG, which is complete when it is visible."""
-    with atomic_write(out) as temporary:
+    with atomic_write(out) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a class name in a script without a font
         figure.savefig(temporary, format="png")
