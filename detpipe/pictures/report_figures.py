@@ -159,6 +159,4 @@ def _short(value: float | None) -> str:
 
 
 def _cut(name: str, length: int = 28) -> str:
-    """Shorten a name, and keep its dollars from being read as formulas."""
-    shown = name if len(name) <= length else name[: length - 1] + "…"
-    return shown.replace("$", r"\$")
+    return name if len(name) <= length else name[: length - 1] + "…"
