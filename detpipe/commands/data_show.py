@@ -41,13 +41,6 @@ def run_show(arguments: Sequence[str]) -> int:
     check_least(options, 0, "seed")
     opened = open_splits(options)
     splits = {name: read_split(name, opened) for name in opened}
-    wanted = None
-    if options.classes:
-        found = {
-            name: [a.class_names.index(w) + 1 for w in options.classes if w in a.class_names]
-            for name, a in splits.items()
-        }
-        wanted = {name: np.array(labels, np.int64) for name, labels in found.items()}
     known = list(dict.fromkeys(word for a in splits.values() for word in a.class_names))
     unknown = [word for word in options.classes if word not in known]
     if unknown:
@@ -55,6 +48,10 @@ def run_show(arguments: Sequence[str]) -> int:
             f"--classes {' '.join(unknown)}: there are no such classes{did_you_mean(unknown[0], known)}; "
             f"there are {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
         )
+    labels = {
+        name: [a.class_names.index(w) + 1 for w in options.classes if w in a.class_names] for name, a in splits.items()
+    }
+    wanted = {name: np.array(found, np.int64) for name, found in labels.items()} if options.classes else None
     chosen = choose(splits, wanted, options.n, options.seed)
     if not chosen:
         raise UsageError(f"--classes {' '.join(options.classes)}: no image has an object of these classes")

@@ -26,7 +26,7 @@ from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats import export
 from detpipe.datasets.formats.export import Images, Splits, Written
-from detpipe.datasets.formats.folders import Entries, find_image_folder, split_of, take_split
+from detpipe.datasets.formats.folders import Entries, find_image_folder, is_image, split_of, take_split
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
 from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
 from detpipe.support.errors import DataError
@@ -123,8 +123,9 @@ def find_splits(root: Path) -> dict[str, COCOFiles]:
         found: dict[str, COCOFiles] = {}
         for path in official:
             name = path.stem.removeprefix("instances_")
-            usual = next((place for place in (root / name, root / "images" / name) if place.is_dir()), None)
-            images = usual or _find_images(root, path, _first_images(path) or []) or root / name
+            usual = [place for place in (root / name, root / "images" / name) if place.is_dir()]
+            images = next(filter(_holds_images, usual), None) or _find_images(root, path, _first_images(path) or [])
+            images = images or next(iter(usual), root / name)
             found[name] = COCOFiles(f"annotations/{path.name}", images.relative_to(root).as_posix())
         return found
     contents = {path: first for path in _json_files(root, _DEPTH) if (first := _first_images(path)) is not None}
@@ -137,6 +138,11 @@ def find_splits(root: Path) -> dict[str, COCOFiles]:
         name = str(place.with_suffix("")) if name in found else name
         found[name] = COCOFiles(place.as_posix(), images.relative_to(root).as_posix())
     return found
+
+
+def _holds_images(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(is_image(entry.name) for entry in entries)
 
 
 def _json_files(folder: Path, depth: int) -> list[Path]:
@@ -155,14 +161,13 @@ def _first_images(path: Path) -> list[str] | None:
     """The first file names of an annotation file; None if it is no COCO file, a DataError if it is one that is cut off."""
     try:
         data = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
-        images = msgspec.json.decode(data, type=_Content).images
+        return [image.file_name for image in msgspec.json.decode(data, type=_Content).images[:_LOOKED_AT]]
     except (msgspec.ValidationError, OSError, RecursionError):
         return None
     except msgspec.MsgspecError:
         if b'"annotations"' in data or b'"images"' in data:
             load_json(path)  # says where it ends
         return None
-    return [image.file_name for image in images[:_LOOKED_AT]]
 
 
 def _find_images(root: Path, path: Path, names: list[str]) -> Path | None:
@@ -175,7 +180,8 @@ def _find_images(root: Path, path: Path, names: list[str]) -> Path | None:
     bases = [beside] if beside == root else [beside, beside.parent]
     parts = (*words, *(f"images/{word}" for word in words), "images", "data", ".")
     near = [base / part for base in bases for part in parts if (base / part).is_dir()]
-    return find_image_folder(root, near, names) or (near[0] if near[0] != beside else None)
+    own = split_of((*path.relative_to(root).parts[:-1], stem))
+    return find_image_folder(root, near, names, own) or (near[0] if near[0] != beside else None)
 
 
 def _name_split(root: Path, path: Path, images: Path, alone: bool) -> str:

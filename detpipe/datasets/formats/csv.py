@@ -222,9 +222,7 @@ def find_classes(paths: Sequence[Path]) -> tuple[str, ...]:
         return known.class_names
     names = {name for path in paths for name in Table(path).class_names()} - {""}
     if not names:
-        raise DataError(
-            f"{', '.join(map(str, paths))}: no row names a class; class_names 'auto' has nothing to read"
-        )
+        raise DataError(f"{', '.join(map(str, paths))}: no row names a class; class_names 'auto' has nothing to read")
     return tuple(sorted(names))
 
 
@@ -242,7 +240,7 @@ def _prefix(table: Table, folder: Path) -> str:
         path for path in sorted(beside.iterdir()) if path.is_dir() and path.name.lower() in (*IMAGE_FOLDERS, "data")
     ]
     near = [folder, beside, *near, *(base / own for base in (beside, *near) if own)]
-    place = find_image_folder(folder, [path for path in near if path.is_relative_to(folder)], names)
+    place = find_image_folder(folder, [path for path in near if path.is_relative_to(folder)], names, own)
     return "" if place in (None, folder) else f"{place.relative_to(folder).as_posix()}/"
 
 

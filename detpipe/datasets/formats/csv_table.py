@@ -60,13 +60,8 @@ _ALIASES = {
     "area": ("area",),
     "image_id": ("imageid",),
 }
-_FIRST_COUNTS = (
-    "file_name",
-    "label",
-    "split",
-    "w",
-    "h",
-)  # "class" and "name" are there; "w" of the box, "width" of the image
+# of columns of these meanings the first counts: "class" before "name", "w" of the box before "width" of the image
+_FIRST_COUNTS = ("file_name", "label", "split", "w", "h")
 _FORMULA, _QUOTED = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"'+[=+\-@\t\r]")  # what a spreadsheet would compute
 _LONGEST_HEADER = 2**14  # bytes
 _log = logging.getLogger(__name__)

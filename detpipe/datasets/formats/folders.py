@@ -99,30 +99,31 @@ def _sorted_out(names: Iterable[str], suffix: str) -> Folder:
 
 
 def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
-    """List a folder and all below it, by their parts relative to it; hidden ones are left out, none is entered twice.
-
-    Nothing is listed where no file ends in the suffix. A DataError if a folder cannot be listed.
-    """
-    names: dict[tuple[str, ...], list[str]] = {}
-    seen: set[tuple[int, int]] = set()
-    waiting: list[tuple[str, ...]] = [()]
-    while waiting:
-        parts = waiting.pop()
-        path = root.joinpath(*parts)
-        try:
-            if folder_key(path) in seen or len(parts) > _DEEPEST:
-                continue
-            seen.add(folder_key(path))
-            with os.scandir(path) as entries:
-                inside = [(entry.name, entry.is_dir()) for entry in entries]
-        except OSError as error:
-            raise DataError(f"{path}: cannot be listed ({error.strerror or error})") from error
-        names[parts] = [name for name, is_folder in inside if not is_folder]
-        below = sorted((name for name, is_folder in inside if is_folder and not name.startswith(".")), reverse=True)
-        waiting += [(*parts, name) for name in below]
-    if not any(name.lower().endswith(suffix) for listed in names.values() for name in listed):
+    """List the folders of `walk_folders`, by their parts relative to it; nothing where no file ends in the suffix."""
+    names = {folder.relative_to(root).parts: files for folder, files in walk_folders(root)}
+    if not any(name.lower().endswith(suffix) for files in names.values() for name in files):
         return {}
-    return {parts: _sorted_out(listed, suffix) for parts, listed in names.items()}
+    return {parts: _sorted_out(files, suffix) for parts, files in names.items()}
+
+
+def walk_folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it, by name, with the names of the files in each; hidden ones are left out.
+
+    Links are followed, and none is entered twice. A DataError if a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror or error})") from error
+
+    seen: set[tuple[int, int]] = set()
+    for path, below, files in os.walk(root, onerror=refuse, followlinks=True):
+        folder, key = Path(path), folder_key(path)
+        if key in seen or len(folder.relative_to(root).parts) > _DEEPEST:
+            below.clear()
+            continue
+        seen.add(key)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield folder, files
 
 
 def walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
@@ -218,25 +219,27 @@ def _fold(name: str) -> str:
     return unicodedata.normalize("NFC", name).lower()
 
 
-def find_image_folder(root: Path, near: Sequence[Path], names: Sequence[str]) -> Path | None:
-    """The folder that names of images are relative to: the first near one that has some of them, or else any below the root."""
+def find_image_folder(root: Path, near: Sequence[Path], names: Sequence[str], split: str) -> Path | None:
+    """The folder that names of images are relative to: the first near one that has some of them, or else any below the root.
+
+    None if no folder has, or only one that says that it is of another split, whose images may be called alike.
+    """
     entries = Entries()
     exact = (place for place in near for name in names if not leaves_folder(name) and (place / name).is_file())
     loose = (place for place in near for name in names if entries.holds(place, entries.find_image(place, name)))
-    return next(exact, None) or next(loose, None) or _search(root, names)
+    return next(exact, None) or next(loose, None) or _search(root, names, split)
 
 
-def _search(root: Path, names: Sequence[str]) -> Path | None:
+def _search(root: Path, names: Sequence[str], split: str) -> Path | None:
     wanted = {parts[-1]: parts[:-1] for parts in (name.replace("\\", "/").split("/") for name in names)}
-    for folder, below, files in os.walk(root):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+    for folder, files in walk_folders(root):
+        ranks = {_rank(name) for name in (split, split_of(folder.relative_to(root).parts))}
         stems = (os.path.splitext(name)[0] for name in files if is_image(name))  # names may lack the suffix
         name = next((name for name in chain(files, stems) if name in wanted), None)
-        if name is not None:
-            place = Path(folder)
+        if name is not None and len(ranks - {_rank("")}) < 2:
             for part in reversed(wanted[name]):
-                place = place.parent if place != root and place.name == part else place
-            return place
+                folder = folder.parent if folder != root and folder.name == part else folder
+            return folder
     return None
 
 

@@ -5,7 +5,6 @@ Each format finds its own splits (`find_splits` of its file); here they are only
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from detpipe.datasets.faults import OnBad
 from detpipe.datasets.fetch import is_remote
 from detpipe.datasets.formats import coco, csv, voc, voc_folders, yolo
 from detpipe.datasets.formats.class_list import read_class_list
-from detpipe.datasets.formats.folders import ALL, find_split, in_order, is_image
+from detpipe.datasets.formats.folders import ALL, find_split, in_order, is_image, walk_folders
 from detpipe.datasets.formats.yolo_yaml import NAME as YOLO_NAME
+from detpipe.datasets.formats.yolo_yaml import read_yolo
 from detpipe.datasets.shards.dataset import Shards
 from detpipe.datasets.shards.index import ARRAYS, INDEX
 from detpipe.support.errors import DataError, UsageError
@@ -72,21 +72,11 @@ def _says_coco(_: Path, splits: Mapping[str, coco.COCOFiles]) -> str:
 FORMATS: dict[Layout, Format] = {
     "coco": Format("COCO", coco.find_splits, _says_coco),
     "voc": Format("VOC", voc.find_splits, voc_folders.says_layout),
-    "yolo": Format("YOLO", yolo.find_splits, lambda root, _: yolo.says_layout(root)),
+    "yolo": Format("YOLO", yolo.find_splits, lambda root, _: read_yolo(root).says()),
     "csv": Format("a table of boxes", csv.find_splits, csv.says_layout),
     "shards": Format("shards", _find_shards, lambda root, splits: f"{len(splits)} folders of shards"),
 }
-_STRANGE = (
-    ".json",
-    ".jsonl",
-    ".ndjson",
-    ".xml",
-    ".csv",
-    ".parquet",
-    ".arrow",
-    ".tfrecord",
-    ".record",
-)  # of other tools
+_OF_OTHERS = {".json", ".jsonl", ".ndjson", ".xml", ".csv", ".parquet", ".arrow", ".tfrecord", ".record"}
 _FILES: dict[str, Layout] = {".json": "coco file", ".csv": "csv", ".yaml": "yolo", ".yml": "yolo", ".data": "yolo"}
 
 
@@ -115,16 +105,16 @@ def recognize(data: str, option: str = "--data ", layout: Layout | None = None) 
     return _choose(path, found, f"{option}{data}")
 
 
-def _says_files(path: Path) -> str:
+def _says_files(root: Path) -> str:
     """What a message says of the files of a folder of no known layout."""
-    if not any(is_image(name) for _, _, names in os.walk(path) for name in names):
+    files = [folder / name for folder, names in walk_folders(root) for name in names if name[0] != "."]
+    others = sorted(path.relative_to(root).as_posix() for path in files if path.suffix.lower() in _OF_OTHERS)
+    if not any(is_image(path.name) for path in files):
         return " holds no images (let the tool export them with the annotations), and"
-    files = [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if not file.name.startswith(".")]
-    others = [file.relative_to(path).as_posix() for file in files if file.suffix.lower() in _STRANGE]
-    if others:
-        more = " and others" if len(others) > 3 else ""
-        return f" holds {', '.join(others[:3])}{more}, which detpipe does not read (let the tool export COCO, VOC or YOLO), and"
-    return " holds images without any annotation, and"
+    if not others:
+        return " holds images without any annotation, and"
+    more = " and others" if len(others) > 3 else ""
+    return f" holds {', '.join(others[:3])}{more}, which detpipe does not read (let the tool export COCO, VOC or YOLO), and"
 
 
 def _ask_all(path: Path, layout: Layout | None) -> tuple[dict[Layout, Mapping[str, Any]], dict[Layout, DataError]]:
@@ -180,7 +170,7 @@ def _recognize_file(path: Path, named: str) -> Found:
     if layout == "csv":
         splits = tuple(csv.find_splits(path))
         return Found(layout, () if splits == (ALL,) else splits, f"read as a table of boxes: {path.name}")
-    return Found(layout, tuple(yolo.find_splits(path)), f"read as YOLO: {yolo.says_layout(path)}")
+    return Found(layout, tuple(yolo.find_splits(path)), f"read as YOLO: {read_yolo(path).says()}")
 
 
 def open_split(

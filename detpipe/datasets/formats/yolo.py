@@ -233,11 +233,6 @@ def find_splits(root: Path) -> dict[str, tuple[str, ...]]:
     return {name: entries for name, entries in file.splits.items() if name not in absent} or file.splits
 
 
-def says_layout(root: Path) -> str:
-    """Say in which layout a folder is, in half a line: "data.yaml"."""
-    return read_yolo(root).says()
-
-
 Flags = Literal["refuse", "drop", "leave out"]
 
 

@@ -42,6 +42,16 @@ def test_a_split_whose_file_is_cut_off_is_not_passed_over(tmp_path: Path) -> Non
         find_splits(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["annotations/instances_{}.json", "{}.json", "{}/coco.json"])
+def test_images_of_another_split_that_are_called_alike_are_not_taken(tmp_path: Path, file: str) -> None:
+    picture_of(tmp_path / "train" / "images" / "a.jpg", "a")
+    for split in ("train", "val"):
+        text(tmp_path / file.format(split), coco(["a"]))
+    assert len(COCO(str(tmp_path), train="train").annotations("train")) == 1
+    with pytest.raises(DataError, match=r"no such image folder|a\.jpg' is missing"):
+        COCO(str(tmp_path), train="val").annotations("train")
+
+
 def test_splits_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for part in ("one", "two"):
         picture_of(tmp_path / part / "train" / "a.jpg", "a")
