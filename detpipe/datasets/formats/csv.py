@@ -220,7 +220,8 @@ def find_classes(paths: Sequence[Path]) -> tuple[str, ...]:
     known = read_class_list(paths[0].parent) if paths else None
     if known:
         return known.class_names
-    names = {name for path in paths for name in Table(path).class_names()} - {""}
+    boxes = (row for table in map(Table, paths) for row in table.rows if any(map(row.values.get, table.ends)))
+    names = {row.values["label"] for row in boxes} - {""}
     if not names:
         raise DataError(f"{', '.join(map(str, paths))}: no row names a class; class_names 'auto' has nothing to read")
     return tuple(sorted(names))

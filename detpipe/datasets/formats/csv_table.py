@@ -97,10 +97,6 @@ class Table:
         """What the four numbers of a box mean: it is given by its width and height, or its right and lower edge."""
         return ("x1", "y1", "w", "h") if "w" in self.columns else ("x1", "y1", "x2", "y2")
 
-    def class_names(self) -> set[str]:
-        """The classes of boxes, with "" where a box has none."""
-        return {row.values["label"] for row in self.rows if any(row.values.get(meaning) for meaning in self.ends)}
-
     @cached_property
     def is_relative(self) -> bool:
         """Whether boxes are parts of the width and height of their image."""

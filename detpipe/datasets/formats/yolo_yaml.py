@@ -31,6 +31,7 @@ from detpipe.datasets.formats.folders import (
     list_folder,
     says_folders,
     take_split,
+    visible,
 )
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import load_json, read_text, shorten
@@ -83,16 +84,16 @@ def find_file(root: Path) -> Path | None:
 
     ``data.yaml``, the only other YAML file with ``names``, darknet's ``.data`` file, or the list of classes.
     """
-    files = [path for path in sorted(root.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    below = (_describing(folder) for folder in folders)  # unpacked into a folder of its own
+    inside = [Path(entry.path) for entry in visible(root)]
+    below = (_describing(path) for path in inside if path.is_dir())  # unpacked into a folder of its own
+    files = filter(Path.is_file, inside)
     return _describing(root) or _class_file(files) or _only([path for path in below if path is not None])
 
 
 def _describing(folder: Path) -> Path | None:
     if (folder / NAME).is_file():
         return folder / NAME
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    files = [Path(entry.path) for entry in visible(folder) if entry.is_file()]
     yamls = [path for path in files if path.suffix.lower() in (".yaml", ".yml") and _HAS_NAMES.search(_peek(path))]
     return _only(yamls) or _only([path for path in files if path.suffix.lower() == ".data"])
 
