@@ -35,7 +35,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from detpipe.commands.parser import Parser, check_least
+from detpipe.commands.parser import Parser, check_least, output_folder
 from detpipe.commands.training import add_arguments
 from detpipe.datasets.workers import usable_cores
 from detpipe.pictures.figures import COLORS, new_figure, plain_axes, save_figure
@@ -101,7 +101,7 @@ def run_ablate(arguments: Sequence[str]) -> int:
     seeds = study.seeds if options.seeds is None else tuple(options.seeds)
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UsageError(f"seeds: expected whole numbers from 0 on, each once, got {', '.join(map(str, seeds))}")
-    folder = Path(options.output)
+    folder = output_folder(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     runs = [run for seed in seeds for run in _runs(study, seed, folder, rest)]
     _check_folders(runs)

@@ -25,18 +25,19 @@ def training_split(names: Sequence[str]) -> str:
 
 
 def validation_split(names: Sequence[str], train: str) -> str:
-    """The split to validate on: ``val``, else ``test``, of the same year where VOC has several; empty if there is neither."""
+    """The split to validate on: ``val``, else ``dev``, ``eval`` or ``test``, of the same year where VOC has several; or empty."""
     year, _, own = train.rpartition(":")
     others = [name for name in names if name != train]
-    if own.endswith("trainval"):  # which holds the images of val
+    if own.lower().endswith("trainval"):  # which holds the images of val
         others = [name for name in others if name != (f"{year}:val" if year else "val")]
     same = [name for name in others if name.rpartition(":")[0] == year]
-    return next(filter(None, (_first(pool, word) for pool in (same, others) for word in ("val", "test"))), "")
+    words = ("val", "dev", "eval", "test")
+    return next(filter(None, (_first(pool, word) for pool in (same, others) for word in words)), "")
 
 
 def _first(names: Sequence[str], word: str) -> str:
-    begins = [name for name in names if name.rpartition(":")[2].startswith(word)]
-    return next((name for name in begins if name.rpartition(":")[2] == word), next(iter(begins), ""))
+    begins = [name for name in names if name.rpartition(":")[2].lower().startswith(word)]
+    return next((name for name in begins if name.rpartition(":")[2].lower() == word), next(iter(begins), ""))
 
 
 def anchor_options(anchors: SuggestedAnchors, resize: Resize) -> list[str]:

@@ -28,6 +28,8 @@ def run_check(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     check_least(options, 0, "show")
     options.pixels = _pixels(options.channels, options.range)
+    if options.json and Path(options.json).is_dir():
+        raise UsageError(f"--json {options.json}: is a folder: name a file")
     if Path(options.data).suffix.lower() in (".zip", ".tar"):
         return _check_archive(Path(options.data))
     report = check_data(open_splits(options), decode=not options.no_decode)
@@ -43,6 +45,9 @@ def _pixels(channels: int, text: str | None) -> PixelType:
     """What images are read as."""
     try:
         limits: Any = text if text in (None, "dtype") else tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise UsageError(f"--range {text}: expected dtype, or black and white as 0,65535") from error
+    try:
         return PixelType(channels, limits)
     except ValueError as error:
         raise UsageError(f"--channels {channels}, --range {text}: {error}") from error

@@ -19,6 +19,7 @@ from detpipe.datasets.formats.voc import write_voc
 from detpipe.datasets.formats.yolo import YOLO, Flags, write_yolo
 from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.shards.dataset import Shards
+from detpipe.support.errors import UsageError
 from detpipe.support.strict_json import load_json
 from detpipe.support.terminal import say
 from detpipe.types import Annotations
@@ -35,7 +36,7 @@ def run_convert(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     folder = new_output(options.output)
     opened = open_splits(options)
-    splits = {name: read_outlined(name, data) for name, data in opened.items()}
+    splits = {name: read_outlined(name, opened) for name in opened}
     source = image_files(opened.values())
     written = write_layout(options.to, splits, folder, options, source)
     say(describe(written, splits, fields_left_out(opened)))
@@ -69,6 +70,9 @@ def write_layout(
 ) -> Written:
     """Write splits to a new folder in a layout, with the options of `add_writing` and images from ``source``."""
     images: Images = options.image_files
+    if layout != "yolo" and (options.drop_flags or options.drop_flagged):
+        option = "--drop-flags" if options.drop_flags else "--drop-flagged"
+        raise UsageError(f"{option}: is for YOLO layout, {layout} keeps the flags; leave it out")
     if layout == "coco":
         return write_coco(splits, folder, images, source)
     if layout == "voc":
@@ -79,10 +83,11 @@ def write_layout(
     return write_yolo(splits, folder, images, flags, source)
 
 
-def read_outlined(name: str, data: DetectionData) -> Annotations:
+def read_outlined(name: str, opened: Mapping[str, DetectionData]) -> Annotations:
     """Read a split with the outlines of its objects, wherever its layout has them; a DataError names what does not fit."""
+    data = opened[name]
     data.outlines = True
-    a = read_split(data)
+    a = read_split(name, opened)
     if isinstance(data, COCO | Shards):  # shards keep none
         return a
     if isinstance(data, YOLO) and a.counts.get("boxes from polygons"):

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from detpipe.commands.data_advice import anchor_options, next_commands, training_split
-from detpipe.commands.data_source import read_splits, source_parser
-from detpipe.commands.parser import check_least, left_out
+from detpipe.commands.data_source import open_splits, read_split, source_parser
+from detpipe.commands.parser import check_least, left_out, output_folder
+from detpipe.datasets.formats.export import file_name_of
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.statistics import SuggestedAnchors, box_sizes, fit, statistics, suggest_anchors
+from detpipe.support.errors import UsageError
 from detpipe.support.files import write_text
 from detpipe.support.terminal import say
 from detpipe.types import Annotations
@@ -27,14 +29,16 @@ def run_info(arguments: Sequence[str]) -> int:
     """Print what is in a data set, and draw it."""
     parser = source_parser("info", "Count and measure the images and boxes of a data set.")
     parser.add_argument("-o", "--output", metavar="FOLDER", help="write info.json and pictures there")
-    parser.add_argument("--min-size", type=int, default=480, help="shorter side of the images in the detector (480)")
-    parser.add_argument("--max-size", type=int, default=800, help="which the longer side never exceeds (800)")
+    parser.add_argument("--min-size", type=int, help="shorter side of the images in the detector (480)")
+    parser.add_argument("--max-size", type=int, help="which the longer side never exceeds (800)")
     parser.add_argument("--sizes", type=int, default=4, help="how many sizes of anchors to suggest (4)")
     parser.add_argument("--ratios", type=int, default=3, help="how many ratios of anchors to suggest (3)")
     options = parser.parse_args(list(arguments))
     check_least(options, 1, "min_size", "max_size", "sizes", "ratios")
-    resize = Resize(min_size=min(options.min_size, options.max_size), max_size=options.max_size)
-    splits = read_splits(options)
+    resize = _resize(options.min_size, options.max_size)
+    folder = output_folder(options.output) if options.output else None
+    opened = open_splits(options)
+    splits = {name: read_split(name, opened) for name in opened}
     facts = {name: statistics(a) for name, a in splits.items()}
     anchors = {
         name: suggest_anchors(box_sizes(a, resize), options.sizes, options.ratios)
@@ -47,12 +51,22 @@ def run_info(arguments: Sequence[str]) -> int:
         if name == advised:
             say(advise(anchors[name], splits[name], resize))
         print()
-    if options.output:
-        write(Path(options.output), splits, facts, anchors, resize)
+    if folder:
+        write(folder, splits, facts, anchors, resize)
         say(f"wrote info.json and pictures to {options.output}\n")
     if advised:
         say(next_commands(options, list(splits), anchor_options(anchors[advised], resize)))
     return 0
+
+
+def _resize(min_size: int | None, max_size: int | None) -> Resize:
+    """The size of the images in the detector; one that is not given makes room for the other."""
+    low, high = min_size or min(480, max_size or 480), max_size or max(800, min_size or 800)
+    if low > high:
+        raise UsageError(
+            f"--min-size {low} is above --max-size {high}: the shorter side is at most as long as the longer"
+        )
+    return Resize(min_size=low, max_size=high)
 
 
 def describe(name: str, facts: Mapping[str, Any]) -> str:
@@ -117,4 +131,4 @@ def write(
     plot_images(splits, folder / "images.png")
     for name, a in splits.items():
         if len(a.boxes):
-            plot_boxes(a, name, anchors[name].sizes, resize, folder / f"boxes_{name.replace(':', '_')}.png")
+            plot_boxes(a, name, anchors[name].sizes, resize, folder / f"boxes_{file_name_of(name)}.png")

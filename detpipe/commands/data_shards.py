@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from detpipe.commands.data_source import find_data, open_splits, source_parser
-from detpipe.commands.parser import check_least, left_out, listed, progress
+from detpipe.commands.data_source import find_data, open_splits, read_split, source_parser
+from detpipe.commands.parser import check_least, left_out, listed, output_folder, progress
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.formats.export import file_name_of
 from detpipe.datasets.shards.index import INDEX, KEYS
@@ -38,12 +38,12 @@ def run_shards(arguments: Sequence[str]) -> int:
         raise UsageError(
             f"{options.data} holds shards already: for other ones, bring it into COCO layout before, with 'detpipe data convert'"
         )
-    folder = Path(options.output)
+    folder = output_folder(options.output)
     _refuse_strangers(folder)
     opened = open_splits(argparse.Namespace(**{**vars(options), "skip_bad": False}))
     stores = _stores(options.proposals or [], list(opened))
     for name, data in opened.items():
-        annotations = read_annotations(data, sharding.skip)
+        annotations = read_annotations(data) if sharding.skip else read_split(name, opened)
         start = time.perf_counter()
         key = next(known for known, function in KEYS.items() if function is data.image_key)
         with progress(len(annotations), name) as move:
@@ -52,14 +52,12 @@ def run_shards(arguments: Sequence[str]) -> int:
     return 0
 
 
-def read_annotations(data: DetectionData, skip: bool) -> Annotations:
-    """Read the annotations of a split, whose images are decoded later, by several processes.
+def read_annotations(data: DetectionData) -> Annotations:
+    """Read the annotations of a split without what is faulty; its images are decoded later, by several processes.
 
     Raises:
-        DataError: there are faults, or, where they are to be skipped, such as may not.
+        DataError: there are faults that may not be skipped.
     """
-    if not skip:
-        return data.annotations("val")
     collected = data.faults("collect", decode=False)
     annotations = data.annotations("val", collected)
     fatal = [fault for fault in collected.found if fault.kind.startswith("data set:")]
@@ -137,8 +135,6 @@ def _sharding(options: argparse.Namespace) -> Sharding:
 
 def _refuse_strangers(folder: Path) -> None:
     """Write only beside shards of ours."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {folder}: is a file: name a folder")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         shards = path.is_dir() and ((path / INDEX).is_file() or path.name.endswith(SUFFIX))
         if not shards and not path.name.endswith(f"{SUFFIX}.lock"):

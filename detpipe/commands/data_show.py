@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detpipe.commands.data_source import open_splits, read_split, source_parser
-from detpipe.commands.parser import check_least
+from detpipe.commands.parser import check_least, distinct, output_folder
 from detpipe.datasets.dataset import DetectionDataset
+from detpipe.datasets.formats.export import file_name_of
 from detpipe.pictures.visualize import contact_sheet, draw_target, save_png
 from detpipe.support.errors import UsageError
 from detpipe.support.suggest import did_you_mean
@@ -39,24 +40,22 @@ def run_show(arguments: Sequence[str]) -> int:
     check_least(options, 1, "n")
     check_least(options, 0, "seed")
     opened = open_splits(options)
-    splits = {name: read_split(data) for name, data in opened.items()}
-    wanted = None
-    if options.classes:
-        found = {
-            name: [a.class_names.index(w) + 1 for w in options.classes if w in a.class_names]
-            for name, a in splits.items()
-        }
-        wanted = {name: np.array(labels, np.int64) for name, labels in found.items()}
-    if wanted is not None and not any(map(len, wanted.values())):
-        known = list(dict.fromkeys(word for a in splits.values() for word in a.class_names))
+    splits = {name: read_split(name, opened) for name in opened}
+    known = list(dict.fromkeys(word for a in splits.values() for word in a.class_names))
+    unknown = [word for word in options.classes if word not in known]
+    if unknown:
         raise UsageError(
-            f"--classes {' '.join(options.classes)}: there are no such classes{did_you_mean(options.classes[0], known)}; "
+            f"--classes {' '.join(unknown)}: there are no such classes{did_you_mean(unknown[0], known)}; "
             f"there are {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
         )
+    labels = {
+        name: [a.class_names.index(w) + 1 for w in options.classes if w in a.class_names] for name, a in splits.items()
+    }
+    wanted = {name: np.array(found, np.int64) for name, found in labels.items()} if options.classes else None
     chosen = choose(splits, wanted, options.n, options.seed)
     if not chosen:
         raise UsageError(f"--classes {' '.join(options.classes)}: no image has an object of these classes")
-    out = Path(options.output)
+    out = output_folder(options.output) if not Path(options.output).suffix else Path(options.output)
     datasets = {name: DetectionDataset(a, contents=opened[name].contents("val")) for name, a in splits.items()}
     count = _write(out, datasets, chosen, wanted, options.data)
     say(f"wrote {count} images to {out}")
@@ -96,10 +95,12 @@ def _write(
         return len(chosen)
     if out.suffix:
         raise UsageError(f"--output {out}: expected a name that ends in .png, or a folder")
+    taken: set[str] = set()
     for name, image, target in samples:
         file = Path(target.get("file_name", ""))
         drawn = draw_target(image, target, splits[name].annotations.class_names)
-        save_png(out / f"{name.replace(':', '_')}_{'_'.join(file.with_suffix('').parts)}.png", drawn)
+        stem = distinct(f"{file_name_of(name)}_{'_'.join(file.with_suffix('').parts)}", taken)
+        save_png(out / f"{stem}.png", drawn)
     return len(chosen)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,8 @@ def open_splits(options: argparse.Namespace) -> dict[str, DetectionData]:
         names.append(there or name)
     chosen = list(dict.fromkeys(names or known)) or [None]
     on_bad: OnBad = "skip" if getattr(options, "skip_bad", False) else "error"
+    if options.zero_based and found.layout != "voc":
+        raise UsageError(f"--zero-based: is for VOC layout, but {options.data} is {found.says}; leave it out")
     one_based = False if options.zero_based else None
     pixels: PixelType = getattr(options, "pixels", RGB)
     together = [name for name in chosen if name is not None]
@@ -90,18 +94,15 @@ def find_data(options: argparse.Namespace) -> Found:
     return options.found
 
 
-def read_splits(options: argparse.Namespace) -> dict[str, Annotations]:
-    """Read the splits that were asked for."""
-    return {name: read_split(data) for name, data in open_splits(options).items()}
-
-
-def read_split(data: DetectionData) -> Annotations:
-    """Read what `open_splits` opened; of a fault is said what to do in the words of these commands."""
+def read_split(name: str, opened: Mapping[str, DetectionData]) -> Annotations:
+    """Read one of what `open_splits` opened; of a fault is said what to do in the words of these commands."""
     try:
-        return data.annotations("val")
+        return opened[name].annotations("val")
     except DataError as error:
         message = str(error).replace("set on_bad to 'skip' to leave", "add --skip-bad to leave")
-        raise DataError(message.replace("set one_based to false if", "add --zero-based if")) from error
+        message = message.replace("set one_based to false if", "add --zero-based if")
+        others = " ".join(f"--split {shlex.quote(other)}" for other in opened if other != name)
+        raise DataError(f"{message}; {others} leaves the split {name} out" if others else message) from error
 
 
 def unsplit_name(data: str) -> str:

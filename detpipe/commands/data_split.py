@@ -44,7 +44,7 @@ def run_split(arguments: Sequence[str]) -> int:
             f"{options.data} has several splits: name those that are to be divided anew with --split, again for each; there are "
             f"{', '.join(opened)}"
         )
-    splits = {name: read_outlined(name, data) for name, data in opened.items()}
+    splits = {name: read_outlined(name, opened) for name in opened}
     pool, repeated = join(list(splits.values()))
     if len(pool) < len(parts):
         raise UsageError(f"{options.data} has {len(pool)} images: too few for {len(parts)} parts")
@@ -70,7 +70,7 @@ def read_parts(text: str) -> dict[str, float]:
             value = float(share)
         except ValueError:
             value = 0.0
-        if not equals or not re.fullmatch(r"[\w.-]+", name) or not 0 < value < float("inf"):
+        if not equals or not re.fullmatch(r"\w[\w.-]*", name) or not 0 < value < float("inf"):
             raise UsageError(
                 f"--parts {text}: expected NAME=SHARE with shares above 0, such as train=.8,val=.2, got {item!r}"
             )

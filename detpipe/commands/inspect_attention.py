@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from detpipe import images as frames
 from detpipe.attention.base import Attention, Gates
-from detpipe.commands.parser import Parser
+from detpipe.commands.parser import Parser, distinct, output_folder
 from detpipe.commands.predict import choose_proposals, detect
 from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
@@ -41,6 +41,7 @@ SHARES = (0.25, 0.5, 1.0)
 def run_inspect(arguments: Sequence[str]) -> int:
     """Draw the attention of a detector's backbone."""
     options = _parse(arguments)
+    out = output_folder(options.output)
     paths = find_images(options.images)
     detector, description = load_detector(options.checkpoint)
     if description.pixels != RGB:
@@ -55,7 +56,6 @@ def run_inspect(arguments: Sequence[str]) -> int:
         )
     images = [read_image(path) for path in paths]
     proposals = [None if boxes is None else boxes(*row) for row in zip(paths, images, strict=True)]
-    out = Path(options.output)
     out.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, object] = {"checkpoint": str(options.checkpoint), "modules": list(modules)}
     written = draw_maps(detector, paths, images, out)
@@ -112,15 +112,13 @@ def _find_objects(
 def draw_maps(detector: TwoStageDetector, paths: Sequence[Path], images: Sequence[Tensor], out: Path) -> list[Path]:
     """Draw the spatial gates over images ``[3, H, W]`` uint8 RGB, and name the files; none where there are no such gates."""
     written: list[Path] = []
+    taken: set[str] = set()
     for path, image in zip(paths, images, strict=True):
         maps = spatial_maps(detector.backbone, image, detector.min_size, detector.max_size)
         if maps:
-            name = f"{path.stem}_maps.png"
-            number = 2
-            while out / name in written:
-                name, number = f"{path.stem}_maps_{number}.png", number + 1
-            plot_maps(image, {module: maps[module] for module in last_of_each_stage(list(maps))}, out / name)
-            written.append(out / name)
+            file = out / f"{distinct(f'{path.stem}_maps', taken)}.png"
+            plot_maps(image, {module: maps[module] for module in last_of_each_stage(list(maps))}, file)
+            written.append(file)
     return written
 
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -28,6 +29,23 @@ def check_least(options: Any, least: int, *names: str) -> None:
         if value is not None and value < least:
             option = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} must be {least} or more, got {value}")
+
+
+def output_folder(path: str) -> Path:
+    """A folder to write to, which need not exist; a UsageError if it is a file."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UsageError(f"--output {path}: is a file: name a folder")
+    return Path(path)
+
+
+def distinct(stem: str, taken: set[str]) -> str:
+    """A name that no other file of a command has: ``a``, or ``a_2`` where ``a`` is taken."""
+    name, number = stem, 1
+    while name in taken:
+        number += 1
+        name = f"{stem}_{number}"
+    taken.add(name)
+    return name
 
 
 def listed(messages: Sequence[str], most: int) -> list[str]:

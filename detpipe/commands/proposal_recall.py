@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from detpipe.commands.data_source import add_data_options
-from detpipe.commands.parser import Parser, progress
+from detpipe.commands.parser import Parser, output_folder, progress
 from detpipe.datasets import DetectionData
 from detpipe.datasets.formats.recognize import open_split
 from detpipe.datasets.stored_proposals import StoredProposals
@@ -34,6 +34,7 @@ from detpipe.types import Annotations
 def run_recall(arguments: Sequence[str]) -> int:
     """Measure recall; print tables, and on request write ``recall.json`` and ``recall.png``."""
     options = _parse(arguments)
+    folder = None if options.output is None else output_folder(options.output)
     data = open_split(options.data, options.split, options.images, "skip" if options.skip_bad else "error")
     annotations = data.annotations("val")
     stores = [ProposalStore(path) for path in options.stores]
@@ -63,8 +64,7 @@ def run_recall(arguments: Sequence[str]) -> int:
             )
             for cause in likely_faults(annotations, proposals[name]):
                 say(f"  likely cause: {cause}", file=sys.stderr)
-    if options.output is not None:
-        folder = Path(options.output)
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         content = {name: report.to_dict() for name, report in reports.items()}
         write_text(folder / "recall.json", json.dumps(content, indent=1, allow_nan=False) + "\n")

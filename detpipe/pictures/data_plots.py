@@ -63,6 +63,8 @@ def plot_boxes(annotations: Annotations, name: str, anchors: Sequence[int], resi
     panels[4].hist(per_image, bins=np.arange(0, min(per_image.max(), 60) + 2) - 0.5, color=plot_color(3))
     panels[4].set_xlabel("boxes in an image")
     panels[4].set_ylabel("images")
+    for axes in panels[1:5]:
+        axes.locator_params(axis="y", integer=True)
     _centers(panels[5], a, image)
     figure.suptitle(f"{name}: {len(a.boxes)} boxes in {len(a)} images", x=0.02, ha="left", fontsize=11)
     _finish(figure, out, list(panels[:5]))

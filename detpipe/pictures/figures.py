@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -55,6 +56,11 @@ def plain_axes(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
 
 
 def save_figure(figure: Figure, out: str | os.PathLike[str]) -> None:
-    """Write a PNG, which is complete when it is visible."""
-    with atomic_write(out) as temporary:
+    """Write a PNG, which is complete when it is visible; dollars in texts, such as names of classes, are no formulas."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue]
+    with atomic_write(out) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a class name in a script without a font
         figure.savefig(temporary, format="png")

@@ -9,19 +9,22 @@ import numpy as np
 from torch import Tensor
 
 from detpipe.pictures.figures import image_panels, new_figure, plain_axes, save_figure
-from detpipe.pictures.visualize import plot_color
+from detpipe.pictures.visualize import PALETTE, plot_color
 
 
 def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], counts: Sequence[int], out: Path) -> None:
-    """Draw the mean gate of each channel, ``[K, C]`` by module, NaN for classes without objects, as in Hu et al. 2018, figure 5."""
-    figure = new_figure(8.5, 1.9 * len(gates) + 0.9, "attention")
+    """Draw the mean gate of each channel, ``[K, C]`` by module, NaN for classes without objects, as in Hu et al. 2018, figure 5.
+
+    Of more classes than there are colors those with most objects are drawn.
+    """
+    drawn = sorted(range(len(counts)), key=lambda index: -counts[index])[: len(PALETTE)]
+    drawn = sorted(index for index in drawn if counts[index])
+    figure = new_figure(8.5, max(1.9 * len(gates) + 0.9, 0.19 * len(drawn) + 0.3), "attention")
     panels = np.atleast_1d(figure.subplots(len(gates), 1))
     for axes, (name, values) in zip(panels, gates.items(), strict=True):
-        for index, row in enumerate(values.numpy()):
-            if not np.isnan(row).any():
-                axes.plot(
-                    row, color=plot_color(index + 1), linewidth=0.9, label=f"{class_names[index]} ({counts[index]})"
-                )
+        for index in drawn:
+            label = f"{class_names[index]} ({counts[index]})"
+            axes.plot(values[index].numpy(), color=plot_color(index + 1), linewidth=0.9, label=label)
         axes.set_xlim(0, values.shape[1] - 1)
         seen = values[~values.isnan().any(dim=1)]
         apart = float((seen.amax(0) - seen.amin(0)).max())
@@ -29,7 +32,8 @@ def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], co
         axes.set_ylabel("gate")
         plain_axes(axes)
     panels[-1].set_xlabel("channel")
-    figure.suptitle("mean gate of each channel by class (objects)", x=0.02, ha="left", fontsize=11)
+    some = f"; {len(drawn)} classes with most objects" if len(drawn) < sum(map(bool, counts)) else ""
+    figure.suptitle(f"mean gate of each channel by class (objects){some}", x=0.02, ha="left", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     save_figure(figure, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,9 +44,7 @@ def write_figures(numbers: dict[str, Any], folder: Path) -> list[Path]:
     for name, (width, height, draw) in figures.items():
         figure = new_figure(width, height, DRAWN)
         draw(figure, numbers)
-        with warnings.catch_warnings():  # of a class name in a script without a font
-            warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-            save_figure(figure, folder / f"{name}.png")
+        save_figure(figure, folder / f"{name}.png")
         written.append(folder / f"{name}.png")
     return written
 
@@ -162,6 +159,4 @@ def _short(value: float | None) -> str:
 
 
 def _cut(name: str, length: int = 28) -> str:
-    """Shorten a name, and keep its dollars from being read as formulas."""
-    shown = name if len(name) <= length else name[: length - 1] + "…"
-    return shown.replace("$", r"\$")
+    return name if len(name) <= length else name[: length - 1] + "…"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -285,13 +286,12 @@ def _draw_supervision(image: Tensor, boxes: Tensor, tags: _Tags) -> Tensor:
     scene = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     boxed = sv.BoxAnnotator(palette(tags.colors), tags.line_width, by_index)
     scene = boxed.annotate(scene, sv.Detections(xyxy=corners))
-    # supervision cuts off tags that would lie outside of the image: move what they are tied to
+    # supervision ties a tag to the upper left corner of a box, and draws it above
     thickness = max(1, round(tags.text_size / 22))
     extents = [cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, text_scale, thickness)[0] for text in tags.texts]
-    wide, high = (np.array(side) + 2 * padding for side in zip(*extents, strict=True))
-    anchors = corners.clip(min=0)
-    anchors[:, 0] = np.minimum(anchors[:, 0], image.shape[2] - wide).clip(min=0)
-    anchors[:, 1] += np.where(anchors[:, 1] < high, high, 0)
+    sizes = np.array(extents) + 2 * padding
+    lower_left = _place_tags(corners, sizes, image.shape[2], image.shape[1]) + sizes * [0, 1]
+    anchors = np.concatenate([lower_left, lower_left + 1], axis=1)
     tagged = sv.LabelAnnotator(
         palette(tags.colors),
         by_index,
@@ -311,14 +311,35 @@ def _draw_torchvision(image: Tensor, boxes: Tensor, tags: _Tags) -> Tensor:
     boxed = draw_bounding_boxes(image, inside, colors=list(tags.colors), width=tags.line_width + 1)
     canvas = to_pil(boxed)
     pen, face = ImageDraw.Draw(canvas), font(tags.text_size)
-    for (x, y, _, _), text, color, text_color in zip(
-        inside.tolist(), tags.texts, tags.colors, tags.text_colors, strict=True
+    high = tags.text_size + 4
+    sizes = np.array([(pen.textlength(text, font=face) + 6, high) for text in tags.texts])
+    places = _place_tags(inside.double().numpy(), sizes, width, height)
+    for (left, top), (wide, _), text, color, text_color in zip(
+        places.tolist(), sizes.tolist(), tags.texts, tags.colors, tags.text_colors, strict=True
     ):
-        wide, high = pen.textlength(text, font=face) + 6, tags.text_size + 4
-        left, top = min(x, width - wide), y - high if y >= high else y
         pen.rectangle((left, top, left + wide, top + high), fill=color)
         pen.text((left + 3, top + high / 2), text, fill=text_color, font=face, anchor="lm")
     return to_tensor(canvas)
+
+
+def _place_tags(
+    boxes: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], width: int, height: int
+) -> npt.NDArray[np.float64]:
+    """The upper left corners [D, 2] of tags of some sizes [D, 2] in an image: each at its box, on others as little as may be.
+
+    Those of the last boxes, which lie on top, have the first choice.
+    """
+    placed = np.zeros((len(boxes), 4))
+    for k in reversed(range(len(boxes))):
+        (x1, y1, x2, y2), (wide, high) = boxes[k], sizes[k]
+        tops = [top for top in (y1 - high, y1, y2, y2 - high) if 0 <= top <= height - high] or [0]
+        lefts = [min(max(left, 0), max(width - wide, 0)) for left in (x1, x2 - wide)]
+        options = np.array([(left, top, left + wide, top + high) for top in tops for left in lefts])
+        shared = np.minimum(options[:, None, 2:], placed[k + 1 :, 2:]) - np.maximum(
+            options[:, None, :2], placed[k + 1 :, :2]
+        )
+        placed[k] = options[shared.clip(min=0).prod(-1).sum(1).argmin()]
+    return placed[:, :2]
 
 
 def _pair(

@@ -111,6 +111,9 @@ def test_data_without_boxes_have_no_advice(tmp_path, capsys):
         (["2007:test", "2007:trainval", "2007:val"], "2007:trainval", "2007:test"),  # val is a part of trainval
         (["trainval", "val"], "trainval", ""),
         (["a", "validation"], "a", "validation"),
+        (["TEST", "TRAIN", "VAL"], "TRAIN", "VAL"),
+        (["Train", "Validation"], "Train", "Validation"),
+        (["dev", "test", "train"], "train", "dev"),
         (["val"], "val", ""),
         ([], "", ""),
     ],

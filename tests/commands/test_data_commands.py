@@ -133,6 +133,49 @@ def test_a_file_needs_its_images_and_has_no_splits(tmp_path, capsys):
         main(["check", str(tmp_path), "--split", "val2016"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "{voc}", "--images", "{voc}"], "--images .* is for an annotation file or a table, but .* is read as VOC: XML"),
+        (["info", "{yolo}", "--zero-based"], "--zero-based: is for VOC layout, but .* is read as YOLO: data.yaml; leave it out"),
+        (["info", "{yolo}/data.yaml", "--layout", "voc"], "--layout voc: .* is a file, which is read as YOLO"),
+        (["info", "{voc}", "--min-size", "900", "--max-size", "300"], "--min-size 900 is above --max-size 300"),
+        (["info", "{voc}", "-o", "{yolo}/data.yaml"], r"--output .*data\.yaml: is a file: name a folder"),
+        (["show", "{voc}", "-o", "x.png", "--classes", "dog", "cta"], "--classes cta: there are no such classes; did you mean"),
+        (["check", "{voc}", "--range", "many"], "--range many: expected dtype, or black and white as 0,65535"),
+        (["check", "{voc}", "--json", "{voc}"], "--json .*: is a folder: name a file"),
+        (["convert", "{yolo}", "--to", "coco", "-o", "x", "--drop-flagged"], "--drop-flagged: is for YOLO layout, coco keeps"),
+        (["split", "{voc}", "-o", "x", "--parts", "..=.5,b=.5"], "expected NAME=SHARE .* got '..=.5'"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_and_wrong_values_are_refused(voc, tmp_path, monkeypatch, arguments, message):
+    yolo = write_yolo(tmp_path / "yolo", {"a": "0 .5 .5 .5 .5"})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message) as caught:
+        main([argument.format(voc=voc, yolo=yolo) for argument in arguments])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_splits_that_can_be_read_are_named_where_one_cannot(tmp_path, capsys):
+    root = write_yolo(tmp_path, {"a": "0 .5 .5 .5 .5"})
+    write_yolo(root, {"b": "0 .5 .5 .5 .5"}, "val")
+    (root / "labels" / "val" / "b.txt").unlink()
+    with pytest.raises(
+        DataError, match=r"none of the 1 images of val has a label file.*; --split train leaves the split val out"
+    ):
+        main(["info", str(root)])
+    assert main(["info", str(root), "--split", "train"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"), [([], (480, 800)), (["--min-size", "900"], (900, 900)), (["--max-size", "300"], (300, 300))]
+)
+def test_a_size_that_is_not_given_makes_room_for_the_other(voc, capsys, given, sizes):
+    assert main(["info", str(voc), *given]) == 0
+    assert f"--model.min_size {sizes[0]} --model.max_size {sizes[1]}" in capsys.readouterr().out
+
+
 def test_info_counts_measures_and_draws(voc, capsys, tmp_path):
     out = tmp_path / "info"
     assert main(["info", str(voc), "-o", str(out), "--min-size", "80", "--max-size", "200", "--sizes", "2"]) == 0
@@ -193,6 +236,13 @@ def test_show_writes_a_picture_an_image_of_some_classes(voc, tmp_path):
     (voc / "detpipe.json").write_text('{"class_names": ["cat", "dog"], "category_ids": [1, 2]}')
     with pytest.raises(UsageError, match="no image has an object of these classes"):
         main(["show", str(voc), "--split", "cats", "-o", str(out), "--classes", "dog"])
+
+
+def test_show_writes_a_picture_for_each_of_several_images_of_one_stem(tmp_path):
+    root = write_csv(tmp_path, ["a.jpg,1,2,11,22,dog", "a.png,1,2,11,22,dog"]).parent
+    picture(40, 60).save(root / "a.png")
+    assert main(["show", str(root), "-o", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train_a.png", "train_a_2.png"]
 
 
 def test_show_of_splits_with_other_classes(tmp_path):
@@ -324,7 +374,7 @@ def test_split_shares_out_the_classes(voc, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "images       12        6  50.0%        3  25.0%        3  25.0%\n" in shown
     assert "dog           8        4  50.0%        2  25.0%        2  25.0%\n" in shown
-    assert recognize(str(out)).splits == ("test", "train", "val")  # in the layout that it had
+    assert recognize(str(out)).splits == ("train", "val", "test")  # in the layout that it had
     names = [
         str(n)
         for split in recognize(str(out)).splits

@@ -173,6 +173,18 @@ def test_pictures_of_every_kind(backbone, tmp_path):
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
+def test_of_many_classes_those_with_most_objects_have_a_curve(monkeypatch, tmp_path):
+    from detpipe.pictures import inspection_plots
+
+    figures = []
+    monkeypatch.setattr(inspection_plots, "save_figure", lambda figure, out: figures.append(figure))
+    names = [f"class {k}" for k in range(30)]
+    inspection_plots.plot_class_gates({"c2": torch.rand(30, 4)}, names, list(range(30)), tmp_path / "g.png")
+    [legend] = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"class {k} ({k})" for k in range(10, 30)]
+    assert figures[0].get_suptitle().endswith("; 20 classes with most objects")
+
+
 @pytest.mark.parametrize("size", runs.mostly_slow([(3000, 1), (1, 3000), (8000, 16)], (1, 3000)))
 def test_maps_of_slim_images_are_bounded(size, tmp_path):
     from detpipe.pictures.inspection_plots import plot_maps

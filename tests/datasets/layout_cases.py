@@ -152,6 +152,23 @@ LAYOUTS = [
            {f"annotations/{split}.json": coco(stems) for split, stems in SPLITS.items()}),
     Layout("folders of splits", "coco", "{split}/data/{stem}.jpg", "", SPLITS, "train/labels.json",
            {f"{split}/labels.json": coco(stems) for split, stems in SPLITS.items()}),
+    Layout("official, images of no split", "coco", "images/{stem}.jpg", "", TWO, "instances_train.json of the images in images", {
+        f"annotations/instances_{split}.json": coco(stems) for split, stems in TWO.items()}),
+    Layout("annotations in folders of splits", "coco", "{split}/images/{stem}.jpg", "", SPLITS, "images in train/images (and", {
+        f"{split}/annotations/instances.json": coco(stems) for split, stems in SPLITS.items()}),
+    Layout("annotations three folders further down", "coco", "job/{split}/images/{stem}.jpg", "", TWO, "in job/train/images (and", {
+        f"job/{split}/annotations/instances.json": coco(stems) for split, stems in TWO.items()}),
+    Layout("names of splits among other words", "coco", "images/{split}/{stem}.jpg", "", TWO, "the images in images/train (and", {
+        f"annotations/{split}_annotations.json": coco(stems) for split, stems in TWO.items()}),
+    Layout("official, a folder further down", "coco", "set/{split}/{stem}.jpg", "", TWO, "of the images in set/train (and", {
+        "set/annotations/person_keypoints_train.json": coco(["a"])} | {
+        f"set/annotations/instances_{split}.json": coco(stems) for split, stems in TWO.items()}),
+    Layout("images in a folder of any name", "coco", "raw photos/sub/{stem}.jpg", "", {"train": STEMS}, "images in raw photos",
+           {"labels/train.json": coco(STEMS, "/".join(["sub", "{}.jpg"]))}),
+    Layout("paths of another machine", "coco", "photos/{stem}.jpg", "", {"train": STEMS}, "train.json", {
+        "train.json": coco(STEMS, "C:\\Users\\me\\photos\\{}.jpg")}),
+    Layout("names without suffixes", "coco", "photos/{stem}.png", "", {"train": STEMS}, "of the images in photos", {
+        "train.json": coco(STEMS, "/".join(["", "home", "me", "{}"]))}),
     # XML
     Layout("xml beside images in splits", "voc", "{split}/{stem}.jpg", "{split}/{stem}.xml", SPLITS, "train, valid, test"),
     Layout("xml beside images", "voc", "{stem}.jpg", "{stem}.xml", ALL, "XML beside the images in the folder"),
@@ -186,6 +203,15 @@ LAYOUTS = [
            {"Training": STEMS[:2], "Validation": STEMS[2:]}, "XML beside the images in Training, Validation"),
     Layout("lists beside the folders", "voc", "images/{stem}.jpg", "annotations/{stem}.xml", TWO, "lists in the folder", {
         "train.txt": "a.jpg\nimages/b 1.jpg\n", "val.txt": "c\nd\n", "readme.txt": "a\n", "test notes.txt": "none\n"}),
+    Layout("VOCdevkit as it is unpacked", "voc", "VOCdevkit/VOC2012/JPEGImages/{stem}.jpg",
+           "VOCdevkit/VOC2012/Annotations/{stem}.xml", {"2012:train": STEMS[:2], "2012:val": STEMS[2:]}, "lists in VOCdevkit/", {
+        "VOCdevkit/VOC2012/ImageSets/Main/train.txt": "a\nb 1\n", "VOCdevkit/VOC2012/ImageSets/Main/val.txt": "c\nd\n"}),
+    Layout("names in quotes", "voc", "JPEGImages/{stem}.jpg", "Annotations/{stem}.xml", TWO, "lists in ImageSets/Main", {
+        "ImageSets/Main/train.txt": 'a\n"b 1"\n', "ImageSets/Main/ball_train.txt": 'a  1\n"b 1"  1\n',
+        "ImageSets/Main/val.txt": "c\nd\n"}),
+    Layout("lists of images with their annotations", "voc", "images/{stem}.jpg", "annotations/{stem}.xml", TWO, "lists in the", {
+        "train.txt": "./images/a.jpg ./annotations/a.xml\n./images/b 1.jpg ./annotations/b 1.xml\n",
+        "val.txt": "./images/c.jpg ./annotations/c.xml\n./images/d.jpg ./annotations/d.xml\n"}),
     # YOLO
     Layout("classes.txt", "yolo", "images/{stem}.jpg", "labels/{stem}.txt", ALL, "classes.txt, labels in labels", {
         "classes.txt": NAMES, "notes.json": json.dumps({"categories": [{"id": 1, "name": "box"}, {"id": 0, "name": "ball"}]})}),
@@ -229,7 +255,20 @@ LAYOUTS = [
         "data.yaml": "path: C:\\data\ntrain: lists/train.txt\nval: /content/lists/val.txt\nnames: [ball, box]\n",
         "lists/train.txt": "D:\\set\\images\\train\\a.jpg\n..\\images\\train\\b 1.jpg\n",
         "lists/val.txt": "/content/set/images/val/c.jpg\n../images/val/d.jpg\n"}),
+    Layout("yaml beside the folder of its path", "yolo", "My Set/images/{split}/{stem}.jpg", "My Set/labels/{split}/{stem}.txt",
+           TWO, "data.yaml", {"data.yaml": "path: ../datasets/my set\ntrain: images/train\nval: images/val\nnames: [ball, box]\n"}),
+    Layout("yaml with a split that is not there", "yolo", "{split}/images/{stem}.jpg", "{split}/labels/{stem}.txt", TWO,
+           "data.yaml, without test: ../test/images is not there",
+           {"data.yaml": "train: ../train/images\nval: ../val/images\ntest: ../test/images\nnames: [ball, box]\n"}),
     # tables
+    Layout("table of ids of images", "csv", "train/{stem}.png", "", {"train": STEMS}, "train.csv", {
+        "train.csv": rows(STEMS).replace(".jpg", "").replace("filename", "image_id").replace("xmin", "x_min")}),
+    Layout("table with a class of images without boxes", "csv", "{stem}.jpg", "", ALL, "boxes.csv", {
+        "boxes.csv": rows(STEMS).replace(f"c.jpg,{WIDTH},{HEIGHT},", f"c.jpg,{WIDTH},{HEIGHT},nothing")}),
+    Layout("table of parts of the image", "csv", "train/{stem}.jpg", "", {"train-annotations-bbox": STEMS}, "-bbox.csv", {
+        "train-annotations-bbox.csv": "ImageID,LabelName,XMin,XMax,YMin,YMax\nc,,,,,\n" + "".join(
+            f"{stem},{label},{x1 / WIDTH},{x2 / WIDTH},{y1 / HEIGHT},{y2 / HEIGHT}\n"
+            for stem in STEMS for label, x1, y1, x2, y2 in SCENES[stem])}),
     Layout("tables in splits", "csv", "{split}/{stem}.jpg", "", TWO, "train/_annotations.csv", {
         f"{split}/_annotations.csv": rows(stems) for split, stems in TWO.items()}),
     Layout("tables beside a folder of images", "csv", "images/{stem}.jpg", "", TWO, "train_labels.csv", {

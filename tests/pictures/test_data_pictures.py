@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,13 @@ def test_plots_of_few_and_of_many_boxes(tmp_path, boxes):
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
         assert min(pixels.shape[:2]) > 400
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def test_dollars_and_letters_of_other_scripts_in_names_are_drawn_as_they_are(tmp_path):
+    a = replace(annotations(3), class_names=(r"a $\foo$ b", "$x_{$", "猫", *(f"class {k}" for k in range(57))))
+    plot_classes({r"$\bar$": a}, tmp_path / "classes.png")
+    plot_boxes(a, r"$\bar$", [8], Resize(min_size=120, max_size=200), tmp_path / "boxes.png")
+    plot_images({r"$\bar$": a}, tmp_path / "images.png")
 
 
 def test_ticks_of_a_logarithmic_axis():

@@ -79,6 +79,22 @@ def test_boxes_that_stick_out_or_have_no_size_are_drawn(renderer):
     assert draw(gray(500, 600), boxes, torch.tensor([1, 2, 3]), NAMES, renderer=renderer).shape == (3, 500, 600)
 
 
+@pytest.mark.parametrize(
+    ("boxes", "places"),
+    [
+        ([[20, 30, 60, 60]], [[20, 20]]),  # above
+        ([[20, 5, 60, 60]], [[20, 5]]),  # inside, where there is no room above
+        ([[80, 30, 95, 60]], [[70, 20]]),  # moved into the image
+        ([[20, 30, 60, 60], [20, 30, 70, 60]], [[20, 30], [20, 20]]),  # the last one is on top and has the first choice
+        ([[0, 0, 100, 60], [0, 0, 100, 60]], [[70, 0], [0, 0]]),
+        ([], []),
+    ],
+)
+def test_tags_leave_each_other_room(boxes, places):
+    placed = visualize._place_tags(np.array(boxes, float).reshape(-1, 4), np.full((len(boxes), 2), (30, 10)), 100, 60)
+    assert placed.tolist() == places
+
+
 @renderers
 def test_higher_scores_are_drawn_last(renderer):
     boxes = torch.tensor([[100.0, 100, 300, 300]]).repeat(2, 1)

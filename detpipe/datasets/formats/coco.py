@@ -21,18 +21,20 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import UNSET
 
-from detpipe.datasets.annotations import AnnotationBuilder, leaves_folder
+from detpipe.datasets.annotations import AnnotationBuilder
 from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats import export
 from detpipe.datasets.formats.export import Images, Splits, Written
-from detpipe.datasets.formats.folders import Entries, take_split
+from detpipe.datasets.formats.folders import Entries, find_image_folder, is_image, split_of, take_split
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
 from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
 from detpipe.support.errors import DataError
+from detpipe.support.strict_json import load_json
 from detpipe.types import Annotations, Segmentations
 
-_DEPTH = 2  # folders below the root in which annotation files are looked for
+_DEPTH = 3  # folders below the root in which annotation files are looked for
+_LOOKED_AT = 20  # images that are looked for to find their folder
 _SPLITS = 50  # a folder with more JSON files has one an image
 _PLAIN = ("labels", "annotations", "_annotations", "_annotations.coco", "instances", "coco")  # say nothing of the split
 
@@ -114,26 +116,33 @@ class _Content(msgspec.Struct):
 def find_splits(root: Path) -> dict[str, COCOFiles]:
     """Find the splits of a folder in COCO layout: name -> files, relative to the root; empty if there are none.
 
-    Where there are official files, others are not looked at.
+    Where there are official files, others are not looked at. A DataError if a file of annotations is no valid JSON.
     """
     official = sorted(root.glob("annotations/instances_*.json"))
     if official:
         found: dict[str, COCOFiles] = {}
         for path in official:
             name = path.stem.removeprefix("instances_")
-            places = [name, f"images/{name}"]
-            images = next((place for place in places if (root / place).is_dir()), name)
-            found[name] = COCOFiles(f"annotations/{path.name}", images)
+            usual = [place for place in (root / name, root / "images" / name) if place.is_dir()]
+            images = next(filter(_holds_images, usual), None) or _find_images(root, path, _first_images(path) or [])
+            images = images or next(iter(usual), root / name)
+            found[name] = COCOFiles(f"annotations/{path.name}", images.relative_to(root).as_posix())
         return found
-    contents = {path: first for path in _json_files(root, _DEPTH) if (first := _first_image(path)) is not None}
+    contents = {path: first for path in _json_files(root, _DEPTH) if (first := _first_images(path)) is not None}
     count = Counter(path.parent for path in contents)
     found = {}
     for path, first in contents.items():
-        name, images = _place(root, path, first, count[path.parent] == 1)
+        images = _find_images(root, path, first) or path.parent
+        name = _name_split(root, path, images, count[path.parent] == 1)
         place = path.relative_to(root)
         name = str(place.with_suffix("")) if name in found else name
         found[name] = COCOFiles(place.as_posix(), images.relative_to(root).as_posix())
     return found
+
+
+def _holds_images(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(is_image(entry.name) for entry in entries)
 
 
 def _json_files(folder: Path, depth: int) -> list[Path]:
@@ -142,34 +151,48 @@ def _json_files(folder: Path, depth: int) -> list[Path]:
     with os.scandir(folder) as scan:
         entries = sorted(scan, key=lambda entry: entry.name)
     files = [Path(entry.path) for entry in entries if entry.name.lower().endswith(".json") and entry.is_file()]
+    files = [path for path in files if path.name.startswith("instances_")] or files
     files = files if len(files) <= _SPLITS else []
     below = [Path(entry.path) for entry in entries if depth and not entry.name.startswith(".") and entry.is_dir()]
     return files + [file for inner in below for file in _json_files(inner, depth - 1)]
 
 
-def _first_image(path: Path) -> str | None:
-    """The first file name of an annotation file, "" if it has no images; None if it is no COCO file."""
+def _first_images(path: Path) -> list[str] | None:
+    """The first file names of an annotation file; None if it is no COCO file, a DataError if it is one that is cut off."""
     try:
-        images = msgspec.json.decode(path.read_bytes().removeprefix(BYTE_ORDER_MARK), type=_Content).images
-    except (msgspec.MsgspecError, OSError, RecursionError):
+        data = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
+        return [image.file_name for image in msgspec.json.decode(data, type=_Content).images[:_LOOKED_AT]]
+    except (msgspec.ValidationError, OSError, RecursionError):
         return None
-    return images[0].file_name if images else ""
+    except msgspec.MsgspecError:
+        if b'"annotations"' in data or b'"images"' in data:
+            load_json(path)  # says where it ends
+        return None
 
 
-def _place(root: Path, path: Path, first: str, alone: bool) -> tuple[str, Path]:
-    """The name of the split of an annotation file, which may be the only one of its folder, and the folder of its images."""
+def _find_images(root: Path, path: Path, names: list[str]) -> Path | None:
+    """The folder of the images of an annotation file: one near it that has some of them, or else any below the root.
+
+    The nearest where none has; None if there is none.
+    """
     beside, stem = path.parent, path.stem.removeprefix("instances_")
+    words = dict.fromkeys((stem, split_of((stem,)) or stem))
     bases = [beside] if beside == root else [beside, beside.parent]
-    places = [base / part for base in bases for part in (stem, f"images/{stem}", "images", "data", ".")]
-    places = [place for place in places if place.is_dir()]
-    there = [place for place in places if not leaves_folder(first) and Entries().find(place, first)]
-    exact = [place for place in there if (place / first).is_file()]
-    images = next(iter([*exact, *there]), places[0])
+    parts = (*words, *(f"images/{word}" for word in words), "images", "data", ".")
+    near = [base / part for base in bases for part in parts if (base / part).is_dir()]
+    own = split_of((*path.relative_to(root).parts[:-1], stem))
+    return find_image_folder(root, near, names, own) or (near[0] if near[0] != beside else None)
+
+
+def _name_split(root: Path, path: Path, images: Path, alone: bool) -> str:
+    """The name of the split of an annotation file, which may be the only one of its folder."""
+    beside, stem = path.parent, path.stem.removeprefix("instances_")
     if alone and images == beside and (beside != root or stem in _PLAIN):
-        return beside.resolve().name, images
+        return beside.resolve().name
     if stem not in _PLAIN:
-        return stem, images
-    return (images if beside == root or beside.name == "annotations" else beside).name, images
+        return split_of((stem,)) or stem
+    folder = images if beside == root or beside.name == "annotations" else beside
+    return split_of(path.relative_to(root).parts[:-1]) or folder.name
 
 
 def load_coco(
@@ -183,8 +206,8 @@ def load_coco(
 
     Category ids become the labels 1..K in ascending order of the ids; images without annotations stay in. A missing ``iscrowd``
     is 0, a missing ``area`` is the area of the box, a missing size is read from the image. VOC's ``difficult``, where a file
-    has it, is kept. File names may have backslashes, other capitals or suffixes, or folders before them that are not there. Ids
-    and the root category of hubs: see :func:`~detpipe.support.coco_file.read_coco_file`.
+    has it, is kept. File names may have backslashes, other capitals or suffixes, or folders before them that are not there, also
+    those of another machine. Ids and the root category of hubs: see :func:`~detpipe.support.coco_file.read_coco_file`.
 
     Args:
         json_path: the annotation file.
@@ -205,7 +228,7 @@ def load_coco(
     for fault in file.faults:
         getattr(faults, fault.level)(fault.reason, fault.message)
     built = AnnotationBuilder(faults, file.categories["name"], file.category_ids)
-    names = _file_names(file.images["file_name"], image_root)
+    names = _file_names(file.images["file_name"], image_root, faults.allow_links)
     keep = _check_images(file, names, image_root, built)
     rows = np.flatnonzero(keep[file.box_image])
     faults.boxes_of_skipped_image(file.orphans + len(file.labels) - len(rows))
@@ -222,11 +245,11 @@ def load_coco(
     return built.build(image_root, [image_root])
 
 
-def _file_names(names: list[Any], folder: Path) -> list[str]:
+def _file_names(names: list[Any], folder: Path, allow_links: bool) -> list[str]:
     """File names as the images are called in the folder; what is not there, or is there for several, stays as it is."""
     entries = Entries()
     names = ["" if name is UNSET else name for name in names]
-    found = [entries.find_image(folder, name) for name in names]
+    found = [entries.find_image(folder, name, allow_links) for name in names]
     count = Counter(found)
     return [new if count[new] == 1 else name for name, new in zip(names, found, strict=True)]
 

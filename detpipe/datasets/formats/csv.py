@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,9 +28,9 @@ from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats import export
 from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
-from detpipe.datasets.formats.csv_table import RowReader, Table, is_table, normal_name, quoted
+from detpipe.datasets.formats.csv_table import RowReader, Table, is_nearly_table, is_table, normal_name, quoted
 from detpipe.datasets.formats.export import Images, Splits, Written
-from detpipe.datasets.formats.folders import ALL, IMAGE_FOLDERS, split_of, take_split
+from detpipe.datasets.formats.folders import ALL, IMAGE_FOLDERS, find_image_folder, split_of, take_split
 from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
 from detpipe.datasets.stored_proposals import file_key
@@ -57,10 +58,11 @@ def find_splits(root: Path) -> dict[str, CSVSplit]:
     """
     if root.is_file() or (root / NAME).is_file():
         return _of_column(root if root.is_file() else root / NAME)
-    tables = [path for path in _files(root) if is_table(path)]
-    tables = tables or [
-        path for folder in sorted(root.iterdir()) if folder.is_dir() for path in _files(folder) if is_table(path)
-    ]
+    folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir()]
+    files = [_files(root), [path for folder in folders for path in _files(folder)]]
+    tables = next(filter(None, (list(filter(is_table, some)) for some in files)), [])
+    for path in filter(is_nearly_table, chain(*files) if not tables else ()):
+        Table(path)  # says what it lacks
     if len(tables) == 1 and not split_of(tables[0].relative_to(root).with_suffix("").parts):
         return _of_column(tables[0])
     found: dict[str, CSVSplit] = {}
@@ -218,7 +220,8 @@ def find_classes(paths: Sequence[Path]) -> tuple[str, ...]:
     known = read_class_list(paths[0].parent) if paths else None
     if known:
         return known.class_names
-    names = {row.values.get("label", "") for path in paths for row in Table(path).rows} - {""}
+    boxes = (row for table in map(Table, paths) for row in table.rows if any(map(row.values.get, table.ends)))
+    names = {row.values["label"] for row in boxes} - {""}
     if not names:
         raise DataError(f"{', '.join(map(str, paths))}: no row names a class; class_names 'auto' has nothing to read")
     return tuple(sorted(names))
@@ -231,18 +234,15 @@ def splits_of(table: Table) -> tuple[str, ...]:
 
 def _prefix(table: Table, folder: Path) -> str:
     """The folder below that of the images which the first names of a table are relative to; empty where they are relative to it."""
-    names = [normal_name(row.values.get("file_name", "")) for row in table.rows[:_LOOKED_AT]]
-    names = [name for name in dict.fromkeys(names) if name and not name.startswith(("../", "/"))]
-    beside = table.path.parent
+    rows = [row for row in table.rows[:_LOOKED_AT] if not row.broken]
+    names = list(dict.fromkeys(normal_name(row.values["file_name"]) for row in rows if row.values["file_name"]))
+    beside, own = table.path.parent, split_of((table.path.stem,))
     near = [
         path for path in sorted(beside.iterdir()) if path.is_dir() and path.name.lower() in (*IMAGE_FOLDERS, "data")
     ]
-    own = split_of((table.path.stem,))
-    near += [base / own for base in (beside, *near) if own]
-    for place in (folder, beside, *near):
-        if place.is_relative_to(folder) and any((place / name).is_file() for name in names):
-            return "" if place == folder else f"{place.relative_to(folder).as_posix()}/"
-    return ""
+    near = [folder, beside, *near, *(base / own for base in (beside, *near) if own)]
+    place = find_image_folder(folder, [path for path in near if path.is_relative_to(folder)], names, own)
+    return "" if place in (None, folder) else f"{place.relative_to(folder).as_posix()}/"
 
 
 def _find(folder: Path, name: str, file: str) -> tuple[Path, str | None]:

@@ -1,14 +1,17 @@
 """Reads a table of boxes: a row a box, columns found by their names in the first line.
 
-=============  =================================================================================================
-column         names that are understood; capitals, spaces and hyphens do not matter
-=============  =================================================================================================
-image          ``file_name``, ``filename``, ``file``, ``image``, ``image_path``, ``path``
-box            ``x1 y1 x2 y2`` or ``xmin ymin xmax ymax``; or ``x1``/``xmin``/``x`` and ``y1``/``ymin``/``y`` with
-               ``w h`` or ``width height``: pixel edges counted from 0
-class          ``label``, ``class``, ``class_name``, ``category``, ``name``
+=============  ======================================================================================================
+column         names that are understood; capitals, spaces, hyphens and underscores do not matter
+=============  ======================================================================================================
+image          ``file_name``, ``file``, ``image``, ``image_path``, ``image_name``, ``path``; or else ``image_id``
+box            ``x1 y1 x2 y2``, ``xmin ymin xmax ymax`` or ``left top right bottom``; or the first two of them, or ``x y``,
+               with ``w h`` or ``width height``: pixel edges counted from 0
+class          ``label``, ``class``, ``class_name``, ``category``, ``name``, ``label_name``, ``class_id``
 may be there   ``split``, ``difficult``, ``iscrowd``, ``area``, ``image_id``; others are not looked at
-=============  =================================================================================================
+=============  ======================================================================================================
+
+Where no number of the boxes of a table is above 1, they are parts of the width and height of the image, and a line of the log says
+so. An image may be named without its suffix.
 
 A quote before a name that begins as a formula does, as spreadsheets want it, is not part of the name: ``'=a`` is ``=a``.
 
@@ -18,10 +21,12 @@ semicolons or tabs.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from functools import cached_property
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -32,30 +37,34 @@ from detpipe.datasets.annotations import (
     read_area,
     read_finite,
     read_flag,
+    read_number,
     read_whole,
 )
-from detpipe.datasets.formats.folders import Entries
+from detpipe.datasets.formats.folders import Entries, is_image
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import shorten
 from detpipe.support.tables import read_table
 
-ALIASES = {
-    "file_name": ("file_name", "filename", "file", "image", "image_path", "path"),
-    "x1": ("x1", "xmin", "x"),
-    "y1": ("y1", "ymin", "y"),
-    "x2": ("x2", "xmax"),
-    "y2": ("y2", "ymax"),
-    "w": ("w", "width", "box_width"),
-    "h": ("h", "height", "box_height"),
-    "label": ("label", "class", "class_name", "category", "name"),
+_ALIASES = {
+    "file_name": ("filename", "file", "image", "imagepath", "imagename", "path"),
+    "x1": ("x1", "xmin", "left", "x"),
+    "y1": ("y1", "ymin", "top", "y"),
+    "x2": ("x2", "xmax", "right"),
+    "y2": ("y2", "ymax", "bottom"),
+    "w": ("w", "width", "boxwidth"),
+    "h": ("h", "height", "boxheight"),
+    "label": ("label", "class", "classname", "category", "name", "labelname", "classid"),
     "split": ("split", "set", "subset"),
     "difficult": ("difficult",),
     "iscrowd": ("iscrowd",),
     "area": ("area",),
-    "image_id": ("image_id",),
+    "image_id": ("imageid",),
 }
+# of columns of these meanings the first counts: "class" before "name", "w" of the box before "width" of the image
+_FIRST_COUNTS = ("file_name", "label", "split", "w", "h")
 _FORMULA, _QUOTED = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"'+[=+\-@\t\r]")  # what a spreadsheet would compute
 _LONGEST_HEADER = 2**14  # bytes
+_log = logging.getLogger(__name__)
 _NEEDED = ("file_name", "x1", "y1", "label")
 
 
@@ -84,9 +93,20 @@ class Table:
         self.rows = [self._row(line, values, places) for line, values in records if any(map(str.strip, values))]
 
     @property
-    def sized(self) -> bool:
-        """Whether boxes are given by width and height instead of the right and lower edge."""
-        return "w" in self.columns
+    def ends(self) -> tuple[str, ...]:
+        """What the four numbers of a box mean: it is given by its width and height, or its right and lower edge."""
+        return ("x1", "y1", "w", "h") if "w" in self.columns else ("x1", "y1", "x2", "y2")
+
+    @cached_property
+    def is_relative(self) -> bool:
+        """Whether boxes are parts of the width and height of their image."""
+        fractions = False
+        for text in (row.values[meaning] for row in self.rows if not row.broken for meaning in self.ends):
+            value = read_number(text) or 0.0
+            if value > 1:
+                return False
+            fractions |= not value.is_integer()
+        return fractions
 
     def column(self, meaning: str) -> str:
         """How a message calls a column."""
@@ -101,19 +121,19 @@ class Table:
 
 
 def _find_columns(path: Path, header: list[str]) -> dict[str, str]:
-    names = [name.lower().replace(" ", "_").replace("-", "_") for name in header]
+    names = [_plain(name) for name in header]
     found: dict[str, str] = {}
-    for meaning, aliases in ALIASES.items():
+    for meaning, aliases in _ALIASES.items():
         places = [i for alias in aliases for i, name in enumerate(names) if name == alias]
-        if meaning in ("file_name", "label", "split") and places:
-            places = (
-                places[:1] if names.count(names[places[0]]) == 1 else places
-            )  # "class" and "name": the first counts
+        if meaning in _FIRST_COUNTS and places and names.count(names[places[0]]) == 1:
+            places = places[:1]
         if len(places) > 1:
             both = " and ".join(repr(header[i]) for i in places)
             raise DataError(f"{path}: the columns {both} mean the same; keep one of them")
         if places:
             found[meaning] = header[places[0]]
+    if "file_name" not in found and "image_id" in found:
+        found["file_name"] = found.pop("image_id")
     if "x2" in found or "y2" in found:  # then width and height are those of the image
         found.pop("w", None)
         found.pop("h", None)
@@ -130,12 +150,27 @@ def _find_columns(path: Path, header: list[str]) -> dict[str, str]:
 
 def is_table(path: Path) -> bool:
     """Whether the first line of a file names the columns of a table of boxes."""
-    with path.open("rb") as stream:
-        first = stream.readline(_LONGEST_HEADER).decode("utf-8-sig", errors="replace").strip()
     try:
-        return bool(_find_columns(path, [name.strip(' "') for name in first.split(max(",;\t", key=first.count))]))
+        return bool(_find_columns(path, _first_line(path)))
     except DataError:
         return False  # some other table
+
+
+def is_nearly_table(path: Path) -> bool:
+    """Whether a file seems to be a table of boxes, by the first line, though it may lack columns or their names."""
+    header = _first_line(path)
+    return any(map(is_image, header)) or not {"x1", "xmin", "bbox"}.isdisjoint(map(_plain, header))
+
+
+def _first_line(path: Path) -> list[str]:
+    with path.open("rb") as stream:
+        first = stream.readline(_LONGEST_HEADER).decode("utf-8-sig", errors="replace").strip()
+    return [name.strip(' "') for name in first.split(max(",;\t", key=first.count))]
+
+
+def _plain(name: str) -> str:
+    """The name of a column by which it is told."""
+    return re.sub("[ _-]", "", name.lower())
 
 
 def quoted(text: str) -> str:
@@ -168,6 +203,8 @@ class RowReader:
         other: dict[str, str] = {}  # file name -> another split that it is in
         rows = 0
         self.prefix = prefix
+        if table.is_relative:
+            _log.warning("%s: no number of a box is above 1: they are read as parts of width and height", table.path)
         for row in tqdm(table.rows, desc="reading rows", unit="row", disable=None, leave=False):
             if row.broken:
                 self.built.boxes_read += 1
@@ -196,15 +233,12 @@ class RowReader:
     def _look_for(self, name: str) -> str:
         if not leaves_folder(name):
             return self._entries.find_image(self.folder, f"{self.prefix}{name}")
-        kept = name.startswith("..") or (self.faults.allow_links and Path(name).is_file())
-        inner = name.removeprefix(PureWindowsPath(name).drive).lstrip("/")
-        found = None if kept else self._entries.find(self.folder / self.prefix, inner)
-        return name if found is None else found.relative_to(self.folder).as_posix()
+        found = self._entries.find_image(self.folder / self.prefix, name, self.faults.allow_links)
+        return found if leaves_folder(found) else f"{self.prefix}{found}"
 
     def _row(self, table: Table, row: Row) -> None:
         where, name = f"{table.path}: line {row.line}", self._name(row)
-        ends = ("x1", "y1", "w", "h") if table.sized else ("x1", "y1", "x2", "y2")
-        texts = [row.values[meaning] for meaning in ends]
+        texts = [row.values[meaning] for meaning in table.ends]
         self.built.boxes_read += any(texts) or not name
         if not name:
             text = f"{where}: {table.column('file_name')} is empty: expected the name of an image file"
@@ -218,7 +252,7 @@ class RowReader:
             return None
         values, image = row.values, self.images[name][1]
         try:
-            pairs = zip(ends, texts, strict=True)
+            pairs = zip(table.ends, texts, strict=True)
             x1, y1, a, b = (read_finite(text, where, table.column(meaning)) for meaning, text in pairs)
             label = self.built.label(values["label"], where, table.column("label"))
             difficult, crowd = (
@@ -230,7 +264,10 @@ class RowReader:
         self.boxed.add(name)
         if image is None:
             return self.faults.boxes_of_skipped_image(1)
-        box = (x1, y1, x1 + a, y1 + b) if table.sized else (x1, y1, a, b)
+        if table.is_relative:
+            height, width = self.built.sizes[image]
+            x1, y1, a, b = x1 * width, y1 * height, a * width, b * height
+        box = (x1, y1, x1 + a, y1 + b) if "w" in table.ends else (x1, y1, a, b)
         return self.built.add_box(
             image, box, label, f"{where} ({name}): box {', '.join(texts)}", difficult, crowd, area
         )

@@ -130,8 +130,9 @@ def new_folder(
 
 
 def file_name_of(split: str) -> str:
-    """A split's name as part of a file name: ``2007:trainval`` -> ``2007_trainval``."""
-    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in split)
+    """A split's name as part of a file name: ``2007:trainval`` -> ``2007_trainval``, and ``..`` -> ``_..``."""
+    name = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in split)
+    return f"_{name}" if name.startswith(".") else name
 
 
 def one_class_list(splits: Splits) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import chain
+from pathlib import Path, PureWindowsPath
 
 from detpipe.datasets.annotations import leaves_folder
 from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
@@ -34,6 +36,7 @@ _SPLIT = re.compile(r"(train|training|trainval|val|valid|validation|test|testing
 _SPLIT_WORDS = ("default", "data")  # of tools that have no splits, but a folder in their place
 _WORD = f"({'|'.join((*IMAGE_FOLDERS, *LABEL_FOLDERS))})"
 _WORDS = re.compile(rf"^{_WORD}$|^{_WORD}[ _-]+|[ _-]+{_WORD}$", re.IGNORECASE)
+_XML_BEHIND = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})\s.*\.xml$", re.IGNORECASE)
 _LONGEST_NAME = 4096  # bytes of a path in a list
 _DEEPEST = 8  # levels of folders below the root
 
@@ -96,30 +99,31 @@ def _sorted_out(names: Iterable[str], suffix: str) -> Folder:
 
 
 def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
-    """List a folder and all below it, by their parts relative to it; hidden ones are left out, none is entered twice.
-
-    Nothing is listed where no file ends in the suffix. A DataError if a folder cannot be listed.
-    """
-    names: dict[tuple[str, ...], list[str]] = {}
-    seen: set[tuple[int, int]] = set()
-    waiting: list[tuple[str, ...]] = [()]
-    while waiting:
-        parts = waiting.pop()
-        path = root.joinpath(*parts)
-        try:
-            if folder_key(path) in seen or len(parts) > _DEEPEST:
-                continue
-            seen.add(folder_key(path))
-            with os.scandir(path) as entries:
-                inside = [(entry.name, entry.is_dir()) for entry in entries]
-        except OSError as error:
-            raise DataError(f"{path}: cannot be listed ({error.strerror or error})") from error
-        names[parts] = [name for name, is_folder in inside if not is_folder]
-        below = sorted((name for name, is_folder in inside if is_folder and not name.startswith(".")), reverse=True)
-        waiting += [(*parts, name) for name in below]
-    if not any(name.lower().endswith(suffix) for listed in names.values() for name in listed):
+    """List the folders of `walk_folders`, by their parts relative to it; nothing where no file ends in the suffix."""
+    names = {folder.relative_to(root).parts: files for folder, files in walk_folders(root)}
+    if not any(name.lower().endswith(suffix) for files in names.values() for name in files):
         return {}
-    return {parts: _sorted_out(listed, suffix) for parts, listed in names.items()}
+    return {parts: _sorted_out(files, suffix) for parts, files in names.items()}
+
+
+def walk_folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it, by name, with the names of the files in each; hidden ones are left out.
+
+    Links are followed, and none is entered twice. A DataError if a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror or error})") from error
+
+    seen: set[tuple[int, int]] = set()
+    for path, below, files in os.walk(root, onerror=refuse, followlinks=True):
+        folder, key = Path(path), folder_key(path)
+        if key in seen or len(folder.relative_to(root).parts) > _DEEPEST:
+            below.clear()
+            continue
+        seen.add(key)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield folder, files
 
 
 def walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
@@ -161,7 +165,7 @@ class Entries:
     def find(self, folder: Path, entry: str) -> Path | None:
         """Find a file or folder: where its first folders are not there, the longest end of the path that is; None if nothing is.
 
-        The entry of a list or description may have backslashes, other capitals, or another suffix of images.
+        The entry of a list or description may have backslashes, other capitals, or another suffix of images or none.
         """
         if "\0" in entry or not entry:
             return None
@@ -172,11 +176,17 @@ class Entries:
         exact = (folder.joinpath(*end) for end in ends if self.holds(folder, "/".join(end)))
         return next(exact, None) or next(filter(None, (self._loosely(folder, end) for end in ends)), None)
 
-    def find_image(self, folder: Path, name: str) -> str:
-        """The name of an image in a folder as its file is called; what is not there, or leads out, stays as it is."""
-        if not name or leaves_folder(name) or self.holds(folder, name):
+    def find_image(self, folder: Path, name: str, allow_links: bool = False) -> str:
+        """The name of an image in a folder as its file is called; what is not there, or goes up, stays as it is.
+
+        A path of another machine means the longest end of it that is there; ``allow_links`` takes one of this machine as it is.
+        """
+        outside = leaves_folder(name)
+        if ("\0" in name or ".." in name.replace("\\", "/").split("/")) if outside else self.holds(folder, name):
             return name
-        found = self.find(folder, name)
+        if outside and allow_links and Path(name).is_file():
+            return name
+        found = self.find(folder, name.removeprefix(PureWindowsPath(name).drive).lstrip("/\\"))
         return name if found is None else found.relative_to(folder).as_posix()
 
     def _loosely(self, folder: Path, parts: Sequence[str]) -> Path | None:
@@ -185,9 +195,9 @@ class Entries:
             if path not in self._loose:
                 names = sorted(self._list(path))
                 images = {_stem(name): name for name in image_names(names) if is_image(name)}
-                self._loose[path] = images | {name.lower(): name for name in names}
+                self._loose[path] = images | {_fold(name): name for name in names}
             known = self._loose[path]
-            name = known.get(part.lower()) or (known.get(_stem(part)) if is_image(part) else None)
+            name = known.get(_fold(part)) or known.get(_stem(part) if is_image(part) else f"{_fold(part)}/")
             if name is None:
                 return None
             path = path / name
@@ -201,7 +211,36 @@ class Entries:
 
 def _stem(name: str) -> str:
     """What an image is looked for by if its suffix is another."""
-    return f"{os.path.splitext(name)[0].lower()}/"
+    return f"{_fold(os.path.splitext(name)[0])}/"
+
+
+def _fold(name: str) -> str:
+    """The same for what differs by capitals, or by how accents are encoded, which a Mac changes."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
+def find_image_folder(root: Path, near: Sequence[Path], names: Sequence[str], split: str) -> Path | None:
+    """The folder that names of images are relative to: the first near one that has some of them, or else any below the root.
+
+    None if no folder has, or only one that says that it is of another split, whose images may be called alike.
+    """
+    entries = Entries()
+    exact = (place for place in near for name in names if not leaves_folder(name) and (place / name).is_file())
+    loose = (place for place in near for name in names if entries.holds(place, entries.find_image(place, name)))
+    return next(exact, None) or next(loose, None) or _search(root, names, split)
+
+
+def _search(root: Path, names: Sequence[str], split: str) -> Path | None:
+    wanted = {parts[-1]: parts[:-1] for parts in (name.replace("\\", "/").split("/") for name in names)}
+    for folder, files in walk_folders(root):
+        ranks = {_rank(name) for name in (split, split_of(folder.relative_to(root).parts))}
+        stems = (os.path.splitext(name)[0] for name in files if is_image(name))  # names may lack the suffix
+        name = next((name for name in chain(files, stems) if name in wanted), None)
+        if name is not None and len(ranks - {_rank("")}) < 2:
+            for part in reversed(wanted[name]):
+                folder = folder.parent if folder != root and folder.name == part else folder
+            return folder
+    return None
 
 
 def find_places(root: Path, suffix: str) -> list[Place]:
@@ -273,11 +312,17 @@ def find_lists(folder: Path, images: Iterable[str]) -> dict[str, Path]:
     for path in sorted(folder.glob("*.txt")):
         if split_of((path.stem,)) and path.is_file():
             with path.open("rb") as stream:
-                first = stream.readline(_LONGEST_NAME).decode("utf-8-sig", errors="replace").strip()
-            name = first.replace("\\", "/").rpartition("/")[2]
+                first = stream.readline(_LONGEST_NAME).decode("utf-8-sig", errors="replace")
+            name = name_in_line(first).replace("\\", "/").rpartition("/")[2]
             if name in known or (is_image(name) and os.path.splitext(name)[0] in known):
                 found[path.stem] = path
     return dict(sorted(found.items(), key=lambda item: _rank(item[0])))
+
+
+def name_in_line(line: str) -> str:
+    """The image that a line of a list names, with what may stand behind it, but not the annotation file; it may be in quotes."""
+    line = line.strip()
+    return line[1:].replace('"', "", 1) if line.startswith('"') else _XML_BEHIND.sub(r"\1", line)
 
 
 def split_of(parts: Sequence[str]) -> str:

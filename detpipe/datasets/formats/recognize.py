@@ -15,8 +15,9 @@ from detpipe.datasets.faults import OnBad
 from detpipe.datasets.fetch import is_remote
 from detpipe.datasets.formats import coco, csv, voc, voc_folders, yolo
 from detpipe.datasets.formats.class_list import read_class_list
-from detpipe.datasets.formats.folders import ALL, find_split, in_order, is_image
+from detpipe.datasets.formats.folders import ALL, find_split, in_order, is_image, walk_folders
 from detpipe.datasets.formats.yolo_yaml import NAME as YOLO_NAME
+from detpipe.datasets.formats.yolo_yaml import read_yolo
 from detpipe.datasets.shards.dataset import Shards
 from detpipe.datasets.shards.index import ARRAYS, INDEX
 from detpipe.support.errors import DataError, UsageError
@@ -62,11 +63,6 @@ def _is_split(path: Path) -> bool:
     return (path / INDEX).is_file() and (path / ARRAYS).is_file()
 
 
-def _find_coco(root: Path) -> dict[str, coco.COCOFiles]:
-    found = coco.find_splits(root)
-    return {name: found[name] for name in in_order(found)}
-
-
 def _says_coco(_: Path, splits: Mapping[str, coco.COCOFiles]) -> str:
     first = next(iter(splits.values()))
     more = f" (and of {len(splits) - 1} more splits)" if len(splits) > 1 else ""
@@ -74,12 +70,13 @@ def _says_coco(_: Path, splits: Mapping[str, coco.COCOFiles]) -> str:
 
 
 FORMATS: dict[Layout, Format] = {
-    "coco": Format("COCO", _find_coco, _says_coco),
+    "coco": Format("COCO", coco.find_splits, _says_coco),
     "voc": Format("VOC", voc.find_splits, voc_folders.says_layout),
-    "yolo": Format("YOLO", yolo.find_splits, lambda root, _: yolo.says_layout(root)),
+    "yolo": Format("YOLO", yolo.find_splits, lambda root, _: read_yolo(root).says()),
     "csv": Format("a table of boxes", csv.find_splits, csv.says_layout),
     "shards": Format("shards", _find_shards, lambda root, splits: f"{len(splits)} folders of shards"),
 }
+_OF_OTHERS = {".json", ".jsonl", ".ndjson", ".xml", ".csv", ".parquet", ".arrow", ".tfrecord", ".record"}
 _FILES: dict[str, Layout] = {".json": "coco file", ".csv": "csv", ".yaml": "yolo", ".yml": "yolo", ".data": "yolo"}
 
 
@@ -95,17 +92,29 @@ def recognize(data: str, option: str = "--data ", layout: Layout | None = None) 
     if not path.exists():
         raise UsageError(f"{option}{data} does not exist; {EXPECTED}")
     if path.is_file():
-        return _recognize_file(path, f"{option}{data}")
+        read = _recognize_file(path, f"{option}{data}")
+        if layout not in (None, read.layout.split()[0]):
+            raise UsageError(f"--layout {layout}: {option}{data} is a file, which is {read.says}; leave --layout out")
+        return read
     found, faults = _ask_all(path, layout)
     if not found and faults:
         raise next(iter(faults.values()))
     if not found:
-        images = (
-            " holds images without any annotation, and" if any(is_image(file.name) for file in path.iterdir()) else ""
-        )
         other = f" in {FORMATS[layout].title} layout" if layout else ""
-        raise UsageError(f"{option}{data}{images} has no known layout{other}; {EXPECTED}")
+        raise UsageError(f"{option}{data}{_says_files(path)} has no known layout{other}; {EXPECTED}")
     return _choose(path, found, f"{option}{data}")
+
+
+def _says_files(root: Path) -> str:
+    """What a message says of the files of a folder of no known layout."""
+    files = [folder / name for folder, names in walk_folders(root) for name in names if name[0] != "."]
+    others = sorted(path.relative_to(root).as_posix() for path in files if path.suffix.lower() in _OF_OTHERS)
+    if not any(is_image(path.name) for path in files):
+        return " holds no images (let the tool export them with the annotations), and"
+    if not others:
+        return " holds images without any annotation, and"
+    more = " and others" if len(others) > 3 else ""
+    return f" holds {', '.join(others[:3])}{more}, which detpipe does not read (let the tool export COCO, VOC or YOLO), and"
 
 
 def _ask_all(path: Path, layout: Layout | None) -> tuple[dict[Layout, Mapping[str, Any]], dict[Layout, DataError]]:
@@ -120,7 +129,7 @@ def _ask_all(path: Path, layout: Layout | None) -> tuple[dict[Layout, Mapping[st
         except DataError as error:
             faults[name] = error
         else:
-            found |= {name: splits} if splits else {}
+            found |= {name: {split: splits[split] for split in in_order(splits)}} if splits else {}
     return found, faults
 
 
@@ -161,7 +170,7 @@ def _recognize_file(path: Path, named: str) -> Found:
     if layout == "csv":
         splits = tuple(csv.find_splits(path))
         return Found(layout, () if splits == (ALL,) else splits, f"read as a table of boxes: {path.name}")
-    return Found(layout, tuple(yolo.read_yolo(path).splits), f"read as YOLO: {yolo.says_layout(path)}")
+    return Found(layout, tuple(yolo.find_splits(path)), f"read as YOLO: {read_yolo(path).says()}")
 
 
 def open_split(
@@ -185,6 +194,10 @@ def open_split(
     """
     found = recognize(data, option) if found is None else found
     path, layout, splits = Path(data), found.layout, found.splits
+    if images is not None and layout not in ("coco file", "csv"):
+        raise UsageError(
+            f"--images {images}: is for an annotation file or a table, but {option}{data} is {found.says}; leave it out"
+        )
     read_as: dict[str, Any] = {"channels": pixels.channels, "range": pixels.range}
     common = {"on_bad": on_bad, **read_as}
     if layout == "coco file":

@@ -20,6 +20,7 @@ from detpipe.datasets.formats.folders import (
     find_places,
     is_image,
     list_folder,
+    name_in_line,
     says_folders,
     take_split,
 )
@@ -46,15 +47,7 @@ def find_splits(root: Path) -> dict[str, VOCSplit]:
     the list of a folder VOC2007, ``trainval`` for that of the only folder of another name; or the folders that hold XML files;
     nothing if there is neither.
     """
-    found = {name: VOCSplit(places, path) for name, (path, places) in _lists(root).items()}
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    below = {folder: _lists(folder) for folder in folders if not _is_imagesets(folder)}
-    below = {folder: lists for folder, lists in below.items() if lists}
-    plain = not found and len(below) == 1 and not any(folder.name.startswith("VOC") for folder in below)
-    for folder, lists in below.items():
-        year = "" if plain else f"{folder.name.removeprefix('VOC')}:"
-        found |= {f"{year}{name}": VOCSplit(places, path) for name, (path, places) in lists.items()}
-    if found:
+    if found := _listed_splits(root):
         return found
     places = tuple(find_places(root, _SUFFIX))
     lists = find_lists(root, (stem for place in places for stem in list_folder(place.images).images))
@@ -64,6 +57,20 @@ def find_splits(root: Path) -> dict[str, VOCSplit]:
     for place in places:
         parts.setdefault(place.split, []).append(place)
     return {name: VOCSplit(tuple(found)) for name, found in parts.items()}
+
+
+def _listed_splits(root: Path) -> dict[str, VOCSplit]:
+    found = {name: VOCSplit(places, path) for name, (path, places) in _lists(root).items()}
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    below = {folder: _lists(folder) for folder in folders if not _is_imagesets(folder)}
+    below = {folder: lists for folder, lists in below.items() if lists}
+    plain = not found and len(below) == 1 and not any(folder.name.startswith("VOC") for folder in below)
+    for folder, lists in below.items():
+        year = "" if plain else f"{folder.name.removeprefix('VOC')}:"
+        found |= {f"{year}{name}": VOCSplit(places, path) for name, (path, places) in lists.items()}
+    if not found and len(folders) == 1:  # as the archive of VOCdevkit unpacks
+        return _listed_splits(folders[0])
+    return found
 
 
 def says_layout(root: Path, splits: dict[str, VOCSplit]) -> str:
@@ -127,6 +134,9 @@ def list_images(root: Path, split: str | Sequence[str], faults: Faults) -> tuple
 def _open(root: Path, entry: str) -> VOCSplit:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; the argument root must name the folder of the VOC data")
+    listed = _listed_splits(root).get(entry)
+    if listed is not None and listed.places:
+        return listed
     year, colon, name = entry.rpartition(":")
     folder = root / (f"VOC{year}" if year.isdigit() else year) if colon else root
     main = _list_folder(folder) if folder.is_dir() else None
@@ -211,7 +221,7 @@ class _Finder:
         """Add the images that a list names."""
         assert part.list_file is not None
         for line_number, line in enumerate(read_text(part.list_file, "list of image names").splitlines(), start=1):
-            text = self._without_flag(line.strip().replace("\\", "/"), part.places)
+            text = self._without_flag(name_in_line(line).replace("\\", "/"), part.places)
             if text:
                 self._add_line(text, part, f"{part.list_file}: line {line_number}: {text!r}")
 

@@ -220,19 +220,17 @@ def load_yolo(
 
 
 def find_splits(root: Path) -> dict[str, tuple[str, ...]]:
-    """Find the splits of a folder in YOLO layout: name -> folders and lists of images, relative to the root.
+    """Find the splits of a folder in YOLO layout, or of its file: name -> folders and lists of images, relative to the root.
 
-    Nothing if the layout is another. A DataError if what describes it cannot be read, or does not say what the classes are.
+    Those that the file names though nothing of them is there, as hubs do, are left out, unless that is all of them. Nothing if the
+    layout is another. A DataError if what describes it cannot be read, or does not say what the classes are.
     """
-    found = find_file(root)
-    if found is None or found.suffix.lower() in (".json", ".txt"):
-        return read_yolo(root).splits if has_labels(root) else {}
-    return read_yolo(root).splits
-
-
-def says_layout(root: Path) -> str:
-    """Say in which layout a folder is, in half a line: "data.yaml"."""
-    return read_yolo(root).says()
+    found = find_file(root) if root.is_dir() else root
+    if (found is None or found.suffix.lower() in (".json", ".txt")) and not has_labels(root):
+        return {}
+    file = read_yolo(root)
+    absent = file.absent_splits()
+    return {name: entries for name, entries in file.splits.items() if name not in absent} or file.splits
 
 
 Flags = Literal["refuse", "drop", "leave out"]

@@ -108,6 +108,11 @@ class ImageFinder:
                 self._list(path)
         if not self.lines:
             raise DataError(f"{file.path}: the split {', '.join(split)} has no images ({' '.join(IMAGE_SUFFIXES)})")
+        if self.found and not any(item.image.is_file() for item in self.found):
+            raise DataError(
+                f"{file.path}: none of the {len(self.found)} images of {', '.join(split)} is there; looked for "
+                f"{self.found[0].image} and the like; export the images too, or put them there"
+            )
         if self.found and not any(item.labels.is_file() for item in self.found):
             raise DataError(
                 f"{file.path}: none of the {len(self.found)} images of {', '.join(split)} has a label file; looked for "

@@ -31,6 +31,7 @@ from detpipe.datasets.formats.folders import (
     list_folder,
     says_folders,
     take_split,
+    visible,
 )
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import load_json, read_text, shorten
@@ -66,10 +67,16 @@ class YOLOFile:
             raise DataError(f"{self.path}: has no split {split!r}; there are {known}{did_you_mean(split, self.splits)}")
         return self.splits[found]
 
+    def absent_splits(self) -> list[str]:
+        """The splits that the file names, though nothing of them is there."""
+        find = Entries().find
+        return [name for name, entries in self.splits.items() if not any(find(self.root, entry) for entry in entries)]
+
     def says(self) -> str:
-        """Say where classes and labels are, in half a line."""
+        """Say where classes and labels are, in half a line, and which splits are not there."""
         more = f", {says_folders(self.root, self.places, 'labels')}" if self.places else ""
-        return f"{self.path.name}{more}"
+        absent = "".join(f", without {name}: {self.splits[name][0]} is not there" for name in self.absent_splits())
+        return f"{self.path.name}{more}{absent}"
 
 
 def find_file(root: Path) -> Path | None:
@@ -77,16 +84,16 @@ def find_file(root: Path) -> Path | None:
 
     ``data.yaml``, the only other YAML file with ``names``, darknet's ``.data`` file, or the list of classes.
     """
-    files = [path for path in sorted(root.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    below = (_describing(folder) for folder in folders)  # unpacked into a folder of its own
+    inside = [Path(entry.path) for entry in visible(root)]
+    below = (_describing(path) for path in inside if path.is_dir())  # unpacked into a folder of its own
+    files = filter(Path.is_file, inside)
     return _describing(root) or _class_file(files) or _only([path for path in below if path is not None])
 
 
 def _describing(folder: Path) -> Path | None:
     if (folder / NAME).is_file():
         return folder / NAME
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    files = [Path(entry.path) for entry in visible(folder) if entry.is_file()]
     yamls = [path for path in files if path.suffix.lower() in (".yaml", ".yml") and _HAS_NAMES.search(_peek(path))]
     return _only(yamls) or _only([path for path in files if path.suffix.lower() == ".data"])
 
@@ -223,9 +230,9 @@ def read_yolo_yaml(root: str | Path) -> YOLOFile:
     base = content.get("path") or "."
     if type(base) is not str:
         raise DataError(f"{path}: path must be the root folder, relative to this file, got {shorten(base)}")
-    folder = path.parent if base == "." else path.parent / base
-    moved = not folder.is_dir()
-    folder = path.parent if moved else folder
+    folder = path.parent if base == "." else Entries().find(path.parent, base)
+    moved = folder is None or not folder.is_dir()
+    folder = path.parent if moved or folder is None else folder
     splits = {key: _entries(value, key, path) for key, value in content.items() if _is_split(key, value, folder)}
     if moved and not any(Entries().find(folder, entry) for entries in splits.values() for entry in entries):
         raise DataError(

@@ -205,6 +205,6 @@ def test_what_is_missing_is_named_with_what_is_there(tmp_path: Path) -> None:
         COCO(str(tmp_path / "nowhere")).annotations("train")
     with pytest.raises(DataError, match=r"no test split: set the argument test"):
         COCO(str(tmp_path)).test_dataloader()
-    (tmp_path / "train").rename(tmp_path / "images")
+    (tmp_path / "train").rename(tmp_path / ".train")
     with pytest.raises(DataError, match=r"train: no such image folder"):
         COCO(str(tmp_path), train="train").annotations("train")

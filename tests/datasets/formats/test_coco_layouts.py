@@ -26,13 +26,30 @@ def hub(root: Path) -> None:
 def test_what_is_not_in_coco_layout_has_no_splits(tmp_path: Path) -> None:
     assert find_splits(tmp_path / "nowhere") == {}
     picture_of(tmp_path / "images" / "a.jpg", "a")
-    (tmp_path / "broken.json").write_text('{"images": [')
+    (tmp_path / "broken.json").write_text('{"settings": [')
     (tmp_path / "names.json").write_text('{"categories": [{"id": 0, "name": "ball"}]}')
     (tmp_path / "results.json").write_text('[{"image_id": 1}]')
     assert find_splits(tmp_path) == {}
     for k in range(51):  # one an image, whatever they are
         text(tmp_path / "images" / f"{k}.json", coco(["a"]))
     assert find_splits(tmp_path) == {}
+
+
+def test_a_split_whose_file_is_cut_off_is_not_passed_over(tmp_path: Path) -> None:
+    hub(tmp_path)
+    text(tmp_path / "valid" / "_annotations.coco.json", coco(["c"])[:-40])
+    with pytest.raises(DataError, match=r"valid/_annotations\.coco\.json: line 1 column .* damaged or cut off"):
+        find_splits(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["annotations/instances_{}.json", "{}.json", "{}/coco.json"])
+def test_images_of_another_split_that_are_called_alike_are_not_taken(tmp_path: Path, file: str) -> None:
+    picture_of(tmp_path / "train" / "images" / "a.jpg", "a")
+    for split in ("train", "val"):
+        text(tmp_path / file.format(split), coco(["a"]))
+    assert len(COCO(str(tmp_path), train="train").annotations("train")) == 1
+    with pytest.raises(DataError, match=r"no such image folder|a\.jpg' is missing"):
+        COCO(str(tmp_path), train="val").annotations("train")
 
 
 def test_splits_of_one_name_are_told_apart(tmp_path: Path) -> None:

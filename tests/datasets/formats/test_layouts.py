@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,8 @@ def test_an_array_beside_an_image_is_its_copy(tmp_path: Path) -> None:
     found = list_folder(tmp_path, ".xml")
     assert (found.images, found.labels) == ({"a": ["a.jpg"], "b": ["b.npy"]}, {"a": "a.xml"})
     assert Entries().find(tmp_path, "a.png") == tmp_path / "a.jpg"
+
+
+def test_names_are_found_however_accents_are_encoded(tmp_path: Path) -> None:
+    (tmp_path / unicodedata.normalize("NFD", "Bäume.JPG")).touch()
+    assert Entries().find_image(tmp_path, "bäume.jpg") == unicodedata.normalize("NFD", "Bäume.JPG")

@@ -8,7 +8,7 @@ from detpipe.datasets import VOC, YOLO, CSVBoxes
 from detpipe.datasets.formats.class_list import ClassList, write_class_list
 from detpipe.datasets.formats.folders import find_split
 from detpipe.datasets.formats.recognize import layout_of, open_split, recognize
-from detpipe.support.errors import UsageError
+from detpipe.support.errors import DetpipeError, UsageError
 
 from ..builders import HEADER, picture, voc_object, write_coco, write_csv, write_voc, write_yolo
 
@@ -192,6 +192,36 @@ def test_images_without_annotations_are_said_to_be_so(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a picture of a cat")  # no label
     with pytest.raises(UsageError, match="holds images without any annotation, and has no known layout; expected"):
         recognize(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "train/metadata.jsonl",
+            "{}",
+            r"holds train/metadata\.jsonl, which detpipe does not read \(let the tool export COCO",
+        ),
+        ("a.json", '{"shapes": []}', r"holds a\.json, which detpipe does not read"),
+        ("train.csv", "image_id,bbox\na,[1 2 3 4]\n", r"train\.csv: line 1: the header lacks a column x1, y1, label"),
+        ("train.csv", "a.jpg,1,2,3,4,cat\n", r"train\.csv: line 1: the header lacks .* must name the columns"),
+        ("cars.csv", "image,xmin,ymin,xmax,ymax\n", r"cars\.csv: line 1: the header lacks a column label"),
+        (
+            "notes.json",
+            '{"categories": []}',
+            "holds no images \\(let the tool export them with the annotations\\), and has no",
+        ),
+        ("prices.csv", "name,price\n", r"holds prices\.csv, which"),
+    ],
+)
+def test_files_that_are_not_read_are_named(tmp_path: Path, file: str, content: str, message: str) -> None:
+    if file != "notes.json":
+        picture(20, 30).save(tmp_path / "a.jpg")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(DetpipeError, match=message) as caught:
+        recognize(str(tmp_path))
+    assert one_line(caught)
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,13 @@ def test_images_of_one_name_in_several_splits_are_renamed(tmp_path: Path) -> Non
     assert len(read(tmp_path / "yolo")) == 2
 
 
+@pytest.mark.parametrize("layout", WRITERS)
+def test_no_name_of_a_split_leads_out_of_the_folder(tmp_path: Path, layout: str) -> None:
+    a = sample(tmp_path / "source")
+    WRITERS[layout]({"..": a, "/x": a}, tmp_path / "in" / "out")
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["out"]
+
+
 def test_the_same_image_in_two_lists_of_voc_is_written_once(tmp_path: Path) -> None:
     a = sample(tmp_path / "source")
     write_voc({"train": a.subset(np.array([0])), "trainval": a}, tmp_path / "voc")

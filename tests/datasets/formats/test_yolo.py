@@ -53,6 +53,15 @@ def test_no_label_file_at_all_is_a_wrong_path_and_not_a_set_without_objects(tmp_
         load_yolo(tmp_path, "train", "skip")
 
 
+def test_no_image_of_a_list_is_an_export_without_images(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path, {"a": GOOD}, train="train.txt")
+    (root / "train.txt").write_text("data/images/train/b.jpg\n")
+    with pytest.raises(
+        DataError, match=r"none of the 1 images of train is there; looked for .*b\.jpg and the like; export"
+    ):
+        load_yolo(root, "train", "skip")
+
+
 def test_row_14_boxes_partly_outside_are_clipped_and_counted(tmp_path: Path) -> None:
     a = load_yolo(write_yolo(tmp_path, {"a": "0 0 .5 .5 .5\n0 0.833334 .5 .333333 1\n"}), "train")
     assert a.boxes[0].tolist() == [0, 10, 15, 30]
