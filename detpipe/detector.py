@@ -160,8 +160,7 @@ class TwoStageDetector(LightningModule):
             The batch.
         """
         divisor = self.divisor or max(self.backbone.strides.values())
-        dtype = next((parameter.dtype for parameter in self.backbone.parameters()), None)
-        sizes = (self.min_size, self.max_size)
+        sizes, dtype = (self.min_size, self.max_size), self.backbone.input_dtype
         return frames.to_batch(images, self.backbone.pixel_format, *sizes, divisor, contents, dtype, self.resize)
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
@@ -273,4 +272,4 @@ def _mode(training: bool, source: nn.Module, head: nn.Module) -> Iterator[None]:
         yield
     finally:
         source.training, head.training = before
-        del vars(source)["fills_up"]
+        vars(source).pop("fills_up", None)  # another thread may have been faster

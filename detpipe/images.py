@@ -255,7 +255,7 @@ def _resize(image: Tensor, size: Size, smooth: bool = True) -> Tensor:
     """Resize ``[..., C, H, W]`` bilinearly, on request smoothed where it shrinks; uint8 to the nearest gray level."""
     if size == tuple(image.shape[-2:]):
         return image
-    shrinks = smooth and size[0] < image.shape[-2]
+    shrinks = smooth and (size[0] < image.shape[-2] or size[1] < image.shape[-1])
     if image.dtype == torch.uint8:
         shrinks = smooth  # PyTorch rounds fractions as Pillow does in this case alone
     batch = image if image.ndim == 4 else image[None]
@@ -306,13 +306,18 @@ def contents_of(targets: Sequence[Target] | None) -> list[Size | None] | None:
 
 
 def targets_to_batch(targets: Sequence[Target], old: Sequence[Size], new: Sequence[Size]) -> list[Target]:
-    """Make new targets with boxes, areas and proposals in the frame of the batch, of sizes ``new`` instead of ``old``."""
+    """Make new targets with boxes, areas and proposals in the frame of the batch, of sizes ``new`` instead of ``old``.
+
+    What came in half precision becomes float32, in which later stages compute with boxes.
+    """
     moved = [cast(dict[str, Any], {**target}) for target in targets]
     factors = [(after[1] / before[1], after[0] / before[0]) for before, after in zip(old, new, strict=True)]
     areas = [(b[0] * b[1] / (a[0] * a[1]),) for a, b in zip(old, new, strict=True)]
     for key, own in (("boxes", factors), ("proposals", factors), ("area", areas)):
         having = [index for index, target in enumerate(moved) if key in target]
-        scaled = _scaled([moved[index][key] for index in having], [own[index] for index in having])
+        values = [moved[index][key] for index in having]
+        exact = [rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in values]
+        scaled = _scaled(exact, [own[index] for index in having])
         for index, values in zip(having, scaled, strict=True):
             moved[index][key] = values
     return cast(list[Target], moved)

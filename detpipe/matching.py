@@ -80,7 +80,7 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
         targets: N targets with ``boxes`` and ``labels``; ``iscrowd`` and ``difficult`` are False where absent.
 
     Returns:
-        Padded tensors.
+        Padded tensors, boxes in float32 at least.
 
     Raises:
         ValueError: a target lacks ``boxes`` or ``labels``, or they differ in length.
@@ -95,7 +95,7 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
                 f"targets[{index}]: boxes must be [G, 4] and labels [G], "
                 f"got {list(boxes.shape)} and {list(labels.shape)}"
             )
-        boxes_of.append(boxes)
+        boxes_of.append(boxes.to(torch.promote_types(boxes.dtype, torch.float32)))
         labels_of.append(labels)
     flagged = any("iscrowd" in target or "difficult" in target for target in targets)
     flags = [
@@ -113,6 +113,21 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
         ignored.any()
     )  # a look costs nothing on a CPU; elsewhere it waits for the device
     return GroundTruth(boxes, labels, present & ~ignored, crowd, difficult & ~crowd, maybe)
+
+
+def check_labels(targets: Sequence[Target], num_classes: int) -> None:
+    """Refuse labels outside 1..K of objects that count; they are looked at on the CPU only, where that costs nothing.
+
+    Raises:
+        ValueError: there is one: its image and box are named.
+    """
+    for index, target in enumerate(targets):
+        labels = target.get("labels")
+        if labels is None or not labels.is_cpu:
+            continue
+        ignored = _flags(target, "iscrowd", labels) | _flags(target, "difficult", labels)
+        for box in (~ignored & ((labels < 1) | (labels > num_classes))).nonzero()[:1, 0].tolist():
+            raise ValueError(f"targets[{index}], box {box}: label {int(labels[box])}, expected 1..{num_classes}")
 
 
 def _flags(target: Target, name: str, labels: Tensor) -> Tensor:

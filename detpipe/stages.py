@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
@@ -72,6 +73,11 @@ class Backbone(LightningModule, ABC):
     def roi_strides(self) -> dict[str, int]:
         """Image pixels a cell of the levels that RoIs are pooled from: all, unless some are there for proposals only."""
         return self.strides
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """Data type of the images that it takes, that of its parameters; None without any."""
+        return next((parameter.dtype for parameter in self.parameters()), None)
 
     def depths(self) -> dict[str, int]:
         """Tell how deep the parameters of the network lie, which have learning rates of their own.

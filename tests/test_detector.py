@@ -1,4 +1,5 @@
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -224,6 +225,7 @@ def test_layers_of_another_width_than_the_features_are_named():
 
 def test_too_few_outputs_for_the_classes_are_named():
     detector = make()
+    detector.head.num_classes = 3
     targets = [{**target, "labels": target["labels"] + 1} for target in some_targets()]  # classes 2 and 3 of two
     with pytest.raises(ValueError, match="FastRCNNHead: Target 3 is out of bounds: for K classes it needs K"):
         detector.losses(IMAGES, targets)
@@ -462,3 +464,27 @@ def test_a_divisor_of_batches_and_another_librarys_rule():
             ValueError, match="expected divisor >= 1 or null, and resize of detpipe, torchvision, detectron2"
         ):
             TwoStageDetector(plain.backbone, plain.proposals, plain.head, **wrong)
+
+
+def test_threads_share_a_detector():
+    detector = make().eval()
+    expected = detector(IMAGES)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: detector(IMAGES), range(40)):
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other)
+
+
+def test_objects_of_more_pixels_than_float16_holds_are_learned_in_half_precision():
+    source = PrecomputedProposals()
+    detector, image = make(source, min_size=300, max_size=300).half(), torch.rand(3, 300, 300)
+    target = Target(boxes=torch.tensor([[5.0, 6.0, 290.0, 280.0]]).half(), labels=torch.tensor([1]))
+    target["proposals"] = target["boxes"] + 3
+    assert detector.losses([image.half()], [target])["loss_box_reg"] > 0
+
+
+def test_a_label_outside_the_classes_is_named():
+    targets = some_targets()
+    targets[1]["labels"] = torch.tensor([3])
+    with pytest.raises(ValueError, match=r"targets\[1\], box 0: label 3, expected 1\.\.2"):
+        make().losses(IMAGES, targets)

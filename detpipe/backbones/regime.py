@@ -209,6 +209,7 @@ def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
     return recomputed(module, [module], *inputs)
 
 
+@torch._disable_dynamo  # the compiler takes no contexts around a second computation, and would fail
 def recomputed(function: Callable[..., Any], modules: Iterable[nn.Module], *inputs: Any, **options: Any) -> Any:
     """Compute ``function(*inputs, **options)`` now and in the backward pass; lists among the inputs are not changed.
 

@@ -174,13 +174,15 @@ class ProposalHead(RoIHead, ABC):
             In training ``[]`` and the losses; else N detections and ``{}``.
 
         Raises:
-            ValueError: training without targets, or a subclass found what has another shape than :class:`Found` says.
+            ValueError: training without targets, or with a label outside 1..K, as far as they lie on a CPU; or a subclass found what
+                has another shape than :class:`Found` says.
         """
         if self.training:
             if targets is None:
                 raise ValueError("the head is in training mode and needs targets; call eval() to detect")
+            matching.check_labels(targets, self.num_classes)
             rois = self.sampler(proposals, targets)
-            if self.classes_seen is not None:
+            if self.classes_seen is not None and torch.is_grad_enabled():  # not in validation
                 index = (rois.labels - 1).clamp(min=0).flatten()
                 self.classes_seen.index_add_(0, index, rois.foreground.flatten().to(torch.int64))
             return [], self.losses(features, rois, image_sizes, targets)

@@ -116,7 +116,8 @@ class Postprocess:
             Detections, best first, whose ``index`` is that of their proposal; and ``[N]`` int64, how many each image has.
         """
         classes, threshold = scores.shape[2], self.score_threshold if threshold is None else threshold
-        scores = scores.float().masked_fill(~valid[..., None], -1.0).flatten(1)
+        known = valid[..., None] & (scores >= 0)  # what is no number would be sorted before all others
+        scores = scores.float().masked_fill(~known, -1.0).flatten(1)
         pairs, count = scores.shape[1], self.candidates_per_image
         if isinstance(pairs, int):
             count = min(count, pairs)
@@ -130,7 +131,7 @@ class Postprocess:
         row, label = order // max(classes, 1), order % max(classes, 1)
         flat = boxes.flatten(1, 2)
         index = row if boxes.shape[2] == 1 else order
-        chosen = flat.gather(1, index[..., None].expand(-1, -1, 4)).float()
+        chosen = box_ops.take(flat, index).float()
         chosen = box_ops.clip(chosen, *box_ops.image_sides(image_sizes, chosen))
         keep = (scores > threshold) & box_ops.valid(chosen, self.min_size)
         if self.suppression == "nms":
@@ -147,4 +148,4 @@ class Postprocess:
         keep = keep & keep_best(exact, self.nms_iou, labels)
         first = keep.byte().argsort(dim=1, descending=True, stable=True)[:, : self.detections_per_image]
         scores = scores.masked_fill(~keep, -1.0).gather(1, first)
-        return Kept(boxes.gather(1, first[..., None].expand(-1, -1, 4)), scores, labels.gather(1, first), first)
+        return Kept(box_ops.take(boxes, first), scores, labels.gather(1, first), first)

@@ -93,13 +93,13 @@ class RoISampler:
             rois = box_ops.fill(boxes.new_zeros((*index.shape, 4)), valid)
             return RoITargets(rois, torch.zeros_like(index), rois, valid, valid)
         # where an image has too few, index 0 stands in, which may be a box that is not valid
-        rois = box_ops.fill(_take(boxes, index), valid)
+        rois = box_ops.fill(box_ops.take(boxes, index), valid)
         foreground = found.foreground.gather(1, index) & valid
         if truth.boxes.shape[1] == 0:
             return RoITargets(rois, torch.zeros_like(index), rois, valid, foreground)
         matched = found.matched.gather(1, index)
         labels = truth.labels.gather(1, matched).where(foreground, torch.zeros_like(index))
-        wanted = torch.where(foreground[..., None], _take(truth.boxes, matched), rois)
+        wanted = torch.where(foreground[..., None], box_ops.take(truth.boxes, matched), rois)
         return RoITargets(rois, labels, wanted, valid, foreground)
 
     @torch.no_grad()
@@ -123,10 +123,5 @@ class RoISampler:
         if truth.boxes.shape[1] == 0:
             return RoITargets(rois, torch.zeros_like(found.matched), rois, valid, found.foreground)
         labels = truth.labels.gather(1, found.matched).where(found.foreground, torch.zeros_like(found.matched))
-        wanted = torch.where(found.foreground[..., None], _take(truth.boxes, found.matched), rois)
+        wanted = torch.where(found.foreground[..., None], box_ops.take(truth.boxes, found.matched), rois)
         return RoITargets(rois, labels, wanted, valid, found.foreground)
-
-
-def _take(boxes: Tensor, index: Tensor) -> Tensor:
-    """``[N, P, 4]`` and ``[N, S]`` -> ``[N, S, 4]``."""
-    return boxes.gather(1, index[..., None].expand(-1, -1, 4))

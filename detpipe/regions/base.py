@@ -95,7 +95,10 @@ class RegionModel(BackboneModel):
         self.divisor = max(backbone.strides.values())
 
     def _batch(self, images: Sequence[Tensor]) -> ImageList:
-        return frames.to_batch(images, self.backbone.pixel_format, self.min_size, self.max_size, self.divisor)
+        sizes = (self.min_size, self.max_size)
+        return frames.to_batch(
+            images, self.backbone.pixel_format, *sizes, self.divisor, dtype=self.backbone.input_dtype
+        )
 
     def _together(self, images: Sequence[Tensor], divisor: int) -> list[list[int]]:
         """Which images make a batch: all in training, else those whose resized sides, in units of a divisor, are the same."""

@@ -149,7 +149,8 @@ class ImageClassifier(BackboneModel):
     def _normalized(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
             raise ValueError(f"images must be [N, 3, H, W] with H, W > 0, got {list(images.shape)}")
-        return frames.normalize(images, self.backbone.pixel_format).contiguous(memory_format=torch.channels_last)
+        normalized = frames.normalize(images, self.backbone.pixel_format)
+        return normalized.to(dtype=self.backbone.input_dtype, memory_format=torch.channels_last)
 
     def _logits(self, features: Features) -> Tensor:
         return self.classifier(self.dropout(features[self.level].mean((2, 3))))

@@ -177,7 +177,7 @@ class RegionClassifier(RegionModel):
         classes = _classes(truth).flatten()
         weights = self.class_weights[classes] * truth.valid.flatten()
         entropy = F.cross_entropy(
-            *(logits.flatten(0, 1), classes, self.class_weights),
+            *(logits.flatten(0, 1), classes, self.class_weights.float()),
             reduction="none",
             label_smoothing=self.label_smoothing,
         )
@@ -246,11 +246,7 @@ class RegionClassifier(RegionModel):
     def _with_truth(self, images: Sequence[Tensor], targets: Sequence[Target]) -> tuple[Tensor, matching.GroundTruth]:
         """Logits of the objects ``[N, G, K]``, padded as their truth is."""
         truth = matching.gather_targets(targets)
-        if truth.labels.device.type == "cpu":
-            wrong = (truth.valid & ((truth.labels < 1) | (truth.labels > self.num_classes))).nonzero().tolist()
-            for image, box in wrong[:1]:
-                label = int(truth.labels[image, box])
-                raise ValueError(f"targets[{image}], box {box}: label {label}, expected 1..{self.num_classes}")
+        matching.check_labels(targets, self.num_classes)
         logits = self(images, [target["boxes"] for target in targets])  # type: ignore[typeddict-item]
         return matching.pad(logits)[0].float(), truth
 
