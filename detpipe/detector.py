@@ -29,6 +29,7 @@ from detpipe.stages import (
     check_features,
     check_proposals,
 )
+from detpipe.support.numbers import check_whole
 from detpipe.support.processes import MeanValues, is_repeat, sharing_counts
 from detpipe.types import Detection, Features, Target
 from detpipe.winograd import QuickConvolutions
@@ -78,11 +79,10 @@ class TwoStageDetector(LightningModule):
         resize: frames.ResizeRule = "detpipe",
     ) -> None:
         super().__init__()
-        if not 0 < min_size <= max_size:
-            raise ValueError(f"expected 0 < min_size <= max_size, got {min_size=}, {max_size=}")
-        if (divisor is not None and divisor < 1) or resize not in get_args(frames.ResizeRule):
-            choices = ", ".join(get_args(frames.ResizeRule))
-            raise ValueError(f"expected divisor >= 1 or null, and resize of {choices}; got {divisor=}, {resize=}")
+        frames.check_sizes(min_size, max_size)
+        check_whole(divisor=divisor)
+        if resize not in get_args(frames.ResizeRule):
+            raise ValueError(f"resize must be one of {', '.join(get_args(frames.ResizeRule))}, got {resize!r}")
         backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
         self.backbone, self.proposals, self.head = backbone, proposals, head
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler

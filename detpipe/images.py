@@ -19,12 +19,20 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
 from detpipe import boxes as box_ops
+from detpipe.support.numbers import check_whole
 from detpipe.types import Detection, GlimpsedDetection, PixelFormat, Target
 
 Size = tuple[int, int]  # height, width
 # how an image is resized: sizes rounded and smoothed where it shrinks; rounded down and never smoothed; .5 rounded up, smoothed,
 # and 8-bit images to whole gray levels, as Pillow does
 ResizeRule = Literal["detpipe", "torchvision", "detectron2"]
+
+
+def check_sizes(min_size: int, max_size: int) -> None:
+    """Refuse what is no pair of sides for :func:`resized_size`, by a ValueError."""
+    if not 0 < min_size <= max_size:
+        raise ValueError(f"expected 0 < min_size <= max_size, got {min_size=}, {max_size=}")
+    check_whole(min_size=min_size, max_size=max_size)
 
 
 def resized_size(size: Size, min_size: int, max_size: int, rule: ResizeRule = "detpipe") -> Size:

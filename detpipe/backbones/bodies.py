@@ -19,6 +19,7 @@ from detpipe.backbones.regime import Regime, drop_path_rates
 from detpipe.backbones.weights import fetch, load_part
 from detpipe.stages import depths_of
 from detpipe.support.errors import UsageError
+from detpipe.support.numbers import check_whole
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import PixelFormat
 
@@ -30,10 +31,16 @@ class Level:
     Args:
         node: name of the module or operation whose output is returned, such as ``features.12``.
         stride: image pixels a cell of it.
+
+    Raises:
+        ValueError: a stride that is no whole number of at least 1.
     """
 
     node: str
     stride: int
+
+    def __post_init__(self) -> None:
+        check_whole(stride=self.stride)
 
 
 Levels = Mapping[str, Level] | Sequence[str]

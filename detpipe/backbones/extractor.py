@@ -20,6 +20,7 @@ from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
 from detpipe.backbones.pretrained import TIMM
 from detpipe.backbones.regime import Regime, convert_norm, find_modules, freeze
 from detpipe.backbones.timm_body import TimmBody
+from detpipe.support.numbers import check_whole
 from detpipe.types import Features, PixelFormat
 
 __all__ = ["Extractor", "Level"]
@@ -76,8 +77,7 @@ class Extractor(ProjectedBackbone):
         super().__init__()
         if not levels:
             raise ValueError("levels must name at least one place to cut the network, for example c4: {node, stride}")
-        if padding < 0:
-            raise ValueError(f"padding must not be negative, got {padding}")
+        check_whole(0, padding=padding)
         kind = TimmBody if network.startswith(TIMM) else TorchvisionBody
         body: Body = kind(network.removeprefix(TIMM), levels, weights, regime, check_channels(in_channels))
         self.name, self.padding, self.strides = network, padding, body.strides

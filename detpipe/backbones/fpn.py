@@ -26,6 +26,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 from detpipe.backbones.regime import GROUPS
 from detpipe.stages import Backbone
+from detpipe.support.numbers import check_whole
 from detpipe.types import Features
 
 ExtraLevels = Literal["max_pool", "convolutions"]
@@ -141,8 +142,7 @@ def _check(
                 f"are {strides}; leave {level!r} out or change its stride"
             )
         before = stride
-    if out_channels < 1:
-        raise ValueError(f"out_channels of an FPN must be positive, got {out_channels}")
+    check_whole(out_channels=out_channels)
     for name, value, choices in (("extra_levels", extra_levels, ExtraLevels), ("norm", norm, Norm)):
         if value is not None and value not in get_args(choices):
             raise ValueError(f"{name} must be {' or '.join(map(repr, get_args(choices)))} or None, got {value!r}")

@@ -23,6 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detpipe.attention.selective_kernel import SqueezedBatchNorm
 from detpipe.support.errors import UsageError
+from detpipe.support.numbers import check_numbers
 from detpipe.support.suggest import did_you_mean
 
 Norm = Literal["batch", "frozen", "sync", "group"]
@@ -62,8 +63,7 @@ class Regime:
             raise ValueError(f"norm must be one of {list(get_args(Norm))}, got {self.norm!r}")
         if isinstance(self.frozen, str) or not all(isinstance(name, str) for name in self.frozen):
             raise ValueError(f"frozen must be a list of names, got {self.frozen!r}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path must be in 0..1, below 1, got {self.drop_path}")
+        check_numbers("must be in 0..1, below 1", drop_path=self.drop_path)
         if self.eps is not None and not (0 < self.eps < 1 or (self.eps == 0 and self.norm == "frozen")):
             raise ValueError(f"eps must be in 0..1, and 0 for norm 'frozen' alone; got {self.eps} for {self.norm!r}")
         object.__setattr__(self, "frozen", tuple(self.frozen))

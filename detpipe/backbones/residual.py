@@ -32,6 +32,7 @@ from detpipe.backbones.regime import Regime, convert_norm, drop_path_rates, name
 from detpipe.backbones.residual_blocks import BasicBlock, Bottleneck, Layout, Variant, make_stem
 from detpipe.backbones.residual_names import to_own_names
 from detpipe.backbones.staged import LEVELS, StagedBackbone, choose_levels, initialize
+from detpipe.support.numbers import check_whole
 from detpipe.types import Features, PixelFormat
 
 BLOCKS = {
@@ -104,6 +105,7 @@ class ResidualNetwork(StagedBackbone, ABC):
         self.stages = nn.ModuleDict()
         self.strides: dict[str, int] = {}
         widths = self._build(variant, output_stride)
+        check_whole(0, padding=padding)
         if padding and any(2 * padding != stride for stride in self.strides.values()):
             raise ValueError(
                 f"padding must be half of the stride of every level, which only levels of one stride have, or 0; got {padding} "

@@ -17,6 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detpipe.attention.base import Gating
 from detpipe.attention.choice import make_gating
 from detpipe.attention.selective_kernel import SelectiveKernel
+from detpipe.support.numbers import check_whole
 
 Stem = Literal["single", "deep", "tiered"]
 STEMS: dict[str, tuple[int, ...]] = {"single": (64,), "deep": (32, 32, 64), "tiered": (24, 32, 64)}
@@ -37,7 +38,7 @@ class Variant:
         average_shortcut: shortcuts with a stride average before their 1 x 1 convolution.
 
     Raises:
-        ValueError: an unknown stem.
+        ValueError: an unknown stem, or a number below 1.
     """
 
     reduction: int = 16
@@ -50,6 +51,8 @@ class Variant:
     stride_in_1x1: bool = False
 
     def __post_init__(self) -> None:
+        widths = {"gate_divisor": self.gate_divisor, "kernel_min_width": self.kernel_min_width}
+        check_whole(1, "variant.", reduction=self.reduction, **widths)
         if self.stem not in STEMS:
             raise ValueError(f"stem must be one of {list(STEMS)}, got {self.stem!r}")
 

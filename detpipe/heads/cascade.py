@@ -30,6 +30,7 @@ from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.roi_pooling import RoIAlign, RoIPooler
 from detpipe.stages import Losses
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features, Target
 
 
@@ -53,10 +54,10 @@ class LaterStages:
     def __post_init__(self) -> None:
         if not len(self.ious) == len(self.loss_weights) == len(self.delta_factors):
             raise ValueError(f"ious, loss_weights and delta_factors must have one number for each stage, got {self}")
-        if any(not 0 < iou <= 1 for iou in self.ious) or any(
-            value <= 0 for value in (*self.loss_weights, *self.delta_factors)
-        ):
-            raise ValueError(f"ious must be in 0..1, loss_weights and delta_factors positive, got {self}")
+        check_numbers("must be in 0..1, above 0", "later.", ious=self.ious)
+        check_numbers(
+            "must be positive and finite", "later.", loss_weights=self.loss_weights, delta_factors=self.delta_factors
+        )
 
 
 class CascadeHead(ProposalHead):
@@ -97,6 +98,7 @@ class CascadeHead(ProposalHead):
         objective: Objective = Objective(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(num_classes, strides, sampler, postprocess, objective)
+        check_whole(in_channels=in_channels)
         self.pooler = RoIAlign(7) if pooler is None else pooler
         self.later = later
         height, width = self.pooler.output_size

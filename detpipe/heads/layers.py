@@ -19,6 +19,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from detpipe.stages import mark_class_outputs
+from detpipe.support.numbers import check_whole
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Convolutions:
     norm: Literal["batch"] | None = None
 
     def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1 or self.norm not in ("batch", None):
+        check_whole(1, "conv.", widths=self.widths)
+        if not self.widths or self.norm not in ("batch", None):
             raise ValueError(f"conv: expected widths of 1 or more and norm 'batch' or null, got {self}")
 
     def build(self, channels: int, size: tuple[int, int]) -> tuple[list[nn.Module], int]:
@@ -69,8 +71,9 @@ class ResidualStage:
     stride_in_1x1: bool = False
 
     def __post_init__(self) -> None:
-        if self.width < 4 or self.width % 4 or self.blocks < 1:
-            raise ValueError(f"conv: expected a width that is a multiple of 4, and one block or more, got {self}")
+        check_whole(1, "conv.", width=self.width, blocks=self.blocks)
+        if self.width % 4:
+            raise ValueError(f"conv: expected a width that is a multiple of 4, got {self}")
 
     def build(self, channels: int, size: tuple[int, int]) -> tuple[list[nn.Module], int]:
         """Make the layers: ``[R, channels, h, w]`` -> ``[R, width, 1, 1]``; and how many numbers are in that."""
@@ -105,8 +108,9 @@ def hidden_layers(width: int, widths: Sequence[int]) -> nn.Sequential:
     Raises:
         ValueError: no layer, or one without width.
     """
-    if not widths or min(widths) < 1:
-        raise ValueError(f"expected at least one layer in fc, of width 1 or more; got fc={list(widths)}")
+    check_whole(fc=list(widths))
+    if not widths:
+        raise ValueError("expected at least one layer in fc, of width 1 or more; got fc=[]")
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise([width, *widths]):
         layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from detpipe import boxes as box_ops
 from detpipe.heads.suppression import Kept, box_fusion, soft_nms
 from detpipe.nms import keep_best
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Detection
 
 Suppression = Literal["nms", "soft_nms", "box_fusion"]
@@ -48,15 +49,14 @@ class Postprocess:
     min_size: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.score_threshold < 1 or not 0 < self.nms_iou <= 1:
-            raise ValueError(f"score_threshold must be in 0..1 and nms_iou in (0, 1], got {self}")
-        if min(self.detections_per_image, self.candidates_per_image) < 1:
-            raise ValueError(f"detections_per_image and candidates_per_image must be positive, got {self}")
-        if self.suppression not in get_args(Suppression) or self.sigma <= 0 or self.min_size < 0:
+        check_numbers("must be in 0..1, below 1", score_threshold=self.score_threshold)
+        check_numbers("must be in 0..1, above 0", nms_iou=self.nms_iou)
+        check_whole(detections_per_image=self.detections_per_image, candidates_per_image=self.candidates_per_image)
+        check_numbers("must be positive and finite", sigma=self.sigma)
+        check_numbers("must not be negative or infinite", min_size=self.min_size)
+        if self.suppression not in get_args(Suppression):
             choices = ", ".join(get_args(Suppression))
-            raise ValueError(
-                f"suppression must be one of {choices} and sigma positive, min_size not negative, got {self}"
-            )
+            raise ValueError(f"suppression must be one of {choices}, got {self.suppression!r}")
 
     def __call__(
         self, scores: Tensor, boxes: Tensor, valid: Tensor, image_sizes: list[tuple[int, int]]

@@ -23,7 +23,6 @@ glimpses, A = T - 1 actions, n episodes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +40,7 @@ from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool, RoIPooler
 from detpipe.spatial_transformer.base import bounded
 from detpipe.stages import Losses
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features, Target
 
 PLAIN = (1.0, 1.0, 1.0, 1.0)  # actions are deltas without weights
@@ -67,10 +67,9 @@ class GlimpseSequence:
     step: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"glimpses.length must be at least 1, the proposal itself, got {self.length}")
-        if not all(0 < value < math.inf for value in (self.max_shift, self.max_log_scale, self.step)):
-            raise ValueError(f"glimpses.max_shift, max_log_scale and step must be positive and finite, got {self}")
+        check_whole(1, "glimpses.", length=self.length)
+        limits = {"max_shift": self.max_shift, "max_log_scale": self.max_log_scale, "step": self.step}
+        check_numbers("must be positive and finite", "glimpses.", **limits)
 
     def bounded(self, actions: Tensor) -> Tensor:
         """Keep actions ``[..., 4]`` within the limits; differentiable, and the same near zero."""
@@ -129,6 +128,7 @@ class AttentionalHead(ProposalHead):
         objective: Objective = Objective(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(num_classes, strides, sampler, postprocess, objective)
+        check_whole(in_channels=in_channels)
         self.class_agnostic, self.glimpses = class_agnostic, glimpses
         self.estimator = Reinforce() if estimator is None else estimator
         if pooler is None:

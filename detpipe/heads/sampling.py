@@ -9,6 +9,7 @@ from torch import Tensor
 
 from detpipe import boxes as box_ops
 from detpipe import matching
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Target
 
 
@@ -58,12 +59,12 @@ class RoISampler:
     add_ground_truth: bool = True
 
     def __post_init__(self) -> None:
-        low, high = self.negative_iou
-        if self.rois_per_image < 1:
-            raise ValueError(f"rois_per_image must be positive, got {self.rois_per_image}")
-        if not 0 <= self.positive_fraction <= 1:
-            raise ValueError(f"positive_fraction must be in 0..1, got {self.positive_fraction}")
-        if not 0 <= low <= high <= self.positive_iou <= 1:
+        check_whole(rois_per_image=self.rois_per_image)
+        shares = {"positive_fraction": self.positive_fraction, "positive_iou": self.positive_iou}
+        check_numbers("must be in 0..1", **shares, negative_iou=self.negative_iou)
+        check_numbers("must be in 0..1, above 0", ignore_overlap=self.ignore_overlap)
+        ious = (*self.negative_iou, self.positive_iou)
+        if len(ious) != 3 or sorted(ious) != [*ious]:
             raise ValueError(
                 "expected 0 <= negative_iou[0] <= negative_iou[1] <= positive_iou <= 1, got "
                 f"negative_iou {self.negative_iou} and positive_iou {self.positive_iou}"

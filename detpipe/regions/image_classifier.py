@@ -19,6 +19,7 @@ from detpipe import images as frames
 from detpipe.regions.base import BackboneModel
 from detpipe.stages import Backbone, mark_class_outputs
 from detpipe.support.errors import UsageError
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features
 
 AUXILIARY_WEIGHT = 0.4
@@ -60,12 +61,8 @@ class ImageClassifier(BackboneModel):
         **training: Any,
     ) -> None:
         super().__init__(backbone, **training)
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be positive, got {num_classes}")
-        if not 0 <= dropout < 1 or not 0 <= label_smoothing < 1:
-            raise ValueError(
-                f"expected dropout and label_smoothing in 0..1, 1 excluded, got {dropout=}, {label_smoothing=}"
-            )
+        check_whole(num_classes=num_classes)
+        check_numbers("must be in 0..1, below 1", dropout=dropout, label_smoothing=label_smoothing)
         auxiliary = getattr(backbone, "auxiliary_classes", None)
         if auxiliary and auxiliary != num_classes:
             raise ValueError(

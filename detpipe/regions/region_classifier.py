@@ -15,7 +15,6 @@ Letters: N images, P_i boxes of image i, R boxes of all images, K classes (no ba
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,6 +33,7 @@ from detpipe.roi_pooling import RoIAlign, RoIPooler
 from detpipe.roi_pooling.layouts import to_rois
 from detpipe.stages import Backbone, Losses, mark_class_outputs
 from detpipe.support.errors import DataError
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.support.processes import is_repeat, sharing_counts, weight_per_rank
 from detpipe.types import Target
 
@@ -68,11 +68,10 @@ class Classification:
     class_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        weights = self.class_weights or (1.0,)
-        if any(width < 1 for width in self.fc) or not all(0 < weight < math.inf for weight in weights):
-            raise ValueError(f"classification: expected positive numbers in fc and class_weights, got {self}")
-        if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"classification: expected dropout, label_smoothing in 0..1, 1 excluded, got {self}")
+        where = "classification."
+        check_whole(1, where, fc=self.fc)
+        check_numbers("must be positive and finite", where, class_weights=self.class_weights)
+        check_numbers("must be in 0..1, below 1", where, dropout=self.dropout, label_smoothing=self.label_smoothing)
 
     def build(self, inputs: int, num_classes: int) -> nn.Sequential:
         """Make the layers: ``[R, C', h, w]`` with ``inputs`` numbers a region -> logits ``[R, K]``."""

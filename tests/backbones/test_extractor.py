@@ -223,7 +223,7 @@ def test_a_malicious_file_runs_nothing(tmp_path, save):
             {},
             "vit_b_32 does not take images of any size: Wrong image height",
         ),
-        ("squeezenet1_1", SQUEEZE, {"padding": -1}, "padding must not be negative, got -1"),
+        ("squeezenet1_1", SQUEEZE, {"padding": -1}, "padding must be at least 0, got -1"),
         (
             "squeezenet1_1",
             {"c4": Level("features.12", 8)},

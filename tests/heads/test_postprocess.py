@@ -147,7 +147,7 @@ def test_small_detections_are_dropped_before_suppression():
     scores, valid = torch.tensor([[[0.9], [0.8]]]), torch.ones(1, 2, dtype=torch.bool)
     assert len(Postprocess()(scores, boxes, valid, [(20, 20)])[0]["scores"]) == 2
     assert Postprocess(min_size=0.01)(scores, boxes, valid, [(20, 20)])[0]["scores"].tolist() == pytest.approx([0.8])
-    with pytest.raises(ValueError, match="min_size not negative"):
+    with pytest.raises(ValueError, match="min_size must not be negative"):
         Postprocess(min_size=-1.0)
 
 
