@@ -45,7 +45,7 @@ def image_sides(image_sizes: Sequence[tuple[int, int]], like: Tensor) -> tuple[T
     first: Any = image_sizes[0] if image_sizes else (0, 0)
     if isinstance(first[0], Tensor):  # of an exported graph, for all images
         return first
-    if len(image_sizes) == 1 or len({tuple(size) for size in image_sizes}) == 1:
+    if len({tuple(size) for size in image_sizes}) == 1:
         height, width = image_sizes[0]
         return like.new_full((len(image_sizes), 1), height), like.new_full((len(image_sizes), 1), width)
     sizes = torch.tensor([tuple(size) for size in image_sizes], dtype=like.dtype).reshape(-1, 2, 1)

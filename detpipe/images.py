@@ -95,17 +95,12 @@ def normalize(image: Tensor, pixel_format: PixelFormat) -> Tensor:
     if pixel_format.channel_order == "bgr":
         image = image.flip(-3)
     mean, std = (box_ops.constants(values, image) for values in (pixel_format.mean, pixel_format.std))
-    rows = image.movedim(-3, -1).flatten(-2) if _channels_last(image) else None
-    if rows is None:
+    pixels = image.movedim(-3, -1)
+    if pixels.is_contiguous():  # as decoders give them: a row at a time, since vector code wants more than three values
+        pixels.flatten(-2).sub_(mean.repeat(image.shape[-1])).div_(std.repeat(image.shape[-1]))
+    else:
         image.sub_(mean[:, None, None]).div_(std[:, None, None])
-    else:  # [..., H, W * C]: a row at a time, since vector code wants more than three values
-        rows.sub_(mean.repeat(image.shape[-1])).div_(std.repeat(image.shape[-1]))
     return image
-
-
-def _channels_last(image: Tensor) -> bool:
-    """Whether the channels of a pixel lie side by side in memory, and pixels row by row, as decoders give them."""
-    return image.movedim(-3, -1).is_contiguous()
 
 
 def to_pixels(image: Tensor, pixel_format: PixelFormat) -> Tensor:

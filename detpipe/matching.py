@@ -197,9 +197,6 @@ def sample(
         fewer proposals than S (the index is then 0).
     """
     images, count = foreground.shape
-    if count == 0:
-        empty = torch.zeros((images, size), dtype=torch.int64, device=foreground.device)
-        return empty, torch.zeros_like(empty, dtype=torch.bool)
     noise = torch.rand((images, count), generator=generator, device=foreground.device)
     order = torch.argsort(noise.masked_fill(~foreground, 2.0), dim=1)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(count, device=order.device).expand_as(order))

@@ -49,6 +49,15 @@ def mark_class_outputs(layer: nn.Module, background: int, each: int) -> None:
     vars(layer)["class_outputs"] = (background, each)
 
 
+def initialize(network: nn.Module) -> None:
+    """Initialize convolutions for a network of ReLUs: He et al. 2015, arXiv 1502.01852."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 class Backbone(LightningModule, ABC):
     """Images to feature maps.
 

@@ -16,13 +16,13 @@ p_k is the level of stride 2^k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from detpipe.backbones.regime import GROUPS
 from detpipe.stages import Backbone
@@ -80,9 +80,10 @@ class FPN(Backbone):
         extra = {None: (), "max_pool": (2,), "convolutions": (2, 4)}[extra_levels]
         self.strides = {**levels, **{level_name(coarsest * step): coarsest * step for step in extra}}
         widths = [backbone.level_channels[level] for level in backbone.strides]
-        self.pyramid = FeaturePyramidNetwork(
-            widths, out_channels, _extra_block(extra_levels, out_channels), _norm_layer(norm)
-        )
+        blocks = {"max_pool": LastLevelMaxPool, "convolutions": partial(LastLevelP6P7, out_channels, out_channels)}
+        norms = {None: None, "batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, GROUPS)}
+        block = None if extra_levels is None else blocks[extra_levels]()
+        self.pyramid = FeaturePyramidNetwork(widths, out_channels, block, norms[norm])
 
     @property
     def roi_strides(self) -> dict[str, int]:
@@ -113,18 +114,6 @@ def level_names(strides: Sequence[int], letter: str) -> list[str]:
         f"{level_name(stride, letter)}{chr(ord('a') + number) if number else ''}"
         for stride, number in zip(strides, before, strict=True)
     ]
-
-
-def _extra_block(extra_levels: ExtraLevels | None, channels: int) -> ExtraFPNBlock | None:
-    if extra_levels is None:
-        return None
-    return LastLevelMaxPool() if extra_levels == "max_pool" else LastLevelP6P7(channels, channels)
-
-
-def _norm_layer(norm: Norm | None) -> Callable[..., nn.Module] | None:
-    if norm is None:
-        return None
-    return nn.BatchNorm2d if norm == "batch" else partial(nn.GroupNorm, GROUPS)
 
 
 def _check(

@@ -11,7 +11,7 @@ Deviations:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -88,23 +88,18 @@ def convert_norm(network: nn.Module, norm: Norm, eps: float | None = None) -> nn
     Raises:
         ValueError: a kind of batch normalization that cannot be replaced without loss.
     """
-    if norm != "batch":
-        network = _replaced(network, norm)
+    for name, module in list(network.named_modules()) if norm != "batch" else []:
+        if isinstance(module, nn.BatchNorm2d):
+            converted = _converted(module, norm, name).train(module.training)
+            parent, _, child = name.rpartition(".")
+            if name:
+                setattr(network.get_submodule(parent), child, converted)
+            else:
+                network = converted
     if eps is not None:
         for module in network.modules():
             if isinstance(module, nn.GroupNorm) or hasattr(module, "running_var"):  # of whatever library
                 module.eps = eps  # pyright: ignore
-    return network
-
-
-def _replaced(network: nn.Module, norm: Norm) -> nn.Module:
-    for name, module in list(network.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            converted = _converted(module, norm, name).train(module.training)
-            if not name:
-                return converted
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, converted)
     return network
 
 
@@ -179,16 +174,13 @@ class SqueezedSyncBatchNorm(nn.SyncBatchNorm):
 
 def find_modules(network: nn.Module, names: Iterable[str]) -> list[nn.Module]:
     """Look modules up by names such as ``features.0``; a UsageError where one has nothing to freeze, near names are listed."""
-    known = {name: module for name, module in network.named_modules() if name and any(True for _ in _tensors(module))}
+    known = {
+        name: module for name, module in network.named_modules() if name and [*module.parameters(), *module.buffers()]
+    }
     for name in names:
         if name not in known:
             raise UsageError(f"frozen: no parameters under {name!r}{did_you_mean(name, known)}")
     return [known[name] for name in names]
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def freeze(modules: Iterable[nn.Module]) -> None:
@@ -218,7 +210,8 @@ def recomputed(function: Callable[..., Any], modules: Iterable[nn.Module], *inpu
     Raises:
         ValueError: the function writes into its inputs, which the second computation needs as they were.
     """
-    tensors = [value for value in _flat(inputs) if isinstance(value, Tensor)]
+    lists = [value if isinstance(value, list | tuple) else [value] for value in inputs]
+    tensors = [value for values in lists for value in values if isinstance(value, Tensor)]
     versions = [tensor._version for tensor in tensors]
     statistics = _Statistics(modules)
 
@@ -230,11 +223,6 @@ def recomputed(function: Callable[..., Any], modules: Iterable[nn.Module], *inpu
         name = getattr(function, "__qualname__", type(function).__name__)
         raise ValueError(f"{name} writes into its input and cannot be computed twice; set checkpointing to false")
     return output
-
-
-def _flat(inputs: Iterable[Any]) -> Iterator[Any]:
-    for value in inputs:
-        yield from value if isinstance(value, list | tuple) else (value,)
 
 
 class _Statistics(AbstractContextManager[None]):

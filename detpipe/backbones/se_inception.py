@@ -35,7 +35,8 @@ from detpipe.backbones.input_channels import check_channels, set_input_channels
 from detpipe.backbones.laterals import Laterals, Width
 from detpipe.backbones.pretrained import Pretrained, load_pretrained
 from detpipe.backbones.regime import Regime, convert_norm, names_within
-from detpipe.backbones.staged import StagedBackbone, choose_levels, initialize
+from detpipe.backbones.staged import StagedBackbone, choose_levels
+from detpipe.stages import initialize
 from detpipe.support.numbers import check_whole
 from detpipe.types import Features, PixelFormat
 

@@ -14,7 +14,7 @@ N images, P proposals an image, S sampled RoIs an image, K foreground classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -112,7 +112,8 @@ class CascadeHead(ProposalHead):
     ) -> Losses:
         """Compute ``loss_classifier`` and ``loss_box_reg``, and those of later stages with their number behind the name."""
         losses: Losses = {}
-        for index, stage in enumerate(self._stages()):
+        for index, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
             factor = 1.0 if index == 0 else self.later.loss_weights[index - 1]
             hidden = stage.hidden(self.pooler(features, rois.rois, self.strides))
             logits, deltas = stage.outputs(hidden)
@@ -133,7 +134,8 @@ class CascadeHead(ProposalHead):
 
     def _detect(self, features: Features, image_sizes: list[tuple[int, int]], boxes: Tensor) -> Found:
         scores, seen, hidden = [], [], boxes
-        for index, stage in enumerate(self._stages()):
+        for index, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
             if index:
                 boxes = box_ops.fill(boxes, box_ops.valid(boxes))
                 seen.append(boxes)
@@ -144,11 +146,6 @@ class CascadeHead(ProposalHead):
         glimpses = torch.stack(seen, dim=2) if seen else boxes[:, :, None][:, :, :0]
         quality = None if self.quality is None else self.quality(hidden)
         return Found(rank(torch.stack(scores).mean(0), quality), boxes[:, :, None], outlines(glimpses))
-
-    def _stages(self) -> Iterator[Stage]:
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            yield stage
 
 
 class Stage(nn.Module):
@@ -167,16 +164,12 @@ class Stage(nn.Module):
         self.classifier, self.regressor = output_layers(fc[-1], num_classes, class_agnostic=True)
         self.delta_weights = delta_weights
 
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, P, C, h, w]`` -> logits ``[N, P, K + 1]`` and deltas ``[N, P, 1, 4]``."""
-        return self.outputs(self.hidden(pooled))
-
     def hidden(self, pooled: Tensor) -> Tensor:
         """``[N, P, C, h, w]`` -> ``[N, P, width]``."""
         return self.shared(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2])
 
     def outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, P, width]`` -> logits and deltas."""
+        """``[N, P, width]`` -> logits ``[N, P, K + 1]`` and deltas ``[N, P, 1, 4]``."""
         return box_outputs(self.classifier, self.regressor, hidden)
 
 

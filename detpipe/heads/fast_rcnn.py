@@ -119,7 +119,8 @@ class FastRCNNHead(ProposalHead):
         self, features: Features, rois: RoITargets, image_sizes: list[tuple[int, int]], targets: list[Target]
     ) -> Losses:
         """Compute ``loss_classifier`` and ``loss_box_reg``; with a glimpse also where it looks, to log it."""
-        logits, deltas, theta, quality = self._predict(features, rois.rois)
+        has_norm = any(isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm) for layer in self.shared)
+        logits, deltas, theta, quality = self._predict(features, rois.cycled() if has_norm else rois.rois)
         losses = self.box_losses(rois, logits, deltas, quality=quality)
         if self.glimpse is not None and theta is not None:
             losses |= self.glimpse.statistics(theta, rois.valid)

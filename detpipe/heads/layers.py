@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from detpipe.stages import mark_class_outputs
+from detpipe.stages import initialize, mark_class_outputs
 from detpipe.support.numbers import check_whole
 
 
@@ -49,7 +49,7 @@ class Convolutions:
             layers.append(nn.Conv2d(before, after, 3, padding=1, bias=self.norm is None))
             layers += [nn.BatchNorm2d(after)] if self.norm == "batch" else []
             layers.append(nn.ReLU(inplace=True))
-        _initialize(layers)
+        initialize(nn.ModuleList(layers))
         return layers, self.widths[-1] * size[0] * size[1]
 
 
@@ -83,16 +83,8 @@ class ResidualStage:
         layers += [Bottleneck(self.width, inner, norm_layer=make) for _ in range(self.blocks - 1)]
         if self.stride_in_1x1:
             layers[0].conv1.stride, layers[0].conv2.stride = (2, 2), (1, 1)  # pyright: ignore
-        _initialize(layers)
+        initialize(nn.ModuleList(layers))
         return [*layers, nn.AdaptiveAvgPool2d(1)], self.width
-
-
-def _initialize(layers: Sequence[nn.Module]) -> None:
-    for module in (module for layer in layers for module in layer.modules()):
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 def hidden_layers(width: int, widths: Sequence[int]) -> nn.Sequential:

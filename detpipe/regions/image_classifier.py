@@ -98,8 +98,12 @@ class ImageClassifier(BackboneModel):
             ValueError: images of another shape.
             UsageError: a single image so small that batch norm, in training, has one value of a channel.
         """
+        normalized, auxiliary = self._normalized(images), None
         try:
-            return self._losses(images, labels)
+            if self.has_auxiliary:
+                features, auxiliary = self.backbone.forward_with_auxiliary(normalized)  # type: ignore[operator]
+            else:
+                features = self.backbone(normalized)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -107,18 +111,10 @@ class ImageClassifier(BackboneModel):
                 f"batch norm cannot train on a single image of {images.shape[-2]} x {images.shape[-1]} pixels, of which one cell "
                 "is left; give data.loader.batch_size 2 or more, or larger data.views.size"
             ) from error
-
-    def _losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        normalized = self._normalized(images)
-        if not self.has_auxiliary:
-            logits = self._logits(self.backbone(normalized))
-            return {"loss_classifier": self._cross_entropy(logits, labels)}, logits
-        features, auxiliary = self.backbone.forward_with_auxiliary(normalized)  # type: ignore[operator]
         logits = self._logits(features)
-        losses = {
-            "loss_classifier": self._cross_entropy(logits, labels),
-            "loss_auxiliary": AUXILIARY_WEIGHT * self._cross_entropy(auxiliary, labels),
-        }
+        losses = {"loss_classifier": self._cross_entropy(logits, labels)}
+        if auxiliary is not None:
+            losses["loss_auxiliary"] = AUXILIARY_WEIGHT * self._cross_entropy(auxiliary, labels)
         return losses, logits
 
     def training_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:

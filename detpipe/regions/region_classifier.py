@@ -279,8 +279,5 @@ def _classes(truth: matching.GroundTruth) -> Tensor:
 
 
 def _prediction(logits: Tensor) -> RegionPrediction:
-    probabilities = logits.float().softmax(-1).cpu()
-    if not len(logits):
-        return RegionPrediction(labels=torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0))
-    scores, classes = probabilities.max(-1)
+    scores, classes = logits.float().softmax(-1).cpu().max(-1)
     return RegionPrediction(labels=classes + 1, scores=scores)

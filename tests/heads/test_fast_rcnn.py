@@ -233,3 +233,15 @@ def test_bad_layers(arguments, message):
     for wrong in (lambda: Convolutions([]), lambda: Convolutions([4], "layer"), lambda: ResidualStage(6)):
         with pytest.raises(ValueError, match="conv: expected"):
             wrong()
+
+
+def test_batch_norm_sees_no_boxes_that_stand_in():
+    features, target = {"c3": torch.randn(2, 4, 8, 8)}, random_target(1)
+    proposals, seen = [random_boxes(3)] * 2, []
+    for size in (4, 24):
+        torch.manual_seed(0)
+        sampler = RoISampler(size, positive_fraction=1.0, positive_iou=1.0, negative_iou=(0.0, 1.0))
+        head = FastRCNNHead(4, 2, {"c3": 8}, RoIAlign(3), [8], conv=Convolutions([4], "batch"), sampler=sampler)
+        _, losses = head(features, proposals, SIZES[:2], [target, target])
+        seen.append({**losses, "mean": head.shared[1].running_mean})
+    torch.testing.assert_close(*seen)
