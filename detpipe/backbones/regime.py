@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -201,7 +202,7 @@ def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
     return recomputed(module, [module], *inputs)
 
 
-@torch._disable_dynamo  # the compiler takes no contexts around a second computation, and would fail
+@_disable_dynamo  # the compiler takes no contexts around a second computation, and would fail
 def recomputed(function: Callable[..., Any], modules: Iterable[nn.Module], *inputs: Any, **options: Any) -> Any:
     """Compute ``function(*inputs, **options)`` now and in the backward pass; lists among the inputs are not changed.
 

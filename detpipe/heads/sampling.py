@@ -63,9 +63,9 @@ class RoISampler:
 
     def __post_init__(self) -> None:
         check_whole(rois_per_image=self.rois_per_image)
-        shares = {"positive_fraction": self.positive_fraction, "positive_iou": self.positive_iou}
-        check_numbers("must be in 0..1", **shares, negative_iou=self.negative_iou)
-        check_numbers("must be in 0..1, above 0", ignore_overlap=self.ignore_overlap)
+        check_numbers("must be in 0..1", positive_fraction=self.positive_fraction, positive_iou=self.positive_iou)
+        check_numbers("must be in 0..1", negative_iou=self.negative_iou)
+        check_numbers("must be positive and finite", ignore_overlap=self.ignore_overlap)  # above 1: never
         ious = (*self.negative_iou, self.positive_iou)
         if len(ious) != 3 or sorted(ious) != [*ious]:
             raise ValueError(
