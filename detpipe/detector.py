@@ -89,7 +89,7 @@ class TwoStageDetector(LightningModule):
         self.min_size, self.max_size = min_size, max_size
         self.divisor = divisor
         self.resize: frames.ResizeRule = resize
-        self._convolutions = QuickConvolutions()
+        self._convolutions, self._validated = QuickConvolutions(), MeanValues()
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Detection]:
         """Detect objects, in training mode too.
@@ -124,6 +124,8 @@ class TwoStageDetector(LightningModule):
         targets: Sequence[Target] | None,
         wanted: Sequence[Literal["detections", "losses"]],
     ) -> tuple[list[Detection], Losses]:
+        if targets is not None and len(targets) != len(images):
+            raise ValueError(f"expected one target for each image, got {len(targets)} for {len(images)} images")
         contents = frames.contents_of(targets)
         batch = self.to_batch(images, contents)
         sizes = frames.picture_sizes(images, contents)

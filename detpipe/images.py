@@ -81,15 +81,17 @@ def normalize(image: Tensor, pixel_format: PixelFormat) -> Tensor:
         pixel_format: of the backbone.
 
     Returns:
-        ``[..., C, H, W]`` floating point in the backbone's channel order.
+        ``[..., C, H, W]`` float32 at least, in which PyTorch can resize, in the backbone's channel order.
 
     Raises:
         TypeError: the image is neither uint8 nor floating point.
     """
+    given = torch.get_default_dtype() if image.dtype == torch.uint8 else image.dtype
+    dtype = torch.promote_types(given, torch.float32)
     if image.dtype == torch.uint8:
-        image = image.to(torch.get_default_dtype()).mul_(pixel_format.value_range / 255.0)
+        image = image.to(dtype).mul_(pixel_format.value_range / 255.0)
     elif image.is_floating_point():
-        image = image * pixel_format.value_range
+        image = image.to(dtype) * pixel_format.value_range
     else:
         raise TypeError(f"images must be uint8 in 0..255 or floating point in 0..1, got {image.dtype}")
     if pixel_format.channel_order == "bgr":
@@ -161,7 +163,7 @@ def to_batch(
         divisor: height and width of the batch are multiples of it; the coarsest stride.
         contents: for each image None, or height and width of the picture in it, if it has its final size already and the rest of
             it is padding; see :func:`contents_of`.
-        dtype: of the batch, that of the backbone; None keeps that of the first image, the default one of uint8.
+        dtype: of the batch, that of the backbone; None keeps that of the first image, the default one of uint8, float32 at least.
         rule: how images are resized.
 
     Returns:
@@ -196,7 +198,8 @@ def to_batch(
     layout = torch.channels_last if all(image.stride(-3) == 1 for image in resized) else torch.contiguous_format
     kind = {"dtype": dtype or resized[0].dtype, "device": resized[0].device}
     batch = torch.empty((len(images), channels, height, width), memory_format=layout, **kind).zero_()
-    for row, image in zip(batch if resized[0].ndim == 3 else [batch], resized, strict=True):
+    for index, image in enumerate(resized):  # not row by row of an iterator, which could not pass gradients to images
+        row = batch if image.ndim == 4 else batch[index]
         row[..., : image.shape[-2], : image.shape[-1]] = image
     sizes = [(image.shape[-2], image.shape[-1]) for image in resized]
     return ImageList(batch, sizes if len(sizes) == len(images) else sizes * len(images))

@@ -115,19 +115,23 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
     return GroundTruth(boxes, labels, present & ~ignored, crowd, difficult & ~crowd, maybe)
 
 
-def check_labels(targets: Sequence[Target], num_classes: int) -> None:
-    """Refuse labels outside 1..K of objects that count; they are looked at on the CPU only, where that costs nothing.
+def check_objects(targets: Sequence[Target], num_classes: int) -> None:
+    """Refuse objects with labels outside 1..K or boxes that are not finite, on the CPU only, where a look costs nothing.
 
     Raises:
-        ValueError: there is one: its image and box are named.
+        ValueError: there is one that counts: its image and box are named.
     """
     for index, target in enumerate(targets):
         labels = target.get("labels")
         if labels is None or not labels.is_cpu:
             continue
-        ignored = _flags(target, "iscrowd", labels) | _flags(target, "difficult", labels)
-        for box in (~ignored & ((labels < 1) | (labels > num_classes))).nonzero()[:1, 0].tolist():
+        counts = ~(_flags(target, "iscrowd", labels) | _flags(target, "difficult", labels))
+        for box in (counts & ((labels < 1) | (labels > num_classes))).nonzero()[:1, 0].tolist():
             raise ValueError(f"targets[{index}], box {box}: label {int(labels[box])}, expected 1..{num_classes}")
+        boxes = target.get("boxes")
+        if boxes is not None and len(boxes) == len(labels):
+            for box in (counts & ~boxes.isfinite().all(-1)).nonzero()[:1, 0].tolist():
+                raise ValueError(f"targets[{index}], box {box}: expected finite numbers, got {boxes[box].tolist()}")
 
 
 def _flags(target: Target, name: str, labels: Tensor) -> Tensor:

@@ -486,3 +486,31 @@ def test_a_label_outside_the_classes_is_named():
     targets[1]["labels"] = torch.tensor([3])
     with pytest.raises(ValueError, match=r"targets\[1\], box 0: label 3, expected 1\.\.2"):
         make().losses(IMAGES, targets)
+
+
+@pytest.mark.parametrize("sizes", [((50, 70), (50, 70)), ((50, 70), (64, 48))])
+def test_gradients_reach_the_images(sizes):
+    detector, images = make(), [torch.rand(3, *size, requires_grad=True) for size in sizes]
+    total_loss(detector.losses(images, some_targets())).backward()
+    assert all(image.grad.abs().sum() > 0 for image in images)
+
+
+def test_every_image_has_a_target():
+    with pytest.raises(ValueError, match="expected one target for each image, got 1 for 2 images"):
+        make().losses(IMAGES, some_targets()[:1])
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.uint8])
+def test_images_are_resized_by_a_detector_in_half_precision(kind):
+    detector = make(min_size=32, max_size=48).half()
+    image = (torch.rand(3, 64, 80) * (255 if kind == torch.uint8 else 1)).to(kind)
+    torch.set_default_dtype(torch.float16)  # as Lightning does where precision is 16-true
+    try:
+        assert detector.to_batch([image]).tensors.dtype == torch.float16
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_validation_steps_run_without_a_trainer():
+    detector = make().eval()
+    assert len(detector.validation_step((IMAGES, some_targets()), 0)) == 2

@@ -180,7 +180,7 @@ class ProposalHead(RoIHead, ABC):
         if self.training:
             if targets is None:
                 raise ValueError("the head is in training mode and needs targets; call eval() to detect")
-            matching.check_labels(targets, self.num_classes)
+            matching.check_objects(targets, self.num_classes)
             rois = self.sampler(proposals, targets)
             if self.classes_seen is not None and torch.is_grad_enabled():  # not in validation
                 index = (rois.labels - 1).clamp(min=0).flatten()

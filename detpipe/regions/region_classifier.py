@@ -245,7 +245,7 @@ class RegionClassifier(RegionModel):
     def _with_truth(self, images: Sequence[Tensor], targets: Sequence[Target]) -> tuple[Tensor, matching.GroundTruth]:
         """Logits of the objects ``[N, G, K]``, padded as their truth is."""
         truth = matching.gather_targets(targets)
-        matching.check_labels(targets, self.num_classes)
+        matching.check_objects(targets, self.num_classes)
         logits = self(images, [target["boxes"] for target in targets])  # type: ignore[typeddict-item]
         return matching.pad(logits)[0].float(), truth
 
