@@ -9,9 +9,11 @@ Deviations from a plain cut:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from detpipe.attention.base import Attention
 from detpipe.backbones.bodies import Body, Level, TorchvisionBody
@@ -109,6 +111,13 @@ class Extractor(ProjectedBackbone):
         super().train(mode)
         freeze(self._frozen)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy the mode of its original: torchvision's graphs are in training mode after each deep copy."""
+        super().__setstate__(state)
+        if isinstance(self.body, fx.GraphModule):
+            self.body.train(self.training)
+            freeze(self._frozen)
 
     def _maps(self, images: Tensor) -> dict[str, Tensor]:
         height, width = images.shape[-2:]

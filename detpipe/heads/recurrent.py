@@ -150,15 +150,7 @@ class AttentionalHead(ProposalHead):
                 nn.init.zeros_(parameter)
 
     def predict(self, features: Features, rois: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the outputs of the network for boxes, glimpses at the means of the policy.
-
-        Args:
-            features: level name -> ``[N, C, H_l, W_l]``.
-            rois: ``[N, P, 4]`` xyxy in pixels of the batch.
-
-        Returns:
-            logits ``[N, P, K + 1]`` and deltas ``[N, P, B, 4]``.
-        """
+        """Compute what :meth:`FastRCNNHead.predict` does, with glimpses at the means of the policy."""
         return self._outputs(self._walk(features, rois).evidence, rois.shape[:2])
 
     def losses(
