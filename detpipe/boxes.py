@@ -45,7 +45,7 @@ def image_sides(image_sizes: Sequence[tuple[int, int]], like: Tensor) -> tuple[T
     first: Any = image_sizes[0] if image_sizes else (0, 0)
     if isinstance(first[0], Tensor):  # of an exported graph, for all images
         return first
-    if len(image_sizes) == 1 or len({tuple(size) for size in image_sizes}) == 1:
+    if len({tuple(size) for size in image_sizes}) == 1:
         height, width = image_sizes[0]
         return like.new_full((len(image_sizes), 1), height), like.new_full((len(image_sizes), 1), width)
     sizes = torch.tensor([tuple(size) for size in image_sizes], dtype=like.dtype).reshape(-1, 2, 1)
@@ -60,15 +60,20 @@ def area(boxes: Tensor) -> Tensor:
         >>> area(torch.tensor([[0.0, 0.0, 4.0, 3.0]]))
         tensor([12.])
     """
-    size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
-    return size[..., 0] * size[..., 1]
+    return _area(boxes[..., :2], boxes[..., 2:])
 
 
 def intersection(boxes: Tensor, others: Tensor) -> Tensor:
     """Compute the area ``[..., P, G]`` that each box ``[..., P, 4]`` shares with each other box ``[..., G, 4]``."""
     top_left = torch.maximum(boxes[..., :, None, :2], others[..., None, :, :2])
     bottom_right = torch.minimum(boxes[..., :, None, 2:], others[..., None, :, 2:])
+    return _area(top_left, bottom_right)
+
+
+def _area(top_left: Tensor, bottom_right: Tensor) -> Tensor:
+    """``[..., 2]`` each -> ``[...]``, float32 at least: 256 x 256 pixels are too many for float16."""
     size = (bottom_right - top_left).clamp(min=0)
+    size = size.to(torch.promote_types(size.dtype, torch.float32))
     return size[..., 0] * size[..., 1]
 
 
@@ -121,6 +126,11 @@ def valid(boxes: Tensor, min_size: float = 0.0) -> Tensor:
     """Tell which boxes ``[..., 4]`` are finite, and wider and higher than ``min_size`` pixels: ``[...]`` bool."""
     size = boxes[..., 2:] - boxes[..., :2]
     return ((size > min_size) & (size < math.inf)).all(-1)  # an edge that is not finite makes a size that is not
+
+
+def take(boxes: Tensor, index: Tensor) -> Tensor:
+    """Take rows of ``[N, P, 4]`` by an index ``[N, S]``: ``[N, S, 4]``."""
+    return boxes.gather(1, index[..., None].expand(-1, -1, boxes.shape[-1]))
 
 
 def encode(boxes: Tensor, references: Tensor, weights: DeltaWeights = DELTA_WEIGHTS) -> Tensor:

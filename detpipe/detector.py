@@ -29,6 +29,7 @@ from detpipe.stages import (
     check_features,
     check_proposals,
 )
+from detpipe.support.numbers import check_whole
 from detpipe.support.processes import MeanValues, is_repeat, sharing_counts
 from detpipe.types import Detection, Features, Target
 from detpipe.winograd import QuickConvolutions
@@ -78,18 +79,17 @@ class TwoStageDetector(LightningModule):
         resize: frames.ResizeRule = "detpipe",
     ) -> None:
         super().__init__()
-        if not 0 < min_size <= max_size:
-            raise ValueError(f"expected 0 < min_size <= max_size, got {min_size=}, {max_size=}")
-        if (divisor is not None and divisor < 1) or resize not in get_args(frames.ResizeRule):
-            choices = ", ".join(get_args(frames.ResizeRule))
-            raise ValueError(f"expected divisor >= 1 or null, and resize of {choices}; got {divisor=}, {resize=}")
+        frames.check_sizes(min_size, max_size)
+        check_whole(divisor=divisor)
+        if resize not in get_args(frames.ResizeRule):
+            raise ValueError(f"resize must be one of {', '.join(get_args(frames.ResizeRule))}, got {resize!r}")
         backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
         self.backbone, self.proposals, self.head = backbone, proposals, head
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.min_size, self.max_size = min_size, max_size
         self.divisor = divisor
         self.resize: frames.ResizeRule = resize
-        self._convolutions = QuickConvolutions()
+        self._convolutions, self._validated = QuickConvolutions(), MeanValues()
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Detection]:
         """Detect objects, in training mode too.
@@ -124,6 +124,8 @@ class TwoStageDetector(LightningModule):
         targets: Sequence[Target] | None,
         wanted: Sequence[Literal["detections", "losses"]],
     ) -> tuple[list[Detection], Losses]:
+        if targets is not None and len(targets) != len(images):
+            raise ValueError(f"expected one target for each image, got {len(targets)} for {len(images)} images")
         contents = frames.contents_of(targets)
         batch = self.to_batch(images, contents)
         sizes = frames.picture_sizes(images, contents)
@@ -160,8 +162,7 @@ class TwoStageDetector(LightningModule):
             The batch.
         """
         divisor = self.divisor or max(self.backbone.strides.values())
-        dtype = next((parameter.dtype for parameter in self.backbone.parameters()), None)
-        sizes = (self.min_size, self.max_size)
+        sizes, dtype = (self.min_size, self.max_size), self.backbone.input_dtype
         return frames.to_batch(images, self.backbone.pixel_format, *sizes, divisor, contents, dtype, self.resize)
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
@@ -273,4 +274,4 @@ def _mode(training: bool, source: nn.Module, head: nn.Module) -> Iterator[None]:
         yield
     finally:
         source.training, head.training = before
-        del vars(source)["fills_up"]
+        vars(source).pop("fills_up", None)  # another thread may have been faster

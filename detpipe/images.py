@@ -19,12 +19,20 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
 from detpipe import boxes as box_ops
+from detpipe.support.numbers import check_whole
 from detpipe.types import Detection, GlimpsedDetection, PixelFormat, Target
 
 Size = tuple[int, int]  # height, width
 # how an image is resized: sizes rounded and smoothed where it shrinks; rounded down and never smoothed; .5 rounded up, smoothed,
 # and 8-bit images to whole gray levels, as Pillow does
 ResizeRule = Literal["detpipe", "torchvision", "detectron2"]
+
+
+def check_sizes(min_size: int, max_size: int) -> None:
+    """Refuse what is no pair of sides for :func:`resized_size`, by a ValueError."""
+    if not 0 < min_size <= max_size:
+        raise ValueError(f"expected 0 < min_size <= max_size, got {min_size=}, {max_size=}")
+    check_whole(min_size=min_size, max_size=max_size)
 
 
 def resized_size(size: Size, min_size: int, max_size: int, rule: ResizeRule = "detpipe") -> Size:
@@ -73,31 +81,28 @@ def normalize(image: Tensor, pixel_format: PixelFormat) -> Tensor:
         pixel_format: of the backbone.
 
     Returns:
-        ``[..., C, H, W]`` floating point in the backbone's channel order.
+        ``[..., C, H, W]`` float32 at least, in which PyTorch can resize, in the backbone's channel order.
 
     Raises:
         TypeError: the image is neither uint8 nor floating point.
     """
+    given = torch.get_default_dtype() if image.dtype == torch.uint8 else image.dtype
+    dtype = torch.promote_types(given, torch.float32)
     if image.dtype == torch.uint8:
-        image = image.to(torch.get_default_dtype()).mul_(pixel_format.value_range / 255.0)
+        image = image.to(dtype).mul_(pixel_format.value_range / 255.0)
     elif image.is_floating_point():
-        image = image * pixel_format.value_range
+        image = image.to(dtype) * pixel_format.value_range
     else:
         raise TypeError(f"images must be uint8 in 0..255 or floating point in 0..1, got {image.dtype}")
     if pixel_format.channel_order == "bgr":
         image = image.flip(-3)
     mean, std = (box_ops.constants(values, image) for values in (pixel_format.mean, pixel_format.std))
-    rows = image.movedim(-3, -1).flatten(-2) if _channels_last(image) else None
-    if rows is None:
+    pixels = image.movedim(-3, -1)
+    if pixels.is_contiguous():  # as decoders give them: a row at a time, since vector code wants more than three values
+        pixels.flatten(-2).sub_(mean.repeat(image.shape[-1])).div_(std.repeat(image.shape[-1]))
+    else:
         image.sub_(mean[:, None, None]).div_(std[:, None, None])
-    else:  # [..., H, W * C]: a row at a time, since vector code wants more than three values
-        rows.sub_(mean.repeat(image.shape[-1])).div_(std.repeat(image.shape[-1]))
     return image
-
-
-def _channels_last(image: Tensor) -> bool:
-    """Whether the channels of a pixel lie side by side in memory, and pixels row by row, as decoders give them."""
-    return image.movedim(-3, -1).is_contiguous()
 
 
 def to_pixels(image: Tensor, pixel_format: PixelFormat) -> Tensor:
@@ -158,7 +163,7 @@ def to_batch(
         divisor: height and width of the batch are multiples of it; the coarsest stride.
         contents: for each image None, or height and width of the picture in it, if it has its final size already and the rest of
             it is padding; see :func:`contents_of`.
-        dtype: of the batch, that of the backbone; None keeps that of the first image, the default one of uint8.
+        dtype: of the batch, that of the backbone; None keeps that of the first image, the default one of uint8, float32 at least.
         rule: how images are resized.
 
     Returns:
@@ -193,7 +198,8 @@ def to_batch(
     layout = torch.channels_last if all(image.stride(-3) == 1 for image in resized) else torch.contiguous_format
     kind = {"dtype": dtype or resized[0].dtype, "device": resized[0].device}
     batch = torch.empty((len(images), channels, height, width), memory_format=layout, **kind).zero_()
-    for row, image in zip(batch if resized[0].ndim == 3 else [batch], resized, strict=True):
+    for index, image in enumerate(resized):  # not row by row of an iterator, which could not pass gradients to images
+        row = batch if image.ndim == 4 else batch[index]
         row[..., : image.shape[-2], : image.shape[-1]] = image
     sizes = [(image.shape[-2], image.shape[-1]) for image in resized]
     return ImageList(batch, sizes if len(sizes) == len(images) else sizes * len(images))
@@ -255,7 +261,7 @@ def _resize(image: Tensor, size: Size, smooth: bool = True) -> Tensor:
     """Resize ``[..., C, H, W]`` bilinearly, on request smoothed where it shrinks; uint8 to the nearest gray level."""
     if size == tuple(image.shape[-2:]):
         return image
-    shrinks = smooth and size[0] < image.shape[-2]
+    shrinks = smooth and (size[0] < image.shape[-2] or size[1] < image.shape[-1])
     if image.dtype == torch.uint8:
         shrinks = smooth  # PyTorch rounds fractions as Pillow does in this case alone
     batch = image if image.ndim == 4 else image[None]
@@ -306,13 +312,18 @@ def contents_of(targets: Sequence[Target] | None) -> list[Size | None] | None:
 
 
 def targets_to_batch(targets: Sequence[Target], old: Sequence[Size], new: Sequence[Size]) -> list[Target]:
-    """Make new targets with boxes, areas and proposals in the frame of the batch, of sizes ``new`` instead of ``old``."""
+    """Make new targets with boxes, areas and proposals in the frame of the batch, of sizes ``new`` instead of ``old``.
+
+    What came in half precision becomes float32, in which later stages compute with boxes.
+    """
     moved = [cast(dict[str, Any], {**target}) for target in targets]
     factors = [(after[1] / before[1], after[0] / before[0]) for before, after in zip(old, new, strict=True)]
     areas = [(b[0] * b[1] / (a[0] * a[1]),) for a, b in zip(old, new, strict=True)]
     for key, own in (("boxes", factors), ("proposals", factors), ("area", areas)):
         having = [index for index, target in enumerate(moved) if key in target]
-        scaled = _scaled([moved[index][key] for index in having], [own[index] for index in having])
+        values = [moved[index][key] for index in having]
+        exact = [rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in values]
+        scaled = _scaled(exact, [own[index] for index in having])
         for index, values in zip(having, scaled, strict=True):
             moved[index][key] = values
     return cast(list[Target], moved)

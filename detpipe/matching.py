@@ -80,7 +80,7 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
         targets: N targets with ``boxes`` and ``labels``; ``iscrowd`` and ``difficult`` are False where absent.
 
     Returns:
-        Padded tensors.
+        Padded tensors, boxes in float32 at least.
 
     Raises:
         ValueError: a target lacks ``boxes`` or ``labels``, or they differ in length.
@@ -95,7 +95,7 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
                 f"targets[{index}]: boxes must be [G, 4] and labels [G], "
                 f"got {list(boxes.shape)} and {list(labels.shape)}"
             )
-        boxes_of.append(boxes)
+        boxes_of.append(boxes.to(torch.promote_types(boxes.dtype, torch.float32)))
         labels_of.append(labels)
     flagged = any("iscrowd" in target or "difficult" in target for target in targets)
     flags = [
@@ -113,6 +113,25 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
         ignored.any()
     )  # a look costs nothing on a CPU; elsewhere it waits for the device
     return GroundTruth(boxes, labels, present & ~ignored, crowd, difficult & ~crowd, maybe)
+
+
+def check_objects(targets: Sequence[Target], num_classes: int) -> None:
+    """Refuse objects with labels outside 1..K or boxes that are not finite, on the CPU only, where a look costs nothing.
+
+    Raises:
+        ValueError: there is one that counts: its image and box are named.
+    """
+    for index, target in enumerate(targets):
+        labels = target.get("labels")
+        if labels is None or not labels.is_cpu:
+            continue
+        counts = ~(_flags(target, "iscrowd", labels) | _flags(target, "difficult", labels))
+        for box in (counts & ((labels < 1) | (labels > num_classes))).nonzero()[:1, 0].tolist():
+            raise ValueError(f"targets[{index}], box {box}: label {int(labels[box])}, expected 1..{num_classes}")
+        boxes = target.get("boxes")
+        if boxes is not None and len(boxes) == len(labels):
+            for box in (counts & ~boxes.isfinite().all(-1)).nonzero()[:1, 0].tolist():
+                raise ValueError(f"targets[{index}], box {box}: expected finite numbers, got {boxes[box].tolist()}")
 
 
 def _flags(target: Target, name: str, labels: Tensor) -> Tensor:
@@ -182,9 +201,6 @@ def sample(
         fewer proposals than S (the index is then 0).
     """
     images, count = foreground.shape
-    if count == 0:
-        empty = torch.zeros((images, size), dtype=torch.int64, device=foreground.device)
-        return empty, torch.zeros_like(empty, dtype=torch.bool)
     noise = torch.rand((images, count), generator=generator, device=foreground.device)
     order = torch.argsort(noise.masked_fill(~foreground, 2.0), dim=1)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(count, device=order.device).expand_as(order))

@@ -18,6 +18,7 @@ from torch import nn
 
 from detpipe.stages import Backbone, depths_of
 from detpipe.support.errors import UsageError
+from detpipe.support.numbers import check_numbers
 
 # tensors of two dimensions or more that say where or what something is: last part of their names in torchvision and timm
 POSITIONS = re.compile(
@@ -53,12 +54,11 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adamw"):
             raise ValueError(f"optimizer.name must be 'sgd' or 'adamw', got {self.name!r}")
-        if not self.lr > 0 or not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.backbone_scale < 0:
-            raise ValueError(
-                f"optimizer: expected lr > 0, 0 <= momentum < 1, weight_decay >= 0, backbone_scale >= 0; got {self}"
-            )
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optimizer.layer_decay must be above 0 and at most 1, got {self.layer_decay}")
+        where, scales = "optimizer.", {"weight_decay": self.weight_decay, "backbone_scale": self.backbone_scale}
+        check_numbers("must be positive and finite", where, lr=self.lr)
+        check_numbers("must be in 0..1, below 1", where, momentum=self.momentum)
+        check_numbers("must not be negative or infinite", where, **scales)
+        check_numbers("must be in 0..1, above 0", where, layer_decay=self.layer_decay)
 
     def build(self, backbone: nn.Module, *others: nn.Module) -> torch.optim.Optimizer:
         """Make the optimizer.
@@ -121,12 +121,11 @@ class LRSchedule:
     def __post_init__(self) -> None:
         if self.name not in ("step", "cosine"):
             raise ValueError(f"lr_scheduler.name must be 'step' or 'cosine', got {self.name!r}")
-        if not 0 <= self.warmup < 1 or list(self.milestones) != sorted(self.milestones):
-            raise ValueError(f"lr_scheduler: expected 0 <= warmup < 1 and rising milestones, got {self}")
-        if any(not 0 <= part <= 1 for part in self.milestones):
-            raise ValueError(f"lr_scheduler: milestones are parts of training in 0..1, got {self.milestones}")
-        if not 0 <= self.gamma < math.inf or not 0 <= self.final < math.inf:
-            raise ValueError(f"lr_scheduler: expected gamma >= 0 and final >= 0, got {self.gamma} and {self.final}")
+        check_numbers("must be in 0..1, below 1", "lr_scheduler.", warmup=self.warmup)
+        check_numbers("must be in 0..1", "lr_scheduler.", milestones=self.milestones)
+        check_numbers("must not be negative or infinite", "lr_scheduler.", gamma=self.gamma, final=self.final)
+        if list(self.milestones) != sorted(self.milestones):
+            raise ValueError(f"lr_scheduler: expected rising milestones, got {self.milestones}")
         if self.name == "step" and any(part < self.warmup for part in self.milestones):
             raise ValueError(
                 f"lr_scheduler: the milestone {self.milestones[0]:g} lies inside the warm-up, which ends at {self.warmup:g}; "

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
@@ -48,6 +49,15 @@ def mark_class_outputs(layer: nn.Module, background: int, each: int) -> None:
     vars(layer)["class_outputs"] = (background, each)
 
 
+def initialize(network: nn.Module) -> None:
+    """Initialize convolutions for a network of ReLUs: He et al. 2015, arXiv 1502.01852."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 class Backbone(LightningModule, ABC):
     """Images to feature maps.
 
@@ -72,6 +82,11 @@ class Backbone(LightningModule, ABC):
     def roi_strides(self) -> dict[str, int]:
         """Image pixels a cell of the levels that RoIs are pooled from: all, unless some are there for proposals only."""
         return self.strides
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """Data type of the images that it takes, that of its parameters; None without any."""
+        return next((parameter.dtype for parameter in self.parameters()), None)
 
     def depths(self) -> dict[str, int]:
         """Tell how deep the parameters of the network lie, which have learning rates of their own.

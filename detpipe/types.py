@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from detpipe.support.numbers import check_numbers
+
 Features = dict[str, Tensor]  # level name, such as "c4" -> [N, C, H_l, W_l], finest level first
 
 
@@ -76,11 +78,11 @@ class PixelFormat:
     def __post_init__(self) -> None:
         if self.channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {self.channel_order!r}")
-        if not self.value_range > 0:
-            raise ValueError(f"value_range must be positive (1.0 or 255.0), got {self.value_range}")
-        if not self.mean or len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
+        check_numbers("must be positive and finite", value_range=self.value_range, std=self.std)
+        check_numbers("must be finite", mean=self.mean)
+        if not self.mean or len(self.mean) != len(self.std):
             raise ValueError(
-                f"mean and std need a value a channel each, three for RGB, std positive; got mean {self.mean}, std {self.std}"
+                f"mean and std need a value a channel each, three for RGB; got mean {self.mean}, std {self.std}"
             )
         if self.channel_order == "bgr" and self.channels != 3:
             raise ValueError(f"channel_order 'bgr' is one of three channels, mean and std have {self.channels}")

@@ -131,3 +131,11 @@ def test_no_boxes(shape):
     assert box_ops.iou(none, none).shape == (*shape[:-1], 0)
     assert box_ops.clip(none, 3, 4).shape == shape
     assert box_ops.valid(none).shape == box_ops.area(none).shape == shape[:-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_overlaps_of_large_boxes_in_half_precision(dtype):
+    boxes = torch.tensor([[0.0, 0.0, 640.0, 512.0], [0.0, 0.0, 640.0, 256.0]], dtype=dtype)
+    for function in (box_ops.iou, box_ops.coverage):
+        torch.testing.assert_close(function(boxes, boxes), function(boxes.float(), boxes.float()))
+    assert box_ops.area(boxes).tolist() == [640 * 512, 640 * 256]

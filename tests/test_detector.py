@@ -1,4 +1,5 @@
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -224,6 +225,7 @@ def test_layers_of_another_width_than_the_features_are_named():
 
 def test_too_few_outputs_for_the_classes_are_named():
     detector = make()
+    detector.head.num_classes = 3
     targets = [{**target, "labels": target["labels"] + 1} for target in some_targets()]  # classes 2 and 3 of two
     with pytest.raises(ValueError, match="FastRCNNHead: Target 3 is out of bounds: for K classes it needs K"):
         detector.losses(IMAGES, targets)
@@ -458,7 +460,57 @@ def test_a_divisor_of_batches_and_another_librarys_rule():
     [found] = other.eval()([image])
     assert set(found) == {"boxes", "scores", "labels"}
     for wrong in ({"divisor": 0}, {"resize": "pillow"}):
-        with pytest.raises(
-            ValueError, match="expected divisor >= 1 or null, and resize of detpipe, torchvision, detectron2"
-        ):
+        with pytest.raises(ValueError, match=r"divisor must be|resize must be one of detpipe, torchvision, detectron2"):
             TwoStageDetector(plain.backbone, plain.proposals, plain.head, **wrong)
+
+
+def test_threads_share_a_detector():
+    detector = make().eval()
+    expected = detector(IMAGES)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: detector(IMAGES), range(40)):
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other)
+
+
+def test_objects_of_more_pixels_than_float16_holds_are_learned_in_half_precision():
+    source = PrecomputedProposals()
+    detector, image = make(source, min_size=300, max_size=300).half(), torch.rand(3, 300, 300)
+    target = Target(boxes=torch.tensor([[5.0, 6.0, 290.0, 280.0]]).half(), labels=torch.tensor([1]))
+    target["proposals"] = target["boxes"] + 3
+    assert detector.losses([image.half()], [target])["loss_box_reg"] > 0
+
+
+def test_a_label_outside_the_classes_is_named():
+    targets = some_targets()
+    targets[1]["labels"] = torch.tensor([3])
+    with pytest.raises(ValueError, match=r"targets\[1\], box 0: label 3, expected 1\.\.2"):
+        make().losses(IMAGES, targets)
+
+
+@pytest.mark.parametrize("sizes", [((50, 70), (50, 70)), ((50, 70), (64, 48))])
+def test_gradients_reach_the_images(sizes):
+    detector, images = make(), [torch.rand(3, *size, requires_grad=True) for size in sizes]
+    total_loss(detector.losses(images, some_targets())).backward()
+    assert all(image.grad.abs().sum() > 0 for image in images)
+
+
+def test_every_image_has_a_target():
+    with pytest.raises(ValueError, match="expected one target for each image, got 1 for 2 images"):
+        make().losses(IMAGES, some_targets()[:1])
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.uint8])
+def test_images_are_resized_by_a_detector_in_half_precision(kind):
+    detector = make(min_size=32, max_size=48).half()
+    image = (torch.rand(3, 64, 80) * (255 if kind == torch.uint8 else 1)).to(kind)
+    torch.set_default_dtype(torch.float16)  # as Lightning does where precision is 16-true
+    try:
+        assert detector.to_batch([image]).tensors.dtype == torch.float16
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_validation_steps_run_without_a_trainer():
+    detector = make().eval()
+    assert len(detector.validation_step((IMAGES, some_targets()), 0)) == 2

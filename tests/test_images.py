@@ -224,10 +224,18 @@ def test_torchvisions_rule_does_not_smooth():
 
 
 @pytest.mark.parametrize("rule", ["detpipe", "torchvision", "detectron2"])
-@pytest.mark.parametrize("size", [(20, 30), (90, 61), (40, 64), (150, 33)])
+@pytest.mark.parametrize("size", [(20, 30), (90, 61), (40, 64), (150, 33), (1, 90)])
 def test_the_canvas_of_exported_graphs_is_the_batch(rule, size):
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     expected = to_batch([*images], CAFFE, 40, 64, 16, rule=rule)
     canvas, content = to_canvas(images, CAFFE, 40, 64, 16, rule=rule)
     assert [content] * 2 == expected.image_sizes
     torch.testing.assert_close(canvas, expected.tensors, rtol=0, atol=0 if rule == "detectron2" else 1e-4)
+
+
+def test_boxes_in_half_precision_become_float32_before_they_are_scaled():
+    target = {"boxes": torch.tensor([[3.0, 4.0, 600.0, 500.0]]).half(), "proposals": torch.zeros(0, 4).bfloat16()}
+    [moved] = targets_to_batch([target], [(600, 700)], [(601, 703)])
+    expected = target["boxes"].float() * torch.tensor([703 / 700, 601 / 600] * 2)
+    torch.testing.assert_close(moved["boxes"], expected)
+    assert moved["proposals"].dtype == torch.float32

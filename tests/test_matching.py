@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -202,3 +204,31 @@ def test_every_proposal_is_as_likely_to_be_drawn():
         counts[indices[0]] += 1
     assert (counts[:8] / 2000 - 4 / 8).abs().max() < 0.06  # five standard deviations
     assert (counts[8:] / 2000 - 6 / 12).abs().max() < 0.06
+
+
+def test_objects_are_packed_in_float32_at_least():
+    """The data come in half precision where Lightning's precision is 16-true."""
+    for dtype, expected in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
+        target = {"boxes": torch.ones(1, 4, dtype=dtype), "labels": torch.ones(1, dtype=torch.int64)}
+        assert matching.gather_targets([target]).boxes.dtype == expected
+
+
+@pytest.mark.parametrize("label", [-1, 0, 4])
+@pytest.mark.parametrize("flag", [None, "iscrowd", "difficult"])
+def test_labels_of_objects_that_count_are_1_to_k(label, flag):
+    good = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    target = {"boxes": torch.ones(2, 4), "labels": torch.tensor([3, label])}
+    if flag is not None:
+        matching.check_objects([good, {**target, flag: torch.tensor([False, True])}], 3)
+        return
+    with pytest.raises(ValueError, match=rf"targets\[1\], box 1: label {label}, expected 1\.\.3"):
+        matching.check_objects([good, target], 3)
+
+
+def test_boxes_that_are_not_finite_are_named():
+    """One of them would leave all proposals of its image without a match, and out of the loss."""
+    for value in (math.nan, math.inf):
+        target = {"boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, value, 1.0, 1.0]]), "labels": torch.ones(2).long()}
+        with pytest.raises(ValueError, match=r"targets\[0\], box 1: expected finite numbers"):
+            matching.check_objects([target], 3)
+        matching.check_objects([{**target, "iscrowd": torch.tensor([False, True])}], 3)

@@ -12,6 +12,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from detpipe.support.numbers import check_whole
+
 Gates = dict[str, Tensor]
 
 
@@ -81,17 +83,16 @@ def squeezed_width(channels: int, reduction: int, divisor: int = 8) -> int:
     Raises:
         ValueError: a number below 1, or ``reduction`` above ``channels``.
     """
-    check_channels(channels)
-    if not 1 <= reduction <= channels:
+    check_whole(channels=channels, reduction=reduction, divisor=divisor)
+    if reduction > channels:
         raise ValueError(f"reduction must be in 1..channels ({channels}), got {reduction}")
-    if divisor < 1:
-        raise ValueError(f"divisor must be at least 1, got {divisor}")
     if divisor == 1:
         return channels // reduction
     return max(divisor, int(channels / reduction + divisor / 2) // divisor * divisor)
 
 
-def check_channels(channels: int) -> None:
-    """Raise a ValueError where there are no channels."""
-    if channels < 1:
-        raise ValueError(f"channels must be at least 1, got {channels}")
+def check_kernel(kernel_size: int) -> None:
+    """Refuse sides of a kernel that are even, or no whole numbers of at least 1, by a ValueError."""
+    check_whole(kernel_size=kernel_size)
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, got {kernel_size}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from detpipe.attention.base import Gates, Gating, gated, squeeze, squeezed_width
+from detpipe.attention.base import Gates, Gating, check_kernel, gated, squeeze, squeezed_width
 
 
 class CBAM(Gating):
@@ -44,8 +44,7 @@ class CBAM(Gating):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
+        check_kernel(kernel_size)
         width = squeezed_width(channels, reduction, divisor)
         self.squeeze = nn.Conv2d(channels, width, 1, bias=bias)
         self.excite = nn.Conv2d(width, channels, 1, bias=bias)

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from detpipe.attention.base import Gating, check_channels, squeeze
+from detpipe.attention.base import Gating, check_kernel, squeeze
+from detpipe.support.numbers import check_whole
 
 
 class ECA(Gating):
@@ -32,12 +33,11 @@ class ECA(Gating):
 
     def __init__(self, channels: int, kernel_size: int | None = None) -> None:
         super().__init__()
-        check_channels(channels)
+        check_whole(channels=channels)
         if kernel_size is None:
             nearest = int(abs(math.log2(channels) + 1) / 2)
             kernel_size = nearest if nearest % 2 else nearest + 1
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
+        check_kernel(kernel_size)
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def weights(self, features: Tensor) -> Tensor:

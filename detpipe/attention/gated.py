@@ -66,6 +66,11 @@ class Gated(nn.Module):
         self.register_load_state_dict_pre_hook(_add_level)
         self.register_load_state_dict_post_hook(_drop_level)
 
+    def __getattr__(self, name: str) -> Any:
+        """Give what the network around reads of the module, such as its ``weight``."""
+        own = name in self.__dict__.get("_modules", ())
+        return super().__getattr__(name) if own or name == "module" else getattr(self.module, name)
+
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """Run the module and gate what it returns, in the module's own layout."""
         features = self.module(*inputs, **named)

@@ -65,9 +65,10 @@ def find_places(network: nn.Module, where: Sequence[str] | None = None, replace:
     blocks = {name: place for name in modules if (place := _in_block(name, modules[name], replace)) is not None}
     if where is None:
         if not blocks:
+            some = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), "features.3")
             raise ValueError(
                 f"{type(network).__name__} has no blocks that are known: looked for {_FAMILIES}; name modules that return "
-                f"a map [N, C, H, W], for example where=[{_some_name(modules)!r}]"
+                f"a map [N, C, H, W], for example where=[{some!r}]"
             )
         return list(blocks.values())
     names = [where] if isinstance(where, str) else list(where)
@@ -114,10 +115,6 @@ def _own_attention(block: nn.Module) -> str | None:
         if name and (is_slot or isinstance(module, TorchvisionSqueezeExcitation)):
             return name
     return None
-
-
-def _some_name(modules: dict[str, nn.Module]) -> str:
-    return next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), "features.3")
 
 
 def _shortened(names: list[str], most: int = 8) -> str:

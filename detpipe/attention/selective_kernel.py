@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from detpipe.attention.base import Attention, Gates, squeeze
+from detpipe.support.numbers import check_whole
 
 
 class SelectiveKernel(Attention):
@@ -53,12 +54,9 @@ class SelectiveKernel(Attention):
         split_input: bool = False,
     ) -> None:
         super().__init__()
-        if min(in_channels, out_channels, stride, branches, min_width, groups, dilation) < 1:
-            raise ValueError(
-                f"expected numbers of at least 1, got {in_channels=}, {out_channels=}, {stride=}, {branches=}, {min_width=}, "
-                f"{groups=}, {dilation=}"
-            )
-        if not 1 <= reduction <= out_channels:
+        check_whole(in_channels=in_channels, out_channels=out_channels, stride=stride, branches=branches)
+        check_whole(reduction=reduction, min_width=min_width, groups=groups, dilation=dilation)
+        if reduction > out_channels:
             raise ValueError(f"reduction must be in 1..out_channels ({out_channels}), got {reduction}")
         part = in_channels // branches if split_input else in_channels
         if part * (branches if split_input else 1) != in_channels or part % groups or out_channels % groups:

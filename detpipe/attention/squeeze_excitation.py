@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from detpipe.attention.base import Gates, Gating, check_channels, squeeze, squeezed_width
+from detpipe.attention.base import Gates, Gating, squeeze, squeezed_width
+from detpipe.support.numbers import check_whole
 
 
 class SqueezeExcitation(Gating):
@@ -64,7 +65,7 @@ class SpatialSqueezeExcitation(Gating):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        check_channels(channels)
+        check_whole(channels=channels)
         self.squeeze = nn.Conv2d(channels, 1, 1)
 
     def weights(self, features: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from detpipe.backbones.regime import Regime, drop_path_rates
 from detpipe.backbones.weights import fetch, load_part
 from detpipe.stages import depths_of
 from detpipe.support.errors import UsageError
+from detpipe.support.numbers import check_whole
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import PixelFormat
 
@@ -30,10 +31,16 @@ class Level:
     Args:
         node: name of the module or operation whose output is returned, such as ``features.12``.
         stride: image pixels a cell of it.
+
+    Raises:
+        ValueError: a stride that is no whole number of at least 1.
     """
 
     node: str
     stride: int
+
+    def __post_init__(self) -> None:
+        check_whole(stride=self.stride)
 
 
 Levels = Mapping[str, Level] | Sequence[str]
@@ -126,15 +133,10 @@ def _drop_paths(network: nn.Module, name: str, rate: float) -> None:
 
 
 def _cut(full: nn.Module, name: str, nodes: dict[str, str]) -> fx.GraphModule:
-    known = _node_names(full)
+    train_nodes, eval_nodes = get_graph_node_names(full, suppress_diff_warning=True)
+    leaves = set(train_nodes) & set(eval_nodes)
+    known = leaves | {leaf.rsplit(".", depth)[0] for leaf in leaves for depth in range(1, leaf.count(".") + 1)}
     for node in nodes:
         if node not in known:
             raise UsageError(f"{name} has no node {node!r}{did_you_mean(node, sorted(known))}")
     return cast(fx.GraphModule, create_feature_extractor(full, return_nodes=nodes, suppress_diff_warning=True))
-
-
-def _node_names(network: nn.Module) -> set[str]:
-    train_nodes, eval_nodes = get_graph_node_names(network, suppress_diff_warning=True)
-    leaves = set(train_nodes) & set(eval_nodes)
-    modules = {name.rsplit(".", depth)[0] for name in leaves for depth in range(1, name.count(".") + 1)}
-    return leaves | modules

@@ -9,9 +9,11 @@ Deviations from a plain cut:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from detpipe.attention.base import Attention
 from detpipe.backbones.bodies import Body, Level, TorchvisionBody
@@ -20,6 +22,7 @@ from detpipe.backbones.laterals import Laterals, ProjectedBackbone, Width
 from detpipe.backbones.pretrained import TIMM
 from detpipe.backbones.regime import Regime, convert_norm, find_modules, freeze
 from detpipe.backbones.timm_body import TimmBody
+from detpipe.support.numbers import check_whole
 from detpipe.types import Features, PixelFormat
 
 __all__ = ["Extractor", "Level"]
@@ -76,8 +79,7 @@ class Extractor(ProjectedBackbone):
         super().__init__()
         if not levels:
             raise ValueError("levels must name at least one place to cut the network, for example c4: {node, stride}")
-        if padding < 0:
-            raise ValueError(f"padding must not be negative, got {padding}")
+        check_whole(0, padding=padding)
         kind = TimmBody if network.startswith(TIMM) else TorchvisionBody
         body: Body = kind(network.removeprefix(TIMM), levels, weights, regime, check_channels(in_channels))
         self.name, self.padding, self.strides = network, padding, body.strides
@@ -109,6 +111,13 @@ class Extractor(ProjectedBackbone):
         super().train(mode)
         freeze(self._frozen)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy the mode of its original: torchvision's graphs are in training mode after each deep copy."""
+        super().__setstate__(state)
+        if isinstance(self.body, fx.GraphModule):
+            self.body.train(self.training)
+            freeze(self._frozen)
 
     def _maps(self, images: Tensor) -> dict[str, Tensor]:
         height, width = images.shape[-2:]

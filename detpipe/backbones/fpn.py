@@ -16,16 +16,17 @@ p_k is the level of stride 2^k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from detpipe.backbones.regime import GROUPS
 from detpipe.stages import Backbone
+from detpipe.support.numbers import check_whole
 from detpipe.types import Features
 
 ExtraLevels = Literal["max_pool", "convolutions"]
@@ -79,9 +80,10 @@ class FPN(Backbone):
         extra = {None: (), "max_pool": (2,), "convolutions": (2, 4)}[extra_levels]
         self.strides = {**levels, **{level_name(coarsest * step): coarsest * step for step in extra}}
         widths = [backbone.level_channels[level] for level in backbone.strides]
-        self.pyramid = FeaturePyramidNetwork(
-            widths, out_channels, _extra_block(extra_levels, out_channels), _norm_layer(norm)
-        )
+        blocks = {"max_pool": LastLevelMaxPool, "convolutions": partial(LastLevelP6P7, out_channels, out_channels)}
+        norms = {None: None, "batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, GROUPS)}
+        block = None if extra_levels is None else blocks[extra_levels]()
+        self.pyramid = FeaturePyramidNetwork(widths, out_channels, block, norms[norm])
 
     @property
     def roi_strides(self) -> dict[str, int]:
@@ -114,18 +116,6 @@ def level_names(strides: Sequence[int], letter: str) -> list[str]:
     ]
 
 
-def _extra_block(extra_levels: ExtraLevels | None, channels: int) -> ExtraFPNBlock | None:
-    if extra_levels is None:
-        return None
-    return LastLevelMaxPool() if extra_levels == "max_pool" else LastLevelP6P7(channels, channels)
-
-
-def _norm_layer(norm: Norm | None) -> Callable[..., nn.Module] | None:
-    if norm is None:
-        return None
-    return nn.BatchNorm2d if norm == "batch" else partial(nn.GroupNorm, GROUPS)
-
-
 def _check(
     strides: dict[str, int], out_channels: int, extra_levels: str | None, norm: str | None, equal_strides: bool
 ) -> None:
@@ -141,8 +131,7 @@ def _check(
                 f"are {strides}; leave {level!r} out or change its stride"
             )
         before = stride
-    if out_channels < 1:
-        raise ValueError(f"out_channels of an FPN must be positive, got {out_channels}")
+    check_whole(out_channels=out_channels)
     for name, value, choices in (("extra_levels", extra_levels, ExtraLevels), ("norm", norm, Norm)):
         if value is not None and value not in get_args(choices):
             raise ValueError(f"{name} must be {' or '.join(map(repr, get_args(choices)))} or None, got {value!r}")

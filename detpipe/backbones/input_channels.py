@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from detpipe.support.numbers import check_whole
 from detpipe.types import MOST_CHANNELS, PixelFormat
 
 _RGB = 3
@@ -19,7 +20,8 @@ _RGB = 3
 
 def check_channels(channels: int) -> int:
     """Refuse a number of channels that no image has, by a ValueError."""
-    if not 1 <= channels <= MOST_CHANNELS:
+    check_whole(in_channels=channels)
+    if channels > MOST_CHANNELS:
         raise ValueError(f"in_channels must lie in 1..{MOST_CHANNELS}, got {channels}")
     return channels
 

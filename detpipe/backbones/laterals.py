@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from detpipe.stages import Backbone
+from detpipe.support.numbers import check_whole
 from detpipe.types import Features
 
 Width = int | Literal["own"] | None
@@ -29,6 +30,8 @@ class Laterals(nn.Module):
         super().__init__()
         if isinstance(out_channels, str) and out_channels != "own":
             raise ValueError(f"out_channels must be a whole number, 'own' or None, got {out_channels!r}")
+        if not isinstance(out_channels, str):
+            check_whole(out_channels=out_channels)
         if out_channels is None and len(set(widths.values())) > 1:
             raise ValueError(
                 f"levels of unequal width {widths} need out_channels, for example out_channels=256; or 'own', in an FPN"

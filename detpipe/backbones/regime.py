@@ -11,18 +11,20 @@ Deviations:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from detpipe.attention.selective_kernel import SqueezedBatchNorm
 from detpipe.support.errors import UsageError
+from detpipe.support.numbers import check_numbers
 from detpipe.support.suggest import did_you_mean
 
 Norm = Literal["batch", "frozen", "sync", "group"]
@@ -62,8 +64,7 @@ class Regime:
             raise ValueError(f"norm must be one of {list(get_args(Norm))}, got {self.norm!r}")
         if isinstance(self.frozen, str) or not all(isinstance(name, str) for name in self.frozen):
             raise ValueError(f"frozen must be a list of names, got {self.frozen!r}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path must be in 0..1, below 1, got {self.drop_path}")
+        check_numbers("must be in 0..1, below 1", drop_path=self.drop_path)
         if self.eps is not None and not (0 < self.eps < 1 or (self.eps == 0 and self.norm == "frozen")):
             raise ValueError(f"eps must be in 0..1, and 0 for norm 'frozen' alone; got {self.eps} for {self.norm!r}")
         object.__setattr__(self, "frozen", tuple(self.frozen))
@@ -88,23 +89,18 @@ def convert_norm(network: nn.Module, norm: Norm, eps: float | None = None) -> nn
     Raises:
         ValueError: a kind of batch normalization that cannot be replaced without loss.
     """
-    if norm != "batch":
-        network = _replaced(network, norm)
+    for name, module in list(network.named_modules()) if norm != "batch" else []:
+        if isinstance(module, nn.BatchNorm2d):
+            converted = _converted(module, norm, name).train(module.training)
+            parent, _, child = name.rpartition(".")
+            if name:
+                setattr(network.get_submodule(parent), child, converted)
+            else:
+                network = converted
     if eps is not None:
         for module in network.modules():
             if isinstance(module, nn.GroupNorm) or hasattr(module, "running_var"):  # of whatever library
                 module.eps = eps  # pyright: ignore
-    return network
-
-
-def _replaced(network: nn.Module, norm: Norm) -> nn.Module:
-    for name, module in list(network.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            converted = _converted(module, norm, name).train(module.training)
-            if not name:
-                return converted
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, converted)
     return network
 
 
@@ -179,16 +175,13 @@ class SqueezedSyncBatchNorm(nn.SyncBatchNorm):
 
 def find_modules(network: nn.Module, names: Iterable[str]) -> list[nn.Module]:
     """Look modules up by names such as ``features.0``; a UsageError where one has nothing to freeze, near names are listed."""
-    known = {name: module for name, module in network.named_modules() if name and any(True for _ in _tensors(module))}
+    known = {
+        name: module for name, module in network.named_modules() if name and [*module.parameters(), *module.buffers()]
+    }
     for name in names:
         if name not in known:
             raise UsageError(f"frozen: no parameters under {name!r}{did_you_mean(name, known)}")
     return [known[name] for name in names]
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def freeze(modules: Iterable[nn.Module]) -> None:
@@ -209,6 +202,7 @@ def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
     return recomputed(module, [module], *inputs)
 
 
+@_disable_dynamo  # the compiler takes no contexts around a second computation, and would fail
 def recomputed(function: Callable[..., Any], modules: Iterable[nn.Module], *inputs: Any, **options: Any) -> Any:
     """Compute ``function(*inputs, **options)`` now and in the backward pass; lists among the inputs are not changed.
 
@@ -217,7 +211,8 @@ def recomputed(function: Callable[..., Any], modules: Iterable[nn.Module], *inpu
     Raises:
         ValueError: the function writes into its inputs, which the second computation needs as they were.
     """
-    tensors = [value for value in _flat(inputs) if isinstance(value, Tensor)]
+    lists = [value if isinstance(value, list | tuple) else [value] for value in inputs]
+    tensors = [value for values in lists for value in values if isinstance(value, Tensor)]
     versions = [tensor._version for tensor in tensors]
     statistics = _Statistics(modules)
 
@@ -229,11 +224,6 @@ def recomputed(function: Callable[..., Any], modules: Iterable[nn.Module], *inpu
         name = getattr(function, "__qualname__", type(function).__name__)
         raise ValueError(f"{name} writes into its input and cannot be computed twice; set checkpointing to false")
     return output
-
-
-def _flat(inputs: Iterable[Any]) -> Iterator[Any]:
-    for value in inputs:
-        yield from value if isinstance(value, list | tuple) else (value,)
 
 
 class _Statistics(AbstractContextManager[None]):

@@ -29,9 +29,11 @@ from detpipe.backbones.input_channels import check_channels, format_of
 from detpipe.backbones.laterals import Laterals, Width
 from detpipe.backbones.pretrained import Pretrained, load_pretrained
 from detpipe.backbones.regime import Regime, convert_norm, drop_path_rates, names_within
-from detpipe.backbones.residual_blocks import BasicBlock, Bottleneck, Layout, Variant, make_stem
+from detpipe.backbones.residual_blocks import BasicBlock, Block, Bottleneck, Layout, Variant, make_stem
 from detpipe.backbones.residual_names import to_own_names
-from detpipe.backbones.staged import LEVELS, StagedBackbone, choose_levels, initialize
+from detpipe.backbones.staged import LEVELS, StagedBackbone, choose_levels
+from detpipe.stages import initialize
+from detpipe.support.numbers import check_whole
 from detpipe.types import Features, PixelFormat
 
 BLOCKS = {
@@ -104,6 +106,7 @@ class ResidualNetwork(StagedBackbone, ABC):
         self.stages = nn.ModuleDict()
         self.strides: dict[str, int] = {}
         widths = self._build(variant, output_stride)
+        check_whole(0, padding=padding)
         if padding and any(2 * padding != stride for stride in self.strides.values()):
             raise ValueError(
                 f"padding must be half of the stride of every level, which only levels of one stride have, or 0; got {padding} "
@@ -114,7 +117,7 @@ class ResidualNetwork(StagedBackbone, ABC):
         initialize(self)
         if regime.norm != "frozen":  # each residual branch starts at zero where its last norm can learn
             for module in self.modules():
-                if isinstance(module, BasicBlock | Bottleneck):
+                if isinstance(module, Block):
                     nn.init.zeros_(module.last_norm.weight)
         convert_norm(self, regime.norm, regime.eps)
         if weights is not None:
@@ -158,9 +161,10 @@ class ResidualNetwork(StagedBackbone, ABC):
                     groups=self.groups,
                     group_width=self.group_width,
                 )
-                block = (Bottleneck if is_deep(self.depth) else BasicBlock)(
-                    channels, layout, self.attention[level], variant, _drop(drops.pop(0))
-                )
+                rate = drops.pop(0)
+                drop = StochasticDepth(rate, "row") if rate > 0 else nn.Identity()
+                kind = Bottleneck if is_deep(self.depth) else BasicBlock
+                block = kind(channels, layout, self.attention[level], variant, drop)
                 stage.append(block)
                 channels = block.out_channels
             self.stages[level] = nn.Sequential(*stage)
@@ -172,7 +176,3 @@ class ResidualNetwork(StagedBackbone, ABC):
 def is_deep(depth: int) -> bool:
     """Whether a depth is built of bottlenecks."""
     return depth not in (18, 34)
-
-
-def _drop(rate: float) -> nn.Module:
-    return StochasticDepth(rate, "row") if rate > 0 else nn.Identity()

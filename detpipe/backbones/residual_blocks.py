@@ -17,6 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detpipe.attention.base import Gating
 from detpipe.attention.choice import make_gating
 from detpipe.attention.selective_kernel import SelectiveKernel
+from detpipe.support.numbers import check_whole
 
 Stem = Literal["single", "deep", "tiered"]
 STEMS: dict[str, tuple[int, ...]] = {"single": (64,), "deep": (32, 32, 64), "tiered": (24, 32, 64)}
@@ -37,7 +38,7 @@ class Variant:
         average_shortcut: shortcuts with a stride average before their 1 x 1 convolution.
 
     Raises:
-        ValueError: an unknown stem.
+        ValueError: an unknown stem, or a number below 1.
     """
 
     reduction: int = 16
@@ -50,6 +51,8 @@ class Variant:
     stride_in_1x1: bool = False
 
     def __post_init__(self) -> None:
+        widths = {"gate_divisor": self.gate_divisor, "kernel_min_width": self.kernel_min_width}
+        check_whole(1, "variant.", reduction=self.reduction, **widths)
         if self.stem not in STEMS:
             raise ValueError(f"stem must be one of {list(STEMS)}, got {self.stem!r}")
 
@@ -97,42 +100,58 @@ class Steps(nn.Sequential):
         return x
 
 
-class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut, gated before the sum."""
+class Block(nn.Module):
+    """A residual branch, gated before it is added to a shortcut."""
 
-    def __init__(self, channels: int, layout: Layout, kind: str | None, variant: Variant, drop: nn.Module) -> None:
+    def __init__(
+        self,
+        steps: dict[str, nn.Module],
+        channels: tuple[int, int],
+        stride: int,
+        kind: str | None,
+        variant: Variant,
+        drop: nn.Module,
+    ) -> None:
         super().__init__()
-        if layout.groups != 1:
-            raise ValueError("networks of depth 18 and 34 have no groups; take depth 26 or more")
-        width, (first, later) = layout.width, layout.dilation
-        self.out_channels = width
-        steps = _convolution(1, channels, width, layout.stride, first, 1, kind, variant)
-        steps |= {
-            "conv2": nn.Conv2d(width, width, 3, padding=later, dilation=later, bias=False),
-            "norm2": nn.BatchNorm2d(width),
-        }
+        self.out_channels = channels[1]
         self.residual = Steps(OrderedDict(steps))
-        self.attention = _gate(kind, width, variant)
-        self.shortcut = _shortcut(channels, width, layout.stride, variant.average_shortcut)
+        self.attention = _gate(kind, self.out_channels, variant)
+        self.shortcut = _shortcut(*channels, stride, variant.average_shortcut)
         self.drop = drop
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
         """The normalization at the end of the residual branch."""
-        return self.residual.get_submodule("norm2")  # pyright: ignore[reportReturnType]
+        return self.residual[-1]  # pyright: ignore[reportReturnType]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, width, ceil(H / stride), ceil(W / stride)]``."""
-        return _add(self, x)
+        """``[N, C, H, W]`` -> ``[N, out_channels, ceil(H / stride), ceil(W / stride)]``; a gate and the sum are one pass."""
+        residual, shortcut = self.residual(x), self.shortcut(x)
+        if isinstance(self.attention, Gating) and isinstance(self.drop, nn.Identity):
+            return self.attention(residual, shortcut).relu_()
+        return (self.drop(self.attention(residual)) + shortcut).relu_()
 
 
-class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions around a shortcut, gated before the sum."""
+class BasicBlock(Block):
+    """Two 3 x 3 convolutions around a shortcut: ``width`` channels."""
 
     def __init__(self, channels: int, layout: Layout, kind: str | None, variant: Variant, drop: nn.Module) -> None:
-        super().__init__()
-        inner = layout.width * layout.group_width // 64 * layout.groups
-        self.out_channels = layout.width * 4
+        if layout.groups != 1:
+            raise ValueError("networks of depth 18 and 34 have no groups; take depth 26 or more")
+        width, (first, later) = layout.width, layout.dilation
+        steps = _convolution(1, channels, width, layout.stride, first, 1, kind, variant)
+        steps |= {
+            "conv2": nn.Conv2d(width, width, 3, padding=later, dilation=later, bias=False),
+            "norm2": nn.BatchNorm2d(width),
+        }
+        super().__init__(steps, (channels, width), layout.stride, kind, variant, drop)
+
+
+class Bottleneck(Block):
+    """1 x 1, 3 x 3 and 1 x 1 convolutions around a shortcut: 4 ``width`` channels."""
+
+    def __init__(self, channels: int, layout: Layout, kind: str | None, variant: Variant, drop: nn.Module) -> None:
+        inner, width = layout.width * layout.group_width // 64 * layout.groups, 4 * layout.width
         steps: dict[str, nn.Module] = {
             "conv1": nn.Conv2d(channels, inner, 1, layout.stride if variant.stride_in_1x1 else 1, bias=False),
             "norm1": nn.BatchNorm2d(inner),
@@ -140,23 +159,8 @@ class Bottleneck(nn.Module):
         }
         stride = 1 if variant.stride_in_1x1 else layout.stride
         steps |= _convolution(2, inner, inner, stride, layout.dilation[0], layout.groups, kind, variant)
-        steps |= {
-            "conv3": nn.Conv2d(inner, self.out_channels, 1, bias=False),
-            "norm3": nn.BatchNorm2d(self.out_channels),
-        }
-        self.residual = Steps(OrderedDict(steps))
-        self.attention = _gate(kind, self.out_channels, variant)
-        self.shortcut = _shortcut(channels, self.out_channels, layout.stride, variant.average_shortcut)
-        self.drop = drop
-
-    @property
-    def last_norm(self) -> nn.BatchNorm2d:
-        """The normalization at the end of the residual branch."""
-        return self.residual.get_submodule("norm3")  # pyright: ignore[reportReturnType]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, 4 * width, ceil(H / stride), ceil(W / stride)]``."""
-        return _add(self, x)
+        steps |= {"conv3": nn.Conv2d(inner, width, 1, bias=False), "norm3": nn.BatchNorm2d(width)}
+        super().__init__(steps, (channels, width), layout.stride, kind, variant, drop)
 
 
 def make_stem(stem: Stem, channels: int = 3) -> nn.Sequential:
@@ -232,11 +236,3 @@ def _shortcut(channels: int, width: int, stride: int, average: bool) -> nn.Modul
     steps["conv"] = nn.Conv2d(channels, width, 1, stride, bias=False)
     steps["norm"] = nn.BatchNorm2d(width)
     return Steps(OrderedDict(steps))
-
-
-def _add(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
-    """Add the residual branch, gated, to the shortcut; a gate and the sum are one pass over memory."""
-    residual, shortcut = block.residual(x), block.shortcut(x)
-    if isinstance(block.attention, Gating) and isinstance(block.drop, nn.Identity):
-        return block.attention(residual, shortcut).relu_()
-    return (block.drop(block.attention(residual)) + shortcut).relu_()

@@ -31,11 +31,13 @@ from detpipe.backbones.inception_blocks import (
     smallest_side,
     to_own_names,
 )
-from detpipe.backbones.input_channels import set_input_channels
+from detpipe.backbones.input_channels import check_channels, set_input_channels
 from detpipe.backbones.laterals import Laterals, Width
 from detpipe.backbones.pretrained import Pretrained, load_pretrained
 from detpipe.backbones.regime import Regime, convert_norm, names_within
-from detpipe.backbones.staged import StagedBackbone, choose_levels, initialize
+from detpipe.backbones.staged import StagedBackbone, choose_levels
+from detpipe.stages import initialize
+from detpipe.support.numbers import check_whole
 from detpipe.types import Features, PixelFormat
 
 Kind = Literal["se", "sse", "scse", "eca", "cbam"]
@@ -95,8 +97,7 @@ class SEInceptionV3(StagedBackbone):
     ) -> None:
         super().__init__()
         self.levels = choose_levels(levels)
-        if auxiliary_classes is not None and auxiliary_classes < 1:
-            raise ValueError(f"auxiliary_classes must be at least 1, got {auxiliary_classes}")
+        check_whole(reduction=reduction, auxiliary_classes=auxiliary_classes)
         if auxiliary_classes is not None and not {"c4", "c5"} & set(levels):
             raise ValueError(f"auxiliary_classes needs level c4 or c5, got levels {list(levels)}")
         if regime.drop_path:
@@ -106,7 +107,7 @@ class SEInceptionV3(StagedBackbone):
         built = tuple(STAGES)[: list(STAGES).index(self.levels[-1]) + 1]
         self.regime, self.frozen, self.padded = regime, names_within(regime.frozen, built), padded
         # -1..1, which torchvision's transform_input makes of its usual format
-        self.pixel_format = PixelFormat(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).spread(in_channels)
+        self.pixel_format = PixelFormat(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).spread(check_channels(in_channels))
         self.strides = {level: STRIDES[level] for level in self.levels}
         paddings = best_paddings(self.levels) if padded else {}
         self.offsets = {level: offset(level, paddings) for level in self.levels}

@@ -51,12 +51,3 @@ def choose_levels(levels: Sequence[str]) -> tuple[str, ...]:
     if isinstance(levels, str) or not levels or not set(levels) <= set(LEVELS) or len(set(levels)) < len(levels):
         raise ValueError(f"levels must be distinct names out of {list(LEVELS)}, got {levels!r}")
     return tuple(level for level in LEVELS if level in levels)
-
-
-def initialize(network: nn.Module) -> None:
-    """Initialize convolutions for a network of ReLUs: He et al. 2015, arXiv 1502.01852."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)

@@ -63,7 +63,9 @@ class TimmBody(Body):
         self._indices = _places_of(levels, places, name)
         declared = levels if isinstance(levels, Mapping) else {level: places[i] for level, i in self._indices.items()}
         self.strides = {level: cut.stride for level, cut in declared.items()}
-        self.pixel_format = _pixel_format(timm, name).spread(in_channels)
+        config = timm.get_pretrained_cfg(name)
+        own = PixelFormat() if config is None else PixelFormat(tuple(config.mean), tuple(config.std))
+        self.pixel_format = own.spread(in_channels)
         self._depths = _depths(timm, full)
         self._used = sorted(set(self._indices.values()))
         options = {key: value for key, value in ANY_SIZE.items() if key in inspect.signature(type(full)).parameters}
@@ -164,11 +166,6 @@ def _source(timm: ModuleType, name: str, weights: str | None) -> str | None:
                 f"of {getattr(network, key)}; give network timm/{source} and weights DEFAULT"
             )
     return source
-
-
-def _pixel_format(timm: ModuleType, name: str) -> PixelFormat:
-    config = timm.get_pretrained_cfg(name)
-    return PixelFormat() if config is None else PixelFormat(tuple(config.mean), tuple(config.std))
 
 
 def _places(full: nn.Module, name: str) -> list[Level]:

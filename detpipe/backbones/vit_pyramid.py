@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from detpipe.backbones.fpn import level_name
 from detpipe.stages import Backbone
+from detpipe.support.numbers import check_whole
 from detpipe.types import Features
 
 ExtraLevels = Literal["max_pool"]
@@ -121,7 +122,6 @@ def _check(strides: dict[str, int], out_channels: int, extra_levels: str | None)
     ((level, stride),) = strides.items()
     if stride < 4 or stride & (stride - 1):
         raise ValueError(f"a ViTPyramid needs a stride that is a power of two, 4 or more, level {level!r} has {stride}")
-    if out_channels < 1:
-        raise ValueError(f"out_channels of a ViTPyramid must be positive, got {out_channels}")
+    check_whole(out_channels=out_channels)
     if extra_levels is not None and extra_levels not in get_args(ExtraLevels):
         raise ValueError(f"extra_levels of a ViTPyramid must be 'max_pool' or None, got {extra_levels!r}")

@@ -79,7 +79,7 @@ class Program(nn.Module):
 
     def prepare(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalize, resize and pad: the batch ``[N, C, h', w']``, and ``[4]`` float32 height and width there, and as given."""
-        dtype = next((parameter.dtype for parameter in self.backbone.parameters()), None)
+        dtype = self.backbone.input_dtype
         batch, size = frames.to_canvas(images, self.backbone.pixel_format, *self.sizes, self.divisor, dtype, self.rule)
         return batch, box_ops.constants((*size, images.shape[2], images.shape[3]), self.score_threshold)
 

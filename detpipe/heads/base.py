@@ -21,6 +21,7 @@ from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.heads.suppression import Kept
 from detpipe.stages import Losses, RoIHead, check_tensor
+from detpipe.support.numbers import check_whole
 from detpipe.types import Detection, Features, GlimpsedDetection, Target
 
 ROIS_PER_PASS = 4096  # of :func:`in_parts`; bounds the memory of pooled features
@@ -99,10 +100,9 @@ class ProposalHead(RoIHead, ABC):
         objective: Objective = Objective(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        if num_classes < 1 or not strides:
-            raise ValueError(
-                f"expected num_classes >= 1 and at least one level in strides; got {num_classes=}, {strides=}"
-            )
+        check_whole(num_classes=num_classes)
+        if not isinstance(strides, dict) or not strides:
+            raise ValueError(f"expected a dict with at least one level in strides, got {strides=}")
         self.num_classes, self.strides = num_classes, dict(strides)
         self.sampler, self.postprocess, self.objective = sampler, postprocess, objective
         self.classes_seen: Tensor | None
@@ -174,13 +174,15 @@ class ProposalHead(RoIHead, ABC):
             In training ``[]`` and the losses; else N detections and ``{}``.
 
         Raises:
-            ValueError: training without targets, or a subclass found what has another shape than :class:`Found` says.
+            ValueError: training without targets, or with a label outside 1..K, as far as they lie on a CPU; or a subclass found
+                what has another shape than :class:`Found` says.
         """
         if self.training:
             if targets is None:
                 raise ValueError("the head is in training mode and needs targets; call eval() to detect")
+            matching.check_objects(targets, self.num_classes)
             rois = self.sampler(proposals, targets)
-            if self.classes_seen is not None:
+            if self.classes_seen is not None and torch.is_grad_enabled():  # not in validation
                 index = (rois.labels - 1).clamp(min=0).flatten()
                 self.classes_seen.index_add_(0, index, rois.foreground.flatten().to(torch.int64))
             return [], self.losses(features, rois, image_sizes, targets)

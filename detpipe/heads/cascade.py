@@ -14,7 +14,7 @@ N images, P proposals an image, S sampled RoIs an image, K foreground classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,6 +30,7 @@ from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.roi_pooling import RoIAlign, RoIPooler
 from detpipe.stages import Losses
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features, Target
 
 
@@ -53,10 +54,10 @@ class LaterStages:
     def __post_init__(self) -> None:
         if not len(self.ious) == len(self.loss_weights) == len(self.delta_factors):
             raise ValueError(f"ious, loss_weights and delta_factors must have one number for each stage, got {self}")
-        if any(not 0 < iou <= 1 for iou in self.ious) or any(
-            value <= 0 for value in (*self.loss_weights, *self.delta_factors)
-        ):
-            raise ValueError(f"ious must be in 0..1, loss_weights and delta_factors positive, got {self}")
+        check_numbers("must be in 0..1, above 0", "later.", ious=self.ious)
+        check_numbers(
+            "must be positive and finite", "later.", loss_weights=self.loss_weights, delta_factors=self.delta_factors
+        )
 
 
 class CascadeHead(ProposalHead):
@@ -97,6 +98,7 @@ class CascadeHead(ProposalHead):
         objective: Objective = Objective(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(num_classes, strides, sampler, postprocess, objective)
+        check_whole(in_channels=in_channels)
         self.pooler = RoIAlign(7) if pooler is None else pooler
         self.later = later
         height, width = self.pooler.output_size
@@ -110,7 +112,8 @@ class CascadeHead(ProposalHead):
     ) -> Losses:
         """Compute ``loss_classifier`` and ``loss_box_reg``, and those of later stages with their number behind the name."""
         losses: Losses = {}
-        for index, stage in enumerate(self._stages()):
+        for index, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
             factor = 1.0 if index == 0 else self.later.loss_weights[index - 1]
             hidden = stage.hidden(self.pooler(features, rois.rois, self.strides))
             logits, deltas = stage.outputs(hidden)
@@ -131,7 +134,8 @@ class CascadeHead(ProposalHead):
 
     def _detect(self, features: Features, image_sizes: list[tuple[int, int]], boxes: Tensor) -> Found:
         scores, seen, hidden = [], [], boxes
-        for index, stage in enumerate(self._stages()):
+        for index, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
             if index:
                 boxes = box_ops.fill(boxes, box_ops.valid(boxes))
                 seen.append(boxes)
@@ -142,11 +146,6 @@ class CascadeHead(ProposalHead):
         glimpses = torch.stack(seen, dim=2) if seen else boxes[:, :, None][:, :, :0]
         quality = None if self.quality is None else self.quality(hidden)
         return Found(rank(torch.stack(scores).mean(0), quality), boxes[:, :, None], outlines(glimpses))
-
-    def _stages(self) -> Iterator[Stage]:
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            yield stage
 
 
 class Stage(nn.Module):
@@ -165,16 +164,12 @@ class Stage(nn.Module):
         self.classifier, self.regressor = output_layers(fc[-1], num_classes, class_agnostic=True)
         self.delta_weights = delta_weights
 
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, P, C, h, w]`` -> logits ``[N, P, K + 1]`` and deltas ``[N, P, 1, 4]``."""
-        return self.outputs(self.hidden(pooled))
-
     def hidden(self, pooled: Tensor) -> Tensor:
         """``[N, P, C, h, w]`` -> ``[N, P, width]``."""
         return self.shared(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2])
 
     def outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, P, width]`` -> logits and deltas."""
+        """``[N, P, width]`` -> logits ``[N, P, K + 1]`` and deltas ``[N, P, 1, 4]``."""
         return box_outputs(self.classifier, self.regressor, hidden)
 
 

@@ -14,7 +14,6 @@ proposal, (dx / w, dy / h, log w, log h). Shapes [...] are of RoIs.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from detpipe.heads.base import ProposalHead
 from detpipe.heads.objective import ClassLoss, of_label
 from detpipe.heads.sampling import RoITargets
 from detpipe.stages import Losses
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.support.processes import count_per_rank, mean_over_ranks
 
 Baseline = Literal["roi", "batch", "none"]
@@ -96,8 +96,7 @@ class GlimpseEstimator(ABC):
     through_time: bool  # whether the gradient goes on from the policy into the layers before it
 
     def __init__(self, sigma: float) -> None:
-        if not 0 <= sigma < math.inf:
-            raise ValueError(f"sigma must not be negative, got {sigma}")
+        check_numbers("must not be negative or infinite", sigma=sigma)
         self.sigma = sigma
 
     @abstractmethod
@@ -194,8 +193,8 @@ class Reinforce(GlimpseEstimator):
         super().__init__(sigma)
         if sigma == 0:
             raise ValueError("sigma must be positive for Reinforce: without noise nothing is tried; Pathwise takes 0")
-        if episodes < 1 or not 0 < weight < math.inf:
-            raise ValueError(f"episodes must be at least 1 and weight positive, got {episodes=}, {weight=}")
+        check_whole(episodes=episodes)
+        check_numbers("must be positive and finite", weight=weight)
         if baseline not in get_args(Baseline) or background_reward not in get_args(BackgroundReward):
             raise ValueError(
                 f"baseline must be one of {list(get_args(Baseline))} and background_reward one of "

@@ -29,6 +29,7 @@ from detpipe.heads.postprocess import Postprocess
 from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.roi_pooling import RoIAlign, RoIPooler
 from detpipe.stages import Losses
+from detpipe.support.numbers import check_whole
 from detpipe.types import Features, Target
 
 
@@ -78,11 +79,10 @@ class FastRCNNHead(ProposalHead):
         objective: Objective = Objective(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(num_classes, strides, sampler, postprocess, objective)
-        if extra_outputs < 0 or (glimpse is not None and conv is not None):
-            raise ValueError(
-                "expected extra_outputs of 0 or more, and no glimpse with conv; got "
-                f"{extra_outputs=}, {glimpse=}, {conv=}"
-            )
+        check_whole(0, extra_outputs=extra_outputs)
+        check_whole(in_channels=in_channels)
+        if glimpse is not None and conv is not None:
+            raise ValueError(f"expected no glimpse with conv, got {glimpse=}, {conv=}")
         if extra_outputs and objective.classes.kind == "seesaw":
             raise ValueError(f"the loss seesaw counts classes, and extra_outputs={extra_outputs} have none: give 0")
         self.class_agnostic = class_agnostic
@@ -119,7 +119,8 @@ class FastRCNNHead(ProposalHead):
         self, features: Features, rois: RoITargets, image_sizes: list[tuple[int, int]], targets: list[Target]
     ) -> Losses:
         """Compute ``loss_classifier`` and ``loss_box_reg``; with a glimpse also where it looks, to log it."""
-        logits, deltas, theta, quality = self._predict(features, rois.rois)
+        has_norm = any(isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm) for layer in self.shared)
+        logits, deltas, theta, quality = self._predict(features, rois.cycled() if has_norm else rois.rois)
         losses = self.box_losses(rois, logits, deltas, quality=quality)
         if self.glimpse is not None and theta is not None:
             losses |= self.glimpse.statistics(theta, rois.valid)

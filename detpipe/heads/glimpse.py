@@ -21,7 +21,6 @@ N images, P boxes an image, C channels, h x w bins, S samples a bin, M points of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -39,6 +38,7 @@ from detpipe.spatial_transformer import (
     ThinPlateSplineGrid,
     cell_centers,
 )
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features
 
 Kind = Literal["affine", "attention", "projective", "tps"]
@@ -82,10 +82,9 @@ class GlimpseSettings:
         for name, value, known in (("kind", self.kind, Kind), ("fuse", self.fuse, Fusion)):
             if value not in get_args(known):
                 raise ValueError(f"glimpse {name} must be one of {list(get_args(known))}, got {value!r}")
-        if not all(0 < value < math.inf for value in (self.max_change, self.max_shift, self.hidden, self.step)):
-            raise ValueError(f"glimpse max_change, max_shift, hidden and step must be positive and finite, got {self}")
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"glimpse samples must be at least 1, got {self.samples}")
+        limits = {"max_change": self.max_change, "max_shift": self.max_shift, "step": self.step}
+        check_numbers("must be positive and finite", "glimpse ", **limits)
+        check_whole(1, "glimpse ", hidden=self.hidden, samples=self.samples)
 
     def samples_beside(self, pooler: RoIPooler) -> int:
         """How many samples a glimpse takes beside a pooler."""
@@ -142,8 +141,7 @@ class Glimpse(nn.Module):
         levels: Callable[[Tensor, Sequence[int]], Tensor] = FPNLevels(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
+        check_whole(samples=samples)
         self.output_size, self.settings, self.samples, self.levels = output_size, settings, samples, levels
         self.grid = settings.grid()
         self._exact = _points_of_frame(output_size[0] * samples, output_size[1] * samples)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from detpipe.stages import mark_class_outputs
+from detpipe.stages import initialize, mark_class_outputs
+from detpipe.support.numbers import check_whole
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Convolutions:
     norm: Literal["batch"] | None = None
 
     def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1 or self.norm not in ("batch", None):
+        check_whole(1, "conv.", widths=self.widths)
+        if not self.widths or self.norm not in ("batch", None):
             raise ValueError(f"conv: expected widths of 1 or more and norm 'batch' or null, got {self}")
 
     def build(self, channels: int, size: tuple[int, int]) -> tuple[list[nn.Module], int]:
@@ -47,7 +49,7 @@ class Convolutions:
             layers.append(nn.Conv2d(before, after, 3, padding=1, bias=self.norm is None))
             layers += [nn.BatchNorm2d(after)] if self.norm == "batch" else []
             layers.append(nn.ReLU(inplace=True))
-        _initialize(layers)
+        initialize(nn.ModuleList(layers))
         return layers, self.widths[-1] * size[0] * size[1]
 
 
@@ -69,8 +71,9 @@ class ResidualStage:
     stride_in_1x1: bool = False
 
     def __post_init__(self) -> None:
-        if self.width < 4 or self.width % 4 or self.blocks < 1:
-            raise ValueError(f"conv: expected a width that is a multiple of 4, and one block or more, got {self}")
+        check_whole(1, "conv.", width=self.width, blocks=self.blocks)
+        if self.width % 4:
+            raise ValueError(f"conv: expected a width that is a multiple of 4, got {self}")
 
     def build(self, channels: int, size: tuple[int, int]) -> tuple[list[nn.Module], int]:
         """Make the layers: ``[R, channels, h, w]`` -> ``[R, width, 1, 1]``; and how many numbers are in that."""
@@ -80,16 +83,8 @@ class ResidualStage:
         layers += [Bottleneck(self.width, inner, norm_layer=make) for _ in range(self.blocks - 1)]
         if self.stride_in_1x1:
             layers[0].conv1.stride, layers[0].conv2.stride = (2, 2), (1, 1)  # pyright: ignore
-        _initialize(layers)
+        initialize(nn.ModuleList(layers))
         return [*layers, nn.AdaptiveAvgPool2d(1)], self.width
-
-
-def _initialize(layers: Sequence[nn.Module]) -> None:
-    for module in (module for layer in layers for module in layer.modules()):
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 def hidden_layers(width: int, widths: Sequence[int]) -> nn.Sequential:
@@ -105,8 +100,9 @@ def hidden_layers(width: int, widths: Sequence[int]) -> nn.Sequential:
     Raises:
         ValueError: no layer, or one without width.
     """
-    if not widths or min(widths) < 1:
-        raise ValueError(f"expected at least one layer in fc, of width 1 or more; got fc={list(widths)}")
+    check_whole(fc=list(widths))
+    if not widths:
+        raise ValueError("expected at least one layer in fc, of width 1 or more; got fc=[]")
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise([width, *widths]):
         layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]

@@ -12,7 +12,8 @@ Deviations:
 1. Losses are sums over the sampled RoIs divided by max(1, their number), so that a batch without any is finite; with
    several processes by the mean number (:mod:`detpipe.support.processes`). The quality is divided by the number of objects.
 2. Smooth L1 acts on weighted deltas, see :mod:`detpipe.boxes`; torchvision has it turn linear at 1/9 of them, detectron2 at 0.
-3. Seesaw's objectness is the background's output, by a sigmoid; the paper adds two outputs.
+3. Seesaw's objectness is the background's output, by a sigmoid; the paper adds two outputs. As in its authors' code, the
+   probability that others are compared with is .01 at least.
 4. The hardest RoIs are chosen among the sampled ones, without suppressing those that overlap.
 5. The quality is trained by binary cross-entropy; the paper regresses it.
 
@@ -33,6 +34,7 @@ from detpipe import boxes as box_ops
 from detpipe.boxes import DELTA_WEIGHTS, DeltaWeights
 from detpipe.heads.sampling import RoITargets
 from detpipe.stages import Losses, check_tensor
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.support.processes import count_per_rank
 
 ClassKind = Literal["cross_entropy", "focal", "seesaw"]
@@ -44,8 +46,7 @@ _LEAST_SIDE = 1e-3  # pixels of a predicted box: the aspect ratio of one without
 def _check(kind: str, known: object, weight: float, where: str) -> None:
     if kind not in get_args(known):
         raise ValueError(f"{where}.kind must be one of {', '.join(get_args(known))}, got {kind!r}")
-    if weight <= 0:
-        raise ValueError(f"{where}.weight must be positive, got {weight}")
+    check_numbers("must be positive and finite", f"{where}.", weight=weight)
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,9 @@ class ClassLoss:
 
     def __post_init__(self) -> None:
         _check(self.kind, ClassKind, self.weight, "classes")
-        if not 0 <= self.label_smoothing < 1 or min(self.gamma, self.mitigation, self.compensation) < 0:
-            raise ValueError(
-                f"classes.label_smoothing must be in [0, 1), gamma, mitigation and compensation not negative, got {self}"
-            )
+        check_numbers("must be in 0..1, below 1", "classes.", label_smoothing=self.label_smoothing)
+        exponents = {"gamma": self.gamma, "mitigation": self.mitigation, "compensation": self.compensation}
+        check_numbers("must not be negative or infinite", "classes.", **exponents)
         if self.label_smoothing and self.kind != "cross_entropy":
             raise ValueError(f"classes.label_smoothing is for the kind cross_entropy, got {self}")
 
@@ -141,8 +141,7 @@ class BoxLoss:
 
     def __post_init__(self) -> None:
         _check(self.kind, BoxKind, self.weight, "boxes")
-        if self.beta < 0:
-            raise ValueError(f"boxes.beta must not be negative, got {self.beta}")
+        check_numbers("must not be negative or infinite", "boxes.", beta=self.beta)
 
     def of_each(self, deltas: Tensor, rois: Tensor, boxes: Tensor, weights: DeltaWeights) -> Tensor:
         """Compute the loss of each RoI.
@@ -186,10 +185,8 @@ class Objective:
     quality: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.hardest is not None and self.hardest < 1:
-            raise ValueError(f"objective.hardest must be at least 1 RoI an image, or null for all, got {self.hardest}")
-        if self.quality < 0:
-            raise ValueError(f"objective.quality must not be negative, got {self.quality}")
+        check_whole(1, "objective.", hardest=self.hardest)
+        check_numbers("must not be negative or infinite", "objective.", quality=self.quality)
 
 
 def box_losses(

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from detpipe import boxes as box_ops
 from detpipe.heads.suppression import Kept, box_fusion, soft_nms
 from detpipe.nms import keep_best
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Detection
 
 Suppression = Literal["nms", "soft_nms", "box_fusion"]
@@ -48,15 +49,14 @@ class Postprocess:
     min_size: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.score_threshold < 1 or not 0 < self.nms_iou <= 1:
-            raise ValueError(f"score_threshold must be in 0..1 and nms_iou in (0, 1], got {self}")
-        if min(self.detections_per_image, self.candidates_per_image) < 1:
-            raise ValueError(f"detections_per_image and candidates_per_image must be positive, got {self}")
-        if self.suppression not in get_args(Suppression) or self.sigma <= 0 or self.min_size < 0:
+        check_numbers("must be in 0..1, below 1", score_threshold=self.score_threshold)
+        check_numbers("must be in 0..1, above 0", nms_iou=self.nms_iou)
+        check_whole(detections_per_image=self.detections_per_image, candidates_per_image=self.candidates_per_image)
+        check_numbers("must be positive and finite", sigma=self.sigma)
+        check_numbers("must not be negative or infinite", min_size=self.min_size)
+        if self.suppression not in get_args(Suppression):
             choices = ", ".join(get_args(Suppression))
-            raise ValueError(
-                f"suppression must be one of {choices} and sigma positive, min_size not negative, got {self}"
-            )
+            raise ValueError(f"suppression must be one of {choices}, got {self.suppression!r}")
 
     def __call__(
         self, scores: Tensor, boxes: Tensor, valid: Tensor, image_sizes: list[tuple[int, int]]
@@ -116,7 +116,8 @@ class Postprocess:
             Detections, best first, whose ``index`` is that of their proposal; and ``[N]`` int64, how many each image has.
         """
         classes, threshold = scores.shape[2], self.score_threshold if threshold is None else threshold
-        scores = scores.float().masked_fill(~valid[..., None], -1.0).flatten(1)
+        known = valid[..., None] & (scores >= 0)  # what is no number would be sorted before all others
+        scores = scores.float().masked_fill(~known, -1.0).flatten(1)
         pairs, count = scores.shape[1], self.candidates_per_image
         if isinstance(pairs, int):
             count = min(count, pairs)
@@ -130,7 +131,7 @@ class Postprocess:
         row, label = order // max(classes, 1), order % max(classes, 1)
         flat = boxes.flatten(1, 2)
         index = row if boxes.shape[2] == 1 else order
-        chosen = flat.gather(1, index[..., None].expand(-1, -1, 4)).float()
+        chosen = box_ops.take(flat, index).float()
         chosen = box_ops.clip(chosen, *box_ops.image_sides(image_sizes, chosen))
         keep = (scores > threshold) & box_ops.valid(chosen, self.min_size)
         if self.suppression == "nms":
@@ -147,4 +148,4 @@ class Postprocess:
         keep = keep & keep_best(exact, self.nms_iou, labels)
         first = keep.byte().argsort(dim=1, descending=True, stable=True)[:, : self.detections_per_image]
         scores = scores.masked_fill(~keep, -1.0).gather(1, first)
-        return Kept(boxes.gather(1, first[..., None].expand(-1, -1, 4)), scores, labels.gather(1, first), first)
+        return Kept(box_ops.take(boxes, first), scores, labels.gather(1, first), first)

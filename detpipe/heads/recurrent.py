@@ -23,7 +23,6 @@ glimpses, A = T - 1 actions, n episodes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +40,7 @@ from detpipe.heads.sampling import RoISampler, RoITargets
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool, RoIPooler
 from detpipe.spatial_transformer.base import bounded
 from detpipe.stages import Losses
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features, Target
 
 PLAIN = (1.0, 1.0, 1.0, 1.0)  # actions are deltas without weights
@@ -67,10 +67,9 @@ class GlimpseSequence:
     step: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"glimpses.length must be at least 1, the proposal itself, got {self.length}")
-        if not all(0 < value < math.inf for value in (self.max_shift, self.max_log_scale, self.step)):
-            raise ValueError(f"glimpses.max_shift, max_log_scale and step must be positive and finite, got {self}")
+        check_whole(1, "glimpses.", length=self.length)
+        limits = {"max_shift": self.max_shift, "max_log_scale": self.max_log_scale, "step": self.step}
+        check_numbers("must be positive and finite", "glimpses.", **limits)
 
     def bounded(self, actions: Tensor) -> Tensor:
         """Keep actions ``[..., 4]`` within the limits; differentiable, and the same near zero."""
@@ -129,6 +128,7 @@ class AttentionalHead(ProposalHead):
         objective: Objective = Objective(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(num_classes, strides, sampler, postprocess, objective)
+        check_whole(in_channels=in_channels)
         self.class_agnostic, self.glimpses = class_agnostic, glimpses
         self.estimator = Reinforce() if estimator is None else estimator
         if pooler is None:
@@ -150,16 +150,8 @@ class AttentionalHead(ProposalHead):
                 nn.init.zeros_(parameter)
 
     def predict(self, features: Features, rois: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the outputs of the network for boxes, glimpses at the means of the policy.
-
-        Args:
-            features: level name -> ``[N, C, H_l, W_l]``.
-            rois: ``[N, P, 4]`` xyxy in pixels of the batch.
-
-        Returns:
-            logits ``[N, P, K + 1]`` and deltas ``[N, P, B, 4]``.
-        """
-        return self._outputs(self._walk(features, rois, _stay).evidence, rois.shape[:2])
+        """Compute what :meth:`FastRCNNHead.predict` does, with glimpses at the means of the policy."""
+        return self._outputs(self._walk(features, rois).evidence, rois.shape[:2])
 
     def losses(
         self, features: Features, rois: RoITargets, image_sizes: list[tuple[int, int]], targets: list[Target]
@@ -182,7 +174,7 @@ class AttentionalHead(ProposalHead):
         return in_parts(partial(self._detect, features), boxes)
 
     def _detect(self, features: Features, boxes: Tensor) -> Found:
-        walk = self._walk(features, boxes, _stay)
+        walk = self._walk(features, boxes)
         logits, deltas = self._outputs(walk.evidence, boxes.shape[:2])
         glimpses = outlines(torch.stack(walk.boxes, dim=2)[:, :, 1:])
         quality = self._quality(walk.evidence, boxes.shape[:2])
@@ -192,15 +184,18 @@ class AttentionalHead(ProposalHead):
         self,
         features: Features,
         rois: Tensor,
-        act: Callable[[Tensor], Tensor],
+        act: Callable[[Tensor], Tensor] | None = None,
         first: list[Tensor] | None = None,
         with_graph: int | None = None,
     ) -> Walk:
-        """Look T times; from a known state after the first glimpse on, and with a graph for that many glimpses, if given."""
+        """Look T times, at the means or where ``act`` says; from a known state after the first glimpse on, if given.
+
+        There is a graph for so many glimpses, if given.
+        """
         walk = Walk([rois], [], [], [self._look(features, rois, None) if first is None else first])
         for step in range(1, self.glimpses.length):
             mean = self._mean(walk.states[-1][-1], rois.shape[:2])
-            action = act(mean)
+            action = mean if act is None else act(mean)
             box = self.glimpses.boxes(action, rois)
             walk.boxes.append(box)
             walk.means.append(mean)
@@ -243,7 +238,8 @@ class AttentionalHead(ProposalHead):
     ) -> tuple[RoITargets, Walk]:
         """Walk several times more at the first RoIs of each image, from the state after their first glimpse on."""
         again = rois.first(size).repeated(times)
-        first = _repeated(walk.states[0], len(rois.labels), min(size, rois.labels.shape[1]), times)
+        of_images = [state.unflatten(0, rois.labels.shape)[:, :size] for state in walk.states[0]]
+        first = [state.repeat(1, times, 1).flatten(0, 1) for state in of_images]  # as `RoITargets.repeated` puts them
         if detached:
             features = {level: value.detach() for level, value in features.items()}
             first = [state.detach() for state in first]
@@ -257,12 +253,3 @@ class AttentionalHead(ProposalHead):
         total = (counted.sum() * means.shape[2]).clamp(min=1)
         shift = (2 * means[..., :2].norm(dim=-1) * counted).sum() / total
         return {"glimpse_shift": shift, "glimpse_scale": (means[..., 2:].mean(-1) * counted).sum().div(total).exp()}
-
-
-def _repeated(states: list[Tensor], images: int, size: int, times: int) -> list[Tensor]:
-    """The states of the first RoIs of each image, several times, as `RoITargets.repeated` puts them."""
-    return [state.unflatten(0, (images, -1))[:, :size].repeat(1, times, 1).flatten(0, 1) for state in states]
-
-
-def _stay(mean: Tensor) -> Tensor:
-    return mean

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from detpipe import boxes as box_ops
 from detpipe import matching
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Target
 
 
@@ -24,14 +25,17 @@ class RoITargets:
 
     def first(self, size: int) -> RoITargets:
         """Keep the first RoIs of each image, where the foreground is: ``[N, min(size, S)]``."""
-        values = (self.rois, self.labels, self.boxes, self.valid, self.foreground)
-        return RoITargets(*(value[:, :size] for value in values))
+        return RoITargets(*(value[:, :size] for value in vars(self).values()))
+
+    def cycled(self) -> Tensor:
+        """The RoIs, where valid ones stand in, in turn, for those that are not: what norms of a batch may see."""
+        order = self.valid.byte().argsort(dim=1, descending=True, stable=True)
+        turn = torch.arange(self.valid.shape[1], device=order.device) % self.valid.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(self.valid[..., None], self.rois, box_ops.take(self.rois, order.gather(1, turn)))
 
     def repeated(self, times: int) -> RoITargets:
         """Put the RoIs of each image behind one another, several times: ``[N, times S]``."""
-        rois, boxes = (values.repeat(1, times, 1) for values in (self.rois, self.boxes))
-        labels, valid, foreground = (values.repeat(1, times) for values in (self.labels, self.valid, self.foreground))
-        return RoITargets(rois, labels, boxes, valid, foreground)
+        return RoITargets(*(value.repeat(1, times, *(1,) * (value.ndim - 2)) for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,12 @@ class RoISampler:
     add_ground_truth: bool = True
 
     def __post_init__(self) -> None:
-        low, high = self.negative_iou
-        if self.rois_per_image < 1:
-            raise ValueError(f"rois_per_image must be positive, got {self.rois_per_image}")
-        if not 0 <= self.positive_fraction <= 1:
-            raise ValueError(f"positive_fraction must be in 0..1, got {self.positive_fraction}")
-        if not 0 <= low <= high <= self.positive_iou <= 1:
+        check_whole(rois_per_image=self.rois_per_image)
+        check_numbers("must be in 0..1", positive_fraction=self.positive_fraction, positive_iou=self.positive_iou)
+        check_numbers("must be in 0..1", negative_iou=self.negative_iou)
+        check_numbers("must be positive and finite", ignore_overlap=self.ignore_overlap)  # above 1: never
+        ious = (*self.negative_iou, self.positive_iou)
+        if len(ious) != 3 or sorted(ious) != [*ious]:
             raise ValueError(
                 "expected 0 <= negative_iou[0] <= negative_iou[1] <= positive_iou <= 1, got "
                 f"negative_iou {self.negative_iou} and positive_iou {self.positive_iou}"
@@ -87,20 +91,13 @@ class RoISampler:
             boxes = torch.cat((boxes, truth.boxes), dim=1)
             present = torch.cat((present, truth.valid), dim=1)
         present = present & box_ops.valid(boxes)
+        if boxes.shape[1] == 0:  # one that is not there, so that there is one to take
+            boxes, present = boxes.new_zeros((len(boxes), 1, 4)), present.new_zeros((len(boxes), 1))
         found = matching.assign(boxes, present, truth, self.positive_iou, self.negative_iou, self.ignore_overlap)
         index, valid = matching.sample(found.foreground, found.background, self.rois_per_image, self.positive_fraction)
-        if boxes.shape[1] == 0:
-            rois = box_ops.fill(boxes.new_zeros((*index.shape, 4)), valid)
-            return RoITargets(rois, torch.zeros_like(index), rois, valid, valid)
         # where an image has too few, index 0 stands in, which may be a box that is not valid
-        rois = box_ops.fill(_take(boxes, index), valid)
-        foreground = found.foreground.gather(1, index) & valid
-        if truth.boxes.shape[1] == 0:
-            return RoITargets(rois, torch.zeros_like(index), rois, valid, foreground)
-        matched = found.matched.gather(1, index)
-        labels = truth.labels.gather(1, matched).where(foreground, torch.zeros_like(index))
-        wanted = torch.where(foreground[..., None], _take(truth.boxes, matched), rois)
-        return RoITargets(rois, labels, wanted, valid, foreground)
+        rois, foreground = box_ops.fill(box_ops.take(boxes, index), valid), found.foreground.gather(1, index) & valid
+        return _about(rois, valid, foreground, found.matched.gather(1, index), truth)
 
     @torch.no_grad()
     def rematch(self, rois: Tensor, valid: Tensor, targets: list[Target], positive_iou: float) -> RoITargets:
@@ -119,14 +116,13 @@ class RoISampler:
         valid = valid & box_ops.valid(rois)
         rois = box_ops.fill(rois.to(truth.boxes.dtype), valid)
         found = matching.assign(rois, valid, truth, positive_iou, (0.0, positive_iou), self.ignore_overlap)
-        valid = found.foreground | found.background
-        if truth.boxes.shape[1] == 0:
-            return RoITargets(rois, torch.zeros_like(found.matched), rois, valid, found.foreground)
-        labels = truth.labels.gather(1, found.matched).where(found.foreground, torch.zeros_like(found.matched))
-        wanted = torch.where(found.foreground[..., None], _take(truth.boxes, found.matched), rois)
-        return RoITargets(rois, labels, wanted, valid, found.foreground)
+        return _about(rois, found.foreground | found.background, found.foreground, found.matched, truth)
 
 
-def _take(boxes: Tensor, index: Tensor) -> Tensor:
-    """``[N, P, 4]`` and ``[N, S]`` -> ``[N, S, 4]``."""
-    return boxes.gather(1, index[..., None].expand(-1, -1, 4))
+def _about(rois: Tensor, valid: Tensor, foreground: Tensor, matched: Tensor, truth: matching.GroundTruth) -> RoITargets:
+    """What a head shall say about RoIs, by the object that each is matched with."""
+    if truth.boxes.shape[1] == 0:
+        return RoITargets(rois, torch.zeros_like(matched), rois, valid, foreground)
+    labels = truth.labels.gather(1, matched).where(foreground, torch.zeros_like(matched))
+    wanted = torch.where(foreground[..., None], box_ops.take(truth.boxes, matched), rois)
+    return RoITargets(rois, labels, wanted, valid, foreground)

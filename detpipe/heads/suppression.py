@@ -54,13 +54,13 @@ def soft_nms(boxes: Tensor, scores: Tensor, labels: Tensor, keep: Tensor, sigma:
     for _ in range(min(count, boxes.shape[1])):
         score, index = scores.max(dim=1, keepdim=True)  # [N, 1]
         taken.append((score, index))
-        best = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        best = box_ops.take(boxes, index)
         overlap = box_ops.iou(boxes, best)[..., 0] * (labels == labels.gather(1, index))  # [N, M]
         scores = torch.where(scores > 0, scores * torch.exp(-(overlap**2) / sigma), scores).scatter(1, index, -1.0)
     if not taken:
         return Kept(boxes, scores, labels, labels)
     score, index = (torch.cat(values, dim=1) for values in zip(*taken, strict=True))
-    return Kept(boxes.gather(1, index[..., None].expand(-1, -1, 4)), score, labels.gather(1, index), index)
+    return Kept(box_ops.take(boxes, index), score, labels.gather(1, index), index)
 
 
 def box_fusion(
@@ -92,7 +92,7 @@ def box_fusion(
     most = int(keep.sum(1).max()) if keep.numel() else 0
     order = order[:, :most]
     boxes, scores, labels = (
-        boxes.gather(1, order[..., None].expand(-1, -1, 4)),
+        box_ops.take(boxes, order),
         scores.gather(1, order),
         labels.gather(1, order),
     )
@@ -103,8 +103,7 @@ def box_fusion(
     used = torch.zeros(len(boxes), 1, dtype=torch.int64, device=boxes.device)
     for step in range(most):
         box, score, mine = boxes[:, step : step + 1], scores[:, step : step + 1], labels[:, step : step + 1]
-        fused = total / weight.clamp(min=1e-12)[..., None]
-        overlap = box_ops.iou(fused, box)[..., 0].masked_fill((label != mine) | (weight == 0), -1.0)
+        overlap = box_ops.iou(_mean(total, weight), box)[..., 0].masked_fill((label != mine) | (weight == 0), -1.0)
         value, best = overlap.max(dim=1, keepdim=True)
         counts, joins = keep[:, step : step + 1], value > iou
         where = torch.where(joins, best, used.clamp(max=most - 1))
@@ -121,5 +120,11 @@ def box_fusion(
     score, best = score.masked_fill(members == 0, -1.0).sort(dim=1, descending=True, stable=True)
     count = int(used.max()) if most else 0
     score, best = score[:, :count], best[:, :count]
-    fused = (total / weight.clamp(min=1e-12)[..., None]).gather(1, best[..., None].expand(-1, -1, 4))
-    return Kept(fused, score, label.gather(1, best), order.gather(1, first.gather(1, best)))
+    return Kept(
+        box_ops.take(_mean(total, weight), best), score, label.gather(1, best), order.gather(1, first.gather(1, best))
+    )
+
+
+def _mean(total: Tensor, weight: Tensor) -> Tensor:
+    """``[N, M, 4]`` by ``[N, M]``, which may be as small as scores are."""
+    return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)[..., None]

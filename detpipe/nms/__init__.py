@@ -8,7 +8,6 @@ B rows of M boxes.
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,6 +15,8 @@ from torchvision.ops import nms
 
 from detpipe import boxes as box_ops
 from detpipe.roi_pooling.grid_samples import torch_alone
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def keep_best(boxes: Tensor, iou: float, groups: Tensor | None = None) -> Tensor:
@@ -40,7 +41,7 @@ def keep_best(boxes: Tensor, iou: float, groups: Tensor | None = None) -> Tensor
 
 
 def _keep_best(boxes: Tensor, groups: Tensor | None, iou: float) -> Tensor:
-    if boxes.is_cuda and _triton_is_installed():
+    if boxes.is_cuda and HAS_TRITON:
         from detpipe.nms import kernels
 
         return kernels.keep_best(boxes, groups, iou)
@@ -80,11 +81,6 @@ def _by_overlaps(boxes: Tensor, groups: Tensor | None, iou: float) -> Tensor:
 
     changed = torch.ones((), dtype=torch.bool, device=boxes.device)
     return while_loop(lambda _, changed: changed.any(), step, (solid.clone(), changed))[0]
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _nms(boxes: Tensor, iou: float) -> Tensor:

@@ -14,6 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from detpipe import images as frames
 from detpipe.optimization import LRSchedule, Optimizer, configure
 from detpipe.stages import Backbone
+from detpipe.support.numbers import check_whole
 from detpipe.support.processes import gather_objects, mean_factor, sharing_counts
 
 
@@ -87,15 +88,16 @@ class RegionModel(BackboneModel):
         self, backbone: Backbone, num_classes: int, min_size: int = 600, max_size: int = 1000, **training: Any
     ) -> None:
         super().__init__(backbone, **training)
-        if num_classes < 1 or not 0 < min_size <= max_size:
-            raise ValueError(
-                f"expected num_classes >= 1 and 0 < min_size <= max_size, got {num_classes=}, {min_size=}, {max_size=}"
-            )
+        check_whole(num_classes=num_classes)
+        frames.check_sizes(min_size, max_size)
         self.num_classes, self.min_size, self.max_size = num_classes, min_size, max_size
         self.divisor = max(backbone.strides.values())
 
     def _batch(self, images: Sequence[Tensor]) -> ImageList:
-        return frames.to_batch(images, self.backbone.pixel_format, self.min_size, self.max_size, self.divisor)
+        sizes = (self.min_size, self.max_size)
+        return frames.to_batch(
+            images, self.backbone.pixel_format, *sizes, self.divisor, dtype=self.backbone.input_dtype
+        )
 
     def _together(self, images: Sequence[Tensor], divisor: int) -> list[list[int]]:
         """Which images make a batch: all in training, else those whose resized sides, in units of a divisor, are the same."""

@@ -19,6 +19,7 @@ from detpipe import images as frames
 from detpipe.regions.base import BackboneModel
 from detpipe.stages import Backbone, mark_class_outputs
 from detpipe.support.errors import UsageError
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features
 
 AUXILIARY_WEIGHT = 0.4
@@ -60,12 +61,8 @@ class ImageClassifier(BackboneModel):
         **training: Any,
     ) -> None:
         super().__init__(backbone, **training)
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be positive, got {num_classes}")
-        if not 0 <= dropout < 1 or not 0 <= label_smoothing < 1:
-            raise ValueError(
-                f"expected dropout and label_smoothing in 0..1, 1 excluded, got {dropout=}, {label_smoothing=}"
-            )
+        check_whole(num_classes=num_classes)
+        check_numbers("must be in 0..1, below 1", dropout=dropout, label_smoothing=label_smoothing)
         auxiliary = getattr(backbone, "auxiliary_classes", None)
         if auxiliary and auxiliary != num_classes:
             raise ValueError(
@@ -101,8 +98,12 @@ class ImageClassifier(BackboneModel):
             ValueError: images of another shape.
             UsageError: a single image so small that batch norm, in training, has one value of a channel.
         """
+        normalized, auxiliary = self._normalized(images), None
         try:
-            return self._losses(images, labels)
+            if self.has_auxiliary:
+                features, auxiliary = self.backbone.forward_with_auxiliary(normalized)  # type: ignore[operator]
+            else:
+                features = self.backbone(normalized)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -110,18 +111,10 @@ class ImageClassifier(BackboneModel):
                 f"batch norm cannot train on a single image of {images.shape[-2]} x {images.shape[-1]} pixels, of which one cell "
                 "is left; give data.loader.batch_size 2 or more, or larger data.views.size"
             ) from error
-
-    def _losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        normalized = self._normalized(images)
-        if not self.has_auxiliary:
-            logits = self._logits(self.backbone(normalized))
-            return {"loss_classifier": self._cross_entropy(logits, labels)}, logits
-        features, auxiliary = self.backbone.forward_with_auxiliary(normalized)  # type: ignore[operator]
         logits = self._logits(features)
-        losses = {
-            "loss_classifier": self._cross_entropy(logits, labels),
-            "loss_auxiliary": AUXILIARY_WEIGHT * self._cross_entropy(auxiliary, labels),
-        }
+        losses = {"loss_classifier": self._cross_entropy(logits, labels)}
+        if auxiliary is not None:
+            losses["loss_auxiliary"] = AUXILIARY_WEIGHT * self._cross_entropy(auxiliary, labels)
         return losses, logits
 
     def training_step(self, batch: ClassificationBatch, batch_idx: int) -> Tensor:
@@ -149,7 +142,8 @@ class ImageClassifier(BackboneModel):
     def _normalized(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
             raise ValueError(f"images must be [N, 3, H, W] with H, W > 0, got {list(images.shape)}")
-        return frames.normalize(images, self.backbone.pixel_format).contiguous(memory_format=torch.channels_last)
+        normalized = frames.normalize(images, self.backbone.pixel_format)
+        return normalized.to(dtype=self.backbone.input_dtype, memory_format=torch.channels_last)
 
     def _logits(self, features: Features) -> Tensor:
         return self.classifier(self.dropout(features[self.level].mean((2, 3))))

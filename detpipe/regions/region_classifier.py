@@ -15,7 +15,6 @@ Letters: N images, P_i boxes of image i, R boxes of all images, K classes (no ba
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,6 +33,7 @@ from detpipe.roi_pooling import RoIAlign, RoIPooler
 from detpipe.roi_pooling.layouts import to_rois
 from detpipe.stages import Backbone, Losses, mark_class_outputs
 from detpipe.support.errors import DataError
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.support.processes import is_repeat, sharing_counts, weight_per_rank
 from detpipe.types import Target
 
@@ -68,11 +68,10 @@ class Classification:
     class_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        weights = self.class_weights or (1.0,)
-        if any(width < 1 for width in self.fc) or not all(0 < weight < math.inf for weight in weights):
-            raise ValueError(f"classification: expected positive numbers in fc and class_weights, got {self}")
-        if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"classification: expected dropout, label_smoothing in 0..1, 1 excluded, got {self}")
+        where = "classification."
+        check_whole(1, where, fc=self.fc)
+        check_numbers("must be positive and finite", where, class_weights=self.class_weights)
+        check_numbers("must be in 0..1, below 1", where, dropout=self.dropout, label_smoothing=self.label_smoothing)
 
     def build(self, inputs: int, num_classes: int) -> nn.Sequential:
         """Make the layers: ``[R, C', h, w]`` with ``inputs`` numbers a region -> logits ``[R, K]``."""
@@ -177,7 +176,7 @@ class RegionClassifier(RegionModel):
         classes = _classes(truth).flatten()
         weights = self.class_weights[classes] * truth.valid.flatten()
         entropy = F.cross_entropy(
-            *(logits.flatten(0, 1), classes, self.class_weights),
+            *(logits.flatten(0, 1), classes, self.class_weights.float()),
             reduction="none",
             label_smoothing=self.label_smoothing,
         )
@@ -246,11 +245,7 @@ class RegionClassifier(RegionModel):
     def _with_truth(self, images: Sequence[Tensor], targets: Sequence[Target]) -> tuple[Tensor, matching.GroundTruth]:
         """Logits of the objects ``[N, G, K]``, padded as their truth is."""
         truth = matching.gather_targets(targets)
-        if truth.labels.device.type == "cpu":
-            wrong = (truth.valid & ((truth.labels < 1) | (truth.labels > self.num_classes))).nonzero().tolist()
-            for image, box in wrong[:1]:
-                label = int(truth.labels[image, box])
-                raise ValueError(f"targets[{image}], box {box}: label {label}, expected 1..{self.num_classes}")
+        matching.check_objects(targets, self.num_classes)
         logits = self(images, [target["boxes"] for target in targets])  # type: ignore[typeddict-item]
         return matching.pad(logits)[0].float(), truth
 
@@ -284,8 +279,5 @@ def _classes(truth: matching.GroundTruth) -> Tensor:
 
 
 def _prediction(logits: Tensor) -> RegionPrediction:
-    probabilities = logits.float().softmax(-1).cpu()
-    if not len(logits):
-        return RegionPrediction(labels=torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0))
-    scores, classes = probabilities.max(-1)
+    scores, classes = logits.float().softmax(-1).cpu().max(-1)
     return RegionPrediction(labels=classes + 1, scores=scores)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from detpipe import boxes as box_ops
+from detpipe.support.numbers import check_numbers
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Context:
     whole_image: bool = False
 
     def __post_init__(self) -> None:
-        if not self.factors or not all(0 < factor < math.inf for factor in self.factors):
-            raise ValueError(f"context.factors: expected at least one positive number, got {list(self.factors)}")
+        check_numbers("must be positive and finite", "context.", factors=self.factors)
+        if not self.factors:
+            raise ValueError("context.factors: expected at least one positive number, got []")
 
     @property
     def places(self) -> int:

@@ -94,10 +94,12 @@ class SuperpixelLocalizer(RegionModel):
         Raises:
             ValueError: no images, or an argument of another shape.
         """
+        if present is not None and present.shape != (len(images), self.num_classes):
+            raise ValueError(f"present must be [{len(images)}, {self.num_classes}], got {list(present.shape)}")
         maps: list[Tensor] = [torch.empty(0)] * len(images)
         for rows in self._together(images, 1):
             batch, superpixels, found = self._find([images[row] for row in rows])
-            given = None if present is None else self._known(present, len(images))[rows]
+            given = None if present is None else present[rows]
             for place, row in enumerate(rows):
                 maps[row] = self._map(place, batch, superpixels, found, given, images[row])
         return maps
@@ -205,11 +207,6 @@ class SuperpixelLocalizer(RegionModel):
         if self.head.settings.pooling == "none":
             return F.interpolate(maps, size, mode="bilinear", align_corners=False)[0]
         return F.interpolate(maps, size, mode="nearest-exact")[0]  # what is constant stays so
-
-    def _known(self, present: Tensor, images: int) -> Tensor:
-        if present.shape != (images, self.num_classes):
-            raise ValueError(f"present must be [{images}, {self.num_classes}], got {list(present.shape)}")
-        return present
 
     def _count(self, images: Sequence[Tensor], targets: Sequence[Target], truth: Masks) -> tuple[Localized, Tensor]:
         """Add a batch to the confusion matrices; what was found in it, and which classes it has."""

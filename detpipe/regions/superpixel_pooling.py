@@ -30,7 +30,6 @@ N images, C channels in, D channels inside, K classes, S superpixels (or cells) 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 
 from detpipe.roi_pooling import superpixel_pool
 from detpipe.stages import mark_class_outputs
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.support.suggest import did_you_mean
 
 POOLINGS = ("superpixel", "none")
@@ -70,9 +70,10 @@ class Localization:
         if self.pooling not in POOLINGS:
             near = did_you_mean(str(self.pooling), POOLINGS)
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}{near}")
-        counts = self.channels >= 1 and self.doublings >= 0
-        if not (counts and 0 <= self.sharpness < math.inf and 0 <= self.threshold <= 1):
-            raise ValueError(f"expected channels > 0, doublings >= 0, sharpness >= 0 and threshold in 0..1, got {self}")
+        check_whole(channels=self.channels)
+        check_whole(0, doublings=self.doublings)
+        check_numbers("must not be negative or infinite", sharpness=self.sharpness)
+        check_numbers("must be in 0..1", threshold=self.threshold)
 
 
 class Localized(NamedTuple):
@@ -117,8 +118,7 @@ class SuperpixelPoolingHead(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, settings: Localization = Localization()) -> None:
         super().__init__()
-        if in_channels < 1 or num_classes < 1:
-            raise ValueError(f"in_channels and num_classes must be positive, got {in_channels} and {num_classes}")
+        check_whole(in_channels=in_channels, num_classes=num_classes)
         self.num_classes, self.settings = num_classes, settings
         width = settings.channels
         self.encode = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1, bias=False), *_norm(width))

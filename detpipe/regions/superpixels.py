@@ -19,6 +19,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from detpipe import images as frames
 from detpipe.support.errors import UsageError
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import PixelFormat
 
 Image = npt.NDArray[np.uint8]  # [H, W, 3] RGB
@@ -81,10 +82,9 @@ class Segmentation:
     cache_megabytes: int = 256
 
     def __post_init__(self) -> None:
-        if self.segments < 2 or not self.compactness > 0 or self.cache_megabytes < 0:
-            raise ValueError(
-                f"expected segments of at least 2, compactness above 0 and cache_megabytes of at least 0, got {self}"
-            )
+        check_whole(2, segments=self.segments)
+        check_numbers("must be positive and finite", compactness=self.compactness)
+        check_whole(0, cache_megabytes=self.cache_megabytes)
 
 
 class Segmenter:

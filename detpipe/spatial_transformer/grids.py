@@ -101,8 +101,12 @@ class SimilarityGrid(Grid):
         angle, log_scale, x, y = columns(theta, points)
         angle, scale = bounded(angle, self.max_angle), _scale(log_scale, self.max_log_scale)
         cos, sin = scale * angle.cos(), scale * angle.sin()
-        x, y = bounded(x, self.max_shift), bounded(y, self.max_shift)
-        return _affine(points, cos, -sin / self.aspect, x, cos, sin * self.aspect, y)
+        right, down = points.unbind(
+            dim=-1
+        )  # element-wise, so that autocast and reduced matrix products cannot touch it
+        x = cos * right - sin / self.aspect * down + bounded(x, self.max_shift)
+        y = sin * self.aspect * right + cos * down + bounded(y, self.max_shift)
+        return torch.stack([x, y], dim=-1)
 
 
 class AttentionGrid(Grid):
@@ -186,12 +190,6 @@ class ProjectiveGrid(Grid):
         exact, tangent = 1 / denominator.clamp(min=margin), (2 * margin - denominator) / margin**2
         reciprocal = torch.where(denominator >= margin, exact, tangent)
         return self.affine.warp(theta[:, :6], points) * reciprocal[..., None]
-
-
-def _affine(points: Tensor, xx: Tensor, xy: Tensor, x_shift: Tensor, yy: Tensor, yx: Tensor, y_shift: Tensor) -> Tensor:
-    """Take ``[..., 2]`` to ``[N, ..., 2]``; element-wise, so that autocast and reduced matrix products cannot touch it."""
-    x, y = points.unbind(dim=-1)
-    return torch.stack([xx * x + xy * y + x_shift, yx * x + yy * y + y_shift], dim=-1)
 
 
 def _scale(log_scale: Tensor, limit: float | None) -> Tensor:

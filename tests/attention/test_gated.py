@@ -114,3 +114,14 @@ def test_hooks_see_the_gated_output_and_can_go():
     handle.remove()
     gated(features)
     assert len(seen) == 1
+
+
+def test_the_network_around_can_read_the_module_through_it():
+    """timm's EdgeNeXt asks a convolution for the device of its weight."""
+    conv = torch.nn.Conv2d(3, 4, 1)
+    gated = Gated(conv, ECA(4))
+    assert gated.weight is conv.weight
+    assert gated.out_channels == 4
+    assert not hasattr(gated, "nothing")
+    with pytest.raises(AttributeError, match="'Conv2d' object has no attribute 'nothing'"):
+        _ = gated.nothing

@@ -161,3 +161,16 @@ def test_weights_that_do_not_fit(name, first, other, tmp_path):
     torch.save(state, path)
     again = BUILD[name](weights=str(path))
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own look
+@pytest.mark.parametrize("name", ["SEResNet", "resnet18", "timm/resnet10t"])
+def test_checkpointing_in_a_compiled_network(name):
+    plain, images = BUILD[name](Regime(checkpointing=True)).train(), torch.rand(2, 3, 64, 64)
+    other = copy.deepcopy(plain)
+    step(plain, images)
+    compiled = torch.compile(other, backend="eager")
+    sum(level.square().mean() for level in compiled(images).values()).backward()
+    torch.testing.assert_close(other.state_dict(), plain.state_dict())
+    for mine, its in zip(other.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad)

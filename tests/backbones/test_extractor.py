@@ -1,3 +1,4 @@
+import copy
 import os
 import pickle
 
@@ -223,7 +224,7 @@ def test_a_malicious_file_runs_nothing(tmp_path, save):
             {},
             "vit_b_32 does not take images of any size: Wrong image height",
         ),
-        ("squeezenet1_1", SQUEEZE, {"padding": -1}, "padding must not be negative, got -1"),
+        ("squeezenet1_1", SQUEEZE, {"padding": -1}, "padding must be at least 0, got -1"),
         (
             "squeezenet1_1",
             {"c4": Level("features.12", 8)},
@@ -256,3 +257,16 @@ def test_weights_of_a_network_of_groups_have_no_statistics(network, tmp_path):
         assert torch.equal(value, first.body.state_dict()[name]), name
     with pytest.raises(CheckpointError, match=r"lacks \d+ tensors, .*running_mean"):
         Extractor(network, levels, str(path), regime=Regime(norm="frozen"))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_copies_have_the_mode_of_their_original(training, copied):
+    regime = Regime(norm="batch", frozen=("features.0",))
+    original = Extractor("mobilenet_v3_small", {"c4": Level("features.8", 16)}, regime=regime).train(training)
+    other, images = copied(original), torch.rand(2, 3, 64, 64)
+    leaves = [
+        (mine, its) for mine, its in zip(other.modules(), original.modules(), strict=True) if not [*its.children()]
+    ]
+    assert all(mine.training == its.training for mine, its in leaves)
+    torch.testing.assert_close(other(images), original(images), rtol=0, atol=0)

@@ -252,7 +252,7 @@ def test_rois_are_not_pooled_from_extra_levels():
         ({"c3": 6, "c4": 12}, {}, r"strides are powers of two.*leave 'c3' out"),
         ({"c4": 8, "c5": 8}, {}, r"each coarser than the one before.*leave 'c5' out"),
         ({"c5": 32, "c4": 16}, {}, r"each coarser than the one before.*leave 'c4' out"),
-        (None, {"out_channels": 0}, "out_channels of an FPN must be positive, got 0"),
+        (None, {"out_channels": 0}, "out_channels must be at least 1, got 0"),
         (None, {"extra_levels": "pool"}, "extra_levels must be 'max_pool' or 'convolutions' or None, got 'pool'"),
         (None, {"norm": "layer"}, "norm must be 'batch' or 'group' or None, got 'layer'"),
         (None, {"norm": "group", "out_channels": 48}, "multiple of 32, got 48"),

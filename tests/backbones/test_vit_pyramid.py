@@ -166,7 +166,7 @@ def test_a_cell_stays_where_it_is():
         (lambda: Map(8, 14), {}, "power of two, 4 or more, level 'c4' has 14"),
         (lambda: Map(8, 2), {}, "power of two, 4 or more, level 'c4' has 2"),
         (lambda: Map(6), {}, "multiple of 4 channels to halve twice, the backbone has 6"),
-        (Map, {"out_channels": 0}, "out_channels of a ViTPyramid must be positive, got 0"),
+        (Map, {"out_channels": 0}, "out_channels must be at least 1, got 0"),
         (Map, {"extra_levels": "convolutions"}, "extra_levels of a ViTPyramid must be 'max_pool' or None, got 'conv"),
     ],
 )

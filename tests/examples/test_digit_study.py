@@ -149,7 +149,7 @@ def test_other_settings_are_refused(finished: Path, tmp_path: Path) -> None:
         (["--workers", "0"], "workers of at least 1"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--split", "-1"], "split must be at least 0, got -1"),
-        (["--optimizer.lr", "0"], "optimizer: expected lr > 0"),
+        (["--optimizer.lr", "0"], "optimizer.lr must be positive and finite"),
         (["--animation.model", "cnn"], "animation.model must have a transformer, got 'cnn'"),
         (["--parameters", "100"], "parameters must be at least [0-9]+ for 'cnn', got 100"),
         (["--glimpse", "4"], "glimpse must be at least 8 pixels, got 4"),

@@ -56,7 +56,8 @@ def test_losses_equal_a_slow_loop():
     rois = head.sampler(proposals, targets)
     boxes, valid = rois.rois, rois.valid
     for index, (iou, weight, factor) in enumerate(zip((0.5, 0.6, 0.7), (1, 0.5, 0.25), (1, 2, 3), strict=True)):
-        logits, deltas = head.stages[index](head.pooler(features, boxes, STRIDES))
+        stage = head.stages[index]
+        logits, deltas = stage.outputs(stage.hidden(head.pooler(features, boxes, STRIDES)))
         entropy, distance, count, moved = 0.0, 0.0, 0, boxes.clone()
         for n in range(2):
             for s in range(boxes.shape[1]):
@@ -99,7 +100,7 @@ def test_scores_are_means_and_boxes_the_last(monkeypatch):
     found = head.detect(features, boxes, SIZES)
     scores, place = [], boxes
     for index, stage in enumerate(head.stages):
-        logits, deltas = stage(head.pooler(features, place, STRIDES))
+        logits, deltas = stage.outputs(stage.hidden(head.pooler(features, place, STRIDES)))
         scores.append(logits.softmax(-1)[..., 1:])
         weights = tuple(w * (index + 1) for w in box_ops.DELTA_WEIGHTS)
         last = torch.stack(

@@ -108,10 +108,10 @@ def test_actions():
     [
         ({"sigma": 0.0}, "sigma must be positive for Reinforce"),
         ({"sigma": -1.0}, "sigma must not be negative"),
-        ({"sigma": math.nan}, "sigma must not be negative"),
+        ({"sigma": math.nan}, "sigma must not be negative or infinite, got nan"),
         ({"episodes": 0}, "episodes must be at least 1"),
         ({"episodes": 1}, "no others to be compared with"),
-        ({"weight": 0.0}, "weight positive"),
+        ({"weight": 0.0}, "weight must be positive"),
         ({"baseline": "mean"}, "baseline must be one of"),
         ({"background_reward": "half"}, "background_reward one of"),
     ],

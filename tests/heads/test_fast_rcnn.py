@@ -213,23 +213,35 @@ def test_extra_outputs_take_part_in_the_softmax_and_are_dropped():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"extra_outputs": -1}, "extra_outputs of 0 or more"),
+        ({"extra_outputs": -1}, "extra_outputs must be at least 0"),
         (
             {"extra_outputs": 2, "objective": Objective(ClassLoss("seesaw"))},
             "seesaw counts classes, and extra_outputs=2",
         ),
         ({"conv": Convolutions([4]), "glimpse": "affine"}, "no glimpse with conv"),
         ({"fc": []}, r"expected at least one layer in fc, of width 1 or more; got fc=\[\]"),
-        ({"fc": [0]}, r"got fc=\[0\]"),
+        ({"fc": [0]}, r"fc must be at least 1, got \[0\]"),
         ({"conv": Convolutions([4]), "fc": []}, "expected at least one layer in fc"),
     ],
 )
 def test_bad_layers(arguments, message):
     with pytest.raises(ValueError, match=message):
         make(**arguments)
-    for outputs, told in (((0, STRIDES), "num_classes=0"), ((2, {}), "strides={}")):
-        with pytest.raises(ValueError, match=f"expected num_classes >= 1 and at least one level in strides; .*{told}"):
+    for outputs, told in (((0, STRIDES), "num_classes must be at least 1"), ((2, {}), "at least one level in strides")):
+        with pytest.raises(ValueError, match=told):
             FastRCNNHead(4, *outputs)
     for wrong in (lambda: Convolutions([]), lambda: Convolutions([4], "layer"), lambda: ResidualStage(6)):
         with pytest.raises(ValueError, match="conv: expected"):
             wrong()
+
+
+def test_batch_norm_sees_no_boxes_that_stand_in():
+    features, target = {"c3": torch.randn(2, 4, 8, 8)}, random_target(1)
+    proposals, seen = [random_boxes(3)] * 2, []
+    for size in (4, 24):
+        torch.manual_seed(0)
+        sampler = RoISampler(size, positive_fraction=1.0, positive_iou=1.0, negative_iou=(0.0, 1.0))
+        head = FastRCNNHead(4, 2, {"c3": 8}, RoIAlign(3), [8], conv=Convolutions([4], "batch"), sampler=sampler)
+        _, losses = head(features, proposals, SIZES[:2], [target, target])
+        seen.append({**losses, "mean": head.shared[1].running_mean})
+    torch.testing.assert_close(*seen)

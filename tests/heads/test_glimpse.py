@@ -197,9 +197,9 @@ def test_a_plain_head_has_no_glimpses_to_return():
     [
         ({"kind": "afine"}, "glimpse kind must be one of"),
         ({"fuse": "add"}, "glimpse fuse must be one of"),
-        ({"max_shift": 0.0}, "must be positive and finite"),
-        ({"max_change": math.inf}, "must be positive and finite"),
-        ({"hidden": 0}, "must be positive and finite"),
+        ({"max_shift": 0.0}, "max_shift must be positive"),
+        ({"max_change": math.inf}, "max_change must be positive and finite"),
+        ({"hidden": 0}, "hidden must be at least 1"),
         ({"samples": 0}, "glimpse samples must be at least 1, got 0"),
     ],
 )

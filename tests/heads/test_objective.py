@@ -234,3 +234,12 @@ def test_without_seesaw_and_quality_a_head_keeps_no_more_than_before():
 def test_settings_outside_their_range_are_refused_by_name(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_validation_does_not_count_classes():
+    [head, *_], targets = heads(), [random_target(3)]
+    features, proposals = pyramid(1, STRIDES), [targets[0]["boxes"]]
+    for context, counts in ((torch.no_grad, False), (torch.inference_mode, False), (torch.enable_grad, True)):
+        with context():
+            head(features, proposals, SIZES[:1], targets)
+        assert (head.classes_seen.sum() > 0) == counts

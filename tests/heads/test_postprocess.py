@@ -147,5 +147,21 @@ def test_small_detections_are_dropped_before_suppression():
     scores, valid = torch.tensor([[[0.9], [0.8]]]), torch.ones(1, 2, dtype=torch.bool)
     assert len(Postprocess()(scores, boxes, valid, [(20, 20)])[0]["scores"]) == 2
     assert Postprocess(min_size=0.01)(scores, boxes, valid, [(20, 20)])[0]["scores"].tolist() == pytest.approx([0.8])
-    with pytest.raises(ValueError, match="min_size not negative"):
+    with pytest.raises(ValueError, match="min_size must not be negative"):
         Postprocess(min_size=-1.0)
+
+
+@pytest.mark.parametrize("suppression", ["nms", "soft_nms", "box_fusion"])
+def test_scores_that_are_no_numbers_take_no_place_of_others(suppression):
+    scores, boxes = torch.full((1, 4, 2), torch.nan), random_boxes(4)[None, :, None]
+    scores[0, 3] = torch.tensor([0.9, 0.01])
+    [found] = Postprocess(suppression=suppression)(scores, boxes, torch.ones(1, 4) > 0, [(100, 100)])
+    torch.testing.assert_close(found["boxes"], boxes[0, 3])
+    assert found["scores"].tolist() == pytest.approx([0.9])
+
+
+def test_boxes_of_tiny_scores_are_fused_where_they_are():
+    settings = Postprocess(score_threshold=0.0, suppression="box_fusion")
+    boxes = torch.tensor([[[[10.0, 20.0, 30.0, 40.0]], [[50.0, 50.0, 90.0, 80.0]]]])
+    [found] = settings(torch.tensor([[[1e-15], [1e-30]]]), boxes, torch.ones(1, 2) > 0, [(100, 100)])
+    torch.testing.assert_close(found["boxes"], boxes[0, :, 0])

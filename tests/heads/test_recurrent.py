@@ -408,13 +408,13 @@ def test_detections_carry_the_glimpses_on_request():
     ("build", "message"),
     [
         (lambda: GlimpseSequence(0), "glimpses.length must be at least 1"),
-        (lambda: GlimpseSequence(max_shift=0.0), "must be positive and finite"),
-        (lambda: GlimpseSequence(max_log_scale=math.inf), "must be positive and finite"),
+        (lambda: GlimpseSequence(max_shift=0.0), "max_shift must be positive"),
+        (lambda: GlimpseSequence(max_log_scale=math.inf), "max_log_scale must be positive and finite"),
         (
             lambda: AttentionalHead(4, 3, STRIDES, RoIMaxPool(2), estimator=Pathwise()),
             "Pathwise needs gradients to boxes",
         ),
-        (lambda: AttentionalHead(4, 0, STRIDES), "num_classes >= 1"),
+        (lambda: AttentionalHead(4, 0, STRIDES), "num_classes must be at least 1"),
         (lambda: AttentionalHead(4, 3, STRIDES, fc=[]), "at least one layer"),
     ],
 )

@@ -100,7 +100,7 @@ def test_one_seed_gives_one_sample():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rois_per_image": 0}, "rois_per_image must be positive, got 0"),
+        ({"rois_per_image": 0}, "rois_per_image must be at least 1, got 0"),
         ({"positive_fraction": 1.5}, "positive_fraction must be in 0..1, got 1.5"),
         ({"negative_iou": (0.6, 0.5)}, "negative_iou"),
         ({"negative_iou": (0.0, 0.6)}, "negative_iou"),

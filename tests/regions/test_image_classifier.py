@@ -115,9 +115,9 @@ def test_the_auxiliary_head_is_trained_with_its_weight_and_left_out_of_the_logit
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_classes": 0}, "num_classes must be positive, got 0"),
-        ({"dropout": 1.0}, "expected dropout and label_smoothing in 0..1, 1 excluded, got dropout=1.0"),
-        ({"label_smoothing": -0.1}, r"got dropout=0.0, label_smoothing=-0.1"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"dropout": 1.0}, "dropout must be in 0..1, below 1, got 1.0"),
+        ({"label_smoothing": -0.1}, r"label_smoothing must be in 0..1, below 1, got -0.1"),
         ({"backbone": Net(auxiliary_classes=7)}, "backbone.auxiliary_classes is 7, but there are 4 classes"),
     ],
 )

@@ -339,12 +339,12 @@ def test_wrong_labels_are_named() -> None:
     ("make", "message"),
     [
         (lambda: Context(()), r"context\.factors: expected at least one positive number, got \[\]"),
-        (lambda: Context((1.0, INF)), r"context\.factors: expected at least one positive number"),
-        (lambda: Classification(fc=(0,)), "classification: expected positive numbers in fc and class_weights"),
-        (lambda: Classification(class_weights=(1.0, 0.0)), "expected positive numbers in fc and class_weights"),
-        (lambda: Classification(dropout=1.0), r"expected dropout, label_smoothing in 0\.\.1, 1 excluded"),
+        (lambda: Context((1.0, INF)), r"context.factors must be positive and finite"),
+        (lambda: Classification(fc=(0,)), "classification.fc must be at least 1"),
+        (lambda: Classification(class_weights=(1.0, 0.0)), "classification.class_weights must be positive"),
+        (lambda: Classification(dropout=1.0), r"classification.dropout must be in 0\.\.1, below 1"),
         (lambda: tiny(classification=Classification(class_weights=(1.0, 2.0))), "expected 3, one a class"),
-        (lambda: tiny(num_classes=0), "expected num_classes >= 1"),
+        (lambda: tiny(num_classes=0), "num_classes must be at least 1"),
         (lambda: tiny(min_size=65), "0 < min_size <= max_size"),
     ],
 )

@@ -287,7 +287,9 @@ def test_bad_targets(targets: list[Target], message: str) -> None:
     ids=["classes", "zero", "order"],
 )
 def test_bad_arguments(arguments: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="expected num_classes >= 1 and 0 < min_size <= max_size, got num_classes="):
+    with pytest.raises(
+        ValueError, match=r"num_classes must be at least 1|expected 0 < min_size <= max_size, got min_size="
+    ):
         SuperpixelLocalizer(Net(), **{"num_classes": 2, **arguments})
 
 
