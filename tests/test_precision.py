@@ -11,6 +11,7 @@ import torch
 
 from detpipe import cli, load_detector
 from detpipe.proposals import Anchors, DenseGrid
+from detpipe.training.trainer import build_trainer
 
 TINY = [*runs.MODEL, "--data.loader.batch_size", "4"]
 PYRAMID = [
@@ -80,6 +81,17 @@ def test_anchors_and_grids_are_float32_in_every_precision():
             assert all(torch.equal(*pair) for pair in ((grid.x, want[0].x), (grid.y, want[0].y), (boxes, want[1])))
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_targets_stay_in_float32(precision):
+    """In bfloat16 301.3 pixels would be 302."""
+    trainer = build_trainer({"accelerator": "cpu", "precision": precision, "use_distributed_sampler": False})
+    boxes = torch.tensor([[301.3, 0.1, 402.7, 50.9]])
+    images, [target] = trainer.precision_plugin.convert_input((torch.ones(1, 3, 4, 4), [{"boxes": boxes}]))
+    assert trainer.precision == precision
+    assert images.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float16)
+    assert torch.equal(target["boxes"], boxes)
 
 
 @pytest.mark.parametrize("name", runs.mostly_slow(MODELS, "pyramid"))

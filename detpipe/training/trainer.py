@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
@@ -62,6 +63,8 @@ def build_trainer(
         given["enable_checkpointing"] = False  # or Lightning would add checkpoints of its own
     given["logger"] = _loggers(given.get("logger"), loggers) or (None if given.get("barebones") else False)
     given["plugins"] = _plugins(as_list(given.get("plugins")), checkpoint_io)
+    if given.get("precision") in ("bf16-true", "16-true") and given.get("strategy") in (None, "auto", "ddp"):
+        given["plugins"].append(HalfPrecisionWeights(given.pop("precision")))
     if given.get("default_root_dir") is None and folder is not None:
         given["default_root_dir"] = str(folder)
     if given.get("profiler") is not None:  # its table goes through a log that is silent else
@@ -72,6 +75,20 @@ def build_trainer(
         raise UsageError(f"trainer: {explain(str(error))}") from error
     _check_processes(trainer, bool(given.get("use_distributed_sampler")))
     return trainer
+
+
+class HalfPrecisionWeights(HalfPrecision):
+    """Weights and images in half precision; targets stay in float32: in bfloat16, 301.3 pixels would be 302.
+
+    Args:
+        precision: "bf16-true" or "16-true".
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        """Convert tensors of a batch, but for those of dictionaries, which are targets."""
+        if isinstance(data, list | tuple):
+            return [self.convert_input(one) for one in data]
+        return data if isinstance(data, dict) else super().convert_input(data)
 
 
 def _as_launched(settings: Mapping[str, Any]) -> dict[str, Any]:
