@@ -255,11 +255,17 @@ class DetectionData(SplitData):
         for `load`.
         """
         if split not in self._of_split:
-            known_splits = dict(self._of_split)
-            loaded = self._divided(split, faults) if split in self.shares else self._cut(self._loaded(split, faults))
-            for other, known in known_splits.items():
-                compare_classes(other, known, split, loaded)
-            self._of_split[split] = loaded
+            divided = split in self.shares
+            given = () if faults is None else (faults,)
+            loaded = self.load("train" if divided else split, *given)
+            if self.classes is not None:
+                loaded = select_classes(loaded, self.classes)
+            parts = divide_annotations(loaded, self.shares) if divided else {split: loaded}
+            if self.tiles is not None:
+                parts = {name: self.tiles.cut(part) for name, part in parts.items()}
+            for other, known in self._of_split.items():
+                compare_classes(other, known, split, parts[split])
+            self._of_split.update(parts)
         return self._of_split[split]
 
     read = annotations
@@ -267,19 +273,6 @@ class DetectionData(SplitData):
     def faults(self, policy: Literal["error", "skip", "collect"] | None = None, decode: bool = True) -> Faults:
         """What takes the faults of a split, as ``on_bad`` says unless another policy is given; images are read as in training."""
         return Faults(policy or self.on_bad, self.pixels, self.allow_links, decode)
-
-    def _loaded(self, split: Split, faults: Faults | None) -> Annotations:
-        annotations = self.load(split) if faults is None else self.load(split, faults)
-        return annotations if self.classes is None else select_classes(annotations, self.classes)
-
-    def _divided(self, split: Split, faults: Faults | None) -> Annotations:
-        """A part of the training split; all of them are made at once."""
-        parts = divide_annotations(self._loaded("train", faults), self.shares)
-        self._of_split.update({name: self._cut(part) for name, part in parts.items()})
-        return self._of_split[split]
-
-    def _cut(self, annotations: Annotations) -> Annotations:
-        return annotations if self.tiles is None else self.tiles.cut(annotations)
 
     @property
     def category_ids(self) -> tuple[int, ...]:

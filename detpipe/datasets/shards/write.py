@@ -299,31 +299,21 @@ class Contents:
         parts = [int(self.lengths[row]), len(self.describe(row)), *([] if boxes is None else [len(boxes)])]
         return sum(_BLOCK + -(-length // _BLOCK) * _BLOCK for length in parts)
 
-    def read(self, row: int) -> bytes:
-        """The bytes of an image file.
-
-        BadImageError: it cannot be read, or is not as annotated. DataError: it is not the file that it was.
-        """
+    def read(self, row: int) -> tuple[bytes, tuple[str, str] | None]:
+        """The bytes of an image file, and why it cannot be used, as of `image_fault`; a DataError if it is not the file it was."""
         a = self.annotations
         path = a.root / str(a.file_names[row])
         refuse_special(path)
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise BadImageError("unreadable", f"{path}: cannot be read ({error.strerror})") from error
+            return b"", ("unreadable", f"{path}: cannot be read ({error.strerror})")
         if len(content) != self.lengths[row]:
             raise DataError(
                 f"{path}: has {len(content)} bytes, but had {self.lengths[row]} when the shards were planned: let the images "
                 "rest while shards are made, and begin anew"
             )
-        fault = image_fault(path, content, tuple(a.sizes[row].tolist()), decode=self.sharding.decode)
-        if fault is not None:
-            raise BadImageError(*fault)
-        return content
-
-
-class BadImageError(Exception):
-    """An image that cannot be used; its arguments are by what it is counted, and the message."""
+        return content, image_fault(path, content, a.sizes[row].tolist(), decode=self.sharding.decode)
 
 
 def write_shard(path: Path, number: int, rows: Sequence[int], contents: Contents, told: Callable[[], None]) -> Written:
@@ -336,13 +326,11 @@ def write_shard(path: Path, number: int, rows: Sequence[int], contents: Contents
     with atomic_write(path) as temporary:
         with tarfile.open(temporary, "w:", format=tarfile.USTAR_FORMAT) as tar:
             for row in rows:
-                try:
-                    image = contents.read(row)
-                except BadImageError as error:
-                    reason, message = error.args
-                    if not contents.sharding.skip:
-                        raise DataError(message) from error
-                    written.skipped.append((row, reason, message))
+                image, fault = contents.read(row)
+                if fault is not None and not contents.sharding.skip:
+                    raise DataError(fault[1])
+                if fault is not None:
+                    written.skipped.append((row, *fault))
                 else:
                     key, kind, boxes = f"{row:09d}", image_format(image), contents.boxes(row)
                     _add(tar, f"{key}.json", contents.describe(row))
