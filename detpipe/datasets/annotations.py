@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.datasets.decode import decoded_size, image_size
+from detpipe.datasets.decode import image_size, read_reduced
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.workers import look_at_images
 from detpipe.support.errors import DataError
@@ -374,7 +374,7 @@ def image_fault(
 ) -> tuple[str, str] | None:
     """Why an image cannot be used, by what it is counted and the message; None if it can be read and is of the annotated size."""
     try:
-        found = decoded_size(path, content, pixels) if decode else image_size(path, content)
+        found = read_reduced(path, None, content, pixels).size if decode else image_size(path, content)
         check_size(path, found, found if size is None else size)
     except SizeError as error:
         return "size differs from the annotation", str(error)

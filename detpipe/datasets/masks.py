@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.decode import MAX_PIXELS
 from detpipe.datasets.formats.coco import COCO
 from detpipe.datasets.formats.voc import VOC
+from detpipe.datasets.planes import MAX_PIXELS
 from detpipe.datasets.segmentations import IGNORED, Mask, draw_classes
 from detpipe.regions.superpixels import Segmentation, Segmenter
 from detpipe.support.errors import DataError

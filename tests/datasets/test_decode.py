@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from detpipe.datasets import decode
-from detpipe.datasets.decode import decoded_size, image_names, image_size, read_image, read_reduced
+from detpipe.datasets.decode import image_names, image_size, read_image, read_reduced
 from detpipe.support.errors import DataError
 from detpipe.types import PixelType
 
@@ -93,7 +93,7 @@ def test_every_orientation_of_every_format_is_that_of_exif_transpose(tmp_path: P
         sizes = [
             image_size(path),
             image_size(path, path.read_bytes()),
-            decoded_size(path),
+            read_reduced(path, None, pixels=None).size,
             read_reduced(path, (5, 5)).size,
         ]
         assert sizes == [expected.shape[:2]] * 4, f"orientation {orientation}"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detpipe.datasets.decode import decoded_size, image_format, image_size, read_image, read_reduced
+from detpipe.datasets.decode import image_format, image_size, read_image, read_reduced
 from detpipe.support.errors import DataError
 from detpipe.types import PixelFormat, PixelType
 
@@ -137,7 +137,7 @@ def test_every_channel_is_read_at_full_depth(tmp_path: Path, name: str) -> None:
     eight = torch.from_numpy((array >> 8 if most > 255 else array).astype(np.uint8)).permute(2, 0, 1)
     assert torch.equal(read_image(path, pixels=PixelType(count)), eight)
     assert torch.equal(read_image(path, path.read_bytes(), PixelType(count)), eight)
-    assert image_size(path) == image_size(path, path.read_bytes()) == decoded_size(path) == SIZE
+    assert image_size(path) == image_size(path, path.read_bytes()) == read_reduced(path, None, pixels=None).size == SIZE
     reduced = read_reduced(path, (5, 5), pixels=PixelType(count))
     assert (reduced.size, reduced.factor) == (SIZE, 1)
     assert image_format(path.read_bytes()) == {".npy": "NPY", ".tif": "TIFF", ".png": "PNG", ".pgm": "PPM"}[path.suffix]
@@ -224,7 +224,7 @@ def test_planes_are_turned_too(tmp_path: Path, channels: int, options: dict[str,
     turned = turned[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
     image = read_image(path, pixels=PixelType(channels, "dtype"))
     torch.testing.assert_close(image, torch.from_numpy((turned / 65535).astype(np.float32)).permute(2, 0, 1))
-    assert image_size(path) == decoded_size(path) == turned.shape[:2]
+    assert image_size(path) == read_reduced(path, None, pixels=None).size == turned.shape[:2]
 
 
 @pytest.mark.parametrize("options", [{"photometric": "minisblack"}, {"photometric": "rgb"}, RGB_PLANES])
