@@ -8,7 +8,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
-from detpipe.datasets import COCO, VOC, Augment, DetectionData, Loader
+from detpipe.datasets import COCO, VOC, Augment, DetectionData, Loader, Shards
 from detpipe.datasets.annotations import AnnotationBuilder
 from detpipe.datasets.faults import Faults
 from detpipe.support.errors import DataError
@@ -226,10 +226,13 @@ def test_a_config_builds_every_data_set(tmp_path: Path) -> None:
         "class_path": "detpipe.datasets.VOC",
         "init_args": {"root": "x", "train": ["2007:trainval", "2012:trainval"], "format": {"class_names": "auto"}},
     }
-    built = [parser.instantiate(parser.parse_object({"data": config})).data for config in (coco, voc)]
+    shards = {"class_path": "detpipe.datasets.Shards", "init_args": {"root": str(tmp_path), "window": 3}}
+    built = [parser.instantiate(parser.parse_object({"data": config})).data for config in (coco, voc, shards)]
     assert isinstance(built[0], COCO)
     assert built[0].augment == Augment(scale_jitter=(0.5, 2.0))
     assert (built[0].loader.batch_size, built[0].splits["train"].images) == (4, "pictures")
     assert isinstance(built[1], VOC)
     assert built[1].format.class_names == "auto"
     assert built[1].splits["train"] == ["2007:trainval", "2012:trainval"]
+    assert isinstance(built[2], Shards)
+    assert (built[2].window, built[2].loader) == (3, Loader())

@@ -153,12 +153,6 @@ def test_every_training_image_comes_once_an_epoch_but_for_one_that_is_left_alone
     assert len([labels for _, labels, _ in folder(root).val_dataloader()]) == 1
 
 
-def test_loading_leaves_the_global_random_state_alone(root: Path) -> None:
-    before = torch.get_rng_state()
-    list(folder(root).train_dataloader())
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def broken_link(root: Path) -> None:
     (root / "train/owl/gone.jpg").symlink_to(root / "nowhere.jpg")
 

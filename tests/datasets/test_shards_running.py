@@ -29,7 +29,7 @@ from detpipe.datasets.shards.write import Sharding, make_shards
 from detpipe.evaluation.coco import evaluate_coco
 
 from .shard_cases import shards_in, tiny_annotations, tiny_shards
-from .test_datamodule import digest, hashes
+from .test_workers import IMAGES, private_memory
 
 DYING = """
 import os, signal, sys, time
@@ -69,17 +69,11 @@ def test_row_32_a_hanging_worker_is_an_error(tmp_path: Path, monkeypatch: pytest
         list(data.train_dataloader())
 
 
-def private_memory(process: int) -> int:
-    """Bytes that a process shares with no other."""
-    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-
-
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.slow
 def test_row_34_the_memory_of_a_worker_does_not_grow(tmp_path: Path) -> None:
-    """60,000 records, all of the same image."""
-    count = 60_000
+    """All records are of the same image."""
+    count = IMAGES
     a = tiny_annotations(tmp_path / "images", 1)
     made = make_shards(a, tmp_path / "shards" / "one", "train", sharding=Sharding()).shards
     repeated = np.zeros(count, dtype=np.int64)
@@ -98,17 +92,8 @@ def test_row_34_the_memory_of_a_worker_does_not_grow(tmp_path: Path) -> None:
             images=places,
         )
     )
-    data = Shards(str(tmp_path / "shards"), loader=Loader(batch_size=16, num_workers=1))
-    loader = data.train_dataloader()
-    seen = []
-    for epoch in range(4):
-        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        for step, _ in enumerate(loader):
-            if step == 150:
-                (worker,) = loader._iterator._workers  # type: ignore[union-attr]
-                seen.append(private_memory(worker.pid))
-                break
-    assert seen[3] < 1.2 * seen[0] + 2**20, seen
+    first, _, last = private_memory(Shards(str(tmp_path / "shards")).dataset("train"))
+    assert last < 1.2 * first + 1
 
 
 KILLED = """
@@ -173,15 +158,6 @@ def test_two_processes_train_from_shards_as_from_files(packed: Path, tmp_path: P
     assert any(not torch.equal(one[key], two[key]) for key in one)  # steps of six images are not those of three
 
 
-def test_batches_of_an_epoch_need_no_epoch_before_it(eleven: Path) -> None:
-    """A resumed run begins anywhere: nothing but (seed, epoch) decides."""
-    undisturbed = hashes(shards_in(eleven / "shards", window=2), 4)
-    loader = shards_in(eleven / "shards", window=2).train_dataloader()
-    loader.batch_sampler.set_epoch(3)  # type: ignore[union-attr]
-    assert [digest(batch) for batch in loader] == undisturbed[3]
-    assert undisturbed[3] != undisturbed[2]
-
-
 SHARED = """
 import json, sys
 import torch
@@ -224,12 +200,6 @@ def test_rows_8_and_9_evaluation_through_shards_is_that_of_the_files(tmp_path: P
     result = evaluate_coco(read, perfect(read))
     assert result["AP"] == 1.0
     assert result == evaluate_coco(zero, perfect(zero))
-
-
-def test_row_17_an_image_without_objects_has_empty_boxes(eleven: Path) -> None:
-    data = shards_in(eleven / "shards")
-    _, target = data.dataset("train", augmented=True)[0, 3]
-    assert [tuple(target[name].shape) for name in ("boxes", "labels", "area")] == [(0, 4), (0,), (0,)]
 
 
 def test_the_overlay_trains_and_evaluates(packed: Path, tmp_path: Path) -> None:
