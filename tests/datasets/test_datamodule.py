@@ -1,6 +1,5 @@
-import hashlib
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,36 +13,9 @@ from detpipe.datasets.faults import Faults
 from detpipe.support.errors import DataError
 
 from .builders import coco_content, write_coco
+from .shard_cases import SEVEN, files_in
 
-SIZES = ((40, 60), (60, 40), (40, 60), (30, 50), (40, 60), (60, 40), (40, 60))
-AUGMENT = Augment(0.5, (0.5, 2.0), 0.5, 0.5)
-
-
-def data_in(root: Path, workers: int = 0, **changes: Any) -> COCO:
-    if not (root / "train").exists():
-        write_coco(root, coco_content(SIZES), "train")
-        write_coco(root, coco_content(SIZES), "val")
-    loader = Loader(batch_size=3, num_workers=workers)
-    return COCO(str(root), **{"train": "train", "val": "val", "augment": AUGMENT, "loader": loader, **changes})
-
-
-def digest(batch: tuple[list, list]) -> str:
-    total = hashlib.sha256()
-    for image, target in zip(*batch, strict=True):
-        total.update(image.numpy().tobytes())
-        for name in sorted(target):
-            value = target[name]
-            total.update(name.encode() + (value.numpy().tobytes() if torch.is_tensor(value) else str(value).encode()))
-    return total.hexdigest()
-
-
-def hashes(data: DetectionData, epochs: int = 2) -> list[list[str]]:
-    loader = data.train_dataloader()
-    result = []
-    for epoch in range(epochs):
-        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        result.append([digest(batch) for batch in loader])
-    return result
+data_in = partial(files_in, sizes=SEVEN)
 
 
 def test_batches_are_lists_of_images_and_targets(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO as Reference
 
 from detpipe.datasets import COCO, VOC
 from detpipe.datasets.masks import majority_mask, mask_of_boxes, open_masks, voc_mask
-from detpipe.datasets.segmentations import draw_masks, run_lengths
+from detpipe.datasets.segmentations import check_segmentations, draw_masks, run_lengths
 from detpipe.demo import Demo, DemoScenes
 from detpipe.regions.superpixels import Segmentation, Segmenter
 from detpipe.support.errors import DataError
@@ -63,22 +63,26 @@ def test_gray_of_a_few_bits_is_not_spread(tmp_path: Path, bits: int) -> None:
     assert voc_mask(path, (1, 4), 255).tolist() == [[0, 1, 2, 3]]
 
 
-def test_voc_masks_that_cannot_be_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "classes", "message"),
+    [
+        ("a.png", (1, 2), 2, r"a\.png: has the class 3, expected 0 \(background\) to 2, or 255"),
+        ("a.png", (2, 1), 3, r"a\.png: the mask is 2 x 1 pixels, but its image 1 x 2"),
+        ("gone.png", (1, 2), 2, r"gone\.png: no such mask"),
+        ("rgb.png", (1, 2), 2, r"rgb\.png: expected a palette or gray PNG, .* got mode 'RGB'"),
+        ("text.png", (1, 2), 2, r"text\.png: cannot be decoded as a mask"),
+        ("cut.png", (1, 2), 3, r"cut\.png: cannot be decoded as a mask"),
+    ],
+)
+def test_voc_masks_that_cannot_be_used(
+    tmp_path: Path, name: str, size: tuple[int, int], classes: int, message: str
+) -> None:
     path = write_png(tmp_path / "a.png", np.array([[0, 3]]))
-    with pytest.raises(DataError, match=r"a\.png: has the class 3, expected 0 \(background\) to 2, or 255"):
-        voc_mask(path, (1, 2), 2)
-    with pytest.raises(DataError, match=r"a\.png: the mask is 2 x 1 pixels, but its image 1 x 2"):
-        voc_mask(path, (2, 1), 3)
-    with pytest.raises(DataError, match=r"b\.png: no such mask"):
-        voc_mask(tmp_path / "b.png", (1, 2), 2)
-    with pytest.raises(DataError, match=r"rgb\.png: expected a palette or gray PNG, .* got mode 'RGB'"):
-        voc_mask(write_png(tmp_path / "rgb.png", np.zeros((1, 2)), "RGB"), (1, 2), 2)
+    write_png(tmp_path / "rgb.png", np.zeros((1, 2)), "RGB")
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(DataError, match=r"text\.png: cannot be decoded as a mask"):
-        voc_mask(tmp_path / "text.png", (1, 2), 2)
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(DataError, match=r"a\.png: cannot be decoded as a mask"):
-        voc_mask(path, (1, 2), 3)
+    (tmp_path / "cut.png").write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match=message):
+        voc_mask(tmp_path / name, size, classes)
 
 
 def test_masks_of_a_folder_in_voc_layout(tmp_path: Path) -> None:
@@ -116,6 +120,7 @@ def test_real_segmentations_are_decoded_as_by_pycocotools(shared_data: Path, spl
     data = COCO(str(shared_data / "coco_mini"), val=split)
     masks = open_masks(data, "val")
     assert masks.source == f"segmentations of {shared_data / 'coco_mini' / 'annotations' / f'instances_{split}.json'}"
+    check_segmentations(data.with_outlines("val"))
     reference = Reference(str(shared_data / "coco_mini" / "annotations" / f"instances_{split}.json"))
     order = sorted(reference.getCatIds())
     dataset = data.dataset("val")

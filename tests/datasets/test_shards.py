@@ -20,8 +20,7 @@ from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 from .builders import write_voc, write_yolo
-from .shard_cases import files_in, pack, shards_in, tiny_annotations, tiny_shards
-from .test_datamodule import digest, hashes
+from .shard_cases import digest, files_in, hashes, pack, shards_in, tiny_annotations, tiny_shards
 
 ARRAYS = ("file_names", "image_ids", "sizes", "offsets", "boxes", "labels", "iscrowd", "difficult", "area")
 

@@ -20,8 +20,7 @@ from detpipe.datasets.shards.write import Sharding, make_shards
 from detpipe.support.errors import DataError, DownloadError
 
 from .file_server import Behavior, bucket, serving
-from .shard_cases import AUGMENT, shards_in, tiny_annotations
-from .test_datamodule import hashes
+from .shard_cases import AUGMENT, hashes, shards_in, tiny_annotations
 
 ONCE = Counter([f"/set/train/{name}" for name in (INDEX, ARRAYS, *(f"shard-{n:06d}.tar" for n in range(6)))])
 QUICK = Patience(attempts=2, timeout=30.0, wait=0.0)
