@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detpipe.datasets import COCO, Augment, DetectionDataset, Loader, Resize, read_image
 from detpipe.datasets.decode import read_reduced
-from detpipe.datasets.resize import PADDING, pad, resample
+from detpipe.datasets.resize import PADDING, resample
 from detpipe.images import contents_of, detections_to_files, to_batch
 from detpipe.types import Detection, PixelFormat
 
@@ -118,13 +118,6 @@ def test_a_part_of_the_last_pixel_is_left_out(size: tuple[int, int]) -> None:
     assert out.shape == wanted.shape
     assert (out - wanted)[2:-2].abs().max() < 1.1
     assert (out - whole)[-8:-2].mean() < -1.2
-
-
-def test_a_picture_is_padded_at_the_right_and_the_bottom() -> None:
-    out = pad(torch.full((3, 2, 3), 9, dtype=torch.uint8), 4)
-    assert out.shape == (3, 4, 4)
-    assert out[:, :2, :3].unique().tolist() == [9]
-    assert [channel.unique().tolist() for channel in (out[:, 2:])] == [[value] for value in PADDING]
 
 
 def test_sizes_are_drawn_from_seed_epoch_and_index() -> None:

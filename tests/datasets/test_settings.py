@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from detpipe.datasets import COCO, VOC, Augment, ImageFolder, Loader, PixelType, Resize, Sampling, Shards, Views
-from detpipe.datasets.augment.settings import CopyPaste, MixUp, Mosaic, SafeCrop
+from detpipe.datasets import COCO, VOC, YOLO, Augment, ImageFolder, Loader, PixelType, Resize, Sampling, Shards, Views
+from detpipe.datasets.augment.settings import CopyPaste, Degrade, MixUp, Mosaic, Photometric, SafeCrop, Transform
 from detpipe.datasets.classes import Classes
 from detpipe.datasets.shards.remote import ShardCache
 from detpipe.demo import DemoScenes
@@ -23,6 +23,12 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     (Augment, {"color": -0.1}, "color must lie in 0..1"),
     (Augment, {"scale_jitter": (2.0, 0.5)}, f"scale_jitter {RANGE}"),
     (Augment, {"scale_jitter": (0.0, 1.0)}, f"scale_jitter {RANGE}"),
+    *[(YOLO, {**SPLIT, "channels": 4, "augment": augment}, message) for augment, message in (
+        (Augment(color=0.4), "augment.color is for RGB images, but channels is 4; set it to 0"),
+        (Augment(photometric=Photometric()), "augment.photometric is for RGB images, but channels is 4; set it to null"),
+        (Augment(degrade=Degrade(jpeg=0.1)), "augment.degrade.jpeg is for RGB images, but channels is 4; set it to 0"),
+        (Augment(transforms=(Transform("HueSaturationValue"),)), "HueSaturationValue does not take images of 4 channels"),
+    )],
     (Mosaic, {"p": -0.1}, "mosaic.p must lie in 0..1"),
     (Mosaic, {"center": (0.0, 0.5)}, f"mosaic.center {RANGE} 0.1..0.9"),
     (Mosaic, {"zoom": (0.5, 1.0)}, f"mosaic.zoom {RANGE}"),
