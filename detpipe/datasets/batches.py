@@ -78,7 +78,7 @@ class EpochBatches(Sampler[list[Key]]):
         plan: which images an epoch of training has, and how often; None for each once.
 
     Raises:
-        ValueError: a batch size below 1, or classes that take turns with a locality of several windows.
+        ValueError: classes that take turns with a locality of several windows.
     """
 
     def __init__(
@@ -91,8 +91,6 @@ class EpochBatches(Sampler[list[Key]]):
         locality: Locality | None = None,
         plan: Plan | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.plan = plan if training else None
         self._length = len(sizes) if self.plan is None else self.plan.length  # images an epoch
         self.smallest = smallest

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets.augment.augmentation import Augment
+from detpipe.datasets.augment.settings import check_least
 from detpipe.datasets.batches import EpochBatches, Locality
 from detpipe.datasets.classes import Classes, select_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
@@ -68,12 +69,8 @@ class Loader:
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or (self.eval_batch_size is not None and self.eval_batch_size < 1):
-            raise ValueError(
-                f"batch_size and eval_batch_size must be at least 1, got {self.batch_size} and {self.eval_batch_size}"
-            )
-        if self.num_workers < 0 or self.timeout < 0:
-            raise ValueError(f"num_workers and timeout must not be negative, got {self.num_workers} and {self.timeout}")
+        check_least(self, "loader.", 1, "batch_size", "eval_batch_size")
+        check_least(self, "loader.", 0, "num_workers", "timeout")
 
     def load(
         self,

@@ -60,11 +60,6 @@ def test_images_of_like_shape_share_a_training_batch() -> None:
     assert starts != sorted(starts)  # but batches of one shape do not follow each other in order
 
 
-def test_a_batch_size_of_0_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        EpochBatches(np.ones((1, 2), dtype=np.int32), 0)
-
-
 @pytest.mark.parametrize(("images", "sizes"), [(9, [4, 4]), (8, [4, 4]), (10, [2, 4, 4]), (1, [])])
 def test_a_last_batch_that_is_too_small_is_left_out_of_training(images, sizes):
     batches = EpochBatches(np.full((images, 2), 16, dtype=np.int32), 4, smallest=2)

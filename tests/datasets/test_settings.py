@@ -61,9 +61,9 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     (Views, {"flip": 2.0}, "views.flip must lie in 0..1, got 2.0"),
     (Views, {"center": 0.0}, "views.center must lie in 0.1..1, got 0.0"),
     (Views, {"scale": (0.0, 1.0)}, "views.scale must begin above 0, got [0.0, 1.0]"),
-    (Loader, {"batch_size": 0}, "batch_size and eval_batch_size must be at least 1"),
-    (Loader, {"eval_batch_size": 0}, "batch_size and eval_batch_size must be at least 1"),
-    (Loader, {"num_workers": -1}, "num_workers and timeout must not be negative"),
+    (Loader, {"batch_size": 0}, "loader.batch_size must be at least 1, got 0"),
+    (Loader, {"eval_batch_size": 0}, "loader.eval_batch_size must be at least 1, got 0"),
+    (Loader, {"num_workers": -1}, "loader.num_workers must be at least 0, got -1"),
     *[(kind, {**SPLIT, "seed": -1}, "seed must not be negative, got -1") for kind in (COCO, ImageFolder)],
     *[(kind, {**SPLIT, "on_bad": "ignore"}, "on_bad must be 'error' or 'skip', got 'ignore'") for kind in (COCO, ImageFolder)],
     *[(VOC, {**SPLIT, "split": split}, "split")

@@ -238,6 +238,13 @@ def check_parts(settings: object, owner: str, *names: str) -> None:
             raise ValueError(f"{owner}{name} must lie in 0..1, got {getattr(settings, name)}")
 
 
+def check_least(settings: object, owner: str, least: float, *names: str) -> None:
+    """Refuse numbers below ``least``; None is no number."""
+    for name in names:
+        if (value := getattr(settings, name)) is not None and value < least:
+            raise ValueError(f"{owner}{name} must be at least {least}, got {value}")
+
+
 def check_range(settings: object, owner: str, name: str, least: float, most: float) -> None:
     """Refuse what is no ``[smallest, largest]`` within two numbers, and make it a tuple: a list could not be hashed."""
     value = tuple(getattr(settings, name))

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.datasets.annotations import count_skipped, image_fault
+from detpipe.datasets.augment.settings import check_least
 from detpipe.datasets.decode import image_format
 from detpipe.datasets.shards.index import (
     ARRAYS,
@@ -77,12 +78,8 @@ class Sharding:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.shard_bytes < 1 or (self.images_per_shard is not None and self.images_per_shard < 1):
-            raise ValueError(
-                f"shard_bytes and images_per_shard must be at least 1, got {self.shard_bytes} and {self.images_per_shard}"
-            )
-        if self.workers < 1 or self.seed < 0:
-            raise ValueError(f"workers must be at least 1 and seed at least 0, got {self.workers} and {self.seed}")
+        check_least(self, "", 1, "shard_bytes", "images_per_shard", "workers")
+        check_least(self, "", 0, "seed")
 
 
 @dataclass(frozen=True)
