@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detpipe.datasets.augment.settings import check_parts, check_range
+from detpipe.datasets.augment.settings import HUE, check_parts, check_range, color_jitter
 from detpipe.datasets.batches import Key, draws_again
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader, SplitData
 from detpipe.datasets.decode import read_image
@@ -91,7 +91,7 @@ def center_square(image: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _steps(views: Views, training: bool) -> tuple[albumentations.BasicTransform, ...]:
     # first: it keeps albumentations from the network, and OpenCV from threads that a fork does not survive
-    from detpipe.datasets.augment.steps import HUE, color_jitter  # isort: skip
+    from detpipe.datasets.augment.steps import named_step  # isort: skip
     import albumentations  # takes seconds
 
     size, averaged = (views.size, views.size), {"area_for_downscale": "image", "p": 1.0}
@@ -99,8 +99,9 @@ def _steps(views: Views, training: bool) -> tuple[albumentations.BasicTransform,
         side = max(views.size, round(views.size / views.center))
         return albumentations.Resize(side, side, **averaged), albumentations.CenterCrop(*size, p=1.0)
     crop = albumentations.RandomResizedCrop(size, views.scale, views.ratio, **averaged)
-    color = (color_jitter(views.color, views.color, views.color, HUE * views.color),) if views.color else ()
-    return crop, albumentations.HorizontalFlip(p=views.flip), *color
+    flip = albumentations.HorizontalFlip(p=views.flip)
+    color = color_jitter(views.color, views.color, views.color, HUE * views.color)
+    return (crop, flip, named_step(color)) if views.color else (crop, flip)
 
 
 def _apply(steps: Sequence[albumentations.BasicTransform], image: Tensor, seed: int | Sequence[int]) -> Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from detpipe.datasets.augment.settings import (
+    HUE,
     LARGEST_CROP,
     Combine,
     Degrade,
@@ -26,6 +27,7 @@ from detpipe.datasets.augment.settings import (
     Transform,
     check_parts,
     check_range,
+    color_jitter,
 )
 from detpipe.types import RGB, PixelType, Target
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from detpipe.datasets.augment.steps import Step
 
 _NOTHING = Combine()
+_BLUR = {"blur_limit": 0, "sigma_limit": [0.4, 2.0]}
+_NOISE, _JPEG = {"std_range": [0.02, 0.1]}, {"quality_range": [30, 90]}
 
 
 @dataclass(frozen=True)
@@ -146,12 +150,13 @@ def build_steps(augment: Augment) -> tuple[Step, ...]:
         built.append(steps.crops(augment.crop))
     if augment.safe_crop is not None:
         built.append(steps.safe_crops(augment.safe_crop, augment.min_visibility))
-    built += [steps.moving(steps.named_step(transform)) for transform in augment.transforms]
+    transforms = list(augment.transforms)
     if (color := augment.color) > 0:
-        built.append(steps.moving(steps.color_jitter(color, color, color, steps.HUE * color)))
+        transforms.append(color_jitter(color, color, color, HUE * color))
     if (s := augment.photometric) is not None:
-        built.append(steps.moving(steps.color_jitter(s.brightness, s.contrast, s.saturation, s.hue, s.p)))
-        built += [steps.grays(s.gray)] if s.gray else []
-    if augment.degrade is not None:
-        built += steps.degradations(augment.degrade)
-    return tuple(built)
+        transforms.append(color_jitter(s.brightness, s.contrast, s.saturation, s.hue, s.p))
+        transforms += [Transform("ToGray", {"p": s.gray})] if s.gray else []
+    if (d := augment.degrade) is not None:
+        kinds = ((d.blur, "GaussianBlur", _BLUR), (d.noise, "GaussNoise", _NOISE), (d.jpeg, "ImageCompression", _JPEG))
+        transforms += [Transform(name, {**arguments, "p": p}) for p, name, arguments in kinds if p]
+    return tuple(built + [steps.moving(steps.named_step(transform)) for transform in transforms])

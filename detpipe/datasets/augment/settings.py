@@ -22,6 +22,7 @@ Scalar = bool | int | float | str | None
 Value = Scalar | list[Scalar] | list[list[Scalar]]  # what an argument may be: data, never a class or a function
 Range = tuple[float, float]
 LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
+HUE = 0.1  # of the strength of the other color changes
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,13 @@ class Transform:
 
     def __hash__(self) -> int:
         return hash((self.name, json.dumps(self.arguments, sort_keys=True)))
+
+
+def color_jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float = 1.0) -> Transform:
+    """Change brightness, contrast and saturation, each by a factor of 0.6 to 1.4 for a strength of 0.4, and turn the hue."""
+    factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+    ranges = {name: [1 - strength, 1 + strength] for name, strength in factors.items()}
+    return Transform("ColorJitter", {**ranges, "hue": [-hue, hue], "p": p})
 
 
 @dataclass(frozen=True)
