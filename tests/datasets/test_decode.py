@@ -1,6 +1,5 @@
 import io
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +12,9 @@ from detpipe.datasets.decode import image_names, image_size, read_image, read_re
 from detpipe.support.errors import DataError
 from detpipe.types import PixelType
 
-from .builders import picture
+from .builders import picture, png
 
 DECODERS = ("simplejpeg", "torchvision", "pillow")
-
-
-def png_header(path: Path, width: int, height: int) -> Path:
-    """A file of 1 KB that announces any size."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    path.write_bytes(start + struct.pack(">I", 1000) + b"IDAT" + bytes(1000))
-    return path
 
 
 # format of Pillow, mode, options of saving: whatever may hold an orientation, and what cannot
@@ -153,7 +144,8 @@ def test_a_400_megapixel_header_is_refused_before_decoding(
 ) -> None:
     if not pillow_guards:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    path = png_header(tmp_path / "bomb.png", 20_000, 20_000)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png((20_000, 20_000), 8, 2, b""))
     for read in (read_image, image_size):
         with pytest.raises(DataError, match=r"bomb\.png: .*400000000 pixels.*limit"):
             read(path)

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from detpipe.regions.superpixels import Segmentation, Segmenter
 from detpipe.support.errors import DataError
 from detpipe.types import Segmentations, Target
 
-from .builders import annotations, coco_content, voc_object, write_coco, write_voc
+from .builders import annotations, coco_content, png, voc_object, write_coco, write_voc
 
 
 def write_png(path: Path, values: np.ndarray, mode: str = "P") -> Path:
@@ -53,13 +51,8 @@ def test_voc_values_are_classes_and_255_is_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_gray_of_a_few_bits_is_not_spread(tmp_path: Path, bits: int) -> None:
-    path = write_png(tmp_path / "a.png", np.array([[0, 1, 2, 3]]), "L")
-    header, rows = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0), {2: b"\x1b", 4: b"\x01\x23"}[bits]
-    parts = {b"IHDR": header, b"IDAT": zlib.compress(b"\0" + rows), b"IEND": b""}
-    chunks = [
-        struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts.items()
-    ]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    path = tmp_path / "a.png"
+    path.write_bytes(png((1, 4), bits, 0, {2: b"\0\x1b", 4: b"\0\x01\x23"}[bits]))
     assert voc_mask(path, (1, 4), 255).tolist() == [[0, 1, 2, 3]]
 
 

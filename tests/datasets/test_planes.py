@@ -2,7 +2,6 @@
 
 import io
 import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from detpipe.datasets.decode import image_format, image_size, read_image, read_r
 from detpipe.support.errors import DataError
 from detpipe.types import PixelFormat, PixelType
 
-from .builders import picture
+from .builders import picture, png
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -50,16 +49,10 @@ def as_opencv(array: np.ndarray, path: Path, *options: int) -> None:
     assert cv2.imwrite(str(path), array[:, :, order], list(options))
 
 
-def png(array: np.ndarray, more: bytes = b"") -> bytes:
-    """16 bits a sample, of 1 to 4 channels, with further chunks."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", *SIZE[::-1], 16, (0, 4, 2, 6)[array.shape[2] - 1], 0, 0, 0)
+def as_png(array: np.ndarray, path: Path, more: bytes = b"") -> None:
+    """16 bits a sample, of 1 to 4 channels."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
-    chunks = chunk(b"IHDR", header) + (chunk(more[:4], more[4:]) if more else b"") + chunk(b"IDAT", zlib.compress(rows))
-    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
+    path.write_bytes(png(SIZE, 16, (0, 4, 2, 6)[array.shape[2] - 1], rows, more))
 
 
 CONTIG = {"photometric": "minisblack", "planarconfig": "contig"}
@@ -107,8 +100,8 @@ DEEP: dict[str, tuple[int, type, Callable[[np.ndarray, Path], None]]] = {
         np.uint16,
         lambda a, p: as_tiff(65535 - a, p, photometric="miniswhite", byteorder=">"),
     ),
-    "la.png": (2, np.uint16, lambda a, p: p.write_bytes(png(a))),
-    "transparent.png": (3, np.uint16, lambda a, p: p.write_bytes(png(a, b"tRNS" + a[0, 0].astype(">u2").tobytes()))),
+    "la.png": (2, np.uint16, as_png),
+    "transparent.png": (3, np.uint16, lambda a, p: as_png(a, p, b"tRNS" + a[0, 0].astype(">u2").tobytes())),
     "grey.pgm": (1, np.uint16, as_opencv),
     "rgba8.tif": (4, np.uint8, lambda a, p: Image.fromarray(a).save(p)),
     "rgba8.png": (4, np.uint8, lambda a, p: Image.fromarray(a).save(p)),

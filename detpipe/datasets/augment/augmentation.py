@@ -132,7 +132,9 @@ class Augment:
                 raise ValueError("combine needs the other images of the set: give neighbors")
             draws = np.random.SeedSequence(seed, spawn_key=(1,))
             now = combine(self.combine, now, neighbors, draws, self.min_visibility)
-        now = steps.run(build_steps(self), now, seed)
+        built = build_steps(self)
+        for step, own in zip(built, steps.own_seeds(seed, len(built)), strict=True):
+            now = step(now, own)
         return finish(now, self.min_visibility)
 
 

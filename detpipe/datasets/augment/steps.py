@@ -59,16 +59,6 @@ def try_transforms(transforms: Sequence[Transform], pixels: PixelType) -> None:
             )
 
 
-def run(steps: Sequence[Step], scene: Scene, seed: int | Sequence[int]) -> Scene:
-    """Do one step after another, each with draws of its own, decided by non-negative numbers; boxes then lie inside the image.
-
-    A ValueError if a step did not return an image of the same channels and type.
-    """
-    for step, own in zip(steps, own_seeds(seed, len(steps)), strict=True):
-        scene = step(scene, own)
-    return scene
-
-
 def own_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """A seed for each of some steps, so that one does not depend on another; costs tens of microseconds."""
     return np.random.SeedSequence(seed).generate_state(count).tolist()

@@ -107,14 +107,9 @@ class ShardFiles:
     def _open_here(self, number: int) -> Opened:
         path = self.shards.folder / self.shards.shards[number].name
         try:
-            return open_to_read(path), path
+            return os.open(path, os.O_RDONLY), path
         except OSError as error:
             raise DataError(f"{path}: cannot be opened ({error.strerror}); {_COPY_AGAIN}") from error
-
-
-def open_to_read(path: Path) -> int:
-    """A descriptor of a file that processes that are started do not inherit."""
-    return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
 
 class ShardProposals(BoxesByImage):

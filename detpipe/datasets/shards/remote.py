@@ -23,7 +23,7 @@ import filelock
 
 from detpipe.datasets.fetch import RemoteFile, fetch, read_url
 from detpipe.datasets.shards.index import ARRAYS, INDEX, Shard, ShardSet, read_index, require_sha256
-from detpipe.datasets.shards.read import Opened, ShardFiles, open_to_read
+from detpipe.datasets.shards.read import Opened, ShardFiles
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write
 from detpipe.support.strict_json import load_json, require
@@ -103,7 +103,7 @@ class RemoteShards:
                 remote = RemoteFile(f"{self.address}/{shard.name}", shard.bytes, "sha256", shard.sha256)
                 fetch(remote, folder, advice=_ADVICE, progress=False)
             os.utime(folder)  # opened last
-            return open_to_read(path), path
+            return os.open(path, os.O_RDONLY), path
 
 
 def _fetch_index(address: str, cache: ShardCache) -> ShardSet:
