@@ -21,7 +21,7 @@ from detpipe.datasets.faults import SHOWN, Faults, OnBad
 from detpipe.datasets.formats.class_list import compare_classes
 from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.resize import Resize
-from detpipe.datasets.sampling import Presence, Sampling
+from detpipe.datasets.sampling import Plan, Presence, Sampling
 from detpipe.datasets.segmentations import check_segmentations
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.datasets.stratify import divide_annotations
@@ -81,7 +81,7 @@ class Loader:
         collate_fn: Callable[[list[Any]], Any],
         smallest: int = 1,
         locality: Locality | None = None,
-        presence: Presence | None = None,
+        plan: Plan | None = None,
     ) -> LateLoader:
         """Batch a split.
 
@@ -93,13 +93,8 @@ class Loader:
             collate_fn: makes a batch of samples.
             smallest: a training batch of fewer images is left out.
             locality: which images lie together and are read together; None where it does not matter.
-            presence: which classes are in which images; a ValueError if ``sampling`` asks for it and it is None.
+            plan: which images an epoch of training has, and how often; None for each once.
         """
-        plan = None
-        if training and self.sampling is not None:
-            if presence is None:
-                raise ValueError("loader.sampling needs the classes of the images: give presence, or set it to null")
-            plan = self.sampling.plan(presence)
         batch_size = self.batch_size if training else self.eval_batch_size or self.batch_size
         return LateLoader(
             dataset,
@@ -160,6 +155,14 @@ class SplitData(LightningDataModule, ABC):
     def num_classes(self) -> int:
         """K, the number of classes that are learned."""
         return len(self.class_names)
+
+    @abstractmethod
+    def presence(self, split: Any) -> Presence:
+        """Which classes are in which images of a split."""
+
+    def _plan(self, training: bool) -> Plan | None:
+        sampling = self.loader.sampling if training else None
+        return None if sampling is None else sampling.plan(self.presence("train"))
 
     @abstractmethod
     def _dataloader(self, split: Any, training: bool) -> DataLoader: ...
@@ -394,11 +397,8 @@ class DetectionData(SplitData):
 
     def _dataloader(self, split: Split, training: bool) -> DataLoader:
         dataset = self.dataset(split, augmented=training)
-        annotations, locality = self.annotations(split), self.locality(split)
-        presence = self.presence(split) if training and self.loader.sampling is not None else None
-        return self.loader.load(
-            dataset, annotations.sizes, self.seed, training, collate, locality=locality, presence=presence
-        )
+        sizes, locality, plan = self.annotations(split).sizes, self.locality(split), self._plan(training)
+        return self.loader.load(dataset, sizes, self.seed, training, collate, locality=locality, plan=plan)
 
 
 class FolderData(DetectionData):

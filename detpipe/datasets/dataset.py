@@ -35,12 +35,15 @@ class Contents(Protocol):
 
     def name(self, index: int) -> str:
         """What a message calls the image."""
+        ...
 
     def size(self, index: int) -> int:
         """How many bytes its file has."""
+        ...
 
     def read(self, index: int) -> bytes:
         """The bytes of its file."""
+        ...
 
 
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):

@@ -25,6 +25,7 @@ from detpipe.datasets.augment.settings import (
     Photometric,
     SafeCrop,
     Transform,
+    Value,
     check_parts,
     check_range,
     color_jitter,
@@ -35,8 +36,11 @@ if TYPE_CHECKING:
     from detpipe.datasets.augment.steps import Step
 
 _NOTHING = Combine()
-_BLUR = {"blur_limit": 0, "sigma_limit": [0.4, 2.0]}
-_NOISE, _JPEG = {"std_range": [0.02, 0.1]}, {"quality_range": [30, 90]}
+_DEGRADING: tuple[tuple[str, str, dict[str, Value]], ...] = (  # setting, transform, its arguments
+    ("blur", "GaussianBlur", {"blur_limit": 0, "sigma_limit": [0.4, 2.0]}),
+    ("noise", "GaussNoise", {"std_range": [0.02, 0.1]}),
+    ("jpeg", "ImageCompression", {"quality_range": [30, 90]}),
+)
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ def build_steps(augment: Augment) -> tuple[Step, ...]:
     if (s := augment.photometric) is not None:
         transforms.append(color_jitter(s.brightness, s.contrast, s.saturation, s.hue, s.p))
         transforms += [Transform("ToGray", {"p": s.gray})] if s.gray else []
-    if (d := augment.degrade) is not None:
-        kinds = ((d.blur, "GaussianBlur", _BLUR), (d.noise, "GaussNoise", _NOISE), (d.jpeg, "ImageCompression", _JPEG))
-        transforms += [Transform(name, {**arguments, "p": p}) for p, name, arguments in kinds if p]
+    for setting, name, arguments in _DEGRADING if augment.degrade else ():
+        if p := getattr(augment.degrade, setting):
+            transforms.append(Transform(name, {**arguments, "p": p}))
     return tuple(built + [steps.moving(steps.named_step(transform)) for transform in transforms])

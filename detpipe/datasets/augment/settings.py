@@ -223,7 +223,7 @@ class Transform:
 def color_jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float = 1.0) -> Transform:
     """Change brightness, contrast and saturation, each by a factor of 0.6 to 1.4 for a strength of 0.4, and turn the hue."""
     factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
-    ranges = {name: [1 - strength, 1 + strength] for name, strength in factors.items()}
+    ranges: dict[str, Value] = {name: [1 - strength, 1 + strength] for name, strength in factors.items()}
     return Transform("ColorJitter", {**ranges, "hue": [-hue, hue], "p": p})
 
 
