@@ -125,14 +125,6 @@ def test_describe_counts_everything(tmp_path: Path) -> None:
     )
 
 
-def test_proposals_ride_in_the_target_and_move_with_the_image(tmp_path: Path) -> None:
-    data = data_in(tmp_path, augment=Augment(flip=1.0))
-    data.set_proposals("train", {10 + i: np.array([[1, 2, 11, 22]]) for i in range(7)})
-    _, target = data.dataset("train", augmented=True)[0, 0]
-    torch.testing.assert_close(target["proposals"], torch.tensor([[49.0, 2, 59, 22]]))
-    assert "proposals" not in data.dataset("val")[0, 0][1]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -121,11 +121,6 @@ def test_too_few_images_are_found_before_training(tmp_path: Path) -> None:
     COCO(str(tmp_path), "train", "train", augment=Augment(combine=Combine(mosaic=Mosaic(p=0.0)))).setup("fit")
 
 
-def test_wrong_arguments_of_a_transform_are_found_before_any_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Affine has no argument 'rotat'"):
-        COCO(str(tmp_path), augment=Augment(transforms=(Transform("Affine", {"rotat": 3}),)))
-
-
 def test_copy_paste_needs_masks(tmp_path: Path) -> None:
     from detpipe.datasets import VOC
 

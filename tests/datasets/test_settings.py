@@ -23,6 +23,7 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     (Augment, {"color": -0.1}, "color must lie in 0..1"),
     (Augment, {"scale_jitter": (2.0, 0.5)}, f"scale_jitter {RANGE}"),
     (Augment, {"scale_jitter": (0.0, 1.0)}, f"scale_jitter {RANGE}"),
+    (COCO, {**SPLIT, "augment": Augment(transforms=(Transform("Affine", {"rotat": 3}),))}, "Affine has no argument 'rotat'"),
     *[(YOLO, {**SPLIT, "channels": 4, "augment": augment}, message) for augment, message in (
         (Augment(color=0.4), "augment.color is for RGB images, but channels is 4; set it to 0"),
         (Augment(photometric=Photometric()), "augment.photometric is for RGB images, but channels is 4; set it to null"),
