@@ -26,7 +26,7 @@ from detpipe.types import Annotations, PixelType, Segmentations
 
 _CLIP_TOLERANCE = 1e-6  # pixels: less than this over the border is rounding of x + w, not a fault to count
 _FLAGS = {"": False, "0": False, "1": True, "false": False, "true": True}
-_Chosen = npt.NDArray[np.bool_]
+_Chosen, _Floats = npt.NDArray[np.bool_], npt.NDArray[np.float64]
 
 
 class BadBoxError(Exception):
@@ -128,7 +128,7 @@ class AnnotationBuilder:
         )
 
     def build(
-        self, root: Path, folders: Sequence[Path], clip_tolerance: float | npt.NDArray[np.float64] = _CLIP_TOLERANCE
+        self, root: Path, folders: Sequence[Path], clip_tolerance: float | _Floats = _CLIP_TOLERANCE
     ) -> Annotations:
         """Check files and boxes, leave out or refuse what is faulty, and pack the rest.
 
@@ -204,9 +204,7 @@ class AnnotationBuilder:
                 faults.image("file missing", f"{where} is missing ({root / name})")
         return keep
 
-    def _check_boxes(
-        self, clip_tolerance: float | npt.NDArray[np.float64]
-    ) -> tuple[npt.NDArray[np.float64], _Chosen, _Chosen]:
+    def _check_boxes(self, clip_tolerance: float | _Floats) -> tuple[_Floats, _Chosen, _Chosen]:
         """The clipped boxes [B, 4], which to keep [B], and which were clipped [B]."""
         size = self.sizes[self.box_image][:, ::-1].astype(np.float64)  # [B, 2] width, height
         low, high = self.boxes[:, :2], self.boxes[:, 2:]
@@ -237,12 +235,7 @@ class AnnotationBuilder:
         return f"{width} x {height} pixels"
 
     def _pack(
-        self,
-        root: Path,
-        boxes: npt.NDArray[np.float64],
-        keep_image: _Chosen,
-        keep_box: _Chosen,
-        counts: dict[str, int],
+        self, root: Path, boxes: _Floats, keep_image: _Chosen, keep_box: _Chosen, counts: dict[str, int]
     ) -> Annotations:
         rows = np.flatnonzero(keep_box)
         rows = rows[np.argsort(self.box_image[rows], kind="stable")]

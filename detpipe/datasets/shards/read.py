@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ share_with_workers(ShardSet, Places)
 Opened = tuple[int, Path]  # a file descriptor, and what was opened
 
 
+@dataclass(eq=False)
 class ShardFiles:
     """The image files of a split, as `detpipe.datasets.dataset.Contents`, in shards that a process opens when it first reads them.
 
@@ -35,14 +37,13 @@ class ShardFiles:
     of the split. ``most_open`` files stay open. ``where`` is what messages call the folder; by default its path.
     """
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        opener: Callable[[int], Opened] | None = None,
-        most_open: int = 64,
-        where: str | None = None,
-    ) -> None:
-        self.shards, self.opener, self.most_open, self.where = shards, opener, most_open, where or str(shards.folder)
+    shards: ShardSet
+    opener: Callable[[int], Opened] | None = None
+    most_open: int = 64
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        self.where = self.where or str(self.shards.folder)
         self._open: OrderedDict[int, Opened] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -81,19 +81,20 @@ def open_remote(root: str, split: str, cache: ShardCache, window: int) -> ShardF
             f"{address}: {len(largest)} shards that are read at the same time take {sum(largest) / 1e9:.3g} GB, but "
             f"cache.gigabytes is {cache.gigabytes:g}: raise it, or lower window"
         )
-    return ShardFiles(shards, RemoteShards(address, shards, cache), most_open=together, where=address)
+    return ShardFiles(shards, RemoteShards(address, shards.shards, cache), most_open=together, where=address)
 
 
+@dataclass
 class RemoteShards:
     """Opens the shards of a split that lie below an address."""
 
-    def __init__(self, address: str, shards: ShardSet, cache: ShardCache) -> None:
-        self.address, self.cache = address, cache
-        self._shards = shards.shards
+    address: str
+    shards: tuple[Shard, ...]
+    cache: ShardCache
 
     def __call__(self, number: int) -> Opened:
         """Open a shard, and fetch it before if it is not there."""
-        shard = self._shards[number]
+        shard = self.shards[number]
         folder = _folder(self.cache, shard)
         path = folder / shard.name
         with lock_of(self.cache, folder.name):
