@@ -44,7 +44,7 @@ from detpipe.datasets.shards.index import (
 )
 from detpipe.proposal_files import ProposalStore
 from detpipe.support.errors import DataError
-from detpipe.support.files import atomic_write, refuse_special, remove_orphans, sole_writer, synchronize
+from detpipe.support.files import atomic_write, refuse_special, remove_orphans, sole_writer, synchronize, write_text
 from detpipe.support.resumable import Work, run
 from detpipe.types import Annotations
 
@@ -168,8 +168,7 @@ def work_folder(folder: Path, plan: str) -> Iterator[Path]:
         if not (work / PLAN).exists() and not (work / INDEX).exists():
             if any(work.iterdir()):
                 raise DataError(f"{work}: holds shards, but not the plan that they were made by: {_REMEDY}")
-            with atomic_write(work / PLAN) as temporary:
-                temporary.write_text(plan)
+            write_text(work / PLAN, plan)
         if (read_plan(work) if (work / INDEX).exists() else (work / PLAN).read_text(errors="replace")) != plan:
             raise DataError(
                 f"{work}: an interrupted run left it with other data or settings than are asked for now; delete it to begin "
@@ -227,8 +226,7 @@ def write_all(
     done: dict[int, Written] = {}
     jobs = [(work / shard_name(number), number, rows) for number, rows in groups.items()]
     for (path, *_), written in run(partial(_writer, contents), jobs, contents.sharding.workers, __name__, tell):
-        with atomic_write(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(written._asdict(), separators=(",", ":")))
+        write_text(path.with_suffix(".json"), json.dumps(written._asdict(), separators=(",", ":")))
         done[written.number] = written
     return done
 
