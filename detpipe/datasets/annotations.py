@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.datasets.decode import decoded_size, image_size
+from detpipe.datasets.decode import image_size, read_reduced
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.workers import look_at_images
 from detpipe.support.errors import DataError
@@ -26,7 +26,7 @@ from detpipe.types import Annotations, PixelType, Segmentations
 
 _CLIP_TOLERANCE = 1e-6  # pixels: less than this over the border is rounding of x + w, not a fault to count
 _FLAGS = {"": False, "0": False, "1": True, "false": False, "true": True}
-_Chosen = npt.NDArray[np.bool_]
+_Chosen, _Floats = npt.NDArray[np.bool_], npt.NDArray[np.float64]
 
 
 class BadBoxError(Exception):
@@ -128,7 +128,7 @@ class AnnotationBuilder:
         )
 
     def build(
-        self, root: Path, folders: Sequence[Path], clip_tolerance: float | npt.NDArray[np.float64] = _CLIP_TOLERANCE
+        self, root: Path, folders: Sequence[Path], clip_tolerance: float | _Floats = _CLIP_TOLERANCE
     ) -> Annotations:
         """Check files and boxes, leave out or refuse what is faulty, and pack the rest.
 
@@ -148,7 +148,7 @@ class AnnotationBuilder:
         faults.check()
         if faults.decodes:
             rows = np.flatnonzero(keep_image).tolist()
-            keep_image &= check_pixels(rows, lambda i: (root / self.file_names[i], None), self.sizes, faults)
+            keep_image[check_pixels(rows, lambda i: (root / self.file_names[i], None), faults, self.sizes)] = False
             faults.check()
         orphans = keep_box & ~keep_image[self.box_image]
         keep_box &= ~orphans
@@ -204,9 +204,7 @@ class AnnotationBuilder:
                 faults.image("file missing", f"{where} is missing ({root / name})")
         return keep
 
-    def _check_boxes(
-        self, clip_tolerance: float | npt.NDArray[np.float64]
-    ) -> tuple[npt.NDArray[np.float64], _Chosen, _Chosen]:
+    def _check_boxes(self, clip_tolerance: float | _Floats) -> tuple[_Floats, _Chosen, _Chosen]:
         """The clipped boxes [B, 4], which to keep [B], and which were clipped [B]."""
         size = self.sizes[self.box_image][:, ::-1].astype(np.float64)  # [B, 2] width, height
         low, high = self.boxes[:, :2], self.boxes[:, 2:]
@@ -237,12 +235,7 @@ class AnnotationBuilder:
         return f"{width} x {height} pixels"
 
     def _pack(
-        self,
-        root: Path,
-        boxes: npt.NDArray[np.float64],
-        keep_image: _Chosen,
-        keep_box: _Chosen,
-        counts: dict[str, int],
+        self, root: Path, boxes: _Floats, keep_image: _Chosen, keep_box: _Chosen, counts: dict[str, int]
     ) -> Annotations:
         rows = np.flatnonzero(keep_box)
         rows = rows[np.argsort(self.box_image[rows], kind="stable")]
@@ -340,16 +333,15 @@ def _check_not_empty(counts: dict[str, int], root: Path, faults: Faults) -> None
 
 
 def check_pixels(
-    images: Iterable[int],
+    rows: Sequence[int],
     open_image: Callable[[int], tuple[str | Path, bytes | None]],
-    sizes: npt.NDArray[np.integer[Any]],
     faults: Faults,
-) -> _Chosen:
-    """Decode images once and note those that a run would stumble over.
+    sizes: npt.NDArray[np.integer[Any]] | None = None,
+) -> list[int]:
+    """Decode images once and note those that a run would stumble over: their rows.
 
-    [I] whether an image can be used, as far as it was looked at. ``images`` are the rows of those that are decoded, ``sizes`` [I,
-    2] height and width in the annotations. ``open_image`` gives what a message calls an image, and its bytes if it is no file of
-    its own; several threads call it.
+    ``open_image`` gives what a message calls the image of a row, and its bytes if it is no file of its own; several threads call
+    it. ``sizes`` are [I, 2] height and width in the annotations; None where nothing is known of them.
     """
 
     def look(row: int) -> tuple[str, str] | None:
@@ -357,22 +349,26 @@ def check_pixels(
             name, content = open_image(row)
         except DataError as error:
             return "unreadable", str(error)
-        return image_fault(name, content, tuple(sizes[row].tolist()), faults.pixels)
+        return image_fault(name, content, None if sizes is None else sizes[row].tolist(), faults.pixels)
 
-    readable, rows = np.ones(len(sizes), dtype=bool), list(images)
-    for row, fault in zip(rows, look_at_images(look, rows), strict=True):
-        if fault is not None:
-            readable[row] = False
-            faults.image(*fault)
-    return readable
+    found = zip(rows, look_at_images(look, rows), strict=True)
+    damaged = [(row, fault) for row, fault in found if fault is not None]
+    for _, fault in damaged:
+        faults.image(*fault)
+    return [row for row, _ in damaged]
 
 
 def image_fault(
-    path: str | Path, content: bytes | None, size: tuple[int, ...], pixels: PixelType | None = None, decode: bool = True
+    path: str | Path,
+    content: bytes | None,
+    size: Sequence[int] | None,
+    pixels: PixelType | None = None,
+    decode: bool = True,
 ) -> tuple[str, str] | None:
     """Why an image cannot be used, by what it is counted and the message; None if it can be read and is of the annotated size."""
     try:
-        check_size(path, decoded_size(path, content, pixels) if decode else image_size(path, content), size)
+        found = read_reduced(path, None, content, pixels).size if decode else image_size(path, content)
+        check_size(path, found, found if size is None else size)
     except SizeError as error:
         return "size differs from the annotation", str(error)
     except DataError as error:
@@ -392,7 +388,7 @@ class SizeError(DataError):
     """An image whose size is not the annotated one."""
 
 
-def check_size(path: str | Path, found: tuple[int, int], annotated: tuple[int, ...]) -> None:
+def check_size(path: str | Path, found: tuple[int, int], annotated: Sequence[int]) -> None:
     """Compare height and width of a decoded, upright image with its annotation; `SizeError`, with a hint if they are swapped."""
     if tuple(found) == tuple(annotated):
         return

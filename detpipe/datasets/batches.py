@@ -48,6 +48,7 @@ class Locality:
         return places[self.shard] // self.window
 
 
+@dataclass(eq=False)
 class EpochBatches(Sampler[list[Key]]):
     """Yields batches of ``(epoch, index)`` keys; images of like shape share a batch, so that little is padded.
 
@@ -78,39 +79,31 @@ class EpochBatches(Sampler[list[Key]]):
         plan: which images an epoch of training has, and how often; None for each once.
 
     Raises:
-        ValueError: a batch size below 1, or classes that take turns with a locality of several windows.
+        ValueError: classes that take turns with a locality of several windows.
     """
 
-    def __init__(
-        self,
-        sizes: npt.NDArray[np.int32],
-        batch_size: int,
-        seed: int = 0,
-        training: bool = True,
-        smallest: int = 1,
-        locality: Locality | None = None,
-        plan: Plan | None = None,
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.plan = plan if training else None
-        self._length = len(sizes) if self.plan is None else self.plan.length  # images an epoch
-        self.smallest = smallest
-        self.sizes = sizes
-        self.batch_size = batch_size
-        self.seed = seed
-        self.training = training
+    sizes: npt.NDArray[np.int32]
+    batch_size: int
+    seed: int = 0
+    training: bool = True
+    smallest: int = 1
+    locality: Locality | None = None
+    plan: Plan | None = None
+
+    def __post_init__(self) -> None:
+        self.plan = self.plan if self.training else None
+        self._length = len(self.sizes) if self.plan is None else self.plan.length  # images an epoch
         self.epoch = 0
         self.fixed = False  # True: every epoch is the first one again, with its draws
         self._done = (0, 0)  # an epoch, and how many of its batches the next iteration leaves out
-        everywhere = locality is None or int(locality.windows().max(initial=0)) == 0
-        self.locality = None if everywhere else locality
+        if self.locality is not None and self.locality.windows().max(initial=0) == 0:
+            self.locality = None  # images lie everywhere
         if self.locality is not None and self.plan is not None and self.plan.factors is None:
             raise ValueError(
                 "loader.sampling.class_balanced takes images from everywhere, but only those of window shards are read together; "
                 "set window to the number of shards, or take repeat_factor"
             )
-        self._evaluation = [] if training else self._same_size_batches()
+        self._evaluation = [] if self.training else self._same_size_batches()
 
     @property
     def sampler(self) -> EpochBatches:

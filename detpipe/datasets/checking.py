@@ -142,12 +142,11 @@ def _compare_images(read: Mapping[str, Annotations], faults: dict[str, list[Faul
 
 
 def equal_files(
-    paths: Sequence[Path], source: ImageFiles, damaged: Callable[[Path, DataError], None] | None = None
+    paths: Sequence[Path], source: ImageFiles, damaged: Callable[[Path, DataError], None]
 ) -> list[list[Path]]:
     """Find images whose files have the same content: groups of two and more, in the order of their first.
 
-    Only files of equal length are read. ``damaged`` is told of an image that cannot be read, which is then like no other; where
-    it is None that is a DataError.
+    Only files of equal length are read. ``damaged`` is told of an image that cannot be read, which is then like no other.
     """
     by_size: dict[int, list[Path]] = defaultdict(list)
     for path in paths:
@@ -158,8 +157,6 @@ def equal_files(
         try:
             content = source.read(path)
         except DataError as error:
-            if damaged is None:
-                raise
             damaged(path, error)
         else:
             by_content[hashlib.sha256(content).digest()].append(path)

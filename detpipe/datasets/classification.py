@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from detpipe.datasets.augment.settings import HUE, check_parts, check_range, color_jitter
 from detpipe.datasets.batches import Key, draws_again
 from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader, SplitData
 from detpipe.datasets.decode import read_image
@@ -60,31 +61,23 @@ class Views:
     center: float = 0.875
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", tuple(self.scale))  # a list could not be hashed
-        object.__setattr__(self, "ratio", tuple(self.ratio))
+        check_range(self, "views.", "scale", 0, 1)
+        check_range(self, "views.", "ratio", 0.1, 10)
+        check_parts(self, "views.", "flip", "color")
         if not 8 <= self.size <= 4096:
             raise ValueError(f"views.size must be 8 to 4096 pixels, got {self.size}")
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"views.scale must be [smallest, largest] within 0..1, got {self.scale}")
-        if len(self.ratio) != 2 or not 0.1 <= self.ratio[0] <= self.ratio[1] <= 10:
-            raise ValueError(f"views.ratio must be [smallest, largest] within 0.1..10, got {self.ratio}")
-        if not 0 <= self.flip <= 1 or not 0 <= self.color <= 1 or not 0.1 <= self.center <= 1:
-            raise ValueError(
-                f"views: expected flip and color in 0..1 and center in 0.1..1, got {self.flip}, {self.color}, {self.center}"
-            )
+        if self.scale[0] == 0:
+            raise ValueError(f"views.scale must begin above 0, got {list(self.scale)}")
+        if not 0.1 <= self.center <= 1:
+            raise ValueError(f"views.center must lie in 0.1..1, got {self.center}")
 
     def training(self, image: Tensor, seed: int | Sequence[int]) -> Tensor:
         """Cut, resize, flip and recolor ``[3, H, W]`` uint8 to ``[3, size, size]``, every draw decided by non-negative numbers."""
-        from detpipe.datasets.augment.steps import own_seeds  # imports albumentations
-
-        steps = _training(self)
-        for step, own in zip(steps, own_seeds(seed, len(steps)), strict=True):
-            step.set_random_seed(own)
-        return _applied(steps, image)
+        return _apply(_steps(self, True), image, seed)
 
     def evaluation(self, image: Tensor) -> Tensor:
         """Resize and cut out the center: ``[3, H, W]`` uint8 -> ``[3, size, size]`` uint8."""
-        return _applied(_evaluation(self), center_square(image))
+        return _apply(_steps(self, False), center_square(image), 0)
 
 
 def center_square(image: Tensor) -> Tensor:
@@ -96,32 +89,27 @@ def center_square(image: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _training(views: Views) -> tuple[albumentations.BasicTransform, ...]:
+def _steps(views: Views, training: bool) -> tuple[albumentations.BasicTransform, ...]:
     # first: it keeps albumentations from the network, and OpenCV from threads that a fork does not survive
-    from detpipe.datasets.augment.steps import HUE, color_jitter  # isort: skip
+    from detpipe.datasets.augment.steps import named_step  # isort: skip
     import albumentations  # takes seconds
 
-    size = (views.size, views.size)
-    crop = albumentations.RandomResizedCrop(size, views.scale, views.ratio, area_for_downscale="image", p=1.0)
-    color = (color_jitter(views.color, views.color, views.color, HUE * views.color),) if views.color else ()
-    return crop, albumentations.HorizontalFlip(p=views.flip), *color
+    size, averaged = (views.size, views.size), {"area_for_downscale": "image", "p": 1.0}
+    if not training:
+        side = max(views.size, round(views.size / views.center))
+        return albumentations.Resize(side, side, **averaged), albumentations.CenterCrop(*size, p=1.0)
+    crop = albumentations.RandomResizedCrop(size, views.scale, views.ratio, **averaged)
+    flip = albumentations.HorizontalFlip(p=views.flip)
+    color = color_jitter(views.color, views.color, views.color, HUE * views.color)
+    return (crop, flip, named_step(color)) if views.color else (crop, flip)
 
 
-@lru_cache(maxsize=8)
-def _evaluation(views: Views) -> tuple[albumentations.BasicTransform, ...]:
-    from detpipe.datasets.augment import steps  # noqa: F401 (as above)  # isort: skip
-    import albumentations
+def _apply(steps: Sequence[albumentations.BasicTransform], image: Tensor, seed: int | Sequence[int]) -> Tensor:
+    from detpipe.datasets.augment.steps import own_seeds  # as above
 
-    side = max(views.size, round(views.size / views.center))
-    return (
-        albumentations.Resize(side, side, area_for_downscale="image", p=1.0),
-        albumentations.CenterCrop(views.size, views.size, p=1.0),
-    )
-
-
-def _applied(steps: Sequence[albumentations.BasicTransform], image: Tensor) -> Tensor:
     out = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    for step in steps:
+    for step, own in zip(steps, own_seeds(seed, len(steps)), strict=True):
+        step.set_random_seed(own)
         out = step(image=out)["image"]
     return torch.from_numpy(np.ascontiguousarray(out)).permute(2, 0, 1)
 
@@ -252,6 +240,5 @@ class ClassificationData(SplitData):
     def _dataloader(self, split: LabeledSplit, training: bool) -> DataLoader:
         sizes = np.broadcast_to(np.int32(self.views.size), (len(self.images(split)), 2))
         dataset = self.dataset(split, training)
-        return self.loader.load(
-            dataset, sizes, self.seed, training, collate_labeled, _SMALLEST, presence=self.presence(split)
-        )
+        plan = self._plan(training)
+        return self.loader.load(dataset, sizes, self.seed, training, collate_labeled, _SMALLEST, plan=plan)

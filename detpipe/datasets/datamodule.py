@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets.augment.augmentation import Augment
+from detpipe.datasets.augment.settings import check_least
 from detpipe.datasets.batches import EpochBatches, Locality
 from detpipe.datasets.classes import Classes, select_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
@@ -20,7 +21,7 @@ from detpipe.datasets.faults import SHOWN, Faults, OnBad
 from detpipe.datasets.formats.class_list import compare_classes
 from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.resize import Resize
-from detpipe.datasets.sampling import Presence, Sampling
+from detpipe.datasets.sampling import Plan, Presence, Sampling
 from detpipe.datasets.segmentations import check_segmentations
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.datasets.stratify import divide_annotations
@@ -68,12 +69,8 @@ class Loader:
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or (self.eval_batch_size is not None and self.eval_batch_size < 1):
-            raise ValueError(
-                f"batch_size and eval_batch_size must be at least 1, got {self.batch_size} and {self.eval_batch_size}"
-            )
-        if self.num_workers < 0 or self.timeout < 0:
-            raise ValueError(f"num_workers and timeout must not be negative, got {self.num_workers} and {self.timeout}")
+        check_least(self, "loader.", 1, "batch_size", "eval_batch_size")
+        check_least(self, "loader.", 0, "num_workers", "timeout")
 
     def load(
         self,
@@ -84,7 +81,7 @@ class Loader:
         collate_fn: Callable[[list[Any]], Any],
         smallest: int = 1,
         locality: Locality | None = None,
-        presence: Presence | None = None,
+        plan: Plan | None = None,
     ) -> LateLoader:
         """Batch a split.
 
@@ -96,13 +93,8 @@ class Loader:
             collate_fn: makes a batch of samples.
             smallest: a training batch of fewer images is left out.
             locality: which images lie together and are read together; None where it does not matter.
-            presence: which classes are in which images; a ValueError if ``sampling`` asks for it and it is None.
+            plan: which images an epoch of training has, and how often; None for each once.
         """
-        plan = None
-        if training and self.sampling is not None:
-            if presence is None:
-                raise ValueError("loader.sampling needs the classes of the images: give presence, or set it to null")
-            plan = self.sampling.plan(presence)
         batch_size = self.batch_size if training else self.eval_batch_size or self.batch_size
         return LateLoader(
             dataset,
@@ -163,6 +155,14 @@ class SplitData(LightningDataModule, ABC):
     def num_classes(self) -> int:
         """K, the number of classes that are learned."""
         return len(self.class_names)
+
+    @abstractmethod
+    def presence(self, split: Any) -> Presence:
+        """Which classes are in which images of a split."""
+
+    def _plan(self, training: bool) -> Plan | None:
+        sampling = self.loader.sampling if training else None
+        return None if sampling is None else sampling.plan(self.presence("train"))
 
     @abstractmethod
     def _dataloader(self, split: Any, training: bool) -> DataLoader: ...
@@ -255,11 +255,17 @@ class DetectionData(SplitData):
         for `load`.
         """
         if split not in self._of_split:
-            known_splits = dict(self._of_split)
-            loaded = self._divided(split, faults) if split in self.shares else self._cut(self._loaded(split, faults))
-            for other, known in known_splits.items():
-                compare_classes(other, known, split, loaded)
-            self._of_split[split] = loaded
+            divided = split in self.shares
+            given = () if faults is None else (faults,)
+            loaded = self.load("train" if divided else split, *given)
+            if self.classes is not None:
+                loaded = select_classes(loaded, self.classes)
+            parts = divide_annotations(loaded, self.shares) if divided else {split: loaded}
+            if self.tiles is not None:
+                parts = {name: self.tiles.cut(part) for name, part in parts.items()}
+            for other, known in self._of_split.items():
+                compare_classes(other, known, split, parts[split])
+            self._of_split.update(parts)
         return self._of_split[split]
 
     read = annotations
@@ -267,19 +273,6 @@ class DetectionData(SplitData):
     def faults(self, policy: Literal["error", "skip", "collect"] | None = None, decode: bool = True) -> Faults:
         """What takes the faults of a split, as ``on_bad`` says unless another policy is given; images are read as in training."""
         return Faults(policy or self.on_bad, self.pixels, self.allow_links, decode)
-
-    def _loaded(self, split: Split, faults: Faults | None) -> Annotations:
-        annotations = self.load(split) if faults is None else self.load(split, faults)
-        return annotations if self.classes is None else select_classes(annotations, self.classes)
-
-    def _divided(self, split: Split, faults: Faults | None) -> Annotations:
-        """A part of the training split; all of them are made at once."""
-        parts = divide_annotations(self._loaded("train", faults), self.shares)
-        self._of_split.update({name: self._cut(part) for name, part in parts.items()})
-        return self._of_split[split]
-
-    def _cut(self, annotations: Annotations) -> Annotations:
-        return annotations if self.tiles is None else self.tiles.cut(annotations)
 
     @property
     def category_ids(self) -> tuple[int, ...]:
@@ -404,11 +397,8 @@ class DetectionData(SplitData):
 
     def _dataloader(self, split: Split, training: bool) -> DataLoader:
         dataset = self.dataset(split, augmented=training)
-        annotations, locality = self.annotations(split), self.locality(split)
-        presence = self.presence(split) if training and self.loader.sampling is not None else None
-        return self.loader.load(
-            dataset, annotations.sizes, self.seed, training, collate, locality=locality, presence=presence
-        )
+        sizes, locality, plan = self.annotations(split).sizes, self.locality(split), self._plan(training)
+        return self.loader.load(dataset, sizes, self.seed, training, collate, locality=locality, plan=plan)
 
 
 class FolderData(DetectionData):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +47,7 @@ class Contents(Protocol):
         ...
 
 
+@dataclass(eq=False)
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     """Images and targets of one split, keyed by ``(epoch, index)``.
 
@@ -66,25 +68,17 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         ValueError: a transform of the augmentation has arguments that it does not take, or is not for such pixels.
     """
 
-    def __init__(
-        self,
-        annotations: Annotations,
-        augment: Augment | None = None,
-        seed: int = 0,
-        proposals: Proposals | None = None,
-        contents: Contents | None = None,
-        resize: Resize | None = None,
-        pixels: PixelType = RGB,
-    ) -> None:
-        if augment is not None:
-            _check(augment, annotations, pixels)
-        self.annotations = annotations
-        self.augment = augment
-        self.seed = seed
-        self.proposals = proposals
-        self.contents = contents
-        self.resize = resize
-        self.pixels = pixels
+    annotations: Annotations
+    augment: Augment | None = None
+    seed: int = 0
+    proposals: Proposals | None = None
+    contents: Contents | None = None
+    resize: Resize | None = None
+    pixels: PixelType = RGB
+
+    def __post_init__(self) -> None:
+        if self.augment is not None:
+            _check(self.augment, self.annotations, self.pixels)
 
     def __len__(self) -> int:
         return len(self.annotations)

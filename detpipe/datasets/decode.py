@@ -40,13 +40,11 @@ from PIL import Image
 from torch import Tensor
 
 import detpipe.datasets.planes as planes
-from detpipe.datasets.planes import MAX_PIXELS, Planes, Refused
+from detpipe.datasets.planes import Planes, Refused
+from detpipe.images import Size
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.types import RGB, PixelType
-
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Reduced", "decoded_size", "image_format", "image_names", "image_size"]
-__all__ += ["read_image", "read_reduced"]
 
 # of files found by looking, as Pillow knows them; a format that this Pillow was built without is an error when it is read
 IMAGE_SUFFIXES = (
@@ -64,7 +62,7 @@ class Reduced(NamedTuple):
     """A picture decoded at a part of its scale."""
 
     pixels: Tensor  # [C, ceil(H / factor), ceil(W / factor)], upright; in memory the channels come last
-    size: tuple[int, int]  # H, W: height and width of the upright picture in its file
+    size: Size  # H, W: height and width of the upright picture in its file
     factor: int  # 1, 2, 4 or 8: pixel (x, y) covers [x * factor, (x + 1) * factor) x [y * factor, ...) of the file
 
 
@@ -75,30 +73,18 @@ def read_image(path: str | Path, content: bytes | None = None, pixels: PixelType
     DataError if the file is missing, is not an image, ends early, is too large, has pixels without a fixed range, or other channels
     than are wanted.
     """
-    return _read(path, content, None, pixels).pixels.contiguous()
+    return read_reduced(path, None, content, pixels).pixels.contiguous()
 
 
 def read_reduced(
-    path: str | Path, least: tuple[int, int], content: bytes | None = None, pixels: PixelType = RGB
+    path: str | Path, least: Size | None, content: bytes | None = None, pixels: PixelType | None = RGB
 ) -> Reduced:
-    """Decode an image file at the smallest scale at which the upright picture has at least a height and width.
+    """Decode an image file at the smallest scale at which the upright picture has at least a height and width; None: whole.
 
     Only a JPEG in grey or in YCbCr has smaller scales; a picture that EXIF turns or mirrors has those that divide its sides,
-    since a part of a pixel would come to lie at its left or top. Other arguments and errors are those of `read_image`.
+    since a part of a pixel would come to lie at its left or top. ``pixels=None`` takes any channels that it has, at 8 bits. Other
+    arguments and errors are those of `read_image`.
     """
-    return _read(path, content, least, pixels)
-
-
-def decoded_size(path: str | Path, content: bytes | None = None, pixels: PixelType | None = None) -> tuple[int, int]:
-    """Decode an image file, to know that it can be: height and width of the upright picture.
-
-    Arguments and errors are those of `read_image`; ``pixels=None`` takes any channels that it has, at 8 bits.
-    """
-    return _read(path, content, None, pixels).size
-
-
-def _read(path: str | Path, content: bytes | None, least: tuple[int, int] | None, pixels: PixelType | None) -> Reduced:
-    """Decode a file; without ``pixels``, with the channels that it has, at 8 bits."""
     with _named(path, content, "decoded"):
         data = Path(path).read_bytes() if content is None else content
         wide = planes.read_planes(data, pixels or RGB)
@@ -109,39 +95,35 @@ def _read(path: str | Path, content: bytes | None, least: tuple[int, int] | None
         return Reduced(image, (height, width), factor)
 
 
-def _decode(data: bytes, least: tuple[int, int] | None, pixels: PixelType) -> tuple[Planes, tuple[int, int], int]:
+def _decode(data: bytes, least: Size | None, pixels: PixelType) -> tuple[Planes, Size, int]:
     """What Pillow reads, a JPEG at the smallest scale that is large enough; the size as stored, and the factor of the scale."""
     with Image.open(io.BytesIO(data)) as image:
         planes.check_pixels(image.height, image.width)
-        size = (image.height, image.width)
+        size, factor = (image.height, image.width), 1
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
-            orientation = image.getexif().get(planes.ORIENTATION, 1)
-            factor = 1 if least is None else _factor(size, least, orientation)
+            factor = _factor(size, least, image.getexif().get(planes.ORIENTATION, 1)) if least else 1
             values = _decode_jpeg(data, image, factor)
-            if image.mode == "L" and pixels.channels != 3:
-                values = values[:, :, :1]
-            return Planes(values, False, orientation), size, factor
-        found = planes.pillow_planes(image, pixels)
-        # Pillow turns a TIFF when it is loaded, and forgets its orientation
-        orientation = image.getexif().get(planes.ORIENTATION, 1)
-        return found._replace(orientation=orientation), (image.height, image.width), 1
+            found = Planes(values[:, :, :1] if image.mode == "L" and pixels.channels != 3 else values)
+        else:
+            found = planes.pillow_planes(image, pixels)
+            size = (image.height, image.width)  # Pillow turns a TIFF when it is loaded, and forgets its orientation
+        return found._replace(orientation=image.getexif().get(planes.ORIENTATION, 1)), size, factor
 
 
-def image_size(path: str | Path, content: bytes | None = None) -> tuple[int, int]:
+def image_size(path: str | Path, content: bytes | None = None) -> Size:
     """Read height and width of the upright picture from the header, as `read_image` will give them.
 
     Only a PNG is read to its end, where its orientation may stand. ``content`` is the bytes of the file, if they lie elsewhere. A
     DataError names the path if the file is missing, is not an image or is too large.
     """
     with _named(path, content, "read"), open(path, "rb") if content is None else io.BytesIO(content) as stream:
-        header = planes.read_header(stream)
-        stream.seek(0)
-        if header is not None:
-            (height, width), orientation = (header.height, header.width), header.orientation
+        if (stored := planes.stored_size(stream)) is not None:
+            height, width, orientation = stored
             planes.check_pixels(height, width)
         else:
+            stream.seek(0)
             with Image.open(stream) as image:
-                planes.check_pixels(image.height, image.width)
+                planes.check_pixels(image.height, image.width)  # looking for EXIF may decode a PNG
                 (width, height), orientation = image.size, image.getexif().get(planes.ORIENTATION, 1)
         return (width, height) if orientation in _TURNED else (height, width)
 
@@ -203,7 +185,7 @@ def _reason(error: Exception) -> str:
     return text[0] if text else type(error).__name__
 
 
-def _factor(stored: tuple[int, int], least: tuple[int, int], orientation: int) -> int:
+def _factor(stored: Size, least: Size, orientation: int) -> int:
     """The largest factor that leaves the wanted pixels; ``stored`` is the size before EXIF is applied."""
     if min(stored) < _LEAST_REDUCED:
         return 1

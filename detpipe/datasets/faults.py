@@ -39,6 +39,7 @@ class Faults:
         source: the annotation file or folder that messages name.
         skipped: "boxes skipped: zero or negative size" -> how many.
         found: the faults that were collected.
+        messages: of the first faults since the last `check`, where none are collected.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Faults:
         self.source: str | Path = ""
         self.skipped: Counter[str] = Counter()
         self.found: list[Fault] = []
-        self._messages: list[str] = []
+        self.messages: list[str] = []
         self._fatal: list[str] = []
         self._alike: set[str] = set()
         self._total = 0
@@ -93,12 +94,12 @@ class Faults:
         """Raise a DataError of the first faults and their total, each with record, field and value, unless they may be skipped."""
         if self._fatal:
             raise DataError(summary(str(self.source), self._fatal, len(self._fatal), "correct the annotations"))
-        if self._messages and self.policy == "error":
+        if self.messages and self.policy == "error":
             advice = "correct them, or set on_bad to 'skip' to leave these records out and count them"
-            raise DataError(summary(str(self.source), self._messages, self._total, advice))
-        if self._messages:
-            _log.info(summary(str(self.source), self._messages, self._total, "skipped and counted"))
-            self._messages, self._total = [], 0
+            raise DataError(summary(str(self.source), self.messages, self._total, advice))
+        if self.messages:
+            _log.info(summary(str(self.source), self.messages, self._total, "skipped and counted"))
+            self.messages, self._total = [], 0
 
     def _note(self, what: str, reason: str, message: str, alike: str) -> None:
         self.skipped[f"{what} skipped: {reason}"] += 1
@@ -106,8 +107,8 @@ class Faults:
             self.found.append(Fault(f"{what}: {reason}", message))
             return
         self._total += 1
-        if len(self._messages) < SHOWN and alike not in self._alike:
-            self._messages.append(message)
+        if len(self.messages) < SHOWN and alike not in self._alike:
+            self.messages.append(message)
         if alike:
             self._alike.add(alike)
 

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from detpipe.datasets.annotations import check_pixels
 from detpipe.datasets.classification import ClassificationData, LabeledImages, LabeledSplit, pack_names
-from detpipe.datasets.decode import IMAGE_SUFFIXES, read_image
+from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.datasets.faults import SHOWN, Faults, OnBad
 from detpipe.datasets.formats.folders import visible, walk
-from detpipe.datasets.workers import look_at_images
 from detpipe.support.errors import DataError
 from detpipe.support.suggest import did_you_mean
+from detpipe.types import RGB
 
 _LAYOUT = "expected ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE"
 
@@ -107,7 +108,7 @@ def read_image_folder(
     ``on_bad="skip"`` decodes every image, and leaves unreadable ones out and counts them. A DataError for a class without images,
     or names of images that are no files.
     """
-    faults, others = Faults(on_bad), Counter[str]()
+    faults, others = Faults(on_bad, RGB), Counter[str]()
     faults.source = root / split
     names: list[str] = []
     labels: list[int] = []
@@ -126,7 +127,7 @@ def read_image_folder(
     kinds = ", ".join(suffix or "no suffix" for suffix in sorted(others)[:SHOWN])
     counts = {f"files that are no images ({kinds})": others.total(), **faults.skipped}
     images = LabeledImages(root, pack_names(names), np.array(labels, dtype=np.int32), class_names, counts)
-    return _readable(images, faults) if on_bad == "skip" else images
+    return _readable(images, faults) if faults.decodes else images
 
 
 def _list_below(root: Path, folder: str, faults: Faults, others: Counter[str]) -> Iterator[str]:
@@ -147,24 +148,15 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def _readable(images: LabeledImages, faults: Faults) -> LabeledImages:
-    def reason(index: int) -> str | None:
-        try:
-            read_image(images.path(index))
-        except DataError as error:
-            return str(error)
-        return None
-
-    reasons = list(look_at_images(reason, range(len(images))))
-    bad = [reason for reason in reasons if reason is not None]
-    for text in bad:
-        faults.image("unreadable", text)
-    faults.check()
-    keep = [index for index, reason in enumerate(reasons) if reason is None]
-    bare = sorted(set(images.labels.tolist()) - set(images.labels[keep].tolist()))
+    damaged = check_pixels(range(len(images)), lambda row: (images.path(row), None), faults)
+    keep = np.delete(np.arange(len(images)), damaged)
+    bare = np.setdiff1d(images.labels, images.labels[keep]).tolist()
     if bare:
         classes = ", ".join(repr(images.class_names[label]) for label in bare[:SHOWN])
+        first = faults.messages[0]
         raise DataError(
-            f"{faults.source}: {len(bare)} classes have no readable image: {classes}; the first fault: {bad[0]}"
+            f"{faults.source}: {len(bare)} classes have no readable image: {classes}; the first fault: {first}"
         )
+    faults.check()
     counts = {**images.counts, **faults.skipped}
     return replace(images, names=images.names[keep], labels=images.labels[keep], counts=counts)

@@ -10,7 +10,9 @@ Masks are ``[H, W]`` int32 in the frame of the image file: 0 is background, 1..K
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -20,13 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 from detpipe.datasets.datamodule import DetectionData, Split
-from detpipe.datasets.decode import MAX_PIXELS
 from detpipe.datasets.formats.coco import COCO
 from detpipe.datasets.formats.voc import VOC
+from detpipe.datasets.planes import MAX_PIXELS
 from detpipe.datasets.segmentations import IGNORED, Mask, draw_classes
 from detpipe.regions.superpixels import Segmentation, Segmenter
 from detpipe.support.errors import DataError
-from detpipe.types import Annotations, Target
+from detpipe.types import Annotations, Segmentations, Target
 
 Kind = Literal["auto", "superpixels", "boxes"]
 
@@ -35,21 +37,18 @@ _STEPS: dict[Any, int] = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits is sprea
 TRUTH_SEGMENTS = 400  # superpixels an image of masks that are made of boxes, whatever a model uses
 
 
-class Masks(ABC):
+@dataclass(frozen=True)
+class Masks:
     """The true masks of a split.
 
-    Attributes:
+    Args:
         source: what they are and where they come from, for a log.
+        read: reads or makes the mask ``[H, W]`` of an image ``[3, H, W]`` uint8 RGB as in its file, nothing augmented; a DataError
+            names the file if there is none, or it does not fit the image.
     """
 
     source: str
-
-    @abstractmethod
-    def read(self, image: Tensor, target: Target) -> Mask:
-        """Read or make the mask ``[H, W]`` of an image ``[3, H, W]`` uint8 RGB as in its file, nothing augmented.
-
-        A DataError names the file if there is none, or it does not fit the image.
-        """
+    read: Callable[[Tensor, Target], Mask]
 
 
 def open_masks(data: DetectionData, split: Split, kind: Kind = "auto") -> Masks:
@@ -65,77 +64,62 @@ def open_masks(data: DetectionData, split: Split, kind: Kind = "auto") -> Masks:
     if kind == "auto":
         if isinstance(data, VOC):
             if any((annotations.root / path).parent.is_dir() for path in map(_png, annotations.file_names)):
-                return VOCMasks(annotations)
+                return _voc_masks(annotations)
             why = f"{data.root} has no folder SegmentationClass"
         elif isinstance(data, COCO):
             outlined = data.with_outlines(split)
             if outlined.segmentations is not None and len(outlined.segmentations.text):
-                return COCOMasks(outlined)
+                return _coco_masks(outlined, outlined.segmentations)
             why = f"{data.files(split)[0]} has no segmentations"
         else:
             why = f"{type(data).__name__} has boxes only"
-    return BoxMasks(kind == "boxes", why)
+    if kind == "boxes":
+        return Masks(f"boxes: {why}", partial(mask_of_boxes, None))
+    source = f"superpixel-majority masks of boxes ({TRUTH_SEGMENTS} SLIC superpixels an image): {why}"
+    return Masks(source, partial(mask_of_boxes, Segmenter(Segmentation(TRUTH_SEGMENTS))))
 
 
-class VOCMasks(Masks):
+def _voc_masks(annotations: Annotations) -> Masks:
     """Palette PNGs in ``SegmentationClass``; a DataError if an image of the split has none."""
+    root = annotations.root
+    missing = [path for path in map(_png, annotations.file_names) if not (root / path).is_file()]
+    if missing:
+        raise DataError(
+            f"{root / missing[0]}: no such mask, and {len(missing) - 1} more of {len(annotations)} are missing; name a "
+            "list of images that have masks as the split, such as ImageSets/Segmentation/val.txt"
+        )
 
-    def __init__(self, annotations: Annotations) -> None:
-        self.root, self.classes = annotations.root, annotations.num_classes
-        missing = [path for path in map(_png, annotations.file_names) if not (self.root / path).is_file()]
-        if missing:
-            raise DataError(
-                f"{self.root / missing[0]}: no such mask, and {len(missing) - 1} more of {len(annotations)} are missing; name a "
-                "list of images that have masks as the split, such as ImageSets/Segmentation/val.txt"
-            )
-        self.source = f"segmentation masks of {self.root} (SegmentationClass)"
+    def read(image: Tensor, target: Target) -> Mask:
+        path = root / _png(target["file_name"])  # type: ignore[typeddict-item]
+        return voc_mask(path, (image.shape[1], image.shape[2]), annotations.num_classes)
 
-    def read(self, image: Tensor, target: Target) -> Mask:
-        """Read one PNG."""
-        path = self.root / _png(target["file_name"])  # type: ignore[typeddict-item]
-        return voc_mask(path, (image.shape[1], image.shape[2]), self.classes)
+    return Masks(f"segmentation masks of {root} (SegmentationClass)", read)
 
 
-class COCOMasks(Masks):
+def _coco_masks(annotations: Annotations, outlines: Segmentations) -> Masks:
     """Polygons and run lengths of an annotation file; a DataError if an annotation has none."""
+    without = np.flatnonzero(np.diff(outlines.offsets) == 0)
+    if len(without):
+        raise DataError(
+            f"{outlines.source}: annotation id {outlines.ids[without[0]]} has no segmentation, but others have; add it, or "
+            "remove all"
+        )
+    rows = {key: row for row, key in enumerate(annotations.image_ids.tolist())}
 
-    def __init__(self, annotations: Annotations) -> None:
-        outlines = annotations.segmentations
-        if outlines is None:
-            raise ValueError("the annotations have no segmentations")
-        without = np.flatnonzero(np.diff(outlines.offsets) == 0)
-        if len(without):
-            raise DataError(
-                f"{outlines.source}: annotation id {outlines.ids[without[0]]} has no segmentation, but others have; add it, or "
-                "remove all"
-            )
-        self.source = f"segmentations of {outlines.source}"
-        self._annotations = annotations
-        self._rows = {key: row for row, key in enumerate(annotations.image_ids.tolist())}
+    def read(_: Tensor, target: Target) -> Mask:
+        return draw_classes(annotations, rows[int(target["image_id"])])  # type: ignore[typeddict-item]
 
-    def read(self, image: Tensor, target: Target) -> Mask:
-        """Draw the objects of one image."""
-        return draw_classes(self._annotations, self._rows[int(target["image_id"])])  # type: ignore[typeddict-item]
+    return Masks(f"segmentations of {outlines.source}", read)
 
 
-class BoxMasks(Masks):
-    """Masks made of boxes: of each pixel, or of each superpixel that they cover most of; ``why`` there are no better ones."""
-
-    def __init__(self, whole: bool, why: str) -> None:
-        self.whole = whole
-        self._segmenter = Segmenter(Segmentation(TRUTH_SEGMENTS))
-        kind = "boxes" if whole else f"superpixel-majority masks of boxes ({TRUTH_SEGMENTS} SLIC superpixels an image)"
-        self.source = f"{kind}: {why}"
-
-    def read(self, image: Tensor, target: Target) -> Mask:
-        """Make the mask of one image."""
-        height, width = image.shape[1:]
-        regions = np.arange(height * width).reshape(height, width) if self.whole else self._segmenter(image)
-        labels = target["labels"].cpu().numpy()  # type: ignore[typeddict-item]
-        crowd = target.get("iscrowd")
-        if crowd is not None:
-            labels = np.where(crowd.cpu().numpy(), IGNORED, labels)
-        return majority_mask(regions, target["boxes"].cpu().numpy(), labels)  # type: ignore[typeddict-item]
+def mask_of_boxes(segmenter: Segmenter | None, image: Tensor, target: Target) -> Mask:
+    """Make the mask of an image of its boxes: of each superpixel that they cover most of, or without a segmenter of each pixel."""
+    height, width = image.shape[1:]
+    regions = np.arange(height * width).reshape(height, width) if segmenter is None else segmenter(image)
+    labels = target["labels"].cpu().numpy()  # type: ignore[typeddict-item]
+    if (crowd := target.get("iscrowd")) is not None:
+        labels = np.where(crowd.cpu().numpy(), IGNORED, labels)
+    return majority_mask(regions, target["boxes"].cpu().numpy(), labels)  # type: ignore[typeddict-item]
 
 
 def voc_mask(path: str | Path, size: tuple[int, int], classes: int) -> Mask:

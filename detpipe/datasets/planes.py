@@ -12,8 +12,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -61,22 +60,21 @@ class Planes(NamedTuple):
     orientation: int = 1  # EXIF, to be applied
 
 
-@dataclass(frozen=True)
-class Header:
-    """What the first bytes of a TIFF or NPY file say."""
+class _TiffHeader(NamedTuple):
+    """What the first directory of a TIFF says."""
 
     height: int  # as stored, before the orientation is applied
     width: int  # in the same way
-    samples: int = 1  # values a pixel
-    bits: tuple[int, ...] = (8,)  # of each
-    orientation: int = 1  # EXIF
-    color: bool = False  # whether the samples are known to be red, green and blue
-    zero_is_white: bool = False  # whether they count from white
-    floats: bool = False  # whether they are floating point
-    premultiplied: bool = False  # whether colors are multiplied with alpha
-    by_pillow: bool = True  # whether Pillow puts the samples where they belong
-    by_opencv: bool = True  # whether OpenCV does
-    end: int = 0  # bytes that the file must have at least
+    orientation: int  # EXIF
+    samples: int  # values a pixel
+    bits: int  # of each, at most
+    color: bool  # whether the samples are known to be red, green and blue
+    zero_is_white: bool  # whether they count from white
+    floats: bool  # whether they are floating point
+    premultiplied: bool  # whether colors are multiplied with alpha
+    by_pillow: bool  # whether Pillow puts the samples where they belong
+    by_opencv: bool  # whether OpenCV does
+    end: int  # bytes that the file must have at least
 
 
 def is_npy(start: bytes) -> bool:
@@ -89,17 +87,16 @@ def is_tiff(start: bytes) -> bool:
     return start[:4] in _TIFF
 
 
-def read_header(stream: BinaryIO) -> Header | None:
-    """Read the header of a TIFF or NPY file from its start; None for others.
+def stored_size(stream: BinaryIO) -> tuple[int, int, int] | None:
+    """Height, width and EXIF orientation of a TIFF or NPY file, from its start; None for others.
 
     `Refused` for an NPY that is no image; for a damaged file whatever the readers raise.
     """
     start = stream.read(16)
     if is_npy(start):
-        stream.seek(0)
-        shape, _, _ = _npy_header(stream.read(_HEADER))
-        return Header(shape[0], shape[1], shape[2])
-    return _tiff_header(stream, start) if is_tiff(start) else None
+        (height, width, _), _, _ = _npy_header(start + stream.read(_HEADER - len(start)))
+        return height, width, 1
+    return _tiff_header(stream, start)[:3] if is_tiff(start) else None
 
 
 def read_planes(data: bytes, pixels: PixelType) -> Planes | None:
@@ -223,12 +220,9 @@ def _scaled(values: Values, pixels: PixelType) -> Values:
 
 def _npy_header(start: bytes) -> tuple[tuple[int, int, int], np.dtype[Any], int]:
     """H, W, C, the type, and where the numbers begin."""
-    stream = io.BytesIO(start)
-    version = np.lib.format.read_magic(stream)
-    read: Callable[..., Any] = (
-        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    )
-    shape, fortran, dtype = read(stream)
+    stream, formats = io.BytesIO(start), np.lib.format
+    old = formats.read_magic(stream) == (1, 0)
+    shape, fortran, dtype = (formats.read_array_header_1_0 if old else formats.read_array_header_2_0)(stream)
     if dtype.hasobject or dtype.kind not in "buif":
         raise Refused(f"is an array of {dtype}; expected whole or floating point numbers")
     if fortran and len(shape) > 1:
@@ -262,43 +256,37 @@ def check_pixels(height: int, width: int, channels: int = 1) -> None:
         )
 
 
-def _tiff_header(stream: BinaryIO, start: bytes) -> Header:
+def _tiff_header(stream: BinaryIO, start: bytes) -> _TiffHeader:
     """The first directory of a TIFF, also of one that Pillow has no mode for."""
     big = start[2] in b"+" or start[3] in b"+"
     tags = TiffImagePlugin.ImageFileDirectory_v2(start if big else start[:8])
     stream.seek(tags.next)
     tags.load(stream)
     samples = int(tags.get(_SAMPLES, 1))
-    bits = tags.get(_BITS, (1,))
-    formats = tags.get(_FORMAT, (1,))
-    bits = tuple(bits) if isinstance(bits, tuple) else (bits,)
-    formats = tuple(formats) if isinstance(formats, tuple) else (formats,)
+    bits, formats = int(np.max(tags.get(_BITS, 1))), np.ravel(tags.get(_FORMAT, _UNSIGNED))
+    floats, photometric = _FLOATS in formats, tags.get(_PHOTOMETRIC)
     orientation = tags.get(ORIENTATION)
     if orientation is None and (found := _XMP_ORIENTATION.search(bytes(tags.get(_XMP, b"")))):
         orientation = int(found[1])  # where Pillow looks too
     separate = samples > 1 and tags.get(_PLANAR) == _SEPARATE
     compressed = tags.get(_COMPRESSION, 1) != 1
     # libtiff has brought the bytes of a number into the order of the machine, and Pillow does it again
-    swapped = start[:1] == b"M" and compressed and max(bits) > 8 and set(formats) != {_UNSIGNED}
+    swapped = start[:1] == b"M" and compressed and bits > 8 and (formats != _UNSIGNED).any()
     premultiplied = _PREMULTIPLIED in tags.get(_EXTRA, ())
     # of planes Pillow reads RGB of 8 bits; of 16 bits it divides the high bytes by that of alpha
     mixed_up = separate and (samples not in (3, 4) or premultiplied)
-    mixed_up |= max(bits) > 8 and (separate or premultiplied)
+    mixed_up |= bits > 8 and (separate or premultiplied)
     ends = [
         a + b for offsets, counts in _PLACES for a, b in zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False)
     ]
-    return Header(
-        int(tags[_LENGTH]),
-        int(tags[_WIDTH]),
-        samples,
-        bits,
-        orientation if isinstance(orientation, int) else 1,
-        tags.get(_PHOTOMETRIC) == _IS_RGB,
-        tags.get(_PHOTOMETRIC) == _MIN_IS_WHITE,
-        _FLOATS in formats,
-        premultiplied,
+    return _TiffHeader(
+        *(int(tags[_LENGTH]), int(tags[_WIDTH]), orientation if isinstance(orientation, int) else 1, samples, bits),
+        color=photometric == _IS_RGB,
+        zero_is_white=photometric == _MIN_IS_WHITE,
+        floats=floats,
+        premultiplied=premultiplied,
         by_pillow=not (swapped or mixed_up),
-        by_opencv=not separate and not (_FLOATS in formats and max(bits) == 16),
+        by_opencv=not separate and not (floats and bits == 16),
         end=max(ends, default=0),
     )
 
@@ -311,7 +299,7 @@ def _tiff(data: bytes, pixels: PixelType) -> Planes | None:
             if header.samples == 1 and pixels.channels not in (1, 3):
                 return _pages(image, pixels)
             # of several samples of more than 8 bits Pillow has the high byte, or the first sample
-            deep = max(header.bits) > (8 if header.samples > 1 else 32 if header.floats else 16)
+            deep = header.bits > (8 if header.samples > 1 else 32 if header.floats else 16)
             whole = header.samples == len(image.getbands()) and not deep
             shown = _shows_colors(header.samples, header.color, pixels)
             if header.by_pillow and (whole or (shown and not (deep and pixels.range))):
@@ -320,7 +308,7 @@ def _tiff(data: bytes, pixels: PixelType) -> Planes | None:
         pass
     if header.end > len(data):
         raise Refused(f"ends early: {len(data)} bytes of {header.end}")
-    bits = max(header.bits)
+    bits = header.bits
     if header.by_opencv and header.color and header.samples in (3, 4) and bits > 8:
         values = _opencv(data, header.samples)  # turned, and of 9 to 15 bits the high ones of 16
         exact, orientation = bits < 16 and isinstance(pixels.range, tuple), 1

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from detpipe.datasets.resize import Resize
 from detpipe.types import Annotations
 
+Floats = npt.NDArray[np.float64]
+
 _AREAS = (32.0**2, 96.0**2)  # COCO's borders between small, medium and large
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _NAMES = ("min", "5%", "25%", "median", "75%", "95%", "max")
@@ -20,7 +22,7 @@ _ROUNDS = 10  # of moving anchors
 _ENOUGH = 4000  # boxes that decide about anchors, spread over all
 
 
-def box_sizes(annotations: Annotations, resize: Resize | None = None) -> npt.NDArray[np.float64]:
+def box_sizes(annotations: Annotations, resize: Resize | None = None) -> Floats:
     """``[B, 2]`` width and height of the boxes, in pixels of the files, or of the resized images."""
     sides = annotations.boxes[:, 2:] - annotations.boxes[:, :2]
     if resize is None:
@@ -82,7 +84,7 @@ class SuggestedAnchors:
     recall: float
 
 
-def suggest_anchors(sides: npt.NDArray[np.float64], sizes: int = 4, ratios: int = 3) -> SuggestedAnchors:
+def suggest_anchors(sides: Floats, sizes: int = 4, ratios: int = 3) -> SuggestedAnchors:
     """Find shapes of anchors for boxes ``[B, 2]``, width and height in pixels of the resized image.
 
     Clusters of the logarithms of their sizes and ratios are moved to fit together. Sizes and ratios are ascending.
@@ -97,16 +99,14 @@ def suggest_anchors(sides: npt.NDArray[np.float64], sizes: int = 4, ratios: int 
     return SuggestedAnchors(tuple(found_sizes), tuple(found_ratios), float(best.mean()), float((best >= 0.7).mean()))
 
 
-def refine(
-    sides: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], ratios: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def refine(sides: Floats, sizes: Floats, ratios: Floats) -> tuple[Floats, Floats]:
     """Move the logarithms of sizes and ratios, one at a time, while the mean of the best IoUs with boxes ``[B, 2]`` grows.
 
     Every size has every ratio, so that the means of clusters of either alone are not yet the best of both.
     """
     values, count = np.concatenate([sizes, ratios]), len(sizes)
 
-    def quality(tried: npt.NDArray[np.float64]) -> float:
+    def quality(tried: Floats) -> float:
         return float(fit(sides, np.exp(tried[:count]).tolist(), np.exp(tried[count:]).tolist()).mean())
 
     best = quality(values)
@@ -124,7 +124,7 @@ def refine(
     return values[:count], values[count:]
 
 
-def fit(sides: npt.NDArray[np.float64], sizes: Sequence[float], ratios: Sequence[float]) -> npt.NDArray[np.float64]:
+def fit(sides: Floats, sizes: Sequence[float], ratios: Sequence[float]) -> Floats:
     """How well anchors fit boxes ``[B, 2]`` that they are centered on: ``[B]`` the IoU with the best of all sizes and ratios.
 
     Example:
@@ -140,7 +140,7 @@ def fit(sides: npt.NDArray[np.float64], sizes: Sequence[float], ratios: Sequence
     return best
 
 
-def cluster(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
+def cluster(values: Floats, count: int) -> Floats:
     """The means of at most ``count`` clusters of numbers, ascending, by k-means, started at their quantiles: always the same."""
     count = min(count, len(np.unique(values)))
     means = np.quantile(values, (np.arange(count) + 0.5) / count)

@@ -27,6 +27,9 @@ from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
 _PASSES = 20  # over all groups; it has long settled by then
 _HEAD = 2**16  # bytes of an image file that tell it from others of its length; more are read where they do not
 
@@ -52,7 +55,7 @@ def divide_by_content(
     source: ImageFiles = PLAIN_FILES,
     seed: int = 0,
     together: Sequence[Sequence[int]] = (),
-) -> dict[str, npt.NDArray[np.int64]]:
+) -> dict[str, Ints]:
     """Divide the images of a split by what is in them: the same for everyone, whatever files and classes are called or ordered by.
 
     ``shares``, name of a part -> its share of the images, add up to 1; ``seed`` decides between what is equally good;
@@ -92,9 +95,7 @@ def _digests(paths: Sequence[Path], source: ImageFiles) -> list[bytes]:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
 
 
-def _groups(
-    digests: Sequence[bytes], place: npt.NDArray[np.int64], together: Sequence[Sequence[int]]
-) -> npt.NDArray[np.int64]:
+def _groups(digests: Sequence[bytes], place: Ints, together: Sequence[Sequence[int]]) -> Ints:
     """[I] the group of each image in the order of the digests; ``place`` is where a row is in it."""
     first: dict[bytes, int] = {}
     group = np.array([first.setdefault(digest, i) for i, digest in enumerate(digests)], dtype=np.int64)
@@ -104,7 +105,7 @@ def _groups(
     return group
 
 
-def _fill(parts: list[npt.NDArray[np.int64]], group: npt.NDArray[np.int64], objects: npt.NDArray[np.int64]) -> None:
+def _fill(parts: list[Ints], group: Ints, objects: Ints) -> None:
     """Give a part without objects, or without images, the smallest group that another part can spare; there are few images then."""
     for p in range(len(parts)):
         if len(parts[p]) and objects[parts[p]].any():
@@ -125,8 +126,8 @@ def _fill(parts: list[npt.NDArray[np.int64]], group: npt.NDArray[np.int64], obje
 
 
 def stratified_parts(
-    annotations: Annotations, shares: Sequence[float], seed: int = 0, groups: npt.NDArray[np.int64] | None = None
-) -> list[npt.NDArray[np.int64]]:
+    annotations: Annotations, shares: Sequence[float], seed: int = 0, groups: Ints | None = None
+) -> list[Ints]:
     """Divide the images of a split by shares [P], which add up to 1: P arrays of rows, ascending, in which each image is once.
 
     Images of one group, of ``[I]``, go to one part; None: each is a group of its own. A ValueError for shares that are not
@@ -142,9 +143,7 @@ def stratified_parts(
     return [np.flatnonzero(part[group] == p) for p in range(len(shares))]
 
 
-def divide(
-    counts: npt.NDArray[np.int64], images: npt.NDArray[np.int64], shares: npt.NDArray[np.float64], seed: int
-) -> npt.NDArray[np.int64]:
+def divide(counts: Ints, images: Ints, shares: Floats, seed: int) -> Ints:
     """``[G]`` the part of each group, of ``[G, K]`` objects of each class and ``[G]`` images, by shares ``[P]`` of 1."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(counts))
@@ -153,7 +152,7 @@ def divide(
     part = np.full(len(counts), -1)
     left = counts.sum(axis=0)
 
-    def give(group: int, scores: npt.NDArray[np.float64]) -> None:
+    def give(group: int, scores: Floats) -> None:
         best = np.flatnonzero(np.isclose(scores, scores.max()))
         best = best[np.isclose(lacking[best], lacking[best].max())]
         chosen = int(best[0] if len(best) == 1 else rng.choice(best))
@@ -172,13 +171,7 @@ def divide(
     return part
 
 
-def improve(
-    part: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int64],
-    images: npt.NDArray[np.int64],
-    shares: npt.NDArray[np.float64],
-    seed: int,
-) -> npt.NDArray[np.int64]:
+def improve(part: Ints, counts: Ints, images: Ints, shares: Floats, seed: int) -> Ints:
     """Move groups between parts, ``[G]``, while that lowers the distance to the wanted numbers; other arguments as for `divide`."""
     part = part.copy()
     sizes = np.column_stack([counts, images]).astype(np.float64)  # [G, K + 1]

@@ -5,6 +5,7 @@ Akyon, Altinuc and Temizel, "Slicing Aided Hyper Inference and fine-tuning", 202
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -15,6 +16,8 @@ from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 View = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the whole image
+# its image and view, and of the objects in it [G] rows of the boxes, [G, 4] boxes in pixels of the tile, [G] shares that are seen
+_Tile = tuple[int, View, npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]
 _LEAST = 1.0  # pixel that is to be seen of each side of a box
 
 
@@ -51,20 +54,18 @@ class Tiling:
             raise DataError(
                 f"{annotations.root}: tiles of images that were searched for some classes only are not supported"
             )
-        places = [self._of_image(annotations, row) for row in range(len(annotations))]
-        rows = np.repeat(np.arange(len(places)), [len(windows) for windows, _ in places])
-        views = np.array([view for windows, _ in places for view in windows], dtype=np.int32).reshape(-1, 4)
-        parts = [part for _, parts in places for part in parts]
-        boxes = np.concatenate([np.zeros(0, np.int64), *(part.rows for part in parts)])
-        cut = np.concatenate([np.zeros((0, 4)), *(part.boxes for part in parts)])
-        share = np.concatenate([np.zeros(0), *(part.share for part in parts)])
+        tiles = [tile for row in range(len(annotations)) for tile in self._of_image(annotations, row)]
+        rows = np.array([row for row, *_ in tiles], dtype=np.int64)
+        views = np.array([view for _, view, *_ in tiles], dtype=np.int32).reshape(-1, 4)
+        boxes = np.concatenate([np.zeros(0, np.int64), *(boxes for *_, boxes, _, _ in tiles)])
+        share = np.concatenate([np.zeros(0), *(share for *_, share in tiles)])
         return replace(
             annotations,
             file_names=annotations.file_names[rows],
             image_ids=np.arange(1, len(rows) + 1, dtype=np.int64),
-            sizes=np.stack([views[:, 3] - views[:, 1], views[:, 2] - views[:, 0]], axis=1).astype(np.int32),
-            offsets=np.cumsum([0, *(len(part.rows) for part in parts)], dtype=np.int64),
-            boxes=cut,
+            sizes=(views[:, [3, 2]] - views[:, [1, 0]]).astype(np.int32),
+            offsets=np.cumsum([0, *(len(boxes) for *_, boxes, _, _ in tiles)], dtype=np.int64),
+            boxes=np.concatenate([np.zeros((0, 4)), *(cut for *_, cut, _ in tiles)]),
             labels=annotations.labels[boxes],
             iscrowd=annotations.iscrowd[boxes],
             difficult=annotations.difficult[boxes] | (share < self.visible),
@@ -73,34 +74,18 @@ class Tiling:
             windows=views,
         )
 
-    def _of_image(self, annotations: Annotations, row: int) -> tuple[list[View], list[_Part]]:
+    def _of_image(self, annotations: Annotations, row: int) -> Iterator[_Tile]:
         height, width = annotations.sizes[row].tolist()
-        span = np.arange(annotations.offsets[row], annotations.offsets[row + 1])
-        windows, parts = [], []
+        rows = np.array(annotations.rows_of(row), dtype=np.int64)
+        whole = annotations.boxes[rows]
+        sides = whole[:, 2:] - whole[:, :2]
         for view in tile_views(height, width, self.size, self.overlap):
-            part = _part(annotations.boxes, span, view)
-            if self.empty or (part.share >= self.visible).any():
-                windows.append(view)
-                parts.append(part)
-        return windows, parts
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The objects of a tile."""
-
-    rows: npt.NDArray[np.int64]  # [G] of the boxes of the split
-    boxes: npt.NDArray[np.float64]  # [G, 4] in pixels of the tile
-    share: npt.NDArray[np.float64]  # [G] of each box that is seen
-
-
-def _part(boxes: npt.NDArray[np.float64], span: npt.NDArray[np.int64], view: View) -> _Part:
-    corner, limit = np.tile(view[:2], 2), np.tile(np.subtract(view[2:], view[:2]), 2)
-    cut = (boxes[span] - corner).clip(0, limit)
-    seen = ((cut[:, 2:] - cut[:, :2]) >= np.minimum(_LEAST, boxes[span, 2:] - boxes[span, :2])).all(1)
-    span, cut = span[seen], cut[seen]
-    share = (cut[:, 2:] - cut[:, :2]).prod(1) / (boxes[span, 2:] - boxes[span, :2]).prod(1)
-    return _Part(span, cut, share)
+            cut = (whole - np.tile(view[:2], 2)).clip(0, np.tile(np.subtract(view[2:], view[:2]), 2))
+            left = cut[:, 2:] - cut[:, :2]
+            seen = (left >= np.minimum(_LEAST, sides)).all(1)
+            share = left[seen].prod(1) / sides[seen].prod(1)
+            if self.empty or (share >= self.visible).any():
+                yield row, view, rows[seen], cut[seen], share
 
 
 def tile_views(height: int, width: int, size: int, overlap: float) -> list[View]:

@@ -15,7 +15,6 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -27,19 +26,10 @@ from detpipe.datasets.fetch import check_space
 from detpipe.support.errors import DownloadError
 from detpipe.support.files import refuse_special
 
+_MOST_MEMBERS = 500_000  # files and folders
+_MOST_GROWTH = 50  # bytes unpacked for each byte of the archive
+_LONGEST = 500  # characters of a name
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an archive may hold."""
-
-    members: int = 500_000  # files and folders
-    ratio: float = 50.0  # bytes unpacked for each byte of the archive
-    length: int = 500  # characters of a name
-
-
-_USUAL = Limits()
 
 
 class _Member(NamedTuple):
@@ -53,7 +43,7 @@ class _Member(NamedTuple):
         return self.name.rstrip("/").removeprefix("./")
 
 
-def unpack(archive: str | Path, folder: str | Path, inner: str = "", limits: Limits = _USUAL) -> int:
+def unpack(archive: str | Path, folder: str | Path, inner: str = "") -> int:
     """Write what is in a folder of a ``.zip`` or an uncompressed ``.tar`` into another folder, which exists; how many files.
 
     Files of several archives may meet in it, the later replaces the earlier. ``inner`` is the folder of the archive, such as
@@ -65,7 +55,7 @@ def unpack(archive: str | Path, folder: str | Path, inner: str = "", limits: Lim
     files: list[_Member] = []
     try:
         with _open(archive) as opened:
-            for fault in _faults(archive, _members(opened), limits, files):
+            for fault in _faults(archive, _members(opened), files):
                 raise DownloadError(fault.message)
             wanted = [member for member in files if member.path.startswith(prefix)]
             if not wanted:
@@ -94,12 +84,12 @@ def unpack(archive: str | Path, folder: str | Path, inner: str = "", limits: Lim
         raise DownloadError(f"{archive}: cannot be unpacked to {folder} ({error})") from error
 
 
-def archive_faults(archive: str | Path, limits: Limits = _USUAL) -> list[Fault]:
+def archive_faults(archive: str | Path) -> list[Fault]:
     """All that `unpack` would refuse a ``.zip``, or an uncompressed ``.tar``, for; nothing is unpacked."""
     archive = Path(archive)
     try:
         with _open(archive) as opened:
-            return list(_faults(archive, _members(opened), limits, []))
+            return list(_faults(archive, _members(opened), []))
     except (*_DAMAGE, OSError) as error:
         return [Fault("archive: damaged", f"{archive}: cannot be read as a .zip or an uncompressed .tar ({error})")]
 
@@ -124,23 +114,23 @@ def _members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[_Member]:
         yield _Member(entry.orig_filename, entry.file_size, problem, partial(opened.open, entry))
 
 
-def _faults(archive: Path, members: Iterator[_Member], limits: Limits, files: list[_Member]) -> Iterator[Fault]:
+def _faults(archive: Path, members: Iterator[_Member], files: list[_Member]) -> Iterator[Fault]:
     """What is wrong with each member; the files among them are added to ``files``. Ends at what grows beyond measure."""
-    allowed = limits.ratio * archive.stat().st_size
+    allowed = _MOST_GROWTH * archive.stat().st_size
     paths: set[str] = set()
     total = 0
     for count, member in enumerate(members, start=1):
         name, is_file = member.name, not member.name.endswith("/")
         shown = name if len(name) <= 100 else f"{name[:97]}..."
         total += member.size
-        if count > limits.members:
-            text = f"{archive}: refused, it has more than {limits.members} members"
+        if count > _MOST_MEMBERS:
+            text = f"{archive}: refused, it has more than {_MOST_MEMBERS} members"
             return (yield Fault("archive: too many members", text))
         if member.size < 0 or total > allowed:
-            grown = f"would take {total} bytes, more than {limits.ratio:g} times its own"
+            grown = f"would take {total} bytes, more than {_MOST_GROWTH} times its own"
             text = f"{archive}: refused, its members up to {shown!r} {grown}"
             return (yield Fault("archive: grows beyond measure", text))
-        if not _is_fit(name.rstrip("/"), limits):
+        if not _is_fit(name.rstrip("/")):
             text = f"{archive}: refused, the member {shown!r} leads out of the folder or has no fit name"
             yield Fault("archive: leads out of the folder", text)
         elif member.problem:
@@ -153,7 +143,7 @@ def _faults(archive: Path, members: Iterator[_Member], limits: Limits, files: li
     return None
 
 
-def _is_fit(name: str, limits: Limits) -> bool:
+def _is_fit(name: str) -> bool:
     absolute = name.startswith("/") or name[1:2] == ":"
-    unfit = ".." in name.split("/") or "\\" in name or "\0" in name or len(name) > limits.length
+    unfit = ".." in name.split("/") or "\\" in name or "\0" in name or len(name) > _LONGEST
     return bool(name) and not absolute and not unfit

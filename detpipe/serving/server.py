@@ -24,8 +24,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from detpipe.datasets.decode import MAX_PIXELS, read_image
-from detpipe.datasets.planes import without_advice
+from detpipe.datasets.decode import read_image
+from detpipe.datasets.planes import MAX_PIXELS, without_advice
 from detpipe.serving.batching import Answer, Batcher, ModelError, Served
 from detpipe.serving.given_boxes import parse_boxes
 from detpipe.serving.metrics import Metrics

@@ -49,6 +49,13 @@ class Drawn:
             target["proposals"] = boxes.clone()
         return target
 
+    def in_channels(self) -> Tensor:
+        """Up to three objects, each white in a channel of its own on black, so that they may overlap."""
+        image = torch.zeros(3, self.height, self.width, dtype=torch.uint8)
+        for channel, (x1, y1, x2, y2) in enumerate(self.boxes):
+            image[channel, y1:y2, x1:x2] = 255
+        return image
+
     def masks(self) -> npt.NDArray[np.bool_]:
         masks = np.zeros((len(self.boxes), self.height, self.width), dtype=bool)
         for mask, (x1, y1, x2, y2) in zip(masks, self.boxes, strict=True):

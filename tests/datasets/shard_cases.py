@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-from detpipe.datasets import COCO, Augment, Loader, Shards
+from detpipe.datasets import COCO, Augment, DetectionData, Loader, Shards
 from detpipe.datasets.shards.index import KEYS
 from detpipe.datasets.shards.write import Made, Sharding, make_shards
 from detpipe.types import Annotations
 
 from .builders import annotations, coco_content, write_coco
 
-SIZES = ((40, 60), (60, 40), (40, 60), (30, 50), (40, 60), (60, 40), (40, 60), (30, 50), (40, 60), (60, 40), (40, 60))
+SEVEN = ((40, 60), (60, 40), (40, 60), (30, 50), (40, 60), (60, 40), (40, 60))
+SIZES = (*SEVEN, (30, 50), (40, 60), (60, 40), (40, 60))
 AUGMENT = Augment(0.5, (0.5, 2.0), 0.5, 0.5)
 
 
@@ -26,7 +29,27 @@ def files_in(root: Path, workers: int = 0, batch_size: int = 3, sizes: Any = SIZ
         write_coco(root, coco_content(sizes), "train")
         write_coco(root, coco_content(sizes), "val")
     loader = Loader(batch_size=batch_size, num_workers=workers)
-    return COCO(str(root), "train", "val", loader=loader, **{"augment": AUGMENT, **changes})
+    return COCO(str(root), "train", "val", **{"augment": AUGMENT, "loader": loader, **changes})
+
+
+def digest(batch: tuple[list, list]) -> str:
+    total = hashlib.sha256()
+    for image, target in zip(*batch, strict=True):
+        total.update(image.numpy().tobytes())
+        for name in sorted(target):
+            value = target[name]
+            total.update(name.encode() + (value.numpy().tobytes() if torch.is_tensor(value) else str(value).encode()))
+    return total.hexdigest()
+
+
+def hashes(data: DetectionData, epochs: int = 2) -> list[list[str]]:
+    """Of the training batches of some epochs."""
+    loader = data.train_dataloader()
+    result = []
+    for epoch in range(epochs):
+        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        result.append([digest(batch) for batch in loader])
+    return result
 
 
 def pack(data: COCO, root: Path, images_per_shard: int | None = 2, **changes: Any) -> Path:

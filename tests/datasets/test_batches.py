@@ -60,11 +60,6 @@ def test_images_of_like_shape_share_a_training_batch() -> None:
     assert starts != sorted(starts)  # but batches of one shape do not follow each other in order
 
 
-def test_a_batch_size_of_0_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        EpochBatches(np.ones((1, 2), dtype=np.int32), 0)
-
-
 @pytest.mark.parametrize(("images", "sizes"), [(9, [4, 4]), (8, [4, 4]), (10, [2, 4, 4]), (1, [])])
 def test_a_last_batch_that_is_too_small_is_left_out_of_training(images, sizes):
     batches = EpochBatches(np.full((images, 2), 16, dtype=np.int32), 4, smallest=2)
@@ -86,10 +81,21 @@ def dealt(monkeypatch: pytest.MonkeyPatch, batches: EpochBatches, size: int, epo
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes=SIZES, batch_size=st.integers(1, 5), size=st.integers(2, 4), smallest=st.integers(1, 2))
-def test_several_processes_share_each_step_of_one(sizes: np.ndarray, batch_size: int, size: int, smallest: int) -> None:
-    one = EpochBatches(sizes, batch_size * size, seed=3, smallest=smallest * size if smallest > 1 else 1)
-    several = EpochBatches(sizes, batch_size, seed=3, smallest=smallest)
+@given(
+    sizes=SIZES,
+    batch_size=st.integers(1, 5),
+    size=st.integers(2, 4),
+    smallest=st.integers(1, 2),
+    window=st.integers(0, 4),
+)
+def test_several_processes_share_each_step_of_one(
+    sizes: np.ndarray, batch_size: int, size: int, smallest: int, window: int
+) -> None:
+    shard = np.random.default_rng(window).integers(7, size=len(sizes)).astype(np.int32)
+    locality = Locality(shard, window) if window else None
+    least = smallest * size if smallest > 1 else 1
+    one = EpochBatches(sizes, batch_size * size, seed=3, smallest=least, locality=locality)
+    several = EpochBatches(sizes, batch_size, seed=3, smallest=smallest, locality=locality)
     with pytest.MonkeyPatch.context() as monkeypatch:
         parts = dealt(monkeypatch, several, size, epoch=2)
     steps = one.batches(2)
@@ -103,9 +109,12 @@ def test_several_processes_share_each_step_of_one(sizes: np.ndarray, batch_size:
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes=SIZES, batch_size=st.integers(1, 5), size=st.integers(2, 4))
-def test_in_evaluation_each_image_is_one_process_only(sizes: np.ndarray, batch_size: int, size: int) -> None:
-    batches = EpochBatches(sizes, batch_size, training=False)
+@given(sizes=SIZES, batch_size=st.integers(1, 5), size=st.integers(2, 4), window=st.integers(0, 4))
+def test_in_evaluation_each_image_is_one_process_only(
+    sizes: np.ndarray, batch_size: int, size: int, window: int
+) -> None:
+    shard = np.random.default_rng(window).integers(7, size=len(sizes)).astype(np.int32)
+    batches = EpochBatches(sizes, batch_size, training=False, locality=Locality(shard, window) if window else None)
     with pytest.MonkeyPatch.context() as monkeypatch:
         if len(sizes) < size:
             with pytest.raises(DataError, match=f"{len(sizes)} images cannot be shared among {size} processes"):

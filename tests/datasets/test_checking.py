@@ -176,4 +176,4 @@ def test_equal_files(tmp_path: Path) -> None:
     for name, text in (("a", "1"), ("b", "22"), ("c", "1"), ("d", "2"), ("e", "22"), ("f", "")):
         (tmp_path / name).write_text(text)
     paths = [tmp_path / name for name in "abcdef"]
-    assert equal_files(paths, PLAIN_FILES) == [[paths[0], paths[2]], [paths[1], paths[4]]]
+    assert equal_files(paths, PLAIN_FILES, pytest.fail) == [[paths[0], paths[2]], [paths[1], paths[4]]]

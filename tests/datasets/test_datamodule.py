@@ -1,6 +1,5 @@
-import hashlib
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -8,42 +7,15 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
-from detpipe.datasets import COCO, VOC, Augment, DetectionData, Loader
+from detpipe.datasets import COCO, VOC, Augment, DetectionData, Loader, Shards
 from detpipe.datasets.annotations import AnnotationBuilder
 from detpipe.datasets.faults import Faults
 from detpipe.support.errors import DataError
 
 from .builders import coco_content, write_coco
+from .shard_cases import SEVEN, files_in
 
-SIZES = ((40, 60), (60, 40), (40, 60), (30, 50), (40, 60), (60, 40), (40, 60))
-AUGMENT = Augment(0.5, (0.5, 2.0), 0.5, 0.5)
-
-
-def data_in(root: Path, workers: int = 0, **changes: Any) -> COCO:
-    if not (root / "train").exists():
-        write_coco(root, coco_content(SIZES), "train")
-        write_coco(root, coco_content(SIZES), "val")
-    loader = Loader(batch_size=3, num_workers=workers)
-    return COCO(str(root), **{"train": "train", "val": "val", "augment": AUGMENT, "loader": loader, **changes})
-
-
-def digest(batch: tuple[list, list]) -> str:
-    total = hashlib.sha256()
-    for image, target in zip(*batch, strict=True):
-        total.update(image.numpy().tobytes())
-        for name in sorted(target):
-            value = target[name]
-            total.update(name.encode() + (value.numpy().tobytes() if torch.is_tensor(value) else str(value).encode()))
-    return total.hexdigest()
-
-
-def hashes(data: DetectionData, epochs: int = 2) -> list[list[str]]:
-    loader = data.train_dataloader()
-    result = []
-    for epoch in range(epochs):
-        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        result.append([digest(batch) for batch in loader])
-    return result
+data_in = partial(files_in, sizes=SEVEN)
 
 
 def test_batches_are_lists_of_images_and_targets(tmp_path: Path) -> None:
@@ -153,14 +125,6 @@ def test_describe_counts_everything(tmp_path: Path) -> None:
     )
 
 
-def test_proposals_ride_in_the_target_and_move_with_the_image(tmp_path: Path) -> None:
-    data = data_in(tmp_path, augment=Augment(flip=1.0))
-    data.set_proposals("train", {10 + i: np.array([[1, 2, 11, 22]]) for i in range(7)})
-    _, target = data.dataset("train", augmented=True)[0, 0]
-    torch.testing.assert_close(target["proposals"], torch.tensor([[49.0, 2, 59, 22]]))
-    assert "proposals" not in data.dataset("val")[0, 0][1]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -226,10 +190,13 @@ def test_a_config_builds_every_data_set(tmp_path: Path) -> None:
         "class_path": "detpipe.datasets.VOC",
         "init_args": {"root": "x", "train": ["2007:trainval", "2012:trainval"], "format": {"class_names": "auto"}},
     }
-    built = [parser.instantiate(parser.parse_object({"data": config})).data for config in (coco, voc)]
+    shards = {"class_path": "detpipe.datasets.Shards", "init_args": {"root": str(tmp_path), "window": 3}}
+    built = [parser.instantiate(parser.parse_object({"data": config})).data for config in (coco, voc, shards)]
     assert isinstance(built[0], COCO)
     assert built[0].augment == Augment(scale_jitter=(0.5, 2.0))
     assert (built[0].loader.batch_size, built[0].splits["train"].images) == (4, "pictures")
     assert isinstance(built[1], VOC)
     assert built[1].format.class_names == "auto"
     assert built[1].splits["train"] == ["2007:trainval", "2012:trainval"]
+    assert isinstance(built[2], Shards)
+    assert (built[2].window, built[2].loader) == (3, Loader())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from detpipe.datasets import COCO, Augment, Loader, Resize
+from detpipe.datasets import COCO, Augment, Resize
 from detpipe.datasets.augment.settings import (
     Combine,
     CopyPaste,
@@ -21,9 +21,8 @@ from detpipe.datasets.augment.settings import (
 from detpipe.support.errors import DataError
 
 from .builders import coco_content, write_coco, write_voc
-from .test_datamodule import digest, hashes
+from .shard_cases import SEVEN, digest, files_in, hashes
 
-SIZES = ((40, 60), (60, 40), (40, 60), (30, 50), (40, 60), (60, 40), (40, 60))
 COMBINE = Combine(CopyPaste(p=0.7), Mosaic(p=0.5), MixUp(p=0.5))
 EVERYTHING = Augment(
     *(0.5, (0.7, 1.4), 0.3, 0.2, 0.1, 0.5),
@@ -35,19 +34,16 @@ EVERYTHING = Augment(
 )
 
 
-def content() -> dict[str, Any]:
-    made = coco_content(SIZES)
-    for record in made["annotations"]:
+def data_in(root: Path, workers: int = 0, augment: Augment = EVERYTHING, **changes: Any) -> COCO:
+    """Seven images whose boxes are their own outlines."""
+    content = coco_content(SEVEN)
+    for record in content["annotations"]:
         x, y, w, h = record["bbox"]
         record["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    return made
-
-
-def data_in(root: Path, workers: int = 0, augment: Augment = EVERYTHING, **changes: Any) -> COCO:
     if not (root / "train").exists():
-        write_coco(root, content(), "train")
-        write_coco(root, content(), "val")
-    return COCO(str(root), "train", "val", augment=augment, loader=Loader(batch_size=3, num_workers=workers), **changes)
+        write_coco(root, content, "train")
+        write_coco(root, content, "val")
+    return files_in(root, workers, augment=augment, **changes)
 
 
 def test_p2_row_35_any_number_of_workers_draws_the_same(tmp_path: Path) -> None:
@@ -123,11 +119,6 @@ def test_too_few_images_are_found_before_training(tmp_path: Path) -> None:
     ):
         data.setup("fit")
     COCO(str(tmp_path), "train", "train", augment=Augment(combine=Combine(mosaic=Mosaic(p=0.0)))).setup("fit")
-
-
-def test_wrong_arguments_of_a_transform_are_found_before_any_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Affine has no argument 'rotat'"):
-        COCO(str(tmp_path), augment=Augment(transforms=(Transform("Affine", {"rotat": 3}),)))
 
 
 def test_copy_paste_needs_masks(tmp_path: Path) -> None:

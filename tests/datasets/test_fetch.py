@@ -119,12 +119,6 @@ def test_a_server_that_is_busy_is_asked_again(server: Behavior, tmp_path: Path) 
         fetch(remote(server), tmp_path / "other", QUICK)
 
 
-def test_a_server_without_ranges_begins_anew(server: Behavior, tmp_path: Path) -> None:
-    server.ranges = False
-    partial(tmp_path, CONTENT[:300_000])
-    assert fetch(remote(server), tmp_path, QUICK).read_bytes() == CONTENT
-
-
 ALTERED, CUTS = CONTENT[:-1] + b"?", [1000 + 7 * (k % 3) for k in range(100)]
 WRONG = f"sha256 expected {SHA256}, found [0-9a-f]{{64}}; it is dropped"
 # what the server does, how many bytes of the file an earlier run has left, the error, what is asked for first, what is left

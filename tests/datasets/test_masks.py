@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,14 @@ from pycocotools import mask as reference_masks
 from pycocotools.coco import COCO as Reference
 
 from detpipe.datasets import COCO, VOC
-from detpipe.datasets.masks import BoxMasks, COCOMasks, VOCMasks, majority_mask, open_masks, voc_mask
-from detpipe.datasets.segmentations import draw_masks, run_lengths
+from detpipe.datasets.masks import majority_mask, mask_of_boxes, open_masks, voc_mask
+from detpipe.datasets.segmentations import check_segmentations, draw_masks, run_lengths
 from detpipe.demo import Demo, DemoScenes
 from detpipe.regions.superpixels import Segmentation, Segmenter
 from detpipe.support.errors import DataError
 from detpipe.types import Segmentations, Target
 
-from .builders import annotations, coco_content, voc_object, write_coco, write_voc
+from .builders import annotations, coco_content, png, voc_object, write_coco, write_voc
 
 
 def write_png(path: Path, values: np.ndarray, mode: str = "P") -> Path:
@@ -53,32 +51,31 @@ def test_voc_values_are_classes_and_255_is_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_gray_of_a_few_bits_is_not_spread(tmp_path: Path, bits: int) -> None:
-    path = write_png(tmp_path / "a.png", np.array([[0, 1, 2, 3]]), "L")
-    header, rows = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0), {2: b"\x1b", 4: b"\x01\x23"}[bits]
-    parts = {b"IHDR": header, b"IDAT": zlib.compress(b"\0" + rows), b"IEND": b""}
-    chunks = [
-        struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts.items()
-    ]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    path = tmp_path / "a.png"
+    path.write_bytes(png((1, 4), bits, 0, {2: b"\0\x1b", 4: b"\0\x01\x23"}[bits]))
     assert voc_mask(path, (1, 4), 255).tolist() == [[0, 1, 2, 3]]
 
 
-def test_voc_masks_that_cannot_be_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "classes", "message"),
+    [
+        ("a.png", (1, 2), 2, r"a\.png: has the class 3, expected 0 \(background\) to 2, or 255"),
+        ("a.png", (2, 1), 3, r"a\.png: the mask is 2 x 1 pixels, but its image 1 x 2"),
+        ("gone.png", (1, 2), 2, r"gone\.png: no such mask"),
+        ("rgb.png", (1, 2), 2, r"rgb\.png: expected a palette or gray PNG, .* got mode 'RGB'"),
+        ("text.png", (1, 2), 2, r"text\.png: cannot be decoded as a mask"),
+        ("cut.png", (1, 2), 3, r"cut\.png: cannot be decoded as a mask"),
+    ],
+)
+def test_voc_masks_that_cannot_be_used(
+    tmp_path: Path, name: str, size: tuple[int, int], classes: int, message: str
+) -> None:
     path = write_png(tmp_path / "a.png", np.array([[0, 3]]))
-    with pytest.raises(DataError, match=r"a\.png: has the class 3, expected 0 \(background\) to 2, or 255"):
-        voc_mask(path, (1, 2), 2)
-    with pytest.raises(DataError, match=r"a\.png: the mask is 2 x 1 pixels, but its image 1 x 2"):
-        voc_mask(path, (2, 1), 3)
-    with pytest.raises(DataError, match=r"b\.png: no such mask"):
-        voc_mask(tmp_path / "b.png", (1, 2), 2)
-    with pytest.raises(DataError, match=r"rgb\.png: expected a palette or gray PNG, .* got mode 'RGB'"):
-        voc_mask(write_png(tmp_path / "rgb.png", np.zeros((1, 2)), "RGB"), (1, 2), 2)
+    write_png(tmp_path / "rgb.png", np.zeros((1, 2)), "RGB")
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(DataError, match=r"text\.png: cannot be decoded as a mask"):
-        voc_mask(tmp_path / "text.png", (1, 2), 2)
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(DataError, match=r"a\.png: cannot be decoded as a mask"):
-        voc_mask(path, (1, 2), 3)
+    (tmp_path / "cut.png").write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match=message):
+        voc_mask(tmp_path / name, size, classes)
 
 
 def test_masks_of_a_folder_in_voc_layout(tmp_path: Path) -> None:
@@ -92,15 +89,14 @@ def test_masks_of_a_folder_in_voc_layout(tmp_path: Path) -> None:
         open_masks(data, "val")
     write_png(root / "SegmentationClass" / "b.png", values * 0)
     masks = open_masks(data, "val")
-    assert isinstance(masks, VOCMasks)
-    assert "SegmentationClass" in masks.source
+    assert masks.source == f"segmentation masks of {root} (SegmentationClass)"
     image, target = data.dataset("val")[(0, 0)]
     assert (masks.read(image, target) == values).all()
     # the list of images with masks as the split
     (root / "ImageSets" / "Segmentation").mkdir()
     (root / "ImageSets" / "Segmentation" / "val.txt").write_text("a\n")
     (root / "SegmentationClass" / "b.png").unlink()
-    assert isinstance(open_masks(VOC(str(root), val="ImageSets/Segmentation/val.txt"), "val"), VOCMasks)
+    assert "SegmentationClass" in open_masks(VOC(str(root), val="ImageSets/Segmentation/val.txt"), "val").source
 
 
 def test_masks_of_several_years(tmp_path: Path) -> None:
@@ -116,8 +112,8 @@ def test_masks_of_several_years(tmp_path: Path) -> None:
 def test_real_segmentations_are_decoded_as_by_pycocotools(shared_data: Path, split: str) -> None:
     data = COCO(str(shared_data / "coco_mini"), val=split)
     masks = open_masks(data, "val")
-    assert isinstance(masks, COCOMasks)
     assert masks.source == f"segmentations of {shared_data / 'coco_mini' / 'annotations' / f'instances_{split}.json'}"
+    check_segmentations(data.with_outlines("val"))
     reference = Reference(str(shared_data / "coco_mini" / "annotations" / f"instances_{split}.json"))
     order = sorted(reference.getCatIds())
     dataset = data.dataset("val")
@@ -186,7 +182,7 @@ def test_masks_of_a_coco_file(tmp_path: Path) -> None:
     write_coco(tmp_path, content, "val2017")
     data = COCO(str(tmp_path))
     masks, dataset = open_masks(data, "val"), data.dataset("val")
-    assert isinstance(masks, COCOMasks)
+    assert masks.source.startswith("segmentations of ")
     mask = masks.read(*dataset[(0, 0)])
     assert (mask[2:22, 1:11] == 2).all()
     assert mask[30, 50] == 0
@@ -207,7 +203,6 @@ def test_masks_of_a_coco_file(tmp_path: Path) -> None:
     data = COCO(str(tmp_path))
     assert "segmentation" not in json.dumps(content)
     masks = open_masks(data, "val")
-    assert isinstance(masks, BoxMasks)
     assert masks.source == (
         f"superpixel-majority masks of boxes (400 SLIC superpixels an image): {path} has no segmentations"
     )
@@ -267,7 +262,7 @@ def test_crowds_are_ignored() -> None:
         labels=torch.tensor([3, 2]),
         iscrowd=torch.tensor([True, False]),
     )
-    mask = BoxMasks(True, "").read(torch.zeros(3, 8, 12, dtype=torch.uint8), target)
+    mask = mask_of_boxes(None, torch.zeros(3, 8, 12, dtype=torch.uint8), target)
     assert (mask[:4, :4] == 2).all()
     assert (mask[4:, :8] == -1).all()
     assert (mask[:, 8:] == 0).all()

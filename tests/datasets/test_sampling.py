@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,20 +173,12 @@ def test_shards_are_read_a_window_at_a_time() -> None:
 
 def rare_set(root: Path) -> Path:
     """Eight images; one has an owl, seven have a dog."""
-    content = coco_content(tuple((40, 60) for _ in range(8)))
-    boxes = [
-        {
-            "id": k,
-            "image_id": 10 + k,
-            "category_id": 90 if k == 7 else 7,
-            "bbox": [2, 2, 20, 20],
-            "area": 400,
-            "iscrowd": 0,
-        }
-        for k in range(8)
-    ]
-    crowd = {"id": 99, "image_id": 10, "category_id": 90, "bbox": [30, 2, 20, 20], "area": 400, "iscrowd": 1}
-    content["annotations"] = [*boxes, crowd]
+    content = coco_content(((40, 60),) * 8)
+
+    def box(k: int, image: int, category: int, **more: int) -> dict[str, Any]:
+        return {"id": k, "image_id": image, "category_id": category, "bbox": [2 + k, 2, 20, 20], "area": 400, **more}
+
+    content["annotations"] = [box(k, 10 + k, 90 if k == 7 else 7) for k in range(8)] + [box(30, 10, 90, iscrowd=1)]
     for split in ("train", "val"):
         write_coco(root, content, split)
     return root

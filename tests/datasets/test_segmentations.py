@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from detpipe.datasets import COCO, Augment, load_coco
 from detpipe.datasets.augment.settings import Combine, CopyPaste
-from detpipe.datasets.segmentations import check_segmentations, draw_classes, draw_masks
+from detpipe.datasets.segmentations import draw_classes, draw_masks
 from detpipe.support.errors import DataError
 from detpipe.types import Segmentations
 
@@ -45,19 +45,6 @@ def test_polygons_are_drawn_in_the_order_of_the_boxes(tmp_path: Path) -> None:
             expected = np.zeros_like(mask)
             expected[round(y1) : round(y2), round(x1) : round(x2)] = True
             assert (mask != expected).mean() < 0.05
-
-
-def test_run_lengths_in_both_writings(tmp_path: Path) -> None:
-    content = outlined()
-    plain, packed = content["annotations"][1], content["annotations"][3]
-    plain["segmentation"] = {"size": [40, 60], "counts": [200, 300, 1900]}  # 40 pixels a column
-    packed["segmentation"] = {"size": [40, 60], "counts": "P[2"}
-    path, folder = write_coco(tmp_path, content)
-    masks = draw_masks(load_coco(path, folder, segmentations=True), 1)
-    expected = np.zeros(2400, dtype=bool)
-    expected[200:500] = True
-    assert (masks[0] == expected.reshape(60, 40).T).all()
-    assert not masks[1].any()  # background only
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,21 +129,3 @@ def test_smaller_objects_lie_over_larger_ones_and_crowds_under_both(tmp_path: Pa
     for order in (1, -1):
         written = write_coco(tmp_path, content | {"annotations": content["annotations"][::order]})
         assert (draw_classes(load_coco(*written, segmentations=True), 0) == expected).all()
-
-
-@pytest.mark.slow
-def test_the_outlines_of_coco_itself(shared_data: Path) -> None:
-    data = COCO(str(shared_data / "coco_mini"), augment=PASTE)
-    data.setup("fit")
-    a, gaps = data.annotations("train"), []
-    assert a.segmentations is not None
-    check_segmentations(a)
-    runs = [a.segmentations[b].startswith(b"{") for b in range(len(a.boxes))]
-    assert runs == a.iscrowd.tolist()  # run lengths are those of crowds
-    for index in range(len(a)):
-        for mask, box in zip(draw_masks(a, index), a.boxes[a.offsets[index] : a.offsets[index + 1]], strict=True):
-            if mask.any():
-                rows, columns = np.nonzero(mask)
-                found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-                gaps.append(np.abs(np.subtract(found, box)).max())
-    assert np.percentile(gaps, 95) <= 2  # a tip may be too thin for a pixel

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from detpipe.datasets import COCO, VOC, Augment, ImageFolder, Loader, PixelType, Resize, Sampling, Shards, Views
-from detpipe.datasets.augment.settings import CopyPaste, MixUp, Mosaic, SafeCrop
+from detpipe.datasets import COCO, VOC, YOLO, Augment, ImageFolder, Loader, PixelType, Resize, Sampling, Shards, Views
+from detpipe.datasets.augment.settings import CopyPaste, Degrade, MixUp, Mosaic, Photometric, SafeCrop, Transform
 from detpipe.datasets.classes import Classes
 from detpipe.datasets.shards.remote import ShardCache
 from detpipe.demo import DemoScenes
@@ -23,6 +23,13 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     (Augment, {"color": -0.1}, "color must lie in 0..1"),
     (Augment, {"scale_jitter": (2.0, 0.5)}, f"scale_jitter {RANGE}"),
     (Augment, {"scale_jitter": (0.0, 1.0)}, f"scale_jitter {RANGE}"),
+    (COCO, {**SPLIT, "augment": Augment(transforms=(Transform("Affine", {"rotat": 3}),))}, "Affine has no argument 'rotat'"),
+    *[(YOLO, {**SPLIT, "channels": 4, "augment": augment}, message) for augment, message in (
+        (Augment(color=0.4), "augment.color is for RGB images, but channels is 4; set it to 0"),
+        (Augment(photometric=Photometric()), "augment.photometric is for RGB images, but channels is 4; set it to null"),
+        (Augment(degrade=Degrade(jpeg=0.1)), "augment.degrade.jpeg is for RGB images, but channels is 4; set it to 0"),
+        (Augment(transforms=(Transform("HueSaturationValue"),)), "HueSaturationValue does not take images of 4 channels"),
+    )],
     (Mosaic, {"p": -0.1}, "mosaic.p must lie in 0..1"),
     (Mosaic, {"center": (0.0, 0.5)}, f"mosaic.center {RANGE} 0.1..0.9"),
     (Mosaic, {"zoom": (0.5, 1.0)}, f"mosaic.zoom {RANGE}"),
@@ -49,14 +56,15 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     (Resize, {"min_size": 8, "max_size": 9, "sampling": "range"}, "[smallest, largest] for sampling 'range', got 8"),
     (Resize, {"min_size": 8, "max_size": 9, "sampling": "all"}, "sampling must be 'choice' or 'range', got 'all'"),
     (Views, {"size": 4}, "views.size must be 8 to 4096 pixels, got 4"),
-    (Views, {"scale": (0.5, 1.5)}, f"views.scale {RANGE} 0..1, got (0.5, 1.5)"),
+    (Views, {"scale": (0.5, 1.5)}, f"views.scale {RANGE} 0..1, got [0.5, 1.5]"),
     (Views, {"scale": (0.5,)}, "views.scale must be"),
     (Views, {"ratio": (2.0, 1.0)}, "views.ratio must be"),
-    (Views, {"flip": 2.0}, "views: expected flip and color in 0..1 and center in 0.1..1, got 2.0, 0.0, 0.875"),
-    (Views, {"center": 0.0}, "views: expected"),
-    (Loader, {"batch_size": 0}, "batch_size and eval_batch_size must be at least 1"),
-    (Loader, {"eval_batch_size": 0}, "batch_size and eval_batch_size must be at least 1"),
-    (Loader, {"num_workers": -1}, "num_workers and timeout must not be negative"),
+    (Views, {"flip": 2.0}, "views.flip must lie in 0..1, got 2.0"),
+    (Views, {"center": 0.0}, "views.center must lie in 0.1..1, got 0.0"),
+    (Views, {"scale": (0.0, 1.0)}, "views.scale must begin above 0, got [0.0, 1.0]"),
+    (Loader, {"batch_size": 0}, "loader.batch_size must be at least 1, got 0"),
+    (Loader, {"eval_batch_size": 0}, "loader.eval_batch_size must be at least 1, got 0"),
+    (Loader, {"num_workers": -1}, "loader.num_workers must be at least 0, got -1"),
     *[(kind, {**SPLIT, "seed": -1}, "seed must not be negative, got -1") for kind in (COCO, ImageFolder)],
     *[(kind, {**SPLIT, "on_bad": "ignore"}, "on_bad must be 'error' or 'skip', got 'ignore'") for kind in (COCO, ImageFolder)],
     *[(VOC, {**SPLIT, "split": split}, "split")

@@ -5,15 +5,13 @@ import json
 import pickle
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from jsonargparse import ArgumentParser
 
-from detpipe.datasets import VOC, Augment, DetectionData, Loader, Shards
+from detpipe.datasets import VOC, YOLO, Augment, DetectionData, Shards, VOCFormat
 from detpipe.datasets.shards.index import read_index
 from detpipe.datasets.shards.read import ShardFiles
 from detpipe.datasets.shards.write import Sharding, make_shards
@@ -22,8 +20,7 @@ from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
 from .builders import write_voc, write_yolo
-from .shard_cases import files_in, pack, shards_in, tiny_annotations, tiny_shards
-from .test_datamodule import digest, hashes
+from .shard_cases import digest, files_in, hashes, pack, shards_in, tiny_annotations, tiny_shards
 
 ARRAYS = ("file_names", "image_ids", "sizes", "offsets", "boxes", "labels", "iscrowd", "difficult", "area")
 
@@ -90,54 +87,6 @@ def test_a_batch_is_made_of_the_images_of_few_shards(tmp_path: Path) -> None:
     assert len(together[0] & together[1]) < 20  # other neighbors in another epoch
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    count=st.integers(1, 16),
-    per_shard=st.integers(1, 7),
-    ranks=st.integers(1, 4),
-    batch_size=st.integers(1, 5),
-    window=st.integers(1, 5),
-    epoch=st.integers(0, 3),
-)
-def test_every_image_comes_exactly_once(
-    tmp_path_factory: pytest.TempPathFactory,
-    count: int,
-    per_shard: int,
-    ranks: int,
-    batch_size: int,
-    window: int,
-    epoch: int,
-) -> None:
-    """Uneven shards, more ranks than shards, short last batches: what all ranks read, through the files themselves."""
-    root = tmp_path_factory.mktemp("exact")
-    tiny_shards(root, count, per_shard)
-    data = shards_in(root / "shards", batch_size=batch_size, augment=None, window=window)
-    ids = sorted(data.annotations("train").image_ids.tolist())
-    seen: dict[str, list[list[list[int]]]] = {"train": [], "val": []}
-    for rank in range(ranks):
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr("detpipe.datasets.batches.rank_and_size", lambda rank=rank: (rank, ranks))
-            loaders = {"train": data.train_dataloader(), "val": data.val_dataloader()}
-            if count < ranks:  # an evaluation that some processes have no image for is refused
-                with pytest.raises(DataError, match=f"{count} images cannot be shared among {ranks} processes"):
-                    list(loaders.pop("val"))
-            for split, loader in loaders.items():
-                loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-                read = [[int(target["image_id"]) for target in targets] for _, targets in loader]
-                assert len(read) == len(loader)
-                seen[split].append(read)
-    assert count < ranks or sorted(image for part in seen["val"] for batch in part for image in batch) == ids
-    assert len({len(part) for part in seen["train"]}) == 1  # all ranks make the same number of steps
-    steps = list(zip(*seen["train"], strict=True))
-    for step, parts in enumerate(steps):
-        whole = [image for part in parts for image in part]
-        # a last batch with fewer images than there are ranks is repeated by the others, so that nobody waits
-        repeated = len(set(whole)) < ranks
-        assert len(whole) == len(set(whole)) or repeated, step
-    distinct = [image for parts in steps for image in dict.fromkeys(image for part in parts for image in part)]
-    assert sorted(distinct) == ids
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_image_comes_exactly_once_through_more_workers_than_shards(tmp_path: Path, workers: int) -> None:
@@ -166,44 +115,40 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
     assert len(files._open) == 2
 
 
-@pytest.mark.parametrize("layout", ["coco", "voc", "yolo"])
+@pytest.mark.parametrize("layout", ["coco", "voc", "file"])
 def test_stores_call_images_as_in_the_layout_that_was_packed(tmp_path: Path, layout: str) -> None:
     if layout == "coco":
         files: DetectionData = files_in(tmp_path / "data")
     elif layout == "voc":
-        from detpipe.datasets.formats.voc import VOCFormat
-
         files = VOC(str(write_voc(tmp_path / "data")), "train", "train", format=VOCFormat("auto"))
     else:
-        from detpipe.datasets import YOLO
-
         files = YOLO(str(write_yolo(tmp_path / "data")), "train", "train")
     a = files.annotations("val")
-    key = files.image_key
-    names = [key(a, row) for row in range(len(a))]
-    records = [
-        (name, [[0, 0, row + 1, 5], [1, 1, 9, 9]], [0.9, 0.5], tuple(a.sizes[row].tolist()))
-        for row, name in enumerate(names)
-    ]
-    store = write_store(tmp_path / "boxes.safetensors", records, source="by hand", settings={"depth": 1})
-    kind = {"coco": "coco", "voc": "voc", "yolo": "file"}[layout]
-    made = make_shards(a, tmp_path / "shards" / "val", "val", kind, Sharding(images_per_shard=2), store.path)
+    names = {files.image_key(a, row): a.sizes[row].tolist() for row in range(len(a))}
+
+    def store(name: str, boxes: list[list[int]], **more: Any) -> Path:
+        records = [
+            (key, [[0, 0, row + 1, 5], *boxes], [0.9] * (1 + len(boxes)), tuple(names[key]))
+            for row, key in enumerate(names)
+        ]
+        return write_store(tmp_path / name, records, source="by hand", **more).path
+
+    riding = store("boxes.safetensors", [[1, 1, 9, 9]], settings={"depth": 1})
+    made = make_shards(a, tmp_path / "shards" / "val", "val", layout, Sharding(images_per_shard=2), riding)
     assert made.shards.source == {"source": "by hand", "settings": {"depth": 1}}
-    riding = Shards(str(tmp_path / "shards"), "val", "val", augment=Augment(flip=1.0))
-    for row in range(len(a)):
-        _, target = riding.dataset("val")[0, row]
-        torch.testing.assert_close(target["proposals"], torch.tensor([[0.0, 0, row + 1, 5], [1, 1, 9, 9]]))
-        width = int(a.sizes[row, 1])
-        flipped = riding.dataset("val", augmented=True)[0, row][1]["proposals"]
-        torch.testing.assert_close(flipped[1], torch.tensor([width - 9.0, 1, width - 1, 9]))
-    assert set(riding.proposals("val")) == set(a.image_ids.tolist())  # type: ignore[arg-type]
+    shards = Shards(str(tmp_path / "shards"), "val", "val", augment=Augment(flip=1.0))
+    for row, (_, width) in enumerate(names.values()):
+        assert shards.dataset("val")[0, row][1]["proposals"].tolist() == [[0, 0, row + 1, 5], [1, 1, 9, 9]]
+        flipped = shards.dataset("val", augmented=True)[0, row][1]["proposals"]
+        assert flipped[1].tolist() == [width - 9, 1, width - 1, 9]
+    proposals = shards.proposals("val")
+    assert proposals is not None
+    assert set(proposals) == set(a.image_ids.tolist())
     with pytest.raises(KeyError):
-        riding.proposals("val")[-1]  # type: ignore[index]
-    other = write_store(
-        tmp_path / "other.safetensors", [(name, [[2, 2, 4, 4]], [1.0], s) for name, _, _, s in records], "x"
-    )
-    given = Shards(str(tmp_path / "shards"), "val", "val", proposals={"val": str(other.path)})
-    assert given.dataset("val")[0, 0][1]["proposals"].tolist() == [[2, 2, 4, 4]]
+        proposals[-1]
+    given = {"val": str(store("other.safetensors", []))}
+    other = Shards(str(tmp_path / "shards"), "val", "val", proposals=given)
+    assert other.dataset("val")[0, 0][1]["proposals"].tolist() == [[0, 0, 1, 5]]
 
 
 def test_proposals_that_lack_images_are_refused(tmp_path: Path) -> None:
@@ -239,12 +184,3 @@ def test_plain_webdataset_reads_them(tmp_path: Path) -> None:
     }
     assert raw == {name: (a.root / name).read_bytes() for name in a.file_names.tolist()}  # as they were
     gc.collect()
-
-
-def test_a_config_builds_it(tmp_path: Path) -> None:
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(DetectionData, "data")
-    config = {"class_path": "detpipe.datasets.Shards", "init_args": {"root": str(tmp_path), "window": 3}}
-    data = parser.instantiate(parser.parse_object({"data": config})).data
-    assert isinstance(data, Shards)
-    assert (data.window, data.loader) == (3, Loader())

@@ -5,6 +5,7 @@ import os
 import pickle
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from detpipe.datasets.shards.write import Sharding, make_shards
 from detpipe.support.errors import DataError, DownloadError
 
 from .file_server import Behavior, bucket, serving
-from .shard_cases import AUGMENT, shards_in, tiny_annotations
+from .shard_cases import AUGMENT, hashes, shards_in, tiny_annotations
 
+ONCE = Counter([f"/set/train/{name}" for name in (INDEX, ARRAYS, *(f"shard-{n:06d}.tar" for n in range(6)))])
 QUICK = Patience(attempts=2, timeout=30.0, wait=0.0)
 
 
@@ -60,30 +62,16 @@ def batches(data: Shards, epoch: int) -> list[tuple[list[Any], list[Any]]]:
     return [(images, targets) for images, targets in loader]
 
 
-def same(found: list[Any], expected: list[Any]) -> None:
-    assert len(found) == len(expected)
-    for (images, targets), (images_here, targets_here) in zip(found, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(images, images_here, strict=True))
-        for one, other in zip(targets, targets_here, strict=True):
-            assert one.keys() == other.keys()
-            for key, value in one.items():
-                assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_local_shards_and_each_shard_is_fetched_once(
     workers: int, server: Behavior, eleven: Path, tmp_path: Path
 ) -> None:
-    data, here = remote(server, tmp_path, workers), shards_in(eleven / "shards")
-    for epoch in range(2):
-        same(batches(data, epoch), batches(here, epoch))
-    counts = Counter(path for path, _ in server.requests)
-    assert counts == dict.fromkeys(
-        [f"/set/train/{INDEX}", f"/set/train/{ARRAYS}", *(f"/set/train/shard-{n:06d}.tar" for n in range(6))], 1
-    )
+    expected = hashes(shards_in(eleven / "shards"))
+    assert hashes(remote(server, tmp_path, workers)) == expected
+    assert Counter(path for path, _ in server.requests) == ONCE
     server.requests.clear()
-    same(batches(remote(server, tmp_path, workers), 2), batches(here, 2))
+    assert hashes(remote(server, tmp_path, workers)) == expected
     assert server.requests == [(f"/set/train/{INDEX}", None)]  # another run has all the rest
 
 
@@ -93,22 +81,25 @@ def test_batches_from_an_object_store_are_those_of_local_shards(
     store = bucket(monkeypatch, content_of(eleven / "shards"))
     loader, cache = Loader(batch_size=3, num_workers=0), ShardCache(str(tmp_path / "cache"))
     data = Shards("s3://set", loader=loader, cache=cache, augment=AUGMENT)
-    same(batches(data, 0), batches(shards_in(eleven / "shards"), 0))
-    assert Counter(store.asked) == dict.fromkeys(
-        [f"/set/train/{INDEX}", f"/set/train/{ARRAYS}", *(f"/set/train/shard-{n:06d}.tar" for n in range(6))], 1
-    )
+    assert hashes(data, 1) == hashes(shards_in(eleven / "shards"), 1)
+    assert Counter(store.asked) == ONCE
+
+
+@contextmanager
+def cramped(tmp_path: Path, count: int, per_shard: int, workers: int = 0) -> Iterator[tuple[Behavior, Shards, int]]:
+    """Shards on a server, and a folder with room for two windows of two."""
+    sharding = Sharding(images_per_shard=per_shard, decode=False)
+    make_shards(tiny_annotations(tmp_path / "images", count), tmp_path / "set" / "train", "train", sharding=sharding)
+    with serving(files=content_of(tmp_path / "set")) as server:
+        limit = 4 * max(len(content) for name, content in server.files.items() if name.endswith(".tar"))
+        yield server, remote(server, tmp_path, workers, limit / 1e9, augment=None, window=2), limit
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_folder_never_holds_more_than_it_may(workers: int, tmp_path: Path) -> None:
-    make_shards(tiny_annotations(tmp_path / "images", 24), tmp_path / "shards" / "train", "train",
-                sharding=Sharding(images_per_shard=3))  # fmt: skip
-    with serving(files=content_of(tmp_path / "shards")) as server:
-        largest = max(len(content) for name, content in server.files.items() if name.endswith(".tar"))
-        limit = 4 * largest  # two windows
-        data = remote(server, tmp_path, workers, limit / 1e9, augment=None, window=2)
+    with cramped(tmp_path, 24, 3, workers) as (server, data, limit):
         ids = sorted(data.annotations("train").image_ids.tolist())
         for epoch in range(3):
             found = batches(data, epoch)
@@ -121,11 +112,7 @@ def test_the_folder_never_holds_more_than_it_may(workers: int, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_folder_with_room_for_two_windows_gets_each_shard_once_an_epoch(tmp_path: Path) -> None:
-    make_shards(tiny_annotations(tmp_path / "images", 960), tmp_path / "shards" / "train", "train",
-                sharding=Sharding(images_per_shard=80, decode=False))  # fmt: skip
-    with serving(files=content_of(tmp_path / "shards")) as server:
-        largest = max(len(content) for name, content in server.files.items() if name.endswith(".tar"))
-        data = remote(server, tmp_path, 0, 4 * largest / 1e9, augment=None, window=2)
+    with cramped(tmp_path, 960, 80) as (server, data, _):
         for epoch in range(3):
             server.requests.clear()
             assert sum(len(images) for images, _ in batches(data, epoch)) == 960

@@ -1,14 +1,12 @@
-"""Shards in a run: workers that die or hang, memory, several processes, evaluation, and going on after a stop."""
+"""Shards in a run: memory, several processes, evaluation, and going on after a stop."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,98 +16,29 @@ import runs
 import torch
 from evaluation.builders import perfect
 from test_configs import SHORT, shown_bases, train
-from test_processes import COMMANDS, TWO
-from together import start, succeed
+from together import succeed
 
 from detpipe import cli
-from detpipe.datasets import Loader, Shards
-from detpipe.datasets.shards.index import Places, Shard, write_index
+from detpipe.datasets import DetectionDataset
 from detpipe.datasets.shards.read import ShardFiles
 from detpipe.datasets.shards.write import Sharding, make_shards
 from detpipe.evaluation.coco import evaluate_coco
 
 from .shard_cases import shards_in, tiny_annotations, tiny_shards
-from .test_datamodule import digest, hashes
-
-DYING = """
-import os, signal, sys, time
-from datasets.shard_cases import shards_in
-from detpipe.datasets.shards.read import ShardFiles
-data = shards_in(sys.argv[1], workers=1, augment=None)
-read = ShardFiles.read
-def dying(self, row):
-    if row == 7:
-        time.sleep(2)  # what was read before arrives; a batch that is just being sent would end in an EOFError
-        os.kill(os.getpid(), signal.SIGKILL)
-    return read(self, row)
-ShardFiles.read = dying
-for images, targets in data.train_dataloader():
-    pass
-print("all read")
-"""
-
-
-def test_row_31_a_killed_worker_ends_the_run_in_seconds(tmp_path: Path) -> None:
-    """In a process of its own: the error comes from a signal handler of PyTorch, wherever the process is just then."""
-    tiny_shards(tmp_path, 20, 4)
-    ((status, output, errors),) = start(DYING, [str(tmp_path / "shards")], 1, 60)
-    assert status == 1
-    assert "all read" not in output
-    assert re.search(
-        r"RuntimeError: DataLoader worker \(pid(\(s\))? \d+\) (is killed by signal: Killed|exited unexpectedly)", errors
-    )
-
-
-@pytest.mark.slow
-def test_row_32_a_hanging_worker_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_shards(tmp_path, 4, 2)
-    data = Shards(str(tmp_path / "shards"), loader=Loader(2, num_workers=1, timeout=3))
-    data.setup("fit")
-    monkeypatch.setattr(ShardFiles, "read", lambda *_: time.sleep(60))
-    with pytest.raises(RuntimeError, match="DataLoader timed out after 3"):
-        list(data.train_dataloader())
-
-
-def private_memory(process: int) -> int:
-    """Bytes that a process shares with no other."""
-    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+from .test_workers import IMAGES, private_memory
 
 
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.slow
 def test_row_34_the_memory_of_a_worker_does_not_grow(tmp_path: Path) -> None:
-    """60,000 records, all of the same image."""
-    count = 60_000
+    """All records are of the same image."""
     a = tiny_annotations(tmp_path / "images", 1)
-    made = make_shards(a, tmp_path / "shards" / "one", "train", sharding=Sharding()).shards
-    repeated = np.zeros(count, dtype=np.int64)
-    many = replace(a.subset(repeated), image_ids=np.arange(count), counts={})
-    places = Places(*(getattr(made.images, name)[repeated] for name in ("offset", "length", "crc32")))
-    (shard,) = made.shards
-    folder = made.folder.with_name("train")
-    os.rename(made.folder, folder)
-    write_index(
-        replace(
-            *(made,),
-            folder=folder,
-            annotations=many,
-            shards=(Shard(shard.name, count, shard.bytes, shard.sha256),),
-            shard=made.shard[repeated],
-            images=places,
-        )
+    many = make_shards(a, tmp_path / "shards", "train").shards.subset(np.zeros(IMAGES, dtype=np.int64))
+    distinct = replace(many.annotations, image_ids=np.arange(IMAGES))
+    first, _, last = private_memory(
+        DetectionDataset(distinct, contents=ShardFiles(replace(many, annotations=distinct)))
     )
-    data = Shards(str(tmp_path / "shards"), loader=Loader(batch_size=16, num_workers=1))
-    loader = data.train_dataloader()
-    seen = []
-    for epoch in range(4):
-        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        for step, _ in enumerate(loader):
-            if step == 150:
-                (worker,) = loader._iterator._workers  # type: ignore[union-attr]
-                seen.append(private_memory(worker.pid))
-                break
-    assert seen[3] < 1.2 * seen[0] + 2**20, seen
+    assert last < 1.2 * first + 1
 
 
 KILLED = """
@@ -159,30 +88,6 @@ def test_a_training_on_shards_that_was_killed_ends_with_the_same_weights(
         runs.assert_equal_weights(tmp_path / "from_files" / "last.ckpt", undisturbed / "last.ckpt")
 
 
-@pytest.mark.slow
-def test_two_processes_train_from_shards_as_from_files(packed: Path, tmp_path: Path) -> None:
-    """Their part of each step, and so the gradient, is that of the files; the processes keep equal weights."""
-    wanted = {
-        name: training(tmp_path / name, tmp_path / f"run_{name}", layout, 0, *TWO)
-        for name, layout in (("files", "coco_custom"), ("shards", "shards"))
-    }
-    succeed(COMMANDS, [json.dumps(wanted)], 2, 300)
-    runs.assert_equal_weights(*(tmp_path / f"run_{name}" / "last.ckpt" for name in wanted))
-    alone = training(tmp_path / "shards", tmp_path / "alone")
-    assert cli.main(alone) == 0
-    one, two = (runs.weights(tmp_path / name / "last.ckpt") for name in ("alone", "run_shards"))
-    assert any(not torch.equal(one[key], two[key]) for key in one)  # steps of six images are not those of three
-
-
-def test_batches_of_an_epoch_need_no_epoch_before_it(eleven: Path) -> None:
-    """A resumed run begins anywhere: nothing but (seed, epoch) decides."""
-    undisturbed = hashes(shards_in(eleven / "shards", window=2), 4)
-    loader = shards_in(eleven / "shards", window=2).train_dataloader()
-    loader.batch_sampler.set_epoch(3)  # type: ignore[union-attr]
-    assert [digest(batch) for batch in loader] == undisturbed[3]
-    assert undisturbed[3] != undisturbed[2]
-
-
 SHARED = """
 import json, sys
 import torch
@@ -225,12 +130,6 @@ def test_rows_8_and_9_evaluation_through_shards_is_that_of_the_files(tmp_path: P
     result = evaluate_coco(read, perfect(read))
     assert result["AP"] == 1.0
     assert result == evaluate_coco(zero, perfect(zero))
-
-
-def test_row_17_an_image_without_objects_has_empty_boxes(eleven: Path) -> None:
-    data = shards_in(eleven / "shards")
-    _, target = data.dataset("train", augmented=True)[0, 3]
-    assert [tuple(target[name].shape) for name in ("boxes", "labels", "area")] == [(0, 4), (0,), (0,)]
 
 
 @pytest.mark.slow

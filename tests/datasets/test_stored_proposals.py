@@ -66,20 +66,18 @@ def test_keys(data):
     assert voc_key(in_voc, 1) == "1"
 
 
-def test_images_that_the_store_lacks_are_counted_and_named(data, tmp_path):
-    write_store(tmp_path / "few.safetensors", [("12", np.zeros((0, 4)), [])], "by hand")
-    faulty = COCO(data.root, "train", "val", proposals={"train": str(tmp_path / "few.safetensors")})
-    with pytest.raises(DataError, match=r"few\.safetensors: no proposals for 2 of 3 images: the first are '10', '11'"):
-        faulty.setup("fit")
-
-
-def test_boxes_of_resized_images_are_refused(data, tmp_path):
-    annotations = data.annotations("train")
-    records = [(str(name), np.array([[0, 0, 5, 5]]), [1.0], (400, 600)) for name in annotations.image_ids]
-    write_store(tmp_path / "other.safetensors", records, "by hand", {})
-    faulty = COCO(data.root, "train", "val", proposals={"train": str(tmp_path / "other.safetensors")})
-    with pytest.raises(DataError, match=r"other\.safetensors"):
-        faulty.setup("fit")
+@pytest.mark.parametrize(
+    ("ids", "size", "message"),
+    [
+        (["12"], (30, 50), r"x\.safetensors: no proposals for 2 of 3 images: the first are '10', '11'"),
+        (["10", "11", "12"], (400, 600), r"x\.safetensors: 3 of 3 images have another size"),
+    ],
+)
+def test_a_store_of_other_images_is_refused(data, tmp_path, ids, size, message):
+    records = [(name, np.array([[0, 0, 5, 5]]), [1.0], size) for name in ids]
+    store = write_store(tmp_path / "x.safetensors", records, "by hand", {})
+    with pytest.raises(DataError, match=message):
+        COCO(data.root, "train", "val", proposals={"train": str(store.path)}).setup("fit")
 
 
 def test_unknown_splits_are_refused(data):

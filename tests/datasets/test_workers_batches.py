@@ -1,17 +1,11 @@
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from detpipe.datasets import COCO, Loader
 from detpipe.datasets.workers import PackedBatch, collate, pack
 from detpipe.types import Target
-
-from .builders import coco_content, write_coco
 
 SIZES = ((4, 6), (5, 3), (1, 1))
 
@@ -78,16 +72,6 @@ def test_a_worker_hands_over_one_tensor_a_batch(workers: int) -> None:
     found = batch.unpack() if isinstance(batch, PackedBatch) else batch
     assert_same(found, (images, targets))
     found[1][1]["boxes"].add_(1)  # may be written to
-
-
-def test_the_loader_of_a_data_set_gives_images_and_targets(tmp_path: Path) -> None:
-    write_coco(tmp_path, coco_content(((40, 60), (40, 60), (40, 60))), "val")
-
-    def batches(workers: int) -> list[Any]:
-        return list(COCO(str(tmp_path), val="val", loader=Loader(2, num_workers=workers)).val_dataloader())
-
-    for found, wanted in zip(batches(2), batches(0), strict=True):
-        assert_same(found, wanted)
 
 
 def test_all_pixels_are_pinned_by_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,9 +78,9 @@ def test_faults_are_noted_in_the_order_of_the_images(tmp_path: Path) -> None:
         if row % 7 == 3:
             path.write_bytes(path.read_bytes()[:100])
     faults = Faults("collect")
-    readable = check_pixels(range(2, 40), lambda row: (paths[row], None), np.tile([10, 12], (40, 1)), faults)
+    found = check_pixels(range(2, 40), lambda row: (paths[row], None), faults, np.tile([10, 12], (40, 1)))
     bad = [row for row in range(2, 40) if row % 7 == 3 or row % 5 == 1]
-    assert np.flatnonzero(~readable).tolist() == bad
+    assert found == bad
     assert [f"{row}.jpg" in fault.message for row, fault in zip(bad, faults.found, strict=True)] == [True] * len(bad)
     kinds = ["images: unreadable" if row % 7 == 3 else "images: size differs from the annotation" for row in bad]
     assert [fault.kind for fault in faults.found] == kinds

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from detpipe.datasets.augment.settings import (
+    HUE,
     LARGEST_CROP,
     Combine,
     Degrade,
@@ -24,8 +25,10 @@ from detpipe.datasets.augment.settings import (
     Photometric,
     SafeCrop,
     Transform,
+    Value,
     check_parts,
     check_range,
+    color_jitter,
 )
 from detpipe.types import RGB, PixelType, Target
 
@@ -33,6 +36,11 @@ if TYPE_CHECKING:
     from detpipe.datasets.augment.steps import Step
 
 _NOTHING = Combine()
+_DEGRADING: tuple[tuple[str, str, dict[str, Value]], ...] = (  # setting, transform, its arguments
+    ("blur", "GaussianBlur", {"blur_limit": 0, "sigma_limit": [0.4, 2.0]}),
+    ("noise", "GaussNoise", {"std_range": [0.02, 0.1]}),
+    ("jpeg", "ImageCompression", {"quality_range": [30, 90]}),
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,9 @@ class Augment:
                 raise ValueError("combine needs the other images of the set: give neighbors")
             draws = np.random.SeedSequence(seed, spawn_key=(1,))
             now = combine(self.combine, now, neighbors, draws, self.min_visibility)
-        now = steps.run(build_steps(self), now, seed)
+        built = build_steps(self)
+        for step, own in zip(built, steps.own_seeds(seed, len(built)), strict=True):
+            now = step(now, own)
         return finish(now, self.min_visibility)
 
 
@@ -146,12 +156,13 @@ def build_steps(augment: Augment) -> tuple[Step, ...]:
         built.append(steps.crops(augment.crop))
     if augment.safe_crop is not None:
         built.append(steps.safe_crops(augment.safe_crop, augment.min_visibility))
-    built += [steps.moving(steps.named_step(transform)) for transform in augment.transforms]
+    transforms = list(augment.transforms)
     if (color := augment.color) > 0:
-        built.append(steps.moving(steps.color_jitter(color, color, color, steps.HUE * color)))
+        transforms.append(color_jitter(color, color, color, HUE * color))
     if (s := augment.photometric) is not None:
-        built.append(steps.moving(steps.color_jitter(s.brightness, s.contrast, s.saturation, s.hue, s.p)))
-        built += [steps.grays(s.gray)] if s.gray else []
-    if augment.degrade is not None:
-        built += steps.degradations(augment.degrade)
-    return tuple(built)
+        transforms.append(color_jitter(s.brightness, s.contrast, s.saturation, s.hue, s.p))
+        transforms += [Transform("ToGray", {"p": s.gray})] if s.gray else []
+    for setting, name, arguments in _DEGRADING if augment.degrade else ():
+        if p := getattr(augment.degrade, setting):
+            transforms.append(Transform(name, {**arguments, "p": p}))
+    return tuple(built + [steps.moving(steps.named_step(transform)) for transform in transforms])

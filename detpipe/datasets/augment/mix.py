@@ -38,6 +38,7 @@ Masks = npt.NDArray[np.bool_]  # [A, H, W]
 
 _OF_OBJECT = 0.5  # IoU from which a proposal is taken to be of a pasted object, and moves with it
 _FEWEST = 4  # pixels: an object that shows fewer is not pasted
+_WEIGHTS = (0.2, 0.8)  # of a blend; beyond, an image is hardly seen, but its boxes are trained
 
 
 def paste(
@@ -128,7 +129,7 @@ def _above(objects: Scene, covers: Masks, proposals: Scene, source: Rectangle, g
     boxes = clip(move(objects.boxes, source, goal), goal)
     lessened = np.asarray(objects.share < 1)  # what is left of an object need not reach to the sides of its box
     if lessened.any():
-        boxes[lessened] = clip_each(boxes[lessened], _extents(covers[lessened]))
+        boxes[lessened] = clip(boxes[lessened], _extents(covers[lessened]))
     overlap = iou(torch.from_numpy(proposals.boxes), torch.from_numpy(objects.boxes)).numpy()
     along = cut(proposals.take(np.any(overlap >= _OF_OBJECT, axis=1)), source, goal)
     return Scene(
@@ -153,7 +154,7 @@ def _below(scene: Scene, masks: Masks, union: npt.NDArray[np.bool_]) -> Scene:
         if rest:
             before, after = _extents(mask[None])[0], _extents(left[None])[0]
             shrunk = np.where(after == before, boxes[place], after)  # sides that are still reached stay as annotated
-            boxes[place] = clip_each(shrunk[None], boxes[place][None])[0]
+            boxes[place] = clip(shrunk, boxes[place])
     return replace(scene, boxes=boxes, share=share).take((share > 0) & (areas(boxes) > 0))
 
 
@@ -173,15 +174,6 @@ def _extents(masks: Masks) -> npt.NDArray[np.float64]:
     ends = [columns.argmax(1), rows.argmax(1)]
     ends += [columns.shape[1] - columns[:, ::-1].argmax(1), rows.shape[1] - rows[:, ::-1].argmax(1)]
     return np.stack(ends, axis=1).astype(np.float64)
-
-
-def clip_each(boxes: npt.NDArray[np.float64], frames: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Cut each of the boxes [A, 4] off at a frame of its own [A, 4]."""
-    low, high = np.tile(frames[:, :2], 2), np.tile(frames[:, 2:], 2)
-    return boxes.clip(low, high)
-
-
-_WEIGHTS = (0.2, 0.8)  # beyond, an image is hardly seen, but its boxes are trained
 
 
 def combine(

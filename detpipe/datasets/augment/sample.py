@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from detpipe.boxes import area as box_area
 from detpipe.types import Target
 
 Rectangle = tuple[int, int, int, int]
@@ -137,14 +138,10 @@ def finish(scene: Scene, min_visibility: float) -> tuple[Tensor, Target]:
         if (values := scene.target.get(name)) is not None:
             target[name] = values[kept]
     if (area := scene.target.get("area")) is not None:
-        target["area"] = area[kept] * _area(target["boxes"]) / _area(boxes_of(scene.target)[kept])
+        target["area"] = area[kept] * box_area(target["boxes"]) / box_area(boxes_of(scene.target)[kept])
     if "proposals" in scene.target:
         target["proposals"] = boxes[~is_object]
     return torch.from_numpy(np.ascontiguousarray(scene.image)).permute(2, 0, 1), target
-
-
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
 def resize(image: Pixels, source: Rectangle, goal: Rectangle) -> Pixels:
@@ -203,6 +200,6 @@ def areas(boxes: Boxes) -> npt.NDArray[np.float64]:
 
 
 def clip(boxes: Boxes, frame: Rectangle | Boxes) -> Boxes:
-    """Cut boxes ``[M, 4]`` off at a rectangle; those outside are left without a size."""
-    x1, y1, x2, y2 = frame
-    return boxes.clip([x1, y1, x1, y1], [x2, y2, x2, y2])
+    """Cut boxes ``[M, 4]`` off at a rectangle, or each at one of its own; those outside are left without a size."""
+    corners = np.asarray(frame)
+    return boxes.clip(np.tile(corners[..., :2], 2), np.tile(corners[..., 2:], 2))

@@ -22,6 +22,7 @@ Scalar = bool | int | float | str | None
 Value = Scalar | list[Scalar] | list[list[Scalar]]  # what an argument may be: data, never a class or a function
 Range = tuple[float, float]
 LARGEST_CROP = 0.2  # largest part that a crop cuts from each side
+HUE = 0.1  # of the strength of the other color changes
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,13 @@ class Transform:
         return hash((self.name, json.dumps(self.arguments, sort_keys=True)))
 
 
+def color_jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float = 1.0) -> Transform:
+    """Change brightness, contrast and saturation, each by a factor of 0.6 to 1.4 for a strength of 0.4, and turn the hue."""
+    factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+    ranges: dict[str, Value] = {name: [1 - strength, 1 + strength] for name, strength in factors.items()}
+    return Transform("ColorJitter", {**ranges, "hue": [-hue, hue], "p": p})
+
+
 @dataclass(frozen=True)
 class Neighbors:
     """The set that an image belongs to, for what takes several images."""
@@ -236,6 +244,13 @@ def check_parts(settings: object, owner: str, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(settings, name) <= 1:
             raise ValueError(f"{owner}{name} must lie in 0..1, got {getattr(settings, name)}")
+
+
+def check_least(settings: object, owner: str, least: float, *names: str) -> None:
+    """Refuse numbers below ``least``; None is no number."""
+    for name in names:
+        if (value := getattr(settings, name)) is not None and value < least:
+            raise ValueError(f"{owner}{name} must be at least {least}, got {value}")
 
 
 def check_range(settings: object, owner: str, name: str, least: float, most: float) -> None:

@@ -24,7 +24,7 @@ import albumentations
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.datasets.augment.settings import LARGEST_CROP, Degrade, SafeCrop, Transform
+from detpipe.datasets.augment.settings import LARGEST_CROP, SafeCrop, Transform
 from detpipe.datasets.resize import ground
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import RGB, PixelType
@@ -33,8 +33,6 @@ Step = Callable[[Scene, int], Scene]  # a scene and what decides the draws
 
 _ATTEMPTS = 50  # as SSD
 _ROUNDING = 1e-9
-HUE = 0.1  # of the strength of the other color changes
-_BLUR, _NOISE, _JPEG = (0.4, 2.0), (0.02, 0.1), (30, 90)
 
 
 def try_transforms(transforms: Sequence[Transform], pixels: PixelType) -> None:
@@ -59,16 +57,6 @@ def try_transforms(transforms: Sequence[Transform], pixels: PixelType) -> None:
                 f"transforms: {transform.name} does not take images of {pixels.channels} channels and {image.dtype}: {reason}; "
                 "leave it out"
             )
-
-
-def run(steps: Sequence[Step], scene: Scene, seed: int | Sequence[int]) -> Scene:
-    """Do one step after another, each with draws of its own, decided by non-negative numbers; boxes then lie inside the image.
-
-    A ValueError if a step did not return an image of the same channels and type.
-    """
-    for step, own in zip(steps, own_seeds(seed, len(steps)), strict=True):
-        scene = step(scene, own)
-    return scene
 
 
 def own_seeds(seed: int | Sequence[int], count: int) -> list[int]:
@@ -165,7 +153,7 @@ def _sides(image: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def named_step(transform: Transform) -> albumentations.BasicTransform:
-    """Build a transform of a configuration, whose name was checked before; a ValueError for what it does not take."""
+    """Build a transform, whose name was checked before; a ValueError for what it does not take."""
     name, kind = transform.name, getattr(albumentations, transform.name)
     known = [*inspect.signature(kind.__init__).parameters][1:]
     for argument in transform.arguments:
@@ -183,26 +171,3 @@ def named_step(transform: Transform) -> albumentations.BasicTransform:
             "repeat objects at the border, without boxes"
         )
     return step
-
-
-def color_jitter(
-    brightness: float, contrast: float, saturation: float, hue: float, p: float = 1.0
-) -> albumentations.BasicTransform:
-    """Change brightness, contrast and saturation, each by a factor of 0.6 to 1.4 for a strength of 0.4, and turn the hue."""
-    light, contrasts, colors = ((1 - strength, 1 + strength) for strength in (brightness, contrast, saturation))
-    return albumentations.ColorJitter(light, contrasts, colors, (-hue, hue), p=p)
-
-
-def degradations(settings: Degrade) -> list[Step]:
-    """Blur, noise and compression, each with its probability."""
-    kinds: tuple[tuple[float, Callable[..., albumentations.BasicTransform], dict[str, Any]], ...] = (
-        (settings.blur, albumentations.GaussianBlur, {"blur_limit": 0, "sigma_limit": _BLUR}),
-        (settings.noise, albumentations.GaussNoise, {"std_range": _NOISE}),
-        (settings.jpeg, albumentations.ImageCompression, {"quality_range": _JPEG}),
-    )
-    return [moving(kind(**arguments, p=p)) for p, kind, arguments in kinds if p]
-
-
-def grays(p: float) -> Step:
-    """Take all color away."""
-    return moving(albumentations.ToGray(p=p))

@@ -142,13 +142,13 @@ def without_unreadable(files: ShardFiles, faults: Faults) -> ShardFiles:
         with lock:
             return files.name(row), files.read(row)
 
-    readable = check_pixels(range(len(a)), read, a.sizes, faults)
+    damaged = check_pixels(range(len(a)), read, faults, a.sizes)
     faults.check()
-    if readable.all():
+    if not damaged:
         return files
-    if not readable.any():
+    if len(damaged) == len(a):
         raise DataError(f"{shards.folder}: none of its {len(a)} images can be read")
-    kept = shards.subset(np.flatnonzero(readable))
+    kept = shards.subset(np.delete(np.arange(len(a)), damaged))
     lost = len(a.boxes) - len(kept.annotations.boxes)
     counted = count_skipped(kept.annotations, {**faults.skipped, "boxes skipped: image skipped": lost})
     return ShardFiles(replace(kept, annotations=counted), files.opener, files.most_open, files.where)

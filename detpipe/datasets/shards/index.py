@@ -27,7 +27,7 @@ from safetensors.numpy import load, save
 
 from detpipe.datasets.stored_proposals import ImageKey, coco_key, file_key, voc_key
 from detpipe.support.errors import DataError
-from detpipe.support.files import atomic_write, refuse_special
+from detpipe.support.files import atomic_write, refuse_special, write_text
 from detpipe.support.strict_json import load_json, require, shorten
 from detpipe.types import Annotations
 
@@ -136,8 +136,7 @@ def write_index(made: ShardSet) -> None:
         "arrays": {"name": ARRAYS, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
         "shards": [asdict(shard) for shard in made.shards],
     }
-    with atomic_write(made.folder / INDEX) as temporary:
-        temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_text(made.folder / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 def read_plan(folder: Path) -> str:

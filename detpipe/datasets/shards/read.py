@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ share_with_workers(ShardSet, Places)
 Opened = tuple[int, Path]  # a file descriptor, and what was opened
 
 
+@dataclass(eq=False)
 class ShardFiles:
     """The image files of a split, as `detpipe.datasets.dataset.Contents`, in shards that a process opens when it first reads them.
 
@@ -35,14 +37,13 @@ class ShardFiles:
     of the split. ``most_open`` files stay open. ``where`` is what messages call the folder; by default its path.
     """
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        opener: Callable[[int], Opened] | None = None,
-        most_open: int = 64,
-        where: str | None = None,
-    ) -> None:
-        self.shards, self.opener, self.most_open, self.where = shards, opener, most_open, where or str(shards.folder)
+    shards: ShardSet
+    opener: Callable[[int], Opened] | None = None
+    most_open: int = 64
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        self.where = self.where or str(self.shards.folder)
         self._open: OrderedDict[int, Opened] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,14 +108,9 @@ class ShardFiles:
     def _open_here(self, number: int) -> Opened:
         path = self.shards.folder / self.shards.shards[number].name
         try:
-            return open_to_read(path), path
+            return os.open(path, os.O_RDONLY), path
         except OSError as error:
             raise DataError(f"{path}: cannot be opened ({error.strerror}); {_COPY_AGAIN}") from error
-
-
-def open_to_read(path: Path) -> int:
-    """A descriptor of a file that processes that are started do not inherit."""
-    return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
 
 class ShardProposals(BoxesByImage):

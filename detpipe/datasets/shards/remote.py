@@ -23,7 +23,7 @@ import filelock
 
 from detpipe.datasets.fetch import RemoteFile, fetch, read_url
 from detpipe.datasets.shards.index import ARRAYS, INDEX, Shard, ShardSet, read_index, require_sha256
-from detpipe.datasets.shards.read import Opened, ShardFiles, open_to_read
+from detpipe.datasets.shards.read import Opened, ShardFiles
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write
 from detpipe.support.strict_json import load_json, require
@@ -81,19 +81,20 @@ def open_remote(root: str, split: str, cache: ShardCache, window: int) -> ShardF
             f"{address}: {len(largest)} shards that are read at the same time take {sum(largest) / 1e9:.3g} GB, but "
             f"cache.gigabytes is {cache.gigabytes:g}: raise it, or lower window"
         )
-    return ShardFiles(shards, RemoteShards(address, shards, cache), most_open=together, where=address)
+    return ShardFiles(shards, RemoteShards(address, shards.shards, cache), most_open=together, where=address)
 
 
+@dataclass
 class RemoteShards:
     """Opens the shards of a split that lie below an address."""
 
-    def __init__(self, address: str, shards: ShardSet, cache: ShardCache) -> None:
-        self.address, self.cache = address, cache
-        self._shards = shards.shards
+    address: str
+    shards: tuple[Shard, ...]
+    cache: ShardCache
 
     def __call__(self, number: int) -> Opened:
         """Open a shard, and fetch it before if it is not there."""
-        shard = self._shards[number]
+        shard = self.shards[number]
         folder = _folder(self.cache, shard)
         path = folder / shard.name
         with lock_of(self.cache, folder.name):
@@ -103,7 +104,7 @@ class RemoteShards:
                 remote = RemoteFile(f"{self.address}/{shard.name}", shard.bytes, "sha256", shard.sha256)
                 fetch(remote, folder, advice=_ADVICE, progress=False)
             os.utime(folder)  # opened last
-            return open_to_read(path), path
+            return os.open(path, os.O_RDONLY), path
 
 
 def _fetch_index(address: str, cache: ShardCache) -> ShardSet:
@@ -125,18 +126,11 @@ def _fetch_index(address: str, cache: ShardCache) -> ShardSet:
             "sha256",
             require_sha256(arrays, f"{where}: arrays"),
         )
-        if not _is(folder / ARRAYS, remote):
-            (folder / ARRAYS).unlink(missing_ok=True)
-            fetch(remote, folder, advice=_ADVICE)
+        with suppress(DataError):  # of arrays that are missing, or of other shards; any other fault is raised below
+            return read_index(folder)
+        (folder / ARRAYS).unlink(missing_ok=True)
+        fetch(remote, folder, advice=_ADVICE)
         return read_index(folder)
-
-
-def _is(path: Path, remote: RemoteFile) -> bool:
-    return (
-        path.is_file()
-        and path.stat().st_size == remote.size
-        and hashlib.sha256(path.read_bytes()).hexdigest() == remote.checksum
-    )
 
 
 def _make_room(cache: ShardCache, coming: Path) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.datasets.annotations import count_skipped, image_fault
+from detpipe.datasets.augment.settings import check_least
 from detpipe.datasets.decode import image_format
 from detpipe.datasets.shards.index import (
     ARRAYS,
@@ -43,7 +44,7 @@ from detpipe.datasets.shards.index import (
 )
 from detpipe.proposal_files import ProposalStore
 from detpipe.support.errors import DataError
-from detpipe.support.files import atomic_write, refuse_special, remove_orphans, sole_writer, synchronize
+from detpipe.support.files import atomic_write, refuse_special, remove_orphans, sole_writer, synchronize, write_text
 from detpipe.support.resumable import Work, run
 from detpipe.types import Annotations
 
@@ -77,12 +78,8 @@ class Sharding:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.shard_bytes < 1 or (self.images_per_shard is not None and self.images_per_shard < 1):
-            raise ValueError(
-                f"shard_bytes and images_per_shard must be at least 1, got {self.shard_bytes} and {self.images_per_shard}"
-            )
-        if self.workers < 1 or self.seed < 0:
-            raise ValueError(f"workers must be at least 1 and seed at least 0, got {self.workers} and {self.seed}")
+        check_least(self, "", 1, "shard_bytes", "images_per_shard", "workers")
+        check_least(self, "", 0, "seed")
 
 
 @dataclass(frozen=True)
@@ -171,8 +168,7 @@ def work_folder(folder: Path, plan: str) -> Iterator[Path]:
         if not (work / PLAN).exists() and not (work / INDEX).exists():
             if any(work.iterdir()):
                 raise DataError(f"{work}: holds shards, but not the plan that they were made by: {_REMEDY}")
-            with atomic_write(work / PLAN) as temporary:
-                temporary.write_text(plan)
+            write_text(work / PLAN, plan)
         if (read_plan(work) if (work / INDEX).exists() else (work / PLAN).read_text(errors="replace")) != plan:
             raise DataError(
                 f"{work}: an interrupted run left it with other data or settings than are asked for now; delete it to begin "
@@ -230,8 +226,7 @@ def write_all(
     done: dict[int, Written] = {}
     jobs = [(work / shard_name(number), number, rows) for number, rows in groups.items()]
     for (path, *_), written in run(partial(_writer, contents), jobs, contents.sharding.workers, __name__, tell):
-        with atomic_write(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(written._asdict(), separators=(",", ":")))
+        write_text(path.with_suffix(".json"), json.dumps(written._asdict(), separators=(",", ":")))
         done[written.number] = written
     return done
 
@@ -299,31 +294,21 @@ class Contents:
         parts = [int(self.lengths[row]), len(self.describe(row)), *([] if boxes is None else [len(boxes)])]
         return sum(_BLOCK + -(-length // _BLOCK) * _BLOCK for length in parts)
 
-    def read(self, row: int) -> bytes:
-        """The bytes of an image file.
-
-        BadImageError: it cannot be read, or is not as annotated. DataError: it is not the file that it was.
-        """
+    def read(self, row: int) -> tuple[bytes, tuple[str, str] | None]:
+        """The bytes of an image file, and why it cannot be used, as of `image_fault`; a DataError if it is not the file it was."""
         a = self.annotations
         path = a.root / str(a.file_names[row])
         refuse_special(path)
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise BadImageError("unreadable", f"{path}: cannot be read ({error.strerror})") from error
+            return b"", ("unreadable", f"{path}: cannot be read ({error.strerror})")
         if len(content) != self.lengths[row]:
             raise DataError(
                 f"{path}: has {len(content)} bytes, but had {self.lengths[row]} when the shards were planned: let the images "
                 "rest while shards are made, and begin anew"
             )
-        fault = image_fault(path, content, tuple(a.sizes[row].tolist()), decode=self.sharding.decode)
-        if fault is not None:
-            raise BadImageError(*fault)
-        return content
-
-
-class BadImageError(Exception):
-    """An image that cannot be used; its arguments are by what it is counted, and the message."""
+        return content, image_fault(path, content, a.sizes[row].tolist(), decode=self.sharding.decode)
 
 
 def write_shard(path: Path, number: int, rows: Sequence[int], contents: Contents, told: Callable[[], None]) -> Written:
@@ -336,13 +321,11 @@ def write_shard(path: Path, number: int, rows: Sequence[int], contents: Contents
     with atomic_write(path) as temporary:
         with tarfile.open(temporary, "w:", format=tarfile.USTAR_FORMAT) as tar:
             for row in rows:
-                try:
-                    image = contents.read(row)
-                except BadImageError as error:
-                    reason, message = error.args
-                    if not contents.sharding.skip:
-                        raise DataError(message) from error
-                    written.skipped.append((row, reason, message))
+                image, fault = contents.read(row)
+                if fault is not None and not contents.sharding.skip:
+                    raise DataError(fault[1])
+                if fault is not None:
+                    written.skipped.append((row, *fault))
                 else:
                     key, kind, boxes = f"{row:09d}", image_format(image), contents.boxes(row)
                     _add(tar, f"{key}.json", contents.describe(row))

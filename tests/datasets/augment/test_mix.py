@@ -20,17 +20,21 @@ def plain(combine: Combine, **changes: object) -> Augment:
     return Augment(**{"flip": 0, "min_visibility": 0, "combine": combine, **changes})  # type: ignore[arg-type]
 
 
-@settings(max_examples=25, deadline=None)
-@given(images=drawn_images(5, most=2), seed=st.integers(0, 2**31))
-def test_boxes_of_a_mosaic_move_as_the_pixels_do(images: list[Drawn], seed: int) -> None:
-    check_against_pixels(plain(MOSAIC), images, seed, 1.0)
-
-
-@settings(max_examples=25, deadline=None)
-@given(images=drawn_images(3, most=2), seed=st.integers(0, 2**31))
-def test_boxes_of_blended_images_move_as_the_pixels_do(images: list[Drawn], seed: int) -> None:
-    # where both images are, the weaker leaves a fifth; at that, an edge enlarged 2.3 times reaches a pixel further
-    check_against_pixels(plain(MIXUP), images, seed, 2.0, part=0.15)
+@settings(max_examples=50, deadline=None)
+@given(
+    images=drawn_images(5, most=2),
+    seed=st.integers(0, 2**31),
+    # where both images of a blend are, the weaker leaves a fifth; at that, an edge enlarged 2.3 times reaches a pixel further
+    which=st.sampled_from([(MOSAIC, 1.0, 0.5), (MIXUP, 2.0, 0.15)]),
+)
+def test_boxes_move_as_the_pixels_do_and_all_else_with_them(
+    images: list[Drawn], seed: int, which: tuple[Combine, float, float]
+) -> None:
+    combine, tolerance, part = which
+    check_against_pixels(plain(combine), images, seed, tolerance, part=part)
+    target = transformed(plain(combine), images, seed)[1]
+    check_in_step(target, images)
+    assert torch.equal(target["boxes"], target["proposals"])  # there is one at each box
 
 
 @settings(max_examples=25, deadline=None)
@@ -71,21 +75,6 @@ def check_in_step(target: dict, images: list[Drawn]) -> None:
     torch.testing.assert_close(target["area"], before / 2 * now / before)
 
 
-@settings(max_examples=25, deadline=None)
-@given(images=drawn_images(5, most=3), seed=st.integers(0, 2**31), which=st.sampled_from([MOSAIC, MIXUP]))
-def test_flags_areas_labels_and_proposals_stay_in_step(images: list[Drawn], seed: int, which: Combine) -> None:
-    _, target = transformed(plain(which), images, seed)
-    check_in_step(target, images)
-    assert torch.equal(target["boxes"], target["proposals"])  # there is one at each box
-
-
-def test_row_11_ids_above_what_float32_can_count_stay_exact() -> None:
-    images = [Drawn(60, 60, ((10, 10, 50, 50),)) for _ in range(4)]
-    labels = transformed(plain(MOSAIC), images, 0)[1]["labels"]
-    assert labels.dtype == torch.int64
-    assert sorted(labels.tolist()) == [2**24 + 1 + k for k in range(4)]
-
-
 def test_a_mosaic_has_the_size_of_the_first_image_and_four_images() -> None:
     images = [Drawn(h, w, ((0, 0, w, h),)) for h, w in ((90, 120), (60, 200), (200, 60), (70, 70))]
     for seed in range(20):
@@ -95,18 +84,6 @@ def test_a_mosaic_has_the_size_of_the_first_image_and_four_images() -> None:
         assert float((target["boxes"][:, 2:] - target["boxes"][:, :2]).prod(1).sum()) == 90 * 120  # they tile the image
     places = {tuple(transformed(plain(MOSAIC), images, seed)[1]["boxes"][0, :2].tolist()) for seed in range(20)}
     assert len(places) > 10  # the first image comes to any quadrant
-
-
-def test_boxes_that_a_mosaic_cut_are_judged_by_what_is_left() -> None:
-    images = [Drawn(80, 100, ((20, 20, 80, 60),)) for _ in range(4)]
-    zoomed = Combine(mosaic=Mosaic(p=1.0, zoom=(2.0, 4.0)))
-    dropped = 0
-    for seed in range(20):
-        everything = left(transformed(plain(zoomed), images, seed)[1])
-        kept = left(transformed(plain(zoomed, min_visibility=0.5), images, seed)[1])
-        dropped += len(everything) - len(kept)
-        assert kept.items() <= everything.items()
-    assert dropped > 10
 
 
 def test_what_a_mosaic_took_still_counts_after_later_steps() -> None:
@@ -179,21 +156,14 @@ def test_an_error_of_a_neighbor_is_passed_on() -> None:
         plain(MIXUP)(torch.zeros(3, 9, 9, dtype=torch.uint8), EMPTY.target(0, 1), 0, Neighbors(5, 0, fail))
 
 
-@settings(max_examples=30, deadline=None)
-@given(count=st.integers(4, 9), index=st.integers(0, 3), seed=st.integers(0, 2**31))
-def test_an_image_is_never_its_own_neighbor(count: int, index: int, seed: int) -> None:
-    neighbors = Neighbors(count, index, lambda i: (torch.zeros(0), {}))
-    drawn = draw_others(np.random.default_rng(seed), neighbors, 3)
-    assert len(set(drawn)) == 3
-    assert index not in drawn
-    assert set(drawn) <= set(range(count))
-
-
-def test_all_other_images_are_drawn() -> None:
+def test_all_other_images_are_drawn_none_twice_and_never_the_image_itself() -> None:
     neighbors, random = Neighbors(5, 2, lambda i: (torch.zeros(0), {})), np.random.default_rng(0)
-    counts = np.bincount([draw_others(random, neighbors, 1)[0] for _ in range(400)], minlength=5)
+    drawn = [draw_others(random, neighbors, 3) for _ in range(200)]
+    assert all(len(set(three)) == 3 for three in drawn)
+    counts = np.bincount(np.ravel(drawn), minlength=5)
+    assert len(counts) == 5
     assert counts[2] == 0
-    assert np.delete(counts, 2).min() > 70
+    assert np.delete(counts, 2).min() > 120
 
 
 def test_turning_one_step_on_leaves_the_draws_of_another() -> None:
