@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -85,7 +84,10 @@ class Steps(nn.Sequential):
                 x = step(x)
             elif type(step) is FrozenBatchNorm2d and not torch.is_grad_enabled():
                 weight, bias, mean, variance = _buffers(step)
-                x = F.batch_norm(x, mean, variance, weight, bias, eps=step.eps)
+                # not that of functional, which in torch 2.11 refuses an eps of 0, as torchvision's published weights have it
+                x = torch.batch_norm(
+                    x, weight, bias, mean, variance, False, 0.0, step.eps, torch.backends.cudnn.enabled
+                )
             elif (
                 torch.is_grad_enabled()
                 and type(step) is nn.Conv2d
