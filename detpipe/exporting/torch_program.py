@@ -29,14 +29,10 @@ def write_pt2(program: Program, path: Path, about: dict[str, str]) -> None:
         about: what the file says about itself.
     """
     given, sizes = example_inputs(program)
-    token = torch_alone.set(True)
-    try:
-        with warnings.catch_warnings(), torch.no_grad(), path.open("wb") as file:
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(program, given, dynamic_shapes=sizes, strict=False)
-            torch.export.save(exported, file, extra_files={ABOUT: json.dumps(about)})
-    finally:
-        torch_alone.reset(token)
+    with torch_alone(), warnings.catch_warnings(), torch.no_grad(), path.open("wb") as file:
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(program, given, dynamic_shapes=sizes, strict=False)
+        torch.export.save(exported, file, extra_files={ABOUT: json.dumps(about)})
 
 
 class PT2Detector:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from detpipe.roi_pooling import FPNLevels, RoIPooler, pool_points
+from detpipe.roi_pooling.grid_samples import is_exporting
 from detpipe.spatial_transformer import (
     AffineGrid,
     AttentionGrid,
@@ -166,7 +167,7 @@ class Glimpse(nn.Module):
         boxes = boxes.detach()
         theta = self.localization(pooled.flatten(0, 1))
         maps = {level: features[level] for level in strides if level in features}
-        dynamic = torch.compiler.is_exporting()  # then sizes are not known
+        dynamic = is_exporting()  # then sizes are not known
         weigh_maps = (
             not dynamic and self.gain is not None and sum(values.numel() for values in maps.values()) < pooled.numel()
         )

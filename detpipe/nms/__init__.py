@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from detpipe import boxes as box_ops
-from detpipe.roi_pooling.grid_samples import torch_alone
+from detpipe.roi_pooling.grid_samples import is_torch_alone
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -35,7 +35,7 @@ def keep_best(boxes: Tensor, iou: float, groups: Tensor | None = None) -> Tensor
         >>> keep_best(boxes, 0.5)
         tensor([[ True, False, False]])
     """
-    if torch_alone.get():
+    if is_torch_alone():
         return _by_overlaps(boxes, groups, iou)
     return torch.ops.detpipe.keep_best(boxes, groups, iou)
 

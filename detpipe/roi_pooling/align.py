@@ -33,7 +33,7 @@ from detpipe.roi_pooling.axis import (
     merge_samples,
     sample_points,
 )
-from detpipe.roi_pooling.grid_samples import read_cells, torch_alone
+from detpipe.roi_pooling.grid_samples import is_exporting, is_torch_alone, read_cells
 from detpipe.roi_pooling.layouts import (
     Boxes,
     as_given,
@@ -96,7 +96,7 @@ def roi_align(
         raise ValueError(f"reduce must be 'mean' or 'max', got {reduce!r}")
     if not isinstance(sampling_ratio, int):
         raise ValueError(f"sampling_ratio must be a whole number, 0 for adaptive, got {sampling_ratio!r}")
-    if torch.compiler.is_exporting() and reduce == "mean" and not normalized:
+    if is_exporting() and reduce == "mean" and not normalized:
         return _exported(features, boxes, size, scale, sampling_ratio, aligned)
     given, how = read_layout(boxes, features), {"aligned": aligned, "normalized": normalized}
     scene = make_scene([features], given, Choice([scale]), size, samples=max(sampling_ratio, ADAPTIVE), **how)
@@ -184,7 +184,7 @@ def _exported(
 ) -> Tensor:
     """Stand in for the operator in an exported graph, where only what ONNX and the runtimes know can be used."""
     rois = to_rois(boxes).to(features.dtype)
-    if torch_alone.get():
+    if is_torch_alone():
         return _gridded(features, rois, size, scale, sampling_ratio, aligned)
     pooled = torchvision_ops.roi_align(features, rois, size, scale, max(sampling_ratio, 0), aligned)
     return pooled.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) and boxes.ndim == 3 else pooled
@@ -246,7 +246,7 @@ class RoIAlign(RoIPooler):
 
     def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
         """Pool each box from the level that suits its size; see :meth:`RoIPooler.forward`."""
-        if not torch.compiler.is_exporting() or self.reduce != "mean":
+        if not is_exporting() or self.reduce != "mean":
             return super().forward(features, boxes, strides)
 
         def pool(level: Tensor, rois: Tensor, scale: float) -> Tensor:

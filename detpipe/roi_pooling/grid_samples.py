@@ -5,14 +5,35 @@ The rule at the border is that of :mod:`detpipe.roi_pooling.points`.
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# whether a graph that is exported may have PyTorch's own operators alone, so that a process runs it without torchvision and detpipe
-torch_alone: ContextVar[bool] = ContextVar("torch_alone", default=False)
+_torch_alone = False  # no context variable: torch 2.11 does not compile what reads one
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Export graphs of PyTorch's own operators alone, so that a process runs them without torchvision and detpipe."""
+    global _torch_alone
+    _torch_alone = True
+    try:
+        yield
+    finally:
+        _torch_alone = False
+
+
+def is_torch_alone() -> bool:
+    """Whether a graph may have PyTorch's own operators alone."""
+    return _torch_alone
+
+
+def is_exporting() -> bool:
+    """Whether a graph is exported; ``torch.compiler.is_exporting`` is true in what torch 2.11 compiles, too."""
+    return torch.compiler._is_exporting_flag
 
 
 def read_cells(features: Tensor, cells: Tensor) -> Tensor:

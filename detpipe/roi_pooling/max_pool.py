@@ -21,11 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torchvision import ops as torchvision_ops
 
+from detpipe.roi_pooling.grid_samples import is_exporting
 from detpipe.roi_pooling.layouts import Boxes, as_given, check_features, read_layout, read_output_size, read_scale
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.max_ops import max_pool
@@ -109,7 +109,7 @@ class RoIMaxPool(RoIPooler):
 
     def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
         """Pool each box from the level that suits its size; see :meth:`RoIPooler.forward`."""
-        if not torch.compiler.is_exporting() or self.bins != "fast_rcnn":
+        if not is_exporting() or self.bins != "fast_rcnn":
             return super().forward(features, boxes, strides)
 
         def pool(level: Tensor, rois: Tensor, scale: float) -> Tensor:

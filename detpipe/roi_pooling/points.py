@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from detpipe.roi_pooling.bags import bag_sum
-from detpipe.roi_pooling.grid_samples import read_cells
+from detpipe.roi_pooling.grid_samples import is_exporting, read_cells
 from detpipe.roi_pooling.layouts import as_given, read_layout
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.mean_ops import pool
@@ -64,7 +64,7 @@ def pool_points(
         raise ValueError(
             f"points must be [N, P, h, w, S, 2] for boxes [N, P, 4], got {list(points.shape)} and {list(boxes.shape)}"
         )
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return _exported(maps, points, boxes, list(strides.values()), levels)
     given = read_layout(boxes.detach(), maps[0])
     h, w, samples = points.shape[2:5]

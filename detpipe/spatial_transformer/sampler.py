@@ -119,7 +119,7 @@ class Sampler(nn.Module):
             return sampled.unflatten(2, points.shape[1:3]).transpose(1, 2)  # [N, G, C, h, w]
         if at_center is None:
             return sampled
-        if torch.compiler.is_exporting():  # for inference
+        if torch.compiler._is_exporting_flag:  # for inference; is_exporting() is true in what torch 2.11 compiles, too
             return torch.where(at_center, maps, sampled)
         return _OwnCells.apply(sampled, maps.detach(), at_center)  # pyright: ignore[reportReturnType]
 

@@ -218,7 +218,7 @@ def test_a_check_reads_images_as_training_does(tmp_path: Path, capsys: pytest.Ca
         (fine, 0, "0 errors"),
         (dark, 1, "pixels of uint16 end at 65535, but range is [0, 70000]"),
         (["--channels", "4"], 1, "has 1 channels (pages), but channels is 4"),
-        (["--range", "dark"], 2, "--channels 3, --range dark: "),
+        (["--range", "dark"], 2, "--range dark: expected dtype, or black and white"),
     ):
         assert cli.main(["data", "check", root, *options]) == status
         assert says in "".join(capsys.readouterr())
@@ -274,7 +274,7 @@ def test_channels_are_unchanged_where_there_are_three() -> None:
         torch.manual_seed(0)
         states.append(SEResNet(18, levels=["c3"], **more).state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    with pytest.raises(ValueError, match=r"in_channels must lie in 1\.\.256, got 0"):
+    with pytest.raises(ValueError, match=r"in_channels must be at least 1, got 0"):
         SEResNet(18, in_channels=0)
     with pytest.raises((UsageError, ValueError)):
         Extractor("squeezenet1_1", {}, in_channels=2)
