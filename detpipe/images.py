@@ -45,18 +45,20 @@ def resized_size(size: Size, min_size: int, max_size: int, rule: ResizeRule = "d
         (600, 800)
     """
     height, width = cast(Any, size)  # in an exported graph symbols: no branch depends on them
-    shorter, longer = torch.sym_min(height, width), torch.sym_max(height, width)
+    # torch 2.11 compiles the functions of numbers alone
+    least, most = (torch.sym_min, torch.sym_max) if isinstance(height + width, torch.SymInt) else (min, max)
+    shorter, longer = least(height, width), most(height, width)
     if rule == "detectron2":  # two steps, each rounded in floating point
         long_side = min_size / shorter * longer
-        shrink = torch.sym_min(1.0, max_size / torch.sym_max(min_size, long_side))
+        shrink = least(1.0, max_size / most(min_size, long_side))
         short_side, long_side = (math.trunc(side * shrink + 0.5) for side in (min_size, long_side))
         wide = height < width
         sides = torch.sym_ite(wide, short_side, long_side), torch.sym_ite(wide, long_side, short_side)
     else:
-        scale = torch.sym_min(min_size / shorter, max_size / longer)
+        scale = least(min_size / shorter, max_size / longer)
         whole = math.trunc if rule == "torchvision" else _nearest
         sides = whole(height * scale), whole(width * scale)
-    return cast(Size, (torch.sym_max(1, sides[0]), torch.sym_max(1, sides[1])))
+    return cast(Size, (most(1, sides[0]), most(1, sides[1])))
 
 
 def _nearest(side: float) -> int:
