@@ -6,6 +6,7 @@ elsewhere. Files are merged from left to right, options on the command line win.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -315,7 +316,8 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse)\b")
     if is_first():
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        if isinstance(sys.stdout, io.TextIOWrapper):  # that of a notebook is none, and waits for no full buffer
+            sys.stdout.reconfigure(line_buffering=True)
     else:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import runs
 import yaml
 
 import detpipe
+from detpipe import cli
 from detpipe.commands import training
 from detpipe.commands.training import RegionCLI
 from detpipe.datasets import DetectionData
@@ -434,3 +437,9 @@ def test_only_detectors_take_images_that_the_data_resized(demo_root):
 )
 def test_wrong_settings_of_resize(options, message, demo_root):
     assert message in refusal([runs.CONFIG, *runs.demo(demo_root), "--data.resize", options], CLI)
+
+
+def test_commands_run_where_the_output_is_no_file(monkeypatch):
+    """As in a notebook."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert cli.main(["train", "nowhere.yaml"]) == 2
