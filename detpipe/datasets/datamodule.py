@@ -13,7 +13,6 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets.augment.augmentation import Augment
-from detpipe.datasets.augment.settings import check_least
 from detpipe.datasets.batches import EpochBatches, Locality
 from detpipe.datasets.classes import Classes, select_classes
 from detpipe.datasets.dataset import Contents, DetectionDataset, Proposals, start_worker
@@ -28,6 +27,7 @@ from detpipe.datasets.stratify import divide_annotations
 from detpipe.datasets.tiling import Tiling
 from detpipe.datasets.workers import PackedBatch, collate
 from detpipe.support.errors import DataError
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.support.terminal import printable
 from detpipe.types import Annotations, PixelType, Range
 
@@ -69,8 +69,9 @@ class Loader:
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        check_least(self, "loader.", 1, "batch_size", "eval_batch_size")
-        check_least(self, "loader.", 0, "num_workers", "timeout")
+        check_whole(1, "loader.", batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
+        check_whole(0, "loader.", num_workers=self.num_workers)
+        check_numbers("must not be negative or infinite", "loader.", timeout=self.timeout)
 
     def load(
         self,

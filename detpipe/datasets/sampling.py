@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.support.errors import DataError
+from detpipe.support.numbers import check_numbers
 from detpipe.support.terminal import printable
 from detpipe.types import Annotations
 
@@ -120,8 +121,7 @@ class Sampling:
                 "loader.sampling must give one of repeat_factor, such as 0.001, and class_balanced: true; got repeat_factor "
                 f"{self.repeat_factor} and class_balanced {str(self.class_balanced).lower()}"
             )
-        if self.repeat_factor is not None and not 0 < self.repeat_factor <= 1:
-            raise ValueError(f"loader.sampling.repeat_factor must lie in 0..1, above 0, got {self.repeat_factor}")
+        check_numbers("must be in 0..1, above 0", "loader.sampling.", repeat_factor=self.repeat_factor)
 
     def plan(self, presence: Presence) -> Plan:
         """Plan the epochs of a split; a DataError if there are no objects where classes are to take turns."""

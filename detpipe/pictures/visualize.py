@@ -39,6 +39,7 @@ IGNORED_COLOR: Color = (170, 170, 170)  # crowd regions and difficult objects
 NARROWEST = 100  # of the place of a picture on a sheet, pixels: its caption needs some
 
 INK, FAINT, PAPER = (30, 34, 40), (110, 118, 128), (255, 255, 255)
+MOST_PLACED = 200  # tags of an image that leave each other room, which takes time that grows with the square
 _BETWEEN = 4  # pixels between pictures that are compared
 
 
@@ -327,13 +328,16 @@ def _place_tags(
 ) -> npt.NDArray[np.float64]:
     """The upper left corners [D, 2] of tags of some sizes [D, 2] in an image: each at its box, on others as little as may be.
 
-    Those of the last boxes, which lie on top, have the first choice.
+    Those of the last boxes, which lie on top, have the first choice; of very many the first ones are placed as they come.
     """
     placed = np.zeros((len(boxes), 4))
     for k in reversed(range(len(boxes))):
         (x1, y1, x2, y2), (wide, high) = boxes[k], sizes[k]
         tops = [top for top in (y1 - high, y1, y2, y2 - high) if 0 <= top <= height - high] or [0]
         lefts = [min(max(left, 0), max(width - wide, 0)) for left in (x1, x2 - wide)]
+        if k < len(boxes) - MOST_PLACED:
+            placed[k] = (lefts[0], tops[0], lefts[0] + wide, tops[0] + high)
+            continue
         options = np.array([(left, top, left + wide, top + high) for top in tops for left in lefts])
         shared = np.minimum(options[:, None, 2:], placed[k + 1 :, 2:]) - np.maximum(
             options[:, None, :2], placed[k + 1 :, :2]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from detpipe import boxes as box_ops
 from detpipe.detector import TwoStageDetector
 from detpipe.heads.suppression import box_fusion
 from detpipe.prediction.detector import Detector
@@ -109,7 +110,7 @@ def _fused(found: Sequence[Sequence[Detection]], iou: float) -> list[Detection]:
     }
     scores = pad_sequence(joined["scores"], batch_first=True, padding_value=-1.0)  # [N, M]
     scores, order = scores.sort(dim=1, descending=True, stable=True)
-    boxes = pad_sequence(joined["boxes"], batch_first=True).gather(1, order[..., None].expand(-1, -1, 4))
+    boxes = box_ops.take(pad_sequence(joined["boxes"], batch_first=True), order)
     labels = pad_sequence(joined["labels"], batch_first=True).gather(1, order)
     fused = box_fusion(boxes, scores, labels, scores >= 0, iou, len(found[0]))
     device = found[0][0]["scores"].device

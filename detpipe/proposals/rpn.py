@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detpipe import boxes as box_ops
 from detpipe.proposals.anchors import AnchorGrid, Anchors
 from detpipe.proposals.rpn_head import RPNHead
 from detpipe.proposals.rpn_objective import AnchorTargets, RPNObjective
@@ -126,7 +127,7 @@ class RPN(ProposalSource):
             logits, deltas = (output.float() for output in self.head.at(maps, sampled.index))
         else:
             logits = logits.gather(1, sampled.index)
-            deltas = deltas.gather(1, sampled.index[..., None].expand(-1, -1, 4))
+            deltas = box_ops.take(deltas, sampled.index)
         return boxes, {name: loss + nothing for name, loss in self._losses(logits, deltas, sampled).items()}
 
     @torch.no_grad()

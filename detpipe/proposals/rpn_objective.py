@@ -106,7 +106,7 @@ class RPNObjective:
         references = anchors[index]
         boxes = truth.boxes.float()
         overlaps = box_ops.iou(references, boxes).masked_fill(~truth.valid[:, None], -1.0)  # [N, S, G]
-        wanted = boxes.gather(1, overlaps.argmax(-1)[..., None].expand(-1, -1, 4))
+        wanted = box_ops.take(boxes, overlaps.argmax(-1))
         # what is not positive is compared with itself: log() stays finite
         wanted = torch.where(chosen[..., None], wanted, references)
         return AnchorTargets(index, valid, chosen, box_ops.encode(wanted, references, WEIGHTS))

@@ -138,7 +138,7 @@ class ProposalSelection:
         best = [self._best(level, phase) for level in logits.split(list(level_sizes), dim=1)]
         index = torch.cat([found.indices + start for found, start in zip(best, starts, strict=False)], dim=1)
         scores = torch.cat([found.values for found in best], dim=1)  # [N, M]
-        deltas = deltas.gather(1, index[..., None].expand(-1, -1, 4))
+        deltas = box_ops.take(deltas, index)
         if checked:
             _refuse_non_finite(scores, deltas)
         boxes = box_ops.decode(deltas, anchors[index], WEIGHTS)
@@ -152,7 +152,7 @@ class ProposalSelection:
         ranks = scores.sigmoid() if self.rank_by == "probability" else scores
         order = ranks.masked_fill(~keep, -torch.inf).argsort(dim=1, descending=True, stable=True)
         order = order[:, : self.post_nms_top_n[phase]]
-        return boxes.gather(1, order[..., None].expand(-1, -1, 4)), scores.gather(1, order), keep.gather(1, order)
+        return box_ops.take(boxes, order), scores.gather(1, order), keep.gather(1, order)
 
     def _best(self, logits: Tensor, phase: int) -> Candidates:
         """The best anchors of a level, ``[N, P]`` logits; in a graph, where P may be a symbol, always as many: others are -inf."""

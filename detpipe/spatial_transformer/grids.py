@@ -101,9 +101,8 @@ class SimilarityGrid(Grid):
         angle, log_scale, x, y = columns(theta, points)
         angle, scale = bounded(angle, self.max_angle), _scale(log_scale, self.max_log_scale)
         cos, sin = scale * angle.cos(), scale * angle.sin()
-        right, down = points.unbind(
-            dim=-1
-        )  # element-wise, so that autocast and reduced matrix products cannot touch it
+        # element-wise, so that autocast and reduced matrix products cannot touch it
+        right, down = points.unbind(dim=-1)
         x = cos * right - sin / self.aspect * down + bounded(x, self.max_shift)
         y = sin * self.aspect * right + cos * down + bounded(y, self.max_shift)
         return torch.stack([x, y], dim=-1)

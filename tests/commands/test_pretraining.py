@@ -232,7 +232,7 @@ def test_a_nan_stops_the_run_and_names_the_images(base, pretrained, monkeypatch,
         (["--model.num_classes", "3"], 2, "model.num_classes follows the classes of the data; remove it"),
         (["--model.head.fc", "3"], 2, "model.head: unknown key; expected backbone,"),
         (["--model.dropout", "2"], 2, "dropout must be in 0..1, below 1, got 2.0"),
-        (["--data.views.flip", "2"], 2, "views.flip must lie in 0..1, got 2.0"),
+        (["--data.views.flip", "2"], 2, "views.flip must be in 0..1, got 2.0"),
         (
             ["--data", "ImageFolder", "--data.root", "nowhere"],
             1,

@@ -170,7 +170,7 @@ def test_a_wrong_type_in_a_file(text, message, tmp_path):
         (["--model.min_size", "-1"], "expected 0 < min_size <= max_size, got min_size=-1, max_size=160"),
         (["--model.head.sampler.rois_per_image", "0"], "rois_per_image must be at least 1, got 0"),
         (["--data.loader.batch_size", "0"], "loader.batch_size must be at least 1, got 0"),
-        (["--data.augment.flip", "2"], "flip must lie in 0..1, got 2.0"),
+        (["--data.augment.flip", "2"], "flip must be in 0..1, got 2.0"),
         (["--data.scenes.size", "20"], "scenes.size: must be 64 to 1024 pixels, got 20"),
     ],
 )

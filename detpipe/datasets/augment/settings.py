@@ -16,6 +16,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from detpipe.datasets.augment.allowed_transforms import check_name
+from detpipe.support.numbers import check_numbers
 from detpipe.types import Target
 
 Scalar = bool | int | float | str | None
@@ -241,16 +242,7 @@ class Neighbors:
 
 def check_parts(settings: object, owner: str, *names: str) -> None:
     """Refuse probabilities and strengths outside of 0 to 1; ``owner``, such as ``"mosaic."``, stands before their names."""
-    for name in names:
-        if not 0 <= getattr(settings, name) <= 1:
-            raise ValueError(f"{owner}{name} must lie in 0..1, got {getattr(settings, name)}")
-
-
-def check_least(settings: object, owner: str, least: float, *names: str) -> None:
-    """Refuse numbers below ``least``; None is no number."""
-    for name in names:
-        if (value := getattr(settings, name)) is not None and value < least:
-            raise ValueError(f"{owner}{name} must be at least {least}, got {value}")
+    check_numbers("must be in 0..1", owner, **{name: getattr(settings, name) for name in names})
 
 
 def check_range(settings: object, owner: str, name: str, least: float, most: float) -> None:

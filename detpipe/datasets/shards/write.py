@@ -27,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.datasets.annotations import count_skipped, image_fault
-from detpipe.datasets.augment.settings import check_least
 from detpipe.datasets.decode import image_format
 from detpipe.datasets.shards.index import (
     ARRAYS,
@@ -45,6 +44,7 @@ from detpipe.datasets.shards.index import (
 from detpipe.proposal_files import ProposalStore
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write, refuse_special, remove_orphans, sole_writer, synchronize, write_text
+from detpipe.support.numbers import check_whole
 from detpipe.support.resumable import Work, run
 from detpipe.types import Annotations
 
@@ -78,8 +78,8 @@ class Sharding:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        check_least(self, "", 1, "shard_bytes", "images_per_shard", "workers")
-        check_least(self, "", 0, "seed")
+        check_whole(shard_bytes=self.shard_bytes, images_per_shard=self.images_per_shard, workers=self.workers)
+        check_whole(0, seed=self.seed)
 
 
 @dataclass(frozen=True)
