@@ -32,6 +32,7 @@ from detpipe.heads import ProposalHead
 from detpipe.pictures import glimpse_pictures
 from detpipe.prediction import AugmentedDetector, Detector, ImageWindows, Merge, PlacedDetector, TiledDetector, Windows
 from detpipe.prediction.batches import WHOLE, Part
+from detpipe.prediction.camera import read_camera
 from detpipe.prediction.inputs import ImageInput, find_inputs
 from detpipe.prediction.job import Job, Look, Read, drawing_names
 from detpipe.prediction.lines import KINDS, Tally, join
@@ -72,7 +73,7 @@ def predict(arguments: Sequence[str]) -> int:
             inputs = split_pages(inputs)
         boxes = choose_proposals(detector, options, [one.path for one in inputs], description)
         look = _look_by(detector, boxes, options, device)
-        if options.rate is not None or any(is_video(one.path) for one in inputs):
+        if options.rate is not None or any(is_video(one.path) or one.is_camera for one in inputs):
             _check_videos(inputs, options, own, pixels)
             stems = [Path(name).stem for name in drawing_names(inputs, Path(options.output), "mp4")]
             videos = [([one], stem) for one, stem in zip(inputs, stems, strict=True)]
@@ -113,8 +114,11 @@ def _open_onnx(options: argparse.Namespace) -> tuple[OnnxDetector, Description]:
 
 def _check_videos(inputs: Sequence[ImageInput], options: argparse.Namespace, own: Team, pixels: PixelType) -> None:
     """Refuse what cannot be done with videos."""
-    images = [one.name for one in inputs if not is_video(one.path)]
-    remote = [one.name for one in inputs if is_video(one.path) and one.url]
+    images = [one.name for one in inputs if not (is_video(one.path) or one.is_camera)]
+    cameras = [one.name for one in inputs if one.is_camera]
+    remote = [one.name for one in inputs if is_video(one.path) and one.url and not one.is_camera]
+    if cameras and len(inputs) > 1:
+        raise UsageError(f"{cameras[0]}: a camera has no end, so nothing can come after it; give it alone")
     if options.rate is None and images:
         raise UsageError(f"{images[0]} is no video; give videos alone, or with --rate images as the frames of one")
     if options.rate is not None and len(images) < len(inputs):
@@ -139,10 +143,12 @@ def _predict_video(
     batch_size: int,
 ) -> int:
     """Look at a video, or at all its frames; the exit status."""
-    if options.rate is None:
-        frames = read_video(inputs[0].path, options.every)
-    else:
+    if options.rate is not None:
         frames = read_frames(inputs, options.rate, options.every, read)
+    elif inputs[0].is_camera:
+        frames, batch_size = read_camera(inputs[0], options.every), 1
+    else:
+        frames = read_video(inputs[0].path, options.every)
 
     def look_at(batch: Sequence[Frame]) -> Sequence[Detection]:
         sources = [inputs[0 if options.rate is None else frame.number] for frame in batch]
@@ -405,7 +411,7 @@ def _parser(command: str, description: str, checkpoint: str, kind: str) -> Parse
     parser = Parser(prog=f"detpipe {command}", description=description)
     add = parser.add_argument
     add("checkpoint", help=checkpoint)
-    add("images", nargs="+", help="files, folders, patterns, @LIST.txt, - (standard input), web addresses")
+    add("images", nargs="+", help="files, folders, patterns, @LIST.txt, - (standard input), web addresses; camera:0")
     add("-o", "--output", required=True, help=f"folder for the drawings, {kind}.jsonl and {kind}.json")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--resume", action="store_true", help="go on with a run that was stopped, by the same command")
@@ -443,7 +449,7 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
         "--proposals",
         help="boxes to look at: a source (selective_search), a store, or JSON: image name -> [[x1, y1, x2, y2], ...]",
     )
-    add("--every", type=int, default=1, metavar="N", help="of a video, look at each N-th frame alone")
+    add("--every", type=int, default=1, metavar="N", help="of a video or camera, look at each N-th frame alone")
     add("--rate", type=float, help="take the images as frames of a video, so many a second")
     add("--track", action="store_true", help="of a video, follow objects from frame to frame (ByteTrack)")
     add(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class ImageInput:
         name: what it is called in what is written.
         path: of its file; what it is called like where it has none.
         content: its bytes, where they came from standard input.
-        url: where it is on the web.
+        url: where it is on the web, or the address of a camera.
         page: of a TIFF of several pages, from 0 on.
     """
 
@@ -40,6 +41,11 @@ class ImageInput:
     content: bytes | None = None
     url: str | None = None
     page: int | None = None
+
+    @property
+    def is_camera(self) -> bool:
+        """Whether it is no image, but a camera that shows one after another."""
+        return self.url is not None and is_camera(self.url)
 
     def size(self) -> Size | None:
         """Height and width by the header of its file; None where it has none, or cannot be read."""
@@ -50,8 +56,17 @@ class ImageInput:
 
     def read(self, pixels: PixelType) -> Tensor:
         """Decode it: ``[C, H, W]``, the channels last in memory; errors are those of `read_image`, and DownloadError."""
+        if self.is_camera:
+            raise UsageError(f"{self.name}: a camera is watched by detpipe predict alone; give images")
         content = read_url(self.url, MOST_BYTES, "check the address", _PATIENCE) if self.url else self.content
         return read_reduced(self.name if self.url else self.path, _EVERYTHING, content, pixels).pixels
+
+
+def is_camera(name: str) -> bool:
+    """Whether a name is that of a camera: ``camera:0``, ``rtsp://HOST/PATH`` or ``http://HOST/PATH.mjpg``."""
+    if name.startswith(("http://", "https://")):
+        return urlsplit(name).path.lower().endswith((".mjpg", ".mjpeg"))  # pictures one after another
+    return re.fullmatch(r"camera:[0-9]{1,4}|rtsps?://.+", name) is not None
 
 
 def find_inputs(names: Sequence[str], allow_network: bool = False) -> list[ImageInput]:
@@ -59,8 +74,8 @@ def find_inputs(names: Sequence[str], allow_network: bool = False) -> list[Image
 
     Args:
         names: files; folders, searched at any depth; patterns such as ``"shots/*/left_*.jpg"``; ``"@list.txt"``, a name a line of
-            any of these but lists, ``"@-"`` of standard input; ``"-"``, an image from standard input; web addresses.
-        allow_network: whether names may be web addresses.
+            any of these but lists, ``"@-"`` of standard input; ``"-"``, an image from standard input; web addresses; cameras.
+        allow_network: whether names may be addresses of the web or of a network's camera.
 
     Returns:
         The images.
@@ -82,7 +97,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
     for one in inputs:
         if one.content is not None or one.url:
             raise UsageError(
-                f"{one.name}: images from standard input and the web are taken by detpipe predict alone; give files"
+                f"{one.name}: images from standard input, the web and cameras are taken by detpipe predict alone; give files"
             )
     return [one.path for one in inputs]
 
@@ -95,6 +110,11 @@ def _named(name: str, allow_network: bool) -> Iterable[ImageInput]:
                 f"-: expected an image of at most {MOST_BYTES} bytes on standard input, got {len(content)}"
             )
         return [ImageInput("-", Path("stdin"), content)]
+    if is_camera(name):
+        shown = re.sub(r"(?<=://)[^/@]*@", "", name)  # without the password
+        if "://" in name and not allow_network:
+            raise UsageError(f"{shown}: is on the network; add --allow_network to watch it")
+        return [ImageInput(shown, Path(Path(urlsplit(name).path).name.replace(":", "-") or "camera"), url=name)]
     if is_remote(name):
         if not allow_network:
             raise UsageError(f"{name}: is on the web; add --allow_network to fetch it")
@@ -138,7 +158,7 @@ def _listed(name: str, allow_network: bool) -> Iterator[ImageInput]:
                 raise UsageError(f"{file}: '-' is no name for a list; give it on the command line")
             yield from _named(line, allow_network)
         except UsageError:
-            if is_remote(line) or line == "-" or Path(line).exists() or glob.has_magic(line):
+            if is_remote(line) or is_camera(line) or line == "-" or Path(line).exists() or glob.has_magic(line):
                 raise
             yield _file(Path(line))
 
