@@ -39,6 +39,12 @@ from detpipe.support.processes import count_per_rank
 
 ClassKind = Literal["cross_entropy", "focal", "seesaw"]
 BoxKind = Literal["smooth_l1", "giou", "diou", "ciou"]
+_KIND_OF_OPTION: dict[str, ClassKind] = {
+    "label_smoothing": "cross_entropy",
+    "gamma": "focal",
+    "mitigation": "seesaw",
+    "compensation": "seesaw",
+}
 _OVERLAP_LOSSES = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
 _LEAST_SIDE = 1e-3  # pixels of a predicted box: the aspect ratio of one without sides is no number
 
@@ -78,8 +84,9 @@ class ClassLoss:
         check_numbers("must be in 0..1, below 1", "classes.", label_smoothing=self.label_smoothing)
         exponents = {"gamma": self.gamma, "mitigation": self.mitigation, "compensation": self.compensation}
         check_numbers("must not be negative or infinite", "classes.", **exponents)
-        if self.label_smoothing and self.kind != "cross_entropy":
-            raise ValueError(f"classes.label_smoothing is for the kind cross_entropy, got {self}")
+        for name, kind in _KIND_OF_OPTION.items():
+            if self.kind != kind and getattr(self, name) != getattr(ClassLoss, name):
+                raise ValueError(f"classes.{name} is for the kind {kind}, got it with {self.kind}; leave it out")
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Turn outputs ``[..., K + 1]`` of a classifier trained on this loss into probabilities ``[..., K + 1]``."""

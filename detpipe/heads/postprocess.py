@@ -57,6 +57,8 @@ class Postprocess:
         if self.suppression not in get_args(Suppression):
             choices = ", ".join(get_args(Suppression))
             raise ValueError(f"suppression must be one of {choices}, got {self.suppression!r}")
+        if self.suppression != "soft_nms" and self.sigma != Postprocess.sigma:
+            raise ValueError(f"sigma is for the suppression soft_nms, got it with {self.suppression}; leave it out")
 
     def __call__(
         self, scores: Tensor, boxes: Tensor, valid: Tensor, image_sizes: list[tuple[int, int]]

@@ -224,6 +224,8 @@ def test_without_seesaw_and_quality_a_head_keeps_no_more_than_before():
         (lambda: ClassLoss(label_smoothing=1.0), "label_smoothing must be in"),
         (lambda: ClassLoss("focal", gamma=-1.0), "gamma"),
         (lambda: ClassLoss("focal", label_smoothing=0.1), "is for the kind cross_entropy"),
+        (lambda: ClassLoss(gamma=1.0), "classes.gamma is for the kind focal, got it with cross_entropy; leave it out"),
+        (lambda: ClassLoss("focal", mitigation=1.0), "classes.mitigation is for the kind seesaw, got it with focal"),
         (lambda: BoxLoss("l2"), "boxes.kind must be one of smooth_l1, giou, diou, ciou, got 'l2'"),
         (lambda: BoxLoss(weight=-1.0), "boxes.weight must be positive"),
         (lambda: BoxLoss(beta=-1.0), "boxes.beta must not be negative"),

@@ -106,7 +106,7 @@ def test_no_candidates_are_legal(count):
 
 @pytest.mark.parametrize("suppression", ["soft_nms", "box_fusion"])
 def test_postprocess_uses_it_and_an_image_does_not_depend_on_its_neighbors(suppression):
-    process = Postprocess(0.05, 0.5, detections_per_image=15, suppression=suppression, sigma=0.3)
+    process = Postprocess(0.05, 0.5, detections_per_image=15, suppression=suppression)
     scores, boxes = (
         torch.rand(3, 20, 2),
         random_boxes(4)[torch.randint(0, 4, (3, 20))][:, :, None] + 4 * torch.rand(3, 20, 1, 4),
@@ -125,9 +125,14 @@ def test_postprocess_uses_it_and_an_image_does_not_depend_on_its_neighbors(suppr
     assert [one["scores"].tolist() for one in found] != [one["scores"].tolist() for one in plain]
 
 
-@pytest.mark.parametrize("arguments", [{"suppression": "hard"}, {"suppression": "soft_nms", "sigma": 0.0}])
-def test_settings_outside_their_range_are_refused(arguments):
-    with pytest.raises(
-        ValueError, match=r"suppression must be one of nms, soft_nms, box_fusion|sigma must be positive"
-    ):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"suppression": "hard"}, "suppression must be one of nms, soft_nms, box_fusion"),
+        ({"suppression": "soft_nms", "sigma": 0.0}, "sigma must be positive"),
+        ({"sigma": 0.3}, "sigma is for the suppression soft_nms, got it with nms; leave it out"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
         Postprocess(**arguments)
