@@ -126,9 +126,9 @@ def _fetch_index(address: str, cache: ShardCache) -> ShardSet:
             "sha256",
             require_sha256(arrays, f"{where}: arrays"),
         )
-        with suppress(DataError):  # of arrays that are missing, or of other shards; any other fault is raised below
-            return read_index(folder)
-        (folder / ARRAYS).unlink(missing_ok=True)
+        kept = folder / ARRAYS
+        if kept.is_file() and hashlib.sha256(kept.read_bytes()).hexdigest() != remote.checksum:
+            kept.unlink()  # of other shards, or damaged
         fetch(remote, folder, advice=_ADVICE)
         return read_index(folder)
 
