@@ -10,6 +10,9 @@ class          ``label``, ``class``, ``class_name``, ``category``, ``name``, ``l
 may be there   ``split``, ``difficult``, ``iscrowd``, ``area``, ``image_id``; others are not looked at
 =============  ======================================================================================================
 
+Of Open Images, ``IsGroupOf`` is ``iscrowd`` (-1, not known, is 0), and ``LabelName`` is given its name by the file
+``*class-descriptions*.csv`` beside the table, or ``metadata/classes.csv``.
+
 Where no number of the boxes of a table is above 1, they are parts of the width and height of the image, and a line of the log says
 so. An image may be named without its suffix.
 
@@ -26,6 +29,7 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -56,7 +60,7 @@ _ALIASES = {
     "label": ("label", "class", "classname", "category", "name", "labelname", "classid"),
     "split": ("split", "set", "subset"),
     "difficult": ("difficult",),
-    "iscrowd": ("iscrowd",),
+    "iscrowd": ("iscrowd", "isgroupof"),
     "area": ("area",),
     "image_id": ("imageid",),
 }
@@ -90,6 +94,7 @@ class Table:
         self.header = [name.strip() for _, names in [next(records, (1, []))] for name in names]
         self.columns = _find_columns(path, self.header)
         places = {meaning: self.header.index(name) for meaning, name in self.columns.items()}
+        self._display = _display_names(path) if _plain(self.columns["label"]) == "labelname" else {}
         self.rows = [self._row(line, values, places) for line, values in records if any(map(str.strip, values))]
 
     @property
@@ -117,7 +122,19 @@ class Table:
             broken = f"has {len(values)} values, but the header {len(self.header)} columns"
             return Row(line, {}, broken)
         cells = {meaning: values[place].strip() for meaning, place in places.items()}
-        return Row(line, {meaning: cell[bool(_QUOTED.match(cell)) :] for meaning, cell in cells.items()})
+        cells = {meaning: cell[bool(_QUOTED.match(cell)) :] for meaning, cell in cells.items()}
+        cells["label"] = self._display.get(cells["label"], cells["label"])
+        if cells.get("iscrowd") == "-1" and _plain(self.columns["iscrowd"]) == "isgroupof":
+            cells["iscrowd"] = ""
+        return Row(line, cells)
+
+
+def _display_names(table: Path) -> dict[str, str]:
+    """What Open Images calls its classes: ``{"/m/01g317": "Person"}``; nothing where no file beside the table says it."""
+    metadata = (folder.glob("metadata/*class*.csv") for folder in (table.parent, table.parent.parent))
+    files = chain(table.parent.glob("*class-descriptions*.csv"), *metadata)
+    rows = (values for path in sorted(set(files)) for _, values in read_table(path))
+    return {values[0].strip(): values[1].strip() for values in rows if len(values) == 2}
 
 
 def _find_columns(path: Path, header: list[str]) -> dict[str, str]:

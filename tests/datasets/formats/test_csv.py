@@ -55,6 +55,15 @@ def test_flags_areas_and_ids(tmp_path: Path) -> None:
     assert a.image_ids.tolist() == [30, 1]
 
 
+def test_open_images(tmp_path: Path) -> None:
+    (tmp_path / "class-descriptions-boxable.csv").write_text('/m/0bt9lr,Dog\n/m/0k5j,"Door, closed"\n')
+    rows = ["a,/m/0bt9lr,0,0.5,0.25,0.75,1", "a,/m/0k5j,0,1,0,1,0", "b,/m/none,0,1,0,1,-1"]
+    a = load_csv(write_csv(tmp_path, rows, "ImageID,LabelName,XMin,XMax,YMin,YMax,IsGroupOf"))
+    assert a.class_names == ("/m/none", "Dog", "Door, closed")
+    assert a.boxes.tolist() == [[0, 10, 30, 30], [0, 0, 60, 40], [0, 0, 60, 40]]
+    assert a.iscrowd.tolist() == [True, False, False]
+
+
 HEADER_FAULTS = {
     "no header": (
         "a.jpg,1,2,3,4,dog",
