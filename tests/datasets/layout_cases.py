@@ -272,7 +272,7 @@ LAYOUTS = [
     Layout("table with ids of classes", "csv", "data/{stem}.jpg", "", ALL, "labels/detections.csv", {
         "metadata/classes.csv": "LabelName,DisplayName\n/m/01,ball\n/m/02,box\n",
         "labels/detections.csv": "ImageID,LabelName,Confidence,XMin,XMax,YMin,YMax,IsGroupOf\nc,,,,,,,\n" + "".join(
-            f"{stem},{dict(ball='/m/01', box='/m/02')[label]},1,{x1 / WIDTH},{x2 / WIDTH},{y1 / HEIGHT},{y2 / HEIGHT},-1\n"
+            f"{stem},/m/0{1 + (label == 'box')},1,{x1 / WIDTH},{x2 / WIDTH},{y1 / HEIGHT},{y2 / HEIGHT},-1\n"
             for stem in STEMS for label, x1, y1, x2, y2 in SCENES[stem])}),
     Layout("tables in splits", "csv", "{split}/{stem}.jpg", "", TWO, "train/_annotations.csv", {
         f"{split}/_annotations.csv": rows(stems) for split, stems in TWO.items()}),
