@@ -5,6 +5,7 @@ import io
 from functools import partial
 
 import pytest
+import runs
 import torch
 from attention_networks import (
     OPEN,
@@ -36,7 +37,8 @@ from detpipe.attention import (
 from detpipe.attention.insertion import PROBES
 
 SEQUENTIAL = ("mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "regnet_x_400mf", "mnasnet0_5")
-torchvision_network = pytest.mark.parametrize("name", TORCHVISION)
+QUICK = ("resnet18", "vgg11_bn", "mobilenet_v2", "mnasnet0_5")
+torchvision_network = pytest.mark.parametrize("name", runs.mostly_slow(TORCHVISION, *QUICK))
 timm_network = pytest.mark.parametrize("name", TIMM)
 
 
@@ -121,7 +123,7 @@ def assert_blocks_are_shortcuts(network, blocks, x):
     assert len(seen) == len(blocks)
 
 
-@pytest.mark.parametrize("name", [name for name, (where, *_) in TORCHVISION.items() if where is None])
+@pytest.mark.parametrize("name", runs.mostly_slow([n for n, (where, *_) in TORCHVISION.items() if not where], *QUICK))
 def test_shut_gates_leave_the_shortcut_in_torchvision_networks(name):
     network = build(name)
     names = add_attention(network, SHUT)
@@ -164,7 +166,9 @@ def test_torchvision_cuts_every_kind_of_attention(make, where):
         torch.testing.assert_close(cut, network(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "convnext_tiny", "efficientnet_b0"])
+@pytest.mark.parametrize(
+    "name", runs.mostly_slow(["resnet50", "mobilenet_v2", "convnext_tiny", "efficientnet_b0"], *QUICK)
+)
 def test_the_cut_keeps_the_names_of_nodes_and_weights(name):
     network = build(name)
     before = get_graph_node_names(network)[1]

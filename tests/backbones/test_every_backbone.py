@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import runs
 import torch
 from torch import nn
 
@@ -57,7 +58,7 @@ def step(backbone: Backbone, images: torch.Tensor):
     return (maps, gradients, backbone.state_dict()), sum(sizes.values())
 
 
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("name", runs.mostly_slow(BUILD, "squeezenet1_1", "timm/convnext_atto", "SEResNet"))
 def test_checkpointing_changes_nothing_but_memory(name):
     drop_path = 0.3 if name in DROPPING else 0.0
     plain, other = (BUILD[name](Regime(drop_path=drop_path, checkpointing=given)).train() for given in (False, True))
@@ -164,7 +165,7 @@ def test_weights_that_do_not_fit(name, first, other, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own look
-@pytest.mark.parametrize("name", ["SEResNet", "resnet18", "timm/resnet10t"])
+@pytest.mark.parametrize("name", runs.mostly_slow(["SEResNet", "resnet18", "timm/resnet10t"], "resnet18"))
 def test_checkpointing_in_a_compiled_network(name):
     plain, images = BUILD[name](Regime(checkpointing=True)).train(), torch.rand(2, 3, 64, 64)
     other = copy.deepcopy(plain)

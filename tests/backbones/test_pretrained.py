@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -36,7 +37,7 @@ TIMM = {
 }
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", runs.mostly_slow(TORCHVISION, "resnet18"))
 def test_weights_of_torchvision(name, tmp_path):
     theirs, images = random_norms(models.get_model(name, weights=None)), torch.randn(2, 3, 70, 90)
     ours = TORCHVISION[name](saved(theirs, tmp_path), levels=["c5"])
@@ -48,7 +49,7 @@ def test_weights_of_torchvision(name, tmp_path):
             assert largest_difference(ours(images)["c5"], expected) <= 1e-5
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", runs.mostly_slow(TIMM, "seresnet18", "skresnet18"))
 def test_weights_of_timm(name, tmp_path):
     timm = pytest.importorskip("timm")
     theirs, images = random_norms(timm.create_model(name, num_classes=7)), torch.randn(2, 3, 70, 90)

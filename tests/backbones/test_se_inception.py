@@ -6,6 +6,7 @@ import copy
 import itertools
 
 import pytest
+import runs
 import torch
 from torch import nn
 from torchvision.models import Inception3, Inception_V3_Weights
@@ -96,7 +97,7 @@ def test_unpadded_with_open_gates_every_level_is_torchvisions(theirs, file):
         assert largest_difference(map_, expected[level]) <= 1e-5, level
 
 
-@pytest.mark.parametrize("side", [299, 320])
+@pytest.mark.parametrize("side", runs.mostly_slow([299, 320], 299))
 @torch.no_grad()
 def test_as_a_classifier_it_is_torchvisions(theirs, file, side):
     ours = classifier(theirs, file).eval()
@@ -106,7 +107,7 @@ def test_as_a_classifier_it_is_torchvisions(theirs, file, side):
     assert largest_difference(ours(images), theirs(normalize_all(images, PixelFormat()))) <= 1e-5
 
 
-@pytest.mark.parametrize("side", [299, 320])
+@pytest.mark.parametrize("side", runs.mostly_slow([299, 320], 299))
 @torch.no_grad()
 def test_with_the_auxiliary_classifier_it_trains_as_torchvisions(theirs, file, side):
     ours, theirs = classifier(theirs, file).double().train(), copy.deepcopy(theirs).double().train()
