@@ -6,7 +6,7 @@ take turns round by round in one process, each round in another order, and the r
 of torchvision's detector as it is). The aim is a best ratio of at most .6.
 
 What differs: torchvision has 4 (K + 1) box outputs, detpipe 4 K; the weights of both are not the same, so that as many boxes as are
-proposed enter the heads, which the table shows.
+proposed enter the heads, which the table shows. In 8 bits others are found, which this does not say; see docs/export.md.
 
     python benchmarks/inference.py [--rounds 15] [--threads 1 2] [--proposals 1000] [--no-compile]
 """
@@ -45,6 +45,8 @@ from detpipe.heads import FastRCNNHead
 from detpipe.proposals import RPN, Anchors, ProposalSelection
 from detpipe.roi_pooling import RoIAlign
 
+WHOLE, SMALL = "model.onnx", "int8.onnx"
+FILES = {WHOLE: "f32", SMALL: "int8"}
 SIZES, RATIOS, CLASSES = [32, 64, 128, 256, 512], [0.5, 1.0, 2.0], 20
 STEPS = {
     "Conv": "convolutions",
@@ -94,7 +96,7 @@ def build(proposals: int) -> tuple[TwoStageDetector, FasterRCNN]:
 
 
 def contestants(
-    own: TwoStageDetector, peer: FasterRCNN, image: Tensor, path: Path, options: Any, threads: int
+    own: TwoStageDetector, peer: FasterRCNN, image: Tensor, folder: Path, options: Any, threads: int
 ) -> dict[str, Any]:
     """Name -> what detects once."""
     batch = image[None]
@@ -105,17 +107,20 @@ def contestants(
     if not options.no_compile:
         compiled = torch.compile(Program(own), fullgraph=True)
         found["detpipe, compiled"] = lambda: compiled(batch)
-    session, feed = open_session(path, threads), {"images": batch.numpy()}
-    found["detpipe, ONNX Runtime"] = lambda: session.run(None, feed)
+    feed = {"images": batch.numpy()}
+    for name in FILES:
+        session = open_session(folder / name, threads)
+        found[f"detpipe, ONNX Runtime {FILES[name]}"] = functools.partial(session.run, None, feed)
     try:
         import openvino  # pyright: ignore[reportMissingImports]
     except ImportError:
         print("openvino is not installed: left out")
     else:
-        for precision in ("f32", "bf16"):  # bf16 helps CPUs that have instructions for it
+        for name, precision in ((WHOLE, "f32"), (WHOLE, "bf16"), (SMALL, "f32")):  # bf16 and int8 need instructions
             settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
-            model = openvino.Core().compile_model(str(path), "CPU", settings)
-            found[f"detpipe, OpenVINO {precision}"] = functools.partial(model, feed)
+            model = openvino.Core().compile_model(str(folder / name), "CPU", settings)
+            kind = precision if name == WHOLE else FILES[name]
+            found[f"detpipe, OpenVINO {kind}"] = functools.partial(model, feed)
     return found
 
 
@@ -188,13 +193,14 @@ def main() -> None:
     )
     print(f"torchvision {torchvision.__version__}; {options.proposals} proposals at most")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export(own, path, check=False)
+        place = Path(folder)
+        export(own, place / WHOLE, check=False)
+        export(own, place / SMALL, check=False, calibration=[image])
         for threads in options.threads:
             torch.set_num_threads(threads)
             torch.compiler.reset()
-            table(measure(contestants(own, peer, image, path, options, threads), options.rounds), threads)
-        where_time_goes(path, image, options.rounds)
+            table(measure(contestants(own, peer, image, place, options, threads), options.rounds), threads)
+        where_time_goes(place / WHOLE, image, options.rounds)
 
 
 if __name__ == "__main__":
