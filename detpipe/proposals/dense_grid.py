@@ -99,13 +99,12 @@ class DenseGrid(ProposalSource):
     def boxes(self, size: tuple[int, int], device: torch.device | None = None) -> Tensor:
         """Compute the boxes ``[P, 4]`` xyxy of an image of a size (height, width)."""
         key = (*size, device or torch.device("cpu"))
-        if key not in self._cache:
+        found = self._cache.get(key)
+        if found is None:
             if len(self._cache) >= CACHED_SIZES:
-                del self._cache[next(iter(self._cache))]
-            if len(self._cache) >= 1000:
-                self._cache.clear()
-            self._cache[key] = self._lay(*size).to(key[2])
-        return self._cache[key].clone()  # the caller's own, and fit for training if it was laid in inference mode
+                self._cache.clear()  # in one step, whatever other threads do
+            found = self._cache[key] = self._lay(*size).to(key[2])
+        return found.clone()  # the caller's own, and fit for training if it was laid in inference mode
 
     def _lay(self, height: int, width: int) -> Tensor:
         parts = []

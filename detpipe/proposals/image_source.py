@@ -105,7 +105,7 @@ class ImageProposals(ProposalSource):
         """Propose boxes for each image of a batch, from its resized pixels.
 
         Returns:
-            N tensors ``[P_i, 4]`` xyxy in pixels of the batch, best first, and no losses.
+            N tensors ``[P_i, 4]`` xyxy in pixels of the batch, of its type, float32 at least, best first, and no losses.
 
         Raises:
             DataError: an image is too small to be worked on; it is named where the targets say its name.
@@ -119,7 +119,8 @@ class ImageProposals(ProposalSource):
                 target = Target() if targets is None else targets[index]
                 name = target.get("file_name", target.get("image_id", f"{index} of the batch"))
                 raise DataError(f"image {name}: {error}") from error
-            boxes.append(torch.from_numpy(found).to(images.tensors))
+            dtype = torch.promote_types(tensor.dtype, torch.float32)  # in bfloat16, 301.3 pixels would be 302
+            boxes.append(torch.from_numpy(found).to(tensor.device, dtype))
         return boxes, {}
 
 

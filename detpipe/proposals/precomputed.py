@@ -43,7 +43,7 @@ class PrecomputedProposals(ProposalSource):
             targets: N targets with ``proposals`` ``[P_i, 4]`` xyxy in pixels of the batch, best first.
 
         Returns:
-            N tensors ``[at most max_boxes, 4]`` and no losses.
+            N tensors ``[at most max_boxes, 4]``, of the type of the batch, float32 at least, and no losses.
 
         Raises:
             ValueError: there are no targets, or one has no proposals or proposals of a wrong shape or that are not finite;
@@ -62,7 +62,8 @@ class PrecomputedProposals(ProposalSource):
             if not proposals.isfinite().all():
                 row = int((~proposals.isfinite().all(dim=1)).nonzero()[0])
                 raise ValueError(f"image {name}: proposal {row} is not finite: {proposals[row].tolist()}")
-            boxes.append(self._select(box_ops.clip(proposals.to(images.tensors), height, width)))
+            proposals = proposals.to(images.tensors.device, torch.promote_types(images.tensors.dtype, torch.float32))
+            boxes.append(self._select(box_ops.clip(proposals, height, width)))
         return boxes, {}
 
     def chosen(self, boxes: Tensor) -> Tensor:

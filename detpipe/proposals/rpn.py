@@ -196,12 +196,13 @@ class RPN(ProposalSource):
             grids = self.anchors.grids(cells, self._strides, maps[0].device, batch)
             return grids, torch.cat([grid.boxes() for grid in grids])
         key = (cells, batch, maps[0].device)
-        if key not in self._grids:
+        found = self._grids.get(key)
+        if found is None:
             if len(self._grids) >= CACHED_GRIDS:
-                del self._grids[next(iter(self._grids))]
+                self._grids.clear()  # in one step, whatever other threads do
             grids = self.anchors.grids(cells, self._strides, maps[0].device, batch)
-            self._grids[key] = grids, torch.cat([grid.boxes() for grid in grids])
-        return self._grids[key]
+            found = self._grids[key] = grids, torch.cat([grid.boxes() for grid in grids])
+        return found
 
     def _select(
         self,

@@ -23,6 +23,8 @@ from detpipe.stages import ImageList
 from detpipe.support.errors import DataError, TrainingError
 from detpipe.types import Target
 
+from .needs import Emptied
+
 ONE, THREE = {"c4": 16}, {"p3": 8, "p4": 16, "p5": 32}
 SIZES = [(64, 96), (50, 70), (64, 40)]
 THEIR_NAMES = {
@@ -194,7 +196,10 @@ def test_anchors_are_laid_once_for_each_shape():
     for width in range(16, 16 * (CACHED_GRIDS + 10), 16):
         images = ImageList(torch.zeros(1, 3, 16, width), [(16, width)])
         rpn.eval()(images, pyramid(1, ONE, height=16, width=width))
-    assert len(rpn._grids) == CACHED_GRIDS
+    assert 0 < len(rpn._grids) <= CACHED_GRIDS
+    rpn._grids = Emptied()
+    boxes, _ = rpn(batch(), pyramid(3, ONE))
+    assert len(boxes[0])
 
 
 @pytest.mark.parametrize("sparse", [True, False])
