@@ -128,6 +128,22 @@ def test_a_bad_image_stops_the_run_or_is_counted(tmp_path, workers):
     assert len(store["13"].boxes) == 0
 
 
+def test_a_bad_image_is_told_again_by_the_run_that_goes_on(tmp_path):
+    output, small = tmp_path / "s.safetensors", Item("13", Path("13.png"))
+
+    def stop(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_store(Build(0), [small, *items(5)], output, read, on_bad="skip", progress=stop)
+    with pytest.raises(DataError, match=r"13\.png: the image has 2 rows, too few to segment; 2 images are kept"):
+        make_store(Build(0), [small, *items(5)], output, read)
+    summary = make_store(Build(0), [small, *items(5)], output, read, on_bad="skip")
+    assert (list(summary.skipped), summary.images - summary.made) == (["13"], 2)
+    assert [len(ProposalStore(output)), len(ProposalStore(output)["13"].boxes)] == [6, 0]
+
+
 def test_boxes_that_no_store_holds_are_not_kept(tmp_path):
     class Diverged:
         name, settings = "slow", {"depth": 1}
