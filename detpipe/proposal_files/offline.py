@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.proposal_files.box_checks import read_entry
-from detpipe.proposal_files.store_format import ProposalWriter
+from detpipe.proposal_files.store_format import ProposalWriter, encode_id
 from detpipe.support.errors import DataError, DetpipeError
 from detpipe.support.resumable import Journal, Work, run
 
@@ -115,7 +115,8 @@ def make_store(
         What was done by this process.
 
     Raises:
-        DataError: two images of one id, a journal of other settings, or, unless skipped, an image that is bad.
+        DataError: two images of one id, an id that no store can hold, a journal of other settings, or, unless skipped, an
+            image that is bad.
     """
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
@@ -219,6 +220,7 @@ def _unpack(content: bytes) -> Made:
 def _check_ids(items: Sequence[Item]) -> None:
     seen: dict[str, Path] = {}
     for item in items:
+        encode_id(item.image_id, item.path)
         if item.image_id in seen:
             raise DataError(
                 f"images {seen[item.image_id]} and {item.path} have the same id {item.image_id!r}: a store has one entry an id"

@@ -422,6 +422,11 @@ def test_entries_that_are_no_boxes(tmp_path):
     assert done.counts["images read"] == 6
 
 
+def test_an_image_whose_name_is_no_utf8_text(tmp_path):
+    with pytest.raises(DataError, match=r"an image id must be text \(UTF-8\)"):
+        converted(tmp_path, "a.pkl", pickle.dumps({"caf\udce9.jpg": np.ones((3, 4))}))
+
+
 def test_images_that_are_there_twice(tmp_path):
     content = pickle.dumps({"x/a.jpg": np.zeros((1, 4)), "y/a.jpg": np.ones((3, 4))})
     with pytest.raises(DataError, match=r"image 'y/a\.jpg': there twice \(as the id 'a'\)"):

@@ -164,6 +164,13 @@ def test_two_images_of_one_id_are_refused(tmp_path):
         make_store(Build(0), [Item("1", Path("a/1.png")), Item("1", Path("b/1.png"))], tmp_path / "s.safetensors", read)
 
 
+def test_a_file_whose_name_is_no_utf8_text_is_refused_before_boxes_are_made(tmp_path):
+    named = Item("caf\udce9", Path("caf\udce9.png"))
+    with pytest.raises(DataError, match=r"caf\udce9\.png: an image id must be text \(UTF-8\)"):
+        make_store(Build(0), [*items(3), named], tmp_path / "s.safetensors", read)
+    assert not list(tmp_path.iterdir())
+
+
 def test_progress_counts_what_was_there_before(tmp_path):
     output, told = tmp_path / "s.safetensors", []
     with open_journal(output, "slow", {"depth": 1}) as journal:
