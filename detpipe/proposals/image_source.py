@@ -98,6 +98,7 @@ class ImageProposals(ProposalSource):
         found = self.find(np.ascontiguousarray(image))
         return select(found, (height, width), self.min_size, self.max_boxes)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def forward(
         self, images: ImageList, features: Features, targets: list[Target] | None = None

@@ -139,8 +139,9 @@ class ProposalSelection:
         index = torch.cat([found.indices + start for found, start in zip(best, starts, strict=False)], dim=1)
         scores = torch.cat([found.values for found in best], dim=1)  # [N, M]
         deltas = box_ops.take(deltas, index)
-        if checked:
-            _refuse_non_finite(scores, deltas)
+        if checked:  # in a graph, what comes after the anchors of a level fills it up
+            own = [found.values[:, :size] for found, size in zip(best, level_sizes, strict=True)]
+            _refuse_non_finite(torch.cat(own, dim=1), deltas)
         boxes = box_ops.decode(deltas, anchors[index], WEIGHTS)
         boxes = box_ops.clip(boxes, *box_ops.image_sides(image_sizes, boxes))
         keep = box_ops.valid(boxes, self.min_size)

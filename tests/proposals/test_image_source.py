@@ -184,6 +184,17 @@ def test_boxes_take_the_type_of_the_batch_but_are_not_rounded_to_half_precision(
         assert not found.requires_grad
 
 
+def test_a_compiled_source_looks_at_pixels_as_it_does_elsewhere():
+    class Binned(Bright):
+        def find(self, image):
+            return super().find((image.astype(np.uint16) * 25 >> 8).astype(np.uint8))  # no type of a compiled graph
+
+    source, images = Binned(), ImageList(torch.rand(1, 3, 20, 30), [(20, 30)])
+    expected, _ = source(images, {})
+    found, _ = torch.compile(source, backend="eager")(images, {})
+    assert torch.equal(found[0], expected[0])
+
+
 def test_settings_are_all_arguments_but_the_pixel_format():
     source = Bright(max_boxes=3, min_size=2, pixel_format=FORMATS["bgr"])
     assert source.settings == {"depth": [1, [2, 3]], "max_boxes": 3, "min_size": 2}

@@ -78,6 +78,19 @@ def test_filled_up_it_has_the_same_boxes_and_then_some_without_area():
         assert not got[len(want) :].any()
 
 
+def test_compiled_it_tells_what_fills_a_small_level_up_from_what_is_not_finite(monkeypatch):
+    logits, deltas, anchors = inputs(2)
+    selection = ProposalSelection((2000, 2000), (50, 50))
+    expected, _ = selection(logits, deltas, anchors, LEVELS, SIZES, training=False)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found, _ = selection(logits, deltas, anchors, LEVELS, SIZES, training=False)
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own, other)
+    logits[1, 3] = -torch.inf
+    with pytest.raises(NotFiniteError, match="image 1: a score is -inf"):
+        selection(logits, deltas, anchors, LEVELS, SIZES, training=False)
+
+
 def test_equal_scores_keep_the_order_of_the_levels():
     anchors = torch.tensor([[0.0, 0.0, 8.0, 8.0], [20.0, 0.0, 28.0, 8.0], [40.0, 0.0, 48.0, 8.0]])
     for _ in range(3):
