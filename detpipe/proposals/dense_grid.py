@@ -19,6 +19,7 @@ from torch import Tensor
 from detpipe import boxes as box_ops
 from detpipe.proposals.image_source import Floats, Image
 from detpipe.stages import ImageList, Losses, ProposalSource
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features, Target
 
 CACHED_SIZES = 256  # of images, whose boxes are kept
@@ -55,11 +56,11 @@ class DenseGrid(ProposalSource):
         max_boxes: int = 4000,
     ) -> None:
         super().__init__()
-        if not scales or not ratios or min(*scales, *ratios, stride, max_boxes) <= 0 or spacing < 0:
-            raise ValueError(
-                "scales, ratios, stride and max_boxes must be positive and spacing at least 0, got "
-                f"{scales=}, {ratios=}, {stride=}, {max_boxes=}, {spacing=}"
-            )
+        if not scales or not ratios:
+            raise ValueError(f"scales and ratios need at least one number each, got {scales=}, {ratios=}")
+        check_numbers("must be positive and finite", scales=scales, ratios=ratios, stride=stride)
+        check_numbers("must not be negative or infinite", spacing=spacing)
+        check_whole(max_boxes=max_boxes)
         self.scales, self.ratios = tuple(scales), tuple(ratios)
         self.stride, self.spacing, self.max_boxes = stride, spacing, max_boxes
         self._cache: dict[tuple[int, int, torch.device], Tensor] = {}

@@ -18,6 +18,7 @@ from torch import Tensor
 from detpipe import images as frames
 from detpipe.stages import ImageList, Losses, ProposalSource
 from detpipe.support.errors import DataError
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features, PixelFormat, Target
 
 Image = npt.NDArray[np.uint8]  # [H, W, 3] RGB
@@ -51,10 +52,8 @@ class ImageProposals(ProposalSource):
 
     def __init__(self, max_boxes: int | None, min_size: float, pixel_format: PixelFormat | None = None) -> None:
         super().__init__()
-        if max_boxes is not None and max_boxes < 1:
-            raise ValueError(f"max_boxes must be positive or null, got {max_boxes}")
-        if not 0 <= min_size < float("inf"):
-            raise ValueError(f"min_size must be 0 or more pixels, got {min_size}")
+        check_whole(max_boxes=max_boxes)
+        check_numbers("must not be negative or infinite", min_size=min_size)
         self.max_boxes, self.min_size, self.pixel_format = max_boxes, min_size, pixel_format or PixelFormat()
 
     def set_pixel_format(self, pixel_format: PixelFormat) -> None:

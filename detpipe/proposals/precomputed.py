@@ -7,6 +7,7 @@ from torch import Tensor
 
 from detpipe import boxes as box_ops
 from detpipe.stages import ImageList, Losses, ProposalSource
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features, Target
 
 
@@ -26,10 +27,8 @@ class PrecomputedProposals(ProposalSource):
 
     def __init__(self, max_boxes: int | None = 2000, min_size: float = 1.0, remove_duplicates: bool = True) -> None:
         super().__init__()
-        if max_boxes is not None and max_boxes < 1:
-            raise ValueError(f"max_boxes must be positive or null, got {max_boxes}")
-        if not 0 <= min_size < float("inf"):
-            raise ValueError(f"min_size must be 0 or more pixels, got {min_size}")
+        check_whole(max_boxes=max_boxes)
+        check_numbers("must not be negative or infinite", min_size=min_size)
         self.max_boxes, self.min_size, self.remove_duplicates = max_boxes, min_size, remove_duplicates
 
     def forward(

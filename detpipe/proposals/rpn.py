@@ -32,6 +32,7 @@ from detpipe.proposals.rpn_objective import AnchorTargets, RPNObjective
 from detpipe.proposals.rpn_selection import NotFiniteError, ProposalSelection
 from detpipe.stages import ImageList, Losses, ProposalSource
 from detpipe.support.errors import DataError, NonFiniteStepError, TrainingError
+from detpipe.support.numbers import check_whole
 from detpipe.support.processes import any_sharing_rank, count_per_rank
 from detpipe.types import Features, Target
 
@@ -76,11 +77,10 @@ class RPN(ProposalSource):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        if not strides or min(strides.values()) < 1 or extra_levels < 0:
-            raise ValueError(
-                "expected at least one level in strides, strides of at least 1 pixel and extra_levels of at least 0; got "
-                f"{strides=}, {extra_levels=}"
-            )
+        if not strides:
+            raise ValueError(f"strides need at least one level, got {strides}")
+        check_whole(strides=list(strides.values()))
+        check_whole(0, extra_levels=extra_levels)
         self.strides, self.extra_levels, self.frozen = dict(strides), extra_levels, frozen
         self.anchors, self.objective, self.selection = anchors, objective, selection
         coarsest = max(strides.values())

@@ -212,8 +212,8 @@ def test_the_image_is_left_alone_and_need_not_be_contiguous():
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_bad_arguments(count):
-    with pytest.raises(ValueError, match=f"max_boxes must be positive or null, got {count}"):
+    with pytest.raises(ValueError, match=f"max_boxes must be at least 1, got {count}"):
         Bright(max_boxes=count)
     for size in (-1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"min_size must be 0 or more pixels, got {size}"):
+        with pytest.raises(ValueError, match=f"min_size must not be negative or infinite, got {size}"):
             Bright(min_size=size)

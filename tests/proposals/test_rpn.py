@@ -272,9 +272,17 @@ def test_wrong_inputs():
         rpn(batch(), pyramid(3, THREE), [Target()] * 3)
 
 
-@pytest.mark.parametrize("arguments", [{"strides": {}}, {"strides": {"c4": 0}}, {"strides": ONE, "extra_levels": -1}])
-def test_bad_arguments(arguments):
-    with pytest.raises(ValueError, match="expected at least one level in strides"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strides": {}}, "strides need at least one level"),
+        ({"strides": {"c4": 0}}, "strides must be at least 1"),
+        ({"strides": {"c4": float("nan")}}, "strides must be a whole number"),
+        ({"strides": ONE, "extra_levels": -1}, "extra_levels must be at least 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
         RPN(4, **arguments)
 
 
