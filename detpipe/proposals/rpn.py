@@ -83,8 +83,8 @@ class RPN(ProposalSource):
         check_whole(0, extra_levels=extra_levels)
         self.strides, self.extra_levels, self.frozen = dict(strides), extra_levels, frozen
         self.anchors, self.objective, self.selection = anchors, objective, selection
-        coarsest = max(strides.values())
-        self._strides = [*strides.values(), *(coarsest * 2**step for step in range(1, extra_levels + 1))]
+        *_, last = strides.values()
+        self._strides = [*strides.values(), *(last * 2**step for step in range(1, extra_levels + 1))]
         self.head = RPNHead(in_channels, anchors.per_cell(self._strides), conv_dims or [in_channels])
         self.head.requires_grad_(not frozen)
         self._grids: dict[tuple[object, ...], tuple[list[AnchorGrid], Tensor]] = {}

@@ -272,6 +272,15 @@ def test_wrong_inputs():
         rpn(batch(), pyramid(3, THREE), [Target()] * 3)
 
 
+def test_extra_levels_follow_the_last_one_whatever_the_order():
+    rpn = RPN(4, {"p3": 8, "p2": 4}, extra_levels=1).eval()
+    features = {"p3": torch.zeros(1, 4, 4, 6), "p2": torch.zeros(1, 4, 8, 12)}
+    rpn(ImageList(torch.zeros(1, 3, 32, 48), [(32, 48)]), features)
+    [(grids, _)] = rpn._grids.values()
+    coarse, _, extra = ((grid.x[0, 1] - grid.x[0, 0]).tolist() for grid in grids)
+    assert coarse == extra == [8.0, 8.0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
