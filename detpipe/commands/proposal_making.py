@@ -105,10 +105,11 @@ def find_items(
     """List images with the ids that a store calls them by, and where they are; of a plain folder the names without suffix."""
     path = Path(data)
     if path.is_dir() and layout_of(path) is None:
-        if split is not None:
-            raise UsageError(
-                f"--split {split}: --data {data} is a plain folder of images, it has no splits; {EXPECTED}"
-            )
+        for option, value in (("split", split), ("images", images)):
+            if value is not None:
+                raise UsageError(
+                    f"--{option} {value}: --data {data} is a plain folder of images, leave it out; {EXPECTED}"
+                )
         return [Item(file.stem, file) for file in find_images([data])], PLAIN_FILES
     opened = open_split(data, split, images, "skip" if skip_bad else "error")
     annotations = opened.annotations("val")

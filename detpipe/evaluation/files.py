@@ -21,7 +21,7 @@ from msgspec import UNSET
 
 from detpipe.evaluation import predictions
 from detpipe.evaluation.records import box_sizes, canonical_order, check_detections
-from detpipe.support.coco_file import COCOFile, read_coco_file
+from detpipe.support.coco_file import COCOFile, as_key, read_coco_file
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write
 from detpipe.support.strict_json import load_json, require, require_numbers, shorten
@@ -114,7 +114,8 @@ def read_detections(path: str | os.PathLike[str], annotations: Annotations) -> D
 
     Args:
         path: the JSON file, or JSON lines (``*.jsonl``).
-        annotations: the ground truth, whose image ids and category ids the file uses.
+        annotations: the ground truth, whose image ids and category ids the file uses; where those are text, that text or the
+            numbers that stand for it.
 
     Raises:
         DataError: a malformed file; a record without one of the fields, with a number that is not finite, a box of negative
@@ -129,6 +130,7 @@ def read_detections(path: str | os.PathLike[str], annotations: Annotations) -> D
     boxes, scores = np.zeros((len(rows), 4)), np.zeros(len(rows))
     known_images = set(annotations.image_ids.tolist())
     label_of = {category: k for k, category in enumerate(annotations.category_ids, start=1)}
+    _number_ids(rows, annotations)
     for i, row in enumerate(rows):
         where = f"{path}: record {i}"
         image_id = require(row, "image_id", int, where)
@@ -143,8 +145,22 @@ def read_detections(path: str | os.PathLike[str], annotations: Annotations) -> D
     return DetectionArrays(image_ids=image_ids, boxes=boxes, scores=scores, labels=labels)
 
 
+def _number_ids(records: list[Any], annotations: Annotations) -> None:
+    """Replace ids of records that are not written as whole numbers by the numbers that stand for them, if there are any."""
+    numbers: dict[str, dict[Any, int]] = {"image_id": {}, "category_id": {}}
+    rows = (row for row in records if isinstance(row, dict))
+    written = [(row, name) for row in rows for name in numbers if type(row.get(name)) in (str, float)]
+    if written and annotations.root.is_file():
+        file = read_coco_file(annotations.root)
+        numbers["image_id"] = dict(zip(file.images["id"], file.image_ids.tolist(), strict=True))
+        numbers["category_id"] = dict(zip(file.categories["id"], file.category_ids, strict=True))
+    for row, name in written:
+        key = as_key(row[name])
+        row[name] = numbers[name].get(key, key)
+
+
 def write_detections(path: str | os.PathLike[str], detections: DetectionArrays, annotations: Annotations) -> None:
-    """Write detections in COCO's result format, with the image ids and category ids of the annotation file.
+    """Write detections in COCO's result format, with the image and category ids of the annotation file, or the numbers of text.
 
     Records are in canonical order, one a line, so that equal sets of detections make equal files; reading them back gives the
     same bits. The file appears under its name only when it is complete.

@@ -145,7 +145,8 @@ class Glimpse(nn.Module):
         check_whole(samples=samples)
         self.output_size, self.settings, self.samples, self.levels = output_size, settings, samples, levels
         self.grid = settings.grid()
-        self._exact = _points_of_frame(output_size[0] * samples, output_size[1] * samples)
+        with torch.device("cpu"):  # of a network that is built on the device "meta", too
+            self._exact = _points_of_frame(output_size[0] * samples, output_size[1] * samples)
         self.register_buffer("points", self._exact.float(), persistent=False)
         width = in_channels * output_size[0] * output_size[1]
         self.localization = Localization(width, self.grid, settings.hidden, settings.step)

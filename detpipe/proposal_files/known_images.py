@@ -87,7 +87,7 @@ def read_known_images(path: str | Path) -> KnownImages:
 
 
 def _read_list(path: Path) -> KnownImages:
-    ids = [line.split()[0] for line in read_text(path, "list of ids, nor a .json file").splitlines() if line.strip()]
+    ids = [line.split()[0] for line in read_text(path, "list of ids or .json file").splitlines() if line.strip()]
     for image_id, count in Counter(ids).items():
         if count > 1:
             raise DataError(f"{path}: image id {image_id} is there twice; each image must have an id of its own")

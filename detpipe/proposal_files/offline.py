@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from detpipe.proposal_files.box_checks import read_entry
-from detpipe.proposal_files.store_format import ProposalWriter
+from detpipe.proposal_files.store_format import ProposalWriter, encode_id
 from detpipe.support.errors import DataError, DetpipeError
 from detpipe.support.resumable import Journal, Work, run
 
@@ -115,7 +115,8 @@ def make_store(
         What was done by this process.
 
     Raises:
-        DataError: two images of one id, a journal of other settings, or, unless skipped, an image that is bad.
+        DataError: two images of one id, an id that no store can hold, a journal of other settings, or, unless skipped, an
+            image that is bad.
     """
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
@@ -131,7 +132,7 @@ def make_store(
         _make_all(journal, own, partial(run, prepare, workers=workers, preload=__name__), on_bad, summary, progress)
     wait()
     if rank == 0:
-        _write_store(output, source, size)
+        _write_store(output, source, size, items)
     return summary
 
 
@@ -152,16 +153,24 @@ def _make_all(
             f"{', '.join(foreign[:5])}; delete it to begin anew, or ask for the same images"
         )
     tell = progress or (lambda done, of: None)
-    kept = len(done)
-    tell(kept, len(items))
-    for item, result in make([item for item in items if item.image_id not in done]):
-        journal.add(_keep(item, result, on_bad, f"{kept} images are kept in {journal.path}", summary))
-        kept += 1
-        tell(kept, len(items))
+    tell(len(done), len(items))
+    for kept, (item, result) in enumerate(make([item for item in items if item.image_id not in done]), len(done)):
+        summary.made += 1
+        if not isinstance(result, str):
+            made, seconds = result
+            summary.seconds += seconds
+            journal.add(made)
+        elif on_bad == "skip":  # not in the journal: a later run tries it again, and says so
+            summary.skipped[item.image_id] = result
+        else:
+            raise DataError(
+                f"{item.path}: {result}; {kept} images are kept in {journal.path}, and the same command goes on from there"
+            )
+        tell(kept + 1, len(items))
 
 
-def _write_store(output: Path, source: Proposer, size: int) -> None:
-    """Write what is in the journals of all processes, and remove them."""
+def _write_store(output: Path, source: Proposer, size: int, items: Sequence[Item]) -> None:
+    """Write what is in the journals of all processes, and remove them; images that no journal has were skipped: no boxes."""
     with ExitStack() as stack:
         journals = [
             stack.enter_context(open_journal(output, source.name, source.settings, (number, size)))
@@ -170,6 +179,9 @@ def _write_store(output: Path, source: Proposer, size: int) -> None:
         with ProposalWriter(output, source.name, source.settings) as writer:
             for made in chain.from_iterable(journal.entries() for journal in journals):
                 writer.add(made.image_id, made.boxes, made.scores, made.size if made.size[0] else None)
+            for item in items:
+                if item.image_id not in writer:
+                    writer.add(item.image_id, [], [])
         for journal in journals:
             journal.remove()
 
@@ -205,22 +217,10 @@ def _unpack(content: bytes) -> Made:
     return Made(name, (height, width), boxes, np.frombuffer(content, dtype="<f4", offset=start + 16 * count))
 
 
-def _keep(item: Item, result: _Result, on_bad: str, kept: str, summary: Summary) -> Made:
-    """Count a result, and say what of it goes into the journal."""
-    summary.made += 1
-    if not isinstance(result, str):
-        made, seconds = result
-        summary.seconds += seconds
-        return made
-    if on_bad == "error":
-        raise DataError(f"{item.path}: {result}; {kept}, and the same command goes on from there")
-    summary.skipped[item.image_id] = result
-    return Made(item.image_id, (0, 0), np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
-
-
 def _check_ids(items: Sequence[Item]) -> None:
     seen: dict[str, Path] = {}
     for item in items:
+        encode_id(item.image_id, item.path)
         if item.image_id in seen:
             raise DataError(
                 f"images {seen[item.image_id]} and {item.path} have the same id {item.image_id!r}: a store has one entry an id"

@@ -306,7 +306,7 @@ class ProposalWriter:
         return len(self._entries)
 
     def __contains__(self, image_id: str) -> bool:
-        return image_id.encode() in self._entries
+        return encode_id(image_id, self.path) in self._entries
 
     def add(self, image_id: str, boxes: Any, scores: Any, size: tuple[int, int] | None = None) -> None:
         """Add the boxes of one image.
@@ -325,7 +325,7 @@ class ProposalWriter:
         """
         if self._done:
             raise ValueError(f"{self.path}: the writer is closed; make another one for another store")
-        name = _encode_id(image_id, self.path)
+        name = encode_id(image_id, self.path)
         where = f"{self.path}: image {image_id!r}"
         if name in self._entries:
             raise DataError(f"{where}: added twice; a store has one entry for each image")
@@ -389,9 +389,10 @@ class ProposalWriter:
         yield b"".join(names)
 
 
-def _encode_id(image_id: Any, path: Path) -> bytes:
+def encode_id(image_id: Any, path: Path) -> bytes:
+    """Turn an image id into the bytes that a store holds; a DataError, which starts with ``path``, where that cannot be."""
     if not isinstance(image_id, str) or not image_id or not _is_utf8(image_id):
-        raise DataError(f"{path}: an image id must be text that is not empty, such as '139', got {image_id!r}")
+        raise DataError(f"{path}: an image id must be text (UTF-8) that is not empty, such as '139', got {image_id!r}")
     return image_id.encode()
 
 

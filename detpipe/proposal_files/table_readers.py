@@ -6,6 +6,7 @@ from pathlib import Path
 
 from detpipe.proposal_files.known_images import KnownImages
 from detpipe.proposal_files.raw_proposals import Groups, RawFile, Tally
+from detpipe.support.coco_file import as_key
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import load_json, require, require_numbers, shorten
 from detpipe.support.tables import read_table
@@ -27,7 +28,7 @@ def read_coco(path: Path, known: KnownImages | None, tally: Tally) -> RawFile:
         where = f"{path}: record {row}"
         try:
             box, score = require_numbers(record, "bbox", 4, where), require(record, "score", float, where)
-            image_id = record.get("image_id")
+            image_id = as_key(record.get("image_id"))
             if type(image_id) not in (int, str) or image_id == "":
                 raise DataError(
                     f"{where}: the field 'image_id' is {shorten(image_id)}: expected a whole number or text"

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from detpipe.support.numbers import check_numbers
+
 
 @dataclass(frozen=True)
 class AnchorGrid:
@@ -80,8 +82,7 @@ class Anchors:
     def __post_init__(self) -> None:
         if not self.ratios or not all(0 < ratio < math.inf for ratio in self.ratios):
             raise ValueError(f"anchors need ratios above 0 (height divided by width), got {self.ratios}")
-        if not 0 <= self.offset <= 1:
-            raise ValueError(f"offset must be in 0..1 (.5 is the middle of a cell), got {self.offset}")
+        check_numbers("must be in 0..1", offset=self.offset)
         if self.sizes is None:
             return
         flat = [size for size in self.sizes if not isinstance(size, Sequence)]

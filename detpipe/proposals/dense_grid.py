@@ -19,6 +19,7 @@ from torch import Tensor
 from detpipe import boxes as box_ops
 from detpipe.proposals.image_source import Floats, Image
 from detpipe.stages import ImageList, Losses, ProposalSource
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features, Target
 
 CACHED_SIZES = 256  # of images, whose boxes are kept
@@ -55,11 +56,11 @@ class DenseGrid(ProposalSource):
         max_boxes: int = 4000,
     ) -> None:
         super().__init__()
-        if not scales or not ratios or min(*scales, *ratios, stride, max_boxes) <= 0 or spacing < 0:
-            raise ValueError(
-                "scales, ratios, stride and max_boxes must be positive and spacing at least 0, got "
-                f"{scales=}, {ratios=}, {stride=}, {max_boxes=}, {spacing=}"
-            )
+        if not scales or not ratios:
+            raise ValueError(f"scales and ratios need at least one number each, got {scales=}, {ratios=}")
+        check_numbers("must be positive and finite", scales=scales, ratios=ratios, stride=stride)
+        check_numbers("must not be negative or infinite", spacing=spacing)
+        check_whole(max_boxes=max_boxes)
         self.scales, self.ratios = tuple(scales), tuple(ratios)
         self.stride, self.spacing, self.max_boxes = stride, spacing, max_boxes
         self._cache: dict[tuple[int, int, torch.device], Tensor] = {}
@@ -99,13 +100,12 @@ class DenseGrid(ProposalSource):
     def boxes(self, size: tuple[int, int], device: torch.device | None = None) -> Tensor:
         """Compute the boxes ``[P, 4]`` xyxy of an image of a size (height, width)."""
         key = (*size, device or torch.device("cpu"))
-        if key not in self._cache:
+        found = self._cache.get(key)
+        if found is None:
             if len(self._cache) >= CACHED_SIZES:
-                del self._cache[next(iter(self._cache))]
-            if len(self._cache) >= 1000:
-                self._cache.clear()
-            self._cache[key] = self._lay(*size).to(key[2])
-        return self._cache[key].clone()  # the caller's own, and fit for training if it was laid in inference mode
+                self._cache.clear()  # in one step, whatever other threads do
+            found = self._cache[key] = self._lay(*size).to(key[2])
+        return found.clone()  # the caller's own, and fit for training if it was laid in inference mode
 
     def _lay(self, height: int, width: int) -> Tensor:
         parts = []

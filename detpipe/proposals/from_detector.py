@@ -19,6 +19,7 @@ from torchvision.models import detection, get_model_weights, list_models
 from detpipe.proposals.image_source import Candidates, Image, ImageProposals
 from detpipe.support.errors import CheckpointError, UsageError
 from detpipe.support.files import refuse_special
+from detpipe.support.numbers import check_numbers
 from detpipe.support.suggest import did_you_mean
 from detpipe.support.untrusted import check_saved
 from detpipe.types import PixelFormat
@@ -65,8 +66,7 @@ class FromDetector(ImageProposals):
         pixel_format: PixelFormat | None = None,
     ) -> None:
         super().__init__(max_boxes, min_size, pixel_format)
-        if not 0 <= min_score <= 1:
-            raise ValueError(f"min_score must be in 0..1, got {min_score}")
+        check_numbers("must be in 0..1", min_score=min_score)
         if not isinstance(detector, str) and not callable(detector) and not hasattr(detector, "detect"):
             raise ValueError(f"detector must be a name or a module, got {detector!r}")
         self.detector = detector if isinstance(detector, str) else type(detector).__qualname__  # for settings

@@ -18,6 +18,7 @@ from torch import Tensor
 from detpipe import images as frames
 from detpipe.stages import ImageList, Losses, ProposalSource
 from detpipe.support.errors import DataError
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features, PixelFormat, Target
 
 Image = npt.NDArray[np.uint8]  # [H, W, 3] RGB
@@ -51,10 +52,8 @@ class ImageProposals(ProposalSource):
 
     def __init__(self, max_boxes: int | None, min_size: float, pixel_format: PixelFormat | None = None) -> None:
         super().__init__()
-        if max_boxes is not None and max_boxes < 1:
-            raise ValueError(f"max_boxes must be positive or null, got {max_boxes}")
-        if not 0 <= min_size < float("inf"):
-            raise ValueError(f"min_size must be 0 or more pixels, got {min_size}")
+        check_whole(max_boxes=max_boxes)
+        check_numbers("must not be negative or infinite", min_size=min_size)
         self.max_boxes, self.min_size, self.pixel_format = max_boxes, min_size, pixel_format or PixelFormat()
 
     def set_pixel_format(self, pixel_format: PixelFormat) -> None:
@@ -98,6 +97,7 @@ class ImageProposals(ProposalSource):
         found = self.find(np.ascontiguousarray(image))
         return select(found, (height, width), self.min_size, self.max_boxes)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def forward(
         self, images: ImageList, features: Features, targets: list[Target] | None = None
@@ -105,7 +105,7 @@ class ImageProposals(ProposalSource):
         """Propose boxes for each image of a batch, from its resized pixels.
 
         Returns:
-            N tensors ``[P_i, 4]`` xyxy in pixels of the batch, best first, and no losses.
+            N tensors ``[P_i, 4]`` xyxy in pixels of the batch, of its type, float32 at least, best first, and no losses.
 
         Raises:
             DataError: an image is too small to be worked on; it is named where the targets say its name.
@@ -119,7 +119,8 @@ class ImageProposals(ProposalSource):
                 target = Target() if targets is None else targets[index]
                 name = target.get("file_name", target.get("image_id", f"{index} of the batch"))
                 raise DataError(f"image {name}: {error}") from error
-            boxes.append(torch.from_numpy(found).to(images.tensors))
+            dtype = torch.promote_types(tensor.dtype, torch.float32)  # in bfloat16, 301.3 pixels would be 302
+            boxes.append(torch.from_numpy(found).to(tensor.device, dtype))
         return boxes, {}
 
 

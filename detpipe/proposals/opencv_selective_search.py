@@ -15,6 +15,7 @@ import numpy as np
 
 from detpipe.proposals.image_source import Candidates, Image, ImageProposals
 from detpipe.proposals.opencv_contrib import ximgproc
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import PixelFormat
 
@@ -56,11 +57,9 @@ class OpenCVSelectiveSearch(ImageProposals):
         super().__init__(max_boxes, min_size, pixel_format)
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}{did_you_mean(mode, MODES)}")
-        if min(scale, increment) < 1 or not 0 < sigma < float("inf") or seed < 0:
-            raise ValueError(
-                "expected scale and increment of at least 1, sigma above 0 and a seed of at least 0; got "
-                f"{scale=}, {increment=}, {sigma=}, {seed=}"
-            )
+        check_whole(scale=scale, increment=increment)
+        check_numbers("must be positive and finite", sigma=sigma)
+        check_whole(0, seed=seed)
         self.mode, self.scale, self.increment, self.sigma, self.seed = mode, scale, increment, sigma, seed
         ximgproc(self.name)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from detpipe import boxes as box_ops
 from detpipe.stages import ImageList, Losses, ProposalSource
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features, Target
 
 
@@ -26,10 +27,8 @@ class PrecomputedProposals(ProposalSource):
 
     def __init__(self, max_boxes: int | None = 2000, min_size: float = 1.0, remove_duplicates: bool = True) -> None:
         super().__init__()
-        if max_boxes is not None and max_boxes < 1:
-            raise ValueError(f"max_boxes must be positive or null, got {max_boxes}")
-        if not 0 <= min_size < float("inf"):
-            raise ValueError(f"min_size must be 0 or more pixels, got {min_size}")
+        check_whole(max_boxes=max_boxes)
+        check_numbers("must not be negative or infinite", min_size=min_size)
         self.max_boxes, self.min_size, self.remove_duplicates = max_boxes, min_size, remove_duplicates
 
     def forward(
@@ -43,7 +42,7 @@ class PrecomputedProposals(ProposalSource):
             targets: N targets with ``proposals`` ``[P_i, 4]`` xyxy in pixels of the batch, best first.
 
         Returns:
-            N tensors ``[at most max_boxes, 4]`` and no losses.
+            N tensors ``[at most max_boxes, 4]``, of the type of the batch, float32 at least, and no losses.
 
         Raises:
             ValueError: there are no targets, or one has no proposals or proposals of a wrong shape or that are not finite;
@@ -62,7 +61,8 @@ class PrecomputedProposals(ProposalSource):
             if not proposals.isfinite().all():
                 row = int((~proposals.isfinite().all(dim=1)).nonzero()[0])
                 raise ValueError(f"image {name}: proposal {row} is not finite: {proposals[row].tolist()}")
-            boxes.append(self._select(box_ops.clip(proposals.to(images.tensors), height, width)))
+            proposals = proposals.to(images.tensors.device, torch.promote_types(images.tensors.dtype, torch.float32))
+            boxes.append(self._select(box_ops.clip(proposals, height, width)))
         return boxes, {}
 
     def chosen(self, boxes: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from detpipe.proposals.rpn_objective import AnchorTargets, RPNObjective
 from detpipe.proposals.rpn_selection import NotFiniteError, ProposalSelection
 from detpipe.stages import ImageList, Losses, ProposalSource
 from detpipe.support.errors import DataError, NonFiniteStepError, TrainingError
+from detpipe.support.numbers import check_whole
 from detpipe.support.processes import any_sharing_rank, count_per_rank
 from detpipe.types import Features, Target
 
@@ -76,15 +77,14 @@ class RPN(ProposalSource):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        if not strides or min(strides.values()) < 1 or extra_levels < 0:
-            raise ValueError(
-                "expected at least one level in strides, strides of at least 1 pixel and extra_levels of at least 0; got "
-                f"{strides=}, {extra_levels=}"
-            )
+        if not strides:
+            raise ValueError(f"strides need at least one level, got {strides}")
+        check_whole(strides=list(strides.values()))
+        check_whole(0, extra_levels=extra_levels)
         self.strides, self.extra_levels, self.frozen = dict(strides), extra_levels, frozen
         self.anchors, self.objective, self.selection = anchors, objective, selection
-        coarsest = max(strides.values())
-        self._strides = [*strides.values(), *(coarsest * 2**step for step in range(1, extra_levels + 1))]
+        *_, last = strides.values()
+        self._strides = [*strides.values(), *(last * 2**step for step in range(1, extra_levels + 1))]
         self.head = RPNHead(in_channels, anchors.per_cell(self._strides), conv_dims or [in_channels])
         self.head.requires_grad_(not frozen)
         self._grids: dict[tuple[object, ...], tuple[list[AnchorGrid], Tensor]] = {}
@@ -196,12 +196,13 @@ class RPN(ProposalSource):
             grids = self.anchors.grids(cells, self._strides, maps[0].device, batch)
             return grids, torch.cat([grid.boxes() for grid in grids])
         key = (cells, batch, maps[0].device)
-        if key not in self._grids:
+        found = self._grids.get(key)
+        if found is None:
             if len(self._grids) >= CACHED_GRIDS:
-                del self._grids[next(iter(self._grids))]
+                self._grids.clear()  # in one step, whatever other threads do
             grids = self.anchors.grids(cells, self._strides, maps[0].device, batch)
-            self._grids[key] = grids, torch.cat([grid.boxes() for grid in grids])
-        return self._grids[key]
+            found = self._grids[key] = grids, torch.cat([grid.boxes() for grid in grids])
+        return found
 
     def _select(
         self,

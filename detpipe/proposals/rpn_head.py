@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detpipe.support.numbers import check_whole
+
 
 class RPNHead(nn.Module):
     """Score anchors and refine their boxes.
@@ -40,8 +42,9 @@ class RPNHead(nn.Module):
 
     def __init__(self, in_channels: int, per_cell: int, conv_dims: Sequence[int]) -> None:
         super().__init__()
-        if not conv_dims or min(in_channels, per_cell, *conv_dims) < 1:
-            raise ValueError(f"expected positive widths, at least one; got {in_channels=}, {per_cell=}, {conv_dims=}")
+        if not conv_dims:
+            raise ValueError(f"conv_dims need at least one width, got {conv_dims}")
+        check_whole(in_channels=in_channels, per_cell=per_cell, conv_dims=conv_dims)
         self.per_cell = per_cell
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise([in_channels, *conv_dims]))
         self.objectness = nn.Conv2d(conv_dims[-1], per_cell, 1)

@@ -27,6 +27,7 @@ from detpipe import boxes as box_ops
 from detpipe import matching
 from detpipe.matching import GroundTruth
 from detpipe.proposals.anchors import AnchorGrid
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Target
 
 ROUNDING = 5e-7
@@ -71,19 +72,12 @@ class RPNObjective:
     beta: float = 1 / 9
 
     def __post_init__(self) -> None:
-        if self.anchors_per_image < 1:
-            raise ValueError(f"anchors_per_image must be positive, got {self.anchors_per_image}")
-        if not 0 <= self.positive_fraction <= 1:
-            raise ValueError(f"positive_fraction must be in 0..1, got {self.positive_fraction}")
-        if not 0 <= self.negative_iou <= self.positive_iou <= 1 or self.positive_iou == 0:
-            raise ValueError(
-                "expected 0 <= negative_iou <= positive_iou <= 1 and positive_iou above 0, got "
-                f"negative_iou {self.negative_iou} and positive_iou {self.positive_iou}"
-            )
-        if not 0 < self.ignore_overlap <= 1 or self.beta < 0:
-            raise ValueError(
-                f"expected ignore_overlap above 0, at most 1, and beta >= 0; got {self.ignore_overlap=}, {self.beta=}"
-            )
+        check_whole(anchors_per_image=self.anchors_per_image)
+        check_numbers("must be in 0..1", positive_fraction=self.positive_fraction, negative_iou=self.negative_iou)
+        check_numbers("must be in 0..1, above 0", positive_iou=self.positive_iou, ignore_overlap=self.ignore_overlap)
+        check_numbers("must not be negative or infinite", beta=self.beta)
+        if self.negative_iou > self.positive_iou:
+            raise ValueError(f"negative_iou must not exceed positive_iou {self.positive_iou}, got {self.negative_iou}")
 
     @torch.no_grad()
     def __call__(self, grids: Sequence[AnchorGrid], anchors: Tensor, targets: Sequence[Target]) -> AnchorTargets:

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from detpipe import boxes as box_ops
 from detpipe.nms import keep_best
+from detpipe.support.numbers import check_numbers, check_whole
 
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas
 
@@ -50,21 +51,19 @@ class ProposalSelection:
     rank_by: Literal["logit", "probability"] = "logit"
 
     def __post_init__(self) -> None:
-        numbers = (*self.pre_nms_top_n, *self.post_nms_top_n)
-        if len(self.pre_nms_top_n) != 2 or len(self.post_nms_top_n) != 2 or min(numbers) < 1:
+        check_whole(pre_nms_top_n=self.pre_nms_top_n, post_nms_top_n=self.post_nms_top_n)
+        if len(self.pre_nms_top_n) != 2 or len(self.post_nms_top_n) != 2:
             raise ValueError(
-                "pre_nms_top_n and post_nms_top_n are two positive numbers each, for training and for inference; got "
+                "pre_nms_top_n and post_nms_top_n are two numbers each, for training and for inference; got "
                 f"{self.pre_nms_top_n} and {self.post_nms_top_n}"
             )
-        if not 0 < self.nms_iou <= 1 or self.min_size < 0:
-            raise ValueError(f"expected nms_iou in (0, 1] and min_size >= 0, got {self.nms_iou=}, {self.min_size=}")
+        check_numbers("must be in 0..1, above 0", nms_iou=self.nms_iou)
+        check_numbers("must not be negative or infinite", min_size=self.min_size)
+        check_numbers("must be in 0..1", score_threshold=self.score_threshold)
         if self.frozen_as not in ("training", "inference"):
             raise ValueError(f"frozen_as must be 'training' or 'inference', got {self.frozen_as!r}")
-        if not 0 <= self.score_threshold <= 1 or self.rank_by not in ("logit", "probability"):
-            raise ValueError(
-                "expected score_threshold in 0..1 and rank_by 'logit' or 'probability', got "
-                f"{self.score_threshold=}, {self.rank_by=}"
-            )
+        if self.rank_by not in ("logit", "probability"):
+            raise ValueError(f"rank_by must be 'logit' or 'probability', got {self.rank_by!r}")
 
     @torch.no_grad()
     def __call__(
@@ -139,8 +138,9 @@ class ProposalSelection:
         index = torch.cat([found.indices + start for found, start in zip(best, starts, strict=False)], dim=1)
         scores = torch.cat([found.values for found in best], dim=1)  # [N, M]
         deltas = box_ops.take(deltas, index)
-        if checked:
-            _refuse_non_finite(scores, deltas)
+        if checked:  # in a graph, what comes after the anchors of a level fills it up
+            own = [found.values[:, :size] for found, size in zip(best, level_sizes, strict=True)]
+            _refuse_non_finite(torch.cat(own, dim=1), deltas)
         boxes = box_ops.decode(deltas, anchors[index], WEIGHTS)
         boxes = box_ops.clip(boxes, *box_ops.image_sides(image_sizes, boxes))
         keep = box_ops.valid(boxes, self.min_size)

@@ -19,6 +19,7 @@ from detpipe.proposals.image_source import Candidates, Image, ImageProposals
 from detpipe.proposals.region_grouping import SIMILARITIES, Grouping, group
 from detpipe.proposals.regions import Regions, describe, quantize_color, quantize_texture
 from detpipe.regions.superpixels import check_scikit_image
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import PixelFormat
 
@@ -74,17 +75,11 @@ class SelectiveSearch(ImageProposals):
         _check_names("color_spaces", color_spaces, COLOR_SPACES)
         for strategy in strategies or [[]]:
             _check_names("strategies", strategy, SIMILARITIES)
-        if (
-            not scales
-            or min(scales) <= 0
-            or not 0 < sigma < float("inf")
-            or (min_region is not None and min_region < 1)
-            or seed < 0
-        ):
-            raise ValueError(
-                "expected scales and sigma above 0, min_region of at least 1 and a seed of at least 0; got "
-                f"{scales=}, {sigma=}, {min_region=}, {seed=}"
-            )
+        if not scales:
+            raise ValueError(f"scales need at least one number, got {scales!r}")
+        check_numbers("must be positive and finite", scales=scales, sigma=sigma)
+        check_whole(min_region=min_region)
+        check_whole(0, seed=seed)
         check_scikit_image(self.name)
         self.color_spaces, self.scales = tuple(color_spaces), tuple(scales)
         self.strategies = tuple(tuple(strategy) for strategy in strategies)

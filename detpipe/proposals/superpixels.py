@@ -23,6 +23,7 @@ from detpipe.proposals.selective_search import DEFAULT_STRATEGIES, convert, in_r
 from detpipe.regions.superpixels import check_scikit_image
 from detpipe.regions.superpixels import renumber as _renumber
 from detpipe.regions.superpixels import slic as _slic
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import PixelFormat
 
@@ -70,11 +71,11 @@ class Superpixels(ImageProposals):
             raise ValueError(
                 f"method must be one of {', '.join(METHODS)}, got {method!r}{did_you_mean(method, METHODS)}"
             )
-        if not segments or min(segments) < 2 or compactness <= 0 or seed < 0:
-            raise ValueError(
-                "expected segments of at least 2, compactness above 0 and a seed of at least 0; got "
-                f"{segments=}, {compactness=}, {seed=}"
-            )
+        if not segments:
+            raise ValueError(f"segments need at least one number, got {segments!r}")
+        check_whole(2, segments=segments)
+        check_numbers("must be positive and finite", compactness=compactness)
+        check_whole(0, seed=seed)
         self.segments, self.method, self.compactness = tuple(segments), method, compactness
         self.pairs, self.grow, self.seed = pairs, grow, seed
         if method == "slic":

@@ -12,6 +12,7 @@ from torchvision.ops import nms
 
 from detpipe.proposals.image_source import Floats, Image, ImageProposals
 from detpipe.stages import ImageList, Losses, ProposalSource
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.types import Features, PixelFormat, Target
 
 
@@ -51,10 +52,8 @@ class Union(ProposalSource):
         super().__init__()
         if not sources:
             raise ValueError("a union needs at least one source")
-        if (max_boxes is not None and max_boxes < 1) or not 0 < duplicate_iou <= 1:
-            raise ValueError(
-                f"expected max_boxes above 0 or null and duplicate_iou in 0..1, got {max_boxes=}, {duplicate_iou=}"
-            )
+        check_whole(max_boxes=max_boxes)
+        check_numbers("must be in 0..1, above 0", duplicate_iou=duplicate_iou)
         self.sources = nn.ModuleList(sources)
         if pixel_format is not None:
             self.set_pixel_format(pixel_format)

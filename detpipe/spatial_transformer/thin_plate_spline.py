@@ -49,7 +49,8 @@ class ThinPlateSplineGrid(Grid):
         check_limits(max_offset=max_offset)
         self.points, self.max_offset = points, max_offset
         self.parameters_count = 2 * points**2
-        self._exact = _solve(_control_points(points, dtype=torch.float64))
+        with torch.device("cpu"):  # of a network that is built on the device "meta", too
+            self._exact = _solve(_control_points(points, dtype=torch.float64))
         self.register_buffer("solution", self._exact.float(), persistent=False)  # [K^2 + 3, K^2]
 
     def _warp(self, theta: Tensor, points: Tensor) -> Tensor:

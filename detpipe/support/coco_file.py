@@ -406,7 +406,18 @@ def _keys(values: list[Any]) -> list[Key]:
     """Ids with whole numbers as such, however they are written."""
     if set(map(type, values)) <= {int}:
         return values
-    return [int(v) if isinstance(v, float) or (isinstance(v, str) and _DIGITS.fullmatch(v)) else v for v in values]
+    return list(map(as_key, values))
+
+
+def as_key(value: Any) -> Any:
+    """Return an id, a whole number as such where it is written as text or with a decimal point.
+
+    Example:
+        >>> [as_key(value) for value in (17, 17.0, "17", "017", 1.5)]
+        [17, 17, 17, '017', 1.5]
+    """
+    whole = value.is_integer() if isinstance(value, float) else isinstance(value, str) and _DIGITS.fullmatch(value)
+    return int(value) if whole else value
 
 
 def _numbers(keys: list[Key], path: str | os.PathLike[str], what: str) -> npt.NDArray[np.int64]:

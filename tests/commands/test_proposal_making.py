@@ -190,8 +190,9 @@ MISTAKES = [
     (["dense_grid", "--data", "D", "-o", "O", "--workers", "0"], "--workers must be 1 or more, got 0"),
     (["dense_grid", "--data", "D", "-o", "O", "--scale", "3"], "scale"),
     (["dense_grid", "--data", "D", "-o", "O", "--scales", "big"], "scales"),
-    (["dense_grid", "--data", "D", "-o", "O", "--stride", "0"], "stride=0"),
+    (["dense_grid", "--data", "D", "-o", "O", "--stride", "0"], "stride must be positive"),
     (["dense_grid", "--data", "D", "-o", "O", "--split", "val"], "--split val: --data .* is a plain folder of images"),
+    (["dense_grid", "--data", "D", "-o", "O", "--images", "D"], "--images .*: --data .* is a plain folder of images"),
     (["dense_grid", "--data", "D/missing", "-o", "O"], "missing does not exist; expected a folder in VOC layout"),
     (["dense_grid", "--data", "D/00.png", "-o", "O"], "has no known layout"),
 ]

@@ -56,6 +56,28 @@ def test_a_sound_file_is_read_as_it_is(tmp_path):
     assert annotations.counts["areas taken from boxes"] == 1
 
 
+@pytest.mark.parametrize(
+    ("images", "classes", "written"),
+    [
+        ({12: 12, 3: 3}, {1: 1, 7: 7, 90: 90}, lambda value: float(value)),
+        ({12: 12, 3: 3}, {1: 1, 7: 7, 90: 90}, str),
+        ({12: "b-1", 3: "a"}, {1: "p", 7: "t", 90: "b"}, str),
+        ({12: "b-1", 3: "a"}, {1: 1, 7: 7, 90: 90}, lambda value: value),
+    ],
+)
+def test_ids_in_other_forms_are_those_of_the_ground_truth(tmp_path, images, classes, written):
+    data = sound()
+    data["images"] = [{**row, "id": images[row["id"]]} for row in data["images"]]
+    data["categories"] = [{**row, "id": classes[row["id"]]} for row in data["categories"]]
+    for row in data["annotations"]:
+        row |= {"image_id": images[row["image_id"]], "category_id": classes[row["category_id"]]}
+    annotations = read_coco_annotations(write(tmp_path / "gt.json", data))
+    result = {"image_id": written(images[3]), "category_id": written(classes[90]), "bbox": [1, 2, 3, 4], "score": 0.5}
+    detections = read_detections(write(tmp_path / "dt.json", [result]), annotations)
+    assert annotations.file_names[annotations.image_ids == detections.image_ids].tolist() == ["a.jpg"]
+    assert annotations.class_names[detections.labels[0] - 1] == "toothbrush"
+
+
 def test_images_without_objects_and_bare_images_are_read(tmp_path):
     data = sound() | {"annotations": [], "images": [{"id": 4}]}
     annotations = read_coco_annotations(write(tmp_path / "gt.json", data))

@@ -163,6 +163,9 @@ def test_points_of_the_frame_are_never_in_half_precision():
         assert glimpse.to(dtype).points.dtype == kept
         torch.testing.assert_close(glimpse.points.float(), points, rtol=0, atol=0)
     assert "points" not in glimpse.state_dict()
+    with torch.device("meta"):
+        empty = Glimpse(4, (3, 7), samples=2)
+    assert torch.equal(empty.to_empty(device="cpu").points, points)
 
 
 def test_detections_carry_the_frame_on_request():

@@ -350,6 +350,8 @@ def test_bad_records_of_coco_results(tmp_path, record, message):
     with pytest.raises(DataError) as error:
         converted(tmp_path, "a.json", text)
     assert message in str(error.value)
+    good["image_id"] = 7.0  # as tables write it
+    text = json.dumps([good, {"image_id": 7, **record} if isinstance(record, dict) else record, good])
     done = converted(tmp_path, "a.json", text, on_bad="skip")
     assert (len(done.store["7"].boxes), done.counts["boxes read"]) == (2, 3)
 
@@ -420,6 +422,11 @@ def test_entries_that_are_no_boxes(tmp_path):
     assert list(done.store) == ["f"]
     assert done.counts["images skipped: not boxes"] == 5
     assert done.counts["images read"] == 6
+
+
+def test_an_image_whose_name_is_no_utf8_text(tmp_path):
+    with pytest.raises(DataError, match=r"an image id must be text \(UTF-8\)"):
+        converted(tmp_path, "a.pkl", pickle.dumps({"caf\udce9.jpg": np.ones((3, 4))}))
 
 
 def test_images_that_are_there_twice(tmp_path):

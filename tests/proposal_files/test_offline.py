@@ -128,6 +128,22 @@ def test_a_bad_image_stops_the_run_or_is_counted(tmp_path, workers):
     assert len(store["13"].boxes) == 0
 
 
+def test_a_bad_image_is_told_again_by_the_run_that_goes_on(tmp_path):
+    output, small = tmp_path / "s.safetensors", Item("13", Path("13.png"))
+
+    def stop(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_store(Build(0), [small, *items(5)], output, read, on_bad="skip", progress=stop)
+    with pytest.raises(DataError, match=r"13\.png: the image has 2 rows, too few to segment; 2 images are kept"):
+        make_store(Build(0), [small, *items(5)], output, read)
+    summary = make_store(Build(0), [small, *items(5)], output, read, on_bad="skip")
+    assert (list(summary.skipped), summary.images - summary.made) == (["13"], 2)
+    assert [len(ProposalStore(output)), len(ProposalStore(output)["13"].boxes)] == [6, 0]
+
+
 def test_boxes_that_no_store_holds_are_not_kept(tmp_path):
     class Diverged:
         name, settings = "slow", {"depth": 1}
@@ -146,6 +162,13 @@ def test_boxes_that_no_store_holds_are_not_kept(tmp_path):
 def test_two_images_of_one_id_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"images a/1\.png and b/1\.png have the same id '1'"):
         make_store(Build(0), [Item("1", Path("a/1.png")), Item("1", Path("b/1.png"))], tmp_path / "s.safetensors", read)
+
+
+def test_a_file_whose_name_is_no_utf8_text_is_refused_before_boxes_are_made(tmp_path):
+    named = Item("caf\udce9", Path("caf\udce9.png"))
+    with pytest.raises(DataError, match=r"caf\udce9\.png: an image id must be text \(UTF-8\)"):
+        make_store(Build(0), [*items(3), named], tmp_path / "s.safetensors", read)
+    assert not list(tmp_path.iterdir())
 
 
 def test_progress_counts_what_was_there_before(tmp_path):

@@ -7,6 +7,8 @@ from detpipe.proposals import DenseGrid
 from detpipe.proposals.dense_grid import CACHED_SIZES
 from detpipe.stages import ImageList
 
+from .needs import Emptied
+
 
 def batch(*sizes: tuple[int, int]) -> ImageList:
     height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
@@ -90,7 +92,9 @@ def test_the_boxes_of_a_few_hundred_sizes_are_kept():
     grid = DenseGrid(scales=[32])
     for width in range(40, 340):
         grid.boxes((40, width))
-    assert len(grid._cache) == CACHED_SIZES < 300
+    assert 0 < len(grid._cache) <= CACHED_SIZES < 300
+    grid._cache = Emptied()
+    assert grid.boxes((40, 40)).shape == (12, 4)
 
 
 def test_callers_may_write_to_the_boxes():
@@ -111,9 +115,11 @@ def test_callers_may_write_to_the_boxes():
         {"ratios": [-1]},
         {"stride": 0},
         {"max_boxes": 0},
+        {"max_boxes": float("inf")},
+        {"stride": float("nan")},
         {"spacing": -1},
     ],
 )
 def test_bad_arguments(arguments):
-    with pytest.raises(ValueError, match="scales, ratios, stride and max_boxes must be positive"):
+    with pytest.raises(ValueError, match=rf"{next(iter(arguments))}.* (need at least one|must)"):
         DenseGrid(**arguments)

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.images import normalize, to_pixels
+from detpipe.proposals import FromDetector, PrecomputedProposals
 from detpipe.proposals.image_source import Candidates, ImageProposals, select
 from detpipe.stages import ImageList
 from detpipe.support.errors import DataError
@@ -170,11 +172,27 @@ def test_a_batch_gets_what_each_image_gets_alone(pixel_format):
         assert (alone[:, 2:] <= [width, height]).all()
 
 
-def test_boxes_take_type_and_place_of_the_batch_and_no_gradient():
-    images = ImageList(torch.rand(1, 3, 20, 20, dtype=torch.float64, requires_grad=True), [(20, 20)])
-    [boxes], _ = Bright()(images, {})
-    assert boxes.dtype == torch.float64
-    assert not boxes.requires_grad
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_boxes_take_the_type_of_the_batch_but_are_not_rounded_to_half_precision(dtype):
+    images = ImageList(torch.rand(1, 3, 20, 1040, dtype=dtype, requires_grad=True), [(20, 1040)])
+    boxes = torch.tensor([[501.3, 2.0, 1033.7, 18.0]])
+    detector = SimpleNamespace(detect=lambda image: (boxes, [0.5]))
+    for source in (PrecomputedProposals(), FromDetector(detector)):
+        [found], _ = source(images, {}, [{"proposals": boxes}])
+        assert found.tolist() == boxes.tolist()
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        assert not found.requires_grad
+
+
+def test_a_compiled_source_looks_at_pixels_as_it_does_elsewhere():
+    class Binned(Bright):
+        def find(self, image):
+            return super().find((image.astype(np.uint16) * 25 >> 8).astype(np.uint8))  # no type of a compiled graph
+
+    source, images = Binned(), ImageList(torch.rand(1, 3, 20, 30), [(20, 30)])
+    expected, _ = source(images, {})
+    found, _ = torch.compile(source, backend="eager")(images, {})
+    assert torch.equal(found[0], expected[0])
 
 
 def test_settings_are_all_arguments_but_the_pixel_format():
@@ -194,8 +212,8 @@ def test_the_image_is_left_alone_and_need_not_be_contiguous():
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_bad_arguments(count):
-    with pytest.raises(ValueError, match=f"max_boxes must be positive or null, got {count}"):
+    with pytest.raises(ValueError, match=f"max_boxes must be at least 1, got {count}"):
         Bright(max_boxes=count)
     for size in (-1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"min_size must be 0 or more pixels, got {size}"):
+        with pytest.raises(ValueError, match=f"min_size must not be negative or infinite, got {size}"):
             Bright(min_size=size)

@@ -72,7 +72,7 @@ def test_absence_of_all_targets():
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_bad_arguments(count):
-    with pytest.raises(ValueError, match=f"max_boxes must be positive or null, got {count}"):
+    with pytest.raises(ValueError, match=f"max_boxes must be at least 1, got {count}"):
         PrecomputedProposals(max_boxes=count)
-    with pytest.raises(ValueError, match="min_size must be 0 or more pixels, got -2"):
+    with pytest.raises(ValueError, match="min_size must not be negative or infinite, got -2"):
         PrecomputedProposals(min_size=-2)

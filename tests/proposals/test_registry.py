@@ -79,7 +79,7 @@ def test_unknown_names(name, message):
     ("name", "settings", "message"),
     [
         ("dense_grid", {"scale": [3]}, r"dense_grid cannot be made with the settings \{'scale': \[3\]\}: .*scale"),
-        ("dense_grid", {"stride": 0}, "dense_grid cannot be made .*stride=0"),
+        ("dense_grid", {"stride": 0}, "dense_grid cannot be made .*stride must be positive"),
         ("union", {"max_boxes": 3}, "union cannot be made with the settings .*sources"),
         ("union", {"sources": [{"source": "slow", "settings": {}}]}, "unknown proposal source 'slow'"),
         ("mine", {}, "unknown proposal source 'mine'"),

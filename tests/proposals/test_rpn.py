@@ -23,6 +23,8 @@ from detpipe.stages import ImageList
 from detpipe.support.errors import DataError, TrainingError
 from detpipe.types import Target
 
+from .needs import Emptied
+
 ONE, THREE = {"c4": 16}, {"p3": 8, "p4": 16, "p5": 32}
 SIZES = [(64, 96), (50, 70), (64, 40)]
 THEIR_NAMES = {
@@ -194,7 +196,10 @@ def test_anchors_are_laid_once_for_each_shape():
     for width in range(16, 16 * (CACHED_GRIDS + 10), 16):
         images = ImageList(torch.zeros(1, 3, 16, width), [(16, width)])
         rpn.eval()(images, pyramid(1, ONE, height=16, width=width))
-    assert len(rpn._grids) == CACHED_GRIDS
+    assert 0 < len(rpn._grids) <= CACHED_GRIDS
+    rpn._grids = Emptied()
+    boxes, _ = rpn(batch(), pyramid(3, ONE))
+    assert len(boxes[0])
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -267,9 +272,26 @@ def test_wrong_inputs():
         rpn(batch(), pyramid(3, THREE), [Target()] * 3)
 
 
-@pytest.mark.parametrize("arguments", [{"strides": {}}, {"strides": {"c4": 0}}, {"strides": ONE, "extra_levels": -1}])
-def test_bad_arguments(arguments):
-    with pytest.raises(ValueError, match="expected at least one level in strides"):
+def test_extra_levels_follow_the_last_one_whatever_the_order():
+    rpn = RPN(4, {"p3": 8, "p2": 4}, extra_levels=1).eval()
+    features = {"p3": torch.zeros(1, 4, 4, 6), "p2": torch.zeros(1, 4, 8, 12)}
+    rpn(ImageList(torch.zeros(1, 3, 32, 48), [(32, 48)]), features)
+    [(grids, _)] = rpn._grids.values()
+    coarse, _, extra = ((grid.x[0, 1] - grid.x[0, 0]).tolist() for grid in grids)
+    assert coarse == extra == [8.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strides": {}}, "strides need at least one level"),
+        ({"strides": {"c4": 0}}, "strides must be at least 1"),
+        ({"strides": {"c4": float("nan")}}, "strides must be a whole number"),
+        ({"strides": ONE, "extra_levels": -1}, "extra_levels must be at least 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
         RPN(4, **arguments)
 
 

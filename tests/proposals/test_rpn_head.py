@@ -107,7 +107,15 @@ def test_autocast_keeps_gradients_after_a_pass_without_them():
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in head.parameters())
 
 
-@pytest.mark.parametrize("arguments", [(0, 3, [8]), (5, 0, [8]), (5, 3, []), (5, 3, [8, 0])])
-def test_bad_arguments(arguments):
-    with pytest.raises(ValueError, match="expected positive widths, at least one"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 3, [8]), "in_channels must be at least 1"),
+        ((5, 0, [8]), "per_cell must be at least 1"),
+        ((5, 3, []), "conv_dims need at least one"),
+        ((5, 3, [8, 0]), "conv_dims must be at least 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
         RPNHead(*arguments)

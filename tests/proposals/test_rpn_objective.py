@@ -162,13 +162,15 @@ def test_the_same_seed_draws_the_same_anchors():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"anchors_per_image": 0}, "anchors_per_image must be positive"),
+        ({"anchors_per_image": 0}, "anchors_per_image must be at least 1"),
         ({"positive_fraction": 1.5}, "positive_fraction must be in 0..1"),
-        ({"positive_iou": 0.2}, "negative_iou <= positive_iou"),
-        ({"positive_iou": 0.0, "negative_iou": 0.0}, "positive_iou above 0"),
-        ({"negative_iou": -0.1}, "0 <= negative_iou"),
-        ({"ignore_overlap": 0.0}, "ignore_overlap above 0"),
-        ({"beta": -1.0}, "beta >= 0"),
+        ({"positive_iou": 0.2}, "negative_iou must not exceed positive_iou 0.2, got 0.3"),
+        ({"positive_iou": 0.0, "negative_iou": 0.0}, "positive_iou must be in 0..1, above 0"),
+        ({"negative_iou": -0.1}, "negative_iou must be in 0..1"),
+        ({"ignore_overlap": 0.0}, "ignore_overlap must be in 0..1, above 0"),
+        ({"beta": -1.0}, "beta must not be negative"),
+        ({"beta": float("nan")}, "beta must not be negative or infinite, got nan"),
+        ({"anchors_per_image": 1.5}, "anchors_per_image must be a whole number"),
     ],
 )
 def test_bad_arguments(arguments, message):

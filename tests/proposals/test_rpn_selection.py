@@ -78,6 +78,19 @@ def test_filled_up_it_has_the_same_boxes_and_then_some_without_area():
         assert not got[len(want) :].any()
 
 
+def test_compiled_it_tells_what_fills_a_small_level_up_from_what_is_not_finite(monkeypatch):
+    logits, deltas, anchors = inputs(2)
+    selection = ProposalSelection((2000, 2000), (50, 50))
+    expected, _ = selection(logits, deltas, anchors, LEVELS, SIZES, training=False)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found, _ = selection(logits, deltas, anchors, LEVELS, SIZES, training=False)
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own, other)
+    logits[1, 3] = -torch.inf
+    with pytest.raises(NotFiniteError, match="image 1: a score is -inf"):
+        selection(logits, deltas, anchors, LEVELS, SIZES, training=False)
+
+
 def test_equal_scores_keep_the_order_of_the_levels():
     anchors = torch.tensor([[0.0, 0.0, 8.0, 8.0], [20.0, 0.0, 28.0, 8.0], [40.0, 0.0, 48.0, 8.0]])
     for _ in range(3):
@@ -121,10 +134,13 @@ def test_not_finite(value, what):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pre_nms_top_n": (0, 10)}, "two positive numbers"),
-        ({"post_nms_top_n": (10,)}, "two positive numbers"),
-        ({"nms_iou": 0.0}, "nms_iou in"),
-        ({"min_size": -1.0}, "min_size >= 0"),
+        ({"pre_nms_top_n": (0, 10)}, "pre_nms_top_n must be at least 1"),
+        ({"post_nms_top_n": (10,)}, "two numbers each"),
+        ({"nms_iou": 0.0}, "nms_iou must be in 0..1, above 0"),
+        ({"min_size": -1.0}, "min_size must not be negative"),
+        ({"min_size": float("nan")}, "min_size must not be negative or infinite, got nan"),
+        ({"score_threshold": 1.5}, "score_threshold must be in 0..1"),
+        ({"rank_by": "score"}, "rank_by must be"),
         ({"frozen_as": "test"}, "frozen_as must be"),
     ],
 )
@@ -146,6 +162,3 @@ def test_a_threshold_of_probability_and_ranks_in_which_high_logits_are_equal():
     assert order() == [40.0, 30.0, 0.0, -1.0]
     assert order(score_threshold=0.5) == [40.0, 30.0, 0.0]  # the sigmoid of 0 is .5: at least
     assert order(rank_by="probability") == [30.0, 40.0, 0.0, -1.0]  # equal in float32: the first level comes first
-    for wrong in ({"score_threshold": 1.5}, {"rank_by": "score"}):
-        with pytest.raises(ValueError, match=r"expected score_threshold in 0..1 and rank_by"):
-            ProposalSelection(**wrong)

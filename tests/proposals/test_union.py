@@ -207,10 +207,10 @@ def test_an_image_too_small_for_one_source_is_too_small():
     ("arguments", "message"),
     [
         ({"sources": []}, "a union needs at least one source"),
-        ({"max_boxes": 0}, "expected max_boxes above 0 or null.* max_boxes=0"),
-        ({"duplicate_iou": 0}, "duplicate_iou=0"),
-        ({"duplicate_iou": 1.1}, "duplicate_iou=1.1"),
-        ({"duplicate_iou": float("nan")}, "duplicate_iou=nan"),
+        ({"max_boxes": 0}, "max_boxes must be at least 1"),
+        ({"duplicate_iou": 0}, "duplicate_iou must be in 0..1, above 0, got 0"),
+        ({"duplicate_iou": 1.1}, "duplicate_iou must be .* got 1.1"),
+        ({"duplicate_iou": float("nan")}, "duplicate_iou must be .* got nan"),
     ],
 )
 def test_bad_arguments(arguments, message):

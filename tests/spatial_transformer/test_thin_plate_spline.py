@@ -85,6 +85,9 @@ def test_the_solution_is_exact_in_every_precision_and_not_stored():
     assert torch.equal(exact, ThinPlateSplineGrid(4).double()(theta.double(), SIZE))
     torch.testing.assert_close(exact.float(), expected, rtol=0, atol=2e-6)
     assert copy.deepcopy(grid).to("meta").solution.device.type == "meta"
+    with torch.device("meta"):
+        empty = ThinPlateSplineGrid(4)
+    assert torch.equal(empty.to_empty(device="cpu")(theta, SIZE), expected)
 
 
 @pytest.mark.parametrize("points", [1, 0, -2])
