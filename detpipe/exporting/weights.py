@@ -15,6 +15,7 @@ from torch import Tensor
 FEWEST = 1024  # numbers; smaller tensors stay as they are
 LARGEST = np.finfo(np.float16).max  # a tensor with larger numbers stays as it is too
 HEAVY = ("Conv", "Gemm", "MatMul")  # operators with nearly all weights
+OUTPUTS = ("classifier.weight", "regressor.weight")  # of layers whose numbers are scores and boxes
 
 
 def to_half(model: onnx.ModelProto) -> None:
@@ -35,6 +36,8 @@ def to_half(model: onnx.ModelProto) -> None:
 
 def quantize(model: onnx.ModelProto, images: Sequence[Tensor]) -> onnx.ModelProto:
     """Turn weights and activations of convolutions and linear layers into 8 bits, with ranges measured on images.
+
+    The layers that give scores and boxes stay as they are: steps of 8 bits are too coarse for boxes that fit closely.
 
     Args:
         model: that takes images alone.
@@ -59,12 +62,14 @@ def quantize(model: onnx.ModelProto, images: Sequence[Tensor]) -> onnx.ModelProt
         whole, ready, small = (Path(folder) / name for name in ("whole.onnx", "ready.onnx", "small.onnx"))
         onnx.save(model, whole)
         quant_pre_process(str(whole), str(ready), skip_symbolic_shape=True)
+        heavy = [node for node in onnx.load(ready).graph.node if node.op_type in HEAVY]
         quantize_static(
             str(ready),
             str(small),
             Images(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(HEAVY),
+            nodes_to_exclude=[node.name for node in heavy if _gives_results(node.input[1])],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -72,3 +77,8 @@ def quantize(model: onnx.ModelProto, images: Sequence[Tensor]) -> onnx.ModelProt
         quantized = onnx.load(small)
     onnx.helper.set_model_props(quantized, props)
     return quantized
+
+
+def _gives_results(weight: str) -> bool:
+    """Whether a layer with weights of this name gives scores or boxes; those of an RPN are joined, and are no parameter."""
+    return weight.endswith(OUTPUTS) or not weight.startswith("program.")
