@@ -112,12 +112,12 @@ def read_values(given: GivenBoxes, features: Tensor, sides: str = SIDES, checks:
         image = exact[:, 0].detach()
         if not checks:
             image = image.long()
-        elif _is_plain(image):
+        elif is_plain(image):
             image = _check_images(image, features.shape[0])
         else:
             image = torch.ops.detpipe.checked_images(image, features.shape[0])
         boxes = exact[:, 1:].to(dtype)
-    if checks and _is_plain(boxes):
+    if checks and is_plain(boxes):
         _check_boxes(boxes.detach(), sides)
     elif checks:
         boxes = torch.ops.detpipe.checked_boxes(boxes, sides)
@@ -227,7 +227,7 @@ def looks_at_values(tensor: Tensor) -> bool:
     return (tensor.device.type == "cpu" or torch.is_anomaly_enabled()) and not unchecked
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Say whether nobody traces: then values are looked at without an operator, which takes longer than the look."""
     if torch.compiler.is_compiling() or is_batched(tensor):
         return False

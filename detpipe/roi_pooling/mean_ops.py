@@ -55,7 +55,7 @@ def has_kernels(maps: Sequence[Tensor], boxes: Tensor, points: Tensor | None = N
     if kernels_for(maps[0]) != "triton":
         return False
     operands = (*maps, boxes) if points is None else (*maps, boxes, points)
-    return torch.compiler.is_compiling() or not any(map(is_batched, operands))
+    return not any(map(is_batched, operands))
 
 
 @scene_operator("box_mean", "Tensor[] maps, Tensor? points")

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from samples import pyramid, random_boxes
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import roi_align, roi_pool
 
 from detpipe.roi_pooling import (
@@ -86,6 +87,33 @@ def test_no_boxes_keep_the_graph(pooler, strides, boxes):
     assert pooled.shape == (*lead, 4, *pooler.output_size)
     pooled.sum().backward()
     assert all(level.grad is not None and not level.grad.any() for level in features.values())
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_no_images_keep_the_graph(pooler):
+    features = {name: torch.zeros(0, 4, 8, 8, requires_grad=True) for name in FOUR}
+    pooler(features, torch.zeros(0, 5), FOUR).sum().backward()
+    assert all(level.grad is not None for level in features.values())
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_maxima_of_levels_compile_without_a_break(learns):
+    features, pooler = {name: level.requires_grad_(learns) for name, level in pyramid(2, FOUR).items()}, RoIMaxPool(3)
+    boxes = [random_boxes(3), random_boxes(2)]
+    compiled = torch.compile(pooler, backend="aot_eager", fullgraph=True)(features, boxes, FOUR)
+    plain = pooler(features, boxes, FOUR)
+    torch.testing.assert_close(compiled, plain)
+    if learns:
+        grads = (torch.autograd.grad(one.square().sum(), list(features.values())) for one in (compiled, plain))
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_shapes_are_known_without_values(pooler):
+    with FakeTensorMode() as mode:
+        features = {name: mode.from_tensor(level) for name, level in pyramid(2, FOUR).items()}
+        pooled = pooler(features, mode.from_tensor(torch.stack([random_boxes(3)] * 2)), FOUR)
+    assert pooled.shape == (2, 3, 4, *pooler.output_size)
 
 
 @pytest.mark.parametrize("strides", STRIDES)
