@@ -9,10 +9,11 @@ N images, P boxes an image, R boxes of the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate, pairwise
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -74,12 +75,13 @@ def read_layout(boxes: Boxes, features: Tensor, sides: str = SIDES) -> GivenBoxe
     """Read what :func:`read_boxes` does, without a look at values; a list costs one copy, and nothing else does."""
     count = sides.count(",") + 1
     images = features.shape[0]
+    width = {2: count + 1, 3: count}.get(boxes.ndim) if isinstance(boxes, Tensor) else None
+    if not isinstance(boxes, Iterable) or (isinstance(boxes, Tensor) and boxes.shape[-1:] != (width,)):
+        raise LayoutError(
+            f"boxes must be [R, {count + 1}] (image, {sides}), a list of [P_i, {count}], or [N, P, {count}]; "
+            f"got {describe(boxes)}"
+        )
     if isinstance(boxes, Tensor):
-        if not (boxes.ndim == 2 and boxes.shape[1] == count + 1) and not (boxes.ndim == 3 and boxes.shape[2] == count):
-            raise LayoutError(
-                f"boxes must be [R, {count + 1}] (image, {sides}), a list of [P_i, {count}], or [N, P, {count}]; "
-                f"got {list(boxes.shape)}"
-            )
         _check_tensor("boxes", boxes, features)
         if boxes.ndim == 3 and boxes.shape[0] != images:
             raise ValueError(f"boxes {list(boxes.shape)} are of {boxes.shape[0]} images, features of {images}")
@@ -87,8 +89,7 @@ def read_layout(boxes: Boxes, features: Tensor, sides: str = SIDES) -> GivenBoxe
     boxes = list(boxes)
     for index, box in enumerate(boxes):
         if not isinstance(box, Tensor) or box.ndim != 2 or box.shape[1] != count:
-            shape = list(box.shape) if isinstance(box, Tensor) else type(box).__name__
-            raise LayoutError(f"boxes[{index}] must be [P, {count}] ({sides}), got {shape}")
+            raise LayoutError(f"boxes[{index}] must be [P, {count}] ({sides}), got {describe(box)}")
         _check_tensor(f"boxes[{index}]", box, features)
     if len(boxes) != images:
         raise ValueError(f"boxes must be a list of one tensor an image: {len(boxes)} for {images} images")
@@ -160,6 +161,11 @@ def to_rois(boxes: Boxes) -> Tensor:
     return torch.cat([torch.nn.functional.pad(box, (1, 0), value=float(i)) for i, box in enumerate(boxes)])
 
 
+def describe(given: object) -> list[int] | str:
+    """The shape of a tensor, or what there is in the place of one."""
+    return list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+
+
 def check_features(features: Tensor, name: str = "features") -> None:
     """Refuse what is not a batch of feature maps.
 
@@ -193,9 +199,20 @@ def read_scale(spatial_scale: float) -> float:
     Raises:
         ValueError: not positive and finite.
     """
-    if not 0 < spatial_scale < math.inf:
-        raise ValueError(f"spatial_scale must be positive, the cells a pixel (1 / stride), got {spatial_scale}")
+    if not isinstance(spatial_scale, Real | Tensor) or not 0 < spatial_scale < math.inf:
+        raise ValueError(f"spatial_scale must be positive, the cells a pixel (1 / stride), got {spatial_scale!r}")
     return float(spatial_scale)
+
+
+def read_samples(sampling_ratio: int, least: float = 0) -> int:
+    """Check the samples along each axis of a bin, and say 0 for adaptive ones.
+
+    Raises:
+        ValueError: not a whole number, or less than is allowed.
+    """
+    if not isinstance(sampling_ratio, int) or isinstance(sampling_ratio, bool) or sampling_ratio < least:
+        raise ValueError(f"sampling_ratio must be 0 (adaptive) or a positive whole number, got {sampling_ratio!r}")
+    return max(sampling_ratio, 0)
 
 
 def _image_index(sizes: Sequence[int], device: torch.device) -> Tensor:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from samples import pyramid, random_boxes
@@ -166,9 +168,12 @@ def test_multi_level_keeps_the_strides():
     features, boxes = pyramid(2, FOUR, height=320, width=480), [random_boxes(5, 320, 480) for _ in range(2)]
     pooler = RoIAlign(3)
     assert torch.equal(MultiLevel(pooler, FOUR)(features, boxes), pooler(features, boxes, FOUR))
-    for strides in ({}, {"p2": 0}):
-        with pytest.raises(ValueError, match="strides must name at least one level"):
-            MultiLevel(pooler, strides)
+    for strides in ({}, {"p2": 0}, {"p2": math.nan}, [4]):
+        for call in (MultiLevel, lambda pooler, strides: pooler(features, boxes, strides)):
+            with pytest.raises(ValueError, match="strides must name at least one level"):
+                call(pooler, strides)
+    with pytest.raises(ValueError, match=r"features must be a dictionary, level name -> \[N, C, H, W\], got list"):
+        pooler(list(features.values()), boxes, FOUR)
 
 
 @pytest.mark.parametrize("size", [320, 640])
@@ -196,6 +201,23 @@ def test_bad_output_size(size):
         RoIMaxPool(size)
 
 
-def test_bad_sampling_ratio():
-    with pytest.raises(ValueError, match="sampling_ratio must be 0"):
-        RoIAlign(7, sampling_ratio=-1)
+@pytest.mark.parametrize("ratio", [-1, 2.5])
+def test_bad_sampling_ratio(ratio):
+    with pytest.raises(ValueError, match=f"sampling_ratio must be 0 .* got {ratio}"):
+        RoIAlign(7, sampling_ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("level", "message"),
+    [
+        (torch.tensor([0, 2, 0]), r"levels must tell indices in 0..1, got \[0, 2\]"),
+        (torch.tensor([0, -1, 0]), r"levels must tell indices in 0..1, got \[-1, 0\]"),
+        (torch.tensor([0, 1]), r"levels must tell .* integers \[3\], got \[2\] torch.int64"),
+        (torch.zeros(3), r"integers \[3\], got \[3\] torch.float32"),
+        ([0, 0, 0], r"integers \[3\], got list"),
+    ],
+)
+def test_a_rule_that_tells_no_levels_is_refused(level, message):
+    strides = {"p2": 4, "p3": 8}
+    with pytest.raises(ValueError, match=message):
+        RoIAlign(2, levels=lambda *_: level)(pyramid(1, strides), [random_boxes(3)], strides)
