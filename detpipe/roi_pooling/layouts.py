@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from detpipe.roi_pooling.operators import is_batched, operator
@@ -178,6 +179,17 @@ def check_features(features: Tensor, name: str = "features") -> None:
         raise ValueError(f"{name} must be [N, C, H, W] with at least one channel and cell, got {list(features.shape)}")
     if not features.is_floating_point():
         raise ValueError(f"{name} must be floating-point, got {features.dtype}: convert them with .float()")
+    refuse_tangent(name, features)
+
+
+def refuse_tangent(name: str, values: Tensor) -> None:
+    """Refuse a tensor with a tangent, which PyTorch would lose in an operator that has no forward-mode derivative.
+
+    Raises:
+        NotImplementedError: it has one.
+    """
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None:
+        raise NotImplementedError(f"{name}: no forward-mode derivatives (torch.func.jvp); use torch.autograd.grad")
 
 
 def read_output_size(output_size: int | Sequence[int]) -> tuple[int, int]:
@@ -226,6 +238,7 @@ def _check_tensor(name: str, boxes: Tensor, features: Tensor) -> None:
         raise ValueError(f"{name} must be floating-point, got {boxes.dtype}: convert them with .float()")
     if boxes.device != features.device:
         raise ValueError(f"{name} are on {boxes.device} and the features on {features.device}: move one of them")
+    refuse_tangent(name, boxes)
 
 
 @contextmanager
