@@ -58,40 +58,33 @@ def has_kernels(maps: Sequence[Tensor], boxes: Tensor, points: Tensor | None = N
     return not any(map(is_batched, operands))
 
 
-@scene_operator("box_mean", "Tensor[] maps, Tensor? points")
-def _box_mean(maps: Sequence[Tensor], points: Tensor | None, *fields: Any) -> Tensor:
-    """L x ``[N, C, H_l, W_l]`` -> ``[R, h, w, C]``."""
+def _kernels(points: Tensor | None, scene: Scene) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """The module of kernels, and what they take besides maps and scene."""
     from detpipe.roi_pooling.cuda import align
     from detpipe.roi_pooling.cuda import points as sampled
 
-    scene = Scene(*fields)
-    if points is None and not scene.rotated:
-        return align.pool(channels_last(maps), scene)
-    return sampled.pool(channels_last(maps), points, scene)
+    return (align, ()) if points is None and not scene.rotated else (sampled, (points,))
+
+
+@scene_operator("box_mean", "Tensor[] maps, Tensor? points")
+def _box_mean(maps: Sequence[Tensor], points: Tensor | None, *fields: Any) -> Tensor:
+    """L x ``[N, C, H_l, W_l]`` -> ``[R, h, w, C]``."""
+    kernels, more = _kernels(points, scene := Scene(*fields))
+    return kernels.pool(channels_last(maps), *more, scene)
 
 
 @scene_operator("box_mean_adjoint", "Tensor grad, Tensor? points")
 def _box_mean_adjoint(grad: Tensor, points: Tensor | None, *fields: Any) -> Tensor:
     """``[R, h, w, C]`` -> ``[T, C]``, the cells of all maps, level by level."""
-    from detpipe.roi_pooling.cuda import align
-    from detpipe.roi_pooling.cuda import points as sampled
-
-    scene = Scene(*fields)
-    if points is None and not scene.rotated:
-        return align.adjoint(grad.contiguous(), scene)
-    return sampled.adjoint(grad.contiguous(), points, scene)
+    kernels, more = _kernels(points, scene := Scene(*fields))
+    return kernels.adjoint(grad.contiguous(), *more, scene)
 
 
 @scene_operator("box_mean_slopes", "Tensor grad, Tensor[] maps, Tensor? points")
 def _box_mean_slopes(grad: Tensor, maps: Sequence[Tensor], points: Tensor | None, *fields: Any) -> Tensor:
     """``[R, h, w, C]`` -> like the points, or the boxes."""
-    from detpipe.roi_pooling.cuda import align
-    from detpipe.roi_pooling.cuda import points as sampled
-
-    scene = Scene(*fields)
-    if points is None and not scene.rotated:
-        return align.slopes(grad.contiguous(), channels_last(maps), scene)
-    return sampled.slopes(grad.contiguous(), channels_last(maps), points, scene)
+    kernels, more = _kernels(points, scene := Scene(*fields))
+    return kernels.slopes(grad.contiguous(), channels_last(maps), *more, scene)
 
 
 @_box_mean.register_fake
