@@ -99,31 +99,19 @@ def read_layout(boxes: Boxes, features: Tensor, sides: str = SIDES) -> GivenBoxe
     return GivenBoxes(listed, ends, tuple(ends[-1:]) or (0,))
 
 
-def read_values(given: GivenBoxes, features: Tensor, sides: str = SIDES, checks: bool = True) -> RoIs:
+def read_values(given: GivenBoxes, features: Tensor, sides: str = SIDES) -> RoIs:
     """Write boxes of any layout row by row, in the precision of the features, and check their values."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
     boxes, ends, lead = given
-    if boxes.ndim == 3:
-        image = _image_index([boxes.shape[1]] * boxes.shape[0], boxes.device)
-        boxes = boxes.flatten(0, 1).to(dtype)
-    elif ends or boxes.shape[1] == sides.count(",") + 1:
-        image = _image_index([end - begin for begin, end in pairwise((0, *ends))], boxes.device)
-        boxes = boxes.to(dtype)
+    has_image = boxes.ndim == 2 and not ends and boxes.shape[1] > sides.count(",") + 1
+    rows = boxes.flatten(0, -2).to(torch.promote_types(features.dtype, torch.float32))
+    if is_plain(rows):
+        _check_boxes(rows.detach(), features.shape[0], sides)
     else:
-        exact = boxes.to(torch.promote_types(dtype, boxes.dtype))
-        image = exact[:, 0].detach()
-        if not checks:
-            image = image.long()
-        elif is_plain(image):
-            image = _check_images(image, features.shape[0])
-        else:
-            image = torch.ops.detpipe.checked_images(image, features.shape[0])
-        boxes = exact[:, 1:].to(dtype)
-    if checks and is_plain(boxes):
-        _check_boxes(boxes.detach(), sides)
-    elif checks:
-        boxes = torch.ops.detpipe.checked_boxes(boxes, sides)
-    return RoIs(image, boxes, lead)
+        rows = torch.ops.detpipe.checked_boxes(rows, features.shape[0], sides)
+    if has_image:
+        return RoIs(rows[:, 0].detach().long(), rows[:, 1:], lead)
+    counts = [boxes.shape[1]] * boxes.shape[0] if boxes.ndim == 3 else [b - a for a, b in pairwise((0, *ends))]
+    return RoIs(_image_index(counts, boxes.device), rows, lead)
 
 
 def as_given(pooled: Tensor, given: GivenBoxes) -> Tensor:
@@ -265,67 +253,46 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 @operator("checked_boxes")
-def _checked_boxes(boxes: Tensor, sides: str) -> Tensor:
-    _check_boxes(boxes, sides)
-    return boxes.clone()
+def _checked_boxes(rows: Tensor, images: int, sides: str) -> Tensor:
+    _check_boxes(rows, images, sides)
+    return rows.clone()
 
 
-def _check_boxes(boxes: Tensor, sides: str) -> None:
-    if looks_at_values(boxes):
-        rotated = sides.endswith("angle")
-        size = boxes[:, 2:4] if rotated else boxes[:, 2:] - boxes[:, :2]
-        good = (size > 0) & (size < math.inf)  # false for NaN; an infinite edge makes an infinite size or NaN
-        if rotated:
-            good = good & boxes[:, :2].isfinite() & boxes[:, 4:].isfinite()
-        if not good.all():
-            row = int((~good.all(dim=1)).nonzero()[0])
-            values = [round(value, 4) for value in boxes[row].tolist()]
-            finite = all(math.isfinite(value) for value in values)
-            wrong = "has no area: width and height must be positive" if finite else "is not finite"
-            raise ValueError(f"boxes: box {row}, ({sides}) = {values}, {wrong}")
-
-
-@_checked_boxes.register_fake
-def _(boxes: Tensor, sides: str) -> Tensor:
-    return torch.empty_like(boxes)
-
-
-def _keep_gradient(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-    return gradient, None
-
-
-_checked_boxes.register_autograd(_keep_gradient)
-
-
-@_checked_boxes.register_vmap
-def _(info, in_dims, boxes: Tensor, sides: str) -> tuple[Tensor, int]:
-    boxes = boxes.movedim(in_dims[0], 0)
-    return torch.ops.detpipe.checked_boxes(boxes.flatten(0, 1), sides).unflatten(0, boxes.shape[:2]), 0
-
-
-@operator("checked_images")
-def _checked_images(image: Tensor, images: int) -> Tensor:
-    return _check_images(image, images)
-
-
-def _check_images(image: Tensor, images: int) -> Tensor:
-    whole = image.to(torch.int64)
-    if looks_at_values(image):
-        good = (whole == image) & (whole >= 0) & (whole < images)
+def _check_boxes(rows: Tensor, images: int, sides: str) -> None:
+    """Check ``[R, B]``, or ``[R, 1 + B]`` with the image's index first."""
+    if not looks_at_values(rows):
+        return
+    boxes = rows[:, -sides.count(",") - 1 :]
+    if boxes.shape[1] < rows.shape[1]:
+        image = rows[:, 0]
+        good = (image == image.floor()) & (image >= 0) & (image < images)
         if not good.all():
             row = int((~good).nonzero()[0])
             raise ValueError(
                 f"boxes: box {row} has image index {image[row].item():g}, expected a whole number in 0..{images - 1}"
             )
-    return whole
+    rotated = sides.endswith("angle")
+    size = boxes[:, 2:4] if rotated else boxes[:, 2:] - boxes[:, :2]
+    good = (size > 0) & (size < math.inf)  # false for NaN; an infinite edge makes an infinite size or NaN
+    if rotated:
+        good = good & boxes[:, :2].isfinite() & boxes[:, 4:].isfinite()
+    if not good.all():
+        row = int((~good.all(dim=1)).nonzero()[0])
+        values = [round(value, 4) for value in boxes[row].tolist()]
+        finite = all(math.isfinite(value) for value in values)
+        wrong = "has no area: width and height must be positive" if finite else "is not finite"
+        raise ValueError(f"boxes: box {row}, ({sides}) = {values}, {wrong}")
 
 
-@_checked_images.register_fake
-def _(image: Tensor, images: int) -> Tensor:
-    return torch.empty_like(image, dtype=torch.int64)
+@_checked_boxes.register_fake
+def _(rows: Tensor, images: int, sides: str) -> Tensor:
+    return torch.empty_like(rows)
 
 
-@_checked_images.register_vmap
-def _(info, in_dims, image: Tensor, images: int) -> tuple[Tensor, int]:
-    image = image.movedim(in_dims[0], 0)
-    return torch.ops.detpipe.checked_images(image.flatten(), images).unflatten(0, image.shape), 0
+_checked_boxes.register_autograd(lambda _, gradient: (gradient, None, None))
+
+
+@_checked_boxes.register_vmap
+def _(info, in_dims, rows: Tensor, images: int, sides: str) -> tuple[Tensor, int]:
+    rows = rows.movedim(in_dims[0], 0)
+    return torch.ops.detpipe.checked_boxes(rows.flatten(0, 1), images, sides).unflatten(0, rows.shape[:2]), 0
