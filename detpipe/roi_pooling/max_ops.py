@@ -22,7 +22,7 @@ from torch import Tensor
 
 from detpipe.roi_pooling.axis import split_evenly
 from detpipe.roi_pooling.backend import kernels_for
-from detpipe.roi_pooling.layouts import looks_at_values
+from detpipe.roi_pooling.layouts import looks_at_values, unchecked_values
 from detpipe.roi_pooling.maps import cell_table, channels_last, cut_table
 from detpipe.roi_pooling.operators import fold, is_batched, unfold
 from detpipe.roi_pooling.placement import place
@@ -70,7 +70,8 @@ def _roi_max_adjoint(grad: Tensor, winner: Tensor, maps: Sequence[Tensor], *fiel
         from detpipe.roi_pooling.cuda import maximum
 
         return maximum.adjoint(grad.contiguous(), winner, Scene(*fields))
-    return send_to_winners(grad, *_bins(maps, Scene(*fields)))
+    with unchecked_values():  # they have been checked on the way forward
+        return send_to_winners(grad, *_bins(maps, Scene(*fields)))
 
 
 @scene_operator("roi_max_winners", "Tensor[] values, Tensor winner, Tensor[] maps")
@@ -80,7 +81,8 @@ def _roi_max_winners(values: Sequence[Tensor], winner: Tensor, maps: Sequence[Te
         from detpipe.roi_pooling.cuda import maximum
 
         return maximum.read_winners(channels_last(values), winner, Scene(*fields))
-    return read_winners(cell_table(values).rows, *_bins(maps, Scene(*fields)))
+    with unchecked_values():
+        return read_winners(cell_table(values).rows, *_bins(maps, Scene(*fields)))
 
 
 # what the kernels of PyTorch work on

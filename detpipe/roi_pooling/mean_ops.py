@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from detpipe.roi_pooling.backend import kernels_for
-from detpipe.roi_pooling.layouts import looks_at_values
+from detpipe.roi_pooling.layouts import looks_at_values, unchecked_values
 from detpipe.roi_pooling.maps import channels_last, cut_table
 from detpipe.roi_pooling.operators import is_batched
 from detpipe.roi_pooling.scene import Scene, scene_operator
@@ -160,7 +160,7 @@ class _Slopes(Function):
     def backward(ctx: Any, to_slopes: Tensor) -> tuple[Tensor | None, ...]:
         level, compose, rest = ctx.how
         creates_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), unchecked_values():
             # views, so that what the operands are made of is not differentiated here
             grad, boxes, points, *maps = (one if one is None else one.view_as(one) for one in ctx.saved_tensors)
             assert boxes is not None
