@@ -102,7 +102,7 @@ def read_layout(boxes: Boxes, features: Tensor, sides: str = SIDES) -> GivenBoxe
 def read_values(given: GivenBoxes, features: Tensor, sides: str = SIDES) -> RoIs:
     """Write boxes of any layout row by row, in the precision of the features, and check their values."""
     boxes, ends, lead = given
-    has_image = boxes.ndim == 2 and not ends and boxes.shape[1] > sides.count(",") + 1
+    has_image = boxes.ndim == 2 and len(ends) == 0 and boxes.shape[1] > sides.count(",") + 1
     rows = boxes.flatten(0, -2).to(torch.promote_types(features.dtype, torch.float32))
     if is_plain(rows):
         _check_boxes(rows.detach(), features.shape[0], sides)
