@@ -16,6 +16,7 @@ N images, C channels, R boxes of the batch, P boxes an image, h x w bins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,6 +42,7 @@ from detpipe.roi_pooling.layouts import (
     looks_at_values,
     read_layout,
     read_output_size,
+    read_samples,
     read_scale,
     to_rois,
 )
@@ -94,12 +96,11 @@ def roi_align(
     size, scale = read_output_size(output_size), read_scale(spatial_scale)
     if reduce not in ("mean", "max"):
         raise ValueError(f"reduce must be 'mean' or 'max', got {reduce!r}")
-    if not isinstance(sampling_ratio, int):
-        raise ValueError(f"sampling_ratio must be a whole number, 0 for adaptive, got {sampling_ratio!r}")
+    samples = read_samples(sampling_ratio, least=-math.inf)
     if is_exporting() and reduce == "mean" and not normalized:
-        return _exported(features, boxes, size, scale, sampling_ratio, aligned)
+        return _exported(features, boxes, size, scale, samples, aligned)
     given, how = read_layout(boxes, features), {"aligned": aligned, "normalized": normalized}
-    scene = make_scene([features], given, Choice([scale]), size, samples=max(sampling_ratio, ADAPTIVE), **how)
+    scene = make_scene([features], given, Choice([scale]), size, samples=samples, **how)
     return as_given(align([features], scene, reduce), given)
 
 
@@ -186,7 +187,7 @@ def _exported(
     rois = to_rois(boxes).to(features.dtype)
     if is_torch_alone():
         return _gridded(features, rois, size, scale, sampling_ratio, aligned)
-    pooled = torchvision_ops.roi_align(features, rois, size, scale, max(sampling_ratio, 0), aligned)
+    pooled = torchvision_ops.roi_align(features, rois, size, scale, sampling_ratio, aligned)
     return pooled.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) and boxes.ndim == 3 else pooled
 
 
@@ -234,11 +235,9 @@ class RoIAlign(RoIPooler):
         levels: FPNLevels = FPNLevels(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(output_size, levels)
-        if sampling_ratio < 0:
-            raise ValueError(f"sampling_ratio must be 0 (adaptive) or positive, got {sampling_ratio}")
         if reduce not in ("mean", "max"):
             raise ValueError(f"reduce must be 'mean' or 'max', got {reduce!r}")
-        self.sampling_ratio, self.aligned, self.reduce = sampling_ratio, aligned, reduce
+        self.sampling_ratio, self.aligned, self.reduce = read_samples(sampling_ratio), aligned, reduce
 
     def pool(self, maps: list[Tensor], scene: Scene) -> Tensor:
         """Pool the boxes of a scene: ``[R, C, h, w]``."""

@@ -9,14 +9,16 @@ N images, P boxes an image, R boxes of the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate, pairwise
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from detpipe.roi_pooling.operators import is_batched, operator
@@ -74,12 +76,13 @@ def read_layout(boxes: Boxes, features: Tensor, sides: str = SIDES) -> GivenBoxe
     """Read what :func:`read_boxes` does, without a look at values; a list costs one copy, and nothing else does."""
     count = sides.count(",") + 1
     images = features.shape[0]
+    width = {2: count + 1, 3: count}.get(boxes.ndim) if isinstance(boxes, Tensor) else None
+    if not isinstance(boxes, Iterable) or (isinstance(boxes, Tensor) and boxes.shape[-1:] != (width,)):
+        raise LayoutError(
+            f"boxes must be [R, {count + 1}] (image, {sides}), a list of [P_i, {count}], or [N, P, {count}]; "
+            f"got {describe(boxes)}"
+        )
     if isinstance(boxes, Tensor):
-        if not (boxes.ndim == 2 and boxes.shape[1] == count + 1) and not (boxes.ndim == 3 and boxes.shape[2] == count):
-            raise LayoutError(
-                f"boxes must be [R, {count + 1}] (image, {sides}), a list of [P_i, {count}], or [N, P, {count}]; "
-                f"got {list(boxes.shape)}"
-            )
         _check_tensor("boxes", boxes, features)
         if boxes.ndim == 3 and boxes.shape[0] != images:
             raise ValueError(f"boxes {list(boxes.shape)} are of {boxes.shape[0]} images, features of {images}")
@@ -87,8 +90,7 @@ def read_layout(boxes: Boxes, features: Tensor, sides: str = SIDES) -> GivenBoxe
     boxes = list(boxes)
     for index, box in enumerate(boxes):
         if not isinstance(box, Tensor) or box.ndim != 2 or box.shape[1] != count:
-            shape = list(box.shape) if isinstance(box, Tensor) else type(box).__name__
-            raise LayoutError(f"boxes[{index}] must be [P, {count}] ({sides}), got {shape}")
+            raise LayoutError(f"boxes[{index}] must be [P, {count}] ({sides}), got {describe(box)}")
         _check_tensor(f"boxes[{index}]", box, features)
     if len(boxes) != images:
         raise ValueError(f"boxes must be a list of one tensor an image: {len(boxes)} for {images} images")
@@ -97,31 +99,19 @@ def read_layout(boxes: Boxes, features: Tensor, sides: str = SIDES) -> GivenBoxe
     return GivenBoxes(listed, ends, tuple(ends[-1:]) or (0,))
 
 
-def read_values(given: GivenBoxes, features: Tensor, sides: str = SIDES, checks: bool = True) -> RoIs:
+def read_values(given: GivenBoxes, features: Tensor, sides: str = SIDES) -> RoIs:
     """Write boxes of any layout row by row, in the precision of the features, and check their values."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
     boxes, ends, lead = given
-    if boxes.ndim == 3:
-        image = _image_index([boxes.shape[1]] * boxes.shape[0], boxes.device)
-        boxes = boxes.flatten(0, 1).to(dtype)
-    elif ends or boxes.shape[1] == sides.count(",") + 1:
-        image = _image_index([end - begin for begin, end in pairwise((0, *ends))], boxes.device)
-        boxes = boxes.to(dtype)
+    has_image = boxes.ndim == 2 and len(ends) == 0 and boxes.shape[1] > sides.count(",") + 1
+    rows = boxes.flatten(0, -2).to(torch.promote_types(features.dtype, torch.float32))
+    if is_plain(rows):
+        _check_boxes(rows.detach(), features.shape[0], sides)
     else:
-        exact = boxes.to(torch.promote_types(dtype, boxes.dtype))
-        image = exact[:, 0].detach()
-        if not checks:
-            image = image.long()
-        elif _is_plain(image):
-            image = _check_images(image, features.shape[0])
-        else:
-            image = torch.ops.detpipe.checked_images(image, features.shape[0])
-        boxes = exact[:, 1:].to(dtype)
-    if checks and _is_plain(boxes):
-        _check_boxes(boxes.detach(), sides)
-    elif checks:
-        boxes = torch.ops.detpipe.checked_boxes(boxes, sides)
-    return RoIs(image, boxes, lead)
+        rows = torch.ops.detpipe.checked_boxes(rows, features.shape[0], sides)
+    if has_image:
+        return RoIs(rows[:, 0].detach().long(), rows[:, 1:], lead)
+    counts = [boxes.shape[1]] * boxes.shape[0] if boxes.ndim == 3 else [b - a for a, b in pairwise((0, *ends))]
+    return RoIs(_image_index(counts, boxes.device), rows, lead)
 
 
 def as_given(pooled: Tensor, given: GivenBoxes) -> Tensor:
@@ -160,6 +150,11 @@ def to_rois(boxes: Boxes) -> Tensor:
     return torch.cat([torch.nn.functional.pad(box, (1, 0), value=float(i)) for i, box in enumerate(boxes)])
 
 
+def describe(given: object) -> list[int] | str:
+    """The shape of a tensor, or what there is in the place of one."""
+    return list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+
+
 def check_features(features: Tensor, name: str = "features") -> None:
     """Refuse what is not a batch of feature maps.
 
@@ -172,6 +167,17 @@ def check_features(features: Tensor, name: str = "features") -> None:
         raise ValueError(f"{name} must be [N, C, H, W] with at least one channel and cell, got {list(features.shape)}")
     if not features.is_floating_point():
         raise ValueError(f"{name} must be floating-point, got {features.dtype}: convert them with .float()")
+    refuse_tangent(name, features)
+
+
+def refuse_tangent(name: str, values: Tensor) -> None:
+    """Refuse a tensor with a tangent, which PyTorch would lose in an operator that has no forward-mode derivative.
+
+    Raises:
+        NotImplementedError: it has one.
+    """
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None:
+        raise NotImplementedError(f"{name}: no forward-mode derivatives (torch.func.jvp); use torch.autograd.grad")
 
 
 def read_output_size(output_size: int | Sequence[int]) -> tuple[int, int]:
@@ -193,9 +199,20 @@ def read_scale(spatial_scale: float) -> float:
     Raises:
         ValueError: not positive and finite.
     """
-    if not 0 < spatial_scale < math.inf:
-        raise ValueError(f"spatial_scale must be positive, the cells a pixel (1 / stride), got {spatial_scale}")
+    if not isinstance(spatial_scale, Real | Tensor) or not 0 < spatial_scale < math.inf:
+        raise ValueError(f"spatial_scale must be positive, the cells a pixel (1 / stride), got {spatial_scale!r}")
     return float(spatial_scale)
+
+
+def read_samples(sampling_ratio: int, least: float = 0) -> int:
+    """Check the samples along each axis of a bin, and say 0 for adaptive ones.
+
+    Raises:
+        ValueError: not a whole number, or less than is allowed.
+    """
+    if not isinstance(sampling_ratio, int) or isinstance(sampling_ratio, bool) or sampling_ratio < least:
+        raise ValueError(f"sampling_ratio must be 0 (adaptive) or a positive whole number, got {sampling_ratio!r}")
+    return max(sampling_ratio, 0)
 
 
 def _image_index(sizes: Sequence[int], device: torch.device) -> Tensor:
@@ -209,6 +226,7 @@ def _check_tensor(name: str, boxes: Tensor, features: Tensor) -> None:
         raise ValueError(f"{name} must be floating-point, got {boxes.dtype}: convert them with .float()")
     if boxes.device != features.device:
         raise ValueError(f"{name} are on {boxes.device} and the features on {features.device}: move one of them")
+    refuse_tangent(name, boxes)
 
 
 @contextmanager
@@ -227,7 +245,7 @@ def looks_at_values(tensor: Tensor) -> bool:
     return (tensor.device.type == "cpu" or torch.is_anomaly_enabled()) and not unchecked
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Say whether nobody traces: then values are looked at without an operator, which takes longer than the look."""
     if torch.compiler.is_compiling() or is_batched(tensor):
         return False
@@ -235,67 +253,46 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 @operator("checked_boxes")
-def _checked_boxes(boxes: Tensor, sides: str) -> Tensor:
-    _check_boxes(boxes, sides)
-    return boxes.clone()
+def _checked_boxes(rows: Tensor, images: int, sides: str) -> Tensor:
+    _check_boxes(rows, images, sides)
+    return rows.clone()
 
 
-def _check_boxes(boxes: Tensor, sides: str) -> None:
-    if looks_at_values(boxes):
-        rotated = sides.endswith("angle")
-        size = boxes[:, 2:4] if rotated else boxes[:, 2:] - boxes[:, :2]
-        good = (size > 0) & (size < math.inf)  # false for NaN; an infinite edge makes an infinite size or NaN
-        if rotated:
-            good = good & boxes[:, :2].isfinite() & boxes[:, 4:].isfinite()
-        if not good.all():
-            row = int((~good.all(dim=1)).nonzero()[0])
-            values = [round(value, 4) for value in boxes[row].tolist()]
-            finite = all(math.isfinite(value) for value in values)
-            wrong = "has no area: width and height must be positive" if finite else "is not finite"
-            raise ValueError(f"boxes: box {row}, ({sides}) = {values}, {wrong}")
-
-
-@_checked_boxes.register_fake
-def _(boxes: Tensor, sides: str) -> Tensor:
-    return torch.empty_like(boxes)
-
-
-def _keep_gradient(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-    return gradient, None
-
-
-_checked_boxes.register_autograd(_keep_gradient)
-
-
-@_checked_boxes.register_vmap
-def _(info, in_dims, boxes: Tensor, sides: str) -> tuple[Tensor, int]:
-    boxes = boxes.movedim(in_dims[0], 0)
-    return torch.ops.detpipe.checked_boxes(boxes.flatten(0, 1), sides).unflatten(0, boxes.shape[:2]), 0
-
-
-@operator("checked_images")
-def _checked_images(image: Tensor, images: int) -> Tensor:
-    return _check_images(image, images)
-
-
-def _check_images(image: Tensor, images: int) -> Tensor:
-    whole = image.to(torch.int64)
-    if looks_at_values(image):
-        good = (whole == image) & (whole >= 0) & (whole < images)
+def _check_boxes(rows: Tensor, images: int, sides: str) -> None:
+    """Check ``[R, B]``, or ``[R, 1 + B]`` with the image's index first."""
+    if not looks_at_values(rows):
+        return
+    boxes = rows[:, -sides.count(",") - 1 :]
+    if boxes.shape[1] < rows.shape[1]:
+        image = rows[:, 0]
+        good = (image == image.floor()) & (image >= 0) & (image < images)
         if not good.all():
             row = int((~good).nonzero()[0])
             raise ValueError(
                 f"boxes: box {row} has image index {image[row].item():g}, expected a whole number in 0..{images - 1}"
             )
-    return whole
+    rotated = sides.endswith("angle")
+    size = boxes[:, 2:4] if rotated else boxes[:, 2:] - boxes[:, :2]
+    good = (size > 0) & (size < math.inf)  # false for NaN; an infinite edge makes an infinite size or NaN
+    if rotated:
+        good = good & boxes[:, :2].isfinite() & boxes[:, 4:].isfinite()
+    if not good.all():
+        row = int((~good.all(dim=1)).nonzero()[0])
+        values = [round(value, 4) for value in boxes[row].tolist()]
+        finite = all(math.isfinite(value) for value in values)
+        wrong = "has no area: width and height must be positive" if finite else "is not finite"
+        raise ValueError(f"boxes: box {row}, ({sides}) = {values}, {wrong}")
 
 
-@_checked_images.register_fake
-def _(image: Tensor, images: int) -> Tensor:
-    return torch.empty_like(image, dtype=torch.int64)
+@_checked_boxes.register_fake
+def _(rows: Tensor, images: int, sides: str) -> Tensor:
+    return torch.empty_like(rows)
 
 
-@_checked_images.register_vmap
-def _(info, in_dims, image: Tensor, images: int) -> tuple[Tensor, int]:
-    image = image.movedim(in_dims[0], 0)
-    return torch.ops.detpipe.checked_images(image.flatten(), images).unflatten(0, image.shape), 0
+_checked_boxes.register_autograd(lambda _, gradient: (gradient, None, None))
+
+
+@_checked_boxes.register_vmap
+def _(info, in_dims, rows: Tensor, images: int, sides: str) -> tuple[Tensor, int]:
+    rows = rows.movedim(in_dims[0], 0)
+    return torch.ops.detpipe.checked_boxes(rows.flatten(0, 1), images, sides).unflatten(0, rows.shape[:2]), 0

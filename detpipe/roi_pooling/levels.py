@@ -39,9 +39,9 @@ class FPNLevels:
     rounding: str = "floor"
 
     def __post_init__(self) -> None:
-        if self.canonical_size <= 0 or self.canonical_stride <= 0:
+        if not (0 < self.canonical_size < math.inf and 0 < self.canonical_stride < math.inf):
             raise ValueError(
-                "canonical_size and canonical_stride must be positive, got "
+                "canonical_size and canonical_stride must be positive and finite, got "
                 f"{self.canonical_size} and {self.canonical_stride}"
             )
         if self.rounding not in ("floor", "nearest"):

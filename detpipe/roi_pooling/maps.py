@@ -34,7 +34,8 @@ def cut_table(rows: Tensor, images: int, sizes: Sequence[int]) -> list[Tensor]:
     """Cut the cells of all maps, ``[T, C]``, into L maps ``[N, C, H_l, W_l]`` of the sizes H_0, W_0, H_1, W_1, ..."""
     levels = list(zip(sizes[::2], sizes[1::2], strict=True))
     parts = rows.split([images * height * width for height, width in levels])
-    return [part.view(images, *size, -1).permute(0, 3, 1, 2) for part, size in zip(parts, levels, strict=True)]
+    shapes = [(images, *size, rows.shape[1]) for size in levels]
+    return [part.view(shape).permute(0, 3, 1, 2) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def channels_last(maps: Sequence[Tensor]) -> list[Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from detpipe.roi_pooling.axis import split_evenly
 from detpipe.roi_pooling.backend import kernels_for
-from detpipe.roi_pooling.layouts import looks_at_values
+from detpipe.roi_pooling.layouts import looks_at_values, unchecked_values
 from detpipe.roi_pooling.maps import cell_table, channels_last, cut_table
 from detpipe.roi_pooling.operators import fold, is_batched, unfold
 from detpipe.roi_pooling.placement import place
@@ -42,12 +42,11 @@ def max_pool(maps: Sequence[Tensor], scene: Scene) -> Tensor:
     Returns:
         ``[R, C, h, w]``, channels last in memory, 0 for an empty bin. Differentiable in the maps, any number of times.
     """
-    boxes, level, *rest = scene._replace(boxes=scene.boxes.detach()).for_kernels()
-    if torch.is_grad_enabled() and any(one.requires_grad or is_batched(one) for one in maps):
-        want_winner = kernels_for(maps[0]) == "triton"  # else they are found on the way back
-        pooled, _ = _Max.apply(boxes, level, tuple(rest), want_winner, *maps)
-    else:
-        pooled, _ = torch.ops.detpipe.roi_max(maps, False, boxes, level, *rest)
+    scene = scene._replace(boxes=scene.boxes.detach()).for_kernels()
+    # else they are found on the way back
+    want_winner = kernels_for(maps[0]) == "triton" and torch.is_grad_enabled()
+    want_winner = want_winner and any(one.requires_grad or is_batched(one) for one in maps)
+    pooled, _ = torch.ops.detpipe.roi_max(maps, want_winner, *scene)
     return pooled.permute(0, 3, 1, 2)
 
 
@@ -71,7 +70,8 @@ def _roi_max_adjoint(grad: Tensor, winner: Tensor, maps: Sequence[Tensor], *fiel
         from detpipe.roi_pooling.cuda import maximum
 
         return maximum.adjoint(grad.contiguous(), winner, Scene(*fields))
-    return send_to_winners(grad, *_bins(maps, Scene(*fields)))
+    with unchecked_values():  # they have been checked on the way forward
+        return send_to_winners(grad, *_bins(maps, Scene(*fields)))
 
 
 @scene_operator("roi_max_winners", "Tensor[] values, Tensor winner, Tensor[] maps")
@@ -81,7 +81,8 @@ def _roi_max_winners(values: Sequence[Tensor], winner: Tensor, maps: Sequence[Te
         from detpipe.roi_pooling.cuda import maximum
 
         return maximum.read_winners(channels_last(values), winner, Scene(*fields))
-    return read_winners(cell_table(values).rows, *_bins(maps, Scene(*fields)))
+    with unchecked_values():
+        return read_winners(cell_table(values).rows, *_bins(maps, Scene(*fields)))
 
 
 # what the kernels of PyTorch work on
@@ -157,82 +158,55 @@ def _(values, winner, maps, *fields):
     return values[0].new_empty((scene.count, scene.h, scene.w, values[0].shape[1]))
 
 
-# Of the scene, ``rest`` is what follows boxes and level.
+def _keep_maps(ctx, inputs, output):
+    maps, want_winner, boxes, level, *ctx.rest = inputs
+    ctx.set_materialize_grads(False)  # no zeros for the winners, which have no gradient
+    ctx.save_for_backward(output[1], boxes, level, *(() if want_winner else maps))
 
 
-class _Max(torch.autograd.Function):
-    """``roi_max``, differentiable in the maps."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(boxes, level, rest, want_winner, *maps):
-        return torch.ops.detpipe.roi_max(list(maps), want_winner, boxes, level, *rest)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        boxes, level, ctx.rest, want_winner, *maps = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # no zeros for the winners, which have no gradient
-        ctx.save_for_backward(output[1], boxes, level, *(() if want_winner else maps))
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        winner, boxes, level, *maps = ctx.saved_tensors
-        scene = Scene(boxes, level, *ctx.rest)
-        if grad is None:
-            return (None,) * (4 + len(scene.levels))
-        grads = cut_table(_Adjoint.apply(grad, winner, boxes, level, ctx.rest, *maps), scene.images, scene.sizes)
-        if maps and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_batched(grads[0]):
-            grads = [_in_layout_of(one, own) for one, own in zip(grads, maps, strict=True)]
-        return None, None, None, None, *grads
+def _keep(ctx, inputs, output):
+    _, winner, maps, boxes, level, *ctx.rest = inputs
+    ctx.save_for_backward(winner, boxes, level, *maps)
 
 
-class _Adjoint(torch.autograd.Function):
-    """``roi_max_adjoint``, differentiable in the gradient."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad, winner, boxes, level, rest, *maps):
-        return torch.ops.detpipe.roi_max_adjoint(grad, winner, list(maps), boxes, level, *rest)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, *operands, ctx.rest = inputs[:5]
-        ctx.save_for_backward(*operands, *inputs[5:])
-
-    @staticmethod
-    def backward(ctx, grad_rows):
-        winner, boxes, level, *maps = ctx.saved_tensors
-        scene = Scene(boxes, level, *ctx.rest)
-        values = cut_table(grad_rows, scene.images, scene.sizes)
-        return _Winners.apply(winner, boxes, level, ctx.rest, *values, *maps), *(None,) * (4 + len(maps))
+def _saved(ctx) -> tuple[Tensor, list[Tensor], Scene]:
+    winner, boxes, level, *maps = ctx.saved_tensors
+    return winner, maps, Scene(boxes, level, *ctx.rest)
 
 
-class _Winners(torch.autograd.Function):
-    """``roi_max_winners``, differentiable in the values."""
+def _none(ctx) -> list:
+    """No gradients to the fields of a scene; PyTorch takes an empty list for one of tensors."""
+    return [None, None, *([] if one == [] else None for one in ctx.rest)]
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(winner, boxes, level, rest, *both):
-        levels = len(Scene(boxes, level, *rest).levels)
-        values, maps = both[:levels], both[levels:]
-        return torch.ops.detpipe.roi_max_winners(list(values), winner, list(maps), boxes, level, *rest)
+def _send(grad: Tensor, winner: Tensor, maps: Sequence[Tensor], scene: Scene) -> list[Tensor]:
+    return cut_table(torch.ops.detpipe.roi_max_adjoint(grad, winner, maps, *scene), scene.images, scene.sizes)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        winner, boxes, level, ctx.rest, *both = inputs
-        levels = len(Scene(boxes, level, *ctx.rest).levels)
-        ctx.save_for_backward(winner, boxes, level, *both[levels:])
 
-    @staticmethod
-    def backward(ctx, grad):
-        winner, boxes, level, *maps = ctx.saved_tensors
-        scene = Scene(boxes, level, *ctx.rest)
-        values = cut_table(_Adjoint.apply(grad, winner, boxes, level, ctx.rest, *maps), scene.images, scene.sizes)
-        return None, None, None, None, *values, *(None,) * len(maps)
+def _max_backward(ctx, grad, _):
+    winner, maps, scene = _saved(ctx)
+    if grad is None:
+        return [None] * len(scene.levels), None, *_none(ctx)
+    grads = _send(grad, winner, maps, scene)
+    if maps and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_batched(grads[0]):
+        grads = [_in_layout_of(one, own) for one, own in zip(grads, maps, strict=True)]
+    return grads, None, *_none(ctx)
+
+
+def _adjoint_backward(ctx, rows):
+    winner, maps, scene = _saved(ctx)
+    values = cut_table(rows, scene.images, scene.sizes)
+    return torch.ops.detpipe.roi_max_winners(values, winner, maps, *scene), None, [None] * len(maps), *_none(ctx)
+
+
+def _winners_backward(ctx, grad):
+    winner, maps, scene = _saved(ctx)
+    return _send(grad, winner, maps, scene), None, [None] * len(maps), *_none(ctx)
+
+
+_roi_max.register_autograd(_max_backward, setup_context=_keep_maps)
+_roi_max_adjoint.register_autograd(_adjoint_backward, setup_context=_keep)
+_roi_max_winners.register_autograd(_winners_backward, setup_context=_keep)
 
 
 def _in_layout_of(grad: Tensor, one: Tensor) -> Tensor:

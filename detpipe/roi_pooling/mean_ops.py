@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from detpipe.roi_pooling.backend import kernels_for
-from detpipe.roi_pooling.layouts import looks_at_values
+from detpipe.roi_pooling.layouts import looks_at_values, unchecked_values
 from detpipe.roi_pooling.maps import channels_last, cut_table
 from detpipe.roi_pooling.operators import is_batched
 from detpipe.roi_pooling.scene import Scene, scene_operator
@@ -55,43 +55,36 @@ def has_kernels(maps: Sequence[Tensor], boxes: Tensor, points: Tensor | None = N
     if kernels_for(maps[0]) != "triton":
         return False
     operands = (*maps, boxes) if points is None else (*maps, boxes, points)
-    return torch.compiler.is_compiling() or not any(map(is_batched, operands))
+    return not any(map(is_batched, operands))
+
+
+def _kernels(points: Tensor | None, scene: Scene) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """The module of kernels, and what they take besides maps and scene."""
+    from detpipe.roi_pooling.cuda import align
+    from detpipe.roi_pooling.cuda import points as sampled
+
+    return (align, ()) if points is None and not scene.rotated else (sampled, (points,))
 
 
 @scene_operator("box_mean", "Tensor[] maps, Tensor? points")
 def _box_mean(maps: Sequence[Tensor], points: Tensor | None, *fields: Any) -> Tensor:
     """L x ``[N, C, H_l, W_l]`` -> ``[R, h, w, C]``."""
-    from detpipe.roi_pooling.cuda import align
-    from detpipe.roi_pooling.cuda import points as sampled
-
-    scene = Scene(*fields)
-    if points is None and not scene.rotated:
-        return align.pool(channels_last(maps), scene)
-    return sampled.pool(channels_last(maps), points, scene)
+    kernels, more = _kernels(points, scene := Scene(*fields))
+    return kernels.pool(channels_last(maps), *more, scene)
 
 
 @scene_operator("box_mean_adjoint", "Tensor grad, Tensor? points")
 def _box_mean_adjoint(grad: Tensor, points: Tensor | None, *fields: Any) -> Tensor:
     """``[R, h, w, C]`` -> ``[T, C]``, the cells of all maps, level by level."""
-    from detpipe.roi_pooling.cuda import align
-    from detpipe.roi_pooling.cuda import points as sampled
-
-    scene = Scene(*fields)
-    if points is None and not scene.rotated:
-        return align.adjoint(grad.contiguous(), scene)
-    return sampled.adjoint(grad.contiguous(), points, scene)
+    kernels, more = _kernels(points, scene := Scene(*fields))
+    return kernels.adjoint(grad.contiguous(), *more, scene)
 
 
 @scene_operator("box_mean_slopes", "Tensor grad, Tensor[] maps, Tensor? points")
 def _box_mean_slopes(grad: Tensor, maps: Sequence[Tensor], points: Tensor | None, *fields: Any) -> Tensor:
     """``[R, h, w, C]`` -> like the points, or the boxes."""
-    from detpipe.roi_pooling.cuda import align
-    from detpipe.roi_pooling.cuda import points as sampled
-
-    scene = Scene(*fields)
-    if points is None and not scene.rotated:
-        return align.slopes(grad.contiguous(), channels_last(maps), scene)
-    return sampled.slopes(grad.contiguous(), channels_last(maps), points, scene)
+    kernels, more = _kernels(points, scene := Scene(*fields))
+    return kernels.slopes(grad.contiguous(), channels_last(maps), *more, scene)
 
 
 @_box_mean.register_fake
@@ -167,7 +160,7 @@ class _Slopes(Function):
     def backward(ctx: Any, to_slopes: Tensor) -> tuple[Tensor | None, ...]:
         level, compose, rest = ctx.how
         creates_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), unchecked_values():
             # views, so that what the operands are made of is not differentiated here
             grad, boxes, points, *maps = (one if one is None else one.view_as(one) for one in ctx.saved_tensors)
             assert boxes is not None

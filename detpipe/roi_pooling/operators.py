@@ -126,4 +126,6 @@ def unfold(result: Tensor, info) -> Tensor:
 
 def is_batched(tensor: Tensor) -> bool:
     """Say whether a tensor stands for several inside ``torch.func.vmap``, where no value can be looked at."""
+    if torch.compiler.is_compiling():  # which does not know the question
+        return False
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]

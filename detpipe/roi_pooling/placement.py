@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from detpipe.roi_pooling.axis import Axis, split_evenly
+from detpipe.roi_pooling.layouts import is_plain
 from detpipe.roi_pooling.maps import CellTable, cell_table, geometry, per_map
-from detpipe.roi_pooling.operators import is_batched
 from detpipe.roi_pooling.scene import Scene
 
 
@@ -62,6 +62,6 @@ def bin_edges(
 
 def static_bound(placement: Placement) -> int | None:
     """How many cells a bin reads at most, where looking at the boxes is not possible or would wait for the device."""
-    if placement.boxes.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(placement.boxes):
+    if placement.boxes.device.type == "cpu" and is_plain(placement.boxes):
         return None
     return max(max(size) for size in placement.table.sizes)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detpipe.roi_pooling.bags import bag_sum
 from detpipe.roi_pooling.grid_samples import is_exporting, read_cells
-from detpipe.roi_pooling.layouts import as_given, read_layout
+from detpipe.roi_pooling.layouts import as_given, describe, read_layout, refuse_tangent
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.mean_ops import pool
 from detpipe.roi_pooling.placement import Placement, place
@@ -60,10 +60,10 @@ def pool_points(
         3.0
     """
     maps = read_levels(features, strides)
-    if points.ndim != 6 or points.shape[-1] != 2 or points.shape[:2] != boxes.shape[:2] or points.shape[4] < 1:
-        raise ValueError(
-            f"points must be [N, P, h, w, S, 2] for boxes [N, P, 4], got {list(points.shape)} and {list(boxes.shape)}"
-        )
+    shape, of_boxes = describe(points), describe(boxes)
+    if len(shape) != 6 or shape[5] != 2 or shape[4] < 1 or shape[:2] != of_boxes[:2]:
+        raise ValueError(f"points must be [N, P, h, w, S, 2] for boxes [N, P, 4], got {shape} and {of_boxes}")
+    refuse_tangent("points", points)
     if is_exporting():
         return _exported(maps, points, boxes, list(strides.values()), levels)
     given = read_layout(boxes.detach(), maps[0])

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from detpipe.roi_pooling.layouts import SIDES, Boxes, as_given, check_features, read_layout, read_output_size, to_rois
+from detpipe.roi_pooling.layouts import (
+    SIDES,
+    Boxes,
+    as_given,
+    check_features,
+    describe,
+    read_layout,
+    read_output_size,
+    to_rois,
+)
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.scene import Scene, choose_levels, make_scene
 
@@ -58,6 +69,17 @@ class RoIPooler(nn.Module, ABC):
         return as_given(self.pool(maps, make_scene(maps, given, choice, self.output_size)), given)
 
 
+def check_strides(strides: dict[str, int]) -> None:
+    """Refuse what is not level name -> image pixels a cell.
+
+    Raises:
+        ValueError: another type, no strides, or one that is not positive.
+    """
+    is_named = isinstance(strides, Mapping) and len(strides) > 0
+    if not is_named or not all(isinstance(one, Real) and 0 < one < math.inf for one in strides.values()):
+        raise ValueError(f"strides must name at least one level, each with a positive stride, got {strides}")
+
+
 def read_levels(features: dict[str, Tensor], strides: dict[str, int]) -> list[Tensor]:
     """Take the maps of the declared levels.
 
@@ -69,10 +91,14 @@ def read_levels(features: dict[str, Tensor], strides: dict[str, int]) -> list[Te
         The maps, in the order of the strides.
 
     Raises:
-        ValueError: no strides, a level that is missing, or maps that differ in images, channels or type.
+        ValueError: no strides, one that is not positive, a level that is missing, or maps that differ in images, channels
+            or type.
     """
+    check_strides(strides)
+    if not isinstance(features, Mapping):
+        raise ValueError(f"features must be a dictionary, level name -> [N, C, H, W], got {describe(features)}")
     missing = [level for level in strides if level not in features]
-    if missing or not strides:
+    if missing:
         raise ValueError(f"features lack the levels {missing}: strides has {list(strides)}, got {list(features)}")
     maps = [features[level] for level in strides]
     for level, values in zip(strides, maps, strict=True):
@@ -134,8 +160,7 @@ class MultiLevel(nn.Module):
 
     def __init__(self, pooler: RoIPooler, strides: dict[str, int]) -> None:
         super().__init__()
-        if not strides or min(strides.values()) <= 0:
-            raise ValueError(f"strides must name at least one level, each with a positive stride, got {strides}")
+        check_strides(strides)
         self.pooler, self.strides = pooler, dict(strides)
 
     def forward(self, features: dict[str, Tensor], boxes: Boxes) -> Tensor:

@@ -35,6 +35,7 @@ from detpipe.roi_pooling.layouts import (
     read_boxes,
     read_layout,
     read_output_size,
+    read_samples,
     read_scale,
 )
 from detpipe.roi_pooling.levels import FPNLevels
@@ -44,7 +45,7 @@ from detpipe.roi_pooling.points import read_points
 from detpipe.roi_pooling.pooler import RoIPooler, read_levels
 from detpipe.roi_pooling.rotated_ops import pool_frames
 from detpipe.roi_pooling.rotated_samples import Frames
-from detpipe.roi_pooling.scene import ADAPTIVE, Choice, Scene, make_scene
+from detpipe.roi_pooling.scene import Choice, Scene, make_scene
 
 MOST_SAMPLES = 1 << 30  # of a bin along one axis: what lies on the map is then a vanishing part of it
 
@@ -86,10 +87,9 @@ def rotated_roi_align(
         return handle_torch_function(rotated_roi_align, (features,), features, boxes, *settings)
     check_features(features)
     size, scale = read_output_size(output_size), read_scale(spatial_scale)
-    if not isinstance(sampling_ratio, int):
-        raise ValueError(f"sampling_ratio must be a whole number, 0 for adaptive, got {sampling_ratio!r}")
+    samples = read_samples(sampling_ratio, least=-math.inf)
     given = read_layout(boxes, features, ROTATED_SIDES)
-    how = {"samples": max(sampling_ratio, ADAPTIVE), "normalized": normalized, "rotated": True}
+    how = {"samples": samples, "normalized": normalized, "rotated": True}
     return as_given(pool(compose, [features], make_scene([features], given, Choice([scale]), size, **how)), given)
 
 
@@ -151,9 +151,7 @@ class RotatedRoIAlign(RoIPooler):
         levels: FPNLevels = FPNLevels(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(output_size, levels)
-        if sampling_ratio < 0:
-            raise ValueError(f"sampling_ratio must be 0 (adaptive) or positive, got {sampling_ratio}")
-        self.sampling_ratio = sampling_ratio
+        self.sampling_ratio = read_samples(sampling_ratio)
 
     def forward(self, features: dict[str, Tensor], boxes: Boxes, strides: dict[str, int]) -> Tensor:
         """Pool each box from the level that suits its size.

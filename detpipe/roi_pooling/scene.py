@@ -13,7 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from detpipe.roi_pooling.layouts import MOST_LISTED, ROTATED_SIDES, SIDES, GivenBoxes, RoIs, read_values, with_images
+from detpipe.roi_pooling.layouts import (
+    MOST_LISTED,
+    ROTATED_SIDES,
+    SIDES,
+    GivenBoxes,
+    RoIs,
+    describe,
+    is_plain,
+    looks_at_values,
+    read_values,
+    with_images,
+)
 from detpipe.roi_pooling.levels import FPNLevels, choose_level
 from detpipe.roi_pooling.operators import Operator, operator
 
@@ -120,7 +131,13 @@ def choose_levels(
     boxes = read_values(given, features, sides).boxes.detach()
     if sides != SIDES:  # as if they were not rotated
         boxes = torch.cat((boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2), dim=1)
-    return Choice(scales, levels(boxes, strides))
+    level = levels(boxes, strides)
+    if not isinstance(level, Tensor) or level.shape != boxes.shape[:1] or level.is_floating_point():
+        found = f"{describe(level)} {getattr(level, 'dtype', '')}"
+        raise ValueError(f"levels must tell an index into the strides a box, integers [{len(boxes)}], got {found}")
+    if is_plain(level) and looks_at_values(level) and ((level < 0) | (level >= len(strides))).any():
+        raise ValueError(f"levels must tell indices in 0..{len(strides) - 1}, got {level.unique().tolist()}")
+    return Choice(scales, level)
 
 
 def scene_operator(name: str, own: str, result: str = "Tensor") -> Callable[[Callable], Operator]:

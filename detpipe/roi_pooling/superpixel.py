@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from detpipe.roi_pooling.bags import bag_sum
-from detpipe.roi_pooling.layouts import check_features
+from detpipe.roi_pooling.layouts import check_features, describe
 from detpipe.roi_pooling.maps import cell_table
 from detpipe.roi_pooling.superpixel_ops import read_axes, read_cells
 
@@ -128,6 +128,8 @@ def read_labels(
         ValueError: an argument of another shape, type, device or range.
     """
     check_features(features)
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{name} must be a tensor [N, Hl, Wl], got {describe(labels)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{name} must be of an integer type, got {labels.dtype}: convert them with .long()")
     if labels.ndim != 3 or labels.shape[0] != features.shape[0] or 0 in labels.shape[1:]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detpipe.roi_pooling.align import align
 from detpipe.roi_pooling.feature_superpixels import check_clustering, feature_superpixels
-from detpipe.roi_pooling.layouts import Boxes
+from detpipe.roi_pooling.layouts import Boxes, read_samples
 from detpipe.roi_pooling.levels import FPNLevels
 from detpipe.roi_pooling.pooler import RoIPooler, read_levels
 from detpipe.roi_pooling.scene import Scene
@@ -59,10 +59,8 @@ class SuperpixelPool(RoIPooler):
     ) -> None:
         super().__init__(output_size, levels)
         check_clustering(spacing, iterations, compactness)
-        if sampling_ratio < 0:
-            raise ValueError(f"sampling_ratio must be 0 (adaptive) or positive, got {sampling_ratio}")
         self.spacing, self.iterations, self.compactness = spacing, iterations, compactness
-        self.sampling_ratio = sampling_ratio
+        self.sampling_ratio = read_samples(sampling_ratio)
 
     def pool(self, maps: list[Tensor], scene: Scene) -> Tensor:
         """Pool the boxes of a scene: ``[R, C, h, w]``."""

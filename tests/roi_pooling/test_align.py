@@ -242,7 +242,8 @@ def test_compiles_without_a_break(ratio):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampling_ratio": 1.5}, "sampling_ratio must be a whole number"),
+        ({"sampling_ratio": 1.5}, r"sampling_ratio must be 0 \(adaptive\) or a positive whole number, got 1.5"),
+        ({"sampling_ratio": True}, "sampling_ratio must be .* got True"),
         ({"reduce": "median"}, "reduce must be 'mean' or 'max', got 'median'"),
         ({"output_size": 0}, "output_size must be one or two positive whole numbers, got 0"),
         ({"output_size": (3, 2.0)}, "output_size must be"),
@@ -250,6 +251,8 @@ def test_compiles_without_a_break(ratio):
         ({"features": [[[[1.0]]]]}, r"features must be a tensor \[N, C, H, W\], got list"),
         ({"spatial_scale": 0.0}, "spatial_scale must be positive"),
         ({"spatial_scale": math.nan}, "spatial_scale must be positive"),
+        ({"spatial_scale": (0.5, 0.5)}, r"spatial_scale must be positive, .* got \(0.5, 0.5\)"),
+        ({"boxes": None}, r"boxes must be \[R, 5\] .*got NoneType"),
         ({"features": torch.zeros(3, 4, 5)}, r"features must be \[N, C, H, W\]"),
         ({"features": torch.zeros(1, 3, 4, 5).long()}, "features must be floating-point, got torch.int64"),
     ],

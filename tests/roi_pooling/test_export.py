@@ -128,7 +128,10 @@ def test_runs_inside_torchscript(operator, module):
     flat = torch.tensor([[3.0, 4.0, 3.0, 9.0], [6.0, 9.0, 2.0, 1.0]])  # torchvision takes them, and its tests have some
     peer = torchvision_ops.roi_align if operator is roi_align else torchvision_ops.roi_pool
     settings = (3, 1.0, 2, False) if operator is roi_align else (3, 1.0)
-    torch.testing.assert_close(scripted(features, [flat]), peer(features, [flat], *settings))
+    pooled, expected = scripted(features, [flat]), peer(features, [flat], *settings)
+    torch.testing.assert_close(pooled, expected)
+    grads = (torch.autograd.grad(one.square().sum(), features) for one in (pooled, expected))
+    torch.testing.assert_close(*grads)
     with pytest.raises(ValueError, match="has no area"):
         module(features, [flat])
 

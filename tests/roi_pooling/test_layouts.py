@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from detpipe.roi_pooling import precise_roi_pool, roi_align, roi_max_pool, rotated_roi_align
 from detpipe.roi_pooling.layouts import LayoutError, read_boxes, read_output_size, to_rois
 
 FEATURES = torch.zeros(2, 3, 8, 8)
@@ -122,8 +123,17 @@ def test_output_sizes():
             read_output_size(bad)
 
 
-@pytest.mark.parametrize("operator", ["checked_boxes", "checked_images"])
-def test_checks_are_proper_operators(operator):
-    boxes = torch.tensor([BOX, BOX])
-    arguments = (boxes, "x1, y1, x2, y2") if operator == "checked_boxes" else (torch.tensor([0.0, 1.0]), 2)
-    torch.library.opcheck(getattr(torch.ops.detpipe, operator).default, arguments)
+@pytest.mark.parametrize("image", [[], [1.0]])
+def test_checks_are_a_proper_operator(image):
+    boxes = torch.tensor([image + BOX] * 2)
+    torch.library.opcheck(torch.ops.detpipe.checked_boxes.default, (boxes, 2, "x1, y1, x2, y2"))
+
+
+@pytest.mark.parametrize("call", [roi_align, precise_roi_pool, roi_max_pool, rotated_roi_align])
+@pytest.mark.parametrize("name", ["features", "boxes"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # of torch.func.jvp's own
+def test_forward_mode_is_refused_instead_of_a_derivative_of_zero(call, name):
+    box = torch.tensor([[[3.0, 3, 6, 5, 20.0][: 5 if call is rotated_roi_align else 4]]])
+    given = {"features": torch.rand(1, 2, 8, 8), "boxes": box}
+    with pytest.raises(NotImplementedError, match=f"{name}: no forward-mode derivatives"):
+        torch.func.jvp(lambda one: call(**{**given, name: one}, output_size=2), (given[name],), (given[name],))

@@ -31,7 +31,9 @@ def test_other_canonical_boxes():
     assert FPNLevels(448)(boxes, [4, 8, 16, 32]).tolist() == [0, 0, 0, 1, 2]
 
 
-@pytest.mark.parametrize("change", [{"canonical_size": 0}, {"canonical_stride": -4}, {"rounding": "up"}])
+@pytest.mark.parametrize(
+    "change", [{"canonical_size": 0}, {"canonical_size": math.nan}, {"canonical_stride": -4}, {"rounding": "up"}]
+)
 def test_bad_settings_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         FPNLevels(**change)

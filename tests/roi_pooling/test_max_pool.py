@@ -299,6 +299,7 @@ def test_operators_pass_opcheck():
     assert values.any()
     assert not values[2].any()  # off the map
     torch.library.opcheck(ops.roi_max.default, (maps, False, *scene))
+    torch.library.opcheck(ops.roi_max.default, ([one.clone().requires_grad_() for one in maps], False, *scene))
     torch.library.opcheck(ops.roi_max_adjoint.default, (values, winner, maps, *scene))
     torch.library.opcheck(ops.roi_max_winners.default, (maps, winner, maps, *scene))
     assert torch.equal(ops.roi_max_winners(maps, winner, maps, *scene), values)

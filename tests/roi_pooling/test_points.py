@@ -115,6 +115,8 @@ def test_no_regions_give_an_empty_result_with_a_gradient():
 def test_points_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"points must be \[N, P, h, w, S, 2\]"):
         pool_points({"c3": torch.zeros(1, 1, 4, 4)}, torch.zeros(shape), torch.tensor([[[0.0, 0, 8, 8]]]), {"c3": 8})
+    with pytest.raises(ValueError, match=r"points must be .* got \[1, 1, 3, 3, 4, 2\] and list"):
+        pool_points({"c3": torch.zeros(1, 1, 4, 4)}, torch.zeros(1, 1, 3, 3, 4, 2), [torch.zeros(1, 4)], {"c3": 8})
 
 
 def test_the_gradient_to_points_on_cells_is_the_slope_to_the_right():

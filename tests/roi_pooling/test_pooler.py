@@ -1,6 +1,9 @@
+import math
+
 import pytest
 import torch
 from samples import pyramid, random_boxes
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import roi_align, roi_pool
 
 from detpipe.roi_pooling import (
@@ -88,6 +91,34 @@ def test_no_boxes_keep_the_graph(pooler, strides, boxes):
     assert all(level.grad is not None and not level.grad.any() for level in features.values())
 
 
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_no_images_keep_the_graph(pooler):
+    features = {name: torch.zeros(0, 4, 8, 8, requires_grad=True) for name in FOUR}
+    pooler(features, torch.zeros(0, 5), FOUR).sum().backward()
+    assert all(level.grad is not None for level in features.values())
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_maxima_of_levels_compile_without_a_break(learns):
+    two = {"p2": 4, "p3": 8}
+    features, pooler = {name: level.requires_grad_(learns) for name, level in pyramid(2, two).items()}, RoIMaxPool(3)
+    boxes = [random_boxes(3), random_boxes(2)]
+    compiled = torch.compile(pooler, backend="aot_eager", fullgraph=True, dynamic=True)(features, boxes, two)
+    plain = pooler(features, boxes, two)
+    torch.testing.assert_close(compiled, plain)
+    if learns:
+        grads = (torch.autograd.grad(one.square().sum(), list(features.values())) for one in (compiled, plain))
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_shapes_are_known_without_values(pooler):
+    with FakeTensorMode() as mode:
+        features = {name: mode.from_tensor(level) for name, level in pyramid(2, FOUR).items()}
+        pooled = pooler(features, mode.from_tensor(torch.stack([random_boxes(3)] * 2)), FOUR)
+    assert pooled.shape == (2, 3, 4, *pooler.output_size)
+
+
 @pytest.mark.parametrize("strides", STRIDES)
 def test_gradients_are_right(strides):
     features = [
@@ -138,9 +169,12 @@ def test_multi_level_keeps_the_strides():
     features, boxes = pyramid(2, FOUR, height=320, width=480), [random_boxes(5, 320, 480) for _ in range(2)]
     pooler = RoIAlign(3)
     assert torch.equal(MultiLevel(pooler, FOUR)(features, boxes), pooler(features, boxes, FOUR))
-    for strides in ({}, {"p2": 0}):
-        with pytest.raises(ValueError, match="strides must name at least one level"):
-            MultiLevel(pooler, strides)
+    for strides in ({}, {"p2": 0}, {"p2": math.nan}, [4]):
+        for call in (MultiLevel, lambda pooler, strides: pooler(features, boxes, strides)):
+            with pytest.raises(ValueError, match="strides must name at least one level"):
+                call(pooler, strides)
+    with pytest.raises(ValueError, match=r"features must be a dictionary, level name -> \[N, C, H, W\], got list"):
+        pooler(list(features.values()), boxes, FOUR)
 
 
 @pytest.mark.parametrize("size", [320, 640])
@@ -168,6 +202,23 @@ def test_bad_output_size(size):
         RoIMaxPool(size)
 
 
-def test_bad_sampling_ratio():
-    with pytest.raises(ValueError, match="sampling_ratio must be 0"):
-        RoIAlign(7, sampling_ratio=-1)
+@pytest.mark.parametrize("ratio", [-1, 2.5])
+def test_bad_sampling_ratio(ratio):
+    with pytest.raises(ValueError, match=f"sampling_ratio must be 0 .* got {ratio}"):
+        RoIAlign(7, sampling_ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("level", "message"),
+    [
+        (torch.tensor([0, 2, 0]), r"levels must tell indices in 0..1, got \[0, 2\]"),
+        (torch.tensor([0, -1, 0]), r"levels must tell indices in 0..1, got \[-1, 0\]"),
+        (torch.tensor([0, 1]), r"levels must tell .* integers \[3\], got \[2\] torch.int64"),
+        (torch.zeros(3), r"integers \[3\], got \[3\] torch.float32"),
+        ([0, 0, 0], r"integers \[3\], got list"),
+    ],
+)
+def test_a_rule_that_tells_no_levels_is_refused(level, message):
+    strides = {"p2": 4, "p3": 8}
+    with pytest.raises(ValueError, match=message):
+        RoIAlign(2, levels=lambda *_: level)(pyramid(1, strides), [random_boxes(3)], strides)

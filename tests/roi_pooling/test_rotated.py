@@ -241,7 +241,7 @@ def test_no_boxes_keep_the_graph(ratio, boxes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampling_ratio": 1.5}, "sampling_ratio must be a whole number"),
+        ({"sampling_ratio": 1.5}, "sampling_ratio must be .* whole number"),
         ({"output_size": 0}, "output_size must be one or two positive whole numbers, got 0"),
         ({"spatial_scale": math.nan}, "spatial_scale must be positive"),
         ({"features": torch.zeros(3, 4, 5)}, r"features must be \[N, C, H, W\]"),

@@ -458,6 +458,7 @@ def wrong_id(value, place):
         (wrong_id(5, (1, 7, 1)).int(), r"labels\[1, 7, 1\] is 5: .*since num_superpixels is 5"),
         (torch.zeros(2, 9, 7), r"labels must be of an integer type, got torch.float32: convert them with .long\(\)"),
         (torch.zeros(2, 9, 7, dtype=torch.bool), "labels must be of an integer type, got torch.bool"),
+        (None, r"labels must be a tensor \[N, Hl, Wl\], got NoneType"),
         (torch.zeros(2, 1, 9, 7).long(), r"labels must be \[N, Hl, Wl\] .*got \[2, 1, 9, 7\]"),
         (torch.zeros(3, 9, 7).long(), r"labels must be .* N = 2, as the features have.*got \[3, 9, 7\]"),
         (torch.zeros(2, 0, 7).long(), r"labels must be .* at least one pixel; got \[2, 0, 7\]"),

@@ -27,19 +27,14 @@ from torch import Tensor
 
 from detpipe.roi_pooling import scene as scenes
 from detpipe.roi_pooling.cuda.geometry import (
-    BOXES_A_PROGRAM,
     VARYING,
-    channel_block,
-    count_tiles,
     divide,
     find_tile,
     hits,
-    launch,
+    launch_boxes,
+    launch_tiles,
     load_columns,
-    make_task,
     map_of,
-    operands,
-    prepare,
     read_sides,
     store_cell,
     store_columns,
@@ -64,63 +59,26 @@ def pool(maps: Sequence[Tensor], scene: Scene) -> Tensor:
     Returns:
         ``[R, h, w, C]`` in the type of the maps; 0 for a box that is not finite, or of no image.
     """
-    channels = maps[0].shape[3]
-    out = maps[0].new_empty((scene.count, scene.h, scene.w, channels))
+    out = maps[0].new_empty((scene.count, scene.h, scene.w, maps[0].shape[3]))
     if out.numel():
-        block, warps = channel_block(channels, 256, out)
-        by_samples = scene.samples > 0
-        launch(
-            sample_kernel if by_samples else cell_kernel,
-            (scene.count * scene.h, triton.cdiv(channels, block)),
-            *(out, tuple(maps), operands(scene), channels),
-            TASK=make_task(scene, out.dtype),
-            BLOCK=block,
-            num_warps=warps,
-            **({} if by_samples else {"TAPS": TAPS, **registers(80, out)}),
+        kernel, constants = (
+            (sample_kernel, {}) if scene.samples > 0 else (cell_kernel, {"TAPS": TAPS, **registers(80, out)})
         )
+        launch_boxes(kernel, scene.count * scene.h, out, scene, out, tuple(maps), **constants)
     return out
 
 
 def adjoint(grad: Tensor, scene: Scene) -> Tensor:
     """Apply the transpose of :func:`pool` to ``[R, h, w, C]``, contiguous: two launches, to ``[T, C]``, level by level."""
-    channels = grad.shape[3]
-    out = grad.new_empty((scene.cells, channels))
-    if not grad.numel() or not out.numel():
-        return out.zero_()
-    task = make_task(scene, grad.dtype)
-    where, frame = prepare(prepare_kernel, scene, task, 4, BOXES_A_PROGRAM)
-    block, _ = channel_block(channels, 128, grad)
-    launch(
-        adjoint_kernel,
-        (count_tiles(scene, ROWS, COLUMNS), triton.cdiv(channels, block)),
-        *(out, grad, where, frame, operands(scene), scene.count, channels),
-        TASK=task,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        BOXES=BOXES,
-        BINS=BINS,
-        BLOCK=block,
-        num_warps=max(1, block * BINS // 128),  # a warp each row, where a row fills it
-        **registers(128, grad),
-    )
-    return out
+    constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, "BOXES": BOXES, "BINS": BINS, **registers(128, grad)}
+    return launch_tiles(adjoint_kernel, (prepare_kernel,), grad, scene, 4, rows=BINS, **constants)
 
 
 def slopes(grad: Tensor, maps: Sequence[Tensor], scene: Scene) -> Tensor:
     """Compute the gradient to the boxes, as they were given, 0 for the index of an image: one launch."""
-    channels = grad.shape[3]
     out = torch.empty_like(scene.boxes, memory_format=torch.contiguous_format)
     if out.numel():
-        block, warps = channel_block(channels, 256, grad)
-        launch(
-            slopes_kernel,
-            (scene.count,),
-            *(out, grad, tuple(maps), operands(scene), channels),
-            TASK=make_task(scene, grad.dtype),
-            BLOCK=block,
-            TAPS=TAPS,
-            num_warps=warps,
-        )
+        launch_boxes(slopes_kernel, scene.count, grad, scene, out, grad, tuple(maps), loops=True, TAPS=TAPS)
     return out
 
 

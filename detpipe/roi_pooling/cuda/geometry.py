@@ -35,7 +35,7 @@ from torch import Tensor
 from detpipe.roi_pooling.scene import Scene
 
 FARTHEST_EXACT = 1 << 24  # whole numbers up to which float32 is exact
-BOXES_A_PROGRAM = 128  # of those that prepare them
+BOXES_A_PROGRAM = 128  # of those that prepare them, or samples
 VARYING = ["boxes_in_all"]  # differs with each call: not worth a compilation
 
 
@@ -121,19 +121,78 @@ def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, *operands: Any, *
         kernel[grid](tensor, *operands, **constants, enable_fp_fusion=False)
 
 
-def prepare(
-    kernel: Any, scene: Scene, task: Task, frames: int, block: int, *others: Any, **constants: Any
-) -> tuple[Tensor, Tensor]:
+def launch_boxes(
+    kernel: Any, programs: int, like: Tensor, scene: Scene, *tensors: Any, loops: bool = False, **constants: Any
+) -> None:
+    """Start a kernel whose programs own boxes, or rows of their bins.
+
+    Args:
+        kernel: takes tensors, the scene, C, the task and the channels of a block.
+        programs: for each block of channels.
+        like: ``[..., C]`` in the type of the maps.
+        scene: the boxes.
+        tensors: what comes first.
+        loops: a program takes the blocks of channels one after the other.
+        constants: of the kernel, beside the task and the block.
+    """
+    channels = like.shape[3]
+    block, warps = channel_block(channels, 256, like)
+    launch(
+        *(kernel, (programs,) if loops else (programs, triton.cdiv(channels, block))),
+        *(*tensors, operands(scene), channels),
+        TASK=make_task(scene, like.dtype),
+        BLOCK=block,
+        num_warps=warps,
+        **constants,
+    )
+
+
+def launch_tiles(
+    kernel: Any, first: Any, grad: Tensor, scene: Scene, frames: int, *others: Any, rows: int = 1, **constants: Any
+) -> Tensor:
+    """Add up at cells what bins send to them: two launches, of which the programs of the second own tiles of cells.
+
+    Args:
+        kernel: takes the result, ``grad``, others, both tables of :func:`prepare`, the scene, R, C, the task, the channels of a
+            block and constants.
+        first: the kernel that prepares the tables, and the operands that it takes beside.
+        grad: ``[R, h, w, C]``, contiguous.
+        scene: the boxes.
+        frames: as of :func:`prepare`.
+        others: operands of the kernel.
+        rows: rows of channels that a program takes at once, a warp each where a row fills it.
+        constants: of the kernel: ROWS and COLUMNS of a tile, and more.
+
+    Returns:
+        ``[T, C]``, level by level, in the type of ``grad``; sums are float32, or float64 for float64.
+    """
+    channels = grad.shape[3]
+    out = grad.new_empty((scene.cells, channels))
+    if not grad.numel() or not out.numel():
+        return out.zero_()
+    task = make_task(scene, grad.dtype)
+    where, frame = prepare(first[0], scene, task, frames, *first[1:])
+    block, _ = channel_block(channels, 128, grad)
+    launch(
+        *(kernel, (count_tiles(scene, constants["ROWS"], constants["COLUMNS"]), triton.cdiv(channels, block))),
+        *(out, grad, *others, where, frame, operands(scene), scene.count, channels),
+        TASK=task,
+        BLOCK=block,
+        num_warps=max(1, block * rows // 128),
+        **constants,
+    )
+    return out
+
+
+def prepare(kernel: Any, scene: Scene, task: Task, frames: int, *others: Any) -> tuple[Tensor, Tensor]:
     """Write what the programs of tiles scan: one launch.
 
     Args:
-        kernel: takes both tables, the scene, R, other operands, the task and the boxes of a program.
+        kernel: takes both tables, the scene, R, other operands, the task and the boxes, or samples, that a program looks at.
         scene: the boxes.
         task: what the kernel is compiled for.
         frames: numbers of a box in the second table.
-        block: boxes, or samples, that a program looks at at once.
-        others: operands of the kernel.
-        constants: its constants.
+        others: operands of the kernel, whose programs then own a box each.
 
     Returns:
         ``[5, R]`` int32: map (level * N + image, or -1 where no cell can belong to the box), first and last cell along y,
@@ -143,13 +202,9 @@ def prepare(
     where = scene.boxes.new_empty((5, scene.count), dtype=torch.int32)
     frame = scene.boxes.new_empty((frames, scene.count), dtype=exact)
     if scene.count:
-        programs = scene.count if others else triton.cdiv(scene.count, block)
-        launch(
-            *(kernel, (programs,), where, frame, operands(scene), scene.count, *others),
-            TASK=task,
-            BLOCK=block,
-            **constants,
-        )
+        programs = scene.count if others else triton.cdiv(scene.count, BOXES_A_PROGRAM)
+        boxes = (where, frame, operands(scene), scene.count)
+        launch(kernel, (programs,), *boxes, *others, TASK=task, BLOCK=BOXES_A_PROGRAM)
     return where, frame
 
 

@@ -24,19 +24,14 @@ from torch import Tensor
 
 from detpipe.roi_pooling import scene as scenes
 from detpipe.roi_pooling.cuda.geometry import (
-    BOXES_A_PROGRAM,
     VARYING,
-    channel_block,
-    count_tiles,
     divide,
     find_tile,
     hits,
-    launch,
+    launch_boxes,
+    launch_tiles,
     load_columns,
-    make_task,
     map_of,
-    operands,
-    prepare,
     read_sides,
     store_cell,
     store_columns,
@@ -67,7 +62,8 @@ def pool(maps: Sequence[Tensor], scene: Scene, want_winner: bool) -> tuple[Tenso
     dtype = torch.int16 if not want_winner or most <= FARTHEST_CELL else torch.int32
     winner = out.new_empty(out.shape if want_winner else (0,), dtype=dtype)
     if out.numel():
-        _launch_rows(max_kernel, out, winner, maps, scene, WINNER=want_winner, TAPS=TAPS)
+        constants = {"WINNER": want_winner, "TAPS": TAPS}
+        launch_boxes(max_kernel, scene.count * scene.h, out, scene, out, winner, tuple(maps), **constants)
     return out, winner
 
 
@@ -75,23 +71,8 @@ def read_winners(maps: Sequence[Tensor], winner: Tensor, scene: Scene) -> Tensor
     """Read the cells of such maps that won, ``[R, h, w, C]``, 0 where there is no winner: one launch."""
     out = maps[0].new_empty(winner.shape)
     if out.numel():
-        _launch_rows(read_kernel, out, winner, maps, scene)
+        launch_boxes(read_kernel, scene.count * scene.h, out, scene, out, winner, tuple(maps))
     return out
-
-
-def _launch_rows(kernel, out: Tensor, winner: Tensor, maps: Sequence[Tensor], scene: Scene, **constants: int) -> None:
-    """Launch a program for each row of bins and block of channels."""
-    channels = out.shape[3]
-    block, warps = channel_block(channels, 256, out)
-    launch(
-        kernel,
-        (scene.count * scene.h, triton.cdiv(channels, block)),
-        *(out, winner, tuple(maps), operands(scene), channels),
-        TASK=make_task(scene, out.dtype),
-        BLOCK=block,
-        num_warps=warps,
-        **constants,
-    )
 
 
 def adjoint(grad: Tensor, winner: Tensor, scene: Scene) -> Tensor:
@@ -100,26 +81,8 @@ def adjoint(grad: Tensor, winner: Tensor, scene: Scene) -> Tensor:
     Returns:
         ``[T, C]`` in the dtype of ``grad``; accumulated in float32, or float64 for float64.
     """
-    channels = grad.shape[3]
-    out = grad.new_empty((scene.cells, channels))
-    if not out.numel():
-        return out
-    task = make_task(scene, grad.dtype)
-    where, frame = prepare(prepare_kernel, scene, task, 4, BOXES_A_PROGRAM)
-    block, _ = channel_block(channels, 128, grad)
-    launch(
-        adjoint_kernel,
-        (count_tiles(scene, ROWS, COLUMNS), triton.cdiv(channels, block)),
-        *(out, grad, winner, where, frame, operands(scene), scene.count, channels),
-        TASK=task,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        BOXES=BOXES,
-        BINS=BINS,
-        BLOCK=block,
-        num_warps=1,
-    )
-    return out
+    constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, "BOXES": BOXES, "BINS": BINS}
+    return launch_tiles(adjoint_kernel, (prepare_kernel,), grad, scene, 4, winner, **constants)
 
 
 @triton.jit

@@ -29,17 +29,13 @@ from torch import Tensor
 
 from detpipe.roi_pooling.cuda.geometry import (
     VARYING,
-    channel_block,
-    count_tiles,
     divide,
     find_tile,
     hits,
-    launch,
+    launch_boxes,
+    launch_tiles,
     load_columns,
-    make_task,
     map_of,
-    operands,
-    prepare,
     read_image,
     read_sides,
     store_cell,
@@ -70,43 +66,17 @@ def pool(maps: Sequence[Tensor], points: Tensor | None, scene: Scene) -> Tensor:
     Returns:
         ``[R, h, w, C]``.
     """
-    channels = maps[0].shape[3]
-    out = maps[0].new_empty((scene.count, scene.h, scene.w, channels))
+    out = maps[0].new_empty((scene.count, scene.h, scene.w, maps[0].shape[3]))
     if out.numel():
-        block, warps = channel_block(channels, 256, out)
-        launch(
-            pool_kernel,
-            (scene.count * scene.h, triton.cdiv(channels, block)),
-            *(out, tuple(maps), _source(points, out), operands(scene), channels),
-            TASK=make_task(scene, out.dtype),
-            BLOCK=block,
-            num_warps=warps,
-        )
+        launch_boxes(pool_kernel, scene.count * scene.h, out, scene, out, tuple(maps), _source(points, out))
     return out
 
 
 def adjoint(grad: Tensor, points: Tensor | None, scene: Scene) -> Tensor:
     """Send gradients ``[R, h, w, C]``, contiguous, back to the cells, ``[T, C]``: two launches; the rest as of :func:`pool`."""
-    channels = grad.shape[3]
-    out = grad.new_empty((scene.cells, channels))
-    if not out.numel():
-        return out
-    task, source = make_task(scene, grad.dtype), _source(points, grad)
-    where, frame = prepare(prepare_kernel, scene, task, 8 if points is None else 1, 128, source)
-    block, _ = channel_block(channels, 128, grad)
-    launch(
-        adjoint_kernel,
-        (count_tiles(scene, ROWS, COLUMNS), triton.cdiv(channels, block)),
-        *(out, grad, source, where, frame, operands(scene), scene.count, channels),
-        TASK=task,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        BOXES=BOXES,
-        LANES=LANES,
-        BLOCK=block,
-        num_warps=1,
-    )
-    return out
+    source, frames = _source(points, grad), 8 if points is None else 1
+    constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, "BOXES": BOXES, "LANES": LANES}
+    return launch_tiles(adjoint_kernel, (prepare_kernel, source), grad, scene, frames, source, **constants)
 
 
 def slopes(grad: Tensor, maps: Sequence[Tensor], points: Tensor | None, scene: Scene) -> Tensor:
@@ -114,20 +84,12 @@ def slopes(grad: Tensor, maps: Sequence[Tensor], points: Tensor | None, scene: S
 
     ``grad`` is ``[R, h, w, C]``, contiguous, and the rest as of :func:`pool`; the index of an image has a gradient of 0.
     """
-    channels = grad.shape[3]
     place = scene.boxes if points is None else points
     out = torch.empty_like(place, memory_format=torch.contiguous_format)
     if not grad.numel():
         return out.zero_()
-    block, warps = channel_block(channels, 256, grad)
-    launch(
-        slopes_kernel,
-        (scene.count * (1 if points is None else scene.h),),
-        *(out, grad, tuple(maps), _source(points, grad), operands(scene), channels),
-        TASK=make_task(scene, grad.dtype),
-        BLOCK=block,
-        num_warps=warps,
-    )
+    programs, source = scene.count * (1 if points is None else scene.h), _source(points, grad)
+    launch_boxes(slopes_kernel, programs, grad, scene, out, grad, tuple(maps), source, loops=True)
     return out
 
 
