@@ -92,7 +92,7 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     from detpipe.evaluation.metrics import CocoEvaluator
     from detpipe.training import checkpoint
     from detpipe.training.configuration import CLI, quiet
-    from detpipe.training.trainer import build_trainer
+    from detpipe.training.trainer import build_trainer, told_as_usage
 
     quiet()
     cli = CLI(arguments, _add_arguments)
@@ -121,7 +121,8 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
         settings["limit_predict_batches"] = settings[f"limit_{split}_batches"]
     trainer = build_trainer(settings, run)
     collector = CocoEvaluator(annotations).to(trainer.strategy.root_device)  # which the processes can gather from
-    found = trainer.predict(model, loader) or []  # of this process' batches, of which it may have none
+    with told_as_usage():
+        found = trainer.predict(model, loader) or []  # of this process' batches, of which it may have none
     for batch, keys in zip(found, loader.batch_sampler, strict=False):
         collector.update(batch, annotations.image_ids[[row for _, row in keys]].tolist())
     with collector.sync_context():

@@ -15,7 +15,13 @@ from detpipe.support.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line; an empty text is no value, or ``""`` would stand for the current folder."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse arguments that are empty, as a variable of the shell that is not set."""
+        if "" in (args or ()):
+            self.error("an argument is empty; is a variable of the shell not set?")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Turn a parser's error into a `UsageError`."""

@@ -31,7 +31,7 @@ from detpipe.support.files import remove_orphans, sole_writer, write_text
 from detpipe.training import callbacks, checkpoint, fine_tuning, resume
 from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, SUM_SUFFIX
 from detpipe.training.saving import CheckpointSettings, ResumeBatches, SaveCheckpoints, StopOnSignal
-from detpipe.training.trainer import MetricsTable, build_trainer
+from detpipe.training.trainer import MetricsTable, build_trainer, told_as_usage
 
 _FOLDER = "DETPIPE_RUN_FOLDER"  # in the environment of the processes that the first one starts
 
@@ -147,7 +147,8 @@ def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: T
         stack.enter_context(_told(folder))
         path = None if found is None else str(found.path)
         del found  # the state of the optimizer is large: Lightning lets go of it once it is loaded
-        trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True)
+        with told_as_usage():
+            trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True)
         if not trainer.is_global_zero:
             raise SystemExit(0)  # what follows is the first process' to do
         return _ended(trainer, folder, task, options, speed, time.perf_counter() - start, saves)
@@ -283,6 +284,8 @@ def _check_validation(trainer: Trainer, options: Options) -> None:
     """Say before training what there will not be."""
     if trainer.limit_train_batches == 0:
         raise UsageError("trainer.limit_train_batches is 0: there is nothing to train on")
+    if options.early_stopping is not None and trainer.barebones:
+        raise UsageError("early_stopping needs numbers that trainer.barebones does not log; remove one of them")
     if trainer.limit_val_batches == 0:
         if options.early_stopping is not None:
             raise UsageError("early_stopping needs validations, but trainer.limit_val_batches is 0; remove one of them")

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, StochasticWeightAveraging
 
 from detpipe.support import processes
 from detpipe.support.errors import StoppedBySignal
@@ -120,6 +120,11 @@ class SaveCheckpoints(Checkpoint):
         """Save the end of the epoch, or what there is of it where training is stopped within it."""
         whole = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         self.save(trainer, None if whole else "stop")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the average that `StochasticWeightAveraging` gives to the model only now."""
+        if any(isinstance(one, StochasticWeightAveraging) for one in vars(trainer)["callbacks"]):
+            self.save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The best number so far, and the others of its validation."""
