@@ -119,6 +119,8 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     settings = dict(cli.trainer_settings)
     if settings["limit_predict_batches"] is None:
         settings["limit_predict_batches"] = settings[f"limit_{split}_batches"]
+    if settings["limit_predict_batches"] == 0:
+        raise UsageError("trainer limits the batches to 0; give --trainer.limit_predict_batches 1.0 to evaluate all")
     trainer = build_trainer(settings, run)
     collector = CocoEvaluator(annotations).to(trainer.strategy.root_device)  # which the processes can gather from
     with told_as_usage():

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from detpipe.support.errors import UsageError
+from detpipe.support.suggest import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,16 +25,19 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Turn a parser's error into a `UsageError`."""
+        """Turn a parser's error into a `UsageError`; a misspelt option gets a suggestion."""
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        if message.startswith("unrecognized arguments: -"):
+            message += did_you_mean(unknown, self._option_string_actions)
         raise UsageError(f"{message}; see '{self.prog} --help'")
 
 
 def check_least(options: Any, least: int, *names: str) -> None:
-    """Refuse options that are less than a number; those that were not given, None, are left out."""
+    """Refuse options, named as they are given, that are less than a number; those that were not given, None, are left out."""
     for name in names:
-        value = getattr(options, name)
+        value = getattr(options, name.replace("-", "_"))
         if value is not None and value < least:
-            option = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
+            option = f"-{name}" if len(name) == 1 else f"--{name}"
             raise UsageError(f"{option} must be {least} or more, got {value}")
 
 

@@ -142,6 +142,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
         CheckpointError: the file is missing, damaged, or not a checkpoint of this package.
     """
     path = local_file(path, "checkpoint")
+    if path.is_dir():
+        raise CheckpointError(f"checkpoint {path} is a folder; give a file in it, such as {path / BEST}")
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; expected a file such as RUN/best.ckpt")
     try:

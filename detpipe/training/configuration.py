@@ -72,7 +72,15 @@ class Parser(LightningArgumentParser):
             return super().parse_args(_with_contents(args), *more, **settings)
 
     def instantiate(self, *config: Any, **settings: Any) -> jsonargparse.Namespace:
-        """Build what is allowed."""
+        """Build what is allowed; a UsageError where null, or no keys, stand for a setting that needs others."""
+        for group in self._action_groups:
+            value = config[0].get(getattr(group, "dest", ""), config[0])
+            if hasattr(group, "instantiate_class") and not isinstance(value, jsonargparse.Namespace):
+                raise UsageError(f"{group.dest}: expected keys with values, got {shorten(value)}")
+        for action in self._actions:  # jsonargparse takes null for a value of any type
+            kind = getattr(action, "_typehint", None)
+            if config[0].get(action.dest, 0) is None and action.default is not None and not _takes_none(kind):
+                raise UsageError(f"{action.dest}: null is no value for it; leave it out for {action.default!r}")
         with only_allowed():
             return super().instantiate(*config, **settings)
 
@@ -381,6 +389,10 @@ def _keep_whole_numbers(parser: LightningArgumentParser) -> None:
         kinds = set(get_args(getattr(action, "_typehint", None)))
         if action.dest.startswith("trainer.") and {int, float} <= kinds <= {int, float, type(None)}:
             action._typehint = int | float | None if type(None) in kinds else int | float  # pyright: ignore
+
+
+def _takes_none(kind: Any) -> bool:
+    return kind in (None, Any) or type(None) in get_args(kind)
 
 
 def _as_seed(seed: int | bool | None) -> int:

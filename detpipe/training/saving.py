@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -273,7 +274,8 @@ class StopOnSignal(Callback):
         where = "nothing was saved"
         path = None if self.saves is None else self.saves.folder / LAST
         if path is not None and path.is_file():
-            where = f"saved {path}; go on with the same command, --output {path.parent} and --ckpt_path last"
+            again = f"--output {shlex.quote(str(path.parent))} and --ckpt_path last"
+            where = f"saved {path}; go on with the same command, {again}"
         status = 130 if number == signal.SIGINT else 128 + number if name == "SIGHUP" else 143
         if trainer.is_global_zero:
             _requeue(trainer, number)

@@ -196,9 +196,15 @@ class MetricsTable(Logger):
         self._rows: list[dict[str, Any]] = []
 
     def begin(self, first_step: int) -> None:
-        """Take over the rows of earlier steps, none for the first step 0, and drop others and a line that a kill cut off."""
-        rows = self._stored() if first_step else []
-        kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) < first_step]
+        """Take over the rows of earlier steps, none for the first step 0, and drop others and a line that a kill cut off.
+
+        A TrainingError if the file is none that this class has written.
+        """
+        try:
+            rows = self._stored() if first_step else []
+            kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) < first_step]
+        except (KeyError, ValueError, csv.Error) as error:
+            raise TrainingError(f"{self.path}: not the table that was written there; move it away") from error
         if kept:
             self._columns = sorted(kept[0])
             self._write(kept, self._columns)

@@ -192,6 +192,21 @@ def test_options_that_stand_for_nothing(arguments, message):
     assert refusal(arguments) == message
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {optimizer: {lr: null}}", "model.optimizer.lr: null is no value for it; leave it out for 0.001"),
+        ("model: {backbone: {init_args: {depth: null}}}", "depth: null is no value for it; leave it out for 50"),
+        ("model: {head: {init_args: {sampler: null}}}", "sampler: expected keys with values, got None"),
+        ("data: {init_args: {loader: []}}", "loader: expected keys with values, got []"),
+        ("data: {init_args: {root: null}}", "root: null is no value for it; leave it out for 'data/demo'"),
+    ],
+)
+def test_null_for_a_setting_that_needs_a_value(text, message, demo_root, tmp_path):
+    more = [] if "root" in text else ["--data.root", str(demo_root)]
+    assert refusal([runs.CONFIG, overlay(tmp_path, text), *more, "--data.scenes", str(runs.SCENES)], CLI) == message
+
+
 def test_what_is_no_class_to_name_is_not_offered(tmp_path):
     message = refusal([runs.CONFIG, "--trainer.logger", "nothing"])
     known = "CSVLogger, CometLogger, MLFlowLogger, TensorBoardLogger, WandbLogger"

@@ -220,6 +220,8 @@ trainer:
     evaluated = f"evaluate {folder / 'config.yaml'} --ckpt_path {folder / 'best.ckpt'} --json {tmp_path / 'a'}".split()
     assert cli.main([*evaluated, "--trainer.limit_predict_batches", "1", "--data.loader.eval_batch_size", "2"]) == 0
     assert "the numbers are of 2 of 6 images, since trainer limits the batches" in capsys.readouterr().out
+    assert cli.main([*evaluated, "--trainer.limit_val_batches", "0"]) == 2
+    assert "give --trainer.limit_predict_batches 1.0 to evaluate all" in capsys.readouterr().err
     logged = (tmp_path / "logs" / "lightning_logs" / "version_1" / "metrics.csv").read_text()
     assert "val/AP" in logged.splitlines()[0]
 
@@ -297,6 +299,22 @@ def test_averaged_weights_are_validated_saved_and_predicted_with(demo_root, tmp_
     for wrong in ("1", "-0.1"):
         assert train(demo_root, tmp_path / "wrong", "--ema", wrong) == 2
         assert "ema must be at least 0 and less than 1" in capsys.readouterr().err
+
+
+def test_what_averages_the_weights_at_the_end_is_saved(demo_root, tmp_path):
+    path = overlay(
+        tmp_path, "trainer: {callbacks: [{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.05}}]}"
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        ends: list[dict[str, torch.Tensor]] = []
+        patched.setattr(
+            callbacks.Throughput, "teardown", lambda self, trainer, module, stage: ends.append(module.state_dict())
+        )
+        options = ["--model.backbone.regime.norm", "group", "--trainer.limit_train_batches", "1"]
+        arguments = [runs.CONFIG, path, *runs.options(demo_root, 2), "--output", str(tmp_path / "run"), *options]
+        assert cli.main(["train", *arguments, "--trainer.limit_val_batches", "0"]) == 0
+    stored = runs.weights(tmp_path / "run" / "last.ckpt")
+    assert [name for name, value in ends[0].items() if not torch.equal(value, stored[name])] == []
 
 
 def test_an_average_of_many_steps_follows_its_decay():
@@ -392,6 +410,11 @@ def test_the_metrics_table_goes_on_after_a_kill(tmp_path):
     ]
     MetricsTable(tmp_path).begin(1)
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
+    for content in (b"a;step\n1;2\n", b"\xff\xfe\x00,step\n1,2\n"):  # as of a program for tables
+        (tmp_path / "metrics.csv").write_bytes(content)
+        with pytest.raises(TrainingError, match=r"metrics\.csv: not the table that was written there; move it away"):
+            MetricsTable(tmp_path).begin(1)
+    (tmp_path / "metrics.csv").unlink()
     late = MetricsTable(tmp_path)
     late.begin(0)
     late.log_metrics({"loss": 0.0}, 5)
