@@ -28,6 +28,7 @@ from detpipe.support import processes
 from detpipe.support.allocator import peak_gpu_memory, peak_memory
 from detpipe.support.errors import CheckpointError, DataError, TrainingError, UsageError
 from detpipe.support.files import remove_orphans, sole_writer, write_text
+from detpipe.support.terminal import say
 from detpipe.training import callbacks, checkpoint, fine_tuning, resume
 from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, SUM_SUFFIX
 from detpipe.training.saving import CheckpointSettings, ResumeBatches, SaveCheckpoints, StopOnSignal
@@ -138,10 +139,10 @@ def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: T
             _load_once(trainer, found.stored)
         elif options.init_from is not None:
             names = task.description.class_names
-            print(fine_tuning.load_fitting(model, options.init_from, names, options.read))
+            say(fine_tuning.load_fitting(model, options.init_from, names, options.read))
         if first:
             write_text(folder / "config.yaml", options.config)
-            print(f"run folder {folder}")
+            say(f"run folder {folder}")
         if table is not None:
             table.begin(step)
         stack.enter_context(_told(folder))
@@ -217,10 +218,10 @@ def _go_on(
             f"checkpoint {found.path} has weights alone, nothing to go on from; begin with --init_from"
         )
     for line in resume.check_changes(found.stored, record, options.accepted, found.path):
-        print(f"note: {line}")
+        say(f"note: {line}")
     if options.ema is None and resume.averaged(found.stored):
         found.stored["state_dict"] = found.stored["current_model_state"]
-    print(f"going on from {found.path}, step {found.stored['global_step']}")
+    say(f"going on from {found.path}, step {found.stored['global_step']}")
 
 
 def _load_once(trainer: Trainer, stored: dict[str, Any]) -> None:
