@@ -69,20 +69,28 @@ class Parser(LightningArgumentParser):
     def parse_args(self, args: Sequence[str], *more: Any, **settings: Any) -> jsonargparse.Namespace:  # pyright: ignore
         """Parse; no class is imported that is not allowed, and no file is read but those of ``--config``."""
         with only_allowed():
-            return super().parse_args(_with_contents(args), *more, **settings)
+            config = super().parse_args(_with_contents(args), *more, **settings)
+        self._check(config)
+        return config
 
     def instantiate(self, *config: Any, **settings: Any) -> jsonargparse.Namespace:
-        """Build what is allowed; a UsageError where null, or no keys, stand for a setting that needs others."""
-        for group in self._action_groups:
-            value = config[0].get(getattr(group, "dest", ""), config[0])
-            if hasattr(group, "instantiate_class") and not isinstance(value, jsonargparse.Namespace):
-                raise UsageError(f"{group.dest}: expected keys with values, got {shorten(value)}")
-        for action in self._actions:  # jsonargparse takes null for a value of any type
-            kind = getattr(action, "_typehint", None)
-            if config[0].get(action.dest, 0) is None and action.default is not None and not _takes_none(kind):
-                raise UsageError(f"{action.dest}: null is no value for it; leave it out for {action.default!r}")
+        """Build what is allowed, of settings that have values; jsonargparse calls it for each class within."""
+        self._check(config[0])
         with only_allowed():
             return super().instantiate(*config, **settings)
+
+    def _check(self, config: jsonargparse.Namespace) -> None:
+        """Refuse null, or no keys, for a setting that needs others: jsonargparse takes null for a value of any type."""
+        groups = [group.dest for group in self._action_groups if hasattr(group, "instantiate_class")]
+        for key in ("trainer", *groups):
+            value = config.get(key, config)
+            if not isinstance(value, jsonargparse.Namespace):
+                raise UsageError(f"{key}: expected keys with values, got {shorten(value)}")
+        for action in self._actions:
+            kind = getattr(action, "_typehint", None)
+            takes_null = kind in (None, Any) or type(None) in get_args(kind)
+            if config.get(action.dest, 0) is None and action.default is not None and not takes_null:
+                raise UsageError(f"{action.dest}: null is no value for it; leave it out for {action.default!r}")
 
 
 class CommandCLI(LightningCLI, ABC):
@@ -130,10 +138,6 @@ class CommandCLI(LightningCLI, ABC):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse what would be lost without a word."""
         self.config = parser.parse_args(args)
-        settings = () if self.model_is_named else ("model.optimizer", "model.lr_scheduler")
-        for key in ("model", *settings, "trainer", "checkpoint"):
-            if not isinstance(self.config.get(key), jsonargparse.Namespace):
-                raise UsageError(f"{key}: expected keys with values, got {self.config.get(key)}")
         for key, value in vars(self.config).items():
             if value == "":
                 raise UsageError(f"--{key} is empty; give a value, or leave it out")
@@ -389,10 +393,6 @@ def _keep_whole_numbers(parser: LightningArgumentParser) -> None:
         kinds = set(get_args(getattr(action, "_typehint", None)))
         if action.dest.startswith("trainer.") and {int, float} <= kinds <= {int, float, type(None)}:
             action._typehint = int | float | None if type(None) in kinds else int | float  # pyright: ignore
-
-
-def _takes_none(kind: Any) -> bool:
-    return kind in (None, Any) or type(None) in get_args(kind)
 
 
 def _as_seed(seed: int | bool | None) -> int:
