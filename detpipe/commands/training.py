@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from detpipe import zoo
 from detpipe.backbones.weights import network_state
-from detpipe.commands.parser import output_folder
 from detpipe.datasets import ClassificationData, DetectionData
 from detpipe.datasets.sampling import describe_sampling
 from detpipe.datasets.stored_proposals import StoredProposals
@@ -164,7 +163,6 @@ def fit(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
         raise UsageError("--ckpt_path last needs the folder of the run: give --output RUN")
     if config.accept_changes is not None and config.ckpt_path is None:
         raise UsageError("--accept_changes is for a training that goes on: add --ckpt_path, or leave it out")
-    output = None if config.output is None else str(output_folder(config.output))
     options = run_folder.Options(
         ckpt_path=config.ckpt_path,
         accepted=resume.read_accepted(config.accept_changes),
@@ -181,7 +179,7 @@ def fit(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
     warning = small_batches(cli.model, cli.datamodule.loader.batch_size)
     if warning is not None and is_first():
         print(warning, file=sys.stderr)
-    return run_folder.fit(cli.model, cli.datamodule, run_folder.choose_folder(output, cli.name), task, options)
+    return run_folder.fit(cli.model, cli.datamodule, run_folder.choose_folder(config.output, cli.name), task, options)
 
 
 def small_batches(model: nn.Module, images: int) -> str | None:

@@ -81,7 +81,7 @@ class Parser(LightningArgumentParser):
 
     def _check(self, config: jsonargparse.Namespace) -> None:
         """Refuse null, or no keys, for a setting that needs others: jsonargparse takes null for a value of any type."""
-        groups = [group.dest for group in self._action_groups if hasattr(group, "instantiate_class")]
+        groups = [str(group.dest) for group in self._action_groups if hasattr(group, "instantiate_class")]
         for key in ("trainer", *groups):
             value = config.get(key, config)
             if not isinstance(value, jsonargparse.Namespace):

@@ -160,7 +160,7 @@ def choose_folder(output: str | None, name: str) -> Path:
 
     Raises:
         DataError: the folder asked for holds a finished run.
-        UsageError: the folder of the first process is not known.
+        UsageError: it is a file; or the folder of the first process is not known.
     """
     if not processes.is_first():
         folder = os.environ.get(_FOLDER, output)
@@ -171,6 +171,8 @@ def choose_folder(output: str | None, name: str) -> Path:
         return Path(folder)
     if output is None:
         return Path("runs") / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    if Path(output).is_file():
+        raise UsageError(f"--output {output}: is a file: name a folder")
     if (Path(output) / "summary.json").exists():
         raise DataError(f"{output} holds a finished run (summary.json); give another --output or remove it")
     return Path(output)

@@ -103,8 +103,8 @@ def told_as_usage() -> Iterator[None]:
 
 def _check_numbers(given: Mapping[str, Any]) -> None:
     """Refuse what Lightning would divide by, or take as something else; a ValueError."""
-    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
-        check_whole(1, **{name: given.get(name)})
+    check_whole(accumulate_grad_batches=given.get("accumulate_grad_batches"))
+    check_whole(check_val_every_n_epoch=given.get("check_val_every_n_epoch"))
     check_whole(0, log_every_n_steps=given.get("log_every_n_steps"))
     check_whole(-1, num_sanity_val_steps=given.get("num_sanity_val_steps"))
     check_numbers("must not be negative or infinite", gradient_clip_val=given.get("gradient_clip_val"))
