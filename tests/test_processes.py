@@ -377,8 +377,9 @@ def test_who_works_on_what_alone():
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"])
 def test_the_first_process_is_known_before_they_meet(name, monkeypatch):
     assert processes.is_first()
-    monkeypatch.setenv(name, "0")
-    assert processes.is_first()
+    for first in ("0", ""):  # empty: as good as not set
+        monkeypatch.setenv(name, first)
+        assert processes.is_first()
     monkeypatch.setenv(name, "1")
     assert not processes.is_first()
 

@@ -34,7 +34,7 @@ def run_info(arguments: Sequence[str]) -> int:
     parser.add_argument("--sizes", type=int, default=4, help="how many sizes of anchors to suggest (4)")
     parser.add_argument("--ratios", type=int, default=3, help="how many ratios of anchors to suggest (3)")
     options = parser.parse_args(list(arguments))
-    check_least(options, 1, "min_size", "max_size", "sizes", "ratios")
+    check_least(options, 1, "min-size", "max-size", "sizes", "ratios")
     resize = _resize(options.min_size, options.max_size)
     folder = output_folder(options.output) if options.output else None
     opened = open_splits(options)

@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sharding(options: argparse.Namespace) -> Sharding:
-    check_least(options, 1, "images_per_shard", "workers")
+    check_least(options, 1, "images-per-shard", "workers")
     check_least(options, 0, "seed")
     return Sharding(
         shard_bytes=read_bytes(options.shard_size),

@@ -92,7 +92,7 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     from detpipe.evaluation.metrics import CocoEvaluator
     from detpipe.training import checkpoint
     from detpipe.training.configuration import CLI, quiet
-    from detpipe.training.trainer import build_trainer
+    from detpipe.training.trainer import build_trainer, told_as_usage
 
     quiet()
     cli = CLI(arguments, _add_arguments)
@@ -116,12 +116,10 @@ def _evaluate_model(arguments: Sequence[str]) -> int:
     for setting in checkpoint.differing_settings(description, checkpoint.describe_model(config.model)):
         print(f"note: not as in training: {setting}; RUN/config.yaml has all settings of a run")
     loader = data.eval_dataloader(split)
-    settings = dict(cli.trainer_settings)
-    if settings["limit_predict_batches"] is None:
-        settings["limit_predict_batches"] = settings[f"limit_{split}_batches"]
-    trainer = build_trainer(settings, run)
+    trainer = build_trainer({**cli.trainer_settings, "limit_predict_batches": _limit(cli.trainer_settings, split)}, run)
     collector = CocoEvaluator(annotations).to(trainer.strategy.root_device)  # which the processes can gather from
-    found = trainer.predict(model, loader) or []  # of this process' batches, of which it may have none
+    with told_as_usage():
+        found = trainer.predict(model, loader) or []  # of this process' batches, of which it may have none
     for batch, keys in zip(found, loader.batch_sampler, strict=False):
         collector.update(batch, annotations.image_ids[[row for _, row in keys]].tolist())
     with collector.sync_context():
@@ -184,6 +182,15 @@ def _prediction(config: Any, model: TwoStageDetector, data: Any) -> LightningMod
     if config.tiles is None and not config.tta:
         return model
     return PredictionModule(model, config.tta, config.tiles, config.overlap)
+
+
+def _limit(trainer: Mapping[str, Any], split: str) -> Any:
+    """How many batches are evaluated: as of prediction, or of the split where that is not limited."""
+    limit = trainer["limit_predict_batches"]
+    limit = trainer[f"limit_{split}_batches"] if limit is None else limit
+    if limit == 0:
+        raise UsageError("trainer limits the batches to 0; give --trainer.limit_predict_batches 1.0 to evaluate all")
+    return limit
 
 
 def _check_files(*paths: Path) -> None:

@@ -12,22 +12,32 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from detpipe.support.errors import UsageError
+from detpipe.support.suggest import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line; an empty text is no value, or ``""`` would stand for the current folder."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse arguments that are empty, as a variable of the shell that is not set."""
+        if "" in (args or ()):
+            self.error("an argument is empty; is a variable of the shell not set?")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Turn a parser's error into a `UsageError`."""
+        """Turn a parser's error into a `UsageError`; a misspelt option gets a suggestion."""
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        if message.startswith("unrecognized arguments: -"):
+            message += did_you_mean(unknown, self._option_string_actions)
         raise UsageError(f"{message}; see '{self.prog} --help'")
 
 
 def check_least(options: Any, least: int, *names: str) -> None:
-    """Refuse options that are less than a number; those that were not given, None, are left out."""
+    """Refuse options, named as they are given, that are less than a number; those that were not given, None, are left out."""
     for name in names:
-        value = getattr(options, name)
+        value = getattr(options, name.replace("-", "_"))
         if value is not None and value < least:
-            option = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
+            option = f"-{name}" if len(name) == 1 else f"--{name}"
             raise UsageError(f"{option} must be {least} or more, got {value}")
 
 

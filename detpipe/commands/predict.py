@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 import zlib
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from detpipe import zoo
 from detpipe.commands.given_proposals import Boxes, advice, open_boxes
-from detpipe.commands.parser import Parser, check_least, progress
+from detpipe.commands.parser import Parser, check_least, output_folder, progress
 from detpipe.datasets.workers import usable_cores
 from detpipe.detector import TwoStageDetector
 from detpipe.heads import ProposalHead
@@ -292,7 +293,8 @@ def _do(
 
         job.do(part, read, look, options.workers or usable_cores(), options.resume, tell)
     if options.part != WHOLE:
-        say(f"part {part.number} of {part.of} is done; 'detpipe merge {job.out}' joins all parts when they are there")
+        merge = f"detpipe merge {shlex.quote(str(job.out))}"
+        say(f"part {part.number} of {part.of} is done; when all are there, join them: {merge}")
         return 0
     own.wait(f"what is done is kept in {job.out}; the same command with --resume goes on from there")
     if not own.is_first:
@@ -395,7 +397,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         several = torch.cuda.device_count()
         return torch.device("cuda", local_rank % several) if several else torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
+        found = torch.zeros(1, device=name)
+        found.item()  # which a device without memory has none of
+        return found.device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
@@ -427,8 +431,7 @@ def _parser(command: str, description: str, checkpoint: str, kind: str) -> Parse
 def _parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(list(arguments))
     check_least(options, 1, "workers")
-    if Path(options.output).exists() and not Path(options.output).is_dir():
-        raise UsageError(f"--output {options.output} is a file; give the name of a folder")
+    output_folder(options.output)
     return options
 
 

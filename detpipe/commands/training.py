@@ -161,6 +161,8 @@ def fit(cli: CommandCLI, task: run_folder.Task) -> run_folder.Run:
         raise UsageError("--init_from begins a training, --ckpt_path goes on with one: give one of them")
     if config.ckpt_path == "last" and config.output is None:
         raise UsageError("--ckpt_path last needs the folder of the run: give --output RUN")
+    if config.accept_changes is not None and config.ckpt_path is None:
+        raise UsageError("--accept_changes is for a training that goes on: add --ckpt_path, or leave it out")
     options = run_folder.Options(
         ckpt_path=config.ckpt_path,
         accepted=resume.read_accepted(config.accept_changes),

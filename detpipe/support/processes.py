@@ -33,7 +33,8 @@ def is_first() -> bool:
     Launchers (Lightning's, torchrun, SLURM) number processes in the environment.
     """
     return all(
-        int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
+        int(os.environ.get(name) or 0) == 0
+        for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
     )
 
 

@@ -41,7 +41,9 @@ def load_yaml(path: Path, kind: type[DetpipeError], visit: Visit | None = None) 
         return parse_yaml(path.read_text(encoding="utf-8-sig"), str(path), kind, visit)
     except (DetpipeError, FileNotFoundError):
         raise
-    except (yaml.YAMLError, ValueError, OSError) as error:
+    except OSError as error:
+        raise kind(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise kind(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
 
 

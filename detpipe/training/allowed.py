@@ -124,6 +124,11 @@ def paths_of(name: str) -> list[str]:
     return [path for path in _classes() if path.endswith(f".{name}")]
 
 
+def may_be_named(path: str) -> bool:
+    """Whether a configuration may name a class, by its full path."""
+    return path in policy()[0] or any(f"{path}.".startswith(f"{name}.") for name in (*GIVEN, *(_active or [()])[-1]))
+
+
 def where_classes_are(value: Any) -> Any:
     """Give classes of this package in a configuration, or a part of it, the import path of today.
 

@@ -30,6 +30,7 @@ from detpipe.types import RGB, PixelType
 FORMAT = 1
 KEY = "detpipe"
 BEST, LAST, PREVIOUS, SUM_SUFFIX = "best.ckpt", "last.ckpt", "previous.ckpt", ".sha256"
+_MOST_SUMS = 2**16  # characters of a side file
 _MOST_SETTINGS = 20_000  # objects in the description of a model
 _PATHS = {"best_model_path", "kth_best_model_path", "last_model_path"}  # in the state of a callback
 
@@ -99,7 +100,9 @@ def check_sums(path: Path) -> list[str]:
     side = _side_file(path)
     if not side.is_file():
         return []
-    return [line.split()[0] for line in side.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    with side.open(encoding="utf-8", errors="replace") as stream:
+        lines = stream.read(_MOST_SUMS).splitlines()
+    return [line.split()[0] for line in lines if line.strip()]
 
 
 def write_check_sums(path: Path, sums: Sequence[str]) -> None:
@@ -142,6 +145,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
         CheckpointError: the file is missing, damaged, or not a checkpoint of this package.
     """
     path = local_file(path, "checkpoint")
+    if path.is_dir():
+        raise CheckpointError(f"checkpoint {path} is a folder; give a file in it, such as {path / BEST}")
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; expected a file such as RUN/best.ckpt")
     try:

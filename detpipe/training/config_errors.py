@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 from jsonargparse import ArgumentParser
 
 from detpipe.support.suggest import did_you_mean
-from detpipe.training.allowed import paths_of, runs_code
+from detpipe.training.allowed import may_be_named, paths_of, runs_code
 
 _LONGEST = 600
 _SIGNATURES = {  # of stages, whose place other modules may take
@@ -44,6 +44,7 @@ _NO_PATH = re.compile(r"- Expected a path but .*? either not accessible or inval
 _UNKNOWN = re.compile(
     r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<key>[^']+)'(?: is not accepted)?"
 )
+_HELP = re.compile(r"--(?P<key>[\w.]+)\.help: (?P<rest>.*)", re.DOTALL)
 _MISSING = re.compile(r"the following arguments are required: (?P<keys>.*)")
 _CLASS = re.compile(
     r"Expected a dot import path string: (?P<short>.*)|Problem with given class_path '(?P<full>[^']*)':\s*(?P<why>.*)"
@@ -52,7 +53,9 @@ _CLASS = re.compile(
 )
 _DENIED = re.compile(r"Importing '(?P<name>\S+)' is not allowed, denied by ")
 _NO_CLASS = re.compile(
-    r"Not a valid subclass of (?P<base>\w+)\.?(?: Got value: (?P<given>.*?))?\s*\nSubclass types.*", re.DOTALL
+    r"(?:Not a valid subclass of|Expected an instantiatable class, but [\w.]*\.)\s?(?P<base>\w+)"
+    r"(?: is abstract|\.?(?: Got value: (?P<given>.*?))?\s*\nSubclass types.*)",
+    re.DOTALL,
 )
 _KIND = re.compile(r"Expected a (?P<kind>.+?)(?:\. Got value: (?P<given>.*))?", re.DOTALL)
 
@@ -85,6 +88,8 @@ def _explain(message: str, parser: ArgumentParser | None, at: str) -> _Told:
         return _unrecognized(text.removeprefix("unrecognized arguments: ").split(), parser)
     if match := _UNKNOWN.fullmatch(text):
         return _unknown(f"{match['group']}.{match['key']}" if match["group"] else match["key"], parser)
+    if match := _HELP.fullmatch(text):
+        return _Told(f"--{match['key']}.help", _explain(match["rest"], parser, match["key"]).text)
     if match := _MISSING.fullmatch(text):
         first, *others = match["keys"].split(", ")
         also = f", and so {'is' if len(others) == 1 else 'are'} {', '.join(others)}" if others else ""
@@ -160,6 +165,8 @@ def _not_allowed(name: str, parser: ArgumentParser | None, at: str) -> str:
         return f"class {name!r} is not allowed, since a configuration must not run code"
     package, _, rest = name.partition(".")
     last = name.rpartition(".")[2]
+    if last in {base.__name__ for base in _bases(parser, at)}:  # what an option below it made of no class
+        return f"expected class_path (and init_args) of a {last}"
     near = f"; it is {' or '.join(paths_of(last))}" if package == "detpipe" and paths_of(last) else ""
     if package == "detpipe" and not near:
         near = did_you_mean(last, sorted(_subclass_names(parser, at)))
@@ -169,10 +176,13 @@ def _not_allowed(name: str, parser: ArgumentParser | None, at: str) -> str:
 
 def _subclass_names(parser: ArgumentParser | None, key: str) -> set[str]:
     """The short names that a key accepts as class."""
-    for action in () if parser is None else parser._actions:
-        if action.dest == key:
-            return {name for base in _classes(getattr(action, "_typehint", None)) for name in _below(base)}
-    return set()
+    return {name for base in _bases(parser, key) for name in _below(base)}
+
+
+def _bases(parser: ArgumentParser | None, key: str) -> list[type]:
+    """The classes of which a key takes subclasses."""
+    actions = [] if parser is None else [action for action in parser._actions if action.dest == key]
+    return [base for action in actions[:1] for base in _classes(getattr(action, "_typehint", None))]
 
 
 def _classes(hint: Any) -> Iterable[type]:
@@ -182,7 +192,8 @@ def _classes(hint: Any) -> Iterable[type]:
 
 
 def _below(base: type) -> set[str]:
-    names = set() if inspect.isabstract(base) else {base.__name__}
+    known = not inspect.isabstract(base) and may_be_named(f"{base.__module__}.{base.__qualname__}")
+    names = {base.__name__} if known else set()
     return names.union(*(_below(other) for other in base.__subclasses__())) if base is not type else names
 
 
@@ -202,7 +213,7 @@ def _got(given: str | None) -> str:
     """The value, unless it is a parser's own wrapping of all that was given."""
     if given is None:
         return ""
-    match = re.fullmatch(r"NestedArg\(key='.*', val='(.*)'\)", given.strip())
+    match = re.fullmatch(r"NestedArg\(key='.*', val='?(.*?)'?\)", given.strip())
     value = match[1] if match else given.strip()
     return f", got {value if len(value) <= 80 else value[:77] + '...'}"
 

@@ -6,6 +6,7 @@ elsewhere. Files are merged from left to right, options on the command line win.
 
 from __future__ import annotations
 
+import enum
 import io
 import os
 import sys
@@ -32,6 +33,9 @@ from detpipe.training.saving import CheckpointSettings
 from detpipe.training.trainer import DEFAULTS
 from detpipe.types import RGB
 
+yaml.SafeDumper.add_multi_representer(
+    enum.Enum, lambda dumper, value: dumper.represent_data(value.value)
+)  # as of Timer
 STAGES = (backbones, demo, heads, proposals)  # short names work for classes that are imported
 
 
@@ -47,6 +51,7 @@ LINKED = {  # what is not given, but follows something else
 }
 
 
+SECTIONS = ("model", "data", "trainer", "checkpoint", "model.optimizer", "model.lr_scheduler")
 # options of a training that its config.yaml does not repeat
 ONE_RUN = ("output", "ckpt_path", "accept_changes", "init_from")
 
@@ -64,12 +69,28 @@ class Parser(LightningArgumentParser):
     def parse_args(self, args: Sequence[str], *more: Any, **settings: Any) -> jsonargparse.Namespace:  # pyright: ignore
         """Parse; no class is imported that is not allowed, and no file is read but those of ``--config``."""
         with only_allowed():
-            return super().parse_args(_with_contents(args), *more, **settings)
+            config = super().parse_args(_with_contents(args), *more, **settings)
+        self._check(config)
+        return config
 
     def instantiate(self, *config: Any, **settings: Any) -> jsonargparse.Namespace:
-        """Build what is allowed."""
+        """Build what is allowed, of settings that have values; jsonargparse calls it for each class within."""
+        self._check(config[0])
         with only_allowed():
             return super().instantiate(*config, **settings)
+
+    def _check(self, config: jsonargparse.Namespace) -> None:
+        """Refuse null, or no keys, for a setting that needs others: jsonargparse takes null for a value of any type."""
+        groups = [str(group.dest) for group in self._action_groups if hasattr(group, "instantiate_class")]
+        for key in ("trainer", *groups):
+            value = config.get(key, config)
+            if not isinstance(value, jsonargparse.Namespace):
+                raise UsageError(f"{key}: expected keys with values, got {shorten(value)}")
+        for action in self._actions:
+            kind = getattr(action, "_typehint", None)
+            takes_null = kind in (None, Any) or type(None) in get_args(kind)
+            if config.get(action.dest, 0) is None and action.default is not None and not takes_null:
+                raise UsageError(f"{action.dest}: null is no value for it; leave it out for {action.default!r}")
 
 
 class CommandCLI(LightningCLI, ABC):
@@ -117,10 +138,15 @@ class CommandCLI(LightningCLI, ABC):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse what would be lost without a word."""
         self.config = parser.parse_args(args)
-        settings = () if self.model_is_named else ("model.optimizer", "model.lr_scheduler")
-        for key in ("model", *settings, "trainer", "checkpoint"):
-            if not isinstance(self.config.get(key), jsonargparse.Namespace):
-                raise UsageError(f"{key}: expected keys with values, got {self.config.get(key)}")
+        for key, value in vars(self.config).items():
+            if value == "":
+                raise UsageError(f"--{key} is empty; give a value, or leave it out")
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:  # outside of the range of numpy's
+            raise UsageError(f"seed_everything: {error}") from error
 
     def instantiate_classes(self) -> None:
         """Build model and data; what their constructors refuse, or does not fit together, is an error in the configuration."""
@@ -234,7 +260,7 @@ def positional_configs(arguments: Sequence[str]) -> list[str]:
     options: list[str] = []
     while rest and not rest[0].startswith("-"):
         options += ["--config", rest.pop(0)]
-    options += rest
+    options += ["--config" if option == "-c" else option for option in rest]
     for option, value in zip(options, [*options[1:], ""], strict=False):
         name, equals, joined = option.partition("=")
         if name == "--config":
@@ -255,6 +281,28 @@ def check_file(path: Path) -> None:
         raise UsageError(f"configuration {path} is empty; expected keys such as model and data")
     if not isinstance(content, dict):
         raise UsageError(f"configuration {path}: expected keys such as model and data, got {shorten(content)}")
+    if "config" in content:
+        raise UsageError(
+            f"configuration {path}: config: give other configurations on the command line, before this one"
+        )
+    _check_parts(content)
+
+
+def _check_parts(content: dict[str, Any], at: str = "") -> None:
+    """Refuse what has no keys where there must be some: an option that follows it would take its place without a word."""
+    for name, value in content.items():
+        key = f"{at}{name}"
+        if key in SECTIONS or name == "init_args":
+            expected, kinds = "keys with values", (dict, str) if key in ("data", "model") else dict
+        elif name == "class_path":
+            expected, kinds = "the name of a class", str
+        else:
+            expected, kinds = "", object
+        if not isinstance(value, kinds):
+            raise UsageError(f"{key}: expected {expected}, got {shorten(value)}")
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                _check_parts(part, f"{key}.")
 
 
 def _with_contents(arguments: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from detpipe.support import processes
 from detpipe.support.errors import CheckpointError, UsageError
 from detpipe.support.strict_json import shorten
 from detpipe.support.suggest import did_you_mean
+from detpipe.support.terminal import say
 from detpipe.training import checkpoint
 from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, plain, settings_by_key
 
@@ -116,7 +117,7 @@ def find(path: str, folder: Path) -> Found | None:
 def _say(line: str, stream: TextIO | None = None) -> None:
     """Print a line once, of several processes."""
     if processes.is_first():
-        print(line, file=stream or sys.stdout)
+        say(line, stream)
 
 
 def read_accepted(text: str | None) -> tuple[str, ...]:

@@ -28,10 +28,11 @@ from detpipe.support import processes
 from detpipe.support.allocator import peak_gpu_memory, peak_memory
 from detpipe.support.errors import CheckpointError, DataError, TrainingError, UsageError
 from detpipe.support.files import remove_orphans, sole_writer, write_text
+from detpipe.support.terminal import say
 from detpipe.training import callbacks, checkpoint, fine_tuning, resume
 from detpipe.training.checkpoint import BEST, LAST, PREVIOUS, SUM_SUFFIX
 from detpipe.training.saving import CheckpointSettings, ResumeBatches, SaveCheckpoints, StopOnSignal
-from detpipe.training.trainer import MetricsTable, build_trainer
+from detpipe.training.trainer import MetricsTable, build_trainer, told_as_usage
 
 _FOLDER = "DETPIPE_RUN_FOLDER"  # in the environment of the processes that the first one starts
 
@@ -138,16 +139,17 @@ def fit(model: LightningModule, data: LightningDataModule, folder: Path, task: T
             _load_once(trainer, found.stored)
         elif options.init_from is not None:
             names = task.description.class_names
-            print(fine_tuning.load_fitting(model, options.init_from, names, options.read))
+            say(fine_tuning.load_fitting(model, options.init_from, names, options.read))
         if first:
             write_text(folder / "config.yaml", options.config)
-            print(f"run folder {folder}")
+            say(f"run folder {folder}")
         if table is not None:
             table.begin(step)
         stack.enter_context(_told(folder))
         path = None if found is None else str(found.path)
         del found  # the state of the optimizer is large: Lightning lets go of it once it is loaded
-        trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True)
+        with told_as_usage():
+            trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True)
         if not trainer.is_global_zero:
             raise SystemExit(0)  # what follows is the first process' to do
         return _ended(trainer, folder, task, options, speed, time.perf_counter() - start, saves)
@@ -158,7 +160,7 @@ def choose_folder(output: str | None, name: str) -> Path:
 
     Raises:
         DataError: the folder asked for holds a finished run.
-        UsageError: the folder of the first process is not known.
+        UsageError: it is a file; or the folder of the first process is not known.
     """
     if not processes.is_first():
         folder = os.environ.get(_FOLDER, output)
@@ -169,6 +171,8 @@ def choose_folder(output: str | None, name: str) -> Path:
         return Path(folder)
     if output is None:
         return Path("runs") / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    if Path(output).is_file():
+        raise UsageError(f"--output {output}: is a file: name a folder")
     if (Path(output) / "summary.json").exists():
         raise DataError(f"{output} holds a finished run (summary.json); give another --output or remove it")
     return Path(output)
@@ -216,10 +220,10 @@ def _go_on(
             f"checkpoint {found.path} has weights alone, nothing to go on from; begin with --init_from"
         )
     for line in resume.check_changes(found.stored, record, options.accepted, found.path):
-        print(f"note: {line}")
+        say(f"note: {line}")
     if options.ema is None and resume.averaged(found.stored):
         found.stored["state_dict"] = found.stored["current_model_state"]
-    print(f"going on from {found.path}, step {found.stored['global_step']}")
+    say(f"going on from {found.path}, step {found.stored['global_step']}")
 
 
 def _load_once(trainer: Trainer, stored: dict[str, Any]) -> None:
@@ -283,6 +287,8 @@ def _check_validation(trainer: Trainer, options: Options) -> None:
     """Say before training what there will not be."""
     if trainer.limit_train_batches == 0:
         raise UsageError("trainer.limit_train_batches is 0: there is nothing to train on")
+    if options.early_stopping is not None and trainer.barebones:
+        raise UsageError("early_stopping needs numbers that trainer.barebones does not log; remove one of them")
     if trainer.limit_val_batches == 0:
         if options.early_stopping is not None:
             raise UsageError("early_stopping needs validations, but trainer.limit_val_batches is 0; remove one of them")

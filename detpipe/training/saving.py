@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, StochasticWeightAveraging
 
 from detpipe.support import processes
 from detpipe.support.errors import StoppedBySignal
@@ -120,6 +121,11 @@ class SaveCheckpoints(Checkpoint):
         """Save the end of the epoch, or what there is of it where training is stopped within it."""
         whole = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         self.save(trainer, None if whole else "stop")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the average that `StochasticWeightAveraging` gives to the model only now."""
+        if any(isinstance(one, StochasticWeightAveraging) for one in vars(trainer)["callbacks"]):
+            self.save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The best number so far, and the others of its validation."""
@@ -268,7 +274,8 @@ class StopOnSignal(Callback):
         where = "nothing was saved"
         path = None if self.saves is None else self.saves.folder / LAST
         if path is not None and path.is_file():
-            where = f"saved {path}; go on with the same command, --output {path.parent} and --ckpt_path last"
+            again = f"--output {shlex.quote(str(path.parent))} and --ckpt_path last"
+            where = f"saved {path}; go on with the same command, {again}"
         status = 130 if number == signal.SIGINT else 128 + number if name == "SIGHUP" else 143
         if trainer.is_global_zero:
             _requeue(trainer, number)

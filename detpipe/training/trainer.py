@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import dis
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import HalfPrecision
@@ -25,6 +27,7 @@ from torch import Tensor
 from detpipe.prediction.machines import processes_and_machines
 from detpipe.support.errors import TrainingError, UsageError
 from detpipe.support.files import atomic_write
+from detpipe.support.numbers import check_numbers, check_whole
 from detpipe.training.config_errors import explain
 
 DEFAULTS = {  # where a configuration says nothing
@@ -59,6 +62,11 @@ def build_trainer(
     elif given.get("enable_progress_bar") is not False and not any(isinstance(one, ProgressBar) for one in own):
         own = [*own, TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50)]
     given["callbacks"] = [*callbacks, *own]
+    averaging = [type(one).__name__ for one in given["callbacks"] if isinstance(one, WeightAveraging)]
+    if len(averaging) > 1:
+        raise UsageError(
+            f"weights are averaged twice, by {' and '.join(averaging)}: leave out ema or trainer.callbacks"
+        )
     if not any(isinstance(one, Checkpoint) for one in given["callbacks"]):
         given["enable_checkpointing"] = False  # or Lightning would add checkpoints of its own
     given["logger"] = _loggers(given.get("logger"), loggers) or (None if given.get("barebones") else False)
@@ -70,11 +78,38 @@ def build_trainer(
     if given.get("profiler") is not None:  # its table goes through a log that is silent else
         logging.getLogger("lightning.pytorch.profilers.profiler").setLevel(logging.INFO)
     try:
+        _check_numbers(given)
         trainer = Trainer(**given)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise UsageError(f"trainer: {explain(str(error))}") from error
     _check_processes(trainer, bool(given.get("use_distributed_sampler")))
     return trainer
+
+
+@contextmanager
+def told_as_usage() -> Iterator[None]:
+    """Turn what Lightning itself refuses while it works, such as a number that a callback shall watch, into a UsageError."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError, RuntimeError, AttributeError) as error:
+        place: Any = error.__traceback__
+        while place.tb_next is not None:
+            place = place.tb_next
+        raised_there = place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+        if not raised_there or not place.tb_frame.f_globals["__name__"].startswith("lightning."):
+            raise
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def _check_numbers(given: Mapping[str, Any]) -> None:
+    """Refuse what Lightning would divide by, or take as something else; a ValueError."""
+    check_whole(accumulate_grad_batches=given.get("accumulate_grad_batches"))
+    check_whole(check_val_every_n_epoch=given.get("check_val_every_n_epoch"))
+    check_whole(0, log_every_n_steps=given.get("log_every_n_steps"))
+    check_whole(-1, num_sanity_val_steps=given.get("num_sanity_val_steps"))
+    check_numbers("must not be negative or infinite", gradient_clip_val=given.get("gradient_clip_val"))
+    if isinstance(given.get("val_check_interval"), int | float):  # or text, a duration
+        check_numbers("must be positive and finite", val_check_interval=given["val_check_interval"])
 
 
 class HalfPrecisionWeights(HalfPrecision):
@@ -161,9 +196,15 @@ class MetricsTable(Logger):
         self._rows: list[dict[str, Any]] = []
 
     def begin(self, first_step: int) -> None:
-        """Take over the rows of earlier steps, none for the first step 0, and drop others and a line that a kill cut off."""
-        rows = self._stored() if first_step else []
-        kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) < first_step]
+        """Take over the rows of earlier steps, none for the first step 0, and drop others and a line that a kill cut off.
+
+        A TrainingError if the file is none that this class has written.
+        """
+        try:
+            rows = self._stored() if first_step else []
+            kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) < first_step]
+        except (KeyError, ValueError, csv.Error) as error:
+            raise TrainingError(f"{self.path}: not the table that was written there; move it away") from error
         if kept:
             self._columns = sorted(kept[0])
             self._write(kept, self._columns)

@@ -163,6 +163,8 @@ def test_bad_studies(text, message, tmp_path):
 def test_bad_arguments(tmp_path):
     with pytest.raises(UsageError, match=r"study nowhere\.yaml does not exist"):
         ablation.run_ablate(["nowhere.yaml", "-o", str(tmp_path)])
+    with pytest.raises(UsageError, match=r"^\.: cannot be read \(Is a directory\)"):
+        ablation.run_ablate([".", "-o", str(tmp_path)])
     with pytest.raises(UsageError, match="--workers must be 1 or more, got 0"):
         ablation.run_ablate([str(write(tmp_path)), "-o", str(tmp_path), "--workers", "0"])
     for options, message in (

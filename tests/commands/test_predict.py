@@ -242,12 +242,17 @@ def test_a_proposals_file_that_is_no_json(tmp_path):
         ),
         (["CHECKPOINT", "IMAGES", "--drawings", "png", "--no-drawings"], 2, "not allowed with argument --drawings"),
         (["CHECKPOINT", "IMAGES", "--show-glimpses", "--tta"], 2, "--show-glimpses is for whole images"),
+        (["CHECKPOINT", "IMAGES", "--max_detections", "0"], 2, "--max_detections must be 1 or more, got 0"),
+        (["CHECKPOINT", "IMAGES", "--score-threshold", "0"], 2, "did you mean '--score_threshold'?"),
+        (["CHECKPOINT", ""], 2, "an argument is empty; is a variable of the shell not set?"),
+        (["CHECKPOINT", "IMAGES", "--device", "meta"], 2, "device 'meta' cannot be used"),
+        (["RUN", "IMAGES"], 1, "is a folder; give a file in it, such as"),
         (["CHECKPOINT", "IMAGES", "--workers", "0"], 2, "--workers must be 1 or more"),
-        (["CHECKPOINT", "IMAGES", "-o", "CHECKPOINT"], 2, "best.ckpt is a file; give the name of a folder"),
+        (["CHECKPOINT", "IMAGES", "-o", "CHECKPOINT"], 2, "best.ckpt: is a file: name a folder"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, status, message, trained, pictures, tmp_path, capsys):
-    names = {"CHECKPOINT": str(trained / "best.ckpt"), "IMAGES": str(pictures)}
+    names = {"CHECKPOINT": str(trained / "best.ckpt"), "IMAGES": str(pictures), "RUN": str(trained)}
     given = ["-o", str(tmp_path / "out"), *(names.get(one, one) for one in arguments)]
     got, shown = failure(given, capsys)
     assert got == status

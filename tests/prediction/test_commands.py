@@ -75,11 +75,12 @@ def test_batches_find_what_single_images_have(whole, trained, pictures):
 
 
 def test_parts_make_the_whole_to_the_bit(whole, trained, pictures, tmp_path, capsys):
+    folder = tmp_path / "a folder"
     for number in (2, 1, 3):
-        assert predict(trained, pictures, tmp_path, "--no-drawings", "--part", f"{number}/3") == 0
-    assert "part 3 of 3 is done" in capsys.readouterr().out
-    assert cli.main(["merge", str(tmp_path)]) == 3
-    assert (tmp_path / "detections.json").read_bytes() == whole
+        assert predict(trained, pictures, folder, "--no-drawings", "--part", f"{number}/3") == 0
+    assert f"part 3 of 3 is done; when all are there, join them: detpipe merge '{folder}'" in capsys.readouterr().out
+    assert cli.main(["merge", str(folder)]) == 3
+    assert (folder / "detections.json").read_bytes() == whole
 
 
 def test_a_run_goes_on_where_it_was_stopped(whole, trained, pictures, tmp_path, capsys):

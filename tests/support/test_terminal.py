@@ -83,3 +83,18 @@ def test_error_lines_and_skipped_files(trained, tmp_path, capsys):
     captured = capsys.readouterr()
     assert harmless(captured.err)
     assert len(captured.err.splitlines()) == 1
+
+
+def test_names_in_checkpoints_that_trainings_begin_with(trained, tmp_path, capsys):
+    content = torch.load(trained / "last.ckpt", weights_only=True)
+    content["detpipe_training"][f"model.{CLEAR}"] = 1
+    torch.save(content, tmp_path / "last.ckpt")
+    content["state_dict"][f"{CLEAR}.weight"] = torch.zeros(1)
+    torch.save(content, tmp_path / "begin.ckpt")
+    for name, option in (("last", "--ckpt_path"), ("begin", "--init_from")):
+        again = ["--accept_changes", "all"] if name == "last" else []
+        arguments = ["train", str(trained / "config.yaml"), "--output", str(tmp_path / name), *again]
+        assert cli.main([*arguments, option, str(tmp_path / f"{name}.ckpt"), "--trainer.max_steps", "0"]) == 0
+        captured = capsys.readouterr()
+        assert harmless(captured.out + captured.err)
+        assert "cat\\x1b[2J" in captured.out

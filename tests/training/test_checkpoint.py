@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def test_an_address_is_refused(address):
 
 def test_a_missing_checkpoint_and_a_folder(tmp_path):
     assert "does not exist; expected a file such as RUN/best.ckpt" in refusal(tmp_path / "best.ckpt")
-    assert "does not exist; expected a file" in refusal(tmp_path)
+    assert f"is a folder; give a file in it, such as {tmp_path / checkpoint.BEST}" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.99])
@@ -269,3 +270,13 @@ def test_class_names_that_differ_are_refused(names, message):
         check_class_names(description, names, "best.ckpt")
     assert f"checkpoint best.ckpt {message}" in str(caught.value) or message in str(caught.value)
     check_class_names(description, ("cat", "dog"), "best.ckpt")
+
+
+def test_a_side_file_without_end_takes_no_memory(tmp_path):
+    side = tmp_path / f"last.ckpt{checkpoint.SUM_SUFFIX}"
+    side.write_text("abc  last.ckpt\n")
+    os.truncate(side, 2**28)
+    tracemalloc.start()
+    assert checkpoint.check_sums(tmp_path / "last.ckpt")[0] == "abc"
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()

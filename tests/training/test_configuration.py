@@ -155,12 +155,64 @@ def test_a_value_of_the_wrong_type(key, value, message):
         ("model: {optimizer: 3}", "model.optimizer: expected keys with values, got 3"),
         ("model: {backbone: {init_args: {depth: abc}}}", "model.backbone.depth: expected a whole number, got abc"),
         ("model: {backbone: null}", "model.backbone: missing; give it in a configuration file or as an option"),
-        ("data: 3", "data: expected class_path (and init_args) of a DetectionData"),
+        ("data: 3", "data: expected keys with values, got 3"),
         ("trainer: 3", "trainer: expected keys with values, got 3"),
+        ("model:", "model: expected keys with values, got None"),
+        ("data: {init_args: }", "data.init_args: expected keys with values, got None"),
+        (
+            "trainer: {callbacks: [{class_path: 3}]}",
+            "trainer.callbacks.class_path: expected the name of a class, got 3",
+        ),
     ],
 )
 def test_a_wrong_type_in_a_file(text, message, tmp_path):
-    assert refusal([runs.CONFIG, overlay(tmp_path, text)]) == message
+    path = overlay(tmp_path, text)
+    assert refusal([runs.CONFIG, path]) == message
+    if "missing" not in message:  # options that follow would take its place
+        assert refusal([runs.CONFIG, path, "--trainer.max_epochs", "1", "--model.optimizer.lr", "1"]) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.backbone.depth", "18"], "model.backbone: expected class_path (and init_args) of a Backbone"),
+        ([runs.CONFIG, "--init_from", ""], "--init_from is empty; give a value, or leave it out"),
+        (
+            [runs.CONFIG, "--seed_everything", "-1"],
+            "seed_everything: -1 is not in bounds, numpy accepts from 0 to 4294967295",
+        ),
+        ([runs.CONFIG, "-c", "nowhere.yaml"], "configuration nowhere.yaml does not exist"),
+        (
+            ["--model.head.help", "FastRCNHead"],
+            "--model.head.help: unknown class 'FastRCNHead'; did you mean 'FastRCNNHead'?",
+        ),
+    ],
+)
+def test_options_that_stand_for_nothing(arguments, message):
+    assert refusal(arguments) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {optimizer: {lr: null}}", "model.optimizer.lr: null is no value for it; leave it out for 0.001"),
+        ("model: {backbone: {init_args: {depth: null}}}", "depth: null is no value for it; leave it out for 50"),
+        ("model: {head: {init_args: {sampler: null}}}", "sampler: expected keys with values, got None"),
+        ("data: {init_args: {loader: []}}", "loader: expected keys with values, got []"),
+        ("data: {init_args: {root: null}}", "root: null is no value for it; leave it out for 'data/demo'"),
+    ],
+)
+def test_null_for_a_setting_that_needs_a_value(text, message, demo_root, tmp_path):
+    more = [] if "root" in text else ["--data.root", str(demo_root)]
+    assert refusal([runs.CONFIG, overlay(tmp_path, text), *more, "--data.scenes", str(runs.SCENES)], CLI) == message
+
+
+def test_what_is_no_class_to_name_is_not_offered(tmp_path):
+    message = refusal([runs.CONFIG, "--trainer.logger", "nothing"])
+    known = "CSVLogger, CometLogger, MLFlowLogger, TensorBoardLogger, WandbLogger"
+    assert message == f"trainer.logger: unknown class 'nothing'; expected {known}, or the full path of a class"
+    message = refusal([runs.CONFIG, overlay(tmp_path, "config: other.yaml")])
+    assert message.endswith("config: give other configurations on the command line, before this one")
 
 
 @pytest.mark.parametrize(

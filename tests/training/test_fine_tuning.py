@@ -100,6 +100,9 @@ def test_what_cannot_begin_a_training(trained, demo_root, tmp_path, capsys):
     best = str(trained / "best.ckpt")
     for options, told, status in (
         (["--init_from", best, "--ckpt_path", best], "--init_from begins a training, --ckpt_path goes on with one", 2),
+        (["--init_from", str(trained)], f"{trained} is a folder; give a file in it, such as {best}", 1),
+        (["--accept_changes", "lr"], "--accept_changes is for a training that goes on: add --ckpt_path", 2),
+        (["--output", best], f"--output {best}: is a file: name a folder", 2),
         (["--init_from", str(tmp_path / "none.ckpt")], f"checkpoint {tmp_path / 'none.ckpt'} does not exist", 1),
     ):
         assert train(demo_root, tmp_path / "run", *options) == status

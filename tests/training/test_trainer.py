@@ -14,7 +14,13 @@ import pytest
 import runs
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
@@ -129,6 +135,46 @@ def test_what_contradicts_itself_is_refused(tmp_path):
     ):
         with pytest.raises(UsageError, match=r"^trainer: "):
             build_trainer({**DEFAULTS, **CPU, **wrong}, tmp_path)
+    with pytest.raises(UsageError, match="averaged twice, by AveragedWeights and EMAWeightAveraging: leave out ema"):
+        build_trainer({**DEFAULTS, **CPU, "callbacks": EMAWeightAveraging()}, tmp_path, [AveragedWeights(0.9)])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("accumulate_grad_batches", 0, "must be at least 1"),
+        ("accumulate_grad_batches", -1, "must be at least 1"),
+        ("check_val_every_n_epoch", 0, "must be at least 1"),
+        ("val_check_interval", 0, "must be positive and finite"),
+        ("log_every_n_steps", -1, "must be at least 0"),
+        ("num_sanity_val_steps", -2, "must be at least -1"),
+        ("gradient_clip_val", -1, "must not be negative or infinite"),
+    ],
+)
+def test_numbers_that_lightning_would_divide_by_or_leave_out_are_refused(name, value, rule, tmp_path):
+    with pytest.raises(UsageError, match=rf"^trainer: {name} {rule}, got {value}$"):
+        build_trainer({**DEFAULTS, **CPU, name: value}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "told"),
+    [
+        (
+            "val_check_interval: 100",
+            "val_check_interval` (100) must be less than or equal to the number of the training",
+        ),
+        ("limit_train_batches: 0.01", "Please increase the `limit_train_batches` argument"),
+        ("callbacks: [{class_path: LearningRateFinder}]", "When using the learning rate finder, either"),
+    ],
+)
+def test_what_lightning_refuses_when_it_trains_is_a_wrong_setting(trainer, told, demo_root, tmp_path, capsys):
+    path = overlay(tmp_path, f"trainer: {{{trainer}}}")
+    arguments = ["train", runs.CONFIG, path, *runs.options(demo_root), "--output", str(tmp_path / "run")]
+    assert cli.main(arguments) == 2
+    line = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+    assert told in line
+    assert "--debug" not in line
+    assert not (tmp_path / "run").exists()
 
 
 def train(root: Path, folder: Path, *options: str, epochs: int = 2) -> int:
@@ -149,6 +195,7 @@ trainer:
   callbacks:
   - {{class_path: EarlyStopping, init_args: {{monitor: val/AP, mode: max, patience: 1, min_delta: 1.0}}}}
   - {{class_path: ModelCheckpoint, init_args: {{dirpath: {tmp_path / "theirs"}, filename: "{{epoch}}", save_top_k: -1}}}}
+  - {{class_path: Timer, init_args: {{duration: "01:00:00:00"}}}}
   logger: {{class_path: CSVLogger, init_args: {{save_dir: {tmp_path / "logs"}, flush_logs_every_n_steps: 1}}}}
 """,
     )
@@ -173,6 +220,8 @@ trainer:
     evaluated = f"evaluate {folder / 'config.yaml'} --ckpt_path {folder / 'best.ckpt'} --json {tmp_path / 'a'}".split()
     assert cli.main([*evaluated, "--trainer.limit_predict_batches", "1", "--data.loader.eval_batch_size", "2"]) == 0
     assert "the numbers are of 2 of 6 images, since trainer limits the batches" in capsys.readouterr().out
+    assert cli.main([*evaluated, "--trainer.limit_val_batches", "0"]) == 2
+    assert "give --trainer.limit_predict_batches 1.0 to evaluate all" in capsys.readouterr().err
     logged = (tmp_path / "logs" / "lightning_logs" / "version_1" / "metrics.csv").read_text()
     assert "val/AP" in logged.splitlines()[0]
 
@@ -252,6 +301,22 @@ def test_averaged_weights_are_validated_saved_and_predicted_with(demo_root, tmp_
         assert "ema must be at least 0 and less than 1" in capsys.readouterr().err
 
 
+def test_what_averages_the_weights_at_the_end_is_saved(demo_root, tmp_path):
+    path = overlay(
+        tmp_path, "trainer: {callbacks: [{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.05}}]}"
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        ends: list[dict[str, torch.Tensor]] = []
+        patched.setattr(
+            callbacks.Throughput, "teardown", lambda self, trainer, module, stage: ends.append(module.state_dict())
+        )
+        options = ["--model.backbone.regime.norm", "group", "--trainer.limit_train_batches", "1"]
+        arguments = [runs.CONFIG, path, *runs.options(demo_root, 2), "--output", str(tmp_path / "run"), *options]
+        assert cli.main(["train", *arguments, "--trainer.limit_val_batches", "0"]) == 0
+    stored = runs.weights(tmp_path / "run" / "last.ckpt")
+    assert [name for name, value in ends[0].items() if not torch.equal(value, stored[name])] == []
+
+
 def test_an_average_of_many_steps_follows_its_decay():
     average = AveragedWeights(0.9)
     decays = []
@@ -281,6 +346,8 @@ def test_early_stopping_ends_a_training(demo_root, tmp_path, capsys):
     assert "ended after epoch 0: 1 validations brought no better val/AP" in capsys.readouterr().out
     assert train(demo_root, tmp_path / "other", "--early_stopping", "2", "--trainer.limit_val_batches", "0") == 2
     assert "early_stopping needs validations, but trainer.limit_val_batches is 0" in capsys.readouterr().err
+    assert train(demo_root, tmp_path / "other", "--early_stopping", "2", "--trainer.barebones", "true") == 2
+    assert "early_stopping needs numbers that trainer.barebones does not log" in capsys.readouterr().err
     assert train(demo_root, tmp_path / "other", "--early_stopping", "0") == 2
     assert "early_stopping must be at least 1 epoch, got 0" in capsys.readouterr().err
 
@@ -343,6 +410,11 @@ def test_the_metrics_table_goes_on_after_a_kill(tmp_path):
     ]
     MetricsTable(tmp_path).begin(1)
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
+    for content in (b"a;step\n1;2\n", b"\xff\xfe\x00,step\n1,2\n"):  # as of a program for tables
+        (tmp_path / "metrics.csv").write_bytes(content)
+        with pytest.raises(TrainingError, match=r"metrics\.csv: not the table that was written there; move it away"):
+            MetricsTable(tmp_path).begin(1)
+    (tmp_path / "metrics.csv").unlink()
     late = MetricsTable(tmp_path)
     late.begin(0)
     late.log_metrics({"loss": 0.0}, 5)
