@@ -178,7 +178,7 @@ def test_there_are_backbones():
     )
 
 
-@pytest.mark.parametrize("path", runs.mostly_slow(SOURCES, "selective_search", "store"), ids=name_of)
+@pytest.mark.parametrize("path", runs.mostly_slow(SOURCES, "selective_search"), ids=name_of)
 def test_a_proposal_source_takes_the_place_of_the_rpn(path, demo_root, tmp_path):
     base = runs.CONFIGS / "fast_rcnn_squeezenet.yaml"
     config = parse(base, path)
@@ -288,9 +288,9 @@ def test_the_pyramid_is_linked_to_proposals_and_head(demo_root):
 @pytest.mark.parametrize(  # of VOC's layout, tables and shards: commands/test_data_advice.py
     ("overlay", "splits", "classes"),
     [
-        ("coco_custom", ("train", "val"), {"cat", "dog", "owl"}),
+        pytest.param("coco_custom", ("train", "val"), {"cat", "dog", "owl"}, marks=pytest.mark.slow),
         pytest.param("coco", ("train2017", "val2017"), {"cat", "dog", "owl"}, marks=pytest.mark.slow),
-        pytest.param("yolo_custom", ("train", "val"), {"cat", "dog"}, marks=pytest.mark.slow),
+        ("yolo_custom", ("train", "val"), {"cat", "dog"}),
     ],
 )
 def test_a_coco_or_yolo_folder_of_ones_own(overlay, splits, classes, tmp_path):
@@ -341,6 +341,7 @@ def test_transforms_that_may_not_be_named_stop_the_command(transforms, message, 
     assert len(told.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_blood_cells_train_as_shown(shared_data, tmp_path):
     path = runs.CONFIGS / "data" / "bccd.yaml"
     weights = shared_data / "weights" / "squeezenet1_1_features.pth"

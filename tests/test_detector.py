@@ -312,6 +312,7 @@ def train(detector: TwoStageDetector, images, targets, steps: int) -> list[float
     return history
 
 
+@pytest.mark.slow
 def test_one_image_is_overfitted_to_ap_1():
     detector = make(level="c2")
     image, target = colored_scene()

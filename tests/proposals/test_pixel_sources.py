@@ -241,7 +241,7 @@ def test_what_is_missing_is_named(make, message, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "data", "floor"),
     [
-        pytest.param(SelectiveSearch, "coco_mini", 0.6, marks=scikit_image),
+        pytest.param(SelectiveSearch, "coco_mini", 0.6, marks=[scikit_image, pytest.mark.slow]),
         pytest.param(OpenCVSelectiveSearch, "bccd", 0.7, marks=contrib),
         pytest.param(partial(slic, [50, 200, 800]), "bccd", 0.8, marks=scikit_image),
         pytest.param(partial(seeds, [50, 200, 800]), "coco_mini", 0.4, marks=contrib),

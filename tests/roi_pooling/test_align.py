@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import runs
 import torch
 from roi_cases import SMOOTH, backward, box_operator, difference, random_case, tolerance, whole_boxes
 from torch.autograd import gradcheck, gradgradcheck
@@ -107,7 +108,7 @@ def test_outside_is_zero():
         assert not grad.any()
 
 
-@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("ratio", runs.mostly_slow([0, 2], 2))
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("reduce", ["mean", "max"])
 def test_gradients_to_features_and_boxes(ratio, aligned, reduce):
@@ -173,7 +174,7 @@ def test_half_precision_boxes():
     assert torch.equal(roi_align(features, boxes, 3), roi_align(features, boxes.float(), 3))
 
 
-@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("ratio", runs.mostly_slow([0, 2], 2))
 def test_autocast_changes_nothing(ratio):
     features, boxes = torch.randn(2, 5, 9, 12), SMOOTH.float().requires_grad_()
     leaf = features.clone().requires_grad_()
@@ -185,7 +186,7 @@ def test_autocast_changes_nothing(ratio):
     assert torch.equal(boxes.grad, other_boxes.grad)
 
 
-@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("ratio", runs.mostly_slow([0, 2], 2))
 @pytest.mark.parametrize("taps", [torch_separable.TAPS_AT_ONCE, 400])
 def test_backward_is_the_same_every_time(ratio, taps, monkeypatch):
     monkeypatch.setattr(torch_separable, "TAPS_AT_ONCE", taps)
@@ -231,7 +232,7 @@ def test_vmap_equals_a_loop(ratio):
     torch.testing.assert_close(torch.func.vmap(pool, (None, 0))(features[0], boxes), shared)
 
 
-@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("ratio", runs.mostly_slow([0, 2], 2))
 def test_compiles_without_a_break(ratio):
     features, boxes = torch.randn(2, 4, 9, 8), SMOOTH.float()
     operator = lambda leaf: roi_align(leaf, boxes, 3, sampling_ratio=ratio)  # noqa: E731

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import runs
 import torch
 from roi_cases import SMOOTH, backward, box_operator, random_case
 from torch.autograd import gradcheck, gradgradcheck
@@ -188,7 +189,7 @@ def test_nan_wins(path):
         torch.testing.assert_close(roi_max_pool(features, boxes, 1), pooled, equal_nan=True)
 
 
-@pytest.mark.parametrize("bins", ["fast_rcnn", "equal_step"])
+@pytest.mark.parametrize("bins", runs.mostly_slow(["fast_rcnn", "equal_step"], "fast_rcnn"))
 def test_gradients_to_features(bins):
     torch.manual_seed(0)
     features = torch.randn(2, 2, 6, 7, dtype=torch.float64, requires_grad=True)

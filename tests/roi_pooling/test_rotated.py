@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import runs
 import torch
 from roi_cases import backward, difference, random_case, tolerance, whole_boxes
 from samples import pyramid, random_boxes
@@ -178,7 +179,7 @@ def test_outside_is_zero(ratio):
     assert not sides.grad.any()
 
 
-@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("ratio", runs.mostly_slow([0, 2], 2))
 def test_gradients_to_features_and_boxes(ratio):
     torch.manual_seed(0)
     features = torch.randn(2, 1, 6, 7, dtype=torch.float64, requires_grad=True)

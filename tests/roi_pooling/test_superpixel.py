@@ -2,6 +2,7 @@ import random
 from math import nan
 
 import pytest
+import runs
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -124,7 +125,7 @@ def random_case(seed):
     return features, blocks[..., : size[1]], superpixels + pick.choice([0, 0, 3])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", runs.mostly_slow([torch.float32, torch.float64], torch.float32))
 @pytest.mark.parametrize("resolution", RESOLUTION)
 def test_equals_the_loop_on_200_random_cases(resolution, dtype):
     close = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 1e-12}
@@ -376,7 +377,7 @@ def test_vmap_equals_a_loop(reduce, resolution, dims):
     torch.testing.assert_close(grad, torch.autograd.grad(total, leaf)[0])
 
 
-@pytest.mark.parametrize("reduce", REDUCE)
+@pytest.mark.parametrize("reduce", runs.mostly_slow(REDUCE, "mean"))
 @pytest.mark.parametrize("resolution", RESOLUTION)
 def test_compiles_without_a_break(reduce, resolution):
     features, labels = case()

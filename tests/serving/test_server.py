@@ -7,7 +7,7 @@ import struct
 import threading
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -113,6 +113,12 @@ def test_other_addresses_are_none(client, method, path, status):
     assert (answer.status_code, list(answer.json())) == (status, ["error"])
 
 
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Run in a thread of its own: in this one the loop of a browser may be running, for tests that need one."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, work).result()
+
+
 def post(limits: Limits, model: FakeModel, parts: list[bytes], pause: float) -> tuple[int, dict[str, Any]] | None:
     """Send a body in parts, then pause, then hang up; what was answered, if anything."""
     messages: list[Any] = [{"type": "http.request", "body": part, "more_body": True} for part in parts[:-1]]
@@ -135,7 +141,7 @@ def post(limits: Limits, model: FakeModel, parts: list[bytes], pause: float) -> 
             await app(scope, receive, send)
             model.may.set()
 
-    asyncio.run(call())
+    run(call())
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 
@@ -227,7 +233,7 @@ def test_what_nobody_waits_for_any_more_is_kept_in_no_queue():
         assert await service._in_thread(int) == 0
         service.decoders.shutdown()
 
-    asyncio.run(give_up())
+    run(give_up())
 
 
 def test_a_model_that_takes_no_boxes_and_one_whose_boxes_are_made():

@@ -162,6 +162,7 @@ def test_state_is_that_of_the_localization_and_loads():
     assert all(name.startswith("localization.") for name in first.state_dict())
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph():
     torch._dynamo.reset()
     model = nn.Sequential(

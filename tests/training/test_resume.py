@@ -92,8 +92,8 @@ def test_p1_a_killed_run_ends_as_an_undisturbed_one(
 @pytest.mark.parametrize(
     ("name", "at", "accumulated", "workers", "options", "status", "step"),
     [
-        ("SIGTERM", ("on_train_batch_start", 2), 1, 2, [], 143, 3),
-        pytest.param("SIGUSR1", ("on_train_batch_end", 7), 1, 0, [], 143, 8, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", ("on_train_batch_start", 2), 1, 2, [], 143, 3, marks=pytest.mark.slow),
+        ("SIGUSR1", ("on_train_batch_end", 2), 1, 0, [], 143, 3),
         # met in the validation, which is run again
         pytest.param("SIGINT", ("on_train_batch_end", 5), 1, 0, [], 130, 6, marks=pytest.mark.slow),
         # met in a validation in the middle of the second step, whose gradients would be lost
@@ -209,7 +209,7 @@ def broken_off(killed_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.mark.parametrize("path", ["last", "file"])
+@pytest.mark.parametrize("path", runs.mostly_slow(["last", "file"], "last"))
 def test_row_42_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     path, broken_off, killed_root, tmp_path, capsys
 ):
