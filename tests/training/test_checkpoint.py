@@ -89,7 +89,7 @@ def test_row_40_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path):
 def test_row_41_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path):
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
-    with pytest.raises(Exception, match="pickle|local object"):
+    with pytest.raises(Exception, match=r"pickle|local object"):
         AtomicCheckpointIO().save_checkpoint({"step": 2, "odd": lambda: None}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert sorted(found.name for found in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
