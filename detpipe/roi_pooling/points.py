@@ -61,7 +61,7 @@ def pool_points(
     """
     maps = read_levels(features, strides)
     shape, of_boxes = describe(points), describe(boxes)
-    if len(shape) != 6 or shape[5] != 2 or shape[4] < 1 or shape[:2] != of_boxes[:2]:
+    if len(shape) != 6 or shape[5] != 2 or shape[4] == 0 or shape[:2] != of_boxes[:2]:
         raise ValueError(f"points must be [N, P, h, w, S, 2] for boxes [N, P, 4], got {shape} and {of_boxes}")
     refuse_tangent("points", points)
     if is_exporting():
