@@ -64,15 +64,18 @@ class _Newest:
 
     def follow(self) -> None:
         """Read pictures, in a thread, until there are no more or none are wanted."""
-        while self.wanted:
-            is_read, picture = self._capture.read()
-            with self._changed:
-                self._ended = not is_read
-                if is_read:
+        try:
+            while self.wanted:
+                is_read, picture = self._capture.read()
+                if not is_read:
+                    return
+                with self._changed:
                     self.number, self._moment, self._picture = self.number + 1, time.monotonic(), picture
+                    self._changed.notify_all()
+        finally:  # by an error too, or who waits would wait for ever
+            with self._changed:
+                self._ended = True
                 self._changed.notify_all()
-            if not is_read:
-                return
 
     def after(self, number: int) -> tuple[int, float, npt.NDArray[np.uint8]] | None:
         """Wait for a picture of this number or a later one: its number, time and BGR values; None if none will come."""
@@ -99,12 +102,10 @@ def _opened(source: ImageInput) -> Iterator[Any]:
         logging.setLogLevel(before)
     try:
         if not capture.isOpened():
-            local, remote = (
-                "is it connected, and may this user open it?",
-                "is its address right, and can it be reached?",
+            hint = (
+                "it connected, and may this user open it?" if is_local else "its address right, and can it be reached?"
             )
-            hint = local if is_local else remote
-            raise DataError(f"{source.name}: this camera cannot be opened; {hint}")
+            raise DataError(f"{source.name}: this camera cannot be opened; is {hint}")
         yield capture
     finally:
         capture.release()

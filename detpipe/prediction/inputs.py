@@ -111,7 +111,7 @@ def _named(name: str, allow_network: bool) -> Iterable[ImageInput]:
             )
         return [ImageInput("-", Path("stdin"), content)]
     if is_camera(name):
-        shown = re.sub(r"(?<=://)[^/@]*@", "", name)  # without the password
+        shown = re.sub(r"(?<=://)[^/]*@|\?.*", "", name)  # without a password
         if "://" in name and not allow_network:
             raise UsageError(f"{shown}: is on the network; add --allow_network to watch it")
         return [ImageInput(shown, Path(Path(urlsplit(name).path).name.replace(":", "-") or "camera"), url=name)]

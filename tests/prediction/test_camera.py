@@ -105,7 +105,11 @@ def test_detections_of_a_camera_are_written_picture_by_picture(address, trained,
             1,
             "rtsp://localhost:1/x: this camera cannot be opened",
         ),
-        (["rtsp://me:secret@localhost:1/x"], 2, "rtsp://localhost:1/x: is on the network; add --allow_network"),
+        (
+            ["rtsp://me:secret@with@localhost:1/x?pwd=secret"],
+            2,
+            "rtsp://localhost:1/x: is on the network; add --allow_network",
+        ),
         (["camera:0", "camera:1"], 2, "camera:0: a camera has no end, so nothing can come after it"),
         (["camera:0", "--rate", "5"], 2, "--rate is for images as the frames of a video"),
         (["camera:0", "--resume"], 2, "a video goes through one process"),
@@ -122,3 +126,10 @@ def test_mistakes_are_one_line(names, status, message, trained, tmp_path, capfd)
 def test_a_camera_is_no_image():
     with pytest.raises(UsageError, match=r"camera:0: a camera is watched by detpipe predict alone"):
         ImageInput("camera:0", Path("camera-0"), url="camera:0").read(RGB)
+
+
+def test_nobody_waits_for_a_camera_that_failed():
+    newest = camera._Newest(Mock(read=Mock(side_effect=RuntimeError)))
+    with pytest.raises(RuntimeError):
+        newest.follow()
+    assert newest.after(0) is None
