@@ -11,6 +11,7 @@ R boxes, h x w bins, C channels, T cells of all maps (``rows``), K cells of all 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -58,52 +59,62 @@ def send_to_winners(grad: Tensor, rows: Tensor, bins: Bins) -> Tensor:
     The result is ``[T, C]`` in the dtype of ``grad``; sums are float32, or float64 for float64.
     """
     exact = torch.promote_types(grad.dtype, torch.float32)
-    total = grad.new_zeros(rows.numel() + 1, dtype=exact)  # the last takes what empty bins send
-    for boxes, winner in _winners(rows, bins):
+    total = grad.new_zeros(rows.numel() + rows.shape[1], dtype=exact)  # the last row takes what empty bins send
+    channels_first = grad.permute(0, 3, 1, 2).is_contiguous()  # winners are written in this order, which costs less
+    grad = grad.permute(0, 3, 1, 2) if channels_first else grad
+    for boxes, winner in _winners(rows, bins, channels_first):
         total.scatter_add_(0, winner.flatten(), grad[boxes].to(exact).reshape(-1))
-    return total[:-1].view(rows.shape).to(grad.dtype)
+    return total[: rows.numel()].view(rows.shape).to(grad.dtype)
 
 
 def read_winners(values: Tensor, rows: Tensor, bins: Bins) -> Tensor:
     """Read other values ``[T, C]`` where the winning cells are: ``[R, h, w, C]``, 0 for an empty bin."""
     out = values.new_empty((len(bins.first), bins.y.shape[1], bins.x.shape[1], rows.shape[1]))
-    padded = torch.nn.functional.pad(values.flatten(), (0, 1))
+    padded = torch.nn.functional.pad(values, (0, 0, 0, 1)).flatten()
     for boxes, winner in _winners(rows, bins):
         torch.index_select(padded, 0, winner.flatten(), out=out[boxes].flatten())
     return out
 
 
-def _winners(rows: Tensor, bins: Bins) -> Iterator[tuple[slice, Tensor]]:
-    """For some boxes at a time, ``[bins, C]`` int64, where in the flat table the largest cell is; behind it if there is none."""
-    exact, channels = rows.to(torch.promote_types(rows.dtype, torch.float32)), rows.shape[1]
-    channel = torch.arange(channels, device=rows.device)
+def _winners(rows: Tensor, bins: Bins, channels_first: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """Say where the largest cells are in the flat table, or in one more row for a bin without cells.
+
+    Yields:
+        Some boxes at a time, and ``[boxes, h * w, C]`` int64, or ``[boxes, C, h * w]``.
+    """
+    exact, (count, channels) = rows.to(torch.promote_types(rows.dtype, torch.float32)), rows.shape
     keys = _pack(exact) if _is_worth_packing(exact, bins) else None
     for block in _blocks(bins, rows):
-        if not len(block.row):
-            yield block.boxes, torch.full((len(block.offsets) - 1, channels), rows.numel(), device=rows.device)
-            continue
         if keys is None:
             tap = (_product_with_winner if rows.device.type == "cpu" else _gathered)(exact, block)[1]
-            origin = torch.nn.functional.pad(block.row * channels, (0, 1))
-            winner = origin.index_select(0, tap.flatten()).view(tap.shape).add_(channel)
+            row = torch.nn.functional.pad(block.row, (0, 1), value=count).index_select(0, tap.flatten()).view(tap.shape)
+            first, step = 0, channels
         else:
-            code = _product(keys, block).view(torch.int64).bitwise_and_(LAST_ROW)
-            winner = torch.sub(channel + LAST_ROW * channels, code, alpha=channels)
-        empty = (block.offsets.diff() == 0).nonzero()[:, 0]
-        yield block.boxes, winner.index_fill_(0, empty, rows.numel()) if len(empty) else winner
+            row = _product(keys, block).view(torch.int64).bitwise_and_(LAST_ROW)  # counted from the last one
+            row.index_fill_(0, (block.offsets.diff() == 0).nonzero()[:, 0], LAST_ROW - count)
+            first, step = LAST_ROW * channels, -channels
+        row = row.view(block.boxes.stop - block.boxes.start, -1, channels)
+        channel = torch.arange(first, first + channels, device=rows.device)
+        if channels_first:
+            row, channel = row.transpose(1, 2), channel[:, None]
+        yield block.boxes, torch.add(channel, row, alpha=step, out=row.new_empty(row.shape))
 
 
 def _blocks(bins: Bins, rows: Tensor) -> Iterator[_Block]:
-    """List the cells of all bins, for as many boxes at a time as have few cells and few results."""
+    """List the cells of all bins, and hand them out for as many boxes at a time as have few cells and few results."""
     (first, width, y, x), (h, w), channels = bins, (bins.y.shape[1], bins.x.shape[1]), rows.shape[1]
     most = TAPS_AT_ONCE if rows.device.type == "cpu" else max(1, GATHERED_AT_ONCE // channels)
     high, wide = y[..., 1] - y[..., 0], x[..., 1] - x[..., 0]
-    cost = (high.sum(1) * wide.sum(1) / most).clamp(min=h * w * channels / VALUES_AT_ONCE)
-    for part in cut_boxes(cost, 1):
+    step = max(1, VALUES_AT_ONCE // (h * w * max(1, channels)))
+    for part in cut_boxes(high.sum(1) * wide.sum(1), most):
         corner = y[part, :, None, 0] * width[part, None, None] + x[part, None, :, 0] + first[part, None, None]
         row = _list_cells(corner, high[part], wide[part], width[part])
         offsets = torch.nn.functional.pad((high[part, :, None] * wide[part, None]).flatten().cumsum(0), (1, 0))
-        yield _Block(part, row, offsets)
+        cuts = [*range(0, part.stop - part.start, step), part.stop - part.start]
+        ends = offsets[:: h * w][cuts].tolist()
+        for (begin, end), (from_row, to_row) in zip(pairwise(cuts), pairwise(ends), strict=True):
+            own = offsets[begin * h * w : end * h * w + 1] - from_row
+            yield _Block(slice(part.start + begin, part.start + end), row[from_row:to_row], own)
 
 
 def _list_cells(corner: Tensor, rows: Tensor, columns: Tensor, width: Tensor) -> Tensor:
@@ -133,7 +144,7 @@ def _product_with_winner(rows: Tensor, block: _Block) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():  # what torch.sparse.mm does for its own backward pass
         leaf = rows.detach().requires_grad_()
         best, tap = torch.ops.aten._sparse_mm_reduce_impl(_matrix(rows, block), leaf, "amax")
-    return best.detach(), tap
+    return best.detach(), tap if len(block.row) else torch.zeros_like(best, dtype=tap.dtype)  # of no cells it has no size
 
 
 def _matrix(rows: Tensor, block: _Block) -> Tensor:
@@ -169,11 +180,12 @@ def _is_worth_packing(rows: Tensor, bins: Bins) -> bool:
 
 def _pack(rows: Tensor) -> Tensor:
     """Write float32 values and their rows as float64: what is larger, and of equals comes first, is the larger number."""
-    bits = (rows + 0.0).view(torch.int32)  # a copy, in which -0 is 0
-    bits ^= (bits >> 31).bitwise_and_(torch.iinfo(torch.int32).max)  # whole numbers in the order of the values
-    if rows.amax().isnan():
-        bits.masked_fill_(rows.isnan(), torch.iinfo(torch.int32).max)
-    code = (
-        torch.arange(LAST_ROW, LAST_ROW - len(rows), -1, dtype=torch.float64) + 3 * 2.0**51
-    )  # 2 ** 52 and all bits >= 0
-    return torch.add(code[:, None], bits, alpha=LAST_ROW + 1)
+    code = 3 * 2.0**51 + torch.arange(LAST_ROW, LAST_ROW - len(rows), -1, dtype=torch.float64)  # 2 ** 52, all bits >= 0
+    packed, most = torch.empty(rows.shape, dtype=torch.float64), torch.iinfo(torch.int32).max
+    step = max(1, VALUES_AT_ONCE // max(1, rows.shape[1]))
+    for values, number, out in zip(rows.split(step), code.split(step), packed.split(step), strict=True):
+        bits = (values + 0.0).view(torch.int32)  # a copy, in which -0 is 0
+        bits ^= (bits >> 31).bitwise_and_(most)  # whole numbers in the order of the values
+        bits.masked_fill_(values.isnan(), most)
+        torch.add(number[:, None], bits, alpha=LAST_ROW + 1, out=out)
+    return packed
