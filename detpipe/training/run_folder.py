@@ -194,8 +194,9 @@ def _told(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path, speed: callbacks.Throughput) -> Iterator[None]:
-    """Make the folder and keep other processes out of it; remove it again if the run failed before its first step."""
-    new = not folder.exists()
+    """Make the folder and keep other processes out of it; leave it as it was if the run failed before its first step."""
+    new, config = not folder.exists(), folder / "config.yaml"
+    before = config.read_text(encoding="utf-8") if config.is_file() else None
     folder.mkdir(parents=True, exist_ok=True)
     busy = TrainingError(f"{folder} is in use: another process trains there; wait for it, or give another --output")
     with sole_writer(f"{folder}{os.sep}", busy):
@@ -204,7 +205,9 @@ def _locked(folder: Path, speed: callbacks.Throughput) -> Iterator[None]:
             yield
         except BaseException as error:
             # what ends a step leaves its batch there, perhaps in another process
-            if new and not speed.images and not isinstance(error, TrainingError):
+            if not speed.images and before is not None:
+                write_text(config, before)
+            elif new and not speed.images and not isinstance(error, TrainingError):
                 shutil.rmtree(folder)
             raise
 

@@ -281,6 +281,16 @@ def test_row_43_through_the_command(broken_off, killed_root, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_resumption_that_lightning_refuses_leaves_the_configuration(broken_off, killed_root, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(broken_off, folder)
+    before = (folder / "config.yaml").read_bytes()
+    more = ["--ckpt_path", "last", "--trainer.val_check_interval", "100"]
+    assert cli.main([*kills.command(killed_root), "--output", str(folder), *more]) == 2
+    assert "`val_check_interval` (100) must be less than" in capsys.readouterr().err.splitlines()[-1]
+    assert (folder / "config.yaml").read_bytes() == before
+
+
 def test_row_43_other_images_are_listed_and_refused(broken_off, tmp_path, capsys):
     """The same number of images with the same names, another one more, and the same ones in another folder."""
     ckpt = ["--ckpt_path", str(broken_off / LAST), "--output", str(tmp_path / "run")]
