@@ -205,6 +205,7 @@ def test_help_and_mistakes_import_nothing_heavy(code):
     assert not loaded_after(code) & heavy
 
 
+@pytest.mark.slow
 def test_pooling_and_transformers_need_neither_lightning_nor_the_rest_of_the_package():
     loaded = loaded_after(
         "import detpipe.spatial_transformer.sampler, sys\n"

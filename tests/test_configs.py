@@ -178,7 +178,7 @@ def test_there_are_backbones():
     )
 
 
-@pytest.mark.parametrize("path", runs.mostly_slow(SOURCES, "selective_search"), ids=name_of)
+@pytest.mark.parametrize("path", runs.mostly_slow(SOURCES, "dense_grid"), ids=name_of)
 def test_a_proposal_source_takes_the_place_of_the_rpn(path, demo_root, tmp_path):
     base = runs.CONFIGS / "fast_rcnn_squeezenet.yaml"
     config = parse(base, path)
@@ -290,7 +290,7 @@ def test_the_pyramid_is_linked_to_proposals_and_head(demo_root):
     [
         pytest.param("coco_custom", ("train", "val"), {"cat", "dog", "owl"}, marks=pytest.mark.slow),
         pytest.param("coco", ("train2017", "val2017"), {"cat", "dog", "owl"}, marks=pytest.mark.slow),
-        ("yolo_custom", ("train", "val"), {"cat", "dog"}),
+        pytest.param("yolo_custom", ("train", "val"), {"cat", "dog"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_coco_or_yolo_folder_of_ones_own(overlay, splits, classes, tmp_path):

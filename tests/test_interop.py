@@ -226,6 +226,7 @@ def test_a_module_takes_the_place_of_a_stage_by_its_signature(module, source, he
     assert issubclass(module, RoIHead) == head
 
 
+@pytest.mark.slow
 def test_torchvisions_stages_from_yaml_alone(demo_root, tmp_path):
     """The overlay of docs/own_stage.md trains, and its detections are in pixels of the images."""
     overlay = Path(__file__).parents[1] / "examples" / "own_stage" / "torchvision_stages.yaml"

@@ -53,7 +53,7 @@ def train(name: str, precision: str, root: Path, output: Path, *others: str) -> 
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        ("cascade", "bf16-mixed"),
+        pytest.param("cascade", "bf16-mixed", marks=pytest.mark.slow),
         *(pytest.param(name, "bf16-true", marks=pytest.mark.slow) for name in ("fast_rcnn_se", "cascade", "pyramid")),
     ],
 )

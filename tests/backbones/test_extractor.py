@@ -168,6 +168,7 @@ def test_a_damaged_file_is_named(tmp_path, content, suffix):
         Extractor("squeezenet1_1", SQUEEZE, str(path))
 
 
+@pytest.mark.slow
 def test_a_cut_or_altered_file_never_ends_in_another_error(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(

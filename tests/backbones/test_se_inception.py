@@ -107,7 +107,8 @@ def test_as_a_classifier_it_is_torchvisions(theirs, file, side):
     assert largest_difference(ours(images), theirs(normalize_all(images, PixelFormat()))) <= 1e-5
 
 
-@pytest.mark.parametrize("side", runs.mostly_slow([299, 320], 299))
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [299, 320])
 @torch.no_grad()
 def test_with_the_auxiliary_classifier_it_trains_as_torchvisions(theirs, file, side):
     ours, theirs = classifier(theirs, file).double().train(), copy.deepcopy(theirs).double().train()

@@ -70,6 +70,7 @@ def test_a_report_of_a_file(given, capsys):
     assert numbers["data"]["detections"] == len(read_detections(given["first"], annotations).scores)
 
 
+@pytest.mark.slow
 def test_a_report_with_images_and_other_runs(given):
     out = Path(given["out"])
     others = ["--compare", f"second={given['second']}", f"same={given['first']}", "--resamples", "20"]

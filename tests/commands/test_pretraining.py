@@ -299,7 +299,8 @@ def test_a_configuration_says_and_does_what_its_header_shows(path, base):
         assert weights == f"RUN/{WEIGHTS}"
 
 
-@pytest.mark.parametrize("path", runs.mostly_slow(MODELS, "se_resnet18"), ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_a_model_runs_two_steps_as_it_is(path, base, tmp_path):
     limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"]
     arguments = [str(path), *digits(base), *limits, "--data.views.size", "32", "--data.loader.batch_size", "2"]

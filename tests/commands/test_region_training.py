@@ -72,6 +72,7 @@ def test_a_run_leaves_everything_in_its_folder(trained_regions):
     assert (summary["epochs"], summary["checkpoint"]) == (2, str(trained_regions / "best.ckpt"))
 
 
+@pytest.mark.slow
 def test_the_stored_configuration_trains_again_to_the_bit(trained_regions, tmp_path, capsys):
     again = tmp_path / "again"
     assert cli.main(["train_regions", str(trained_regions / "config.yaml"), "--output", str(again)]) == 0
@@ -85,6 +86,7 @@ def test_the_stored_configuration_trains_again_to_the_bit(trained_regions, tmp_p
     runs.assert_equal_weights(trained_regions / "last.ckpt", again / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(trained_regions, tmp_path, capsys):
     folder, config = tmp_path / "run", str(trained_regions / "config.yaml")
     runs.interrupt(["train_regions", config, "--output", str(folder)])
@@ -241,6 +243,7 @@ def test_the_examples_of_the_page_run_as_they_are_written(trained_regions, demo_
     assert len(names["labels"]) == 2
 
 
+@pytest.mark.slow
 def test_the_blood_cells_train_as_shown(shared_data, tmp_path):
     limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"]
     sizes = ["--model.min_size", "64", "--model.max_size", "96", "--trainer.accelerator", "cpu"]

@@ -88,6 +88,7 @@ def test_the_pictures_have_their_sizes(finished: Path) -> None:
         assert not np.array_equal(np.asarray(film.convert("RGB")), first)
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -219,6 +219,7 @@ def scene():
     return features, [torch.zeros(0, 4)], [(96, 128)], [target]
 
 
+@pytest.mark.slow
 def test_the_policys_gradient_agrees_with_a_finite_difference_of_the_expected_return():
     """16,384 episodes with the same noise on both sides of the difference; within 6% of the gradient's length."""
     torch.manual_seed(1)

@@ -75,7 +75,7 @@ def annotations(boxes: int) -> Annotations:
     )
 
 
-@pytest.mark.parametrize("boxes", runs.mostly_slow([1, 300], 300))
+@pytest.mark.parametrize("boxes", runs.mostly_slow([1, 300], 1))
 def test_plots_of_few_and_of_many_boxes(tmp_path, boxes):
     a = annotations(boxes)
     plot_classes({"train": a, "val": a}, tmp_path / "classes.png")

@@ -264,7 +264,7 @@ def test_slim_images_are_drawn_in_bounded_memory_and_can_be_read(size, renderer)
     assert pixels_of(ends[1], class_color(3)) > 50
 
 
-@pytest.mark.parametrize("size", SLIM)
+@pytest.mark.parametrize("size", [*SLIM[:-1], pytest.param(SLIM[-1], marks=pytest.mark.slow)])
 def test_panels_of_slim_images_are_no_threads(size):
     image, boxes = slim(*size)
     labels, scores = torch.tensor([1, 3]), torch.tensor([0.9, 0.8])

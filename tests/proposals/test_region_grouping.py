@@ -160,6 +160,7 @@ def test_every_hierarchy_is_whole(segmentations, strategies):
         assert (rank[:count] >= count).all()  # the first regions come last
 
 
+@pytest.mark.slow
 @given(st.lists(random_regions, min_size=1, max_size=3), strategies)
 @settings(max_examples=60, deadline=None)
 def test_hierarchies_do_not_influence_one_another(segmentations, strategies):

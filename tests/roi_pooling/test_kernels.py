@@ -62,6 +62,7 @@ def test_maps_larger_than_32_bits_can_number(dtype: torch.dtype) -> None:
     assert torch.equal(leaf.grad[0, :, -1, -1], leaf[0, :, -1, -1])
 
 
+@pytest.mark.slow
 def test_import_needs_no_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import detpipe.roi_pooling"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -141,6 +141,7 @@ def test_a_folder_with_a_finished_run_is_not_used_again(trained, capsys):
     assert sorted((path.name, path.stat().st_mtime_ns) for path in trained.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_the_last_step_is_validated_and_saved_in_the_middle_of_an_epoch(trained, tmp_path):
     folder = tmp_path / "run"
     limit = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "5"]

@@ -93,7 +93,7 @@ def test_p1_a_killed_run_ends_as_an_undisturbed_one(
     ("name", "at", "accumulated", "workers", "options", "status", "step"),
     [
         pytest.param("SIGTERM", ("on_train_batch_start", 2), 1, 2, [], 143, 3, marks=pytest.mark.slow),
-        ("SIGUSR1", ("on_train_batch_end", 2), 1, 0, [], 143, 3),
+        pytest.param("SIGUSR1", ("on_train_batch_end", 2), 1, 0, [], 143, 3, marks=pytest.mark.slow),
         # met in the validation, which is run again
         pytest.param("SIGINT", ("on_train_batch_end", 5), 1, 0, [], 130, 6, marks=pytest.mark.slow),
         # met in a validation in the middle of the second step, whose gradients would be lost
