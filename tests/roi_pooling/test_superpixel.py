@@ -245,7 +245,7 @@ def test_the_first_of_equal_maxima_gets_the_gradient():
     assert features.grad.tolist() == [[[[1, 1], [0, 0]]]]
 
 
-@pytest.mark.parametrize("size", [(4, 5), (9, 7), (2, 11)])
+@pytest.mark.parametrize("size", runs.mostly_slow([(4, 5), (9, 7), (2, 11)], (9, 7)))
 @pytest.mark.parametrize("resolution", RESOLUTION)
 @pytest.mark.parametrize("reduce", REDUCE)
 def test_gradients_are_right(size, resolution, reduce):

@@ -117,7 +117,8 @@ def test_a_signal_ends_a_run_after_its_step(
     assert compare(command, folder, undisturbed) == []
 
 
-@pytest.mark.parametrize("accumulated", runs.mostly_slow([1, 3], 3))
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulated", [1, 3])
 def test_a_training_that_ended_within_an_epoch_goes_on_alike(
     accumulated, killed_root, undisturbed, tmp_path, monkeypatch
 ):

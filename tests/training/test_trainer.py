@@ -230,14 +230,16 @@ trainer:
     ("options", "left", "line"),
     [
         (["--trainer.limit_val_batches", "0"], {"last.ckpt"}, "checkpoint {}/last.ckpt"),
-        (["--trainer.check_val_every_n_epoch", "5"], {"last.ckpt"}, "checkpoint {}/last.ckpt"),
-        (
-            ["--trainer.check_val_every_n_epoch", "5", "--trainer.num_sanity_val_steps", "1"],
-            {"last.ckpt"},
-            "checkpoint {}/last.ckpt",
+        *(
+            pytest.param(
+                ["--trainer.check_val_every_n_epoch", "5", *more],
+                *({"last.ckpt"}, "checkpoint {}/last.ckpt"),
+                marks=pytest.mark.slow,
+            )
+            for more in ([], ["--trainer.num_sanity_val_steps", "1"])
         ),
         (["--trainer.fast_dev_run", "true"], {"best.ckpt", "last.ckpt"}, "AP 0.000 AP50 0.000 checkpoint {}/best.ckpt"),
-        (["--trainer.enable_checkpointing", "false"], set(), " nothing was saved"),
+        pytest.param(["--trainer.enable_checkpointing", "false"], set(), " nothing was saved", marks=pytest.mark.slow),
         (["--trainer.barebones", "true", "--trainer.log_every_n_steps", "10"], set(), " nothing was saved"),
     ],
 )
