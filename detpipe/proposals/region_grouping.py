@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from detpipe.proposals.regions import Floats, Ints, Regions
+from detpipe.proposals.regions import COLOR_BINS, TEXTURE_BINS, Floats, Ints, Regions
 
 SIMILARITIES = ("color", "texture", "size", "fill")
 _CHUNK = 1024  # pairs of neighbors compared at once, so that their histograms stay in the cache
@@ -58,7 +58,7 @@ def group(segmentations: Sequence[Regions], strategies: Sequence[Sequence[str]],
     """Build a hierarchy for each segmentation and each strategy: the similarities, of `SIMILARITIES`, that are added up.
 
     Args:
-        segmentations: the first regions, with histograms of equal widths or not.
+        segmentations: the first regions, of images with as many channels or not.
         strategies: one list of similarities each.
         area: of the image in square pixels.
 
@@ -117,7 +117,9 @@ def _similarity(state: _State, first: Ints, second: Ints, weights: Floats, area:
     for start in range(0, len(first), _CHUNK):
         rows = slice(start, start + _CHUNK)
         shared = np.minimum(state.histograms[first[rows]], state.histograms[second[rows]])
-        parts[rows, 0], parts[rows, 1] = shared[:, :colors].sum(axis=1), shared[:, colors:].sum(axis=1)
+        for part, histograms, bins in ((0, shared[:, :colors], COLOR_BINS), (1, shared[:, colors:], 4 * TEXTURE_BINS)):
+            # channel by channel, so that those that only other segmentations have do not change how a sum is rounded
+            parts[rows, part] = histograms.reshape(len(shared), -1, bins).sum(axis=2).sum(axis=1)
     both = state.sizes[first] + state.sizes[second]
     sides = np.maximum(state.boxes[first, 2:], state.boxes[second, 2:])
     sides = sides - np.minimum(state.boxes[first, :2], state.boxes[second, :2])

@@ -144,7 +144,9 @@ def _product_with_winner(rows: Tensor, block: _Block) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():  # what torch.sparse.mm does for its own backward pass
         leaf = rows.detach().requires_grad_()
         best, tap = torch.ops.aten._sparse_mm_reduce_impl(_matrix(rows, block), leaf, "amax")
-    return best.detach(), tap if len(block.row) else torch.zeros_like(best, dtype=tap.dtype)  # of no cells it has no size
+    if not len(block.row):  # of no cells the product tells an empty tensor
+        tap = torch.zeros_like(best, dtype=torch.int64)
+    return best.detach(), tap
 
 
 def _matrix(rows: Tensor, block: _Block) -> Tensor:

@@ -2,11 +2,11 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from detpipe.proposals.region_grouping import SIMILARITIES, group
-from detpipe.proposals.regions import Regions, describe, quantize_color, quantize_texture
+from detpipe.proposals.regions import COLOR_BINS, TEXTURE_BINS, Regions, describe, quantize_color, quantize_texture
 
 ALL = ("color", "texture", "size", "fill")
 
@@ -100,10 +100,11 @@ def test_the_slow_loop_decides_more_than_trivial_cases():
 
 
 def by_hand(sizes, boxes, pairs, color):
-    """Regions with histograms of two bins."""
-    color = np.array([[1 - share, share] for share in color], np.float32)
+    """Regions whose histograms have something in two bins."""
+    shares = np.array([[1 - share, share] for share in color], np.float32)
+    color, texture = (np.pad(shares, ((0, 0), (0, bins - 2))) for bins in (COLOR_BINS, 4 * TEXTURE_BINS))
     first, second = np.array(pairs, np.int32).T
-    return Regions(np.float32(sizes), np.float32(boxes), first, second, color, color)
+    return Regions(np.float32(sizes), np.float32(boxes), first, second, color, texture)
 
 
 def test_three_regions_by_hand():
@@ -161,6 +162,7 @@ def test_every_hierarchy_is_whole(segmentations, strategies):
 
 
 @pytest.mark.slow
+@example([regions_of(1, 1, 1, 0), regions_of(5, 10, 5, 787785, 1)], [["color"]])
 @given(st.lists(random_regions, min_size=1, max_size=3), strategies)
 @settings(max_examples=60, deadline=None)
 def test_hierarchies_do_not_influence_one_another(segmentations, strategies):
