@@ -227,6 +227,8 @@ class DetectionData(SplitData):
         super().__init__(loader, seed, on_bad)
         if tiles is not None and proposals:
             raise ValueError("proposals of a store are of whole images: leave out proposals, or set tiles to null")
+        if tiles is not None and augment is not None and augment.combine.masks:
+            raise ValueError("augment.combine.copy_paste needs masks, which tiles have not: set it, or tiles, to null")
         self.channels, self.pixels = channels, PixelType(channels, range)
         if augment is not None:
             augment.check(self.pixels)
@@ -335,8 +337,6 @@ class DetectionData(SplitData):
             self._read_masks(split)
         resize = self.resize if augmented or self.resize is None else self.resize.for_evaluation()
         proposals, contents = self.proposals(split), self.contents(split)
-        if self.tiles is not None and contents is not None:
-            raise DataError(f"{split}: tiles are cut from image files, not from shards; set tiles to null")
         return DetectionDataset(self.annotations(split), augment, self.seed, proposals, contents, resize, self.pixels)
 
     def reads_outlines(self, split: Split) -> bool:

@@ -62,7 +62,9 @@ def open_masks(data: DetectionData, split: Split, kind: Kind = "auto") -> Masks:
         raise ValueError(f"kind must be 'auto', 'superpixels' or 'boxes', got {kind!r}")
     annotations, why = data.annotations(split), "as asked for"
     if kind == "auto":
-        if isinstance(data, VOC):
+        if annotations.windows is not None:
+            why = "tiles have boxes only"
+        elif isinstance(data, VOC):
             if any((annotations.root / path).parent.is_dir() for path in map(_png, annotations.file_names)):
                 return _voc_masks(annotations)
             why = f"{data.root} has no folder SegmentationClass"

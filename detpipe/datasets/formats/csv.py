@@ -220,10 +220,12 @@ def find_classes(paths: Sequence[Path]) -> tuple[str, ...]:
     known = read_class_list(paths[0].parent) if paths else None
     if known:
         return known.class_names
-    boxes = (row for table in map(Table, paths) for row in table.rows if any(map(row.values.get, table.ends)))
-    names = {row.values["label"] for row in boxes} - {""}
+    rows = [(row, table.ends) for table in map(Table, paths) for row in table.rows]
+    names = {row.values["label"] for row, ends in rows if any(map(row.values.get, ends))} - {""}
     if not names:
-        raise DataError(f"{', '.join(map(str, paths))}: no row names a class; class_names 'auto' has nothing to read")
+        broken = next((f" (line {row.line} {row.broken})" for row, _ in rows if row.broken), "")
+        where = ", ".join(map(str, paths))
+        raise DataError(f"{where}: no row names a class; class_names 'auto' has nothing to read{broken}")
     return tuple(sorted(names))
 
 

@@ -64,6 +64,9 @@ class Shards(FolderData):
         super().__init__(root, train, val, test, **common)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
+        for key, given in (("split", self.shares), ("tiles", self.tiles)):
+            if given:
+                raise ValueError(f"{key} is for image files, not for shards: set it to null, or read the data as files")
         self.window, self.cache = window, cache
         self._files: dict[Split, ShardFiles] = {}
         self._key: str | None = None

@@ -88,6 +88,7 @@ def test_faults_of_the_header_name_the_column(tmp_path: Path, fault: str) -> Non
         (b"", "the header lacks"),
         (f"{HEADER}\n".encode(), "no row names a class"),
         (f"{HEADER}\na.jpg,,,,,\n".encode(), "no row names a class"),
+        (f"{HEADER}\na.jpg,1\n".encode(), r"no row names a class.* \(line 2 has 2 values, but the header 6 columns\)"),
     ],
 )
 def test_damaged_tables(tmp_path: Path, content: bytes, message: str) -> None:
@@ -95,6 +96,11 @@ def test_damaged_tables(tmp_path: Path, content: bytes, message: str) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"annotations\.csv: .*{message}"):
         load_csv(path)
+
+
+def test_spaces_may_stand_before_quotes(tmp_path: Path) -> None:
+    path = write_csv(tmp_path, ['a.jpg, 1, 2, 3, 4, "cat, big"'])
+    assert load_csv(path).class_names == ("cat, big",)
 
 
 def test_line_numbers_count_breaks_in_quotes(tmp_path: Path) -> None:
