@@ -95,15 +95,16 @@ AT_START: list[tuple[Callable[[Path], None], str]] = [
     (index(boxes=5), r"index\.json: boxes do not fit"),
     (index(class_names=["cat"]), r"index\.json: class_names do not fit"),
     (index(class_names=["a", "b"], category_ids=[1, 2]), r"index\.json: labels do not fit"),
-    (index(image_key="x"), r"'image_key' is 'x': expected one of coco, voc, file"),
-    (index(shards=3), r"index\.json: the field 'shards' is 3"),
-    (index(plan=None), r"index\.json: the field 'plan' is None"),
+    (index(image_key="x"), r"index\.json: Invalid enum value 'x' - at `\$\.image_key`"),
+    (index(shards=3), r"index\.json: Expected `array`, got `int` - at `\$\.shards`"),
+    (index(plan=None), r"index\.json: Expected `str`, got `null` - at `\$\.plan`"),
+    (index(category_ids=["x"]), r"index\.json: Expected `int`, got `str` - at `\$\.category_ids\[0\]`"),
     (index(proposals={}), r"arrays\.safetensors: the array 'proposal_offset' is missing"),
     (index("val", image_key="voc"), r"index\.json: calls images as 'voc', another split as 'coco'"),
     (index("val", class_names=["cat", "dog", "fox"]), r"the classes of train .* and val .* differ: only in train: 'owl'"),  # row 12
-    *[(in_index(name, "shards", 1, "name"), r"index\.json: shard 1: the name .* is not safe")  # row 30
+    *[(in_index(name, "shards", 1, "name"), r"index\.json: Expected `str` matching regex .* - at `\$\.shards\[1\]\.name`")  # row 30
       for name in ("../shard-000000.tar", "/etc/passwd", "shard-0.tar", "shard-000000.tar/..", "a\0b")],
-    *[(in_index(digits, *place, "sha256"), r"index\.json: (shard 1|arrays): the field 'sha256' is .*expected")
+    *[(in_index(digits, *place, "sha256"), r"index\.json: Expected `str`.* - at `\$\.(shards\[1\]|arrays)\.sha256`")
       for place in (("shards", 1), ("arrays",)) for digits in ("../../../x", "0" * 63, "A" * 64, "0" * 64 + "\n", "", 7)],
     (arrays(lambda s: {"offset": moved(s.images.offset, 2**62)}), "offset and length do not fit"),
     (arrays(lambda s: {"length": s.images.length + 2**40}), "offset and length do not fit"),

@@ -15,26 +15,27 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from detpipe.datasets.stored_proposals import ImageKey, coco_key, file_key, voc_key
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write, refuse_special, write_text
-from detpipe.support.strict_json import load_json, require, shorten
+from detpipe.support.strict_json import load_json
 from detpipe.types import Annotations
 
 FORMAT, VERSION = "detpipe.shards", 1
 INDEX, ARRAYS = "index.json", "arrays.safetensors"
 SHARD_NAME = re.compile(r"shard-[0-9]{6,9}\.tar")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 
 KEYS: dict[str, ImageKey] = {"coco": coco_key, "voc": voc_key, "file": file_key}
 _AGAIN = "write the shards again, or copy them again"
@@ -58,14 +59,43 @@ _KINDS: dict[str, tuple[type, tuple[int, ...]]] = {  # type, and shape without t
 _PLACES = ("offset", "length", "crc32")
 
 
-@dataclass(frozen=True)
-class Shard:
+_Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_SHA256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]  # names of folders are made of it
+
+
+class Shard(msgspec.Struct, frozen=True):
     """One tar file."""
 
-    name: str
-    images: int
-    bytes: int
-    sha256: str
+    name: Annotated[str, Meta(pattern=rf"\A{SHARD_NAME.pattern}\Z")]
+    images: _Count
+    bytes: _Count
+    sha256: _SHA256
+
+
+class Arrays(msgspec.Struct, frozen=True):
+    """The file of the arrays."""
+
+    bytes: _Count
+    sha256: _SHA256
+    name: str = ARRAYS
+
+
+class Index(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``index.json`` says."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    split: str
+    image_key: Literal["coco", "voc", "file"]
+    images: _Count
+    boxes: _Count
+    class_names: tuple[str, ...]
+    category_ids: tuple[Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)], ...]
+    counts: dict[str, int]
+    proposals: dict[str, Any] | None = None
+    plan: str
+    arrays: Arrays
+    shards: tuple[Shard, ...]
 
 
 @dataclass(frozen=True)
@@ -121,27 +151,20 @@ def write_index(made: ShardSet) -> None:
     content = save({name: np.ascontiguousarray(value, dtype=kinds[name]) for name, value in arrays.items()})
     with atomic_write(made.folder / ARRAYS) as temporary:
         temporary.write_bytes(content)
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "split": made.split,
-        "image_key": made.key,
-        "images": len(a),
-        "boxes": len(a.boxes),
-        "class_names": list(a.class_names),
-        "category_ids": list(a.category_ids),
-        "counts": a.counts,
-        "proposals": made.source,
-        "plan": made.plan,
-        "arrays": {"name": ARRAYS, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
-        "shards": [asdict(shard) for shard in made.shards],
-    }
-    write_text(made.folder / INDEX, json.dumps(index, indent=1) + "\n")
-
-
-def read_plan(folder: Path) -> str:
-    """What the shards of a folder were made of, as `ShardSet.plan`; a DataError without index, or for one of another version."""
-    return require(_read_json(folder), "plan", str, str(folder / INDEX))
+    index = Index(
+        split=made.split,
+        image_key=made.key,  # type: ignore[arg-type]
+        images=len(a),
+        boxes=len(a.boxes),
+        class_names=a.class_names,
+        category_ids=a.category_ids,
+        counts=a.counts,
+        proposals=made.source,
+        plan=made.plan,
+        arrays=Arrays(len(content), hashlib.sha256(content).hexdigest()),
+        shards=made.shards,
+    )
+    write_text(made.folder / INDEX, json.dumps(msgspec.to_builtins(index), indent=1) + "\n")
 
 
 def read_index(folder: str | Path) -> ShardSet:
@@ -149,76 +172,59 @@ def read_index(folder: str | Path) -> ShardSet:
 
     A DataError if index or arrays are missing, damaged, changed, of another version, or contradict each other.
     """
-    path = Path(folder) / INDEX
-    index, where = _read_json(Path(folder)), str(path)
-    shards = tuple(
-        _shard(record, f"{path}: shard {n}") for n, record in enumerate(require(index, "shards", list, where))
-    )
-    source = index.get("proposals")
-    arrays = _read_arrays(Path(folder), require(index, "arrays", dict, where), source is not None)
-    key = require(index, "image_key", str, where)
-    if key not in KEYS:
-        raise DataError(f"{path}: the field 'image_key' is {key!r}: expected one of {', '.join(KEYS)}")
+    folder = Path(folder)
+    index = read_json(folder)
+    arrays = _read_arrays(folder, index.arrays, index.proposals is not None)
     made = ShardSet(
-        folder=Path(folder),
-        split=require(index, "split", str, where),
-        key=key,
-        annotations=_annotations(Path(folder), index, arrays),
-        shards=shards,
+        folder=folder,
+        split=index.split,
+        key=index.image_key,
+        annotations=_annotations(folder, index, arrays),
+        shards=index.shards,
         shard=arrays["shard"],
         images=Places(*(arrays[name] for name in _PLACES)),
-        proposals=Places(*(arrays[f"proposal_{name}"] for name in _PLACES)) if source is not None else None,
-        source=source,
-        plan=require(index, "plan", str, where),
+        proposals=None if index.proposals is None else Places(*(arrays[f"proposal_{name}"] for name in _PLACES)),
+        source=index.proposals,
+        plan=index.plan,
     )
-    _check(made, index, path)
+    _check(made, index)
     return made
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
+def read_json(folder: Path, where: str | Path = "") -> Index:
+    """Read the index of a folder alone, which messages call ``where``, by default by its path; errors are those of `read_index`."""
     path = folder / INDEX
+    where = where or path
     if not path.is_file():
         raise DataError(
             f"{path}: no such file; expected a folder that 'detpipe data shards' wrote to the end, with index and shards"
         )
     index = load_json(path)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise DataError(f"{path}: this is no index of shards; 'detpipe data shards' writes them")
+        raise DataError(f"{where}: this is no index of shards; 'detpipe data shards' writes them")
     if index.get("version") != VERSION:
         raise DataError(
-            f"{path}: has the version {index.get('version')!r}, this detpipe reads {VERSION}; write the shards again, or take "
+            f"{where}: has the version {index.get('version')!r}, this detpipe reads {VERSION}; write the shards again, or take "
             "the detpipe that wrote them"
         )
-    return index
+    try:
+        return msgspec.convert(index, Index)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{where}: {error}; {_AGAIN}") from error
 
 
-def _shard(record: Any, where: str) -> Shard:
-    name = require(record, "name", str, where)
-    if not SHARD_NAME.fullmatch(name):
-        raise DataError(f"{where}: the name {name!r} is not safe: expected one such as shard-000000.tar")
-    images, size = require(record, "images", int, where), require(record, "bytes", int, where)
-    return Shard(name, images, size, require_sha256(record, where))
-
-
-def require_sha256(record: Any, where: str) -> str:
-    """The ``sha256`` of a file, of which the name of a folder is made; a DataError if it is not 64 lowercase hexadecimal digits."""
-    digits = require(record, "sha256", str, where)
-    if not SHA256.fullmatch(digits):
-        raise DataError(f"{where}: the field 'sha256' is {shorten(digits)}: expected 64 digits of 0-9 and a-f")
-    return digits
-
-
-def _read_arrays(folder: Path, record: dict[str, Any], proposals: bool) -> dict[str, npt.NDArray[Any]]:
+def _read_arrays(folder: Path, record: Arrays, proposals: bool) -> dict[str, npt.NDArray[Any]]:
     path = folder / ARRAYS
     refuse_special(path)
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file, but {INDEX} names it; {_AGAIN}") from error
-    expected = require(record, "bytes", int, f"{folder / INDEX}: arrays")
-    if len(content) != expected:
-        raise DataError(f"{path}: has {len(content)} bytes, but {INDEX} says {expected}: cut off or changed; {_AGAIN}")
-    if hashlib.sha256(content).hexdigest() != require_sha256(record, f"{folder / INDEX}: arrays"):
+    if len(content) != record.bytes:
+        raise DataError(
+            f"{path}: has {len(content)} bytes, but {INDEX} says {record.bytes}: cut off or changed; {_AGAIN}"
+        )
+    if hashlib.sha256(content).hexdigest() != record.sha256:
         raise DataError(f"{path}: its content has another hash than {INDEX} says: changed or damaged; {_AGAIN}")
     try:
         arrays = load(content)
@@ -232,8 +238,7 @@ def _read_arrays(folder: Path, record: dict[str, Any], proposals: bool) -> dict[
     return arrays
 
 
-def _annotations(folder: Path, index: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> Annotations:
-    where = str(folder / INDEX)
+def _annotations(folder: Path, index: Index, arrays: dict[str, npt.NDArray[Any]]) -> Annotations:
     ends, text = arrays["name_offsets"].tolist(), arrays["name_bytes"].tobytes()
     try:
         names = [text[start:end].decode() for start, end in pairwise(ends)]
@@ -243,22 +248,22 @@ def _annotations(folder: Path, index: dict[str, Any], arrays: dict[str, npt.NDAr
         root=folder,
         file_names=np.array(names, dtype=np.str_),
         **{name: arrays[name] for name in _PACKED},  # type: ignore[arg-type]
-        class_names=tuple(map(str, require(index, "class_names", list, where))),
-        category_ids=tuple(map(int, require(index, "category_ids", list, where))),
-        counts=dict(require(index, "counts", dict, where)),
+        class_names=index.class_names,
+        category_ids=index.category_ids,
+        counts=index.counts,
     )
 
 
-def _check(made: ShardSet, index: dict[str, Any], path: Path) -> None:
+def _check(made: ShardSet, index: Index) -> None:
     """Refuse arrays that do not fit each other or the shards, so that nothing is read where nothing lies."""
     a, images, S = made.annotations, len(made.annotations), len(made.shards)
     parts = [places for places in (made.images, made.proposals) if places is not None]
     bytes_of = np.array([shard.bytes for shard in made.shards], dtype=np.int64)
     counts = np.bincount(made.shard, minlength=S).tolist() if (made.shard >= 0).all() else []
     tests: dict[str, Callable[[], bool]] = {
-        "images": lambda: index.get("images") == images == len(a.sizes) == len(a.file_names) == len(made.shard) > 0,
+        "images": lambda: index.images == images == len(a.sizes) == len(a.file_names) == len(made.shard) > 0,
         "places": lambda: all(len(p.offset) == len(p.length) == len(p.crc32) == images for p in parts),
-        "boxes": lambda: index.get("boxes") == len(a.boxes) == len(a.labels) == len(a.area) == a.offsets[-1],
+        "boxes": lambda: index.boxes == len(a.boxes) == len(a.labels) == len(a.area) == a.offsets[-1],
         "flags": lambda: len(a.iscrowd) == len(a.difficult) == len(a.boxes),
         "offsets": lambda: len(a.offsets) == images + 1 and a.offsets[0] == 0 and bool((np.diff(a.offsets) >= 0).all()),
         "class_names": lambda: len(a.class_names) == len(a.category_ids) == len(set(a.class_names)) > 0,
@@ -276,7 +281,7 @@ def _check(made: ShardSet, index: dict[str, Any], path: Path) -> None:
     for name, holds in tests.items():
         if not holds():
             raise DataError(
-                f"{path}: {name} do not fit {ARRAYS}: the two are of different shards, or damaged; {_AGAIN}"
+                f"{made.folder / INDEX}: {name} do not fit {ARRAYS}: the two are of different shards, or damaged; {_AGAIN}"
             )
 
 

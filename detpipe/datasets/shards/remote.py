@@ -22,11 +22,10 @@ from pathlib import Path
 import filelock
 
 from detpipe.datasets.fetch import RemoteFile, fetch, read_url
-from detpipe.datasets.shards.index import ARRAYS, INDEX, Shard, ShardSet, read_index, require_sha256
+from detpipe.datasets.shards.index import ARRAYS, INDEX, Shard, ShardSet, read_index, read_json
 from detpipe.datasets.shards.read import Opened, ShardFiles
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write
-from detpipe.support.strict_json import load_json, require
 
 _MOST = 2**28  # bytes of an index: two million shards
 _WINDOWS = 2  # that are read at the same time: batches are mixed over the border of two
@@ -115,17 +114,8 @@ def _fetch_index(address: str, cache: ShardCache) -> ShardSet:
         content = read_url(f"{address}/{INDEX}", _MOST, _ADVICE)
         with atomic_write(folder / INDEX) as temporary:
             temporary.write_bytes(content)
-        index = load_json(folder / INDEX)
-        where = f"{address}/{INDEX}"
-        if not isinstance(index, dict) or "arrays" not in index:
-            raise DataError(f"{where}: this is no index of shards; {_ADVICE}")
-        arrays = require(index, "arrays", dict, where)
-        remote = RemoteFile(
-            f"{address}/{ARRAYS}",
-            require(arrays, "bytes", int, f"{where}: arrays"),
-            "sha256",
-            require_sha256(arrays, f"{where}: arrays"),
-        )
+        arrays = read_json(folder, f"{address}/{INDEX}").arrays
+        remote = RemoteFile(f"{address}/{ARRAYS}", arrays.bytes, "sha256", arrays.sha256)
         kept = folder / ARRAYS
         if kept.is_file() and hashlib.sha256(kept.read_bytes()).hexdigest() != remote.checksum:
             kept.unlink()  # of other shards, or damaged

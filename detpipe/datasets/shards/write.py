@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -38,7 +38,7 @@ from detpipe.datasets.shards.index import (
     Shard,
     ShardSet,
     read_index,
-    read_plan,
+    read_json,
     write_index,
 )
 from detpipe.proposal_files import ProposalStore
@@ -91,16 +91,16 @@ class Made:
     skipped: tuple[tuple[int, str, str], ...]
 
 
-class Written(NamedTuple):
+class Written(msgspec.Struct):
     """A shard that is on the disk."""
 
     number: int  # of the shard
-    bytes: int  # of the file
-    sha256: str  # of the file
-    rows: list[int]  # the images in it, in their order
-    images: list[list[int]]  # offset, length and CRC-32 of each of their files
-    proposals: list[list[int]]  # the same of their proposals; empty without
-    skipped: list[tuple[int, str, str]]  # row, reason and message of each image that was left out
+    bytes: int = 0  # of the file
+    sha256: str = ""  # of the file
+    rows: list[int] = []  # the images in it, in their order
+    images: list[list[int]] = []  # offset, length and CRC-32 of each of their files
+    proposals: list[list[int]] = []  # the same of their proposals; empty without
+    skipped: list[tuple[int, str, str]] = []  # row, reason and message of each image that was left out
 
 
 def make_shards(
@@ -123,7 +123,7 @@ def make_shards(
     plan = _digest(contents, split, groups)
     report = progress or (lambda done, of: None)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not (folder / INDEX).is_file() or read_plan(folder) != plan:
+        if not (folder / INDEX).is_file() or read_json(folder).plan != plan:
             raise DataError(
                 f"{folder} is there already, with something else in it: name a new folder, or remove it first"
             )
@@ -169,7 +169,7 @@ def work_folder(folder: Path, plan: str) -> Iterator[Path]:
             if any(work.iterdir()):
                 raise DataError(f"{work}: holds shards, but not the plan that they were made by: {_REMEDY}")
             write_text(work / PLAN, plan)
-        if (read_plan(work) if (work / INDEX).exists() else (work / PLAN).read_text(errors="replace")) != plan:
+        if (read_json(work).plan if (work / INDEX).exists() else (work / PLAN).read_text(errors="replace")) != plan:
             raise DataError(
                 f"{work}: an interrupted run left it with other data or settings than are asked for now; delete it to begin "
                 "anew, or ask for the same"
@@ -182,11 +182,10 @@ def finished_shards(work: Path, count: int) -> dict[int, Written]:
     done: dict[int, Written] = {}
     for path in (work / shard_name(number) for number in range(count)):
         try:
-            fields = json.loads(path.with_suffix(".json").read_bytes())
-            written = Written(**{**fields, "skipped": [tuple(one) for one in fields["skipped"]]})
+            written = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Written)
             if path.stat().st_size == written.bytes:
                 done[written.number] = written
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, msgspec.MsgspecError, ValueError):
             continue
     return done
 
@@ -226,7 +225,7 @@ def write_all(
     done: dict[int, Written] = {}
     jobs = [(work / shard_name(number), number, rows) for number, rows in groups.items()]
     for (path, *_), written in run(partial(_writer, contents), jobs, contents.sharding.workers, __name__, tell):
-        write_text(path.with_suffix(".json"), json.dumps(written._asdict(), separators=(",", ":")))
+        write_text(path.with_suffix(".json"), msgspec.json.encode(written).decode())
         done[written.number] = written
     return done
 
@@ -317,7 +316,7 @@ def write_shard(path: Path, number: int, rows: Sequence[int], contents: Contents
     A plain tar file (ustar), without anything of who wrote it, when and where: its bytes depend on its content alone. ``told`` is
     called after each image. A DataError for an image that is bad, unless such are skipped; nothing is written then.
     """
-    written = Written(number, 0, "", [], [], [], [])
+    written = Written(number)
     with atomic_write(path) as temporary:
         with tarfile.open(temporary, "w:", format=tarfile.USTAR_FORMAT) as tar:
             for row in rows:
@@ -335,8 +334,9 @@ def write_shard(path: Path, number: int, rows: Sequence[int], contents: Contents
                     written.rows.append(row)
                 told()
         with temporary.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return written._replace(bytes=file.tell(), sha256=sha256)
+            written.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            written.bytes = file.tell()
+            return written
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> list[int]:
