@@ -240,5 +240,4 @@ class ClassificationData(SplitData):
     def _dataloader(self, split: LabeledSplit, training: bool) -> DataLoader:
         sizes = np.broadcast_to(np.int32(self.views.size), (len(self.images(split)), 2))
         dataset = self.dataset(split, training)
-        plan = self._plan(training)
-        return self.loader.load(dataset, sizes, self.seed, training, collate_labeled, _SMALLEST, plan=plan)
+        return self._load(dataset, sizes, training, collate_labeled, _SMALLEST)

@@ -20,7 +20,7 @@ from detpipe.datasets.augment.settings import Neighbors
 from detpipe.datasets.batches import Key, Repeat, draws_again
 from detpipe.datasets.decode import Reduced, read_image, read_reduced
 from detpipe.datasets.resize import Resize, resample
-from detpipe.datasets.segmentations import draw_masks
+from detpipe.datasets.segmentations import check_segmentations, draw_masks
 from detpipe.datasets.workers import share_with_workers
 from detpipe.images import Size, targets_to_batch
 from detpipe.support.errors import DataError
@@ -161,10 +161,8 @@ def _check(augment: Augment, annotations: Annotations, pixels: PixelType) -> Non
     combine = augment.combine
     if len(annotations) < combine.images:
         raise DataError(f"{annotations.root}: {combine.too_few(len(annotations))}")
-    if combine.masks and annotations.segmentations is None:
-        raise DataError(
-            f"{annotations.root}: augment.combine.copy_paste needs instance masks, and the annotations have none; set it to null"
-        )
+    if combine.masks:
+        check_segmentations(annotations)
     augment.check(pixels)
 
 

@@ -149,16 +149,8 @@ def image_format(content: bytes) -> str:
         return "NPY"
     if planes.is_tiff(content):
         return "TIFF"
-    with _quiet(), Image.open(io.BytesIO(content)) as image:
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
         return image.format or "img"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the decoders' remarks (deprecation, odd metadata, large pictures) out of the output: we judge the pixels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager
@@ -166,7 +158,8 @@ def _named(path: str | Path, content: bytes | None, done: str) -> Iterator[None]
     if content is None:
         refuse_special(path)
     try:
-        with _quiet():
+        # the decoders' remarks (deprecation, odd metadata, large pictures) stay out of the output: we judge the pixels
+        with warnings.catch_warnings(action="ignore"):
             yield
     except (DataError, MemoryError):
         raise

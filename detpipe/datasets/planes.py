@@ -382,8 +382,7 @@ def _tifffile(data: bytes) -> Values:
         import tifffile
     except ImportError as error:
         raise Refused("TIFF of these channels needs tifffile: pip install 'detpipe[tiff]'") from error
-    with warnings.catch_warnings(), tifffile.TiffFile(io.BytesIO(data)) as file:
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), tifffile.TiffFile(io.BytesIO(data)) as file:
         page: Any = file.pages[0]
         if not all(page.databytecounts):
             raise Refused("ends early: it lacks rows")
