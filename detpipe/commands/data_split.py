@@ -45,7 +45,7 @@ def run_split(arguments: Sequence[str]) -> int:
             f"{', '.join(opened)}"
         )
     splits = {name: read_outlined(name, opened) for name in opened}
-    pool, repeated = join(list(splits.values()))
+    pool, repeated = join(splits)
     if len(pool) < len(parts):
         raise UsageError(f"{options.data} has {len(pool)} images: too few for {len(parts)} parts")
     source = image_files(opened.values())

@@ -250,8 +250,7 @@ class DetectionData(SplitData):
             parts = divide_annotations(loaded, self.shares) if divided else {split: loaded}
             if self.tiles is not None:
                 parts = {name: self.tiles.cut(part) for name, part in parts.items()}
-            for other, known in self._of_split.items():
-                compare_classes(other, known, split, parts[split])
+            compare_classes({**self._of_split, split: parts[split]})
             self._of_split.update(parts)
         return self._of_split[split]
 

@@ -13,17 +13,14 @@ Groups G, classes K, parts P.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, content_keys, image_paths
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
@@ -31,7 +28,6 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 _PASSES = 20  # over all groups; it has long settled by then
-_HEAD = 2**16  # bytes of an image file that tell it from others of its length; more are read where they do not
 
 
 def divide_annotations(annotations: Annotations, shares: Mapping[str, float]) -> dict[str, Annotations]:
@@ -65,7 +61,7 @@ def divide_by_content(
     A ValueError for shares that are not positive or do not add up to 1; a DataError if an image cannot be read, or there are too
     few.
     """
-    digests = _digests(image_paths(annotations), source)
+    digests = content_keys(image_paths(annotations), source)
     order = np.array(sorted(range(len(annotations)), key=digests.__getitem__), dtype=np.int64)
     group = _groups([digests[i] for i in order.tolist()], np.argsort(order), together)
     if len(np.unique(group)) < len(shares):
@@ -79,20 +75,6 @@ def divide_by_content(
     parts = stratified_parts(pool, list(shares.values()), seed, group)
     _fill(parts, group, np.diff(pool.offsets))
     return {name: np.sort(order[part]) for name, part in zip(shares, parts, strict=True)}
-
-
-def _digests(paths: Sequence[Path], source: ImageFiles) -> list[bytes]:
-    """[I] what tells the content of an image file; equal for equal files only."""
-    rows = tqdm(paths, desc="comparing images", unit="image", disable=None, leave=False)
-    try:
-        keys = [(source.size(path), hashlib.sha256(source.read(path, _HEAD)).digest()) for path in rows]
-        count = Counter(keys)
-        return [
-            hashlib.sha256(source.read(path)).digest() if count[key] > 1 and key[0] > _HEAD else key[1]
-            for path, key in zip(paths, keys, strict=True)
-        ]
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
 
 
 def _groups(digests: Sequence[bytes], place: Ints, together: Sequence[Sequence[int]]) -> Ints:

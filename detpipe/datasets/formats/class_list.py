@@ -9,7 +9,7 @@ VOC's XML and tables of boxes only name the classes that occur. Where ``detpipe.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,19 +75,21 @@ def ids_of(class_names: Sequence[str], known: ClassList | None) -> tuple[int, ..
     return tuple(range(1, len(class_names) + 1))
 
 
-def compare_classes(name: str, known: Annotations, other_name: str, other: Annotations) -> None:
-    """Refuse two splits that number their classes differently; the DataError names the differences."""
-    if (known.class_names, known.category_ids) == (other.class_names, other.category_ids):
-        return
-    differences = class_differences(name, known, other_name, other)
-    raise DataError(
-        f"the classes of {name} ({known.root}) and {other_name} ({other.root}) differ: "
-        f"{'; '.join(differences[:SHOWN])} ({len(differences)} in total); make the class lists equal"
-    )
+def compare_classes(splits: Mapping[str, Annotations]) -> None:
+    """Refuse splits that number their classes differently than the first; the DataError names the differences."""
+    (name, first), *others = splits.items()
+    for other_name, other in others:
+        if differences := class_differences(name, first, other_name, other):
+            raise DataError(
+                f"the classes of {name} ({first.root}) and {other_name} ({other.root}) differ: "
+                f"{'; '.join(differences[:SHOWN])} ({len(differences)} in total); make the class lists equal"
+            )
 
 
 def class_differences(name: str, known: Annotations, other_name: str, other: Annotations) -> list[str]:
-    """Name the classes that two splits do not share or number differently; the arguments are those of `compare_classes`."""
+    """Name the classes that two splits do not share or number differently."""
+    if (known.class_names, known.category_ids) == (other.class_names, other.category_ids):
+        return []
     first = dict(zip(known.class_names, known.category_ids, strict=True))
     second = dict(zip(other.class_names, other.category_ids, strict=True))
     differences = [f"only in {name}: {word!r} (id {first[word]})" for word in first if word not in second]

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from detpipe.datasets.formats.class_list import compare_classes
 from detpipe.datasets.image_files import ImageFiles, image_paths
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_folder
@@ -137,13 +138,8 @@ def file_name_of(split: str) -> str:
 
 def one_class_list(splits: Splits) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Class names and category ids; a DataError if splits do not agree on them, or a name cannot be written."""
+    compare_classes(splits)
     first = next(iter(splits.values()))
-    for name, a in splits.items():
-        if (a.class_names, a.category_ids) != (first.class_names, first.category_ids):
-            raise DataError(
-                f"the split {name!r} has other classes than {next(iter(splits))!r}, but this layout has one list for all; "
-                "convert the splits apart, or make their classes equal"
-            )
     for name in first.class_names:
         if name != name.strip() or not name.isprintable():
             raise DataError(
