@@ -376,7 +376,15 @@ class DetectionData(SplitData):
 
 
 class FolderData(DetectionData):
-    """Base of data sets that lie in a folder, with an argument that names what each split is read from."""
+    """Base of data sets that lie in a folder, with an argument that names what each split is read from.
+
+    Args:
+        root: the folder.
+        train: the training split.
+        val: the validation split, named as the training split is.
+        test: the split for the final test, named in the same way; none by default.
+        common: what all data sets have, see :class:`DetectionData`.
+    """
 
     def __init__(
         self,

@@ -58,9 +58,6 @@ class COCO(FolderData):
     Args:
         root: the folder that holds ``annotations`` and the image folders.
         train: the training split: a name such as ``train2017``, or ``annotations`` and ``images`` for other files.
-        val: the validation split, in the same way.
-        test: the split for the final test, in the same way; none by default.
-        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     def __init__(

@@ -115,11 +115,8 @@ class CSVBoxes(FolderData):
         root: the folder of tables and images.
         train: the training split: what the column ``split`` of ``annotations.csv`` holds, or a table of its own, a path that
             ends in ``.csv``, relative to the root; or several.
-        val: the validation split, in the same way.
-        test: the split for the final test, in the same way; none by default.
         format: how tables are to be understood: class names, the name of the table, where images are.
-        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
-            In a proposal store an image is called by its file, relative to the images.
+        common: in a proposal store an image is called by its file, relative to the images.
     """
 
     image_key = staticmethod(file_key)

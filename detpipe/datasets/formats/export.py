@@ -105,6 +105,10 @@ class Export:
 
     def written(self, names: Iterable[str]) -> Written:
         """What was done, of splits that are called so in the data set."""
+        if self.renamed:
+            self.remarks.append(
+                f"{self.renamed} images are renamed: others have their names, but for folders or suffixes"
+            )
         images, boxes = map(len, self.splits.values()), (len(a.boxes) for a in self.splits.values())
         return Written(self.folder, tuple(names), sum(images), sum(boxes), tuple(self.remarks))
 

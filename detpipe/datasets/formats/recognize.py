@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from detpipe.datasets.datamodule import DetectionData
-from detpipe.datasets.faults import OnBad
+from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.fetch import is_remote
 from detpipe.datasets.formats import coco, csv, voc, voc_folders, yolo
 from detpipe.datasets.formats.class_list import read_class_list
 from detpipe.datasets.formats.folders import ALL, find_split, in_order, is_image, walk_folders
+from detpipe.datasets.formats.voc_xml import VOCSource
 from detpipe.datasets.formats.yolo_yaml import NAME as YOLO_NAME
 from detpipe.datasets.formats.yolo_yaml import read_yolo
 from detpipe.datasets.shards.dataset import Shards
@@ -245,7 +246,7 @@ def _open_voc(
 ) -> voc.VOC:
     names: list[str] | Literal["auto"] = "auto"
     if together:
-        names = list(voc.find_class_names(data, list(dict.fromkeys([split, *together]))))
+        names = list(VOCSource(Path(data), list(dict.fromkeys([split, *together])), Faults("skip")).class_names())
     if one_based is None:
         known = read_class_list(Path(data))
         one_based = known is None or known.one_based

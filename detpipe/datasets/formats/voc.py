@@ -84,14 +84,6 @@ def load_voc(
     return VOCSource(Path(root), split, faults or Faults(on_bad)).load(names, one_based, keep_difficult)
 
 
-def find_class_names(root: str | Path, split: str | Sequence[str]) -> tuple[str, ...]:
-    """Collect the class names that occur in a split, sorted, unless the root has a list of them, whose order is kept.
-
-    Arguments are those of `load_voc`. A DataError if the split has no named object.
-    """
-    return VOCSource(Path(root), split, Faults("skip")).class_names()
-
-
 @dataclass(frozen=True)
 class VOCFormat:
     """How the XML files are to be understood.
@@ -123,9 +115,7 @@ class VOC(FolderData):
             folder VOC2007; a path that ends in ``.txt`` (relative to the root) is a list elsewhere; without lists a folder such
             as ``train``, or ``all``; or several.
         val: the validation split, in the same way; ``val``, ``valid`` and ``validation`` are the same.
-        test: the split for the final test, in the same way; none by default.
         format: how the XML files are to be understood: class names, counting from 0 or 1, difficult objects.
-        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     image_key = staticmethod(voc_key)
@@ -221,8 +211,6 @@ def write_voc(
             made.remarks += write_outlines(made.out, export.file_name_of(split), a, named)
             lines = "".join(f"{Path(name).stem}\n" for name in named)
             (made.out / f"ImageSets/Main/{export.file_name_of(split)}.txt").write_text(lines, encoding="utf-8")
-    if made.renamed:
-        made.remarks.append(f"{made.renamed} images are renamed: all lie in one folder, and others had their names")
     return made.written(map(export.file_name_of, splits))
 
 

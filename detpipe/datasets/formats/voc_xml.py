@@ -244,7 +244,7 @@ class VOCSource:
         return tuple(sorted(names - {""}))
 
     def class_names(self) -> tuple[str, ...]:
-        """As `find_class_names`."""
+        """As `occurring`; a DataError if there are none."""
         names = self.occurring()
         if not names:
             self.faults.check()

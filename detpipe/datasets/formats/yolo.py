@@ -167,9 +167,7 @@ class YOLO(FolderData):
         root: the folder with ``data.yaml``, ``obj.data`` or ``classes.txt``, or such a file under any name.
         train: the training split: a key of the file, or several; where it names no splits a folder such as ``train``, or ``all``.
         val: the validation split, in the same way; ``val``, ``valid`` and ``validation`` are the same.
-        test: the split for the final test, in the same way; none by default.
-        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
-            In a proposal store an image is called by its file, relative to the root.
+        common: in a proposal store an image is called by its file, relative to the root.
     """
 
     image_key = staticmethod(file_key)
@@ -271,8 +269,6 @@ def write_yolo(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(_label_lines(a, i), encoding="utf-8")
             made.remarks += write_outlines(made.out, keys[split], a, named)
-    if made.renamed:
-        made.remarks.append(f"{made.renamed} images are renamed: others have the same name but for the suffix")
     return made.written(keys.values())
 
 

@@ -43,12 +43,9 @@ class Shards(FolderData):
         root: the folder that holds a folder for each split; a path, or an address that begins with http://,
             https://, s3:// or gs://.
         train: the training split, the name of its folder.
-        val: the validation split, in the same way.
-        test: the split for the final test, in the same way; none by default.
         window: shards whose images are shuffled together, and read at the same time.
         cache: where shards of an address are kept, and how many of them.
-        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`; boxes of a store in ``proposals``
-            take the place of those in the shards.
+        common: boxes of a store in ``proposals`` take the place of those in the shards.
     """
 
     def __init__(
