@@ -138,12 +138,6 @@ class LabeledImages:
         """The name of an image."""
         return os.fsdecode(self.names[index])
 
-    def describe(self) -> str:
-        """Images, classes, and everything that was left out, in one line."""
-        images = np.bincount(self.labels, minlength=len(self.class_names))
-        line = f"{len(self)} images of {int((images > 0).sum())} classes, {images.min()} to {images.max()} of each"
-        return "; ".join([line, *(f"{key}: {n}" for key, n in self.counts.items() if n)])
-
 
 def pack_names(names: Iterable[str]) -> npt.NDArray[np.bytes_]:
     """Pack file names, whatever bytes the file system has in them."""
@@ -235,7 +229,10 @@ class ClassificationData(SplitData):
 
     def describe(self, split: LabeledSplit) -> str:
         """One line about a split: images, classes, and everything that was left out."""
-        return printable(f"{split}: {self.images(split).describe()}")
+        listed = self.images(split)
+        images = np.bincount(listed.labels, minlength=self.num_classes)
+        line = f"{len(listed)} images of {int((images > 0).sum())} classes, {images.min()} to {images.max()} of each"
+        return printable("; ".join([f"{split}: {line}", *(f"{key}: {n}" for key, n in listed.counts.items() if n)]))
 
     def _dataloader(self, split: LabeledSplit, training: bool) -> DataLoader:
         sizes = np.broadcast_to(np.int32(self.views.size), (len(self.images(split)), 2))

@@ -19,7 +19,7 @@ from detpipe.datasets.formats.folders import (
     find_places,
     folder_key,
     list_folder,
-    walk,
+    walk_folders,
 )
 from detpipe.datasets.formats.yolo_yaml import LABELS, YOLOFile
 from detpipe.support.errors import DataError
@@ -121,8 +121,9 @@ class ImageFinder:
 
     def _folder(self, folder: Path) -> None:
         first = len(self.found)
-        files = walk(str(folder), {folder_key(other) for other in self._others if other != folder})
-        for path in map(Path, image_names(entry.path for entry in files)):
+        found = walk_folders(folder, {folder_key(other) for other in self._others if other != folder})
+        files = sorted((Path(file.path) for _, files in found for file in files), key=lambda path: path.parts)
+        for path in map(Path, image_names(map(str, files))):
             if path not in self._paths:  # of a folder that holds this one
                 self._add(path, str(path))
         expected = {item.labels for item in self.found}

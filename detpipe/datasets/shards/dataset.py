@@ -29,7 +29,7 @@ from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.dataset import Contents, Proposals
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.fetch import is_remote
-from detpipe.datasets.shards.index import INDEX, KEYS, ShardSet, check_files, read_index
+from detpipe.datasets.shards.index import INDEX, KEYS, ShardSet, check_files, find_splits, read_index
 from detpipe.datasets.shards.read import ShardFiles, ShardProposals
 from detpipe.datasets.shards.remote import ShardCache, open_remote
 from detpipe.support.errors import DataError
@@ -96,7 +96,7 @@ class Shards(FolderData):
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds; nothing of a server, which has no list."""
-        return () if is_remote(self.root) else tuple(sorted(p.parent.name for p in Path(self.root).glob(f"*/{INDEX}")))
+        return () if is_remote(self.root) else tuple(find_splits(Path(self.root)))
 
     def contents(self, split: Split) -> Contents:
         """The image files of a split, in its shards."""

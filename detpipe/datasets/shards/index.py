@@ -167,6 +167,12 @@ def write_index(made: ShardSet) -> None:
     write_text(made.folder / INDEX, json.dumps(msgspec.to_builtins(index), indent=1) + "\n")
 
 
+def find_splits(root: Path) -> dict[str, Path]:
+    """The folders of the splits in a folder, by name, those that are only begun left out; a folder of one split is that split."""
+    files = [root / INDEX] if (root / INDEX).is_file() else sorted(root.glob(f"*/{INDEX}"))
+    return {file.parent.name: file.parent for file in files if file.with_name(ARRAYS).is_file()}
+
+
 def read_index(folder: str | Path) -> ShardSet:
     """Read what is known of a split in shards; the shards themselves are not looked at.
 
