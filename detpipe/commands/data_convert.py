@@ -76,7 +76,7 @@ def write_layout(
         flags: Flags = "drop" if options.drop_flags else "leave out" if options.drop_flagged else "refuse"
         return write_yolo(splits, folder, options.image_files, flags, source)
     write = {"coco": write_coco, "voc": write_voc, "csv": write_csv}[layout]
-    return write(splits, folder, options.image_files, source=source)
+    return write(splits, folder, options.image_files, source)
 
 
 def read_outlined(name: str, opened: Mapping[str, DetectionData]) -> Annotations:

@@ -10,8 +10,7 @@ from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields
 from detpipe.commands.data_source import find_data, new_output, open_splits, source_parser
 from detpipe.commands.parser import check_least
 from detpipe.datasets.datamodule import image_files
-from detpipe.datasets.joining import join
-from detpipe.datasets.stratify import divide_by_content
+from detpipe.datasets.stratify import divide_by_content, join
 from detpipe.support.errors import UsageError
 from detpipe.support.terminal import say
 from detpipe.types import Annotations

@@ -54,27 +54,18 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     The epoch is part of the key because the augmentation is drawn from (seed, epoch, index): the same in every worker,
     another one in every epoch.
 
-    Args:
-        annotations: the ground truth of the split.
-        augment: what is done to image, boxes and proposals; None for nothing.
-        seed: decides every draw, with the key.
-        proposals: precomputed boxes by image id, which then ride in the target as ``proposals``.
-        contents: where the image files are, if not at their names.
-        resize: to which size images are brought, after the augmentation; None leaves them as they are.
-        pixels: the channels and values of images.
-
     Raises:
         DataError: the augmentation needs more images, or instance masks that the annotations do not have.
         ValueError: a transform of the augmentation has arguments that it does not take, or is not for such pixels.
     """
 
-    annotations: Annotations
-    augment: Augment | None = None
-    seed: int = 0
-    proposals: Proposals | None = None
-    contents: Contents | None = None
-    resize: Resize | None = None
-    pixels: PixelType = RGB
+    annotations: Annotations  # the ground truth of the split
+    augment: Augment | None = None  # what is done to image, boxes and proposals
+    seed: int = 0  # decides every draw, with the key
+    proposals: Proposals | None = None  # precomputed boxes by image id, which then ride in the target
+    contents: Contents | None = None  # where the image files are, if not at their names
+    resize: Resize | None = None  # to which size images are brought, after the augmentation
+    pixels: PixelType = RGB  # the channels and values of images
 
     def __post_init__(self) -> None:
         if self.augment is not None:

@@ -40,15 +40,11 @@ TRUTH_SEGMENTS = 400  # superpixels an image of masks that are made of boxes, wh
 
 @dataclass(frozen=True)
 class Masks:
-    """The true masks of a split.
+    """The true masks of a split."""
 
-    Args:
-        source: what they are and where they come from, for a log.
-        read: reads or makes the mask ``[H, W]`` of an image ``[3, H, W]`` uint8 RGB as in its file, nothing augmented; a DataError
-            names the file if there is none, or it does not fit the image.
-    """
-
-    source: str
+    source: str  # what they are and where they come from, for a log
+    # an image ``[3, H, W]`` uint8 RGB as in its file, nothing augmented, and its target -> its mask ``[H, W]``; a DataError names
+    # the file if there is none, or it does not fit the image
     read: Callable[[Tensor, Target], Mask]
 
 

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets.formats.recognize import open_split
-from detpipe.datasets.joining import join
-from detpipe.datasets.stratify import divide, divide_by_content, improve, stratified_parts
+from detpipe.datasets.stratify import divide, divide_by_content, improve, join, stratified_parts
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 

@@ -176,24 +176,17 @@ class VOC(FolderData):
         return self._sources["train"]
 
 
-def write_voc(
-    splits: Splits,
-    folder: str | Path,
-    images: Images = "copy",
-    one_based: bool | None = None,
-    source: ImageFiles = PLAIN_FILES,
-) -> Written:
+def write_voc(splits: Splits, folder: str | Path, images: Images = "copy", source: ImageFiles = PLAIN_FILES) -> Written:
     """Write a data set in VOC layout.
 
     The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
     :class:`~detpipe.datasets.formats.export.Export`. Corners count from 1, both ends included, if every box is larger than a
-    pixel, unless ``one_based`` decides. A DataError if the folder is there already, the classes of splits differ, images have a
-    suffix that is not looked for, or an image of two splits has other boxes in each.
+    pixel. A DataError if the folder is there already, the classes of splits differ, images have a suffix that is not looked for, or
+    an image of two splits has other boxes in each.
     """
     names, ids = export.one_class_list(splits)
     export.check_suffixes(splits, IMAGE_SUFFIXES, "VOC")
-    wide = all((np.diff(a.boxes.reshape(-1, 2, 2), axis=1) > 1 + 1e-9).all() for a in splits.values())
-    from_one = wide if one_based is None else one_based
+    from_one = all((np.diff(a.boxes.reshape(-1, 2, 2), axis=1) > 1 + 1e-9).all() for a in splits.values())
     keep_ids, remarks = export.ids_are_kept(splits)
     if not from_one:
         remarks.append("corners count from 0 (boxes of a pixel or less): read them with one_based: false")

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from detpipe.datasets.annotations import count_skipped, image_fault
 from detpipe.datasets.decode import image_format
@@ -59,23 +58,14 @@ Progress = Callable[[int, int], None]  # gets the number of images done and of a
 
 @dataclass(frozen=True)
 class Sharding:
-    """How shards are made.
+    """How shards are made."""
 
-    Args:
-        shard_bytes: the length that no shard exceeds, unless one image alone does.
-        images_per_shard: the number of images of every shard but the last; null for as many as there is room for.
-        decode: whether every image is decoded, to refuse damaged ones; else only headers are read.
-        skip: whether bad images are left out and counted, instead of an error.
-        seed: decides which images share a shard: they are shuffled once, so that sorted data do not stay so.
-        workers: processes; 1 works in this one.
-    """
-
-    shard_bytes: int = 256_000_000
-    images_per_shard: int | None = None
-    decode: bool = True
-    skip: bool = False
-    seed: int = 0
-    workers: int = 1
+    shard_bytes: int = 256_000_000  # the length that no shard exceeds, unless one image alone does
+    images_per_shard: int | None = None  # of every shard but the last; None for as many as there is room for
+    decode: bool = True  # whether every image is decoded, to refuse damaged ones; else only headers are read
+    skip: bool = False  # whether bad images are left out and counted, instead of an error
+    seed: int = 0  # decides which images share a shard: they are shuffled once, so that sorted data do not stay so
+    workers: int = 1  # processes; 1 works in this one
 
     def __post_init__(self) -> None:
         check_whole(shard_bytes=self.shard_bytes, images_per_shard=self.images_per_shard, workers=self.workers)
@@ -256,7 +246,11 @@ class Contents:
             ids = [KEYS[key](annotations, row) for row in range(len(annotations))]
             if faults := self.proposals.check(ids, annotations.sizes):
                 raise DataError(" ".join(faults))
-        self.lengths = file_lengths(annotations)
+        paths = [os.path.join(annotations.root, name) for name in annotations.file_names.tolist()]
+        # of one that is missing 0: whoever reads it says what is wrong
+        self.lengths = np.array(
+            [os.path.getsize(path) if os.path.exists(path) else 0 for path in paths], dtype=np.int64
+        )
 
     def describe(self, row: int) -> bytes:
         """The annotations of an image as JSON."""
@@ -365,12 +359,6 @@ def plan_shards(contents: Contents) -> list[list[int]]:
         groups[-1].append(row)
         room -= length
     return groups
-
-
-def file_lengths(annotations: Annotations) -> npt.NDArray[np.int64]:
-    """[I] bytes of each image file, 0 for one that is missing: whoever reads it says what is wrong."""
-    paths = [os.path.join(annotations.root, name) for name in annotations.file_names.tolist()]
-    return np.array([os.path.getsize(path) if os.path.exists(path) else 0 for path in paths], dtype=np.int64)
 
 
 def _digest(contents: Contents, split: str, groups: Sequence[Sequence[int]]) -> str:
