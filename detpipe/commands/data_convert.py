@@ -14,9 +14,9 @@ from detpipe.datasets.datamodule import DetectionData, image_files
 from detpipe.datasets.formats.coco import COCO, write_coco
 from detpipe.datasets.formats.csv import write_csv
 from detpipe.datasets.formats.export import Written, file_name_of
-from detpipe.datasets.formats.outline_files import read_outlines, yolo_outlines
+from detpipe.datasets.formats.outline_files import read_outlines
 from detpipe.datasets.formats.voc import write_voc
-from detpipe.datasets.formats.yolo import YOLO, Flags, write_yolo
+from detpipe.datasets.formats.yolo import Flags, write_yolo
 from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.shards.dataset import Shards
 from detpipe.support.errors import UsageError
@@ -84,10 +84,8 @@ def read_outlined(name: str, opened: Mapping[str, DetectionData]) -> Annotations
     data = opened[name]
     data.outlines = True
     a = read_split(name, opened)
-    if isinstance(data, COCO | Shards):  # shards keep none
+    if a.segmentations is not None or isinstance(data, COCO | Shards):  # shards keep none
         return a
-    if isinstance(data, YOLO) and a.counts.get("boxes from polygons"):
-        return replace(a, segmentations=yolo_outlines(a))
     root = Path(getattr(data, "root", "."))
     return replace(a, segmentations=read_outlines(root if root.is_dir() else root.parent, file_name_of(name), a))
 

@@ -68,7 +68,7 @@ def check_segmentations(annotations: Annotations) -> None:
     if annotations.segmentations is None:
         raise DataError(
             f"{annotations.root}: augment.combine.copy_paste needs instance masks, and the annotations have none; use data in "
-            "COCO layout with segmentations, or set it to null"
+            "COCO layout with segmentations, or YOLO's with polygons, or set it to null"
         )
     faults: list[str] = []
     for b, i in enumerate(annotations.box_image.tolist()):
