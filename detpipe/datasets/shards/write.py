@@ -27,19 +27,7 @@ import numpy as np
 
 from detpipe.datasets.annotations import count_skipped, image_fault
 from detpipe.datasets.decode import image_format
-from detpipe.datasets.shards.index import (
-    ARRAYS,
-    INDEX,
-    KEYS,
-    SHARD_NAME,
-    VERSION,
-    Places,
-    Shard,
-    ShardSet,
-    read_index,
-    read_json,
-    write_index,
-)
+from detpipe.datasets.shards import index
 from detpipe.proposal_files import ProposalStore
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write, refuse_special, remove_orphans, sole_writer, synchronize, write_text
@@ -76,7 +64,7 @@ class Sharding:
 class Made:
     """What a run did: the split as it is now, how many of its shards were there, and row, reason, message of images left out."""
 
-    shards: ShardSet
+    shards: index.ShardSet
     there: int
     skipped: tuple[tuple[int, str, str], ...]
 
@@ -113,24 +101,24 @@ def make_shards(
     plan = _digest(contents, split, groups)
     report = progress or (lambda done, of: None)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not (folder / INDEX).is_file() or read_json(folder).plan != plan:
+        if not (folder / index.INDEX).is_file() or index.read_json(folder).plan != plan:
             raise DataError(
                 f"{folder} is there already, with something else in it: name a new folder, or remove it first"
             )
         report(len(annotations), len(annotations))
-        return Made(read_index(folder), len(groups), ())
+        return Made(index.read_index(folder), len(groups), ())
     if folder.is_dir():
         folder.rmdir()  # empty, and the rename at the end is not to depend on it
     with work_folder(folder, plan) as work:
-        done, complete = finished_shards(work, len(groups)), (work / INDEX).is_file()
+        done, complete = finished_shards(work, len(groups)), (work / index.INDEX).is_file()
         there, written = len(groups) if complete else len(done), []
         if not complete:
             done |= write_all(contents, work, {n: rows for n, rows in enumerate(groups) if n not in done}, report)
             written = [done[number] for number in range(len(groups))]
-            write_index(_assemble(contents, work, split, written, plan))
+            index.write_index(_assemble(contents, work, split, written, plan))
         _finish(work, folder)
     report(len(annotations), len(annotations))
-    return Made(read_index(folder), there, tuple(sorted(one for shard in written for one in shard.skipped)))
+    return Made(index.read_index(folder), there, tuple(sorted(one for shard in written for one in shard.skipped)))
 
 
 def shard_name(number: int) -> str:
@@ -155,11 +143,13 @@ def work_folder(folder: Path, plan: str) -> Iterator[Path]:
         work.mkdir(exist_ok=True)
         _refuse_strangers(work)
         remove_orphans(work)
-        if not (work / PLAN).exists() and not (work / INDEX).exists():
+        if not (work / PLAN).exists() and not (work / index.INDEX).exists():
             if any(work.iterdir()):
                 raise DataError(f"{work}: holds shards, but not the plan that they were made by: {_REMEDY}")
             write_text(work / PLAN, plan)
-        if (read_json(work).plan if (work / INDEX).exists() else (work / PLAN).read_text(errors="replace")) != plan:
+        if (
+            index.read_json(work).plan if (work / index.INDEX).exists() else (work / PLAN).read_text(errors="replace")
+        ) != plan:
             raise DataError(
                 f"{work}: an interrupted run left it with other data or settings than are asked for now; delete it to begin "
                 "anew, or ask for the same"
@@ -181,10 +171,10 @@ def finished_shards(work: Path, count: int) -> dict[int, Written]:
 
 
 def _refuse_strangers(work: Path) -> None:
-    ours = {PLAN, INDEX, ARRAYS}
+    ours = {PLAN, index.INDEX, index.ARRAYS}
     for path in sorted(work.iterdir()):
         name = path.name.split(".partial-")[0]
-        if name not in ours and not SHARD_NAME.fullmatch(str(Path(name).with_suffix(".tar"))):
+        if name not in ours and not index.SHARD_NAME.fullmatch(str(Path(name).with_suffix(".tar"))):
             raise DataError(f"{path}: is not of shards that are being made: {_REMEDY}")
 
 
@@ -243,7 +233,7 @@ class Contents:
         self.annotations, self.key, self.sharding = annotations, key, sharding
         self.proposals = None if proposals is None else ProposalStore(proposals)
         if self.proposals is not None:
-            ids = [KEYS[key](annotations, row) for row in range(len(annotations))]
+            ids = [index.KEYS[key](annotations, row) for row in range(len(annotations))]
             if faults := self.proposals.check(ids, annotations.sizes):
                 raise DataError(" ".join(faults))
         paths = [os.path.join(annotations.root, name) for name in annotations.file_names.tolist()]
@@ -276,7 +266,7 @@ class Contents:
         """The proposals of an image as ``.npy``: [P, 5] float32, xyxy and score, best first."""
         if self.proposals is None:
             return None
-        record = self.proposals[KEYS[self.key](self.annotations, row)]
+        record = self.proposals[index.KEYS[self.key](self.annotations, row)]
         file = io.BytesIO()
         np.save(file, np.column_stack([record.boxes, record.scores]).astype("<f4"), allow_pickle=False)
         return file.getvalue()
@@ -364,7 +354,7 @@ def plan_shards(contents: Contents) -> list[list[int]]:
 def _digest(contents: Contents, split: str, groups: Sequence[Sequence[int]]) -> str:
     a, store, sharding = contents.annotations, contents.proposals, contents.sharding
     settings = {
-        "version": VERSION,
+        "version": index.VERSION,
         "split": split,
         "key": contents.key,
         "skip": sharding.skip,
@@ -384,7 +374,7 @@ def _digest(contents: Contents, split: str, groups: Sequence[Sequence[int]]) -> 
     return digest.hexdigest()
 
 
-def _assemble(contents: Contents, folder: Path, split: str, done: Sequence[Written], plan: str) -> ShardSet:
+def _assemble(contents: Contents, folder: Path, split: str, done: Sequence[Written], plan: str) -> index.ShardSet:
     a, store = contents.annotations, contents.proposals
     skipped: Counter[str] = Counter()
     for row, reason, _ in (one for written in done for one in written.skipped):
@@ -395,16 +385,16 @@ def _assemble(contents: Contents, folder: Path, split: str, done: Sequence[Writt
     order = np.argsort(rows)
     shard = np.repeat(np.arange(len(done), dtype=np.int32), [len(written.rows) for written in done])
 
-    def places(parts: list[list[int]]) -> Places:
+    def places(parts: list[list[int]]) -> index.Places:
         offset, length, crc32 = np.array(parts, dtype=np.int64)[order].T
-        return Places(offset, length, crc32.astype(np.uint32))
+        return index.Places(offset, length, crc32.astype(np.uint32))
 
-    return ShardSet(
+    return index.ShardSet(
         folder=folder,
         split=split,
         key=contents.key,
         annotations=count_skipped(a.subset(rows[order]), skipped),
-        shards=tuple(Shard(shard_name(n), len(w.rows), w.bytes, w.sha256) for n, w in enumerate(done)),
+        shards=tuple(index.Shard(shard_name(n), len(w.rows), w.bytes, w.sha256) for n, w in enumerate(done)),
         shard=shard[order],
         images=places([place for written in done for place in written.images]),
         proposals=None if store is None else places([place for written in done for place in written.proposals]),
