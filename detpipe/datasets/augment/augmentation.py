@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -134,15 +134,15 @@ def build_steps(augment: Augment) -> tuple[Step, ...]:
     """Build what is done to one image, in its order, once a process; a ValueError for arguments that a transform does not take."""
     from detpipe.datasets.augment import steps  # isort: skip (as above)
 
-    built = [steps.flips(augment.flip, 1)]
+    built: list[Step] = [partial(steps.flip_by_chance, augment.flip, 1)]
     if augment.vertical_flip:
-        built.append(steps.flips(augment.vertical_flip, 0))
+        built.append(partial(steps.flip_by_chance, augment.vertical_flip, 0))
     if augment.scale_jitter is not None:
-        built.append(steps.zooms(augment.scale_jitter))
+        built.append(partial(steps.zoom, augment.scale_jitter))
     if augment.crop:
-        built.append(steps.crops(augment.crop))
+        built.append(partial(steps.crop_by_chance, augment.crop))
     if augment.safe_crop is not None:
-        built.append(steps.safe_crops(augment.safe_crop, augment.min_visibility))
+        built.append(partial(steps.safe_crop, augment.safe_crop, augment.min_visibility))
     transforms = list(augment.transforms)
     if (color := augment.color) > 0:
         transforms.append(settings.color_jitter(color, color, color, settings.HUE * color))
@@ -152,4 +152,4 @@ def build_steps(augment: Augment) -> tuple[Step, ...]:
     for setting, name, arguments in _DEGRADING if augment.degrade else ():
         if p := getattr(augment.degrade, setting):
             transforms.append(settings.Transform(name, {**arguments, "p": p}))
-    return tuple(built + [steps.moving(steps.named_step(transform)) for transform in transforms])
+    return (*built, *(partial(steps.transformed, steps.named_step(transform)) for transform in transforms))
