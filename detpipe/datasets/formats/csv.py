@@ -42,12 +42,9 @@ _LOOKED_AT = 20  # rows whose images are looked for to find their folder
 NAME = "annotations.csv"
 
 
-@dataclass(frozen=True)
-class CSVSplit:
-    """A split."""
-
-    table: Path  # path of its table
-    value: str | None  # what the column ``split`` holds in its rows; None: all rows are of it
+CSVSplit = tuple[
+    Path, str | None
+]  # a table, and what its column ``split`` holds in the rows of the split; None: all are of it
 
 
 def find_splits(root: Path) -> dict[str, CSVSplit]:
@@ -69,14 +66,14 @@ def find_splits(root: Path) -> dict[str, CSVSplit]:
     for path in tables:
         name = split_of(path.relative_to(root).with_suffix("").parts) or path.stem
         if name in found:
-            raise DataError(f"{root}: {found[name].table} and {path} may each be the split {name!r}: name the tables")
-        found[name] = CSVSplit(path, None)
+            raise DataError(f"{root}: {found[name][0]} and {path} may each be the split {name!r}: name the tables")
+        found[name] = (path, None)
     return found
 
 
 def _of_column(table: Path) -> dict[str, CSVSplit]:
     values = splits_of(Table(table))
-    return {value: CSVSplit(table, value) for value in values} or {ALL: CSVSplit(table, None)}
+    return {value: (table, value) for value in values} or {ALL: (table, None)}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -86,7 +83,7 @@ def _files(folder: Path) -> list[Path]:
 def says_layout(root: Path, splits: dict[str, CSVSplit]) -> str:
     """Say in which layout a folder is, in half a line: "annotations.csv"."""
     base = root.parent if root.is_file() else root
-    return ", ".join(dict.fromkeys(split.table.relative_to(base).as_posix() for split in splits.values()))
+    return ", ".join(dict.fromkeys(table.relative_to(base).as_posix() for table, _ in splits.values()))
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ class CSVBoxes(FolderData):
             self._class_names = find_classes([path for path, _ in tables]) if names == "auto" else tuple(names)
         return self._class_names
 
-    def _tables(self, split: Split) -> list[tuple[Path, str | None]]:
+    def _tables(self, split: Split) -> list[CSVSplit]:
         """The files of a split, each with what its column ``split`` must hold."""
         folder, names = Path(self.root), self.source_of(split, "a value of the column split, or a .csv file")
         if not folder.is_dir():
@@ -244,7 +241,7 @@ def _prefix(table: Table, folder: Path) -> str:
     return "" if place in (None, folder) else f"{place.relative_to(folder).as_posix()}/"
 
 
-def _find(folder: Path, name: str, file: str) -> tuple[Path, str | None]:
+def _find(folder: Path, name: str, file: str) -> CSVSplit:
     """The table of a split, and what its column ``split`` must hold."""
     if (folder / file).is_file() or file != NAME:
         only = name == ALL and (folder / file).is_file() and "split" not in Table(folder / file).columns
@@ -255,7 +252,7 @@ def _find(folder: Path, name: str, file: str) -> tuple[Path, str | None]:
         raise DataError(
             f"{folder}: no table of the split {name!r}; there are {', '.join(splits)}{did_you_mean(name, splits)}"
         )
-    return (folder / file, name) if found is None else (splits[found].table, splits[found].value)
+    return (folder / file, name) if found is None else splits[found]
 
 
 _COLUMNS = ("split", "file_name", "image_id", "x1", "y1", "x2", "y2", "label", "difficult", "iscrowd", "area")

@@ -220,7 +220,7 @@ def open_split(
 def _open_table(path: Path, split: str, images: str | None, common: dict[str, Any]) -> csv.CSVBoxes:
     root, file = (path.parent, path.name) if path.is_file() else (path, csv.NAME)
     folder = "." if images is None else str(Path(images).resolve())
-    tables = list(dict.fromkeys(part.table for part in csv.find_splits(path).values()))
+    tables = list(dict.fromkeys(table for table, _ in csv.find_splits(path).values()))
     names = list(csv.find_classes(tables)) if len(tables) > 1 else "auto"
     format = csv.CSVFormat(class_names=names, file=file, images=folder)
     return csv.CSVBoxes(str(root), train=split, val=split, format=format, **common)

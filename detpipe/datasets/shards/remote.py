@@ -17,6 +17,7 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import filelock
@@ -80,30 +81,22 @@ def open_remote(root: str, split: str, cache: ShardCache, window: int) -> ShardF
             f"{address}: {len(largest)} shards that are read at the same time take {sum(largest) / 1e9:.3g} GB, but "
             f"cache.gigabytes is {cache.gigabytes:g}: raise it, or lower window"
         )
-    return ShardFiles(shards, RemoteShards(address, shards.shards, cache), most_open=together, where=address)
+    return ShardFiles(shards, partial(_open_shard, address, shards.shards, cache), most_open=together, where=address)
 
 
-@dataclass
-class RemoteShards:
-    """Opens the shards of a split that lie below an address."""
-
-    address: str
-    shards: tuple[Shard, ...]
-    cache: ShardCache
-
-    def __call__(self, number: int) -> Opened:
-        """Open a shard, and fetch it before if it is not there."""
-        shard = self.shards[number]
-        folder = _folder(self.cache, shard)
-        path = folder / shard.name
-        with lock_of(self.cache, folder.name):
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                path.unlink(missing_ok=True)
-                _make_room(self.cache, folder)
-                remote = RemoteFile(f"{self.address}/{shard.name}", shard.bytes, "sha256", shard.sha256)
-                fetch(remote, folder, advice=_ADVICE, progress=False)
-            os.utime(folder)  # opened last
-            return os.open(path, os.O_RDONLY), path
+def _open_shard(address: str, shards: tuple[Shard, ...], cache: ShardCache, number: int) -> Opened:
+    """Open a shard of a split that lies at an address, and fetch it before if it is not there."""
+    shard = shards[number]
+    folder = _folder(cache, shard)
+    path = folder / shard.name
+    with lock_of(cache, folder.name):
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            path.unlink(missing_ok=True)
+            _make_room(cache, folder)
+            remote = RemoteFile(f"{address}/{shard.name}", shard.bytes, "sha256", shard.sha256)
+            fetch(remote, folder, advice=_ADVICE, progress=False)
+        os.utime(folder)  # opened last
+        return os.open(path, os.O_RDONLY), path
 
 
 def _fetch_index(address: str, cache: ShardCache) -> ShardSet:
