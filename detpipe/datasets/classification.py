@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets.augment.settings import HUE, check_parts, check_range, color_jitter
 from detpipe.datasets.batches import Key, draws_again
-from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader, SplitData
+from detpipe.datasets.datamodule import Loader, SplitData
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.sampling import Presence
@@ -114,9 +114,6 @@ def _apply(steps: Sequence[albumentations.BasicTransform], image: Tensor, seed: 
     return torch.from_numpy(np.ascontiguousarray(out)).permute(2, 0, 1)
 
 
-DEFAULT_VIEWS = Views()
-
-
 @dataclass(frozen=True)
 class LabeledImages:
     """One split of a classification data set."""
@@ -185,17 +182,10 @@ class ClassificationData(SplitData):
         seed: decides the order of the batches and every draw of the views, with the epoch.
         on_bad: ``error`` stops at an image that cannot be read; ``skip`` decodes every image once at the start, and leaves
             unreadable ones out and counts them.
-
-    Raises:
-        ValueError: a negative seed, or another policy.
     """
 
     def __init__(
-        self,
-        loader: Loader = DEFAULT_LOADER,
-        views: Views = DEFAULT_VIEWS,
-        seed: int = 0,
-        on_bad: OnBad = "error",
+        self, loader: Loader = Loader(), views: Views = Views(), seed: int = 0, on_bad: OnBad = "error"
     ) -> None:
         super().__init__(loader, seed, on_bad)
         self.views = views

@@ -73,9 +73,6 @@ class Loader:
         check_numbers("must not be negative or infinite", "loader.", timeout=self.timeout)
 
 
-DEFAULT_LOADER = Loader()
-
-
 class LateLoader(DataLoader):
     """Start an iteration when its first batch is asked for.
 
@@ -195,7 +192,7 @@ class DetectionData(SplitData):
 
     def __init__(
         self,
-        loader: Loader = DEFAULT_LOADER,
+        loader: Loader = Loader(),
         augment: Augment | None = None,
         seed: int = 0,
         on_bad: OnBad = "error",

@@ -41,20 +41,10 @@ class ImageFolder(ClassificationData):
         root: the folder of the set.
         train: name of the folder to train on.
         val: name of the folder to validate on; its classes are among those of ``train``.
-        common: what all such data sets have: ``loader``, ``views``, ``seed`` and ``on_bad`` of
-            :class:`~detpipe.datasets.classification.ClassificationData`.
-
-    Raises:
-        ValueError: a split without a name, a negative seed, or another policy.
+        common: what all such data sets have, see :class:`~detpipe.datasets.classification.ClassificationData`.
     """
 
-    def __init__(
-        self,
-        root: str,
-        train: str = "train",
-        val: str = "val",
-        **common: Any,
-    ) -> None:
+    def __init__(self, root: str, train: str = "train", val: str = "val", **common: Any) -> None:
         super().__init__(**common)
         if not train or not val:
             raise ValueError(f"train and val must name folders below the root, got {train!r} and {val!r}")

@@ -22,7 +22,6 @@ from detpipe.types import RGB, PixelType, Target
 if TYPE_CHECKING:
     from detpipe.datasets.augment.steps import Step
 
-_NOTHING = settings.Combine()
 _DEGRADING: tuple[tuple[str, str, dict[str, settings.Value]], ...] = (  # setting, transform, its arguments
     ("blur", "GaussianBlur", {"blur_limit": 0, "sigma_limit": [0.4, 2.0]}),
     ("noise", "GaussNoise", {"std_range": [0.02, 0.1]}),
@@ -59,7 +58,7 @@ class Augment:
     safe_crop: settings.SafeCrop | None = None
     photometric: settings.Photometric | None = None
     degrade: settings.Degrade | None = None
-    combine: settings.Combine = _NOTHING
+    combine: settings.Combine = settings.Combine()
     transforms: tuple[settings.Transform, ...] = ()
 
     def __post_init__(self) -> None:

@@ -102,9 +102,6 @@ class CSVFormat:
     images: str = "."
 
 
-_USUAL = CSVFormat()
-
-
 class CSVBoxes(FolderData):
     """Detection data in a table with a row a box.
 
@@ -124,7 +121,7 @@ class CSVBoxes(FolderData):
         train: str | list[str] = "train",
         val: str | list[str] = "val",
         test: str | list[str] | None = None,
-        format: CSVFormat = _USUAL,
+        format: CSVFormat = CSVFormat(),
         **common: Any,
     ) -> None:
         super().__init__(root, train, val, test, **common)
@@ -257,8 +254,6 @@ def _find(folder: Path, name: str, file: str) -> CSVSplit:
 
 _COLUMNS = ("split", "file_name", "image_id", "x1", "y1", "x2", "y2", "label", "difficult", "iscrowd", "area")
 
-_TEXT: dict[str, Any] = {"encoding": "utf-8", "newline": ""}
-
 
 def write_csv(splits: Splits, folder: str | Path, images: Images = "copy", source: ImageFiles = PLAIN_FILES) -> Written:
     """Write a data set as a table of boxes.
@@ -274,7 +269,10 @@ def write_csv(splits: Splits, folder: str | Path, images: Images = "copy", sourc
         if len(roots) > 1:
             raise DataError(f"the images lie in several folders ({', '.join(sorted(roots))}): copy or link them")
         remarks.append(f"file names are relative to {roots.pop()}")
-    with export.new_folder(folder, splits, images, source) as made, (made.out / NAME).open("w", **_TEXT) as stream:
+    with (
+        export.new_folder(folder, splits, images, source) as made,
+        (made.out / NAME).open("w", encoding="utf-8", newline="") as stream,
+    ):
         made.remarks += remarks
         write_class_list(made.out, ClassList(names, ids))
         table = csv.writer(stream, lineterminator="\n")

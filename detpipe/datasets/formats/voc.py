@@ -102,9 +102,6 @@ class VOCFormat:
     keep_difficult: bool = True
 
 
-_OFFICIAL = VOCFormat()
-
-
 class VOC(FolderData):
     """Detection data in VOC layout.
 
@@ -126,7 +123,7 @@ class VOC(FolderData):
         train: str | list[str] = "train",
         val: str | list[str] = "val",
         test: str | list[str] | None = None,
-        format: VOCFormat = _OFFICIAL,
+        format: VOCFormat = VOCFormat(),
         **common: Any,
     ) -> None:
         super().__init__(root, train, val, test, **common)

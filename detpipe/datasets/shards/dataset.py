@@ -55,7 +55,7 @@ class Shards(FolderData):
         val: str = "val",
         test: str | None = None,
         window: int = 8,
-        cache: ShardCache = ShardCache(),  # noqa: B008 (frozen)
+        cache: ShardCache = ShardCache(),
         **common: Any,
     ) -> None:
         super().__init__(root, train, val, test, **common)
