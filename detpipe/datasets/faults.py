@@ -36,9 +36,7 @@ class Faults:
     policy: Literal["error", "skip", "collect"] = "error"
     pixels: PixelType | None = None  # what images are read as; None if any channels will do, at 8 bits
     allow_links: bool = False  # whether images may lie outside of the data set's folder, by links or by names in lists
-    decode: bool = (
-        True  # whether every image is decoded while the split is read, unless the first fault ends that anyway
-    )
+    decode: bool = True  # whether every image is decoded while it is read, unless the first fault ends that anyway
 
     def __post_init__(self) -> None:
         if self.policy not in ("error", "skip", "collect"):

@@ -255,7 +255,7 @@ def test_only_a_shard_that_is_as_its_sidecar_says_counts_as_written(tmp_path):
     a, sharding = tiny_annotations(tmp_path / "data", 8), Sharding(images_per_shard=2)
     make_shards(a, tmp_path / "whole", "train", sharding=sharding)
     with pytest.MonkeyPatch.context() as change:
-        change.setattr(write, "write_index", None)  # a run that ends before it has an index
+        change.setattr(write.index, "write_index", None)  # a run that ends before it has an index
         with pytest.raises(TypeError):
             make_shards(a, tmp_path / "out", "train", sharding=sharding)
     work = tmp_path / "out.partial"

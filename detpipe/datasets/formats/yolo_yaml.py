@@ -244,13 +244,8 @@ def read_yolo_yaml(root: str | Path) -> YOLOFile:
 def _points(shape: Any, path: Path) -> tuple[int, int] | None:
     if shape is None:
         return None
-    if (
-        type(shape) is not list
-        or len(shape) != 2
-        or type(shape[0]) is not int
-        or shape[0] < 1
-        or shape[1] not in (2, 3)
-    ):
+    pair = type(shape) is list and len(shape) == 2
+    if not pair or type(shape[0]) is not int or shape[0] < 1 or shape[1] not in (2, 3):
         raise DataError(
             f"{path}: kpt_shape must be the number of points and 2 or 3 numbers a point, such as [17, 3], got {shorten(shape)}"
         )

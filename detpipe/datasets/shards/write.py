@@ -147,9 +147,8 @@ def work_folder(folder: Path, plan: str) -> Iterator[Path]:
             if any(work.iterdir()):
                 raise DataError(f"{work}: holds shards, but not the plan that they were made by: {_REMEDY}")
             write_text(work / PLAN, plan)
-        if (
-            index.read_json(work).plan if (work / index.INDEX).exists() else (work / PLAN).read_text(errors="replace")
-        ) != plan:
+        begun = not (work / index.INDEX).exists()
+        if ((work / PLAN).read_text(errors="replace") if begun else index.read_json(work).plan) != plan:
             raise DataError(
                 f"{work}: an interrupted run left it with other data or settings than are asked for now; delete it to begin "
                 "anew, or ask for the same"
