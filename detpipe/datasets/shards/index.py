@@ -39,25 +39,27 @@ SHARD_NAME = re.compile(r"shard-[0-9]{6,9}\.tar")
 
 KEYS: dict[str, ImageKey] = {"coco": coco_key, "voc": voc_key, "file": file_key}
 _AGAIN = "write the shards again, or copy them again"
-_PACKED = ("image_ids", "sizes", "offsets", "boxes", "labels", "iscrowd", "difficult", "area")  # of Annotations
-_KINDS: dict[str, tuple[type, tuple[int, ...]]] = {  # type, and shape without the first axis
-    "image_ids": (np.int64, ()),
-    "sizes": (np.int32, (2,)),
-    "offsets": (np.int64, ()),
-    "boxes": (np.float64, (4,)),
-    "labels": (np.int64, ()),
-    "iscrowd": (np.bool_, ()),
-    "difficult": (np.bool_, ()),
-    "area": (np.float64, ()),
-    "name_bytes": (np.uint8, ()),
-    "name_offsets": (np.int64, ()),
-    "shard": (np.int32, ()),
-    "offset": (np.int64, ()),
-    "length": (np.int64, ()),
-    "crc32": (np.uint32, ()),
+_KINDS: dict[
+    str, tuple[type, str, tuple[int, ...]]
+] = {  # type, what the rows are of if that is known, and the other axes
+    "image_ids": (np.int64, "images", ()),
+    "sizes": (np.int32, "images", (2,)),
+    "offsets": (np.int64, "", ()),
+    "boxes": (np.float64, "boxes", (4,)),
+    "labels": (np.int64, "boxes", ()),
+    "iscrowd": (np.bool_, "boxes", ()),
+    "difficult": (np.bool_, "boxes", ()),
+    "area": (np.float64, "boxes", ()),
+    "name_bytes": (np.uint8, "", ()),
+    "name_offsets": (np.int64, "", ()),
+    "shard": (np.int32, "images", ()),
+    "offset": (np.int64, "images", ()),
+    "length": (np.int64, "images", ()),
+    "crc32": (np.uint32, "images", ()),
 }
+_PACKED = tuple(_KINDS)[:8]  # of Annotations
 _PLACES = ("offset", "length", "crc32")
-
+Places = npt.NDArray[np.int64]  # [I, 3] offset, bytes and CRC-32 of a part of each image in its shard
 
 _Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 _SHA256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]  # names of folders are made of it
@@ -99,19 +101,6 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where a part of each image lies in its shard."""
-
-    offset: npt.NDArray[np.int64]  # [I] bytes
-    length: npt.NDArray[np.int64]  # [I] bytes
-    crc32: npt.NDArray[np.uint32]  # [I]
-
-    def subset(self, rows: npt.NDArray[np.intp]) -> Places:
-        """Those of some images."""
-        return Places(self.offset[rows], self.length[rows], self.crc32[rows])
-
-
-@dataclass(frozen=True)
 class ShardSet:
     """A split in shards."""
 
@@ -132,8 +121,8 @@ class ShardSet:
             self,
             annotations=self.annotations.subset(rows),
             shard=self.shard[rows],
-            images=self.images.subset(rows),
-            proposals=None if self.proposals is None else self.proposals.subset(rows),
+            images=self.images[rows],
+            proposals=None if self.proposals is None else self.proposals[rows],
         )
 
 
@@ -146,7 +135,7 @@ def write_index(made: ShardSet) -> None:
     arrays["name_offsets"] = np.cumsum([0, *map(len, names)])
     arrays["shard"] = made.shard
     for prefix, places in (("", made.images), ("proposal_", made.proposals)):
-        arrays |= {prefix + name: getattr(places, name) for name in _PLACES if places is not None}
+        arrays |= {prefix + name: places[:, k] for k, name in enumerate(_PLACES) if places is not None}
     kinds = {name: _KINDS[name.removeprefix("proposal_")][0] for name in arrays}
     content = save({name: np.ascontiguousarray(value, dtype=kinds[name]) for name, value in arrays.items()})
     with atomic_write(made.folder / ARRAYS) as temporary:
@@ -180,7 +169,11 @@ def read_index(folder: str | Path) -> ShardSet:
     """
     folder = Path(folder)
     index = read_json(folder)
-    arrays = _read_arrays(folder, index.arrays, index.proposals is not None)
+    arrays = _read_arrays(folder, index)
+
+    def places(prefix: str) -> Places:
+        return np.column_stack([arrays[prefix + name] for name in _PLACES]).astype(np.int64)
+
     made = ShardSet(
         folder=folder,
         split=index.split,
@@ -188,12 +181,12 @@ def read_index(folder: str | Path) -> ShardSet:
         annotations=_annotations(folder, index, arrays),
         shards=index.shards,
         shard=arrays["shard"],
-        images=Places(*(arrays[name] for name in _PLACES)),
-        proposals=None if index.proposals is None else Places(*(arrays[f"proposal_{name}"] for name in _PLACES)),
+        images=places(""),
+        proposals=None if index.proposals is None else places("proposal_"),
         source=index.proposals,
         plan=index.plan,
     )
-    _check(made, index)
+    _check(made)
     return made
 
 
@@ -219,8 +212,8 @@ def read_json(folder: Path, where: str | Path = "") -> Index:
         raise DataError(f"{where}: {error}; {_AGAIN}") from error
 
 
-def _read_arrays(folder: Path, record: Arrays, proposals: bool) -> dict[str, npt.NDArray[Any]]:
-    path = folder / ARRAYS
+def _read_arrays(folder: Path, index: Index) -> dict[str, npt.NDArray[Any]]:
+    path, record = folder / ARRAYS, index.arrays
     refuse_special(path)
     try:
         content = path.read_bytes()
@@ -236,11 +229,13 @@ def _read_arrays(folder: Path, record: Arrays, proposals: bool) -> dict[str, npt
         arrays = load(content)
     except SafetensorError as error:
         raise DataError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
-    wanted = [*_KINDS, *(f"proposal_{name}" for name in _PLACES if proposals)]
-    for name in wanted:
-        kind, rest = _KINDS[name.removeprefix("proposal_")]
-        if name not in arrays or arrays[name].dtype != kind or arrays[name].shape[1:] != rest or not arrays[name].ndim:
-            raise DataError(f"{path}: the array {name!r} is missing or not {kind.__name__} [*{rest or ''}]; {_AGAIN}")
+    for name in (*_KINDS, *(f"proposal_{name}" for name in _PLACES if index.proposals is not None)):
+        kind, axis, rest = _KINDS[name.removeprefix("proposal_")]
+        shape = (getattr(index, axis), *rest) if axis else (len(arrays.get(name, ())), *rest)
+        if name not in arrays or arrays[name].dtype != kind or arrays[name].shape != shape:
+            raise DataError(
+                f"{path}: the array {name!r} is missing or not {kind.__name__} {list(shape)}, as {INDEX} says; {_AGAIN}"
+            )
     return arrays
 
 
@@ -260,17 +255,15 @@ def _annotations(folder: Path, index: Index, arrays: dict[str, npt.NDArray[Any]]
     )
 
 
-def _check(made: ShardSet, index: Index) -> None:
+def _check(made: ShardSet) -> None:
     """Refuse arrays that do not fit each other or the shards, so that nothing is read where nothing lies."""
     a, images, S = made.annotations, len(made.annotations), len(made.shards)
     parts = [places for places in (made.images, made.proposals) if places is not None]
     bytes_of = np.array([shard.bytes for shard in made.shards], dtype=np.int64)
     counts = np.bincount(made.shard, minlength=S).tolist() if (made.shard >= 0).all() else []
     tests: dict[str, Callable[[], bool]] = {
-        "images": lambda: index.images == images == len(a.sizes) == len(a.file_names) == len(made.shard) > 0,
-        "places": lambda: all(len(p.offset) == len(p.length) == len(p.crc32) == images for p in parts),
-        "boxes": lambda: index.boxes == len(a.boxes) == len(a.labels) == len(a.area) == a.offsets[-1],
-        "flags": lambda: len(a.iscrowd) == len(a.difficult) == len(a.boxes),
+        "images": lambda: len(a.file_names) == images > 0,
+        "boxes": lambda: len(a.boxes) == a.offsets[-1],
         "offsets": lambda: len(a.offsets) == images + 1 and a.offsets[0] == 0 and bool((np.diff(a.offsets) >= 0).all()),
         "class_names": lambda: len(a.class_names) == len(a.category_ids) == len(set(a.class_names)) > 0,
         "labels": lambda: bool(((a.labels >= 1) & (a.labels <= a.num_classes)).all()),
@@ -279,8 +272,7 @@ def _check(made: ShardSet, index: Index) -> None:
         "image_ids": lambda: len(np.unique(a.image_ids)) == images,
         "shards": lambda: counts == [shard.images for shard in made.shards],
         "offset and length": lambda: all(
-            bool(((p.offset >= 0) & (p.length >= 0)).all())
-            and bool((p.length <= bytes_of[made.shard] - p.offset).all())  # a sum might overflow
+            bool((p >= 0).all()) and bool((p[:, 1] <= bytes_of[made.shard] - p[:, 0]).all())  # a sum might overflow
             for p in parts
         ),
     }

@@ -384,10 +384,7 @@ def _assemble(contents: Contents, folder: Path, split: str, done: Sequence[Writt
     order = np.argsort(rows)
     shard = np.repeat(np.arange(len(done), dtype=np.int32), [len(written.rows) for written in done])
 
-    def places(parts: list[list[int]]) -> index.Places:
-        offset, length, crc32 = np.array(parts, dtype=np.int64)[order].T
-        return index.Places(offset, length, crc32.astype(np.uint32))
-
+    places = [place for written in done for place in written.proposals]
     return index.ShardSet(
         folder=folder,
         split=split,
@@ -395,8 +392,8 @@ def _assemble(contents: Contents, folder: Path, split: str, done: Sequence[Writt
         annotations=count_skipped(a.subset(rows[order]), skipped),
         shards=tuple(index.Shard(shard_name(n), len(w.rows), w.bytes, w.sha256) for n, w in enumerate(done)),
         shard=shard[order],
-        images=places([place for written in done for place in written.images]),
-        proposals=None if store is None else places([place for written in done for place in written.proposals]),
+        images=np.array([place for written in done for place in written.images], dtype=np.int64)[order],
+        proposals=None if store is None else np.array(places, dtype=np.int64)[order],
         source=None if store is None else {"source": store.source, "settings": store.settings},
         plan=plan,
     )
