@@ -123,7 +123,7 @@ class AnnotationBuilder:
         followed, in one of the folders.
 
         ``counts`` of the annotations holds images and boxes read, used, clipped and skipped by reason, with read = used + skipped
-        for both. A DataError for faults that may not be skipped, or if nothing is left.
+        for both. A DataError for faults that may not be skipped, labels outside 1..K, or if nothing is left.
         """
         faults = self.faults
         self._make_arrays()
@@ -156,6 +156,11 @@ class AnnotationBuilder:
         for name, kind in (("box_image", np.int64), ("labels", np.int64), ("area", np.float64)):
             setattr(self, name, np.asarray(getattr(self, name), dtype=kind))
         self.iscrowd, self.difficult = (np.asarray(flags, dtype=bool) for flags in (self.iscrowd, self.difficult))
+        K = len(self.class_names)
+        for b in np.flatnonzero((self.labels < 1) | (self.labels > K)).tolist():
+            text = f"{self.name_box(b)}: label {self.labels[b]} is outside 1..{K}, the classes that are known"
+            self.faults.fatal("label out of range", text)
+        self.faults.check()
 
     def _check_files(self, root: Path, allowed: list[Path]) -> _Chosen:
         """Find missing image files, and refuse names that lead out of the image folders; one listing a folder, no stats."""
