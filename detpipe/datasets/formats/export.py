@@ -123,8 +123,6 @@ def new_folder(
         raise ValueError(f"images must be 'copy', 'link' or 'none', got {images!r}")
     with atomic_folder(path) as out:
         yield Export(splits, images, source, flat, path, out)
-    if not path.is_dir():
-        raise DataError(f"{path} could not be made")
 
 
 def file_name_of(split: str) -> str:
