@@ -54,6 +54,7 @@ def join(splits: Mapping[str, Annotations]) -> tuple[Annotations, int]:
     ]
     ids = np.concatenate([a.image_ids for a in kept])
     boxes: dict[str, Any] = {name: np.concatenate([getattr(a, name) for a in kept]) for name in BOX_FIELDS}
+    outlines = [a.segmentations or Segmentations.pack([b""] * len(a.boxes)) for a in kept]
     joined = Annotations(
         root=root,
         file_names=np.array([name.replace(os.sep, "/") for name in names], dtype=np.str_),
@@ -62,16 +63,10 @@ def join(splits: Mapping[str, Annotations]) -> tuple[Annotations, int]:
         offsets=np.cumsum(np.concatenate([[0], *(np.diff(a.offsets) for a in kept)])),
         class_names=first.class_names,
         category_ids=first.category_ids,
-        segmentations=_joined_outlines(kept),
+        segmentations=Segmentations.concat(outlines) if any(a.segmentations is not None for a in kept) else None,
         **boxes,
     )
     return joined, sum(map(len, splits.values())) - len(joined)
-
-
-def _joined_outlines(parts: Sequence[Annotations]) -> Segmentations | None:
-    if all(part.segmentations is None for part in parts):
-        return None
-    return Segmentations.concat([part.segmentations or Segmentations.pack([b""] * len(part.boxes)) for part in parts])
 
 
 def divide_annotations(annotations: Annotations, shares: Mapping[str, float]) -> dict[str, Annotations]:

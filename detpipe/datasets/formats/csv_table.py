@@ -34,7 +34,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from detpipe.datasets import annotations
+from detpipe.datasets import annotations as fields
 from detpipe.datasets.formats.folders import Entries, is_image
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import shorten
@@ -98,7 +98,7 @@ class Table:
         """Whether boxes are parts of the width and height of their image."""
         fractions = False
         for text in (row.values[meaning] for row in self.rows if not row.broken for meaning in self.ends):
-            value = annotations.read_number(text) or 0.0
+            value = fields.read_number(text) or 0.0
             if value > 1:
                 return False
             fractions |= not value.is_integer()
@@ -189,7 +189,7 @@ def quoted(text: str) -> str:
 class RowReader:
     """Adds the images and boxes of one table after the other; file names are relative to a folder."""
 
-    def __init__(self, built: annotations.AnnotationBuilder, folder: Path) -> None:
+    def __init__(self, built: fields.AnnotationBuilder, folder: Path) -> None:
         self.built, self.folder, self.faults = built, folder, built.faults
         self.prefix = ""
         self._entries = Entries()
@@ -239,10 +239,10 @@ class RowReader:
         return self._names[key]
 
     def _look_for(self, name: str) -> str:
-        if not annotations.leaves_folder(name):
+        if not fields.leaves_folder(name):
             return self._entries.find_image(self.folder, f"{self.prefix}{name}")
         found = self._entries.find_image(self.folder / self.prefix, name, self.faults.allow_links)
-        return found if annotations.leaves_folder(found) else f"{self.prefix}{found}"
+        return found if fields.leaves_folder(found) else f"{self.prefix}{found}"
 
     def _row(self, table: Table, row: Row) -> None:
         where, name = f"{table.path}: line {row.line}", self._name(row)
@@ -261,14 +261,14 @@ class RowReader:
         values, image = row.values, self.images[name][1]
         try:
             pairs = zip(table.ends, texts, strict=True)
-            x1, y1, a, b = (annotations.read_finite(text, where, table.column(meaning)) for meaning, text in pairs)
+            x1, y1, a, b = (fields.read_finite(text, where, table.column(meaning)) for meaning, text in pairs)
             label = self.built.label(values["label"], where, table.column("label"))
             difficult, crowd = (
-                annotations.read_flag(values.get(flag, ""), where, flag, table.column(flag))
+                fields.read_flag(values.get(flag, ""), where, flag, table.column(flag))
                 for flag in ("difficult", "iscrowd")
             )
-            area = annotations.read_area(values.get("area", ""), where, table.column("area"))
-        except annotations.BadBoxError as bad:
+            area = fields.read_area(values.get("area", ""), where, table.column("area"))
+        except fields.BadBoxError as bad:
             return self.faults.box(*bad.args)
         self.boxed.add(name)
         if image is None:
@@ -285,7 +285,7 @@ class RowReader:
         text = row.values.get("image_id", "")
         if not text:
             return None
-        image_id = annotations.read_whole(text)
+        image_id = fields.read_whole(text)
         if image_id is None:
             wrong = f"{where}: {table.column('image_id')} must be a whole number, got {shorten(text)}"
             return self.faults.fatal("bad image_id", wrong)

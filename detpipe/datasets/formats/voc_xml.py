@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from detpipe.datasets import annotations
+from detpipe.datasets import annotations as fields
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.formats.class_list import ids_of, read_class_list
 from detpipe.datasets.formats.folders import ListedImage
@@ -162,7 +162,7 @@ class VOCSource:
             raise DataError(
                 f"{self.root}: its detpipe.json says that one_based is {str(known.one_based).lower()}: set it so"
             )
-        built = annotations.AnnotationBuilder(self.faults, names, ids_of(names, known), images_read=self.images_read)
+        built = fields.AnnotationBuilder(self.faults, names, ids_of(names, known), images_read=self.images_read)
         self.built, self.one_based, self.keep_difficult = built, one_based, keep_difficult
         self.ids: dict[int, str] = {}  # image id -> XML file
         for item, text in zip(self.listed, self.texts, strict=True):
@@ -182,7 +182,7 @@ class VOCSource:
         for number, element in enumerate(text.objects, start=1):
             try:
                 self._add_object(image, element, f"{item.labels}: object {number} ({element.name})")
-            except annotations.BadBoxError as bad:
+            except fields.BadBoxError as bad:
                 self.faults.box(*bad.args)
         return None
 
@@ -200,7 +200,7 @@ class VOCSource:
 
     def _image_id(self, text: ImageText, item: ListedImage) -> int | None:
         """The number of the image in the lists, unless its file gives one."""
-        image_id = item.image_id if text.image_id is None else annotations.read_whole(text.image_id.strip())
+        image_id = item.image_id if text.image_id is None else fields.read_whole(text.image_id.strip())
         if image_id is None:
             got = shorten(text.image_id)
             self.faults.image("bad image_id", f"{item.labels}: detpipe/image_id must be a whole number, got {got}")
@@ -213,7 +213,7 @@ class VOCSource:
 
     def _size(self, text: ImageText, file_name: str, where: str) -> tuple[int, int] | None:
         """Height and width; from the header of the image where the XML has none."""
-        values = [annotations.read_number(value) if len(value) < 10 else None for value in text.size]
+        values = [fields.read_number(value) if len(value) < 10 else None for value in text.size]
         if 0 in values:
             return self.built.size_in_file(self.root, file_name, f"{where}: has no size, and its image")
         height, width = (int(value) if value and value > 0 and value.is_integer() else 0 for value in values)
@@ -224,12 +224,12 @@ class VOCSource:
 
     def _add_object(self, image: int, element: ObjectText, where: str) -> None:
         label = self.built.label(element.name, where, "name")
-        difficult = annotations.read_flag(element.difficult, where, "difficult", "difficult")
+        difficult = fields.read_flag(element.difficult, where, "difficult", "difficult")
         if difficult and not self.keep_difficult:
             self.faults.skipped["boxes skipped: difficult"] += 1
             return
-        crowd = annotations.read_flag(element.crowd, where, "iscrowd", "detpipe/iscrowd")
-        area = annotations.read_area(element.area, where, "detpipe/area")
+        crowd = fields.read_flag(element.crowd, where, "iscrowd", "detpipe/iscrowd")
+        area = fields.read_area(element.area, where, "detpipe/area")
         x1, y1, x2, y2 = corners = self._corners(element.corners, where)
         box = (x1 - self.one_based, y1 - self.one_based, x2, y2)
         self.built.add_box(image, box, label, f"{where}: bndbox {corners}", difficult, crowd, area)
@@ -237,19 +237,17 @@ class VOCSource:
     def _corners(self, texts: Sequence[str | None], where: str) -> list[float]:
         values: list[float] = []
         for key, text in zip(_CORNERS, texts, strict=True):
-            value = annotations.read_number(text or "")
+            value = fields.read_number(text or "")
             if value is None:
                 got = "is missing" if text is None else f"must be a number, got {shorten(text)}"
-                raise annotations.BadBoxError("bad bndbox", f"{where}: bndbox/{key} {got}")
+                raise fields.BadBoxError("bad bndbox", f"{where}: bndbox/{key} {got}")
             values.append(value)
         x1, y1, x2, y2 = values
         if all(map(math.isfinite, values)) and (x2 <= x1 or y2 <= y1):
-            raise annotations.BadBoxError(
-                "zero or negative size", f"{where}: bndbox {values} has zero or negative size"
-            )
+            raise fields.BadBoxError("zero or negative size", f"{where}: bndbox {values} has zero or negative size")
         if self.one_based and min(x1, y1) < 1:
             key, value = ("xmin", x1) if x1 < 1 else ("ymin", y1)
-            raise annotations.BadBoxError(
+            raise fields.BadBoxError(
                 "below 1 with one_based",
                 f"{where}: bndbox/{key} is {value:g}, but one_based is on, so pixels are counted from 1; "
                 "set one_based to false if this data counts from 0",

@@ -93,7 +93,11 @@ class ShardFiles:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        file, path = self._open_here(number) if self.opener is None else self.opener(number)
+        path = self.shards.folder / self.shards.shards[number].name
+        try:
+            file, path = (os.open(path, os.O_RDONLY), path) if self.opener is None else self.opener(number)
+        except OSError as error:
+            raise DataError(f"{error.filename or path}: cannot be opened ({error.strerror}); {_COPY_AGAIN}") from error
         found, expected = os.fstat(file).st_size, self.shards.shards[number].bytes
         if found != expected:
             os.close(file)
@@ -104,13 +108,6 @@ class ShardFiles:
         if len(self._open) > self.most_open:
             os.close(self._open.popitem(last=False)[1][0])
         return file, path
-
-    def _open_here(self, number: int) -> Opened:
-        path = self.shards.folder / self.shards.shards[number].name
-        try:
-            return os.open(path, os.O_RDONLY), path
-        except OSError as error:
-            raise DataError(f"{path}: cannot be opened ({error.strerror}); {_COPY_AGAIN}") from error
 
 
 class ShardProposals(BoxesByImage):
