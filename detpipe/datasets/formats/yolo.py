@@ -59,10 +59,12 @@ class LabelReader:
     """Adds the objects of one label file after the other.
 
     ``points`` is how many keypoints each line has behind the box, and how many numbers each; None: lines are boxes or polygons.
+    ``outlined`` keeps the polygons.
     """
 
-    def __init__(self, built: AnnotationBuilder, points: tuple[int, int] | None = None) -> None:
-        self.built, self.points = built, points
+    def __init__(self, built: AnnotationBuilder, points: tuple[int, int] | None, outlined: bool) -> None:
+        self.built, self.points, self.outlined = built, points, outlined
+        self.polygons = 0
         self.outlines: list[bytes] = []  # of the boxes, as COCO's JSON; empty of a line that is no polygon
 
     def add(self, root: Path, item: ListedImage) -> None:
@@ -85,8 +87,11 @@ class LabelReader:
             else:
                 pixels = (x1 * width, y1 * height, x2 * width, y2 * height)
                 self.built.add_box(image, pixels, label, f"{where}: box {shorten(' '.join(values))}")
-                polygon = [float(text) * (height if k % 2 else width) for k, text in enumerate(values[1:])]
-                self.outlines.append(msgspec.json.encode([polygon]) if self._is_polygon(polygon) else b"")
+                polygon = self._is_polygon(values[1:])
+                self.polygons += polygon
+                if self.outlined:
+                    corners = [float(text) * (height if k % 2 else width) for k, text in enumerate(values[1:])]
+                    self.outlines.append(msgspec.json.encode([corners]) if polygon else b"")
         return None
 
     def skip(self, labels: Path) -> None:
@@ -209,14 +214,14 @@ def load_yolo(
     finder = ImageFinder(file, splits, faults)
     built = AnnotationBuilder(faults, file.class_names, file.category_ids)
     built.images_read = finder.lines + len(finder.orphans)
-    reader = LabelReader(built, file.points)
+    reader = LabelReader(built, file.points, segmentations)
     for item in tqdm(finder.found, desc="reading labels", unit="image", disable=None, leave=False):
         reader.add(finder.root, item)
     for labels in finder.orphans:
         faults.image("file missing", f"{labels}: there is no image of this name for these labels")
         reader.skip(labels)
-    if polygons := sum(map(bool, reader.outlines)):
-        built.counts["boxes from polygons"] = polygons
+    if reader.polygons:
+        built.counts["boxes from polygons"] = reader.polygons
         built.segmentations = Segmentations.pack(reader.outlines, source=str(file.path)) if segmentations else None
     longer = np.array(built.sizes, dtype=np.int64).reshape(-1, 2)[np.array(built.box_image, dtype=np.int64)]
     rounding = 1e-6 * longer.max(axis=1, initial=1)[:, None]  # six digits, as most tools write
