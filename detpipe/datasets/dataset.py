@@ -169,9 +169,5 @@ def start_worker(_: int) -> None:
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has the first alone
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_once)
-
-
-def _ignore_once(number: int, _: object) -> None:
-    """The next one ends this process."""
-    signal.signal(number, signal.SIG_DFL)
+    # the first is ignored, the next one ends this process
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))

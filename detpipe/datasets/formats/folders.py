@@ -361,17 +361,14 @@ def says_folders(root: Path, places: Sequence[Place], what: str) -> str:
     apart = [place for place in places if place.images != place.labels]
     parts = []
     if beside:
-        parts.append(f"{what} beside the images in {_listed(root, beside)}")
+        names = list(dict.fromkeys(_name(root, place.images) for place in beside))
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        parts.append(f"{what} beside the images in {', '.join(names[:8])}{more}")
     if apart:
         place = apart[0]
         more = f" (and {len(apart) - 1} more folders)" if len(apart) > 1 else ""
         parts.append(f"{what} in {_name(root, place.labels)} of the images in {_name(root, place.images)}{more}")
     return " and ".join(parts)
-
-
-def _listed(root: Path, places: Sequence[Place]) -> str:
-    names = list(dict.fromkeys(_name(root, place.images) for place in places))
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _name(root: Path, folder: Path) -> str:
