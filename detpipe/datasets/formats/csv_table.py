@@ -222,6 +222,9 @@ class RowReader:
                 self._row(table, row)
             else:
                 other.setdefault(self._name(row), row.values["split"])
+                if not row.values["split"]:
+                    where = f"{table.path}: line {row.line}"
+                    self.faults.remark("rows: of no split", f"{where}: {table.column('split')} is empty")
         for name in [name for name in self.images if name in other and split is not None]:
             self.faults.fatal(
                 "image in two splits",

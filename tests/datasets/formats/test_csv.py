@@ -122,6 +122,11 @@ def test_splits_in_a_column(tmp_path: Path) -> None:
         data.annotations("test")
     with pytest.raises(DataError, match="nowhere: no such folder; the argument root"):
         CSVBoxes(str(tmp_path / "nowhere")).annotations("train")
+    path.write_text(f"{HEADER},split\n{GOOD},train\nb.jpg,1,2,3,4,cat,\n")
+    collected = data.faults("collect")
+    CSVBoxes(str(tmp_path)).annotations("train", collected)
+    [fault] = collected.found
+    assert (fault.serious, fault.message) == (False, f"{path}: line 3: column 'split' is empty")
     path.write_text(f"{HEADER},split\n{GOOD},train\n{GOOD},val\n")
     with pytest.raises(DataError, match=r"line 2: 'a\.jpg' is in the split 'train', but other rows put it into 'val'"):
         load_csv([(path, "train")], on_bad="skip")
