@@ -345,9 +345,7 @@ def _opencv(data: bytes, samples: int) -> Values:
     values = values.reshape(*values.shape[:2], -1)
     if values.shape[2] == 4 and samples == 2:  # grey and alpha
         return values[:, :, [0, 3]]
-    if values.shape[2] != samples and not (
-        values.shape[2] == 4 and samples == 3
-    ):  # a color of a PNG may be transparent
+    if (values.shape[2], samples) != (4, 3) and values.shape[2] != samples:  # a color of a PNG may be transparent
         raise Refused(f"has {samples} channels, of which OpenCV reads {values.shape[2]}; convert the file")
     return values[:, :, [2, 1, 0, 3][:samples]]
 

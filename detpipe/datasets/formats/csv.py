@@ -42,9 +42,8 @@ _LOOKED_AT = 20  # rows whose images are looked for to find their folder
 NAME = "annotations.csv"
 
 
-CSVSplit = tuple[
-    Path, str | None
-]  # a table, and what its column ``split`` holds in the rows of the split; None: all are of it
+# a table, and what its column ``split`` holds in the rows of the split; None: all are of it
+CSVSplit = tuple[Path, str | None]
 
 
 def find_splits(root: Path) -> dict[str, CSVSplit]:

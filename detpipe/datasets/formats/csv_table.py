@@ -195,9 +195,8 @@ class RowReader:
         self._entries = Entries()
         self._names: dict[tuple[str, str], str] = {}  # prefix and name in the table -> file name
         self._taken: set[str] = set()
-        self.images: dict[
-            str, tuple[str, int | None]
-        ] = {}  # file name -> where it is first named; its row, if it can be used
+        # file name -> where it is first named; its row, if it can be used
+        self.images: dict[str, tuple[str, int | None]] = {}
         self.ids: dict[str, tuple[int, str]] = {}  # file name -> image id and where it is given
         self.owners: dict[int, str] = {}  # image id -> file name
         self.empty: dict[str, str] = {}  # file name -> the line that says that it has no objects

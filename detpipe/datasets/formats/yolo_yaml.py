@@ -282,9 +282,7 @@ def _class_names(names: Any, path: Path) -> tuple[str, ...]:
         raise DataError(
             f"{path}: names must list the classes, such as [cat, dog] or {{0: cat, 1: dog}}, got {shorten(names)}"
         )
-    wrong = [
-        name for name in names if type(name) not in (str, int, float) or name == ""
-    ]  # [1, 2]: digits are names too
+    wrong = [name for name in names if type(name) not in (str, int, float) or name == ""]  # digits are names too
     if wrong or len({str(name) for name in names}) != len(names):
         raise DataError(f"{path}: names must be distinct and of text, got {shorten(wrong or names)}")
     return tuple(str(name) for name in names)
