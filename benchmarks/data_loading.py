@@ -43,7 +43,7 @@ from torchvision.transforms import v2
 from detpipe.datasets import COCO, Augment, Loader, Resize, read_image
 from detpipe.datasets.dataset import start_worker
 from detpipe.datasets.decode import read_reduced
-from detpipe.datasets.workers import pack
+from detpipe.datasets.workers import collate, pack
 from detpipe.images import contents_of, resized_size, to_batch
 from detpipe.types import PixelFormat
 
@@ -146,7 +146,8 @@ def ways_of(root: Path, options: argparse.Namespace, workers: int, flip: float) 
     loader = Loader(options.batch, num_workers=workers, pin_memory=False)
     resize = Resize("shortest_side", *sizes)
     data = COCO(str(root), val="val", loader=loader, augment=Augment(flip) if flip else None, resize=resize)
-    ours = loader.load(*_own(data))
+    dataset = data.dataset("val", augmented=True)
+    ours = data._load(dataset, dataset.annotations.sizes, False, collate)
     common = {"batch_size": options.batch, "num_workers": workers, "collate_fn": columns}
     common |= {"worker_init_fn": start_worker, "persistent_workers": workers > 0}
     inside = GeneralizedRCNNTransform(*sizes, list(FORMAT.mean), list(FORMAT.std))
@@ -171,13 +172,6 @@ def ways_of(root: Path, options: argparse.Namespace, workers: int, flip: float) 
         "torchvision": (DataLoader(Torchvision(data, flip), **common), reference),
         "detectron2 recipe": (DataLoader(Detectron(data, flip, sizes), **common), mapper),
     }
-
-
-def _own(data: COCO) -> tuple[Any, ...]:
-    from detpipe.datasets.workers import collate
-
-    dataset = data.dataset("val", augmented=True)
-    return dataset, dataset.annotations.sizes, 0, False, collate
 
 
 def epoch(way: tuple[Any, Callable[[Any], Tensor]]) -> float:

@@ -57,7 +57,7 @@ def next_commands(options: argparse.Namespace, names: Sequence[str], model: Sequ
     train = training_split(names)
     val = validation_split(names, train)
     layout = find_data(options).layout
-    divide = f"  detpipe data split {_words(_again(options))} -o FOLDER"
+    divide = f"  detpipe data split {shlex.join(_again(options))} -o FOLDER"
     if layout == "coco file":
         val = ""
     if not val and layout == "shards":
@@ -117,10 +117,6 @@ def _again(options: argparse.Namespace) -> list[str]:
     words += ["--images", options.images] if options.images else []
     words += ["--layout", options.layout] if getattr(options, "layout", None) else []
     return [*words, *(["--zero-based"] if options.zero_based else []), *(["--skip-bad"] if options.skip_bad else [])]
-
-
-def _words(words: Sequence[str]) -> str:
-    return " ".join(map(shlex.quote, words))
 
 
 def _folded(words: Sequence[str]) -> str:

@@ -13,10 +13,10 @@ from detpipe.commands.parser import Parser, left_out
 from detpipe.datasets.datamodule import DetectionData, image_files
 from detpipe.datasets.formats.coco import COCO, write_coco
 from detpipe.datasets.formats.csv import write_csv
-from detpipe.datasets.formats.export import Images, Written, file_name_of
-from detpipe.datasets.formats.outline_files import read_outlines, yolo_outlines
+from detpipe.datasets.formats.export import Written, file_name_of
+from detpipe.datasets.formats.outline_files import read_outlines
 from detpipe.datasets.formats.voc import write_voc
-from detpipe.datasets.formats.yolo import YOLO, Flags, write_yolo
+from detpipe.datasets.formats.yolo import Flags, write_yolo
 from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.shards.dataset import Shards
 from detpipe.support.errors import UsageError
@@ -69,18 +69,14 @@ def write_layout(
     source: ImageFiles,
 ) -> Written:
     """Write splits to a new folder in a layout, with the options of `add_writing` and images from ``source``."""
-    images: Images = options.image_files
     if layout != "yolo" and (options.drop_flags or options.drop_flagged):
         option = "--drop-flags" if options.drop_flags else "--drop-flagged"
         raise UsageError(f"{option}: is for YOLO layout, {layout} keeps the flags; leave it out")
-    if layout == "coco":
-        return write_coco(splits, folder, images, source)
-    if layout == "voc":
-        return write_voc(splits, folder, images, None, source)
-    if layout == "csv":
-        return write_csv(splits, folder, images, source)
-    flags: Flags = "drop" if options.drop_flags else "leave out" if options.drop_flagged else "refuse"
-    return write_yolo(splits, folder, images, flags, source)
+    if layout == "yolo":
+        flags: Flags = "drop" if options.drop_flags else "leave out" if options.drop_flagged else "refuse"
+        return write_yolo(splits, folder, options.image_files, flags, source)
+    write = {"coco": write_coco, "voc": write_voc, "csv": write_csv}[layout]
+    return write(splits, folder, options.image_files, source)
 
 
 def read_outlined(name: str, opened: Mapping[str, DetectionData]) -> Annotations:
@@ -88,10 +84,8 @@ def read_outlined(name: str, opened: Mapping[str, DetectionData]) -> Annotations
     data = opened[name]
     data.outlines = True
     a = read_split(name, opened)
-    if isinstance(data, COCO | Shards):  # shards keep none
+    if a.segmentations is not None or isinstance(data, COCO | Shards):  # shards keep none
         return a
-    if isinstance(data, YOLO) and a.counts.get("boxes from polygons"):
-        return replace(a, segmentations=yolo_outlines(a))
     root = Path(getattr(data, "root", "."))
     return replace(a, segmentations=read_outlines(root if root.is_dir() else root.parent, file_name_of(name), a))
 

@@ -12,7 +12,7 @@ from detpipe.commands.data_source import find_data, open_splits, read_split, sou
 from detpipe.commands.parser import check_least, left_out, listed, output_folder, progress
 from detpipe.datasets.datamodule import DetectionData
 from detpipe.datasets.formats.export import file_name_of
-from detpipe.datasets.shards.index import INDEX, KEYS
+from detpipe.datasets.shards.index import INDEX, KEYS, find_splits
 from detpipe.datasets.shards.read import verify_shards
 from detpipe.datasets.shards.write import SUFFIX, Made, Sharding, make_shards
 from detpipe.support.errors import DataError, UsageError
@@ -158,10 +158,10 @@ def _stores(given: Sequence[str], splits: Sequence[str]) -> Mapping[str, str]:
 
 def _verify(folder: Path) -> int:
     """Compare the shards of a split, or of all splits of a folder, with their indices."""
-    found = [folder] if (folder / INDEX).is_file() else sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
+    found = find_splits(folder)
     if not found:
         raise UsageError(f"{folder}: no shards here: expected a folder that 'detpipe data shards' wrote")
-    for path in found:
+    for path in found.values():
         with progress(None, path.name, "shard", logged=False) as move:
             shards = verify_shards(path, move)
         say(f"{path}: {len(shards.shards)} shards with {len(shards.annotations)} images are as they were written")

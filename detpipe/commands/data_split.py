@@ -10,9 +10,7 @@ from detpipe.commands.data_convert import LAYOUTS, add_writing, describe, fields
 from detpipe.commands.data_source import find_data, new_output, open_splits, source_parser
 from detpipe.commands.parser import check_least
 from detpipe.datasets.datamodule import image_files
-from detpipe.datasets.joining import join
-from detpipe.datasets.statistics import class_shares
-from detpipe.datasets.stratify import divide_by_content
+from detpipe.datasets.stratify import divide_by_content, join
 from detpipe.support.errors import UsageError
 from detpipe.support.terminal import say
 from detpipe.types import Annotations
@@ -45,7 +43,7 @@ def run_split(arguments: Sequence[str]) -> int:
             f"{', '.join(opened)}"
         )
     splits = {name: read_outlined(name, opened) for name in opened}
-    pool, repeated = join(list(splits.values()))
+    pool, repeated = join(splits)
     if len(pool) < len(parts):
         raise UsageError(f"{options.data} has {len(pool)} images: too few for {len(parts)} parts")
     source = image_files(opened.values())
@@ -98,11 +96,12 @@ def named_alike(pool: Annotations, pattern: str) -> list[list[int]]:
 
 def table(parts: Mapping[str, Annotations]) -> str:
     """Which share of the images and of the objects of each class went where; classes with fewest objects last."""
-    shares = class_shares(parts)
     first = next(iter(parts.values()))
-    boxes = {
-        word: sum(int((a.labels == k).sum()) for a in parts.values()) for k, word in enumerate(first.class_names, 1)
+    counts = {
+        word: [int((a.labels == label).sum()) for a in parts.values()]
+        for label, word in enumerate(first.class_names, 1)
     }
+    boxes = {word: sum(own) for word, own in counts.items()}
     images = sum(map(len, parts.values()))
     words = sorted(boxes, key=lambda word: -boxes[word])
     width = max(len("images"), *map(len, words[:_SHOWN_CLASSES]))
@@ -110,7 +109,7 @@ def table(parts: Mapping[str, Annotations]) -> str:
     own = "".join(f"  {len(a):>6} {len(a) / images:>6.1%}".rjust(16) for a in parts.values())
     lines.append(f"{'images':<{width}}  {images:>7}{own}")
     for word in words[:_SHOWN_CLASSES]:
-        cells = "".join(f"  {round(share * boxes[word]):>6} {share:>6.1%}".rjust(16) for share in shares[word].values())
+        cells = "".join(f"  {count:>6} {count / max(1, boxes[word]):>6.1%}".rjust(16) for count in counts[word])
         lines.append(f"{word:<{width}}  {boxes[word]:>7}{cells}")
     if len(words) > _SHOWN_CLASSES:
         lines.append(f"and {len(words) - _SHOWN_CLASSES} more classes")

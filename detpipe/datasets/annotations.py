@@ -9,7 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,50 +33,35 @@ class BadBoxError(Exception):
     """A box that cannot be used; its arguments are those of :meth:`~detpipe.datasets.faults.Faults.box`."""
 
 
+@dataclass(eq=False)
 class AnnotationBuilder:
     """Takes the images and boxes of a split, checks each of their fields once, and packs what is sound.
 
     A format that has whole columns of numbers sets the attributes in place of adding images and boxes one by one.
-
-    Args:
-        faults: takes what cannot be used.
-        class_names: [K].
-        category_ids: [K].
-
-    Attributes:
-        file_names: [I] with forward slashes, relative to the root.
-        image_ids: [I] unique.
-        sizes: [I, 2] height, width.
-        box_image: [B] the row of the image that each box belongs to.
-        boxes: [B, 4] xyxy in continuous pixel coordinates.
-        labels: [B] in 1..K.
-        iscrowd: [B].
-        difficult: [B].
-        area: [B] square pixels; NaN stands for the area of the box.
-        name_box: what a message calls box ``b``: its record and the field with its value.
-        segmentations: of the boxes.
-        images_read: the images that the source lists, those that had to be dropped included.
-        boxes_read: in the same way.
-        counts: the format's own.
     """
 
-    def __init__(self, faults: Faults, class_names: Sequence[str], category_ids: Sequence[int]) -> None:
-        self.faults, self.class_names, self.category_ids = faults, tuple(class_names), tuple(category_ids)
-        self.label_of = {name: label for label, name in enumerate(class_names, start=1)}
-        self.file_names: list[str] = []
-        self.image_ids: Any = []
-        self.sizes: Any = []
-        self.box_image: Any = []
-        self.boxes: Any = []
-        self.labels: Any = []
-        self.iscrowd: Any = []
-        self.difficult: Any = []
-        self.area: Any = []
+    faults: Faults  # takes what cannot be used
+    class_names: Sequence[str]  # [K]
+    category_ids: Sequence[int]  # [K]
+    file_names: list[str] = field(default_factory=list)  # [I] with forward slashes, relative to the root
+    image_ids: Any = field(default_factory=list)  # [I] unique
+    sizes: Any = field(default_factory=list)  # [I, 2] height, width
+    box_image: Any = field(default_factory=list)  # [B] the row of the image that each box belongs to
+    boxes: Any = field(default_factory=list)  # [B, 4] xyxy in continuous pixel coordinates
+    labels: Any = field(default_factory=list)  # [B] in 1..K
+    iscrowd: Any = field(default_factory=list)  # [B]
+    difficult: Any = field(default_factory=list)  # [B]
+    area: Any = field(default_factory=list)  # [B] square pixels; NaN stands for the area of the box
+    segmentations: Segmentations | None = None  # of the boxes
+    images_read: int = 0  # the images that the source lists, those that had to be dropped included
+    boxes_read: int = 0  # in the same way
+    counts: dict[str, int] = field(default_factory=dict)  # the format's own
+
+    def __post_init__(self) -> None:
+        self.label_of = {name: label for label, name in enumerate(self.class_names, start=1)}
         self._where: list[str] = []
+        # what a message calls box ``b``: its record and the field with its value
         self.name_box: Callable[[int], str] = self._where.__getitem__
-        self.segmentations: Segmentations | None = None
-        self.images_read = self.boxes_read = 0
-        self.counts: dict[str, int] = {}
 
     def add_image(self, file_name: str, image_id: int, size: tuple[int, int]) -> int:
         """Add an image, of height and width; its row."""
@@ -142,7 +127,6 @@ class AnnotationBuilder:
         """
         faults = self.faults
         self._make_arrays()
-        self._check_labels()
         keep_image = self._check_files(root, [folder.resolve() for folder in folders])
         boxes, keep_box, clipped = self._check_boxes(clip_tolerance)
         faults.check()
@@ -172,14 +156,10 @@ class AnnotationBuilder:
         for name, kind in (("box_image", np.int64), ("labels", np.int64), ("area", np.float64)):
             setattr(self, name, np.asarray(getattr(self, name), dtype=kind))
         self.iscrowd, self.difficult = (np.asarray(flags, dtype=bool) for flags in (self.iscrowd, self.difficult))
-
-    def _check_labels(self) -> None:
         K = len(self.class_names)
         for b in np.flatnonzero((self.labels < 1) | (self.labels > K)).tolist():
-            self.faults.fatal(
-                "label out of range",
-                f"{self.name_box(b)}: label {self.labels[b]} is outside 1..{K}, the classes that are known",
-            )
+            text = f"{self.name_box(b)}: label {self.labels[b]} is outside 1..{K}, the classes that are known"
+            self.faults.fatal("label out of range", text)
         self.faults.check()
 
     def _check_files(self, root: Path, allowed: list[Path]) -> _Chosen:
@@ -252,8 +232,8 @@ class AnnotationBuilder:
             iscrowd=self.iscrowd[rows],
             difficult=self.difficult[rows],
             area=np.where(np.isnan(area), (kept[:, 2] - kept[:, 0]) * (kept[:, 3] - kept[:, 1]), area),
-            class_names=self.class_names,
-            category_ids=self.category_ids,
+            class_names=tuple(self.class_names),
+            category_ids=tuple(self.category_ids),
             counts=counts,
             segmentations=None if self.segmentations is None else self.segmentations.take(rows),
         )

@@ -69,26 +69,17 @@ class EpochBatches(Sampler[list[Key]]):
     With a `Locality`, the files of a few shards at a time are shuffled (training) or sorted by size (evaluation), those of the next
     after them; batches are shuffled within their pool. Where all shards are in one window, batches are as without it.
 
-    Args:
-        sizes: [I, 2] height and width of each image.
-        batch_size: images a batch of one process, at least 1.
-        seed: decides the order, with the epoch.
-        training: whether to shuffle; False for evaluation.
-        smallest: an incomplete last batch with fewer images for each process is left out of training.
-        locality: which images lie together; None where it does not matter.
-        plan: which images an epoch of training has, and how often; None for each once.
-
     Raises:
         ValueError: classes that take turns with a locality of several windows.
     """
 
-    sizes: npt.NDArray[np.int32]
-    batch_size: int
-    seed: int = 0
-    training: bool = True
-    smallest: int = 1
-    locality: Locality | None = None
-    plan: Plan | None = None
+    sizes: npt.NDArray[np.int32]  # [I, 2] height and width of each image
+    batch_size: int  # images a batch of one process
+    seed: int = 0  # decides the order, with the epoch
+    training: bool = True  # whether to shuffle
+    smallest: int = 1  # an incomplete last batch with fewer images for each process is left out of training
+    locality: Locality | None = None  # which images lie together; None where it does not matter
+    plan: Plan | None = None  # which images an epoch of training has, and how often; None for each once
 
     def __post_init__(self) -> None:
         self.plan = self.plan if self.training else None

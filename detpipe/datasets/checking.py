@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from detpipe.datasets.datamodule import DetectionData, image_files
 from detpipe.datasets.faults import Fault
 from detpipe.datasets.formats.class_list import class_differences
-from detpipe.datasets.image_files import ImageFiles, image_paths
+from detpipe.datasets.image_files import ImageFiles, content_keys, image_paths
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
@@ -96,10 +94,9 @@ def _compare_class_lists(read: Mapping[str, Annotations], faults: dict[str, list
     first, *others = read
     one = read[first]
     for name in others:
-        if (one.class_names, one.category_ids) == (read[name].class_names, read[name].category_ids):
-            continue
-        message = "; ".join(class_differences(first, one, name, read[name]))
-        faults.setdefault(f"{first} and {name}", []).append(Fault("data set: class lists differ", message))
+        if differences := class_differences(first, one, name, read[name]):
+            fault = Fault("data set: class lists differ", "; ".join(differences))
+            faults.setdefault(f"{first} and {name}", []).append(fault)
     for name in read:
         empty = [
             word
@@ -121,7 +118,10 @@ def _compare_images(read: Mapping[str, Annotations], faults: dict[str, list[Faul
     def warn(where: str, kind: str, message: str) -> None:
         faults.setdefault(where, []).append(Fault(kind, message, serious=False))
 
-    for group in equal_files(sorted(set().union(*named.values())), source, damaged):
+    paths, alike = sorted(set().union(*named.values())), defaultdict[bytes, list[Path]](list)
+    for path, key in zip(paths, content_keys(paths, source, damaged), strict=True):
+        alike[key].append(path)
+    for group in (group for group in alike.values() if len(group) > 1):
         members = {name: [source.name(path) for path in group if path in found] for name, found in named.items()}
         for name, paths in members.items():
             if len(paths) > 1:
@@ -139,27 +139,3 @@ def _compare_images(read: Mapping[str, Annotations], faults: dict[str, list[Faul
         elif shared:
             some = f"{len(shared)} images are in both, such as {min(shared)}"
             warn(f"{name} and {other}", "images: the same in several splits", some)
-
-
-def equal_files(
-    paths: Sequence[Path], source: ImageFiles, damaged: Callable[[Path, DataError], None]
-) -> list[list[Path]]:
-    """Find images whose files have the same content: groups of two and more, in the order of their first.
-
-    Only files of equal length are read. ``damaged`` is told of an image that cannot be read, which is then like no other.
-    """
-    by_size: dict[int, list[Path]] = defaultdict(list)
-    for path in paths:
-        by_size[source.size(path)].append(path)
-    alike = [path for group in by_size.values() if len(group) > 1 for path in group]
-    by_content: dict[bytes, list[Path]] = defaultdict(list)
-    for path in tqdm(alike, desc="comparing images", unit="image", disable=None, leave=False):
-        try:
-            content = source.read(path)
-        except DataError as error:
-            damaged(path, error)
-        else:
-            by_content[hashlib.sha256(content).digest()].append(path)
-    groups = [group for group in by_content.values() if len(group) > 1]
-    order = {path: place for place, path in enumerate(paths)}
-    return sorted(groups, key=lambda group: order[group[0]])

@@ -36,8 +36,8 @@ class Classes:
 def select_classes(annotations: Annotations, classes: Classes) -> Annotations:
     """Rename, merge and keep classes; all images stay, and how many boxes were left out is counted.
 
-    A merged class has the category id of the class whose name it took, or of the first that was renamed. A DataError names a
-    class that is not there.
+    A merged class has the category id of the class whose name it took, if that kept it, or of the first that was renamed. A
+    DataError names a class that is not there.
     """
     a, rename = annotations, classes.rename or {}
     _check(list(rename), a.class_names, "rename", str(a.root))
@@ -45,10 +45,14 @@ def select_classes(annotations: Annotations, classes: Classes) -> Annotations:
     names = list(dict.fromkeys(renamed)) if classes.keep is None else classes.keep
     _check(names, renamed, "keep", str(a.root))
     new_label = np.array([0, *(names.index(name) + 1 if name in names else 0 for name in renamed)], dtype=np.int64)
-    ids = [a.category_ids[(a.class_names if name in a.class_names else tuple(renamed)).index(name)] for name in names]
+    ids: dict[str, int] = {}
+    for old, new, key in zip(a.class_names, renamed, a.category_ids, strict=True):
+        ids[new] = key if new == old else ids.get(new, key)
     kept = a.keep_boxes(new_label[a.labels] > 0)
     kept = count_skipped(kept, {"boxes skipped: class not kept": len(a.boxes) - len(kept.boxes)})
-    return replace(kept, labels=new_label[kept.labels], class_names=tuple(names), category_ids=tuple(ids))
+    return replace(
+        kept, labels=new_label[kept.labels], class_names=tuple(names), category_ids=tuple(ids[name] for name in names)
+    )
 
 
 def _check(wanted: Sequence[str], known: Sequence[str], key: str, root: str) -> None:

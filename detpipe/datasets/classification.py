@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from detpipe.datasets.augment.settings import HUE, check_parts, check_range, color_jitter
 from detpipe.datasets.batches import Key, draws_again
-from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader, SplitData
+from detpipe.datasets.datamodule import Loader, SplitData
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.faults import OnBad
 from detpipe.datasets.sampling import Presence
@@ -114,9 +114,6 @@ def _apply(steps: Sequence[albumentations.BasicTransform], image: Tensor, seed: 
     return torch.from_numpy(np.ascontiguousarray(out)).permute(2, 0, 1)
 
 
-DEFAULT_VIEWS = Views()
-
-
 @dataclass(frozen=True)
 class LabeledImages:
     """One split of a classification data set."""
@@ -137,12 +134,6 @@ class LabeledImages:
     def name(self, index: int) -> str:
         """The name of an image."""
         return os.fsdecode(self.names[index])
-
-    def describe(self) -> str:
-        """Images, classes, and everything that was left out, in one line."""
-        images = np.bincount(self.labels, minlength=len(self.class_names))
-        line = f"{len(self)} images of {int((images > 0).sum())} classes, {images.min()} to {images.max()} of each"
-        return "; ".join([line, *(f"{key}: {n}" for key, n in self.counts.items() if n)])
 
 
 def pack_names(names: Iterable[str]) -> npt.NDArray[np.bytes_]:
@@ -191,17 +182,10 @@ class ClassificationData(SplitData):
         seed: decides the order of the batches and every draw of the views, with the epoch.
         on_bad: ``error`` stops at an image that cannot be read; ``skip`` decodes every image once at the start, and leaves
             unreadable ones out and counts them.
-
-    Raises:
-        ValueError: a negative seed, or another policy.
     """
 
     def __init__(
-        self,
-        loader: Loader = DEFAULT_LOADER,
-        views: Views = DEFAULT_VIEWS,
-        seed: int = 0,
-        on_bad: OnBad = "error",
+        self, loader: Loader = Loader(), views: Views = Views(), seed: int = 0, on_bad: OnBad = "error"
     ) -> None:
         super().__init__(loader, seed, on_bad)
         self.views = views
@@ -235,10 +219,12 @@ class ClassificationData(SplitData):
 
     def describe(self, split: LabeledSplit) -> str:
         """One line about a split: images, classes, and everything that was left out."""
-        return printable(f"{split}: {self.images(split).describe()}")
+        listed = self.images(split)
+        images = np.bincount(listed.labels, minlength=self.num_classes)
+        line = f"{len(listed)} images of {int((images > 0).sum())} classes, {images.min()} to {images.max()} of each"
+        return printable("; ".join([f"{split}: {line}", *(f"{key}: {n}" for key, n in listed.counts.items() if n)]))
 
     def _dataloader(self, split: LabeledSplit, training: bool) -> DataLoader:
         sizes = np.broadcast_to(np.int32(self.views.size), (len(self.images(split)), 2))
         dataset = self.dataset(split, training)
-        plan = self._plan(training)
-        return self.loader.load(dataset, sizes, self.seed, training, collate_labeled, _SMALLEST, plan=plan)
+        return self._load(dataset, sizes, training, collate_labeled, _SMALLEST)

@@ -20,8 +20,7 @@ from detpipe.datasets.faults import SHOWN, Faults, OnBad
 from detpipe.datasets.formats.class_list import compare_classes
 from detpipe.datasets.image_files import ImageFiles
 from detpipe.datasets.resize import Resize
-from detpipe.datasets.sampling import Plan, Presence, Sampling
-from detpipe.datasets.segmentations import check_segmentations
+from detpipe.datasets.sampling import Presence, Sampling
 from detpipe.datasets.stored_proposals import ImageKey, StoredProposals, coco_key
 from detpipe.datasets.stratify import divide_annotations
 from detpipe.datasets.tiling import Tiling
@@ -73,45 +72,6 @@ class Loader:
         check_whole(0, "loader.", num_workers=self.num_workers)
         check_numbers("must not be negative or infinite", "loader.", timeout=self.timeout)
 
-    def load(
-        self,
-        dataset: Dataset[Any],
-        sizes: np.ndarray,
-        seed: int,
-        training: bool,
-        collate_fn: Callable[[list[Any]], Any],
-        smallest: int = 1,
-        locality: Locality | None = None,
-        plan: Plan | None = None,
-    ) -> LateLoader:
-        """Batch a split.
-
-        Args:
-            dataset: what is loaded.
-            sizes: ``[I, 2]`` height and width of its images, which decide who shares a batch.
-            seed: of the order and of every draw.
-            training: the order changes from epoch to epoch; else every image comes once, in an order that never changes.
-            collate_fn: makes a batch of samples.
-            smallest: a training batch of fewer images is left out.
-            locality: which images lie together and are read together; None where it does not matter.
-            plan: which images an epoch of training has, and how often; None for each once.
-        """
-        batch_size = self.batch_size if training else self.eval_batch_size or self.batch_size
-        return LateLoader(
-            dataset,
-            batch_sampler=EpochBatches(sizes, batch_size, seed, training, smallest, locality, plan),
-            num_workers=self.num_workers,
-            collate_fn=collate_fn,
-            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
-            timeout=self.timeout if self.num_workers else 0,
-            worker_init_fn=start_worker,
-            generator=torch.Generator().manual_seed(seed),  # its own, or loading would move the global one
-            persistent_workers=self.num_workers > 0,
-        )
-
-
-DEFAULT_LOADER = Loader()
-
 
 class LateLoader(DataLoader):
     """Start an iteration when its first batch is asked for.
@@ -161,9 +121,30 @@ class SplitData(LightningDataModule, ABC):
     def presence(self, split: Any) -> Presence:
         """Which classes are in which images of a split."""
 
-    def _plan(self, training: bool) -> Plan | None:
-        sampling = self.loader.sampling if training else None
-        return None if sampling is None else sampling.plan(self.presence("train"))
+    def _load(
+        self,
+        dataset: Dataset[Any],
+        sizes: np.ndarray,
+        training: bool,
+        collate_fn: Callable[[list[Any]], Any],
+        smallest: int = 1,
+        locality: Locality | None = None,
+    ) -> LateLoader:
+        """Batch a split, whose images are ``[I, 2]`` height and width; other arguments are those of `EpochBatches`."""
+        loader, seed = self.loader, self.seed
+        batch_size = loader.batch_size if training else loader.eval_batch_size or loader.batch_size
+        plan = loader.sampling.plan(self.presence("train")) if training and loader.sampling is not None else None
+        return LateLoader(
+            dataset,
+            batch_sampler=EpochBatches(sizes, batch_size, seed, training, smallest, locality, plan),
+            num_workers=loader.num_workers,
+            collate_fn=collate_fn,
+            pin_memory=torch.cuda.is_available() if loader.pin_memory is None else loader.pin_memory,
+            timeout=loader.timeout if loader.num_workers else 0,
+            worker_init_fn=start_worker,
+            generator=torch.Generator().manual_seed(seed),  # its own, or loading would move the global one
+            persistent_workers=loader.num_workers > 0,
+        )
 
     @abstractmethod
     def _dataloader(self, split: Any, training: bool) -> DataLoader: ...
@@ -211,7 +192,7 @@ class DetectionData(SplitData):
 
     def __init__(
         self,
-        loader: Loader = DEFAULT_LOADER,
+        loader: Loader = Loader(),
         augment: Augment | None = None,
         seed: int = 0,
         on_bad: OnBad = "error",
@@ -227,6 +208,8 @@ class DetectionData(SplitData):
         super().__init__(loader, seed, on_bad)
         if tiles is not None and proposals:
             raise ValueError("proposals of a store are of whole images: leave out proposals, or set tiles to null")
+        if tiles is not None and augment is not None and augment.combine.masks:
+            raise ValueError("augment.combine.copy_paste needs masks, which tiles have not: set it, or tiles, to null")
         self.channels, self.pixels = channels, PixelType(channels, range)
         if augment is not None:
             augment.check(self.pixels)
@@ -264,8 +247,7 @@ class DetectionData(SplitData):
             parts = divide_annotations(loaded, self.shares) if divided else {split: loaded}
             if self.tiles is not None:
                 parts = {name: self.tiles.cut(part) for name, part in parts.items()}
-            for other, known in self._of_split.items():
-                compare_classes(other, known, split, parts[split])
+            compare_classes({**self._of_split, split: parts[split]})
             self._of_split.update(parts)
         return self._of_split[split]
 
@@ -332,11 +314,9 @@ class DetectionData(SplitData):
         """
         augment = self.augment if augmented else None
         if augment is not None and augment.combine.masks:
-            self._read_masks(split)
+            self.with_outlines(split)
         resize = self.resize if augmented or self.resize is None else self.resize.for_evaluation()
         proposals, contents = self.proposals(split), self.contents(split)
-        if self.tiles is not None and contents is not None:
-            raise DataError(f"{split}: tiles are cut from image files, not from shards; set tiles to null")
         return DetectionDataset(self.annotations(split), augment, self.seed, proposals, contents, resize, self.pixels)
 
     def reads_outlines(self, split: Split) -> bool:
@@ -356,15 +336,6 @@ class DetectionData(SplitData):
             finally:
                 self.outlines = False
         return self.annotations(split)
-
-    def _read_masks(self, split: Split) -> None:
-        annotations = self.with_outlines(split)
-        if annotations.segmentations is None:
-            raise DataError(
-                f"augment.combine.copy_paste needs instance masks, and {type(self).__name__} has boxes only; use data in COCO "
-                "layout with segmentations, or set copy_paste to null"
-            )
-        check_segmentations(annotations)
 
     def test_dataloader(self) -> DataLoader:
         """As :meth:`eval_dataloader`, from the test split; a DataError if none was given."""
@@ -397,13 +368,20 @@ class DetectionData(SplitData):
         return Presence.of(self.annotations(split))
 
     def _dataloader(self, split: Split, training: bool) -> DataLoader:
-        dataset = self.dataset(split, augmented=training)
-        sizes, locality, plan = self.annotations(split).sizes, self.locality(split), self._plan(training)
-        return self.loader.load(dataset, sizes, self.seed, training, collate, locality=locality, plan=plan)
+        dataset, sizes = self.dataset(split, augmented=training), self.annotations(split).sizes
+        return self._load(dataset, sizes, training, collate, locality=self.locality(split))
 
 
 class FolderData(DetectionData):
-    """Base of data sets that lie in a folder, with an argument that names what each split is read from."""
+    """Base of data sets that lie in a folder, with an argument that names what each split is read from.
+
+    Args:
+        root: the folder.
+        train: the training split.
+        val: the validation split, named as the training split is.
+        test: the split for the final test, named in the same way; none by default.
+        common: what all data sets have, see :class:`DetectionData`.
+    """
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from detpipe.datasets.augment.settings import Neighbors
 from detpipe.datasets.batches import Key, Repeat, draws_again
 from detpipe.datasets.decode import Reduced, read_image, read_reduced
 from detpipe.datasets.resize import Resize, resample
-from detpipe.datasets.segmentations import draw_masks
+from detpipe.datasets.segmentations import check_segmentations, draw_masks
 from detpipe.datasets.workers import share_with_workers
 from detpipe.images import Size, targets_to_batch
 from detpipe.support.errors import DataError
@@ -54,27 +54,18 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     The epoch is part of the key because the augmentation is drawn from (seed, epoch, index): the same in every worker,
     another one in every epoch.
 
-    Args:
-        annotations: the ground truth of the split.
-        augment: what is done to image, boxes and proposals; None for nothing.
-        seed: decides every draw, with the key.
-        proposals: precomputed boxes by image id, which then ride in the target as ``proposals``.
-        contents: where the image files are, if not at their names.
-        resize: to which size images are brought, after the augmentation; None leaves them as they are.
-        pixels: the channels and values of images.
-
     Raises:
         DataError: the augmentation needs more images, or instance masks that the annotations do not have.
         ValueError: a transform of the augmentation has arguments that it does not take, or is not for such pixels.
     """
 
-    annotations: Annotations
-    augment: Augment | None = None
-    seed: int = 0
-    proposals: Proposals | None = None
-    contents: Contents | None = None
-    resize: Resize | None = None
-    pixels: PixelType = RGB
+    annotations: Annotations  # the ground truth of the split
+    augment: Augment | None = None  # what is done to image, boxes and proposals
+    seed: int = 0  # decides every draw, with the key
+    proposals: Proposals | None = None  # precomputed boxes by image id, which then ride in the target
+    contents: Contents | None = None  # where the image files are, if not at their names
+    resize: Resize | None = None  # to which size images are brought, after the augmentation
+    pixels: PixelType = RGB  # the channels and values of images
 
     def __post_init__(self) -> None:
         if self.augment is not None:
@@ -161,10 +152,8 @@ def _check(augment: Augment, annotations: Annotations, pixels: PixelType) -> Non
     combine = augment.combine
     if len(annotations) < combine.images:
         raise DataError(f"{annotations.root}: {combine.too_few(len(annotations))}")
-    if combine.masks and annotations.segmentations is None:
-        raise DataError(
-            f"{annotations.root}: augment.combine.copy_paste needs instance masks, and the annotations have none; set it to null"
-        )
+    if combine.masks:
+        check_segmentations(annotations)
     augment.check(pixels)
 
 
@@ -180,9 +169,5 @@ def start_worker(_: int) -> None:
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has the first alone
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_once)
-
-
-def _ignore_once(number: int, _: object) -> None:
-    """The next one ends this process."""
-    signal.signal(number, signal.SIG_DFL)
+    # the first is ignored, the next one ends this process
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))

@@ -85,7 +85,7 @@ def read_reduced(
     since a part of a pixel would come to lie at its left or top. ``pixels=None`` takes any channels that it has, at 8 bits. Other
     arguments and errors are those of `read_image`.
     """
-    with _named(path, content, "decoded"):
+    with naming(path, content, "decoded"):
         data = Path(path).read_bytes() if content is None else content
         wide = planes.read_planes(data, pixels or RGB)
         found, size, factor = (wide, wide.values.shape[:2], 1) if wide else _decode(data, least, pixels or RGB)
@@ -116,7 +116,7 @@ def image_size(path: str | Path, content: bytes | None = None) -> Size:
     Only a PNG is read to its end, where its orientation may stand. ``content`` is the bytes of the file, if they lie elsewhere. A
     DataError names the path if the file is missing, is not an image or is too large.
     """
-    with _named(path, content, "read"), open(path, "rb") if content is None else io.BytesIO(content) as stream:
+    with naming(path, content, "read"), open(path, "rb") if content is None else io.BytesIO(content) as stream:
         if (stored := planes.stored_size(stream)) is not None:
             height, width, orientation = stored
             planes.check_pixels(height, width)
@@ -149,24 +149,18 @@ def image_format(content: bytes) -> str:
         return "NPY"
     if planes.is_tiff(content):
         return "TIFF"
-    with _quiet(), Image.open(io.BytesIO(content)) as image:
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
         return image.format or "img"
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the decoders' remarks (deprecation, odd metadata, large pictures) out of the output: we judge the pixels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
-def _named(path: str | Path, content: bytes | None, done: str) -> Iterator[None]:
+def naming(path: str | Path, content: bytes | None, done: str) -> Iterator[None]:
+    """Make what decoders raise a DataError that names the file, which cannot be ``done`` to; they may say nothing else."""
     if content is None:
         refuse_special(path)
     try:
-        with _quiet():
+        # the decoders' remarks (deprecation, odd metadata, large pictures) stay out of the output: we judge the pixels
+        with warnings.catch_warnings(action="ignore"):
             yield
     except (DataError, MemoryError):
         raise

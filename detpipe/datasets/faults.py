@@ -25,38 +25,27 @@ class Fault:
     serious: bool = True  # whether the data cannot be used like this; else it is only worth a look
 
 
+@dataclass(eq=False)
 class Faults:
     """The faults of one split.
 
-    Args:
-        policy: ``"error"`` raises at `check` if there was any fault; ``"skip"`` counts a faulty record by its reason, and raises
-            only for what must never be skipped (`fatal`); ``"collect"`` raises nothing: all faults are in :attr:`found`.
-        pixels: what images are read as; None if any channels will do, at 8 bits.
-        allow_links: whether images may lie outside of the folder of the data set, by links or by names in lists.
-        decode: whether every image is decoded while the split is read, unless the first fault ends that anyway.
-
-    Attributes:
-        source: the annotation file or folder that messages name.
-        skipped: "boxes skipped: zero or negative size" -> how many.
-        found: the faults that were collected.
-        messages: of the first faults since the last `check`, where none are collected.
+    ``"error"`` raises at `check` if there was any fault; ``"skip"`` counts a faulty record by its reason, and raises only for what
+    must never be skipped (`fatal`); ``"collect"`` raises nothing: all faults are in :attr:`found`.
     """
 
-    def __init__(
-        self,
-        policy: Literal["error", "skip", "collect"] = "error",
-        pixels: PixelType | None = None,
-        allow_links: bool = False,
-        decode: bool = True,
-    ) -> None:
-        if policy not in ("error", "skip", "collect"):
-            raise ValueError(f"on_bad must be 'error' or 'skip', got {policy!r}")
-        self.policy, self.pixels, self.allow_links = policy, pixels, allow_links
-        self.decodes = decode and policy != "error"
-        self.source: str | Path = ""
-        self.skipped: Counter[str] = Counter()
-        self.found: list[Fault] = []
-        self.messages: list[str] = []
+    policy: Literal["error", "skip", "collect"] = "error"
+    pixels: PixelType | None = None  # what images are read as; None if any channels will do, at 8 bits
+    allow_links: bool = False  # whether images may lie outside of the data set's folder, by links or by names in lists
+    decode: bool = True  # whether every image is decoded while it is read, unless the first fault ends that anyway
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("error", "skip", "collect"):
+            raise ValueError(f"on_bad must be 'error' or 'skip', got {self.policy!r}")
+        self.decodes = self.decode and self.policy != "error"
+        self.source: str | Path = ""  # the annotation file or folder that messages name
+        self.skipped: Counter[str] = Counter()  # "boxes skipped: zero or negative size" -> how many
+        self.found: list[Fault] = []  # the faults that were collected
+        self.messages: list[str] = []  # of the first faults since the last `check`, where none are collected
         self._fatal: list[str] = []
         self._alike: set[str] = set()
         self._total = 0

@@ -278,7 +278,7 @@ def _open(url: str, start: int, timeout: float, advice: str) -> HTTPResponse | _
     headers = {**_HEADERS, "Range": f"bytes={start}-"} if start else _HEADERS
     opener = urllib.request.build_opener(
         _Redirects
-    )  # files and ftp, which it knows too, are refused before and in redirects
+    )  # it knows files and ftp, which are refused before and in redirects
     try:
         return cast(HTTPResponse, opener.open(urllib.request.Request(url, headers=headers), timeout=timeout))
     except urllib.error.HTTPError as error:

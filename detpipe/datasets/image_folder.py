@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from detpipe.datasets.annotations import check_pixels
 from detpipe.datasets.classification import ClassificationData, LabeledImages, LabeledSplit, pack_names
 from detpipe.datasets.decode import IMAGE_SUFFIXES
 from detpipe.datasets.faults import SHOWN, Faults, OnBad
-from detpipe.datasets.formats.folders import visible, walk
+from detpipe.datasets.formats.folders import visible, walk_folders
 from detpipe.support.errors import DataError
 from detpipe.support.suggest import did_you_mean
 from detpipe.types import RGB
@@ -40,20 +41,10 @@ class ImageFolder(ClassificationData):
         root: the folder of the set.
         train: name of the folder to train on.
         val: name of the folder to validate on; its classes are among those of ``train``.
-        common: what all such data sets have: ``loader``, ``views``, ``seed`` and ``on_bad`` of
-            :class:`~detpipe.datasets.classification.ClassificationData`.
-
-    Raises:
-        ValueError: a split without a name, a negative seed, or another policy.
+        common: what all such data sets have, see :class:`~detpipe.datasets.classification.ClassificationData`.
     """
 
-    def __init__(
-        self,
-        root: str,
-        train: str = "train",
-        val: str = "val",
-        **common: Any,
-    ) -> None:
+    def __init__(self, root: str, train: str = "train", val: str = "val", **common: Any) -> None:
         super().__init__(**common)
         if not train or not val:
             raise ValueError(f"train and val must name folders below the root, got {train!r} and {val!r}")
@@ -133,7 +124,7 @@ def read_image_folder(
 def _list_below(root: Path, folder: str, faults: Faults, others: Counter[str]) -> Iterator[str]:
     """All images in a folder and those below it; other files are counted by suffix."""
     start = len(os.path.join(root, ""))
-    for entry in walk(os.path.join(root, folder), set()):
+    for entry in chain.from_iterable(files for _, files in walk_folders(root / folder)):
         if not _is_image(entry):
             others[os.path.splitext(entry.name)[1].lower()] += 1
         elif entry.is_file():

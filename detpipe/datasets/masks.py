@@ -22,9 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 from detpipe.datasets.datamodule import DetectionData, Split
+from detpipe.datasets.decode import naming
 from detpipe.datasets.formats.coco import COCO
 from detpipe.datasets.formats.voc import VOC
-from detpipe.datasets.planes import MAX_PIXELS
+from detpipe.datasets.planes import Refused, check_pixels
 from detpipe.datasets.segmentations import IGNORED, Mask, draw_classes
 from detpipe.regions.superpixels import Segmentation, Segmenter
 from detpipe.support.errors import DataError
@@ -39,15 +40,11 @@ TRUTH_SEGMENTS = 400  # superpixels an image of masks that are made of boxes, wh
 
 @dataclass(frozen=True)
 class Masks:
-    """The true masks of a split.
+    """The true masks of a split."""
 
-    Args:
-        source: what they are and where they come from, for a log.
-        read: reads or makes the mask ``[H, W]`` of an image ``[3, H, W]`` uint8 RGB as in its file, nothing augmented; a DataError
-            names the file if there is none, or it does not fit the image.
-    """
-
-    source: str
+    source: str  # what they are and where they come from, for a log
+    # an image ``[3, H, W]`` uint8 RGB as in its file, nothing augmented, and its target -> its mask ``[H, W]``; a DataError names
+    # the file if there is none, or it does not fit the image
     read: Callable[[Tensor, Target], Mask]
 
 
@@ -62,7 +59,9 @@ def open_masks(data: DetectionData, split: Split, kind: Kind = "auto") -> Masks:
         raise ValueError(f"kind must be 'auto', 'superpixels' or 'boxes', got {kind!r}")
     annotations, why = data.annotations(split), "as asked for"
     if kind == "auto":
-        if isinstance(data, VOC):
+        if annotations.windows is not None:
+            why = "tiles have boxes only"
+        elif isinstance(data, VOC):
             if any((annotations.root / path).parent.is_dir() for path in map(_png, annotations.file_names)):
                 return _voc_masks(annotations)
             why = f"{data.root} has no folder SegmentationClass"
@@ -127,26 +126,12 @@ def voc_mask(path: str | Path, size: tuple[int, int], classes: int) -> Mask:
 
     A DataError if the file is missing, is not such a PNG, is of another size than the image, or has a class that is not known.
     """
-    try:
-        with Image.open(path) as png:
-            if png.width * png.height > MAX_PIXELS:
-                raise DataError(
-                    f"{path}: {png.width} x {png.height} pixels are more than {MAX_PIXELS}; use smaller masks"
-                )
-            if png.mode not in ("P", "L"):
-                raise DataError(
-                    f"{path}: expected a palette or gray PNG, whose values are classes, got mode {png.mode!r}"
-                )
-            step = _STEPS.get(png.tile[0].args, 1)
-            mask = np.array(png, dtype=np.int32) // step
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such mask") from error
-    except Exception as error:  # decoders raise anything on damaged files
-        raise DataError(
-            f"{path}: cannot be decoded as a mask ({str(error).splitlines()[0]}); replace the file"
-        ) from error
+    with naming(path, None, "decoded"), Image.open(path) as png:
+        check_pixels(png.height, png.width)
+        if png.mode not in ("P", "L"):
+            raise Refused(f"expected a palette or gray PNG, whose values are classes, got mode {png.mode!r}")
+        step = _STEPS.get(png.tile[0].args, 1)  # loading empties the list
+        mask = np.array(png, dtype=np.int32) // step
     if mask.shape != size:
         raise DataError(
             f"{path}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels, but its image {size[1]} x {size[0]}"

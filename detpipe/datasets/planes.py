@@ -60,23 +60,6 @@ class Planes(NamedTuple):
     orientation: int = 1  # EXIF, to be applied
 
 
-class _TiffHeader(NamedTuple):
-    """What the first directory of a TIFF says."""
-
-    height: int  # as stored, before the orientation is applied
-    width: int  # in the same way
-    orientation: int  # EXIF
-    samples: int  # values a pixel
-    bits: int  # of each, at most
-    color: bool  # whether the samples are known to be red, green and blue
-    zero_is_white: bool  # whether they count from white
-    floats: bool  # whether they are floating point
-    premultiplied: bool  # whether colors are multiplied with alpha
-    by_pillow: bool  # whether Pillow puts the samples where they belong
-    by_opencv: bool  # whether OpenCV does
-    end: int  # bytes that the file must have at least
-
-
 def is_npy(start: bytes) -> bool:
     """Whether a file that begins so is an NPY array."""
     return start.startswith(_NPY)
@@ -96,7 +79,7 @@ def stored_size(stream: BinaryIO) -> tuple[int, int, int] | None:
     if is_npy(start):
         (height, width, _), _, _ = _npy_header(start + stream.read(_HEADER - len(start)))
         return height, width, 1
-    return _tiff_header(stream, start)[:3] if is_tiff(start) else None
+    return _stored_size(_tiff_tags(stream, start)) if is_tiff(start) else None
 
 
 def read_planes(data: bytes, pixels: PixelType) -> Planes | None:
@@ -256,66 +239,59 @@ def check_pixels(height: int, width: int, channels: int = 1) -> None:
         )
 
 
-def _tiff_header(stream: BinaryIO, start: bytes) -> _TiffHeader:
+def _tiff_tags(stream: BinaryIO, start: bytes) -> TiffImagePlugin.ImageFileDirectory_v2:
     """The first directory of a TIFF, also of one that Pillow has no mode for."""
     big = start[2] in b"+" or start[3] in b"+"
     tags = TiffImagePlugin.ImageFileDirectory_v2(start if big else start[:8])
     stream.seek(tags.next)
     tags.load(stream)
-    samples = int(tags.get(_SAMPLES, 1))
-    bits, formats = int(np.max(tags.get(_BITS, 1))), np.ravel(tags.get(_FORMAT, _UNSIGNED))
-    floats, photometric = _FLOATS in formats, tags.get(_PHOTOMETRIC)
+    return tags
+
+
+def _stored_size(tags: Any) -> tuple[int, int, int]:
+    """Height and width as stored, and EXIF orientation, of the first directory of a TIFF."""
     orientation = tags.get(ORIENTATION)
     if orientation is None and (found := _XMP_ORIENTATION.search(bytes(tags.get(_XMP, b"")))):
         orientation = int(found[1])  # where Pillow looks too
-    separate = samples > 1 and tags.get(_PLANAR) == _SEPARATE
-    compressed = tags.get(_COMPRESSION, 1) != 1
-    # libtiff has brought the bytes of a number into the order of the machine, and Pillow does it again
-    swapped = start[:1] == b"M" and compressed and bits > 8 and (formats != _UNSIGNED).any()
-    premultiplied = _PREMULTIPLIED in tags.get(_EXTRA, ())
-    # of planes Pillow reads RGB of 8 bits; of 16 bits it divides the high bytes by that of alpha
-    mixed_up = separate and (samples not in (3, 4) or premultiplied)
-    mixed_up |= bits > 8 and (separate or premultiplied)
-    ends = [
-        a + b for offsets, counts in _PLACES for a, b in zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False)
-    ]
-    return _TiffHeader(
-        *(int(tags[_LENGTH]), int(tags[_WIDTH]), orientation if isinstance(orientation, int) else 1, samples, bits),
-        color=photometric == _IS_RGB,
-        zero_is_white=photometric == _MIN_IS_WHITE,
-        floats=floats,
-        premultiplied=premultiplied,
-        by_pillow=not (swapped or mixed_up),
-        by_opencv=not separate and not (floats and bits == 16),
-        end=max(ends, default=0),
-    )
+    return int(tags[_LENGTH]), int(tags[_WIDTH]), orientation if isinstance(orientation, int) else 1
 
 
 def _tiff(data: bytes, pixels: PixelType) -> Planes | None:
-    header = _tiff_header(io.BytesIO(data), data[:16])
-    check_pixels(header.height, header.width, header.samples)
+    tags: Any = _tiff_tags(io.BytesIO(data), data[:16])
+    samples, photometric = int(tags.get(_SAMPLES, 1)), tags.get(_PHOTOMETRIC)
+    bits, formats = int(np.max(tags.get(_BITS, 1))), np.ravel(tags.get(_FORMAT, _UNSIGNED))
+    floats, color = _FLOATS in formats, photometric == _IS_RGB
+    height, width, orientation = _stored_size(tags)
+    check_pixels(height, width, samples)
+    separate = samples > 1 and tags.get(_PLANAR) == _SEPARATE
+    premultiplied = _PREMULTIPLIED in tags.get(_EXTRA, ())
+    # libtiff has brought the bytes of a number into the order of the machine, and Pillow does it again
+    swapped = data[:1] == b"M" and tags.get(_COMPRESSION, 1) != 1 and bits > 8 and (formats != _UNSIGNED).any()
+    # of planes Pillow reads RGB of 8 bits; of 16 bits it divides the high bytes by that of alpha
+    mixed_up = separate and (samples not in (3, 4) or premultiplied)
+    mixed_up |= bits > 8 and (separate or premultiplied)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if header.samples == 1 and pixels.channels not in (1, 3):
+            if samples == 1 and pixels.channels not in (1, 3):
                 return _pages(image, pixels)
             # of several samples of more than 8 bits Pillow has the high byte, or the first sample
-            deep = header.bits > (8 if header.samples > 1 else 32 if header.floats else 16)
-            whole = header.samples == len(image.getbands()) and not deep
-            shown = _shows_colors(header.samples, header.color, pixels)
-            if header.by_pillow and (whole or (shown and not (deep and pixels.range))):
+            deep = bits > (8 if samples > 1 else 32 if floats else 16)
+            whole = samples == len(image.getbands()) and not deep
+            shown = _shows_colors(samples, color, pixels)
+            if not (swapped or mixed_up) and (whole or (shown and not (deep and pixels.range))):
                 return None
     except Image.UnidentifiedImageError:
         pass
-    if header.end > len(data):
-        raise Refused(f"ends early: {len(data)} bytes of {header.end}")
-    bits = header.bits
-    if header.by_opencv and header.color and header.samples in (3, 4) and bits > 8:
-        values = _opencv(data, header.samples)  # turned, and of 9 to 15 bits the high ones of 16
+    ends = (a + b for places in _PLACES for a, b in zip(*(tags.get(tag, ()) for tag in places), strict=False))
+    if (end := max(ends, default=0)) > len(data):
+        raise Refused(f"ends early: {len(data)} bytes of {end}")
+    if color and samples in (3, 4) and bits > 8 and not separate and not (floats and bits == 16):
+        values = _opencv(data, samples)  # turned, and of 9 to 15 bits the high ones of 16
         exact, orientation = bits < 16 and isinstance(pixels.range, tuple), 1
         values = values >> (16 - bits) if exact else values
     else:
-        values, orientation = _in_16_bits(_tifffile(data), bits, header.zero_is_white, pixels), header.orientation
-    return Planes(wanted_samples(values, header.color, header.premultiplied, pixels), False, orientation)
+        values = _in_16_bits(_tifffile(data), bits, photometric == _MIN_IS_WHITE, pixels)
+    return Planes(wanted_samples(values, color, premultiplied, pixels), False, orientation)
 
 
 def wanted_samples(values: Values, color: bool, premultiplied: bool, pixels: PixelType) -> Values:
@@ -369,9 +345,7 @@ def _opencv(data: bytes, samples: int) -> Values:
     values = values.reshape(*values.shape[:2], -1)
     if values.shape[2] == 4 and samples == 2:  # grey and alpha
         return values[:, :, [0, 3]]
-    if values.shape[2] != samples and not (
-        values.shape[2] == 4 and samples == 3
-    ):  # a color of a PNG may be transparent
+    if (values.shape[2], samples) != (4, 3) and values.shape[2] != samples:  # a color of a PNG may be transparent
         raise Refused(f"has {samples} channels, of which OpenCV reads {values.shape[2]}; convert the file")
     return values[:, :, [2, 1, 0, 3][:samples]]
 
@@ -382,8 +356,7 @@ def _tifffile(data: bytes) -> Values:
         import tifffile
     except ImportError as error:
         raise Refused("TIFF of these channels needs tifffile: pip install 'detpipe[tiff]'") from error
-    with warnings.catch_warnings(), tifffile.TiffFile(io.BytesIO(data)) as file:
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), tifffile.TiffFile(io.BytesIO(data)) as file:
         page: Any = file.pages[0]
         if not all(page.databytecounts):
             raise Refused("ends early: it lacks rows")

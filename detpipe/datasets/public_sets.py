@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import yaml
 
 from detpipe.datasets.fetch import RemoteFile, check_space, check_url, fetch
@@ -40,19 +40,9 @@ class PublicSet:
     page: str  # its home
 
 
-def _read_sets() -> dict[str, PublicSet]:
-    table = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-
-    def part(target: str, inner: str, archives: list[Any], files: dict[str, int]) -> Part:
-        return Part(target, inner, tuple(RemoteFile(*archive) for archive in archives), files)
-
-    return {
-        name: PublicSet(tuple(part(**one) for one in entry["parts"]), tuple(entry["configs"]), entry["page"])
-        for name, entry in table.items()
-    }
-
-
-PUBLIC_SETS = _read_sets()
+PUBLIC_SETS = msgspec.convert(
+    yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")), dict[str, PublicSet]
+)
 
 
 def from_mirror(part: Part, mirror: str) -> Part:

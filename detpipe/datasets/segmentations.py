@@ -65,13 +65,18 @@ def check_segmentations(annotations: Annotations) -> None:
 
     A DataError names file, annotation and image of those that have none, or one that cannot be read.
     """
+    if annotations.segmentations is None:
+        raise DataError(
+            f"{annotations.root}: augment.combine.copy_paste needs instance masks, and the annotations have none; use data in "
+            "COCO layout with segmentations, or YOLO's with polygons, or set it to null"
+        )
     faults: list[str] = []
     for b, i in enumerate(annotations.box_image.tolist()):
         try:
             _read(annotations, i, b, draw=False)
         except DataError as error:
             faults.append(str(error))
-    if faults and annotations.segmentations is not None:
+    if faults:
         raise DataError(
             f"{annotations.segmentations.source}: copy_paste needs the segmentation of every object; {len(faults)} of "
             f"{len(annotations.boxes)} have none that can be read: {'; '.join(faults[:SHOWN])}; mend them, or set it to null"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,14 +155,3 @@ def cluster(values: Floats, count: int) -> Floats:
             break
         means = moved
     return np.sort(means)
-
-
-def class_shares(parts: Mapping[str, Annotations]) -> dict[str, dict[str, float]]:
-    """Where the objects of each class went: class -> part -> its part of the objects; 0 for all where the class has none."""
-    first = next(iter(parts.values()))
-    counts = {name: np.bincount(a.labels, minlength=a.num_classes + 1)[1:] for name, a in parts.items()}
-    total = np.sum(list(counts.values()), axis=0).clip(min=1)
-    return {
-        word: {name: float(count[k] / total[k]) for name, count in counts.items()}
-        for k, word in enumerate(first.class_names)
-    }

@@ -1,4 +1,4 @@
-"""Divide images into parts with equal shares of the objects of every class.
+"""Put splits together, and divide images into parts with equal shares of the objects of every class.
 
 Sechidis, Tsoumakas and Vlahavas, "On the Stratification of Multi-Label Data", ECML PKDD 2011. Deviations:
 
@@ -13,25 +13,60 @@ Groups G, classes K, parts P.
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, image_paths
+from detpipe.datasets.formats.class_list import compare_classes
+from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles, content_keys, image_paths
 from detpipe.support.errors import DataError
-from detpipe.types import Annotations
+from detpipe.types import BOX_FIELDS, Annotations, Segmentations
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 _PASSES = 20  # over all groups; it has long settled by then
-_HEAD = 2**16  # bytes of an image file that tell it from others of its length; more are read where they do not
+
+
+def join(splits: Mapping[str, Annotations]) -> tuple[Annotations, int]:
+    """Pool splits; an image file that several of them name is taken once, from the first.
+
+    All images in their order, numbered anew from 1 if ids repeat; and how many repeated images were left out. A DataError if the
+    splits have other classes.
+    """
+    compare_classes(splits)
+    first = next(iter(splits.values()))
+    seen: set[Path] = set()
+    kept: list[Annotations] = []
+    for split in splits.values():
+        paths = [Path(os.path.abspath(split.root / str(name))) for name in split.file_names]
+        kept.append(split.subset(np.array([i for i, path in enumerate(paths) if path not in seen], dtype=np.int64)))
+        seen.update(paths)
+    root = Path(os.path.commonpath([os.path.abspath(a.root) for a in kept])) if len(kept) > 1 else first.root
+    names = [
+        os.path.relpath(a.root / str(name), root) if len(kept) > 1 else str(name) for a in kept for name in a.file_names
+    ]
+    ids = np.concatenate([a.image_ids for a in kept])
+    boxes: dict[str, Any] = {name: np.concatenate([getattr(a, name) for a in kept]) for name in BOX_FIELDS}
+    outlines = [a.segmentations or Segmentations.pack([b""] * len(a.boxes)) for a in kept]
+    joined = Annotations(
+        root=root,
+        file_names=np.array([name.replace(os.sep, "/") for name in names], dtype=np.str_),
+        image_ids=ids if len(np.unique(ids)) == len(ids) else np.arange(1, len(ids) + 1),
+        sizes=np.concatenate([a.sizes for a in kept]),
+        offsets=np.cumsum(np.concatenate([[0], *(np.diff(a.offsets) for a in kept)])),
+        class_names=first.class_names,
+        category_ids=first.category_ids,
+        segmentations=Segmentations.concat(outlines) if any(a.segmentations is not None for a in kept) else None,
+        **boxes,
+    )
+    return joined, sum(map(len, splits.values())) - len(joined)
 
 
 def divide_annotations(annotations: Annotations, shares: Mapping[str, float]) -> dict[str, Annotations]:
@@ -65,7 +100,7 @@ def divide_by_content(
     A ValueError for shares that are not positive or do not add up to 1; a DataError if an image cannot be read, or there are too
     few.
     """
-    digests = _digests(image_paths(annotations), source)
+    digests = content_keys(image_paths(annotations), source)
     order = np.array(sorted(range(len(annotations)), key=digests.__getitem__), dtype=np.int64)
     group = _groups([digests[i] for i in order.tolist()], np.argsort(order), together)
     if len(np.unique(group)) < len(shares):
@@ -79,20 +114,6 @@ def divide_by_content(
     parts = stratified_parts(pool, list(shares.values()), seed, group)
     _fill(parts, group, np.diff(pool.offsets))
     return {name: np.sort(order[part]) for name, part in zip(shares, parts, strict=True)}
-
-
-def _digests(paths: Sequence[Path], source: ImageFiles) -> list[bytes]:
-    """[I] what tells the content of an image file; equal for equal files only."""
-    rows = tqdm(paths, desc="comparing images", unit="image", disable=None, leave=False)
-    try:
-        keys = [(source.size(path), hashlib.sha256(source.read(path, _HEAD)).digest()) for path in rows]
-        count = Counter(keys)
-        return [
-            hashlib.sha256(source.read(path)).digest() if count[key] > 1 and key[0] > _HEAD else key[1]
-            for path, key in zip(paths, keys, strict=True)
-        ]
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
 
 
 def _groups(digests: Sequence[bytes], place: Ints, together: Sequence[Sequence[int]]) -> Ints:

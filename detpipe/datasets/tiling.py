@@ -89,16 +89,9 @@ class Tiling:
 
 
 def tile_views(height: int, width: int, size: int, overlap: float) -> list[View]:
-    """Cut an image into tiles, row by row.
+    """Cut an image of a height and width into tiles of a size, or of its own where that is less: x1, y1, x2, y2, row by row.
 
-    Args:
-        height: of the image.
-        width: of the image.
-        size: height and width of a tile; the image's where that is less.
-        overlap: share of a tile that the next one has too, at least: the last one ends with the image.
-
-    Returns:
-        x1, y1, x2, y2 of each tile.
+    ``overlap`` is the share of a tile that the next one has too, at least: the last one ends with the image.
 
     Example:
         >>> tile_views(100, 150, 100, 0.2)

@@ -136,11 +136,12 @@ def look_at_images(look: Callable[[int], T], rows: Sequence[int]) -> Iterator[T]
     Its results come in the order of the rows.
     """
     with (
-        warnings.catch_warnings(),  # the decoder's own, which it sets and takes back in each thread, would stay or be lost
+        warnings.catch_warnings(
+            action="ignore"
+        ),  # the decoder's own, which it sets and takes back in each thread, would stay or be lost
         ThreadPoolExecutor(usable_cores()) as pool,
         tqdm(desc="checking images", total=len(rows), unit="image", disable=None, leave=False) as bar,
     ):
-        warnings.simplefilter("ignore")
         for start in range(0, len(rows), _AT_ONCE):
             for found in pool.map(look, rows[start : start + _AT_ONCE]):
                 yield found

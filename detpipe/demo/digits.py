@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from detpipe.datasets.classification import ClassificationData, LabeledImages, LabeledSplit, Views
-from detpipe.datasets.datamodule import DEFAULT_LOADER, Loader
+from detpipe.datasets.datamodule import Loader
 from detpipe.datasets.decode import read_image
 from detpipe.datasets.formats.coco import load_coco
 from detpipe.datasets.image_folder import read_image_folder
@@ -54,7 +54,7 @@ class DemoDigits(ClassificationData):
         root: str = "data/demo_digits",
         demo: str = "data/demo",
         scenes: DemoScenes = DEFAULT_SCENES,
-        loader: Loader = DEFAULT_LOADER,
+        loader: Loader = Loader(),
         views: Views = UPRIGHT_VIEWS,
         **common: Any,
     ) -> None:

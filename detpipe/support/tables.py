@@ -19,7 +19,7 @@ def read_table(path: Path, delimiters: str = ",") -> Iterator[tuple[int, list[st
     """
     text = read_text(path, "table", newline="")
     delimiter = max(delimiters, key=text.partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     line = 1
     while True:
         try:

@@ -141,7 +141,7 @@ def test_check_names_every_image_that_is_damaged(shards, tmp_path, capsys):
     damaged = [0, 4]  # the first has two of the four boxes
     for row in damaged:
         path = shards / "train" / known.shards[int(known.shard[row])].name
-        spoil(path, int(known.images.offset[row]) + 200)
+        spoil(path, int(known.images[row, 0]) + 200)
     assert main(["check", str(shards), "--json", str(tmp_path / "faults.json")]) == 1
     shown = capsys.readouterr().out
     assert (
@@ -222,6 +222,6 @@ def test_image_files_measure_and_read(files, shards):
         assert source.name(own) == str(own)
         assert source.name(inside).endswith(f".tar ({own.name})")
     known = read_index(shards / "val")
-    spoil(shards / "val" / known.shards[int(known.shard[7])].name, int(known.images.offset[7]) + 50)
+    spoil(shards / "val" / known.shards[int(known.shard[7])].name, int(known.images[7, 0]) + 50)
     with pytest.raises(DataError, match="damaged or changed"):
         source.read(pairs[7][1])

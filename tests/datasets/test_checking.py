@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from detpipe.datasets.checking import Report, check_data, equal_files
+from detpipe.datasets.checking import Report, check_data
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.formats.recognize import open_split
-from detpipe.datasets.image_files import PLAIN_FILES
+from detpipe.datasets.image_files import PLAIN_FILES, content_keys
 from detpipe.support.errors import DataError
 
 from .builders import coco_content, picture, voc_object, write_coco, write_voc, write_yolo
@@ -173,7 +173,15 @@ def test_boxes_that_are_there_twice(tmp_path: Path) -> None:
 
 
 def test_equal_files(tmp_path: Path) -> None:
-    for name, text in (("a", "1"), ("b", "22"), ("c", "1"), ("d", "2"), ("e", "22"), ("f", "")):
-        (tmp_path / name).write_text(text)
-    paths = [tmp_path / name for name in "abcdef"]
-    assert equal_files(paths, PLAIN_FILES, pytest.fail) == [[paths[0], paths[2]], [paths[1], paths[4]]]
+    long = b"x" * 2**16
+    contents = (b"1", b"22", b"1", b"2", b"22", b"", long, long + b"a", long + b"b", long + b"ab", long + b"a")
+    paths = [tmp_path / str(number) for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    keys = content_keys(paths, PLAIN_FILES)
+    assert [keys.index(key) for key in keys] == [contents.index(content) for content in contents]
+    with pytest.raises(DataError, match=r"gone: cannot be read \(No such file"):
+        content_keys([tmp_path / "gone"], PLAIN_FILES)
+    lost: list[Path] = []
+    assert len(set(content_keys([tmp_path / "gone", *paths], PLAIN_FILES, lambda path, _: lost.append(path)))) == 9
+    assert lost == [tmp_path / "gone"]

@@ -126,7 +126,9 @@ def test_copy_paste_needs_masks(tmp_path: Path) -> None:
 
     paste = Augment(combine=Combine(CopyPaste()))
     data = VOC(str(write_voc(tmp_path)), "train", "train", augment=paste)
-    with pytest.raises(DataError, match="copy_paste needs instance masks, and VOC has boxes only"):
+    with pytest.raises(
+        DataError, match="copy_paste needs instance masks, and the annotations have none; use data in COCO"
+    ):
         data.setup("fit")
     sound = data_in(tmp_path / "coco", augment=paste)
     sound.setup("fit")

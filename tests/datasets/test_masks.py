@@ -61,10 +61,10 @@ def test_gray_of_a_few_bits_is_not_spread(tmp_path: Path, bits: int) -> None:
     [
         ("a.png", (1, 2), 2, r"a\.png: has the class 3, expected 0 \(background\) to 2, or 255"),
         ("a.png", (2, 1), 3, r"a\.png: the mask is 2 x 1 pixels, but its image 1 x 2"),
-        ("gone.png", (1, 2), 2, r"gone\.png: no such mask"),
+        ("gone.png", (1, 2), 2, r"gone\.png: no such image file"),
         ("rgb.png", (1, 2), 2, r"rgb\.png: expected a palette or gray PNG, .* got mode 'RGB'"),
-        ("text.png", (1, 2), 2, r"text\.png: cannot be decoded as a mask"),
-        ("cut.png", (1, 2), 3, r"cut\.png: cannot be decoded as a mask"),
+        ("text.png", (1, 2), 2, r"text\.png: cannot be decoded as an image"),
+        ("cut.png", (1, 2), 3, r"cut\.png: cannot be decoded as an image"),
     ],
 )
 def test_voc_masks_that_cannot_be_used(

@@ -62,6 +62,8 @@ def test_classes_are_kept_renamed_and_merged(animals: Path) -> None:
     exchanged = read(animals, rename={"cat": "dog", "dog": "cat"})
     assert [exchanged.class_names[label - 1] for label in exchanged.labels] == ["dog", "kitty", "cat", "owl"]
     assert read(animals, keep=["cat"], rename={"kitty": "cat"}).category_ids == (1,)
+    moved = read(animals, rename={"cat": "dog", "dog": "owl"})
+    assert (moved.class_names, moved.category_ids) == (("dog", "owl", "kitty"), (1, 4, 3))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,19 @@ from typing import Any
 import pytest
 
 from detpipe.datasets import COCO, VOC, YOLO, Augment, ImageFolder, Loader, PixelType, Resize, Sampling, Shards, Views
-from detpipe.datasets.augment.settings import CopyPaste, Degrade, MixUp, Mosaic, Photometric, SafeCrop, Transform
+from detpipe.datasets.augment.settings import (
+    Combine,
+    CopyPaste,
+    Degrade,
+    MixUp,
+    Mosaic,
+    Photometric,
+    SafeCrop,
+    Transform,
+)
 from detpipe.datasets.classes import Classes
 from detpipe.datasets.shards.remote import ShardCache
+from detpipe.datasets.tiling import Tiling
 from detpipe.demo import DemoScenes
 from detpipe.support.errors import UsageError
 from detpipe.types import PixelFormat
@@ -73,6 +83,8 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     (Classes, {"keep": ["a", "a"]}, "classes.keep must be distinct names"),
     (Classes, {"rename": {"a": " "}}, "classes.rename must give each class a name"),
     (Shards, {**SPLIT, "window": 0}, "window must be at least 1, got 0"),
+    *[(Shards, {**SPLIT, **more}, "is for image files, not for shards") for more in ({"split": {"val": 0.2}}, {"tiles": Tiling()})],
+    (COCO, {**SPLIT, "tiles": Tiling(), "augment": Augment(combine=Combine(CopyPaste()))}, "copy_paste needs masks"),
     (ShardCache, {"gigabytes": 0}, "cache.gigabytes must be positive, got 0"),
     *[(Sampling, given, ONE_OF_BOTH) for given in ({}, {"repeat_factor": 0.1, "class_balanced": True})],
     *[(Sampling, {"repeat_factor": t}, "repeat_factor must be in 0..1, above 0") for t in (0, -1, 1.5)],

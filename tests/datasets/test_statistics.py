@@ -11,7 +11,6 @@ from detpipe.datasets import load_coco
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.statistics import (
     box_sizes,
-    class_shares,
     cluster,
     fit,
     quantiles,
@@ -88,9 +87,3 @@ def test_anchors_are_suggested_for_any_boxes(sides: list[tuple[float, float]]) -
     assert min(found.sizes) >= 1
     assert min(found.ratios) > 0
     assert 0 < found.iou <= 1
-
-
-def test_shares(tmp_path: Path) -> None:
-    a = load_coco(*write_coco(tmp_path))
-    shares = class_shares({"one": a.subset(np.array([0])), "two": a.subset(np.array([1, 2]))})
-    assert shares == {"cat": {"one": 0, "two": 1}, "dog": {"one": 1, "two": 0}, "owl": {"one": 1, "two": 0}}

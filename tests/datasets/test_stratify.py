@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detpipe.datasets.formats.recognize import open_split
-from detpipe.datasets.joining import join
-from detpipe.datasets.stratify import divide, divide_by_content, improve, stratified_parts
+from detpipe.datasets.stratify import divide, divide_by_content, improve, join, stratified_parts
 from detpipe.support.errors import DataError
 from detpipe.types import Annotations
 
@@ -99,17 +98,17 @@ def test_joining_takes_each_image_once(tmp_path: Path) -> None:
     boxes = [(0.0, 0.0, 1.0, 1.0)]
     a = make(tmp_path / "x", ["a.png", "b.png"], [(9, 9), (8, 8)], [boxes, []])
     b = make(tmp_path / "y", ["c.png"], [(7, 7)], [boxes * 2])
-    joined, repeated = join([a, b, a.subset(np.array([1, 0]))])
+    joined, repeated = join({"a": a, "b": b, "c": a.subset(np.array([1, 0]))})
     assert repeated == 2
     assert joined.file_names.tolist() == ["x/a.png", "x/b.png", "y/c.png"]
     assert joined.root == tmp_path
     assert joined.image_ids.tolist() == [1, 2, 3]  # anew: both had a 1
     assert joined.offsets.tolist() == [0, 1, 1, 3]
     assert joined.boxes.tolist() == [[0, 0, 9, 9], [0, 0, 7, 7], [0, 0, 7, 7]]
-    alone, _ = join([b])
+    alone, _ = join({"b": b})
     assert alone.file_names.tolist() == ["c.png"]
-    with pytest.raises(DataError, match="the splits to be pooled have other classes"):
-        join([a, make(tmp_path / "y", ["c.png"], [(7, 7)], [boxes], category_ids=(1, 7))])
+    with pytest.raises(DataError, match=r"the classes of a .* and b .* differ"):
+        join({"a": a, "b": make(tmp_path / "y", ["c.png"], [(7, 7)], [boxes], category_ids=(1, 7))})
 
 
 def images_in(a: Annotations, rows: npt.NDArray[np.int64]) -> set[bytes]:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from detpipe.datasets import COCO
 from detpipe.datasets.formats.coco import COCOFiles
+from detpipe.datasets.masks import open_masks
 from detpipe.datasets.tiling import Tiling
 
 BOXES = [
@@ -74,6 +75,10 @@ def test_tiles_without_objects_are_left_out_on_request(coco):
 def test_parts_of_a_split_are_cut_too(coco):
     whole = data(coco, Tiling(60), split={"val": 0.5})
     assert {len(whole.annotations("train")), len(whole.annotations("val"))} == {1, 2}
+
+
+def test_masks_of_tiles_are_made_of_their_boxes(coco):
+    assert open_masks(data(coco, Tiling(60)), "val").source.endswith("tiles have boxes only")
 
 
 def test_what_does_not_go_with_tiles_is_refused(coco):

@@ -10,33 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from detpipe.datasets.augment.settings import (
-    HUE,
-    LARGEST_CROP,
-    Combine,
-    Degrade,
-    Neighbors,
-    Photometric,
-    SafeCrop,
-    Transform,
-    Value,
-    check_parts,
-    check_range,
-    color_jitter,
-)
+from detpipe.datasets.augment import settings
 from detpipe.types import RGB, PixelType, Target
 
 if TYPE_CHECKING:
     from detpipe.datasets.augment.steps import Step
 
-_NOTHING = Combine()
-_DEGRADING: tuple[tuple[str, str, dict[str, Value]], ...] = (  # setting, transform, its arguments
+_DEGRADING: tuple[tuple[str, str, dict[str, settings.Value]], ...] = (  # setting, transform, its arguments
     ("blur", "GaussianBlur", {"blur_limit": 0, "sigma_limit": [0.4, 2.0]}),
     ("noise", "GaussNoise", {"std_range": [0.02, 0.1]}),
     ("jpeg", "ImageCompression", {"quality_range": [30, 90]}),
@@ -69,16 +55,16 @@ class Augment:
     color: float = 0.0
     min_visibility: float = 0.25
     vertical_flip: float = 0.0
-    safe_crop: SafeCrop | None = None
-    photometric: Photometric | None = None
-    degrade: Degrade | None = None
-    combine: Combine = _NOTHING
-    transforms: tuple[Transform, ...] = ()
+    safe_crop: settings.SafeCrop | None = None
+    photometric: settings.Photometric | None = None
+    degrade: settings.Degrade | None = None
+    combine: settings.Combine = settings.Combine()
+    transforms: tuple[settings.Transform, ...] = ()
 
     def __post_init__(self) -> None:
-        check_parts(self, "", "flip", "vertical_flip", "crop", "color", "min_visibility")
+        settings.check_parts(self, "", "flip", "vertical_flip", "crop", "color", "min_visibility")
         if self.scale_jitter is not None:
-            check_range(self, "", "scale_jitter", 0.1, 10)
+            settings.check_range(self, "", "scale_jitter", 0.1, 10)
         object.__setattr__(self, "transforms", tuple(self.transforms))
 
     @property
@@ -89,7 +75,7 @@ class Augment:
         """
         if self.combine.images > 1 or self.safe_crop is not None or self.transforms:
             return math.inf
-        cut = 1 / (1 - 2 * LARGEST_CROP) if self.crop else 1.0
+        cut = 1 / (1 - 2 * settings.LARGEST_CROP) if self.crop else 1.0
         return cut * max(1.0, self.scale_jitter[1] if self.scale_jitter else 1.0)
 
     def check(self, pixels: PixelType = RGB) -> None:
@@ -112,7 +98,7 @@ class Augment:
             try_transforms(self.transforms, pixels)
 
     def __call__(
-        self, image: Tensor, target: Target, seed: int | Sequence[int], neighbors: Neighbors | None = None
+        self, image: Tensor, target: Target, seed: int | Sequence[int], neighbors: settings.Neighbors | None = None
     ) -> tuple[Tensor, Target]:
         """Transform one image ``[C, H, W]``, uint8 or float32 in 0..1, with everything that belongs to it.
 
@@ -147,22 +133,22 @@ def build_steps(augment: Augment) -> tuple[Step, ...]:
     """Build what is done to one image, in its order, once a process; a ValueError for arguments that a transform does not take."""
     from detpipe.datasets.augment import steps  # isort: skip (as above)
 
-    built = [steps.flips(augment.flip, 1)]
+    built: list[Step] = [partial(steps.flip_by_chance, augment.flip, 1)]
     if augment.vertical_flip:
-        built.append(steps.flips(augment.vertical_flip, 0))
+        built.append(partial(steps.flip_by_chance, augment.vertical_flip, 0))
     if augment.scale_jitter is not None:
-        built.append(steps.zooms(augment.scale_jitter))
+        built.append(partial(steps.zoom, augment.scale_jitter))
     if augment.crop:
-        built.append(steps.crops(augment.crop))
+        built.append(partial(steps.crop_by_chance, augment.crop))
     if augment.safe_crop is not None:
-        built.append(steps.safe_crops(augment.safe_crop, augment.min_visibility))
+        built.append(partial(steps.safe_crop, augment.safe_crop, augment.min_visibility))
     transforms = list(augment.transforms)
     if (color := augment.color) > 0:
-        transforms.append(color_jitter(color, color, color, HUE * color))
+        transforms.append(settings.color_jitter(color, color, color, settings.HUE * color))
     if (s := augment.photometric) is not None:
-        transforms.append(color_jitter(s.brightness, s.contrast, s.saturation, s.hue, s.p))
-        transforms += [Transform("ToGray", {"p": s.gray})] if s.gray else []
+        transforms.append(settings.color_jitter(s.brightness, s.contrast, s.saturation, s.hue, s.p))
+        transforms += [settings.Transform("ToGray", {"p": s.gray})] if s.gray else []
     for setting, name, arguments in _DEGRADING if augment.degrade else ():
         if p := getattr(augment.degrade, setting):
-            transforms.append(Transform(name, {**arguments, "p": p}))
-    return tuple(built + [steps.moving(steps.named_step(transform)) for transform in transforms])
+            transforms.append(settings.Transform(name, {**arguments, "p": p}))
+    return (*built, *(partial(steps.transformed, steps.named_step(transform)) for transform in transforms))

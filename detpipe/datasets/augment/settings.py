@@ -149,8 +149,8 @@ class MixUp:
 class CopyPaste:
     """Paste objects of another image, cut out along their masks.
 
-    Needs instance masks: data in COCO layout with ``segmentation``. Crowd regions and difficult objects are not pasted. What a
-    pasted object covers is taken from the objects below: their boxes shrink to what is still seen.
+    Needs instance masks: data in COCO layout with ``segmentation``, or YOLO's polygons. Crowd regions and difficult objects
+    are not pasted. What a pasted object covers is taken from the objects below: their boxes shrink to what is still seen.
 
     Args:
         p: probability, 0 to 1.

@@ -64,88 +64,72 @@ def own_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(count).tolist()
 
 
-def flips(p: float, axis: int) -> Step:
+def flip_by_chance(p: float, axis: int, scene: Scene, seed: int) -> Scene:
     """Flip along an axis of the image."""
-    return lambda scene, seed: flip(scene, axis) if np.random.default_rng(seed).random() < p else scene
+    return flip(scene, axis) if np.random.default_rng(seed).random() < p else scene
 
 
-def zooms(scale: tuple[float, float]) -> Step:
+def zoom(scale: tuple[float, float], scene: Scene, seed: int) -> Scene:
     """Zoom by a factor whose logarithm is uniform: in, to a random window; out, to a random place on the ground."""
-
-    def step(scene: Scene, seed: int) -> Scene:
-        random, (height, width) = np.random.default_rng(seed), scene.size
-        factor = float(np.exp(random.uniform(*np.log(scale))))
-        part = factor if factor < 1 else 1 / factor  # the smaller rectangle, as a part of the image
-        window = random_place(random, scene.size, max(1, round(width * part)), max(1, round(height * part)))
-        source, goal = ((0, 0, width, height), window) if factor < 1 else (window, (0, 0, width, height))
-        image = np.empty_like(scene.image)
-        image[:] = ground(image.shape[2], image.dtype != np.uint8)
-        image[goal[1] : goal[3], goal[0] : goal[2]] = resize(scene.image, source, goal)
-        return replace(cut(scene, source, goal), image=image)
-
-    return step
+    random, (height, width) = np.random.default_rng(seed), scene.size
+    factor = float(np.exp(random.uniform(*np.log(scale))))
+    part = factor if factor < 1 else 1 / factor  # the smaller rectangle, as a part of the image
+    window = random_place(random, scene.size, max(1, round(width * part)), max(1, round(height * part)))
+    source, goal = ((0, 0, width, height), window) if factor < 1 else (window, (0, 0, width, height))
+    image = np.empty_like(scene.image)
+    image[:] = ground(image.shape[2], image.dtype != np.uint8)
+    image[goal[1] : goal[3], goal[0] : goal[2]] = resize(scene.image, source, goal)
+    return replace(cut(scene, source, goal), image=image)
 
 
-def crops(p: float) -> Step:
+def crop_by_chance(p: float, scene: Scene, seed: int) -> Scene:
     """Cut a part, up to `LARGEST_CROP`, from each side."""
-
-    def step(scene: Scene, seed: int) -> Scene:
-        random = np.random.default_rng(seed)
-        if random.random() >= p:
-            return scene
-        ends = []
-        for length in scene.size[::-1]:  # x, then y
-            start = int(random.integers(0, int(LARGEST_CROP * length) + 1))
-            ends.append((start, int(random.integers(max(start + 1, int((1 - LARGEST_CROP) * length)), length + 1))))
-        (x1, x2), (y1, y2) = ends
-        return crop(scene, (x1, y1, x2, y2))
-
-    return step
+    random = np.random.default_rng(seed)
+    if random.random() >= p:
+        return scene
+    ends = []
+    for length in scene.size[::-1]:  # x, then y
+        start = int(random.integers(0, int(LARGEST_CROP * length) + 1))
+        ends.append((start, int(random.integers(max(start + 1, int((1 - LARGEST_CROP) * length)), length + 1))))
+    (x1, x2), (y1, y2) = ends
+    return crop(scene, (x1, y1, x2, y2))
 
 
-def safe_crops(settings: SafeCrop, min_visibility: float) -> Step:
+def safe_crop(settings: SafeCrop, min_visibility: float, scene: Scene, seed: int) -> Scene:
     """Cut a random window that keeps an object; the larger of both visibilities is promised."""
     least = max(settings.min_visibility, min_visibility) - _ROUNDING
-
-    def step(scene: Scene, seed: int) -> Scene:
-        random, (height, width) = np.random.default_rng(seed), scene.size
-        if random.random() >= settings.p:
-            return scene
-        lenient = (scene.rows >= scene.objects) | scene.flagged("iscrowd")  # judged at the end alone
-        wanted = ~lenient & ~scene.flagged("difficult")
-        for _ in range(_ATTEMPTS):
-            scale = random.uniform(*settings.scale)
-            shape = float(np.exp(random.uniform(*np.log(settings.ratio)) / 2))
-            w = min(width, max(1, round(width * scale * shape)))
-            h = min(height, max(1, round(height * scale / shape)))
-            window = random_place(random, scene.size, w, h)
-            visible = scene.share * areas(clip(scene.boxes, window)) / areas(scene.boxes).clip(min=1e-12)
-            if not wanted.any() or (visible[wanted] >= least).any():
-                return crop(scene.take((visible >= least) | lenient), window)
+    random, (height, width) = np.random.default_rng(seed), scene.size
+    if random.random() >= settings.p:
         return scene
+    lenient = (scene.rows >= scene.objects) | scene.flagged("iscrowd")  # judged at the end alone
+    wanted = ~lenient & ~scene.flagged("difficult")
+    for _ in range(_ATTEMPTS):
+        scale = random.uniform(*settings.scale)
+        shape = float(np.exp(random.uniform(*np.log(settings.ratio)) / 2))
+        w = min(width, max(1, round(width * scale * shape)))
+        h = min(height, max(1, round(height * scale / shape)))
+        window = random_place(random, scene.size, w, h)
+        visible = scene.share * areas(clip(scene.boxes, window)) / areas(scene.boxes).clip(min=1e-12)
+        if not wanted.any() or (visible[wanted] >= least).any():
+            return crop(scene.take((visible >= least) | lenient), window)
+    return scene
 
-    return step
 
-
-def moving(transform: albumentations.BasicTransform) -> Step:
+def transformed(transform: albumentations.BasicTransform, scene: Scene, seed: int) -> Scene:
     """A transform of albumentations; boxes are measured in image sizes there."""
-
-    def step(scene: Scene, seed: int) -> Scene:
-        transform.set_random_seed(seed)
-        image, places = scene.image, np.arange(len(scene.rows))
-        out = transform(image=image, bboxes=np.column_stack([scene.boxes / _sides(image), places]))
-        made = out["image"]
-        if made.dtype != image.dtype or made.ndim != 3 or made.shape[2] != image.shape[2] or 0 in made.shape:
-            raise ValueError(
-                f"transforms: {type(transform).__name__} made an image of {made.dtype} {list(made.shape)}, expected "
-                f"{image.dtype} [H, W, {image.shape[2]}]; change its arguments"
-            )
-        rows = np.asarray(out["bboxes"], dtype=np.float64).reshape(-1, 5)
-        kept = scene.take(rows[:, 4].astype(np.int64))
-        frame = (0, 0, made.shape[1], made.shape[0])
-        return cut(replace(kept, image=made, boxes=rows[:, :4] * _sides(made)), frame, frame)
-
-    return step
+    transform.set_random_seed(seed)
+    image, places = scene.image, np.arange(len(scene.rows))
+    out = transform(image=image, bboxes=np.column_stack([scene.boxes / _sides(image), places]))
+    made = out["image"]
+    if made.dtype != image.dtype or made.ndim != 3 or made.shape[2] != image.shape[2] or 0 in made.shape:
+        raise ValueError(
+            f"transforms: {type(transform).__name__} made an image of {made.dtype} {list(made.shape)}, expected "
+            f"{image.dtype} [H, W, {image.shape[2]}]; change its arguments"
+        )
+    rows = np.asarray(out["bboxes"], dtype=np.float64).reshape(-1, 5)
+    kept = scene.take(rows[:, 4].astype(np.int64))
+    frame = (0, 0, made.shape[1], made.shape[0])
+    return cut(replace(kept, image=made, boxes=rows[:, :4] * _sides(made)), frame, frame)
 
 
 def _sides(image: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -9,25 +9,27 @@ VOC's XML and tables of boxes only name the classes that occur. Where ``detpipe.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from detpipe.datasets.faults import SHOWN
 from detpipe.support.errors import DataError
-from detpipe.support.files import atomic_write
-from detpipe.support.strict_json import load_json, require, shorten
+from detpipe.support.files import write_text
+from detpipe.support.strict_json import load_json, shorten
 from detpipe.types import Annotations
 
 CLASS_LIST = "detpipe.json"
 
 
-@dataclass(frozen=True)
-class ClassList:
+class ClassList(msgspec.Struct, frozen=True):
     """What a data set says about itself."""
 
-    class_names: tuple[str, ...]  # [K], the name of label 1 first
-    category_ids: tuple[int, ...]  # [K], what detections are written with
+    class_names: tuple[Annotated[str, Meta(min_length=1)], ...]  # [K], the name of label 1 first
+    category_ids: tuple[Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)], ...]  # [K], what detections are written with
     one_based: bool = True  # whether VOC's boxes count pixels from 1, both ends included
 
 
@@ -36,30 +38,23 @@ def read_class_list(folder: Path) -> ClassList | None:
     path = folder / CLASS_LIST
     if not path.is_file():
         return None
-    content = load_json(path)
-    names = require(content, "class_names", list, str(path))
-    if not names or not all(type(name) is str and name for name in names) or len(set(names)) != len(names):
-        raise DataError(f"{path}: class_names must be distinct names, at least one, got {shorten(names)}")
-    ids = require(content, "category_ids", list, str(path))
-    if len(ids) != len(names) or not all(type(key) is int for key in ids) or len(set(ids)) != len(ids):
+    try:
+        found = msgspec.convert(load_json(path), ClassList)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{path}: {error}") from error
+    names, ids = found.class_names, found.category_ids
+    if not names or len(set(names)) != len(names):
+        raise DataError(f"{path}: class_names must be distinct names, at least one, got {shorten(list(names))}")
+    if len(ids) != len(names) or len(set(ids)) != len(ids):
         raise DataError(
-            f"{path}: category_ids must be {len(names)} distinct whole numbers, one a class, got {shorten(ids)}"
+            f"{path}: category_ids must be {len(names)} distinct numbers, one a class, got {shorten(list(ids))}"
         )
-    one_based = content.get("one_based", True)
-    if type(one_based) is not bool:
-        raise DataError(f"{path}: one_based must be true or false, got {shorten(one_based)}")
-    return ClassList(tuple(names), tuple(ids), one_based)
+    return found
 
 
 def write_class_list(folder: Path, classes: ClassList) -> None:
     """Write the file of a folder."""
-    content = {
-        "class_names": list(classes.class_names),
-        "category_ids": list(classes.category_ids),
-        "one_based": classes.one_based,
-    }
-    with atomic_write(folder / CLASS_LIST) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_text(folder / CLASS_LIST, json.dumps(msgspec.to_builtins(classes), indent=1))
 
 
 def ids_of(class_names: Sequence[str], known: ClassList | None) -> tuple[int, ...]:
@@ -75,19 +70,21 @@ def ids_of(class_names: Sequence[str], known: ClassList | None) -> tuple[int, ..
     return tuple(range(1, len(class_names) + 1))
 
 
-def compare_classes(name: str, known: Annotations, other_name: str, other: Annotations) -> None:
-    """Refuse two splits that number their classes differently; the DataError names the differences."""
-    if (known.class_names, known.category_ids) == (other.class_names, other.category_ids):
-        return
-    differences = class_differences(name, known, other_name, other)
-    raise DataError(
-        f"the classes of {name} ({known.root}) and {other_name} ({other.root}) differ: "
-        f"{'; '.join(differences[:SHOWN])} ({len(differences)} in total); make the class lists equal"
-    )
+def compare_classes(splits: Mapping[str, Annotations]) -> None:
+    """Refuse splits that number their classes differently than the first; the DataError names the differences."""
+    (name, first), *others = splits.items()
+    for other_name, other in others:
+        if differences := class_differences(name, first, other_name, other):
+            raise DataError(
+                f"the classes of {name} ({first.root}) and {other_name} ({other.root}) differ: "
+                f"{'; '.join(differences[:SHOWN])} ({len(differences)} in total); make the class lists equal"
+            )
 
 
 def class_differences(name: str, known: Annotations, other_name: str, other: Annotations) -> list[str]:
-    """Name the classes that two splits do not share or number differently; the arguments are those of `compare_classes`."""
+    """Name the classes that two splits do not share or number differently."""
+    if (known.class_names, known.category_ids) == (other.class_names, other.category_ids):
+        return []
     first = dict(zip(known.class_names, known.category_ids, strict=True))
     second = dict(zip(other.class_names, other.category_ids, strict=True))
     differences = [f"only in {name}: {word!r} (id {first[word]})" for word in first if word not in second]

@@ -26,7 +26,7 @@ from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats import export
 from detpipe.datasets.formats.export import Images, Splits, Written
-from detpipe.datasets.formats.folders import Entries, find_image_folder, is_image, split_of, take_split
+from detpipe.datasets.formats.folders import Entries, find_image_folder, is_image, split_of, take_split, visible
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
 from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
 from detpipe.support.errors import DataError
@@ -58,9 +58,6 @@ class COCO(FolderData):
     Args:
         root: the folder that holds ``annotations`` and the image folders.
         train: the training split: a name such as ``train2017``, or ``annotations`` and ``images`` for other files.
-        val: the validation split, in the same way.
-        test: the split for the final test, in the same way; none by default.
-        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     def __init__(
@@ -124,7 +121,8 @@ def find_splits(root: Path) -> dict[str, COCOFiles]:
         for path in official:
             name = path.stem.removeprefix("instances_")
             usual = [place for place in (root / name, root / "images" / name) if place.is_dir()]
-            images = next(filter(_holds_images, usual), None) or _find_images(root, path, _first_images(path) or [])
+            filled = (place for place in usual if any(is_image(entry.name) for entry in visible(place)))
+            images = next(filled, None) or _find_images(root, path, _first_images(path) or [])
             images = images or next(iter(usual), root / name)
             found[name] = COCOFiles(f"annotations/{path.name}", images.relative_to(root).as_posix())
         return found
@@ -138,11 +136,6 @@ def find_splits(root: Path) -> dict[str, COCOFiles]:
         name = str(place.with_suffix("")) if name in found else name
         found[name] = COCOFiles(place.as_posix(), images.relative_to(root).as_posix())
     return found
-
-
-def _holds_images(folder: Path) -> bool:
-    with os.scandir(folder) as entries:
-        return any(is_image(entry.name) for entry in entries)
 
 
 def _json_files(folder: Path, depth: int) -> list[Path]:

@@ -42,12 +42,8 @@ _LOOKED_AT = 20  # rows whose images are looked for to find their folder
 NAME = "annotations.csv"
 
 
-@dataclass(frozen=True)
-class CSVSplit:
-    """A split."""
-
-    table: Path  # path of its table
-    value: str | None  # what the column ``split`` holds in its rows; None: all rows are of it
+# a table, and what its column ``split`` holds in the rows of the split; None: all are of it
+CSVSplit = tuple[Path, str | None]
 
 
 def find_splits(root: Path) -> dict[str, CSVSplit]:
@@ -69,14 +65,14 @@ def find_splits(root: Path) -> dict[str, CSVSplit]:
     for path in tables:
         name = split_of(path.relative_to(root).with_suffix("").parts) or path.stem
         if name in found:
-            raise DataError(f"{root}: {found[name].table} and {path} may each be the split {name!r}: name the tables")
-        found[name] = CSVSplit(path, None)
+            raise DataError(f"{root}: {found[name][0]} and {path} may each be the split {name!r}: name the tables")
+        found[name] = (path, None)
     return found
 
 
 def _of_column(table: Path) -> dict[str, CSVSplit]:
     values = splits_of(Table(table))
-    return {value: CSVSplit(table, value) for value in values} or {ALL: CSVSplit(table, None)}
+    return {value: (table, value) for value in values} or {ALL: (table, None)}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -86,7 +82,7 @@ def _files(folder: Path) -> list[Path]:
 def says_layout(root: Path, splits: dict[str, CSVSplit]) -> str:
     """Say in which layout a folder is, in half a line: "annotations.csv"."""
     base = root.parent if root.is_file() else root
-    return ", ".join(dict.fromkeys(split.table.relative_to(base).as_posix() for split in splits.values()))
+    return ", ".join(dict.fromkeys(table.relative_to(base).as_posix() for table, _ in splits.values()))
 
 
 @dataclass(frozen=True)
@@ -105,9 +101,6 @@ class CSVFormat:
     images: str = "."
 
 
-_USUAL = CSVFormat()
-
-
 class CSVBoxes(FolderData):
     """Detection data in a table with a row a box.
 
@@ -115,11 +108,8 @@ class CSVBoxes(FolderData):
         root: the folder of tables and images.
         train: the training split: what the column ``split`` of ``annotations.csv`` holds, or a table of its own, a path that
             ends in ``.csv``, relative to the root; or several.
-        val: the validation split, in the same way.
-        test: the split for the final test, in the same way; none by default.
         format: how tables are to be understood: class names, the name of the table, where images are.
-        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
-            In a proposal store an image is called by its file, relative to the images.
+        common: in a proposal store an image is called by its file, relative to the images.
     """
 
     image_key = staticmethod(file_key)
@@ -130,7 +120,7 @@ class CSVBoxes(FolderData):
         train: str | list[str] = "train",
         val: str | list[str] = "val",
         test: str | list[str] | None = None,
-        format: CSVFormat = _USUAL,
+        format: CSVFormat = CSVFormat(),
         **common: Any,
     ) -> None:
         super().__init__(root, train, val, test, **common)
@@ -154,7 +144,7 @@ class CSVBoxes(FolderData):
             self._class_names = find_classes([path for path, _ in tables]) if names == "auto" else tuple(names)
         return self._class_names
 
-    def _tables(self, split: Split) -> list[tuple[Path, str | None]]:
+    def _tables(self, split: Split) -> list[CSVSplit]:
         """The files of a split, each with what its column ``split`` must hold."""
         folder, names = Path(self.root), self.source_of(split, "a value of the column split, or a .csv file")
         if not folder.is_dir():
@@ -220,10 +210,12 @@ def find_classes(paths: Sequence[Path]) -> tuple[str, ...]:
     known = read_class_list(paths[0].parent) if paths else None
     if known:
         return known.class_names
-    boxes = (row for table in map(Table, paths) for row in table.rows if any(map(row.values.get, table.ends)))
-    names = {row.values["label"] for row in boxes} - {""}
+    rows = [(row, table.ends) for table in map(Table, paths) for row in table.rows]
+    names = {row.values["label"] for row, ends in rows if any(map(row.values.get, ends))} - {""}
     if not names:
-        raise DataError(f"{', '.join(map(str, paths))}: no row names a class; class_names 'auto' has nothing to read")
+        broken = next((f" (line {row.line} {row.broken})" for row, _ in rows if row.broken), "")
+        where = ", ".join(map(str, paths))
+        raise DataError(f"{where}: no row names a class; class_names 'auto' has nothing to read{broken}")
     return tuple(sorted(names))
 
 
@@ -245,7 +237,7 @@ def _prefix(table: Table, folder: Path) -> str:
     return "" if place in (None, folder) else f"{place.relative_to(folder).as_posix()}/"
 
 
-def _find(folder: Path, name: str, file: str) -> tuple[Path, str | None]:
+def _find(folder: Path, name: str, file: str) -> CSVSplit:
     """The table of a split, and what its column ``split`` must hold."""
     if (folder / file).is_file() or file != NAME:
         only = name == ALL and (folder / file).is_file() and "split" not in Table(folder / file).columns
@@ -256,12 +248,10 @@ def _find(folder: Path, name: str, file: str) -> tuple[Path, str | None]:
         raise DataError(
             f"{folder}: no table of the split {name!r}; there are {', '.join(splits)}{did_you_mean(name, splits)}"
         )
-    return (folder / file, name) if found is None else (splits[found].table, splits[found].value)
+    return (folder / file, name) if found is None else splits[found]
 
 
 _COLUMNS = ("split", "file_name", "image_id", "x1", "y1", "x2", "y2", "label", "difficult", "iscrowd", "area")
-
-_TEXT: dict[str, Any] = {"encoding": "utf-8", "newline": ""}
 
 
 def write_csv(splits: Splits, folder: str | Path, images: Images = "copy", source: ImageFiles = PLAIN_FILES) -> Written:
@@ -278,7 +268,10 @@ def write_csv(splits: Splits, folder: str | Path, images: Images = "copy", sourc
         if len(roots) > 1:
             raise DataError(f"the images lie in several folders ({', '.join(sorted(roots))}): copy or link them")
         remarks.append(f"file names are relative to {roots.pop()}")
-    with export.new_folder(folder, splits, images, source) as made, (made.out / NAME).open("w", **_TEXT) as stream:
+    with (
+        export.new_folder(folder, splits, images, source) as made,
+        (made.out / NAME).open("w", encoding="utf-8", newline="") as stream,
+    ):
         made.remarks += remarks
         write_class_list(made.out, ClassList(names, ids))
         table = csv.writer(stream, lineterminator="\n")

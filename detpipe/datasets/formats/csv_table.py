@@ -34,16 +34,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from detpipe.datasets.annotations import (
-    AnnotationBuilder,
-    BadBoxError,
-    leaves_folder,
-    read_area,
-    read_finite,
-    read_flag,
-    read_number,
-    read_whole,
-)
+from detpipe.datasets import annotations as fields
 from detpipe.datasets.formats.folders import Entries, is_image
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import shorten
@@ -107,7 +98,7 @@ class Table:
         """Whether boxes are parts of the width and height of their image."""
         fractions = False
         for text in (row.values[meaning] for row in self.rows if not row.broken for meaning in self.ends):
-            value = read_number(text) or 0.0
+            value = fields.read_number(text) or 0.0
             if value > 1:
                 return False
             fractions |= not value.is_integer()
@@ -198,15 +189,14 @@ def quoted(text: str) -> str:
 class RowReader:
     """Adds the images and boxes of one table after the other; file names are relative to a folder."""
 
-    def __init__(self, built: AnnotationBuilder, folder: Path) -> None:
+    def __init__(self, built: fields.AnnotationBuilder, folder: Path) -> None:
         self.built, self.folder, self.faults = built, folder, built.faults
         self.prefix = ""
         self._entries = Entries()
         self._names: dict[tuple[str, str], str] = {}  # prefix and name in the table -> file name
         self._taken: set[str] = set()
-        self.images: dict[
-            str, tuple[str, int | None]
-        ] = {}  # file name -> where it is first named; its row, if it can be used
+        # file name -> where it is first named; its row, if it can be used
+        self.images: dict[str, tuple[str, int | None]] = {}
         self.ids: dict[str, tuple[int, str]] = {}  # file name -> image id and where it is given
         self.owners: dict[int, str] = {}  # image id -> file name
         self.empty: dict[str, str] = {}  # file name -> the line that says that it has no objects
@@ -231,6 +221,9 @@ class RowReader:
                 self._row(table, row)
             else:
                 other.setdefault(self._name(row), row.values["split"])
+                if not row.values["split"]:
+                    where = f"{table.path}: line {row.line}"
+                    self.faults.remark("rows: of no split", f"{where}: {table.column('split')} is empty")
         for name in [name for name in self.images if name in other and split is not None]:
             self.faults.fatal(
                 "image in two splits",
@@ -248,10 +241,10 @@ class RowReader:
         return self._names[key]
 
     def _look_for(self, name: str) -> str:
-        if not leaves_folder(name):
+        if not fields.leaves_folder(name):
             return self._entries.find_image(self.folder, f"{self.prefix}{name}")
         found = self._entries.find_image(self.folder / self.prefix, name, self.faults.allow_links)
-        return found if leaves_folder(found) else f"{self.prefix}{found}"
+        return found if fields.leaves_folder(found) else f"{self.prefix}{found}"
 
     def _row(self, table: Table, row: Row) -> None:
         where, name = f"{table.path}: line {row.line}", self._name(row)
@@ -270,13 +263,14 @@ class RowReader:
         values, image = row.values, self.images[name][1]
         try:
             pairs = zip(table.ends, texts, strict=True)
-            x1, y1, a, b = (read_finite(text, where, table.column(meaning)) for meaning, text in pairs)
+            x1, y1, a, b = (fields.read_finite(text, where, table.column(meaning)) for meaning, text in pairs)
             label = self.built.label(values["label"], where, table.column("label"))
             difficult, crowd = (
-                read_flag(values.get(flag, ""), where, flag, table.column(flag)) for flag in ("difficult", "iscrowd")
+                fields.read_flag(values.get(flag, ""), where, flag, table.column(flag))
+                for flag in ("difficult", "iscrowd")
             )
-            area = read_area(values.get("area", ""), where, table.column("area"))
-        except BadBoxError as bad:
+            area = fields.read_area(values.get("area", ""), where, table.column("area"))
+        except fields.BadBoxError as bad:
             return self.faults.box(*bad.args)
         self.boxed.add(name)
         if image is None:
@@ -293,7 +287,7 @@ class RowReader:
         text = row.values.get("image_id", "")
         if not text:
             return None
-        image_id = read_whole(text)
+        image_id = fields.read_whole(text)
         if image_id is None:
             wrong = f"{where}: {table.column('image_id')} must be a whole number, got {shorten(text)}"
             return self.faults.fatal("bad image_id", wrong)

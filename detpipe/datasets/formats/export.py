@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from detpipe.datasets.formats.class_list import compare_classes
 from detpipe.datasets.image_files import ImageFiles, image_paths
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_folder
@@ -49,26 +50,19 @@ class Written:
     remarks: tuple[str, ...] = ()  # what could not be kept as it was
 
 
+@dataclass(eq=False)
 class Export:
-    """A data set that is being written.
+    """A data set that is being written."""
 
-    ``images`` says how their files get there: ``"copy"``, ``"link"`` (another name for the same file, on the same disk), or
-    ``"none"``; ``source`` is where they are. ``flat`` makes folders part of their names. A DataError if files cannot be linked.
-
-    Attributes:
-        out: the folder that is written to.
-        renamed: how many images have another name in it, since no two share one without its suffix.
-        remarks: what is to be said of it.
-    """
-
-    def __init__(self, splits: Splits, images: Images, source: ImageFiles, flat: bool) -> None:
-        if images not in ("copy", "link", "none"):
-            raise ValueError(f"images must be 'copy', 'link' or 'none', got {images!r}")
-        self.splits, self.source, self.flat = splits, source, flat
-        self.images: Images = images
-        self.folder = self.out = Path()
-        self.renamed, self.remarks = 0, list[str]()
-        self._owner: dict[str, Path] = {}  # name without suffix -> image
+    splits: Splits
+    images: Images  # how files get there: ``"copy"``, ``"link"`` (another name for the same file, on the same disk), or ``"none"``
+    source: ImageFiles  # where they are
+    flat: bool  # whether folders become part of names
+    folder: Path  # what becomes the data set
+    out: Path  # that is written to
+    renamed: int = 0  # images that have another name, since no two share one without its suffix
+    remarks: list[str] = field(default_factory=list)  # what is to be said of it
+    _owner: dict[str, Path] = field(default_factory=dict)  # name without suffix -> image
 
     def place(self, split: str, base: str, own: bool = False) -> list[str]:
         """Put the images of a split into a folder ``base`` of the data set; their names, relative to the latter.
@@ -104,6 +98,10 @@ class Export:
 
     def written(self, names: Iterable[str]) -> Written:
         """What was done, of splits that are called so in the data set."""
+        if self.renamed:
+            self.remarks.append(
+                f"{self.renamed} images are renamed: others have their names, but for folders or suffixes"
+            )
         images, boxes = map(len, self.splits.values()), (len(a.boxes) for a in self.splits.values())
         return Written(self.folder, tuple(names), sum(images), sum(boxes), tuple(self.remarks))
 
@@ -114,19 +112,17 @@ def new_folder(
 ) -> Iterator[Export]:
     """Yield a folder to write to, which becomes ``folder`` when all is written; other arguments are those of `Export`.
 
-    A DataError if there is something under that name, or there is nothing to write.
+    A DataError if there is something under that name, there is nothing to write, or files cannot be linked.
     """
     path = Path(folder)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise DataError(f"{path} is there already: name a new folder, or remove it first")
     if not splits or not all(splits):
         raise DataError(f"{path}: expected at least one split, each with a name, got {list(splits)}")
-    export = Export(splits, images, source, flat)
-    with atomic_folder(path) as export.out:
-        export.folder = path
-        yield export
-    if not path.is_dir():
-        raise DataError(f"{path} could not be made")
+    if images not in ("copy", "link", "none"):
+        raise ValueError(f"images must be 'copy', 'link' or 'none', got {images!r}")
+    with atomic_folder(path) as out:
+        yield Export(splits, images, source, flat, path, out)
 
 
 def file_name_of(split: str) -> str:
@@ -137,13 +133,8 @@ def file_name_of(split: str) -> str:
 
 def one_class_list(splits: Splits) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Class names and category ids; a DataError if splits do not agree on them, or a name cannot be written."""
+    compare_classes(splits)
     first = next(iter(splits.values()))
-    for name, a in splits.items():
-        if (a.class_names, a.category_ids) != (first.class_names, first.category_ids):
-            raise DataError(
-                f"the split {name!r} has other classes than {next(iter(splits))!r}, but this layout has one list for all; "
-                "convert the splits apart, or make their classes equal"
-            )
     for name in first.class_names:
         if name != name.strip() or not name.isprintable():
             raise DataError(

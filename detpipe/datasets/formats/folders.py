@@ -13,6 +13,7 @@ images are one split, ``all``.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import unicodedata
@@ -79,17 +80,14 @@ def is_image(name: str) -> bool:
 
 def list_folder(folder: Path, suffix: str = "") -> Folder:
     """List the images of a folder, and its files that end in a suffix; a DataError if it cannot be listed."""
-    try:
-        return _sorted_out(os.listdir(folder), suffix)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
+    return _sorted_out((entry.name for entry in visible(folder)), suffix)
 
 
 def _sorted_out(names: Iterable[str], suffix: str) -> Folder:
     found = Folder()
-    visible = sorted(name for name in names if not name.startswith("."))
-    images = set(image_names(visible))
-    for name in visible:
+    ordered = sorted(names)
+    images = set(image_names(ordered))
+    for name in ordered:
         stem, own = os.path.splitext(name)
         if name in images:
             found.images.setdefault(stem, []).append(name)
@@ -100,48 +98,40 @@ def _sorted_out(names: Iterable[str], suffix: str) -> Folder:
 
 def list_folders(root: Path, suffix: str) -> dict[tuple[str, ...], Folder]:
     """List the folders of `walk_folders`, by their parts relative to it; nothing where no file ends in the suffix."""
-    names = {folder.relative_to(root).parts: files for folder, files in walk_folders(root)}
+    found = walk_folders(root, deepest=_DEEPEST)
+    names = {folder.relative_to(root).parts: [file.name for file in files] for folder, files in found}
     if not any(name.lower().endswith(suffix) for files in names.values() for name in files):
         return {}
     return {parts: _sorted_out(files, suffix) for parts, files in names.items()}
 
 
-def walk_folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """A folder and those below it, by name, with the names of the files in each; hidden ones are left out.
+def walk_folders(
+    folder: Path, seen: set[tuple[int, int]] | None = None, deepest: float = math.inf
+) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
+    """A folder and those below it, by name, with the files in each; hidden ones are left out.
 
-    Links are followed, and none is entered twice. A DataError if a folder cannot be listed.
+    Links are followed, and no folder is entered twice, or that is in ``seen``, by :func:`folder_key`; ``deepest`` is how many
+    levels below the first are. A DataError if a folder cannot be listed.
     """
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be listed ({error.strerror or error})") from error
-
-    seen: set[tuple[int, int]] = set()
-    for path, below, files in os.walk(root, onerror=refuse, followlinks=True):
-        folder, key = Path(path), folder_key(path)
-        if key in seen or len(folder.relative_to(root).parts) > _DEEPEST:
-            below.clear()
-            continue
-        seen.add(key)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        yield folder, files
-
-
-def walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
-    """All files in a folder and those below it, by name, links followed; hidden ones are none, and no folder is entered twice."""
-    if folder_key(folder) in seen:
-        return
-    seen.add(folder_key(folder))
-    for entry in visible(folder):
-        if entry.is_dir():
-            yield from walk(entry.path, seen)
-        else:
-            yield entry
+    seen = set() if seen is None else seen
+    if folder_key(folder) not in seen:
+        seen.add(folder_key(folder))
+        entries = visible(folder)
+        yield folder, [entry for entry in entries if not entry.is_dir()]
+        for entry in (entry for entry in entries if deepest and entry.is_dir()):
+            yield from walk_folders(folder / entry.name, seen, deepest - 1)
 
 
 def visible(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What is not hidden in a folder, by name: of two ways to a folder below it is always the same one that is taken."""
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    """What is not hidden in a folder, by name: of two ways to a folder below it is always the same one that is taken.
+
+    A DataError if it cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
 
 
 def folder_key(folder: str | Path) -> tuple[int, int]:
@@ -232,7 +222,8 @@ def find_image_folder(root: Path, near: Sequence[Path], names: Sequence[str], sp
 
 def _search(root: Path, names: Sequence[str], split: str) -> Path | None:
     wanted = {parts[-1]: parts[:-1] for parts in (name.replace("\\", "/").split("/") for name in names)}
-    for folder, files in walk_folders(root):
+    for folder, entries in walk_folders(root, deepest=_DEEPEST):
+        files = [entry.name for entry in entries]
         ranks = {_rank(name) for name in (split, split_of(folder.relative_to(root).parts))}
         stems = (os.path.splitext(name)[0] for name in files if is_image(name))  # names may lack the suffix
         name = next((name for name in chain(files, stems) if name in wanted), None)
@@ -370,17 +361,14 @@ def says_folders(root: Path, places: Sequence[Place], what: str) -> str:
     apart = [place for place in places if place.images != place.labels]
     parts = []
     if beside:
-        parts.append(f"{what} beside the images in {_listed(root, beside)}")
+        names = list(dict.fromkeys(_name(root, place.images) for place in beside))
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        parts.append(f"{what} beside the images in {', '.join(names[:8])}{more}")
     if apart:
         place = apart[0]
         more = f" (and {len(apart) - 1} more folders)" if len(apart) > 1 else ""
         parts.append(f"{what} in {_name(root, place.labels)} of the images in {_name(root, place.images)}{more}")
     return " and ".join(parts)
-
-
-def _listed(root: Path, places: Sequence[Place]) -> str:
-    names = list(dict.fromkeys(_name(root, place.images) for place in places))
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _name(root: Path, folder: Path) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 import msgspec
 from msgspec import Raw
 
-from detpipe.datasets.formats.yolo_images import LabelFolders
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import load_json, shorten
 from detpipe.types import Annotations, Segmentations
@@ -53,23 +52,3 @@ def read_outlines(folder: Path, split: str, annotations: Annotations) -> Segment
             )
         found += [b"" if one is None else msgspec.json.encode(one) for one in here]
     return Segmentations.pack(found, source=str(path))
-
-
-def yolo_outlines(annotations: Annotations) -> Segmentations:
-    """The polygons of YOLO's label files; a DataError if a file has other lines than it had, or some were left out as faulty."""
-    a = annotations
-    found: list[bytes] = []
-    labels = LabelFolders(a.root)
-    for i, name in enumerate(a.file_names.tolist()):
-        path = labels.path(a.root / name)
-        lines = [line.split() for line in path.read_text(encoding="utf-8-sig").split("\n")] if path.is_file() else []
-        lines = [values for values in lines if values]
-        if len(lines) != len(a.rows_of(i)):
-            raise DataError(
-                f"{path}: has {len(lines)} lines, of which some are faulty: mend them, or polygons would be lost"
-            )
-        height, width = a.sizes[i].tolist()
-        for values in lines:
-            polygon = [float(text) * (height if k % 2 else width) for k, text in enumerate(values[1:])]
-            found.append(msgspec.json.encode([polygon]) if len(polygon) > 4 else b"")
-    return Segmentations.pack(found)

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from detpipe.datasets.datamodule import DetectionData
-from detpipe.datasets.faults import OnBad
+from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.fetch import is_remote
 from detpipe.datasets.formats import coco, csv, voc, voc_folders, yolo
 from detpipe.datasets.formats.class_list import read_class_list
 from detpipe.datasets.formats.folders import ALL, find_split, in_order, is_image, walk_folders
+from detpipe.datasets.formats.voc_xml import VOCSource
 from detpipe.datasets.formats.yolo_yaml import NAME as YOLO_NAME
 from detpipe.datasets.formats.yolo_yaml import read_yolo
 from detpipe.datasets.shards.dataset import Shards
-from detpipe.datasets.shards.index import ARRAYS, INDEX
+from detpipe.datasets.shards.index import INDEX
+from detpipe.datasets.shards.index import find_splits as find_shards
 from detpipe.support.errors import DataError, UsageError
 from detpipe.types import RGB, PixelType
 
@@ -52,17 +54,6 @@ class Found:
     says: str  # how it is read, in one line
 
 
-def _find_shards(root: Path) -> dict[str, Path]:
-    """The folders of splits; those that are only begun are none. A folder of one split is that split."""
-    if _is_split(root):
-        return {root.name: root}
-    return {file.parent.name: file.parent for file in sorted(root.glob(f"*/{INDEX}")) if _is_split(file.parent)}
-
-
-def _is_split(path: Path) -> bool:
-    return (path / INDEX).is_file() and (path / ARRAYS).is_file()
-
-
 def _says_coco(_: Path, splits: Mapping[str, coco.COCOFiles]) -> str:
     first = next(iter(splits.values()))
     more = f" (and of {len(splits) - 1} more splits)" if len(splits) > 1 else ""
@@ -74,7 +65,7 @@ FORMATS: dict[Layout, Format] = {
     "voc": Format("VOC", voc.find_splits, voc_folders.says_layout),
     "yolo": Format("YOLO", yolo.find_splits, lambda root, _: read_yolo(root).says()),
     "csv": Format("a table of boxes", csv.find_splits, csv.says_layout),
-    "shards": Format("shards", _find_shards, lambda root, splits: f"{len(splits)} folders of shards"),
+    "shards": Format("shards", find_shards, lambda root, splits: f"{len(splits)} folders of shards"),
 }
 _OF_OTHERS = {".json", ".jsonl", ".ndjson", ".xml", ".csv", ".parquet", ".arrow", ".tfrecord", ".record"}
 _FILES: dict[str, Layout] = {".json": "coco file", ".csv": "csv", ".yaml": "yolo", ".yml": "yolo", ".data": "yolo"}
@@ -107,7 +98,7 @@ def recognize(data: str, option: str = "--data ", layout: Layout | None = None) 
 
 def _says_files(root: Path) -> str:
     """What a message says of the files of a folder of no known layout."""
-    files = [folder / name for folder, names in walk_folders(root) for name in names if name[0] != "."]
+    files = [Path(entry.path) for _, entries in walk_folders(root) for entry in entries]
     others = sorted(path.relative_to(root).as_posix() for path in files if path.suffix.lower() in _OF_OTHERS)
     if not any(is_image(path.name) for path in files):
         return " holds no images (let the tool export them with the annotations), and"
@@ -221,7 +212,7 @@ def open_split(
     if layout == "yolo":
         return yolo.YOLO(data, train=split, val=split, **common)
     if layout == "shards":
-        root = data if is_remote(data) or not _is_split(path) else str(path.parent)
+        root = data if is_remote(data) or not (path / INDEX).is_file() else str(path.parent)
         return Shards(root, train=split, val=split, **read_as)
     return _open_voc(data, split, common, one_based, together, splits)
 
@@ -229,7 +220,7 @@ def open_split(
 def _open_table(path: Path, split: str, images: str | None, common: dict[str, Any]) -> csv.CSVBoxes:
     root, file = (path.parent, path.name) if path.is_file() else (path, csv.NAME)
     folder = "." if images is None else str(Path(images).resolve())
-    tables = list(dict.fromkeys(part.table for part in csv.find_splits(path).values()))
+    tables = list(dict.fromkeys(table for table, _ in csv.find_splits(path).values()))
     names = list(csv.find_classes(tables)) if len(tables) > 1 else "auto"
     format = csv.CSVFormat(class_names=names, file=file, images=folder)
     return csv.CSVBoxes(str(root), train=split, val=split, format=format, **common)
@@ -245,7 +236,7 @@ def _open_voc(
 ) -> voc.VOC:
     names: list[str] | Literal["auto"] = "auto"
     if together:
-        names = list(voc.find_class_names(data, list(dict.fromkeys([split, *together]))))
+        names = list(VOCSource(Path(data), list(dict.fromkeys([split, *together])), Faults("skip")).class_names())
     if one_based is None:
         known = read_class_list(Path(data))
         one_based = known is None or known.one_based

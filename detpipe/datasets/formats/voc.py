@@ -84,14 +84,6 @@ def load_voc(
     return VOCSource(Path(root), split, faults or Faults(on_bad)).load(names, one_based, keep_difficult)
 
 
-def find_class_names(root: str | Path, split: str | Sequence[str]) -> tuple[str, ...]:
-    """Collect the class names that occur in a split, sorted, unless the root has a list of them, whose order is kept.
-
-    Arguments are those of `load_voc`. A DataError if the split has no named object.
-    """
-    return VOCSource(Path(root), split, Faults("skip")).class_names()
-
-
 @dataclass(frozen=True)
 class VOCFormat:
     """How the XML files are to be understood.
@@ -110,9 +102,6 @@ class VOCFormat:
     keep_difficult: bool = True
 
 
-_OFFICIAL = VOCFormat()
-
-
 class VOC(FolderData):
     """Detection data in VOC layout.
 
@@ -123,9 +112,7 @@ class VOC(FolderData):
             folder VOC2007; a path that ends in ``.txt`` (relative to the root) is a list elsewhere; without lists a folder such
             as ``train``, or ``all``; or several.
         val: the validation split, in the same way; ``val``, ``valid`` and ``validation`` are the same.
-        test: the split for the final test, in the same way; none by default.
         format: how the XML files are to be understood: class names, counting from 0 or 1, difficult objects.
-        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
     """
 
     image_key = staticmethod(voc_key)
@@ -136,7 +123,7 @@ class VOC(FolderData):
         train: str | list[str] = "train",
         val: str | list[str] = "val",
         test: str | list[str] | None = None,
-        format: VOCFormat = _OFFICIAL,
+        format: VOCFormat = VOCFormat(),
         **common: Any,
     ) -> None:
         super().__init__(root, train, val, test, **common)
@@ -186,24 +173,17 @@ class VOC(FolderData):
         return self._sources["train"]
 
 
-def write_voc(
-    splits: Splits,
-    folder: str | Path,
-    images: Images = "copy",
-    one_based: bool | None = None,
-    source: ImageFiles = PLAIN_FILES,
-) -> Written:
+def write_voc(splits: Splits, folder: str | Path, images: Images = "copy", source: ImageFiles = PLAIN_FILES) -> Written:
     """Write a data set in VOC layout.
 
     The splits, name -> annotations, go into a new folder; ``images`` and ``source`` are those of
     :class:`~detpipe.datasets.formats.export.Export`. Corners count from 1, both ends included, if every box is larger than a
-    pixel, unless ``one_based`` decides. A DataError if the folder is there already, the classes of splits differ, images have a
-    suffix that is not looked for, or an image of two splits has other boxes in each.
+    pixel. A DataError if the folder is there already, the classes of splits differ, images have a suffix that is not looked for, or
+    an image of two splits has other boxes in each.
     """
     names, ids = export.one_class_list(splits)
     export.check_suffixes(splits, IMAGE_SUFFIXES, "VOC")
-    wide = all((np.diff(a.boxes.reshape(-1, 2, 2), axis=1) > 1 + 1e-9).all() for a in splits.values())
-    from_one = wide if one_based is None else one_based
+    from_one = all((np.diff(a.boxes.reshape(-1, 2, 2), axis=1) > 1 + 1e-9).all() for a in splits.values())
     keep_ids, remarks = export.ids_are_kept(splits)
     if not from_one:
         remarks.append("corners count from 0 (boxes of a pixel or less): read them with one_based: false")
@@ -221,8 +201,6 @@ def write_voc(
             made.remarks += write_outlines(made.out, export.file_name_of(split), a, named)
             lines = "".join(f"{Path(name).stem}\n" for name in named)
             (made.out / f"ImageSets/Main/{export.file_name_of(split)}.txt").write_text(lines, encoding="utf-8")
-    if made.renamed:
-        made.remarks.append(f"{made.renamed} images are renamed: all lie in one folder, and others had their names")
     return made.written(map(export.file_name_of, splits))
 
 

@@ -11,19 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from detpipe.datasets.faults import Faults
-from detpipe.datasets.formats.folders import (
-    ALL,
-    Folder,
-    ListedImage,
-    Place,
-    find_lists,
-    find_places,
-    is_image,
-    list_folder,
-    name_in_line,
-    says_folders,
-    take_split,
-)
+from detpipe.datasets.formats import folders
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import read_text
 from detpipe.support.suggest import did_you_mean
@@ -36,7 +24,7 @@ _SUFFIX = ".xml"
 class VOCSplit:
     """Where the images and annotations of a split are, and the list of the names of its images; without one, all of the places."""
 
-    places: tuple[Place, ...]
+    places: tuple[folders.Place, ...]
     list_file: Path | None = None
 
 
@@ -49,11 +37,11 @@ def find_splits(root: Path) -> dict[str, VOCSplit]:
     """
     if found := _listed_splits(root):
         return found
-    places = tuple(find_places(root, _SUFFIX))
-    lists = find_lists(root, (stem for place in places for stem in list_folder(place.images).images))
+    places = tuple(folders.find_places(root, _SUFFIX))
+    lists = folders.find_lists(root, (stem for place in places for stem in folders.list_folder(place.images).images))
     if lists:
         return {name: VOCSplit(places, path) for name, path in lists.items()}
-    parts: dict[str, list[Place]] = {}
+    parts: dict[str, list[folders.Place]] = {}
     for place in places:
         parts.setdefault(place.split, []).append(place)
     return {name: VOCSplit(tuple(found)) for name, found in parts.items()}
@@ -61,15 +49,15 @@ def find_splits(root: Path) -> dict[str, VOCSplit]:
 
 def _listed_splits(root: Path) -> dict[str, VOCSplit]:
     found = {name: VOCSplit(places, path) for name, (path, places) in _lists(root).items()}
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    below = {folder: _lists(folder) for folder in folders if not _is_imagesets(folder)}
+    inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    below = {folder: _lists(folder) for folder in inside if not _is_imagesets(folder)}
     below = {folder: lists for folder, lists in below.items() if lists}
     plain = not found and len(below) == 1 and not any(folder.name.startswith("VOC") for folder in below)
     for folder, lists in below.items():
         year = "" if plain else f"{folder.name.removeprefix('VOC')}:"
         found |= {f"{year}{name}": VOCSplit(places, path) for name, (path, places) in lists.items()}
-    if not found and len(folders) == 1:  # as the archive of VOCdevkit unpacks
-        return _listed_splits(folders[0])
+    if not found and len(inside) == 1:  # as the archive of VOCdevkit unpacks
+        return _listed_splits(inside[0])
     return found
 
 
@@ -79,14 +67,14 @@ def says_layout(root: Path, splits: dict[str, VOCSplit]) -> str:
     lists = [split.list_file for split in splits.values() if split.list_file]
     folder = lists[0].parent.relative_to(root).as_posix() if lists else ""
     more = f", lists in {'the folder' if folder == '.' else folder}" if lists else ""
-    return says_folders(root, places, "XML") + more
+    return folders.says_folders(root, places, "XML") + more
 
 
 def _is_imagesets(folder: Path) -> bool:
     return folder.name.lower() == "imagesets"
 
 
-def _lists(folder: Path) -> dict[str, tuple[Path, tuple[Place, ...]]]:
+def _lists(folder: Path) -> dict[str, tuple[Path, tuple[folders.Place, ...]]]:
     """The lists of a folder in VOC layout, without those of one class, and the places of their images."""
     main = _list_folder(folder)
     names = sorted(main.glob("*.txt")) if main else []
@@ -105,15 +93,15 @@ def _list_folder(folder: Path) -> Path | None:
     return main or (sets if any(sets.glob("*.txt")) else None)
 
 
-def _places(folder: Path) -> tuple[Place, ...]:
+def _places(folder: Path) -> tuple[folders.Place, ...]:
     """Where the images and annotations of lists are: the official folders, or any that fit."""
     images, annotations = folder / "JPEGImages", folder / "Annotations"
     if images.is_dir() and annotations.is_dir():
-        return (Place(images, annotations, ALL),)
-    return tuple(find_places(folder, _SUFFIX))
+        return (folders.Place(images, annotations, folders.ALL),)
+    return tuple(folders.find_places(folder, _SUFFIX))
 
 
-def list_images(root: Path, split: str | Sequence[str], faults: Faults) -> tuple[list[ListedImage], int]:
+def list_images(root: Path, split: str | Sequence[str], faults: Faults) -> tuple[list[folders.ListedImage], int]:
     """Find the images of a split: in the order of the lists, by name where there is none, each once; and how many were named.
 
     ``split`` are names of splits, ``"2007:trainval"`` for the list of the folder VOC2007, or a path to a ``.txt`` file. A
@@ -148,7 +136,7 @@ def _open(root: Path, entry: str) -> VOCSplit:
             return VOCSplit(places, list_file)
     elif main is not None and any(main.glob("*.txt")):
         known = sorted(path.stem for path in main.glob("*.txt"))
-        found = take_split(folder, name, known)
+        found = folders.take_split(folder, name, known)
         if found is None:
             raise DataError(
                 f"{main / name}.txt: no such list of images; lists found: {', '.join(known[:20]) or 'none'}"
@@ -158,7 +146,7 @@ def _open(root: Path, entry: str) -> VOCSplit:
             return VOCSplit(places, main / f"{found}.txt")
     elif folder.is_dir():
         splits = find_splits(folder)
-        found = take_split(folder, name, splits)
+        found = folders.take_split(folder, name, splits)
         if found is not None:
             return splits[found]
         if splits:
@@ -189,11 +177,11 @@ def _no_layout(root: Path, folder: Path, entry: str, name: str) -> str:
 class _Finder:
     def __init__(self, root: Path, faults: Faults) -> None:
         self.root, self.faults = root, faults
-        self.found: dict[str, ListedImage] = {}
+        self.found: dict[str, folders.ListedImage] = {}
         self.number = 0
-        self._folders: dict[Path, Folder] = {}
+        self._folders: dict[Path, folders.Folder] = {}
 
-    def add_folders(self, places: Sequence[Place]) -> None:
+    def add_folders(self, places: Sequence[folders.Place]) -> None:
         """Add all images of some folders, and the annotation files that have no image."""
         stems: dict[Path, set[str]] = {}  # folder of annotations -> names of images
         for place in places:
@@ -212,16 +200,16 @@ class _Finder:
                     xml = place.labels / self._list(place.labels).labels[stem]
                     self._add(place.images / f"{stem}.jpg", xml, [], str(xml))
 
-    def _stems_elsewhere(self, place: Place) -> set[str]:
+    def _stems_elsewhere(self, place: folders.Place) -> set[str]:
         """Names of images of other splits that share the folder of annotations."""
-        others = [other for other in find_places(self.root, _SUFFIX) if other.labels == place.labels]
+        others = [other for other in folders.find_places(self.root, _SUFFIX) if other.labels == place.labels]
         return {stem for other in others for stem in self._list(other.images).images}
 
     def add_list(self, part: VOCSplit) -> None:
         """Add the images that a list names."""
         assert part.list_file is not None
         for line_number, line in enumerate(read_text(part.list_file, "list of image names").splitlines(), start=1):
-            text = self._without_flag(name_in_line(line).replace("\\", "/"), part.places)
+            text = self._without_flag(folders.name_in_line(line).replace("\\", "/"), part.places)
             if text:
                 self._add_line(text, part, f"{part.list_file}: line {line_number}: {text!r}")
 
@@ -235,8 +223,8 @@ class _Finder:
                 f"{where} leads out of the folder; lists hold plain names without folder and suffix; allow_links: true permits it",
             )
         folder, _, base = name.rpartition("/")
-        stem, suffix = os.path.splitext(base) if is_image(base) else (base, "")
-        images = self._list(place.images / folder) if (place.images / folder).is_dir() else Folder()
+        stem, suffix = os.path.splitext(base) if folders.is_image(base) else (base, "")
+        images = self._list(place.images / folder) if (place.images / folder).is_dir() else folders.Folder()
         names = images.images.get(stem, [])
         if suffix and base in names:
             names = [base]
@@ -245,7 +233,7 @@ class _Finder:
         known = self._list(labels).labels if labels.is_dir() else {}
         return self._add(image, labels / known.get(stem, f"{stem}{_SUFFIX}"), names, where)
 
-    def _locate(self, text: str, part: VOCSplit) -> tuple[Place, str]:
+    def _locate(self, text: str, part: VOCSplit) -> tuple[folders.Place, str]:
         """The place of a name in a list, and the name relative to it, without folders that are not there."""
         assert part.list_file is not None
         parts = text.split("/")
@@ -258,9 +246,9 @@ class _Finder:
 
     def _holds(self, folder: Path, name: str) -> bool:
         images = self._list(folder).images
-        return name in images or (is_image(name) and os.path.splitext(name)[0] in images)
+        return name in images or (folders.is_image(name) and os.path.splitext(name)[0] in images)
 
-    def _without_flag(self, line: str, places: Sequence[Place]) -> str:
+    def _without_flag(self, line: str, places: Sequence[folders.Place]) -> str:
         """The name in a line; lists of one class carry a flag behind it (-1, 0 or 1), which is not looked at."""
         parts = line.rsplit(maxsplit=1)
         flagged = len(parts) == 2 and parts[1] in ("-1", "0", "1")
@@ -275,10 +263,10 @@ class _Finder:
         if file_name in self.found:
             return self.faults.image("listed twice", f"{where} is listed twice")
         alike = tuple(names) if len(names) > 1 else ()
-        self.found[file_name] = ListedImage(self.number, file_name, image, xml, alike)
+        self.found[file_name] = folders.ListedImage(self.number, file_name, image, xml, alike)
         return None
 
-    def _list(self, folder: Path) -> Folder:
+    def _list(self, folder: Path) -> folders.Folder:
         if folder not in self._folders:
-            self._folders[folder] = list_folder(folder, _SUFFIX)
+            self._folders[folder] = folders.list_folder(folder, _SUFFIX)
         return self._folders[folder]

@@ -15,14 +15,7 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from detpipe.datasets.annotations import (
-    AnnotationBuilder,
-    BadBoxError,
-    read_area,
-    read_flag,
-    read_number,
-    read_whole,
-)
+from detpipe.datasets import annotations as fields
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.formats.class_list import ids_of, read_class_list
 from detpipe.datasets.formats.folders import ListedImage
@@ -127,101 +120,6 @@ def _as_utf8(content: bytes) -> bytes:
     return text.encode("utf-8", errors="strict")
 
 
-class XMLReader:
-    """Adds the images and boxes of one annotation after the other; the settings are those of `VOCFormat`."""
-
-    def __init__(self, built: AnnotationBuilder, one_based: bool, keep_difficult: bool) -> None:
-        self.built, self.faults = built, built.faults
-        self.one_based, self.keep_difficult = one_based, keep_difficult
-        self.ids: dict[int, str] = {}  # image id -> XML file
-
-    def add(self, root: Path, item: ListedImage, text: ImageText | UnreadableXML) -> None:
-        """Add what `read_xml` made of the annotation of an image."""
-        if isinstance(text, UnreadableXML):
-            return (self.faults.fatal if text.fatal else self.faults.image)(text.reason, text.message)
-        self.built.boxes_read += len(text.objects)
-        file_name = self._file_name(text, item)
-        size = None if file_name is None else self._size(text, root, file_name, str(item.labels))
-        image_id = None if size is None else self._image_id(text, item)
-        if file_name is None or size is None or image_id is None:
-            return self.faults.boxes_of_skipped_image(len(text.objects))
-        image = self.built.add_image(file_name, image_id, size)
-        for number, element in enumerate(text.objects, start=1):
-            try:
-                self._add_object(image, element, f"{item.labels}: object {number} ({element.name})")
-            except BadBoxError as bad:
-                self.faults.box(*bad.args)
-        return None
-
-    def _file_name(self, text: ImageText, item: ListedImage) -> str | None:
-        """The name of the image; of several that only differ by suffix, the one that the XML names."""
-        if not item.named_alike:
-            return item.file_name
-        if text.file_name in item.named_alike:
-            return item.file_name[: len(item.file_name) - len(item.image.name)] + text.file_name
-        names = " and ".join(item.named_alike)
-        return self.faults.image(
-            "several images of one name",
-            f"{item.labels}: is the annotation of {names}, and its filename {shorten(text.file_name)} is neither; rename one",
-        )
-
-    def _image_id(self, text: ImageText, item: ListedImage) -> int | None:
-        """The number of the image in the lists, unless its file gives one."""
-        image_id = item.image_id if text.image_id is None else read_whole(text.image_id.strip())
-        if image_id is None:
-            got = shorten(text.image_id)
-            self.faults.image("bad image_id", f"{item.labels}: detpipe/image_id must be a whole number, got {got}")
-        elif image_id in self.ids:
-            also = f"is there twice, in {self.ids[image_id]} too"
-            self.faults.fatal("duplicate image id", f"{item.labels}: image id {image_id} {also}")
-        else:
-            self.ids[image_id] = str(item.labels)
-        return image_id
-
-    def _size(self, text: ImageText, root: Path, file_name: str, where: str) -> tuple[int, int] | None:
-        """Height and width; from the header of the image where the XML has none."""
-        values = [read_number(value) if len(value) < 10 else None for value in text.size]
-        if 0 in values:
-            return self.built.size_in_file(root, file_name, f"{where}: has no size, and its image")
-        height, width = (int(value) if value and value > 0 and value.is_integer() else 0 for value in values)
-        if height and width:
-            return height, width
-        wanted = "size: height and width must be whole pixels above 0"
-        return self.faults.image("bad size", f"{where}: {wanted}, got {shorten(list(text.size))}")
-
-    def _add_object(self, image: int, element: ObjectText, where: str) -> None:
-        label = self.built.label(element.name, where, "name")
-        difficult = read_flag(element.difficult, where, "difficult", "difficult")
-        if difficult and not self.keep_difficult:
-            self.faults.skipped["boxes skipped: difficult"] += 1
-            return
-        crowd = read_flag(element.crowd, where, "iscrowd", "detpipe/iscrowd")
-        area = read_area(element.area, where, "detpipe/area")
-        x1, y1, x2, y2 = corners = self._corners(element.corners, where)
-        box = (x1 - self.one_based, y1 - self.one_based, x2, y2)
-        self.built.add_box(image, box, label, f"{where}: bndbox {corners}", difficult, crowd, area)
-
-    def _corners(self, texts: Sequence[str | None], where: str) -> list[float]:
-        values: list[float] = []
-        for key, text in zip(_CORNERS, texts, strict=True):
-            value = read_number(text or "")
-            if value is None:
-                got = "is missing" if text is None else f"must be a number, got {shorten(text)}"
-                raise BadBoxError("bad bndbox", f"{where}: bndbox/{key} {got}")
-            values.append(value)
-        x1, y1, x2, y2 = values
-        if all(map(math.isfinite, values)) and (x2 <= x1 or y2 <= y1):
-            raise BadBoxError("zero or negative size", f"{where}: bndbox {values} has zero or negative size")
-        if self.one_based and min(x1, y1) < 1:
-            key, value = ("xmin", x1) if x1 < 1 else ("ymin", y1)
-            raise BadBoxError(
-                "below 1 with one_based",
-                f"{where}: bndbox/{key} is {value:g}, but one_based is on, so pixels are counted from 1; "
-                "set one_based to false if this data counts from 0",
-            )
-        return values
-
-
 class VOCSource:
     """A split whose XML files are parsed once, for the classes that occur and for the boxes; arguments as for `load_voc`."""
 
@@ -244,7 +142,7 @@ class VOCSource:
         return tuple(sorted(names - {""}))
 
     def class_names(self) -> tuple[str, ...]:
-        """As `find_class_names`."""
+        """As `occurring`; a DataError if there are none."""
         names = self.occurring()
         if not names:
             self.faults.check()
@@ -264,9 +162,94 @@ class VOCSource:
             raise DataError(
                 f"{self.root}: its detpipe.json says that one_based is {str(known.one_based).lower()}: set it so"
             )
-        built = AnnotationBuilder(self.faults, names, ids_of(names, known))
-        built.images_read = self.images_read
-        reader = XMLReader(built, one_based, keep_difficult)
+        built = fields.AnnotationBuilder(self.faults, names, ids_of(names, known), images_read=self.images_read)
+        self.built, self.one_based, self.keep_difficult = built, one_based, keep_difficult
+        self.ids: dict[int, str] = {}  # image id -> XML file
         for item, text in zip(self.listed, self.texts, strict=True):
-            reader.add(self.root, item, text)
+            self._add(item, text)
         return built.build(self.root, sorted({item.image.parent for item in self.listed}))
+
+    def _add(self, item: ListedImage, text: ImageText | UnreadableXML) -> None:
+        if isinstance(text, UnreadableXML):
+            return (self.faults.fatal if text.fatal else self.faults.image)(text.reason, text.message)
+        self.built.boxes_read += len(text.objects)
+        file_name = self._file_name(text, item)
+        size = None if file_name is None else self._size(text, file_name, str(item.labels))
+        image_id = None if size is None else self._image_id(text, item)
+        if file_name is None or size is None or image_id is None:
+            return self.faults.boxes_of_skipped_image(len(text.objects))
+        image = self.built.add_image(file_name, image_id, size)
+        for number, element in enumerate(text.objects, start=1):
+            try:
+                self._add_object(image, element, f"{item.labels}: object {number} ({element.name})")
+            except fields.BadBoxError as bad:
+                self.faults.box(*bad.args)
+        return None
+
+    def _file_name(self, text: ImageText, item: ListedImage) -> str | None:
+        """The name of the image; of several that only differ by suffix, the one that the XML names."""
+        if not item.named_alike:
+            return item.file_name
+        if text.file_name in item.named_alike:
+            return item.file_name[: len(item.file_name) - len(item.image.name)] + text.file_name
+        names = " and ".join(item.named_alike)
+        return self.faults.image(
+            "several images of one name",
+            f"{item.labels}: is the annotation of {names}, and its filename {shorten(text.file_name)} is neither; rename one",
+        )
+
+    def _image_id(self, text: ImageText, item: ListedImage) -> int | None:
+        """The number of the image in the lists, unless its file gives one."""
+        image_id = item.image_id if text.image_id is None else fields.read_whole(text.image_id.strip())
+        if image_id is None:
+            got = shorten(text.image_id)
+            self.faults.image("bad image_id", f"{item.labels}: detpipe/image_id must be a whole number, got {got}")
+        elif image_id in self.ids:
+            also = f"is there twice, in {self.ids[image_id]} too"
+            self.faults.fatal("duplicate image id", f"{item.labels}: image id {image_id} {also}")
+        else:
+            self.ids[image_id] = str(item.labels)
+        return image_id
+
+    def _size(self, text: ImageText, file_name: str, where: str) -> tuple[int, int] | None:
+        """Height and width; from the header of the image where the XML has none."""
+        values = [fields.read_number(value) if len(value) < 10 else None for value in text.size]
+        if 0 in values:
+            return self.built.size_in_file(self.root, file_name, f"{where}: has no size, and its image")
+        height, width = (int(value) if value and value > 0 and value.is_integer() else 0 for value in values)
+        if height and width:
+            return height, width
+        wanted = "size: height and width must be whole pixels above 0"
+        return self.faults.image("bad size", f"{where}: {wanted}, got {shorten(list(text.size))}")
+
+    def _add_object(self, image: int, element: ObjectText, where: str) -> None:
+        label = self.built.label(element.name, where, "name")
+        difficult = fields.read_flag(element.difficult, where, "difficult", "difficult")
+        if difficult and not self.keep_difficult:
+            self.faults.skipped["boxes skipped: difficult"] += 1
+            return
+        crowd = fields.read_flag(element.crowd, where, "iscrowd", "detpipe/iscrowd")
+        area = fields.read_area(element.area, where, "detpipe/area")
+        x1, y1, x2, y2 = corners = self._corners(element.corners, where)
+        box = (x1 - self.one_based, y1 - self.one_based, x2, y2)
+        self.built.add_box(image, box, label, f"{where}: bndbox {corners}", difficult, crowd, area)
+
+    def _corners(self, texts: Sequence[str | None], where: str) -> list[float]:
+        values: list[float] = []
+        for key, text in zip(_CORNERS, texts, strict=True):
+            value = fields.read_number(text or "")
+            if value is None:
+                got = "is missing" if text is None else f"must be a number, got {shorten(text)}"
+                raise fields.BadBoxError("bad bndbox", f"{where}: bndbox/{key} {got}")
+            values.append(value)
+        x1, y1, x2, y2 = values
+        if all(map(math.isfinite, values)) and (x2 <= x1 or y2 <= y1):
+            raise fields.BadBoxError("zero or negative size", f"{where}: bndbox {values} has zero or negative size")
+        if self.one_based and min(x1, y1) < 1:
+            key, value = ("xmin", x1) if x1 < 1 else ("ymin", y1)
+            raise fields.BadBoxError(
+                "below 1 with one_based",
+                f"{where}: bndbox/{key} is {value:g}, but one_based is on, so pixels are counted from 1; "
+                "set one_based to false if this data counts from 0",
+            )
+        return values

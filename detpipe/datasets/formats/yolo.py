@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 import yaml
 from tqdm import tqdm
@@ -48,7 +49,7 @@ from detpipe.datasets.stored_proposals import file_key
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import shorten
-from detpipe.types import Annotations
+from detpipe.types import Annotations, Segmentations
 
 _FIELDS = ("x", "y", "width", "height")
 _ROUNDING = 1e-6  # what six digits can be beyond 0..1
@@ -58,11 +59,13 @@ class LabelReader:
     """Adds the objects of one label file after the other.
 
     ``points`` is how many keypoints each line has behind the box, and how many numbers each; None: lines are boxes or polygons.
+    ``outlined`` keeps the polygons.
     """
 
-    def __init__(self, built: AnnotationBuilder, points: tuple[int, int] | None = None) -> None:
-        self.built, self.points = built, points
+    def __init__(self, built: AnnotationBuilder, points: tuple[int, int] | None, outlined: bool) -> None:
+        self.built, self.points, self.outlined = built, points, outlined
         self.polygons = 0
+        self.outlines: list[bytes] = []  # of the boxes, as COCO's JSON; empty of a line that is no polygon
 
     def add(self, root: Path, item: ListedImage) -> None:
         """Add an image and its objects; a missing file says that it has none."""
@@ -84,6 +87,11 @@ class LabelReader:
             else:
                 pixels = (x1 * width, y1 * height, x2 * width, y2 * height)
                 self.built.add_box(image, pixels, label, f"{where}: box {shorten(' '.join(values))}")
+                polygon = self._is_polygon(values[1:])
+                self.polygons += polygon
+                if self.outlined:
+                    corners = [float(text) * (height if k % 2 else width) for k, text in enumerate(values[1:])]
+                    self.outlines.append(msgspec.json.encode([corners]) if polygon else b"")
         return None
 
     def skip(self, labels: Path) -> None:
@@ -115,7 +123,7 @@ class LabelReader:
         return int(value) + 1
 
     def _box(self, texts: list[str], where: str) -> tuple[float, ...]:
-        polygon = self.points is None and len(texts) >= 6 and len(texts) % 2 == 0
+        polygon = self._is_polygon(texts)
         expected = "class, x, y, width and height, or class and the x and y of three points or more"
         wrong = len(texts) != 4 and not polygon
         if self.points is not None:
@@ -131,8 +139,13 @@ class LabelReader:
             text = f"{where}: has {len(texts) + 1} values: expected {expected}{more}"
             raise BadBoxError("wrong number of values", text)
         numbers = [self._number(i, text, polygon, where) for i, text in enumerate(texts)]
-        self.polygons += polygon
-        return _bounds(numbers) if polygon else _corners(numbers[:4])
+        if polygon:
+            return min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
+        x, y, width, height = numbers[:4]
+        return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+    def _is_polygon(self, numbers: Sequence[object]) -> bool:
+        return self.points is None and len(numbers) >= 6 and len(numbers) % 2 == 0
 
     def _number(self, i: int, text: str, polygon: bool, where: str) -> float:
         """The i-th number behind the class; most are parts of the width or height."""
@@ -150,16 +163,6 @@ class LabelReader:
         return value
 
 
-def _corners(numbers: Sequence[float]) -> tuple[float, ...]:
-    x, y, width, height = numbers
-    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
-
-
-def _bounds(numbers: Sequence[float]) -> tuple[float, ...]:
-    x, y = numbers[::2], numbers[1::2]
-    return min(x), min(y), max(x), max(y)
-
-
 class YOLO(FolderData):
     """Detection data in YOLO's text layout.
 
@@ -167,16 +170,15 @@ class YOLO(FolderData):
         root: the folder with ``data.yaml``, ``obj.data`` or ``classes.txt``, or such a file under any name.
         train: the training split: a key of the file, or several; where it names no splits a folder such as ``train``, or ``all``.
         val: the validation split, in the same way; ``val``, ``valid`` and ``validation`` are the same.
-        test: the split for the final test, in the same way; none by default.
-        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`.
-            In a proposal store an image is called by its file, relative to the root.
+        common: in a proposal store an image is called by its file, relative to the root.
     """
 
     image_key = staticmethod(file_key)
 
     def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the images and labels of a split."""
-        return load_yolo(self.root, self.source_of(split, "a key of data.yaml"), faults=faults or self.faults())
+        source = self.source_of(split, "a key of data.yaml")
+        return load_yolo(self.root, source, segmentations=self.reads_outlines(split), faults=faults or self.faults())
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds."""
@@ -184,7 +186,11 @@ class YOLO(FolderData):
 
 
 def load_yolo(
-    root: str | Path, split: str | Sequence[str], on_bad: OnBad = "error", faults: Faults | None = None
+    root: str | Path,
+    split: str | Sequence[str],
+    on_bad: OnBad = "error",
+    segmentations: bool = False,
+    faults: Faults | None = None,
 ) -> Annotations:
     """Read one split of a data set in YOLO layout and check it against its images.
 
@@ -195,6 +201,7 @@ def load_yolo(
         root: as of `YOLO`.
         split: as the training split of `YOLO`; several are read in turn.
         on_bad: ``"error"`` refuses a split with any faulty record; ``"skip"`` leaves these records out and counts them.
+        segmentations: whether polygons are kept beside their boxes, if there are any.
         faults: takes all faults, in place of ``on_bad``.
 
     Returns:
@@ -207,13 +214,15 @@ def load_yolo(
     finder = ImageFinder(file, splits, faults)
     built = AnnotationBuilder(faults, file.class_names, file.category_ids)
     built.images_read = finder.lines + len(finder.orphans)
-    reader = LabelReader(built, file.points)
+    reader = LabelReader(built, file.points, segmentations)
     for item in tqdm(finder.found, desc="reading labels", unit="image", disable=None, leave=False):
         reader.add(finder.root, item)
     for labels in finder.orphans:
         faults.image("file missing", f"{labels}: there is no image of this name for these labels")
         reader.skip(labels)
-    built.counts = {"boxes from polygons": reader.polygons} if reader.polygons else {}
+    if reader.polygons:
+        built.counts["boxes from polygons"] = reader.polygons
+        built.segmentations = Segmentations.pack(reader.outlines, source=str(file.path)) if segmentations else None
     longer = np.array(built.sizes, dtype=np.int64).reshape(-1, 2)[np.array(built.box_image, dtype=np.int64)]
     rounding = 1e-6 * longer.max(axis=1, initial=1)[:, None]  # six digits, as most tools write
     return built.build(finder.root, finder.folders, rounding)
@@ -271,8 +280,6 @@ def write_yolo(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(_label_lines(a, i), encoding="utf-8")
             made.remarks += write_outlines(made.out, keys[split], a, named)
-    if made.renamed:
-        made.remarks.append(f"{made.renamed} images are renamed: others have the same name but for the suffix")
     return made.written(keys.values())
 
 

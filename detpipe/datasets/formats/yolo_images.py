@@ -11,16 +11,7 @@ from pathlib import Path, PureWindowsPath
 
 from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names
 from detpipe.datasets.faults import Faults
-from detpipe.datasets.formats.folders import (
-    IMAGE_FOLDERS,
-    LABEL_FOLDERS,
-    Entries,
-    ListedImage,
-    find_places,
-    folder_key,
-    list_folder,
-    walk,
-)
+from detpipe.datasets.formats import folders
 from detpipe.datasets.formats.yolo_yaml import LABELS, YOLOFile
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import read_text
@@ -28,10 +19,10 @@ from detpipe.support.strict_json import read_text
 
 def label_path(image: Path) -> Path:
     """The label file of an image, whether or not it exists."""
-    folders = list(image.parts[:-1])
-    if "images" in folders:
-        folders[len(folders) - 1 - folders[::-1].index("images")] = "labels"
-    return Path(*folders, f"{image.stem}.txt")
+    parts = list(image.parts[:-1])
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return Path(*parts, f"{image.stem}.txt")
 
 
 class LabelFolders:
@@ -50,19 +41,19 @@ class LabelFolders:
             self._found[folder] = self._look_for(folder, label_path(image).parent)
         labels = self._found[folder]
         if labels not in self._files:
-            self._files[labels] = list_folder(labels, LABELS).labels if labels.is_dir() else {}
+            self._files[labels] = folders.list_folder(labels, LABELS).labels if labels.is_dir() else {}
         return labels / self._files[labels].get(image.stem, f"{image.stem}{LABELS}")
 
     def _look_for(self, folder: Path, usual: Path) -> Path:
         if usual != folder and usual.is_dir():
             return usual
         for k in reversed(range(len(folder.parts))):
-            if folder.parts[k].lower() in IMAGE_FOLDERS and (sister := _sister(folder, k)):
+            if folder.parts[k].lower() in folders.IMAGE_FOLDERS and (sister := _sister(folder, k)):
                 return sister
-        here = list_folder(folder, LABELS) if folder.is_dir() else None
+        here = folders.list_folder(folder, LABELS) if folder.is_dir() else None
         if here is not None and not here.images.keys() & here.labels.keys():
             if self._apart is None:
-                self._apart = {place.images: place.labels for place in find_places(self.root, LABELS)}
+                self._apart = {place.images: place.labels for place in folders.find_places(self.root, LABELS)}
             return self._apart.get(folder, usual)
         return folder if here is not None else usual
 
@@ -70,8 +61,12 @@ class LabelFolders:
 def _sister(folder: Path, k: int) -> Path | None:
     """The folder of labels beside the k-th part of the path of a folder of images, with the rest of the path."""
     base = Path(*folder.parts[:k])
-    named = {path.name: path for path in base.iterdir() if path.name.lower() in LABEL_FOLDERS} if base.is_dir() else {}
-    for name in sorted(named, key=lambda name: (LABEL_FOLDERS.index(name.lower()), name)):
+    named = (
+        {path.name: path for path in base.iterdir() if path.name.lower() in folders.LABEL_FOLDERS}
+        if base.is_dir()
+        else {}
+    )
+    for name in sorted(named, key=lambda name: (folders.LABEL_FOLDERS.index(name.lower()), name)):
         path = named[name].joinpath(*folder.parts[k + 1 :])
         if path.is_dir():
             return path
@@ -90,16 +85,16 @@ class ImageFinder:
 
     def __init__(self, file: YOLOFile, split: tuple[str, ...], faults: Faults) -> None:
         self.faults = faults
-        self.found: list[ListedImage] = []
+        self.found: list[folders.ListedImage] = []
         self.orphans: list[Path] = []
         self.lines = 0
         self._paths: set[Path] = set()
-        self._by_labels: dict[Path, ListedImage] = {}
+        self._by_labels: dict[Path, folders.ListedImage] = {}
         entries = [_locate(file, name, entry) for name in split for entry in file.entries(name)]
         self.root = _root(file.root, [path for path in entries if path.is_dir()])
         self.folders = [path if path.is_dir() else self.root for path in entries]
         self._labels = LabelFolders(self.root)
-        self._entries = Entries()
+        self._entries = folders.Entries()
         self._others = {place.images for place in file.places} - set(entries)  # of other splits
         for path in entries:
             if path.is_dir():
@@ -121,15 +116,16 @@ class ImageFinder:
 
     def _folder(self, folder: Path) -> None:
         first = len(self.found)
-        files = walk(str(folder), {folder_key(other) for other in self._others if other != folder})
-        for path in map(Path, image_names(entry.path for entry in files)):
+        found = folders.walk_folders(folder, {folders.folder_key(other) for other in self._others if other != folder})
+        files = sorted((Path(file.path) for _, files in found for file in files), key=lambda path: path.parts)
+        for path in map(Path, image_names(map(str, files))):
             if path not in self._paths:  # of a folder that holds this one
                 self._add(path, str(path))
         expected = {item.labels for item in self.found}
         for labels in sorted({item.labels.parent for item in self.found[first:]} - {folder}):
             if any(item.image.parent == labels for item in self.found[first:]):
                 continue  # labels beside images: other texts may be there
-            files = list_folder(labels, LABELS).labels.values() if labels.is_dir() else ()
+            files = folders.list_folder(labels, LABELS).labels.values() if labels.is_dir() else ()
             self.orphans += [
                 labels / name for name in files if name.lower() != "classes.txt" and labels / name not in expected
             ]
@@ -160,7 +156,7 @@ class ImageFinder:
             return self.faults.fatal("leads out of the folder", f"{where} leads out of {self.root}{more}")
         name = path.as_posix() if name.startswith("../") else name
         self._paths.add(path)
-        item = ListedImage(self.lines, name, path, self._labels.path(path))
+        item = folders.ListedImage(self.lines, name, path, self._labels.path(path))
         other = self._by_labels.setdefault(item.labels, item)
         if other is not item and other.image == path:
             return self.faults.image("listed twice", f"{where} is listed twice")
@@ -178,7 +174,7 @@ def _is_inside(path: Path, root: Path) -> bool:
 
 def _locate(file: YOLOFile, split: str, entry: str) -> Path:
     """The folder or list that an entry names; where its first folders are not there, by the end of its path."""
-    path = Entries().find(file.root, entry)
+    path = folders.Entries().find(file.root, entry)
     if path is not None and (path.is_dir() or (path.is_file() and path.suffix == ".txt")):
         return Path(os.path.normpath(path))
     problem = "does not exist" if path is None else "is neither a folder nor a .txt list"
@@ -187,8 +183,8 @@ def _locate(file: YOLOFile, split: str, entry: str) -> Path:
     )
 
 
-def _root(root: Path, folders: list[Path]) -> Path:
+def _root(root: Path, places: list[Path]) -> Path:
     """The root, or the innermost folder that holds it and all images."""
-    if all(not os.path.relpath(folder, root).startswith("..") for folder in folders):
+    if all(not os.path.relpath(folder, root).startswith("..") for folder in places):
         return root
-    return Path(os.path.commonpath([os.path.abspath(path) for path in (root, *folders)]))
+    return Path(os.path.commonpath([os.path.abspath(path) for path in (root, *places)]))

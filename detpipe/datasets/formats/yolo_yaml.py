@@ -23,16 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from detpipe.datasets.formats.folders import (
-    Entries,
-    Place,
-    find_lists,
-    find_places,
-    list_folder,
-    says_folders,
-    take_split,
-    visible,
-)
+from detpipe.datasets.formats import folders
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import load_json, read_text, shorten
 from detpipe.support.strict_yaml import MOST_BYTES, load_yaml
@@ -57,11 +48,11 @@ class YOLOFile:
     splits: dict[str, tuple[str, ...]]  # name -> folders and lists of images
     # n and d of the n points, with d numbers each, behind each box; None where there are none
     points: tuple[int, int] | None = None
-    places: tuple[Place, ...] = ()  # where images and labels were found, if no file says so
+    places: tuple[folders.Place, ...] = ()  # where images and labels were found, if no file says so
 
     def entries(self, split: str) -> tuple[str, ...]:
         """Folders and lists of a split; a DataError if there is no such split."""
-        found = take_split(self.path, split, self.splits)
+        found = folders.take_split(self.path, split, self.splits)
         if found is None:
             known = ", ".join(self.splits) or "none"
             raise DataError(f"{self.path}: has no split {split!r}; there are {known}{did_you_mean(split, self.splits)}")
@@ -69,12 +60,12 @@ class YOLOFile:
 
     def absent_splits(self) -> list[str]:
         """The splits that the file names, though nothing of them is there."""
-        find = Entries().find
+        find = folders.Entries().find
         return [name for name, entries in self.splits.items() if not any(find(self.root, entry) for entry in entries)]
 
     def says(self) -> str:
         """Say where classes and labels are, in half a line, and which splits are not there."""
-        more = f", {says_folders(self.root, self.places, 'labels')}" if self.places else ""
+        more = f", {folders.says_folders(self.root, self.places, 'labels')}" if self.places else ""
         absent = "".join(f", without {name}: {self.splits[name][0]} is not there" for name in self.absent_splits())
         return f"{self.path.name}{more}{absent}"
 
@@ -84,7 +75,7 @@ def find_file(root: Path) -> Path | None:
 
     ``data.yaml``, the only other YAML file with ``names``, darknet's ``.data`` file, or the list of classes.
     """
-    inside = [Path(entry.path) for entry in visible(root)]
+    inside = [Path(entry.path) for entry in folders.visible(root)]
     below = (_describing(path) for path in inside if path.is_dir())  # unpacked into a folder of its own
     files = filter(Path.is_file, inside)
     return _describing(root) or _class_file(files) or _only([path for path in below if path is not None])
@@ -93,7 +84,7 @@ def find_file(root: Path) -> Path | None:
 def _describing(folder: Path) -> Path | None:
     if (folder / NAME).is_file():
         return folder / NAME
-    files = [Path(entry.path) for entry in visible(folder) if entry.is_file()]
+    files = [Path(entry.path) for entry in folders.visible(folder) if entry.is_file()]
     yamls = [path for path in files if path.suffix.lower() in (".yaml", ".yml") and _HAS_NAMES.search(_peek(path))]
     return _only(yamls) or _only([path for path in files if path.suffix.lower() == ".data"])
 
@@ -134,15 +125,16 @@ def read_yolo(root: str | Path) -> YOLOFile:
         return file if file.splits else _with_folders(file)
     if found is not None and found.suffix.lower() == ".data":
         return _read_darknet(found)
-    places = tuple(find_places(path if path.is_dir() else path.parent, LABELS))
+    places = tuple(folders.find_places(path if path.is_dir() else path.parent, LABELS))
     if found is None and places:
         near = dict.fromkeys(folder for place in places for folder in (place.labels, place.images, place.labels.parent))
         inside = [folder for folder in near if folder.is_relative_to(path)]
         found = _class_file(file for folder in inside for file in sorted(folder.iterdir()) if file.is_file())
         if found is None:
+            labels = folders.says_folders(path, places, "labels")
             raise DataError(
-                f"{path}: has labels in YOLO layout ({says_folders(path, places, 'labels')}), but nothing says what the classes "
-                f"are called: write {path / 'classes.txt'} with a name a line, in the order of the numbers"
+                f"{path}: has labels in YOLO layout ({labels}), but nothing says what the classes are called: write "
+                f"{path / 'classes.txt'} with a name a line, in the order of the numbers"
             )
     if found is None:
         raise DataError(f"{path / NAME}: no such file; YOLO layout has a {NAME} with path, train, val and names")
@@ -151,10 +143,12 @@ def read_yolo(root: str | Path) -> YOLOFile:
     return _with_folders(YOLOFile(found, base, names, tuple(range(len(names))), {}), places)
 
 
-def _with_folders(file: YOLOFile, places: tuple[Place, ...] | None = None) -> YOLOFile:
+def _with_folders(file: YOLOFile, places: tuple[folders.Place, ...] | None = None) -> YOLOFile:
     """The same with the splits of lists beside it, or else of folders."""
-    places = tuple(find_places(file.root, LABELS)) if places is None else places
-    lists = find_lists(file.root, (stem for place in places for stem in list_folder(place.images).images))
+    places = tuple(folders.find_places(file.root, LABELS)) if places is None else places
+    lists = folders.find_lists(
+        file.root, (stem for place in places for stem in folders.list_folder(place.images).images)
+    )
     if lists:
         return replace(file, splits={name: (path.name,) for name, path in lists.items()})
     splits: dict[str, tuple[str, ...]] = {}
@@ -165,8 +159,8 @@ def _with_folders(file: YOLOFile, places: tuple[Place, ...] | None = None) -> YO
 
 def has_labels(root: Path) -> bool:
     """Whether a folder has label files of images, by the numbers in one of them."""
-    for place in find_places(root, LABELS):
-        labels, images = list_folder(place.labels, LABELS).labels, list_folder(place.images).images
+    for place in folders.find_places(root, LABELS):
+        labels, images = folders.list_folder(place.labels, LABELS).labels, folders.list_folder(place.images).images
         for stem in sorted(labels.keys() & images):
             words = _peek(place.labels / labels[stem]).strip().split("\n")[0].split()
             if words:
@@ -179,7 +173,7 @@ def _read_darknet(path: Path) -> YOLOFile:
     pairs = [line.partition("=") for line in _lines(path) if "=" in line and not line.startswith("#")]
     values = {key.strip(): value.strip() for key, _, value in pairs}
     entry = values.get("names")
-    names_file = Entries().find(path.parent, entry) if entry else _class_file(sorted(path.parent.iterdir()))
+    names_file = folders.Entries().find(path.parent, entry) if entry else _class_file(sorted(path.parent.iterdir()))
     if names_file is None or not names_file.is_file():
         raise DataError(f"{path}: names is {shorten(entry)}, but there is no such list of classes, one a line")
     names = _listed_names(names_file)
@@ -230,11 +224,11 @@ def read_yolo_yaml(root: str | Path) -> YOLOFile:
     base = content.get("path") or "."
     if type(base) is not str:
         raise DataError(f"{path}: path must be the root folder, relative to this file, got {shorten(base)}")
-    folder = path.parent if base == "." else Entries().find(path.parent, base)
+    folder = path.parent if base == "." else folders.Entries().find(path.parent, base)
     moved = folder is None or not folder.is_dir()
     folder = path.parent if moved or folder is None else folder
     splits = {key: _entries(value, key, path) for key, value in content.items() if _is_split(key, value, folder)}
-    if moved and not any(Entries().find(folder, entry) for entries in splits.values() for entry in entries):
+    if moved and not any(folders.Entries().find(folder, entry) for entries in splits.values() for entry in entries):
         raise DataError(
             f"{path}: path is {base!r}, but {path.parent / base} is no folder; paths are relative to {path.name}"
         )
@@ -244,13 +238,8 @@ def read_yolo_yaml(root: str | Path) -> YOLOFile:
 def _points(shape: Any, path: Path) -> tuple[int, int] | None:
     if shape is None:
         return None
-    if (
-        type(shape) is not list
-        or len(shape) != 2
-        or type(shape[0]) is not int
-        or shape[0] < 1
-        or shape[1] not in (2, 3)
-    ):
+    pair = type(shape) is list and len(shape) == 2
+    if not pair or type(shape[0]) is not int or shape[0] < 1 or shape[1] not in (2, 3):
         raise DataError(
             f"{path}: kpt_shape must be the number of points and 2 or 3 numbers a point, such as [17, 3], got {shorten(shape)}"
         )
@@ -264,7 +253,7 @@ def _is_split(key: Any, value: Any, folder: Path) -> bool:
     entries = [value] if type(value) is str else value
     if type(key) is not str or key in NOT_SPLITS or type(entries) is not list:
         return False
-    there = Entries().find if key in ("valid", "validation") else _exact
+    there = folders.Entries().find if key in ("valid", "validation") else _exact
     return all(type(entry) is str and there(folder, entry) is not None for entry in entries)
 
 
@@ -293,9 +282,7 @@ def _class_names(names: Any, path: Path) -> tuple[str, ...]:
         raise DataError(
             f"{path}: names must list the classes, such as [cat, dog] or {{0: cat, 1: dog}}, got {shorten(names)}"
         )
-    wrong = [
-        name for name in names if type(name) not in (str, int, float) or name == ""
-    ]  # [1, 2]: digits are names too
+    wrong = [name for name in names if type(name) not in (str, int, float) or name == ""]  # digits are names too
     if wrong or len({str(name) for name in names}) != len(names):
         raise DataError(f"{path}: names must be distinct and of text, got {shorten(wrong or names)}")
     return tuple(str(name) for name in names)

@@ -29,7 +29,7 @@ from detpipe.datasets.datamodule import FolderData, Split
 from detpipe.datasets.dataset import Contents, Proposals
 from detpipe.datasets.faults import Faults
 from detpipe.datasets.fetch import is_remote
-from detpipe.datasets.shards.index import INDEX, KEYS, ShardSet, check_files, read_index
+from detpipe.datasets.shards.index import INDEX, KEYS, ShardSet, check_files, find_splits, read_index
 from detpipe.datasets.shards.read import ShardFiles, ShardProposals
 from detpipe.datasets.shards.remote import ShardCache, open_remote
 from detpipe.support.errors import DataError
@@ -43,12 +43,9 @@ class Shards(FolderData):
         root: the folder that holds a folder for each split; a path, or an address that begins with http://,
             https://, s3:// or gs://.
         train: the training split, the name of its folder.
-        val: the validation split, in the same way.
-        test: the split for the final test, in the same way; none by default.
         window: shards whose images are shuffled together, and read at the same time.
         cache: where shards of an address are kept, and how many of them.
-        common: what all data sets have, see :class:`~detpipe.datasets.datamodule.DetectionData`; boxes of a store in ``proposals``
-            take the place of those in the shards.
+        common: boxes of a store in ``proposals`` take the place of those in the shards.
     """
 
     def __init__(
@@ -58,12 +55,15 @@ class Shards(FolderData):
         val: str = "val",
         test: str | None = None,
         window: int = 8,
-        cache: ShardCache = ShardCache(),  # noqa: B008 (frozen)
+        cache: ShardCache = ShardCache(),
         **common: Any,
     ) -> None:
         super().__init__(root, train, val, test, **common)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
+        for key, given in (("split", self.shares), ("tiles", self.tiles)):
+            if given:
+                raise ValueError(f"{key} is for image files, not for shards: set it to null, or read the data as files")
         self.window, self.cache = window, cache
         self._files: dict[Split, ShardFiles] = {}
         self._key: str | None = None
@@ -96,7 +96,7 @@ class Shards(FolderData):
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that the root holds; nothing of a server, which has no list."""
-        return () if is_remote(self.root) else tuple(sorted(p.parent.name for p in Path(self.root).glob(f"*/{INDEX}")))
+        return () if is_remote(self.root) else tuple(find_splits(Path(self.root)))
 
     def contents(self, split: Split) -> Contents:
         """The image files of a split, in its shards."""

@@ -15,70 +15,89 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from detpipe.datasets.stored_proposals import ImageKey, coco_key, file_key, voc_key
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write, refuse_special, write_text
-from detpipe.support.strict_json import load_json, require, shorten
+from detpipe.support.strict_json import load_json
 from detpipe.types import Annotations
 
 FORMAT, VERSION = "detpipe.shards", 1
 INDEX, ARRAYS = "index.json", "arrays.safetensors"
 SHARD_NAME = re.compile(r"shard-[0-9]{6,9}\.tar")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 
 KEYS: dict[str, ImageKey] = {"coco": coco_key, "voc": voc_key, "file": file_key}
 _AGAIN = "write the shards again, or copy them again"
-_PACKED = ("image_ids", "sizes", "offsets", "boxes", "labels", "iscrowd", "difficult", "area")  # of Annotations
-_KINDS: dict[str, tuple[type, tuple[int, ...]]] = {  # type, and shape without the first axis
-    "image_ids": (np.int64, ()),
-    "sizes": (np.int32, (2,)),
-    "offsets": (np.int64, ()),
-    "boxes": (np.float64, (4,)),
-    "labels": (np.int64, ()),
-    "iscrowd": (np.bool_, ()),
-    "difficult": (np.bool_, ()),
-    "area": (np.float64, ()),
-    "name_bytes": (np.uint8, ()),
-    "name_offsets": (np.int64, ()),
-    "shard": (np.int32, ()),
-    "offset": (np.int64, ()),
-    "length": (np.int64, ()),
-    "crc32": (np.uint32, ()),
+_KINDS: dict[
+    str, tuple[type, str, tuple[int, ...]]
+] = {  # type, what the rows are of if that is known, and the other axes
+    "image_ids": (np.int64, "images", ()),
+    "sizes": (np.int32, "images", (2,)),
+    "offsets": (np.int64, "", ()),
+    "boxes": (np.float64, "boxes", (4,)),
+    "labels": (np.int64, "boxes", ()),
+    "iscrowd": (np.bool_, "boxes", ()),
+    "difficult": (np.bool_, "boxes", ()),
+    "area": (np.float64, "boxes", ()),
+    "name_bytes": (np.uint8, "", ()),
+    "name_offsets": (np.int64, "", ()),
+    "shard": (np.int32, "images", ()),
+    "offset": (np.int64, "images", ()),
+    "length": (np.int64, "images", ()),
+    "crc32": (np.uint32, "images", ()),
 }
+_PACKED = tuple(_KINDS)[:8]  # of Annotations
 _PLACES = ("offset", "length", "crc32")
+Places = npt.NDArray[np.int64]  # [I, 3] offset, bytes and CRC-32 of a part of each image in its shard
+
+_Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_SHA256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]  # names of folders are made of it
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(msgspec.Struct, frozen=True):
     """One tar file."""
 
-    name: str
-    images: int
-    bytes: int
-    sha256: str
+    name: Annotated[str, Meta(pattern=rf"\A{SHARD_NAME.pattern}\Z")]
+    images: _Count
+    bytes: _Count
+    sha256: _SHA256
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where a part of each image lies in its shard."""
+class Arrays(msgspec.Struct, frozen=True):
+    """The file of the arrays."""
 
-    offset: npt.NDArray[np.int64]  # [I] bytes
-    length: npt.NDArray[np.int64]  # [I] bytes
-    crc32: npt.NDArray[np.uint32]  # [I]
+    bytes: _Count
+    sha256: _SHA256
+    name: str = ARRAYS
 
-    def subset(self, rows: npt.NDArray[np.intp]) -> Places:
-        """Those of some images."""
-        return Places(self.offset[rows], self.length[rows], self.crc32[rows])
+
+class Index(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``index.json`` says."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    split: str
+    image_key: Literal["coco", "voc", "file"]
+    images: _Count
+    boxes: _Count
+    class_names: tuple[str, ...]
+    category_ids: tuple[Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)], ...]
+    counts: dict[str, int]
+    proposals: dict[str, Any] | None = None
+    plan: str
+    arrays: Arrays
+    shards: tuple[Shard, ...]
 
 
 @dataclass(frozen=True)
@@ -102,8 +121,8 @@ class ShardSet:
             self,
             annotations=self.annotations.subset(rows),
             shard=self.shard[rows],
-            images=self.images.subset(rows),
-            proposals=None if self.proposals is None else self.proposals.subset(rows),
+            images=self.images[rows],
+            proposals=None if self.proposals is None else self.proposals[rows],
         )
 
 
@@ -116,32 +135,31 @@ def write_index(made: ShardSet) -> None:
     arrays["name_offsets"] = np.cumsum([0, *map(len, names)])
     arrays["shard"] = made.shard
     for prefix, places in (("", made.images), ("proposal_", made.proposals)):
-        arrays |= {prefix + name: getattr(places, name) for name in _PLACES if places is not None}
+        arrays |= {prefix + name: places[:, k] for k, name in enumerate(_PLACES) if places is not None}
     kinds = {name: _KINDS[name.removeprefix("proposal_")][0] for name in arrays}
     content = save({name: np.ascontiguousarray(value, dtype=kinds[name]) for name, value in arrays.items()})
     with atomic_write(made.folder / ARRAYS) as temporary:
         temporary.write_bytes(content)
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "split": made.split,
-        "image_key": made.key,
-        "images": len(a),
-        "boxes": len(a.boxes),
-        "class_names": list(a.class_names),
-        "category_ids": list(a.category_ids),
-        "counts": a.counts,
-        "proposals": made.source,
-        "plan": made.plan,
-        "arrays": {"name": ARRAYS, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
-        "shards": [asdict(shard) for shard in made.shards],
-    }
-    write_text(made.folder / INDEX, json.dumps(index, indent=1) + "\n")
+    index = Index(
+        split=made.split,
+        image_key=made.key,  # type: ignore[arg-type]
+        images=len(a),
+        boxes=len(a.boxes),
+        class_names=a.class_names,
+        category_ids=a.category_ids,
+        counts=a.counts,
+        proposals=made.source,
+        plan=made.plan,
+        arrays=Arrays(len(content), hashlib.sha256(content).hexdigest()),
+        shards=made.shards,
+    )
+    write_text(made.folder / INDEX, json.dumps(msgspec.to_builtins(index), indent=1) + "\n")
 
 
-def read_plan(folder: Path) -> str:
-    """What the shards of a folder were made of, as `ShardSet.plan`; a DataError without index, or for one of another version."""
-    return require(_read_json(folder), "plan", str, str(folder / INDEX))
+def find_splits(root: Path) -> dict[str, Path]:
+    """The folders of the splits in a folder, by name, those that are only begun left out; a folder of one split is that split."""
+    files = [root / INDEX] if (root / INDEX).is_file() else sorted(root.glob(f"*/{INDEX}"))
+    return {file.parent.name: file.parent for file in files if file.with_name(ARRAYS).is_file()}
 
 
 def read_index(folder: str | Path) -> ShardSet:
@@ -149,91 +167,79 @@ def read_index(folder: str | Path) -> ShardSet:
 
     A DataError if index or arrays are missing, damaged, changed, of another version, or contradict each other.
     """
-    path = Path(folder) / INDEX
-    index, where = _read_json(Path(folder)), str(path)
-    shards = tuple(
-        _shard(record, f"{path}: shard {n}") for n, record in enumerate(require(index, "shards", list, where))
-    )
-    source = index.get("proposals")
-    arrays = _read_arrays(Path(folder), require(index, "arrays", dict, where), source is not None)
-    key = require(index, "image_key", str, where)
-    if key not in KEYS:
-        raise DataError(f"{path}: the field 'image_key' is {key!r}: expected one of {', '.join(KEYS)}")
+    folder = Path(folder)
+    index = read_json(folder)
+    arrays = _read_arrays(folder, index)
+
+    def places(prefix: str) -> Places:
+        return np.column_stack([arrays[prefix + name] for name in _PLACES]).astype(np.int64)
+
     made = ShardSet(
-        folder=Path(folder),
-        split=require(index, "split", str, where),
-        key=key,
-        annotations=_annotations(Path(folder), index, arrays),
-        shards=shards,
+        folder=folder,
+        split=index.split,
+        key=index.image_key,
+        annotations=_annotations(folder, index, arrays),
+        shards=index.shards,
         shard=arrays["shard"],
-        images=Places(*(arrays[name] for name in _PLACES)),
-        proposals=Places(*(arrays[f"proposal_{name}"] for name in _PLACES)) if source is not None else None,
-        source=source,
-        plan=require(index, "plan", str, where),
+        images=places(""),
+        proposals=None if index.proposals is None else places("proposal_"),
+        source=index.proposals,
+        plan=index.plan,
     )
-    _check(made, index, path)
+    _check(made)
     return made
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
+def read_json(folder: Path, where: str | Path = "") -> Index:
+    """Read the index of a folder alone, which messages call ``where``, by default by its path; errors are those of `read_index`."""
     path = folder / INDEX
+    where = where or path
     if not path.is_file():
         raise DataError(
             f"{path}: no such file; expected a folder that 'detpipe data shards' wrote to the end, with index and shards"
         )
     index = load_json(path)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise DataError(f"{path}: this is no index of shards; 'detpipe data shards' writes them")
+        raise DataError(f"{where}: this is no index of shards; 'detpipe data shards' writes them")
     if index.get("version") != VERSION:
         raise DataError(
-            f"{path}: has the version {index.get('version')!r}, this detpipe reads {VERSION}; write the shards again, or take "
+            f"{where}: has the version {index.get('version')!r}, this detpipe reads {VERSION}; write the shards again, or take "
             "the detpipe that wrote them"
         )
-    return index
+    try:
+        return msgspec.convert(index, Index)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{where}: {error}; {_AGAIN}") from error
 
 
-def _shard(record: Any, where: str) -> Shard:
-    name = require(record, "name", str, where)
-    if not SHARD_NAME.fullmatch(name):
-        raise DataError(f"{where}: the name {name!r} is not safe: expected one such as shard-000000.tar")
-    images, size = require(record, "images", int, where), require(record, "bytes", int, where)
-    return Shard(name, images, size, require_sha256(record, where))
-
-
-def require_sha256(record: Any, where: str) -> str:
-    """The ``sha256`` of a file, of which the name of a folder is made; a DataError if it is not 64 lowercase hexadecimal digits."""
-    digits = require(record, "sha256", str, where)
-    if not SHA256.fullmatch(digits):
-        raise DataError(f"{where}: the field 'sha256' is {shorten(digits)}: expected 64 digits of 0-9 and a-f")
-    return digits
-
-
-def _read_arrays(folder: Path, record: dict[str, Any], proposals: bool) -> dict[str, npt.NDArray[Any]]:
-    path = folder / ARRAYS
+def _read_arrays(folder: Path, index: Index) -> dict[str, npt.NDArray[Any]]:
+    path, record = folder / ARRAYS, index.arrays
     refuse_special(path)
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file, but {INDEX} names it; {_AGAIN}") from error
-    expected = require(record, "bytes", int, f"{folder / INDEX}: arrays")
-    if len(content) != expected:
-        raise DataError(f"{path}: has {len(content)} bytes, but {INDEX} says {expected}: cut off or changed; {_AGAIN}")
-    if hashlib.sha256(content).hexdigest() != require_sha256(record, f"{folder / INDEX}: arrays"):
+    if len(content) != record.bytes:
+        raise DataError(
+            f"{path}: has {len(content)} bytes, but {INDEX} says {record.bytes}: cut off or changed; {_AGAIN}"
+        )
+    if hashlib.sha256(content).hexdigest() != record.sha256:
         raise DataError(f"{path}: its content has another hash than {INDEX} says: changed or damaged; {_AGAIN}")
     try:
         arrays = load(content)
     except SafetensorError as error:
         raise DataError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
-    wanted = [*_KINDS, *(f"proposal_{name}" for name in _PLACES if proposals)]
-    for name in wanted:
-        kind, rest = _KINDS[name.removeprefix("proposal_")]
-        if name not in arrays or arrays[name].dtype != kind or arrays[name].shape[1:] != rest or not arrays[name].ndim:
-            raise DataError(f"{path}: the array {name!r} is missing or not {kind.__name__} [*{rest or ''}]; {_AGAIN}")
+    for name in (*_KINDS, *(f"proposal_{name}" for name in _PLACES if index.proposals is not None)):
+        kind, axis, rest = _KINDS[name.removeprefix("proposal_")]
+        shape = (getattr(index, axis), *rest) if axis else (len(arrays.get(name, ())), *rest)
+        if name not in arrays or arrays[name].dtype != kind or arrays[name].shape != shape:
+            raise DataError(
+                f"{path}: the array {name!r} is missing or not {kind.__name__} {list(shape)}, as {INDEX} says; {_AGAIN}"
+            )
     return arrays
 
 
-def _annotations(folder: Path, index: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> Annotations:
-    where = str(folder / INDEX)
+def _annotations(folder: Path, index: Index, arrays: dict[str, npt.NDArray[Any]]) -> Annotations:
     ends, text = arrays["name_offsets"].tolist(), arrays["name_bytes"].tobytes()
     try:
         names = [text[start:end].decode() for start, end in pairwise(ends)]
@@ -243,23 +249,21 @@ def _annotations(folder: Path, index: dict[str, Any], arrays: dict[str, npt.NDAr
         root=folder,
         file_names=np.array(names, dtype=np.str_),
         **{name: arrays[name] for name in _PACKED},  # type: ignore[arg-type]
-        class_names=tuple(map(str, require(index, "class_names", list, where))),
-        category_ids=tuple(map(int, require(index, "category_ids", list, where))),
-        counts=dict(require(index, "counts", dict, where)),
+        class_names=index.class_names,
+        category_ids=index.category_ids,
+        counts=index.counts,
     )
 
 
-def _check(made: ShardSet, index: dict[str, Any], path: Path) -> None:
+def _check(made: ShardSet) -> None:
     """Refuse arrays that do not fit each other or the shards, so that nothing is read where nothing lies."""
     a, images, S = made.annotations, len(made.annotations), len(made.shards)
     parts = [places for places in (made.images, made.proposals) if places is not None]
     bytes_of = np.array([shard.bytes for shard in made.shards], dtype=np.int64)
     counts = np.bincount(made.shard, minlength=S).tolist() if (made.shard >= 0).all() else []
     tests: dict[str, Callable[[], bool]] = {
-        "images": lambda: index.get("images") == images == len(a.sizes) == len(a.file_names) == len(made.shard) > 0,
-        "places": lambda: all(len(p.offset) == len(p.length) == len(p.crc32) == images for p in parts),
-        "boxes": lambda: index.get("boxes") == len(a.boxes) == len(a.labels) == len(a.area) == a.offsets[-1],
-        "flags": lambda: len(a.iscrowd) == len(a.difficult) == len(a.boxes),
+        "images": lambda: len(a.file_names) == images > 0,
+        "boxes": lambda: len(a.boxes) == a.offsets[-1],
         "offsets": lambda: len(a.offsets) == images + 1 and a.offsets[0] == 0 and bool((np.diff(a.offsets) >= 0).all()),
         "class_names": lambda: len(a.class_names) == len(a.category_ids) == len(set(a.class_names)) > 0,
         "labels": lambda: bool(((a.labels >= 1) & (a.labels <= a.num_classes)).all()),
@@ -268,15 +272,14 @@ def _check(made: ShardSet, index: dict[str, Any], path: Path) -> None:
         "image_ids": lambda: len(np.unique(a.image_ids)) == images,
         "shards": lambda: counts == [shard.images for shard in made.shards],
         "offset and length": lambda: all(
-            bool(((p.offset >= 0) & (p.length >= 0)).all())
-            and bool((p.length <= bytes_of[made.shard] - p.offset).all())  # a sum might overflow
+            bool((p >= 0).all()) and bool((p[:, 1] <= bytes_of[made.shard] - p[:, 0]).all())  # a sum might overflow
             for p in parts
         ),
     }
     for name, holds in tests.items():
         if not holds():
             raise DataError(
-                f"{path}: {name} do not fit {ARRAYS}: the two are of different shards, or damaged; {_AGAIN}"
+                f"{made.folder / INDEX}: {name} do not fit {ARRAYS}: the two are of different shards, or damaged; {_AGAIN}"
             )
 
 

@@ -23,7 +23,7 @@ from detpipe.datasets.workers import share_with_workers
 from detpipe.support.errors import DataError
 
 _COPY_AGAIN = "copy it again, or write the shards again"
-share_with_workers(ShardSet, Places)
+share_with_workers(ShardSet)
 
 Opened = tuple[int, Path]  # a file descriptor, and what was opened
 
@@ -60,7 +60,7 @@ class ShardFiles:
 
     def size(self, index: int) -> int:
         """How many bytes an image file has."""
-        return int(self.shards.images.length[index])
+        return int(self.shards.images[index, 1])
 
     def read(self, index: int) -> bytes:
         """The bytes of an image file; errors are those of :meth:`read_part`."""
@@ -72,7 +72,7 @@ class ShardFiles:
         A DataError names shard and image if the shard is missing, ends early, or was changed.
         """
         number = int(self.shards.shard[index])
-        offset, length = int(places.offset[index]), int(places.length[index])
+        offset, length, crc32 = places[index].tolist()
         file, path = self._file(number)
         try:
             content = os.pread(file, length, offset)
@@ -80,7 +80,7 @@ class ShardFiles:
                 content += more  # one call reads at most 2 GiB, and a network's file system may give less
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}), wanted for {self.name(index)}") from error
-        if len(content) != length or zlib.crc32(content) != int(places.crc32[index]):
+        if len(content) != length or zlib.crc32(content) != crc32:
             fault = "cut off" if len(content) != length else "damaged or changed since its index was written"
             advice = f"copy {path.name} again" if self.opener is None else f"remove {path}, and it is fetched again"
             raise DataError(
@@ -93,7 +93,11 @@ class ShardFiles:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        file, path = self._open_here(number) if self.opener is None else self.opener(number)
+        path = self.shards.folder / self.shards.shards[number].name
+        try:
+            file, path = (os.open(path, os.O_RDONLY), path) if self.opener is None else self.opener(number)
+        except OSError as error:
+            raise DataError(f"{error.filename or path}: cannot be opened ({error.strerror}); {_COPY_AGAIN}") from error
         found, expected = os.fstat(file).st_size, self.shards.shards[number].bytes
         if found != expected:
             os.close(file)
@@ -104,13 +108,6 @@ class ShardFiles:
         if len(self._open) > self.most_open:
             os.close(self._open.popitem(last=False)[1][0])
         return file, path
-
-    def _open_here(self, number: int) -> Opened:
-        path = self.shards.folder / self.shards.shards[number].name
-        try:
-            return os.open(path, os.O_RDONLY), path
-        except OSError as error:
-            raise DataError(f"{path}: cannot be opened ({error.strerror}); {_COPY_AGAIN}") from error
 
 
 class ShardProposals(BoxesByImage):
@@ -159,7 +156,7 @@ def verify_shards(folder: str | Path, progress: Callable[[int, int], None] | Non
 def _check_members(path: Path, shards: ShardSet, number: int) -> None:
     """Refuse members that a tar program would write elsewhere, and look whether each image lies where the index says."""
     rows = np.flatnonzero(shards.shard == number)
-    wanted = {int(shards.images.offset[row]): int(row) for row in rows}
+    wanted = {int(shards.images[row, 0]): int(row) for row in rows}
     keys: dict[str, int] = {}
     described: dict[str, int] = {}
     try:
@@ -177,7 +174,7 @@ def _check_members(path: Path, shards: ShardSet, number: int) -> None:
                     described[key] = int(json.loads(content)["image_id"])
                 elif member.offset_data in wanted:
                     keys[key] = wanted.pop(member.offset_data)
-                    if zlib.crc32(content) != int(shards.images.crc32[keys[key]]):
+                    if zlib.crc32(content) != int(shards.images[keys[key], 2]):
                         raise DataError(f"{path}: the member {member.name!r} is damaged or changed; {_COPY_AGAIN}")
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, DataError):

@@ -17,16 +17,16 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import filelock
 
 from detpipe.datasets.fetch import RemoteFile, fetch, read_url
-from detpipe.datasets.shards.index import ARRAYS, INDEX, Shard, ShardSet, read_index, require_sha256
+from detpipe.datasets.shards.index import ARRAYS, INDEX, Shard, ShardSet, read_index, read_json
 from detpipe.datasets.shards.read import Opened, ShardFiles
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write
-from detpipe.support.strict_json import load_json, require
 
 _MOST = 2**28  # bytes of an index: two million shards
 _WINDOWS = 2  # that are read at the same time: batches are mixed over the border of two
@@ -81,30 +81,22 @@ def open_remote(root: str, split: str, cache: ShardCache, window: int) -> ShardF
             f"{address}: {len(largest)} shards that are read at the same time take {sum(largest) / 1e9:.3g} GB, but "
             f"cache.gigabytes is {cache.gigabytes:g}: raise it, or lower window"
         )
-    return ShardFiles(shards, RemoteShards(address, shards.shards, cache), most_open=together, where=address)
+    return ShardFiles(shards, partial(_open_shard, address, shards.shards, cache), most_open=together, where=address)
 
 
-@dataclass
-class RemoteShards:
-    """Opens the shards of a split that lie below an address."""
-
-    address: str
-    shards: tuple[Shard, ...]
-    cache: ShardCache
-
-    def __call__(self, number: int) -> Opened:
-        """Open a shard, and fetch it before if it is not there."""
-        shard = self.shards[number]
-        folder = _folder(self.cache, shard)
-        path = folder / shard.name
-        with lock_of(self.cache, folder.name):
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                path.unlink(missing_ok=True)
-                _make_room(self.cache, folder)
-                remote = RemoteFile(f"{self.address}/{shard.name}", shard.bytes, "sha256", shard.sha256)
-                fetch(remote, folder, advice=_ADVICE, progress=False)
-            os.utime(folder)  # opened last
-            return os.open(path, os.O_RDONLY), path
+def _open_shard(address: str, shards: tuple[Shard, ...], cache: ShardCache, number: int) -> Opened:
+    """Open a shard of a split that lies at an address, and fetch it before if it is not there."""
+    shard = shards[number]
+    folder = _folder(cache, shard)
+    path = folder / shard.name
+    with lock_of(cache, folder.name):
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            path.unlink(missing_ok=True)
+            _make_room(cache, folder)
+            remote = RemoteFile(f"{address}/{shard.name}", shard.bytes, "sha256", shard.sha256)
+            fetch(remote, folder, advice=_ADVICE, progress=False)
+        os.utime(folder)  # opened last
+        return os.open(path, os.O_RDONLY), path
 
 
 def _fetch_index(address: str, cache: ShardCache) -> ShardSet:
@@ -115,17 +107,8 @@ def _fetch_index(address: str, cache: ShardCache) -> ShardSet:
         content = read_url(f"{address}/{INDEX}", _MOST, _ADVICE)
         with atomic_write(folder / INDEX) as temporary:
             temporary.write_bytes(content)
-        index = load_json(folder / INDEX)
-        where = f"{address}/{INDEX}"
-        if not isinstance(index, dict) or "arrays" not in index:
-            raise DataError(f"{where}: this is no index of shards; {_ADVICE}")
-        arrays = require(index, "arrays", dict, where)
-        remote = RemoteFile(
-            f"{address}/{ARRAYS}",
-            require(arrays, "bytes", int, f"{where}: arrays"),
-            "sha256",
-            require_sha256(arrays, f"{where}: arrays"),
-        )
+        arrays = read_json(folder, f"{address}/{INDEX}").arrays
+        remote = RemoteFile(f"{address}/{ARRAYS}", arrays.bytes, "sha256", arrays.sha256)
         kept = folder / ARRAYS
         if kept.is_file() and hashlib.sha256(kept.read_bytes()).hexdigest() != remote.checksum:
             kept.unlink()  # of other shards, or damaged

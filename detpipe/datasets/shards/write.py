@@ -21,26 +21,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
+import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from detpipe.datasets.annotations import count_skipped, image_fault
 from detpipe.datasets.decode import image_format
-from detpipe.datasets.shards.index import (
-    ARRAYS,
-    INDEX,
-    KEYS,
-    SHARD_NAME,
-    VERSION,
-    Places,
-    Shard,
-    ShardSet,
-    read_index,
-    read_plan,
-    write_index,
-)
+from detpipe.datasets.shards import index
 from detpipe.proposal_files import ProposalStore
 from detpipe.support.errors import DataError
 from detpipe.support.files import atomic_write, refuse_special, remove_orphans, sole_writer, synchronize, write_text
@@ -59,23 +46,14 @@ Progress = Callable[[int, int], None]  # gets the number of images done and of a
 
 @dataclass(frozen=True)
 class Sharding:
-    """How shards are made.
+    """How shards are made."""
 
-    Args:
-        shard_bytes: the length that no shard exceeds, unless one image alone does.
-        images_per_shard: the number of images of every shard but the last; null for as many as there is room for.
-        decode: whether every image is decoded, to refuse damaged ones; else only headers are read.
-        skip: whether bad images are left out and counted, instead of an error.
-        seed: decides which images share a shard: they are shuffled once, so that sorted data do not stay so.
-        workers: processes; 1 works in this one.
-    """
-
-    shard_bytes: int = 256_000_000
-    images_per_shard: int | None = None
-    decode: bool = True
-    skip: bool = False
-    seed: int = 0
-    workers: int = 1
+    shard_bytes: int = 256_000_000  # the length that no shard exceeds, unless one image alone does
+    images_per_shard: int | None = None  # of every shard but the last; None for as many as there is room for
+    decode: bool = True  # whether every image is decoded, to refuse damaged ones; else only headers are read
+    skip: bool = False  # whether bad images are left out and counted, instead of an error
+    seed: int = 0  # decides which images share a shard: they are shuffled once, so that sorted data do not stay so
+    workers: int = 1  # processes; 1 works in this one
 
     def __post_init__(self) -> None:
         check_whole(shard_bytes=self.shard_bytes, images_per_shard=self.images_per_shard, workers=self.workers)
@@ -86,21 +64,21 @@ class Sharding:
 class Made:
     """What a run did: the split as it is now, how many of its shards were there, and row, reason, message of images left out."""
 
-    shards: ShardSet
+    shards: index.ShardSet
     there: int
     skipped: tuple[tuple[int, str, str], ...]
 
 
-class Written(NamedTuple):
+class Written(msgspec.Struct):
     """A shard that is on the disk."""
 
     number: int  # of the shard
-    bytes: int  # of the file
-    sha256: str  # of the file
-    rows: list[int]  # the images in it, in their order
-    images: list[list[int]]  # offset, length and CRC-32 of each of their files
-    proposals: list[list[int]]  # the same of their proposals; empty without
-    skipped: list[tuple[int, str, str]]  # row, reason and message of each image that was left out
+    bytes: int = 0  # of the file
+    sha256: str = ""  # of the file
+    rows: list[int] = []  # the images in it, in their order
+    images: list[list[int]] = []  # offset, length and CRC-32 of each of their files
+    proposals: list[list[int]] = []  # the same of their proposals; empty without
+    skipped: list[tuple[int, str, str]] = []  # row, reason and message of each image that was left out
 
 
 def make_shards(
@@ -123,24 +101,24 @@ def make_shards(
     plan = _digest(contents, split, groups)
     report = progress or (lambda done, of: None)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not (folder / INDEX).is_file() or read_plan(folder) != plan:
+        if not (folder / index.INDEX).is_file() or index.read_json(folder).plan != plan:
             raise DataError(
                 f"{folder} is there already, with something else in it: name a new folder, or remove it first"
             )
         report(len(annotations), len(annotations))
-        return Made(read_index(folder), len(groups), ())
+        return Made(index.read_index(folder), len(groups), ())
     if folder.is_dir():
         folder.rmdir()  # empty, and the rename at the end is not to depend on it
     with work_folder(folder, plan) as work:
-        done, complete = finished_shards(work, len(groups)), (work / INDEX).is_file()
+        done, complete = finished_shards(work, len(groups)), (work / index.INDEX).is_file()
         there, written = len(groups) if complete else len(done), []
         if not complete:
             done |= write_all(contents, work, {n: rows for n, rows in enumerate(groups) if n not in done}, report)
             written = [done[number] for number in range(len(groups))]
-            write_index(_assemble(contents, work, split, written, plan))
+            index.write_index(_assemble(contents, work, split, written, plan))
         _finish(work, folder)
     report(len(annotations), len(annotations))
-    return Made(read_index(folder), there, tuple(sorted(one for shard in written for one in shard.skipped)))
+    return Made(index.read_index(folder), there, tuple(sorted(one for shard in written for one in shard.skipped)))
 
 
 def shard_name(number: int) -> str:
@@ -165,11 +143,12 @@ def work_folder(folder: Path, plan: str) -> Iterator[Path]:
         work.mkdir(exist_ok=True)
         _refuse_strangers(work)
         remove_orphans(work)
-        if not (work / PLAN).exists() and not (work / INDEX).exists():
+        if not (work / PLAN).exists() and not (work / index.INDEX).exists():
             if any(work.iterdir()):
                 raise DataError(f"{work}: holds shards, but not the plan that they were made by: {_REMEDY}")
             write_text(work / PLAN, plan)
-        if (read_plan(work) if (work / INDEX).exists() else (work / PLAN).read_text(errors="replace")) != plan:
+        begun = not (work / index.INDEX).exists()
+        if ((work / PLAN).read_text(errors="replace") if begun else index.read_json(work).plan) != plan:
             raise DataError(
                 f"{work}: an interrupted run left it with other data or settings than are asked for now; delete it to begin "
                 "anew, or ask for the same"
@@ -182,20 +161,19 @@ def finished_shards(work: Path, count: int) -> dict[int, Written]:
     done: dict[int, Written] = {}
     for path in (work / shard_name(number) for number in range(count)):
         try:
-            fields = json.loads(path.with_suffix(".json").read_bytes())
-            written = Written(**{**fields, "skipped": [tuple(one) for one in fields["skipped"]]})
+            written = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Written)
             if path.stat().st_size == written.bytes:
                 done[written.number] = written
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, msgspec.MsgspecError, ValueError):
             continue
     return done
 
 
 def _refuse_strangers(work: Path) -> None:
-    ours = {PLAN, INDEX, ARRAYS}
+    ours = {PLAN, index.INDEX, index.ARRAYS}
     for path in sorted(work.iterdir()):
         name = path.name.split(".partial-")[0]
-        if name not in ours and not SHARD_NAME.fullmatch(str(Path(name).with_suffix(".tar"))):
+        if name not in ours and not index.SHARD_NAME.fullmatch(str(Path(name).with_suffix(".tar"))):
             raise DataError(f"{path}: is not of shards that are being made: {_REMEDY}")
 
 
@@ -226,7 +204,7 @@ def write_all(
     done: dict[int, Written] = {}
     jobs = [(work / shard_name(number), number, rows) for number, rows in groups.items()]
     for (path, *_), written in run(partial(_writer, contents), jobs, contents.sharding.workers, __name__, tell):
-        write_text(path.with_suffix(".json"), json.dumps(written._asdict(), separators=(",", ":")))
+        write_text(path.with_suffix(".json"), msgspec.json.encode(written).decode())
         done[written.number] = written
     return done
 
@@ -254,10 +232,14 @@ class Contents:
         self.annotations, self.key, self.sharding = annotations, key, sharding
         self.proposals = None if proposals is None else ProposalStore(proposals)
         if self.proposals is not None:
-            ids = [KEYS[key](annotations, row) for row in range(len(annotations))]
+            ids = [index.KEYS[key](annotations, row) for row in range(len(annotations))]
             if faults := self.proposals.check(ids, annotations.sizes):
                 raise DataError(" ".join(faults))
-        self.lengths = file_lengths(annotations)
+        paths = [os.path.join(annotations.root, name) for name in annotations.file_names.tolist()]
+        # of one that is missing 0: whoever reads it says what is wrong
+        self.lengths = np.array(
+            [os.path.getsize(path) if os.path.exists(path) else 0 for path in paths], dtype=np.int64
+        )
 
     def describe(self, row: int) -> bytes:
         """The annotations of an image as JSON."""
@@ -283,7 +265,7 @@ class Contents:
         """The proposals of an image as ``.npy``: [P, 5] float32, xyxy and score, best first."""
         if self.proposals is None:
             return None
-        record = self.proposals[KEYS[self.key](self.annotations, row)]
+        record = self.proposals[index.KEYS[self.key](self.annotations, row)]
         file = io.BytesIO()
         np.save(file, np.column_stack([record.boxes, record.scores]).astype("<f4"), allow_pickle=False)
         return file.getvalue()
@@ -317,7 +299,7 @@ def write_shard(path: Path, number: int, rows: Sequence[int], contents: Contents
     A plain tar file (ustar), without anything of who wrote it, when and where: its bytes depend on its content alone. ``told`` is
     called after each image. A DataError for an image that is bad, unless such are skipped; nothing is written then.
     """
-    written = Written(number, 0, "", [], [], [], [])
+    written = Written(number)
     with atomic_write(path) as temporary:
         with tarfile.open(temporary, "w:", format=tarfile.USTAR_FORMAT) as tar:
             for row in rows:
@@ -335,8 +317,9 @@ def write_shard(path: Path, number: int, rows: Sequence[int], contents: Contents
                     written.rows.append(row)
                 told()
         with temporary.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return written._replace(bytes=file.tell(), sha256=sha256)
+            written.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            written.bytes = file.tell()
+            return written
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> list[int]:
@@ -367,16 +350,10 @@ def plan_shards(contents: Contents) -> list[list[int]]:
     return groups
 
 
-def file_lengths(annotations: Annotations) -> npt.NDArray[np.int64]:
-    """[I] bytes of each image file, 0 for one that is missing: whoever reads it says what is wrong."""
-    paths = [os.path.join(annotations.root, name) for name in annotations.file_names.tolist()]
-    return np.array([os.path.getsize(path) if os.path.exists(path) else 0 for path in paths], dtype=np.int64)
-
-
 def _digest(contents: Contents, split: str, groups: Sequence[Sequence[int]]) -> str:
     a, store, sharding = contents.annotations, contents.proposals, contents.sharding
     settings = {
-        "version": VERSION,
+        "version": index.VERSION,
         "split": split,
         "key": contents.key,
         "skip": sharding.skip,
@@ -396,7 +373,7 @@ def _digest(contents: Contents, split: str, groups: Sequence[Sequence[int]]) -> 
     return digest.hexdigest()
 
 
-def _assemble(contents: Contents, folder: Path, split: str, done: Sequence[Written], plan: str) -> ShardSet:
+def _assemble(contents: Contents, folder: Path, split: str, done: Sequence[Written], plan: str) -> index.ShardSet:
     a, store = contents.annotations, contents.proposals
     skipped: Counter[str] = Counter()
     for row, reason, _ in (one for written in done for one in written.skipped):
@@ -407,19 +384,16 @@ def _assemble(contents: Contents, folder: Path, split: str, done: Sequence[Writt
     order = np.argsort(rows)
     shard = np.repeat(np.arange(len(done), dtype=np.int32), [len(written.rows) for written in done])
 
-    def places(parts: list[list[int]]) -> Places:
-        offset, length, crc32 = np.array(parts, dtype=np.int64)[order].T
-        return Places(offset, length, crc32.astype(np.uint32))
-
-    return ShardSet(
+    places = [place for written in done for place in written.proposals]
+    return index.ShardSet(
         folder=folder,
         split=split,
         key=contents.key,
         annotations=count_skipped(a.subset(rows[order]), skipped),
-        shards=tuple(Shard(shard_name(n), len(w.rows), w.bytes, w.sha256) for n, w in enumerate(done)),
+        shards=tuple(index.Shard(shard_name(n), len(w.rows), w.bytes, w.sha256) for n, w in enumerate(done)),
         shard=shard[order],
-        images=places([place for written in done for place in written.images]),
-        proposals=None if store is None else places([place for written in done for place in written.proposals]),
+        images=np.array([place for written in done for place in written.images], dtype=np.int64)[order],
+        proposals=None if store is None else np.array(places, dtype=np.int64)[order],
         source=None if store is None else {"source": store.source, "settings": store.settings},
         plan=plan,
     )

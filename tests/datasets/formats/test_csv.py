@@ -88,6 +88,7 @@ def test_faults_of_the_header_name_the_column(tmp_path: Path, fault: str) -> Non
         (b"", "the header lacks"),
         (f"{HEADER}\n".encode(), "no row names a class"),
         (f"{HEADER}\na.jpg,,,,,\n".encode(), "no row names a class"),
+        (f"{HEADER}\na.jpg,1\n".encode(), r"no row names a class.* \(line 2 has 2 values, but the header 6 columns\)"),
     ],
 )
 def test_damaged_tables(tmp_path: Path, content: bytes, message: str) -> None:
@@ -95,6 +96,11 @@ def test_damaged_tables(tmp_path: Path, content: bytes, message: str) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"annotations\.csv: .*{message}"):
         load_csv(path)
+
+
+def test_spaces_may_stand_before_quotes(tmp_path: Path) -> None:
+    path = write_csv(tmp_path, ['a.jpg, 1, 2, 3, 4, "cat, big"'])
+    assert load_csv(path).class_names == ("cat, big",)
 
 
 def test_line_numbers_count_breaks_in_quotes(tmp_path: Path) -> None:
@@ -116,6 +122,11 @@ def test_splits_in_a_column(tmp_path: Path) -> None:
         data.annotations("test")
     with pytest.raises(DataError, match="nowhere: no such folder; the argument root"):
         CSVBoxes(str(tmp_path / "nowhere")).annotations("train")
+    path.write_text(f"{HEADER},split\n{GOOD},train\nb.jpg,1,2,3,4,cat,\n")
+    collected = data.faults("collect")
+    CSVBoxes(str(tmp_path)).annotations("train", collected)
+    [fault] = collected.found
+    assert (fault.serious, fault.message) == (False, f"{path}: line 3: column 'split' is empty")
     path.write_text(f"{HEADER},split\n{GOOD},train\n{GOOD},val\n")
     with pytest.raises(DataError, match=r"line 2: 'a\.jpg' is in the split 'train', but other rows put it into 'val'"):
         load_csv([(path, "train")], on_bad="skip")
@@ -162,12 +173,15 @@ def test_class_list_beside_the_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"category_ids": [1]}', "'class_names' is missing"),
+        ('{"category_ids": [1]}', "missing required field `class_names`"),
         ('{"class_names": [], "category_ids": []}', "class_names must be distinct names, at least one"),
         ('{"class_names": ["a", "a"], "category_ids": [1, 2]}', "class_names must be distinct"),
-        ('{"class_names": ["a"], "category_ids": [1, 2]}', "category_ids must be 1 distinct whole numbers"),
-        ('{"class_names": ["a"], "category_ids": ["x"]}', "category_ids must be"),
-        ('{"class_names": ["a"], "category_ids": [1], "one_based": 1}', "one_based must be true or false, got 1"),
+        ('{"class_names": ["a"], "category_ids": [1, 2]}', "category_ids must be 1 distinct numbers"),
+        ('{"class_names": ["a"], "category_ids": ["x"]}', r"Expected `int`, got `str` - at `\$\.category_ids\[0\]`"),
+        (
+            '{"class_names": ["a"], "category_ids": [1], "one_based": 1}',
+            r"Expected `bool`, got `int` - at `\$\.one_based`",
+        ),
     ],
 )
 def test_faults_of_the_class_list(tmp_path: Path, text: str, message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detpipe.datasets import YOLO, load_yolo
+from detpipe.datasets import YOLO, Augment, Combine, CopyPaste, load_yolo
 from detpipe.datasets.formats.recognize import recognize
 from detpipe.datasets.formats.yolo_images import label_path
 from detpipe.datasets.formats.yolo_yaml import read_yolo_yaml
@@ -34,9 +34,13 @@ def test_boxes_labels_and_sizes_come_through(tmp_path: Path) -> None:
 
 def test_polygons_become_their_boxes(tmp_path: Path) -> None:
     text = "1 0.25 0.5 0.5 0.125 0.75 1\n0 0.1 0.1 0.1 0.2 0.3 0.2 0.3 0.1\n"
-    a = load_yolo(write_yolo(tmp_path, {"a": text}), "train")
+    a = load_yolo(write_yolo(tmp_path, {"a": text, "b": ""}), "train")
     np.testing.assert_allclose(a.boxes, [[15, 5, 45, 40], [6, 4, 18, 8]])
     assert a.counts["boxes from polygons"] == 2
+    assert a.segmentations is None
+    data = YOLO(str(tmp_path), val="train", augment=Augment(combine=Combine(CopyPaste())))
+    masks = data.dataset("train", augmented=True).masks(0)
+    assert masks.any((1, 2)).all()
 
 
 @pytest.mark.parametrize("text", [None, "", "\n \n"])
