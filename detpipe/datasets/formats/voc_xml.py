@@ -76,6 +76,9 @@ def read_xml(path: Path) -> ImageText | UnreadableXML:
         tag = None if root is None else root.tag
         message = f"{path}: is no annotation of an image: its root is {shorten(tag)}, expected 'annotation'"
         return UnreadableXML("no annotation", message)
+    if root.tag != "annotation":  # whoever writes it in capitals writes all others so
+        for element in root.iter():
+            element.tag = element.tag.lower()
     size = [(root.findtext(f"size/{key}") or "").strip() or "0" for key in ("height", "width")]
     return ImageText(
         size=(size[0], size[1]),

@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 from types import FrameType
@@ -184,6 +185,14 @@ def test_sizes_may_be_written_with_decimals_or_be_empty(tmp_path: Path) -> None:
         xml = root / "Annotations" / "a.xml"
         xml.write_text(xml.read_text().replace(old, new))
         assert load_voc(root, "train", ["cat", "dog"]).sizes[0].tolist() == [40, 60]
+
+
+def test_tags_may_be_written_in_capitals(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    boxes = load_voc(root, "train", ["cat", "dog"]).boxes.tolist()
+    for xml in (root / "Annotations").iterdir():
+        xml.write_text(re.sub(r"<[^>]+>", lambda tag: tag[0].upper(), xml.read_text()))
+    assert load_voc(root, "train", ["cat", "dog"]).boxes.tolist() == boxes
 
 
 def test_of_images_with_one_name_the_xml_decides(tmp_path: Path) -> None:
