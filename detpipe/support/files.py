@@ -21,6 +21,7 @@ import filelock
 from detpipe.support.errors import DataError, DetpipeError
 
 _ORPHAN = re.compile(r"\.partial-(?P<pid>[0-9]+)-[0-9a-f]{8}$")
+_LONGEST = 220  # bytes of a name that its temporary name begins with
 
 
 def refuse_special(path: str | os.PathLike[str], kind: type[DetpipeError] = DataError) -> None:
@@ -156,7 +157,8 @@ def remove_orphans(folder: str | os.PathLike[str], *, sole_writer: bool = False)
 
 def _temporary_name(path: Path) -> Path:
     """A name beside ``path`` that no other writer uses, not even another thread of this process."""
-    return path.with_name(f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    start = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")  # file systems take names of 255 bytes
+    return path.with_name(f"{start}.partial-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def synchronize(path: Path) -> None:
