@@ -107,7 +107,7 @@ def box_fusion(
         value, best = overlap.max(dim=1, keepdim=True)
         counts, joins = keep[:, step : step + 1], value > iou
         where = torch.where(joins, best, used.clamp(max=most - 1))
-        added = score * counts
+        added = score.clamp(min=torch.finfo(score.dtype).tiny) * counts  # of scores of 0, the mean is the plain one
         total = total.scatter_add(1, where[..., None].expand(-1, -1, 4), box * added[..., None])
         weight, members = weight.scatter_add(1, where, added), members.scatter_add(1, where, counts.to(scores.dtype))
         starts = counts & ~joins

@@ -10,7 +10,7 @@ import numpy as np
 
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.statistics import box_sizes
-from detpipe.pictures.figures import new_figure, plain_axes, save_figure
+from detpipe.pictures.figures import new_figure, plain_axes, save_figure, writable
 from detpipe.pictures.visualize import plot_color
 from detpipe.types import Annotations
 
@@ -33,7 +33,7 @@ def plot_classes(splits: Mapping[str, Annotations], out: Path) -> None:
         places = np.arange(len(shown)) + (k - (len(splits) - 1) / 2) * height
         bars = axes.barh(places, values, height, label=f"{split} ({len(splits[split].boxes)})", color=plot_color(3 + k))
         axes.bar_label(bars, padding=2, fontsize=7)
-    axes.set_yticks(range(len(shown)), shown, fontsize=8)
+    axes.set_yticks(range(len(shown)), list(map(writable, shown)), fontsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.margins(x=0.12)
     rest = f"; {len(words) - len(shown)} more classes are not shown" if len(words) > len(shown) else ""

@@ -7,6 +7,7 @@ box as a thick line in the color of its class. ``glimpses.html`` beside the pict
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def write_page(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
 def _section(record: dict[str, Any]) -> str:
     """The picture of an image, and where each of its detections looked."""
     name, found = text(record["file"]), record["detections"]
-    drawing = quote(record["drawing"])  # a name may hold what means something in an address, such as #, ? and %
+    drawing = quote(
+        os.fsencode(record["drawing"])
+    )  # a name may hold what means something in an address, such as #, ? and %
     heads = ("", "class", "score", "glimpses: shift in sides of the proposal (right, down) &times; size over it")
     rows = [[f"{k}", text(one["label"]), f"{one['score']:.2f}", _places(one)] for k, one in enumerate(found, start=1)]
     summary = f"{len(found)} detections" + (f", the {SHOWN} best in panels" if len(found) > SHOWN else "")

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torchvision.utils import draw_bounding_boxes
 
 from detpipe.images import to_picture
-from detpipe.pictures.figures import SLIMMEST
+from detpipe.pictures.figures import SLIMMEST, writable
 from detpipe.support.errors import UsageError
 from detpipe.support.files import atomic_write
 from detpipe.types import Detection, Target
@@ -113,7 +113,7 @@ def draw(
     factor = max(1, min(round(min_side / min(height, width)), SLIMMEST * min_side // max(height, width)))
     high, wide = (factor * max(1, round(min_side / SLIMMEST / (factor * side))) for side in (height, width))
     image, boxes = _resize(image, height * high, width * wide), boxes * torch.tensor([wide, high, wide, high])
-    texts = [str(class_names[label - 1]) for label in labels.tolist()]
+    texts = [_one_line(class_names[label - 1]) for label in labels.tolist()]
     if scores is not None:
         texts = [f"{text}  {score:.2f}" for text, score in zip(texts, scores.cpu()[order].tolist(), strict=True)]
     chosen = [class_color(label) for label in labels.tolist()]
@@ -217,7 +217,7 @@ def sheet(panels: Sequence[Image.Image], columns: int, title: str, *, font_size:
     face = font(font_size)
     across = max(columns * (width + gap) + gap, round(face.getlength(title)) + 2 * gap)
     canvas = Image.new("RGB", (across, header + sum(heights) + gap * len(rows)), PAPER)
-    ImageDraw.Draw(canvas).text((gap, header / 2), title, fill=INK, font=face, anchor="lm")
+    ImageDraw.Draw(canvas).text((gap, header / 2), _one_line(title), fill=INK, font=face, anchor="lm")
     top = header
     for row, height in zip(rows, heights, strict=True):
         for column, panel in enumerate(row):
@@ -386,13 +386,17 @@ def captioned(
     width, face = max(panels[0].width, NARROWEST), font(font_size)
     canvas = Image.new("RGB", (len(panels) * (width + _BETWEEN) - _BETWEEN, panels[0].height + height), PAPER)
     pen = ImageDraw.Draw(canvas)
-    for k, (panel, text) in enumerate(zip(panels, captions, strict=True)):
+    for k, (panel, text) in enumerate(zip(panels, map(_one_line, captions), strict=True)):
         while pen.textlength(text, font=face) > width and len(text) > 4:
             text = f"...{text[4:]}"
         left = k * (width + _BETWEEN)
         canvas.paste(panel, (left, height))
         pen.text((left, height / 2), text, fill=ink, font=face, anchor="lm")
     return canvas
+
+
+def _one_line(text: str) -> str:
+    return " ".join(writable(text).splitlines())
 
 
 def font(size: int) -> Any:

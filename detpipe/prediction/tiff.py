@@ -181,5 +181,6 @@ def _named(source: ImageInput) -> Iterator[None]:
     except planes.Refused as error:
         raise DataError(f"{where}: {error}") from error
     except Exception as error:  # decoders raise anything on damaged files
-        hint = "; pip install imagecodecs" if "imagecodecs" in str(error) else ""
+        lacks = isinstance(error, ImportError) or "imagecodecs" in str(error)
+        hint = "; pip install imagecodecs" if lacks else ""
         raise DataError(f"{where}: cannot be read by window ({error}){hint}") from error

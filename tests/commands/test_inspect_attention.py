@@ -181,7 +181,7 @@ def test_of_many_classes_those_with_most_objects_have_a_curve(monkeypatch, tmp_p
     names = [f"class {k}" for k in range(30)]
     inspection_plots.plot_class_gates({"c2": torch.rand(30, 4)}, names, list(range(30)), tmp_path / "g.png")
     [legend] = figures[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == [f"class {k} ({k})" for k in range(10, 30)]
+    assert [text.get_text() for text in legend.get_texts()] == [f" class {k} ({k})" for k in range(10, 30)]
     assert figures[0].get_suptitle().endswith("; 20 classes with most objects")
 
 

@@ -88,7 +88,9 @@ def test_plots_of_few_and_of_many_boxes(tmp_path, boxes):
 
 
 def test_dollars_and_letters_of_other_scripts_in_names_are_drawn_as_they_are(tmp_path):
-    a = replace(annotations(3), class_names=(r"a $\foo$ b", "$x_{$", "猫", *(f"class {k}" for k in range(57))))
+    a = replace(
+        annotations(3), class_names=(r"a $\foo$ b", "$x_{$", "猫", "\udce9", *(f"class {k}" for k in range(56)))
+    )
     plot_classes({r"$\bar$": a}, tmp_path / "classes.png")
     plot_boxes(a, r"$\bar$", [8], Resize(min_size=120, max_size=200), tmp_path / "boxes.png")
     plot_images({r"$\bar$": a}, tmp_path / "images.png")

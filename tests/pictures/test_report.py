@@ -199,8 +199,11 @@ def test_figures_are_written(tmp_path):
 
 
 def test_figures_of_names_without_a_font_are_written_without_warnings(tmp_path):
-    annotations = replace(evil_truth(), class_names=("猫", "犬", "馬", "🦓"))
-    assert write_figures(analyze(annotations, {"鳥": some_detections(annotations)}).numbers, tmp_path)
+    """Nor of those that a legend would leave out, or that are no Unicode."""
+    annotations = replace(evil_truth(), class_names=("_猫", "_犬", "_\udce9", "_🦓"))
+    analysis = analyze(annotations, {"鳥": some_detections(annotations)})
+    assert write_figures(analysis.numbers, tmp_path)
+    assert "_\\udce9" in report_page(analysis.numbers, []).encode().decode()
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
