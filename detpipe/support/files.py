@@ -7,6 +7,7 @@ one, since a rename is atomic only within one file system.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -76,6 +77,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         ['scores.txt']
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
