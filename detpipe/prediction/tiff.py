@@ -179,7 +179,7 @@ def _named(source: ImageInput) -> Iterator[None]:
     except (DataError, UsageError, MemoryError):
         raise
     except planes.Refused as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(f"{where}: {planes.without_advice(error)}") from error
     except Exception as error:  # decoders raise anything on damaged files
         lacks = isinstance(error, ImportError) or "imagecodecs" in str(error)
         hint = "; pip install imagecodecs" if lacks else ""

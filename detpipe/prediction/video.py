@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detpipe.datasets.planes import without_advice
 from detpipe.images import to_picture
 from detpipe.pictures import visualize
 from detpipe.prediction.inputs import ImageInput
@@ -115,7 +114,7 @@ def read_frames(
         try:
             image = read(inputs[number]).whole()
         except (DataError, DownloadError, OSError) as error:
-            raise VideoEnd(without_advice(error)) from error
+            raise VideoEnd(str(error)) from error
         yield Frame(number, number / rate, image)
 
 
@@ -217,8 +216,8 @@ def _writing(path: Path) -> Iterator[Callable[[Frame, Tensor], None]]:
                 stream.height, stream.width = height, width
             elif (stream.height, stream.width) != (height, width):
                 raise DataError(
-                    f"frame {frame.number} has {width} x {height} pixels, the first has {stream.width} x {stream.height}, but "
-                    "frames of a video have one size; give images of one size, or add --no-drawings to write lines alone"
+                    f"{path}: frame {frame.number} has {width} x {height} pixels, the first has {stream.width} x {stream.height}, "
+                    "but frames of a video have one size; give frames of one size, or add --no-drawings to write lines alone"
                 )
             last = max(last + 1, round(frame.seconds / float(_CLOCK)))
             encoded = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")

@@ -138,6 +138,9 @@ def test_what_the_command_refuses(demo_root, trained, tmp_path, capsys, monkeypa
     assert "no object was found with a score of 1.0 or more; lower --score_threshold" in capsys.readouterr().err
     assert cli.main([*command, "--max_objects", "0"]) == 2
     assert "--max_objects of at least 1" in capsys.readouterr().err
+    (tmp_path / "empty.png").touch()
+    assert cli.main([*command[:2], str(tmp_path / "empty.png"), *command[3:]]) == 1
+    assert capsys.readouterr().err.endswith("(not a known image format, or empty)\n")  # no advice about data sets
     monkeypatch.setattr("detpipe.commands.inspect_attention.attention_modules", lambda network: {})
     assert cli.main(command) == 2
     assert "SEResNet, has no attention modules" in capsys.readouterr().err

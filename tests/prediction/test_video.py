@@ -113,7 +113,9 @@ def test_frames_of_several_sizes(tmp_path):
     for step, size in enumerate([(48, 64), (48, 64), (32, 64)]):
         np.save(tmp_path / f"{step}.npy", picture(step, size))
         inputs.append(ImageInput(f"{step}.npy", tmp_path / f"{step}.npy"))
-    with pytest.raises(DataError, match=r"frame 2 has 64 x 32 pixels, the first has 64 x 48, .* add --no-drawings"):
+    with pytest.raises(
+        DataError, match=r"found\.mp4: frame 2 has 64 x 32 pixels, the first has 64 x 48, .* add --no-drawings"
+    ):
         look(frames_of(inputs), tmp_path, 4)
     written = (tmp_path / "found.jsonl").read_text().splitlines()[1:]
     assert len(list(read_video(tmp_path / "found.mp4"))) == len(written) == 2
