@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from detpipe import evaluation
-from detpipe.commands.parser import Parser, check_least
+from detpipe.commands.parser import OVERLAP, Parser, check_tiles
 from detpipe.evaluation.analysis import Analysis, AnalysisSettings, analyze
 from detpipe.evaluation.coco import MAX_DETECTIONS
 from detpipe.evaluation.comparison import COMPARED
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from detpipe.pictures.report_images import Drawing
 
 PAGE, NUMBERS = "report.html", "report.json"
-OVERLAP = 0.2  # of tiles
 # what both modes take: name -> type, default, how many values, help
 _OPTIONS: dict[str, tuple[Any, Any, str | None, str]] = {
     "max_detections": (
@@ -171,14 +170,9 @@ def _prediction(config: Any, model: TwoStageDetector, data: Any) -> LightningMod
     """The model, or what looks at tiles of the images, or at each image several times."""
     from detpipe.prediction.module import PredictionModule
 
-    if config.tiles is not None:
-        if data.resize is not None:
-            raise UsageError("--tiles: the data have resized images before they are cut; set data.resize to null")
-        check_least(config, 1, "tiles")
-        if not 0 <= config.overlap <= 0.9:
-            raise UsageError(f"--overlap must be in 0 to .9, got {config.overlap}")
-    elif config.overlap != OVERLAP:
-        raise UsageError("--overlap is about tiles: add --tiles SIDE, or leave it out")
+    check_tiles(config)
+    if config.tiles is not None and data.resize is not None:
+        raise UsageError("--tiles: the data have resized images before they are cut; set data.resize to null")
     if config.tiles is None and not config.tta:
         return model
     return PredictionModule(model, config.tta, config.tiles, config.overlap)

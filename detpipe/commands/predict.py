@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from detpipe import zoo
 from detpipe.commands.given_proposals import Boxes, advice, open_boxes
-from detpipe.commands.parser import Parser, check_least, output_folder, progress
+from detpipe.commands.parser import OVERLAP, Parser, check_least, check_tiles, output_folder, progress
 from detpipe.datasets.workers import usable_cores
 from detpipe.detector import TwoStageDetector
 from detpipe.heads import ProposalHead
@@ -445,7 +445,7 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
     add("--max_detections", type=int, help="of an image or tile, at most; as in training by default")
     add("--batch_size", type=int, help="images of one size, or tiles, at a time; 4 on a CPU and 8 else by default")
     add("--tiles", type=int, metavar="SIDE", help="look at each image tile by tile, of so many pixels, and as a whole")
-    add("--overlap", type=float, default=0.2, help="share of a tile that the next one has too (default .2)")
+    add("--overlap", type=float, default=OVERLAP, help="share of a tile that the next one has too (default .2)")
     add("--merge", choices=("nms", "box_fusion"), default="nms", help="how what tiles find becomes one")
     add("--tta", action="store_true", help="look at each image mirrored and at other sizes too, six times in all")
     add(
@@ -463,15 +463,12 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
     options = _parse(parser, arguments)
     if not 0 <= options.score_threshold <= 1:
         raise UsageError(f"--score_threshold must be in 0..1, got {options.score_threshold}")
-    if not 0 <= options.overlap <= 0.9:
-        raise UsageError(f"--overlap must be in 0 to .9, got {options.overlap}")
-    if options.tiles is None and (options.overlap, options.merge) != (0.2, "nms"):
-        raise UsageError("--overlap and --merge are about tiles: add --tiles SIDE, or leave them out")
+    check_tiles(options)
     if options.show_glimpses and (options.tta or options.tiles or options.drawings is None or options.part != WHOLE):
         raise UsageError(
             "--show-glimpses is for whole images and their drawings; leave out --tiles, --tta, --part, --no-drawings"
         )
-    check_least(options, 1, "max_detections", "batch_size", "tiles", "every")
+    check_least(options, 1, "max_detections", "batch_size", "every")
     if options.rate is not None and not 0 < options.rate <= 1000:
         raise UsageError(f"--rate must be above 0 and at most 1000 frames a second, got {options.rate}")
     return options

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from detpipe.heads.base import outlines
 from detpipe.pictures import visualize
 from detpipe.pictures.report_html import table, text
 from detpipe.support.files import write_text
@@ -104,9 +105,8 @@ def _places(one: dict[str, Any]) -> str:
 def _panel(image: Tensor, found: GlimpsedDetection, index: int, class_names: Sequence[str]) -> Image.Image:
     """What is around a detection, enlarged, with the outlines."""
     box, proposal, glimpses = (found[key][index] for key in ("boxes", "proposals", "glimpses"))
-    outlines = [_corners(proposal), *glimpses.unbind(0), _corners(box)]
-    everything = torch.cat(outlines)
-    low, high = everything.amin(0), everything.amax(0)
+    drawn = [outlines(proposal), *glimpses.unbind(0), outlines(box)]
+    low, high = torch.cat(drawn).aminmax(dim=0)
     side = float((high - low).max()) * (1 + 2 * AROUND)
     corner = (low + high) / 2 - side / 2
     scale = PANEL / max(side, 1e-6)
@@ -116,7 +116,7 @@ def _panel(image: Tensor, found: GlimpsedDetection, index: int, class_names: Seq
         (PANEL, PANEL), Image.Transform.EXTENT, area, Image.Resampling.BICUBIC, fillcolor=_OUTSIDE
     )
     pen = ImageDraw.Draw(crop)
-    moved = [[tuple(point) for point in ((outline - corner) * scale).tolist()] for outline in outlines]
+    moved = [[tuple(point) for point in ((outline - corner) * scale).tolist()] for outline in drawn]
     color = visualize.class_color(int(found["labels"][index]))
     pen.line([*moved[-1], moved[-1][0]], fill=color, width=4, joint="curve")
     _dashed(pen, moved[0], (255, 255, 255))
@@ -137,11 +137,6 @@ def _legend(found: GlimpsedDetection) -> str:
     count = found["glimpses"].shape[1]
     seen = "no glimpses" if not count else "yellow: glimpse 1" + (f", to violet: {count}" if count > 1 else "")
     return f"dashed: proposal    {seen} (dot: upper left of its frame)    thick: box found"
-
-
-def _corners(box: Tensor) -> Tensor:
-    x1, y1, x2, y2 = box.unbind()
-    return torch.stack((x1, y1, x2, y1, x2, y2, x1, y2)).view(4, 2)
 
 
 def _between(part: float) -> tuple[int, int, int]:

@@ -356,27 +356,30 @@ def _pair(
     renderer: Renderer,
 ) -> Image.Image:
     """One image with its truth and its detections, and a line above that says what is seen."""
-    panel, scale = fit(to_picture(image), panel_side)
-    truth: dict[str, Any] = {key: value.cpu() for key, value in target.items() if isinstance(value, Tensor)}
-    boxes = truth.get("boxes", torch.zeros(0, 4))
+    truth, panel, scale = _truth(image, target, class_names, panel_side, renderer)
     keep = detection["scores"] >= score_threshold
     found = [detection[key][keep].cpu() for key in ("boxes", "labels", "scores")]
-    halves = (
-        draw_target(panel, cast(Target, {**truth, "boxes": boxes * scale}), class_names, 0, renderer),
-        draw(panel, found[0] * scale, found[1], class_names, found[2], min_side=0, renderer=renderer),
-    )
+    drawn = draw(panel, found[0] * scale, found[1], class_names, found[2], min_side=0, renderer=renderer)
     name = Path(target.get("file_name", "")).name
-    captions = (f"{name}  truth: {len(boxes)}".strip(), f"detected: {len(found[0])}")
-    return captioned([to_pil(half) for half in halves], captions, height=22, font_size=13, ink=FAINT)
+    captions = (f"{name}  truth: {len(target.get('boxes', ()))}".strip(), f"detected: {len(found[0])}")
+    return captioned([to_pil(truth), to_pil(drawn)], captions, height=22, font_size=13, ink=FAINT)
 
 
 def _panel(image: Tensor, target: Target, class_names: Sequence[str], side: int) -> Image.Image:
-    small, factors = fit(image, side)
-    resized: Target = {**target, "boxes": target.get("boxes", torch.zeros(0, 4)) * factors}
-    drawn = draw_target(small, resized, class_names, min_side=0)
-    name, count = target.get("file_name", "").rpartition("/")[2], len(resized.get("boxes", ()))
+    drawn, _, _ = _truth(image, target, class_names, side)
+    name, count = Path(target.get("file_name", "")).name, len(target.get("boxes", ()))
     text = f"{name}: {count} box{'' if count == 1 else 'es'}"
     return captioned([to_pil(drawn)], [text], height=20, font_size=12, ink=INK)
+
+
+def _truth(
+    image: Tensor, target: Target, class_names: Sequence[str], side: int, renderer: Renderer = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An image ``[C, H, W]`` resized by `fit`, with its truth and without; and the factors of boxes."""
+    panel, factors = fit(to_picture(image), side)
+    truth: dict[str, Any] = {key: value.cpu() for key, value in target.items() if isinstance(value, Tensor)}
+    truth["boxes"] = truth.get("boxes", torch.zeros(0, 4)) * factors
+    return draw_target(panel, cast(Target, truth), class_names, 0, renderer), panel, factors
 
 
 def captioned(

@@ -84,11 +84,7 @@ def _view(image: Tensor, target: Target, flip: str, scale: float) -> tuple[Tenso
             changed["content_size"] = content
     if "proposals" in target:
         changed["proposals"] = _mirrored(target["proposals"], image, flip)
-    axes = [{"x": -1, "y": -2}[axis] for axis in flip]
-    if axes:
-        layout = image.movedim(0, -1).flip([axis - 1 for axis in axes])  # the channels of a pixel stay side by side
-        image = layout.movedim(-1, 0)
-    return image, changed
+    return image.flip([{"x": -1, "y": -2}[axis] for axis in flip]), changed
 
 
 def _mirrored(boxes: Tensor, image: Tensor, flip: str) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import ImageColor
 from report_cases import EVIL, evil_analysis, evil_truth, some_detections
 
 from detpipe.evaluation.analysis import AnalysisSettings, analyze, plain
@@ -219,7 +220,7 @@ def test_a_drawing_shows_what_came_of_each_box():
     assert drawing.truth.shape == drawing.found.shape == (3, 320, 640)
     states = {*analysis.worst[0].states}
     for state in states:
-        color = torch.tensor(report_images._rgb(report_images._COLORS[state]))
+        color = torch.tensor(ImageColor.getrgb(report_images._COLORS[state]))
         close = (drawing.truth.int() - color[:, None, None]).abs().amax(0) < 12
         assert close.any(), state
     assert report_images.as_data(drawing.truth).startswith("data:image/jpeg;base64,/9j/")
