@@ -162,6 +162,8 @@ def _predict_video(
     with progress(None, stem, unit="frame", logged=False) as move:
         tell = lambda count: move(count, count)  # noqa: E731
         count, end = look_at_video(frames, look_at, lines, written, head, tracker, batch_size, tell)
+    if not count:
+        raise DataError(str(end))
     say(f"{count} frames of {inputs[0].name}; see {written or lines}")
     if end is None:
         return 0
