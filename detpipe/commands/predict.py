@@ -276,14 +276,7 @@ def _identity(name: str) -> str:
     return f"crc32 {value:08x}"
 
 
-def _do(
-    job: Job,
-    options: argparse.Namespace,
-    own: Team,
-    read: Read,
-    look: Look,
-    limit: int | None = None,
-) -> int:
+def _do(job: Job, options: argparse.Namespace, own: Team, read: Read, look: Look, limit: int | None = None) -> int:
     """Do the part of this process, and join all parts where it is the first of them."""
     part = own.part if own.part != WHOLE else options.part
     with progress(len(job.inputs), logged=False) as move:

@@ -56,12 +56,7 @@ def plain_axes(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
 
 
 def writable(text: object) -> str:
-    r"""Escape what is no Unicode, the bytes of a name that is no UTF-8: files refuse it, and drawing it may end the process.
-
-    Example:
-        >>> writable("caf\udce9")
-        'caf\\udce9'
-    """
+    """Escape what is no Unicode, the bytes of a name that is no UTF-8: files refuse it, and drawing it may end the process."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 

@@ -122,7 +122,7 @@ def _panel(image: Tensor, found: GlimpsedDetection, index: int, class_names: Seq
     _dashed(pen, moved[0], (255, 255, 255))
     count = len(moved) - 2
     for step, outline in enumerate(moved[1:-1]):
-        shade = _between(step / max(count - 1, 1))
+        shade: Any = tuple(round(a + (b - a) * step / max(count - 1, 1)) for a, b in zip(FIRST, LAST, strict=True))
         pen.line([*outline, outline[0]], fill=shade, width=2, joint="curve")
         x, y = outline[0]
         pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=shade, outline=(0, 0, 0))
@@ -137,11 +137,6 @@ def _legend(found: GlimpsedDetection) -> str:
     count = found["glimpses"].shape[1]
     seen = "no glimpses" if not count else "yellow: glimpse 1" + (f", to violet: {count}" if count > 1 else "")
     return f"dashed: proposal    {seen} (dot: upper left of its frame)    thick: box found"
-
-
-def _between(part: float) -> tuple[int, int, int]:
-    red, green, blue = (round(a + (b - a) * part) for a, b in zip(FIRST, LAST, strict=True))
-    return red, green, blue
 
 
 def _dashed(pen: ImageDraw.ImageDraw, outline: Sequence[tuple[float, ...]], color: tuple[int, int, int]) -> None:

@@ -40,13 +40,11 @@ def write_figures(numbers: dict[str, Any], folder: Path) -> list[Path]:
     if numbers["comparison"] is not None:
         count = len(numbers["comparison"]["runs"]) - 1
         figures["comparison"] = (7.5, 1.4 + 0.9 * count, _comparison)
-    written = []
     for name, (width, height, draw) in figures.items():
         figure = new_figure(width, height, DRAWN)
         draw(figure, numbers)
         save_figure(figure, folder / f"{name}.png")
-        written.append(folder / f"{name}.png")
-    return written
+    return [folder / f"{name}.png" for name in figures]
 
 
 def _curves(figure: Figure, numbers: dict[str, Any]) -> None:

@@ -110,9 +110,8 @@ def _fused(found: Sequence[Sequence[Detection]], iou: float) -> list[Detection]:
     labels = pad_sequence(joined["labels"], batch_first=True).gather(1, order)
     fused = box_fusion(boxes, scores, labels, scores >= 0, iou, len(found[0]))
     device = found[0][0]["scores"].device
-    answers = []
-    for k, limit in enumerate(most):
-        count = min(limit, int((fused.scores[k] >= 0).sum()))
-        kept = (values[k, :count].to(device) for values in (fused.boxes, fused.scores, fused.labels))
-        answers.append(Detection(**dict(zip(("boxes", "scores", "labels"), kept, strict=True))))
-    return answers
+    counts = map(min, most, (fused.scores >= 0).sum(1).tolist())
+    return [
+        Detection(**{name: getattr(fused, name)[k, :count].to(device) for name in ("boxes", "scores", "labels")})
+        for k, count in enumerate(counts)
+    ]

@@ -157,13 +157,11 @@ def _listed(name: str, allow_network: bool) -> Iterator[ImageInput]:
     if not lines:
         raise UsageError(f"{file}: this list names no image")
     for line in lines:
-        try:
-            if line == "-":
-                raise UsageError(f"{file}: '-' is no name for a list; give it on the command line")
+        if line == "-":
+            raise UsageError(f"{file}: '-' is no name for a list; give it on the command line")
+        if is_remote(line) or is_camera(line) or Path(line).exists() or glob.has_magic(line):
             yield from _named(line, allow_network)
-        except UsageError:
-            if is_remote(line) or is_camera(line) or line == "-" or Path(line).exists() or glob.has_magic(line):
-                raise
+        else:
             yield _file(Path(line))
 
 
