@@ -27,6 +27,7 @@ from detpipe.commands.predict import choose_proposals, detect
 from detpipe.detector import TwoStageDetector
 from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
 from detpipe.prediction.inputs import find_images
+from detpipe.prediction.windows import ImageWindows
 from detpipe.stages import Backbone
 from detpipe.support.errors import UsageError
 from detpipe.support.files import write_text
@@ -55,7 +56,9 @@ def run_inspect(arguments: Sequence[str]) -> int:
             f"the backbone of {options.checkpoint}, {type(detector.backbone).__name__}, has no attention modules"
         )
     images = [one.read(RGB) for one in inputs]
-    proposals = [None if boxes is None else boxes(*row) for row in zip(paths, images, strict=True)]
+    proposals = [
+        None if boxes is None else boxes(path, ImageWindows(image)) for path, image in zip(paths, images, strict=True)
+    ]
     out.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, object] = {"checkpoint": str(options.checkpoint), "modules": list(modules)}
     written = draw_maps(detector, paths, images, out)

@@ -217,7 +217,7 @@ def classify(arguments: Sequence[str]) -> int:
 
         def look(inputs: Sequence[ImageInput], images: Sequence[Windows]) -> list[Detection]:
             [one], [image] = inputs, (image.whole() for image in images)
-            boxes = boxes_of(one.path, image)
+            boxes = boxes_of(one.path, images[0])
             try:
                 [found] = model.predict([image], [boxes])
             except ValueError as error:  # a box outside of the image, or an image too small for the network
@@ -323,7 +323,7 @@ def _look_by(
         targets: list[Target] | None = None
         if boxes is not None:
             pairs = zip(inputs, images, strict=True)
-            targets = [{"proposals": boxes(source.path, image.whole())} for source, image in pairs]
+            targets = [{"proposals": boxes(source.path, image)} for source, image in pairs]
         if isinstance(looks, TiledDetector):
             return [looks.detect(*pair) for pair in zip(images, targets or [None] * len(images), strict=True)]
         return looks([image.whole() for image in images], targets)
