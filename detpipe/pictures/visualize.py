@@ -197,7 +197,7 @@ def comparison_grid(
 def contact_sheet(
     images: Sequence[Tensor], targets: Sequence[Target], class_names: Sequence[str], title: str = "", side: int = 360
 ) -> Tensor:
-    """Put images ``[3, H, W]`` uint8 RGB with their boxes on one sheet, the longer side of each picture ``side`` pixels.
+    """Put images ``[C, H, W]``, uint8 or 0..1, with their boxes on one sheet, the longer side of each picture ``side`` pixels.
 
     Raises:
         ValueError: there are no images, or not one target for each.

@@ -41,6 +41,15 @@ def test_flagged_objects_are_gray(flag):
     assert class_color(2) not in flagged
 
 
+def test_images_of_more_channels_and_of_floating_point_are_on_a_sheet():
+    image, nothing = (
+        torch.arange(4 * 50 * 60).view(4, 50, 60) % 256,
+        Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0)),
+    )
+    picture = contact_sheet([image[:3].byte()], [nothing], ["cat"])
+    assert torch.equal(contact_sheet([image / 255], [nothing], ["cat"]), picture)
+
+
 def test_a_sheet_holds_every_image_at_its_place():
     red, blue = (torch.zeros(3, 30, 60, dtype=torch.uint8) for _ in range(2))
     red[0], blue[2] = 255, 255
