@@ -48,8 +48,9 @@ def check_tiles(options: Any) -> None:
     check_least(options, 1, "tiles")
     if not 0 <= options.overlap <= 0.9:
         raise UsageError(f"--overlap must be in 0 to .9, got {options.overlap}")
-    if options.tiles is None and (options.overlap, getattr(options, "merge", "nms")) != (OVERLAP, "nms"):
-        raise UsageError("--overlap and --merge are about tiles: add --tiles SIDE, or leave them out")
+    for name, usual in (("overlap", OVERLAP), ("merge", "nms")):
+        if options.tiles is None and getattr(options, name, usual) != usual:
+            raise UsageError(f"--{name} is about tiles: add --tiles SIDE, or leave it out")
 
 
 def output_folder(path: str) -> Path:

@@ -237,11 +237,7 @@ def test_a_proposals_file_that_is_no_json(tmp_path):
         (["CHECKPOINT", "IMAGES", "--part", "4/3"], 2, "expected NUMBER/PARTS such as 3/16, got '4/3'"),
         (["CHECKPOINT", "IMAGES", "--tiles", "0"], 2, "--tiles must be 1 or more"),
         (["CHECKPOINT", "IMAGES", "--tiles", "9", "--overlap", "1"], 2, "--overlap must be in 0"),
-        (
-            ["CHECKPOINT", "IMAGES", "--merge", "box_fusion"],
-            2,
-            "--overlap and --merge are about tiles: add --tiles SIDE",
-        ),
+        (["CHECKPOINT", "IMAGES", "--merge", "box_fusion"], 2, "--merge is about tiles: add --tiles SIDE, or leave it"),
         (["CHECKPOINT", "IMAGES", "--drawings", "png", "--no-drawings"], 2, "not allowed with argument --drawings"),
         (["CHECKPOINT", "IMAGES", "--show-glimpses", "--tta"], 2, "--show-glimpses is for whole images"),
         (["CHECKPOINT", "IMAGES", "--max_detections", "0"], 2, "--max_detections must be 1 or more, got 0"),

@@ -237,7 +237,7 @@ def test_evaluation_looks_at_tiles_and_several_times(trained, demo_root, tmp_pat
     assert cli.main([*options, "--tiles", "48", "--data.resize", '{"min_size": 64, "max_size": 64}']) == 2
     assert "set data.resize to null" in capsys.readouterr().err
     assert cli.main([*options, "--overlap", "0.5"]) == 2
-    assert "--overlap and --merge are about tiles: add --tiles SIDE" in capsys.readouterr().err
+    assert "--overlap is about tiles: add --tiles SIDE, or leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.slow
