@@ -59,8 +59,8 @@ def plot_boxes(annotations: Annotations, name: str, anchors: Sequence[int], resi
     panels[1].set_title("lines: suggested anchors", loc="left", fontsize=9)
     _histogram(panels[2], shares, "side as part of the image's")
     _histogram(panels[3], sides[:, 1] / sides[:, 0], "height / width", logarithmic=True)
-    per_image = np.diff(a.offsets)
-    panels[4].hist(per_image, bins=np.arange(0, min(per_image.max(), 60) + 2) - 0.5, color=plot_color(3))
+    per_image, most = np.diff(a.offsets), int(np.diff(a.offsets).max())
+    panels[4].hist(per_image, bins=np.linspace(-0.5, most + 0.5, min(most + 2, 62)), color=plot_color(3))
     panels[4].set_xlabel("boxes in an image")
     panels[4].set_ylabel("images")
     for axes in panels[1:5]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from detpipe.datasets.resize import Resize
+from detpipe.pictures import data_plots
 from detpipe.pictures.data_plots import _ticks, plot_boxes, plot_classes, plot_images
 from detpipe.pictures.visualize import IGNORED_COLOR, class_color, contact_sheet, draw_target
 from detpipe.types import Annotations, Target
@@ -94,6 +96,16 @@ def test_plots_of_few_and_of_many_boxes(tmp_path, boxes):
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
         assert min(pixels.shape[:2]) > 400
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+@pytest.mark.parametrize("boxes", [3, 300])
+def test_every_image_counts_in_the_histogram_of_boxes(boxes, tmp_path, monkeypatch):
+    figures: list[Any] = []
+    monkeypatch.setattr(data_plots, "save_figure", lambda figure, out: figures.append(figure))
+    plot_boxes(annotations(boxes), "train", [8], Resize(min_size=120, max_size=200), tmp_path / "boxes.png")
+    bars = figures[0].axes[4].patches
+    assert sum(bar.get_height() for bar in bars) == 2
+    assert len(bars) <= 61
 
 
 def test_dollars_and_letters_of_other_scripts_in_names_are_drawn_as_they_are(tmp_path):
