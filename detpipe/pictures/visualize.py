@@ -398,7 +398,7 @@ def captioned(
     return canvas
 
 
-def _one_line(text: str) -> str:
+def _one_line(text: object) -> str:
     return " ".join(writable(text).splitlines())
 
 
