@@ -109,9 +109,8 @@ def gather_targets(targets: Sequence[Target]) -> GroundTruth:
         return GroundTruth(boxes, labels, present, none, none, any_ignored=False)
     crowd, difficult = found
     ignored = crowd | difficult
-    maybe = not ignored.is_cpu or bool(
-        ignored.any()
-    )  # a look costs nothing on a CPU; elsewhere it waits for the device
+    # a look costs nothing on a CPU; elsewhere it waits for the device
+    maybe = not ignored.is_cpu or bool(ignored.any())
     return GroundTruth(boxes, labels, present & ~ignored, crowd, difficult & ~crowd, maybe)
 
 

@@ -234,9 +234,8 @@ class Annotations:
     federation: Federation | None = None  # None: every image was searched for every class
     counts: dict[str, int] = field(default_factory=dict)  # "images read", "boxes clipped", "boxes skipped: ..."
     segmentations: Segmentations | None = None  # only read where something asks for masks
-    windows: npt.NDArray[np.int32] | None = (
-        None  # [I, 4] x1, y1, x2, y2 of images that are parts of their files; None: none is
-    )
+    # [I, 4] x1, y1, x2, y2 of images that are parts of their files; None: none is
+    windows: npt.NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)

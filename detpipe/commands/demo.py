@@ -18,6 +18,7 @@ from detpipe.commands.parser import Parser
 from detpipe.commands.predict import choose_device
 from detpipe.commands.serve import add_common
 from detpipe.detector import TwoStageDetector
+from detpipe.prediction.windows import ImageWindows
 from detpipe.proposals import PrecomputedProposals
 from detpipe.proposals.registry import SOURCES
 from detpipe.serving.trial import Tried
@@ -53,7 +54,8 @@ def open_tried(options: argparse.Namespace) -> Tried:
     detector.to(choose_device(options.device))
 
     def propose(name: str, image: Tensor) -> Tensor:
-        return open_boxes(name, [], description.proposals)(Path("image"), image)  # opened late: not each is installed
+        boxes = open_boxes(name, [], description.proposals)  # opened late: not each is installed
+        return boxes(Path("image"), ImageWindows(image))
 
     sources = {name: partial(propose, name) for name in SOURCES if name != _FETCHES}
     has_gates = description.pixels == RGB and attention_modules(detector.backbone)

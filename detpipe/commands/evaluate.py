@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from detpipe import evaluation
-from detpipe.commands.parser import Parser, check_least
+from detpipe.commands.parser import OVERLAP, Parser, check_tiles
 from detpipe.evaluation.analysis import Analysis, AnalysisSettings, analyze
 from detpipe.evaluation.coco import MAX_DETECTIONS
 from detpipe.evaluation.comparison import COMPARED
@@ -33,22 +33,16 @@ if TYPE_CHECKING:
     from detpipe.pictures.report_images import Drawing
 
 PAGE, NUMBERS = "report.html", "report.json"
-OVERLAP = 0.2  # of tiles
-# what both modes take: name -> type, default, how many values, help
-_OPTIONS: dict[str, tuple[Any, Any, str | None, str]] = {
-    "max_detections": (
-        int,
-        None,
-        "+",
-        "of a class and image, so many detections count by COCO's rules; 1 10 100 by default",
-    ),
-    "json": (str, None, None, "write the numbers to this file; those of a model lie beside its checkpoint by default"),
-    "report": (str, None, None, "folder for a report: report.html, report.json and figures"),
-    "compare": (str, None, "+", "other runs for the report, each NAME=DETECTIONS.json"),
-    "run_name": (str, None, None, "what the report calls this run"),
-    "score_threshold": (float, None, None, "of confusions and drawings in the report; where F1 is best by default"),
-    "worst": (int, None, None, "so many of the worst images in the report; 12 by default"),
-    "resamples": (int, None, None, "draws of images for the intervals of a comparison; 1000 by default"),
+# what both modes take: name -> type, how many values, help
+_OPTIONS: dict[str, tuple[Any, str | None, str]] = {
+    "max_detections": (int, "+", "of a class and image, so many detections count by COCO's rules; 1 10 100 by default"),
+    "json": (str, None, "write the numbers to this file; those of a model lie beside its checkpoint by default"),
+    "report": (str, None, "folder for a report: report.html, report.json and figures"),
+    "compare": (str, "+", "other runs for the report, each NAME=DETECTIONS.json"),
+    "run_name": (str, None, "what the report calls this run"),
+    "score_threshold": (float, None, "of confusions and drawings in the report; where F1 is best by default"),
+    "worst": (int, None, "so many of the worst images in the report; 12 by default"),
+    "resamples": (int, None, "draws of images for the intervals of a comparison; 1000 by default"),
 }
 
 
@@ -68,8 +62,8 @@ def _evaluate_file(arguments: Sequence[str]) -> int:
     parser.add_argument("--detections", required=True, help="JSON in COCO's result format, or what predict wrote")
     parser.add_argument("--annotations", required=True, help="JSON in COCO's annotation format")
     parser.add_argument("--protocol", choices=evaluation.PROTOCOLS, default="coco")
-    for name, (kind, default, count, text) in _OPTIONS.items():
-        parser.add_argument(f"--{name}", type=kind, nargs=count, default=default, help=text)
+    for name, (kind, count, text) in _OPTIONS.items():
+        parser.add_argument(f"--{name}", type=kind, nargs=count, help=text)
     parser.add_argument("--images", help="folder of the images, for the drawings of a report")
     options = parser.parse_args(list(arguments))
     name = Path(options.detections).stem
@@ -160,25 +154,18 @@ def _add_arguments(parser: Any) -> None:
     parser.add_argument("--overlap", type=float, default=OVERLAP, help="share of a tile that the next one has too")
     parser.add_argument("--tta", type=bool, default=False, help="true: look at each image six times; see predict")
     parser.add_argument("--detections_out", type=str | None, default=None, help=results)
-    for name, (kind, default, count, text) in _OPTIONS.items():
-        if count:
-            parser.add_argument(f"--{name}", type=kind, nargs=count, default=default, help=text)
-        else:
-            parser.add_argument(f"--{name}", type=kind | None if default is None else kind, default=default, help=text)
+    for name, (kind, count, text) in _OPTIONS.items():
+        more = {"type": kind, "nargs": count} if count else {"type": kind | None}
+        parser.add_argument(f"--{name}", default=None, help=text, **more)
 
 
 def _prediction(config: Any, model: TwoStageDetector, data: Any) -> LightningModule:
     """The model, or what looks at tiles of the images, or at each image several times."""
     from detpipe.prediction.module import PredictionModule
 
-    if config.tiles is not None:
-        if data.resize is not None:
-            raise UsageError("--tiles: the data have resized images before they are cut; set data.resize to null")
-        check_least(config, 1, "tiles")
-        if not 0 <= config.overlap <= 0.9:
-            raise UsageError(f"--overlap must be in 0 to .9, got {config.overlap}")
-    elif config.overlap != OVERLAP:
-        raise UsageError("--overlap is about tiles: add --tiles SIDE, or leave it out")
+    check_tiles(config)
+    if config.tiles is not None and data.resize is not None:
+        raise UsageError("--tiles: the data have resized images before they are cut; set data.resize to null")
     if config.tiles is None and not config.tta:
         return model
     return PredictionModule(model, config.tta, config.tiles, config.overlap)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from detpipe import zoo
 from detpipe.commands.parser import Parser
-from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
 from detpipe.exporting.files import Labels, ParityError, check_file, check_path, export
 from detpipe.prediction.inputs import find_images
@@ -75,7 +74,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _images(names: Sequence[str]) -> list[Tensor]:
-    return [read_image(path) for path in find_images(names)]
+    return [one.read(RGB) for one in find_images(names)]
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

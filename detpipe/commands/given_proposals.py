@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detpipe.prediction.windows import Windows
 from detpipe.proposal_files.store import ProposalStore
 from detpipe.proposal_files.store_format import SUFFIX
 from detpipe.proposals.registry import SOURCES, OfflineSource, make_source, remake_source
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.strict_json import is_number, load_json, shorten
 
-Boxes = Callable[[Path, Tensor], Tensor]  # path and [3, H, W] uint8 RGB -> [P, 4] xyxy in pixels of the image
+Boxes = Callable[[Path, Windows], Tensor]  # path and image, 8-bit RGB -> [P, 4] xyxy in its pixels
 
 
 def open_boxes(option: str, images: Sequence[Path], trained_on: dict[str, Any] | None) -> Boxes:
@@ -79,9 +80,9 @@ def read_proposals(path: Path) -> dict[str, Tensor]:
 
 
 def _from_source(source: OfflineSource) -> Boxes:
-    def boxes(path: Path, image: Tensor) -> Tensor:
+    def boxes(path: Path, image: Windows) -> Tensor:
         try:
-            return torch.from_numpy(source.propose(image.permute(1, 2, 0).contiguous().numpy())[0])
+            return torch.from_numpy(source.propose(image.whole().permute(1, 2, 0).contiguous().numpy())[0])
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
@@ -97,10 +98,10 @@ def _from_store(store: ProposalStore, images: Sequence[Path]) -> Boxes:
             f"it calls its images {', '.join(list(store)[:5])}"
         )
 
-    def boxes(path: Path, image: Tensor) -> Tensor:
+    def boxes(path: Path, image: Windows) -> Tensor:
         name = names[path]
         assert name is not None
-        size, seen = store.size(name), (image.shape[1], image.shape[2])
+        size, seen = store.size(name), image.size
         if size is not None and size != seen:
             raise DataError(
                 f"{path} has {seen[1]} x {seen[0]} pixels, but {store.path} has boxes of an image {name!r} of {size[1]} x {size[0]}"

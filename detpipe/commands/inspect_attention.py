@@ -24,10 +24,10 @@ from detpipe import images as frames
 from detpipe.attention.base import Attention, Gates
 from detpipe.commands.parser import Parser, distinct, output_folder
 from detpipe.commands.predict import choose_proposals, detect
-from detpipe.datasets import read_image
 from detpipe.detector import TwoStageDetector
 from detpipe.pictures.inspection_plots import plot_branches, plot_class_gates, plot_maps
 from detpipe.prediction.inputs import find_images
+from detpipe.prediction.windows import ImageWindows
 from detpipe.stages import Backbone
 from detpipe.support.errors import UsageError
 from detpipe.support.files import write_text
@@ -42,7 +42,8 @@ def run_inspect(arguments: Sequence[str]) -> int:
     """Draw the attention of a detector's backbone."""
     options = _parse(arguments)
     out = output_folder(options.output)
-    paths = find_images(options.images)
+    inputs = find_images(options.images)
+    paths = [one.path for one in inputs]
     detector, description = load_detector(options.checkpoint)
     if description.pixels != RGB:
         raise UsageError(
@@ -54,8 +55,10 @@ def run_inspect(arguments: Sequence[str]) -> int:
         raise UsageError(
             f"the backbone of {options.checkpoint}, {type(detector.backbone).__name__}, has no attention modules"
         )
-    images = [read_image(path) for path in paths]
-    proposals = [None if boxes is None else boxes(*row) for row in zip(paths, images, strict=True)]
+    images = [one.read(RGB) for one in inputs]
+    proposals = [
+        None if boxes is None else boxes(path, ImageWindows(image)) for path, image in zip(paths, images, strict=True)
+    ]
     out.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, object] = {"checkpoint": str(options.checkpoint), "modules": list(modules)}
     written = draw_maps(detector, paths, images, out)

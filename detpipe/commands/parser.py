@@ -14,6 +14,8 @@ from tqdm import tqdm
 from detpipe.support.errors import UsageError
 from detpipe.support.suggest import did_you_mean
 
+OVERLAP = 0.2  # share of a tile that the next one has too
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line; an empty text is no value, or ``""`` would stand for the current folder."""
@@ -39,6 +41,16 @@ def check_least(options: Any, least: int, *names: str) -> None:
         if value is not None and value < least:
             option = f"-{name}" if len(name) == 1 else f"--{name}"
             raise UsageError(f"{option} must be {least} or more, got {value}")
+
+
+def check_tiles(options: Any) -> None:
+    """Refuse ``--tiles`` and ``--overlap`` outside of their ranges, and an overlap, or a way to merge, of no tiles."""
+    check_least(options, 1, "tiles")
+    if not 0 <= options.overlap <= 0.9:
+        raise UsageError(f"--overlap must be in 0 to .9, got {options.overlap}")
+    for name, usual in (("overlap", OVERLAP), ("merge", "nms")):
+        if options.tiles is None and getattr(options, name, usual) != usual:
+            raise UsageError(f"--{name} is about tiles: add --tiles SIDE, or leave it out")
 
 
 def output_folder(path: str) -> Path:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from detpipe import zoo
 from detpipe.commands.given_proposals import Boxes, advice, open_boxes
-from detpipe.commands.parser import Parser, check_least, output_folder, progress
+from detpipe.commands.parser import OVERLAP, Parser, check_least, check_tiles, output_folder, progress
 from detpipe.datasets.workers import usable_cores
 from detpipe.detector import TwoStageDetector
 from detpipe.heads import ProposalHead
@@ -162,6 +162,8 @@ def _predict_video(
     with progress(None, stem, unit="frame", logged=False) as move:
         tell = lambda count: move(count, count)  # noqa: E731
         count, end = look_at_video(frames, look_at, lines, written, head, tracker, batch_size, tell)
+    if not count:
+        raise DataError(str(end))
     say(f"{count} frames of {inputs[0].name}; see {written or lines}")
     if end is None:
         return 0
@@ -215,7 +217,7 @@ def classify(arguments: Sequence[str]) -> int:
 
         def look(inputs: Sequence[ImageInput], images: Sequence[Windows]) -> list[Detection]:
             [one], [image] = inputs, (image.whole() for image in images)
-            boxes = boxes_of(one.path, image)
+            boxes = boxes_of(one.path, images[0])
             try:
                 [found] = model.predict([image], [boxes])
             except ValueError as error:  # a box outside of the image, or an image too small for the network
@@ -274,14 +276,7 @@ def _identity(name: str) -> str:
     return f"crc32 {value:08x}"
 
 
-def _do(
-    job: Job,
-    options: argparse.Namespace,
-    own: Team,
-    read: Read,
-    look: Look,
-    limit: int | None = None,
-) -> int:
+def _do(job: Job, options: argparse.Namespace, own: Team, read: Read, look: Look, limit: int | None = None) -> int:
     """Do the part of this process, and join all parts where it is the first of them."""
     part = own.part if own.part != WHOLE else options.part
     with progress(len(job.inputs), logged=False) as move:
@@ -328,7 +323,7 @@ def _look_by(
         targets: list[Target] | None = None
         if boxes is not None:
             pairs = zip(inputs, images, strict=True)
-            targets = [{"proposals": boxes(source.path, image.whole())} for source, image in pairs]
+            targets = [{"proposals": boxes(source.path, image)} for source, image in pairs]
         if isinstance(looks, TiledDetector):
             return [looks.detect(*pair) for pair in zip(images, targets or [None] * len(images), strict=True)]
         return looks([image.whole() for image in images], targets)
@@ -445,7 +440,7 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
     add("--max_detections", type=int, help="of an image or tile, at most; as in training by default")
     add("--batch_size", type=int, help="images of one size, or tiles, at a time; 4 on a CPU and 8 else by default")
     add("--tiles", type=int, metavar="SIDE", help="look at each image tile by tile, of so many pixels, and as a whole")
-    add("--overlap", type=float, default=0.2, help="share of a tile that the next one has too (default .2)")
+    add("--overlap", type=float, default=OVERLAP, help="share of a tile that the next one has too (default .2)")
     add("--merge", choices=("nms", "box_fusion"), default="nms", help="how what tiles find becomes one")
     add("--tta", action="store_true", help="look at each image mirrored and at other sizes too, six times in all")
     add(
@@ -463,15 +458,12 @@ def _parse_predict(arguments: Sequence[str]) -> argparse.Namespace:
     options = _parse(parser, arguments)
     if not 0 <= options.score_threshold <= 1:
         raise UsageError(f"--score_threshold must be in 0..1, got {options.score_threshold}")
-    if not 0 <= options.overlap <= 0.9:
-        raise UsageError(f"--overlap must be in 0 to .9, got {options.overlap}")
-    if options.tiles is None and (options.overlap, options.merge) != (0.2, "nms"):
-        raise UsageError("--overlap and --merge are about tiles: add --tiles SIDE, or leave them out")
+    check_tiles(options)
     if options.show_glimpses and (options.tta or options.tiles or options.drawings is None or options.part != WHOLE):
         raise UsageError(
             "--show-glimpses is for whole images and their drawings; leave out --tiles, --tta, --part, --no-drawings"
         )
-    check_least(options, 1, "max_detections", "batch_size", "tiles", "every")
+    check_least(options, 1, "max_detections", "batch_size", "every")
     if options.rate is not None and not 0 < options.rate <= 1000:
         raise UsageError(f"--rate must be above 0 and at most 1000 frames a second, got {options.rate}")
     return options

@@ -110,7 +110,7 @@ def find_items(
                 raise UsageError(
                     f"--{option} {value}: --data {data} is a plain folder of images, leave it out; {EXPECTED}"
                 )
-        return [Item(file.stem, file) for file in find_images([data])], PLAIN_FILES
+        return [Item(one.path.stem, one.path) for one in find_images([data])], PLAIN_FILES
     opened = open_split(data, split, images, "skip" if skip_bad else "error")
     annotations = opened.annotations("val")
     paths = image_paths(annotations)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from detpipe.commands.given_proposals import advice, open_boxes
 from detpipe.commands.parser import Parser, check_least
 from detpipe.commands.predict import choose_device
 from detpipe.prediction.onnx_detector import OnnxDetector
+from detpipe.prediction.windows import ImageWindows
 from detpipe.proposals import PrecomputedProposals
 from detpipe.proposals.registry import SOURCES
 from detpipe.serving.batching import Served
@@ -79,7 +79,8 @@ def _source(names: str | None, trained_on: dict[str, Any] | None) -> Callable[[T
         return None
     if not set(names.split("+")) <= set(SOURCES):
         raise UsageError(f"--proposals {names}: expected a source, {', '.join(SOURCES)}; files are of known images")
-    return partial(open_boxes(names, [], trained_on), Path("image"))
+    boxes = open_boxes(names, [], trained_on)
+    return lambda image: boxes(Path("image"), ImageWindows(image))
 
 
 def add_common(parser: Parser, port: int) -> None:

@@ -91,12 +91,8 @@ def box_fusion(
     order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)  # candidates first, best first
     most = int(keep.sum(1).max()) if keep.numel() else 0
     order = order[:, :most]
-    boxes, scores, labels = (
-        box_ops.take(boxes, order),
-        scores.gather(1, order),
-        labels.gather(1, order),
-    )
-    keep = keep.gather(1, order)
+    boxes = box_ops.take(boxes, order)
+    scores, labels, keep = (values.gather(1, order) for values in (scores, labels, keep))
     total = torch.zeros_like(boxes)  # of weighted corners
     weight, members = torch.zeros_like(scores), torch.zeros_like(scores)
     label, first = torch.zeros_like(labels), torch.zeros_like(labels)
@@ -107,7 +103,7 @@ def box_fusion(
         value, best = overlap.max(dim=1, keepdim=True)
         counts, joins = keep[:, step : step + 1], value > iou
         where = torch.where(joins, best, used.clamp(max=most - 1))
-        added = score * counts
+        added = score.clamp(min=torch.finfo(score.dtype).tiny) * counts  # of scores of 0, the mean is the plain one
         total = total.scatter_add(1, where[..., None].expand(-1, -1, 4), box * added[..., None])
         weight, members = weight.scatter_add(1, where, added), members.scatter_add(1, where, counts.to(scores.dtype))
         starts = counts & ~joins

@@ -83,9 +83,10 @@ def _plot_losses(axes: Axes, columns: dict[str, Points]) -> None:
     if "val/loss" in columns:
         axes.plot(*columns["val/loss"], color=_VAL, linewidth=1.8, marker="o", markersize=4, label="val")
     if axes.lines:
-        # a spike in the first steps must not flatten the rest
+        # a spike in the first steps must not flatten the rest; rewards may take a loss below 0
         values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
-        axes.set_ylim(0, 1.15 * float(np.quantile(values, 0.98)) or 1.0)
+        low, high = min(0.0, float(values.min())), 1.15 * float(np.quantile(values, 0.98))
+        axes.set_ylim(low, high if high > low else low + 1)
 
 
 def _read_metrics(path: Path) -> dict[str, Points]:
@@ -117,7 +118,6 @@ def _read_metrics(path: Path) -> dict[str, Points]:
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:
-    sums = np.cumsum([0.0, *values])
-    starts = np.maximum(np.arange(1, len(values) + 1) - window, 0)
-    ends = np.arange(1, len(values) + 1)
+    sums, ends = np.cumsum([0.0, *values]), np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
     return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()

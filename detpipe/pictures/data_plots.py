@@ -10,7 +10,7 @@ import numpy as np
 
 from detpipe.datasets.resize import Resize
 from detpipe.datasets.statistics import box_sizes
-from detpipe.pictures.figures import new_figure, plain_axes, save_figure
+from detpipe.pictures.figures import new_figure, plain_axes, save_figure, writable
 from detpipe.pictures.visualize import plot_color
 from detpipe.types import Annotations
 
@@ -33,7 +33,7 @@ def plot_classes(splits: Mapping[str, Annotations], out: Path) -> None:
         places = np.arange(len(shown)) + (k - (len(splits) - 1) / 2) * height
         bars = axes.barh(places, values, height, label=f"{split} ({len(splits[split].boxes)})", color=plot_color(3 + k))
         axes.bar_label(bars, padding=2, fontsize=7)
-    axes.set_yticks(range(len(shown)), shown, fontsize=8)
+    axes.set_yticks(range(len(shown)), list(map(writable, shown)), fontsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.margins(x=0.12)
     rest = f"; {len(words) - len(shown)} more classes are not shown" if len(words) > len(shown) else ""
@@ -59,8 +59,8 @@ def plot_boxes(annotations: Annotations, name: str, anchors: Sequence[int], resi
     panels[1].set_title("lines: suggested anchors", loc="left", fontsize=9)
     _histogram(panels[2], shares, "side as part of the image's")
     _histogram(panels[3], sides[:, 1] / sides[:, 0], "height / width", logarithmic=True)
-    per_image = np.diff(a.offsets)
-    panels[4].hist(per_image, bins=np.arange(0, min(per_image.max(), 60) + 2) - 0.5, color=plot_color(3))
+    per_image, most = np.diff(a.offsets), int(np.diff(a.offsets).max())
+    panels[4].hist(per_image, bins=np.linspace(-0.5, most + 0.5, min(most + 2, 62)), color=plot_color(3))
     panels[4].set_xlabel("boxes in an image")
     panels[4].set_ylabel("images")
     for axes in panels[1:5]:

@@ -55,12 +55,18 @@ def plain_axes(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def writable(text: object) -> str:
+    """Escape what is no Unicode, the bytes of a name that is no UTF-8: files refuse it, and drawing it may end the process."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 def save_figure(figure: Figure, out: str | os.PathLike[str]) -> None:
     """Write a PNG, which is complete when it is visible; dollars in texts, such as names of classes, are no formulas."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue]
+        text.set_text(writable(text.get_text()))  # pyright: ignore[reportAttributeAccessIssue]
     with atomic_write(out) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a class name in a script without a font
         figure.savefig(temporary, format="png")

@@ -7,6 +7,7 @@ box as a thick line in the color of its class. ``glimpses.html`` beside the pict
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from detpipe.heads.base import outlines
 from detpipe.pictures import visualize
 from detpipe.pictures.report_html import table, text
 from detpipe.support.files import write_text
@@ -70,7 +72,9 @@ def write_page(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
 def _section(record: dict[str, Any]) -> str:
     """The picture of an image, and where each of its detections looked."""
     name, found = text(record["file"]), record["detections"]
-    drawing = quote(record["drawing"])  # a name may hold what means something in an address, such as #, ? and %
+    drawing = quote(
+        os.fsencode(record["drawing"])
+    )  # a name may hold what means something in an address, such as #, ? and %
     heads = ("", "class", "score", "glimpses: shift in sides of the proposal (right, down) &times; size over it")
     rows = [[f"{k}", text(one["label"]), f"{one['score']:.2f}", _places(one)] for k, one in enumerate(found, start=1)]
     summary = f"{len(found)} detections" + (f", the {SHOWN} best in panels" if len(found) > SHOWN else "")
@@ -101,9 +105,8 @@ def _places(one: dict[str, Any]) -> str:
 def _panel(image: Tensor, found: GlimpsedDetection, index: int, class_names: Sequence[str]) -> Image.Image:
     """What is around a detection, enlarged, with the outlines."""
     box, proposal, glimpses = (found[key][index] for key in ("boxes", "proposals", "glimpses"))
-    outlines = [_corners(proposal), *glimpses.unbind(0), _corners(box)]
-    everything = torch.cat(outlines)
-    low, high = everything.amin(0), everything.amax(0)
+    drawn = [outlines(proposal), *glimpses.unbind(0), outlines(box)]
+    low, high = torch.cat(drawn).aminmax(dim=0)
     side = float((high - low).max()) * (1 + 2 * AROUND)
     corner = (low + high) / 2 - side / 2
     scale = PANEL / max(side, 1e-6)
@@ -113,13 +116,13 @@ def _panel(image: Tensor, found: GlimpsedDetection, index: int, class_names: Seq
         (PANEL, PANEL), Image.Transform.EXTENT, area, Image.Resampling.BICUBIC, fillcolor=_OUTSIDE
     )
     pen = ImageDraw.Draw(crop)
-    moved = [[tuple(point) for point in ((outline - corner) * scale).tolist()] for outline in outlines]
+    moved = [[tuple(point) for point in ((outline - corner) * scale).tolist()] for outline in drawn]
     color = visualize.class_color(int(found["labels"][index]))
     pen.line([*moved[-1], moved[-1][0]], fill=color, width=4, joint="curve")
     _dashed(pen, moved[0], (255, 255, 255))
     count = len(moved) - 2
     for step, outline in enumerate(moved[1:-1]):
-        shade = _between(step / max(count - 1, 1))
+        shade: Any = tuple(round(a + (b - a) * step / max(count - 1, 1)) for a, b in zip(FIRST, LAST, strict=True))
         pen.line([*outline, outline[0]], fill=shade, width=2, joint="curve")
         x, y = outline[0]
         pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=shade, outline=(0, 0, 0))
@@ -134,16 +137,6 @@ def _legend(found: GlimpsedDetection) -> str:
     count = found["glimpses"].shape[1]
     seen = "no glimpses" if not count else "yellow: glimpse 1" + (f", to violet: {count}" if count > 1 else "")
     return f"dashed: proposal    {seen} (dot: upper left of its frame)    thick: box found"
-
-
-def _corners(box: Tensor) -> Tensor:
-    x1, y1, x2, y2 = box.unbind()
-    return torch.stack((x1, y1, x2, y1, x2, y2, x1, y2)).view(4, 2)
-
-
-def _between(part: float) -> tuple[int, int, int]:
-    red, green, blue = (round(a + (b - a) * part) for a, b in zip(FIRST, LAST, strict=True))
-    return red, green, blue
 
 
 def _dashed(pen: ImageDraw.ImageDraw, outline: Sequence[tuple[float, ...]], color: tuple[int, int, int]) -> None:

@@ -23,7 +23,7 @@ def plot_class_gates(gates: Mapping[str, Tensor], class_names: Sequence[str], co
     panels = np.atleast_1d(figure.subplots(len(gates), 1))
     for axes, (name, values) in zip(panels, gates.items(), strict=True):
         for index in drawn:
-            label = f"{class_names[index]} ({counts[index]})"
+            label = f" {class_names[index]} ({counts[index]})"  # a legend leaves out what begins with an underscore
             axes.plot(values[index].numpy(), color=plot_color(index + 1), linewidth=0.9, label=label)
         axes.set_xlim(0, values.shape[1] - 1)
         seen = values[~values.isnan().any(dim=1)]

@@ -18,9 +18,10 @@ def plot_recall(reports: Mapping[str, ProposalRecall], out: str | os.PathLike[st
     most = next(iter(reports.values())).max_boxes[-1]
     for index, (name, report) in enumerate(reports.items()):
         style = {"color": COLORS[index % 8], "marker": "os^Dv<>P"[index % 8], "markersize": 4, "linewidth": 1.6}
-        by_iou.plot(report.ious, report.recall[:, -1], label=name, **style)
-        by_count.plot(report.max_boxes, report.recall[0], label=name, **style)
-        average.plot(report.max_boxes, report.average_recall, label=name, **style)
+        # a legend leaves out what begins with an underscore
+        by_iou.plot(report.ious, report.recall[:, -1], label=f" {name}", **style)
+        by_count.plot(report.max_boxes, report.recall[0], **style)
+        average.plot(report.max_boxes, report.average_recall, **style)
     by_iou.set_title(f"recall with {most} boxes", loc="left")
     by_iou.set_xlabel("IoU that counts as found")
     by_count.set_title("recall at IoU .5", loc="left")

@@ -40,7 +40,7 @@ def comparison(numbers: dict[str, Any]) -> str:
             f"<strong class='{verdict(one)}'>{verdict(one)}</strong>",
             interval(one, sign=True),
             _interval_picture(one, reach),
-            _percent(one["better"]),
+            "&ndash;" if one["better"] is None else f"{100 * one['better']:.0f}% of draws",
         ]
         for run in others
         for metric, one in run["difference"].items()
@@ -80,10 +80,6 @@ def _classes(run: dict[str, Any], part: str) -> str:
 
 def _with_interval(one: dict[str, Any]) -> str:
     return f"{number(one['value'])}<small>{interval(one)}</small>"
-
-
-def _percent(value: float | None) -> str:
-    return "&ndash;" if value is None else f"{100 * value:.0f}% of draws"
 
 
 def _interval_picture(one: dict[str, Any], reach: float) -> str:

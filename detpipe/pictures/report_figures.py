@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from detpipe.pictures.figures import new_figure, plain_axes, save_figure
+from detpipe.pictures.figures import new_figure, plain_axes, save_figure, writable
 from detpipe.pictures.report_confusion import shown_classes
 from detpipe.pictures.report_scores import ERROR_COLORS
 
@@ -40,13 +40,11 @@ def write_figures(numbers: dict[str, Any], folder: Path) -> list[Path]:
     if numbers["comparison"] is not None:
         count = len(numbers["comparison"]["runs"]) - 1
         figures["comparison"] = (7.5, 1.4 + 0.9 * count, _comparison)
-    written = []
     for name, (width, height, draw) in figures.items():
         figure = new_figure(width, height, DRAWN)
         draw(figure, numbers)
         save_figure(figure, folder / f"{name}.png")
-        written.append(folder / f"{name}.png")
-    return written
+    return [folder / f"{name}.png" for name in figures]
 
 
 def _curves(figure: Figure, numbers: dict[str, Any]) -> None:
@@ -61,7 +59,8 @@ def _curves(figure: Figure, numbers: dict[str, Any]) -> None:
     chosen = sorted(np.argsort(objects, kind="stable")[:_LINES].tolist())
     for place, row in enumerate(chosen):
         name = numbers["class_names"][row]
-        label = f"{_cut(name)}: {_short(run['AP'][row + 1][0])}"
+        # a legend leaves out what begins with an underscore
+        label = f" {_cut(name)}: {_short(run['AP'][row + 1][0])}"
         _line(right, levels, run["precision"][row + 1][0], label, f"C{place}")
     some = "classes" if len(chosen) == len(objects) else f"{len(chosen)} classes with most objects"
     _plain(right, f"{some}, IoU 0.50 (AP50)")
@@ -159,4 +158,5 @@ def _short(value: float | None) -> str:
 
 
 def _cut(name: str, length: int = 28) -> str:
+    name = writable(name)
     return name if len(name) <= length else name[: length - 1] + "…"

@@ -7,10 +7,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from detpipe.pictures.figures import writable
+
 
 def text(value: object) -> str:
     """Escape what was written by others for text and for attributes in quotes."""
-    return html.escape(str(value), quote=True)
+    return html.escape(writable(value), quote=True)
 
 
 def number(value: float | None, digits: int = 3, sign: bool = False) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import ImageColor
 from torch import Tensor
 
 from detpipe.evaluation.worst_images import ImageOutcome
@@ -47,14 +48,9 @@ def _draw(
         names[label - 1] if state in plain else f"{names[label - 1]}: {state}"
         for label, state in zip(labels, states, strict=True)
     ]
-    colors = [_rgb(_COLORS[state]) for state in states]
+    colors: Any = [ImageColor.getrgb(_COLORS[state]) for state in states]
     numbers = torch.arange(1, len(texts) + 1)
     return visualize.draw(panel, torch.from_numpy(boxes.copy()), numbers, texts, scores, colors=colors, min_side=0)
-
-
-def _rgb(color: str) -> visualize.Color:
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return red, green, blue
 
 
 def as_data(image: Tensor) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -35,8 +34,7 @@ class TrainingPicture(Callback):
         if len(self._seen) >= self.images or batch_idx + 1 == trainer.num_training_batches:
             images, targets = zip(*self._seen[: self.images], strict=True)
             title = f"training images of epoch {trainer.current_epoch}, as the model gets them"
-            on_host = [cast(Target, move_data_to_device(target, "cpu")) for target in targets]
-            sheet = visualize.contact_sheet([image.cpu() for image in images], on_host, self.class_names, title)
+            sheet = visualize.contact_sheet(images, targets, self.class_names, title)
             _save(self.folder, "training", sheet, trainer)
             self._seen = None
 

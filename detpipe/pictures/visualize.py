@@ -21,7 +21,7 @@ from torch.nn import functional
 from torchvision.utils import draw_bounding_boxes
 
 from detpipe.images import to_picture
-from detpipe.pictures.figures import SLIMMEST
+from detpipe.pictures.figures import SLIMMEST, writable
 from detpipe.support.errors import UsageError
 from detpipe.support.files import atomic_write
 from detpipe.types import Detection, Target
@@ -113,7 +113,7 @@ def draw(
     factor = max(1, min(round(min_side / min(height, width)), SLIMMEST * min_side // max(height, width)))
     high, wide = (factor * max(1, round(min_side / SLIMMEST / (factor * side))) for side in (height, width))
     image, boxes = _resize(image, height * high, width * wide), boxes * torch.tensor([wide, high, wide, high])
-    texts = [str(class_names[label - 1]) for label in labels.tolist()]
+    texts = [_one_line(class_names[label - 1]) for label in labels.tolist()]
     if scores is not None:
         texts = [f"{text}  {score:.2f}" for text, score in zip(texts, scores.cpu()[order].tolist(), strict=True)]
     chosen = [class_color(label) for label in labels.tolist()]
@@ -197,7 +197,7 @@ def comparison_grid(
 def contact_sheet(
     images: Sequence[Tensor], targets: Sequence[Target], class_names: Sequence[str], title: str = "", side: int = 360
 ) -> Tensor:
-    """Put images ``[3, H, W]`` uint8 RGB with their boxes on one sheet, the longer side of each picture ``side`` pixels.
+    """Put images ``[C, H, W]``, uint8 or 0..1, with their boxes on one sheet, the longer side of each picture ``side`` pixels.
 
     Raises:
         ValueError: there are no images, or not one target for each.
@@ -217,7 +217,7 @@ def sheet(panels: Sequence[Image.Image], columns: int, title: str, *, font_size:
     face = font(font_size)
     across = max(columns * (width + gap) + gap, round(face.getlength(title)) + 2 * gap)
     canvas = Image.new("RGB", (across, header + sum(heights) + gap * len(rows)), PAPER)
-    ImageDraw.Draw(canvas).text((gap, header / 2), title, fill=INK, font=face, anchor="lm")
+    ImageDraw.Draw(canvas).text((gap, header / 2), _one_line(title), fill=INK, font=face, anchor="lm")
     top = header
     for row, height in zip(rows, heights, strict=True):
         for column, panel in enumerate(row):
@@ -356,27 +356,30 @@ def _pair(
     renderer: Renderer,
 ) -> Image.Image:
     """One image with its truth and its detections, and a line above that says what is seen."""
-    panel, scale = fit(to_picture(image), panel_side)
-    truth: dict[str, Any] = {key: value.cpu() for key, value in target.items() if isinstance(value, Tensor)}
-    boxes = truth.get("boxes", torch.zeros(0, 4))
+    truth, panel, scale = _truth(image, target, class_names, panel_side, renderer)
     keep = detection["scores"] >= score_threshold
     found = [detection[key][keep].cpu() for key in ("boxes", "labels", "scores")]
-    halves = (
-        draw_target(panel, cast(Target, {**truth, "boxes": boxes * scale}), class_names, 0, renderer),
-        draw(panel, found[0] * scale, found[1], class_names, found[2], min_side=0, renderer=renderer),
-    )
+    drawn = draw(panel, found[0] * scale, found[1], class_names, found[2], min_side=0, renderer=renderer)
     name = Path(target.get("file_name", "")).name
-    captions = (f"{name}  truth: {len(boxes)}".strip(), f"detected: {len(found[0])}")
-    return captioned([to_pil(half) for half in halves], captions, height=22, font_size=13, ink=FAINT)
+    captions = (f"{name}  truth: {len(target.get('boxes', ()))}".strip(), f"detected: {len(found[0])}")
+    return captioned([to_pil(truth), to_pil(drawn)], captions, height=22, font_size=13, ink=FAINT)
 
 
 def _panel(image: Tensor, target: Target, class_names: Sequence[str], side: int) -> Image.Image:
-    small, factors = fit(image, side)
-    resized: Target = {**target, "boxes": target.get("boxes", torch.zeros(0, 4)) * factors}
-    drawn = draw_target(small, resized, class_names, min_side=0)
-    name, count = target.get("file_name", "").rpartition("/")[2], len(resized.get("boxes", ()))
+    drawn, _, _ = _truth(image, target, class_names, side)
+    name, count = Path(target.get("file_name", "")).name, len(target.get("boxes", ()))
     text = f"{name}: {count} box{'' if count == 1 else 'es'}"
     return captioned([to_pil(drawn)], [text], height=20, font_size=12, ink=INK)
+
+
+def _truth(
+    image: Tensor, target: Target, class_names: Sequence[str], side: int, renderer: Renderer = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An image ``[C, H, W]`` resized by `fit`, with its truth and without; and the factors of boxes."""
+    panel, factors = fit(to_picture(image), side)
+    truth: dict[str, Any] = {key: value.cpu() for key, value in target.items() if isinstance(value, Tensor)}
+    truth["boxes"] = truth.get("boxes", torch.zeros(0, 4)) * factors
+    return draw_target(panel, cast(Target, truth), class_names, 0, renderer), panel, factors
 
 
 def captioned(
@@ -386,13 +389,17 @@ def captioned(
     width, face = max(panels[0].width, NARROWEST), font(font_size)
     canvas = Image.new("RGB", (len(panels) * (width + _BETWEEN) - _BETWEEN, panels[0].height + height), PAPER)
     pen = ImageDraw.Draw(canvas)
-    for k, (panel, text) in enumerate(zip(panels, captions, strict=True)):
+    for k, (panel, text) in enumerate(zip(panels, map(_one_line, captions), strict=True)):
         while pen.textlength(text, font=face) > width and len(text) > 4:
             text = f"...{text[4:]}"
         left = k * (width + _BETWEEN)
         canvas.paste(panel, (left, height))
         pen.text((left, height / 2), text, fill=ink, font=face, anchor="lm")
     return canvas
+
+
+def _one_line(text: object) -> str:
+    return " ".join(writable(text).splitlines())
 
 
 def font(size: int) -> Any:

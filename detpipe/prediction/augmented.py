@@ -84,11 +84,7 @@ def _view(image: Tensor, target: Target, flip: str, scale: float) -> tuple[Tenso
             changed["content_size"] = content
     if "proposals" in target:
         changed["proposals"] = _mirrored(target["proposals"], image, flip)
-    axes = [{"x": -1, "y": -2}[axis] for axis in flip]
-    if axes:
-        layout = image.movedim(0, -1).flip([axis - 1 for axis in axes])  # the channels of a pixel stay side by side
-        image = layout.movedim(-1, 0)
-    return image, changed
+    return image.flip([{"x": -1, "y": -2}[axis] for axis in flip]), changed
 
 
 def _mirrored(boxes: Tensor, image: Tensor, flip: str) -> Tensor:
@@ -114,9 +110,8 @@ def _fused(found: Sequence[Sequence[Detection]], iou: float) -> list[Detection]:
     labels = pad_sequence(joined["labels"], batch_first=True).gather(1, order)
     fused = box_fusion(boxes, scores, labels, scores >= 0, iou, len(found[0]))
     device = found[0][0]["scores"].device
-    answers = []
-    for k, limit in enumerate(most):
-        count = min(limit, int((fused.scores[k] >= 0).sum()))
-        kept = (values[k, :count].to(device) for values in (fused.boxes, fused.scores, fused.labels))
-        answers.append(Detection(**dict(zip(("boxes", "scores", "labels"), kept, strict=True))))
-    return answers
+    counts = map(min, most, (fused.scores >= 0).sum(1).tolist())
+    return [
+        Detection(**{name: getattr(fused, name)[k, :count].to(device) for name in ("boxes", "scores", "labels")})
+        for k, count in enumerate(counts)
+    ]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from detpipe.datasets.decode import IMAGE_SUFFIXES, image_names, image_size, read_reduced
 from detpipe.datasets.fetch import Patience, is_remote, read_url
+from detpipe.datasets.planes import without_advice
 from detpipe.images import Size
-from detpipe.support.errors import DetpipeError, UsageError
+from detpipe.support.errors import DataError, DetpipeError, UsageError
 from detpipe.support.files import refuse_special
 from detpipe.types import PixelType
 
@@ -55,11 +56,14 @@ class ImageInput:
             return None  # reading it will say why
 
     def read(self, pixels: PixelType) -> Tensor:
-        """Decode it: ``[C, H, W]``, the channels last in memory; errors are those of `read_image`, and DownloadError."""
+        """Decode it: ``[C, H, W]``, the channels last in memory; a DataError or DownloadError where it cannot be."""
         if self.is_camera:
             raise UsageError(f"{self.name}: a camera is watched by detpipe predict alone; give images")
         content = read_url(self.url, MOST_BYTES, "check the address", _PATIENCE) if self.url else self.content
-        return read_reduced(self.name if self.url else self.path, _EVERYTHING, content, pixels).pixels
+        try:
+            return read_reduced(self.name if self.url else self.path, _EVERYTHING, content, pixels).pixels
+        except DataError as error:
+            raise DataError(without_advice(error)) from error
 
 
 def is_camera(name: str) -> bool:
@@ -91,7 +95,7 @@ def find_inputs(names: Sequence[str], allow_network: bool = False) -> list[Image
     return list(found.values())
 
 
-def find_images(names: Sequence[str]) -> list[Path]:
+def find_images(names: Sequence[str]) -> list[ImageInput]:
     """List images that are files, as `find_inputs`; one from elsewhere is a UsageError."""
     inputs = find_inputs(names, allow_network=True)  # fetches nothing
     for one in inputs:
@@ -99,7 +103,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
             raise UsageError(
                 f"{one.name}: images from standard input, the web and cameras are taken by detpipe predict alone; give files"
             )
-    return [one.path for one in inputs]
+    return inputs
 
 
 def _named(name: str, allow_network: bool) -> Iterable[ImageInput]:
@@ -153,13 +157,11 @@ def _listed(name: str, allow_network: bool) -> Iterator[ImageInput]:
     if not lines:
         raise UsageError(f"{file}: this list names no image")
     for line in lines:
-        try:
-            if line == "-":
-                raise UsageError(f"{file}: '-' is no name for a list; give it on the command line")
+        if line == "-":
+            raise UsageError(f"{file}: '-' is no name for a list; give it on the command line")
+        if is_remote(line) or is_camera(line) or Path(line).exists() or glob.has_magic(line):
             yield from _named(line, allow_network)
-        except UsageError:
-            if is_remote(line) or is_camera(line) or line == "-" or Path(line).exists() or glob.has_magic(line):
-                raise
+        else:
             yield _file(Path(line))
 
 

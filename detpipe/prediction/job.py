@@ -15,7 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from detpipe.images import Size, scale_boxes, to_picture
+from torch import Tensor
+
+from detpipe.images import Size, to_picture
 from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.prediction.batches import Part, plan_batches
 from detpipe.prediction.inputs import ImageInput
@@ -26,7 +28,7 @@ from detpipe.types import Detection, GlimpsedDetection
 
 Read = Callable[[ImageInput], Windows]
 Look = Callable[[Sequence[ImageInput], Sequence[Windows]], Sequence[Detection]]  # -> what is found, on the CPU
-_DRAWN = 4096  # pixels of the longer side of a drawing of an image that is read part by part
+_DRAWN = 4096  # pixels of the longer side of a drawing of an image that has more
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,14 @@ class Job:
         return {**record, "width": width, "height": height, self.kind: describe(found, self.class_names)}
 
     def _draw(self, image: Windows, found: Detection, path: Path) -> None:
-        reduced = image.reduced(_DRAWN)
+        reduced, factor = Windows.reduced(image, _DRAWN)  # a JPEG has at most 65,500 pixels a side
         picture = to_picture(reduced)
-        if "glimpses" in found:  # only of whole images
+        rows = cast(dict[str, Tensor], found).items()
+        found = cast(Detection, {name: row if name in ("scores", "labels") else row / factor for name, row in rows})
+        if "glimpses" in found:
             drawn = glimpse_pictures.draw_glimpses(picture, cast(GlimpsedDetection, found), self.class_names)
         else:
-            boxes = scale_boxes(found["boxes"], image.size, (reduced.shape[1], reduced.shape[2]))
-            drawn = visualize.draw(picture, boxes, found["labels"], self.class_names, found["scores"])
+            drawn = visualize.draw(picture, found["boxes"], found["labels"], self.class_names, found["scores"])
         save = visualize.save_png if self.drawings == "png" else visualize.save_jpeg
         save(path, drawn)
 

@@ -180,7 +180,7 @@ def read_lines(path: Path) -> Lines:
             part, part_images = Part(*head["part"]), int(head["part_images"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path}: is no file of predictions, as its first line says {FORMAT!r}; move it away"
+                f"{path}: is no file of predictions: its first line does not say {FORMAT!r}; move it away"
             ) from error
         places: dict[int, tuple[int, int]] = {}
         end = stream.tell()

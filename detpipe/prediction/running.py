@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from detpipe.datasets.planes import without_advice
 from detpipe.prediction.lines import LinesFile
 from detpipe.prediction.windows import Windows
 from detpipe.support.errors import DataError, DownloadError
@@ -73,7 +72,7 @@ def _look(
         if error is None:
             good[row] = future
         elif isinstance(error, (DataError, DownloadError, OSError)):
-            yield row, None, without_advice(error)
+            yield row, None, str(error)
         else:
             raise error
     images = [future.result() for future in good.values()]
@@ -82,7 +81,7 @@ def _look(
     except DataError as error:
         if len(good) == 1:
             [row] = good
-            yield row, None, without_advice(error)
+            yield row, None, str(error)
             return
         for row, future in good.items():  # the others are looked at without the one that is at fault
             yield from _look(look, [row], [future])

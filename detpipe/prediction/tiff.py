@@ -68,11 +68,10 @@ def _is_tiff(source: ImageInput) -> bool:
 
 
 def _count_pages(source: ImageInput) -> int:
+    tifffile = _tifffile()
     try:
-        with _tifffile().TiffFile(source.path) as file:
+        with tifffile.TiffFile(source.path) as file:
             return sum(not page.is_reduced for page in file.pages)
-    except UsageError:
-        raise
     except Exception:  # reading it will say why
         return 1
 
@@ -179,7 +178,7 @@ def _named(source: ImageInput) -> Iterator[None]:
     except (DataError, UsageError, MemoryError):
         raise
     except planes.Refused as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(f"{where}: {planes.without_advice(error)}") from error
     except Exception as error:  # decoders raise anything on damaged files
-        hint = "; pip install imagecodecs" if "imagecodecs" in str(error) else ""
+        hint = "; pip install imagecodecs" if isinstance(error, ImportError) or "imagecodecs" in str(error) else ""
         raise DataError(f"{where}: cannot be read by window ({error}){hint}") from error

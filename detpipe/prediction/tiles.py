@@ -12,7 +12,6 @@ from torch import Tensor
 
 from detpipe import boxes as box_ops
 from detpipe.datasets.tiling import View, tile_views
-from detpipe.images import scale_boxes
 from detpipe.prediction.detector import Detector
 from detpipe.prediction.merging import Merge
 from detpipe.prediction.windows import ImageWindows, Windows
@@ -94,12 +93,11 @@ class TiledDetector:
         return [_moved(found, view) for found, view in zip(self.detector(parts, targets), views, strict=True)]
 
     def _look_at_whole(self, image: Windows, target: Target | None) -> Detection:
-        reduced = image.reduced(_OVERVIEW)
-        small = (reduced.shape[1], reduced.shape[2])
+        reduced, factor = image.reduced(_OVERVIEW)
         if target is not None and "proposals" in target:
-            target = {"proposals": scale_boxes(target["proposals"], image.size, small)}
+            target = {"proposals": target["proposals"] / factor}
         [found] = self.detector([reduced], None if target is None else [target])
-        boxes = scale_boxes(found["boxes"], small, image.size)
+        boxes = box_ops.clip(found["boxes"] * factor, *image.size)  # the last squares may reach beyond it
         return Detection(boxes=boxes, scores=found["scores"], labels=found["labels"])
 
 

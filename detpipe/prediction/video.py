@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detpipe.datasets.planes import without_advice
 from detpipe.images import to_picture
 from detpipe.pictures import visualize
 from detpipe.prediction.inputs import ImageInput
@@ -70,7 +69,7 @@ def read_video(path: Path, every: int = 1) -> Iterator[Frame]:
     av = _pyav()
     with _named(av, path), av.open(str(path)) as container:
         if not container.streams.video:
-            raise DataError(f"{path}: has no pictures; expected a video")
+            raise DataError(f"{path}: has no pictures; expected a video that is not cut off")
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise DataError(f"{path}: this PyAV has no decoder for its pictures; convert it, to H.264 for example")
@@ -88,20 +87,23 @@ def read_video(path: Path, every: int = 1) -> Iterator[Frame]:
             if number < 0:
                 raise
             raise VideoEnd(f"{path}: cannot be read after frame {number} ({error.strerror})") from error
-        if number >= 0 and _is_cut_off(container, stream, seconds):
+        if number >= 0 and _is_cut_off(container, stream, seconds, float(first or 0)):
             raise VideoEnd(f"{path}: is cut off after frame {number}, at {seconds:.2f} seconds")
         if number < 0:
             raise DataError(f"{path}: no picture of it can be decoded; the file is empty or cut off")
 
 
-def _is_cut_off(container: Any, stream: Any, seconds: float) -> bool:
-    """Whether a file that was read to its end, the last frame at a time, has less in it than its header says."""
+def _is_cut_off(container: Any, stream: Any, seconds: float, first: float) -> bool:
+    """Whether a file that was read to its end, seconds after the first frame, has less in it than its header says."""
     if "mp4" in container.format.name:  # its header counts what is not to be shown too, but says where each frame lies
         return max((entry.pos + entry.size for entry in stream.index_entries), default=0) > container.size
     duration = None if stream.duration is None else float(stream.duration * stream.time_base)
     if duration is None and container.duration is not None and len(container.streams) == 1:
         duration = container.duration / 1e6
-    return duration is not None and seconds + max(1.0, 0.05 * duration) < duration
+    if duration is None:
+        return False
+    duration -= max(0.0, first)  # which some formats count from 0, and some from the first frame
+    return seconds + max(1.0, 0.05 * duration) < duration
 
 
 def read_frames(
@@ -112,7 +114,7 @@ def read_frames(
         try:
             image = read(inputs[number]).whole()
         except (DataError, DownloadError, OSError) as error:
-            raise VideoEnd(without_advice(error)) from error
+            raise VideoEnd(str(error)) from error
         yield Frame(number, number / rate, image)
 
 
@@ -203,6 +205,7 @@ def _writing(path: Path) -> Iterator[Callable[[Frame, Tensor], None]]:
     with av.open(str(path), "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"}) as container:
         stream = container.add_stream(codec, rate=25)
         stream.pix_fmt, stream.codec_context.time_base, stream.time_base = "yuv420p", _CLOCK, _CLOCK
+        stream.codec_context.max_b_frames = 0  # frames that wait for later ones would move all to later times
         last = -1
 
         def write(frame: Frame, drawn: Tensor) -> None:
@@ -213,8 +216,8 @@ def _writing(path: Path) -> Iterator[Callable[[Frame, Tensor], None]]:
                 stream.height, stream.width = height, width
             elif (stream.height, stream.width) != (height, width):
                 raise DataError(
-                    f"frame {frame.number} has {width} x {height} pixels, the first has {stream.width} x {stream.height}, but "
-                    "frames of a video have one size; give images of one size, or add --no-drawings to write lines alone"
+                    f"{path}: frame {frame.number} has {width} x {height} pixels, the first has {stream.width} x {stream.height}, "
+                    "but frames of a video have one size; give frames of one size, or add --no-drawings to write lines alone"
                 )
             last = max(last + 1, round(frame.seconds / float(_CLOCK)))
             encoded = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")

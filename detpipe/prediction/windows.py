@@ -24,21 +24,21 @@ class Windows(ABC):
         """Read the whole image, ``[C, H, W]``."""
         return self.read(0, 0, *self.size)
 
-    def reduced(self, side: int) -> Tensor:
+    def reduced(self, side: int) -> tuple[Tensor, int]:
         """The whole image, each pixel the mean of a square, with a longer side of at least ``side`` pixels where it has so many.
 
-        ``[C, ceil(H / f), ceil(W / f)]`` of the type of the image; no more than a few rows of squares are read at a time.
+        ``[C, ceil(H / f), ceil(W / f)]`` of the type of the image, and f; no more than a few rows of squares are read at a time.
         """
         height, width = self.size
         factor = max(1, max(height, width) // side)
         if factor == 1:
-            return self.whole()
+            return self.whole(), 1
         step = factor * max(1, side // 4)
         rows = [
             torch.cat([_mean(self._part(top, left, step), factor) for left in range(0, width, step)], dim=2)
             for top in range(0, height, step)
         ]
-        return torch.cat(rows, dim=1)
+        return torch.cat(rows, dim=1), factor
 
     def _part(self, top: int, left: int, step: int) -> Tensor:
         return self.read(top, left, min(step, self.size[0] - top), min(step, self.size[1] - left))
@@ -59,9 +59,9 @@ class ImageWindows(Windows):
         """A view of the part."""
         return self.image[:, top : top + height, left : left + width]
 
-    def reduced(self, side: int) -> Tensor:
+    def reduced(self, side: int) -> tuple[Tensor, int]:
         """The image as it is, which a detector resizes by its own rule."""
-        return self.image
+        return self.image, 1
 
 
 def _mean(image: Tensor, factor: int) -> Tensor:

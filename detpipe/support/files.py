@@ -7,6 +7,7 @@ one, since a rename is atomic only within one file system.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ import filelock
 from detpipe.support.errors import DataError, DetpipeError
 
 _ORPHAN = re.compile(r"\.partial-(?P<pid>[0-9]+)-[0-9a-f]{8}$")
+_LONGEST = 220  # bytes of a name that its temporary name begins with
 
 
 def refuse_special(path: str | os.PathLike[str], kind: type[DetpipeError] = DataError) -> None:
@@ -75,6 +77,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         ['scores.txt']
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
@@ -156,7 +160,8 @@ def remove_orphans(folder: str | os.PathLike[str], *, sole_writer: bool = False)
 
 def _temporary_name(path: Path) -> Path:
     """A name beside ``path`` that no other writer uses, not even another thread of this process."""
-    return path.with_name(f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    start = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")  # file systems take names of 255 bytes
+    return path.with_name(f"{start}.partial-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def synchronize(path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from detpipe import cli
 from detpipe.commands.given_proposals import advice, open_boxes
+from detpipe.prediction import ImageWindows
 from detpipe.proposal_files import write_store
 from detpipe.proposals import DenseGrid
 from detpipe.support.errors import DataError, UsageError
@@ -87,16 +88,17 @@ def test_low_recall_is_warned_of(demo_root, trained, tmp_path, capsys):
     assert "Likely causes:" in shown
 
 
-def image_of(height: int, width: int) -> torch.Tensor:
-    return torch.zeros(3, height, width, dtype=torch.uint8)
+def image_of(height: int, width: int) -> ImageWindows:
+    return ImageWindows(torch.zeros(3, height, width, dtype=torch.uint8))
 
 
-def test_a_store_knows_images_by_their_names(tmp_path):
+def test_a_store_knows_images_by_their_names(tmp_path, monkeypatch):
     box = np.array([[1, 2, 3, 4]], np.float32)
     records = [("139", box, [0.5], (8, 9)), ("a.b", box + 1, [0.5]), ("c", box + 2, [0.5])]
     store = write_store(tmp_path / "s.safetensors", records, source="by hand", settings={})
     paths = [Path("x/000000000139.jpg"), Path("a.b.png"), Path("c.jpg")]
     boxes = open_boxes(str(store.path), paths, None)
+    monkeypatch.setattr(ImageWindows, "read", None)  # which may be large
     assert [boxes(path, image_of(8, 9))[0, 0].item() for path in paths] == [1, 2, 3]
     with pytest.raises(
         DataError, match=r"139\.jpg has 5 x 8 pixels, but .*s\.safetensors has boxes of an image '139' of 9 x 8"

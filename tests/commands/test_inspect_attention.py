@@ -138,6 +138,9 @@ def test_what_the_command_refuses(demo_root, trained, tmp_path, capsys, monkeypa
     assert "no object was found with a score of 1.0 or more; lower --score_threshold" in capsys.readouterr().err
     assert cli.main([*command, "--max_objects", "0"]) == 2
     assert "--max_objects of at least 1" in capsys.readouterr().err
+    (tmp_path / "empty.png").touch()
+    assert cli.main([*command[:2], str(tmp_path / "empty.png"), *command[3:]]) == 1
+    assert capsys.readouterr().err.endswith("(not a known image format, or empty)\n")  # no advice about data sets
     monkeypatch.setattr("detpipe.commands.inspect_attention.attention_modules", lambda network: {})
     assert cli.main(command) == 2
     assert "SEResNet, has no attention modules" in capsys.readouterr().err
@@ -181,7 +184,7 @@ def test_of_many_classes_those_with_most_objects_have_a_curve(monkeypatch, tmp_p
     names = [f"class {k}" for k in range(30)]
     inspection_plots.plot_class_gates({"c2": torch.rand(30, 4)}, names, list(range(30)), tmp_path / "g.png")
     [legend] = figures[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == [f"class {k} ({k})" for k in range(10, 30)]
+    assert [text.get_text() for text in legend.get_texts()] == [f" class {k} ({k})" for k in range(10, 30)]
     assert figures[0].get_suptitle().endswith("; 20 classes with most objects")
 
 

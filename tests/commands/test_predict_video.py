@@ -59,11 +59,18 @@ def test_each_frame_has_its_own_proposals(trained, demo_root, tmp_path):
         (["VIDEO", "--every", "0"], 2, "--every must be 1 or more"),
         (["IMAGE", "--rate", "nan"], 2, "--rate must be above 0"),
         (["EMPTY"], 1, "empty.mp4: cannot be read as a video"),
+        (
+            ["NO IMAGE", "--rate", "9"],
+            1,
+            "none.png: cannot be decoded as an image (not a known image format, or empty)",
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments, status, message, trained, demo_root, tmp_path, capsys):
-    (tmp_path / "empty.mp4").write_bytes(b"")
-    names = {"IMAGE": sorted((demo_root / "coco" / "val").iterdir())[0], "EMPTY": tmp_path / "empty.mp4"}
+    names = {"IMAGE": sorted((demo_root / "coco" / "val").iterdir())[0]}
+    names |= {"EMPTY": tmp_path / "empty.mp4", "NO IMAGE": tmp_path / "none.png"}
+    for name in ("EMPTY", "NO IMAGE"):
+        names[name].touch()
     names["VIDEO"] = write_video(tmp_path / "in.mp4")
     given = [str(names.get(one, one)) for one in arguments]
     assert cli.main(["predict", str(trained / "best.ckpt"), "-o", str(tmp_path / "out"), *given]) == status

@@ -93,6 +93,16 @@ def test_box_fusion_equals_the_algorithm_box_by_box(detectors):
         torch.testing.assert_close(kept.boxes[image, :found], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_boxes_whose_scores_are_zero_stay_where_they_are():
+    boxes, one = (
+        torch.tensor([[[20.0, 20, 30, 30], [20, 20, 30, 32], [5, 5, 9, 9]]]),
+        torch.ones(1, 3, dtype=torch.int64),
+    )
+    fused = box_fusion(boxes, torch.tensor([[0.0, 0.0, 0.0]]), one, one > 0, 0.5)
+    assert fused.boxes.tolist() == [[[20, 20, 30, 31], [5, 5, 9, 9]]]
+    assert fused.scores.tolist() == [[0, 0]]
+
+
 @pytest.mark.parametrize("count", [0, 1, 30])
 def test_no_candidates_are_legal(count):
     boxes, scores, labels, keep = candidates(2, count)

@@ -77,6 +77,14 @@ def test_many_steps_are_smoothed_and_not_finite_ones_left_out(tmp_path):
     assert colored_pixels(image, left, curves._TRAIN) > 100
 
 
+def test_losses_below_zero_are_drawn(tmp_path):
+    rows = [{"epoch": 0, "step": step, "train/loss": 0.1 - step, "val/loss": -5.0} for step in range(10)]
+    plot_curves(write_metrics(tmp_path / "metrics.csv", rows), tmp_path / "curves.png")
+    image, left, _ = panels(tmp_path / "curves.png")
+    assert colored_pixels(image, left, curves._TRAIN) > 1000
+    assert colored_pixels(image, left, curves._VAL) > 1000
+
+
 @pytest.mark.parametrize("kept", [("train/loss",), ("val/AP", "val/AP50"), ("lr",)])
 def test_a_run_without_some_columns(tmp_path, kept):
     rows = [{k: v for k, v in row.items() if k in (*kept, "epoch", "step")} for row in rows_of_a_run()]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from detpipe.datasets.resize import Resize
+from detpipe.pictures import data_plots
 from detpipe.pictures.data_plots import _ticks, plot_boxes, plot_classes, plot_images
 from detpipe.pictures.visualize import IGNORED_COLOR, class_color, contact_sheet, draw_target
 from detpipe.types import Annotations, Target
@@ -39,6 +41,15 @@ def test_flagged_objects_are_gray(flag):
     flagged = colors_in(draw_target(image, target(**{flag: torch.tensor([False, True])}), ["cat", "dog"], min_side=0))
     assert {class_color(1), IGNORED_COLOR} <= flagged
     assert class_color(2) not in flagged
+
+
+def test_images_of_more_channels_and_of_floating_point_are_on_a_sheet():
+    image, nothing = (
+        torch.arange(4 * 50 * 60).view(4, 50, 60) % 256,
+        Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0)),
+    )
+    picture = contact_sheet([image[:3].byte()], [nothing], ["cat"])
+    assert torch.equal(contact_sheet([image / 255], [nothing], ["cat"]), picture)
 
 
 def test_a_sheet_holds_every_image_at_its_place():
@@ -87,8 +98,20 @@ def test_plots_of_few_and_of_many_boxes(tmp_path, boxes):
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 
 
+@pytest.mark.parametrize("boxes", [3, 300])
+def test_every_image_counts_in_the_histogram_of_boxes(boxes, tmp_path, monkeypatch):
+    figures: list[Any] = []
+    monkeypatch.setattr(data_plots, "save_figure", lambda figure, out: figures.append(figure))
+    plot_boxes(annotations(boxes), "train", [8], Resize(min_size=120, max_size=200), tmp_path / "boxes.png")
+    bars = figures[0].axes[4].patches
+    assert sum(bar.get_height() for bar in bars) == 2
+    assert len(bars) <= 61
+
+
 def test_dollars_and_letters_of_other_scripts_in_names_are_drawn_as_they_are(tmp_path):
-    a = replace(annotations(3), class_names=(r"a $\foo$ b", "$x_{$", "猫", *(f"class {k}" for k in range(57))))
+    a = replace(
+        annotations(3), class_names=(r"a $\foo$ b", "$x_{$", "猫", "\udce9", *(f"class {k}" for k in range(56)))
+    )
     plot_classes({r"$\bar$": a}, tmp_path / "classes.png")
     plot_boxes(a, r"$\bar$", [8], Resize(min_size=120, max_size=200), tmp_path / "boxes.png")
     plot_images({r"$\bar$": a}, tmp_path / "images.png")

@@ -11,8 +11,9 @@ from detpipe.heads.base import outlines
 from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.types import GlimpsedDetection
 
-NAMES = ["scene #1.png", "50%20?.png", "a 'b' & \"c\".png", "<script>alert(1)<\\script>.png"]  # legal names of files
-COUNTS = [0, 1, 8, 12]  # detections of each
+# legal names of files, the second one of bytes that are no UTF-8
+NAMES = ["scene #1.png", "caf\udce9.png", "50%20?.png", "a 'b' & \"c\".png", "<script>alert(1)<\\script>.png"]
+COUNTS = [0, 2, 1, 8, 12]  # detections of each
 
 
 def found(count: int) -> GlimpsedDetection:
@@ -52,21 +53,19 @@ def test_every_picture_is_found_whatever_its_name(browser, page_path, width):
     page.on("dialog", lambda dialog: complaints.append("a dialog"))
     page.goto(page_path.as_uri())
     assert page.evaluate("document.compatMode") == "CSS1Compat"
-    assert page.eval_on_selector_all("h2", "all => all.map(one => one.textContent)") == [f"in/{name}" for name in NAMES]
+    heads = [f"in/{name}" for name in [NAMES[0], "caf\\udce9.png", *NAMES[2:]]]
+    assert page.eval_on_selector_all("h2", "all => all.map(one => one.textContent)") == heads
     assert (
         page.eval_on_selector_all("img", "all => all.map(one => one.naturalWidth > 200 && one.width > 200)")
-        == [True] * 4
+        == [True] * 5
     )
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     rows = page.eval_on_selector_all("section", "all => all.map(one => one.querySelectorAll('tbody th').length)")
     assert rows == COUNTS
     assert "Nothing was found." in page.inner_text("section")
     assert page.inner_text("td:nth-child(2)") == "<b>one</b>"
-    assert page.eval_on_selector_all("details", "all => all.map(one => one.open)") == [
-        True,
-        True,
-        False,
-    ]  # many: folded
+    opened = page.eval_on_selector_all("details", "all => all.map(one => one.open)")
+    assert opened == [True, True, True, False]  # many: folded
     page.click("details:not([open]) summary")
     assert page.inner_text("section:last-of-type").count("(+") == 24  # two glimpses of twelve detections
     links = page.eval_on_selector_all("a", "all => all.map(one => one.href)")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import ImageColor
 from report_cases import EVIL, evil_analysis, evil_truth, some_detections
 
 from detpipe.evaluation.analysis import AnalysisSettings, analyze, plain
@@ -199,8 +200,11 @@ def test_figures_are_written(tmp_path):
 
 
 def test_figures_of_names_without_a_font_are_written_without_warnings(tmp_path):
-    annotations = replace(evil_truth(), class_names=("猫", "犬", "馬", "🦓"))
-    assert write_figures(analyze(annotations, {"鳥": some_detections(annotations)}).numbers, tmp_path)
+    """Nor of those that a legend would leave out, or that are no Unicode."""
+    annotations = replace(evil_truth(), class_names=("_猫", "_犬", "_\udce9", "_🦓"))
+    analysis = analyze(annotations, {"鳥": some_detections(annotations)})
+    assert write_figures(analysis.numbers, tmp_path)
+    assert "_\\udce9" in report_page(analysis.numbers, []).encode().decode()
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
@@ -216,7 +220,7 @@ def test_a_drawing_shows_what_came_of_each_box():
     assert drawing.truth.shape == drawing.found.shape == (3, 320, 640)
     states = {*analysis.worst[0].states}
     for state in states:
-        color = torch.tensor(report_images._rgb(report_images._COLORS[state]))
+        color = torch.tensor(ImageColor.getrgb(report_images._COLORS[state]))
         close = (drawing.truth.int() - color[:, None, None]).abs().amax(0) < 12
         assert close.any(), state
     assert report_images.as_data(drawing.truth).startswith("data:image/jpeg;base64,/9j/")

@@ -74,6 +74,17 @@ def test_tags_stay_inside_of_the_image(renderer):
 
 
 @renderers
+def test_names_that_are_not_one_line_of_text_are_drawn(renderer):
+    names = ("a\nb", "caf\udce9")
+    boxes, labels = torch.tensor([[9.0, 30, 99, 99], [9, 300, 99, 400]]), torch.tensor([1, 2])
+    drawn, shown = (
+        draw(gray(500, 600), boxes, labels, known, renderer=renderer) for known in (names, ("a b", "caf\\udce9"))
+    )
+    assert torch.equal(drawn, shown)
+    contact_sheet([gray(50, 60)], [truth(file_name=f"{names[0]}.png")], NAMES, names[1])
+
+
+@renderers
 def test_boxes_that_stick_out_or_have_no_size_are_drawn(renderer):
     boxes = torch.tensor([[-50.0, -20, 700, 900], [30, 30, 30, 30], [-9, -9, -5, -5]])
     assert draw(gray(500, 600), boxes, torch.tensor([1, 2, 3]), NAMES, renderer=renderer).shape == (3, 500, 600)

@@ -140,7 +140,8 @@ class Counted(Windows):
 
 def test_a_large_image_is_never_read_as_a_whole():
     image = Counted(900, 3000)
-    reduced = image.reduced(205)
+    reduced, factor = image.reduced(205)
+    assert factor == 14
     assert reduced.shape == (3, -(-900 // 14), -(-3000 // 14))
     assert image.largest <= (14 * 51) ** 2
     assert reduced[0, 0, :3].tolist() == [6, 20, 34]  # means of 0..13, 14..27, 28..41, halves to the even one
@@ -148,6 +149,21 @@ def test_a_large_image_is_never_read_as_a_whole():
     detector = TiledDetector(lambda images, targets=None: [_none() for _ in images], 100, whole=False)
     detector.detect(image)
     assert image.largest == 100 * 100
+
+
+def test_what_is_found_in_a_reduced_image_lies_where_its_squares_do():
+    """Of 5 x 4097 pixels the last squares of 2 x 2 reach beyond the image."""
+    found = {
+        "boxes": torch.tensor([[0.0, 0, 2049, 3], [0, 0, 500, 2]]),
+        "scores": torch.ones(2),
+        "labels": torch.ones(2),
+    }
+
+    def detector(images, targets=None):
+        return [Detection(**found) if image.shape[1:] == (3, 2049) else _none() for image in images]
+
+    merged = TiledDetector(detector, 4000).detect(Counted(5, 4097))
+    assert merged["boxes"].tolist() == [[0, 0, 4097, 5], [0, 0, 1000, 4]]
 
 
 def _none() -> Detection:

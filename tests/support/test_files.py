@@ -52,8 +52,9 @@ KILLED_FOLDER = """
 """
 
 
-def test_write_replaces_the_old_file_only_at_the_end(tmp_path):
-    path = tmp_path / "metrics.json"
+@pytest.mark.parametrize("name", ["metrics.json", "\u00e9" * 125 + ".json"], ids=["short", "of 255 bytes"])
+def test_write_replaces_the_old_file_only_at_the_end(name, tmp_path):
+    path = tmp_path / name
     path.write_text("old")
     with atomic_write(path) as temporary:
         assert temporary.parent == tmp_path
@@ -61,7 +62,7 @@ def test_write_replaces_the_old_file_only_at_the_end(tmp_path):
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
-    assert names(tmp_path) == ["metrics.json"]
+    assert names(tmp_path) == [name]
 
 
 def test_write_synchronizes_file_before_and_folder_after_the_rename(tmp_path, monkeypatch):
