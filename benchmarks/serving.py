@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from detpipe.datasets import read_image
 from detpipe.prediction.inputs import find_images
 from detpipe.serving.given_boxes import AtGivenBoxes
 from detpipe.training.models import load_detector
@@ -36,10 +35,10 @@ from detpipe.training.models import load_detector
 def main() -> int:
     """Run the benchmark and print its table."""
     options = parse()
-    paths = list(islice(cycle(find_images(options.images)), options.requests))
-    bodies = [path.read_bytes() for path in paths]
+    inputs = list(islice(cycle(find_images(options.images)), options.requests))
+    bodies = [one.path.read_bytes() for one in inputs]
     detector, description = load_detector(options.checkpoint)
-    images = [read_image(path, pixels=description.pixels) for path in paths]
+    images = [one.read(description.pixels) for one in inputs]
     server = [
         sys.executable,
         "-m",
