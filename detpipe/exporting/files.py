@@ -72,7 +72,7 @@ def export(
     ``count`` ``[batch]``.
 
     Args:
-        detector: what to write; it stays as it is, on whatever device.
+        detector: what to write, computing in float32; it stays as it is, on whatever device.
         path: ends in ``.onnx``, or ``.pt2`` for :func:`torch.export.load`.
         labels: what the file says about it.
         boxes: take proposals as a second input ``proposals`` ``[batch, proposals, 4]`` in pixels of the images; a detector on
@@ -95,17 +95,17 @@ def export(
         >>> export(detector, "model.onnx", Labels(class_names=["cat", "dog"]))  # doctest: +SKIP
     """
     path = check_path(path, half, bool(calibration))
-    detector = copy.deepcopy(detector).cpu().eval()
-    program = Program(detector, boxes, vectors).eval()
+    own = copy.deepcopy(detector).cpu().float().eval()
+    program = Program(own, boxes, vectors).eval()
     if path.suffix == ".pt2":
-        check_torch_alone(detector)
+        check_torch_alone(own)
     if calibration and program.takes_boxes:
         raise UsageError("export: 8 bits are measured on images alone, and this detector needs boxes; leave --int8 out")
     about = _metadata(detector, labels)
     with atomic_write(path) as temporary:
         temporary.touch()  # a path that cannot be written is told before minutes of work
-        say(f"exporting {type(detector.head).__name__}, which takes a few minutes")
-        compared = partial(_compared, detector, program, say) if check else lambda open_at: None
+        say(f"exporting {type(own.head).__name__}, which takes a few minutes")
+        compared = partial(_compared, own, program, say) if check else lambda open_at: None
         if path.suffix == ".pt2":
             write_pt2(program, temporary, about)
             return compared(partial(PT2Detector, temporary, program.outputs))

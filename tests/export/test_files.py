@@ -182,6 +182,19 @@ def test_what_is_wrong_is_told_before_minutes_of_work(name, more, message, monke
         export(detector(), tmp_path / name, **more)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_detector_of_another_type_is_written_in_float32(dtype, written, monkeypatch, tmp_path):
+    def to_onnx(program):
+        assert {parameter.dtype for parameter in program.parameters()} == {torch.float32}
+        return onnx.load(written)
+
+    monkeypatch.setattr(onnx_graph, "to_onnx", to_onnx)
+    model = detector("fpn cascade").to(dtype)
+    export(model, tmp_path / "model.onnx", check=False)
+    assert OnnxDetector(tmp_path / "model.onnx").metadata["sha256"] == files.weights_hash(model)
+    assert model.backbone.input_dtype == dtype
+
+
 @pytest.mark.parametrize("pooler", [RoIMaxPool(4), RoIAlign(4, sampling_ratio=0)])
 def test_poolers_that_torch_alone_does_not_have_are_named(pooler, tmp_path):
     with pytest.raises(UsageError, match=f"pooler {type(pooler).__name__}.* write an .onnx file"):
@@ -193,6 +206,11 @@ def test_a_head_that_torch_alone_does_not_have_is_named(tmp_path):
     model.head = torch.nn.Identity()
     with pytest.raises(UsageError, match="the head Identity cannot be written as a graph"):
         export(model, tmp_path / "model.pt2")
+
+
+def test_layers_that_give_scores_and_boxes_keep_their_bits():
+    names = [f"program.head.{layer}.weight" for layer in ("shared.1", "classifier", "regressor", "quality")]
+    assert [weights._gives_results(name) for name in names] == [False, True, True, True]
 
 
 def test_weights_that_16_bits_cannot_hold_stay_as_they_are():
