@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -23,11 +22,12 @@ from detpipe.detector import TwoStageDetector
 from detpipe.exporting.parity import Parity, Run, compare, sample_images
 from detpipe.exporting.program import Program
 from detpipe.exporting.support import check_torch_alone
-from detpipe.exporting.torch_program import PT2Detector, write_pt2
+from detpipe.exporting.torch_program import open_pt2, write_pt2
 from detpipe.heads.base import ProposalHead
 from detpipe.prediction.onnx_detector import FORMAT, OnnxDetector, need_packages
 from detpipe.support.errors import DetpipeError, UsageError
 from detpipe.support.files import atomic_write
+from detpipe.support.terminal import package_version
 
 LOWERED = 0.001  # the threshold of the second comparison, by which a weak model detects something too
 
@@ -67,7 +67,7 @@ def export(
 ) -> Parity | None:
     """Write a detector to a file, which gets its name when it finds what the detector finds.
 
-    The graph takes ``images`` ``[batch, 3, height, width]`` uint8 RGB, all sizes dynamic, and gives ``boxes``
+    The graph takes ``images`` ``[batch, C, height, width]`` uint8, of three channels RGB, all sizes dynamic, and gives ``boxes``
     ``[batch, detections, 4]`` xyxy in pixels of these images, ``scores``, ``labels`` (1..K, 0 behind the last detection) and
     ``count`` ``[batch]``.
 
@@ -108,7 +108,7 @@ def export(
         compared = partial(_compared, own, program, say) if check else lambda open_at: None
         if path.suffix == ".pt2":
             write_pt2(program, temporary, about)
-            return compared(partial(PT2Detector, temporary, program.outputs))
+            return compared(partial(open_pt2, temporary, program.outputs))
         return _write_onnx(program, temporary, about, compared, half, calibration, say)
 
 
@@ -213,7 +213,7 @@ def _metadata(detector: TwoStageDetector, labels: Labels) -> dict[str, str]:
     thresholds = {"score": post.score_threshold, "nms_iou": post.nms_iou, "detections": post.detections_per_image}
     return {
         "format": FORMAT,
-        "detpipe": _version(),
+        "detpipe": package_version(),
         "source": labels.source,
         "sha256": weights_hash(detector),
         "license": labels.license,
@@ -223,10 +223,3 @@ def _metadata(detector: TwoStageDetector, labels: Labels) -> dict[str, str]:
         "resize": json.dumps(resize),
         "thresholds": json.dumps(thresholds),
     }
-
-
-def _version() -> str:
-    try:
-        return version("detpipe")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"

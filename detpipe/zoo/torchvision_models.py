@@ -176,7 +176,7 @@ def settings_of(model: FasterRCNN) -> dict[str, Any]:
             raise ValueError(f"{path}.box_coder: the weights are {weights} here, got {found}")
     if transform.fixed_size is not None or transform._skip_resize:
         raise ValueError("transform: fixed_size and _skip_resize have no counterpart; leave them out")
-    pixels = PixelFormat(*(tuple(map(float, values)) for values in (transform.image_mean, transform.image_std)))
+    pixels = PixelFormat(tuple(map(float, transform.image_mean)), tuple(map(float, transform.image_std)))
     return {
         "backbone": _backbone(model, pixels),
         "proposals": {"class_path": "RPN", "init_args": _proposals(model.rpn)},
@@ -386,7 +386,7 @@ def _head(heads: Any, backbone: Any) -> dict[str, Any]:
     pooler = {"output_size": size, "sampling_ratio": max(0, pool.sampling_ratio), "aligned": False, "levels": levels}
     return {
         "pooler": {"class_path": "RoIAlign", "init_args": pooler},
-        **_layers(heads.box_head, (backbone.out_channels, *size)),
+        **_layers(heads.box_head, (backbone.out_channels, size[0], size[1])),
         "sampler": {
             "rois_per_image": sampler.batch_size_per_image,
             "positive_fraction": sampler.positive_fraction,
