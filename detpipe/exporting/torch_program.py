@@ -26,6 +26,7 @@ def write_pt2(program: Program, path: Path, about: dict[str, str]) -> None:
     with torch_alone(), warnings.catch_warnings(), torch.no_grad(), path.open("wb") as file:
         warnings.simplefilter("ignore")
         exported = torch.export.export(program, given, dynamic_shapes=sizes, strict=False)
+        exported._guards_code.clear()  # they refuse sizes of one pixel or one cell, for which the program is right too
         torch.export.save(exported, file, extra_files={ABOUT: json.dumps(about)})
 
 

@@ -25,7 +25,8 @@ class TwoConvolutions(Backbone):
     def __init__(self, levels: Sequence[str], channels: int = 3) -> None:
         super().__init__()
         self.strides = {level: STRIDES[level] for level in levels}
-        self.out_channels, self.pixel_format = 16, PixelFormat((0.4,) * channels, (0.2,) * channels)
+        self.out_channels = 16
+        self.pixel_format = PixelFormat() if channels == 3 else PixelFormat((0.4,) * channels, (0.2,) * channels)
         self.first, self.second = nn.Conv2d(channels, 16, 8, 8), nn.Conv2d(16, 16, 3, 2, 1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
