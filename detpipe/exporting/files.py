@@ -98,7 +98,7 @@ def export(
     own = copy.deepcopy(detector).cpu().float().eval()
     program = Program(own, boxes, vectors).eval()
     if path.suffix == ".pt2":
-        check_torch_alone(own)
+        check_torch_alone(own, program.takes_boxes)
     if calibration and program.takes_boxes:
         raise UsageError("export: 8 bits are measured on images alone, and this detector needs boxes; leave --int8 out")
     about = _metadata(detector, labels)

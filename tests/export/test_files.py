@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from detpipe.exporting import files, onnx_graph, weights
 from detpipe.exporting.files import Labels, ParityError, check_file, export
 from detpipe.exporting.parity import sample_images
+from detpipe.heads import Postprocess
 from detpipe.prediction import onnx_detector
 from detpipe.prediction.onnx_detector import FORMAT, OnnxDetector, by_image
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool
@@ -199,6 +201,28 @@ def test_a_detector_of_another_type_is_written_in_float32(dtype, written, monkey
 def test_poolers_that_torch_alone_does_not_have_are_named(pooler, tmp_path):
     with pytest.raises(UsageError, match=f"pooler {type(pooler).__name__}.* write an .onnx file"):
         export(detector(pooler=pooler), tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "candidates", "before", "message"),
+    [
+        (
+            "boxes",
+            20_000,
+            60,
+            "each of 20000 boxes with each other, .* lower postprocess.candidates_per_image to 12000",
+        ),
+        ("plain", 20_000, 20_000, "each of 20000 boxes with each other, .* lower selection.pre_nms_top_n to 12000"),
+        ("plain", 20_000, 60, "minutes of work"),  # 40 proposals of 3 classes
+    ],
+)
+def test_more_boxes_than_memory_can_compare_are_named(kind, candidates, before, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("minutes of work"))
+    model = detector(kind, postprocess=Postprocess(candidates_per_image=candidates))
+    if kind == "plain":
+        model.proposals.selection = replace(model.proposals.selection, pre_nms_top_n=(before, before))
+    with pytest.raises((UsageError, pytest.fail.Exception), match=message):
+        export(model, tmp_path / "model.pt2")
 
 
 def test_a_head_that_torch_alone_does_not_have_is_named(tmp_path):
