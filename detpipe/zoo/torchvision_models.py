@@ -118,7 +118,7 @@ def from_torchvision(model: FasterRCNN) -> TwoStageDetector:
             of any sizes in torchvision's classes. It is not changed, and shares no tensor with the result.
 
     Returns:
-        The detector in evaluation mode; what needed no gradient needs none. Its labels are those of the model.
+        The detector in evaluation mode, float32 on the CPU; what needed no gradient needs none. Its labels are those of the model.
 
     Raises:
         TypeError: it is no ``FasterRCNN``.
@@ -248,7 +248,7 @@ def _backbone(model: Any, pixels: PixelFormat) -> Any:
     found = _pyramid(backbone, pixels, levels) if type(backbone) is BackboneWithFPN else None
     if found is not None:
         return found
-    network = copy.deepcopy(backbone).eval()
+    network = copy.deepcopy(backbone).cpu().float().eval()
     return WrappedBackbone(network, pixels, levels).eval()
 
 

@@ -337,6 +337,11 @@ def test_what_has_the_same_tensors_but_computes_something_else(change: str) -> N
         assert_same_detections(given, wanted)
 
 
+def test_a_model_of_another_type_becomes_float32() -> None:
+    detector = from_torchvision(random_models.own_backbone().double())
+    assert {parameter.dtype for parameter in detector.parameters()} == {torch.float32}
+
+
 def test_norms_keep_their_momentum() -> None:
     model = random_models.own_pyramid()
     for module in model.backbone.body.modules():
