@@ -254,8 +254,10 @@ def _backbone(model: Any, pixels: PixelFormat) -> Any:
 
 def _pyramid(backbone: Any, pixels: PixelFormat, roi_levels: Sequence[str]) -> dict[str, Any] | None:
     """The settings of `FPN` on a network that is known; None for what it cannot say."""
-    body, levels = backbone.body, _levels(backbone.fpn)
-    network = _network(body) if type(body) is IntermediateLayerGetter else None
+    body, fpn = backbone.body, backbone.fpn
+    if type(body) is not IntermediateLayerGetter or type(fpn) is not FeaturePyramidNetwork:
+        return None
+    network, levels = _network(body), _levels(fpn)
     if network is None or levels is None:
         return None
     strides = [*_strides(body, 3).values()]
@@ -263,7 +265,7 @@ def _pyramid(backbone: Any, pixels: PixelFormat, roi_levels: Sequence[str]) -> d
     if len(strides) < 2 or {*body.return_layers.values()} != pooled or not _are_octaves(strides):
         return None
     nodes = [f"{_inside(network)}{node}" for node in body.return_layers]
-    own = re.fullmatch(r"resnet\d+", network) is not None
+    own = bool(re.fullmatch(r"resnet\d+", network)) and all(node.startswith("layer") for node in nodes)
     norm: Any = next(part for part in body.modules() if type(part) in _REGIMES)
     init: dict[str, Any] = {"out_channels": "own", "regime": {"norm": _REGIMES[type(norm)], "eps": norm.eps}}
     if pixels != PixelFormat():
@@ -284,10 +286,10 @@ def _pyramid(backbone: Any, pixels: PixelFormat, roi_levels: Sequence[str]) -> d
     return {"class_path": "FPN", "init_args": outer}
 
 
-def _levels(fpn: nn.Module) -> dict[str, Any] | None:
+def _levels(fpn: FeaturePyramidNetwork) -> dict[str, Any] | None:
     """The settings of `FPN` that make a pyramid; None for one that it does not make."""
-    convolutions: Any = [block[0] for block in getattr(fpn, "inner_blocks", ())]
-    widths, out = [one.in_channels for one in convolutions], convolutions[0].out_channels if convolutions else 1
+    convolutions: Any = [block.get_submodule("0") for block in fpn.inner_blocks]
+    widths, out = [one.in_channels for one in convolutions], convolutions[0].out_channels
     norms = {None: None, "batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, GROUPS)}
     extra = {None: None, "max_pool": LastLevelMaxPool, "convolutions": partial(LastLevelP6P7, out, out)}
     for level, norm in product(extra, norms):

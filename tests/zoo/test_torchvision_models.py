@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models
 from torchvision.models import detection
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -16,6 +17,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from detpipe import SEResNet, TwoStageDetector
 from detpipe.backbones import FPN, Extractor
@@ -305,6 +307,13 @@ def _other_stride(model: FasterRCNN) -> None:
     block.conv1.stride, block.conv2.stride = (1, 1), (2, 2)
 
 
+def _early_node(model: FasterRCNN) -> None:
+    """A level that is no stage of the network."""
+    body, nodes = models.resnet18(weights=None), {"maxpool": "0", "layer2": "1"}
+    model.backbone = BackboneWithFPN(body, nodes, [64, 128], random_models.WIDTH, LastLevelMaxPool())
+    model.rpn.anchor_generator = random_models.levels(3)
+
+
 KEPT = {
     "four channels": _four_channels,
     "another activation": _leaky,
@@ -313,6 +322,7 @@ KEPT = {
     "another backbone": lambda model: setattr(model.backbone, "__class__", OtherBackbone),
 }
 MAPPED = {
+    "an early node": _early_node,
     "lists of ratios": lambda model: setattr(
         model.rpn.anchor_generator, "aspect_ratios", [list(random_models.RATIOS)] * 5
     ),
