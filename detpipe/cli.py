@@ -17,7 +17,7 @@ from importlib import import_module
 
 from detpipe.support.allocator import keep_freed_memory
 from detpipe.support.errors import DetpipeError, StoppedBySignal, UsageError
-from detpipe.support.terminal import printable
+from detpipe.support.terminal import package_version, printable
 
 HELP = """usage: detpipe [--debug] [--trust MODULE] COMMAND ...
 
@@ -173,9 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given, trust = _without_trust(given)
         if given[:1] == ["--version"]:
-            from importlib.metadata import version
-
-            print(f"detpipe {version('detpipe')}")
+            print(f"detpipe {package_version()}")
             return 0
         if not trust:
             return run(given)

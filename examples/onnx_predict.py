@@ -20,8 +20,10 @@ def main(model: str, *photos: str, least: float = 0.5) -> None:
     if inputs != ["images"]:
         sys.exit(f"{model} needs {' and '.join(inputs)}: give it boxes [1, P, 4] in pixels of the photo as well")
     for photo in photos:
-        image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
-        pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))[None]  # [1, 3, height, width] uint8
+        image = ImageOps.exif_transpose(Image.open(photo))
+        if image.mode[0] in "IF":
+            sys.exit(f"{photo} has more than 8 bits a pixel, which Pillow would cut off: convert it to 8 bits")
+        pixels = np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))[None]  # [1, 3, h, w] uint8
         found = session.run(["boxes", "scores", "labels", "count"], {"images": pixels})
         boxes, scores, labels, count = map(np.asarray, found)
         for box, score, label in zip(boxes[0, : count[0]], scores[0], labels[0], strict=False):  # best first

@@ -4,6 +4,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from detpipe import cli
+from detpipe.support import terminal
 from detpipe.support.errors import CheckpointError, DataError, TrainingError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +84,15 @@ def test_no_command_shows_the_help_as_a_mistake(capsys):
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("detpipe 0.")
+
+
+def test_version_of_a_checkout_that_is_not_installed(monkeypatch, capsys):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(terminal, "version", missing)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == "detpipe unknown\n"
 
 
 def test_unknown_command_is_a_usage_error_with_a_suggestion(capsys):

@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from detpipe.stages import Backbone
 from detpipe.support.errors import DataError, UsageError
 from detpipe.support.files import atomic_write
 from detpipe.support.processes import is_first
+from detpipe.support.terminal import package_version
 from detpipe.training import callbacks, checkpoint, resume, run_folder
 from detpipe.training.configuration import CLI, CommandCLI, quiet
 from detpipe.types import RGB
@@ -259,7 +259,7 @@ def export_backbone(
     """
     while isinstance(inner := getattr(backbone, "backbone", None), Backbone):
         backbone, config = inner, config["init_args"]["backbone"]
-    known = {"class_path": config["class_path"], "init_args": config.get("init_args", {}), "version": _version()}
+    known = {"class_path": config["class_path"], "init_args": config.get("init_args", {}), "version": package_version()}
     # one entry: several would be written in any order
     metadata = {checkpoint.KEY: json.dumps({**known, **(facts or {})})}
     path = Path(path)
@@ -272,10 +272,3 @@ def backbone_weights(backbone: Backbone) -> dict[str, Tensor]:
     """Collect the weights that make sense in another detector, on the CPU; of an `Extractor` by the names of its network."""
     state = network_state(backbone.state_dict())
     return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-
-
-def _version() -> str:
-    try:
-        return version("detpipe")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"

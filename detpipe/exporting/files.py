@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -23,11 +22,12 @@ from detpipe.detector import TwoStageDetector
 from detpipe.exporting.parity import Parity, Run, compare, sample_images
 from detpipe.exporting.program import Program
 from detpipe.exporting.support import check_torch_alone
-from detpipe.exporting.torch_program import PT2Detector, write_pt2
+from detpipe.exporting.torch_program import open_pt2, write_pt2
 from detpipe.heads.base import ProposalHead
 from detpipe.prediction.onnx_detector import FORMAT, OnnxDetector, need_packages
 from detpipe.support.errors import DetpipeError, UsageError
 from detpipe.support.files import atomic_write
+from detpipe.support.terminal import package_version
 
 LOWERED = 0.001  # the threshold of the second comparison, by which a weak model detects something too
 
@@ -67,12 +67,12 @@ def export(
 ) -> Parity | None:
     """Write a detector to a file, which gets its name when it finds what the detector finds.
 
-    The graph takes ``images`` ``[batch, 3, height, width]`` uint8 RGB, all sizes dynamic, and gives ``boxes``
+    The graph takes ``images`` ``[batch, C, height, width]`` uint8, of three channels RGB, all sizes dynamic, and gives ``boxes``
     ``[batch, detections, 4]`` xyxy in pixels of these images, ``scores``, ``labels`` (1..K, 0 behind the last detection) and
     ``count`` ``[batch]``.
 
     Args:
-        detector: what to write; it stays as it is, on whatever device.
+        detector: what to write, computing in float32; it stays as it is, on whatever device.
         path: ends in ``.onnx``, or ``.pt2`` for :func:`torch.export.load`.
         labels: what the file says about it.
         boxes: take proposals as a second input ``proposals`` ``[batch, proposals, 4]`` in pixels of the images; a detector on
@@ -95,20 +95,20 @@ def export(
         >>> export(detector, "model.onnx", Labels(class_names=["cat", "dog"]))  # doctest: +SKIP
     """
     path = check_path(path, half, bool(calibration))
-    detector = copy.deepcopy(detector).cpu().eval()
-    program = Program(detector, boxes, vectors).eval()
+    own = copy.deepcopy(detector).cpu().float().eval()
+    program = Program(own, boxes, vectors).eval()
     if path.suffix == ".pt2":
-        check_torch_alone(detector)
+        check_torch_alone(own, program.takes_boxes)
     if calibration and program.takes_boxes:
         raise UsageError("export: 8 bits are measured on images alone, and this detector needs boxes; leave --int8 out")
     about = _metadata(detector, labels)
     with atomic_write(path) as temporary:
         temporary.touch()  # a path that cannot be written is told before minutes of work
-        say(f"exporting {type(detector.head).__name__}, which takes a few minutes")
-        compared = partial(_compared, detector, program, say) if check else lambda open_at: None
+        say(f"exporting {type(own.head).__name__}, which takes a few minutes")
+        compared = partial(_compared, own, program, say) if check else lambda open_at: None
         if path.suffix == ".pt2":
             write_pt2(program, temporary, about)
-            return compared(partial(PT2Detector, temporary, program.outputs))
+            return compared(partial(open_pt2, temporary, program.outputs))
         return _write_onnx(program, temporary, about, compared, half, calibration, say)
 
 
@@ -213,7 +213,7 @@ def _metadata(detector: TwoStageDetector, labels: Labels) -> dict[str, str]:
     thresholds = {"score": post.score_threshold, "nms_iou": post.nms_iou, "detections": post.detections_per_image}
     return {
         "format": FORMAT,
-        "detpipe": _version(),
+        "detpipe": package_version(),
         "source": labels.source,
         "sha256": weights_hash(detector),
         "license": labels.license,
@@ -223,10 +223,3 @@ def _metadata(detector: TwoStageDetector, labels: Labels) -> dict[str, str]:
         "resize": json.dumps(resize),
         "thresholds": json.dumps(thresholds),
     }
-
-
-def _version() -> str:
-    try:
-        return version("detpipe")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"

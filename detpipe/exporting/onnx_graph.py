@@ -38,14 +38,7 @@ class _Half(nn.Module):
 
 
 def to_onnx(program: Program) -> onnx.ModelProto:
-    """Write a program as ONNX.
-
-    Args:
-        program: in evaluation mode.
-
-    Returns:
-        A model with inputs ``images`` and, where the program takes boxes, ``proposals``, all sizes dynamic.
-    """
+    """Write a program in evaluation mode as ONNX: inputs ``images`` and, where it takes boxes, ``proposals``, all sizes dynamic."""
     [images, *boxes], [image_sizes, *box_sizes] = example_inputs(program)
     first = _export(_Half(program, "prepare"), [images], [image_sizes], ["images"], ["batch", "sizes"])
     rows, columns = (Dim(name, min=1, max=LARGEST) for name in ("rows", "columns"))

@@ -52,7 +52,7 @@ class Parity:
 
 
 def sample_images(detector: TwoStageDetector, seed: int = 0) -> list[Tensor]:
-    """Make batches ``[N, 3, H, W]`` uint8: five shapes, a batch of three, a size without padding, a grey image.
+    """Make batches ``[N, C, H, W]`` uint8: five shapes, a batch of three, a size without padding, a grey image.
 
     Pictures are smooth, with noise on them, so that features differ from place to place; of boxes with equal scores, as a wholly
     blank image has them, any may come first. The grey image has noise of one level.
@@ -62,17 +62,17 @@ def sample_images(detector: TwoStageDetector, seed: int = 0) -> list[Tensor]:
     area = detector.min_size * min(detector.max_size, 1.25 * detector.min_size) / 4
     sizes = [(round((area * a / b) ** 0.5), round((area * b / a) ** 0.5)) for a, b in SHAPES]
     whole = max(divisor, detector.min_size // divisor * divisor)
-    batches = [_picture(1, size, generator) for size in sizes]
-    batches.append(_picture(3, sizes[1], generator))
-    batches.append(_picture(1, (whole, whole), generator))
-    batches.append(torch.randint(127, 129, (1, 3, *sizes[0]), generator=generator, dtype=torch.uint8))
+    channels = detector.backbone.pixel_format.channels
+    shapes = [*((1, *size) for size in sizes), (3, *sizes[1]), (1, whole, whole)]
+    batches = [_picture((count, channels), size, generator) for count, *size in shapes]
+    batches.append(torch.randint(127, 129, (1, channels, *sizes[0]), generator=generator, dtype=torch.uint8))
     return batches
 
 
-def _picture(count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    coarse = torch.rand(count, 3, 6, 6, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, size, mode="bicubic")
-    noise = torch.rand(count, 3, *size, generator=generator) - 0.5
+def _picture(maps: tuple[int, int], size: Sequence[int], generator: torch.Generator) -> Tensor:
+    coarse = torch.rand(*maps, 6, 6, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, tuple(size), mode="bicubic")
+    noise = torch.rand(*maps, *size, generator=generator) - 0.5
     return ((smooth + 0.2 * noise).clamp(0, 1) * 255).to(torch.uint8)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from detpipe.exporting.parity import Arrays
+from detpipe.exporting.parity import Arrays, Run
 from detpipe.exporting.program import Program, example_inputs
 from detpipe.prediction.onnx_detector import by_image
 from detpipe.roi_pooling.grid_samples import torch_alone
@@ -21,36 +21,24 @@ ABOUT = "detpipe.json"
 
 
 def write_pt2(program: Program, path: Path, about: dict[str, str]) -> None:
-    """Export a program, all sizes dynamic.
-
-    Args:
-        program: in evaluation mode.
-        path: to write to.
-        about: what the file says about itself.
-    """
+    """Export a program in evaluation mode, all sizes dynamic; ``about`` is what the file says about itself."""
     given, sizes = example_inputs(program)
     with torch_alone(), warnings.catch_warnings(), torch.no_grad(), path.open("wb") as file:
         warnings.simplefilter("ignore")
         exported = torch.export.export(program, given, dynamic_shapes=sizes, strict=False)
+        exported._guards_code.clear()  # they refuse sizes of one pixel or one cell, for which the program is right too
         torch.export.save(exported, file, extra_files={ABOUT: json.dumps(about)})
 
 
-class PT2Detector:
-    """Detect objects with a ``.pt2`` file; called as :meth:`detpipe.prediction.onnx_detector.OnnxDetector.run` is.
-
-    Args:
-        path: of the file.
-        names: of the outputs.
-        threshold: of scores.
-    """
-
-    def __init__(self, path: Path, names: tuple[str, ...], threshold: float) -> None:
-        with path.open("rb") as file:
-            self.module, self.names = torch.export.load(file).module(), names  # pyright: ignore[reportArgumentType]
-        self.module.get_buffer("score_threshold").fill_(threshold)
+def open_pt2(path: Path, names: tuple[str, ...], threshold: float) -> Run:
+    """Open a ``.pt2`` file with outputs of these names and a threshold of scores, to detect with."""
+    with path.open("rb") as file:
+        module = torch.export.load(file).module()  # pyright: ignore[reportArgumentType]
+    module.get_buffer("score_threshold").fill_(threshold)
 
     @torch.no_grad()
-    def __call__(self, images: Arrays, boxes: Arrays | None = None) -> list[dict[str, Arrays]]:
-        """Detect objects in images ``[N, 3, H, W]``, with boxes ``[N, P, 4]`` where the program takes some."""
+    def run(images: Arrays, boxes: Arrays | None) -> list[dict[str, Arrays]]:
         given = [torch.from_numpy(values) for values in (images, boxes) if values is not None]
-        return by_image(self.names, [values.numpy() for values in self.module(*given)])
+        return by_image(names, [values.numpy() for values in module(*given)])
+
+    return run

@@ -15,7 +15,7 @@ from torch import Tensor
 FEWEST = 1024  # numbers; smaller tensors stay as they are
 LARGEST = np.finfo(np.float16).max  # a tensor with larger numbers stays as it is too
 HEAVY = ("Conv", "Gemm", "MatMul")  # operators with nearly all weights
-OUTPUTS = ("classifier.weight", "regressor.weight")  # of layers whose numbers are scores and boxes
+OUTPUTS = ("classifier.weight", "regressor.weight", "quality.weight")  # of layers whose numbers are scores and boxes
 
 
 def to_half(model: onnx.ModelProto) -> None:

@@ -98,15 +98,18 @@ class OnnxDetector:
         """Detect objects.
 
         Args:
-            images: ``[N, 3, H, W]`` RGB.
+            images: ``[N, C, H, W]``, of three channels RGB.
             boxes: ``[N, P, 4]`` xyxy in pixels, where the model takes boxes.
 
         Returns:
             For each image ``boxes [D, 4]``, ``scores [D]`` and ``labels [D]``, best first, and ``vectors`` where the file has them.
 
         Raises:
+            UsageError: the images have other channels than the model takes.
             ValueError: boxes are missing, or there are boxes and the model takes none.
         """
+        if images.shape[1] != (channels := self.session.get_inputs()[0].shape[1]):
+            raise UsageError(f"the model takes images [N, {channels}, H, W]; got {list(images.shape)}")
         if (boxes is not None) != self.takes_boxes:
             wanted = "needs boxes [N, P, 4]" if self.takes_boxes else "takes no boxes"
             raise ValueError(f"the model {wanted}; got {'none' if boxes is None else list(boxes.shape)}")

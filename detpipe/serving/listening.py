@@ -73,15 +73,7 @@ def address_of(listener: socket.socket) -> str:
 
 
 def make_server(app: Callable[..., Any], stop_seconds: float) -> uvicorn.Server:
-    """Make what answers requests, and when it is stopped, for so long what is under way.
-
-    Args:
-        app: an ASGI application.
-        stop_seconds: after which requests are dropped.
-
-    Returns:
-        A server, which a socket is given to run.
-    """
+    """Make what answers requests to an ASGI application; when it is stopped, requests are dropped after ``stop_seconds``."""
     config = uvicorn.Config(
         app,
         http=_TimedProtocol,

@@ -176,6 +176,10 @@ def create_app(
         request: Request, score_threshold: Annotated[float, Query(ge=0, le=1)] = score_threshold
     ) -> JSONResponse:
         with metrics.request():
+            given = [name for name, _ in request.query_params.multi_items()]
+            if given not in ([], ["score_threshold"]):
+                told = ", ".join(given)
+                raise HTTPException(400, f"expected at most one score_threshold behind /detect?, got {told}")
             return JSONResponse(await service.detect(request, score_threshold))
 
     @app.get("/health")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import TextIO
 
 
@@ -20,3 +21,11 @@ def printable(text: str, kept: str = "") -> str:
 def say(text: str, file: TextIO | None = None, flush: bool = False) -> None:
     """Print lines that may hold names of strangers."""
     print(printable(text, "\n"), file=file, flush=flush)
+
+
+def package_version() -> str:
+    """The version of this package, "unknown" of a checkout that is not installed."""
+    try:
+        return version("detpipe")
+    except PackageNotFoundError:
+        return "unknown"

@@ -149,6 +149,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], Description]:
         raise CheckpointError(f"checkpoint {path} is a folder; give a file in it, such as {path / BEST}")
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; expected a file such as RUN/best.ckpt")
+    if path.suffix in (".onnx", ".pt2"):
+        raise CheckpointError(f"{path} is what 'detpipe export' wrote; give the checkpoint that it was made of")
     try:
         sums = check_sums(path)
         if sums and _hash(path) not in sums:

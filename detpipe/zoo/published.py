@@ -120,9 +120,15 @@ def _categories() -> list[str]:
     return list(known.meta["categories"])
 
 
-def is_name(source: str) -> bool:
-    """Whether something is meant as the name of a published detector: no file, and no name of a file."""
-    return source in entries() or not (Path(source).suffix or "/" in source or Path(source).exists())
+def _is_published(source: str, weights: str | None) -> bool:
+    """Whether something is meant as the name of a published detector: no file, and no name of a file, which has its weights."""
+    if source in entries() or not (Path(source).suffix or "/" in source or Path(source).exists()):
+        return True
+    if weights is not None:
+        raise UsageError(
+            f"--weights {weights}: belongs to a name of 'detpipe zoo', but {source} has weights of its own"
+        )
+    return False
 
 
 def read(source: str | Path, weights: str | None = None) -> Stored:
@@ -139,32 +145,14 @@ def read(source: str | Path, weights: str | None = None) -> Stored:
         UsageError: an unknown name, or ``weights`` for a file.
         CheckpointError: the file is missing, damaged, of another model, or cannot be fetched.
     """
-    if not is_name(str(source)):
-        _refuse_weights(source, weights)
+    if not _is_published(str(source), weights):
         return checkpoint.read(source)
-    detector, description = _build(str(source), find(str(source)), weights)
+    detector, description = _build(str(source), weights)
     return {"state_dict": detector.state_dict(), checkpoint.KEY: description.to_dict(), "global_step": 0}, description
 
 
-def _refuse_weights(source: str | Path, weights: str | None) -> None:
-    if weights is not None:
-        raise UsageError(
-            f"--weights {weights}: belongs to a name of 'detpipe zoo', but {source} has weights of its own"
-        )
-
-
 def find(name: str) -> Entry:
-    """Find a published detector.
-
-    Args:
-        name: of :func:`entries`.
-
-    Returns:
-        What is known of it.
-
-    Raises:
-        UsageError: there is none; near names are listed.
-    """
+    """What is known of a detector by its name; a UsageError lists near names where there is none."""
     if name not in entries():
         raise UsageError(
             f"unknown detector {name!r}: expected a checkpoint such as RUN/best.ckpt, or a name of 'detpipe zoo'"
@@ -175,21 +163,11 @@ def find(name: str) -> Entry:
 
 def load(source: str, weights: str | None = None) -> tuple[TwoStageDetector, Description]:
     """Build a detector from its checkpoint, or a published one, in evaluation mode; arguments and errors as of :func:`read`."""
-    if not is_name(source):
-        _refuse_weights(source, weights)
-        return load_detector(source)
-    return _build(source, find(source), weights)
+    return _build(source, weights) if _is_published(source, weights) else load_detector(source)
 
 
 def settings_by_name(name: str) -> dict[str, Any]:
-    """The settings of a published detector, those under ``model`` of a configuration.
-
-    Args:
-        name: of :func:`entries`.
-
-    Returns:
-        Class paths and arguments.
-    """
+    """The settings of a published detector: class paths and arguments under ``model`` of a configuration."""
     entry = find(name)
     return settings_of_model(entry, torchvision_model(name, entry)) if entry.settings is None else entry.settings()
 
@@ -210,7 +188,8 @@ def torchvision_model(name: str, entry: Entry) -> Any:
     return model.eval()
 
 
-def _build(name: str, entry: Entry, weights: str | None) -> tuple[TwoStageDetector, Description]:
+def _build(name: str, weights: str | None) -> tuple[TwoStageDetector, Description]:
+    entry = find(name)
     if entry.settings is None and weights in ("DEFAULT", "COCO_V1"):  # torchvision's names of its files
         weights = None
     file = entry.path if weights is None else Path(weights)

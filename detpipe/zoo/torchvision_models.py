@@ -8,9 +8,11 @@ Ren et al., "Faster R-CNN", 2015, arXiv 1506.01497, as ``torchvision.models.dete
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,8 +23,10 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from detpipe.backbones.fpn import GROUPS, level_names
@@ -30,6 +34,7 @@ from detpipe.backbones.residual import BLOCKS
 from detpipe.backbones.residual_names import to_own_names
 from detpipe.boxes import DELTA_WEIGHTS
 from detpipe.detector import TwoStageDetector
+from detpipe.proposals.rpn_selection import WEIGHTS
 from detpipe.stages import Backbone
 from detpipe.training.checkpoint import Description
 from detpipe.training.models import rebuild
@@ -42,6 +47,7 @@ _NETWORKS = (
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
     *("mobilenet_v3_large", "mobilenet_v3_small", "mobilenet_v2"),
 )
+_REGIMES = {nn.BatchNorm2d: "batch", FrozenBatchNorm2d: "frozen"}  # whose norms may have any eps
 _NAMES = (
     (r"^backbone\.fpn\.", "backbone.pyramid."),
     (r"^rpn\.head\.conv\.(\d+)\.0\.", r"proposals.head.convs.\1."),
@@ -52,6 +58,16 @@ _NAMES = (
     (r"^roi_heads\.box_predictor\.cls_score\.", "head.classifier."),
     (r"^roi_heads\.box_predictor\.bbox_pred\.", "head.regressor."),
 )
+_PARTS = {  # a subclass may compute something else
+    "transform": (GeneralizedRCNNTransform,),
+    "rpn": (RegionProposalNetwork,),
+    "rpn.anchor_generator": (AnchorGenerator,),
+    "rpn.head": (RPNHead,),
+    "roi_heads": (RoIHeads,),
+    "roi_heads.box_roi_pool": (MultiScaleRoIAlign,),
+    "roi_heads.box_head": (TwoMLPHead, FastRCNNConvFCHead),
+    "roi_heads.box_predictor": (FastRCNNPredictor,),
+}
 
 
 class WrappedBackbone(Backbone):
@@ -63,20 +79,25 @@ class WrappedBackbone(Backbone):
         roi_levels: names of the maps that RoIs are pooled from; a single map is called "0".
 
     Raises:
-        ValueError: none of these maps is there.
+        ValueError: none of these maps is there, a stride is no power of two, or those to pool from do not rise by octaves.
     """
 
     def __init__(self, network: nn.Module, pixel_format: PixelFormat, roi_levels: Sequence[str]) -> None:
         super().__init__()
         self.network, self.pixel_format = network, pixel_format
         self.out_channels = int(network.out_channels)  # pyright: ignore
-        self.strides = {name: _stride(level) for name, level in _probe(self).items()}
-        first = {stride: name for name, stride in reversed(self.strides.items()) if name in roi_levels}
-        self._roi_strides = {name: stride for name, stride in self.strides.items() if first.get(stride) == name}
-        if not self._roi_strides:
+        self.strides = _strides(self, pixel_format.channels)
+        pooled = {name: stride for name, stride in self.strides.items() if name in roi_levels}
+        if not pooled:
             raise ValueError(
                 f"box_roi_pool looks at the maps {list(roi_levels)}, but the backbone has {list(self.strides)}"
             )
+        if not _are_octaves(list(pooled.values())):
+            raise ValueError(
+                f"box_roi_pool: the strides of its maps, {pooled}, have no counterpart; expected each twice the one before"
+            )
+        first = {stride: name for name, stride in reversed(pooled.items())}
+        self._roi_strides = {name: stride for name, stride in pooled.items() if first[stride] == name}
 
     @property
     def roi_strides(self) -> dict[str, int]:
@@ -97,7 +118,7 @@ def from_torchvision(model: FasterRCNN) -> TwoStageDetector:
             of any sizes in torchvision's classes. It is not changed, and shares no tensor with the result.
 
     Returns:
-        The detector in evaluation mode; what needed no gradient needs none. Its labels are those of the model.
+        The detector in evaluation mode, float32 on the CPU; what needed no gradient needs none. Its labels are those of the model.
 
     Raises:
         TypeError: it is no ``FasterRCNN``.
@@ -115,10 +136,13 @@ def from_torchvision(model: FasterRCNN) -> TwoStageDetector:
     names = tuple(str(label + 1) for label in range(_count(model)))
     description = Description(settings, names, tuple(range(1, len(names) + 1)))
     detector: TwoStageDetector = rebuild("torchvision's FasterRCNN", {"state_dict": state}, description)
-    own = dict(detector.named_parameters())
-    for name, value in _renamed(dict(model.named_parameters()), settings).items():
+    own, given = dict(detector.named_parameters()), dict[str, Any](model.named_parameters())
+    given |= {f"{name}.momentum": part.momentum for name, part in model.named_modules() if hasattr(part, "momentum")}
+    for name, value in _renamed(given, settings).items():
         if name in own:
             own[name].requires_grad_(value.requires_grad)
+        elif name.endswith(".momentum"):
+            vars(detector.get_submodule(name.removesuffix(".momentum")))["momentum"] = value
     return detector
 
 
@@ -141,14 +165,23 @@ def settings_of(model: FasterRCNN) -> dict[str, Any]:
     transform, roi_heads = parts.transform, parts.roi_heads
     if roi_heads.has_mask() or roi_heads.has_keypoint():
         raise ValueError(f"{type(model).__name__}: masks and keypoints have no counterpart; give a FasterRCNN of boxes")
+    for path, kinds in _PARTS.items():
+        part = model.get_submodule(path)
+        if type(part) not in kinds:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{path}: {type(part).__name__} has no counterpart; expected {wanted}")
+    for path, weights in (("rpn", WEIGHTS), ("roi_heads", DELTA_WEIGHTS)):
+        found = tuple(getattr(parts, path).box_coder.weights)
+        if found != weights:
+            raise ValueError(f"{path}.box_coder: the weights are {weights} here, got {found}")
     if transform.fixed_size is not None or transform._skip_resize:
         raise ValueError("transform: fixed_size and _skip_resize have no counterpart; leave them out")
-    pixels = PixelFormat(tuple(transform.image_mean), tuple(transform.image_std))
+    pixels = PixelFormat(tuple(map(float, transform.image_mean)), tuple(map(float, transform.image_std)))
     return {
         "backbone": _backbone(model, pixels),
         "proposals": {"class_path": "RPN", "init_args": _proposals(model.rpn)},
-        "head": {"class_path": "FastRCNNHead", "init_args": _head(roi_heads)},
-        "min_size": int(transform.min_size[-1]),
+        "head": {"class_path": "FastRCNNHead", "init_args": _head(roi_heads, model.backbone)},
+        "min_size": int(min(transform.min_size[-1], transform.max_size)),  # the smaller one decides
         "max_size": int(transform.max_size),
         "divisor": int(transform.size_divisible),
         "resize": "torchvision",
@@ -171,8 +204,8 @@ def state_of(model: FasterRCNN, settings: Mapping[str, Any]) -> dict[str, Tensor
     return state
 
 
-def _renamed(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
+def _renamed(state: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    renamed: dict[str, Any] = {}
     body = {
         name.removeprefix("backbone.body."): value for name, value in state.items() if name.startswith("backbone.body.")
     }
@@ -212,28 +245,29 @@ def _in_conv_head(conv: Mapping[str, Any] | None, index: int, rest: str) -> str:
 def _backbone(model: Any, pixels: PixelFormat) -> Any:
     """The settings of the backbone, or the backbone itself."""
     backbone, levels = model.backbone, list(model.roi_heads.box_roi_pool.featmap_names)
-    found = _pyramid(backbone, pixels, levels) if isinstance(backbone, BackboneWithFPN) else None
+    found = _pyramid(backbone, pixels, levels) if type(backbone) is BackboneWithFPN else None
     if found is not None:
         return found
-    network = copy.deepcopy(backbone).eval()
+    network = copy.deepcopy(backbone).cpu().float().eval()
     return WrappedBackbone(network, pixels, levels).eval()
 
 
 def _pyramid(backbone: Any, pixels: PixelFormat, roi_levels: Sequence[str]) -> dict[str, Any] | None:
     """The settings of `FPN` on a network that is known; None for what it cannot say."""
-    body, fpn, norm = backbone.body, backbone.fpn, _norm(backbone.fpn)
-    regime = _regime(body) if isinstance(body, IntermediateLayerGetter) else None
-    extra = _EXTRA.get(type(fpn.extra_blocks), "") if _is_plain(fpn.extra_blocks) else ""
-    if regime is None or norm == "" or extra == "":
+    body, fpn = backbone.body, backbone.fpn
+    if type(body) is not IntermediateLayerGetter or type(fpn) is not FeaturePyramidNetwork:
         return None
-    strides = [_stride(level) for level in _probe(body).values()]
-    network = _network(body, strides)
-    pooled = {name for name in _probe(backbone) if name in roi_levels}
-    if network is None or len(strides) < 2 or {*body.return_layers.values()} != pooled or not _are_octaves(strides):
+    network, levels = _network(body), _levels(fpn)
+    if network is None or levels is None:
+        return None
+    strides = [*_strides(body, 3).values()]
+    pooled = {name for name in _strides(backbone, 3) if name in roi_levels}
+    if len(strides) < 2 or {*body.return_layers.values()} != pooled or not _are_octaves(strides):
         return None
     nodes = [f"{_inside(network)}{node}" for node in body.return_layers]
-    own = re.fullmatch(r"resnet\d+", network) is not None
-    init: dict[str, Any] = {"out_channels": "own", "regime": regime}
+    own = bool(re.fullmatch(r"resnet\d+", network)) and all(node.startswith("layer") for node in nodes)
+    norm: Any = next(part for part in body.modules() if type(part) in _REGIMES)
+    init: dict[str, Any] = {"out_channels": "own", "regime": {"norm": _REGIMES[type(norm)], "eps": norm.eps}}
     if pixels != PixelFormat():
         init["pixel_format"] = {"mean": list(pixels.mean), "std": list(pixels.std)}
     if own:
@@ -246,23 +280,38 @@ def _pyramid(backbone: Any, pixels: PixelFormat, roi_levels: Sequence[str]) -> d
             name: {"node": node, "stride": stride} for name, node, stride in zip(names, nodes, strides, strict=True)
         }
     inner = {"class_path": "SEResNet" if own else "Extractor", "init_args": init}
-    outer = {"backbone": inner, "out_channels": backbone.out_channels, "extra_levels": extra, "norm": norm}
+    outer = {"backbone": inner, "out_channels": backbone.out_channels, **levels}
     if len(set(strides)) < len(strides):
         outer["equal_strides"] = True
     return {"class_path": "FPN", "init_args": outer}
 
 
-_EXTRA = {type(None): None, LastLevelMaxPool: "max_pool", LastLevelP6P7: "convolutions"}
+def _levels(fpn: FeaturePyramidNetwork) -> dict[str, Any] | None:
+    """The settings of `FPN` that make a pyramid; None for one that it does not make."""
+    convolutions: Any = [block.get_submodule("0") for block in fpn.inner_blocks]
+    widths, out = [one.in_channels for one in convolutions], convolutions[0].out_channels
+    norms = {None: None, "batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, GROUPS)}
+    extra = {None: None, "max_pool": LastLevelMaxPool, "convolutions": partial(LastLevelP6P7, out, out)}
+    for level, norm in product(extra, norms):
+        if norm == "group" and out % GROUPS:
+            continue
+        with torch.device("meta"):
+            block = extra[level]
+            known = FeaturePyramidNetwork(widths, out, None if block is None else block(), norms[norm])
+        if _are_alike(fpn, known):
+            return {"extra_levels": level, "norm": norm}
+    return None
 
 
-def _is_plain(extra: nn.Module | None) -> bool:
-    return not isinstance(extra, LastLevelP6P7) or bool(extra.use_P5)
+def _are_alike(own: nn.Module, known: nn.Module) -> bool:
+    """Whether modules have the same parts of the same classes with the same settings; their tensors may differ."""
+    return repr(own) == repr(known) and [*map(type, own.modules())] == [*map(type, known.modules())]
 
 
 def _are_octaves(strides: Sequence[int]) -> bool:
     """Whether each is twice the one before, but for the last, which may be repeated: then levels of boxes are chosen alike."""
-    rising = sorted(set(strides))
-    return list(strides[: len(rising)]) == rising and all(b == 2 * a for a, b in pairwise(rising))
+    rising = [strides[0] * 2**octave for octave in range(len(set(strides)))]
+    return [*strides] == rising + rising[-1:] * (len(strides) - len(rising))
 
 
 def _inside(network: str) -> str:
@@ -270,70 +319,43 @@ def _inside(network: str) -> str:
     return "features." if network.startswith("mobilenet") else ""
 
 
-def _norm(fpn: nn.Module) -> str | None:
-    """Which norm a pyramid has; an empty text for one that `FPN` does not."""
-    kinds = {type(module) for module in fpn.modules() if hasattr(module, "eps")}
-    groups = {module.num_groups for module in fpn.modules() if isinstance(module, nn.GroupNorm)}
-    if any(getattr(module, "eps", 1e-5) != 1e-5 for module in fpn.modules()) or groups - {GROUPS}:
-        return ""
-    names = {(): None, (nn.BatchNorm2d,): "batch", (nn.GroupNorm,): "group"}
-    return names.get(tuple(kinds), "")
-
-
-def _regime(body: nn.Module) -> dict[str, Any] | None:
-    """Which norm a network has; None for one that is not the same everywhere."""
-    norms = {(type(module), module.eps) for module in body.modules() if hasattr(module, "running_var")}
-    if len(norms) != 1:
-        return None
-    [(kind, eps)] = norms
-    name = {nn.BatchNorm2d: "batch", FrozenBatchNorm2d: "frozen"}.get(kind)
-    return None if name is None else {"norm": name, "eps": eps}
-
-
-def _network(body: IntermediateLayerGetter, strides: Sequence[int]) -> str | None:
-    """The name of the network that a body is of, by the names and shapes of its tensors, and its strides."""
-    shapes = {name: value.shape for name, value in body.state_dict().items() if "num_batches" not in name}
-    for name in _NETWORKS:
-        if name.startswith("mobilenet") == hasattr(body, "layer1"):
-            continue
+def _network(body: IntermediateLayerGetter) -> str | None:
+    """The name of the network that a body is of; None where there is none, or its norms are not the same everywhere."""
+    norm = next((part for part in body.modules() if type(part) in _REGIMES), None)
+    options = {key: getattr(norm, key) for key in ("eps", "momentum") if hasattr(norm, key)}
+    for name in _NETWORKS if norm is not None else ():
         with torch.device("meta"):
-            network = models.get_model(name, weights=None)
+            network = models.get_model(name, weights=None, norm_layer=partial(type(norm), **options))
         inner = network.get_submodule(_inside(name).rstrip("."))
-        state = inner.state_dict()
-        if all(key in state and state[key].shape == shape for key, shape in shapes.items()):
-            maps = _probe(IntermediateLayerGetter(inner, dict(body.return_layers)))
-            if [_stride(level) for level in maps.values()] == list(strides):  # those of a dilated network differ
-                return name
+        has_nodes = body.return_layers.keys() <= dict(inner.named_children()).keys()
+        if has_nodes and _are_alike(body, IntermediateLayerGetter(inner, dict(body.return_layers))):
+            return name
     return None
 
 
 @torch.no_grad()
-def _probe(module: nn.Module) -> dict[str, Tensor]:
-    """The maps of a gray image, in the evaluation mode of the module."""
+def _strides(module: nn.Module, channels: int) -> dict[str, int]:
+    """The strides of the maps of a module, measured on a gray image in its evaluation mode; a single map is called "0"."""
     modes = {part: part.training for part in module.modules()}
     parameter = next(module.parameters())
     try:
-        maps = module.eval()(torch.zeros(1, 3, PROBE, PROBE, dtype=parameter.dtype, device=parameter.device))
+        maps = module.eval()(torch.zeros(1, channels, PROBE, PROBE, dtype=parameter.dtype, device=parameter.device))
     finally:
         for part, mode in modes.items():
             part.training = mode
-    return {"0": maps} if isinstance(maps, Tensor) else maps
-
-
-def _stride(level: Tensor) -> int:
-    return 2 ** round(torch.tensor(PROBE / level.shape[-1]).log2().item())
+    cells = {name: level.shape[-1] for name, level in ({"0": maps} if isinstance(maps, Tensor) else maps).items()}
+    strides = {name: 2 ** round(math.log2(PROBE / count)) for name, count in cells.items()}
+    for name, count in cells.items():
+        if abs(PROBE / strides[name] - count) >= 2:
+            raise ValueError(
+                f"backbone: the map {name!r} has {count} cells of {PROBE} pixels; expected a stride that is a power of two"
+            )
+    return strides
 
 
 def _proposals(rpn: Any) -> dict[str, Any]:
-    anchors, head, sampler, matcher = (
-        rpn.anchor_generator, rpn.head, rpn.fg_bg_sampler, rpn.proposal_matcher
-    )  # fmt: skip
-    if type(anchors) is not AnchorGenerator or type(head) is not RPNHead:
-        raise ValueError(
-            f"rpn: {type(anchors).__name__} and {type(head).__name__} have no counterpart; expected torchvision's "
-            "AnchorGenerator and RPNHead"
-        )
-    if len(set(anchors.aspect_ratios)) > 1:
+    anchors, sampler, matcher = rpn.anchor_generator, rpn.fg_bg_sampler, rpn.proposal_matcher
+    if len(set(map(tuple, anchors.aspect_ratios))) > 1:
         raise ValueError(f"rpn.anchor_generator: every level needs the same aspect_ratios, got {anchors.aspect_ratios}")
     ratios = [float(ratio) for ratio in anchors.aspect_ratios[0]]
     sizes = [[float(size) for size in level] for level in anchors.sizes]
@@ -359,22 +381,14 @@ def _proposals(rpn: Any) -> dict[str, Any]:
     }
 
 
-def _head(heads: Any) -> dict[str, Any]:
+def _head(heads: Any, backbone: Any) -> dict[str, Any]:
     pool, sampler, matcher = heads.box_roi_pool, heads.fg_bg_sampler, heads.proposal_matcher
-    for name, part, kind in (
-        ("box_roi_pool", pool, MultiScaleRoIAlign),
-        ("box_predictor", heads.box_predictor, FastRCNNPredictor),
-    ):
-        if type(part) is not kind:
-            raise ValueError(f"roi_heads.{name}: {type(part).__name__} has no counterpart; expected {kind.__name__}")
-    if tuple(heads.box_coder.weights) != DELTA_WEIGHTS:
-        raise ValueError(f"roi_heads.box_coder: the weights are {DELTA_WEIGHTS} here, got {heads.box_coder.weights}")
     levels = {"canonical_size": float(pool.canonical_scale), "canonical_stride": 2**pool.canonical_level}
     size = [int(side) for side in pool.output_size]
     pooler = {"output_size": size, "sampling_ratio": max(0, pool.sampling_ratio), "aligned": False, "levels": levels}
     return {
         "pooler": {"class_path": "RoIAlign", "init_args": pooler},
-        **_layers(heads.box_head),
+        **_layers(heads.box_head, (backbone.out_channels, size[0], size[1])),
         "sampler": {
             "rois_per_image": sampler.batch_size_per_image,
             "positive_fraction": sampler.positive_fraction,
@@ -392,20 +406,21 @@ def _head(heads: Any) -> dict[str, Any]:
     }
 
 
-def _layers(box_head: Any) -> dict[str, Any]:
-    """The convolutions and the widths of fully connected layers."""
+def _layers(box_head: Any, pooled: tuple[int, int, int]) -> dict[str, Any]:
+    """The convolutions and the widths of fully connected layers, of maps ``[C, h, w]``."""
     if isinstance(box_head, TwoMLPHead):
         return {"fc": [box_head.fc6.out_features, box_head.fc7.out_features]}
-    convolutions = [module for module in box_head.modules() if isinstance(module, nn.Conv2d)]
-    norms = {type(module) for module in box_head.modules() if hasattr(module, "running_var")}
+    widths = [module.out_channels for module in box_head.modules() if isinstance(module, nn.Conv2d)]
     fc = [module.out_features for module in box_head.children() if isinstance(module, nn.Linear)]
-    if type(box_head) is not FastRCNNConvFCHead or not fc or norms - {nn.BatchNorm2d}:
+    has_norms = any(isinstance(module, nn.BatchNorm2d) for module in box_head.modules())
+    with torch.device("meta"):
+        known = FastRCNNConvFCHead(pooled, widths, fc, nn.BatchNorm2d if has_norms else None)
+    if not fc or not _are_alike(box_head, known):
         raise ValueError(
-            f"roi_heads.box_head: {type(box_head).__name__} has no counterpart; expected TwoMLPHead or FastRCNNConvFCHead"
+            "roi_heads.box_head: its layers have no counterpart; expected those of FastRCNNConvFCHead with norm_layer None or "
+            "BatchNorm2d, and fc_layers"
         )
-    if not convolutions:
-        return {"fc": fc}
-    return {"fc": fc, "conv": {"widths": [c.out_channels for c in convolutions], "norm": "batch" if norms else None}}
+    return {"fc": fc, "conv": {"widths": widths, "norm": "batch" if has_norms else None}} if widths else {"fc": fc}
 
 
 def _count(model: Any) -> int:

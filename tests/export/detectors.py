@@ -22,11 +22,12 @@ STRIDES = {"c3": 8, "c4": 16}
 class TwoConvolutions(Backbone):
     """Levels of 16 channels."""
 
-    def __init__(self, levels: Sequence[str]) -> None:
+    def __init__(self, levels: Sequence[str], channels: int = 3) -> None:
         super().__init__()
         self.strides = {level: STRIDES[level] for level in levels}
-        self.out_channels, self.pixel_format = 16, PixelFormat()
-        self.first, self.second = nn.Conv2d(3, 16, 8, 8), nn.Conv2d(16, 16, 3, 2, 1)
+        self.out_channels = 16
+        self.pixel_format = PixelFormat() if channels == 3 else PixelFormat((0.4,) * channels, (0.2,) * channels)
+        self.first, self.second = nn.Conv2d(channels, 16, 8, 8), nn.Conv2d(16, 16, 3, 2, 1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         fine = torch.relu(self.first(images))
@@ -35,9 +36,10 @@ class TwoConvolutions(Backbone):
 
 
 def detector(kind: str = "plain", backbone: Backbone | None = None, **others: Any) -> TwoStageDetector:
-    """Build one; ``kind`` names what is in it: fpn, boxes, cascade, glimpse, aod, agnostic, and a rule of resizing."""
+    """Build one; ``kind`` names what is in it: fpn, boxes, cascade, glimpse, aod, agnostic, four channels, and a rule of
+    resizing."""
     torch.manual_seed(0)
-    backbone = backbone or TwoConvolutions(["c3", "c4"] if "fpn" in kind else ["c4"])
+    backbone = backbone or TwoConvolutions(["c3", "c4"] if "fpn" in kind else ["c4"], 4 if "four" in kind else 3)
     selection = ProposalSelection(pre_nms_top_n=(60, 60), post_nms_top_n=(40, 40))
     sizes = [[24.0 * 2**level] for level in range(len(backbone.strides))]
     source = RPN(backbone.out_channels, backbone.strides, Anchors(sizes=sizes), selection=selection)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from detpipe import cli
 
@@ -35,6 +38,15 @@ def test_what_is_wrong_is_one_line(arguments, message, tmp_path, monkeypatch, ca
     [line] = capsys.readouterr().err.splitlines()
     assert message in line
     assert [*tmp_path.iterdir()] == []
+
+
+def test_the_example_refuses_what_pillow_cuts_off(tmp_path):
+    pytest.importorskip("onnxruntime")
+    from serving.onnx_files import write_detector
+
+    Image.fromarray(np.full((20, 30), 4000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(SystemExit, match=r"deep\.png has more than 8 bits a pixel"):
+        runpy.run_path(str(EXAMPLE))["main"](str(write_detector(tmp_path / "model.onnx")), str(tmp_path / "deep.png"))
 
 
 @pytest.mark.slow

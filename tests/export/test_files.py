@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from detpipe.exporting import files, onnx_graph, weights
 from detpipe.exporting.files import Labels, ParityError, check_file, export
 from detpipe.exporting.parity import sample_images
+from detpipe.heads import Postprocess
 from detpipe.prediction import onnx_detector
 from detpipe.prediction.onnx_detector import FORMAT, OnnxDetector, by_image
 from detpipe.roi_pooling import RoIAlign, RoIMaxPool
@@ -145,10 +147,10 @@ def test_every_head_and_source(kind, tmp_path):
 ALONE = """
 import sys, torch
 program = torch.export.load(sys.argv[1]).module()
-for size in ((50, 70), (90, 64)):
+for size in ((50, 70), (90, 64), (3, 200)):  # the last one gets one row of cells
     given = [torch.rand(1, 9, 4).cumsum(2) * 20] * ("boxes" in sys.argv[2])
     boxes, scores, labels, count = program(torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8), *given)
-    print(boxes.shape[0], int(count.min()) > 0)
+    print(boxes.shape[0], int(count.min()) > 0 or min(size) == 3)
 assert not {"detpipe", "torchvision"} & {*sys.modules}
 """
 
@@ -162,7 +164,7 @@ def test_a_pt2_file_runs_in_a_process_with_torch_alone(kind, tmp_path):
     assert (parity.images, parity.detections > 100) == (20, True)  # at both thresholds
     command = [sys.executable, "-c", ALONE, str(path), kind]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.stdout.split() == ["1", "True", "1", "True"], done.stderr
+    assert done.stdout.split() == ["1", "True"] * 3, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -182,10 +184,45 @@ def test_what_is_wrong_is_told_before_minutes_of_work(name, more, message, monke
         export(detector(), tmp_path / name, **more)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_detector_of_another_type_is_written_in_float32(dtype, written, monkeypatch, tmp_path):
+    def to_onnx(program):
+        assert {parameter.dtype for parameter in program.parameters()} == {torch.float32}
+        return onnx.load(written)
+
+    monkeypatch.setattr(onnx_graph, "to_onnx", to_onnx)
+    model = detector("fpn cascade").to(dtype)
+    export(model, tmp_path / "model.onnx", check=False)
+    assert OnnxDetector(tmp_path / "model.onnx").metadata["sha256"] == files.weights_hash(model)
+    assert model.backbone.input_dtype == dtype
+
+
 @pytest.mark.parametrize("pooler", [RoIMaxPool(4), RoIAlign(4, sampling_ratio=0)])
 def test_poolers_that_torch_alone_does_not_have_are_named(pooler, tmp_path):
     with pytest.raises(UsageError, match=f"pooler {type(pooler).__name__}.* write an .onnx file"):
         export(detector(pooler=pooler), tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "candidates", "before", "message"),
+    [
+        (
+            "boxes",
+            20_000,
+            60,
+            "each of 20000 boxes with each other, .* lower postprocess.candidates_per_image to 12000",
+        ),
+        ("plain", 20_000, 20_000, "each of 20000 boxes with each other, .* lower selection.pre_nms_top_n to 12000"),
+        ("plain", 20_000, 60, "minutes of work"),  # 40 proposals of 3 classes
+    ],
+)
+def test_more_boxes_than_memory_can_compare_are_named(kind, candidates, before, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("minutes of work"))
+    model = detector(kind, postprocess=Postprocess(candidates_per_image=candidates))
+    if kind == "plain":
+        model.proposals.selection = replace(model.proposals.selection, pre_nms_top_n=(before, before))
+    with pytest.raises((UsageError, pytest.fail.Exception), match=message):
+        export(model, tmp_path / "model.pt2")
 
 
 def test_a_head_that_torch_alone_does_not_have_is_named(tmp_path):
@@ -193,6 +230,11 @@ def test_a_head_that_torch_alone_does_not_have_is_named(tmp_path):
     model.head = torch.nn.Identity()
     with pytest.raises(UsageError, match="the head Identity cannot be written as a graph"):
         export(model, tmp_path / "model.pt2")
+
+
+def test_layers_that_give_scores_and_boxes_keep_their_bits():
+    names = [f"program.head.{layer}.weight" for layer in ("shared.1", "classifier", "regressor", "quality")]
+    assert [weights._gives_results(name) for name in names] == [False, True, True, True]
 
 
 def test_weights_that_16_bits_cannot_hold_stay_as_they_are():

@@ -17,7 +17,7 @@ from detpipe.roi_pooling import PreciseRoIPool, RoIAlign, RoIMaxPool
 from detpipe.support.errors import UsageError
 from export.detectors import detector
 
-KINDS = ["plain", "fpn cascade", "glimpse", "fpn aod", "agnostic", "boxes", "plain torchvision"]
+KINDS = ["plain", "fpn cascade", "glimpse", "fpn aod", "agnostic", "boxes", "four", "plain torchvision"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -66,6 +66,11 @@ def test_other_files_are_refused_in_one_line(write, message, tmp_path):
         OnnxDetector(tmp_path / "d.onnx")
 
 
+def test_images_of_other_channels_are_refused(path):
+    with pytest.raises(UsageError, match=r"takes images \[N, 3, H, W\]; got \[1, 4, 6, 8\]"):
+        OnnxDetector(path)([torch.zeros(4, 6, 8, dtype=torch.uint8)])
+
+
 def test_a_device_that_the_runtime_lacks(path):
     with pytest.raises(UsageError, match="'tpu' cannot be used"):
         OnnxDetector(path, "tpu")

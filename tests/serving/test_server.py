@@ -80,6 +80,8 @@ def test_boxes_of_a_form_are_looked_at_and_the_threshold_leaves_some_out(client)
         ({"content": iter([bytes(3000), bytes(3000)])}, 413, "larger than 4000 bytes"),
         ({"content": picture(), "params": {"score_threshold": 2}}, 400, "score_threshold: "),
         ({"content": picture(), "params": {"score_threshold": "nan"}}, 400, "score_threshold: "),
+        ({"content": picture(), "params": {"boxes": "[[0, 0, 4, 4]]"}}, 400, "one score_threshold behind /detect?, got boxes"),
+        ({"content": picture(), "params": {"score_threshold": [0.1, 0.9]}}, 400, "got score_threshold, score_threshold"),
         ({"files": {"other": picture()}}, 400, "the field 'image'"),
         ({"files": [("image", picture()), ("image", picture())]}, 400, "Too many files"),
         ({"data": {"image": "/etc/passwd"}, "files": {"other": b""}}, 400, "the field 'image'"),

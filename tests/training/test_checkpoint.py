@@ -171,9 +171,11 @@ def test_an_address_is_refused(address):
     assert "addresses are not loaded, download the file first" in refusal(address)
 
 
-def test_a_missing_checkpoint_and_a_folder(tmp_path):
+def test_a_missing_checkpoint_a_folder_and_an_exported_file(tmp_path):
     assert "does not exist; expected a file such as RUN/best.ckpt" in refusal(tmp_path / "best.ckpt")
     assert f"is a folder; give a file in it, such as {tmp_path / checkpoint.BEST}" in refusal(tmp_path)
+    (tmp_path / "model.pt2").touch()
+    assert "is what 'detpipe export' wrote; give the checkpoint" in refusal(tmp_path / "model.pt2")
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.99])

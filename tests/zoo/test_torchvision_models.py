@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models
 from torchvision.models import detection
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from detpipe import SEResNet, TwoStageDetector
 from detpipe.backbones import FPN, Extractor
@@ -192,35 +199,88 @@ CLASSES_LAST = random_models.CLASSES - 1
 
 
 class OtherHead(TwoMLPHead):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class OtherPostprocess(RoIHeads):
     pass
 
 
-def _with(**parts: Any) -> FasterRCNN:
+class OtherPyramid(FeaturePyramidNetwork):
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: 2 * level for name, level in super().forward(x).items()}
+
+
+class OtherBackbone(BackboneWithFPN):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {name: 2 * level for name, level in super().forward(x).items()}
+
+
+class Maps(nn.Module):
+    """Maps of any strides."""
+
+    def __init__(self, *strides: int) -> None:
+        super().__init__()
+        self.out_channels = random_models.WIDTH
+        self.layers = nn.ModuleList(nn.Conv2d(3, self.out_channels, stride, stride) for stride in strides)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {str(index): layer(x) for index, layer in enumerate(self.layers)}
+
+
+def _with(parts: dict[str, Any]) -> FasterRCNN:
     model = random_models.own_backbone()
     for path, part in parts.items():
-        parent, _, name = path.replace("__", ".").rpartition(".")
-        setattr(model.get_submodule(parent), name, part)
+        parent, _, name = path.rpartition(".")
+        setattr(attrgetter(parent)(model) if parent else model, name, part)
     return model
+
+
+def _of_maps(*strides: int) -> dict[str, Any]:
+    return {"backbone": Maps(*strides), "roi_heads.box_roi_pool": MultiScaleRoIAlign(["0", "1", "2"], 7, 2)}
+
+
+def _norms(kind: Any) -> FastRCNNConvFCHead:
+    return FastRCNNConvFCHead((random_models.WIDTH, 5, 4), [8], [24], kind)
 
 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
         (
-            {"roi_heads__box_head": nn.Flatten()},
+            {"roi_heads.box_head": nn.Flatten()},
             r"roi_heads\.box_head: Flatten has no counterpart; expected TwoMLPHead",
         ),
-        ({"roi_heads__box_predictor": nn.Linear(24, 6)}, r"roi_heads\.box_predictor: Linear has no counterpart"),
-        ({"rpn__head": nn.Conv2d(16, 4, 1)}, "rpn: AnchorGenerator and Conv2d have no counterpart"),
+        ({"roi_heads.box_predictor": nn.Linear(24, 6)}, r"roi_heads\.box_predictor: Linear has no counterpart"),
+        ({"roi_heads.box_head": OtherHead(16, 8)}, "OtherHead has no counterpart; expected TwoMLPHead or"),
+        ({"roi_heads.box_head": _norms(partial(nn.BatchNorm2d, eps=0.1))}, "box_head: its layers have no counterpart"),
+        ({"roi_heads.box_head": _norms(partial(nn.GroupNorm, 4))}, "box_head: its layers have no counterpart"),
+        ({"roi_heads.box_head": FastRCNNConvFCHead((16, 5, 4), [8], [])}, "box_head: its layers have no counterpart"),
+        ({"rpn.head": nn.Conv2d(16, 4, 1)}, r"rpn\.head: Conv2d has no counterpart; expected RPNHead"),
+        ({"rpn.box_coder.weights": (2.0, 1.0, 1.0, 1.0)}, r"rpn\.box_coder: the weights are \(1\.0, .* got \(2\.0, "),
         (
-            {"rpn__anchor_generator": AnchorGenerator(((8,), (16,)), ((0.5,), (1.0,)))},
-            r"every level needs the same aspect_ratios, got \(\(0\.5,\), \(1\.0,\)\)",
+            {"roi_heads.box_coder.weights": [1.0] * 4},
+            r"roi_heads\.box_coder: the weights are \(10\.0, .* got \(1\.0, ",
         ),
+        (
+            {"roi_heads.__class__": OtherPostprocess},
+            "roi_heads: OtherPostprocess has no counterpart; expected RoIHeads",
+        ),
+        ({"transform.fixed_size": (64, 64)}, "fixed_size and _skip_resize have no counterpart"),
+        (
+            {"rpn.anchor_generator": AnchorGenerator(((8,), (16,)), [[0.5], [1.0]])},
+            r"every level needs the same aspect_ratios, got \[\[0\.5\], \[1\.0\]\]",
+        ),
+        (_of_maps(4, 16), r"strides of its maps, \{'0': 4, '1': 16\}, have no counterpart; expected each twice"),
+        (_of_maps(4, 4, 8), "strides of its maps, .* have no counterpart"),
+        (_of_maps(16, 8), "strides of its maps, .* have no counterpart"),
+        (_of_maps(3), "backbone: the map '0' has 85 cells of 256 pixels; expected a stride that is a power of two"),
     ],
 )
 def test_a_part_without_counterpart_is_named(parts: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        from_torchvision(_with(**parts))
+        from_torchvision(_with(parts))
 
 
 def test_only_detectors_of_boxes_are_taken() -> None:
@@ -229,14 +289,77 @@ def test_only_detectors_of_boxes_are_taken() -> None:
     masks = MaskRCNN(random_models.OwnBackbone(), 3, rpn_anchor_generator=AnchorGenerator(((16,),), ((1.0,),)))
     with pytest.raises(ValueError, match="MaskRCNN: masks and keypoints have no counterpart"):
         from_torchvision(masks)
-    model = random_models.own_backbone()
-    model.roi_heads.box_coder.weights = (1.0, 1.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match=r"box_coder: the weights are \(10\.0, .* got \(1\.0, "):
-        from_torchvision(model)
-    model = random_models.own_backbone()
-    model.transform.fixed_size = (64, 64)
-    with pytest.raises(ValueError, match="fixed_size and _skip_resize have no counterpart"):
-        from_torchvision(model)
+
+
+def _four_channels(model: FasterRCNN) -> None:
+    conv = nn.Conv2d(4, 64, 7, 2, 3, bias=False)
+    model.backbone.body.conv1 = conv
+    model.transform.image_mean, model.transform.image_std = [0.4] * 4, [0.2] * 4
+
+
+def _leaky(model: FasterRCNN) -> None:
+    for block in model.backbone.body.layer3:
+        block.relu = nn.LeakyReLU(0.3)
+
+
+def _other_stride(model: FasterRCNN) -> None:
+    block = model.backbone.body.layer3[0]
+    block.conv1.stride, block.conv2.stride = (1, 1), (2, 2)
+
+
+def _early_node(model: FasterRCNN) -> None:
+    """A level that is no stage of the network."""
+    body, nodes = models.resnet18(weights=None), {"maxpool": "0", "layer2": "1"}
+    model.backbone = BackboneWithFPN(body, nodes, [64, 128], random_models.WIDTH, LastLevelMaxPool())
+    model.rpn.anchor_generator = random_models.levels(3)
+
+
+KEPT = {
+    "four channels": _four_channels,
+    "another activation": _leaky,
+    "another stride in a block": _other_stride,
+    "another pyramid": lambda model: setattr(model.backbone.fpn, "__class__", OtherPyramid),
+    "another backbone": lambda model: setattr(model.backbone, "__class__", OtherBackbone),
+}
+MAPPED = {
+    "an early node": _early_node,
+    "lists of ratios": lambda model: setattr(
+        model.rpn.anchor_generator, "aspect_ratios", [list(random_models.RATIOS)] * 5
+    ),
+    "a tensor of means": lambda model: setattr(model.transform, "image_mean", torch.tensor([0.1, 0.2, 0.3])),
+    "max_size below min_size": lambda model: setattr(model.transform, "min_size", (200,)),
+}
+
+
+@pytest.mark.parametrize("change", [*KEPT, *MAPPED])
+def test_what_has_the_same_tensors_but_computes_something_else(change: str) -> None:
+    torch.manual_seed(1)
+    model = random_models.shaped_v1()
+    (KEPT | MAPPED)[change](model)
+    if change != "four channels":
+        spread(model)
+    detector, images = from_torchvision(model.eval()), batch("two")
+    assert isinstance(detector.backbone, WrappedBackbone) == (change in KEPT)
+    if change == "four channels":
+        images = [torch.cat((image, image[:1])) for image in images]
+    for wanted, given in zip(theirs(model, images)["found"], ours(detector, images)["found"], strict=True):
+        assert len(wanted["scores"]) >= 3
+        assert_same_detections(given, wanted)
+
+
+def test_a_model_of_another_type_becomes_float32() -> None:
+    detector = from_torchvision(random_models.own_backbone().double())
+    assert {parameter.dtype for parameter in detector.parameters()} == {torch.float32}
+
+
+def test_norms_keep_their_momentum() -> None:
+    model = random_models.own_pyramid()
+    for module in model.backbone.body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.01
+    norms = [module for module in from_torchvision(model).modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert {norm.momentum for norm in norms} == {0.01}
 
 
 TOP_FULL = {"rpn_post_nms_top_n_test": 200}  # else the convolutions of the head take minutes
