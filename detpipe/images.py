@@ -267,7 +267,12 @@ def _resize(image: Tensor, size: Size, smooth: bool = True) -> Tensor:
     if image.dtype == torch.uint8:
         shrinks = smooth  # PyTorch rounds fractions as Pillow does in this case alone
     batch = image if image.ndim == 4 else image[None]
-    resized = F.interpolate(batch, size, mode="bilinear", align_corners=False, antialias=shrinks)
+    if shrinks and size[1] == 1:  # torch (2.14) mixes up the rows of a single column, and fails for one pixel of bytes
+        column = batch.mT.float() if image.dtype == torch.uint8 else batch.mT
+        resized = F.interpolate(column, size[::-1], mode="bilinear", align_corners=False, antialias=True).mT
+        resized = resized.round().to(torch.uint8) if image.dtype == torch.uint8 else resized
+    else:
+        resized = F.interpolate(batch, size, mode="bilinear", align_corners=False, antialias=shrinks)
     return resized if image.ndim == 4 else resized[0]
 
 

@@ -168,6 +168,18 @@ def test_the_order_in_memory_does_not_change_a_value(pixel_format, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(("size", "new"), [((3, 900), (1, 300)), ((900, 3), (300, 1)), ((7, 7), (1, 1))])
+def test_images_become_one_row_or_column(size, new, dtype):
+    """PyTorch mixes up the rows of a single column."""
+    image = (torch.arange(size[0] * size[1]).reshape(1, *size).expand(3, -1, -1) * 255 // (size[0] * size[1])).byte()
+    pixels = PixelFormat(mean=(0, 0, 0), std=(1, 1, 1), value_range=255)
+    found = to_batch([image], pixels, 1, 1000, 1, rule="detectron2" if dtype == torch.uint8 else "detpipe")
+    wanted = F.adaptive_avg_pool2d(image.float(), new)
+    assert found.image_sizes == [new]
+    assert (found.tensors[0] - wanted).abs().max() <= 1
+
+
 def test_pictures_that_have_their_size_are_not_resized():
     images = [torch.rand(3, 20, 30), torch.rand(3, 50, 20)]
     contents = contents_of([{"content_size": (12, 30)}, {}])
