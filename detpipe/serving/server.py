@@ -182,7 +182,7 @@ def create_app(
                 raise HTTPException(400, f"expected at most one score_threshold behind /detect?, got {told}")
             return JSONResponse(await service.detect(request, score_threshold))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         alive = not app.state.batches.done()
         told = {"status": "ok" if alive else "the thread of the model has ended", "model": model.name}

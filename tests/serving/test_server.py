@@ -211,6 +211,7 @@ def test_an_answer_that_takes_too_long_is_given_up(caplog):
         assert answers[0].json() == {"error": "no answer within 0.1 seconds; try again later"}
         model.may.set()
         wait_until(lambda: model.batches)
+        assert client.head("/health").status_code == 200
         assert client.get("/health").json()["under_way"] == 0
     assert model.batches == [1]  # nobody waited for the second one any more
 

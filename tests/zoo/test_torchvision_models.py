@@ -35,7 +35,11 @@ BATCHES = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda make: make.__name__)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(make, marks=pytest.mark.slow) if make is random_models.dilated else make for make in MODELS],
+    ids=lambda make: make.__name__,
+)
 def pair(request: pytest.FixtureRequest) -> tuple[FasterRCNN, TwoStageDetector]:
     torch.manual_seed(1)
     model = spread(request.param())
