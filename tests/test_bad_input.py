@@ -184,7 +184,7 @@ CASES: list[tuple[Case, int, list[str]]] = [
     (empty_split, 1, ["the lists of the split 'train' name no image"]),
     (empty_split_coco, 1, ["instances_train.json", "no image"]),
     (damaged_image, 1, [".jpg: ", "decoded"]),
-    (missing_weights, 1, ["nowhere.pth does not exist; give the path of a file with the backbone's weights"]),
+    (missing_weights, 1, ["nowhere.pth: no such file; give the path of a file with the backbone's weights"]),
     (
         unknown_weights,
         2,

@@ -138,9 +138,7 @@ def read_state(weights: str | Path) -> dict[str, Tensor]:
     """
     path = local_file(weights, "weights")
     if not path.is_file():
-        raise CheckpointError(
-            f"weights file {path} does not exist; give the path of a file with the backbone's weights"
-        )
+        raise CheckpointError(f"weights file {path}: no such file; give the path of a file with the backbone's weights")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else load_saved(path)
     except Exception as error:  # what a damaged file makes the readers raise is any of a dozen types

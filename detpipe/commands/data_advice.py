@@ -100,6 +100,8 @@ def _data_options(options: argparse.Namespace, train: str, val: str) -> list[str
         more += ["--data.format.one_based", "false"]
     if options.skip_bad and layout != "shards":  # their bad images were left out when they were written
         more += ["--data.on_bad", "skip"]
+    if options.allow_links and layout != "shards":
+        more += ["--data.allow_links", "true"]
     if not val:
         more += ["--data.split", "{val: 0.2}"]
     given = [
@@ -116,7 +118,8 @@ def _again(options: argparse.Namespace) -> list[str]:
     words = [options.data, *(part for name in options.split or () for part in ("--split", name))]
     words += ["--images", options.images] if options.images else []
     words += ["--layout", options.layout] if getattr(options, "layout", None) else []
-    return [*words, *(["--zero-based"] if options.zero_based else []), *(["--skip-bad"] if options.skip_bad else [])]
+    flags = ("zero_based", "skip_bad", "allow_links")
+    return [*words, *(f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag))]
 
 
 def _folded(words: Sequence[str]) -> str:

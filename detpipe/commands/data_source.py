@@ -38,6 +38,11 @@ def source_parser(command: str, description: str, skip_bad: bool = True) -> Pars
         action="store_true",
         help="VOC layout: boxes are corners counted from 0, not pixels counted from 1",
     )
+    parser.add_argument(
+        "--allow-links",
+        action="store_true",
+        help="take images that links, or names in lists, have outside of the folder",
+    )
     if skip_bad:
         parser.add_argument(
             "--skip-bad", action="store_true", help="leave out boxes and images with faults and count them"
@@ -81,7 +86,11 @@ def open_splits(options: argparse.Namespace) -> dict[str, DetectionData]:
     say(found.says)
     return {
         name or unsplit_name(options.data): open_split(
-            options.data, name, options.images, on_bad, one_based, together, option="", found=found, pixels=pixels
+            *(options.data, name, options.images, on_bad, one_based, together),
+            option="",
+            found=found,
+            pixels=pixels,
+            allow_links=options.allow_links,
         )
         for name in chosen
     }
@@ -100,6 +109,7 @@ def read_split(name: str, opened: Mapping[str, DetectionData]) -> Annotations:
         return opened[name].annotations("val")
     except DataError as error:
         message = str(error).replace("set on_bad to 'skip' to leave", "add --skip-bad to leave")
+        message = message.replace("allow_links: true permits", "--allow-links permits")
         message = message.replace("set one_based to false if", "add --zero-based if")
         others = " ".join(f"--split {shlex.quote(other)}" for other in opened if other != name)
         raise DataError(f"{message}; {others} leaves the split {name} out" if others else message) from error

@@ -159,7 +159,7 @@ def _read(name: str, weights: str) -> Any:
             ) from error
     refuse_special(weights, CheckpointError)
     if not Path(weights).is_file():
-        raise CheckpointError(f"weights file {weights} does not exist; give torchvision's file of {name}, or DEFAULT")
+        raise CheckpointError(f"weights file {weights}: no such file; give torchvision's file of {name}, or DEFAULT")
     try:
         check_saved(Path(weights))
         return torch.load(weights, map_location="cpu", weights_only=True)

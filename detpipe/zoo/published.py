@@ -194,7 +194,7 @@ def _build(name: str, weights: str | None) -> tuple[TwoStageDetector, Descriptio
         weights = None
     file = entry.path if weights is None else Path(weights)
     if not file.is_file() and (weights is not None or entry.settings is not None):
-        raise CheckpointError(f"weights file {file} does not exist; {_advice(name, entry)}")
+        raise CheckpointError(f"weights file {file}: no such file; {_advice(name, entry)}")
     if entry.settings is None:
         model = torchvision_model(name, entry)
         _fill(model, name, read_state(file) if file.is_file() else _fetch(name, entry), file)

@@ -113,7 +113,7 @@ def test_files_that_are_not_taken(kind, tmp_path):
     name = f"https://example.org/{path.name}" if kind == "address" else str(path)
     says = {
         "cut": "cannot be read", "flipped": "does not match its check sum", "code": "cannot be read",
-        "foreign": "no checkpoint of detpipe", "no backbone": "has no backbone", "missing": "does not exist",
+        "foreign": "no checkpoint of detpipe", "no backbone": "has no backbone", "missing": "no such file",
         "address": "https://example.org/best.ckpt: addresses are not loaded",
     }  # fmt: skip
     for make in (MAKE["SEResNet"], MAKE["torchvision"], MAKE["timm"]):

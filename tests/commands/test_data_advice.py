@@ -127,7 +127,7 @@ def test_flags_come_along(tmp_path):
     make_voc(tmp_path)
     (tmp_path / "table").mkdir()
     table = make_table(tmp_path / "table")
-    plain = {"images": None, "zero_based": False, "skip_bad": False, "split": None}
+    plain = {"images": None, "zero_based": False, "skip_bad": False, "allow_links": False, "split": None}
     shown = next_commands(
         argparse.Namespace(**{**plain, "data": str(tmp_path), "zero_based": True}), ["train", "val"], []
     )

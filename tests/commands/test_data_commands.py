@@ -176,6 +176,20 @@ def test_a_size_that_is_not_given_makes_room_for_the_other(voc, capsys, given, s
     assert f"--model.min_size {sizes[0]} --model.max_size {sizes[1]}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("write", [write_voc, write_coco, write_yolo, write_csv])
+def test_images_that_links_lead_to_are_taken_on_request(write, tmp_path, capsys):
+    root = tmp_path / "set"
+    write(root)
+    for number, image in enumerate([path for path in root.rglob("*") if path.suffix in (".jpg", ".png")]):
+        image.rename(elsewhere := tmp_path / f"{number}{image.suffix}")
+        image.symlink_to(elsewhere)
+    with pytest.raises(DataError, match="leads out of the folder; --allow-links permits it"):
+        main(["info", str(root)])
+    assert main(["info", str(root), "--allow-links"]) == 0
+    assert "--data.allow_links true" in capsys.readouterr().out
+    assert main(["check", str(root), "--allow-links"]) == 0
+
+
 def test_info_counts_measures_and_draws(voc, capsys, tmp_path):
     out = tmp_path / "info"
     assert main(["info", str(voc), "-o", str(out), "--min-size", "80", "--max-size", "200", "--sizes", "2"]) == 0

@@ -151,11 +151,9 @@ def test_no_network_names_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_files_of_detectron2_are_put_there_by_the_user(tmp_path: Path) -> None:
     path = published.find("faster_rcnn_R_50_FPN_3x").path
-    with pytest.raises(
-        CheckpointError, match=rf"{path} does not exist; put https://\S+ at {path}, or .*--weights FILE"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{path}: no such file; put https://\S+ at {path}, or .*--weights FILE"):
         published.load("faster_rcnn_R_50_FPN_3x")
-    with pytest.raises(CheckpointError, match=r"no\.pth does not exist; put https"):
+    with pytest.raises(CheckpointError, match=r"no\.pth: no such file; put https"):
         published.load(NAME, str(tmp_path / "no.pth"))
 
 

@@ -174,14 +174,15 @@ def open_split(
     option: str = "--data ",
     found: Found | None = None,
     pixels: PixelType = RGB,
+    allow_links: bool = False,
 ) -> DetectionData:
     """Open one split of a data set, of any layout; it is the training and the validation split of what is returned.
 
     ``annotations("val")`` reads it, ``image_key`` names its images as proposal stores do. ``images`` is the folder of the images
     of an annotation file or a table; ``one_based``, whether VOC's boxes count pixels from 1, None for what the folder says of
     itself, or else true; ``together``, further splits whose classes are to be numbered with those of this one, where none are
-    listed (VOC); ``option``, what a message calls ``data``; ``found``, what `recognize` made of it. A UsageError if the layout is
-    not known, or the split or folder that it needs is not given.
+    listed (VOC); ``option``, what a message calls ``data``; ``found``, what `recognize` made of it; ``allow_links``, whether images
+    may lie outside of the folder. A UsageError if the layout is not known, or the split or folder that it needs is not given.
     """
     found = recognize(data, option) if found is None else found
     path, layout, splits = Path(data), found.layout, found.splits
@@ -190,7 +191,7 @@ def open_split(
             f"--images {images}: is for an annotation file or a table, but {option}{data} is {found.says}; leave it out"
         )
     read_as: dict[str, Any] = {"channels": pixels.channels, "range": pixels.range}
-    common = {"on_bad": on_bad, **read_as}
+    common = {"on_bad": on_bad, "allow_links": allow_links, **read_as}
     if layout == "coco file":
         if images is None:
             raise UsageError(f"{path} is an annotation file: say with --images where its images are")
@@ -236,7 +237,8 @@ def _open_voc(
 ) -> voc.VOC:
     names: list[str] | Literal["auto"] = "auto"
     if together:
-        names = list(VOCSource(Path(data), list(dict.fromkeys([split, *together])), Faults("skip")).class_names())
+        faults = Faults("skip", allow_links=common["allow_links"])
+        names = list(VOCSource(Path(data), list(dict.fromkeys([split, *together])), faults).class_names())
     if one_based is None:
         known = read_class_list(Path(data))
         one_based = known is None or known.one_based
