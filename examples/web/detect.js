@@ -71,7 +71,8 @@ function draw() {
 }
 
 const fail = (error) => say(`Error: ${error.message ?? error}`);
-const start = (file) => file && detect(file).catch(fail);
+const ready = load();
+const start = (file) => file && ready.then(() => detect(file)).catch(fail);
 parts.file.addEventListener("change", () => start(parts.file.files[0]));
 parts.least.addEventListener("input", draw);
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"])
@@ -80,4 +81,4 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"])
     parts.drop.classList.toggle("over", kind === "dragenter" || kind === "dragover");
     if (kind === "drop") start(event.dataTransfer.files[0]);
   });
-load().catch(fail);
+ready.catch(fail);
