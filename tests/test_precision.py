@@ -94,7 +94,8 @@ def test_targets_stay_in_float32(precision):
     assert torch.equal(target["boxes"], boxes)
 
 
-@pytest.mark.parametrize("name", runs.mostly_slow(MODELS, "pyramid"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_float64(name, demo_root, tmp_path):
     assert train(name, "64-true", demo_root, tmp_path / "run") == 0
     assert {value.dtype for value in runs.weights(tmp_path / "run" / "best.ckpt").values()} <= {

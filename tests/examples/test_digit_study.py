@@ -75,6 +75,7 @@ def test_the_weights_give_the_error_of_the_table(finished: Path) -> None:
     assert run.result().error == pytest.approx(100 * float(wrong.double().mean()), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_pictures_have_their_sizes(finished: Path) -> None:
     with Image.open(finished / "affine.png") as picture:
         assert picture.size == (LABEL + 3 * (EXAMPLE + 2 * GAP), 2 * LINE + 2 * GAP + 2 * (WIDE + GAP))

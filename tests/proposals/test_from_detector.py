@@ -139,7 +139,7 @@ def test_bad_names_and_files_are_one_line(weights: Path, tmp_path: Path) -> None
             lambda: FromDetector("fcos_resnet50"),
         ),
         (UsageError, r"unknown weights 'COCO' of ssdlite\S+ expected .*COCO_V1", lambda: FromDetector(NAME, "COCO")),
-        (CheckpointError, r"no\.pth does not exist", lambda: FromDetector(NAME, str(tmp_path / "no.pth"))),
+        (CheckpointError, r"no\.pth: no such file", lambda: FromDetector(NAME, str(tmp_path / "no.pth"))),
         (CheckpointError, r"do not fit ssd300_vgg16: Missing key", lambda: FromDetector("ssd300_vgg16", str(weights))),
         (
             ValueError,

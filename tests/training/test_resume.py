@@ -53,8 +53,6 @@ def compare(command: list[str], folder: Path, known: dict[tuple[str, ...], Path]
 
 CASES = [  # accumulated batches, workers, more options, hook and call at which the kill comes
     (1, 0, [*EVERY_STEP, "--ema", "0.9", "--trainer.val_check_interval", "3"], ("on_train_batch_start", 9)),
-]
-SLOW = [
     (3, 2, EVERY_STEP, ("on_train_batch_start", 13)),
     (1, 2, ["--checkpoint.every_n_steps", "3"], ("on_train_batch_start", 8)),
     (1, 0, [*EVERY_STEP, "--trainer.max_epochs", "-1", "--trainer.max_steps", "11"], ("on_train_epoch_end", 0)),
@@ -66,10 +64,8 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("accumulated", "workers", "options", "at"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("accumulated", "workers", "options", "at"), CASES)
 def test_p1_a_killed_run_ends_as_an_undisturbed_one(
     accumulated, workers, options, at, killed_root, undisturbed, tmp_path
 ):
@@ -162,6 +158,7 @@ def test_a_group_of_processes_that_is_asked_to_end_saves_too(killed_root, tmp_pa
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_slurm_is_asked_to_queue_a_job_again(killed_root, tmp_path, monkeypatch):
     """When the checkpoint is written, and not where something else does it."""
     (tmp_path / "bin").mkdir()
@@ -292,6 +289,7 @@ def test_a_resumption_that_lightning_refuses_leaves_the_configuration(broken_off
     assert (folder / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_row_43_other_images_are_listed_and_refused(broken_off, tmp_path, capsys):
     """The same number of images with the same names, another one more, and the same ones in another folder."""
     ckpt = ["--ckpt_path", str(broken_off / LAST), "--output", str(tmp_path / "run")]

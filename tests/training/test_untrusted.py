@@ -363,6 +363,7 @@ def test_trust_beside_no_command(capsys):
     assert "--trust MODULE" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_trust_works_for_every_command(demo_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("my_head.py").write_text(HEAD)
