@@ -19,7 +19,7 @@ import torch
 from together import start
 from torch.utils.data import DataLoader, Dataset
 
-from detpipe.datasets import DetectionDataset, Loader, workers
+from detpipe.datasets import COCO, DetectionDataset, Loader, workers
 from detpipe.demo import Demo, DemoScenes
 from detpipe.types import Annotations
 
@@ -112,7 +112,8 @@ def private_memory(dataset: Dataset[Any]) -> list[float]:
     gc.collect()
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     sizes = np.full((DRAWN, 2), 8)
-    loader = Loader(batch_size=100, num_workers=1).load(Spread(dataset), sizes, 0, True, len)
+    data = COCO("not read", loader=Loader(batch_size=100, num_workers=1))
+    loader = data._load(Spread(dataset), sizes, True, len)
     found = []
     for epoch in range(3):
         loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
