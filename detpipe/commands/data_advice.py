@@ -100,7 +100,7 @@ def _data_options(options: argparse.Namespace, train: str, val: str) -> list[str
         more += ["--data.format.one_based", "false"]
     if options.skip_bad and layout != "shards":  # their bad images were left out when they were written
         more += ["--data.on_bad", "skip"]
-    if options.allow_links and layout != "shards":
+    if options.allow_links:
         more += ["--data.allow_links", "true"]
     if not val:
         more += ["--data.split", "{val: 0.2}"]

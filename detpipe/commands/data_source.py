@@ -80,6 +80,8 @@ def open_splits(options: argparse.Namespace) -> dict[str, DetectionData]:
     on_bad: OnBad = "skip" if getattr(options, "skip_bad", False) else "error"
     if options.zero_based and found.layout != "voc":
         raise UsageError(f"--zero-based: is for VOC layout, but {options.data} is {found.says}; leave it out")
+    if options.allow_links and found.layout == "shards":
+        raise UsageError("--allow-links: is for image files, which shards hold themselves; leave it out")
     one_based = False if options.zero_based else None
     pixels: PixelType = getattr(options, "pixels", RGB)
     together = [name for name in chosen if name is not None]

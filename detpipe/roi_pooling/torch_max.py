@@ -60,8 +60,9 @@ def send_to_winners(grad: Tensor, rows: Tensor, bins: Bins) -> Tensor:
     """
     exact = torch.promote_types(grad.dtype, torch.float32)
     total = grad.new_zeros(rows.numel() + rows.shape[1], dtype=exact)  # the last row takes what empty bins send
-    channels_first = grad.permute(0, 3, 1, 2).is_contiguous()  # winners are written in this order, which costs less
-    grad = grad.permute(0, 3, 1, 2) if channels_first else grad
+    turned = grad.permute(0, 3, 1, 2)
+    channels_first = turned.is_contiguous()  # winners are written in the order of the gradient, which costs less
+    grad = turned if channels_first else grad
     for boxes, winner in _winners(rows, bins, channels_first):
         total.scatter_add_(0, winner.flatten(), grad[boxes].to(exact).reshape(-1))
     return total[: rows.numel()].view(rows.shape).to(grad.dtype)

@@ -48,6 +48,13 @@ def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out.replace(arguments[1], "DATA")
 
 
+def test_links_are_of_image_files(shards):
+    with pytest.raises(
+        UsageError, match="--allow-links: is for image files, which shards hold themselves; leave it out"
+    ):
+        main(["info", str(shards), "--allow-links"])
+
+
 def test_splits_are_the_folders_with_an_index(shards):
     (shards / "test.partial").mkdir()
     assert recognize(str(shards)).layout == "shards"
