@@ -11,7 +11,7 @@ from typing import Literal
 from detpipe.commands.data_source import new_output, open_splits, read_split, source_parser
 from detpipe.commands.parser import Parser, left_out
 from detpipe.datasets.datamodule import DetectionData, image_files
-from detpipe.datasets.formats.coco import COCO, write_coco
+from detpipe.datasets.formats.coco import COCO, is_coco, write_coco
 from detpipe.datasets.formats.csv import write_csv
 from detpipe.datasets.formats.export import Written, file_name_of
 from detpipe.datasets.formats.outline_files import read_outlines
@@ -94,9 +94,10 @@ def fields_left_out(opened: Mapping[str, DetectionData]) -> list[str]:
     """What COCO's annotation files hold beyond boxes, none of which is read."""
     lines = []
     for name, data in opened.items():
-        if not isinstance(data, COCO):
+        path = data.files("val")[0] if isinstance(data, COCO) else None
+        if path is None or not is_coco(path):
             continue
-        records = load_json(data.files("val")[0])["annotations"]
+        records = load_json(path)["annotations"]
         found = [(field, sum(bool(record.get(field)) for record in records)) for field in _ELSEWHERE]
         lines += [f"{name}: field {field} of {count} annotations is not kept" for field, count in found if count]
     return lines

@@ -146,8 +146,10 @@ class _Section:
         self.places = [self.places[row] for row in rows]
 
 
-def read_coco_file(path: str | os.PathLike[str], segmentations: bool = False, strict: bool = False) -> COCOFile:
-    """Read an annotation file.
+def read_coco_file(
+    path: str | os.PathLike[str], segmentations: bool = False, strict: bool = False, content: Any = None
+) -> COCOFile:
+    """Read an annotation file, or ``content``, what another file says in the terms of COCO.
 
     Ids may be whole numbers or text. Text such as "17" is the number; where an image or a category has other text for an id, all
     are numbered. A category without boxes that is the ``supercategory`` of all others, as hubs export it, is left out.
@@ -157,7 +159,8 @@ def read_coco_file(path: str | os.PathLike[str], segmentations: bool = False, st
     of its three lists is not there.
     """
     box = OutlinedBox if segmentations else Box
-    parts = _read(Path(path), {"images": Image, "annotations": box, "categories": Category}, strict)
+    kinds = {"images": Image, "annotations": box, "categories": Category}
+    parts = _read(Path(path), kinds, strict) if content is None else _decode_each(path, kinds, content)
     images, boxes, categories = (parts[name] for name in ("images", "annotations", "categories"))
     images_read, boxes_read = (len(part) + len(part.faults) for part in (images, boxes))
     counts: dict[str, int] = {}
@@ -204,7 +207,7 @@ def _read(path: Path, kinds: dict[str, type[msgspec.Struct]], strict: bool) -> d
     """The records of some lists of a file."""
     with paused_collection():
         sections = None if strict else _decode(path, kinds)
-        return _decode_each(path, kinds) if sections is None else sections
+        return _decode_each(path, kinds, load_json(path)) if sections is None else sections
 
 
 def _decode(path: Path, kinds: dict[str, type[msgspec.Struct]]) -> dict[str, _Section] | None:
@@ -245,9 +248,10 @@ def _columns(records: list[Any], kind: type[msgspec.Struct]) -> Columns:
     return columns | {name: _keys(columns[name]) for name in ("id", "image_id", "category_id") if name in columns}
 
 
-def _decode_each(path: Path, kinds: dict[str, type[msgspec.Struct]]) -> dict[str, _Section]:
+def _decode_each(
+    path: str | os.PathLike[str], kinds: dict[str, type[msgspec.Struct]], content: Any
+) -> dict[str, _Section]:
     """Decode record by record, and name the faults of those that are not as they must be."""
-    content = load_json(path)
     names = ", ".join(kinds)
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected an object with {names}, got {shorten(content)}")

@@ -13,15 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-CLASSES = ("ball", "box")
-SCENES = {
-    "a": [("ball", 10, 20, 40, 60)],
-    "b 1": [("box", 5, 5, 30, 25), ("ball", 50, 40, 90, 70)],
-    "c": [],
-    "d": [("box", 20, 10, 80, 70)],
-}
-WIDTH, HEIGHT = 100, 80
-STEMS = tuple(SCENES)
+from .scenes import CLASSES, HEIGHT, SCENES, STEMS, WIDTH
+from .tool_cases import each, exported
+
 SPLITS = {"train": STEMS[:2], "valid": STEMS[2:3], "test": STEMS[3:]}
 
 
@@ -143,7 +137,7 @@ LAYOUTS = [
            {"result.json": coco(STEMS, "images\\{}.jpg", 0)}),
     Layout("data", "coco", "data/{stem}.jpg", "", {"data": STEMS}, "in data", {"labels.json": coco(STEMS)}),
     Layout("beside", "coco", "train/{stem}.jpg", "", {"train": STEMS}, "in train", {"train/coco.json": coco(STEMS)}),
-    Layout("at the top", "coco", "{stem}.jpg", "", {"train": STEMS}, "images in .", {"train.json": coco(STEMS)}),
+    Layout("at the top", "coco", "{stem}.jpg", "", {"train": STEMS}, "images in the folder", {"train.json": coco(STEMS)}),
     Layout("names with folders", "coco", "images/train/{stem}.jpg", "", {"train": STEMS}, "train.json",
            {"train.json": coco(STEMS, "/".join(["images", "train", "{}.jpg"]))}),
     Layout("folders that are not there", "coco", "images/{stem}.jpg", "", {"val": STEMS}, "val.json",
@@ -169,6 +163,31 @@ LAYOUTS = [
         "train.json": coco(STEMS, "C:\\Users\\me\\photos\\{}.jpg")}),
     Layout("names without suffixes", "coco", "photos/{stem}.png", "", {"train": STEMS}, "of the images in photos", {
         "train.json": coco(STEMS, "/".join(["", "home", "me", "{}"]))}),
+    # what tools export in formats of their own
+    Layout("CreateML", "coco", "{split}/{stem}.jpg", "", SPLITS, "train/_annotations.createml.json (CreateML) of the", {
+        f"{split}/_annotations.createml.json": exported("CreateML", stems) for split, stems in SPLITS.items()}),
+    Layout("CVAT", "coco", "images/{stem}.jpg", "", {"images": STEMS}, "annotations.xml (CVAT) of the images in images", {
+        "annotations.xml": exported("CVAT", STEMS)}),
+    Layout("CVAT of tasks", "coco", "{split}/images/{stem}.jpg", "", TWO, "train/annotations.xml (CVAT) of the", {
+        f"{split}/annotations.xml": exported("CVAT", stems) for split, stems in TWO.items()}),
+    Layout("Hugging Face", "coco", "data/{split}/{stem}.jpg", "", TWO, "metadata.jsonl (Hugging Face) of", {
+        f"data/{split}/metadata.jsonl": exported("Hugging Face", stems) for split, stems in TWO.items()}),
+    Layout("KITTI", "coco", "{split}/image_2/{stem}.png", "", {"training": STEMS}, "training/label_2 (KITTI) of the", each(
+        "KITTI", "{split}/label_2/{stem}.txt", {"training": STEMS})),
+    Layout("LabelMe", "coco", "{split}/{stem}.jpg", "", SPLITS, "train (LabelMe) of the images in train", each(
+        "LabelMe", "{split}/{stem}.json", SPLITS)),
+    Layout("LabelMe in a sister folder", "coco", "photos/{stem}.jpg", "", {"labels": STEMS}, "labels (LabelMe) of the images in",
+           each("LabelMe", "labels/{stem}.json", {"": STEMS})),
+    Layout("Label Studio", "coco", "sub/{stem}.jpg", "", {"project-1": STEMS}, "project-1.json (Label Studio) of the", {
+        "project-1.json": exported("Label Studio", STEMS)}),
+    Layout("Label Studio, JSON-MIN", "coco", "upload/{stem}.jpg", "", {"my": STEMS}, "my.json (Label Studio) of the", {
+        "my.json": exported("Label Studio MIN", STEMS)}),
+    Layout("Supervisely", "coco", "ds/{split}/img/{stem}.jpg", "", TWO, "ds/train/ann (Supervisely) of the images in ds/", each(
+        "Supervisely", "ds/{split}/ann/{stem}.jpg.json", TWO)),
+    Layout("VIA", "coco", "{split}/{stem}.jpg", "", TWO, "train/via_project.json (VIA) of the images in train", {
+        f"{split}/via_project.json": exported("VIA", stems) for split, stems in TWO.items()}),
+    Layout("VIA table", "coco", "train/{stem}.jpg", "", {"train": STEMS}, "train/via_region_data.csv (VIA) of the images", {
+        "train/via_region_data.csv": exported("VIA table", STEMS)}),
     # XML
     Layout("xml beside images in splits", "voc", "{split}/{stem}.jpg", "{split}/{stem}.xml", SPLITS, "train, valid, test"),
     Layout("xml beside images", "voc", "{stem}.jpg", "{stem}.xml", ALL, "XML beside the images in the folder"),
@@ -274,6 +293,18 @@ LAYOUTS = [
         "labels/detections.csv": "ImageID,LabelName,Confidence,XMin,XMax,YMin,YMax,IsGroupOf\nc,,,,,,,\n" + "".join(
             f"{stem},/m/0{1 + (label == 'box')},1,{x1 / WIDTH},{x2 / WIDTH},{y1 / HEIGHT},{y2 / HEIGHT},-1\n"
             for stem in STEMS for label, x1, y1, x2, y2 in SCENES[stem])}),
+    Layout("table without names of columns", "csv", "images/{stem}.jpg", "", ALL, "annotations.csv", {
+        "classes.csv": "ball,0\nbox,1\n", "annotations.csv": "".join(
+            f"images/{stem}.jpg,{x1},{y1},{x2},{y2},{label}\n" for stem in STEMS
+            for label, x1, y1, x2, y2 in SCENES[stem] or [("", "", "", "", "")])}),
+    Layout("table of makesense.ai", "csv", "{stem}.jpg", "", {"all": ("a", "b 1", "d")}, "labels_my.csv", {
+        "labels_my.csv": "".join(f"{label},{x1},{y1},{x2 - x1},{y2 - y1},{stem}.jpg,{WIDTH},{HEIGHT}\n" for stem in STEMS
+            for label, x1, y1, x2, y2 in SCENES[stem])}),
+    Layout("table of AutoML", "csv", "{stem}.jpg", "", {"TRAIN": ("a", "b 1"), "VALIDATION": ("d",)}, "data.csv", {
+        "data.csv": "".join(
+            f"{split},gs://bucket/{stem}.jpg,{label},{x1 / WIDTH},{y1 / HEIGHT},,,{x2 / WIDTH},{y2 / HEIGHT},,\n"
+            for split, stem in (("TRAIN", "a"), ("TRAIN", "b 1"), ("VALIDATION", "d"))
+            for label, x1, y1, x2, y2 in SCENES[stem])}),
     Layout("tables in splits", "csv", "{split}/{stem}.jpg", "", TWO, "train/_annotations.csv", {
         f"{split}/_annotations.csv": rows(stems) for split, stems in TWO.items()}),
     Layout("tables beside a folder of images", "csv", "images/{stem}.jpg", "", TWO, "train_labels.csv", {

@@ -6,12 +6,15 @@
     SPLIT/_annotations.coco.json       images beside it; any other name of the file does as well
     annotations/SPLIT.json, SPLIT.json images in the first of SPLIT, images/SPLIT, images, data or the folder itself that has some
     labels.json                        a name that says nothing of the split: it is called by the folder of its images
+
+What a tool has exported in a format of its own (see tool_exports.py) is read in the place of an annotation file.
 """
 
 from __future__ import annotations
 
-import os
+import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from detpipe.datasets.faults import Faults, OnBad
 from detpipe.datasets.formats import export
 from detpipe.datasets.formats.export import Images, Splits, Written
 from detpipe.datasets.formats.folders import Entries, find_image_folder, is_image, split_of, take_split, visible
+from detpipe.datasets.formats.tool_exports import glance, may_be_export, read_export, tool_of_folder
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
 from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
 from detpipe.support.errors import DataError
@@ -35,8 +39,17 @@ from detpipe.types import Annotations, Segmentations
 
 _DEPTH = 3  # folders below the root in which annotation files are looked for
 _LOOKED_AT = 20  # images that are looked for to find their folder
-_SPLITS = 50  # a folder with more JSON files has one an image
-_PLAIN = ("labels", "annotations", "_annotations", "_annotations.coco", "instances", "coco")  # say nothing of the split
+_SPLITS = 50  # a folder with more files of annotations has one an image
+_PLAIN = (
+    "labels",
+    "annotations",
+    "_annotations",
+    "_annotations.coco",
+    "_annotations.createml",
+    "instances",
+    "coco",
+    "metadata",
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class COCOFiles:
     """A split whose files do not follow the official names.
 
     Args:
-        annotations: the annotation file, relative to the root (or absolute).
+        annotations: the annotation file, or what a tool has exported, relative to the root (or absolute).
         images: the folder that its file names are relative to, relative to the root (or absolute).
     """
 
@@ -69,11 +82,24 @@ class COCO(FolderData):
         **common: Any,
     ) -> None:
         super().__init__(root, train, val, test, **common)  # type: ignore[arg-type]
+        self._class_names: tuple[str, ...] | None = None
 
     def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the annotation file of a split."""
         annotations, images = self.files(split)
-        return load_coco(annotations, images, segmentations=self.reads_outlines(split), faults=faults or self.faults())
+        if self._class_names is None:
+            self._class_names = () if is_coco(annotations) else self._exported_classes()
+        outlines, faults = self.reads_outlines(split), faults or self.faults()
+        return load_coco(annotations, images, segmentations=outlines, faults=faults, class_names=self._class_names)
+
+    def _exported_classes(self) -> tuple[str, ...]:
+        """The classes of all splits that a tool has exported: what occurs in one of them may be missing in another."""
+        root = Path(self.root)
+        given = (files for files in self.splits.values() if isinstance(files, COCOFiles))
+        paths = [root / files.annotations for files in (*given, *find_splits(root).values())]
+        exports = [export for path in dict.fromkeys(paths) if (export := read_export(path)) is not None]
+        listed = dict.fromkeys(name for export in exports for name in export.listed)
+        return (*listed, *sorted({name for export in exports for name in export.class_names} - listed.keys()))
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that are found in the folder."""
@@ -113,7 +139,8 @@ class _Content(msgspec.Struct):
 def find_splits(root: Path) -> dict[str, COCOFiles]:
     """Find the splits of a folder in COCO layout: name -> files, relative to the root; empty if there are none.
 
-    Where there are official files, others are not looked at. A DataError if a file of annotations is no valid JSON.
+    Where there are official files, others are not looked at, and what tools have exported in formats of their own only where there
+    are no COCO files. A DataError if a file of annotations is no valid JSON.
     """
     official = sorted(root.glob("annotations/instances_*.json"))
     if official:
@@ -126,11 +153,15 @@ def find_splits(root: Path) -> dict[str, COCOFiles]:
             images = images or next(iter(usual), root / name)
             found[name] = COCOFiles(f"annotations/{path.name}", images.relative_to(root).as_posix())
         return found
-    contents = {path: first for path in _json_files(root, _DEPTH) if (first := _first_images(path)) is not None}
+    paths = _annotation_files(root, _DEPTH)
+    contents = {path: first for path in paths if (first := _first_images(path)) is not None}
+    if not contents:
+        exports = {path: export for path in paths if (export := glance(path)) is not None}
+        contents = {path: [one.name for one in export.pictures[:_LOOKED_AT]] for path, export in exports.items()}
     count = Counter(path.parent for path in contents)
     found = {}
     for path, first in contents.items():
-        images = _find_images(root, path, first) or path.parent
+        images = _find_images(root, path, first) or _folder_of(path)
         name = _name_split(root, path, images, count[path.parent] == 1)
         place = path.relative_to(root)
         name = str(place.with_suffix("")) if name in found else name
@@ -138,16 +169,40 @@ def find_splits(root: Path) -> dict[str, COCOFiles]:
     return found
 
 
-def _json_files(folder: Path, depth: int) -> list[Path]:
+def says_layout(root: Path, splits: Mapping[str, COCOFiles]) -> str:
+    """Say in which layout a folder is, in half a line: "annotations.xml (CVAT) of the images in train"."""
+    first = next(iter(splits.values()))
+    path, more = root / first.annotations, f" (and of {len(splits) - 1} more splits)" if len(splits) > 1 else ""
+    export = None if is_coco(path) else glance(path)
+    tool = f" ({export.tool})" if export else ""
+    places = ("the folder" if name == "." else name for name in (f"{first.annotations}", first.images))
+    return f"{tool} of the images in ".join(places) + more
+
+
+def _annotation_files(folder: Path, depth: int) -> list[Path]:
+    """What may be annotations in a folder and those below it: files, and folders in which a tool has written one an image."""
     if not folder.is_dir():
         return []
-    with os.scandir(folder) as scan:
-        entries = sorted(scan, key=lambda entry: entry.name)
-    files = [Path(entry.path) for entry in entries if entry.name.lower().endswith(".json") and entry.is_file()]
-    files = [path for path in files if path.name.startswith("instances_")] or files
-    files = files if len(files) <= _SPLITS else []
-    below = [Path(entry.path) for entry in entries if depth and not entry.name.startswith(".") and entry.is_dir()]
-    return files + [file for inner in below for file in _json_files(inner, depth - 1)]
+    if tool_of_folder(folder) is not None:
+        files = [folder]
+    else:
+        files = [
+            path for entry in visible(folder) if may_be_export(entry.name) and (path := Path(entry.path)).is_file()
+        ]
+        files = [path for path in files if path.name.startswith("instances_")] or files
+        files = files if len(files) <= _SPLITS else []
+    below = [Path(entry.path) for entry in visible(folder) if depth and entry.is_dir()]
+    return files + [file for inner in below for file in _annotation_files(inner, depth - 1)]
+
+
+def _folder_of(path: Path) -> Path:
+    """The folder that annotations lie in, which may be that folder itself."""
+    return path if path.is_dir() else path.parent
+
+
+def is_coco(path: Path) -> bool:
+    """Whether a file is a COCO annotation file, and not what a tool has exported in a format of its own."""
+    return _first_images(path) is not None
 
 
 def _first_images(path: Path) -> list[str] | None:
@@ -158,7 +213,7 @@ def _first_images(path: Path) -> list[str] | None:
     except (msgspec.ValidationError, OSError, RecursionError):
         return None
     except msgspec.MsgspecError:
-        if b'"annotations"' in data or b'"images"' in data:
+        if path.suffix.lower() == ".json" and re.search(rb'"(annotations|images|regions)"', data):
             load_json(path)  # says where it ends
         return None
 
@@ -168,7 +223,7 @@ def _find_images(root: Path, path: Path, names: list[str]) -> Path | None:
 
     The nearest where none has; None if there is none.
     """
-    beside, stem = path.parent, path.stem.removeprefix("instances_")
+    beside, stem = _folder_of(path), path.stem.removeprefix("instances_")
     words = dict.fromkeys((stem, split_of((stem,)) or stem))
     bases = [beside] if beside == root else [beside, beside.parent]
     parts = (*words, *(f"images/{word}" for word in words), "images", "data", ".")
@@ -179,6 +234,8 @@ def _find_images(root: Path, path: Path, names: list[str]) -> Path | None:
 
 def _name_split(root: Path, path: Path, images: Path, alone: bool) -> str:
     """The name of the split of an annotation file, which may be the only one of its folder."""
+    if path.is_dir():
+        return split_of(path.relative_to(root).parts) or path.resolve().name
     beside, stem = path.parent, path.stem.removeprefix("instances_")
     if alone and images == beside and (beside != root or stem in _PLAIN):
         return beside.resolve().name
@@ -194,8 +251,9 @@ def load_coco(
     on_bad: OnBad = "error",
     segmentations: bool = False,
     faults: Faults | None = None,
+    class_names: Sequence[str] = (),
 ) -> Annotations:
-    """Read one COCO annotation file and check it against its images.
+    """Read one COCO annotation file, or what a tool has exported, and check it against its images.
 
     Category ids become the labels 1..K in ascending order of the ids; images without annotations stay in. A missing ``iscrowd``
     is 0, a missing ``area`` is the area of the box, a missing size is read from the image. VOC's ``difficult``, where a file
@@ -203,11 +261,12 @@ def load_coco(
     those of another machine. Ids and the root category of hubs: see :func:`~detpipe.support.coco_file.read_coco_file`.
 
     Args:
-        json_path: the annotation file.
+        json_path: the annotation file, or the file or folder that a tool has exported.
         image_root: the folder that each ``file_name`` is relative to.
         on_bad: ``"error"`` refuses a file with any faulty record; ``"skip"`` leaves these records out and counts them.
         segmentations: whether the outlines of the objects are read as well.
         faults: takes all faults, in place of ``on_bad``.
+        class_names: classes that an export has besides its own, whose labels come first; a COCO file lists all.
 
     Returns:
         All images, in the order of the file. A DataError for anything wrong names file, record, field and value.
@@ -215,7 +274,7 @@ def load_coco(
     json_path, image_root = Path(json_path), Path(image_root)
     faults = faults or Faults(on_bad)
     faults.source = json_path
-    file = read_coco_file(json_path, segmentations, strict=faults.collects)
+    file = _read(json_path, segmentations, faults, class_names)
     if not image_root.is_dir():
         raise DataError(f"{image_root}: no such image folder; it should hold the images of {json_path}")
     for fault in file.faults:
@@ -236,6 +295,20 @@ def load_coco(
     built.segmentations = _segmentations(file, json_path).take(rows) if segmentations else None
     built.images_read, built.boxes_read, built.counts = file.images_read, file.boxes_read, file.counts
     return built.build(image_root, [image_root])
+
+
+def _read(path: Path, segmentations: bool, faults: Faults, class_names: Sequence[str]) -> COCOFile:
+    try:
+        return read_coco_file(path, segmentations, strict=faults.collects)
+    except DataError:
+        export = read_export(path)
+        if export is None:
+            raise
+    content = export.content(dict.fromkeys((*class_names, *export.class_names)))
+    file = read_coco_file(path, segmentations, content=content)
+    if export.left_out:
+        file.counts[f"objects of {export.tool} left out: points, lines and others without a box"] = export.left_out
+    return file
 
 
 def _file_names(names: list[Any], folder: Path, allow_links: bool) -> list[str]:

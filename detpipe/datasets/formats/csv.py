@@ -59,8 +59,10 @@ def find_splits(root: Path) -> dict[str, CSVSplit]:
     tables = next(filter(None, (list(filter(is_table, some)) for some in files)), [])
     for path in filter(is_nearly_table, chain(*files) if not tables else ()):
         Table(path)  # says what it lacks
-    if len(tables) == 1 and not split_of(tables[0].relative_to(root).with_suffix("").parts):
-        return _of_column(tables[0])
+    if len(tables) == 1:
+        by_column = _of_column(tables[0])
+        if ALL not in by_column or not split_of(tables[0].relative_to(root).with_suffix("").parts):
+            return by_column
     found: dict[str, CSVSplit] = {}
     for path in tables:
         name = split_of(path.relative_to(root).with_suffix("").parts) or path.stem

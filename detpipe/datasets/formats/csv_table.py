@@ -18,6 +18,10 @@ so. An image may be named without its suffix.
 
 A quote before a name that begins as a formula does, as spreadsheets want it, is not part of the name: ``'=a`` is ``=a``.
 
+A table without names of columns is understood in three orders: ``file_name,x1,y1,x2,y2,label``; with eight columns that of
+makesense.ai, ``label,x,y,w,h,file_name`` and the size of the image; with eleven that of AutoML, ``split,file_name,label`` and
+corners.
+
 A row with an image and nothing in the columns of the box is an image without objects. The values are separated by commas,
 semicolons or tabs.
 """
@@ -27,6 +31,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -61,6 +66,11 @@ _FORMULA, _QUOTED = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"'+[=+\-@\t\r]")  
 _LONGEST_HEADER = 2**14  # bytes
 _log = logging.getLogger(__name__)
 _NEEDED = ("file_name", "x1", "y1", "label")
+_UNNAMED = {
+    6: ("file_name", "x1", "y1", "x2", "y2", "label"),
+    8: ("label", "x", "y", "w", "h", "file_name", "image_width", "image_height"),
+    11: ("split", "file_name", "label", "x1", "y1", "", "", "x2", "y2", "", ""),
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,11 @@ class Table:
     def __init__(self, path: Path) -> None:
         self.path = path
         records = read_table(path, ",;\t")
-        self.header = [name.strip() for _, names in [next(records, (1, []))] for name in names]
+        first = next(records, (1, []))
+        self.header = [name.strip() for name in first[1]]
+        unnamed = _unnamed(self.header)
+        if unnamed:
+            self.header, records = list(unnamed), chain([first], records)
         self.columns = _find_columns(path, self.header)
         places = {meaning: self.header.index(name) for meaning, name in self.columns.items()}
         self._display = _display_names(path) if _plain(self.columns["label"]) == "labelname" else {}
@@ -156,10 +170,21 @@ def _find_columns(path: Path, header: list[str]) -> dict[str, str]:
     return found
 
 
+def _unnamed(first: Sequence[str]) -> tuple[str, ...] | None:
+    """The columns of a table whose first line is a box already, as its values say; None if it names the columns."""
+    names = _UNNAMED.get(len(first))
+    if names is None:
+        return None
+    found = [(name, text) for name, text in zip(names, first, strict=True) if name not in ("", "label", "split")]
+    fits = (is_image(text) if name == "file_name" else fields.read_number(text) is not None for name, text in found)
+    return names if all(fits) else None
+
+
 def is_table(path: Path) -> bool:
-    """Whether the first line of a file names the columns of a table of boxes."""
+    """Whether the first line of a file names the columns of a table of boxes, or is a box."""
+    first = _first_line(path)
     try:
-        return bool(_find_columns(path, _first_line(path)))
+        return bool(_unnamed(first) or _find_columns(path, first))
     except DataError:
         return False  # some other table
 

@@ -229,7 +229,9 @@ def _search(root: Path, names: Sequence[str], split: str) -> Path | None:
         name = next((name for name in chain(files, stems) if name in wanted), None)
         if name is not None and len(ranks - {_rank("")}) < 2:
             for part in reversed(wanted[name]):
-                folder = folder.parent if folder != root and folder.name == part else folder
+                if folder == root or folder.name != part:
+                    break
+                folder = folder.parent
             return folder
     return None
 

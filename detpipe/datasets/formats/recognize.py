@@ -30,7 +30,8 @@ FOLDERS = tuple(layout for layout in get_args(Layout) if layout != "coco file") 
 EXPECTED = (
     "expected a folder in VOC layout (XML beside the images or in a sister folder, with or without ImageSets/Main/SPLIT.txt), "
     "COCO layout (annotations/instances_SPLIT.json, or a file of annotations in each split) or YOLO layout "
-    f"({YOLO_NAME}, obj.data or classes.txt), a COCO annotation file (*.json), a table of boxes (*.csv, or a folder with "
+    f"({YOLO_NAME}, obj.data or classes.txt), an export of CreateML, CVAT, Hugging Face, KITTI, Label Studio, LabelMe, "
+    "Supervisely or VIA, a COCO annotation file (*.json), a table of boxes (*.csv, or a folder with "
     f"{csv.NAME}), or shards (a folder with SPLIT/{INDEX}, or its web address)"
 )
 
@@ -54,21 +55,23 @@ class Found:
     says: str  # how it is read, in one line
 
 
-def _says_coco(_: Path, splits: Mapping[str, coco.COCOFiles]) -> str:
-    first = next(iter(splits.values()))
-    more = f" (and of {len(splits) - 1} more splits)" if len(splits) > 1 else ""
-    return f"{first.annotations} of the images in {first.images}{more}"
-
-
 FORMATS: dict[Layout, Format] = {
-    "coco": Format("COCO", coco.find_splits, _says_coco),
+    "coco": Format("COCO", coco.find_splits, coco.says_layout),
     "voc": Format("VOC", voc.find_splits, voc_folders.says_layout),
     "yolo": Format("YOLO", yolo.find_splits, lambda root, _: read_yolo(root).says()),
     "csv": Format("a table of boxes", csv.find_splits, csv.says_layout),
     "shards": Format("shards", find_shards, lambda root, splits: f"{len(splits)} folders of shards"),
 }
 _OF_OTHERS = {".json", ".jsonl", ".ndjson", ".xml", ".csv", ".parquet", ".arrow", ".tfrecord", ".record"}
-_FILES: dict[str, Layout] = {".json": "coco file", ".csv": "csv", ".yaml": "yolo", ".yml": "yolo", ".data": "yolo"}
+_FILES: dict[str, Layout] = {
+    ".json": "coco file",
+    ".jsonl": "coco file",
+    ".xml": "coco file",
+    ".csv": "csv",
+    ".yaml": "yolo",
+    ".yml": "yolo",
+    ".data": "yolo",
+}
 
 
 def recognize(data: str, option: str = "--data ", layout: Layout | None = None) -> Found:

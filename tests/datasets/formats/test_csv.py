@@ -66,7 +66,7 @@ def test_open_images(tmp_path: Path) -> None:
 
 HEADER_FAULTS = {
     "no header": (
-        "a.jpg,1,2,3,4,dog",
+        "a.jpg,1,2,3,dog",
         r"line 1: the header lacks a column file_name, x1, y1, label, x2 \(or w\), y2 \(or h\)",
     ),
     "half a box": ("file_name,x1,y1,x2,label", "the header lacks a column y2"),

@@ -198,13 +198,13 @@ def test_images_without_annotations_are_said_to_be_so(tmp_path: Path) -> None:
     ("file", "content", "message"),
     [
         (
-            "train/metadata.jsonl",
+            "train/my.jsonl",
             "{}",
-            r"holds train/metadata\.jsonl, which detpipe does not read \(let the tool export COCO",
+            r"holds train/my\.jsonl, which detpipe does not read \(let the tool export COCO",
         ),
         ("a.json", '{"shapes": []}', r"holds a\.json, which detpipe does not read"),
         ("train.csv", "image_id,bbox\na,[1 2 3 4]\n", r"train\.csv: line 1: the header lacks a column x1, y1, label"),
-        ("train.csv", "a.jpg,1,2,3,4,cat\n", r"train\.csv: line 1: the header lacks .* must name the columns"),
+        ("train.csv", "a.jpg,1,2,3,4\n", r"train\.csv: line 1: the header lacks .* must name the columns"),
         ("cars.csv", "image,xmin,ymin,xmax,ymax\n", r"cars\.csv: line 1: the header lacks a column label"),
         (
             "notes.json",
