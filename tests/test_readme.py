@@ -77,7 +77,10 @@ def test_continuous_integration_finds_its_commands(marker):
     assert "pip install" in found[0]
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+PAGES = [*(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in PAGES)])
 def test_files_and_pages_that_are_named_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     named = set(
