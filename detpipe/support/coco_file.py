@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
 from operator import attrgetter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -64,6 +65,7 @@ class Image(msgspec.Struct, gc=False):
 
     id: _Id
     file_name: _Text | UnsetType = UNSET
+    coco_url: Any = UNSET  # LVIS: in the place of a name
     height: _Side | UnsetType | None = UNSET
     width: _Side | UnsetType | None = UNSET
     neg_category_ids: Any = UNSET  # LVIS
@@ -164,6 +166,7 @@ def read_coco_file(
     images, boxes, categories = (parts[name] for name in ("images", "annotations", "categories"))
     images_read, boxes_read = (len(part) + len(part.faults) for part in (images, boxes))
     counts: dict[str, int] = {}
+    _name_by_address(images.columns)
     _drop_repeated_images(images)
     _check_names(images.columns, Path(path))
     _keep_classes(categories, boxes, counts)
@@ -197,6 +200,7 @@ def read_coco_images(path: str | os.PathLike[str]) -> tuple[Columns, npt.NDArray
     A DataError if the file cannot be read, or an image is not as it must be.
     """
     images = _read(Path(path), {"images": Image}, strict=False)["images"]
+    _name_by_address(images.columns)
     _drop_repeated_images(images)
     if images.faults:
         raise DataError(f"{path}: {min(images.faults)[1].message}; correct the file")
@@ -304,6 +308,23 @@ def _fault(section: str, place: int, record: dict[str, Any], wrong: str, text: s
     if section == "categories":
         return Fault("fatal", "bad category", message)
     return Fault("image" if section == "images" else "box", f"bad {wrong}", message)
+
+
+def _name_by_address(images: Columns) -> None:
+    """Name images without a file name by the last two parts of their address in the set, as LVIS means it."""
+    pairs = zip(images["file_name"], images.pop("coco_url"), strict=True)
+    images["file_name"] = [name_in_address(address) if name is UNSET else name for name, address in pairs]
+
+
+def name_in_address(address: Any) -> Any:
+    """The file that an address of COCO's images means, with its folder: ``train2017/1.jpg``; UNSET where there is no address.
+
+    Example:
+        >>> name_in_address("http://images.cocodataset.org/train2017/000000391895.jpg")
+        'train2017/000000391895.jpg'
+    """
+    parts = PurePosixPath(urlsplit(address).path).parts[-2:] if isinstance(address, str) else ()
+    return "/".join(part for part in parts if part != "/") or UNSET
 
 
 def _drop_repeated_images(images: _Section) -> None:

@@ -163,11 +163,17 @@ LAYOUTS = [
         "train.json": coco(STEMS, "C:\\Users\\me\\photos\\{}.jpg")}),
     Layout("names without suffixes", "coco", "photos/{stem}.png", "", {"train": STEMS}, "of the images in photos", {
         "train.json": coco(STEMS, "/".join(["", "home", "me", "{}"]))}),
+    Layout("addresses in the place of names", "coco", "{split}/{stem}.jpg", "",
+           {f"my_{split}": stems for split, stems in TWO.items()}, "annotations/my_train.json of the images in", {
+        f"annotations/my_{split}.json": coco(stems, f"http://a.org/my_{split}/{{}}.jpg").replace("file_name", "coco_url")
+        for split, stems in TWO.items()}),
     # what tools export in formats of their own
     Layout("CreateML", "coco", "{split}/{stem}.jpg", "", SPLITS, "train/_annotations.createml.json (CreateML) of the", {
         f"{split}/_annotations.createml.json": exported("CreateML", stems) for split, stems in SPLITS.items()}),
     Layout("CVAT", "coco", "images/{stem}.jpg", "", {"images": STEMS}, "annotations.xml (CVAT) of the images in images", {
         "annotations.xml": exported("CVAT", STEMS)}),
+    Layout("CVAT, labels.xml", "coco", "data/{stem}.jpg", "", {"data": STEMS}, "labels.xml (CVAT) of the images in data", {
+        "labels.xml": exported("CVAT", STEMS)}),
     Layout("CVAT of tasks", "coco", "{split}/images/{stem}.jpg", "", TWO, "train/annotations.xml (CVAT) of the", {
         f"{split}/annotations.xml": exported("CVAT", stems) for split, stems in TWO.items()}),
     Layout("Hugging Face", "coco", "data/{split}/{stem}.jpg", "", TWO, "metadata.jsonl (Hugging Face) of", {
@@ -204,6 +210,10 @@ LAYOUTS = [
     Layout("lists of images in folders", "voc", "JPEGImages/sub/{stem}.jpg", "Annotations/sub/{stem}.xml", {"train": STEMS},
            "lists",
            {"ImageSets/Main/train.txt": "".join(f"sub/{stem}\n" for stem in STEMS)}),
+    Layout("lists of classes only", "voc", "JPEGImages/{stem}.jpg", "Annotations/{stem}.xml", TWO, "lists in ImageSets/Main", {
+        f"ImageSets/Main/{name}_{split}.txt": "".join(
+            f"{stem}.jpg {1 if any(one[0] == name for one in SCENES[stem]) else -1}\n" for stem in stems)
+        for split, stems in TWO.items() for name in CLASSES}),
     Layout("lists beside other folders", "voc", "images/{stem}.tif", "xml/{stem}.xml", {"val": STEMS}, "XML in xml",
            {"imagesets/val.txt": LISTED}),
     Layout("a folder further down", "voc", "My Set/JPEGImages/{stem}.jpg", "My Set/Annotations/{stem}.xml",

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from detpipe.datasets.annotations import AnnotationBuilder
 from detpipe.datasets.datamodule import FolderData, Split
@@ -32,7 +32,7 @@ from detpipe.datasets.formats.export import Images, Splits, Written
 from detpipe.datasets.formats.folders import Entries, find_image_folder, is_image, split_of, take_split, visible
 from detpipe.datasets.formats.tool_exports import glance, may_be_export, read_export, tool_of_folder
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
-from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, read_coco_file
+from detpipe.support.coco_file import BYTE_ORDER_MARK, COCOFile, name_in_address, read_coco_file
 from detpipe.support.errors import DataError
 from detpipe.support.strict_json import load_json
 from detpipe.types import Annotations, Segmentations
@@ -125,7 +125,8 @@ class COCO(FolderData):
 
 
 class _ImageName(msgspec.Struct):
-    file_name: str
+    file_name: str | UnsetType = UNSET
+    coco_url: Any = UNSET
 
 
 class _Content(msgspec.Struct):
@@ -209,7 +210,9 @@ def _first_images(path: Path) -> list[str] | None:
     """The first file names of an annotation file; None if it is no COCO file, a DataError if it is one that is cut off."""
     try:
         data = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
-        return [image.file_name for image in msgspec.json.decode(data, type=_Content).images[:_LOOKED_AT]]
+        images = msgspec.json.decode(data, type=_Content).images[:_LOOKED_AT]
+        names = [name_in_address(one.coco_url) if one.file_name is UNSET else one.file_name for one in images]
+        return [name for name in names if name is not UNSET] or (None if names else [])
     except (msgspec.ValidationError, OSError, RecursionError):
         return None
     except msgspec.MsgspecError:

@@ -328,7 +328,7 @@ def split_of(parts: Sequence[str]) -> str:
 
 
 def find_split(name: str, known: Iterable[str]) -> str | None:
-    """Find a split by its name or another usual one: ``val`` is ``valid`` and ``validation``, and the only split is ``all``.
+    """Find a split by its name or another usual one: ``val`` is ``valid`` and ``my_val``, and the only split is ``all``.
 
     What the data set calls it; None if it has none, or several that may be meant.
     """
@@ -339,6 +339,7 @@ def find_split(name: str, known: Iterable[str]) -> str | None:
     same = next((group for group in _SAME_SPLIT if lower in group), (lower,))
     found = [other for other in names if other.lower() in same]
     found = found or [other for other in names if other.rpartition(":")[2].lower() in same]  # of one folder of several
+    found = found or [other for other in names if re.split("[ _-]", other.lower())[-1] in same]  # lvis_v1_train
     if not found and lower == ALL:
         found = names
     return found[0] if len(found) == 1 else None

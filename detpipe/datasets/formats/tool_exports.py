@@ -4,7 +4,7 @@
 tool           what is read
 =============  ===========================================================================================================
 CreateML       a JSON list of ``image`` and ``annotations`` with ``coordinates``, x and y of the center
-CVAT           ``annotations.xml`` of "CVAT for images"
+CVAT           ``annotations.xml`` or ``labels.xml`` of "CVAT for images"
 Hugging Face   ``metadata.jsonl`` of an image folder: ``file_name`` and ``objects`` with ``bbox`` [x, y, width, height]
 KITTI          a folder of ``NAME.txt``: class, three numbers, x1 y1 x2 y2, and what is known in space
 Label Studio   JSON and JSON-MIN; of several people who labeled an image, the first
@@ -105,7 +105,7 @@ def may_be_export(name: str) -> bool:
     name = name.lower()
     return (
         name.endswith(".json")
-        or name in ("annotations.xml", "metadata.jsonl")
+        or name in ("annotations.xml", "labels.xml", "metadata.jsonl")
         or (name[:3], name[-4:]) == ("via", ".csv")
     )
 

@@ -31,7 +31,8 @@ class VOCSplit:
 def find_splits(root: Path) -> dict[str, VOCSplit]:
     """Find the splits of a folder with XML files, or of one with folders of years, as VOCdevkit holds VOC2007.
 
-    They are the lists in ``ImageSets/Main``, without those of one class (``cat_train`` beside ``train``), ``2007:trainval`` for
+    They are the lists in ``ImageSets/Main``, without those of one class (``cat_train`` beside ``train``; where there are only such,
+    as VoTT writes them, and each names the same images, one of them is ``train``), ``2007:trainval`` for
     the list of a folder VOC2007, ``trainval`` for that of the only folder of another name; or the folders that hold XML files;
     nothing if there is neither.
     """
@@ -81,7 +82,22 @@ def _lists(folder: Path) -> dict[str, tuple[Path, tuple[folders.Place, ...]]]:
     known = [path.stem for path in names]
     lists = [path for path in names if not ("_" in path.stem and path.stem.rpartition("_")[2] in known)]
     places = _places(folder) if lists else ()
-    return {path.stem: (path, places) for path in lists}
+    return {
+        name: (path, places) for name, path in (_of_all_classes(lists) or {path.stem: path for path in lists}).items()
+    }
+
+
+def _of_all_classes(lists: Sequence[Path]) -> dict[str, Path]:
+    """The splits of lists that are each of one class, ``cat_train``, and name all images of the split; nothing if some are not."""
+    found: dict[str, tuple[Path, list[str]]] = {}
+    for path in lists:
+        lines = [line.split() for line in read_text(path, "list of images").splitlines() if line.strip()]
+        names, marks = [" ".join(line[:-1]) for line in lines], {line[-1] for line in lines}
+        split = folders.split_of((path.stem.rpartition("_")[2],))
+        first = found.setdefault(split, (path, names))
+        if not split or split == path.stem or not marks <= {"-1", "0", "1"} or first[1] != names:
+            return {}
+    return {split: path for split, (path, _) in found.items()}
 
 
 def _list_folder(folder: Path) -> Path | None:

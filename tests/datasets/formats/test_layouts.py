@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from detpipe.datasets import COCO, VOC, YOLO, CSVBoxes, DetectionData
-from detpipe.datasets.formats.folders import Entries, list_folder
+from detpipe.datasets.formats.folders import Entries, find_split, list_folder
 from detpipe.datasets.formats.recognize import open_split, recognize
 from detpipe.types import Annotations
 
@@ -52,6 +52,20 @@ def test_the_data_module_takes_usual_names_of_splits(case: Layout, tmp_path: Pat
     assert set(boxes(data.annotations("train"))) == set(case.splits["train"])
     assert set(boxes(data.annotations("val"))) == set(case.splits.get("val", case.splits.get("valid", ())))
     assert data.class_names == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "found"),
+    [
+        ("train", ["lvis_v1_train", "lvis_v1_val"], "lvis_v1_train"),
+        ("val", ["my train", "my Valid"], "my Valid"),
+        ("val", ["a_val", "val"], "val"),
+        ("val", ["a_val", "b_val"], None),
+        ("val", ["interval"], None),
+    ],
+)
+def test_a_split_is_found_by_the_end_of_its_name(name: str, known: list[str], found: str | None) -> None:
+    assert find_split(name, known) == found
 
 
 def test_an_array_beside_an_image_is_its_copy(tmp_path: Path) -> None:
