@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
 from operator import attrgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -323,8 +322,8 @@ def name_in_address(address: Any) -> Any:
         >>> name_in_address("http://images.cocodataset.org/train2017/000000391895.jpg")
         'train2017/000000391895.jpg'
     """
-    parts = PurePosixPath(urlsplit(address).path).parts[-2:] if isinstance(address, str) else ()
-    return "/".join(part for part in parts if part != "/") or UNSET
+    parts = address.partition("?")[0].split("/")[-2:] if isinstance(address, str) else ()
+    return "/".join(filter(None, parts)) or UNSET
 
 
 def _drop_repeated_images(images: _Section) -> None:

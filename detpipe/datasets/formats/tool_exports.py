@@ -172,9 +172,17 @@ def _numbers(record: Any, where: str, *fields: str) -> list[float]:
     return [require(record, field, float, where) for field in fields]
 
 
-def _records(record: Any, field: str, where: str) -> Iterator[tuple[Any, str]]:
-    """The records of a list, each with how a message calls it."""
-    return ((one, f"{where}: {field}[{k}]") for k, one in enumerate(require(record, field, list, where)))
+def _records(record: Any, field: str, where: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a list, which may be missing, each with how a message calls it."""
+    values = require(record, field, list, where) if not isinstance(record, dict) or record.get(field) else []
+    return _objects(values, f"{where}: {field}")
+
+
+def _objects(values: Sequence[Any], where: str) -> Iterator[tuple[dict[str, Any], str]]:
+    for k, one in enumerate(values):
+        if not isinstance(one, dict):
+            raise DataError(f"{where}[{k}]: expected an object, got {shorten(one)}")
+        yield one, f"{where}[{k}]"
 
 
 def _points(values: Any, where: str) -> Points:
@@ -215,7 +223,7 @@ def _supervisely(content: Any, where: str, name: str) -> Picture:
         has_box = kind in ("polygon", "rectangle")
         exterior = require(require(item, "points", dict, at), "exterior", list, at) if has_box else []
         shapes.append(Shape(label, _points(exterior, at), kind == "polygon"))
-    height, width = _numbers(content["size"], f"{where}: size", "height", "width")
+    height, width = _numbers(require(content, "size", dict, where), f"{where}: size", "height", "width")
     return Picture(name.removesuffix(".json"), shapes, height, width)
 
 
@@ -288,9 +296,9 @@ def _read_folder(folder: Path, most: int | None = None) -> Export | None:
 
 
 def _createml(content: Any, path: str) -> Iterator[Picture]:
-    for k, one in enumerate(content):
-        where, shapes = f"{path}: [{k}]", []
-        for item, at in _records(one, "annotations", where) if one.get("annotations") else ():
+    for one, where in _objects(content, f"{path}: "):
+        shapes = []
+        for item, at in _records(one, "annotations", where):
             coordinates = require(item, "coordinates", dict, at)
             x, y, width, height = _numbers(coordinates, at, "x", "y", "width", "height")
             shapes.append(
@@ -302,9 +310,9 @@ def _createml(content: Any, path: str) -> Iterator[Picture]:
 def _via(content: Any, path: str) -> Iterator[Picture]:
     for key, one in content.get("_via_img_metadata", content).items():
         where = f"{path}: {key}"
-        name, regions = require(one, "filename", str, where), one.get("regions") or []
-        listed = list(regions.values()) if isinstance(regions, dict) else regions
-        shapes = [_via_shape(region, at) for region, at in _records({"regions": listed}, "regions", where)]
+        name, regions = require(one, "filename", str, where), one.get("regions")
+        listed = {"regions": list(regions.values()) if isinstance(regions, dict) else regions}
+        shapes = [_via_shape(region, at) for region, at in _records(listed, "regions", where)]
         yield Picture(name, shapes)
 
 
@@ -355,24 +363,21 @@ _VIA_COLUMNS = (("shape", "shape_"), ("region", ""))
 
 
 def _label_studio(content: Any, path: str) -> Iterator[Picture]:
-    for k, task in enumerate(content):
-        where = f"{path}: [{k}]"
+    for task, where in _objects(content, f"{path}: "):
         if "data" in task:
-            people = [one for one in task["annotations"] if not one.get("was_cancelled")]
-            found = [{**one, **one["value"]} for one in (people[0]["result"] if people else ()) if "value" in one]
             data = require(task, "data", dict, where)
+            people = [one for one in _records(task, "annotations", where) if not one[0].get("was_cancelled")]
+            results = _records(people[0][0], "result", people[0][1]) if people else ()
+            found = [({**one, **require(one, "value", dict, at)}, at) for one, at in results if "value" in one]
         else:  # JSON-MIN: what is labeled lies beside the image
-            found = [
-                one for values in task.values() if isinstance(values, list) for one in values if isinstance(one, dict)
-            ]
-            data = task
+            data, lists = task, [(key, values) for key, values in task.items() if isinstance(values, list)]
+            found = [one for key, values in lists for one in _objects(values, f"{where}: {key}")]
         names = [data[key] for key in ("image", "img", *data) if isinstance(data.get(key), str)]
         if not names:
             raise DataError(f"{where}: expected the address of an image as 'image', got {shorten(data)}")
-        areas = [one for one in found if any(key.endswith("labels") for key in one)]
-        sides = [[_side(one, f"original_{side}") for side in ("height", "width")] for one in areas]
-        shapes = [_label_studio_shape(one, f"{where}: object {n}") for n, one in enumerate(areas)]
-        yield Picture(_of_address(names[0]), shapes, *(sides[0] if sides else ()))
+        areas = [(one, at) for one, at in found if any(key.endswith("labels") for key in one)]
+        sides = [_side(areas[0][0], f"original_{side}") for side in ("height", "width")] if areas else ()
+        yield Picture(_of_address(names[0], where), [_label_studio_shape(one, at) for one, at in areas], *sides)
 
 
 def _label_studio_shape(found: Record, where: str) -> Shape:
@@ -395,15 +400,17 @@ def _label_studio_shape(found: Record, where: str) -> Shape:
     return Shape(labels[0], ())
 
 
-def _of_address(address: str) -> str:
+def _of_address(address: str, where: str) -> str:
     """The file that an address means: what is asked for (``?d=images/a.jpg``), or its path."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise DataError(f"{where}: {shorten(address)} is no address of an image ({error})") from error
     return parse_qs(parts.query).get("d", [unquote(parts.path)])[0].lstrip("/")
 
 
 def _hugging_face(content: Any, path: str) -> Iterator[Picture]:
-    for k, one in enumerate(content, 1):
-        where = f"{path}: record {k}"
+    for one, where in _objects(content, f"{path}: "):
         name, objects = require(one, "file_name", str, where), one.get("objects") or {"bbox": []}
         boxes = require(objects, "bbox", list, where)
         labels = next((objects[key] for key in _HUGGING_FACE if isinstance(objects.get(key), list)), [])

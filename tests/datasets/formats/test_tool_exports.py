@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,16 @@ CREATEML = [{"image": "a.jpg", "annotations": [{"label": "ball", "coordinates": 
             'filename,region_shape_attributes\na.jpg,"{""name"": ""rect""}"\n',
             r"line 2: the field 'region_attr",
         ),
-        ("s.json", studio(**BOX, rectanglelabels=[]), r"s\.json: \[0\]: object 0: expected one class, got \[\]"),
-        ("s.json", studio(**BOX, rotation="9", rectanglelabels=["a"]), r"object 0: the field 'rotation' is '9'"),
+        (
+            "s.json",
+            studio(**BOX, rectanglelabels=[]),
+            r"s\.json: \[0\]: annotations\[0\]: result\[0\]: expected one class, got \[\]",
+        ),
+        ("s.json", studio(**BOX, rotation="9", rectanglelabels=["a"]), r"result\[0\]: the field 'rotation' is '9'"),
         (
             "m.jsonl",
             '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]]}}\n',
-            r"record 1: expected a category for each",
+            r"\[0\]: expected a category for each",
         ),
         ("m.jsonl", '{"file_name": "a.jpg", "objects": {}}\n{', r"m\.jsonl: line 2: line 1 column 2: not valid JSON"),
         (
@@ -248,3 +253,27 @@ def test_other_json_is_of_no_tool(content: str, tmp_path: Path) -> None:
     text(tmp_path / "a.json", content)
     assert read_export(tmp_path / "a.json") is None
     assert read_export(tmp_path) is None
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each key of each object and each index of each list, with what holds it."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
+@pytest.mark.parametrize("tool", ["CreateML", "VIA", "Label Studio", "Label Studio MIN", "LabelMe", "Supervisely"])
+def test_any_other_value_is_read_or_refused_by_name(tool: str, tmp_path: Path) -> None:
+    alone_ = tool in ("LabelMe", "Supervisely")
+    content = alone(tool, "b 1") if alone_ else exported(tool, ["b 1", "d"])
+    file = tmp_path / "b 1.jpg.json"
+    for k in range(len([*places(json.loads(content))])):
+        for other in (None, "x", [], [[1, 2]], {}, {"a": 1}, -1, True, 10**30):
+            changed = json.loads(content)
+            holder, key = [*places(changed)][k]
+            holder[key] = other
+            text(file, json.dumps(changed))
+            try:
+                read_export(tmp_path if alone_ else file)
+            except DataError as error:
+                assert str(file) in str(error)
