@@ -146,7 +146,7 @@ def glance(path: Path) -> Export | None:
 def _fits(fits: Callable[[Any], bool], content: Any) -> bool:
     try:
         return bool(content) and fits(content)
-    except (KeyError, TypeError, IndexError, AttributeError):  # of another form altogether
+    except (KeyError, TypeError, IndexError, AttributeError, StopIteration):  # of another form altogether
         return False
 
 

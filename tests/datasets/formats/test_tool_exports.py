@@ -262,6 +262,14 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from places(value[key])
 
 
+def refusal(path: Path) -> str | None:
+    try:
+        read_export(path)
+    except DataError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize("tool", ["CreateML", "VIA", "Label Studio", "Label Studio MIN", "LabelMe", "Supervisely"])
 def test_any_other_value_is_read_or_refused_by_name(tool: str, tmp_path: Path) -> None:
     alone_ = tool in ("LabelMe", "Supervisely")
@@ -273,7 +281,5 @@ def test_any_other_value_is_read_or_refused_by_name(tool: str, tmp_path: Path) -
             holder, key = [*places(changed)][k]
             holder[key] = other
             text(file, json.dumps(changed))
-            try:
-                read_export(tmp_path if alone_ else file)
-            except DataError as error:
-                assert str(file) in str(error)
+            said = refusal(tmp_path if alone_ else file)
+            assert said is None or str(file) in said
