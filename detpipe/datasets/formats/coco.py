@@ -184,15 +184,14 @@ def _annotation_files(folder: Path, depth: int) -> list[Path]:
     """What may be annotations in a folder and those below it: files, and folders in which a tool has written one an image."""
     if not folder.is_dir():
         return []
-    if tool_of_folder(folder) is not None:
+    entries = visible(folder)
+    if tool_of_folder(folder, [entry.name for entry in entries]) is not None:
         files = [folder]
     else:
-        files = [
-            path for entry in visible(folder) if may_be_export(entry.name) and (path := Path(entry.path)).is_file()
-        ]
+        files = [Path(entry.path) for entry in entries if may_be_export(entry.name) and entry.is_file()]
         files = [path for path in files if path.name.startswith("instances_")] or files
         files = files if len(files) <= _SPLITS else []
-    below = [Path(entry.path) for entry in visible(folder) if depth and entry.is_dir()]
+    below = [Path(entry.path) for entry in entries if depth and entry.is_dir()]
     return files + [file for inner in below for file in _annotation_files(inner, depth - 1)]
 
 

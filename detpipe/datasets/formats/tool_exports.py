@@ -32,6 +32,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from tqdm import tqdm
 
+from detpipe.datasets.formats.folders import visible
 from detpipe.support.errors import DataError
 from detpipe.support.files import refuse_special
 from detpipe.support.strict_json import is_number, load_json, parse_json, read_text, require, require_numbers, shorten
@@ -256,15 +257,13 @@ _FOLDERS: dict[str, tuple[str, Callable[[Any], bool], Callable[[Any, str, str], 
 }
 
 
-def tool_of_folder(folder: Path) -> tuple[str, list[Path]] | None:
-    """The tool that has written a file an image into a folder, by the first of them, and these files; None if there is none."""
-    with os.scandir(folder) as scan:
-        names = sorted(entry.name for entry in scan if entry.is_file() and not entry.name.startswith("."))
+def tool_of_folder(folder: Path, names: Sequence[str]) -> tuple[str, list[str]] | None:
+    """The tool that has written a file an image into a folder, by the first of its sorted names, and these; None if none has."""
     for suffix in (".json", ".txt"):
-        files = [folder / name for name in names if name.lower().endswith(suffix)]
-        for path in files[:_LOOKED_AT]:  # those of KITTI may be empty, and others may lie between
+        files = [name for name in names if name.lower().endswith(suffix)]
+        for name in files[:_LOOKED_AT]:  # those of KITTI may be empty, and others may lie between
             try:
-                content = _load(path)
+                content = _load(folder / name)
             except DataError:  # whoever reads the file names what is wrong with it
                 continue
             for tool, (of_tool, fits, _) in _FOLDERS.items():
@@ -280,12 +279,12 @@ def _load(path: Path) -> Any:
 
 
 def _read_folder(folder: Path, most: int | None = None) -> Export | None:
-    found = tool_of_folder(folder)
+    found = tool_of_folder(folder, [entry.name for entry in visible(folder) if entry.is_file()])
     if found is None:
         return None
-    tool, paths = found
+    tool, names = found
     _, fits, read = _FOLDERS[tool]
-    bar = tqdm(paths[:most], desc=f"reading {tool}", unit="file", disable=None, leave=False)
+    bar = tqdm([folder / name for name in names[:most]], desc=f"reading {tool}", unit="file", disable=None, leave=False)
     files = ((path, _load(path)) for path in bar)
     return Export(
         tool, [read(file, str(path), path.name) for path, file in files if tool == "KITTI" or _fits(fits, file)]
