@@ -139,6 +139,8 @@ def image_names(names: Iterable[str]) -> list[str]:
     """
     found = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     arrays = {name for name in found if name.lower().endswith(".npy")}
+    if not arrays:
+        return found
     others = {os.path.splitext(name)[0] for name in found if name not in arrays}
     return [name for name in found if name not in arrays or os.path.splitext(name)[0] not in others]
 

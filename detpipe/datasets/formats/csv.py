@@ -30,7 +30,7 @@ from detpipe.datasets.formats import export
 from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
 from detpipe.datasets.formats.csv_table import RowReader, Table, is_nearly_table, is_table, normal_name, quoted
 from detpipe.datasets.formats.export import Images, Splits, Written
-from detpipe.datasets.formats.folders import ALL, IMAGE_FOLDERS, find_image_folder, split_of, take_split
+from detpipe.datasets.formats.folders import ALL, IMAGE_FOLDERS, find_image_folder, split_of, take_split, visible
 from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
 from detpipe.datasets.stored_proposals import file_key
@@ -78,7 +78,7 @@ def _of_column(table: Path) -> dict[str, CSVSplit]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*")) if path.suffix.lower() == ".csv" and path.is_file()]
+    return [Path(entry.path) for entry in visible(folder) if entry.name.lower().endswith(".csv") and entry.is_file()]
 
 
 def says_layout(root: Path, splits: dict[str, CSVSplit]) -> str:
