@@ -21,9 +21,10 @@ from detpipe.images import Size, to_picture
 from detpipe.pictures import glimpse_pictures, visualize
 from detpipe.prediction.batches import Part, plan_batches
 from detpipe.prediction.inputs import ImageInput
-from detpipe.prediction.lines import LinesFile, Plan, Tally, describe, join, part_name
+from detpipe.prediction.lines import LinesFile, Plan, Tally, describe, join, part_name, recorded
 from detpipe.prediction.running import run
 from detpipe.prediction.windows import Windows
+from detpipe.support.errors import UsageError
 from detpipe.types import Detection, GlimpsedDetection
 
 Read = Callable[[ImageInput], Windows]
@@ -85,6 +86,8 @@ class Job:
         batches = part.take(plan_batches(self._sizes(workers), self.batch_size))
         rows = [row for batch in batches for row in batch]
         names = drawing_names(self.inputs, self.out, self.drawings) if self.drawings else [None] * len(self.inputs)
+        if self.drawings and not resume:
+            check_foreign(self.out, self.kind, [str(names[row]) for row in rows])
         with LinesFile(self.out / part_name(self.kind, part), self.plan, part, rows, resume) as lines:
             tell(len(lines.done), len(rows), None)
 
@@ -133,6 +136,19 @@ class Job:
             drawn = visualize.draw(picture, found["boxes"], found["labels"], self.class_names, found["scores"])
         save = visualize.save_png if self.drawings == "png" else visualize.save_jpeg
         save(path, drawn)
+
+
+def check_foreign(out: Path, kind: str, drawings: Sequence[str]) -> None:
+    """Refuse to draw over pictures that no run in the folder has drawn."""
+    there = [name for name in drawings if (out / name).exists()]
+    own = recorded(out, kind, "drawing") if there else set()
+    foreign = [name for name in there if name not in own]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UsageError(
+            f"{out / foreign[0]}{more}: is there, and no predictions in {out} say that they drew it: give another -o, move it "
+            "away, or add --no-drawings"
+        )
 
 
 def drawing_names(inputs: Sequence[ImageInput], out: Path, suffix: str) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -197,6 +197,17 @@ def read_lines(path: Path) -> Lines:
             places[index] = (end, len(line))
             end += len(line)
     return Lines(path, plan, part, part_images, places, end)
+
+
+def recorded(folder: Path, kind: str, field: str) -> set[Any]:
+    """What the images in all files of predictions of a folder have in a field; lines that cannot be read have nothing."""
+    found: set[Any] = set()
+    for path in folder.glob(f"{kind}*.jsonl"):
+        with path.open("rb") as stream:
+            for line in stream:
+                with suppress(ValueError, AttributeError):
+                    found.add(json.loads(line).get(field))
+    return found
 
 
 def describe(found: Detection, class_names: Sequence[str]) -> list[dict[str, Any]]:

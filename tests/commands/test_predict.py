@@ -75,6 +75,18 @@ def test_a_folder_is_searched_and_nothing_overwrites_anything(trained, pictures,
     assert count > 0
 
 
+def test_pictures_of_others_are_not_drawn_over(trained, pictures, tmp_path, capsys):
+    out, source = tmp_path / "out", str(pictures / "more" / "a.png")
+    out.mkdir()
+    (out / "a.jpg").write_bytes(b"mine")
+    status, shown = failure([str(trained / "best.ckpt"), source, "-o", str(out)], capsys)
+    assert status == 2
+    assert f"{out / 'a.jpg'}: is there, and no predictions in {out} say that they drew it: give another -o" in shown
+    assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [("a.jpg", b"mine")]
+    for _ in range(2):  # its own are drawn again
+        assert predict(trained, tmp_path / "other", source)["images"][0]["drawing"] == "a.jpg"
+
+
 @pytest.mark.parametrize(
     ("size", "shown"),  # a JPEG has at most 65,500 pixels a side
     [((3000, 1), (3000, 80)), ((16, 8000), (80, 8000)), ((1, 1), (480, 480)), ((70_000, 1), (4118, 80))],
