@@ -36,7 +36,7 @@ from detpipe.prediction.batches import WHOLE, Part
 from detpipe.prediction.camera import read_camera
 from detpipe.prediction.inputs import ImageInput, find_inputs
 from detpipe.prediction.job import Job, Look, Read, drawing_names
-from detpipe.prediction.lines import KINDS, Tally, join
+from detpipe.prediction.lines import KINDS, Tally, join, recorded
 from detpipe.prediction.machines import Team, team
 from detpipe.prediction.onnx_detector import OnnxDetector
 from detpipe.prediction.tiff import open_windows, split_pages
@@ -157,6 +157,10 @@ def _predict_video(
 
     lines, video = (Path(options.output, f"{stem}.{suffix}") for suffix in ("jsonl", "mp4"))
     written = None if options.drawings is None else video
+    if written and written.exists() and not recorded(lines.parent, stem, "checkpoint"):
+        raise UsageError(
+            f"{written}: is there, and no {lines.name} beside it says that it was made here: give another -o, or move it away"
+        )
     head = {"file": inputs[0].name, "checkpoint": options.checkpoint, "class_names": list(class_names)}
     tracker = Tracker((options.rate or 25) / options.every) if options.track else None
     with progress(None, stem, unit="frame", logged=False) as move:

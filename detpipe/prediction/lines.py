@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any, cast
 
@@ -200,13 +201,13 @@ def read_lines(path: Path) -> Lines:
 
 
 def recorded(folder: Path, kind: str, field: str) -> set[Any]:
-    """What the images in all files of predictions of a folder have in a field; lines that cannot be read have nothing."""
+    """What lines in a folder's files of predictions, ``KIND*.jsonl``, have in a field; those that cannot be read have nothing."""
     found: set[Any] = set()
-    for path in folder.glob(f"{kind}*.jsonl"):
+    for path in folder.glob(f"{escape(kind)}*.jsonl"):
         with path.open("rb") as stream:
             for line in stream:
-                with suppress(ValueError, AttributeError):
-                    found.add(json.loads(line).get(field))
+                with suppress(ValueError, TypeError, KeyError):
+                    found.add(json.loads(line)[field])
     return found
 
 

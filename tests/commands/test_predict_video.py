@@ -14,6 +14,12 @@ def test_a_video_and_a_folder_of_frames(trained, demo_root, tmp_path, capsys):
     command = ["predict", str(trained / "best.ckpt"), "-o", str(tmp_path / "out"), "--device", "cpu", "--every", "2"]
     command += ["--score_threshold", "0.01"]
     video = write_video(tmp_path / "in.mp4")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "in.mp4").write_bytes(b"mine")
+    assert cli.main([*command, str(video)]) == 2
+    assert "in.mp4: is there, and no in.jsonl beside it says that it was made here" in capsys.readouterr().err
+    assert (tmp_path / "out" / "in.mp4").read_bytes() == b"mine"
+    (tmp_path / "out" / "in.mp4").unlink()
     assert cli.main([*command, str(video)]) == 0
     assert f"3 frames of {video}; see {tmp_path / 'out' / 'in.mp4'}" in capsys.readouterr().out
     head, *lines = [json.loads(line) for line in (tmp_path / "out" / "in.jsonl").read_text().splitlines()]
