@@ -78,9 +78,9 @@ class Box(msgspec.Struct, gc=False):
     image_id: _Id
     category_id: _Id
     bbox: tuple[float, float, float, float]
-    iscrowd: _Flag | UnsetType = UNSET
-    difficult: _Flag | UnsetType = UNSET  # VOC's, which conversions keep
-    area: _Area | UnsetType = UNSET
+    iscrowd: _Flag | UnsetType | None = UNSET
+    difficult: _Flag | UnsetType | None = UNSET  # VOC's, which conversions keep
+    area: _Area | UnsetType | None = UNSET
 
 
 class OutlinedBox(Box, gc=False):
@@ -184,7 +184,7 @@ def read_coco_file(
         xywh=np.fromiter(chain.from_iterable(b["bbox"]), np.float64, count=4 * len(boxes)).reshape(-1, 4),
         iscrowd=_array(b["iscrowd"], np.bool_),
         difficult=_array(b["difficult"], np.bool_),
-        area=_array([math.nan if value is UNSET else value for value in b["area"]], np.float64),
+        area=_array([math.nan if value is UNSET or value is None else value for value in b["area"]], np.float64),
         images_read=images_read,
         boxes_read=boxes_read,
         orphans=orphans,

@@ -75,6 +75,13 @@ def test_a_missing_area_is_that_of_the_box(tmp_path: Path) -> None:
     assert load_coco(*spoiled(tmp_path, drop("annotations", 0, "area"))).area.tolist() == [200, 52, 51, 53]
 
 
+def test_null_is_missing(tmp_path: Path) -> None:
+    a = load_coco(
+        *spoiled(tmp_path, edit("annotations", 0, iscrowd=None, area=None, difficult=None, segmentation=None))
+    )
+    assert (a.iscrowd.any(), a.difficult.any(), a.area.tolist()) == (False, False, [200, 52, 51, 53])
+
+
 def test_row_22_all_missing_images_are_listed_with_their_total(tmp_path: Path) -> None:
     content = coco_content()
     content["images"] += [{"id": i, "file_name": f"gone{i}.jpg", "height": 9, "width": 9} for i in range(200, 225)]
