@@ -126,7 +126,7 @@ def alone(tool: str, stem: str) -> str:
                     {
                         "classTitle": n,
                         "geometryType": "rectangle",
-                        "points": {"exterior": [[x2, y2], [x1, y1]], "interior": []},
+                        "points": {"exterior": [[x2 - 1, y2 - 1], [x1, y1]], "interior": []},
                     }
                     for n, x1, y1, x2, y2 in boxes
                 ],

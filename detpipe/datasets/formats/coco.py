@@ -258,9 +258,10 @@ def load_coco(
     """Read one COCO annotation file, or what a tool has exported, and check it against its images.
 
     Category ids become the labels 1..K in ascending order of the ids; images without annotations stay in. A missing ``iscrowd``
-    is 0, a missing ``area`` is the area of the box, a missing size is read from the image; null is missing. VOC's ``difficult``, where
-    a file has it, is kept. File names may have backslashes, other capitals or suffixes, or folders before them that are not there, also
-    those of another machine. Ids and the root category of hubs: see :func:`~detpipe.support.coco_file.read_coco_file`.
+    is 0, a missing ``area`` is the area of the box, a missing size is read from the image; null is missing. VOC's
+    ``difficult``, where a file has it, is kept. File names may have backslashes, other capitals or suffixes, or folders before
+    them that are not there, also those of another machine. Ids and the root category of hubs: see
+    :func:`~detpipe.support.coco_file.read_coco_file`.
 
     Args:
         json_path: the annotation file, or the file or folder that a tool has exported.

@@ -9,7 +9,7 @@ Hugging Face   ``metadata.jsonl`` of an image folder: ``file_name`` and ``object
 KITTI          a folder of ``NAME.txt``: class, three numbers, x1 y1 x2 y2, and what is known in space
 Label Studio   JSON and JSON-MIN; of several people who labeled an image, the first
 LabelMe        a folder of ``NAME.json`` with ``shapes`` and ``imagePath``
-Supervisely    a folder of ``NAME.jpg.json`` with ``size`` and ``objects``
+Supervisely    a folder of ``NAME.jpg.json`` with ``size`` and ``objects``; rectangles have their last pixels, not their edges
 VIA            JSON (project or annotations) and ``via*.csv``
 =============  ===========================================================================================================
 
@@ -169,6 +169,12 @@ def _ellipse(x: float, y: float, rx: float, ry: float, degrees: float = 0.0) -> 
     return [(x - across, y - down), (x + across, y + down)]
 
 
+def _of_pixels(points: Points) -> Points:
+    """The corners of a box whose own give its first and its last pixels."""
+    (x1, x2), (y1, y2) = ((min(side), max(side)) for side in zip(*points, strict=True))
+    return [(x1, y1), (x2 + 1, y2 + 1)]
+
+
 def _numbers(record: Any, where: str, *fields: str) -> list[float]:
     return [require(record, field, float, where) for field in fields]
 
@@ -211,6 +217,8 @@ def _labelme(content: Any, where: str, _: str) -> Picture:
         if kind == "circle" and len(points) == 2:
             radius = math.dist(*points)
             points = _ellipse(*points[0], radius, radius)
+        if kind == "mask" and points:
+            points = _of_pixels(points)
         has_box = kind in ("rectangle", "circle", "polygon", "mask", "rotation", "oriented_rectangle")
         shapes.append(Shape(label, points if has_box else (), kind in ("polygon", "rotation")))
     name = require(content, "imagePath", str, where).replace("\\", "/")
@@ -223,7 +231,8 @@ def _supervisely(content: Any, where: str, name: str) -> Picture:
         label, kind = require(item, "classTitle", str, at), item.get("geometryType")
         has_box = kind in ("polygon", "rectangle")
         exterior = require(require(item, "points", dict, at), "exterior", list, at) if has_box else []
-        shapes.append(Shape(label, _points(exterior, at), kind == "polygon"))
+        points = _points(exterior, at)
+        shapes.append(Shape(label, _of_pixels(points) if kind == "rectangle" and points else points, kind == "polygon"))
     height, width = _numbers(require(content, "size", dict, where), f"{where}: size", "height", "width")
     return Picture(name.removesuffix(".json"), shapes, height, width)
 
