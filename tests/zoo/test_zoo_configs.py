@@ -143,6 +143,7 @@ def test_a_name_that_is_unknown_is_told_before_training(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_published_model_is_evaluated_on_coco_as_the_header_says(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
