@@ -211,7 +211,7 @@ def _side(record: Any, field: str) -> float | None:
 
 def _labelme(content: Any, where: str, _: str) -> Picture:
     shapes = []
-    for shape, at in _records(content, "shapes", where):
+    for shape, at in _objects(require(content, "shapes", list, where), f"{where}: shapes"):
         label, kind = require(shape, "label", str, at), shape.get("shape_type") or "polygon"
         points = _points(require(shape, "points", list, at), at)
         if kind == "circle" and len(points) == 2:
@@ -227,7 +227,7 @@ def _labelme(content: Any, where: str, _: str) -> Picture:
 
 def _supervisely(content: Any, where: str, name: str) -> Picture:
     shapes = []
-    for item, at in _records(content, "objects", where):
+    for item, at in _objects(require(content, "objects", list, where), f"{where}: objects"):
         label, kind = require(item, "classTitle", str, at), item.get("geometryType")
         has_box = kind in ("polygon", "rectangle")
         exterior = require(require(item, "points", dict, at), "exterior", list, at) if has_box else []
@@ -248,21 +248,15 @@ def _kitti(lines: Sequence[str], where: str, name: str) -> Picture:
 
 
 def _is_kitti(line: str) -> bool:
-    label, *numbers = line.split()
-    try:
-        float(label)
-    except ValueError:
-        try:
-            return len(numbers) in (14, 15) and all(math.isfinite(float(number)) for number in numbers)
-        except ValueError:
-            return False
-    return False
+    label, *numbers = map(_number, line.split())
+    return isinstance(label, str) and len(numbers) in (14, 15) and all(map(is_number, numbers))
 
 
-_FOLDERS: dict[str, tuple[str, Callable[[Any], bool], Callable[[Any, str, str], Picture]]] = {
-    "LabelMe": (".json", lambda content: {"shapes", "imagePath"} <= content.keys(), _labelme),
-    "Supervisely": (".json", lambda content: {"size", "objects"} <= content.keys(), _supervisely),
-    "KITTI": (".txt", lambda lines: _is_kitti(lines[0]), _kitti),
+# the suffix of the files, the keys that all of them have, and how one is read
+_FOLDERS: dict[str, tuple[str, set[str], Callable[[Any, str, str], Picture]]] = {
+    "LabelMe": (".json", {"shapes", "imagePath"}, _labelme),
+    "Supervisely": (".json", {"size", "objects"}, _supervisely),
+    "KITTI": (".txt", set(), _kitti),
 }
 
 
@@ -275,8 +269,10 @@ def tool_of_folder(folder: Path, names: Sequence[str]) -> tuple[str, list[str]] 
                 content = _load(folder / name)
             except DataError:  # whoever reads the file names what is wrong with it
                 continue
-            for tool, (of_tool, fits, _) in _FOLDERS.items():
-                if of_tool == suffix and _fits(fits, content):
+            if suffix == ".txt" and content and _is_kitti(content[0]):
+                return "KITTI", files
+            for tool, (of_tool, keys, _) in _FOLDERS.items():
+                if keys and of_tool == suffix and isinstance(content, dict) and keys <= content.keys():
                     return tool, files
     return None
 
@@ -292,12 +288,11 @@ def _read_folder(folder: Path, most: int | None = None) -> Export | None:
     if found is None:
         return None
     tool, names = found
-    _, fits, read = _FOLDERS[tool]
+    _, keys, read = _FOLDERS[tool]
     bar = tqdm([folder / name for name in names[:most]], desc=f"reading {tool}", unit="file", disable=None, leave=False)
     files = ((path, _load(path)) for path in bar)
-    return Export(
-        tool, [read(file, str(path), path.name) for path, file in files if tool == "KITTI" or _fits(fits, file)]
-    )
+    own = ((path, one) for path, one in files if not keys or (isinstance(one, dict) and not keys.isdisjoint(one)))
+    return Export(tool, [read(one, str(path), path.name) for path, one in own])
 
 
 # tools with one file of all images

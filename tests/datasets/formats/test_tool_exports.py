@@ -240,6 +240,18 @@ def test_a_line_of_kitti_that_is_cut_off_is_named(tmp_path: Path) -> None:
         recognize(str(tmp_path))
 
 
+def test_a_file_without_shapes_is_named_and_a_file_of_something_else_is_not_looked_at(tmp_path: Path) -> None:
+    for stem in ("a", "d"):
+        picture(tmp_path / f"{stem}.jpg", stem)
+        text(tmp_path / f"{stem}.json", alone("LabelMe", stem))
+    text(tmp_path / "notes.json", '{"by": "me"}')
+    text(tmp_path / "list.json", "[[1]]")
+    assert len(load_coco(tmp_path, tmp_path)) == 2
+    text(tmp_path / "d.json", '{"imagePath": "d.jpg"}')
+    with pytest.raises(DataError, match=r"d\.json: the field 'shapes' is missing"):
+        load_coco(tmp_path, tmp_path)
+
+
 def test_a_box_outside_of_its_image_names_the_image_and_the_shape(tmp_path: Path) -> None:
     content = labelme(shape_of("ball", "rectangle", (110, 20), (130, 60)))
     with pytest.raises(DataError, match=r"annotation id a\.jpg#0 \(image a\.jpg\)"):
