@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,19 +87,21 @@ class COCO(FolderData):
     def load(self, split: Split, faults: Faults | None = None) -> Annotations:
         """Read the annotation file of a split."""
         annotations, images = self.files(split)
-        if self._class_names is None:
-            self._class_names = () if is_coco(annotations) else self._exported_classes()
         outlines, faults = self.reads_outlines(split), faults or self.faults()
-        return load_coco(annotations, images, segmentations=outlines, faults=faults, class_names=self._class_names)
+        return load_coco(annotations, images, segmentations=outlines, faults=faults, class_names=self._exported_classes)
 
     def _exported_classes(self) -> tuple[str, ...]:
         """The classes of all splits that a tool has exported: what occurs in one of them may be missing in another."""
+        if self._class_names is not None:
+            return self._class_names
         root = Path(self.root)
         given = (files for files in self.splits.values() if isinstance(files, COCOFiles))
         paths = [root / files.annotations for files in (*given, *find_splits(root).values())]
         exports = [export for path in dict.fromkeys(paths) if (export := read_export(path)) is not None]
         listed = dict.fromkeys(name for export in exports for name in export.listed)
-        return (*listed, *sorted({name for export in exports for name in export.class_names} - listed.keys()))
+        others = {name for export in exports for name in export.class_names} - listed.keys()
+        self._class_names = (*listed, *sorted(others))
+        return self._class_names
 
     def split_names(self) -> tuple[str, ...]:
         """The splits that are found in the folder."""
@@ -253,7 +255,7 @@ def load_coco(
     on_bad: OnBad = "error",
     segmentations: bool = False,
     faults: Faults | None = None,
-    class_names: Sequence[str] = (),
+    class_names: Callable[[], Iterable[str]] = tuple,
 ) -> Annotations:
     """Read one COCO annotation file, or what a tool has exported, and check it against its images.
 
@@ -269,7 +271,7 @@ def load_coco(
         on_bad: ``"error"`` refuses a file with any faulty record; ``"skip"`` leaves these records out and counts them.
         segmentations: whether the outlines of the objects are read as well.
         faults: takes all faults, in place of ``on_bad``.
-        class_names: classes that an export has besides its own, whose labels come first; a COCO file lists all.
+        class_names: says which classes an export has, further ones come behind them; not asked where a COCO file lists them.
 
     Returns:
         All images, in the order of the file. A DataError for anything wrong names file, record, field and value.
@@ -300,14 +302,14 @@ def load_coco(
     return built.build(image_root, [image_root])
 
 
-def _read(path: Path, segmentations: bool, faults: Faults, class_names: Sequence[str]) -> COCOFile:
+def _read(path: Path, segmentations: bool, faults: Faults, class_names: Callable[[], Iterable[str]]) -> COCOFile:
     try:
         return read_coco_file(path, segmentations, strict=faults.collects)
     except DataError:
         export = read_export(path)
         if export is None:
             raise
-    content = export.content(dict.fromkeys((*class_names, *export.class_names)))
+    content = export.content(dict.fromkeys((*class_names(), *export.class_names)))
     file = read_coco_file(path, segmentations, content=content)
     if export.left_out:
         file.counts[f"objects of {export.tool} left out: points, lines and others without a box"] = export.left_out
