@@ -48,6 +48,7 @@ def test_finds_what_the_detector_finds_in_other_sizes(written):
     assert parity.images == 5
 
 
+@pytest.mark.slow
 def test_is_one_small_file_with_named_sizes(written):
     model = onnx.load(written, load_external_data=False)
     onnx.checker.check_model(model)
@@ -68,6 +69,7 @@ def test_is_one_small_file_with_named_sizes(written):
     assert ratios == [[2]] * len(ratios)  # written, since some readers take another default
 
 
+@pytest.mark.slow
 def test_says_what_it_is(written):
     known = OnnxDetector(written).metadata
     assert (known["format"], known["class_names"], known["category_ids"]) == (FORMAT, NAMES, [3, 5, 8])
@@ -77,6 +79,7 @@ def test_says_what_it_is(written):
     assert known["sha256"] == files.weights_hash(detector("fpn cascade"))
 
 
+@pytest.mark.slow
 def test_a_file_of_other_weights_is_not_compared(written):
     other = detector("fpn cascade")
     other.head.stages[0].classifier.bias.add_(1)
@@ -84,6 +87,7 @@ def test_a_file_of_other_weights_is_not_compared(written):
         check_file(other, OnnxDetector(written), [])
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_told_and_not_written(written, monkeypatch, tmp_path):
     wrong = onnx.load(written)
     weight = next(held for held in wrong.graph.initializer if held.name.endswith("regressor.weight"))
@@ -94,6 +98,7 @@ def test_a_file_that_differs_is_told_and_not_written(written, monkeypatch, tmp_p
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["half", "int8"])
 def test_smaller_files_find_nearly_the_same(how, written, monkeypatch, tmp_path):
     monkeypatch.setattr(onnx_graph, "to_onnx", lambda program: onnx.load(written))
@@ -184,6 +189,7 @@ def test_what_is_wrong_is_told_before_minutes_of_work(name, more, message, monke
         export(detector(), tmp_path / name, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_a_detector_of_another_type_is_written_in_float32(dtype, written, monkeypatch, tmp_path):
     def to_onnx(program):
@@ -253,6 +259,7 @@ def test_a_path_that_cannot_be_written_is_told_at_once(monkeypatch, tmp_path):
         export(detector(), tmp_path / "file" / "model.onnx")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_file_that_was_there(written, monkeypatch, tmp_path):
     def full(path: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -272,6 +279,7 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
         export(detector(), tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 def test_boxes_that_are_not_wanted_are_refused(written):
     with pytest.raises(ValueError, match=r"takes no boxes; got \[1, 2, 4\]"):
         OnnxDetector(written).run(np.zeros((1, 3, 64, 64), np.uint8), np.zeros((1, 2, 4), np.float32))

@@ -330,6 +330,7 @@ def test_an_average_of_many_steps_follows_its_decay():
     assert decays == pytest.approx([2 / 11, 12 / 21, 0.9])
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_a_training(demo_root, tmp_path, capsys):
     class MeanAveragePrecision(callbacks.MeanAveragePrecision):
         def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
