@@ -96,6 +96,7 @@ def test_training_begins_with_the_weights(trained, demo_root, tmp_path):
     assert stored["global_step"] == 1  # a training of its own, not the rest of the other
 
 
+@pytest.mark.slow
 def test_what_cannot_begin_a_training(trained, demo_root, tmp_path, capsys):
     best = str(trained / "best.ckpt")
     for options, told, status in (

@@ -207,7 +207,8 @@ def broken_off(killed_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.mark.parametrize("path", runs.mostly_slow(["last", "file"], "last"))
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["last", "file"])
 def test_row_42_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     path, broken_off, killed_root, tmp_path, capsys
 ):

@@ -269,6 +269,7 @@ def test_limited_batches_are_said_and_a_profile_is_shown(demo_root, tmp_path, ca
     assert "it/s" not in shown.err
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_validated_saved_and_predicted_with(demo_root, tmp_path, capsys):
     seen: list[dict[str, torch.Tensor]] = []
 

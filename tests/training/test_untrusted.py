@@ -305,6 +305,7 @@ def test_states_of_callbacks_keep_their_own_paths(tmp_path):
     assert content == {"callbacks": {KEEP: state(tmp_path)}}
 
 
+@pytest.mark.slow
 def test_resuming_deletes_nothing_that_a_checkpoint_names(demo_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     theirs = ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath", "run/theirs"]
