@@ -30,7 +30,15 @@ from detpipe.datasets.formats import export
 from detpipe.datasets.formats.class_list import ClassList, ids_of, read_class_list, write_class_list
 from detpipe.datasets.formats.csv_table import RowReader, Table, is_nearly_table, is_table, normal_name, quoted
 from detpipe.datasets.formats.export import Images, Splits, Written
-from detpipe.datasets.formats.folders import ALL, IMAGE_FOLDERS, find_image_folder, split_of, take_split, visible
+from detpipe.datasets.formats.folders import (
+    ALL,
+    IMAGE_FOLDERS,
+    SPLIT_WORDS,
+    find_image_folder,
+    split_of,
+    take_split,
+    visible,
+)
 from detpipe.datasets.formats.outline_files import write_outlines
 from detpipe.datasets.image_files import PLAIN_FILES, ImageFiles
 from detpipe.datasets.stored_proposals import file_key
@@ -59,9 +67,10 @@ def find_splits(root: Path) -> dict[str, CSVSplit]:
     tables = next(filter(None, (list(filter(is_table, some)) for some in files)), [])
     for path in filter(is_nearly_table, chain(*files) if not tables else ()):
         Table(path)  # says what it lacks
-    if len(tables) == 1:
+    named = split_of(tables[0].relative_to(root).with_suffix("").parts) if len(tables) == 1 else ""
+    if len(tables) == 1 and (not named or named.lower() in SPLIT_WORDS):
         by_column = _of_column(tables[0])
-        if ALL not in by_column or not split_of(tables[0].relative_to(root).with_suffix("").parts):
+        if not named or ALL not in by_column:
             return by_column
     found: dict[str, CSVSplit] = {}
     for path in tables:

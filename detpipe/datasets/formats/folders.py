@@ -34,7 +34,7 @@ IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "pictures", "ph
 LABEL_FOLDERS = ("labels", "label", "annotations", "annotation", "anns", "ann", "xmls", "xml", "txt")
 _SAME_SPLIT = (("val", "valid", "validation"), ("train", "training"), ("test", "testing"))
 _SPLIT = re.compile(r"(train|training|trainval|val|valid|validation|test|testing|dev|eval)([^a-z].*)?")
-_SPLIT_WORDS = ("default", "data")  # of tools that have no splits, but a folder in their place
+SPLIT_WORDS = ("default", "data")  # of tools that have no splits, but a folder in their place
 _WORD = f"({'|'.join((*IMAGE_FOLDERS, *LABEL_FOLDERS))})"
 _WORDS = re.compile(rf"^{_WORD}$|^{_WORD}[ _-]+|[ _-]+{_WORD}$", re.IGNORECASE)
 _XML_BEHIND = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})\s.*\.xml$", re.IGNORECASE)
@@ -324,7 +324,7 @@ def split_of(parts: Sequence[str]) -> str:
         name = _without_words(part)
         if _SPLIT.fullmatch(name.lower()):
             return name
-    return parts[-1] if parts and parts[-1].lower() in _SPLIT_WORDS else ""
+    return parts[-1] if parts and parts[-1].lower() in SPLIT_WORDS else ""
 
 
 def find_split(name: str, known: Iterable[str]) -> str | None:

@@ -91,11 +91,13 @@ def _of_all_classes(lists: Sequence[Path]) -> dict[str, Path]:
     """The splits of lists that are each of one class, ``cat_train``, and name all images of the split; nothing if some are not."""
     found: dict[str, tuple[Path, list[str]]] = {}
     for path in lists:
+        split = folders.split_of((path.stem.rpartition("_")[2],))
+        if not split or split == path.stem:
+            return {}
         lines = [line.split() for line in read_text(path, "list of images").splitlines() if line.strip()]
         names, marks = [" ".join(line[:-1]) for line in lines], {line[-1] for line in lines}
-        split = folders.split_of((path.stem.rpartition("_")[2],))
         first = found.setdefault(split, (path, names))
-        if not split or split == path.stem or not marks <= {"-1", "0", "1"} or first[1] != names:
+        if not marks <= {"-1", "0", "1"} or first[1] != names:
             return {}
     return {split: path for split, (path, _) in found.items()}
 
