@@ -16,6 +16,7 @@ from detpipe.datasets.fetch import is_remote
 from detpipe.datasets.formats import coco, csv, voc, voc_folders, yolo
 from detpipe.datasets.formats.class_list import read_class_list
 from detpipe.datasets.formats.folders import ALL, find_split, in_order, is_image, walk_folders
+from detpipe.datasets.formats.tool_exports import may_be_export
 from detpipe.datasets.formats.voc_xml import VOCSource
 from detpipe.datasets.formats.yolo_yaml import NAME as YOLO_NAME
 from detpipe.datasets.formats.yolo_yaml import read_yolo
@@ -65,8 +66,6 @@ FORMATS: dict[Layout, Format] = {
 _OF_OTHERS = {".json", ".jsonl", ".ndjson", ".xml", ".csv", ".parquet", ".arrow", ".tfrecord", ".record"}
 _FILES: dict[str, Layout] = {
     ".json": "coco file",
-    ".jsonl": "coco file",
-    ".xml": "coco file",
     ".csv": "csv",
     ".yaml": "yolo",
     ".yml": "yolo",
@@ -156,7 +155,7 @@ def _describe(path: Path, layout: Layout, splits: Mapping[str, Any]) -> str:
 
 
 def _recognize_file(path: Path, named: str) -> Found:
-    layout = _FILES.get(path.suffix.lower())
+    layout = layout_of(path)
     if layout is None:
         raise UsageError(f"{named} has no known layout; {EXPECTED}")
     if layout == "coco file":
@@ -255,7 +254,8 @@ def _open_voc(
 def layout_of(path: Path) -> Layout | None:
     """The layout of a folder or file; None if it is in none that is known."""
     if path.is_file():
-        return _FILES.get(path.suffix.lower())
+        known = _FILES.get(path.suffix.lower())
+        return known or ("coco file" if may_be_export(path.name) else None)
     found, faults = _ask_all(path, None)
     layouts: list[Layout] = [*found, *faults]
     return layouts[0] if layouts else None

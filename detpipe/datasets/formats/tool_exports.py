@@ -90,11 +90,8 @@ class Export:
             for k, (label, points, outlined) in enumerate(shapes):
                 if points:
                     (x1, x2), (y1, y2) = ((min(side), max(side)) for side in zip(*points, strict=True))
-                    outline = (
-                        {"segmentation": [[n for point in points for n in point]]}
-                        if outlined and len(points) > 2
-                        else {}
-                    )
+                    polygon = [n for point in points for n in point]
+                    outline = {"segmentation": [polygon]} if outlined and len(points) > 2 else {}
                     key = {"id": f"{name}#{k}", "image_id": i, "category_id": number[label]}
                     boxes.append({**key, "bbox": [x1, y1, x2 - x1, y2 - y1], **outline})
         categories = [{"id": k, "name": name} for name, k in number.items()]
@@ -128,6 +125,10 @@ def read_export(path: Path) -> Export | None:
         content = [parse_json(line, f"{path}: line {k}") for k, line in lines if line.strip()]
     else:
         content = load_json(path)
+    return _of_json(content, path)
+
+
+def _of_json(content: Any, path: Path) -> Export | None:
     tool = next((tool for tool, (fits, _) in _FILES.items() if _fits(fits, content)), None)
     return Export(tool, list(_FILES[tool][1](content, str(path)))) if tool else None
 
@@ -138,9 +139,10 @@ def glance(path: Path) -> Export | None:
         return _read_folder(path, _LOOKED_AT)
     if path.suffix.lower() == ".json":
         try:
-            load_json(path)
+            content = load_json(path)
         except DataError:
             return None
+        return _of_json(content, path)
     return read_export(path)
 
 

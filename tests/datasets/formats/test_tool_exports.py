@@ -13,7 +13,7 @@ import pytest
 from detpipe.datasets import COCO, load_coco
 from detpipe.datasets.formats.recognize import open_split, recognize
 from detpipe.datasets.formats.tool_exports import read_export
-from detpipe.support.errors import DataError
+from detpipe.support.errors import DataError, UsageError
 from detpipe.types import Annotations
 
 from ..layout_cases import coco, picture, text
@@ -155,6 +155,16 @@ def test_a_folder_of_hundreds_and_images_of_the_test_split_that_are_called_alike
     assert recognize(str(tmp_path)).says == "read as COCO: training/label_2 (KITTI) of the images in training/image_2"
     a = open_split(str(tmp_path), "training").annotations("val")
     assert (len(a), len(a.labels)) == (60, 59)
+
+
+def test_a_file_is_read_with_the_folder_of_its_images_and_one_of_voc_is_not(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.jpg", "a")
+    text(tmp_path / "annotations.xml", exported("CVAT", ["a"]))
+    opened = open_split(str(tmp_path / "annotations.xml"), None, images=str(tmp_path / "images"))
+    assert opened.annotations("val").boxes.tolist() == [[10, 20, 40, 60]]
+    text(tmp_path / "a.xml", "<annotation/>")
+    with pytest.raises(UsageError, match=r"a\.xml has no known layout; expected"):
+        recognize(str(tmp_path / "a.xml"))
 
 
 def test_a_coco_file_beside_exports_is_what_counts(tmp_path: Path) -> None:
